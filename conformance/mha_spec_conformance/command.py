@@ -1,0 +1,18 @@
+"""The `mha-spec` script: it says what to install where the libraries of the `conformance` extra are missing."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+REQUIRED = ("ml_dtypes", "rich", "safetensors", "typer")
+
+
+def main() -> None:
+    """Run the command line, or say in one line what to install."""
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        sys.exit(f"mha-spec: the command line needs {', '.join(missing)}: pip install 'mha-spec[conformance]'")
+    from .cli import main as run
+
+    run()

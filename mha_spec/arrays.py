@@ -1,0 +1,67 @@
+"""What is known of an array without importing its library."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["FLOATING", "Array", "dtype_name", "host_integers", "library_of", "namespace_of", "softmax_dtype_name"]
+
+Array: TypeAlias = Any
+"""An array of any library that speaks the Python array API."""
+
+FLOATING = ("float64", "float32", "float16", "bfloat16")
+"""The dtypes that query, key and value may have."""
+
+_LIBRARY_OF_PACKAGE = {"jaxlib": "jax"}
+
+
+@lru_cache(maxsize=1024)
+def _library_of_class(cls: type) -> str | None:
+    """Name the array library of a class or of a user's subclass: the package of its first base that has a dtype."""
+    for base in reversed(cls.__mro__):
+        if hasattr(base, "dtype") or hasattr(base, "aval"):
+            package = base.__module__.partition(".")[0]
+            return _LIBRARY_OF_PACKAGE.get(package, package)
+    return None
+
+
+def library_of(value: Array) -> str | None:
+    """Name the library of an array ("numpy", "torch", "jax", "tensorflow", ...), or give None for what is no array."""
+    return _library_of_class(type(value))
+
+
+def namespace_of(array: Array) -> Any:
+    """Give the Python array API namespace of `array`, wrapped by array-api-compat where its library needs it."""
+    from array_api_compat import array_namespace
+
+    return array_namespace(array)
+
+
+def dtype_name(array: Array) -> str:
+    """Spell the dtype of an array of any library in one way: "float32", "bfloat16", "bool", "int64".
+
+    `isdtype` of the array API cannot be asked: it raises on the bfloat16 of ml-dtypes.
+    """
+    dtype = array.dtype
+    name = getattr(dtype, "name", None)
+    return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
+
+
+def softmax_dtype_name(name: str) -> str:
+    """Name the type in which scores, softmax and log-sum-exp are held (MHA-SOFTMAX-2)."""
+    return "float64" if name == "float64" else "float32"
+
+
+def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
+    """Read integers that lie on the host (a number, a sequence, a NumPy array); None for arrays that must not be read."""
+    if isinstance(value, int):
+        return [value]
+    if isinstance(value, (list, tuple, numpy.ndarray, numpy.integer)):
+        return numpy.asarray(value).reshape(-1).tolist()
+    return None

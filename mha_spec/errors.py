@@ -1,0 +1,19 @@
+"""What goes wrong on the user's side, under one base class."""
+
+__all__ = ["ArgumentTypeError", "ArgumentValueError", "BackendError", "MhaSpecError"]
+
+
+class MhaSpecError(Exception):
+    """Base class of every error that mha-spec raises for a mistake of its user."""
+
+
+class ArgumentValueError(MhaSpecError, ValueError):
+    """An argument has the right kind and a wrong value: a shape, a range, a combination."""
+
+
+class ArgumentTypeError(MhaSpecError, TypeError):
+    """An argument is of a wrong kind: a float where a boolean array is meant, an unknown keyword."""
+
+
+class BackendError(MhaSpecError, ValueError):
+    """A backend was asked for that is unknown, not installed, ambiguous or broken."""

@@ -1,0 +1,365 @@
+"""The reference: what the specification says, in its order, on any library of the Python array API.
+
+Written to be read beside SPEC.md, not to be fast: it holds every score. Each function composes the steps of
+`mha_spec.steps`; `Reference(steps)` is the same functions over other steps, which is how the conformance suite states a
+known mistake.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+
+from .arguments import Arguments, refuse_unknown, spells_options
+from .arrays import Array, dtype_name, library_of, namespace_of
+from .errors import ArgumentTypeError, ArgumentValueError
+from .steps import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Unpack
+
+    from jaxtyping import Float
+
+    from .arguments import Options, WeightOptions
+
+__all__ = ["Gradients", "Reference", "Trace", "attention", "attention_vjp", "attention_weights", "merge_attention"]
+
+Gradients = tuple[Array, Array, Array, Array | None, Array | None]
+"""Gradients of query, key, value, bias and sinks; None for a bias or sinks that were not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Everything that one attention computes on the way, in the softmax's type; heads of key and value repeated."""
+
+    query: Array
+    key: Array
+    value: Array | None
+    scale: float
+    scores: Array
+    visible: Array
+    logits: Array
+    weights: Array
+    sink_weights: Array
+    lse: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The four functions of attention over a choice of steps; see the functions of this module for their meaning.
+
+    No step writes to an input, and none looks at strides (MHA-PURE-1, MHA-PURE-2).
+    """
+
+    steps: Steps = Steps()
+
+    def attention(self, query: Array, key: Array, value: Array, *, return_lse: bool = False, **options: Unpack[Options]) -> Array | tuple[Array, Array]:
+        """The specification's attention, over these steps."""
+        a = self._arguments(query, key, value, options)
+        with numpy.errstate(all="ignore"):
+            trace = self.trace(a)
+            output = self.steps.round_output(self.output(a, trace), dtype_name(query))
+            return (output, trace.lse[..., 0]) if return_lse else output
+
+    def attention_weights(self, query: Array, key: Array, **options: Unpack[WeightOptions]) -> Array:
+        """The specification's attention_weights, over these steps."""
+        for name in ("dropout_rate", "dropout_mask", "dropout_key"):
+            if name in options:
+                raise ArgumentTypeError(f"`{name}` is not an option of attention_weights: the weights are those before dropout. [MHA-DROP-3]")
+        a = self._arguments(query, key, None, options)
+        with numpy.errstate(all="ignore"):
+            return self.steps.round_output(self.trace(a).weights, dtype_name(query))
+
+    def attention_vjp(
+        self, grad_output: Array, query: Array, key: Array, value: Array, *, grad_lse: Array | None = None, **options: Unpack[Options]
+    ) -> Gradients:
+        """The specification's attention_vjp, over these steps."""
+        a = self._arguments(query, key, value, options)
+        check_cotangents(a, grad_output, grad_lse)
+        with numpy.errstate(all="ignore"):
+            return self._gradients(a, self.trace(a), grad_output, grad_lse)
+
+    def merge_attention(self, output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> tuple[Array, Array]:
+        """The specification's merge_attention, over these steps."""
+        check_halves(output_a, lse_a, output_b, lse_b)
+        xp, steps = namespace_of(output_a), self.steps
+        with numpy.errstate(all="ignore"):
+            lse = steps.merge_lse(lse_a, lse_b)
+            parts: list[Array] = []
+            for half, output in ((lse_a, output_a), (lse_b, output_b)):
+                share = steps.merge_share(half, lse)
+                parts.append(steps.merge_part(half[..., None], share[..., None], xp.astype(output, lse.dtype)))
+            return steps.round_output(parts[0] + parts[1], dtype_name(output_a)), lse
+
+    def trace(self, a: Arguments) -> Trace:
+        """Take the steps of the specification from the arguments to weights and log-sum-exp."""
+        xp, steps = namespace_of(a.query), self.steps
+        name = steps.softmax_dtype(dtype_name(a.query))
+        query = xp.astype(a.query, getattr(xp, name))
+        key = steps.repeat_heads(xp.astype(a.key, query.dtype), a.heads)
+        value = None if a.value is None else steps.repeat_heads(xp.astype(a.value, query.dtype), a.heads)
+        bias = None if a.bias is None else steps.convert_bias(a.bias, dtype_name(a.query), name)
+
+        scale = steps.scale_of(a.scale, a.query.shape[3])
+        scores = steps.scores(query, key, scale)
+        logits = steps.logits(scores, a.softcap, bias, steps)
+        visible = xp.broadcast_to(self.visible(a), scores.shape)
+        hidden = steps.hide(logits, visible)
+
+        exponentials, maximum = steps.exponentials(xp.concat([hidden, steps.sink_column(a.sinks, hidden)], axis=-1))
+        total = xp.sum(exponentials, axis=-1, keepdims=True)
+        weights = steps.normalise(exponentials, total)
+        lse = steps.log_sum_exp(total, maximum)
+        return Trace(query, key, value, scale, scores, visible, logits, weights[..., :-1], weights[..., -1:], lse)
+
+    def visible(self, a: Arguments) -> Array:
+        """Which pairs are visible: boolean, broadcastable to (batch, heads, q_len, kv_len)."""
+        xp, steps, device = namespace_of(a.query), self.steps, a.query.device
+        indices = xp.arange(a.q_len, device=device)
+        positions = xp.arange(a.kv_len, device=device)
+        constraints = [xp.ones((1, 1, a.q_len, a.kv_len), dtype=xp.bool, device=device)]
+        if a.mask is not None:
+            constraints.append(steps.see_mask(a.mask))
+        if a.bias is not None:
+            constraints.append(steps.see_bias(a.bias))
+        constraints += self._see_positions(a, positions)
+        if a.kv_lengths is not None:
+            constraints.append(steps.see_kv_lengths(positions, self._integers(a.kv_lengths, positions)))
+        if a.q_lengths is not None:
+            constraints.append(steps.see_q_lengths(indices[:, None], self._integers(a.q_lengths, positions)))
+        if a.q_segment_ids is not None and a.kv_segment_ids is not None:
+            q_ids, kv_ids = (xp.asarray(ids, device=device) for ids in (a.q_segment_ids, a.kv_segment_ids))
+            constraints.append(steps.see_segments(q_ids[:, None, :, None], kv_ids[:, None, None, :]))
+        return steps.all_of(constraints)
+
+    def _see_positions(self, a: Arguments, positions: Array) -> list[Array]:
+        if not a.positional:
+            return []
+        steps = self.steps
+        offset = self._integers(steps.offset_of(a), positions)
+        distance = positions - steps.query_positions(offset, a.q_len)
+        constraints = [steps.see_causal(distance)] if a.causal else []
+        left, right = a.bounded_window or (None, None)
+        if left is not None:
+            constraints.append(steps.see_window_left(distance, left))
+        if right is not None:
+            constraints.append(steps.see_window_right(distance, right))
+        return constraints
+
+    def _integers(self, value: Array | Sequence[int] | int, like: Array) -> Array:
+        """One integer per batch entry, (batch or 1, 1, 1, 1), in the type of `like`."""
+        xp = namespace_of(like)
+        array = value if library_of(value) == library_of(like) else xp.asarray(value, dtype=like.dtype, device=like.device)
+        return xp.reshape(xp.astype(array, like.dtype), (-1, 1, 1, 1))
+
+    def output(self, a: Arguments, trace: Trace) -> Array:
+        """The output in the softmax's type, after dropout and before it is rounded to the query's dtype."""
+        return self.steps.sum_over_visible(self._dropped(a, trace), trace.value, trace.visible)
+
+    def _dropped(self, a: Arguments, trace: Trace) -> Array:
+        if a.dropout_rate > 0 and a.dropout_mask is None:
+            raise ArgumentValueError(
+                f"`dropout_mask` must be given with dropout_rate={a.dropout_rate}: the reference and attention_vjp draw no random numbers. [MHA-DROP-4]"
+            )
+        return self.steps.drop(trace.weights, a.dropout_mask, a.dropout_rate)
+
+    def _gradients(self, a: Arguments, t: Trace, grad_output: Array, grad_lse: Array | None) -> Gradients:
+        xp, steps = namespace_of(a.query), self.steps
+        grad_output = xp.astype(grad_output, t.query.dtype)
+        grad_lse = None if grad_lse is None else xp.astype(grad_lse, t.query.dtype)[..., None]
+        dropped = self._dropped(a, t)
+
+        grad_weights = steps.drop(steps.grad_weights(grad_output, t.value), a.dropout_mask, a.dropout_rate)
+        row_dot = steps.row_dot(t.weights, grad_weights, t.visible, grad_lse)
+        grad_logits = steps.grad_logits(t.weights, grad_weights, row_dot, t.visible)
+        grad_scores = xp.where(t.visible, grad_logits * steps.cap_slope(t.scores, a.softcap), 0.0)
+
+        grad_query = steps.grad_query(grad_scores, t.key, t.visible, t.scale)
+        grad_key = steps.sum_group(steps.grad_key(grad_scores, t.query, t.visible, t.scale), a.kv_heads)
+        grad_value = steps.sum_group(steps.grad_value(dropped, grad_output, t.visible), a.kv_heads)
+        grad_bias = None if a.bias is None else steps.grad_bias(grad_logits, a.bias.shape)
+        grad_sinks = None if a.sinks is None else steps.grad_sinks(t.sink_weights, row_dot)
+        operands = ((grad_query, a.query), (grad_key, a.key), (grad_value, a.value), (grad_bias, a.bias), (grad_sinks, a.sinks))
+        rounded = [None if gradient is None else steps.round_output(gradient, dtype_name(operand)) for gradient, operand in operands]
+        return rounded[0], rounded[1], rounded[2], rounded[3], rounded[4]
+
+    def _arguments(self, query: Array, key: Array, value: Array | None, options: Options | WeightOptions) -> Arguments:
+        refuse_unknown(options)
+        return self.steps.check(Arguments(query, key, value, **options))
+
+
+def check_cotangents(a: Arguments, grad_output: Array, grad_lse: Array | None) -> None:
+    """Raise unless grad_output has the shape and dtype of the output and grad_lse those of lse (MHA-VJP-7)."""
+    expected = {"grad_output": (grad_output, (*a.query.shape[:3], a.value.shape[3])), "grad_lse": (grad_lse, tuple(a.query.shape[:3]))}
+    for label, (array, shape) in expected.items():
+        if array is None and label == "grad_lse":
+            continue
+        if library_of(array) != library_of(a.query):
+            raise ArgumentTypeError(f"`{label}` must be an array of the library of `query`, {library_of(a.query)}, received {type(array).__name__}. [MHA-VJP-7]")
+        if tuple(array.shape) != shape:
+            raise ArgumentValueError(f"`{label}` must have shape={shape}, received shape={tuple(array.shape)}. [MHA-VJP-7]")
+
+
+def check_halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> None:
+    """Raise unless the halves of a merge are arrays of one library whose shapes fit (MHA-MERGE-4)."""
+    for label, array in (("output_a", output_a), ("lse_a", lse_a), ("output_b", output_b), ("lse_b", lse_b)):
+        if library_of(array) is None or library_of(array) != library_of(output_a):
+            raise ArgumentTypeError(f"`{label}` must be an array of the library of `output_a`, received {type(array).__name__}. [MHA-MERGE-4]")
+        shape = tuple(output_a.shape) if label.startswith("output") else tuple(output_a.shape)[:-1]
+        if tuple(array.shape) != shape:
+            raise ArgumentValueError(f"`{label}` must have shape={shape}, received shape={tuple(array.shape)}. [MHA-MERGE-4]")
+
+
+_REFERENCE = Reference()
+
+
+@spells_options
+def attention(
+    query: Float[Array, "batch heads q_len qk_dim"],
+    key: Float[Array, "batch kv_heads kv_len qk_dim"],
+    value: Float[Array, "batch kv_heads kv_len v_dim"],
+    *,
+    return_lse: bool = False,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]:
+    """Scaled dot-product attention.
+
+        S = softcap * tanh(scale * Q K^T / softcap) + bias        over visible pairs (query i, key j)
+        P = exp(S - lse),  lse = ln(sum_j exp S + exp sink)
+        output = (P * dropout_mask / (1 - dropout_rate)) V
+
+    Query head h reads key/value head h // (heads // kv_heads). A row that sees no key has output 0 and lse -inf (with a
+    sink: the sink).
+
+    Args:
+        query: (batch, heads, q_len, qk_dim), float64, float32, float16 or bfloat16.
+        key: (batch, kv_heads, kv_len, qk_dim), of the query's dtype; heads is a multiple of kv_heads.
+        value: (batch, kv_heads, kv_len, v_dim), of the query's dtype.
+        return_lse: Whether to give the log-sum-exp of each row beside the output.
+        **options: See `mha_spec.arguments.Options`.
+
+    Returns:
+        The output, (batch, heads, q_len, v_dim) in the query's dtype; with `return_lse` also lse, (batch, heads, q_len),
+        natural, in float32 (float64 for float64 inputs).
+
+    Raises:
+        ArgumentValueError: A shape, a range or a combination is wrong, or the causal diagonal is ambiguous.
+        ArgumentTypeError: A dtype, a library or a keyword is wrong.
+
+    Differs from others:
+        torch `scaled_dot_product_attention` and `jax.nn.dot_product_attention` put the causal diagonal at the upper left
+        without a word where lengths differ, FlashAttention and MLX at the lower right; here `q_offset` says it. JAX and
+        Keras give the mean of the values for a row that sees nothing. jax.nn and Keras take (batch, length, heads, size).
+        ONNX `Attention` calls the bias a float `attn_mask`.
+
+    Source:
+        SPEC.md; Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 (grouped heads).
+    """
+    return _REFERENCE.attention(query, key, value, return_lse=return_lse, **options)
+
+
+@spells_options
+def attention_weights(
+    query: Float[Array, "batch heads q_len qk_dim"],
+    key: Float[Array, "batch kv_heads kv_len qk_dim"],
+    **options: Unpack[WeightOptions],
+) -> Float[Array, "batch heads q_len kv_len"]:
+    """The normalised weights of each query over the keys, before dropout: P = exp(S - lse), 0 at invisible pairs.
+
+    Args:
+        query: (batch, heads, q_len, qk_dim).
+        key: (batch, kv_heads, kv_len, qk_dim), of the query's dtype.
+        **options: Those of `attention` less dropout; see `mha_spec.arguments.WeightOptions`.
+
+    Returns:
+        The weights, (batch, heads, q_len, kv_len) in the query's dtype; with sinks a row sums to less than 1.
+
+    Raises:
+        ArgumentValueError, ArgumentTypeError: As `attention`.
+
+    Differs from others:
+        torch's MultiheadAttention returns them averaged over heads and after dropout; ONNX calls them
+        `qk_matmul_output` in mode 3.
+
+    Source:
+        SPEC.md, MHA-WEIGHTS-1 and MHA-DROP-3.
+    """
+    return _REFERENCE.attention_weights(query, key, **options)
+
+
+@spells_options
+def attention_vjp(
+    grad_output: Float[Array, "batch heads q_len v_dim"],
+    query: Float[Array, "batch heads q_len qk_dim"],
+    key: Float[Array, "batch kv_heads kv_len qk_dim"],
+    value: Float[Array, "batch kv_heads kv_len v_dim"],
+    *,
+    grad_lse: Float[Array, "batch heads q_len"] | None = None,
+    **options: Unpack[Options],
+) -> Gradients:
+    """The gradients of attention, in closed form.
+
+        dP = dropout(dO V^T),  D = rowsum(P dP) - grad_lse,  dS = P (dP - D),  dX = dS (1 - tanh^2)
+        dQ = scale dX K,  dK = scale dX^T Q,  dV = dropout(P)^T dO,  dbias = dS,  dsinks = -sum P_sink D
+
+    Gradients of key and value are summed over the query heads that read them, that of the bias over the axes along which
+    it was broadcast. A row that sees no key has query gradient 0 and adds nothing to any other, but to that of its sink.
+
+    Args:
+        grad_output: (batch, heads, q_len, v_dim), the cotangent of the output.
+        query: (batch, heads, q_len, qk_dim).
+        key: (batch, kv_heads, kv_len, qk_dim).
+        value: (batch, kv_heads, kv_len, v_dim).
+        grad_lse: (batch, heads, q_len), the cotangent of lse; None is 0.
+        **options: See `mha_spec.arguments.Options`; dropout needs its mask.
+
+    Returns:
+        Gradients of query, key, value, bias and sinks, each of its operand's shape and dtype; None for a bias or sinks
+        that were not given.
+
+    Raises:
+        ArgumentValueError, ArgumentTypeError: As `attention`.
+
+    Differs from others:
+        torch's fused kernels give no gradient of the mask's float form on most paths and cannot differentiate lse;
+        jax.nn silently gives lse the gradient 0.
+
+    Source:
+        SPEC.md, MHA-VJP-1 to MHA-VJP-7; Dao et al. 2022, appendix B.2.
+    """
+    return _REFERENCE.attention_vjp(grad_output, query, key, value, grad_lse=grad_lse, **options)
+
+
+def merge_attention(
+    output_a: Float[Array, "batch heads q_len v_dim"],
+    lse_a: Float[Array, "batch heads q_len"],
+    output_b: Float[Array, "batch heads q_len v_dim"],
+    lse_b: Float[Array, "batch heads q_len"],
+) -> tuple[Float[Array, "batch heads q_len v_dim"], Float[Array, "batch heads q_len"]]:
+    """Join attention over two disjoint sets of keys into attention over both.
+
+        lse = ln(exp lse_a + exp lse_b),  output = exp(lse_a - lse) output_a + exp(lse_b - lse) output_b
+
+    A half whose lse is -inf adds nothing, whatever its output holds, and the other comes back unchanged; two such halves
+    give 0 and -inf. A NaN lse gives NaN. A sink belongs to exactly one half.
+
+    Args:
+        output_a, output_b: (batch, heads, q_len, v_dim), of one dtype.
+        lse_a, lse_b: (batch, heads, q_len), natural logarithms; FlashInfer's are base 2.
+
+    Returns:
+        The output in the dtype of `output_a`, and lse in that of `lse_a`.
+
+    Raises:
+        ArgumentValueError, ArgumentTypeError: The shapes or libraries of the halves do not fit.
+
+    Differs from others:
+        FlashInfer's `merge_state` takes base-2 lse; several kernels return NaN for two empty halves.
+
+    Source:
+        SPEC.md, MHA-MERGE-1 to MHA-MERGE-4; Liu et al. 2023 (ring attention).
+    """
+    return _REFERENCE.merge_attention(output_a, lse_a, output_b, lse_b)

@@ -1,0 +1,88 @@
+"""Which backend answers: that of the query's array type, or the one that MHA_SPEC_BACKEND fixed at import.
+
+Backends are found through the entry-point group `mha_spec.backends` (name -> module), ours like anybody's, and loaded
+one at a time, on first use. A backend answers for the array library whose name it carries; `numpy` answers for every
+library of the Python array API that has no backend of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .arrays import Array, library_of
+from .errors import ArgumentTypeError, BackendError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+    from types import ModuleType
+
+__all__ = ["DEFAULT", "ENVIRONMENT_VARIABLE", "backend", "backend_for", "backend_names"]
+
+GROUP = "mha_spec.backends"
+ENVIRONMENT_VARIABLE = "MHA_SPEC_BACKEND"
+DEFAULT = "numpy"
+
+
+@lru_cache(maxsize=1)
+def _entry_points() -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points
+
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        known = found.setdefault(point.name, point)
+        if known.value != point.value:
+            raise BackendError(f"two backends are called {point.name!r}: {known.value} and {point.value}; uninstall one of them")
+    return found
+
+
+def backend_names() -> tuple[str, ...]:
+    """Name every backend that is registered, whether or not its framework is installed."""
+    return tuple(sorted(_entry_points()))
+
+
+@lru_cache(maxsize=None)
+def backend(name: str) -> ModuleType:
+    """Give the backend called `name`, loading it.
+
+    Raises:
+        BackendError: No backend has that name, or its framework is not installed, or it does not import.
+    """
+    points = _entry_points()
+    if name not in points:
+        raise BackendError(f"no backend is called {name!r}; there are {', '.join(backend_names()) or 'none'}")
+    try:
+        return import_module(points[name].value)
+    except ModuleNotFoundError as error:
+        raise BackendError(f"backend {name!r} needs {error.name}, which is not installed: pip install 'mha-spec[{name}]'") from error
+    except Exception as error:
+        warnings.warn(f"backend {name!r} ({points[name].value}) does not import: {error}", RuntimeWarning, stacklevel=2)
+        raise BackendError(f"backend {name!r} ({points[name].value}) does not import: {error}") from error
+
+
+def _fixed() -> ModuleType | None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return None if name is None else backend(name)
+
+
+_FIXED = _fixed()
+_FIXED_LIBRARY = os.environ.get(ENVIRONMENT_VARIABLE)
+
+
+@lru_cache(maxsize=256)
+def _backend_of_class(cls: type[Any], library: str | None) -> ModuleType:
+    if library is None:
+        raise ArgumentTypeError(f"`query` must be an array, received {cls.__name__}. [MHA-SHAPE-3]")
+    if _FIXED is not None:
+        if library != _FIXED_LIBRARY and _FIXED_LIBRARY != DEFAULT:
+            raise ArgumentTypeError(f"`query` must be an array of {_FIXED_LIBRARY}, which {ENVIRONMENT_VARIABLE} fixes, received one of {library}. [MHA-ARG-4]")
+        return _FIXED
+    return backend(library if library in _entry_points() else DEFAULT)
+
+
+def backend_for(array: Array) -> ModuleType:
+    """Give the backend that answers for `array`."""
+    return _backend_of_class(type(array), library_of(array))
