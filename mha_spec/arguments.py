@@ -11,7 +11,7 @@ import inspect
 import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeGuard, TypeVar
 
 from .arrays import FLOATING, Array, dtype_name, host_integers, library_of
 from .errors import ArgumentTypeError, ArgumentValueError
@@ -168,9 +168,8 @@ def check_tensors(a: Arguments) -> None:
     """Query, key and value are rank-4 arrays of one library, one floating dtype and one device (MHA-SHAPE-3)."""
     library = library_of(a.query)
     name = None
-    for label, tensor in (("query", a.query), ("key", a.key), ("value", a.value)):
-        if tensor is None and label == "value":
-            continue
+    tensors = {"query": a.query, "key": a.key} | ({} if a.value is None else {"value": a.value})
+    for label, tensor in tensors.items():
         if library_of(tensor) is None:
             _type_error("MHA-SHAPE-3", f"`{label}` must be an array, received {type(tensor).__name__}.")
         _check_same_library(label, tensor, a.query, library)
@@ -206,8 +205,7 @@ def check_sizes(a: Arguments) -> None:
 
 def check_numbers(a: Arguments) -> None:
     """Scale, softcap, causal and dropout_rate are Python values in their range (MHA-ARG-2)."""
-    if not isinstance(a.causal, bool):
-        _type_error("MHA-ARG-2", f"`causal` must be True or False, received causal={a.causal!r} of type {type(a.causal).__name__}.")
+    _require_bool("causal", a.causal)
     if a.scale is not None and not (_is_number("scale", a.scale) and math.isfinite(a.scale)):
         _value_error("MHA-ARG-2", f"`scale` must be finite, received scale={a.scale!r}. None is 1/sqrt(qk_dim).")
     if a.softcap is not None and not (_is_number("softcap", a.softcap) and math.isfinite(a.softcap) and a.softcap > 0):
@@ -220,9 +218,7 @@ def check_window(a: Arguments) -> None:
     """A window is a pair (left, right) of counts of positions, each None or 0..2^30 (MHA-ARG-3)."""
     if a.window is None:
         return
-    if not isinstance(a.window, (tuple, list)) or len(a.window) != 2:
-        _type_error("MHA-ARG-3", f"`window` must be a pair (left, right), received window={a.window!r}. A causal window of n keys is window=(n - 1, 0).")
-    for side, bound in zip(("left", "right"), a.window, strict=True):
+    for side, bound in zip(("left", "right"), _pair("window", a.window), strict=True):
         if bound is None:
             continue
         if isinstance(bound, bool) or not isinstance(bound, int):
@@ -335,6 +331,29 @@ def _shape(array: Array) -> tuple[int, ...]:
     return tuple(array.shape)
 
 
+def _require_bool(label: str, value: object) -> None:
+    if not isinstance(value, bool):
+        _type_error("MHA-ARG-2", f"`{label}` must be True or False, received {label}={value!r} of type {type(value).__name__}.")
+
+
+def _is_sequence(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, (list, tuple))
+
+
+def _pair(label: str, value: object) -> Sequence[object]:
+    if _is_sequence(value) and len(value) == 2:
+        return value
+    _type_error("MHA-ARG-3", f"`{label}` must be a pair (left, right), received {label}={value!r}. A causal window of n keys is {label}=(n - 1, 0).")
+
+
+def _integers(value: object) -> Sequence[int] | None:
+    """Give a Python sequence of integers as it is, anything else as None."""
+    if not _is_sequence(value):
+        return None
+    numbers = [number for number in value if isinstance(number, int) and not isinstance(number, bool)]
+    return numbers if len(numbers) == len(value) else None
+
+
 def _is_number(label: str, value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         _type_error("MHA-ARG-2", f"`{label}` must be a Python number, received {label}={value!r} of type {type(value).__name__}.")
@@ -352,9 +371,10 @@ def _check_same_library(label: str, array: Array, query: Array, library: str | N
 
 def _check_integer_array(label: str, value: Array | Sequence[int], a: Arguments, shape: tuple[int, ...], axes: str) -> None:
     if library_of(value) is None:
-        if not isinstance(value, (list, tuple)) or len(shape) != 1 or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+        numbers = _integers(value)
+        if numbers is None or len(shape) != 1:
             _type_error("MHA-LEN-3", f"`{label}` must hold integers of shape {axes}={shape}, received {label}={value!r}.")
-        received: tuple[int, ...] = (len(value),)
+        received: tuple[int, ...] = (len(numbers),)
     else:
         if library_of(value) != "numpy":
             _check_same_library(label, value, a.query, library_of(a.query))

@@ -31,7 +31,7 @@ def _library_of_class(cls: type) -> str | None:
     return None
 
 
-def library_of(value: Array) -> str | None:
+def library_of(value: object) -> str | None:
     """Name the library of an array ("numpy", "torch", "jax", "tensorflow", ...), or give None for what is no array."""
     return _library_of_class(type(value))
 

@@ -58,7 +58,7 @@ class Reference:
 
     def attention(self, query: Array, key: Array, value: Array, *, return_lse: bool = False, **options: Unpack[Options]) -> Array | tuple[Array, Array]:
         """The specification's attention, over these steps."""
-        a = self._arguments(query, key, value, options)
+        a = self._arguments(query, key, value, **options)
         with numpy.errstate(all="ignore"):
             trace = self.trace(a)
             output = self.steps.round_output(self.output(a, trace), dtype_name(query))
@@ -69,7 +69,7 @@ class Reference:
         for name in ("dropout_rate", "dropout_mask", "dropout_key"):
             if name in options:
                 raise ArgumentTypeError(f"`{name}` is not an option of attention_weights: the weights are those before dropout. [MHA-DROP-3]")
-        a = self._arguments(query, key, None, options)
+        a = self._arguments(query, key, None, **options)
         with numpy.errstate(all="ignore"):
             return self.steps.round_output(self.trace(a).weights, dtype_name(query))
 
@@ -77,7 +77,7 @@ class Reference:
         self, grad_output: Array, query: Array, key: Array, value: Array, *, grad_lse: Array | None = None, **options: Unpack[Options]
     ) -> Gradients:
         """The specification's attention_vjp, over these steps."""
-        a = self._arguments(query, key, value, options)
+        a = self._arguments(query, key, value, **options)
         check_cotangents(a, grad_output, grad_lse)
         with numpy.errstate(all="ignore"):
             return self._gradients(a, self.trace(a), grad_output, grad_lse)
@@ -186,17 +186,18 @@ class Reference:
         rounded = [None if gradient is None else steps.round_output(gradient, dtype_name(operand)) for gradient, operand in operands]
         return rounded[0], rounded[1], rounded[2], rounded[3], rounded[4]
 
-    def _arguments(self, query: Array, key: Array, value: Array | None, options: Options | WeightOptions) -> Arguments:
+    def _arguments(self, query: Array, key: Array, value: Array, **options: Unpack[Options]) -> Arguments:
         refuse_unknown(options)
         return self.steps.check(Arguments(query, key, value, **options))
 
 
 def check_cotangents(a: Arguments, grad_output: Array, grad_lse: Array | None) -> None:
     """Raise unless grad_output has the shape and dtype of the output and grad_lse those of lse (MHA-VJP-7)."""
-    expected = {"grad_output": (grad_output, (*a.query.shape[:3], a.value.shape[3])), "grad_lse": (grad_lse, tuple(a.query.shape[:3]))}
+    rows = tuple(a.query.shape[:3])
+    expected: dict[str, tuple[Array, tuple[int, ...]]] = {"grad_output": (grad_output, (*rows, a.value.shape[3]))}
+    if grad_lse is not None:
+        expected["grad_lse"] = (grad_lse, rows)
     for label, (array, shape) in expected.items():
-        if array is None and label == "grad_lse":
-            continue
         if library_of(array) != library_of(a.query):
             raise ArgumentTypeError(f"`{label}` must be an array of the library of `query`, {library_of(a.query)}, received {type(array).__name__}. [MHA-VJP-7]")
         if tuple(array.shape) != shape:

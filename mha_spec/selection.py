@@ -11,9 +11,9 @@ import os
 import warnings
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .arrays import Array, library_of
+from .arrays import library_of
 from .errors import ArgumentTypeError, BackendError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ _FIXED_LIBRARY = os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 @lru_cache(maxsize=256)
-def _backend_of_class(cls: type[Any], library: str | None) -> ModuleType:
+def _backend_of_class(cls: type, library: str | None) -> ModuleType:
     if library is None:
         raise ArgumentTypeError(f"`query` must be an array, received {cls.__name__}. [MHA-SHAPE-3]")
     if _FIXED is not None:
@@ -83,6 +83,6 @@ def _backend_of_class(cls: type[Any], library: str | None) -> ModuleType:
     return backend(library if library in _entry_points() else DEFAULT)
 
 
-def backend_for(array: Array) -> ModuleType:
+def backend_for(array: object) -> ModuleType:
     """Give the backend that answers for `array`."""
     return _backend_of_class(type(array), library_of(array))
