@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["CHECKS", "OPTIONS", "Arguments", "Options", "WeightOptions", "check", "refuse_unknown", "spells_options"]
+__all__ = ["CHECKS", "OPTIONS", "Arguments", "Options", "WeightOptions", "check", "check_cotangents", "check_dropout_mask", "check_halves", "check_weight_options", "refuse_unknown", "spells_options"]
 
 LARGEST_POSITION = 2**30
 """Offsets, lengths and windows are at most this in magnitude, so that int32 positions cannot overflow."""
@@ -144,7 +144,7 @@ def spells_options(function: _Function) -> _Function:
     ]
     positional = [parameter for parameter in own if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     keyword = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-    function.__signature__ = signature.replace(parameters=[*positional, *options, *keyword])  # pyright: ignore[reportFunctionMemberAccess]
+    vars(function)["__signature__"] = signature.replace(parameters=[*positional, *options, *keyword])
     return function
 
 
@@ -325,6 +325,42 @@ def check(a: Arguments, checks: Iterable[Callable[[Arguments], None]] = CHECKS) 
     for one in checks:
         one(a)
     return a
+
+
+def check_weight_options(options: Mapping[str, object]) -> None:
+    """Raise for an option of dropout, which attention_weights does not have (MHA-DROP-3)."""
+    for name in ("dropout_rate", "dropout_mask", "dropout_key"):
+        if name in options:
+            _type_error("MHA-DROP-3", f"`{name}` is not an option of attention_weights: the weights are those before dropout.")
+
+
+def check_dropout_mask(a: Arguments) -> None:
+    """Raise where a mask would have to be drawn: the reference and attention_vjp draw no random numbers (MHA-DROP-4)."""
+    if a.dropout_rate > 0 and a.dropout_mask is None:
+        _value_error("MHA-DROP-4", f"`dropout_mask` must be given with dropout_rate={a.dropout_rate}: the reference and attention_vjp draw no random numbers.")
+
+
+def check_cotangents(a: Arguments, grad_output: Array, grad_lse: Array | None) -> None:
+    """Raise unless grad_output has the shape and dtype of the output and grad_lse those of lse (MHA-VJP-7)."""
+    rows = tuple(a.query.shape[:3])
+    expected: dict[str, tuple[Array, tuple[int, ...]]] = {"grad_output": (grad_output, (*rows, a.value.shape[3]))}
+    if grad_lse is not None:
+        expected["grad_lse"] = (grad_lse, rows)
+    for label, (array, shape) in expected.items():
+        if library_of(array) != library_of(a.query):
+            _type_error("MHA-VJP-7", f"`{label}` must be an array of the library of `query`, {library_of(a.query)}, received {type(array).__name__}.")
+        if tuple(array.shape) != shape:
+            _value_error("MHA-VJP-7", f"`{label}` must have shape={shape}, received shape={tuple(array.shape)}.")
+
+
+def check_halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> None:
+    """Raise unless the halves of a merge are arrays of one library whose shapes fit (MHA-MERGE-4)."""
+    for label, array in (("output_a", output_a), ("lse_a", lse_a), ("output_b", output_b), ("lse_b", lse_b)):
+        if library_of(array) is None or library_of(array) != library_of(output_a):
+            _type_error("MHA-MERGE-4", f"`{label}` must be an array of the library of `output_a`, received {type(array).__name__}.")
+        shape = tuple(output_a.shape) if label.startswith("output") else tuple(output_a.shape)[:-1]
+        if tuple(array.shape) != shape:
+            _value_error("MHA-MERGE-4", f"`{label}` must have shape={shape}, received shape={tuple(array.shape)}.")
 
 
 def _shape(array: Array) -> tuple[int, ...]:

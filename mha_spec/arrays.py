@@ -19,6 +19,7 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 """The dtypes that query, key and value may have."""
 
 _LIBRARY_OF_PACKAGE = {"jaxlib": "jax"}
+_NAMESPACE_OF_CLASS: dict[type, Any] = {}
 
 
 @lru_cache(maxsize=1024)
@@ -38,9 +39,12 @@ def library_of(value: object) -> str | None:
 
 def namespace_of(array: Array) -> Any:
     """Give the Python array API namespace of `array`, wrapped by array-api-compat where its library needs it."""
-    from array_api_compat import array_namespace
+    found = _NAMESPACE_OF_CLASS.get(type(array))
+    if found is None:
+        from array_api_compat import array_namespace
 
-    return array_namespace(array)
+        found = _NAMESPACE_OF_CLASS[type(array)] = array_namespace(array)
+    return found
 
 
 def dtype_name(array: Array) -> str:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from .arguments import Arguments, refuse_unknown, spells_options
+from .arguments import Arguments, check_dropout_mask, check_weight_options, spells_options
 from .arrays import Array, dtype_name, library_of, namespace_of
-from .errors import ArgumentTypeError, ArgumentValueError
 from .steps import Steps
 
 if TYPE_CHECKING:
@@ -66,9 +65,7 @@ class Reference:
 
     def attention_weights(self, query: Array, key: Array, **options: Unpack[WeightOptions]) -> Array:
         """The specification's attention_weights, over these steps."""
-        for name in ("dropout_rate", "dropout_mask", "dropout_key"):
-            if name in options:
-                raise ArgumentTypeError(f"`{name}` is not an option of attention_weights: the weights are those before dropout. [MHA-DROP-3]")
+        check_weight_options(options)
         a = self._arguments(query, key, None, **options)
         with numpy.errstate(all="ignore"):
             return self.steps.round_output(self.trace(a).weights, dtype_name(query))
@@ -78,13 +75,13 @@ class Reference:
     ) -> Gradients:
         """The specification's attention_vjp, over these steps."""
         a = self._arguments(query, key, value, **options)
-        check_cotangents(a, grad_output, grad_lse)
+        self.steps.check_cotangents(a, grad_output, grad_lse)
         with numpy.errstate(all="ignore"):
             return self._gradients(a, self.trace(a), grad_output, grad_lse)
 
     def merge_attention(self, output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> tuple[Array, Array]:
         """The specification's merge_attention, over these steps."""
-        check_halves(output_a, lse_a, output_b, lse_b)
+        self.steps.check_halves(output_a, lse_a, output_b, lse_b)
         xp, steps = namespace_of(output_a), self.steps
         with numpy.errstate(all="ignore"):
             lse = steps.merge_lse(lse_a, lse_b)
@@ -160,10 +157,7 @@ class Reference:
         return self.steps.sum_over_visible(self._dropped(a, trace), trace.value, trace.visible)
 
     def _dropped(self, a: Arguments, trace: Trace) -> Array:
-        if a.dropout_rate > 0 and a.dropout_mask is None:
-            raise ArgumentValueError(
-                f"`dropout_mask` must be given with dropout_rate={a.dropout_rate}: the reference and attention_vjp draw no random numbers. [MHA-DROP-4]"
-            )
+        check_dropout_mask(a)
         return self.steps.drop(trace.weights, a.dropout_mask, a.dropout_rate)
 
     def _gradients(self, a: Arguments, t: Trace, grad_output: Array, grad_lse: Array | None) -> Gradients:
@@ -187,31 +181,7 @@ class Reference:
         return rounded[0], rounded[1], rounded[2], rounded[3], rounded[4]
 
     def _arguments(self, query: Array, key: Array, value: Array, **options: Unpack[Options]) -> Arguments:
-        refuse_unknown(options)
-        return self.steps.check(Arguments(query, key, value, **options))
-
-
-def check_cotangents(a: Arguments, grad_output: Array, grad_lse: Array | None) -> None:
-    """Raise unless grad_output has the shape and dtype of the output and grad_lse those of lse (MHA-VJP-7)."""
-    rows = tuple(a.query.shape[:3])
-    expected: dict[str, tuple[Array, tuple[int, ...]]] = {"grad_output": (grad_output, (*rows, a.value.shape[3]))}
-    if grad_lse is not None:
-        expected["grad_lse"] = (grad_lse, rows)
-    for label, (array, shape) in expected.items():
-        if library_of(array) != library_of(a.query):
-            raise ArgumentTypeError(f"`{label}` must be an array of the library of `query`, {library_of(a.query)}, received {type(array).__name__}. [MHA-VJP-7]")
-        if tuple(array.shape) != shape:
-            raise ArgumentValueError(f"`{label}` must have shape={shape}, received shape={tuple(array.shape)}. [MHA-VJP-7]")
-
-
-def check_halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> None:
-    """Raise unless the halves of a merge are arrays of one library whose shapes fit (MHA-MERGE-4)."""
-    for label, array in (("output_a", output_a), ("lse_a", lse_a), ("output_b", output_b), ("lse_b", lse_b)):
-        if library_of(array) is None or library_of(array) != library_of(output_a):
-            raise ArgumentTypeError(f"`{label}` must be an array of the library of `output_a`, received {type(array).__name__}. [MHA-MERGE-4]")
-        shape = tuple(output_a.shape) if label.startswith("output") else tuple(output_a.shape)[:-1]
-        if tuple(array.shape) != shape:
-            raise ArgumentValueError(f"`{label}` must have shape={shape}, received shape={tuple(array.shape)}. [MHA-MERGE-4]")
+        return self.steps.check(Arguments(query, key, value, **self.steps.check_options(options)))
 
 
 _REFERENCE = Reference()

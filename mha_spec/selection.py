@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import warnings
 from functools import lru_cache
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .arrays import library_of
@@ -54,13 +53,17 @@ def backend(name: str) -> ModuleType:
     points = _entry_points()
     if name not in points:
         raise BackendError(f"no backend is called {name!r}; there are {', '.join(backend_names()) or 'none'}")
+    point = points[name]
     try:
-        return import_module(points[name].value)
+        return point.load()
     except ModuleNotFoundError as error:
-        raise BackendError(f"backend {name!r} needs {error.name}, which is not installed: pip install 'mha-spec[{name}]'") from error
+        ours = point.dist is not None and point.dist.name == "mha-spec"
+        fix = f": pip install 'mha-spec[{name}]'" if ours else ""
+        raise BackendError(f"backend {name!r} needs {error.name}, which is not installed{fix}") from error
     except Exception as error:
-        warnings.warn(f"backend {name!r} ({points[name].value}) does not import: {error}", RuntimeWarning, stacklevel=2)
-        raise BackendError(f"backend {name!r} ({points[name].value}) does not import: {error}") from error
+        message = f"backend {name!r} ({point.value}) does not import: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        raise BackendError(message) from error
 
 
 def _fixed() -> ModuleType | None:

@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["Steps", "sum_over_visible"]
 
 
+def check_options(options: arguments.Options) -> arguments.Options:
+    """Refuse a keyword that attention does not have (MHA-ARG-1)."""
+    arguments.refuse_unknown(options)
+    return options
+
+
 def check(a: arguments.Arguments) -> arguments.Arguments:
-    """Refuse what has no single meaning (MHA-ARG-1 to -4, MHA-SHAPE-1 to -3, MHA-HEAD-2, MHA-LEN-3, MHA-POS-2)."""
+    """Refuse what has no single meaning (MHA-ARG-2 to -4, MHA-SHAPE-1 to -3, MHA-HEAD-2, MHA-LEN-3, MHA-POS-2)."""
     return arguments.check(a)
 
 
@@ -284,7 +290,10 @@ def _dtype_of(xp: object, name: str) -> object:
 class Steps:
     """Every step by its name: the specification as a value, of which one step can be replaced."""
 
+    check_options: Callable[..., arguments.Options] = check_options
     check: Callable[..., arguments.Arguments] = check
+    check_cotangents: Callable[..., None] = arguments.check_cotangents
+    check_halves: Callable[..., None] = arguments.check_halves
     softmax_dtype: Callable[..., str] = softmax_dtype
     repeat_heads: Callable[..., Array] = repeat_heads
     scale_of: Callable[..., float] = scale_of
