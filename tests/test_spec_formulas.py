@@ -1,0 +1,287 @@
+"""The formulas of MHA-ACC-1 and MHA-ACC-2, transcribed from SPEC.md term by term: the suite computes the same.
+
+Letters are those of SPEC.md. Axes are b, h, i, j and c; quantities of a row keep a j of size 1.
+"""
+
+# ruff: noqa: E741, N806 - the letters are those of SPEC.md
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy
+import pytest
+from numpy import exp, expm1, sqrt, tanh
+
+from mha_spec import reference
+from mha_spec_conformance.accuracy import allowances, deviations, precision
+
+BATCH, HEADS, GROUP, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
+KV_HEADS = HEADS // GROUP
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def sum_j(x):
+    return numpy.sum(x, axis=-1, keepdims=True)
+
+
+def over_keys(x, y):
+    """sum_j x[i,j] y[j,c]."""
+    return numpy.einsum("bhij,bhjc->bhic", x, y)
+
+
+def over_rows(x, y):
+    """sum_i x[i,j] y[i,c], over the group."""
+    by_head = numpy.einsum("bhij,bhic->bhjc", x, y)
+    return by_head.reshape(BATCH, KV_HEADS, GROUP, *by_head.shape[2:]).sum(axis=2)
+
+
+def pairs(x, y):
+    """sum_c x[i,c] y[j,c]."""
+    return numpy.einsum("bhic,bhjc->bhij", x, y)
+
+
+@pytest.fixture(scope="module", params=["plain", "everything", "wide bias"])
+def call(request):
+    """A call of attention_vjp with all sizes different, some rows empty, bias and sinks in float64, and its options."""
+    random = numpy.random.default_rng(7)
+    normal = random.standard_normal
+    arrays = {
+        "query": normal((BATCH, HEADS, Q_LEN, QK_DIM)),
+        "key": normal((BATCH, KV_HEADS, KV_LEN, QK_DIM)),
+        "value": normal((BATCH, KV_HEADS, KV_LEN, V_DIM)),
+        "grad_output": normal((BATCH, HEADS, Q_LEN, V_DIM)),
+    }
+    options = {"scale": 0.9}
+    if request.param != "plain":
+        mask = random.random((BATCH, 1, Q_LEN, KV_LEN)) < 0.7
+        mask[0, :, 2] = False
+        bias_shape = (1, HEADS, 1, KV_LEN) if request.param == "everything" else (BATCH, HEADS, Q_LEN, 1)
+        arrays |= {"mask": mask, "bias": normal(bias_shape), "grad_lse": normal((BATCH, HEADS, Q_LEN))}
+    if request.param == "everything":
+        arrays["sinks"] = normal(HEADS)
+        arrays["dropout_mask"] = random.random((BATCH, HEADS, Q_LEN, KV_LEN)) < 0.8
+        options |= {"softcap": 1.5, "dropout_rate": 0.2}
+    return SimpleNamespace(arrays=arrays, options=options)
+
+
+@pytest.fixture(scope="module")
+def case(call):
+    """The quantities of the case, as the order of the steps and the section on gradients name them."""
+    a, c = call.arrays, SimpleNamespace(softcap=call.options.get("softcap"), scale=call.options["scale"])
+    c.Q, c.dO = a["query"], a["grad_output"]
+    c.K, c.V = (numpy.repeat(a[name], GROUP, axis=1) for name in ("key", "value"))
+    c.bias = a.get("bias", numpy.zeros((1, 1, 1, 1)))
+    c.seen = numpy.broadcast_to(a.get("mask", True), (BATCH, HEADS, Q_LEN, KV_LEN))
+    c.row = c.seen.any(axis=-1, keepdims=True)
+    c.read = over_rows(c.seen * 1.0, numpy.ones_like(c.dO[..., :1])) > 0
+    c.sinks = "sinks" in a
+    c.z = a["sinks"].reshape(1, -1, 1, 1) if c.sinks else 0.0
+    c.X = c.seen * c.scale * pairs(c.Q, c.K)
+    c.t = tanh(c.X / c.softcap) if c.softcap else numpy.zeros_like(c.X)
+    c.Y = c.softcap * c.t if c.softcap else c.X
+    c.S = c.seen * (c.Y + c.bias)
+    c.m = numpy.max(numpy.where(c.seen, c.S, -numpy.inf), axis=-1, keepdims=True)
+    c.m = numpy.maximum(c.m, c.z) if c.sinks else numpy.where(c.row, c.m, 0)
+    e = c.seen * exp(c.S - c.m)
+    c.l = sum_j(e) + (exp(c.z - c.m) if c.sinks else 0)
+    c.l = numpy.where(c.l == 0, 1, c.l)
+    c.lse = c.m + numpy.log(c.l)
+    c.P = e / c.l
+    c.P_z = exp(c.z - c.lse) if c.sinks else 0.0
+    c.dropout = "dropout_mask" in a
+    c.k = c.seen * (a["dropout_mask"] / (1 - call.options["dropout_rate"]) if c.dropout else 1.0)
+    c.O = over_keys(c.k * c.P, c.V)
+    c.g = a["grad_lse"][..., None] if "grad_lse" in a else numpy.zeros_like(c.m)
+    c.dP = c.k * pairs(c.dO, c.V)
+    c.D = sum_j(c.P * c.dP) - c.g
+    c.dS = c.P * (c.dP - c.D)
+    c.s = c.seen * (1 - c.t**2)
+    c.dX = c.dS * c.s
+    c.n, c.n1, c.N, c.M = KV_LEN, KV_LEN + c.sinks, GROUP * Q_LEN, BATCH * Q_LEN
+    c.N_b = c.P.size / c.bias.size
+    axes = tuple(axis for axis in range(4) if c.bias.shape[axis] == 1)
+    c.over_bias = lambda x: numpy.sum(x, axis=axes, keepdims=True)
+    c.spread = lambda w, w_z: (
+        numpy.sum(w[..., None] * (c.k[..., None] * c.V[:, :, None] - c.O[..., None, :]) ** 2, axis=3) + w_z * c.O**2
+    )
+    names = ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks")
+    inputs = {name: array for name, array in a.items() if name != "grad_output"}
+    c.gradients = dict(zip(names, reference.attention_vjp(c.dO, **inputs, **call.options), strict=True))
+    return c
+
+
+def largest(c, p, wider):
+    """E of every result, MHA-ACC-1."""
+    u_a, u_p, u_dP, u_o, u_l, w, e_exp, e_tanh = p.u_a, p.u_p, p.u_dp, p.u_o, p.u_l, p.w, p.e_x, p.e_t
+    u_b, w_b, r = u_a, w, 2 * u_a * c.dropout
+    E = {}
+    A = c.seen * abs(c.scale) * pairs(abs(c.Q), abs(c.K))
+    E_Y, slope = u_a * (QK_DIM + 3) * A, 1.0
+    if c.softcap:
+        E_X = u_a * ((QK_DIM + 3) * A + 2 * abs(c.X))
+        slope = 1 - tanh(numpy.maximum(0, abs(c.X) - E_X) / c.softcap) ** 2
+        E_Y = c.seen * (slope * E_X + (e_tanh + 2 * u_a) * abs(c.Y) + 8 * u_a * c.softcap)
+    sigma = c.seen * (E_Y + u_a * ((3 if wider else 2) * abs(c.S) + abs(c.m)) + e_exp)
+    sigma_z = u_a * (2 * abs(c.z) + abs(c.m) + abs(c.lse)) + u_l * abs(c.lse) + 2 * e_exp if c.sinks else 0.0
+    B = sum_j(c.P * sigma) + c.P_z * sigma_z
+    G = exp(2 * numpy.max(sigma * (c.P > 0), axis=-1, keepdims=True))
+
+    P, Pt, O, V, k = c.P, c.P * c.k, c.O, c.V, c.k
+    E_output = G * sqrt(B * c.spread(P * sigma, c.P_z * sigma_z))
+    E_output = E_output + (u_p + u_a * c.n1 + r) * over_keys(Pt, abs(V)) + (u_a * (c.n1 + 4) + u_o) * abs(O)
+    E["output"] = E_output = c.row * (E_output + w * (over_keys(k, abs(V)) / c.l + 1))
+    E_lse = G * B + u_a * (c.n1 + 5) + (u_a + u_l) * abs(c.lse) + u_a * abs(c.m)
+    E_lse = numpy.where(c.row, E_lse, (u_a + u_l) * abs(c.z) * c.sinks)
+    E["lse"] = E_lse[..., 0]
+    E["weights"] = c.seen * (P * expm1(G * (sigma + B) + u_a * (c.n1 + 6)) + u_o * P + w)
+
+    rho = c.seen * expm1(sigma + E_lse + u_a * (abs(c.S) + abs(c.lse)) + e_exp)
+    eta = k * u_a * V_DIM * pairs(abs(c.dO), abs(V)) + (u_dP + r) * abs(c.dP)
+    E_D = numpy.maximum(
+        sum_j(abs(c.dO) * (E_output + u_a * V_DIM * abs(O))),
+        sum_j(P * ((rho + u_p + u_a * c.n) * abs(c.dP) + eta)),
+    )
+    E_D = c.row * E_D + u_a * (abs(c.D + c.g) + abs(c.g))
+    difference = abs(c.dP - c.D)
+    F = c.seen * (P * ((rho + 2 * u_a) * difference + eta) + u_p * abs(c.dS) + 4 * w * (1 + difference))
+    E_s = c.seen * (2 * abs(c.t) * E_Y / c.softcap + (E_Y / c.softcap) ** 2 + 3 * u_a) if c.softcap else 0.0
+    C = c.seen * (F * (c.s + E_s) + abs(c.dS) * E_s + w)
+
+    dQ, dK, dV = (abs(c.gradients[f"grad_{name}"]) for name in ("query", "key", "value"))
+    E_dQ = over_keys(C + u_a * (c.n + 1) * abs(c.dX), abs(c.K)) + E_D * abs(over_keys(P * c.s, c.K))
+    E["grad_query"] = c.row * (abs(c.scale) * E_dQ + (u_o + 2 * u_a) * dQ + w)
+    partial = u_a * (c.N + 1) + u_o * (GROUP - 1)
+    E_dK = over_rows(C + P * E_D * (c.s + E_s) + partial * abs(c.dX), abs(c.Q))
+    E["grad_key"] = c.read * (abs(c.scale) * E_dK + (u_o + 2 * u_a) * dK + w)
+    E_dV = over_rows(Pt * (rho + u_p + r + u_a * c.N + u_o * (GROUP - 1)), abs(c.dO))
+    E["grad_value"] = c.read * (E_dV + u_o * dV + w * (1 + over_rows(k, abs(c.dO))))
+    if c.gradients["grad_bias"] is not None:
+        terms = c.over_bias(F + P * E_D) + u_a * c.N_b * c.over_bias(abs(c.dS))
+        terms = terms + u_b * abs(c.gradients["grad_bias"]) + w_b
+        E["grad_bias"] = numpy.where(c.over_bias(c.seen * 1.0) > 0, terms, 0)
+    if c.sinks:
+        rho_z = expm1(sigma_z + E_lse + u_a * (abs(c.z) + abs(c.lse)) + e_exp)
+        terms = c.P_z * (rho_z + u_a * (1 + c.M)) * abs(c.D) + c.P_z * E_D + 4 * w * (1 + abs(c.D))
+        E["grad_sinks"] = terms.sum(axis=(0, 2, 3)) + u_b * abs(c.gradients["grad_sinks"]) + w_b
+    return E, slope
+
+
+def variance(c, p, slope):
+    """U of every result, MHA-ACC-2."""
+    u_a, u_p, u_dP, u_o, u_l, w, e_exp, e_tanh = p.u_a, p.u_p, p.u_dp, p.u_o, p.u_l, p.w, p.e_x, p.e_t
+    u_b, w_b = u_a, w
+    U = {}
+    A2 = c.seen * c.scale**2 * pairs(c.Q**2, c.K**2)
+    U_Y = u_a**2 * (QK_DIM * (c.X**2 / 3 + A2 / 2) / 3 + A2)
+    if c.softcap:
+        U_Y = slope**2 * (U_Y + 2 * u_a**2 * c.X**2 / 3) + (e_tanh**2 + 2 * u_a**2) * c.Y**2 / 3
+        U_Y = U_Y + (4 * u_a * c.softcap) ** 2 / 3
+    U_s = c.seen * (U_Y + u_a**2 * (4 * c.S**2 + c.m**2) / 3 + e_exp**2)
+    U_z = (u_a**2 * (4 * c.z**2 + c.m**2 + c.lse**2) + u_l**2 * c.lse**2) / 3 + 2 * e_exp**2 if c.sinks else 0.0
+    P, Pt, O, V, k = c.P, c.P * c.k, c.O, c.V, c.k
+    U_l = sum_j(P**2 * U_s) + c.P_z**2 * U_z + e_exp**2 + u_a**2 * (c.n1 / 9 + 4)
+
+    squares = over_keys(Pt**2, V**2)
+    U_output = c.spread(P**2 * U_s, c.P_z**2 * U_z) + u_p**2 / 3 * numpy.maximum(squares, c.spread(P**2, 0))
+    U_output = U_output + u_a**2 * c.n1 / 3 * (O**2 / 3 + squares / 2)
+    U_output = U_output + (u_a**2 * (c.n1 / 9 + 4) + u_o**2 / 3) * O**2
+    U["output"] = U_output = c.row * (U_output + w**2 * (over_keys(k, abs(V)) / c.l + 1) ** 2)
+    stored = (u_a**2 + u_l**2) * c.lse**2 / 3
+    U_lse = numpy.where(c.row, U_l + stored + u_a**2 * c.m**2 / 3, stored)
+    U["lse"] = U_lse[..., 0]
+    U["weights"] = c.seen * (P**2 * (U_s + U_l + u_o**2 / 3) + w**2)
+
+    U_rho = c.seen * (U_s + U_lse + u_a**2 * (c.S**2 + c.lse**2) / 3 + e_exp**2)
+    B2, O2 = k**2 * pairs(c.dO**2, V**2), sum_j(c.dO**2 * O**2)
+    U_dP = u_a**2 * (V_DIM * (c.dP**2 / 3 + B2 / 2) / 3 + B2) + u_dP**2 * c.dP**2 / 3
+    dot = c.D + c.g
+    U_D = numpy.maximum(
+        sum_j(c.dO**2 * U_output) + u_a**2 * (V_DIM * (dot**2 / 3 + O2 / 2) / 3 + O2),
+        sum_j(P**2 * ((U_rho + u_p**2 / 3 + u_a**2 * c.n / 6) * c.dP**2 + U_dP)) + u_a**2 * c.n / 9 * dot**2,
+    )
+    U_D = c.row * U_D + u_a**2 * (dot**2 + c.g**2) / 3
+    difference = c.dP - c.D
+    U_F = P**2 * ((U_rho + u_a**2) * difference**2 + U_dP) + u_p**2 * c.dS**2 / 3
+    U_F = c.seen * (U_F + (4 * w * (1 + abs(difference))) ** 2)
+    U_C = c.seen * (U_F + w**2)
+    if c.softcap:
+        U_C = c.seen * (c.s**2 * U_F + c.dS**2 * (4 * c.t**2 * U_Y / c.softcap**2 + 3 * u_a**2) + w**2)
+    R = u_a**2 * c.N + u_o**2 * (GROUP - 1)
+    T = u_o**2 * (1 + (GROUP - 1) / 3) / 3 + u_a**2 * c.N / 9
+
+    dQ, dK, dV = (c.gradients[f"grad_{name}"] for name in ("query", "key", "value"))
+    U_dQ = over_keys(U_C + u_a**2 * c.n * c.dX**2 / 6, c.K**2) + U_D * over_keys(P * c.s, c.K) ** 2
+    U["grad_query"] = c.row * (c.scale**2 * U_dQ + (u_o**2 / 3 + u_a**2 * c.n / 9) * dQ**2 + w**2)
+    U_dK = over_rows(U_C + (P * c.s) ** 2 * U_D + R * c.dX**2 / 6, c.Q**2)
+    U["grad_key"] = c.read * (c.scale**2 * U_dK + T * dK**2 + w**2)
+    U_dV = over_rows(Pt**2 * (U_rho + u_p**2 / 3 + R / 6), c.dO**2)
+    U["grad_value"] = c.read * (U_dV + T * dV**2 + w**2 * (1 + over_rows(k, abs(c.dO))) ** 2)
+    if c.gradients["grad_bias"] is not None:
+        shared = P * U_D * sum_j(P) if c.bias.shape[-1] == 1 else P**2 * U_D
+        terms = c.over_bias(U_F + shared + u_a**2 * c.N_b * c.dS**2 / 6)
+        terms = terms + (u_b**2 / 3 + u_a**2 * c.N_b / 9) * c.gradients["grad_bias"] ** 2 + w_b**2
+        U["grad_bias"] = numpy.where(c.over_bias(c.seen * 1.0) > 0, terms, 0)
+    if c.sinks:
+        relative = U_z + U_lse + u_a**2 * (1 + c.lse**2 / 3 + c.M / 6) + e_exp**2
+        terms = (4 * w * (1 + abs(c.D))) ** 2 + c.P_z**2 * (relative * c.D**2 + U_D)
+        terms = terms.sum(axis=(0, 2, 3)) + (u_b**2 / 3 + u_a**2 * c.M / 9) * c.gradients["grad_sinks"] ** 2
+        U["grad_sinks"] = terms + w_b**2
+    return U
+
+
+def asked(call, function):
+    """The arrays and options of the call that a function takes."""
+    without = {"attention": {"grad_output", "grad_lse"}, "attention_vjp": set()}
+    without["attention_weights"] = without["attention"] | {"value", "dropout_mask"}
+    arrays = {name: array for name, array in call.arrays.items() if name not in without[function]}
+    dropped = {"dropout_rate"} if function == "attention_weights" else set()
+    return arrays, {name: option for name, option in call.options.items() if name not in dropped}
+
+
+@pytest.mark.parametrize("profile", ["standard", "strict"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", ["attention", "attention_weights", "attention_vjp"])
+def test_the_suite_computes_the_formulas(call, case, function, dtype, profile):
+    p = precision(dtype, profile)
+    arrays, options = asked(call, function)
+    E, slope = largest(case, p, wider="bias" in arrays and p.u_a > precision("float64").u_a)
+    U = variance(case, p, slope)
+    computed, spread = allowances(function, arrays, options, p), deviations(function, arrays, options, p)
+    assert computed.keys() == spread.keys() <= E.keys()
+    for name in computed:
+        numpy.testing.assert_allclose(computed[name], E[name], rtol=1e-9, err_msg=name)
+        numpy.testing.assert_allclose(spread[name] ** 2, U[name], rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_suite_computes_the_formulas_of_merging(dtype):
+    p, random = precision(dtype), numpy.random.default_rng(7)
+    lse_a, lse_b = random.standard_normal((2, BATCH, HEADS, Q_LEN)) * 3
+    lse_a[0, 0], lse_b[0, :2] = -numpy.inf, -numpy.inf
+    output_a, output_b = random.standard_normal((2, BATCH, HEADS, Q_LEN, V_DIM))
+    halves = {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b}
+    output, lse = reference.merge_attention(**halves)
+    both = numpy.isfinite(lse_a) & numpy.isfinite(lse_b)
+
+    def where_both(x):
+        return numpy.where(both if x.ndim == both.ndim else both[..., None], x, 0)
+
+    with numpy.errstate(invalid="ignore"):
+        u_a, u_l, u_o, w, e = p.u_a, p.u_l, p.u_o, p.w, 8 * p.u_a
+        a_a, a_b, d = exp(lse_a - lse), exp(lse_b - lse), abs(lse_a - lse_b)
+        E_0 = numpy.minimum(a_a, a_b) * (u_a * d + e) + 4 * u_a + (u_a + u_l) * abs(lse)
+        E_lse = E_0 + 2 * u_a * (abs(lse_a) + abs(lse_b))
+        a_a, a_b = a_a[..., None], a_b[..., None]
+        E_output = (E_0 + u_a * d + 2 * e + 4 * u_a)[..., None] * (a_a * abs(output_a) + a_b * abs(output_b))
+        E_output = E_output + 4 * u_a * abs(output_a - output_b) + u_o * abs(output) + w
+        U_lse = numpy.minimum(a_a, a_b)[..., 0] ** 2 * (u_a**2 * d**2 / 3 + e**2) + 4 * u_a**2
+        U_lse = U_lse + u_a**2 * (lse_a**2 + lse_b**2 + lse**2) / 3 + u_l**2 * lse**2 / 3
+        relative = (U_lse + u_a**2 * d**2 / 3 + 2 * e**2 + 4 * u_a**2)[..., None]
+        U_output = relative * (a_a**2 * output_a**2 + a_b**2 * output_b**2)
+        U_output = U_output + 4 * u_a**2 * (output_a - output_b) ** 2 / 3 + u_o**2 * output**2 / 3 + w**2
+    E, U = {"output": E_output, "lse": E_lse}, {"output": U_output, "lse": U_lse}
+    computed, spread = allowances("merge_attention", halves, {}, p), deviations("merge_attention", halves, {}, p)
+    for name in ("output", "lse"):
+        numpy.testing.assert_allclose(computed[name], where_both(E[name]), rtol=1e-9, err_msg=name)
+        numpy.testing.assert_allclose(spread[name] ** 2, where_both(U[name]), rtol=1e-9, err_msg=name)
