@@ -1,0 +1,229 @@
+"""Questions without an answer: each must raise an error that names the argument, in every backend alike."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from description import Description, Input
+
+from .build import inputs_of
+from .options import integers
+from .sizes import Sizes
+from .tensors import bell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+SIZES = Sizes(2, 4, 2, 3, 5, 7, 11)
+
+
+def descriptions() -> Iterator[Description]:
+    """Options out of range, inputs that do not fit, and functions with more to check than attention."""
+    for name, argument, kind, clause, options in _OPTIONS:
+        yield _refused(name, argument, kind, clause, {}, options)
+    for name, argument, kind, clause, change in _INPUTS:
+        yield _refused(name, argument, kind, clause, change, {})
+    for name, argument, clause, change, options in _AMBIGUOUS:
+        yield _refused(name, argument, "value", clause, change, options)
+    yield from _other_functions()
+
+
+def _refused(
+    name: str,
+    argument: str,
+    kind: str,
+    clause: str,
+    change: Mapping[str, Input],
+    options: Mapping[str, Any],
+    *,
+    function: str = "attention",
+    sizes: Sizes = SIZES,
+) -> Description:
+    inputs, _ = inputs_of(sizes, "generic", {}, 0, function)
+    return _error(f"{function}/error/{name}", argument, kind, clause, {**inputs, **change}, options, function)
+
+
+def _error(
+    identity: str,
+    argument: str,
+    kind: str,
+    clause: str,
+    inputs: Mapping[str, Input],
+    options: Mapping[str, Any],
+    function: str,
+) -> Description:
+    title = (
+        f"{identity.rpartition('/')[2].replace('-', ' ').capitalize()} is refused, and the message names `{argument}`."
+    )
+    return Description(
+        id=identity,
+        title=title,
+        function=function,
+        clauses=(clause,),
+        features=("errors",),
+        inputs=inputs,
+        options=options,
+        tags=("structured",),
+        dtypes=("float32",),
+        lse=False,
+        error={"argument": argument, "kind": kind},
+    )
+
+
+def _of(shape: tuple[int, ...], dtype: str = "case") -> Input:
+    values = bell(shape, 2.0**-3, "refused")
+    return Input(values > 0 if dtype == "bool" else numpy.round(values) if dtype.startswith("int") else values, dtype)
+
+
+_OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
+    ("unknown-keyword", "is_causal", "type", "MHA-ARG-1", {"is_causal": True}),
+    ("unknown-keyword-mask", "attn_mask", "type", "MHA-ARG-1", {"attn_mask": None}),
+    ("scale-nan", "scale", "value", "MHA-ARG-2", {"scale": math.nan}),
+    ("scale-infinite", "scale", "value", "MHA-ARG-2", {"scale": math.inf}),
+    ("scale-text", "scale", "type", "MHA-ARG-2", {"scale": "default"}),
+    ("softcap-zero", "softcap", "value", "MHA-ARG-2", {"softcap": 0.0}),
+    ("softcap-negative", "softcap", "value", "MHA-ARG-2", {"softcap": -30.0}),
+    ("softcap-infinite", "softcap", "value", "MHA-ARG-2", {"softcap": math.inf}),
+    ("causal-integer", "causal", "type", "MHA-ARG-2", {"causal": 1}),
+    ("dropout-rate-one", "dropout_rate", "value", "MHA-ARG-2", {"dropout_rate": 1.0}),
+    ("dropout-rate-negative", "dropout_rate", "value", "MHA-ARG-2", {"dropout_rate": -0.25}),
+    ("dropout-rate-nan", "dropout_rate", "value", "MHA-ARG-2", {"dropout_rate": math.nan}),
+    ("mask-python-boolean", "mask", "type", "MHA-MASK-2", {"mask": True}),
+    ("bias-python-number", "bias", "type", "MHA-MASK-2", {"bias": 0.5}),
+    ("sinks-python-number", "sinks", "type", "MHA-SINK-1", {"sinks": 1.5}),
+    ("window-number", "window", "type", "MHA-ARG-3", {"window": 3, "q_offset": 2}),
+    ("window-negative", "window", "value", "MHA-ARG-3", {"window": (-1, 0), "q_offset": 2}),
+    ("window-negative-right", "window", "value", "MHA-ARG-3", {"window": (None, -1), "q_offset": 2}),
+    ("window-triple", "window", "type", "MHA-ARG-3", {"window": (1, 2, 3), "q_offset": 2}),
+    ("window-fraction", "window", "type", "MHA-ARG-3", {"window": (1.5, 0), "q_offset": 2}),
+    ("window-beyond-positions", "window", "value", "MHA-ARG-3", {"window": (2**30 + 1, 0), "q_offset": 2}),
+    ("kv-lengths-beyond-kv-len", "kv_lengths", "value", "MHA-LEN-3", {"kv_lengths": (6, 3)}),
+    ("kv-lengths-negative", "kv_lengths", "value", "MHA-LEN-3", {"kv_lengths": (5, -1)}),
+    ("kv-lengths-of-wrong-count", "kv_lengths", "value", "MHA-LEN-3", {"kv_lengths": (5, 3, 2)}),
+    ("kv-lengths-fractions", "kv_lengths", "type", "MHA-LEN-3", {"kv_lengths": (5.0, 3.0)}),
+    ("kv-lengths-one-number", "kv_lengths", "type", "MHA-LEN-3", {"kv_lengths": 4}),
+    ("q-lengths-beyond-q-len", "q_lengths", "value", "MHA-LEN-3", {"q_lengths": (4, 3)}),
+    ("q-lengths-negative", "q_lengths", "value", "MHA-LEN-3", {"q_lengths": (-1, 3)}),
+    ("offset-beyond-positions", "q_offset", "value", "MHA-LEN-3", {"causal": True, "q_offset": -(2**30) - 1}),
+    ("offset-of-wrong-count", "q_offset", "value", "MHA-LEN-3", {"causal": True, "q_offset": (0, 1, 2)}),
+    ("offset-fraction", "q_offset", "type", "MHA-LEN-3", {"causal": True, "q_offset": 2.0}),
+)
+_INPUTS: tuple[tuple[str, str, str, str, dict[str, Input]], ...] = (
+    ("query-rank-3", "query", "value", "MHA-SHAPE-1", {"query": _of((4, 3, 7))}),
+    ("key-rank-5", "key", "value", "MHA-SHAPE-1", {"key": _of((1, 2, 2, 5, 7))}),
+    ("value-rank-3", "value", "value", "MHA-SHAPE-1", {"value": _of((2, 5, 11))}),
+    ("query-integer", "query", "type", "MHA-SHAPE-3", {"query": _of(SIZES.query, "int32")}),
+    ("key-of-another-dtype", "key", "type", "MHA-SHAPE-3", {"key": _of(SIZES.key, "float16")}),
+    ("value-of-another-dtype", "value", "type", "MHA-SHAPE-3", {"value": _of(SIZES.value, "float16")}),
+    ("key-of-another-batch", "key", "value", "MHA-SHAPE-3", {"key": _of((3, 2, 5, 7))}),
+    ("key-of-another-size", "key", "value", "MHA-SHAPE-3", {"key": _of((2, 2, 5, 6))}),
+    ("value-of-another-length", "value", "value", "MHA-SHAPE-3", {"value": _of((2, 2, 4, 11))}),
+    ("value-of-other-heads", "value", "value", "MHA-SHAPE-3", {"value": _of((2, 4, 5, 11))}),
+    ("heads-no-multiple", "query", "value", "MHA-HEAD-2", {"query": _of((2, 5, 3, 7))}),
+    ("heads-fewer-than-kv-heads", "query", "value", "MHA-HEAD-2", {"query": _of((2, 1, 3, 7))}),
+    ("no-heads", "query", "value", "MHA-SHAPE-2", {"query": _of((2, 0, 3, 7))}),
+    ("no-kv-heads", "key", "value", "MHA-SHAPE-2", {"key": _of((2, 0, 5, 7)), "value": _of((2, 0, 5, 11))}),
+    ("no-size", "query", "value", "MHA-SHAPE-2", {"query": _of((2, 4, 3, 0)), "key": _of((2, 2, 5, 0))}),
+    ("no-value-size", "value", "value", "MHA-SHAPE-2", {"value": _of((2, 2, 5, 0))}),
+    ("mask-integer", "mask", "type", "MHA-MASK-1", {"mask": _of(SIZES.scores, "int32")}),
+    ("mask-float", "mask", "type", "MHA-MASK-1", {"mask": _of(SIZES.scores)}),
+    ("mask-rank-2", "mask", "value", "MHA-MASK-2", {"mask": _of((3, 5), "bool")}),
+    ("mask-rank-3", "mask", "value", "MHA-MASK-2", {"mask": _of((2, 3, 5), "bool")}),
+    ("mask-of-kv-heads", "mask", "value", "MHA-MASK-2", {"mask": _of((2, 2, 3, 5), "bool")}),
+    ("mask-too-short", "mask", "value", "MHA-MASK-2", {"mask": _of((1, 1, 3, 4), "bool")}),
+    ("bias-boolean", "bias", "type", "MHA-BIAS-1", {"bias": _of(SIZES.scores, "bool")}),
+    ("bias-integer", "bias", "type", "MHA-BIAS-1", {"bias": _of(SIZES.scores, "int32")}),
+    ("bias-rank-3", "bias", "value", "MHA-MASK-2", {"bias": _of((4, 3, 5))}),
+    ("bias-too-long", "bias", "value", "MHA-MASK-2", {"bias": _of((1, 4, 3, 6))}),
+    ("dropout-mask-float", "dropout_mask", "type", "MHA-DROP-1", {"dropout_mask": _of(SIZES.scores)}),
+    ("dropout-mask-too-short", "dropout_mask", "value", "MHA-MASK-2", {"dropout_mask": _of((2, 4, 2, 5), "bool")}),
+    ("sinks-of-kv-heads", "sinks", "value", "MHA-SINK-1", {"sinks": _of((2,))}),
+    ("sinks-integer", "sinks", "type", "MHA-SINK-1", {"sinks": _of((4,), "int32")}),
+    ("sinks-rank-2", "sinks", "value", "MHA-SINK-1", {"sinks": _of((1, 4))}),
+    ("kv-lengths-float", "kv_lengths", "type", "MHA-LEN-3", {"kv_lengths": _of((2,), "float32")}),
+    ("kv-lengths-of-heads", "kv_lengths", "value", "MHA-LEN-3", {"kv_lengths": integers(numpy.ones((2, 4)))}),
+    ("q-segments-alone", "kv_segment_ids", "value", "MHA-SEG-1", {"q_segment_ids": integers(numpy.zeros((2, 3)))}),
+    ("kv-segments-alone", "q_segment_ids", "value", "MHA-SEG-1", {"kv_segment_ids": integers(numpy.zeros((2, 5)))}),
+    (
+        "kv-segments-of-q-len",
+        "kv_segment_ids",
+        "value",
+        "MHA-SEG-1",
+        {name: integers(numpy.zeros((2, 3))) for name in ("q_segment_ids", "kv_segment_ids")},
+    ),
+    (
+        "q-segments-float",
+        "q_segment_ids",
+        "type",
+        "MHA-SEG-1",
+        {"q_segment_ids": _of((2, 3), "float32"), "kv_segment_ids": integers(numpy.zeros((2, 5)))},
+    ),
+)
+_AMBIGUOUS: tuple[tuple[str, str, str, dict[str, Input], dict[str, Any]], ...] = (
+    ("ambiguous-causal", "q_offset", "MHA-POS-2", {}, {"causal": True}),
+    ("ambiguous-window", "q_offset", "MHA-POS-2", {}, {"window": (2, 0)}),
+    (
+        "ambiguous-causal-with-kv-lengths",
+        "q_offset",
+        "MHA-POS-2",
+        {"query": _of((2, 4, 5, 7)), "kv_lengths": integers((5, 3))},
+        {"causal": True},
+    ),
+)
+
+
+def _other_functions() -> Iterator[Description]:
+    vjp = "attention_vjp"
+    yield _refused(
+        "dropout-without-mask", "dropout_mask", "value", "MHA-DROP-4", {}, {"dropout_rate": 0.5}, function=vjp
+    )
+    yield _refused(
+        "dropout-of-tenth-without-mask", "dropout_mask", "value", "MHA-DROP-4", {}, {"dropout_rate": 0.1}, function=vjp
+    )
+    yield _refused(
+        "grad-output-of-wrong-shape",
+        "grad_output",
+        "value",
+        "MHA-VJP-7",
+        {"grad_output": _of((2, 4, 3, 7))},
+        {},
+        function=vjp,
+    )
+    yield _refused(
+        "grad-lse-of-wrong-shape", "grad_lse", "value", "MHA-VJP-7", {"grad_lse": _of((2, 4, 3, 1))}, {}, function=vjp
+    )
+    yield _refused(
+        "dropout-of-weights",
+        "dropout_rate",
+        "type",
+        "MHA-DROP-3",
+        {},
+        {"dropout_rate": 0.5},
+        function="attention_weights",
+    )
+    yield _refused("ambiguous-causal", "q_offset", "value", "MHA-POS-2", {}, {"causal": True}, function=vjp)
+    yield _refused(
+        "ambiguous-causal", "q_offset", "value", "MHA-POS-2", {}, {"causal": True}, function="attention_weights"
+    )
+    yield from _merges()
+
+
+def _merges() -> Iterator[Description]:
+    shape = SIZES.output
+    halves = {
+        "output_a": _of(shape),
+        "lse_a": _of(shape[:3], "softmax"),
+        "output_b": _of(shape),
+        "lse_b": _of(shape[:3], "softmax"),
+    }
+    wrong: dict[str, Callable[[], tuple[str, Input]]] = {
+        "lse-with-an-axis-too-many": lambda: ("lse_a", _of((*shape[:3], 1), "softmax")),
+        "halves-of-unlike-heads": lambda: ("output_b", _of((2, 2, 3, 11))),
+        "lse-of-another-length": lambda: ("lse_b", _of((2, 4, 5), "softmax")),
+    }
+    for name, make in wrong.items():
+        argument, array = make()
+        identity = f"merge_attention/error/{name}"
+        yield _error(identity, argument, "value", "MHA-MERGE-4", {**halves, argument: array}, {}, "merge_attention")

@@ -1,0 +1,111 @@
+"""The expected values of a case: by ball arithmetic, correctly rounded to float64, and proven so.
+
+Shares no code with the implementations that it checks. Visibility is decided per pair in plain integers, products are
+exact, and what remains is evaluated in balls at rising precision until both ends of each ball round to one float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+from oracle_backward import attention_vjp
+from oracle_balls import Refused
+from oracle_forward import attention, attention_weights
+from oracle_kinds import Marked
+from oracle_merge import merge_attention
+from oracle_visibility import Question
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from description import Description
+
+__all__ = ["Answer", "Refused", "expect", "sample"]
+
+TILE_BORDERS = tuple(2**n for n in range(4, 13))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One expected output.
+
+    `values` has the full shape, or (len(rows), last axis) where `rows` holds flat indices over the axes but the last
+    (over all axes for lse). `kinds` has the shape of `values`; None where every element is finite.
+    """
+
+    values: numpy.ndarray
+    kinds: numpy.ndarray | None
+    rows: numpy.ndarray | None
+    shape: tuple[int, ...]
+
+
+def expect(description: Description) -> dict[str, Answer]:
+    """Give the expected outputs of a case by name; none for a case that must raise.
+
+    Raises:
+        Refused: Some element cannot be proven.
+    """
+    if description.error is not None:
+        return {}
+    if description.function == "merge_attention":
+        return _sampled(merge_attention(description), description.sampled_rows)
+    question = Question(description)
+    if description.function == "attention_vjp":
+        every = [question.row(*place) for place in numpy.ndindex(question.batch, question.heads, question.q_len)]
+        return _sampled(attention_vjp(question, every), description.sampled_rows)
+    return _forward(description, question)
+
+
+def _forward(description: Description, question: Question) -> dict[str, Answer]:
+    lead = (question.batch, question.heads, question.q_len)
+    indices = sample(lead, description.sampled_rows)
+    places = [numpy.unravel_index(n, lead) for n in (range(math.prod(lead)) if indices is None else indices)]
+    rows = [question.row(*map(int, place)) for place in places]
+    evaluate = attention_weights if description.function == "attention_weights" else attention
+    answers = evaluate(question, rows)
+    if not description.lse:
+        answers.pop("lse", None)
+    shapes = {name: (*lead, *marked.values.shape[1:]) for name, marked in answers.items()}
+    return {name: _answer(marked, indices, shapes[name]) for name, marked in answers.items()}
+
+
+def _sampled(outputs: Mapping[str, Marked], count: int | None) -> dict[str, Answer]:
+    return {name: _sampled_output(marked, name, count) for name, marked in outputs.items()}
+
+
+def _sampled_output(marked: Marked, name: str, count: int | None) -> Answer:
+    shape = marked.values.shape
+    lead = shape if name == "lse" else shape[:-1]
+    indices = sample(lead, count)
+    if indices is None:
+        return _answer(marked, None, shape)
+    flat = (math.prod(lead), *shape[len(lead) :])
+    return _answer(Marked(marked.values.reshape(flat)[indices], marked.kinds.reshape(flat)[indices]), indices, shape)
+
+
+def _answer(marked: Marked, rows: numpy.ndarray | None, shape: tuple[int, ...]) -> Answer:
+    stored = shape if rows is None else marked.values.shape
+    kinds = marked.kinds.reshape(stored) if marked.kinds.any() else None
+    return Answer(marked.values.reshape(stored), kinds, rows, shape)
+
+
+def sample(lead: tuple[int, ...], count: int | None) -> numpy.ndarray | None:
+    """Choose rows of the axes `lead`, whose last is the length; None where all of them are no more than `count`.
+
+    `count` rows spread evenly, first and last included, and the two rows at each power of two from 16 on, each in
+    another of the leading entries.
+    """
+    total = math.prod(lead)
+    if count is None or total <= count:
+        return None
+    even = numpy.round(numpy.linspace(0, total - 1, count)).astype(numpy.int64)
+    length = lead[-1]
+    borders = [
+        (n * 7 % (total // length)) * length + row
+        for n, border in enumerate(border for border in TILE_BORDERS if border < length)
+        for row in (border - 1, border)
+    ]
+    return numpy.unique(numpy.concatenate([even, numpy.asarray(borders, dtype=numpy.int64)])).astype(numpy.int32)

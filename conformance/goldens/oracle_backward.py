@@ -1,0 +1,188 @@
+"""Expected gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+from flint import arb
+from oracle_balls import exact_product, product, rounded
+from oracle_forward import spread_kept
+from oracle_kinds import ANY, EXACT, FINITE_VALUE, Marked
+from oracle_softmax import Exponentials, Scores, by_head, has_weight, power_of_two
+from oracle_visibility import EMPTY, FINITE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from oracle_visibility import Question, Row
+
+__all__ = ["attention_vjp"]
+
+
+def attention_vjp(question: Question, rows: Sequence[Row]) -> dict[str, Marked]:
+    """Gradients of query, key, value, bias and sinks from all rows, each of its operand's shape."""
+    kinds = _kinds(question, rows)
+    gradients = Gradients(question, rows)
+    finite = {name: kind == FINITE_VALUE for name, kind in kinds.items()}
+    values = rounded(question.name, gradients.evaluate, finite)
+    return {name: Marked.fill(values[name], kinds[name], 0.0) for name in kinds}
+
+
+def _shapes(question: Question) -> dict[str, tuple[int, ...]]:
+    shapes = {f"grad_{name}": getattr(question, name).shape for name in ("query", "key", "value")}
+    if question.has_bias:
+        shapes["grad_bias"] = question.bias.shape
+    return shapes | ({"grad_sinks": (question.heads,)} if question.has_sinks else {})
+
+
+def _kinds(question: Question, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
+    """An element to which nothing contributes is exactly 0, one to which an unspecified row contributes is anything."""
+    kinds = {name: numpy.full(shape, EXACT, dtype=numpy.uint8) for name, shape in _shapes(question).items()}
+    for row in rows:
+        b, h, i = row.batch, row.head, row.index
+        kind = FINITE_VALUE if is_right(question, row) else ANY
+        if row.state != EMPTY:
+            kinds["grad_query"][b, h, i] = kind
+        places: list[tuple[str, tuple[int, ...]]] = [("grad_key", (b, h // question.group, j)) for j in row.keys]
+        places += [("grad_value", (b, h // question.group, j)) for j in row.keys]
+        if question.has_bias:
+            places += [("grad_bias", question.bias.place(b, h, i, j)) for j in row.keys]
+        if _moves_sink(question, row, kind):
+            places.append(("grad_sinks", (h,)))
+        for name, place in places:
+            _spoil(kinds[name], place, kind)
+    return kinds
+
+
+def _spoil(kinds: numpy.ndarray, place: tuple[int, ...], kind: int) -> None:
+    """One contribution turns exact into finite; one that is unspecified turns all into that."""
+    if not (kinds[place] == ANY).any():
+        kinds[place] = kind
+
+
+def _moves_sink(question: Question, row: Row, kind: int) -> bool:
+    """Whether the row contributes to the gradient of its head's sink; an empty row does by grad_lse alone."""
+    if not question.has_sinks or (row.state == EMPTY and question.grad_lse is None):
+        return False
+    return kind == ANY or has_weight(question.sinks[row.head])
+
+
+def is_right(question: Question, row: Row) -> bool:
+    """Whether what the row contributes to gradients is specified."""
+    place = row.batch, row.head, row.index
+    if question.grad_lse is not None and not math.isfinite(question.grad_lse[place]):
+        return row.state == EMPTY and not has_weight(question.sinks[row.head])
+    if row.state == EMPTY:
+        return True
+    return (
+        row.state == FINITE
+        and not question.non_finite_columns(row)
+        and bool(numpy.isfinite(question.grad_output[place]).all())
+    )
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """What one row contributes: dX per visible key times `divisor`, l^2 (1 - rate); dS; and that of the sink.
+
+    Divisions come last, so that a quotient that a float64 holds is exact.
+    """
+
+    numerators: list[arb]
+    divisor: arb
+    grad_logits: list[arb]
+    grad_sink: arb
+    exponentials: Exponentials
+
+
+class Gradients:
+    """The contributions of all rows whose gradients are specified, summed in balls."""
+
+    def __init__(self, question: Question, rows: Sequence[Row]) -> None:
+        self.question = question
+        self.groups = by_head(row for row in rows if is_right(question, row))
+        self.scores = Scores(question, rows)
+        self.grad_weights = {
+            (b, h): exact_product(question.grad_output[b, h], question.value[b, h // question.group])
+            for b, h in self.groups
+        }
+
+    def evaluate(self) -> dict[str, numpy.ndarray]:
+        """Balls of every gradient."""
+        totals = {name: numpy.full(shape, arb(0), dtype=object) for name, shape in _shapes(self.question).items()}
+        for (b, h), rows in self.groups.items():
+            evaluated = [row for row in rows if row.keys or has_weight(self.question.sinks[h])]
+            parts = [self._row(row) for row in evaluated]
+            self._add_tensors(totals, b, h, evaluated, parts)
+            self._add_bias_and_sinks(totals, evaluated, parts)
+        return totals
+
+    def _row(self, row: Row) -> RowGradient:
+        """dS_j = e_j (l dP_j - sum_k e_k dP_k + l g) / l^2, with dP taken from that of the largest score, exactly.
+
+        The sink is a key whose dP is 0. Where all dP are equal, or one key is all there is, dS is exactly 0.
+        """
+        q = self.question
+        e = self.scores.exponentials(row)
+        keep = 1 - arb(q.dropout_rate)
+        table, exponent = self.grad_weights[row.batch, row.head]
+        line = [table[row.index][j] if q.kept(row.batch, row.head, row.index, j) else 0 for j in row.keys] + [0]
+        unit = power_of_two(exponent)
+        from_anchor = [unit * (x - line[e.anchor]) for x in line]
+        total = sum((power * x for power, x in zip([*e.keys, e.sink], from_anchor, strict=True)), arb(0))
+        grad_lse = arb(0) if q.grad_lse is None else arb(float(q.grad_lse[row.batch, row.head, row.index])) * keep
+        numerators = [
+            power * (e.total * (x + grad_lse) - total) for power, x in zip(e.keys, from_anchor[:-1], strict=True)
+        ]
+        divisor = e.total * e.total * keep
+        grad_logits = [numerator / divisor for numerator in numerators]
+        sink_numerator = e.sink * (e.total * (from_anchor[-1] + grad_lse) - total)
+        slopes = self.scores.slopes(row)
+        if slopes is not None:
+            numerators = [numerator * slope for numerator, slope in zip(numerators, slopes, strict=True)]
+        return RowGradient(numerators, divisor, grad_logits, sink_numerator / divisor, e)
+
+    def _add_tensors(
+        self, totals: dict[str, numpy.ndarray], b: int, h: int, rows: Sequence[Row], parts: Sequence[RowGradient]
+    ) -> None:
+        q, g, scale = self.question, h // self.question.group, self.scores.scale()
+        lines = [spread(q.kv_len, row, part.numerators) for row, part in zip(rows, parts, strict=True)]
+        grad_query = product(lines, q.key[b, g])
+        for row, part, sums in zip(rows, parts, grad_query, strict=True):
+            totals["grad_query"][b, h, row.index] = sums * scale / part.divisor
+        indices = [row.index for row in rows]
+        scaled = [[x / part.divisor for x in line] for line, part in zip(lines, parts, strict=True)]
+        totals["grad_key"][b, g] += product(_transposed(scaled, q.kv_len), q.query[b, h][indices]) * scale
+        keep = 1 - arb(q.dropout_rate)
+        weights = [
+            spread_kept(q, row, [x / (part.exponentials.total * keep) for x in part.exponentials.keys])
+            for row, part in zip(rows, parts, strict=True)
+        ]
+        values = product(_transposed(weights, q.kv_len), q.grad_output[b, h][indices])
+        totals["grad_value"][b, g] += values
+
+    def _add_bias_and_sinks(
+        self, totals: dict[str, numpy.ndarray], rows: Sequence[Row], parts: Sequence[RowGradient]
+    ) -> None:
+        q = self.question
+        for row, part in zip(rows, parts, strict=True):
+            if q.has_bias:
+                for j, grad in zip(row.keys, part.grad_logits, strict=True):
+                    totals["grad_bias"][q.bias.place(row.batch, row.head, row.index, j)] += grad
+            if q.has_sinks:
+                totals["grad_sinks"][row.head] += part.grad_sink
+
+
+def spread(kv_len: int, row: Row, terms: Sequence[arb]) -> list[arb]:
+    """Terms of the visible keys at their places among all keys, 0 where invisible."""
+    line = [arb(0)] * kv_len
+    for j, term in zip(row.keys, terms, strict=True):
+        line[j] = term
+    return line
+
+
+def _transposed(lines: Sequence[Sequence[arb]], columns: int) -> list[list[arb]]:
+    return [[line[j] for line in lines] for j in range(columns)]

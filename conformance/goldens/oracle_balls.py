@@ -1,0 +1,115 @@
+"""Numbers that are proven: exact integers, balls that hold the true value, and their rounding to float64.
+
+A ball (`arb`, of python-flint) is a midpoint and a radius. Every operation on balls gives a ball that holds the result
+for all numbers of its operands, so that a value is known to be correctly rounded where both ends of its ball round to
+the same float64. Operations on exact numbers whose result fits the precision are exact, radius 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy
+from flint import arb, arb_mat, ctx, fmpz_mat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["PRECISIONS", "Refused", "exact_product", "nearest", "product", "rounded"]
+
+PRECISIONS = (128, 384, 1408, 4096)
+"""Bits of the balls, raised until every element resolves.
+
+A number that is 0 by cancellation resolves at 1408 bits: its ball lies within 2**-1075, which rounds to 0.
+"""
+
+
+class Refused(Exception):
+    """A case whose expected values cannot be proven: it is not admitted."""
+
+
+def nearest(ball: arb) -> float | None:
+    """Round a ball to the float64 nearest to the true value, +0 for zeros; None where the ball does not decide it."""
+    if not ball.is_finite():
+        return None
+    low, high = _nearest_of_exact(ball.lower()), _nearest_of_exact(ball.upper())
+    return low + 0.0 if low == high and math.isfinite(low) else None
+
+
+def _nearest_of_exact(number: arb) -> float:
+    """Round mantissa * 2**exponent: Python's division of integers is correctly rounded, subnormal results included."""
+    mantissa, exponent = (int(part) for part in number.man_exp())
+    magnitude = mantissa.bit_length() + exponent
+    if mantissa == 0 or magnitude < -1080:
+        return 0.0
+    if magnitude > 1025:
+        return math.copysign(math.inf, mantissa)
+    try:
+        return float(mantissa << exponent) if exponent >= 0 else mantissa / (1 << -exponent)
+    except OverflowError:
+        return math.copysign(math.inf, mantissa)
+
+
+def rounded(
+    name: str, evaluate: Callable[[], Mapping[str, numpy.ndarray]], finite: Mapping[str, numpy.ndarray]
+) -> dict[str, numpy.ndarray]:
+    """Evaluate arrays of balls at rising precision until every element marked `finite` is proven; NaN at the others.
+
+    Raises:
+        Refused: An element does not resolve at the highest precision; the message names case, output and index.
+    """
+    unresolved = ""
+    for bits in PRECISIONS:
+        with ctx.workprec(bits):
+            arrays = {output: _round_array(balls, finite[output]) for output, balls in evaluate().items()}
+        unresolved = _first_unresolved(arrays, finite)
+        if not unresolved:
+            return arrays
+    raise Refused(f"{name}: {unresolved} does not resolve at {PRECISIONS[-1]} bits")
+
+
+def _round_array(balls: numpy.ndarray, finite: numpy.ndarray) -> numpy.ndarray:
+    values = numpy.full(balls.shape, math.nan)
+    for n in numpy.flatnonzero(finite):
+        value = nearest(balls.flat[n])
+        if value is not None:
+            values.flat[n] = value
+    return values
+
+
+def _first_unresolved(arrays: Mapping[str, numpy.ndarray], finite: Mapping[str, numpy.ndarray]) -> str:
+    for output, values in arrays.items():
+        places = numpy.argwhere(numpy.isnan(values) & finite[output])
+        if len(places):
+            return f"{output}{places[0].tolist()}"
+    return ""
+
+
+def exact_product(left: numpy.ndarray, right: numpy.ndarray) -> tuple[list[list[int]], int]:
+    """Multiply the rows of `left` by the rows of `right`, (n, d) and (m, d), exactly: integers and one exponent of two.
+
+    Elements that are not finite count as 0; whoever reads a product knows which rows hold them.
+    """
+    (a, exponent_a), (b, exponent_b) = _integers(left), _integers(right)
+    if 0 in (*left.shape, *right.shape):
+        return [[0] * len(right) for _ in range(len(left))], 0
+    table = (fmpz_mat(a) * fmpz_mat(b).transpose()).tolist()
+    return [[int(number) for number in row] for row in table], exponent_a + exponent_b
+
+
+def _integers(values: numpy.ndarray) -> tuple[list[list[int]], int]:
+    ratios = [[x.as_integer_ratio() if math.isfinite(x) else (0, 1) for x in row] for row in values.tolist()]
+    shift = max((den.bit_length() - 1 for row in ratios for _, den in row), default=0)
+    return [[num << (shift - den.bit_length() + 1) for num, den in row] for row in ratios], -shift
+
+
+def product(left: Sequence[Sequence[arb]], right: numpy.ndarray) -> numpy.ndarray:
+    """Multiply balls (n, m) by floats (m, columns); floats that are not finite count as 0."""
+    result = numpy.full((len(left), right.shape[1]), arb(0), dtype=object)
+    if result.size and len(right):
+        exact = [[arb(x) if math.isfinite(x) else arb(0) for x in row] for row in right.tolist()]
+        table = (arb_mat([list(row) for row in left]) * arb_mat(exact)).tolist()
+        for index, row in enumerate(table):
+            result[index, :] = row
+    return result

@@ -1,0 +1,27 @@
+"""How each element of an answer is to be compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy
+
+__all__ = ["ANY", "EXACT", "FINITE_VALUE", "NAN_VALUE", "NON_FINITE", "Marked"]
+
+FINITE_VALUE, EXACT, NAN_VALUE, NON_FINITE, ANY = range(5)
+"""Within the allowance; equal to the golden; NaN; NaN or infinite; not compared."""
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Values and their kinds, in one shape."""
+
+    values: numpy.ndarray
+    kinds: numpy.ndarray
+
+    @classmethod
+    def fill(cls, values: numpy.ndarray, kinds: numpy.ndarray, exact: float) -> Marked:
+        """Put `exact` where a value is known without arithmetic, and NaN where there is none."""
+        values = numpy.where(kinds == EXACT, exact, numpy.where(kinds == FINITE_VALUE, values, math.nan))
+        return cls(values, kinds)

@@ -1,0 +1,137 @@
+"""Which pairs are visible, decided one pair at a time in plain integers, and what a row of them is worth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from description import Description
+
+__all__ = ["EMPTY", "FINITE", "NAN", "UNSPECIFIED", "Pairwise", "Question", "Row"]
+
+EMPTY, FINITE, NAN, UNSPECIFIED = "empty", "finite", "nan", "unspecified"
+"""What a row is: it sees nothing; all it sees is finite; it sees a NaN; it sees what has no specified result."""
+
+
+class Pairwise:
+    """An array that broadcasts to (batch, heads, q_len, kv_len), read at one pair; `absent` where there is none."""
+
+    def __init__(self, array: numpy.ndarray | None, absent: bool | float) -> None:
+        values = numpy.full((1, 1, 1, 1), absent) if array is None else array
+        self.shape = values.shape
+        self._values = values.tolist()
+
+    def place(self, b: int, h: int, i: int, j: int) -> tuple[int, ...]:
+        """The element that the pair reads."""
+        return tuple(0 if size == 1 else index for size, index in zip(self.shape, (b, h, i, j), strict=True))
+
+    def __call__(self, b: int, h: int, i: int, j: int) -> Any:
+        """The element's value."""
+        x, y, z, w = self.place(b, h, i, j)
+        return self._values[x][y][z][w]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One query of one head: where it is, the keys that it sees, and what it is."""
+
+    batch: int
+    head: int
+    index: int
+    keys: tuple[int, ...]
+    state: str
+
+
+class Question:
+    """The arrays and options of one attention, and the rules that need no arithmetic."""
+
+    def __init__(self, description: Description) -> None:
+        arrays = {name: numpy.asarray(item.values) for name, item in description.inputs.items()}
+        options = description.options
+        self.name = description.id
+        self.query, self.key = arrays["query"].astype(numpy.float64), arrays["key"].astype(numpy.float64)
+        self.batch, self.heads, self.q_len, self.qk_dim = self.query.shape
+        self.kv_heads, self.kv_len = self.key.shape[1:3]
+        self.value = arrays.get("value", numpy.zeros((*self.key.shape[:3], 0))).astype(numpy.float64)
+        self.grad_output = arrays.get("grad_output", numpy.zeros((*self.query.shape[:3], 0))).astype(numpy.float64)
+        self.grad_lse = arrays["grad_lse"].astype(numpy.float64) if "grad_lse" in arrays else None
+        self.group = self.heads // self.kv_heads
+        self.scale, self.softcap = options.get("scale"), options.get("softcap")
+        self.dropout_rate = options.get("dropout_rate", 0.0)
+        self.has_bias, self.has_sinks = "bias" in arrays, "sinks" in arrays
+        self.mask, self.bias = Pairwise(arrays.get("mask"), True), Pairwise(arrays.get("bias"), 0.0)
+        self.kept = Pairwise(arrays.get("dropout_mask"), True)
+        self.sinks = arrays["sinks"].tolist() if self.has_sinks else [-math.inf] * self.heads
+        self._read_constraints(arrays, options)
+        self._mark_non_finite()
+
+    def _read_constraints(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> None:
+        def per_entry(name: str, absent: int) -> list[int]:
+            given = arrays.get(name, options.get(name))
+            return numpy.broadcast_to(numpy.asarray(absent if given is None else given), (self.batch,)).tolist()
+
+        self.causal = options.get("causal", False)
+        self.left, self.right = options.get("window") or (None, None)
+        self.q_offset = per_entry("q_offset", 0)
+        self.q_lengths, self.kv_lengths = per_entry("q_lengths", self.q_len), per_entry("kv_lengths", self.kv_len)
+        self.q_ids, self.kv_ids = (
+            arrays[name].tolist() if name in arrays else None for name in ("q_segment_ids", "kv_segment_ids")
+        )
+
+    def _mark_non_finite(self) -> None:
+        self.query_nan, self.query_infinite = _holds(numpy.isnan, self.query), _holds(numpy.isinf, self.query)
+        self.key_nan, self.key_infinite = _holds(numpy.isnan, self.key), _holds(numpy.isinf, self.key)
+        self.value_columns = [
+            [[numpy.flatnonzero(~numpy.isfinite(row)).tolist() for row in head] for head in entry]
+            for entry in self.value
+        ]
+
+    def sees(self, b: int, h: int, i: int, j: int) -> bool:
+        """Whether query i of head h of batch entry b may attend to key j."""
+        position = self.q_offset[b] + i
+        if i >= self.q_lengths[b] or j >= self.kv_lengths[b]:
+            return False
+        if self.causal and j > position:
+            return False
+        if self.left is not None and j < position - self.left:
+            return False
+        if self.right is not None and j > position + self.right:
+            return False
+        if self.q_ids is not None and self.kv_ids is not None and self.q_ids[b][i] != self.kv_ids[b][j]:
+            return False
+        return bool(self.mask(b, h, i, j)) and self.bias(b, h, i, j) != -math.inf
+
+    def row(self, b: int, h: int, i: int) -> Row:
+        """The row of query i, with the keys that it sees."""
+        keys = tuple(j for j in range(self.kv_len) if self.sees(b, h, i, j))
+        return Row(b, h, i, keys, self._state(b, h, i, keys))
+
+    def _state(self, b: int, h: int, i: int, keys: tuple[int, ...]) -> str:
+        if math.isnan(self.sinks[h]) or self.sinks[h] == math.inf:
+            return UNSPECIFIED
+        if not keys:
+            return EMPTY
+        g = h // self.group
+        biases = [self.bias(b, h, i, j) for j in keys] if self.has_bias else []
+        if self.query_infinite[b][h][i] or any(self.key_infinite[b][g][j] for j in keys) or math.inf in biases:
+            return UNSPECIFIED
+        if self.query_nan[b][h][i] or any(self.key_nan[b][g][j] for j in keys) or any(map(math.isnan, biases)):
+            return NAN
+        return FINITE
+
+    def non_finite_columns(self, row: Row) -> set[int]:
+        """The components in which some value that the row sees is NaN or infinite."""
+        columns = self.value_columns[row.batch][row.head // self.group]
+        return {c for j in row.keys for c in columns[j]}
+
+
+def _holds(predicate: numpy.ufunc, x: numpy.ndarray) -> list[Any]:
+    """Whether each vector of the last axis has such an element, as nested lists."""
+    return numpy.any(predicate(x), axis=-1).tolist()
