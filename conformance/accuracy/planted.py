@@ -1,0 +1,123 @@
+"""Planted mistakes that the accuracy rule must refuse in float32 and float16: small errors of real kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy
+from problems import Problem
+from variants import Variant
+
+from mha_spec_conformance.accuracy import bounds, precision
+from mha_spec_conformance.cases import Expected
+from mha_spec_conformance.compare import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["MISTAKES", "REFUSED_IN", "SEEDS", "deviation"]
+
+REFUSED_IN = ("float32", "float16")
+"""Where every one of them must be seen; bfloat16 is printed beside them."""
+
+SEEDS = 5
+SHAPE = (1, 2, 64, 1024, 64)
+"""(batch, heads, q_len, kv_len, qk_dim = v_dim)."""
+
+CONTRAST = 4.0
+"""Deviation of the logits: what trained models have, and flat weights would hide."""
+
+
+def half(dtype: str) -> Any:
+    """The type of 16 bits beside a dtype."""
+    return ml_dtypes.bfloat16 if dtype == "bfloat16" else numpy.float16
+
+
+def problem(dtype: str, seed: int) -> Problem:
+    """One forward call over 1024 keys."""
+    rng = numpy.random.default_rng(seed)
+    batch, heads, q_len, kv_len, size = SHAPE
+    x = {
+        "query": CONTRAST * rng.standard_normal((batch, heads, q_len, size)),
+        "key": rng.standard_normal((batch, heads, kv_len, size)),
+        "value": rng.standard_normal((batch, heads, kv_len, size)),
+    }
+    stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    arrays = {name: array.astype(stored) for name, array in x.items()}
+    return Problem(dtype, "contrast", arrays, {}, numpy.ones((batch, heads, q_len, kv_len), dtype=bool))
+
+
+def honest(p: Problem) -> dict[str, numpy.ndarray]:
+    """No mistake, for comparison."""
+    return Variant("honest", tile=64).forward(p)
+
+
+def scale_too_large(p: Problem) -> dict[str, numpy.ndarray]:
+    """The scale is 1 % too large."""
+    return honest(Problem(p.dtype, p.regime, p.arrays, {"scale": 1.01 * p.scale}, p.visible))
+
+
+def key_dropped(p: Problem) -> dict[str, numpy.ndarray]:
+    """The last of 1024 keys is not looked at."""
+    visible = p.visible.copy()
+    visible[..., -1] = False
+    return honest(Problem(p.dtype, p.regime, p.arrays, p.options, visible))
+
+
+def half_scores(p: Problem) -> dict[str, numpy.ndarray]:
+    """Scores are rounded to 16 bits before the softmax."""
+    return _blocks(p, scores=half(p.dtype))
+
+
+def half_row_sum(p: Problem) -> dict[str, numpy.ndarray]:
+    """The sum of exponentials is kept in 16 bits from one block of 16 keys to the next."""
+    return _blocks(p, total=half(p.dtype))
+
+
+def half_accumulator(p: Problem) -> dict[str, numpy.ndarray]:
+    """The weighted sum of values is kept in 16 bits from one block of 16 keys to the next."""
+    return _blocks(p, output=half(p.dtype))
+
+
+def _blocks(p: Problem, *, scores: Any = None, total: Any = None, output: Any = None) -> dict[str, numpy.ndarray]:
+    """An online softmax whose scores, row sum or accumulator are rounded to a type."""
+    query, key, value = (p.working(name) for name in ("query", "key", "value"))
+    logits = _rounded(p.work(p.scale) * (query @ key.swapaxes(-1, -2)), scores)
+    maximum = numpy.full((*logits.shape[:3], 1), -numpy.inf, p.work)
+    summed, accumulated = numpy.zeros_like(maximum), numpy.zeros_like(query)
+    for start in range(0, logits.shape[-1], 16):
+        block = logits[..., start : start + 16]
+        largest = numpy.maximum(maximum, block.max(axis=-1, keepdims=True))
+        shrink, exponentials = numpy.exp(maximum - largest), numpy.exp(block - largest)
+        summed = _rounded(summed * shrink + exponentials.sum(axis=-1, keepdims=True), total)
+        stored = _rounded(exponentials, p.arrays["query"].dtype)
+        accumulated = _rounded(accumulated * shrink + stored @ value[..., start : start + 16, :], output)
+        maximum = largest
+    result = (accumulated / summed).astype(p.arrays["query"].dtype)
+    return {"output": result, "lse": (maximum + numpy.log(summed))[..., 0]}
+
+
+def _rounded(x: numpy.ndarray, dtype: Any) -> numpy.ndarray:
+    return x if dtype is None else x.astype(dtype).astype(x.dtype)
+
+
+MISTAKES: dict[str, Callable[[Problem], dict[str, numpy.ndarray]]] = {
+    "scale +1 %": scale_too_large,
+    "one key of 1024 dropped": key_dropped,
+    "scores in 16 bits": half_scores,
+    "row sum in 16 bits": half_row_sum,
+    "accumulator in 16 bits": half_accumulator,
+}
+
+
+def deviation(dtype: str, mistake: Callable[[Problem], dict[str, numpy.ndarray]], seed: int) -> dict[str, float]:
+    """How many times the allowance of each output the mistake's answer uses."""
+    p = problem(dtype, seed)
+    case = bounds("attention", p.arrays, p.options)
+    allowances, outputs = case.allowances(precision(dtype)), mistake(p)
+    expected = {name: Expected(array, None, None, array.shape) for name, array in case.values.items()}
+    return {
+        name: judge(p, {name: wanted}, outputs, allowances, precision(dtype)).allowance_used
+        for name, wanted in expected.items()
+    }

@@ -1,0 +1,215 @@
+"""Random problems on which honest implementations are tried: regimes of data, shapes and options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy
+
+from mha_spec_conformance.precision import precision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["REGIMES", "SHAPES", "Problem", "draw"]
+
+SHAPES = (
+    (2, 2, 2, 13, 17, 8, 8),
+    (1, 4, 2, 31, 67, 16, 16),
+    (2, 3, 1, 7, 131, 32, 32),
+    (1, 2, 1, 1, 509, 64, 64),
+    (1, 2, 2, 67, 131, 64, 64),
+    (1, 2, 2, 3, 1, 5, 5),
+    (1, 1, 1, 48, 1024, 64, 64),
+)
+"""(batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim)."""
+
+STRUCTURED = ("constant_value", "uniform_weights")
+"""Regimes whose roundings are not independent of each other, so that statistics do not apply."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call with its cotangents, the arrays as stored in the dtype of the run."""
+
+    dtype: str
+    regime: str
+    arrays: Mapping[str, numpy.ndarray]
+    options: Mapping[str, float]
+    visible: numpy.ndarray
+
+    @property
+    def id(self) -> str:
+        """Its name in a message."""
+        options = [
+            name for name in (*self.arrays, *self.options) if name not in ("query", "key", "value", "grad_output")
+        ]
+        return f"{self.dtype}, {self.regime}, scores {self.visible.shape}, {', '.join(options) or 'plain'}"
+
+    @property
+    def generic(self) -> bool:
+        """Whether its roundings are independent of each other."""
+        return self.regime not in STRUCTURED
+
+    @property
+    def work(self) -> type[numpy.floating]:
+        """The type of scores, softmax and sums."""
+        return numpy.float64 if self.dtype == "float64" else numpy.float32
+
+    @property
+    def scale(self) -> float:
+        """The scale of the scores."""
+        return self.options.get("scale", self.arrays["query"].shape[-1] ** -0.5)
+
+    @property
+    def group(self) -> int:
+        """How many query heads read one key/value head."""
+        return self.arrays["query"].shape[1] // self.arrays["key"].shape[1]
+
+    @cached_property
+    def kept(self) -> numpy.ndarray | None:
+        """What dropout multiplies each weight with, in the type of the softmax."""
+        if "dropout_mask" not in self.arrays:
+            return None
+        return self.arrays["dropout_mask"] * self.work(1 / (1 - self.options.get("dropout_rate", 0.0)))
+
+    def working(self, name: str) -> numpy.ndarray | None:
+        """An input in the type of the softmax; heads of key and value repeated."""
+        if name not in self.arrays:
+            return None
+        array = self.arrays[name].astype(self.work)
+        return numpy.repeat(array, self.group, axis=1) if name in ("key", "value") else array
+
+    def forward_arrays(self) -> dict[str, numpy.ndarray]:
+        """The inputs of the forward call."""
+        return {name: array for name, array in self.arrays.items() if not name.startswith("grad_")}
+
+    def weight_arrays(self) -> dict[str, numpy.ndarray]:
+        """The inputs of attention_weights."""
+        return {name: x for name, x in self.forward_arrays().items() if name not in ("value", "dropout_mask")}
+
+    def weight_options(self) -> dict[str, float]:
+        """The options of attention_weights."""
+        return {name: value for name, value in self.options.items() if name != "dropout_rate"}
+
+
+def _normal(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+    """Standard normal data: logits of deviation 1."""
+
+
+def _contrast(factor: float) -> Callable[..., None]:
+    def change(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+        x["query"] *= factor
+
+    return change
+
+
+def _shifted(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+    x["value"] += 10
+
+
+def _constant_value(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+    x["value"][:] = x["value"][:, :, :1]
+
+
+def _uniform_weights(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+    x["query"][:] = 0
+
+
+def _heavy_tails(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+    for name in ("query", "key", "value", "grad_output"):
+        x[name][:] = numpy.clip(rng.standard_t(2, x[name].shape), -30, 30)
+
+
+def _outliers(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+    for name in ("query", "key", "value"):
+        x[name][rng.random(x[name].shape) < 0.01] *= 12
+
+
+def _large_value(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+    x["value"] *= 16 if dtype == "float16" else 1e3
+
+
+def _small_value(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+    x["value"] *= 1e-3
+
+
+def _self_match(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+    length = min(x["query"].shape[2], x["key"].shape[2])
+    x["key"][:, :, :length] = x["query"][:, : x["key"].shape[1], :length]
+
+
+REGIMES: dict[str, Callable[..., None]] = {
+    "normal": _normal,
+    "contrast_4": _contrast(4.0),
+    "contrast_16": _contrast(16.0),
+    "shifted": _shifted,
+    "constant_value": _constant_value,
+    "uniform_weights": _uniform_weights,
+    "heavy_tails": _heavy_tails,
+    "outliers": _outliers,
+    "large_value": _large_value,
+    "small_value": _small_value,
+    "self_match": _self_match,
+}
+
+
+def draw(
+    rng: numpy.random.Generator, dtype: str, *, plain: bool = False, shape: tuple[int, ...] | None = None
+) -> Problem:
+    """Draw one problem: a regime, a shape, and, unless `plain`, each option with probability about a third."""
+    batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim = shape or SHAPES[rng.choice(len(SHAPES))]
+    regime = str(rng.choice(list(REGIMES)))
+    scores = (batch, heads, q_len, kv_len)
+    x = {
+        "query": rng.standard_normal((batch, heads, q_len, qk_dim)),
+        "key": rng.standard_normal((batch, kv_heads, kv_len, qk_dim)),
+        "value": rng.standard_normal((batch, kv_heads, kv_len, v_dim)),
+        "grad_output": rng.standard_normal((batch, heads, q_len, v_dim)),
+    }
+    REGIMES[regime](rng, x, dtype)
+    wide = "float64" if dtype == "float64" else "float32"
+    arrays = {name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in x.items()}
+    options: dict[str, float] = {}
+    visible = numpy.ones(scores, dtype=bool)
+    if rng.random() < 0.6:
+        visible = _visible(rng, scores)
+        arrays["mask"] = visible
+    if plain:
+        return Problem(dtype, regime, arrays, options, visible)
+    if rng.random() < 0.3:
+        arrays["grad_lse"] = rng.standard_normal(scores[:3]).astype(wide)
+    if rng.random() < 0.3:
+        arrays["bias"] = rng.standard_normal(tuple(int(rng.choice([1, size])) for size in scores)).astype(wide)
+    if rng.random() < 0.4:
+        options["softcap"] = float(rng.choice([0.5, 5, 30, 50, 1000]))
+    if rng.random() < 0.4:
+        arrays["sinks"] = (2 * rng.standard_normal(heads) + rng.choice([0, 3, -20, 20])).astype(wide)
+    if rng.random() < 0.3:
+        options["dropout_rate"] = float(rng.choice([0.1, 0.5, 0.9]))
+        arrays["dropout_mask"] = rng.random(scores) >= options["dropout_rate"]
+    return Problem(dtype, regime, arrays, options, visible)
+
+
+def _visible(rng: numpy.random.Generator, scores: tuple[int, ...]) -> numpy.ndarray:
+    """Causal, padding, or random visibility; some of it with rows that see nothing."""
+    batch, _, q_len, kv_len = scores
+    kind = rng.choice(["causal", "padding", "random"])
+    if kind == "causal":
+        seen = numpy.arange(kv_len)[None, :] <= numpy.arange(q_len)[:, None] + rng.integers(
+            -2, max(kv_len - q_len, 1) + 1
+        )
+    elif kind == "padding":
+        seen = numpy.arange(kv_len) < rng.integers(0, kv_len + 1, size=(batch, 1, 1, 1))
+    else:
+        seen = rng.random((batch, 1, q_len, kv_len)) < rng.choice([0.1, 0.7])
+    return numpy.broadcast_to(seen, scores).copy()
+
+
+def overflows(values: Mapping[str, numpy.ndarray], dtype: str) -> bool:
+    """Whether a gradient comes near the largest number of the dtype, so that a case would not be admitted in it."""
+    largest = precision(dtype).largest / 4
+    return any(abs(array).max(initial=0.0) > largest for array in values.values())

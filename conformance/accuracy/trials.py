@@ -1,0 +1,158 @@
+"""Trials of the accuracy rule: random problems through honest implementations, judged as the suite judges a target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from merges import FORMS as MERGES
+from merges import MergeProblem, draw_merge
+from problems import Problem, draw, overflows
+from variants import VARIANTS, with_form
+
+from mha_spec.reference import Reference
+from mha_spec.steps import Steps
+from mha_spec_conformance.accuracy import bounds, precision
+from mha_spec_conformance.cases import Expected
+from mha_spec_conformance.compare import gate_b, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from frameworks import Framework
+
+    from mha_spec_conformance.accuracy import Bounds
+
+__all__ = ["Tally", "tally"]
+
+WIDER = replace(Steps(), check=lambda a: a, softmax_dtype=lambda name: "longdouble")
+"""The specification in extended precision, whose results are what float64 is judged by."""
+
+RESULTS = {
+    "attention": ("output", "lse"),
+    "attention_weights": ("weights",),
+    "attention_vjp": ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks"),
+    "merge_attention": ("output", "lse"),
+}
+MANY = 1000
+"""Elements that make a root mean square worth printing."""
+
+
+@dataclass
+class Tally:
+    """The largest shares of the allowance and the largest errors in standard deviations, by dtype, output and name."""
+
+    runs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Problems that an implementation answered, by dtype and implementation."""
+    problems: Counter[str] = field(default_factory=Counter)
+    elements: Counter[tuple[str, str]] = field(default_factory=Counter)
+    used: dict[tuple[str, str], float] = field(default_factory=dict)
+    used_by: dict[tuple[str, str], float] = field(default_factory=dict)
+    largest: dict[tuple[str, str], float] = field(default_factory=dict)
+    rms: dict[tuple[str, str], float] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Join the tally of another part of the trials."""
+        for name in ("runs", "problems", "elements"):
+            getattr(self, name).update(getattr(other, name))
+        for name in ("used", "used_by", "largest", "rms"):
+            for key, value in getattr(other, name).items():
+                raise_to(getattr(self, name), key, value)
+        self.refused += other.refused
+
+
+def raise_to(table: dict[tuple[str, str], float], key: tuple[str, str], value: float) -> None:
+    """Keep the larger of what the table has and the value."""
+    table[key] = max(table.get(key, 0.0), value)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One problem with what is expected of it and its bounds."""
+
+    problem: Problem | MergeProblem
+    function: str
+    expected: Mapping[str, Expected]
+    allowances: Mapping[str, numpy.ndarray]
+    deviations: Mapping[str, numpy.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem | MergeProblem,
+        function: str,
+        arrays: Mapping[str, numpy.ndarray],
+        options: Mapping[str, Any],
+    ) -> Judge:
+        """Evaluate the problem once for every implementation."""
+        case: Bounds = bounds(function, arrays, options)
+        values = wider(function, arrays, options) if problem.dtype == "float64" else case.values
+        expected = {name: Expected(array, None, None, array.shape) for name, array in values.items()}
+        rule = precision(problem.dtype)
+        return cls(problem, function, expected, case.allowances(rule), case.deviations(rule) if problem.generic else {})
+
+    def add(self, name: str, outputs: Mapping[str, numpy.ndarray], tally: Tally) -> None:
+        """Judge one answer and note it in the tally."""
+        dtype = self.problem.dtype
+        tally.runs[dtype, name] += 1
+        for output, array in outputs.items():
+            wanted, label = {output: self.expected[output]}, f"{self.function.removesuffix('_attention')}: {output}"
+            judgement = judge(self.problem, wanted, outputs, self.allowances, precision(dtype))
+            tally.elements[dtype, label] += array.size
+            raise_to(tally.used, (dtype, label), judgement.allowance_used)
+            raise_to(tally.used_by, (dtype, name), judgement.allowance_used)
+            if not judgement.passed:
+                tally.refused.append(f"{name}, {self.problem.id}: {judgement.reason}")
+            for statistics in gate_b(wanted, outputs, self.deviations).values() if self.deviations else ():
+                raise_to(tally.largest, (dtype, label), statistics.largest)
+                if statistics.elements >= MANY:
+                    raise_to(tally.rms, (dtype, label), statistics.rms)
+
+
+def wider(function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> dict[str, numpy.ndarray]:
+    """The results in extended precision, rounded to float64 once."""
+    call, more = getattr(Reference(WIDER), function), {"return_lse": True} if function == "attention" else {}
+    if function == "merge_attention":
+        arrays = {name: array.astype(numpy.longdouble) for name, array in arrays.items()}
+    results = call(**arrays, **options, **more)
+    results = results if isinstance(results, tuple) else (results,)
+    named = zip(RESULTS[function], results, strict=True)
+    return {name: array.astype(numpy.float64) for name, array in named if array is not None}
+
+
+def judges(problem: Problem) -> Iterator[Judge]:
+    """The calls that one problem makes: forward, weights where there is no dropout, and gradients where they fit."""
+    yield Judge.of(problem, "attention", problem.forward_arrays(), problem.options)
+    if "dropout_mask" not in problem.arrays:
+        yield Judge.of(problem, "attention_weights", problem.weight_arrays(), problem.options)
+    backward = Judge.of(problem, "attention_vjp", problem.arrays, problem.options)
+    if not overflows({name: expected.values for name, expected in backward.expected.items()}, problem.dtype):
+        yield backward
+
+
+def tally(dtype: str, first: int, count: int, each: int, frameworks: Sequence[Framework]) -> Tally:
+    """Try `count` random problems, each on `each` variants in turn and on every framework that takes it."""
+    found = Tally()
+    for number in range(first, first + count):
+        rng = numpy.random.default_rng([number, *dtype.encode()])
+        problem = draw(rng, dtype, plain=number % 3 == 0)
+        found.problems[dtype] += 1
+        chosen = [with_form(VARIANTS[(number * each + i) % len(VARIANTS)], number + i) for i in range(each)]
+        for judge_of in judges(problem):
+            for variant in chosen:
+                answer = {"attention": variant.forward, "attention_weights": variant.weights}.get(
+                    judge_of.function, variant.backward
+                )
+                judge_of.add(variant.name, answer(problem), found)
+            for framework in frameworks if judge_of.function != "attention_weights" else ():
+                if framework.supports(problem):
+                    answer = framework.forward if judge_of.function == "attention" else framework.backward
+                    judge_of.add(framework.name, answer(problem), found)
+        merge = draw_merge(rng, dtype)
+        judge_of = Judge.of(merge, "merge_attention", merge.arrays, {})
+        for name, form in MERGES.items():
+            judge_of.add(f"merge by {name}", form(merge), found)
+    return found

@@ -1,0 +1,253 @@
+"""Honest implementations of attention in NumPy: different orders, tiles and forms of the same mathematics.
+
+All keep scores, softmax and sums in float32 (float64 for float64) and round results to the dtype of the inputs; those
+that `store` round the weights and the gradients of weights and logits to it on the way, as kernels do that feed them to
+matrix units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from problems import Problem
+
+__all__ = ["FORMS", "VARIANTS", "Variant"]
+
+
+def natural(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
+    """a @ b as BLAS sums it."""
+    return a @ b
+
+
+def reversed_order(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
+    """a @ b from the last term to the first."""
+    return a[..., ::-1] @ b[..., ::-1, :]
+
+
+def chunked(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
+    """a @ b in chunks of 32 terms, added one after another."""
+    total = numpy.zeros((*a.shape[:-1], b.shape[-1]), dtype=a.dtype)
+    for start in range(0, a.shape[-1], 32):
+        total = total + a[..., start : start + 32] @ b[..., start : start + 32, :]
+    return total
+
+
+def pairwise(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
+    """a @ b as a tree over halves."""
+    size = a.shape[-1]
+    if size <= 8:
+        return a @ b
+    return pairwise(a[..., : size // 2], b[..., : size // 2, :]) + pairwise(a[..., size // 2 :], b[..., size // 2 :, :])
+
+
+def sequential(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
+    """a @ b one term after another, each product rounded: the deepest sum there is."""
+    total = numpy.zeros((*a.shape[:-1], b.shape[-1]), dtype=a.dtype)
+    for index in range(a.shape[-1]):
+        total = total + a[..., index, None] * b[..., index, None, :]
+    return total
+
+
+def tanh_of_exp(x: numpy.ndarray) -> numpy.ndarray:
+    """The hyperbolic tangent as (1 - e) / (1 + e) with e = exp(-2|x|)."""
+    e = numpy.exp(-2 * abs(x))
+    return numpy.copysign((1 - e) / (1 + e), x)
+
+
+def tanh_of_sigmoid(x: numpy.ndarray) -> numpy.ndarray:
+    """The hyperbolic tangent as 2 sigmoid(2x) - 1."""
+    return 2 / (1 + numpy.exp(-2 * x)) - 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute attention."""
+
+    name: str
+    tile: int | None = None
+    """Keys in one block of an online softmax; None holds whole rows."""
+    product: Callable[[numpy.ndarray, numpy.ndarray], numpy.ndarray] = natural
+    store: bool = True
+    """Whether weights, dP and dS are rounded to the dtype of the inputs."""
+    tanh: Callable[[numpy.ndarray], numpy.ndarray] = numpy.tanh
+    sink: str = "column"
+    """column: one more logit; after: added to the finished sum; factor: output * sigmoid(lse - sink)."""
+    normalise_first: bool = False
+    """Whether weights are divided by their sum before they meet the values."""
+    scale_first: bool = False
+    """Whether the scale multiplies the query in place of the scores."""
+    dot: str = "output"
+    """Where D comes from: the stored output, or the weights."""
+    split_group: bool = False
+    """Whether gradients of key and value are rounded before they are summed over the group."""
+
+    def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
+        """Output and lse."""
+        with numpy.errstate(all="ignore"):
+            maximum, total, output = self._accumulate(problem)
+            if self.normalise_first:
+                anchor = numpy.where(maximum == -numpy.inf, 0, maximum).astype(problem.work)
+                weights, lse = self._finish(problem, maximum, total, numpy.exp(self._logits(problem)[0] - anchor))
+                dropped = weights if problem.kept is None else weights * problem.kept
+                output = self.product(self._stored(dropped, problem), problem.working("value"))
+            else:
+                output, lse = self._finish(problem, maximum, total, output)
+        return {"output": output.astype(problem.arrays["query"].dtype), "lse": lse[..., 0]}
+
+    def weights(self, problem: Problem) -> dict[str, numpy.ndarray]:
+        """The weights, rebuilt from lse as a second pass does."""
+        with numpy.errstate(all="ignore"):
+            logits = self._logits(problem)[0]
+            _, lse = self._finish(problem, *self._accumulate(problem))
+            weights = self._rebuilt(problem, logits, lse)
+        return {"weights": weights.astype(problem.arrays["query"].dtype)}
+
+    def backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
+        """The gradients, in closed form from output and lse of the forward pass."""
+        with numpy.errstate(all="ignore"):
+            return self._backward(problem)
+
+    def _rebuilt(self, problem: Problem, logits: numpy.ndarray, lse: numpy.ndarray) -> numpy.ndarray:
+        return numpy.exp(logits - numpy.where(lse == -numpy.inf, 0, lse).astype(problem.work))
+
+    def _logits(self, problem: Problem) -> tuple[numpy.ndarray, numpy.ndarray | None]:
+        """The logits, -inf where a pair is not visible, and the hyperbolic tangent of the soft cap."""
+        query, key = problem.working("query"), problem.working("key").swapaxes(-1, -2)
+        scale = problem.work(problem.scale)
+        scores = self.product(query * scale, key) if self.scale_first else scale * self.product(query, key)
+        tanh = None
+        if "softcap" in problem.options:
+            cap = problem.work(problem.options["softcap"])
+            tanh = self.tanh(scores / cap)
+            scores = cap * tanh
+        if "bias" in problem.arrays:
+            scores = scores + problem.working("bias")
+        return numpy.where(problem.visible, scores, -numpy.inf), tanh
+
+    def _accumulate(self, problem: Problem) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """Maximum, sum of exponentials and weighted values over the keys, block by block."""
+        logits, value = self._logits(problem)[0], problem.working("value")
+        maximum = numpy.full((*logits.shape[:3], 1), -numpy.inf, dtype=problem.work)
+        if "sinks" in problem.arrays and self.sink == "column":
+            maximum = numpy.maximum(maximum, problem.working("sinks").reshape(1, -1, 1, 1))
+        total = numpy.zeros_like(maximum)
+        output = numpy.zeros((*logits.shape[:3], value.shape[-1]), dtype=problem.work)
+        for block in self._blocks(logits.shape[-1]):
+            largest = numpy.maximum(maximum, numpy.max(logits[..., block], axis=-1, keepdims=True, initial=-numpy.inf))
+            anchor = numpy.where(largest == -numpy.inf, 0, largest).astype(problem.work)
+            shrink = numpy.exp(maximum - anchor)
+            exponentials = numpy.exp(logits[..., block] - anchor)
+            total = total * shrink + self.product(exponentials, numpy.ones((exponentials.shape[-1], 1), problem.work))
+            dropped = exponentials if problem.kept is None else exponentials * problem.kept[..., block]
+            output = output * shrink + self.product(self._stored(dropped, problem), value[..., block, :])
+            maximum = largest
+        return maximum, total, output
+
+    def _blocks(self, length: int) -> Iterator[slice]:
+        size = self.tile or max(length, 1)
+        for start in range(0, length, size):
+            yield slice(start, start + size)
+
+    def _finish(
+        self, problem: Problem, maximum: numpy.ndarray, total: numpy.ndarray, output: numpy.ndarray
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Divide by the sum, with the sink in it."""
+        anchor = numpy.where(maximum == -numpy.inf, 0, maximum).astype(problem.work)
+        sinks = problem.working("sinks")
+        if sinks is not None and self.sink != "factor":
+            anchor = numpy.where(total == 0, sinks.reshape(1, -1, 1, 1), anchor)
+            total = total + numpy.exp(sinks.reshape(1, -1, 1, 1) - anchor)
+        output = output / numpy.where(total == 0, 1, total).astype(problem.work)
+        lse = anchor + numpy.log(total)
+        if sinks is not None and self.sink == "factor":
+            difference = lse - sinks.reshape(1, -1, 1, 1)
+            output = output / (1 + numpy.exp(-difference))
+            lse = numpy.maximum(lse, sinks.reshape(1, -1, 1, 1)) + numpy.log1p(numpy.exp(-abs(difference)))
+        return output, lse
+
+    def _stored(self, x: numpy.ndarray, problem: Problem) -> numpy.ndarray:
+        return x.astype(problem.arrays["query"].dtype).astype(problem.work) if self.store else x
+
+    def _backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
+        logits, tanh = self._logits(problem)
+        output, lse = self._finish(problem, *self._accumulate(problem))
+        output = output.astype(problem.arrays["query"].dtype).astype(problem.work)
+        gradient, value = problem.working("grad_output"), problem.working("value")
+        weights = self._rebuilt(problem, logits, lse)
+        grad_weights = self._stored(self.product(gradient, value.swapaxes(-1, -2)), problem)
+        dropped = weights
+        if problem.kept is not None:
+            grad_weights, dropped = grad_weights * problem.kept, weights * problem.kept
+        products = gradient * output if self.dot == "output" else self._stored(weights, problem) * grad_weights
+        dot = self.product(products, numpy.ones((products.shape[-1], 1), problem.work))
+        if "grad_lse" in problem.arrays:
+            dot = dot - problem.working("grad_lse")[..., None]
+        grad_logits = self._stored(weights * (grad_weights - dot), problem)
+        grad_scores = grad_logits if tanh is None else self._stored(grad_logits * (1 - tanh**2), problem)
+        gradients = self._tensors(problem, grad_scores, self._stored(dropped, problem))
+        if "bias" in problem.arrays:
+            gradients["grad_bias"] = _sum_to(grad_logits, problem.arrays["bias"])
+        if "sinks" in problem.arrays:
+            sink_weights = numpy.exp(problem.working("sinks").reshape(1, -1, 1, 1) - lse)
+            gradients["grad_sinks"] = _sum_to(-sink_weights * dot, problem.arrays["sinks"].reshape(1, -1, 1, 1)).ravel()
+        return gradients
+
+    def _tensors(
+        self, problem: Problem, grad_scores: numpy.ndarray, dropped: numpy.ndarray
+    ) -> dict[str, numpy.ndarray]:
+        scale = problem.work(problem.scale)
+        by_key = grad_scores.swapaxes(-1, -2)
+        gradients = {
+            "grad_query": scale * self.product(grad_scores, problem.working("key")),
+            "grad_key": self._group(problem, scale * self.product(by_key, problem.working("query"))),
+            "grad_value": self._group(problem, self.product(dropped.swapaxes(-1, -2), problem.working("grad_output"))),
+        }
+        return {name: array.astype(problem.arrays["query"].dtype) for name, array in gradients.items()}
+
+    def _group(self, problem: Problem, x: numpy.ndarray) -> numpy.ndarray:
+        if self.split_group and problem.group > 1:
+            x = x.astype(problem.arrays["query"].dtype).astype(problem.work)
+        batch, heads, length, size = x.shape
+        parts = x.reshape(batch, heads // problem.group, problem.group, length, size)
+        total = parts[:, :, 0]
+        for index in range(1, problem.group):
+            total = total + parts[:, :, index]
+            if self.split_group:
+                total = total.astype(problem.arrays["query"].dtype).astype(problem.work)
+        return total
+
+
+def _sum_to(x: numpy.ndarray, like: numpy.ndarray) -> numpy.ndarray:
+    axes = tuple(axis for axis in range(4) if like.shape[axis] == 1)
+    return numpy.sum(x, axis=axes, keepdims=True).astype(like.dtype)
+
+
+VARIANTS = (
+    Variant("plain", store=False),
+    Variant("plain, stored weights", normalise_first=True, dot="weights"),
+    Variant("blocks of 16", tile=16),
+    Variant("blocks of 64", tile=64, store=False),
+    Variant("blocks of 128", tile=128, scale_first=True),
+    Variant("reversed keys", product=reversed_order, normalise_first=True, store=False, split_group=True),
+    Variant("chunked sums", product=chunked, dot="weights"),
+    Variant("pairwise sums", product=pairwise, split_group=True),
+    Variant("sequential sums", product=sequential),
+)
+
+FORMS = tuple(
+    {"tanh": tanh, "sink": sink}
+    for tanh in (numpy.tanh, tanh_of_exp, tanh_of_sigmoid)
+    for sink in ("column", "after", "factor")
+)
+"""The forms of soft cap and sink, each of which goes with every variant."""
+
+
+def with_form(variant: Variant, form: int) -> Variant:
+    """The variant with one of the forms."""
+    return replace(variant, **FORMS[form % len(FORMS)])

@@ -1,0 +1,149 @@
+"""Attention evaluated in float64 with everything that its error bounds need."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from mha_spec.arguments import Arguments
+from mha_spec.arrays import FLOATING, Array, dtype_name
+from mha_spec.reference import Reference
+from mha_spec.steps import Steps, sum_over_visible
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Evaluation", "as_float64", "weighted_sum"]
+
+
+def as_float64(array: numpy.ndarray) -> numpy.ndarray:
+    """Convert floating data of any width; masks, lengths and ids stay as they are."""
+    return array.astype(numpy.float64) if dtype_name(array) in FLOATING else array
+
+
+def weighted_sum(weights: numpy.ndarray, values: numpy.ndarray) -> numpy.ndarray:
+    """sum_j weights_ij values_jc, where a value of weight 0 adds nothing whatever it holds."""
+    if numpy.isfinite(values).all():
+        return weights @ values
+    return sum_over_visible(weights, values, weights != 0)
+
+
+class Evaluation:
+    """One call of attention in float64; every matrix over (i, j) is 0 at pairs that are not visible.
+
+    Axes are (batch, heads, q_len, kv_len) throughout, heads of key and value repeated; row quantities keep a last axis
+    of 1. What the hidden storage holds, NaN and infinities too, enters nowhere.
+    """
+
+    def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
+        """Run the steps of the reference."""
+        self.steps = steps
+        self.dtypes = {name: dtype_name(array) for name, array in arrays.items()}
+        self.arrays = {name: as_float64(array) for name, array in arrays.items()}
+        given: dict[str, Any] = {"value": None, **self.arrays, **options}
+        self.arguments = steps.check(Arguments(**given))
+        self.trace = Reference(steps).trace(self.arguments)
+        self.value: Array = self.trace.value
+        self.pairs = self.trace.visible | (self.trace.weights > 0)
+        self.rows = self.pairs.any(axis=-1, keepdims=True)
+        self.weights = self.seen(self.trace.weights)
+        self.scores = self.seen(self.trace.scores)
+        hidden = steps.hide(self.trace.logits, self.trace.visible)
+        self.logits = self.seen(numpy.where(hidden == -numpy.inf, 0.0, hidden))
+
+    def seen(self, matrix: numpy.ndarray | float) -> numpy.ndarray:
+        """The matrix over (i, j) with 0 at pairs that are not visible."""
+        return numpy.where(self.pairs, matrix, 0.0)
+
+    @cached_property
+    def reach(self) -> numpy.ndarray:
+        """|scale| sum_c |q_ic| |k_jc|: the size of what is added up to a score."""
+        t = self.trace
+        return self.seen(abs(t.scale) * (abs(t.query) @ abs(t.key).swapaxes(-1, -2)))
+
+    @cached_property
+    def capped(self) -> numpy.ndarray:
+        """The scores after the soft cap and before the bias."""
+        return self.seen(self.steps.soft_cap(self.trace.scores, self.arguments.softcap))
+
+    @cached_property
+    def sinks(self) -> numpy.ndarray | None:
+        """The sinks, (1, heads, 1, 1); None where no head has one."""
+        sinks = self.arguments.sinks
+        return None if sinks is None or (sinks == -numpy.inf).all() else sinks.reshape(1, -1, 1, 1)
+
+    @cached_property
+    def finite_sinks(self) -> numpy.ndarray | float:
+        """The sinks, with 0 for a head that has none."""
+        return 0.0 if self.sinks is None else numpy.where(self.sinks == -numpy.inf, 0.0, self.sinks)
+
+    @property
+    def depth(self) -> int:
+        """How many terms a row adds up: its keys, seen or not, and the sink."""
+        return self.arguments.kv_len + (self.sinks is not None)
+
+    @cached_property
+    def sink_weights(self) -> numpy.ndarray:
+        """The weight that the sink takes in each row."""
+        return self.trace.sink_weights
+
+    @cached_property
+    def lse(self) -> numpy.ndarray:
+        """The log-sum-exp of each row; 0 for a row that has neither a key nor a sink."""
+        return numpy.where(self.trace.lse == -numpy.inf, 0.0, self.trace.lse)
+
+    @cached_property
+    def maximum(self) -> numpy.ndarray:
+        """The largest logit of each row, the sink included; 0 for a row that has none."""
+        logits = numpy.where(self.pairs, self.logits, -numpy.inf)
+        largest = numpy.max(logits, axis=-1, keepdims=True, initial=-numpy.inf)
+        if self.sinks is not None:
+            largest = numpy.maximum(largest, self.sinks)
+        return numpy.where(largest == -numpy.inf, 0.0, largest)
+
+    @cached_property
+    def total(self) -> numpy.ndarray:
+        """The sum of exp(s - m) over each row, the sink included."""
+        return numpy.exp(self.lse - self.maximum)
+
+    @cached_property
+    def kept(self) -> numpy.ndarray | None:
+        """What dropout multiplies each weight with, dropout_mask / (1 - dropout_rate); None without dropout."""
+        a = self.arguments
+        if a.dropout_mask is None:
+            return None
+        return self.seen(self.steps.drop(numpy.ones_like(self.weights), a.dropout_mask, a.dropout_rate))
+
+    def keep(self, matrix: numpy.ndarray) -> numpy.ndarray:
+        """The matrix after dropout."""
+        return matrix if self.kept is None else matrix * self.kept
+
+    @cached_property
+    def dropped(self) -> numpy.ndarray:
+        """The weights after dropout."""
+        return self.keep(self.weights)
+
+    @cached_property
+    def output(self) -> numpy.ndarray:
+        """The output of each row."""
+        dropped = self.steps.drop(self.trace.weights, self.arguments.dropout_mask, self.arguments.dropout_rate)
+        return self.steps.sum_over_visible(dropped, self.value, self.trace.visible)
+
+    @cached_property
+    def absolute_sum(self) -> numpy.ndarray:
+        """sum_j P_ij |v_jc|, P after dropout."""
+        return weighted_sum(self.dropped, abs(self.value))
+
+    @cached_property
+    def underflow_sum(self) -> numpy.ndarray:
+        """How many underflows an output element may hold: sum_j |v_jc| / l + 1, over visible keys alone."""
+        return weighted_sum(self.keep(self.pairs.astype(numpy.float64)), abs(self.value)) / self.total + 1
+
+    def spread(self, weights: numpy.ndarray, sink_weights: numpy.ndarray | float) -> numpy.ndarray:
+        """sum_j weights_ij (v_jc - o_ic)^2, dropout on v, and sink_weights_i o_ic^2, by three products."""
+        value, dropped = self.value, self.keep(weights)
+        squares = weighted_sum(self.keep(dropped), value**2) - 2 * self.output * weighted_sum(dropped, value)
+        total = numpy.sum(weights, axis=-1, keepdims=True) + sink_weights
+        return numpy.maximum(squares + self.output**2 * total, 0.0)
