@@ -1,0 +1,33 @@
+"""The catalogue of known mistakes: the specification with one step replaced, once for each way in which attentions go wrong.
+
+A mistake serves three ends: it proves that the suite has a case for its clauses, it recognises a convention that others
+chose on purpose, and it tells the author of a failing attention what went wrong.
+"""
+
+from __future__ import annotations
+
+from .gradients import GRADIENTS
+from .ignored import IGNORED
+from .merging import MERGING
+from .mistake import Mistake
+from .precision import PRECISION
+from .raising import RAISING
+from .scores import SCORES
+from .softmax import SOFTMAX
+from .values import VALUES
+from .visibility import VISIBILITY
+
+__all__ = ["MISTAKES", "Mistake"]
+
+MISTAKES: tuple[Mistake, ...] = (
+    *IGNORED,
+    *VISIBILITY,
+    *SCORES,
+    *SOFTMAX,
+    *VALUES,
+    *GRADIENTS,
+    *MERGING,
+    *RAISING,
+    *PRECISION,
+)
+"""Every known mistake; conventions are among them."""

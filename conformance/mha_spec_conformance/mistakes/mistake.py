@@ -1,0 +1,62 @@
+"""What a known mistake is: the specification with one of its steps replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mha_spec import arguments
+from mha_spec.steps import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mha_spec.arguments import Arguments
+
+__all__ = ["ATTENTION", "FORWARD", "MERGE", "VJP", "Mistake", "asking", "replacing", "unchecked"]
+
+FORWARD = ("attention", "attention_weights")
+VJP = ("attention_vjp",)
+ATTENTION = (*FORWARD, *VJP)
+MERGE = ("merge_attention",)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One way in which attentions go wrong, as a reference that goes wrong in that way.
+
+    It can show only in a call of one of `functions` that is given all of `needs`. `native` marks what depends on the
+    type of the run: rounding, overflow, dtypes of results. A `convention` is a choice that others made on purpose, by
+    its name and variant.
+    """
+
+    name: str
+    title: str
+    clauses: tuple[str, ...]
+    steps: Steps
+    needs: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ATTENTION
+    convention: tuple[str, str] | None = None
+    bugs: tuple[str, ...] = ()
+    native: bool = False
+
+    @property
+    def variant(self) -> str:
+        """How reports name it: `convention=variant` for a convention, else its own name."""
+        return self.name if self.convention is None else "=".join(self.convention)
+
+
+def replacing(**steps: Callable[..., object]) -> Steps:
+    """The specification's steps with these in place of its own."""
+    return replace(Steps(), **steps)
+
+
+def asking(change: Callable[[Arguments], Arguments], **steps: Callable[..., object]) -> Steps:
+    """Steps that check the arguments as they should, and then answer for the arguments that `change` makes of them."""
+    return replacing(check=lambda a: change(arguments.check(a)), **steps)
+
+
+def unchecked(check: Callable[[Arguments], None]) -> Steps:
+    """The specification's steps without one of its checks."""
+    remaining = tuple(one for one in arguments.CHECKS if one is not check)
+    return replacing(check=lambda a: arguments.check(a, remaining))

@@ -1,0 +1,112 @@
+"""Less precision than the accuracy rule supposes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec import steps
+
+from .mistake import Mistake, replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["PRECISION"]
+
+
+def to_bits(x: numpy.ndarray, bits: int) -> numpy.ndarray:
+    """Round to numbers of so many significant bits."""
+    mantissa, exponent = numpy.frexp(x)
+    return numpy.ldexp(numpy.round(mantissa * 2.0**bits), exponent - bits).astype(x.dtype)
+
+
+def to_half(x: numpy.ndarray) -> numpy.ndarray:
+    """Round to float16 and keep the type."""
+    return x.astype(numpy.float16).astype(x.dtype)
+
+
+def truncated(x: numpy.ndarray, dtype: str) -> numpy.ndarray:
+    """Cut a result off towards 0 in place of rounding it."""
+    rounded = steps.round_output(x, dtype)
+    return numpy.where(abs(rounded.astype(x.dtype)) > abs(x), numpy.nextafter(rounded, rounded.dtype.type(0)), rounded)
+
+
+def half_exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Logits and their exponentials in 16 bits."""
+    exponentials, maximum = steps.exponentials(to_half(logits))
+    return to_half(exponentials), maximum
+
+
+def half_sum(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
+    """Add the products up in float16, 16 keys at a time."""
+    total = numpy.zeros((*weights.shape[:-1], values.shape[-1]), weights.dtype)
+    for first in range(0, weights.shape[-1], 16):
+        tile = slice(first, first + 16)
+        total = to_half(total + steps.sum_over_visible(weights[..., tile], values[..., tile, :], visible[..., tile]))
+    return total
+
+
+def cap_with(tanh: Callable[[numpy.ndarray], numpy.ndarray]) -> steps.Steps:
+    """The soft cap and its slope with another tanh."""
+    return replacing(
+        soft_cap=lambda scores, softcap: scores if softcap is None else softcap * tanh(scores / softcap),
+        cap_slope=lambda scores, softcap: 1.0 if softcap is None else 1.0 - tanh(scores / softcap) ** 2,
+    )
+
+
+def mistake(variant: str, title: str, made: steps.Steps, needs: tuple[str, ...] = (), functions: tuple[str, ...] = ()) -> Mistake:
+    """A result of less precision, a convention by itself."""
+    own = {"functions": functions} if functions else {}
+    return Mistake(f"precision-{variant.replace('_', '-')}", title, ("MHA-ACC-1",), made, needs, convention=("precision", variant), native=True, **own)
+
+
+PRECISION = (
+    Mistake(
+        "softmax-in-16-bits",
+        "takes the softmax in 16 bits",
+        ("MHA-SOFTMAX-2",),
+        replacing(exponentials=half_exponentials),
+        convention=("precision", "half_scores"),
+        native=True,
+    ),
+    Mistake(
+        "results-truncated",
+        "cuts results off in place of rounding them to the dtype",
+        ("MHA-ACC-2", "MHA-DTYPE-1"),
+        replacing(round_output=truncated),
+        native=True,
+    ),
+    mistake(
+        "tf32",
+        "rounds the operands of each product to 11 significant bits",
+        replacing(
+            scores=lambda query, key, scale: steps.scores(to_bits(query, 11), to_bits(key, 11), scale),
+            sum_over_visible=lambda weights, values, visible: steps.sum_over_visible(to_bits(weights, 11), to_bits(values, 11), visible),
+        ),
+    ),
+    mistake(
+        "half_scores",
+        "stores the scores in 16 bits",
+        replacing(scores=lambda query, key, scale: to_half(steps.scores(query, key, scale))),
+    ),
+    mistake(
+        "half_sums",
+        "adds up in 16 bits",
+        replacing(sum_over_visible=half_sum),
+        functions=("attention",),
+    ),
+    mistake(
+        "half_gradients",
+        "stores the gradients of the weights in 16 bits",
+        replacing(grad_weights=lambda grad_output, value: to_half(steps.grad_weights(grad_output, value))),
+        functions=("attention_vjp",),
+    ),
+    mistake(
+        "approximate_tanh",
+        "takes tanh to 11 significant bits",
+        cap_with(lambda x: to_bits(numpy.tanh(x), 11)),
+        needs=("softcap",),
+    ),
+)

@@ -1,0 +1,47 @@
+"""The reference with a mistake in it as a target of the suite: what shows that a case can fail."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mha_spec.arguments import OPTIONS
+from mha_spec.arrays import FLOATING
+from mha_spec.reference import Reference
+from mha_spec.steps import Steps
+
+from .asking import Ask
+from .outcome import Judge
+from .question import FUNCTIONS, Claims
+from .target import Target
+from .worker import answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from .cases import Case
+    from .outcome import Result
+
+__all__ = ["Subject"]
+
+KEYWORDS = {"attention": (*OPTIONS, "return_lse"), "attention_weights": OPTIONS, "attention_vjp": (*OPTIONS, "grad_lse")}
+
+
+class Subject:
+    """An attention in this process that claims everything, and what the suite says of its answers."""
+
+    def __init__(self, functions: Mapping[str, Callable[..., object]]) -> None:
+        claims = Claims("reference", {name: KEYWORDS.get(name, ()) for name in FUNCTIONS}, FLOATING, registered=True)
+        self.target = Target(functions, claims)
+        self.judge = Judge(claims)
+
+    @classmethod
+    def over(cls, steps: Steps) -> Subject:
+        """The reference over these steps."""
+        reference = Reference(steps)
+        return cls({name: getattr(reference, name) for name in FUNCTIONS})
+
+    def outcome(self, case: Case, dtype: str, *, every_layout: bool = False) -> Result:
+        """What the suite says of one answer."""
+        ask = Ask(case, dtype, tuple(case.expected) or ("output",), probed=every_layout)
+        question = ask.question()
+        return self.judge.result(ask, question, answer(self.target, question))
