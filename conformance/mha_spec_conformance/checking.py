@@ -1,0 +1,83 @@
+"""`mha-spec check`: options in, exit status out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mha_spec.arrays import FLOATING
+from mha_spec.errors import MhaSpecError
+
+from .asking import Selection
+from .cases import load
+from .conventions import parse_convention
+from .known import read_known
+from .render import Bar, console, print_run
+from .report import write_json
+from .runner import NothingToJudge, Settings, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from .cases import Suite
+
+__all__ = ["UsageError", "check"]
+
+
+class UsageError(MhaSpecError):
+    """An option that has no meaning."""
+
+
+def check(
+    *,
+    target: str,
+    only: tuple[str, ...] = (),
+    required: tuple[str, ...] = (),
+    accepted: Iterable[str] = (),
+    known: Path | None = None,
+    json: Path | None = None,
+    max_fail: int | None = None,
+    jobs: int = 1,
+    dtypes: tuple[str, ...] = (),
+    limit: float = 60.0,
+) -> int:
+    """Judge a target, print the verdict, write the report; give the exit status."""
+    suite = load()
+    settings = Settings(
+        selection=_selection(suite, only, dtypes),
+        required=_among("--require", required, (*_features(suite), *FLOATING)),
+        accepted=frozenset(parse_convention(text) for text in accepted),
+        known=read_known(known) if known else (),
+        max_fail=max_fail,
+        jobs=jobs,
+        limit=limit,
+    )
+    if json is not None and not json.parent.is_dir():
+        raise UsageError(f"--json {json}: there is no folder {json.parent}")
+    screen = console()
+    with Bar(screen, target) as bar:
+        done = run(target, suite, settings, bar)
+    if json is not None:
+        write_json(done, json)
+    print_run(screen, done)
+    if not done.judged:
+        raise NothingToJudge(f"target {target} was asked {len(done.results)} questions and refused all as unsupported: {done.results[0].reason}")
+    return done.status
+
+
+def _selection(suite: Suite, only: tuple[str, ...], dtypes: tuple[str, ...]) -> Selection:
+    selection = Selection(only, _among("--dtypes", dtypes, FLOATING))
+    if not any(selection.takes(case) for case in suite.cases):
+        raise UsageError(f"--only {' '.join(only)} matches none of {len(suite.cases)} cases; `mha-spec cases` lists them")
+    return selection
+
+
+def _features(suite: Suite) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(feature for case in suite.cases for feature in case.features))
+
+
+def _among(option: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in allowed:
+            raise UsageError(f"{option} must be of {', '.join(allowed)}, received {name!r}")
+    return names

@@ -1,0 +1,42 @@
+"""The conventions on which implementations of attention differ: a closed list, the specification's own variant first."""
+
+from __future__ import annotations
+
+from mha_spec.errors import MhaSpecError
+
+__all__ = ["CONVENTIONS", "ConventionError", "check_convention", "parse_convention"]
+
+CONVENTIONS = {
+    "mask_polarity": ("true_attends", "true_hides"),
+    "causal_alignment": ("upper_left", "lower_right", "lower_right_of_kv_lengths"),
+    "fully_masked_row": ("zero", "mean_of_values", "nan"),
+    "empty_row_lse": ("minus_inf", "zero", "plus_inf"),
+    "group_order": ("repeat", "tile"),
+    "window_left": ("inclusive", "exclusive"),
+    "lse_base": ("e", "2"),
+    "softcap_order": ("before_bias", "after_bias"),
+    "output_dtype": ("query", "float32", "float64"),
+    "precision": ("standard", "strict", "tf32", "half_scores", "half_sums", "half_gradients", "approximate_tanh"),
+    "nonfinite": ("excluded", "reaches_tile", "leaks", "scrubbed"),
+}
+
+
+class ConventionError(MhaSpecError, ValueError):
+    """A convention or a variant that is not on the list."""
+
+
+def check_convention(name: str, variant: str) -> tuple[str, str]:
+    """Give (name, variant) back, or raise a ConventionError that lists what there is."""
+    if name not in CONVENTIONS:
+        raise ConventionError(f"{name!r} is not a convention; there are {', '.join(CONVENTIONS)}")
+    if variant not in CONVENTIONS[name]:
+        raise ConventionError(f"convention {name} must be {' or '.join(CONVENTIONS[name])}, received {variant!r}")
+    return name, variant
+
+
+def parse_convention(text: str) -> tuple[str, str]:
+    """Read `CONVENTION=VARIANT`."""
+    name, equals, variant = text.partition("=")
+    if not equals:
+        raise ConventionError(f"a convention is written CONVENTION=VARIANT, as in mask_polarity=true_hides, received {text!r}")
+    return check_convention(name.strip(), variant.strip())

@@ -1,0 +1,129 @@
+"""NumPy arrays to those of the target's library and back, bit for bit: bfloat16, devices and strange strides included."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy
+
+from mha_spec.arrays import Array, dtype_name, library_of
+from mha_spec.errors import MhaSpecError
+
+__all__ = ["LIBRARIES", "ConversionError", "lay_out", "layouts_of", "same_bits", "to_library", "to_numpy"]
+
+LIBRARIES = ("numpy", "torch", "jax", "tensorflow")
+"""The array libraries that a target may ask for."""
+
+_WORD = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
+
+
+class ConversionError(MhaSpecError, TypeError):
+    """Something is not an array that the suite can read or write."""
+
+
+def layouts_of(arrays: str) -> tuple[str, ...]:
+    """Name the layouts of memory that arrays of a library can have, beside the plain one."""
+    return {"numpy": ("strided", "reversed", "read_only"), "torch": ("strided",)}.get(arrays, ())
+
+
+def lay_out(array: numpy.ndarray, layout: str) -> numpy.ndarray:
+    """Give a copy of `array` that lies otherwise in memory: with gaps of garbage, with negative strides, or read-only."""
+    if layout == "plain" or array.ndim == 0:
+        return array.copy()
+    if layout == "read_only":
+        copy = array.copy()
+        copy.flags.writeable = False
+        return copy
+    if layout == "reversed":
+        return numpy.flip(numpy.flip(array).copy())
+    wide = numpy.empty((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    wide[..., 1::2] = _garbage(array.dtype)
+    wide[..., ::2] = array
+    return wide[..., ::2]
+
+
+def _garbage(dtype: numpy.dtype) -> object:
+    if dtype.kind in "iu":
+        return numpy.iinfo(dtype).max
+    return True if dtype == bool else numpy.nan
+
+
+def to_library(array: numpy.ndarray, arrays: str, device: str | None = None, layout: str = "plain") -> Array:
+    """Give `array` as one of the library `arrays`, of the same dtype and values, on `device`."""
+    placed = lay_out(array, layout)
+    return {"numpy": _numpy, "torch": _to_torch, "jax": _to_jax, "tensorflow": _to_tensorflow}[arrays](placed, device)
+
+
+def _numpy(array: numpy.ndarray, device: str | None) -> numpy.ndarray:
+    return array
+
+
+def _to_torch(array: numpy.ndarray, device: str | None) -> Array:
+    import torch
+
+    bits = array.view(numpy.int16) if array.dtype == ml_dtypes.bfloat16 else array
+    tensor = torch.from_numpy(bits)
+    tensor = tensor.view(torch.bfloat16) if bits is not array else tensor
+    return tensor if device is None else tensor.to(device)
+
+
+def _to_jax(array: numpy.ndarray, device: str | None) -> Array:
+    import jax
+
+    if device is None:
+        return jax.numpy.asarray(array)
+    platform, _, index = device.partition(":")
+    return jax.device_put(array, jax.devices(platform)[int(index or 0)])
+
+
+def _to_tensorflow(array: numpy.ndarray, device: str | None) -> Array:
+    import tensorflow
+
+    with tensorflow.device(device):
+        return tensorflow.convert_to_tensor(array)
+
+
+def to_numpy(value: Array) -> numpy.ndarray:
+    """Give an array of any known library as NumPy's, of the same dtype and values.
+
+    Raises:
+        ConversionError: `value` is not an array.
+    """
+    library = library_of(value)
+    if library == "numpy" and isinstance(value, (numpy.ndarray, numpy.generic)):
+        return _numbers(numpy.asarray(value))
+    if library == "torch":
+        return _from_torch(value)
+    if library is None or not hasattr(value, "__array__"):
+        raise ConversionError(f"{_describe(value)} is not an array")
+    return _numbers(numpy.asarray(value))
+
+
+def _numbers(array: numpy.ndarray) -> numpy.ndarray:
+    if array.dtype.kind in "OSUMm":
+        raise ConversionError(f"an array of dtype={array.dtype} holds no numbers")
+    return array
+
+
+def _from_torch(tensor: Array) -> numpy.ndarray:
+    plain = tensor.detach().cpu().contiguous()
+    if dtype_name(plain) != "bfloat16":
+        return plain.numpy()
+    import torch
+
+    return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _describe(value: object) -> str:
+    if value is None:
+        return "None (is a `return` missing?)"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"an object of type {type(value).__name__}"
+
+
+def same_bits(a: numpy.ndarray, b: numpy.ndarray) -> bool:
+    """Whether two arrays hold the same bits, NaN payloads and signs of zero included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    word = _WORD[a.dtype.itemsize]
+    return numpy.array_equal(numpy.ascontiguousarray(a).view(word), numpy.ascontiguousarray(b).view(word))

@@ -1,0 +1,82 @@
+"""Known failures: each with its reason, and strict, so that the file says what is true today and nothing more.
+
+The file is TOML, one table for each case, in every dtype or in one:
+
+    [[known]]
+    id = "attention/causal/offset-1"
+    dtype = "float16"
+    reason = "scores are kept in float16, issue 12"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mha_spec.errors import MhaSpecError
+
+from .outcome import FAILING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from .outcome import Result
+
+__all__ = ["Known", "KnownError", "read_known", "untrue"]
+
+
+class KnownError(MhaSpecError):
+    """A file of known failures that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """One known failure."""
+
+    id: str
+    reason: str
+    dtype: str | None = None
+
+    def covers(self, result: Result) -> bool:
+        """Whether it speaks of this case and dtype."""
+        return result.ask.case.id == self.id and self.dtype in (None, result.ask.dtype)
+
+
+def read_known(path: Path) -> tuple[Known, ...]:
+    """Read a file of known failures.
+
+    Raises:
+        KnownError: It is not there, is no TOML, or an entry lacks its id or reason.
+    """
+    try:
+        tables = tomllib.loads(path.read_text()).get("known")
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise KnownError(f"known failures {path}: {error}") from error
+    if not isinstance(tables, list):
+        raise KnownError(f"known failures {path}: there is no [[known]] table with id and reason")
+    return tuple(_entry(path, number, table) for number, table in enumerate(tables, 1))
+
+
+def _entry(path: Path, number: int, table: object) -> Known:
+    strings = isinstance(table, dict) and all(isinstance(value, str) and value.strip() for value in table.values())
+    if not isinstance(table, dict) or not strings or not {"id", "reason"} <= table.keys() <= {"id", "reason", "dtype"}:
+        raise KnownError(f"known failures {path}: entry {number} must have the texts id and reason, and may have dtype, received {table!r}")
+    return Known(**table)
+
+
+def untrue(known: Iterable[Known], results: Iterable[Result], suite: Iterable[str], whole: bool) -> list[str]:
+    """What the file says that is not so: an entry that did not fail, or that no case of the suite or of a whole run matches."""
+    asked, ids = list(results), set(suite)
+    lines: list[str] = []
+    for entry in known:
+        covered = [result for result in asked if entry.covers(result)]
+        where = entry.id + (f" in {entry.dtype}" if entry.dtype else "")
+        if entry.id not in ids:
+            lines.append(f"known failure {where} is no case of the suite: remove it from the file")
+        elif covered and not any(result.outcome in FAILING for result in covered):
+            lines.append(f"known failure {where} did not fail ({covered[0].outcome}): remove it from the file")
+        elif not covered and whole:
+            lines.append(f"known failure {where} was not asked: remove it from the file")
+    return lines

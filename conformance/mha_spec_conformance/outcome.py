@@ -1,0 +1,169 @@
+"""What an answer is worth: one outcome for each case and dtype, with the reason in words that a person can act on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mha_spec.arrays import dtype_name, softmax_dtype_name
+
+from .accuracy import bounds, precision
+from .compare import gate_b, judge
+from .diagnosis import Diagnosis
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy
+
+    from .accuracy import Precision
+    from .asking import Ask
+    from .compare import Judgement, Worst
+    from .question import Answer, Claims, Question
+
+__all__ = ["FAILING", "OUTCOMES", "Judge", "Result", "form"]
+
+OUTCOMES = ("pass", "fail", "deviation", "error", "crash", "timeout", "unsupported")
+FAILING = frozenset({"fail", "deviation", "error", "crash", "timeout"})
+"""The outcomes that make a target not conformant, unless they are accepted or known."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one case in one dtype."""
+
+    ask: Ask
+    outcome: str
+    reason: str | None = None
+    allowance_used: float | None = None
+    worst: Worst | None = None
+    diagnosis: tuple[str, ...] = ()
+    convention: tuple[str, str] | None = None
+    deterministic: bool | None = None
+    clauses: tuple[str, ...] = ()
+    seconds: float = 0.0
+    note: str | None = None
+
+    @property
+    def must(self) -> bool:
+        """Whether it counts for the exit status."""
+        return self.ask.case.level == "MUST"
+
+
+class Judge:
+    """Judges the answers of one target; it remembers which mistakes explained its failures before."""
+
+    def __init__(self, claims: Claims, accepted: frozenset[tuple[str, str]] = frozenset()) -> None:
+        self.claims = claims
+        self.accepted = accepted
+        self.diagnosis = Diagnosis()
+
+    def result(self, ask: Ask, question: Question, answer: Answer) -> Result:
+        """Judge one answer."""
+        judged = self._result(ask, question, answer)
+        clauses = judged.clauses or tuple(ask.case.clauses)
+        return replace(judged, clauses=clauses, seconds=answer.seconds, deterministic=answer.deterministic)
+
+    def _result(self, ask: Ask, question: Question, answer: Answer) -> Result:
+        if answer.came in ("crash", "timeout", "unsupported"):
+            return Result(ask, answer.came, answer.reason)
+        if ask.case.expect == "error":
+            return _refusal(ask, answer)
+        if answer.came == "raised":
+            return Result(ask, "error", answer.reason)
+        if answer.came == "malformed":
+            return Result(ask, "fail", answer.reason)
+        if (reason := form(ask, answer.outputs)) is not None:
+            return Result(ask, "fail", reason)
+        if self.claims.registered and answer.foreign is not None:
+            return Result(ask, "fail", f"an output is an array of {answer.foreign}, the inputs are of {self.claims.arrays}")
+        return self._values(ask, question, answer)
+
+    def _values(self, ask: Ask, question: Question, answer: Answer) -> Result:
+        standard = precision(ask.dtype, self.claims.profile)
+        arrays = ask.case.inputs(ask.dtype) if ask.omitted else question.arrays
+        case_bounds = bounds(ask.case.function, arrays, ask.case.options)
+        allowances = case_bounds.allowances(standard)
+        judgement = _compare(ask, answer.outputs, allowances, standard)
+        if not judgement.passed:
+            return self._named(ask, answer.outputs, judgement)
+        found = Result(ask, "pass", None, judgement.allowance_used, judgement.worst)
+        if (fault := _layout_fault(ask, answer, allowances, standard)) is not None:
+            return replace(found, outcome="fail", reason=fault, clauses=("MHA-PURE-2",))
+        if answer.written:
+            return replace(found, outcome="fail", reason=f"wrote to its input {', '.join(answer.written)}", clauses=("MHA-PURE-1",))
+        if (dtype := _wrong_dtype(ask, answer.outputs)) is not None:
+            return replace(found, outcome="deviation", reason=f"output_dtype={dtype}", convention=("output_dtype", dtype))
+        if "generic" in ask.case.tags:
+            return replace(found, note=_note(ask, answer, case_bounds.deviations(standard)))
+        return found
+
+    def _named(self, ask: Ask, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> Result:
+        """A wrong result: a deviation where it is exactly another convention, else a failure with the mistakes it matches."""
+        mistakes = self.diagnosis.explain(ask.case, ask.dtype, outputs, ask.outputs, self.claims.profile)
+        found = Result(ask, "fail", judgement.reason, judgement.allowance_used, judgement.worst, tuple(m.name for m in mistakes))
+        conventions = [mistake.convention for mistake in mistakes if mistake.convention is not None]
+        if not conventions:
+            return found
+        convention = next((one for one in conventions if one in self.accepted), conventions[0])
+        return replace(found, outcome="deviation", reason="=".join(convention), convention=convention)
+
+
+def _refusal(ask: Ask, answer: Answer) -> Result:
+    """A call that must be refused: by an error of ours, of the right kind, that names the argument."""
+    wanted = ask.case.error or {}
+    kind, argument = {"type": "TypeError", "value": "ValueError"}[wanted["kind"]], wanted["argument"]
+    expected = f"a MhaSpecError that is a {kind} and names `{argument}`"
+    if answer.raised is None:
+        return Result(ask, "fail", f"expected {expected}, but the call was answered")
+    if not {"MhaSpecError", kind} <= set(answer.raised.classes) or argument not in answer.raised.message:
+        return Result(ask, "fail", f"expected {expected}, received {answer.raised}")
+    return Result(ask, "pass")
+
+
+def _compare(ask: Ask, outputs: Mapping[str, numpy.ndarray], allowances: Mapping[str, numpy.ndarray], standard: Precision) -> Judgement:
+    expected = {name: ask.case.expected[name] for name in ask.outputs}
+    return judge(ask.case, expected, outputs, allowances, standard)
+
+
+def _layout_fault(ask: Ask, answer: Answer, allowances: Mapping[str, numpy.ndarray], standard: Precision) -> str | None:
+    """What goes wrong where the inputs lie otherwise in memory."""
+    for layout, outputs in answer.layouts.items():
+        reason = form(ask, outputs) or _compare(ask, outputs, allowances, standard).reason
+        if reason is not None:
+            return f"right for plain inputs, wrong for {layout.replace('_', '-')} ones: {reason}"
+    return None
+
+
+def _note(ask: Ask, answer: Answer, deviations: Mapping[str, numpy.ndarray]) -> str | None:
+    """What is remarkable about the errors of a generic case, all of them within their allowance (MHA-ACC-2)."""
+    expected = {name: ask.case.expected[name] for name in ask.outputs}
+    notes = ((name, statistics.note) for name, statistics in gate_b(expected, answer.outputs, deviations).items())
+    return next((f"`{name}`: {note}" for name, note in notes if note is not None), None)
+
+
+def form(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
+    """What is wrong with the shape of an output, or with a dtype that no convention names; None where nothing is."""
+    for name in ask.outputs:
+        shape, wanted = tuple(outputs[name].shape), tuple(ask.case.expected[name].shape)
+        if shape != wanted:
+            return f"`{name}` must have shape={wanted}, received shape={shape}"
+        dtype = dtype_name(outputs[name])
+        if dtype not in (expected := expected_dtype(ask, name), "float32", "float64"):
+            return f"`{name}` must have dtype={expected}, received dtype={dtype}"
+    return None
+
+
+def expected_dtype(ask: Ask, name: str) -> str:
+    """The dtype of an output: lse has the softmax's, a gradient its operand's, everything else the query's."""
+    if name == "lse":
+        return softmax_dtype_name(ask.dtype)
+    operand = name.removeprefix("grad_")
+    if operand in ("bias", "sinks"):
+        return dtype_name(ask.case.inputs(ask.dtype)[operand])
+    return ask.dtype
+
+
+def _wrong_dtype(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
+    received = ((dtype_name(outputs[name]), expected_dtype(ask, name)) for name in ask.outputs)
+    return next((dtype for dtype, expected in received if dtype != expected), None)

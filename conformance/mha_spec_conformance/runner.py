@@ -1,0 +1,90 @@
+"""A run: load the target, try the smoke cases, ask everything that is claimed, and judge while the target works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .asking import Selection, asks, probes, tried_in_every_layout
+from .outcome import FAILING, Judge, Result
+from .pool import Pool
+from .report import Run
+from .smoke import NothingToJudge, try_smoke_cases
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .asking import Ask
+    from .cases import Suite
+    from .known import Known
+
+__all__ = ["NothingToJudge", "Settings", "run"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a target is to be judged."""
+
+    selection: Selection = Selection()
+    required: tuple[str, ...] = ()
+    accepted: frozenset[tuple[str, str]] = frozenset()
+    known: tuple[Known, ...] = ()
+    max_fail: int | None = None
+    jobs: int = 1
+    limit: float = 60.0
+
+
+def run(target: str, suite: Suite, settings: Settings, progress: Callable[[int, Result | None], None] = lambda total, result: None) -> Run:
+    """Judge `target`; `progress` is called with the number of questions once, and then with every result.
+
+    Raises:
+        TargetError: The target cannot be loaded.
+        NothingToJudge: It claims nothing that is selected, or its answers have no form that can be judged.
+    """
+    with Pool(target, settings.jobs, settings.limit) as pool:
+        asked = tried_in_every_layout(asks(suite.cases, pool.claims, settings.selection))
+        if not asked:
+            raise NothingToJudge(f"target {target} has nothing to ask: no case of the selection has only what it claims")
+        notes = try_smoke_cases(suite, pool)
+        alignment = _alignment(pool, suite)
+        progress(len(asked), None)
+        found, finished = _results(pool, asked, settings, progress)
+        order = {ask.key: number for number, ask in enumerate(asked)}
+        return Run(
+            suite=suite,
+            claims=pool.claims,
+            selection=settings.selection,
+            results=tuple(sorted(found, key=lambda one: order[one.ask.key])),
+            finished=finished,
+            alignment=alignment,
+            notes=notes,
+            required=settings.required,
+            accepted=settings.accepted,
+            known=settings.known,
+        )
+
+
+def _results(pool: Pool, asked: list[Ask], settings: Settings, progress: Callable[[int, Result | None], None]) -> tuple[list[Result], bool]:
+    """The results as they come, and whether all came before too many had failed."""
+    by_key = {ask.key: ask for ask in asked}
+    judge = Judge(pool.claims, settings.accepted)
+    found: list[Result] = []
+    failed = 0
+    for question, answer in pool.answers(ask.question() for ask in asked):
+        judged = judge.result(by_key[question.id, question.dtype], question, answer)
+        found.append(judged)
+        progress(len(asked), judged)
+        failed += judged.must and judged.outcome in FAILING and judged.convention not in settings.accepted
+        if settings.max_fail is not None and failed >= settings.max_fail:
+            return found, len(found) == len(asked)
+    return found, True
+
+
+def _alignment(pool: Pool, suite: Suite) -> str | None:
+    """Read off where a target without an offset puts its causal diagonal; None where it has no choice or fits none."""
+    by_id = {ask.case.id: (name, ask) for name, ask in probes(suite.cases, pool.claims).items()}
+    for question, answer in pool.answers([ask.question() for _, ask in by_id.values()]):
+        name, ask = by_id[question.id]
+        if Judge(pool.claims).result(ask, question, answer).outcome == "pass":
+            return name
+    return None

@@ -1,0 +1,131 @@
+"""The smoke cases: they tell a wrong target file (axes, tuple, dtype, mask polarity) from a wrong attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec import reference
+from mha_spec.errors import MhaSpecError
+
+from .asking import Selection, asks
+from .outcome import Judge, Result
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .cases import Suite
+    from .pool import Pool
+    from .question import Answer, Question
+
+__all__ = ["NothingToJudge", "try_smoke_cases"]
+
+TAG = "smoke"
+
+
+class NothingToJudge(MhaSpecError):
+    """The target cannot be judged at all."""
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """One smoke case: what was asked, what came, and what it was worth."""
+
+    question: Question
+    answer: Answer
+    result: Result
+
+
+def try_smoke_cases(suite: Suite, pool: Pool) -> tuple[str, ...]:
+    """Ask the smoke cases in the narrowest dtype of float32 and float64 that is claimed; give notes on the target file.
+
+    Raises:
+        NothingToJudge: Every one fails by its form, its axes, or the end of the process: the target file is wrong.
+    """
+    claims = pool.claims
+    dtype = "float32" if "float32" in claims.dtypes else claims.dtypes[0]
+    cases = [case for case in suite.cases if TAG in case.tags]
+    asked = {ask.key: ask for ask in asks(cases, claims, Selection(dtypes=(dtype,)))}
+    judge = Judge(claims)
+    smokes = [
+        Smoke(question, answer, judge.result(asked[question.id, question.dtype], question, answer))
+        for question, answer in pool.answers([ask.question() for ask in asked.values()])
+    ]
+    smokes = [smoke for smoke in smokes if smoke.result.outcome != "unsupported"]
+    if smokes and (fault := _fault(smokes, pool)) is not None:
+        raise NothingToJudge(f"target {claims.name} cannot be judged: {fault}")
+    return tuple(_notes(smokes))
+
+
+def _fault(smokes: list[Smoke], pool: Pool) -> str | None:
+    """What is wrong with the target file where nothing that it gives can be judged."""
+    first = smokes[0]
+    if any(smoke.result.outcome == "pass" for smoke in smokes):
+        return None
+    if _takes_lengths_first(first, pool):
+        return "it takes the axes as (batch, length, heads, size): swap axes 1 and 2 of inputs and outputs in the target file"
+    if any(_judged(smoke) for smoke in smokes):
+        return None
+    if first.answer.came in ("crash", "timeout"):
+        return f"the smoke cases end it: {first.answer.reason}"
+    if first.answer.came == "raised":
+        return f"the smoke cases raise {first.answer.reason}; for what it does not take it must raise NotImplementedError"
+    return f"{first.result.reason}{_axes(first)}"
+
+
+def _judged(smoke: Smoke) -> bool:
+    """Whether there is an output that can be compared."""
+    return smoke.answer.came == "returned" and not _shapes(smoke)
+
+
+def _shapes(smoke: Smoke) -> bool:
+    """Whether an output has another shape than it must have."""
+    expected = smoke.result.ask.case.expected
+    return any(tuple(array.shape) != tuple(expected[name].shape) for name, array in smoke.answer.outputs.items())
+
+
+def _axes(smoke: Smoke) -> str:
+    """Spell out a shape whose axes are only in another order."""
+    if smoke.answer.came != "returned":
+        return ""
+    batch, heads, q_len, v_dim = smoke.result.ask.case.expected["output"].shape
+    received = tuple(smoke.answer.outputs["output"].shape)
+    orders = {
+        (batch, q_len, heads, v_dim): "(batch, q_len, heads, v_dim)",
+        (batch, heads, v_dim, q_len): "(batch, heads, v_dim, q_len)",
+        (batch, q_len, heads * v_dim): "(batch, q_len, heads * v_dim)",
+    }
+    return f": that is {orders[received]}; turn it round in the target file" if received in orders else ""
+
+
+def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
+    """Whether, with as many heads as positions, the output is that of lengths taken for heads and heads for lengths."""
+    if smoke.question.function != "attention" or smoke.answer.came in ("crash", "timeout"):
+        return False
+    size = min(smoke.question.arrays["query"].shape[1:3] + smoke.question.arrays["key"].shape[1:3])
+    arrays = {name: array[:, :size, :size].copy() for name, array in smoke.question.arrays.items()}
+    question = replace(smoke.question, arrays=arrays, layouts=(), repeat=False)
+    for _, answer in pool.answers([question]):
+        output = answer.outputs.get("output")
+        operands = [arrays[name].astype(numpy.float64) for name in ("query", "key", "value")]
+        straight, swapped = reference.attention(*operands), reference.attention(*(x.swapaxes(1, 2) for x in operands)).swapaxes(1, 2)
+        if output is None or output.shape != swapped.shape:
+            return False
+        error, other_error = (float(abs(output.astype(numpy.float64) - x).max()) for x in (swapped, straight))
+        return error < abs(straight - swapped).max() / 64 < other_error
+    return False
+
+
+def _notes(smokes: Iterable[Smoke]) -> list[str]:
+    """What looks like a slip of the target file, though the rest can be judged."""
+    notes: dict[str, None] = {}
+    for smoke in smokes:
+        if smoke.result.convention == ("mask_polarity", "true_hides"):
+            notes["it takes True in a mask for hidden: if its own meaning is that, pass ~mask in the target file"] = None
+        elif smoke.result.convention is not None and smoke.result.convention[0] == "output_dtype":
+            notes[f"it gives {smoke.result.convention[1]} for {smoke.question.dtype}: if the target file converts, convert back"] = None
+        elif smoke.answer.came == "malformed" or (smoke.answer.came == "returned" and _shapes(smoke)):
+            notes[f"smoke case {smoke.question.id}: {smoke.result.reason}"] = None
+    return list(notes)

@@ -1,0 +1,147 @@
+"""The process of the target: it loads the target, says what may be asked, and answers one question after another.
+
+Messages through the pipe are small (a number, a file's name); questions and answers lie in files, so that neither side
+ever waits for the other to read. What the target prints goes to a file as well.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .convert import ConversionError, lay_out, layouts_of, same_bits, to_library, to_numpy
+from .question import OPERANDS, Answer, Question, Raised
+from .target import Target, TargetError, load, own_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from multiprocessing.connection import Connection
+
+    import numpy
+
+    from mha_spec.arrays import Array
+
+__all__ = ["answer", "serve"]
+
+GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks")
+
+
+class Malformed(Exception):
+    """The target returned something else than the arrays that were asked for."""
+
+
+def serve(connection: Connection, name: str, printed: str) -> None:
+    """Answer until the runner is gone: first with the claims, or with what is wrong with the target."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _print_to(printed)
+    os.environ.setdefault("JAX_ENABLE_X64", "1")
+    try:
+        target = load(name)
+    except TargetError as error:
+        connection.send(str(error))
+        return
+    connection.send(target.claims)
+    while True:
+        try:
+            path = Path(connection.recv())
+        except EOFError:
+            return
+        question = pickle.loads(path.read_bytes())
+        path.write_bytes(pickle.dumps(answer(target, question), protocol=5))
+        connection.send(str(path))
+
+
+def _print_to(file: str) -> None:
+    """Send whatever is printed, by C code as well, to a file: the terminal belongs to the report."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def answer(target: Target, question: Question) -> Answer:
+    """Ask the target one question; whatever it does short of ending the process becomes an answer."""
+    start = time.perf_counter()
+    try:
+        if (reason := _unsupported(target, question)) is not None:
+            return Answer("unsupported", reason=reason)
+        return _ask(target, question)
+    except Malformed as error:
+        return Answer("malformed", reason=str(error), seconds=time.perf_counter() - start)
+    except NotImplementedError as error:
+        return Answer("unsupported", reason=str(error) or "NotImplementedError", seconds=time.perf_counter() - start)
+    except BaseException as error:
+        raised = Raised(tuple(cls.__name__ for cls in type(error).__mro__), str(error), own_line(error))
+        return Answer("raised", reason=str(raised), raised=raised, seconds=time.perf_counter() - start)
+
+
+def _unsupported(target: Target, question: Question) -> str | None:
+    supported = True if target.supports is None else target.supports(question)
+    return None if supported is True else supported if isinstance(supported, str) else "supports(case) said no"
+
+
+def _ask(target: Target, question: Question) -> Answer:
+    start = time.perf_counter()
+    outputs, written, foreign = _call(target, question)
+    seconds = time.perf_counter() - start
+    repeated = _call(target, question)[0] if question.repeat else None
+    deterministic = None if repeated is None else all(same_bits(outputs[name], repeated[name]) for name in outputs)
+    layouts: dict[str, Mapping[str, numpy.ndarray]] = {}
+    for layout in question.layouts:
+        if layout in layouts_of(target.claims.arrays):
+            layouts[layout] = _call(target, question, layout)[0]
+    return Answer("returned", outputs, written=written, layouts=layouts, deterministic=deterministic, foreign=foreign, seconds=seconds)
+
+
+def _call(target: Target, question: Question, layout: str = "plain") -> tuple[dict[str, numpy.ndarray], tuple[str, ...], str | None]:
+    """Call once; give the outputs, the names of inputs that were written to, and the library of the outputs if foreign."""
+    from mha_spec.arrays import library_of
+
+    claims = target.claims
+    arguments = {name: to_library(array, claims.arrays, claims.device, layout) for name, array in question.arrays.items()}
+    positional = OPERANDS[question.function]
+    operands = [arguments[name] for name in positional]
+    keywords = {name: array for name, array in arguments.items() if name not in positional}
+    try:
+        returned = target.functions[question.function](*operands, **keywords, **question.options)
+    except Exception as error:
+        if layout == "plain" or isinstance(error, NotImplementedError):
+            raise
+        error.add_note(f"with {layout} inputs")
+        raise
+    named = _name_outputs(question, returned)
+    outputs = {name: _read(name, value) for name, value in named.items()}
+    libraries = {library_of(value) for value in named.values()} - {claims.arrays}
+    changed = [name for name, array in question.arrays.items() if not same_bits(to_numpy(arguments[name]), array)]
+    return outputs, tuple(changed), next(iter(libraries), None)
+
+
+def _name_outputs(question: Question, returned: object) -> dict[str, Array]:
+    """Give the outputs that were asked for by their names."""
+    if question.function == "attention_vjp":
+        if not isinstance(returned, (tuple, list)) or len(returned) < 3:
+            raise Malformed("attention_vjp must return gradients of query, key, value, bias and sinks, received " + _kind(returned))
+        given = dict(zip(GRADIENTS, returned, strict=False))
+        return {name: given.get(name) for name in question.outputs}
+    if len(question.outputs) == 1:
+        return {question.outputs[0]: returned}
+    if not isinstance(returned, (tuple, list)) or len(returned) != len(question.outputs):
+        raise Malformed(f"{question.function} must return ({', '.join(question.outputs)}), received {_kind(returned)}")
+    return dict(zip(question.outputs, returned, strict=True))
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else f"an object of type {type(value).__name__}"
+
+
+def _read(name: str, value: Array) -> numpy.ndarray:
+    try:
+        return lay_out(to_numpy(value), "plain")
+    except ConversionError as error:
+        raise Malformed(f"`{name}` must be an array: {error}") from None
