@@ -1,0 +1,144 @@
+"""The gradients: strip by strip of queries, each strip against every key that it can see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mha_spec import steps
+from mha_spec.arrays import dtype_name
+
+from .operations import added, dense, finite, product
+from .parallel import each
+from .strip import softmax, strips
+from .tiling import assembled, fold, heads, part, stacked, unfold
+
+if TYPE_CHECKING:
+    from mha_spec.arrays import Array
+    from mha_spec.reference import Gradients
+
+    from .problem import Block, Problem
+    from .tiling import Tile
+
+__all__ = ["gradients"]
+
+
+@dataclass(slots=True)
+class HeadGradients:
+    """What the strips of one batch entry and key/value head have given so far, in the softmax's type."""
+
+    query: list[Array]
+    """(group, queries, qk_dim) for each strip."""
+    key: Array
+    """(kv_len, qk_dim)."""
+    value: Array
+    """(kv_len, v_dim)."""
+    bias: Array | None
+    """(1, group, q_len, kv_len), 1 for each axis along which the bias is broadcast."""
+    sinks: Array
+    """(group,)."""
+
+
+def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> Gradients:
+    """The gradients of query, key, value, bias and sinks, each of its operand's dtype and shape (MHA-DTYPE-2)."""
+    a, like = problem.a, problem.query
+    grad_output = dense(grad_output, dtype_name(like))
+    grad_lse = None if grad_lse is None else dense(grad_lse, dtype_name(like))[..., None]
+    parts = list(each(partial(_head_gradients, problem, grad_output, grad_lse), heads(a), a))
+
+    grad_query = assembled([strip for head in parts for strip in head.query], a, (a.query.shape[3],), like)
+    grad_key = stacked([head.key for head in parts], tuple(a.key.shape), like)
+    grad_value = stacked([head.value for head in parts], tuple(a.value.shape), like)
+    grad_sinks = problem.xp.sum(stacked([head.sinks for head in parts], (a.batch, a.heads), like), axis=0)
+    of_query, of_key, of_value = (
+        steps.round_output(gradient, dtype_name(a.query)) for gradient in (grad_query, grad_key, grad_value)
+    )
+    of_bias = None if a.bias is None else steps.round_output(_grad_bias(problem, parts), dtype_name(a.bias))
+    of_sinks = None if a.sinks is None else steps.round_output(grad_sinks, dtype_name(a.sinks))
+    return of_query, of_key, of_value, of_bias, of_sinks
+
+
+def _head_gradients(problem: Problem, grad_output: Array, grad_lse: Array | None, head: tuple[int, int]) -> HeadGradients:
+    a, xp, like = problem.a, problem.xp, problem.query
+    key, value = problem.key[(*head, ...)], problem.value[(*head, ...)]
+    group = a.heads // a.kv_heads
+    bias = None
+    if a.bias is not None:
+        bias = xp.zeros((1, min(group, a.bias.shape[1]), *a.bias.shape[2:]), dtype=like.dtype, device=like.device)
+    sinks = xp.zeros((group,), dtype=like.dtype, device=like.device)
+    gradients = HeadGradients([], xp.zeros_like(key), xp.zeros_like(value), bias, sinks)
+    for tile in strips(a, [head]):
+        blocks, sink_weights, _ = softmax(problem, tile, slope=True)
+        grad_weights, row_dot = _through_values(problem, tile, blocks, fold(grad_output, tile), gradients)
+        if grad_lse is not None:
+            row_dot = row_dot - fold(grad_lse, tile)
+        _through_scores(problem, tile, blocks, grad_weights, row_dot, gradients)
+        of_sinks = steps.grad_sinks(unfold(sink_weights, tile)[None, ...], unfold(row_dot, tile)[None, ...])
+        gradients.sinks = gradients.sinks + of_sinks
+    return gradients
+
+
+def _through_values(
+    problem: Problem, tile: Tile, blocks: list[Block], grad_output: Array, gradients: HeadGradients
+) -> tuple[list[Array], Array]:
+    """Add dV; give dP of each block and D, the sum of P dP over the keys (MHA-VJP-1, MHA-VJP-3)."""
+    xp, rate = problem.xp, problem.a.dropout_rate
+    value, clean = problem.value[tile.batch, tile.kv_head, ...], finite(grad_output)
+    row_dot = xp.zeros((tile.rows, 1), dtype=value.dtype, device=value.device)
+    of_blocks: list[Array] = []
+    for keys, weights, visible, _ in blocks:
+        keep = problem.keep(tile, keys)
+        grad_weights = steps.drop(steps.grad_weights(grad_output, value[part(keys), :]), keep, rate)
+        grad_weights = problem.shown(grad_weights, visible)
+        row_dot += xp.vecdot(weights, grad_weights)[:, None]
+        dropped = xp.matrix_transpose(steps.drop(weights, keep, rate))
+        of_value = product(dropped, grad_output, _transposed(problem, visible), clean=clean)
+        gradients.value = added(gradients.value, (part(keys), slice(None)), of_value)
+        of_blocks.append(grad_weights)
+    return of_blocks, row_dot
+
+
+def _through_scores(
+    problem: Problem, tile: Tile, blocks: list[Block], grad_weights: list[Array], row_dot: Array, gradients: HeadGradients
+) -> None:
+    """Add dQ, dK and dbias of dS = P (dP - D) (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5)."""
+    xp = problem.xp
+    query, key = fold(problem.query, tile), problem.key[tile.batch, tile.kv_head, ...]
+    clean_query, clean_key = finite(query), finite(key)
+    grad_query = xp.zeros_like(query)
+    for (keys, weights, visible, cap_slope), grad_logits in zip(blocks, grad_weights, strict=True):
+        grad_logits -= row_dot
+        grad_logits *= weights
+        grad_logits = problem.shown(grad_logits, visible)
+        if gradients.bias is not None:
+            gradients.bias = _with_block(gradients.bias, tile, keys, grad_logits)
+        grad_scores = grad_logits if problem.a.softcap is None else problem.shown(grad_logits * cap_slope, visible)
+        grad_query += product(grad_scores, key[part(keys), :], visible, clean=clean_key)
+        of_key = product(xp.matrix_transpose(grad_scores), query, _transposed(problem, visible), clean=clean_query)
+        gradients.key = added(gradients.key, (part(keys), slice(None)), of_key)
+    gradients.query.append(unfold(problem.scale * grad_query, tile))
+
+
+def _transposed(problem: Problem, visible: Array | None) -> Array | None:
+    return None if visible is None else problem.xp.matrix_transpose(visible)
+
+
+def _with_block(grad_bias: Array, tile: Tile, keys: range, grad_logits: Array) -> Array:
+    """Add to a bias gradient what a block gives, summed over the axes along which the bias is broadcast (MHA-VJP-5)."""
+    of_block = steps.grad_bias(unfold(grad_logits, tile)[None, ...], grad_bias.shape)
+    places = (range(tile.group), tile.queries, keys)
+    where = (slice(None), *(slice(None) if size == 1 else part(place) for place, size in zip(places, grad_bias.shape[1:], strict=True)))
+    return added(grad_bias, where, of_block)
+
+
+def _grad_bias(problem: Problem, parts: list[HeadGradients]) -> Array:
+    """Sum what the heads give to the gradient of the bias, in their order."""
+    a, like = problem.a, problem.query
+    whole = problem.xp.zeros(tuple(a.bias.shape), dtype=like.dtype, device=like.device)
+    group = a.heads // a.kv_heads
+    for (batch, kv_head), head in zip(heads(a), parts, strict=True):
+        entry = slice(batch, batch + 1) if a.bias.shape[0] > 1 else slice(None)
+        of_head = slice(kv_head * group, (kv_head + 1) * group) if a.bias.shape[1] > 1 else slice(None)
+        whole = added(whole, (entry, of_head, slice(None), slice(None)), head.bias)
+    return whole

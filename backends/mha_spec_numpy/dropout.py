@@ -1,0 +1,72 @@
+"""Random dropout: a mask that depends on the seed and on where a pair lies, not on how the work is cut into blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from mha_spec.arguments import Arguments
+    from mha_spec.arrays import Array
+
+    from .tiling import Tile
+
+__all__ = ["Dropout", "dropout_of"]
+
+COLUMNS = 256
+"""Keys whose draws for one query lie side by side in the stream."""
+DRAWS_PER_STEP = 8
+"""32-bit draws that one step of Philox's counter gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Which weights a seed keeps: pair (b, h, i, j) has its own place in the stream of a counter-based generator."""
+
+    seed: int
+    rate: float
+    heads: int
+    q_len: int
+    kv_len: int
+
+    def block(self, tile: Tile, keys: range, xp: Any, device: object) -> Array:
+        """Which weights of a block are kept, (group, queries, keys)."""
+        first, last = keys.start // COLUMNS, -(-keys.stop // COLUMNS)
+        within = slice(keys.start - first * COLUMNS, keys.stop - first * COLUMNS)
+        kept = [
+            numpy.concatenate([self._columns(tile.batch * self.heads + head, column, tile.queries) for column in range(first, last)], axis=1)[:, within]
+            for head in tile.heads
+        ]
+        return xp.asarray(numpy.stack(kept), device=device)
+
+    def _columns(self, head: int, column: int, queries: range) -> numpy.ndarray:
+        columns = -(-self.kv_len // COLUMNS)
+        row = (head * columns + column) * self.q_len + queries.start
+        stream = numpy.random.Philox(self.seed).advance(row * (COLUMNS // DRAWS_PER_STEP))
+        draws = stream.random_raw(len(queries) * COLUMNS // 2).view(numpy.uint32)
+        return (draws >= self.rate * 2.0**32).reshape(len(queries), COLUMNS)
+
+
+def dropout_of(a: Arguments) -> Dropout | None:
+    """The dropout that a call has to draw, or None where it has a mask or none is asked (MHA-DROP-4)."""
+    if a.dropout_rate == 0 or a.dropout_mask is not None:
+        return None
+    return Dropout(_seed(a.dropout_key), a.dropout_rate, a.heads, a.q_len, a.kv_len)
+
+
+def _seed(dropout_key: object) -> int:
+    if dropout_key is None:
+        return int(numpy.random.randint(0, 2**63 - 1, dtype=numpy.int64))
+    if isinstance(dropout_key, bool) or not isinstance(dropout_key, (int, numpy.integer)):
+        message = f"`dropout_key` must be an integer seed, received dropout_key={dropout_key!r} of type {type(dropout_key).__name__}."
+        raise ArgumentTypeError(f"{message} None draws one from numpy.random. [MHA-DROP-4]")
+    if dropout_key < 0:
+        raise ArgumentValueError(f"`dropout_key` must be a seed with dropout_key>=0, received dropout_key={dropout_key}. [MHA-DROP-4]")
+    return int(dropout_key)

@@ -1,0 +1,101 @@
+"""One call, prepared: operands in the softmax's type, and the logits of any block of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mha_spec import steps
+from mha_spec.arrays import dtype_name, namespace_of, softmax_dtype_name
+
+from .operations import dense, hide
+from .tiling import block_of, fold, part
+from .visibility import Visibility
+
+if TYPE_CHECKING:
+    from mha_spec.arguments import Arguments
+    from mha_spec.arrays import Array
+
+    from .dropout import Dropout
+    from .tiling import Tile
+
+__all__ = ["Block", "Problem"]
+
+
+class Block(NamedTuple):
+    """The logits of a tile against some keys, (rows, keys); -inf where a pair is not visible."""
+
+    keys: range
+    logits: Array
+    visible: Array | None
+    """(rows, keys), or None where all pairs are visible."""
+    cap_slope: Array | float
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The operands of one call in the softmax's type (MHA-SOFTMAX-2), the scale multiplied into the query."""
+
+    a: Arguments
+    query: Array
+    key: Array
+    value: Array | None
+    sinks: Array | None
+    scale: float
+    visibility: Visibility
+    dropout: Dropout | None
+
+    @classmethod
+    def of(cls, a: Arguments, dropout: Dropout | None = None) -> Problem:
+        """Convert the operands of a call; what is already as needed is not copied."""
+        dtype = softmax_dtype_name(dtype_name(a.query))
+        scale = steps.scale_of(a.scale, a.query.shape[3])
+        key, value, sinks = (None if operand is None else dense(operand, dtype) for operand in (a.key, a.value, a.sinks))
+        return cls(a, dense(a.query, dtype) * scale, key, value, sinks, scale, Visibility.of(a), dropout)
+
+    @property
+    def xp(self) -> Any:
+        """The array namespace of the call."""
+        return namespace_of(self.a.query)
+
+    def block(self, tile: Tile, keys: range, *, slope: bool = False) -> Block:
+        """The logits of a tile against a block of keys, and with `slope` that of the soft cap (MHA-VJP-2)."""
+        xp = self.xp
+        scores = fold(self.query, tile) @ xp.matrix_transpose(self.key[tile.batch, tile.kv_head, part(keys), :])
+        logits = steps.soft_cap(scores, self.a.softcap)
+        cap_slope = steps.cap_slope(scores, self.a.softcap) if slope else 1.0
+        bias = None if self.a.bias is None else xp.astype(block_of(self.a.bias, tile, keys), logits.dtype)
+        visible = self.visibility.visible(tile, keys, bias)
+        if bias is None and visible is None:
+            return Block(keys, logits, None, cap_slope)
+
+        shape = (tile.group, len(tile.queries), len(keys))
+        logits = steps.add_bias(xp.reshape(logits, shape), bias)
+        if visible is not None:
+            visible = xp.broadcast_to(visible, shape)
+            logits, visible = hide(logits, visible), xp.reshape(visible, scores.shape)
+        return Block(keys, xp.reshape(logits, scores.shape), visible, cap_slope)
+
+    def sink_of(self, tile: Tile) -> Array:
+        """The sink of each row, (rows, 1); -inf is none (MHA-SINK-1, MHA-SINK-2)."""
+        xp = self.xp
+        if self.sinks is None:
+            return xp.full((tile.rows, 1), -math.inf, dtype=self.query.dtype, device=self.query.device)
+        sinks = xp.reshape(self.sinks[part(tile.heads)], (tile.group, 1))
+        return xp.reshape(xp.broadcast_to(sinks, (tile.group, len(tile.queries))), (tile.rows, 1))
+
+    def keep(self, tile: Tile, keys: range) -> Array | None:
+        """Which weights of a block dropout keeps, (rows, keys); None without dropout (MHA-DROP-1, MHA-DROP-2)."""
+        xp = self.xp
+        if self.a.dropout_mask is not None:
+            kept = block_of(self.a.dropout_mask, tile, keys)
+        elif self.dropout is not None:
+            kept = self.dropout.block(tile, keys, xp, self.query.device)
+        else:
+            return None
+        return xp.reshape(xp.broadcast_to(kept, (tile.group, len(tile.queries), len(keys))), (tile.rows, len(keys)))
+
+    def shown(self, array: Array, visible: Array | None) -> Array:
+        """An array of a block with 0 at the pairs that are not visible (MHA-POISON-1, MHA-POISON-2)."""
+        return array if visible is None else self.xp.where(visible, array, 0.0)
