@@ -1,0 +1,71 @@
+"""JAX's `jax.nn.dot_product_attention`, jitted, as it is.
+
+Its axes are (batch, length, heads, size); the causal diagonal is at the upper left. Of float64 it makes a softmax in
+float32, and float16 it refuses on the CPU.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+
+arrays = "jax"
+dtypes = ("float32", "bfloat16")
+features = ("mask", "bias", "causal", "window", "q_lengths", "kv_lengths", "scale")
+conventions = {"causal_alignment": "upper_left"}
+
+
+def supports(case):
+    """Refuse the cases that would tell only one thing, hundreds of times."""
+    asks_lse = "lse" in case.outputs or "grad_lse" in case.arrays
+    return "the log-sum-exp has the type of the query" if asks_lse and case.dtype == "bfloat16" else True
+
+
+@partial(jax.jit, static_argnames=("causal", "window", "scale", "return_lse"))
+def attention(
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    causal=False,
+    window=None,
+    q_lengths=None,
+    kv_lengths=None,
+    scale=None,
+    return_lse=False,
+):
+    """Ask jax.nn, which picks its implementation by itself."""
+    if query.shape[3] != value.shape[3]:
+        raise NotImplementedError("query, key and value have one head size")
+    if window is not None and None in window:
+        raise NotImplementedError("local_window_size bounds both sides")
+    result = jax.nn.dot_product_attention(
+        query.swapaxes(1, 2),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        is_causal=causal,
+        query_seq_lengths=q_lengths,
+        key_value_seq_lengths=kv_lengths,
+        local_window_size=window,
+        return_residual=return_lse,
+    )
+    if isinstance(result, tuple):
+        return tuple(x.swapaxes(1, 2) for x in result)
+    return result.swapaxes(1, 2)
+
+
+def attention_vjp(grad_output, query, key, value, *, bias=None, grad_lse=None, **options):
+    """The gradients that jax.vjp gives, through lse as well where its cotangent is given."""
+
+    def forward(query, key, value, *bias):
+        return attention(query, key, value, bias=bias[0] if bias else None, return_lse=grad_lse is not None, **options)
+
+    operands = (query, key, value) if bias is None else (query, key, value, bias)
+    gradients = jax.vjp(forward, *operands)[1](grad_output if grad_lse is None else (grad_output, grad_lse))
+    return (*gradients, *[None] * (5 - len(gradients)))

@@ -1,0 +1,94 @@
+"""ONNX Runtime's `Attention` on the CPU, as it is: a model of one node for each signature, built in memory.
+
+Mask and bias are one input there, `attn_mask`; kv_lengths are `nonpad_kv_seqlen`, and move the causal diagonal. There is
+no kernel for float64, whose expansion into primitive nodes computes with a scale in float32, nor for bfloat16.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy
+import onnxruntime
+from onnx import TensorProto, helper
+
+dtypes = ("float32", "float16")
+features = ("mask", "bias", "causal", "window", "kv_lengths", "scale", "softcap")
+conventions = {"causal_alignment": "upper_left"}
+
+WITHOUT_WINDOWS, WITH_WINDOWS = 24, 25
+"""The opsets: windows came with 25, for which ONNX Runtime 1.32 has no kernel and runs ONNX's expansion of the node."""
+
+TYPES = {
+    "bool": TensorProto.BOOL,
+    "float16": TensorProto.FLOAT16,
+    "float32": TensorProto.FLOAT,
+    "int64": TensorProto.INT64,
+}
+INPUTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
+QUIET = 4
+
+
+@cache
+def session(inputs, outputs, attributes):
+    """Build and load the model whose inputs have these names and dtypes; unnamed ones are left out."""
+    opset = WITH_WINDOWS if "left_window_size" in dict(attributes) else WITHOUT_WINDOWS
+    dtype = dict(inputs)["Q"]
+    names = [name if name in dict(inputs) else "" for name in INPUTS]
+    node = helper.make_node("Attention", names, outputs, **dict(attributes))
+    graph = helper.make_graph(
+        [node],
+        "attention",
+        [helper.make_tensor_value_info(name, TYPES[kind], None) for name, kind in inputs],
+        [helper.make_tensor_value_info(name, TYPES[dtype], None) for name in outputs if name],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = QUIET
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def attention(query, key, value, **options):
+    """Ask for the output."""
+    return run({"Q": query, "K": key, "V": value}, ("Y",), **options)[0]
+
+
+def attention_weights(query, key, **options):
+    """Ask for the scores after the softmax, beside an output that nobody wants."""
+    outputs = ("Y", "", "", "qk_matmul_output")
+    return run({"Q": query, "K": key, "V": key}, outputs, qk_matmul_output_mode=3, **options)[1]
+
+
+def run(
+    feed,
+    outputs,
+    *,
+    mask=None,
+    bias=None,
+    causal=False,
+    window=None,
+    kv_lengths=None,
+    scale=None,
+    softcap=None,
+    qk_matmul_output_mode=None,
+):
+    """Give the outputs of the node for the options that it has."""
+    if mask is not None and bias is not None:
+        raise NotImplementedError("attn_mask is either boolean or floating, not both")
+    if mask is not None or bias is not None:
+        feed["attn_mask"] = bias if mask is None else mask
+    if kv_lengths is not None:
+        feed["nonpad_kv_seqlen"] = numpy.asarray(kv_lengths, dtype=numpy.int64)
+    left, right = (None, None) if window is None else (-1 if side is None else side for side in window)
+    attributes = {
+        "is_causal": int(causal),
+        "left_window_size": left,
+        "qk_matmul_output_mode": qk_matmul_output_mode,
+        "right_window_size": right,
+        "scale": scale,
+        "softcap": softcap,
+    }
+    signature = tuple((name, array.dtype.name) for name, array in feed.items())
+    given = tuple((name, value) for name, value in attributes.items() if value is not None)
+    return session(signature, outputs, given).run(None, feed)

@@ -1,0 +1,127 @@
+"""Every check of this repository: `nox` runs them all, `nox -s NAME` one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True
+
+PROJECT: dict[str, Any] = nox.project.load_toml("pyproject.toml")
+BACKENDS = [*PROJECT["project"]["entry-points"]["mha_spec.backends"], "mha_spec.reference"]
+TARGETS = sorted(Path("conformance/targets").glob("*.py"))
+GENERIC = ("backends", "benchmarks", "conformance", "docs", "goldens", "noxfile", "targets", "tests")
+
+
+def group(name: str) -> list[str]:
+    """Give the requirements of a dependency group."""
+    return list(nox.project.dependency_groups(PROJECT, name))
+
+
+def check(session: nox.Session, target: str, *options: str) -> dict[str, Any]:
+    """Judge a target from outside the tree, fail unless its exit status is 0, and give the report."""
+    report = Path(session.create_tmp(), "report.json").resolve()
+    session.run("mha-spec", "check", target, "--json", str(report), *options)
+    return json.loads(report.read_text())
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, format, and the arrows between the packages."""
+    session.install("--editable", ".", *group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Types, strictly in mha_spec."""
+    session.install(".[conformance]", *group("dev"))
+    session.run("pyright")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The project's own tests, against the wheel."""
+    session.install(".[conformance]", *group("test"))
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("backend", BACKENDS, ids=BACKENDS)
+def conformance(session: nox.Session, backend: str) -> None:
+    """The whole suite, asked of a backend and of the reference."""
+    session.install(".[conformance]")
+    check(session, backend, *session.posargs)
+
+
+@nox.session
+def targets(session: nox.Session) -> None:
+    """Attentions that others wrote: each deviates exactly as its *.known.toml says and why."""
+    session.install(".[conformance]", *group("frameworks"))
+    reports: dict[str, dict[str, Any]] = {}
+    for target in TARGETS:
+        known = target.with_suffix(".known.toml")
+        reports[target.stem] = check(session, str(target), "--known", str(known))
+    session.log("by feature: passed of asked\n" + "\n".join(by_feature(reports)))
+
+
+def by_feature(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """Make the lines of the README's table: for each feature and target, what passed of what was asked."""
+    features = list(dict.fromkeys(feature for report in reports.values() for feature in report["features"]))
+    lines = [f"| feature | {' | '.join(reports)} |", "| --- |" + " --- |" * len(reports)]
+    for feature in features:
+        cells: list[str] = []
+        for report in reports.values():
+            counts = report["features"].get(feature, {})
+            asked = sum(number for outcome, number in counts.items() if outcome != "unsupported")
+            cells.append(f"{counts['pass']} of {asked}" if asked else "not asked")
+        lines.append(f"| {feature} | {' | '.join(cells)} |")
+    return lines
+
+
+@nox.session
+def goldens(session: nox.Session) -> None:
+    """The expected values once more, where no mha_spec is installed: not a bit may differ."""
+    session.install(*group("generator"))
+    session.run("python", "-P", "-c", "import importlib.util as i; assert i.find_spec('mha_spec') is None")
+    session.run("python", "conformance/goldens/generate.py", "--check")
+
+
+@nox.session
+def accuracy(session: nox.Session) -> None:
+    """The accuracy rule once more: honest implementations stay within it, dishonest ones do not."""
+    session.install(".[conformance]", *group("frameworks"))
+    session.run("python", "-P", "conformance/accuracy/honest.py", *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The wheel alone, in a fresh environment outside the tree: it says what the tree says."""
+    session.install("build", "--editable", ".[conformance]")
+    folder = Path(session.create_tmp()).resolve()
+    session.run("python", "-m", "build", "--outdir", str(folder / "dist"), silent=True)
+    (built,) = (folder / "dist").glob("*.whl")
+    session.run("python", "-m", "venv", "--clear", str(folder / "fresh"))
+    fresh = folder / "fresh" / "bin"
+    session.run(str(fresh / "pip"), "install", "--quiet", f"{built}[conformance]", external=True)
+    names = f"import importlib.util as i; print([n for n in {GENERIC} if i.find_spec(n)])"
+    with session.chdir(folder):
+        if str(session.run(str(fresh / "python"), "-c", names, external=True, silent=True)).strip() != "[]":
+            session.error("the wheel brings generic names")
+        for command in (["cases"], ["spec"]):
+            ours = session.run("mha-spec", *command, silent=True)
+            if ours != session.run(str(fresh / "mha-spec"), *command, external=True, silent=True):
+                session.error(f"mha-spec {command[0]} of the wheel is not that of the tree")
+        summaries: list[object] = []
+        for program in ("mha-spec", str(fresh / "mha-spec")):
+            session.run(program, "check", "numpy", "--only", "attention/causal*", "--json", "short.json", external=True)
+            summaries.append(json.loads(Path("short.json").read_text())["summary"])
+        if summaries[0] != summaries[1]:
+            session.error(f"a check gives {summaries[0]} in the tree and {summaries[1]} from the wheel")

@@ -1,0 +1,296 @@
+"""Each case of the suite must be able to fail: null answers, forgotten arguments and vacuous allowances are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy
+import pytest
+
+from mha_spec import reference
+from mha_spec_conformance import accuracy, cases, compare, spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from mha_spec_conformance.cases import Case
+
+    Arrays = Mapping[str, numpy.ndarray]
+    Outputs = dict[str, numpy.ndarray]
+    Options = Mapping[str, Any]
+
+Item = TypeVar("Item")
+
+OUTPUTS = {
+    "attention": ("output", "lse"),
+    "attention_weights": ("weights",),
+    "attention_vjp": ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks"),
+    "merge_attention": ("output", "lse"),
+}
+LARGEST_SHARE = 1 / 8
+"""The median allowance may be at most this share of the median magnitude, or the case sees too little."""
+
+NUMERIC = {"scale", "softcap", "bias", "sinks", "dropout_rate", "dropout_mask"}
+"""What must matter in 16-bit types too: all else is a matter of which pairs are visible."""
+
+OPTIONS = {
+    "mask", "bias", "causal", "offset", "window", "q_lengths", "kv_lengths", "segments",
+    "softcap", "sinks", "scale", "dropout",
+}  # fmt: skip
+FEATURES = OPTIONS | {
+    "core", "groups", "value_size", "empty", "lse", "weights", "vjp", "merge", "poison", "nonfinite", "errors",
+}  # fmt: skip
+HEAD_SIZES = (64, 128)
+
+
+def ask(function: str, arrays: Arrays, options: Options) -> Outputs:
+    """What the reference answers, every output by its name."""
+    more = {"return_lse": True} if function == "attention" else {}
+    answer = getattr(reference, function)(**arrays, **options, **more)
+    answers = answer if isinstance(answer, tuple) else (answer,)
+    return {name: array for name, array in zip(OUTPUTS[function], answers, strict=True) if array is not None}
+
+
+class Admission:
+    """One case with all that decides on it: its question in float64 and its allowances in every dtype."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.expected = dict(case.expected)
+        self.arrays = case.inputs("float64")
+        self.answer = ask(case.function, self.arrays, case.options)
+        self.zeros = {name: numpy.zeros_like(array) for name, array in self.answer.items()}
+        self.precisions = {dtype: accuracy.precision(dtype) for dtype in case.dtypes}
+        bounds = accuracy.bounds(case.function, self.arrays, case.options)
+        self.allowances = {dtype: bounds.allowances(precision) for dtype, precision in self.precisions.items()}
+
+    def passes(self, outputs: Outputs, dtype: str) -> bool:
+        """Whether an answer would be accepted in `dtype`."""
+        return compare.judge(self.case, self.expected, outputs, self.allowances[dtype], self.precisions[dtype]).passed
+
+    def violations(self) -> Iterator[str]:
+        """Everything that is wrong with the case."""
+        if not self.passes(self.answer, self.case.dtypes[0]):
+            yield "the reference does not pass it"
+        for dtype in self.case.dtypes:
+            yield from self._vacuous(dtype)
+            yield from self._null_answers(dtype)
+        yield from self._arguments_that_do_not_matter()
+
+    def _finite_places(self, dtype: str) -> Iterator[tuple[str, numpy.ndarray, numpy.ndarray]]:
+        """Expected values and allowances at the places of each output that are compared within an allowance."""
+        for name, expected in self.expected.items():
+            allowed = numpy.broadcast_to(self.allowances[dtype][name], expected.shape)
+            if expected.rows is not None:
+                allowed = allowed.reshape(-1, expected.values.size // len(expected.rows))[expected.rows]
+            finite = (
+                numpy.ones(expected.values.size, dtype=bool)
+                if expected.kinds is None
+                else numpy.ravel(expected.kinds) == compare.FINITE
+            )
+            yield name, numpy.ravel(expected.values)[finite], numpy.ravel(allowed)[finite]
+
+    def _vacuous(self, dtype: str) -> Iterator[str]:
+        largest = self.precisions[dtype].largest / 4
+        for name, expected, allowed in self._finite_places(dtype):
+            if not numpy.isfinite(allowed).all():
+                yield f"{dtype}: an allowance of {name} is not finite"
+            places = expected != 0
+            if not places.any() or "cancellation" in self.case.tags:
+                continue
+            median, middle = float(numpy.median(allowed[places])), float(numpy.median(abs(expected[places])))
+            if median > LARGEST_SHARE * middle:
+                yield f"{dtype}: the median allowance of {name}, {median:.2g}, is too large beside {middle:.2g}"
+            if name != "lse" and abs(expected).max() > largest:
+                yield f"{dtype}: {name} exceeds a quarter of the largest number"
+
+    def _null_answers(self, dtype: str) -> Iterator[str]:
+        if not any((expected != 0).any() for _, expected, _ in self._finite_places(dtype)):
+            return
+        for label, outputs in null_answers(self.case.function, self.arrays, self.zeros):
+            if self.passes(outputs, dtype):
+                yield f"{dtype}: {label} would pass"
+
+    def _arguments_that_do_not_matter(self) -> Iterator[str]:
+        changed: dict[str, list[Outputs]] = defaultdict(list)
+        for name, arrays, options in changes(self.arrays, self.case.options):
+            changed[name].append({**self.zeros, **ask(self.case.function, arrays, options)})
+        for name, answers in changed.items():
+            for dtype in self.case.dtypes if name in NUMERIC else self.case.dtypes[:1]:
+                if all(self.passes(outputs, dtype) for outputs in answers):
+                    yield f"{dtype}: {name} does not matter"
+
+
+def null_answers(function: str, arrays: Arrays, zeros: Outputs) -> Iterator[tuple[str, Outputs]]:
+    """Answers of somebody who computed nothing."""
+    yield "an answer of zeros", zeros
+    if function == "attention":
+        heads = arrays["query"].shape[1]
+        value = numpy.repeat(arrays["value"], heads // arrays["value"].shape[1], axis=1)
+        if value.shape[2]:
+            yield "the mean of the values", {**zeros, "output": zeros["output"] + value.mean(axis=2, keepdims=True)}
+            yield "the first value", {**zeros, "output": zeros["output"] + value[:, :, :1]}
+        if arrays["query"].shape == zeros["output"].shape:
+            yield "the query", {**zeros, "output": arrays["query"]}
+    elif function == "attention_weights":
+        yield "uniform weights", {"weights": zeros["weights"] + 1 / zeros["weights"].shape[-1]}
+    elif function == "merge_attention":
+        for half in "ab":
+            yield f"half {half}", {"output": arrays[f"output_{half}"], "lse": arrays[f"lse_{half}"]}
+    else:
+        operands = {
+            f"grad_{name}": arrays[name] for name in ("query", "key", "value", "bias", "sinks") if name in arrays
+        }
+        yield "the operands", {**zeros, **operands}
+
+
+_LEFT_OUT = (
+    *(
+        (name,)
+        for name in ("mask", "bias", "sinks", "grad_lse", "causal", "softcap", "scale", "q_lengths", "kv_lengths")
+    ),
+    ("q_segment_ids", "kv_segment_ids"),
+    ("dropout_mask", "dropout_rate"),
+)
+_TENSORS = ("query", "key", "value", "grad_output", "output_a", "output_b")
+
+
+def changes(arrays: Arrays, options: Options) -> Iterator[tuple[str, Arrays, Options]]:
+    """The question with one argument left out or another; of those of one name one must give another answer."""
+    for names in _LEFT_OUT:
+        if names[0] in arrays or names[0] in options:
+            yield names[0], without(arrays, *names), without(options, *names)
+    if options.get("dropout_rate"):
+        yield "dropout_rate", arrays, without(options, "dropout_rate")
+    for name in tensors_that_matter(arrays, options):
+        yield name, {**arrays, name: 1.25 * arrays[name] + 0.25}, options
+    for name in {"lse_a", "lse_b"} & arrays.keys():
+        yield name, {**arrays, name: arrays[name] + 0.5}, options
+    for step in (-1, 1):
+        yield from _moved(arrays, options, step)
+
+
+def tensors_that_matter(arrays: Arrays, options: Options) -> list[str]:
+    """All, but where the other factor of the scores is 0, or nothing is visible or there."""
+    if any(0 in array.shape for array in arrays.values()) or ("mask" in arrays and not arrays["mask"].any()):
+        return []
+    blind = set[str]()
+    if "query" in arrays and not arrays["query"].any():
+        blind = {"key"}
+    if options.get("scale") == 0:
+        blind = {"query", "key"}
+    return [name for name in _TENSORS if name in arrays and name not in blind]
+
+
+def _moved(arrays: Arrays, options: Options, step: int) -> Iterator[tuple[str, Arrays, Options]]:
+    """The question with each length, offset and bound of a window one more or one less."""
+    for name, tensor in (("q_lengths", "query"), ("kv_lengths", "key")):
+        if name in arrays:
+            yield name, {**arrays, name: numpy.clip(arrays[name] + step, 0, arrays[tensor].shape[2])}, options
+    if "q_offset" in arrays:
+        yield "q_offset", {**arrays, "q_offset": arrays["q_offset"] + step}, options
+    if "q_offset" in options:
+        yield "q_offset", arrays, {**options, "q_offset": options["q_offset"] + step}
+    left, right = options.get("window") or (None, None)
+    if left is not None and left + step >= 0:
+        yield "left of window", arrays, {**options, "window": (left + step, right)}
+    if right is not None and right + step >= 0:
+        yield "right of window", arrays, {**options, "window": (left, right + step)}
+
+
+def without(mapping: Mapping[str, Item], *names: str) -> dict[str, Item]:
+    """The mapping less some names."""
+    return {name: value for name, value in mapping.items() if name not in names}
+
+
+@pytest.fixture(scope="module")
+def suite() -> cases.Suite:
+    """Every case of the suite."""
+    return cases.load()
+
+
+def with_values(suite: cases.Suite) -> list[Case]:
+    """The cases that have an answer."""
+    return [case for case in suite.cases if case.expect == "values"]
+
+
+def test_every_case_can_fail(suite: cases.Suite) -> None:
+    """Allowances are finite and small, null answers fail, each argument matters."""
+    with numpy.errstate(all="ignore"):
+        refused = [f"{case.id}: {reason}" for case in with_values(suite) for reason in Admission(case).violations()]
+    assert not refused, f"{len(refused)} reasons to refuse a case:\n" + "\n".join(refused)
+
+
+def test_the_suite_is_large_and_its_signatures_are_few(suite: cases.Suite) -> None:
+    """What must raise is not counted: it raises before anything is compiled."""
+    core = [case for case in with_values(suite) if case.function in ("attention", "attention_vjp")]
+    assert len(core) >= 600
+    assert sum(case.function == "attention_vjp" for case in core) >= 120
+    assert sum(case.expect == "error" for case in suite.cases) >= 45
+    assert len({case.id for case in suite.cases}) == len(suite.cases)
+    assert len({case.signature for case in with_values(suite)}) <= 150
+
+
+def test_smoke_cases_are_few_and_ask_for_little(suite: cases.Suite) -> None:
+    """They tell a wrong target file from a wrong attention."""
+    smoke = [case for case in suite.cases if "smoke" in case.tags]
+    assert 3 <= len(smoke) <= 5
+    assert {feature for case in smoke for feature in case.features} <= {"core", "mask", "lse"}
+
+
+def test_every_clause_is_cited_twice(suite: cases.Suite) -> None:
+    """And no case cites a clause that is not in the specification; arrays of two libraries are no plain data."""
+    cited = Counter(clause for case in suite.cases for clause in case.clauses)
+    known = spec.clauses()
+    assert not cited.keys() - known.keys()
+    assert {clause for clause in known if cited[clause] < 2} <= {"MHA-ARG-4"}
+
+
+def test_every_feature_is_asked_at_64_and_at_128(suite: cases.Suite) -> None:
+    """Some kernels take no other head sizes."""
+    found: set[tuple[str, int]] = set()
+    for case in with_values(suite):
+        shapes = {name: array.shape for name, array in case.inputs("float64").items()}
+        sizes = {shapes[name][-1] for name in ("query", "value", "output_a") if name in shapes}
+        if sizes <= set(HEAD_SIZES):
+            found |= {(feature, size) for feature in case.features for size in sizes}
+    assert {feature for case in suite.cases for feature in case.features} == FEATURES
+    missing = {(feature, size) for feature in FEATURES - {"errors"} for size in HEAD_SIZES} - found
+    assert not missing
+
+
+def test_every_pair_of_options_is_asked(suite: cases.Suite) -> None:
+    """Options that meet are where most mistakes are made; a case with all of them together does not count."""
+    asked = [OPTIONS & set(case.features) for case in with_values(suite)]
+    few = [together for together in asked if together < OPTIONS]
+    missing = [pair for pair in combinations(sorted(OPTIONS), 2) if not any(together >= set(pair) for together in few)]
+    assert not missing
+
+
+@pytest.fixture
+def admission(suite: cases.Suite) -> Admission:
+    """An admission to tamper with."""
+    return Admission(next(case for case in suite.cases if case.id == "attention/smoke/mask-polarity"))
+
+
+def test_a_mask_that_hides_nothing_is_refused(admission: Admission) -> None:
+    admission.arrays["mask"] = numpy.ones_like(admission.arrays["mask"])
+    admission.answer = ask("attention", admission.arrays, {})
+    admission.expected["output"] = dataclasses.replace(admission.expected["output"], values=admission.answer["output"])
+    assert "float64: mask does not matter" in list(admission.violations())
+
+
+def test_a_case_that_zeros_pass_is_refused(admission: Admission) -> None:
+    admission.allowances["float16"] = {name: array + 100 for name, array in admission.allowances["float16"].items()}
+    reasons = list(admission.violations())
+    assert "float16: an answer of zeros would pass" in reasons
+    assert any(reason.startswith("float16: the median allowance of output") for reason in reasons)
+
+
+def test_a_case_that_the_reference_does_not_pass_is_refused(admission: Admission) -> None:
+    values = admission.expected["output"].values + 1
+    admission.expected["output"] = dataclasses.replace(admission.expected["output"], values=values)
+    assert "the reference does not pass it" in list(admission.violations())

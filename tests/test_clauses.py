@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from mha_spec_conformance.diagnosis import can_show
+from mha_spec_conformance.mistakes import MISTAKES, Mistake
+from mha_spec_conformance.mutation import Subject
+from mha_spec_conformance.spec import clauses
+
+from mha_spec.steps import Steps
+
+if TYPE_CHECKING:
+    from mha_spec_conformance.cases import Case, Suite
+
+PROVEN_ELSEWHERE = {"MHA-ARG-4": "tests/test_arguments.py: goldens are arrays of no library and no device"}
+"""Clauses of which no golden can speak."""
+
+
+def shows(mistake: Mistake, clause: str, cases: tuple[Case, ...]) -> Case | None:
+    """The smallest case citing the clause that the mistaken reference does not pass."""
+    subject = Subject.over(mistake.steps)
+    for case in cases:
+        if clause in case.clauses and can_show(mistake, case):
+            for dtype in case.dtypes if mistake.native else {"float32", *case.dtypes[:1]} & set(case.dtypes):
+                if subject.outcome(case, dtype, every_layout=clause == "MHA-PURE-2").outcome != "pass":
+                    return case
+    return None
+
+
+@pytest.mark.parametrize("clause", clauses())
+def test_clause_has_a_case_that_fails_without_it(clause: str, smallest_first: tuple[Case, ...]) -> None:
+    if clause in PROVEN_ELSEWHERE:
+        assert not any(clause in case.clauses for case in smallest_first)
+        return
+    assert any(clause in case.clauses for case in smallest_first), "no case cites it"
+    citing = [mistake for mistake in MISTAKES if clause in mistake.clauses]
+    assert citing, "no mistake breaks it"
+    survivors = [mistake.name for mistake in citing if shows(mistake, clause, smallest_first) is None]
+    assert not survivors, "no case citing it fails"
+
+
+def test_cases_cite_clauses_that_there_are(suite: Suite) -> None:
+    assert {clause for case in suite.cases for clause in case.clauses} <= set(clauses())
+
+
+def test_clauses_proven_elsewhere_are_there() -> None:
+    assert set(PROVEN_ELSEWHERE) <= set(clauses())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_specification_passes_every_case(dtype: str, suite: Suite) -> None:
+    subject = Subject.over(Steps())
+    results = [subject.outcome(case, dtype) for case in suite.cases if dtype in case.dtypes]
+    assert len(results) > 600
+    assert not [(one.ask.case.id, one.outcome, one.reason) for one in results if one.outcome != "pass"]

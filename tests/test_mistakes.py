@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import pytest
+from mha_spec_conformance.conventions import CONVENTIONS
+from mha_spec_conformance.diagnosis import can_show
+from mha_spec_conformance.mistakes import MISTAKES, Mistake
+from mha_spec_conformance.mistakes.raising import RAISING
+from mha_spec_conformance.mutation import Subject
+from mha_spec_conformance.question import FUNCTIONS
+from mha_spec_conformance.spec import clauses
+
+from mha_spec.arguments import OPTIONS
+from mha_spec.steps import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mha_spec_conformance.cases import Case
+    from mha_spec_conformance.outcome import Result
+
+TOLD_OTHERWISE = {
+    "bias-gradient-unbroadcast": "the report names the shape",
+    "empty-input-refused": "the report has the exception",
+    "input-scaled-in-place": "the report names the input that was written to",
+    "output-float32": "a deviation by the dtype that came",
+    "output-float64": "a deviation by the dtype that came",
+    "strides-ignored": "the report names the layout for which the result is wrong",
+}
+"""Mistakes that the report tells without comparing values."""
+
+WITHOUT_A_MISTAKE = {"precision": ("strict",)}
+"""Variants that are more than the specification asks for."""
+
+
+def failures(mistake: Mistake, cases: tuple[Case, ...]) -> Iterator[Result]:
+    """What the suite says where the mistake shows: the cases of its clauses first, one dtype of each."""
+    subject = Subject.over(mistake.steps)
+    relevant = [case for case in cases if can_show(mistake, case)]
+    for case in sorted(relevant, key=lambda case: not set(case.clauses) & set(mistake.clauses)):
+        for dtype in case.dtypes if mistake.native else ["float32"]:
+            result = subject.outcome(case, dtype, every_layout="MHA-PURE-2" in mistake.clauses)
+            if dtype in case.dtypes and result.outcome != "pass":
+                yield result
+                break
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_mistake_is_caught_and_named(mistake: Mistake, smallest_first: tuple[Case, ...]) -> None:
+    caught = failures(mistake, smallest_first)
+    first = next(caught, None)
+    assert first is not None, "no case fails"
+    if mistake.name in TOLD_OTHERWISE or first.ask.case.expect == "error":
+        assert first.reason
+        assert not first.diagnosis
+    if mistake.name in TOLD_OTHERWISE or mistake in RAISING:
+        return
+    compared = (result for result in itertools.chain([first], caught) if result.allowance_used is not None)
+    for result in itertools.islice(compared, 2):
+        assert mistake.name in result.diagnosis, f"{result.ask.case.id} {result.ask.dtype}: {result.reason}: {result.diagnosis}"
+
+
+def test_names_are_unique_and_titles_say_what_the_target_does() -> None:
+    assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES) >= 70
+    assert len({mistake.title for mistake in MISTAKES}) == len(MISTAKES)
+    assert all(mistake.title[0].islower() or mistake.title.startswith("S") for mistake in MISTAKES)
+
+
+def test_mistakes_speak_of_what_there_is() -> None:
+    for mistake in MISTAKES:
+        assert mistake.clauses
+        assert set(mistake.clauses) <= set(clauses())
+        assert set(mistake.functions) <= set(FUNCTIONS)
+        assert set(mistake.needs) <= {*OPTIONS, "grad_lse"}
+        assert mistake.steps != Steps()
+
+
+def test_every_variant_of_every_convention_has_a_mistake() -> None:
+    made = {mistake.convention for mistake in MISTAKES if mistake.convention is not None}
+    for name, (own, *others) in CONVENTIONS.items():
+        assert (name, own) not in made or name == "causal_alignment"
+        assert {(name, variant) for variant in others if variant not in WITHOUT_A_MISTAKE.get(name, ())} <= made
+
+
+def test_every_step_is_replaced_by_some_mistake() -> None:
+    own = Steps()
+    replaced = {field.name for mistake in MISTAKES for field in fields(Steps) if getattr(mistake.steps, field.name) is not getattr(own, field.name)}
+    assert {field.name for field in fields(Steps)} - replaced == {"softmax_dtype", "offset_of"}
+
+
+def test_every_option_is_ignored_by_some_mistake() -> None:
+    needed = {name for mistake in MISTAKES if "ignored" in mistake.name for name in mistake.needs}
+    by_segments = {"kv_segment_ids"}
+    by_key = {"dropout_key"}
+    assert set(OPTIONS) - needed - by_segments - by_key == {"q_offset"}
+    assert "offset-ignored" in {mistake.name for mistake in MISTAKES}
+    assert "grad_lse" in needed

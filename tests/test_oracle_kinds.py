@@ -1,0 +1,280 @@
+"""Which pairs the oracle of the goldens takes for visible, and how it says that elements are to be compared."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+from description import Description, Input
+from oracle_visibility import Question
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from oracle import Answer
+
+    Oracle = Callable[..., Mapping[str, Answer]]
+
+NAN, INFINITY = math.nan, math.inf
+
+
+def _kinds(answer: Answer) -> list[Any]:
+    return numpy.zeros(answer.values.shape, int).tolist() if answer.kinds is None else answer.kinds.tolist()
+
+
+def _values(*shape: int, seed: int = 0, step: float = 0.125) -> numpy.ndarray:
+    """Multiples of `step`, at most 4 in magnitude, all unlike."""
+    return numpy.random.default_rng(seed).integers(-32, 33, shape) * step
+
+
+# Which pairs are visible.
+
+
+def _picture(q_len: int, kv_len: int, **given: Any) -> list[str]:
+    """Rows of a batch entry's head: x where a pair is visible."""
+    arrays = {"query": numpy.zeros((2, 2, q_len, 1)), "key": numpy.zeros((2, 1, kv_len, 1))}
+    arrays |= {name: x for name, x in given.items() if isinstance(x, numpy.ndarray)}
+    options = {name: x for name, x in given.items() if not isinstance(x, numpy.ndarray)}
+    inputs = {name: Input(array) for name, array in arrays.items()}
+    question = Question(Description("case", "", "attention_weights", (), (), inputs, options))
+    return ["".join(".x"[question.sees(1, 1, i, j)] for j in range(kv_len)) for i in range(q_len)]
+
+
+@pytest.mark.parametrize(
+    ("given", "picture"),
+    [
+        ({}, ["xxxxx", "xxxxx", "xxxxx"]),
+        ({"causal": True, "q_offset": 0}, ["x....", "xx...", "xxx.."]),
+        ({"causal": True, "q_offset": 2}, ["xxx..", "xxxx.", "xxxxx"]),
+        ({"causal": True, "q_offset": -2}, [".....", ".....", "x...."]),
+        ({"causal": True, "q_offset": numpy.asarray([9, 1])}, ["xx...", "xxx..", "xxxx."]),
+        ({"window": (1, 0), "q_offset": 1}, ["xx...", ".xx..", "..xx."]),
+        ({"window": (None, 1), "q_offset": 0}, ["xx...", "xxx..", "xxxx."]),
+        ({"window": (0, None), "q_offset": 0}, ["xxxxx", ".xxxx", "..xxx"]),
+        ({"window": (1, 1), "causal": True, "q_offset": 1}, ["xx...", ".xx..", "..xx."]),
+        ({"window": (None, None)}, ["xxxxx", "xxxxx", "xxxxx"]),
+        ({"kv_lengths": numpy.asarray([0, 2])}, ["xx...", "xx...", "xx..."]),
+        ({"q_lengths": numpy.asarray([0, 2])}, ["xxxxx", "xxxxx", "....."]),
+        ({"mask": numpy.asarray([[[[True], [False], [True]]]])}, ["xxxxx", ".....", "xxxxx"]),
+        ({"mask": numpy.asarray([[[[True] * 5]], [[[False] + [True] * 4]]])}, [".xxxx", ".xxxx", ".xxxx"]),
+        ({"bias": numpy.asarray([[[[0, -INFINITY, -1e308, NAN, INFINITY]]]])}, ["x.xxx", "x.xxx", "x.xxx"]),
+        (
+            {
+                "q_segment_ids": numpy.asarray([[0, 0, 0], [0, -1, 0]]),
+                "kv_segment_ids": numpy.asarray([[0, 0, 0, 0, 0], [0, 0, -1, 7, 0]]),
+            },
+            ["xx..x", "..x..", "xx..x"],
+        ),
+        ({"causal": True, "q_offset": 1, "kv_lengths": numpy.asarray([5, 3])}, ["xx...", "xxx..", "xxx.."]),
+    ],
+)
+def test_visibility_is_as_drawn(given: dict[str, Any], picture: list[str]) -> None:
+    assert _picture(3, 5, **given) == picture
+
+
+# How elements are to be compared.
+
+
+@pytest.fixture
+def arrays() -> dict[str, numpy.ndarray]:
+    """Two heads of one key/value head; causal makes query 0 see key 0 alone."""
+    return {
+        "query": _values(1, 2, 2, 2, seed=1),
+        "key": _values(1, 1, 2, 2, seed=2),
+        "value": _values(1, 1, 2, 2, seed=3),
+    }
+
+
+def _put(arrays: dict[str, numpy.ndarray], name: str, place: tuple[int, ...], value: float) -> None:
+    arrays[name][place] = value
+
+
+FORWARD = [
+    ("query", (0, 1, 1, 0), NAN, [[[0, 0], [0, 0]], [[0, 0], [2, 2]]], [[0, 0], [0, 2]]),
+    ("query", (0, 1, 1, 0), INFINITY, [[[0, 0], [0, 0]], [[0, 0], [4, 4]]], [[0, 0], [0, 4]]),
+    ("key", (0, 0, 1, 0), NAN, [[[0, 0], [2, 2]], [[0, 0], [2, 2]]], [[0, 2], [0, 2]]),
+    ("key", (0, 0, 1, 0), -INFINITY, [[[0, 0], [4, 4]], [[0, 0], [4, 4]]], [[0, 4], [0, 4]]),
+    ("value", (0, 0, 1, 0), NAN, [[[0, 0], [3, 0]], [[0, 0], [3, 0]]], None),
+    ("value", (0, 0, 0, 1), INFINITY, [[[0, 3], [0, 3]], [[0, 3], [0, 3]]], None),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "value", "output", "lse"), FORWARD)
+def test_kinds_of_rows_that_see_what_is_not_finite(
+    name: str,
+    place: tuple[int, ...],
+    value: float,
+    output: list[Any],
+    lse: list[Any] | None,
+    arrays: dict[str, numpy.ndarray],
+    ask_oracle: Oracle,
+) -> None:
+    clean = ask_oracle("attention", arrays, causal=True)
+    _put(arrays, name, place, value)
+    answers = ask_oracle("attention", arrays, causal=True)
+    assert _kinds(answers["output"]) == [output]
+    assert _kinds(answers["lse"]) == ([lse] if lse else [[[0, 0], [0, 0]]])
+    for label, answer in answers.items():
+        finite = numpy.asarray(_kinds(answer)) == 0
+        numpy.testing.assert_array_equal(answer.values[finite], clean[label].values[finite])
+        assert numpy.isnan(answer.values[~finite]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("query", (0, 1, 1, 0)), ("key", (0, 0, 1, 0)), ("value", (0, 0, 1, 0)), ("grad_output", (0, 1, 1, 0))],
+)
+@pytest.mark.parametrize("value", [NAN, INFINITY])
+@pytest.mark.parametrize("function", ["attention", "attention_vjp"])
+def test_what_no_pair_reads_reaches_nothing(
+    function: str, name: str, place: tuple[int, ...], value: float, arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
+) -> None:
+    arrays |= {"grad_output": _values(1, 2, 2, 2, seed=4)} if function == "attention_vjp" else {}
+    if name not in arrays:
+        return
+    arrays |= {"kv_lengths": numpy.asarray([1]), "q_lengths": numpy.asarray([1])}
+    clean = ask_oracle(function, arrays)
+    _put(arrays, name, place, value)
+    for label, answer in ask_oracle(function, arrays).items():
+        assert _kinds(answer) == _kinds(clean[label])
+        numpy.testing.assert_array_equal(answer.values, clean[label].values)
+        assert numpy.isfinite(answer.values).all() or label == "lse"
+
+
+def test_kinds_of_weights(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
+    _put(arrays, "query", (0, 0, 0, 0), NAN)
+    _put(arrays, "query", (0, 1, 0, 0), INFINITY)
+    weights = ask_oracle("attention_weights", {"query": arrays["query"], "key": arrays["key"]}, causal=True)["weights"]
+    assert _kinds(weights) == [[[[2, 4], [0, 0]], [[4, 4], [0, 0]]]]
+    empty = ask_oracle("attention_weights", {"query": arrays["query"], "key": arrays["key"]}, causal=True, q_offset=-9)
+    assert _kinds(empty["weights"]) == [[[[1, 1], [1, 1]], [[1, 1], [1, 1]]]]
+    assert not empty["weights"].values.any()
+
+
+def test_rows_that_see_nothing(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
+    arrays["sinks"] = numpy.asarray([0.75, -INFINITY])
+    answers = ask_oracle("attention", arrays, causal=True, q_offset=-1)
+    assert _kinds(answers["output"]) == [[[[1, 1], [0, 0]], [[1, 1], [0, 0]]]]
+    assert _kinds(answers["lse"]) == [[[0, 0], [1, 0]]]
+    assert answers["lse"].values[0, :, 0].tolist() == [0.75, -INFINITY]
+    arrays["sinks"] = numpy.asarray([NAN, INFINITY])
+    assert _kinds(ask_oracle("attention", arrays)["lse"]) == [[[4, 4], [4, 4]]]
+
+
+def test_a_row_that_is_all_dropped_is_not_empty(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
+    answers = ask_oracle("attention", arrays | {"dropout_mask": numpy.zeros((1, 1, 1, 1), bool)}, dropout_rate=0.5)
+    assert answers["output"].kinds is None
+    assert not answers["output"].values.any()
+    assert numpy.isfinite(answers["lse"].values).all()
+
+
+GRADIENTS = [
+    # causal: key 1 is seen by query 1 alone; what query 1 of head 0 contributes to is anything
+    ("query", (0, 0, 1, 0), NAN, {"query": [[0, 4], [0, 0]], "key": [4, 4], "value": [4, 4], "sinks": [4, 0]}),
+    (
+        "grad_output",
+        (0, 0, 0, 1),
+        INFINITY,
+        {"query": [[4, 0], [0, 0]], "key": [4, 0], "value": [4, 0], "sinks": [4, 0]},
+    ),
+    ("value", (0, 0, 1, 0), NAN, {"query": [[0, 4], [0, 4]], "key": [4, 4], "value": [4, 4], "sinks": [4, 4]}),
+    ("grad_lse", (0, 0, 1), NAN, {"query": [[0, 4], [0, 0]], "key": [4, 4], "value": [4, 4], "sinks": [4, 0]}),
+    ("key", (0, 0, 1, 0), INFINITY, {"query": [[0, 4], [0, 4]], "key": [4, 4], "value": [4, 4], "sinks": [4, 4]}),
+    ("sinks", (0,), NAN, {"query": [[4, 4], [0, 0]], "key": [4, 4], "value": [4, 4], "sinks": [4, 0]}),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "value", "kinds"), GRADIENTS)
+def test_kinds_of_gradients(
+    name: str,
+    place: tuple[int, ...],
+    value: float,
+    kinds: dict[str, Any],
+    arrays: dict[str, numpy.ndarray],
+    ask_oracle: Oracle,
+) -> None:
+    arrays |= {
+        "grad_output": _values(1, 2, 2, 2, seed=4),
+        "sinks": _values(2, seed=5),
+        "bias": _values(1, 1, 2, 2, seed=6),
+        "grad_lse": _values(1, 2, 2, seed=7),
+    }
+    _put(arrays, name, place, value)
+    answers = ask_oracle("attention_vjp", arrays, causal=True)
+    for label, wanted in kinds.items():
+        received = numpy.asarray(_kinds(answers[f"grad_{label}"]))
+        assert (received[..., 0] if label != "sinks" else received).reshape(numpy.shape(wanted)).tolist() == wanted
+    rows = [max(head[i] for head in kinds["query"]) for i in range(2)]
+    assert _kinds(answers["grad_bias"]) == [[[[rows[0], 1], [rows[1], rows[1]]]]]
+
+
+def test_grad_lse_that_is_not_finite_spoils_without_a_sink_too(
+    arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
+) -> None:
+    arrays |= {"grad_output": _values(1, 2, 2, 2, seed=4), "grad_lse": numpy.asarray([[[0.0, 1.0], [NAN, 1.0]]])}
+    answers = ask_oracle("attention_vjp", arrays, causal=True)
+    assert _kinds(answers["grad_query"]) == [[[[0, 0], [0, 0]], [[4, 4], [0, 0]]]]
+    assert _kinds(answers["grad_key"]) == [[[[4, 4], [0, 0]]]]
+
+
+def test_gradients_to_which_nothing_contributes_are_exactly_zero(
+    arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
+) -> None:
+    arrays |= {"grad_output": _values(1, 2, 2, 2, seed=4), "sinks": numpy.asarray([0.5, -INFINITY])}
+    arrays["bias"] = numpy.asarray([[[[0.5, -INFINITY]]]])
+    arrays["mask"] = numpy.asarray([[[[True], [False]]]])
+    answers = ask_oracle("attention_vjp", arrays)
+    assert {name: _kinds(answer) for name, answer in answers.items()} == {
+        "grad_query": [[[[0, 0], [1, 1]], [[0, 0], [1, 1]]]],
+        "grad_key": [[[[0, 0], [1, 1]]]],
+        "grad_value": [[[[0, 0], [1, 1]]]],
+        "grad_bias": [[[[0, 1]]]],
+        "grad_sinks": [0, 1],
+    }
+    for answer in answers.values():
+        assert not answer.values[numpy.asarray(_kinds(answer)) == 1].any()
+
+
+def test_an_empty_row_moves_its_sink_by_grad_lse_alone(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
+    arrays |= {"grad_output": numpy.full((1, 2, 2, 2), NAN), "sinks": numpy.asarray([0.5, -INFINITY])}
+    arrays |= {"grad_lse": numpy.asarray([[[0.25, 3.0], [7.0, 9.0]]]), "mask": numpy.zeros((1, 1, 1, 1), bool)}
+    sinks = ask_oracle("attention_vjp", arrays)["grad_sinks"]
+    assert sinks.values.tolist() == [3.25, 0.0]
+    assert _kinds(sinks) == [0, 1]
+    del arrays["grad_lse"]
+    assert _kinds(ask_oracle("attention_vjp", arrays)["grad_sinks"]) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("lse", "output", "kinds"),
+    [
+        ((-INFINITY, 0.5), (3.0, 0.5), (1, 1)),
+        ((0.5, -INFINITY), (2.0, 0.5), (1, 1)),
+        ((-INFINITY, 0.1), (3.0, 0.1), (1, 0)),
+        ((-INFINITY, -INFINITY), (0.0, -INFINITY), (1, 1)),
+        ((NAN, 0.5), (NAN, NAN), (2, 2)),
+        ((-INFINITY, NAN), (NAN, NAN), (2, 2)),
+        ((INFINITY, 0.5), (NAN, NAN), (4, 4)),
+        ((0.5, 0.5), (2.5, 0.5 + math.log(2)), (0, 0)),
+    ],
+)
+def test_merging_of_halves(
+    lse: tuple[float, float], output: tuple[float, float], kinds: tuple[int, int], ask_oracle: Oracle
+) -> None:
+    arrays = {"output_a": numpy.asarray([[[[2.0]]]]), "output_b": numpy.asarray([[[[3.0]]]])}
+    arrays |= {f"lse_{half}": numpy.asarray([[[x]]]) for half, x in zip("ab", lse, strict=True)}
+    answers = ask_oracle("merge_attention", arrays)
+    received = [answers[name].values.item() for name in ("output", "lse")]
+    numpy.testing.assert_array_equal(received, output)
+    assert [numpy.asarray(_kinds(answers[name])).item() for name in ("output", "lse")] == list(kinds)
+
+
+def test_a_half_that_is_empty_may_hold_anything_and_one_that_is_not_spoils_its_component(ask_oracle: Oracle) -> None:
+    arrays = {"output_a": numpy.asarray([[[[NAN, 2.0]]]]), "output_b": numpy.asarray([[[[3.0, INFINITY]]]])}
+    arrays |= {"lse_a": numpy.asarray([[[-INFINITY]]]), "lse_b": numpy.asarray([[[0.5]]])}
+    assert ask_oracle("merge_attention", arrays)["output"].values.ravel().tolist() == [3.0, INFINITY]
+    answers = ask_oracle("merge_attention", arrays | {"lse_a": numpy.asarray([[[1.0]]])})
+    assert _kinds(answers["output"]) == [[[[3, 3]]]]
+    assert answers["lse"].kinds is None

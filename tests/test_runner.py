@@ -1,0 +1,250 @@
+"""Whole runs against targets that are wrong in every way: what each comes to, and that the run goes on."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from mha_spec_conformance.asking import Selection, asks
+from mha_spec_conformance.cases import load
+from mha_spec_conformance.known import Known
+from mha_spec_conformance.question import Claims
+from mha_spec_conformance.runner import NothingToJudge, Settings, run
+from mha_spec_conformance.target import TargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mha_spec_conformance.cases import Suite
+    from mha_spec_conformance.report import Run
+
+ONLY = "attention/smoke/"
+RIGHT = """
+import numpy
+from mha_spec import reference
+
+def attention(query, key, value, *, mask=None):
+    return reference.attention(query, key, value, mask=mask)
+"""
+
+
+@pytest.fixture(scope="session")
+def suite() -> Suite:
+    """The suite, read once."""
+    return load()
+
+
+@pytest.fixture
+def judge(tmp_path: Path, suite: Suite) -> Callable[..., Run]:
+    """Judge a target that is this text on a part of the suite."""
+
+    def judge(text: str, *only: str, dtypes: tuple[str, ...] = ("float32",), **settings: object) -> Run:
+        path = tmp_path / "target.py"
+        path.write_text(text)
+        return run(str(path), suite, Settings(Selection(only or (ONLY,), dtypes), **settings))
+
+    return judge
+
+
+def outcomes(done: Run) -> dict[str, str]:
+    """The outcome of every case by the last part of its id."""
+    return {result.ask.case.id.rpartition("/")[2]: result.outcome for result in done.results}
+
+
+def test_right_attention_passes(judge: Callable[..., Run]) -> None:
+    done = judge(RIGHT)
+    assert outcomes(done) == {"plain": "pass", "head-layout": "pass", "mask-polarity": "pass", "lse": "pass"}
+    assert done.status == 0
+    assert done.notes == ()
+    assert not done.complete
+    assert "conformant" not in done.verdict
+    assert done.verdict.startswith("partial run: 4 of 4 passed")
+    assert all(result.allowance_used <= 1 for result in done.results)
+
+
+def test_inverted_mask_is_a_deviation_and_can_be_accepted(judge: Callable[..., Run]) -> None:
+    wrong = RIGHT.replace("mask=mask)", "mask=None if mask is None else ~mask)")
+    done = judge(wrong)
+    assert outcomes(done)["mask-polarity"] == "deviation"
+    assert done.status == 1
+    assert done.conventions == {"mask_polarity": "true_hides"}
+    assert any("pass ~mask" in note for note in done.notes)
+    accepted = judge(wrong, accepted=frozenset({("mask_polarity", "true_hides")}))
+    assert accepted.status == 0
+    assert accepted.summary["deviation"] == 1
+
+
+def test_wider_output_is_one_deviation_with_its_values_judged(judge: Callable[..., Run]) -> None:
+    wide = "    return reference.attention(query, key, value, mask=mask).astype(numpy.float64)"
+    done = judge(RIGHT.replace("    return reference.attention(query, key, value, mask=mask)", wide))
+    assert set(outcomes(done).values()) == {"deviation"}
+    assert done.conventions == {"output_dtype": "float64"}
+    worse = judge(RIGHT.replace("    return reference.attention(query, key, value, mask=mask)", wide + " + 1"))
+    assert set(outcomes(worse).values()) == {"fail"}
+
+
+MISBEHAVES = """
+import ctypes, os, sys, time
+from mha_spec import reference
+
+count = 0
+
+def attention(query, key, value, *, mask=None):
+    print("noise " * 9999)
+    if mask is not None:
+        {masked}
+    if query.shape == (2, 3, 5, 11) and value[0, 0, 0, 0] != {plain}:
+        {coded}
+    return reference.attention(query, key, value)
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "outcome", "reason"),
+    [
+        ("ctypes.string_at(0)", "crash", "the process ended with signal SIGSEGV"),
+        ("os._exit(7)", "crash", "the process ended with exit status 7"),
+        ("sys.exit(7)", "error", "SystemExit: 7"),
+        ("raise KeyError('no such head')", "error", "KeyError: 'no such head' (.*target.py:12)"),
+        ("raise NotImplementedError('no heads')", "unsupported", "no heads"),
+        ("query += 1; return reference.attention(query - 1, key, value)", "fail", "wrote to its input query"),
+        ("return reference.attention(query, key, value).swapaxes(1, 2)", "fail", r"must have shape=\(2, 3, 5, 11\), received shape=\(2, 5, 3, 11\)"),
+        ("return reference.attention(query, key, value).astype(int)", "fail", "must have dtype=float32, received dtype=int64"),
+    ],
+)
+def test_misbehaviour_is_the_outcome_of_one_case(
+    judge: Callable[..., Run], suite: Suite, capfd: pytest.CaptureFixture[str], does: str, outcome: str, reason: str
+) -> None:
+    first = next(case for case in suite.cases if case.id == "attention/smoke/plain").inputs("float32")["value"][0, 0, 0, 0]
+    done = judge(MISBEHAVES.format(plain=float(first), coded=does, masked="pass"), "smoke/plain", "smoke/head-layout")
+    found = {result.ask.case.id: result for result in done.results}
+    assert found["attention/smoke/plain"].outcome == "pass"
+    assert found["attention/smoke/head-layout"].outcome == outcome
+    assert re.search(reason, found["attention/smoke/head-layout"].reason)
+    assert "noise" not in "".join(capfd.readouterr())
+
+
+def test_hang_is_a_timeout_and_the_run_goes_on(judge: Callable[..., Run]) -> None:
+    done = judge(MISBEHAVES.format(plain=0, coded="pass", masked="time.sleep(60)"), limit=2.0)
+    assert outcomes(done) == {"plain": "pass", "head-layout": "pass", "mask-polarity": "timeout", "lse": "pass"}
+    assert done.status == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return None", r"`output` must be an array: None \(is a `return` missing\?\)"),
+        ("return query, key", r"`output` must be an array: a tuple of 2 is not an array"),
+        ("return value", r"must have shape=\(2, 3, 5, 11\), received shape=\(2, 3, 7, 11\)"),
+        ("return reference.attention(query, key, value).swapaxes(1, 2)", r"that is \(batch, q_len, heads, v_dim\)"),
+        ("return reference.attention(*(x.swapaxes(1, 2) for x in (query, key, value))).swapaxes(1, 2)", r"it takes the axes as \(batch, length, heads, size\)"),
+        ("raise RuntimeError('no kernel')", r"the smoke cases raise RuntimeError: no kernel \(.*target.py:3\)"),
+        ("import os; os._exit(3)", "the smoke cases end it: the process ended with exit status 3"),
+    ],
+)
+def test_wrong_target_file_is_told_from_a_wrong_attention(judge: Callable[..., Run], body: str, says: str) -> None:
+    with pytest.raises(NothingToJudge, match=says):
+        judge(f"from mha_spec import reference\ndef attention(query, key, value):\n    {body}")
+
+
+def test_target_that_ends_the_process_on_import(judge: Callable[..., Run]) -> None:
+    with pytest.raises(TargetError, match="ended the process while it was imported: .*exit status 5"):
+        judge("import os; os._exit(5)")
+
+
+def test_nothing_to_ask(judge: Callable[..., Run]) -> None:
+    with pytest.raises(NothingToJudge, match="nothing to ask"):
+        judge("def attention(query, key, value): ...", "attention/softcap")
+
+
+def test_everything_refused_is_not_judged(judge: Callable[..., Run]) -> None:
+    done = judge("def attention(query, key, value): raise NotImplementedError('not today')")
+    assert done.status == 2
+    assert "conformant" not in done.verdict
+
+
+def test_required_feature_must_be_asked(judge: Callable[..., Run]) -> None:
+    done = judge(RIGHT, required=("mask", "softcap"))
+    assert done.missing == ("softcap",)
+    assert done.status == 1
+    assert "required but not asked: softcap" in done.verdict
+
+
+def test_known_failures_are_strict(judge: Callable[..., Run]) -> None:
+    wrong = RIGHT.replace("mask=mask)", "mask=None)")
+    failing, passing, unknown = (Known(f"attention/smoke/{name}", "reason") for name in ("mask-polarity", "plain", "none"))
+    assert judge(wrong).status == 1
+    assert judge(wrong, known=(failing,)).status == 0
+    assert judge(wrong, known=(Known(failing.id, "reason", "float64"),)).status == 1
+    stale = judge(wrong, known=(failing, passing))
+    assert stale.status == 1
+    assert stale.untrue == ["known failure attention/smoke/plain did not fail (pass): remove it from the file"]
+    assert judge(wrong, known=(failing, unknown)).untrue == ["known failure attention/smoke/none is no case of the suite: remove it from the file"]
+
+
+def test_stop_after_so_many_failures(judge: Callable[..., Run]) -> None:
+    done = judge(RIGHT.replace("mask=mask)", "mask=mask) * 2"), "attention/", max_fail=3)
+    assert len(done.failures) == 3
+    assert not done.complete
+    assert "conformant" not in done.verdict
+    assert done.status == 1
+
+
+def test_several_workers_give_the_same_in_the_same_order(judge: Callable[..., Run]) -> None:
+    one, two = (judge(RIGHT, "attention/mask/", jobs=jobs) for jobs in (1, 2))
+    assert [(r.ask.key, r.outcome) for r in one.results] == [(r.ask.key, r.outcome) for r in two.results]
+
+
+CAUSAL = """
+{says}
+from mha_spec import reference
+
+def attention(query, key, value, *, causal=False):
+    return reference.attention(query, key, value, causal=causal, q_offset=key.shape[2] - query.shape[2] if causal else None)
+"""
+
+
+def test_declared_alignment_is_judged_and_another_read_off(judge: Callable[..., Run]) -> None:
+    declared = judge(CAUSAL.format(says="conventions = {'causal_alignment': 'lower_right'}"), "causal+offset", "causal/")
+    assert {"offset"} <= {feature for result in declared.results for feature in result.ask.features}
+    assert declared.status == 0
+    wrong = judge(CAUSAL.format(says="conventions = {'causal_alignment': 'upper_left'}"), "causal+offset", "causal/")
+    assert wrong.status == 1
+    silent = judge(CAUSAL.format(says=""), "causal+offset", "causal/")
+    assert not {"offset"} & {feature for result in silent.results for feature in result.ask.features}
+    assert silent.alignment == "lower_right"
+    assert silent.conventions["causal_alignment"] == "lower_right"
+
+
+def test_layouts_are_tried(judge: Callable[..., Run]) -> None:
+    ignores_strides = """
+import numpy
+from mha_spec import reference
+
+def flat(x):
+    return numpy.ndarray(x.shape, x.dtype, x if x.flags.c_contiguous or x.base is None else numpy.ascontiguousarray(x.base).reshape(-1)[:x.size].tobytes())
+
+def attention(query, key, value):
+    return reference.attention(flat(query), flat(key), flat(value))
+"""
+    done = judge(ignores_strides, "smoke/plain", "smoke/head-layout")
+    failed = [result for result in done.results if result.outcome == "fail"]
+    assert failed
+    assert failed[0].clauses == ("MHA-PURE-2",)
+    assert "right for plain inputs, wrong for strided ones" in failed[0].reason
+
+
+def test_only_backends_are_asked_what_must_raise(suite: Suite) -> None:
+    keywords = {"attention": ("mask", "causal", "softcap"), "attention_vjp": (), "merge_attention": (), "attention_weights": ()}
+    for registered in (False, True):
+        asked = asks(suite.cases, Claims("x", keywords, ("float32",), registered=registered), Selection())
+        assert any(ask.case.expect == "error" for ask in asked) is registered
+
+
+def test_refusals_of_the_reference_pass(suite: Suite) -> None:
+    errors = [case.id for case in suite.cases if case.expect == "error"]
+    done = run("mha_spec.reference", suite, Settings(Selection(tuple(errors), ("float32",))))
+    assert len(done.results) >= len(errors) > 20
+    assert {result.outcome for result in done.results} == {"pass"}

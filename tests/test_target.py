@@ -1,0 +1,124 @@
+"""What a target is, what it claims, and what is said of one that cannot be asked."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from mha_spec_conformance.target import TargetError, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def own_path() -> Iterator[None]:
+    """Leave the import path and the modules as they were."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name.startswith("_mha_spec_target_"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Write a target file and give its path."""
+
+    def write(text: str, name: str = "target.py") -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_keywords_of_the_signature_are_claimed(write: Callable[..., str]) -> None:
+    claims = load(write("def attention(query, key, value, mask=None, *, causal=False, return_lse=False): ...")).claims
+    assert claims.keywords == {"attention": ("mask", "causal", "return_lse")}
+    assert claims.features == ("mask", "causal", "lse")
+    assert claims.dtypes == ("float64", "float32")
+    assert not claims.registered
+
+
+def test_open_keywords_claim_nothing_unless_features_do(write: Callable[..., str]) -> None:
+    function = "def attention(query, key, value, **options): ..."
+    assert load(write(function)).claims.keywords["attention"] == ()
+    claims = load(write(f"features = ('segments',)\n{function}", "told.py")).claims
+    assert claims.keywords["attention"] == ("q_segment_ids", "kv_segment_ids")
+
+
+def test_unreadable_signature_claims_what_features_say(write: Callable[..., str]) -> None:
+    text = "features = ('mask',)\nclass Kernel:\n    __signature__ = 3\n    def __call__(self, q, k, v, mask=None): ...\nattention = Kernel()"
+    assert load(write(text)).claims.keywords["attention"] == ("mask",)
+
+
+def test_one_of_two_keywords_is_not_the_feature(write: Callable[..., str]) -> None:
+    claims = load(write("def attention(query, key, value, q_segment_ids=None): ...")).claims
+    assert "segments" not in claims.features
+
+
+def test_siblings_are_claimed_by_their_names(write: Callable[..., str]) -> None:
+    path = write("def mine(q, k, v): ...\ndef attention(q, k, v, mask): ...\ndef merge_attention(a, b, c, d): ...")
+    target = load(f"{path}:mine")
+    assert target.functions["attention"].__name__ == "mine"
+    assert set(target.functions) == {"attention", "merge_attention"}
+    assert target.claims.features == ("merge",)
+
+
+def test_module_and_function_by_name() -> None:
+    assert load("mha_spec.reference:attention").functions.keys() == load("mha_spec.reference").functions.keys()
+    assert load("mha_spec.reference").claims.registered
+    assert load("json:dumps").functions.keys() == {"attention"}
+
+
+def test_file_is_not_hidden_by_a_module_of_its_name(write: Callable[..., str]) -> None:
+    path = write("import numpy\nassert numpy.__version__\ndef attention(query, key, value): return numpy.pi", "numpy.py")
+    assert load(path).functions["attention"](0, 0, 0) == pytest.approx(3.14159265)
+    assert sys.modules["numpy"].__file__ != path
+
+
+def test_file_finds_its_neighbours(write: Callable[..., str]) -> None:
+    write("def attention(query, key, value, softcap=None): ...", "kernel_of_mine.py")
+    assert load(write("from kernel_of_mine import attention")).claims.features == ("softcap",)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import nothing_of_that_name", r"does not import: ModuleNotFoundError: No module named 'nothing_of_that_name' \(.*target.py:1\)"),
+        ("x = 1\nraise SystemExit(3)", r"does not import: SystemExit: 3 \(.*target.py:2\)"),
+        ("def attention(:", "does not import: SyntaxError"),
+        ("x = 1", "nothing to ask: no function called attention; it defines no function"),
+        ("def sdpa(q, k, v): ...", "nothing to ask.*it has sdpa: name one as TARGET:sdpa"),
+        ("arrays = 'cupy'\ndef attention(q, k, v): ...", "`arrays` must be of numpy, torch, jax, tensorflow, received 'cupy'"),
+        ("dtypes = ('float8',)\ndef attention(q, k, v): ...", "`dtypes` must be of float64, .*received 'float8'"),
+        ("dtypes = 'float32'\ndef attention(q, k, v): ...", "`dtypes` must be a tuple"),
+        ("device = 3\ndef attention(q, k, v): ...", "`device` must be a text"),
+        ("profile = 'lax'\ndef attention(q, k, v): ...", "`profile` must be of standard, strict, received 'lax'"),
+        ("features = ('masks',)\ndef attention(q, k, v): ...", "`features` must be of .*received 'masks'"),
+        ("conventions = {'mask': 'x'}\ndef attention(q, k, v): ...", "'mask' is not a convention"),
+        ("conventions = {'lse_base': '10'}\ndef attention(q, k, v): ...", "lse_base must be e or 2, received '10'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(write: Callable[..., str], text: str, says: str) -> None:
+    with pytest.raises(TargetError, match=says) as caught:
+        load(write(text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nothere", "'nothere' is no backend .*no file and no module"),
+        ("folder/none.py", "there is no file folder/none.py"),
+        ("json:none", "json has no function 'none'; it has"),
+        ("json.none", "does not import: ModuleNotFoundError"),
+    ],
+)
+def test_target_that_is_not_there(name: str, says: str) -> None:
+    with pytest.raises(TargetError, match=says):
+        load(name)
