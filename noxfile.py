@@ -9,6 +9,7 @@ from typing import Any
 import nox
 
 nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
 
@@ -57,7 +58,8 @@ def tests(session: nox.Session) -> None:
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def conformance(session: nox.Session, backend: str) -> None:
     """The whole suite, asked of a backend and of the reference."""
-    session.install(".[conformance]")
+    framework = [requirement for requirement in group("frameworks") if requirement.startswith(f"{backend}==")]
+    session.install(".[conformance]", *framework)
     check(session, backend, *session.posargs)
 
 
@@ -98,7 +100,7 @@ def goldens(session: nox.Session) -> None:
 def accuracy(session: nox.Session) -> None:
     """The accuracy rule once more: honest implementations stay within it, dishonest ones do not."""
     session.install(".[conformance]", *group("frameworks"))
-    session.run("python", "-P", "conformance/accuracy/honest.py", *session.posargs)
+    session.run("python", "conformance/accuracy/honest.py", *session.posargs)
 
 
 @nox.session
@@ -112,16 +114,22 @@ def wheel(session: nox.Session) -> None:
     fresh = folder / "fresh" / "bin"
     session.run(str(fresh / "pip"), "install", "--quiet", f"{built}[conformance]", external=True)
     names = f"import importlib.util as i; print([n for n in {GENERIC} if i.find_spec(n)])"
+    text = "import mha_spec, pathlib; print(pathlib.Path(mha_spec.__file__).with_name('SPEC.md').read_text(), end='')"
+    specification = Path("mha_spec/SPEC.md").read_text()
     with session.chdir(folder):
-        if str(session.run(str(fresh / "python"), "-c", names, external=True, silent=True)).strip() != "[]":
-            session.error("the wheel brings generic names")
-        for command in (["cases"], ["spec"]):
-            ours = session.run("mha-spec", *command, silent=True)
-            if ours != session.run(str(fresh / "mha-spec"), *command, external=True, silent=True):
-                session.error(f"mha-spec {command[0]} of the wheel is not that of the tree")
-        summaries: list[object] = []
-        for program in ("mha-spec", str(fresh / "mha-spec")):
+
+        def said(*command: str) -> str:
+            return str(session.run(*command, external=True, silent=True))
+
+        def summary(program: str) -> object:
             session.run(program, "check", "numpy", "--only", "attention/causal*", "--json", "short.json", external=True)
-            summaries.append(json.loads(Path("short.json").read_text())["summary"])
-        if summaries[0] != summaries[1]:
-            session.error(f"a check gives {summaries[0]} in the tree and {summaries[1]} from the wheel")
+            return json.loads(Path("short.json").read_text())["summary"]
+
+        if said(str(fresh / "python"), "-c", names).strip() != "[]":
+            session.error("the wheel brings generic names")
+        if said(str(fresh / "python"), "-c", text) != specification:
+            session.error("SPEC.md of the wheel is not that of the tree")
+        if said("mha-spec", "cases") != said(str(fresh / "mha-spec"), "cases"):
+            session.error("the cases of the wheel are not those of the tree")
+        if summary("mha-spec") != summary(str(fresh / "mha-spec")):
+            session.error("a check from the wheel does not give what it gives in the tree")

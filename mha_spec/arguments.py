@@ -341,7 +341,7 @@ def check_dropout_mask(a: Arguments) -> None:
 
 
 def check_cotangents(a: Arguments, grad_output: Array, grad_lse: Array | None) -> None:
-    """Raise unless grad_output has the shape and dtype of the output and grad_lse those of lse (MHA-VJP-7)."""
+    """Raise unless grad_output has the shape of the output and grad_lse that of lse (MHA-VJP-7)."""
     rows = tuple(a.query.shape[:3])
     expected: dict[str, tuple[Array, tuple[int, ...]]] = {"grad_output": (grad_output, (*rows, a.value.shape[3]))}
     if grad_lse is not None:
@@ -401,7 +401,7 @@ def _check_same_library(label: str, array: Array, query: Array, library: str | N
     if received != library:
         _type_error("MHA-ARG-4", f"`{label}` must be an array of the library of `query`, {library}, received an array of {received}. Convert one of them first.")
     expected_device, received_device = getattr(query, "device", None), getattr(array, "device", None)
-    if received_device != expected_device:
+    if None not in (expected_device, received_device) and received_device != expected_device:
         _value_error("MHA-ARG-4", f"`{label}` must be on the device of `query`, device={expected_device}, received device={received_device}.")
 
 

@@ -10,7 +10,7 @@ import numpy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["FLOATING", "Array", "dtype_name", "host_integers", "library_of", "namespace_of", "softmax_dtype_name"]
+__all__ = ["FLOATING", "Array", "device_of", "dtype_name", "host_integers", "library_of", "namespace_of", "softmax_dtype_name"]
 
 Array: TypeAlias = Any
 """An array of any library that speaks the Python array API."""
@@ -45,6 +45,11 @@ def namespace_of(array: Array) -> Any:
 
         found = _NAMESPACE_OF_CLASS[type(array)] = array_namespace(array)
     return found
+
+
+def device_of(array: Array) -> Any:
+    """Give the device of `array`; None, which is the default one, for an array that JAX traces and that has none yet."""
+    return getattr(array, "device", None)
 
 
 def dtype_name(array: Array) -> str:

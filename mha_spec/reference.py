@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from .arguments import Arguments, check_dropout_mask, check_weight_options, spells_options
-from .arrays import Array, dtype_name, library_of, namespace_of
+from .arrays import Array, device_of, dtype_name, library_of, namespace_of
 from .steps import Steps
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Reference:
 
     def visible(self, a: Arguments) -> Array:
         """Which pairs are visible: boolean, broadcastable to (batch, heads, q_len, kv_len)."""
-        xp, steps, device = namespace_of(a.query), self.steps, a.query.device
+        xp, steps, device = namespace_of(a.query), self.steps, device_of(a.query)
         indices = xp.arange(a.q_len, device=device)
         positions = xp.arange(a.kv_len, device=device)
         constraints = [xp.ones((1, 1, a.q_len, a.kv_len), dtype=xp.bool, device=device)]
@@ -149,7 +149,7 @@ class Reference:
     def _integers(self, value: Array | Sequence[int] | int, like: Array) -> Array:
         """One integer per batch entry, (batch or 1, 1, 1, 1), in the type of `like`."""
         xp = namespace_of(like)
-        array = value if library_of(value) == library_of(like) else xp.asarray(value, dtype=like.dtype, device=like.device)
+        array = value if library_of(value) == library_of(like) else xp.asarray(value, dtype=like.dtype, device=device_of(like))
         return xp.reshape(xp.astype(array, like.dtype), (-1, 1, 1, 1))
 
     def output(self, a: Arguments, trace: Trace) -> Array:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import arguments
-from .arrays import Array, dtype_name, namespace_of, softmax_dtype_name
+from .arrays import Array, device_of, dtype_name, namespace_of, softmax_dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,7 +82,7 @@ def offset_of(a: arguments.Arguments) -> Array | Sequence[int] | int:
 def query_positions(offset: Array, q_len: int) -> Array:
     """Query i of batch entry b sits at p = q_offset[b] + i (MHA-POS-1); shape (batch, 1, q_len, 1)."""
     xp = namespace_of(offset)
-    steps = xp.arange(q_len, dtype=offset.dtype, device=offset.device)
+    steps = xp.arange(q_len, dtype=offset.dtype, device=device_of(offset))
     return xp.reshape(offset, (-1, 1, 1, 1)) + xp.reshape(steps, (1, 1, -1, 1))
 
 
@@ -144,7 +144,7 @@ def sink_column(sinks: Array | None, logits: Array) -> Array:
     xp = namespace_of(logits)
     shape = (*logits.shape[:3], 1)
     if sinks is None:
-        return xp.full(shape, -math.inf, dtype=logits.dtype, device=logits.device)
+        return xp.full(shape, -math.inf, dtype=logits.dtype, device=device_of(logits))
     return xp.broadcast_to(xp.reshape(xp.astype(sinks, logits.dtype), (1, -1, 1, 1)), shape)
 
 

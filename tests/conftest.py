@@ -11,8 +11,9 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mha_spec_conformance.cases import Case, Suite
     from oracle import Answer
+
+    from mha_spec_conformance.cases import Case, Suite
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy
 import pytest
-from mha_spec_conformance.convert import ConversionError, lay_out, layouts_of, same_bits, to_library, to_numpy
 
 from mha_spec.arrays import dtype_name, library_of
+from mha_spec_conformance.convert import ConversionError, lay_out, layouts_of, same_bits, to_library, to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,10 @@ def test_bits_differ_where_a_sign_of_zero_or_a_dtype_does() -> None:
     assert not same_bits(zero, zero[:2])
 
 
-@pytest.mark.parametrize(("value", "says"), [(None, "return"), ([1.0], "a list of 1"), ((), "a tuple of 0"), ("x", "type str"), (1.0, "type float")])
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [(None, "return"), ([1.0], "a list of 1"), ((), "a tuple of 0"), ("x", "type str"), (1.0, "type float")],
+)
 def test_what_is_no_array_is_refused(value: object, says: str) -> None:
     with pytest.raises(ConversionError, match=says):
         to_numpy(value)

@@ -5,16 +5,16 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import pytest
-from mha_spec_conformance.conventions import CONVENTIONS
-from mha_spec_conformance.diagnosis import can_show
-from mha_spec_conformance.mistakes import MISTAKES, Mistake
-from mha_spec_conformance.mistakes.raising import RAISING
-from mha_spec_conformance.mutation import Subject
-from mha_spec_conformance.question import FUNCTIONS
-from mha_spec_conformance.spec import clauses
 
 from mha_spec.arguments import OPTIONS
 from mha_spec.steps import Steps
+from mha_spec_conformance.conventions import CONVENTIONS
+from mha_spec_conformance.mistakes import MISTAKES, Mistake
+from mha_spec_conformance.mistakes.raising import RAISING
+from mha_spec_conformance.mutation import Subject
+from mha_spec_conformance.prediction import can_show
+from mha_spec_conformance.question import FUNCTIONS
+from mha_spec_conformance.spec import clauses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +60,9 @@ def test_mistake_is_caught_and_named(mistake: Mistake, smallest_first: tuple[Cas
         return
     compared = (result for result in itertools.chain([first], caught) if result.allowance_used is not None)
     for result in itertools.islice(compared, 2):
-        assert mistake.name in result.diagnosis, f"{result.ask.case.id} {result.ask.dtype}: {result.reason}: {result.diagnosis}"
+        assert mistake.name in result.diagnosis, (
+            f"{result.ask.case.id} {result.ask.dtype}: {result.reason}: {result.diagnosis}"
+        )
 
 
 def test_names_are_unique_and_titles_say_what_the_target_does() -> None:
@@ -87,7 +89,12 @@ def test_every_variant_of_every_convention_has_a_mistake() -> None:
 
 def test_every_step_is_replaced_by_some_mistake() -> None:
     own = Steps()
-    replaced = {field.name for mistake in MISTAKES for field in fields(Steps) if getattr(mistake.steps, field.name) is not getattr(own, field.name)}
+    replaced = {
+        field.name
+        for mistake in MISTAKES
+        for field in fields(Steps)
+        if getattr(mistake.steps, field.name) is not getattr(own, field.name)
+    }
     assert {field.name for field in fields(Steps)} - replaced == {"softmax_dtype", "offset_of"}
 
 

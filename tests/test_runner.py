@@ -6,10 +6,12 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+
 from mha_spec_conformance.asking import Selection, asks
 from mha_spec_conformance.cases import load
 from mha_spec_conformance.known import Known
-from mha_spec_conformance.question import Claims
+from mha_spec_conformance.outcome import Judge
+from mha_spec_conformance.question import Answer, Claims, Raised
 from mha_spec_conformance.runner import NothingToJudge, Settings, run
 from mha_spec_conformance.target import TargetError
 
@@ -110,14 +112,24 @@ def attention(query, key, value, *, mask=None):
         ("raise KeyError('no such head')", "error", "KeyError: 'no such head' (.*target.py:12)"),
         ("raise NotImplementedError('no heads')", "unsupported", "no heads"),
         ("query += 1; return reference.attention(query - 1, key, value)", "fail", "wrote to its input query"),
-        ("return reference.attention(query, key, value).swapaxes(1, 2)", "fail", r"must have shape=\(2, 3, 5, 11\), received shape=\(2, 5, 3, 11\)"),
-        ("return reference.attention(query, key, value).astype(int)", "fail", "must have dtype=float32, received dtype=int64"),
+        (
+            "return reference.attention(query, key, value).swapaxes(1, 2)",
+            "fail",
+            r"must have shape=\(2, 3, 5, 11\), received shape=\(2, 5, 3, 11\)",
+        ),
+        (
+            "return reference.attention(query, key, value).astype(int)",
+            "fail",
+            "must have dtype=float32, received dtype=int64",
+        ),
     ],
 )
 def test_misbehaviour_is_the_outcome_of_one_case(
     judge: Callable[..., Run], suite: Suite, capfd: pytest.CaptureFixture[str], does: str, outcome: str, reason: str
 ) -> None:
-    first = next(case for case in suite.cases if case.id == "attention/smoke/plain").inputs("float32")["value"][0, 0, 0, 0]
+    first = next(case for case in suite.cases if case.id == "attention/smoke/plain").inputs("float32")["value"][
+        0, 0, 0, 0
+    ]
     done = judge(MISBEHAVES.format(plain=float(first), coded=does, masked="pass"), "smoke/plain", "smoke/head-layout")
     found = {result.ask.case.id: result for result in done.results}
     assert found["attention/smoke/plain"].outcome == "pass"
@@ -139,7 +151,10 @@ def test_hang_is_a_timeout_and_the_run_goes_on(judge: Callable[..., Run]) -> Non
         ("return query, key", r"`output` must be an array: a tuple of 2 is not an array"),
         ("return value", r"must have shape=\(2, 3, 5, 11\), received shape=\(2, 3, 7, 11\)"),
         ("return reference.attention(query, key, value).swapaxes(1, 2)", r"that is \(batch, q_len, heads, v_dim\)"),
-        ("return reference.attention(*(x.swapaxes(1, 2) for x in (query, key, value))).swapaxes(1, 2)", r"it takes the axes as \(batch, length, heads, size\)"),
+        (
+            "return reference.attention(*(x.swapaxes(1, 2) for x in (query, key, value))).swapaxes(1, 2)",
+            r"it takes the axes as \(batch, length, heads, size\)",
+        ),
         ("raise RuntimeError('no kernel')", r"the smoke cases raise RuntimeError: no kernel \(.*target.py:3\)"),
         ("import os; os._exit(3)", "the smoke cases end it: the process ended with exit status 3"),
     ],
@@ -150,7 +165,7 @@ def test_wrong_target_file_is_told_from_a_wrong_attention(judge: Callable[..., R
 
 
 def test_target_that_ends_the_process_on_import(judge: Callable[..., Run]) -> None:
-    with pytest.raises(TargetError, match="ended the process while it was imported: .*exit status 5"):
+    with pytest.raises(TargetError, match=r"ended the process while it was imported: .*exit status 5"):
         judge("import os; os._exit(5)")
 
 
@@ -174,14 +189,18 @@ def test_required_feature_must_be_asked(judge: Callable[..., Run]) -> None:
 
 def test_known_failures_are_strict(judge: Callable[..., Run]) -> None:
     wrong = RIGHT.replace("mask=mask)", "mask=None)")
-    failing, passing, unknown = (Known(f"attention/smoke/{name}", "reason") for name in ("mask-polarity", "plain", "none"))
+    failing, passing, unknown = (
+        Known(f"attention/smoke/{name}", "reason") for name in ("mask-polarity", "plain", "none")
+    )
     assert judge(wrong).status == 1
     assert judge(wrong, known=(failing,)).status == 0
     assert judge(wrong, known=(Known(failing.id, "reason", "float64"),)).status == 1
     stale = judge(wrong, known=(failing, passing))
     assert stale.status == 1
     assert stale.untrue == ["known failure attention/smoke/plain did not fail (pass): remove it from the file"]
-    assert judge(wrong, known=(failing, unknown)).untrue == ["known failure attention/smoke/none is no case of the suite: remove it from the file"]
+    assert judge(wrong, known=(failing, unknown)).untrue == [
+        "known failure attention/smoke/none is no case of the suite: remove it from the file"
+    ]
 
 
 def test_stop_after_so_many_failures(judge: Callable[..., Run]) -> None:
@@ -202,12 +221,15 @@ CAUSAL = """
 from mha_spec import reference
 
 def attention(query, key, value, *, causal=False):
-    return reference.attention(query, key, value, causal=causal, q_offset=key.shape[2] - query.shape[2] if causal else None)
+    offset = key.shape[2] - query.shape[2]
+    return reference.attention(query, key, value, causal=causal, q_offset=offset if causal else None)
 """
 
 
 def test_declared_alignment_is_judged_and_another_read_off(judge: Callable[..., Run]) -> None:
-    declared = judge(CAUSAL.format(says="conventions = {'causal_alignment': 'lower_right'}"), "causal+offset", "causal/")
+    declared = judge(
+        CAUSAL.format(says="conventions = {'causal_alignment': 'lower_right'}"), "causal+offset", "causal/"
+    )
     assert {"offset"} <= {feature for result in declared.results for feature in result.ask.features}
     assert declared.status == 0
     wrong = judge(CAUSAL.format(says="conventions = {'causal_alignment': 'upper_left'}"), "causal+offset", "causal/")
@@ -224,7 +246,9 @@ import numpy
 from mha_spec import reference
 
 def flat(x):
-    return numpy.ndarray(x.shape, x.dtype, x if x.flags.c_contiguous or x.base is None else numpy.ascontiguousarray(x.base).reshape(-1)[:x.size].tobytes())
+    if x.base is None:
+        return x
+    return numpy.ndarray(x.shape, x.dtype, numpy.ascontiguousarray(x.base).reshape(-1)[: x.size].tobytes())
 
 def attention(query, key, value):
     return reference.attention(flat(query), flat(key), flat(value))
@@ -237,10 +261,36 @@ def attention(query, key, value):
 
 
 def test_only_backends_are_asked_what_must_raise(suite: Suite) -> None:
-    keywords = {"attention": ("mask", "causal", "softcap"), "attention_vjp": (), "merge_attention": (), "attention_weights": ()}
+    keywords = {
+        "attention": ("mask", "causal", "softcap"),
+        "attention_vjp": (),
+        "merge_attention": (),
+        "attention_weights": (),
+    }
     for registered in (False, True):
         asked = asks(suite.cases, Claims("x", keywords, ("float32",), registered=registered), Selection())
         assert any(ask.case.expect == "error" for ask in asked) is registered
+
+
+@pytest.mark.parametrize(
+    ("classes", "names_it", "outcome"),
+    [
+        (("ArgumentValueError", "MhaSpecError", "ValueError"), True, "pass"),
+        (("ArgumentValueError", "MhaSpecError", "ValueError"), False, "fail"),
+        (("ArgumentTypeError", "MhaSpecError", "TypeError"), True, "fail"),
+        (("ValueError", "Exception"), True, "fail"),
+        (None, False, "fail"),
+    ],
+)
+def test_refusal_is_an_error_of_ours_that_names_the_argument(
+    suite: Suite, classes: tuple[str, ...] | None, names_it: bool, outcome: str
+) -> None:
+    case = next(case for case in suite.cases if case.expect == "error" and case.error["kind"] == "value")
+    claims = Claims("x", {case.function: ()}, (case.dtypes[0],), registered=True)
+    ask = asks([case], claims, Selection())[0]
+    message = f"`{case.error['argument']}` is wrong" if names_it else "something is wrong"
+    answer = Answer("returned") if classes is None else Answer("raised", raised=Raised(classes, message))
+    assert Judge(claims).result(ask, ask.question(), answer).outcome == outcome
 
 
 def test_refusals_of_the_reference_pass(suite: Suite) -> None:

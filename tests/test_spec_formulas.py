@@ -153,9 +153,9 @@ def largest(c, p, wider):
     E["grad_query"] = c.row * (abs(c.scale) * E_dQ + (u_o + 2 * u_a) * dQ + w)
     partial = u_a * (c.N + 1) + u_o * (GROUP - 1)
     E_dK = over_rows(C + P * E_D * (c.s + E_s) + partial * abs(c.dX), abs(c.Q))
-    E["grad_key"] = c.read * (abs(c.scale) * E_dK + (u_o + 2 * u_a) * dK + w)
+    E["grad_key"] = c.read * (abs(c.scale) * E_dK + (u_o + 2 * u_a) * dK + w * GROUP)
     E_dV = over_rows(Pt * (rho + u_p + r + u_a * c.N + u_o * (GROUP - 1)), abs(c.dO))
-    E["grad_value"] = c.read * (E_dV + u_o * dV + w * (1 + over_rows(k, abs(c.dO))))
+    E["grad_value"] = c.read * (E_dV + u_o * dV + w * (GROUP + over_rows(k, abs(c.dO))))
     if c.gradients["grad_bias"] is not None:
         terms = c.over_bias(F + P * E_D) + u_a * c.N_b * c.over_bias(abs(c.dS))
         terms = terms + u_b * abs(c.gradients["grad_bias"]) + w_b
@@ -214,9 +214,9 @@ def variance(c, p, slope):
     U_dQ = over_keys(U_C + u_a**2 * c.n * c.dX**2 / 6, c.K**2) + U_D * over_keys(P * c.s, c.K) ** 2
     U["grad_query"] = c.row * (c.scale**2 * U_dQ + (u_o**2 / 3 + u_a**2 * c.n / 9) * dQ**2 + w**2)
     U_dK = over_rows(U_C + (P * c.s) ** 2 * U_D + R * c.dX**2 / 6, c.Q**2)
-    U["grad_key"] = c.read * (c.scale**2 * U_dK + T * dK**2 + w**2)
+    U["grad_key"] = c.read * (c.scale**2 * U_dK + T * dK**2 + (w * GROUP) ** 2)
     U_dV = over_rows(Pt**2 * (U_rho + u_p**2 / 3 + R / 6), c.dO**2)
-    U["grad_value"] = c.read * (U_dV + T * dV**2 + w**2 * (1 + over_rows(k, abs(c.dO))) ** 2)
+    U["grad_value"] = c.read * (U_dV + T * dV**2 + w**2 * (GROUP + over_rows(k, abs(c.dO))) ** 2)
     if c.gradients["grad_bias"] is not None:
         shared = P * U_D * sum_j(P) if c.bias.shape[-1] == 1 else P**2 * U_D
         terms = c.over_bias(U_F + shared + u_a**2 * c.N_b * c.dS**2 / 6)

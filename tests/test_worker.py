@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy
 import pytest
+
+from mha_spec import reference
 from mha_spec_conformance.question import Answer, Claims, Question, Raised
 from mha_spec_conformance.target import Target
 from mha_spec_conformance.worker import answer
-
-from mha_spec import reference
 
 
 @pytest.fixture
@@ -20,7 +20,16 @@ def question() -> Question:
     generator = numpy.random.default_rng(3)
     shapes = {"query": (2, 3, 5, 7), "key": (2, 3, 11, 7), "value": (2, 3, 11, 13)}
     arrays = {name: generator.standard_normal(shape).astype(numpy.float32) for name, shape in shapes.items()}
-    return Question("attention/x", "attention", "float32", arrays, {}, ("output",), layouts=("strided", "reversed", "read_only"), repeat=True)
+    return Question(
+        "attention/x",
+        "attention",
+        "float32",
+        arrays,
+        {},
+        ("output",),
+        layouts=("strided", "reversed", "read_only"),
+        repeat=True,
+    )
 
 
 def asked(function: object, question: Question, supports: object = None, name: str = "attention") -> Answer:
@@ -41,60 +50,86 @@ def test_outputs_of_a_right_attention(question: Question) -> None:
 
 def test_options_and_arrays_are_keywords(question: Question) -> None:
     mask = numpy.ones((1, 1, 5, 11), dtype=bool)
-    asking = replace(question, arrays={**question.arrays, "mask": mask}, options={"scale": 2.0}, layouts=(), repeat=False)
+    asking = replace(
+        question, arrays={**question.arrays, "mask": mask}, options={"scale": 2.0}, layouts=(), repeat=False
+    )
     seen = {}
-    asked(lambda q, k, v, **options: seen.update(options) or q, asking)
+    asked(lambda query, *_, **options: seen.update(options) or query, asking)
     assert seen["scale"] == 2.0
     assert numpy.array_equal(seen["mask"], mask)
 
 
 @pytest.mark.parametrize("value", [None, [1.0], 3.0, "text", numpy.array([None])])
 def test_what_is_no_array_is_malformed(question: Question, value: object) -> None:
-    got = asked(lambda q, k, v: value, question)
+    got = asked(lambda *_: value, question)
     assert got.came == "malformed"
     assert "`output` must be an array" in got.reason
 
 
 def test_tuple_where_one_array_is_asked(question: Question) -> None:
-    got = asked(lambda q, k, v: (q, q), question)
+    got = asked(lambda query, *_: (query, query), question)
     assert got.came == "malformed"
     assert "a tuple of 2" in got.reason
 
 
 def test_one_array_where_two_are_asked(question: Question) -> None:
-    got = asked(lambda q, k, v, return_lse: q, replace(question, outputs=("output", "lse"), options={"return_lse": True}))
+    got = asked(
+        lambda query, *_, **__: query, replace(question, outputs=("output", "lse"), options={"return_lse": True})
+    )
     assert got.came == "malformed"
     assert "must return (output, lse)" in got.reason
 
 
 def test_gradients_are_named_and_may_lack_what_is_not_asked(question: Question) -> None:
-    asking = replace(question, function="attention_vjp", arrays={"grad_output": question.arrays["value"], **question.arrays}, layouts=())
+    asking = replace(
+        question,
+        function="attention_vjp",
+        arrays={"grad_output": question.arrays["value"], **question.arrays},
+        layouts=(),
+    )
     wanted = replace(asking, outputs=("grad_query", "grad_key", "grad_value"))
-    got = asked(lambda g, q, k, v: (q, k, v), wanted, name="attention_vjp")
+    got = asked(lambda _, *operands: operands, wanted, name="attention_vjp")
     assert set(got.outputs) == set(wanted.outputs)
-    lacking = asked(lambda g, q, k, v: (q, k, v, None, None), replace(wanted, outputs=("grad_query", "grad_bias")), name="attention_vjp")
+    lacking = asked(
+        lambda _, *operands: (*operands, None, None),
+        replace(wanted, outputs=("grad_query", "grad_bias")),
+        name="attention_vjp",
+    )
     assert lacking.came == "malformed"
     assert "`grad_bias`" in lacking.reason
 
 
 def test_inputs_written_to_are_named(question: Question) -> None:
-    def writes(query: numpy.ndarray, key: numpy.ndarray, value: numpy.ndarray) -> numpy.ndarray:
+    def writes(query: numpy.ndarray, key: numpy.ndarray, _: numpy.ndarray) -> numpy.ndarray:
         key *= 2
         return query
 
-    assert asked(writes, replace(question, layouts=())).written == ("key",)
-    raised = asked(writes, question)
-    assert raised.came == "raised"
-    assert "read-only" in raised.raised.message
+    got = asked(writes, replace(question, repeat=False))
+    assert got.written == ("key",)
+    assert got.layouts == {}
+
+
+def test_layout_that_raises_is_told_from_one_that_is_refused(question: Question) -> None:
+    def picky(query: numpy.ndarray, *_: numpy.ndarray) -> numpy.ndarray:
+        if not query.flags.writeable:
+            raise ValueError("read-only")
+        if not query.flags.c_contiguous:
+            raise NotImplementedError
+        return query
+
+    got = asked(picky, question)
+    assert got.came == "returned"
+    assert got.layouts.keys() == {"read_only"}
+    assert "ValueError: read-only" in got.layouts["read_only"]
 
 
 def test_runs_that_differ_are_told(question: Question) -> None:
     noise = iter(range(9))
-    assert asked(lambda q, k, v: q + next(noise), question).deterministic is False
+    assert asked(lambda query, *_: query + next(noise), question).deterministic is False
 
 
 def test_exception_has_its_class_message_and_line(question: Question) -> None:
-    got = asked(lambda q, k, v: q[99], question)
+    got = asked(lambda query, *_: query[99], question)
     assert got.came == "raised"
     assert got.raised.classes[:2] == ("IndexError", "LookupError")
     assert str(got.raised).startswith("IndexError: index 99 is out of bounds")
@@ -107,14 +142,14 @@ def test_message_of_an_exception_is_one_line() -> None:
 
 
 def test_system_exit_is_an_error(question: Question) -> None:
-    def leaves(query: object, key: object, value: object) -> None:
+    def leaves(*_: object) -> None:
         raise SystemExit(3)
 
     assert asked(leaves, question).raised.classes[0] == "SystemExit"
 
 
 def test_not_implemented_is_unsupported(question: Question) -> None:
-    def refuses(query: object, key: object, value: object) -> None:
+    def refuses(*_: object) -> None:
         raise NotImplementedError("heads of 64 alone")
 
     got = asked(refuses, question)
@@ -123,10 +158,14 @@ def test_not_implemented_is_unsupported(question: Question) -> None:
 
 @pytest.mark.parametrize(("said", "reason"), [("no bfloat16", "no bfloat16"), (False, "supports(case) said no")])
 def test_supports_is_asked_first(question: Question, said: object, reason: str) -> None:
-    got = asked(lambda q, k, v: pytest.fail("was called"), question, supports=lambda case: said if case.shapes["query"][3] == 7 else True)
+    got = asked(
+        lambda *_: pytest.fail("was called"),
+        question,
+        supports=lambda case: said if case.shapes["query"][3] == 7 else True,
+    )
     assert (got.came, got.reason) == ("unsupported", reason)
 
 
 def test_array_of_another_library_is_noticed(question: Question) -> None:
     torch = pytest.importorskip("torch")
-    assert asked(lambda q, k, v: torch.zeros(3), question).foreign == "torch"
+    assert asked(lambda *_: torch.zeros(3), question).foreign == "torch"

@@ -28,7 +28,7 @@ from .forward import attend
 from .parallel import each
 from .problem import Problem
 from .strip import strips, weigh
-from .tiling import ROWS, assembled, heads, tiles
+from .tiling import assembled, heads, tiles
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -55,9 +55,13 @@ def attention(
 
     `dropout_key` is an integer seed; None takes one from `numpy.random`.
     """
-    a = _arguments(query, key, value, options)
+    a = _arguments(query, key, value, **options)
     problem = Problem.of(a, dropout_of(a))
-    outputs, lses = zip(*each(partial(attend, problem), tiles(a, heads(a), ROWS), a), strict=True) if a.batch * a.q_len else ((), ())
+    outputs, lses = (
+        zip(*each(partial(attend, problem), tiles(a, heads(a), problem.visibility.rows), a), strict=True)
+        if a.batch * a.q_len
+        else ((), ())
+    )
     output = steps.round_output(assembled(outputs, a, value.shape[3:], problem.query), dtype_name(query))
     return (output, assembled(lses, a, (), problem.query)) if return_lse else output
 
@@ -70,7 +74,7 @@ def attention_weights(
 ) -> Float[Array, "batch heads q_len kv_len"]:
     """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
     check_weight_options(options)
-    a = _arguments(query, key, None, options)
+    a = _arguments(query, key, None, **options)
     problem = Problem.of(a)
     weights = tuple(each(partial(weigh, problem), strips(a), a))
     return steps.round_output(assembled(weights, a, (a.kv_len,), problem.query), dtype_name(query))
@@ -87,12 +91,12 @@ def attention_vjp(
     **options: Unpack[Options],
 ) -> Gradients:
     """The gradients in closed form, strip by strip of queries; see `mha_spec.reference.attention_vjp`."""
-    a = _arguments(query, key, value, options)
+    a = _arguments(query, key, value, **options)
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
     return gradients(Problem.of(a), grad_output, grad_lse)
 
 
-def _arguments(query: Array, key: Array, value: Array | None, options: Options | WeightOptions) -> Arguments:
+def _arguments(query: Array, key: Array, value: Array | None, **options: Unpack[Options]) -> Arguments:
     refuse_unknown(options)
     return check(Arguments(query, key, value, **options))

@@ -54,12 +54,14 @@ def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> G
     of_query, of_key, of_value = (
         steps.round_output(gradient, dtype_name(a.query)) for gradient in (grad_query, grad_key, grad_value)
     )
-    of_bias = None if a.bias is None else steps.round_output(_grad_bias(problem, parts), dtype_name(a.bias))
+    of_bias = None if a.bias is None else steps.round_output(_grad_bias(problem, parts, a.bias), dtype_name(a.bias))
     of_sinks = None if a.sinks is None else steps.round_output(grad_sinks, dtype_name(a.sinks))
     return of_query, of_key, of_value, of_bias, of_sinks
 
 
-def _head_gradients(problem: Problem, grad_output: Array, grad_lse: Array | None, head: tuple[int, int]) -> HeadGradients:
+def _head_gradients(
+    problem: Problem, grad_output: Array, grad_lse: Array | None, head: tuple[int, int]
+) -> HeadGradients:
     a, xp, like = problem.a, problem.xp, problem.query
     key, value = problem.key[(*head, ...)], problem.value[(*head, ...)]
     group = a.heads // a.kv_heads
@@ -100,14 +102,20 @@ def _through_values(
 
 
 def _through_scores(
-    problem: Problem, tile: Tile, blocks: list[Block], grad_weights: list[Array], row_dot: Array, gradients: HeadGradients
+    problem: Problem,
+    tile: Tile,
+    blocks: list[Block],
+    grad_weights: list[Array],
+    row_dot: Array,
+    gradients: HeadGradients,
 ) -> None:
     """Add dQ, dK and dbias of dS = P (dP - D) (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5)."""
     xp = problem.xp
     query, key = fold(problem.query, tile), problem.key[tile.batch, tile.kv_head, ...]
     clean_query, clean_key = finite(query), finite(key)
     grad_query = xp.zeros_like(query)
-    for (keys, weights, visible, cap_slope), grad_logits in zip(blocks, grad_weights, strict=True):
+    for (keys, weights, visible, cap_slope), grad_of_weights in zip(blocks, grad_weights, strict=True):
+        grad_logits = grad_of_weights
         grad_logits -= row_dot
         grad_logits *= weights
         grad_logits = problem.shown(grad_logits, visible)
@@ -128,17 +136,20 @@ def _with_block(grad_bias: Array, tile: Tile, keys: range, grad_logits: Array) -
     """Add to a bias gradient what a block gives, summed over the axes along which the bias is broadcast (MHA-VJP-5)."""
     of_block = steps.grad_bias(unfold(grad_logits, tile)[None, ...], grad_bias.shape)
     places = (range(tile.group), tile.queries, keys)
-    where = (slice(None), *(slice(None) if size == 1 else part(place) for place, size in zip(places, grad_bias.shape[1:], strict=True)))
+    where = (
+        slice(None),
+        *(slice(None) if size == 1 else part(place) for place, size in zip(places, grad_bias.shape[1:], strict=True)),
+    )
     return added(grad_bias, where, of_block)
 
 
-def _grad_bias(problem: Problem, parts: list[HeadGradients]) -> Array:
+def _grad_bias(problem: Problem, parts: list[HeadGradients], bias: Array) -> Array:
     """Sum what the heads give to the gradient of the bias, in their order."""
     a, like = problem.a, problem.query
-    whole = problem.xp.zeros(tuple(a.bias.shape), dtype=like.dtype, device=like.device)
+    whole = problem.xp.zeros(tuple(bias.shape), dtype=like.dtype, device=like.device)
     group = a.heads // a.kv_heads
     for (batch, kv_head), head in zip(heads(a), parts, strict=True):
-        entry = slice(batch, batch + 1) if a.bias.shape[0] > 1 else slice(None)
-        of_head = slice(kv_head * group, (kv_head + 1) * group) if a.bias.shape[1] > 1 else slice(None)
+        entry = slice(batch, batch + 1) if bias.shape[0] > 1 else slice(None)
+        of_head = slice(kv_head * group, (kv_head + 1) * group) if bias.shape[1] > 1 else slice(None)
         whole = added(whole, (entry, of_head, slice(None), slice(None)), head.bias)
     return whole

@@ -9,10 +9,7 @@ import numpy
 
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 
-
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
@@ -41,7 +38,10 @@ class Dropout:
         first, last = keys.start // COLUMNS, -(-keys.stop // COLUMNS)
         within = slice(keys.start - first * COLUMNS, keys.stop - first * COLUMNS)
         kept = [
-            numpy.concatenate([self._columns(tile.batch * self.heads + head, column, tile.queries) for column in range(first, last)], axis=1)[:, within]
+            numpy.concatenate(
+                [self._columns(tile.batch * self.heads + head, column, tile.queries) for column in range(first, last)],
+                axis=1,
+            )[:, within]
             for head in tile.heads
         ]
         return xp.asarray(numpy.stack(kept), device=device)
@@ -63,10 +63,13 @@ def dropout_of(a: Arguments) -> Dropout | None:
 
 def _seed(dropout_key: object) -> int:
     if dropout_key is None:
-        return int(numpy.random.randint(0, 2**63 - 1, dtype=numpy.int64))
+        return int(numpy.random.randint(0, 2**63 - 1, dtype=numpy.int64))  # noqa: NPY002 - the global generator is meant
     if isinstance(dropout_key, bool) or not isinstance(dropout_key, (int, numpy.integer)):
-        message = f"`dropout_key` must be an integer seed, received dropout_key={dropout_key!r} of type {type(dropout_key).__name__}."
-        raise ArgumentTypeError(f"{message} None draws one from numpy.random. [MHA-DROP-4]")
+        received = f"dropout_key={dropout_key!r} of type {type(dropout_key).__name__}"
+        fix = "None draws one from numpy.random."
+        raise ArgumentTypeError(f"`dropout_key` must be an integer seed, received {received}. {fix} [MHA-DROP-4]")
     if dropout_key < 0:
-        raise ArgumentValueError(f"`dropout_key` must be a seed with dropout_key>=0, received dropout_key={dropout_key}. [MHA-DROP-4]")
+        raise ArgumentValueError(
+            f"`dropout_key` must be a seed with dropout_key>=0, received dropout_key={dropout_key}. [MHA-DROP-4]"
+        )
     return int(dropout_key)

@@ -11,14 +11,13 @@ from mha_spec import steps
 from mha_spec.arrays import namespace_of
 
 if TYPE_CHECKING:
-    from mha_spec import steps
-from mha_spec.arrays import Array
+    from mha_spec.arrays import Array
 
 __all__ = ["added", "anchor_of", "dense", "exp", "finite", "hide", "product", "row_sum"]
 
 
 def dense(array: Array, dtype: str) -> Array:
-    """Convert to `dtype`, laid out in order, so that the same numbers take the same path whatever their strides were."""
+    """Convert to `dtype`, laid out in order: equal numbers then take the same path whatever their strides."""
     xp: Any = namespace_of(array)
     converted = xp.astype(array, getattr(xp, dtype), copy=False)
     return numpy.ascontiguousarray(converted) if isinstance(converted, numpy.ndarray) else converted

@@ -1,11 +1,12 @@
-"""Work shared over the cores: NumPy's matrix products use them all, its other operations only one."""
+"""Work spread over the cores: NumPy's matrix products use all of them, its other operations only one."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy
 
@@ -14,45 +15,61 @@ if TYPE_CHECKING:
 
     from mha_spec.arguments import Arguments
 
-__all__ = ["each"]
+__all__ = ["blas", "each"]
 
-WORTHWHILE = 2**22
+WORTHWHILE = 2**20
 """Below so many scores, starting threads costs more than they save."""
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
-_pool_in_use = Lock()
 
 
 def each(function: Callable[[_Task], _Result], tasks: Sequence[_Task], a: Arguments) -> Iterator[_Result]:
-    """Give the result of each task in order; on NumPy large work is spread over as many threads as its BLAS uses.
-
-    The BLAS works with one thread meanwhile: two of its calls at once, each with all threads, hinder each other. Its
-    setting is that of the process, so a second call at the same time goes without threads.
-    """
+    """Give the result of each task in order; on NumPy, large work is spread over as many threads as its BLAS has."""
 
     def quiet(task: _Task) -> _Result:
         with numpy.errstate(all="ignore"):
             return function(task)
 
-    large = a.batch * a.heads * a.q_len * a.kv_len >= WORTHWHILE
-    blas = _blas() if isinstance(a.query, numpy.ndarray) and len(tasks) > 1 and large else None
-    threads = min(len(tasks), max((library.num_threads for library in blas.lib_controllers), default=1)) if blas else 1
-    if threads == 1 or blas is None or not _pool_in_use.acquire(blocking=False):
+    if not isinstance(a.query, numpy.ndarray):
         yield from map(quiet, tasks)
         return
-    try:
-        with blas.limit(limits=1), ThreadPoolExecutor(threads) as pool:
+    with blas().one_thread() as available:
+        threads = min(available, len(tasks))
+        if threads < 2 or a.batch * a.heads * a.q_len * a.kv_len < WORTHWHILE:
+            yield from map(quiet, tasks)
+            return
+        with ThreadPoolExecutor(threads) as pool:
             yield from pool.map(quiet, tasks)
-    finally:
-        _pool_in_use.release()
+
+
+class Blas:
+    """NumPy's BLAS, held to one thread while a call is at work, and calls to one at a time.
+
+    Two products at once, each with all threads, hinder each other; and a product rounds otherwise with another number
+    of threads, so that a batch entry would depend on the others (MHA-PURE-3).
+    """
+
+    def __init__(self) -> None:
+        from threadpoolctl import ThreadpoolController
+
+        self._controller = ThreadpoolController().select(user_api="blas")
+        self._lock = Lock()
+
+    @property
+    def threads(self) -> int:
+        """How many threads a product uses now."""
+        return max((library.num_threads for library in self._controller.lib_controllers), default=1)
+
+    @contextmanager
+    def one_thread(self) -> Iterator[int]:
+        """Hold the BLAS to one thread, and say how many it had; 1 where it does not obey."""
+        with self._lock:
+            before = self.threads
+            with self._controller.limit(limits=1):
+                yield before if self.threads == 1 else 1
 
 
 @lru_cache(maxsize=1)
-def _blas() -> Any:
-    """The controller of NumPy's BLAS, or None where threadpoolctl is not installed."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ModuleNotFoundError:
-        return None
-    return ThreadpoolController().select(internal_api="openblas")
+def blas() -> Blas:
+    return Blas()

@@ -40,7 +40,7 @@ class Problem:
     a: Arguments
     query: Array
     key: Array
-    value: Array | None
+    value: Array
     sinks: Array | None
     scale: float
     visibility: Visibility
@@ -51,7 +51,9 @@ class Problem:
         """Convert the operands of a call; what is already as needed is not copied."""
         dtype = softmax_dtype_name(dtype_name(a.query))
         scale = steps.scale_of(a.scale, a.query.shape[3])
-        key, value, sinks = (None if operand is None else dense(operand, dtype) for operand in (a.key, a.value, a.sinks))
+        key, value, sinks = (
+            None if operand is None else dense(operand, dtype) for operand in (a.key, a.value, a.sinks)
+        )
         return cls(a, dense(a.query, dtype) * scale, key, value, sinks, scale, Visibility.of(a), dropout)
 
     @property

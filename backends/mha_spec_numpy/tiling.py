@@ -86,7 +86,9 @@ def block_of(array: Array, tile: Tile, keys: range) -> Array:
     """Cut from a mask or a bias what speaks of a block: (group, queries, keys), 1 where it broadcasts (MHA-MASK-2)."""
     wanted = (part(tile.heads), part(tile.queries), part(keys))
     batch = tile.batch if array.shape[0] > 1 else 0
-    return array[(batch, *(index if size > 1 else slice(None) for index, size in zip(wanted, array.shape[1:], strict=True)))]
+    return array[
+        (batch, *(index if size > 1 else slice(None) for index, size in zip(wanted, array.shape[1:], strict=True)))
+    ]
 
 
 def fold(array: Array, tile: Tile) -> Array:

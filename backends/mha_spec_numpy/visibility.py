@@ -1,4 +1,4 @@
-"""Which keys a tile sees, block by block: nothing of the size q_len x kv_len is ever held, and unseen blocks are skipped.
+"""Which keys a tile sees, block by block; nothing of q_len x kv_len is ever held, and unseen blocks are skipped.
 
 Numbers, sequences and NumPy arrays are read, and say beforehand which blocks matter. Arrays of other libraries may be
 traced or lie on a device: they are compared, never read (MHA-LEN-3).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -16,7 +15,7 @@ import numpy
 from mha_spec import steps
 from mha_spec.arrays import host_integers, namespace_of
 
-from .tiling import block_of, blocks, part
+from .tiling import ROWS, block_of, blocks, part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ class PerEntry:
     """One integer for each batch entry: read where it lies on the host, else an array."""
 
     def __init__(self, value: Array | Sequence[int] | int, batch: int) -> None:
-        self.value = value
+        self.value: Array = value
         numbers = host_integers(value)
         self.numbers = numbers * batch if isinstance(value, int) and numbers else numbers
 
@@ -64,38 +63,55 @@ class Visibility:
     def of(cls, a: Arguments) -> Visibility:
         """Read the constraints of a call; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
         left, right = a.bounded_window or (None, None)
-        given = (0 if a.q_offset is None else a.q_offset, a.q_len if a.q_lengths is None else a.q_lengths, a.kv_len if a.kv_lengths is None else a.kv_lengths)
-        return cls(a, *(PerEntry(value, a.batch) for value in given), left, 0 if a.causal else right)
+        offset = PerEntry(0 if a.q_offset is None else a.q_offset, a.batch)
+        q_lengths = PerEntry(a.q_len if a.q_lengths is None else a.q_lengths, a.batch)
+        kv_lengths = PerEntry(a.kv_len if a.kv_lengths is None else a.kv_lengths, a.batch)
+        return cls(a, offset, q_lengths, kv_lengths, left, 0 if a.causal else right)
+
+    @property
+    def rows(self) -> int:
+        """How many rows a tile should have: beside a band of keys lie as many in vain as the tile is high."""
+        if self.left is None and self.right is None:
+            return ROWS
+        if self.left is None or self.right is None:
+            return ROWS // 2
+        return min(ROWS // 2, max(ROWS // 8, (self.left + self.right) // 2))
 
     def key_blocks(self, tile: Tile, length: int) -> list[range]:
         """Name the blocks of keys of which a row of the tile may see one; all that is left out is invisible."""
-        keys = self._key_range(tile)
-        seen = self._seen_keys(tile, keys)
-        if seen is not None:
-            used = numpy.flatnonzero(seen)
-            first = keys.start
-            keys = keys[used[0] : used[-1] + 1] if used.size else range(0)
-        cut = [block for piece in self._at_edges(tile, keys) for block in blocks(piece, length)]
-        return cut if seen is None else [block for block in cut if seen[block.start - first : block.stop - first].any()]
+        every = self._key_range(tile)
+        seen = self._seen_keys(tile, every)
+        if seen is None:
+            return self._cut(tile, every, length)
+        used = numpy.flatnonzero(seen)
+        keys = every[used[0] : used[-1] + 1] if used.size else range(0)
+        cut = self._cut(tile, keys, length)
+        return [block for block in cut if seen[block.start - every.start : block.stop - every.start].any()]
 
-    def _at_edges(self, tile: Tile, keys: range) -> list[range]:
-        """Cut the keys where positions begin and end to hide some from some row, so that few blocks need a mask."""
-        offset = self.offset.known(tile.batch)
-        if offset is None or not (self.a.causal or self.a.bounded_window):
-            return [keys]
-        whole_from = keys.start if self.left is None else offset + tile.queries[-1] - self.left
-        whole_to = keys.stop if self.right is None else offset + tile.queries[0] + self.right + 1
-        inner = sorted(min(max(keys.start, edge), keys.stop) for edge in (whole_from, whole_to))
-        return [range(first, last) for first, last in pairwise([keys.start, *inner, keys.stop]) if first < last]
+    def _cut(self, tile: Tile, keys: range, length: int) -> list[range]:
+        """Cut keys into blocks; those that no position hides go apart where they fill one, and need no mask."""
+        offset, pieces = self.offset.known(tile.batch), [keys]
+        if offset is not None:
+            first = keys.start if self.left is None else max(keys.start, offset + tile.queries[-1] - self.left)
+            last = keys.stop if self.right is None else min(keys.stop, offset + tile.queries[0] + self.right + 1)
+            if last - first >= length:
+                pieces = [range(keys.start, first), range(first, last), range(last, keys.stop)]
+        return [block for piece in pieces for block in blocks(piece, length)]
 
     def visible(self, tile: Tile, keys: range, bias: Array | None) -> Array | None:
         """Which pairs of a block are visible, broadcastable to (group, queries, keys); None where all are."""
-        constraints = [*self._see_positions(tile, keys), *self._see_lengths(tile, keys), *self._see_segments(tile, keys)]
+        constraints = [
+            *self._see_positions(tile, keys),
+            *self._see_lengths(tile, keys),
+            *self._see_segments(tile, keys),
+        ]
         if self.a.mask is not None:
             constraints.append(steps.see_mask(block_of(self.a.mask, tile, keys)))
         if bias is not None:
             constraints.append(steps.see_bias(bias))
-        constraints = [constraint for constraint in constraints if not (isinstance(constraint, numpy.ndarray) and constraint.all())]
+        constraints = [
+            constraint for constraint in constraints if not (isinstance(constraint, numpy.ndarray) and constraint.all())
+        ]
         return steps.all_of(constraints) if constraints else None
 
     def _key_range(self, tile: Tile) -> range:
@@ -124,7 +140,11 @@ class Visibility:
 
     def _see_positions(self, tile: Tile, keys: range) -> Iterator[Array]:
         offset = self.offset.known(tile.batch)
-        nearest, farthest = (-math.inf, math.inf) if offset is None else (keys.start - offset - tile.queries[-1], keys[-1] - offset - tile.queries[0])
+        nearest, farthest = (
+            (-math.inf, math.inf)
+            if offset is None
+            else (keys.start - offset - tile.queries[-1], keys[-1] - offset - tile.queries[0])
+        )
         left, right = (-math.inf if self.left is None else -self.left), (math.inf if self.right is None else self.right)
         if left <= nearest and farthest <= right:
             return
@@ -144,7 +164,10 @@ class Visibility:
     def _see_segments(self, tile: Tile, keys: range) -> Iterator[Array]:
         if self.a.q_segment_ids is None or self.a.kv_segment_ids is None:
             return
-        q_ids, kv_ids = self.a.q_segment_ids[tile.batch, part(tile.queries)], self.a.kv_segment_ids[tile.batch, part(keys)]
+        q_ids, kv_ids = (
+            self.a.q_segment_ids[tile.batch, part(tile.queries)],
+            self.a.kv_segment_ids[tile.batch, part(keys)],
+        )
         xp: Any = namespace_of(self.a.query)
         q_ids, kv_ids = (xp.asarray(ids, device=self.a.query.device) for ids in (q_ids, kv_ids))
         yield steps.see_segments(q_ids[:, None], kv_ids[None, :])

@@ -1,13 +1,13 @@
 """The attentions of PyTorch and JAX as honest implementations, and a plain formula of each under its own autodiff.
 
-Left out, for a reason that the rule states: PyTorch's CPU flash backward in 16 bits adds block after block into tensors of
-16 bits, which is one rounding for each block; jax.nn in float64 takes its softmax in float32.
+Left out, for a reason that the rule states: PyTorch's CPU flash backward in 16 bits adds block after block into tensors
+of 16 bits, which is one rounding for each block; jax.nn in float64 takes its softmax in float32.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
     from problems import Problem
 
+    Arrays = dict[str, numpy.ndarray]
+
 __all__ = ["FRAMEWORKS", "Framework"]
 
 jax.config.update("jax_enable_x64", True)
 torch.set_num_threads(1)
-
-SPECIAL = ("bias", "sinks", "dropout_mask", "grad_lse")
 
 
 def to_torch(array: numpy.ndarray) -> torch.Tensor:
@@ -47,6 +47,7 @@ class Framework:
     """One implementation of somebody else's: which problems it takes, its forward pass and its gradients."""
 
     name: str
+    profile = "standard"
 
     def supports(self, problem: Problem) -> bool:
         """Whether it can be asked this problem."""
@@ -61,6 +62,10 @@ class Framework:
         raise NotImplementedError
 
 
+def _gradient(leaf: torch.Tensor) -> numpy.ndarray:
+    return from_torch(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+
+
 def every_row_sees(problem: Problem) -> bool:
     """Whether no row is empty: frameworks differ on those, and not in accuracy."""
     return bool(problem.visible.any(axis=-1).all())
@@ -70,14 +75,12 @@ class TorchMath(Framework):
     """The unfused attention of PyTorch, and its autograd."""
 
     name = "torch SDPA math"
+    profile = "strict"
 
     def supports(self, problem: Problem) -> bool:
         """It has no cap, no sink and no cotangent of lse."""
-        return (
-            every_row_sees(problem)
-            and not problem.options.keys() & {"softcap"}
-            and not problem.arrays.keys() & {"sinks", "grad_lse"}
-        )
+        given = {*problem.arrays, *problem.options}
+        return every_row_sees(problem) and not given & {"softcap", "sinks", "grad_lse"}
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
         """The output."""
@@ -89,7 +92,7 @@ class TorchMath(Framework):
         for name in ("query", "key", "value"):
             leaves[name].requires_grad_()
         self._output(problem, leaves).backward(to_torch(problem.arrays["grad_output"]))
-        return {f"grad_{name}": from_torch(leaves[name].grad) for name in ("query", "key", "value")}
+        return {f"grad_{name}": _gradient(leaves[name]) for name in ("query", "key", "value")}
 
     def _leaves(self, problem: Problem) -> dict[str, torch.Tensor]:
         return {name: to_torch(array) for name, array in problem.arrays.items()}
@@ -119,7 +122,8 @@ def _float_mask(problem: Problem) -> torch.Tensor | None:
 class TorchFlash(TorchMath):
     """The fused CPU kernel of PyTorch with its lse, and its backward where that accumulates in the softmax's type."""
 
-    name = "torch SDPA flash (CPU)"
+    name = "torch SDPA flash"
+    profile = "standard"
 
     def supports(self, problem: Problem) -> bool:
         """It has no dropout, and takes key and value heads repeated."""
@@ -161,7 +165,8 @@ class TorchFlash(TorchMath):
 class TorchFormula(TorchMath):
     """The formula in the softmax's type under PyTorch's autograd, every option of it."""
 
-    name = "torch formula, autograd"
+    name = "torch formula"
+    profile = "strict"
 
     def supports(self, problem: Problem) -> bool:
         """Everything but rows that see nothing."""
@@ -181,7 +186,7 @@ class TorchFormula(TorchMath):
         output, lse = self._both(problem, leaves)
         cotangents = [leaves["grad_output"], leaves.get("grad_lse", torch.zeros_like(lse))]
         torch.autograd.backward([output, lse], cotangents)
-        return {f"grad_{name}": from_torch(leaves[name].grad) for name in names}
+        return {f"grad_{name}": _gradient(leaves[name]) for name in names}
 
     def _both(self, problem: Problem, x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         work = torch.float64 if problem.dtype == "float64" else torch.float32
@@ -204,12 +209,17 @@ class TorchFormula(TorchMath):
 class JaxNN(Framework):
     """jax.nn.dot_product_attention by XLA; jitted but for float16, which its CPU compiler does not take."""
 
-    name = "jax.nn.dot_product_attention"
+    name = "jax.nn attention"
 
     def supports(self, problem: Problem) -> bool:
-        """Mask and bias alone, and not float64; two lengths, so that compiling does not take the day."""
+        """Mask and bias alone, and not float64; one length, so that little is compiled."""
         extra = problem.options or problem.arrays.keys() & {"sinks", "grad_lse", "dropout_mask"}
-        return problem.dtype != "float64" and every_row_sees(problem) and not extra and _short(problem)
+        return (
+            problem.dtype != "float64"
+            and every_row_sees(problem)
+            and not extra
+            and problem.visible.shape[2:] == (67, 131)
+        )
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
         """The output."""
@@ -230,10 +240,8 @@ class JaxNN(Framework):
 
 
 @cache
-def _jax_nn(compiled: bool, gradients: bool) -> Callable[..., object]:
-    def call(
-        tensors: list[jax.Array], bias: jax.Array, visible: jax.Array, scale: float, gradient: jax.Array
-    ) -> object:
+def _jax_nn(compiled: bool, gradients: bool) -> Callable[..., Any]:
+    def call(tensors: list[jax.Array], bias: jax.Array, visible: jax.Array, scale: float, gradient: jax.Array) -> Any:
         def forward(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             return jax.nn.dot_product_attention(query, key, value, bias, visible, scale=scale, implementation="xla")
 
@@ -242,18 +250,18 @@ def _jax_nn(compiled: bool, gradients: bool) -> Callable[..., object]:
     return jax.jit(call, static_argnums=3) if compiled else call
 
 
-def _short(problem: Problem) -> bool:
-    return problem.visible.shape[2:] in ((13, 17), (67, 131))
-
-
 class JaxFormula(Framework):
     """The formula in the softmax's type, jitted, under JAX's autodiff, every option of it."""
 
-    name = "jax formula, jit, autodiff"
+    name = "jax formula, jit"
+    profile = "strict"
 
     def supports(self, problem: Problem) -> bool:
-        """Everything but rows that see nothing; two lengths, so that compiling does not take the day."""
-        return every_row_sees(problem) and _short(problem)
+        """Everything but rows that see nothing; one length and two shapes of bias, so that little is compiled."""
+        bias = problem.arrays.get("bias")
+        return (
+            every_row_sees(problem) and problem.visible.shape[2:] == (7, 131) and (bias is None or bias.shape[2] == 7)
+        )
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
         """Output and lse."""
@@ -265,10 +273,8 @@ class JaxFormula(Framework):
         gradients = _compiled(True)(*self._operands(problem))
         return {f"grad_{name}": numpy.asarray(x) for name, x in gradients.items() if name in problem.arrays}
 
-    def _operands(
-        self, problem: Problem
-    ) -> tuple[dict[str, numpy.ndarray], dict[str, numpy.ndarray], tuple[numpy.ndarray, ...]]:
-        """Differentiated, other and cotangent arrays; a full set whatever is given, so that few signatures are compiled."""
+    def _operands(self, problem: Problem) -> tuple[Arrays, Arrays, tuple[numpy.ndarray, ...]]:
+        """Differentiated, other and cotangent arrays; what is not given is made up, so that little is compiled."""
         arrays, work = problem.arrays, problem.work
         shape = problem.visible.shape
         leaves = {name: arrays[name] for name in ("query", "key", "value")}
@@ -283,7 +289,7 @@ class JaxFormula(Framework):
 
 
 @cache
-def _compiled(gradients: bool) -> Callable[..., object]:
+def _compiled(gradients: bool) -> Callable[..., Any]:
     def both(leaves: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         work = fixed["kept"].dtype
         group = leaves["query"].shape[1] // leaves["key"].shape[1]
@@ -298,7 +304,7 @@ def _compiled(gradients: bool) -> Callable[..., object]:
         weights = jax.nn.softmax(logits, axis=-1)[..., : key.shape[2]] * fixed["kept"]
         return (weights @ value).astype(leaves["query"].dtype), jax.nn.logsumexp(logits, axis=-1)
 
-    def pulled(leaves: dict[str, jax.Array], fixed: dict[str, jax.Array], cotangents: tuple[jax.Array, ...]) -> object:
+    def pulled(leaves: dict[str, jax.Array], fixed: dict[str, jax.Array], cotangents: tuple[jax.Array, ...]) -> Any:
         _, pull = jax.vjp(lambda given: both(given, fixed), leaves)
         return pull(tuple(cotangents))[0]
 

@@ -2,21 +2,16 @@
 
     python conformance/accuracy/honest.py [--problems 500]
 
-Prints, for each dtype and output, the largest share of the allowance that any honest implementation used and its largest
-error in standard deviations, then by how much planted mistakes exceed theirs. Exit status 1 if an honest one exceeds its
-allowance, or a mistake in float32 or float16 does not.
+Prints, for each dtype and output, the largest share of the allowance that any honest implementation used and its
+largest error in standard deviations, then by how much planted mistakes exceed theirs. Exit status 1 if an honest one
+exceeds its allowance, or a mistake in float32 or float16 does not.
 """
 
 from __future__ import annotations
 
 import os
-
-for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
 import sys
 import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Annotated
@@ -30,13 +25,12 @@ from trials import Tally, tally
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.accuracy import RULE_VERSION
 
-PART = 50
-"""Problems of one task; a process keeps what it compiled for the next."""
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""One thread for each process, and no notes of PyTorch on its testing functions."""
 
 
-def part(dtype: str, first: int, count: int, each: int) -> Tally:
-    """Run one part of the trials, in a process of its own."""
-    warnings.filterwarnings("ignore", message="Dropout mask should only be used for testing purposes")
+def trials_of(dtype: str, first: int, count: int, each: int) -> Tally:
+    """Run the trials of one dtype, in a process of its own, which compiles each formula once."""
     from frameworks import FRAMEWORKS
 
     return tally(dtype, first, count, each, FRAMEWORKS)
@@ -44,48 +38,41 @@ def part(dtype: str, first: int, count: int, each: int) -> Tally:
 
 def main(
     problems: Annotated[int, typer.Option(help="Random problems for each dtype.")] = 500,
-    each: Annotated[int, typer.Option(help="NumPy variants that answer one problem.")] = 4,
+    each: Annotated[int, typer.Option(help="NumPy variants that answer one problem.")] = 3,
     seed: Annotated[int, typer.Option(help="Number of the first problem.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Try every dtype, print the tables and exit with 1 if the rule does not hold."""
-    console, started, total = Console(width=110), time.monotonic(), Tally()
-    parts = [
-        (dtype, first, min(PART, seed + problems - first), each)
-        for dtype in FLOATING
-        for first in range(seed, seed + problems, PART)
-    ]
+    console, started, total = Console(width=120), time.monotonic(), Tally()
+    os.environ.update(ENVIRONMENT)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for found in pool.map(part, *zip(*parts, strict=True)):
+        for found in pool.map(trials_of, FLOATING, *([value] * len(FLOATING) for value in (seed, problems, each))):
             total.add(found)
     console.print(outputs_table(total), implementations_table(total))
     table, overlooked = mistakes_table()
     console.print(table)
     for line in [*total.refused[:20], *overlooked]:
         console.print(f"[red]{line}[/red]", highlight=False)
-    console.print(
-        f"rule version {RULE_VERSION}, {sum(total.runs.values())} answers, {time.monotonic() - started:.0f} s"
-    )
+    answers, seconds = sum(total.runs.values()), time.monotonic() - started
+    console.print(f"rule version {RULE_VERSION}: {answers} answers judged in {seconds:.0f} s")
     sys.exit(bool(total.refused or overlooked))
 
 
 def outputs_table(total: Tally) -> Table:
     """By dtype and output: the share of the allowance, and the error in standard deviations on generic data."""
-    table = Table(
-        "dtype", "output", "elements", "largest share", "largest |z|", "largest rms z", title="Honest, by output"
-    )
+    columns = ("dtype", "output", "elements", "largest share", "largest |z|", "largest rms z")
+    table = Table(*columns, title="Honest, by output")
     for key in total.used:
         z, rms = total.largest.get(key, 0.0), total.rms.get(key, 0.0)
-        table.add_row(
-            *key, f"{total.elements[key]:,}", f"{total.used[key]:.3f}", f"{z:.2f}", f"{rms:.2f}" if rms else ""
-        )
+        figures = (f"{total.elements[key]:,}", f"{total.used[key]:.3f}", f"{z:.2f}", f"{rms:.2f}" if rms else "")
+        table.add_row(*key, *figures)
     return table
 
 
 def implementations_table(total: Tally) -> Table:
     """By implementation and dtype: answers and the largest share of the allowance."""
-    problems = [f"{dtype} ({total.problems[dtype]} problems)" for dtype in FLOATING]
-    table = Table("implementation", *problems, title="Honest, by implementation: answers, largest share")
+    problems = [f"{dtype}, {total.problems[dtype]} problems" for dtype in FLOATING]
+    table = Table("implementation", *problems, title="Honest, by implementation: answers, largest share in its profile")
     for name in dict.fromkeys(name for _, name in total.runs):
         cells = [(total.runs[dtype, name], total.used_by.get((dtype, name), 0.0)) for dtype in FLOATING]
         table.add_row(name, *(f"{runs}, {used:.3f}" if runs else "" for runs, used in cells))

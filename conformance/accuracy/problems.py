@@ -14,6 +14,8 @@ from mha_spec_conformance.precision import precision
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mha_spec.arrays import Array
+
 __all__ = ["REGIMES", "SHAPES", "Problem", "draw"]
 
 SHAPES = (
@@ -23,9 +25,12 @@ SHAPES = (
     (1, 2, 1, 1, 509, 64, 64),
     (1, 2, 2, 67, 131, 64, 64),
     (1, 2, 2, 3, 1, 5, 5),
-    (1, 1, 1, 48, 1024, 64, 64),
+    (1, 1, 1, 16, 1024, 64, 64),
 )
 """(batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim)."""
+
+BIAS_SHAPES = ((1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 0, 1), (1, 0, 1, 0), (0, 0, 0, 0))
+"""Which axes of the scores a bias has."""
 
 STRUCTURED = ("constant_value", "uniform_weights")
 """Regimes whose roundings are not independent of each other, so that statistics do not apply."""
@@ -44,9 +49,8 @@ class Problem:
     @property
     def id(self) -> str:
         """Its name in a message."""
-        options = [
-            name for name in (*self.arrays, *self.options) if name not in ("query", "key", "value", "grad_output")
-        ]
+        tensors = ("query", "key", "value", "grad_output")
+        options = [name for name in (*self.arrays, *self.options) if name not in tensors]
         return f"{self.dtype}, {self.regime}, scores {self.visible.shape}, {', '.join(options) or 'plain'}"
 
     @property
@@ -76,8 +80,8 @@ class Problem:
             return None
         return self.arrays["dropout_mask"] * self.work(1 / (1 - self.options.get("dropout_rate", 0.0)))
 
-    def working(self, name: str) -> numpy.ndarray | None:
-        """An input in the type of the softmax; heads of key and value repeated."""
+    def working(self, name: str) -> Array:
+        """An input in the type of the softmax, heads of key and value repeated; None where it is not given."""
         if name not in self.arrays:
             return None
         array = self.arrays[name].astype(self.work)
@@ -157,11 +161,9 @@ REGIMES: dict[str, Callable[..., None]] = {
 }
 
 
-def draw(
-    rng: numpy.random.Generator, dtype: str, *, plain: bool = False, shape: tuple[int, ...] | None = None
-) -> Problem:
+def draw(rng: numpy.random.Generator, dtype: str, *, plain: bool = False) -> Problem:
     """Draw one problem: a regime, a shape, and, unless `plain`, each option with probability about a third."""
-    batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim = shape or SHAPES[rng.choice(len(SHAPES))]
+    batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim = SHAPES[rng.choice(len(SHAPES))]
     regime = str(rng.choice(list(REGIMES)))
     scores = (batch, heads, q_len, kv_len)
     x = {
@@ -183,7 +185,9 @@ def draw(
     if rng.random() < 0.3:
         arrays["grad_lse"] = rng.standard_normal(scores[:3]).astype(wide)
     if rng.random() < 0.3:
-        arrays["bias"] = rng.standard_normal(tuple(int(rng.choice([1, size])) for size in scores)).astype(wide)
+        full = BIAS_SHAPES[rng.choice(len(BIAS_SHAPES))]
+        shape = tuple(size if kept else 1 for size, kept in zip(scores, full, strict=True))
+        arrays["bias"] = rng.standard_normal(shape).astype(wide)
     if rng.random() < 0.4:
         options["softcap"] = float(rng.choice([0.5, 5, 30, 50, 1000]))
     if rng.random() < 0.4:
@@ -199,9 +203,8 @@ def _visible(rng: numpy.random.Generator, scores: tuple[int, ...]) -> numpy.ndar
     batch, _, q_len, kv_len = scores
     kind = rng.choice(["causal", "padding", "random"])
     if kind == "causal":
-        seen = numpy.arange(kv_len)[None, :] <= numpy.arange(q_len)[:, None] + rng.integers(
-            -2, max(kv_len - q_len, 1) + 1
-        )
+        offset = rng.integers(-2, max(kv_len - q_len, 1) + 1)
+        seen = numpy.arange(kv_len)[None, :] <= numpy.arange(q_len)[:, None] + offset
     elif kind == "padding":
         seen = numpy.arange(kv_len) < rng.integers(0, kv_len + 1, size=(batch, 1, 1, 1))
     else:

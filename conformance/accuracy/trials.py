@@ -1,9 +1,10 @@
-"""Trials of the accuracy rule: random problems through honest implementations, judged as the suite judges a target."""
+"""Trials of the accuracy rule: random problems through honest implementations, judged as the suite judges."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -14,7 +15,7 @@ from variants import VARIANTS, with_form
 
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps
-from mha_spec_conformance.accuracy import bounds, precision
+from mha_spec_conformance.accuracy import PROFILES, bounds, precision
 from mha_spec_conformance.cases import Expected
 from mha_spec_conformance.compare import gate_b, judge
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from frameworks import Framework
 
     from mha_spec_conformance.accuracy import Bounds
+
+    Arrays = Mapping[str, numpy.ndarray]
 
 __all__ = ["Tally", "tally"]
 
@@ -76,37 +79,40 @@ class Judge:
     problem: Problem | MergeProblem
     function: str
     expected: Mapping[str, Expected]
-    allowances: Mapping[str, numpy.ndarray]
-    deviations: Mapping[str, numpy.ndarray]
+    bounds: Bounds
 
     @classmethod
-    def of(
-        cls,
-        problem: Problem | MergeProblem,
-        function: str,
-        arrays: Mapping[str, numpy.ndarray],
-        options: Mapping[str, Any],
-    ) -> Judge:
+    def of(cls, problem: Problem | MergeProblem, function: str, arrays: Arrays, options: Mapping[str, Any]) -> Judge:
         """Evaluate the problem once for every implementation."""
-        case: Bounds = bounds(function, arrays, options)
-        values = wider(function, arrays, options) if problem.dtype == "float64" else case.values
+        evaluated = bounds(function, arrays, options)
+        values = wider(function, arrays, options) if problem.dtype == "float64" else evaluated.values
         expected = {name: Expected(array, None, None, array.shape) for name, array in values.items()}
-        rule = precision(problem.dtype)
-        return cls(problem, function, expected, case.allowances(rule), case.deviations(rule) if problem.generic else {})
+        return cls(problem, function, expected, evaluated)
 
-    def add(self, name: str, outputs: Mapping[str, numpy.ndarray], tally: Tally) -> None:
-        """Judge one answer and note it in the tally."""
+    @cached_property
+    def _by_profile(self) -> dict[str, tuple[Arrays, Arrays]]:
+        """Allowances and, where statistics apply, deviations."""
+        rules = {profile: precision(self.problem.dtype, profile) for profile in PROFILES}
+        generic = self.problem.generic
+        return {
+            profile: (self.bounds.allowances(rule), self.bounds.deviations(rule) if generic else {})
+            for profile, rule in rules.items()
+        }
+
+    def add(self, name: str, profile: str, outputs: Arrays, tally: Tally) -> None:
+        """Judge one answer by the rule of its profile and note it in the tally."""
         dtype = self.problem.dtype
+        allowances, deviations = self._by_profile[profile]
         tally.runs[dtype, name] += 1
         for output, array in outputs.items():
             wanted, label = {output: self.expected[output]}, f"{self.function.removesuffix('_attention')}: {output}"
-            judgement = judge(self.problem, wanted, outputs, self.allowances, precision(dtype))
+            judgement = judge(self.problem, wanted, outputs, allowances, precision(dtype))
             tally.elements[dtype, label] += array.size
             raise_to(tally.used, (dtype, label), judgement.allowance_used)
             raise_to(tally.used_by, (dtype, name), judgement.allowance_used)
             if not judgement.passed:
                 tally.refused.append(f"{name}, {self.problem.id}: {judgement.reason}")
-            for statistics in gate_b(wanted, outputs, self.deviations).values() if self.deviations else ():
+            for statistics in gate_b(wanted, outputs, deviations).values() if deviations else ():
                 raise_to(tally.largest, (dtype, label), statistics.largest)
                 if statistics.elements >= MANY:
                     raise_to(tally.rms, (dtype, label), statistics.rms)
@@ -138,21 +144,18 @@ def tally(dtype: str, first: int, count: int, each: int, frameworks: Sequence[Fr
     found = Tally()
     for number in range(first, first + count):
         rng = numpy.random.default_rng([number, *dtype.encode()])
-        problem = draw(rng, dtype, plain=number % 3 == 0)
+        problem = draw(rng, dtype, plain=number % 4 == 0)
         found.problems[dtype] += 1
         chosen = [with_form(VARIANTS[(number * each + i) % len(VARIANTS)], number + i) for i in range(each)]
         for judge_of in judges(problem):
             for variant in chosen:
-                answer = {"attention": variant.forward, "attention_weights": variant.weights}.get(
-                    judge_of.function, variant.backward
-                )
-                judge_of.add(variant.name, answer(problem), found)
+                judge_of.add(variant.name, variant.profile, variant.answer(judge_of.function, problem), found)
             for framework in frameworks if judge_of.function != "attention_weights" else ():
                 if framework.supports(problem):
                     answer = framework.forward if judge_of.function == "attention" else framework.backward
-                    judge_of.add(framework.name, answer(problem), found)
+                    judge_of.add(framework.name, framework.profile, answer(problem), found)
         merge = draw_merge(rng, dtype)
         judge_of = Judge.of(merge, "merge_attention", merge.arrays, {})
         for name, form in MERGES.items():
-            judge_of.add(f"merge by {name}", form(merge), found)
+            judge_of.add(f"merge by {name}", "strict", form(merge), found)
     return found

@@ -8,6 +8,7 @@ matrix units.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy
@@ -86,6 +87,16 @@ class Variant:
     """Where D comes from: the stored output, or the weights."""
     split_group: bool = False
     """Whether gradients of key and value are rounded before they are summed over the group."""
+
+    @property
+    def profile(self) -> str:
+        """The precision that it works in."""
+        return "standard" if self.store else "strict"
+
+    def answer(self, function: str, problem: Problem) -> dict[str, numpy.ndarray]:
+        """The results of one function."""
+        functions = {"attention": self.forward, "attention_weights": self.weights, "attention_vjp": self.backward}
+        return functions[function](problem)
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
         """Output and lse."""
@@ -230,7 +241,7 @@ def _sum_to(x: numpy.ndarray, like: numpy.ndarray) -> numpy.ndarray:
 
 VARIANTS = (
     Variant("plain", store=False),
-    Variant("plain, stored weights", normalise_first=True, dot="weights"),
+    Variant("plain, weights stored", normalise_first=True, dot="weights"),
     Variant("blocks of 16", tile=16),
     Variant("blocks of 64", tile=64, store=False),
     Variant("blocks of 128", tile=128, scale_first=True),
@@ -240,14 +251,11 @@ VARIANTS = (
     Variant("sequential sums", product=sequential),
 )
 
-FORMS = tuple(
-    {"tanh": tanh, "sink": sink}
-    for tanh in (numpy.tanh, tanh_of_exp, tanh_of_sigmoid)
-    for sink in ("column", "after", "factor")
-)
+FORMS = tuple(product((numpy.tanh, tanh_of_exp, tanh_of_sigmoid), ("column", "after", "factor")))
 """The forms of soft cap and sink, each of which goes with every variant."""
 
 
 def with_form(variant: Variant, form: int) -> Variant:
     """The variant with one of the forms."""
-    return replace(variant, **FORMS[form % len(FORMS)])
+    tanh, sink = FORMS[form % len(FORMS)]
+    return replace(variant, tanh=tanh, sink=sink)

@@ -58,7 +58,9 @@ class Ask:
     @property
     def features(self) -> tuple[str, ...]:
         """The features that are really asked: lse only where it is wanted."""
-        return tuple(name for name in self.case.features if name != "lse" or "lse" in self.outputs or not self.case.expected)
+        return tuple(
+            name for name in self.case.features if name != "lse" or "lse" in self.outputs or not self.case.expected
+        )
 
     def question(self) -> Question:
         """The question itself, with fresh arrays."""
@@ -132,7 +134,7 @@ def alignments(case: Case) -> tuple[str, ...]:
 
 
 def probes(cases: Iterable[Case], claims: Claims) -> dict[str, Ask]:
-    """One case for each causal alignment that tells it from the others, for a target that has no offset to say it with."""
+    """One case for each causal alignment that tells it from the others, for a target that has no offset."""
     taken = claims.keywords.get("attention", ())
     if "causal" not in taken or "q_offset" in taken or "causal_alignment" in claims.conventions:
         return {}
@@ -158,4 +160,3 @@ def tried_in_every_layout(asked: Iterable[Ask]) -> list[Ask]:
         covered |= new if chosen else set()
         marked.append(Ask(ask.case, ask.dtype, ask.outputs, ask.omitted, probed=True) if chosen else ask)
     return marked
-

@@ -52,8 +52,8 @@ def check(
         jobs=jobs,
         limit=limit,
     )
-    if json is not None and not json.parent.is_dir():
-        raise UsageError(f"--json {json}: there is no folder {json.parent}")
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise UsageError(f"--json {json}: it is a folder, or there is no folder {json.parent}")
     screen = console()
     with Bar(screen, target) as bar:
         done = run(target, suite, settings, bar)
@@ -61,14 +61,18 @@ def check(
         write_json(done, json)
     print_run(screen, done)
     if not done.judged:
-        raise NothingToJudge(f"target {target} was asked {len(done.results)} questions and refused all as unsupported: {done.results[0].reason}")
+        raise NothingToJudge(
+            f"target {target} refused all {len(done.results)} questions as unsupported: {done.results[0].reason}"
+        )
     return done.status
 
 
 def _selection(suite: Suite, only: tuple[str, ...], dtypes: tuple[str, ...]) -> Selection:
     selection = Selection(only, _among("--dtypes", dtypes, FLOATING))
     if not any(selection.takes(case) for case in suite.cases):
-        raise UsageError(f"--only {' '.join(only)} matches none of {len(suite.cases)} cases; `mha-spec cases` lists them")
+        raise UsageError(
+            f"--only {' '.join(only)} matches none of {len(suite.cases)} cases; `mha-spec cases` lists them"
+        )
     return selection
 
 

@@ -32,9 +32,6 @@ def main() -> None:
     except MhaSpecError as error:
         print(f"mha-spec: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(NOT_JUDGED)
-    except KeyboardInterrupt:
-        print("mha-spec: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
 
@@ -47,10 +44,19 @@ def _names(values: list[str] | None) -> tuple[str, ...]:
 @app.command()
 def check(
     target: Annotated[str, typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")],
-    only: Annotated[list[str] | None, typer.Option(help="Cases whose id matches this pattern or holds it, or that cite this clause.")] = None,
-    require: Annotated[list[str] | None, typer.Option(help="Features that must have been asked, as in mask,causal.")] = None,
-    accept: Annotated[list[str] | None, typer.Option(help="A deviation that is meant, as in mask_polarity=true_hides.")] = None,
-    known: Annotated[Path | None, typer.Option(help="TOML file of known failures: [[known]] with id and reason.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Cases whose id matches this pattern or holds it, or that cite this clause."),
+    ] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(help="Features that must have been asked, as in mask,causal.")
+    ] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="A deviation that is meant, as in mask_polarity=true_hides.")
+    ] = None,
+    known: Annotated[
+        Path | None, typer.Option(help="TOML file of known failures: [[known]] with id and reason.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
     max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after so many failures.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
@@ -60,18 +66,22 @@ def check(
     """Judge a target: 0 = all that was asked passed, 1 = not, 2 = it could not be judged."""
     from . import checking
 
-    status = checking.check(
-        target=target,
-        only=tuple(only or ()),
-        required=_names(require),
-        accepted=tuple(accept or ()),
-        known=known,
-        json=json,
-        max_fail=max_fail,
-        jobs=jobs,
-        dtypes=_names(dtypes),
-        limit=timeout,
-    )
+    try:
+        status = checking.check(
+            target=target,
+            only=tuple(only or ()),
+            required=_names(require),
+            accepted=tuple(accept or ()),
+            known=known,
+            json=json,
+            max_fail=max_fail,
+            jobs=jobs,
+            dtypes=_names(dtypes),
+            limit=timeout,
+        )
+    except KeyboardInterrupt:
+        print("mha-spec: interrupted", file=sys.stderr)
+        status = INTERRUPTED
     raise typer.Exit(status)
 
 
@@ -97,7 +107,9 @@ def explain(
 
 
 @app.command()
-def spec(clause: Annotated[str | None, typer.Argument(help="One clause, as in MHA-MASK-1; without, a list of all.")] = None) -> None:
+def spec(
+    clause: Annotated[str | None, typer.Argument(help="One clause, as in MHA-MASK-1; without, a list of all.")] = None,
+) -> None:
     """Print a clause of the specification."""
     from . import listing
 
@@ -113,7 +125,9 @@ def backends() -> None:
 
 
 @app.command()
-def cases(pattern: Annotated[str | None, typer.Argument(help="Ids that match this pattern or hold it, or a clause.")] = None) -> None:
+def cases(
+    pattern: Annotated[str | None, typer.Argument(help="Ids that match this pattern or hold it, or a clause.")] = None,
+) -> None:
     """List the cases: id, level and title."""
     from . import listing
 

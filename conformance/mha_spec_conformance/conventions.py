@@ -1,4 +1,4 @@
-"""The conventions on which implementations of attention differ: a closed list, the specification's own variant first."""
+"""The conventions on which attentions differ: a closed list, the specification's own variant first."""
 
 from __future__ import annotations
 
@@ -38,5 +38,7 @@ def parse_convention(text: str) -> tuple[str, str]:
     """Read `CONVENTION=VARIANT`."""
     name, equals, variant = text.partition("=")
     if not equals:
-        raise ConventionError(f"a convention is written CONVENTION=VARIANT, as in mask_polarity=true_hides, received {text!r}")
+        raise ConventionError(
+            f"a convention is written CONVENTION=VARIANT, as in mask_polarity=true_hides, received {text!r}"
+        )
     return check_convention(name.strip(), variant.strip())

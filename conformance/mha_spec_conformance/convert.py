@@ -1,4 +1,4 @@
-"""NumPy arrays to those of the target's library and back, bit for bit: bfloat16, devices and strange strides included."""
+"""NumPy arrays to those of the target's library and back, bit for bit: bfloat16, devices and strides included."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def layouts_of(arrays: str) -> tuple[str, ...]:
 
 
 def lay_out(array: numpy.ndarray, layout: str) -> numpy.ndarray:
-    """Give a copy of `array` that lies otherwise in memory: with gaps of garbage, with negative strides, or read-only."""
+    """Copy `array` to lie otherwise in memory: with gaps of garbage, with negative strides, or read-only."""
     if layout == "plain" or array.ndim == 0:
         return array.copy()
     if layout == "read_only":
@@ -44,7 +44,7 @@ def lay_out(array: numpy.ndarray, layout: str) -> numpy.ndarray:
 def _garbage(dtype: numpy.dtype) -> object:
     if dtype.kind in "iu":
         return numpy.iinfo(dtype).max
-    return True if dtype == bool else numpy.nan
+    return True if dtype.kind == "b" else numpy.nan
 
 
 def to_library(array: numpy.ndarray, arrays: str, device: str | None = None, layout: str = "plain") -> Array:

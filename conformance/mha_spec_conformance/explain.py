@@ -63,7 +63,10 @@ def _find(name: str) -> Case:
         from difflib import get_close_matches
 
         near = get_close_matches(name, list(cases), 3) or [other for other in cases if name in other][:3]
-        raise UnknownName(f"no case is called {name!r}" + (f"; there are {', '.join(near)}" if near else "; `mha-spec cases` lists all"))
+        raise UnknownName(
+            f"no case is called {name!r}"
+            + (f"; there are {', '.join(near)}" if near else "; `mha-spec cases` lists all")
+        )
     return cases[name]
 
 
@@ -82,7 +85,11 @@ def _formula(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
     scale = options.get("scale")
     shown = f"1/sqrt({inputs['query'].shape[3]})" if scale is None else f"{scale!r}"
     score = f"{shown} * Q K^T"
-    score = f"{options['softcap']!r} * tanh({score} / {options['softcap']!r})" if options.get("softcap") is not None else score
+    score = (
+        f"{options['softcap']!r} * tanh({score} / {options['softcap']!r})"
+        if options.get("softcap") is not None
+        else score
+    )
     lines = [f"S = {score}" + (" + bias" if "bias" in inputs else "")]
     sums = "ln(sum_j exp S" + (" + exp sink)" if "sinks" in inputs else ")")
     lines += [f"lse = {sums} over visible pairs", "P = exp(S - lse)"]
@@ -98,7 +105,11 @@ def _formula(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
 def _constraints(case: Case, inputs: Mapping[str, numpy.ndarray]) -> list[str]:
     """Where a pair (i, j) is visible, in the words of this case."""
     options, found = case.options, []
-    left, right = tuple(options.get("window") or (None, None)) if isinstance(options.get("window"), (list, tuple)) else (None, None)
+    left, right = (
+        tuple(options.get("window") or (None, None))
+        if isinstance(options.get("window"), (list, tuple))
+        else (None, None)
+    )
     offset = "q_offset[b]" if "q_offset" in inputs else options.get("q_offset", 0)
     found += ["mask"] if "mask" in inputs else []
     found += ["bias > -inf"] if "bias" in inputs else []
@@ -135,7 +146,9 @@ def _visibility(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
     if case.function == "merge_attention" or case.expect == "error":
         return ""
     named = {name: _exact(array) for name, array in inputs.items() if name in ("query", "key", "value", *OPTIONS)}
-    a = Arguments(**{"value": None, **named, **{k: tuple(v) if isinstance(v, list) else v for k, v in case.options.items()}})
+    a = Arguments(
+        **{"value": None, **named, **{k: tuple(v) if isinstance(v, list) else v for k, v in case.options.items()}}
+    )
     batch, heads, q_len, kv_len = a.batch, a.heads, a.q_len, a.kv_len
     if not batch or not q_len or not kv_len or q_len > WIDEST_GRID or kv_len > WIDEST_GRID:
         return ""
@@ -169,7 +182,10 @@ def _sampled(expected: Expected) -> str:
 
 def _save(case: Case, inputs: Mapping[str, numpy.ndarray], path: Path) -> None:
     """Write inputs, bfloat16 as the float32 that it is exactly, and expected values to an .npz file."""
-    wide = {name: array.astype(numpy.float32) if array.dtype == ml_dtypes.bfloat16 else array for name, array in inputs.items()}
+    wide = {
+        name: array.astype(numpy.float32) if array.dtype == ml_dtypes.bfloat16 else array
+        for name, array in inputs.items()
+    }
     try:
         numpy.savez(path, **wide, **{f"expected_{name}": expected.values for name, expected in case.expected.items()})
     except OSError as error:
@@ -182,12 +198,17 @@ def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None)
     file = str(save) if save is not None else "case.npz"
     head = ["import numpy"]
     if large or save is not None:
-        head.append(f'case = numpy.load("{file}")' + ("" if save is not None else f"  # mha-spec explain {case.id} --save {file}"))
+        head.append(
+            f'case = numpy.load("{file}")'
+            + ("" if save is not None else f"  # mha-spec explain {case.id} --save {file}")
+        )
         head += [f'{name} = case["{name}"]{_back(array)}' for name, array in inputs.items()]
     else:
         head += [f"{name} = {_literal(array)}" for name, array in inputs.items()]
     keywords = [f"{name}={name}" for name in inputs if name not in OPERANDS[case.function]]
-    keywords += [f"{name}={tuple(value) if isinstance(value, list) else value!r}" for name, value in case.options.items()]
+    keywords += [
+        f"{name}={tuple(value) if isinstance(value, list) else value!r}" for name, value in case.options.items()
+    ]
     keywords += ["return_lse=True"] if case.function == "attention" and "lse" in case.expected else []
     call = f"{case.function}({', '.join([*(n for n in OPERANDS[case.function] if n in inputs), *keywords])})"
     body = "\n".join([*head, f"print({call})"])

@@ -1,11 +1,11 @@
 """Known failures: each with its reason, and strict, so that the file says what is true today and nothing more.
 
-The file is TOML, one table for each case, in every dtype or in one:
+The file is TOML, one table for each reason, with the ids of the cases, in every dtype or in one:
 
     [[known]]
-    id = "attention/causal/offset-1"
+    reason = "MHA-SOFTMAX-2: scores are kept in float16, issue 12"
     dtype = "float16"
-    reason = "scores are kept in float16, issue 12"
+    id = ["attention/causal/offset-1", "attention/causal/offset-2"]
 """
 
 from __future__ import annotations
@@ -56,18 +56,25 @@ def read_known(path: Path) -> tuple[Known, ...]:
         raise KnownError(f"known failures {path}: {error}") from error
     if not isinstance(tables, list):
         raise KnownError(f"known failures {path}: there is no [[known]] table with id and reason")
-    return tuple(_entry(path, number, table) for number, table in enumerate(tables, 1))
+    return tuple(entry for number, table in enumerate(tables, 1) for entry in _entries(path, number, table))
 
 
-def _entry(path: Path, number: int, table: object) -> Known:
-    strings = isinstance(table, dict) and all(isinstance(value, str) and value.strip() for value in table.values())
-    if not isinstance(table, dict) or not strings or not {"id", "reason"} <= table.keys() <= {"id", "reason", "dtype"}:
-        raise KnownError(f"known failures {path}: entry {number} must have the texts id and reason, and may have dtype, received {table!r}")
-    return Known(**table)
+def _entries(path: Path, number: int, table: object) -> list[Known]:
+    """One entry for each id of a table, of which `id` may hold one or a list."""
+    fields = dict(table) if isinstance(table, dict) else {}
+    ids = fields.pop("id", None)
+    ids = ids if isinstance(ids, list) else [ids]
+    strings = all(isinstance(value, str) and value.strip() for value in (*ids, *fields.values()))
+    if not ids or not strings or not {"reason"} <= fields.keys() <= {"reason", "dtype"}:
+        raise KnownError(
+            f"known failures {path}: entry {number} must have a reason and one id or a list, and may have a dtype, "
+            f"received {table!r}"
+        )
+    return [Known(id=name, **fields) for name in ids]
 
 
 def untrue(known: Iterable[Known], results: Iterable[Result], suite: Iterable[str], whole: bool) -> list[str]:
-    """What the file says that is not so: an entry that did not fail, or that no case of the suite or of a whole run matches."""
+    """What the file says that is not so: an entry that did not fail, or that matches nothing."""
     asked, ids = list(results), set(suite)
     lines: list[str] = []
     for entry in known:

@@ -22,7 +22,10 @@ def one_clause(name: str) -> str:
     known = clauses()
     if name.upper() not in known:
         near = get_close_matches(name.upper(), list(known), 3)
-        raise UnknownName(f"there is no clause {name!r}" + (f"; there are {', '.join(near)}" if near else "; `mha-spec spec` lists all"))
+        raise UnknownName(
+            f"there is no clause {name!r}"
+            + (f"; there are {', '.join(near)}" if near else "; `mha-spec spec` lists all")
+        )
     clause = known[name.upper()]
     return f"{clause.id}  {clause.level}  {clause.title}\n\n{clause.text.strip()}"
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from mha_spec.arguments import OPTIONS
 from mha_spec.arrays import FLOATING
 from mha_spec.reference import Reference
-from mha_spec.steps import Steps
 
 from .asking import Ask
 from .outcome import Judge
@@ -18,12 +17,18 @@ from .worker import answer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mha_spec.steps import Steps
+
     from .cases import Case
     from .outcome import Result
 
 __all__ = ["Subject"]
 
-KEYWORDS = {"attention": (*OPTIONS, "return_lse"), "attention_weights": OPTIONS, "attention_vjp": (*OPTIONS, "grad_lse")}
+KEYWORDS = {
+    "attention": (*OPTIONS, "return_lse"),
+    "attention_weights": OPTIONS,
+    "attention_vjp": (*OPTIONS, "grad_lse"),
+}
 
 
 class Subject:

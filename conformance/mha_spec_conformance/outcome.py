@@ -76,7 +76,9 @@ class Judge:
         if (reason := form(ask, answer.outputs)) is not None:
             return Result(ask, "fail", reason)
         if self.claims.registered and answer.foreign is not None:
-            return Result(ask, "fail", f"an output is an array of {answer.foreign}, the inputs are of {self.claims.arrays}")
+            return Result(
+                ask, "fail", f"an output is an array of {answer.foreign}, the inputs are of {self.claims.arrays}"
+            )
         return self._values(ask, question, answer)
 
     def _values(self, ask: Ask, question: Question, answer: Answer) -> Result:
@@ -91,17 +93,23 @@ class Judge:
         if (fault := _layout_fault(ask, answer, allowances, standard)) is not None:
             return replace(found, outcome="fail", reason=fault, clauses=("MHA-PURE-2",))
         if answer.written:
-            return replace(found, outcome="fail", reason=f"wrote to its input {', '.join(answer.written)}", clauses=("MHA-PURE-1",))
+            return replace(
+                found, outcome="fail", reason=f"wrote to its input {', '.join(answer.written)}", clauses=("MHA-PURE-1",)
+            )
         if (dtype := _wrong_dtype(ask, answer.outputs)) is not None:
-            return replace(found, outcome="deviation", reason=f"output_dtype={dtype}", convention=("output_dtype", dtype))
+            return replace(
+                found, outcome="deviation", reason=f"output_dtype={dtype}", convention=("output_dtype", dtype)
+            )
         if "generic" in ask.case.tags:
             return replace(found, note=_note(ask, answer, case_bounds.deviations(standard)))
         return found
 
     def _named(self, ask: Ask, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> Result:
-        """A wrong result: a deviation where it is exactly another convention, else a failure with the mistakes it matches."""
+        """A wrong result: a deviation where it is another convention, else a failure with the mistakes it matches."""
         mistakes = self.diagnosis.explain(ask.case, ask.dtype, outputs, ask.outputs, self.claims.profile)
-        found = Result(ask, "fail", judgement.reason, judgement.allowance_used, judgement.worst, tuple(m.name for m in mistakes))
+        found = Result(
+            ask, "fail", judgement.reason, judgement.allowance_used, judgement.worst, tuple(m.name for m in mistakes)
+        )
         conventions = [mistake.convention for mistake in mistakes if mistake.convention is not None]
         if not conventions:
             return found
@@ -121,7 +129,9 @@ def _refusal(ask: Ask, answer: Answer) -> Result:
     return Result(ask, "pass")
 
 
-def _compare(ask: Ask, outputs: Mapping[str, numpy.ndarray], allowances: Mapping[str, numpy.ndarray], standard: Precision) -> Judgement:
+def _compare(
+    ask: Ask, outputs: Mapping[str, numpy.ndarray], allowances: Mapping[str, numpy.ndarray], standard: Precision
+) -> Judgement:
     expected = {name: ask.case.expected[name] for name in ask.outputs}
     return judge(ask.case, expected, outputs, allowances, standard)
 
@@ -129,7 +139,11 @@ def _compare(ask: Ask, outputs: Mapping[str, numpy.ndarray], allowances: Mapping
 def _layout_fault(ask: Ask, answer: Answer, allowances: Mapping[str, numpy.ndarray], standard: Precision) -> str | None:
     """What goes wrong where the inputs lie otherwise in memory."""
     for layout, outputs in answer.layouts.items():
-        reason = form(ask, outputs) or _compare(ask, outputs, allowances, standard).reason
+        reason = (
+            outputs
+            if isinstance(outputs, str)
+            else form(ask, outputs) or _compare(ask, outputs, allowances, standard).reason
+        )
         if reason is not None:
             return f"right for plain inputs, wrong for {layout.replace('_', '-')} ones: {reason}"
     return None

@@ -67,7 +67,11 @@ class Worker:
 
     def _claims(self) -> Claims:
         try:
-            said = self.connection.recv() if self.connection.poll(STARTUP_SECONDS) else f"target {self.target} did not load in {STARTUP_SECONDS:.0f} s"
+            said = (
+                self.connection.recv()
+                if self.connection.poll(STARTUP_SECONDS)
+                else f"target {self.target} did not load in {STARTUP_SECONDS:.0f} s"
+            )
         except EOFError:
             said = f"target {self.target} ended the process while it was imported: {self._ending()}"
         if isinstance(said, Claims):
@@ -117,7 +121,13 @@ class Worker:
     def _ending(self) -> str:
         self.process.join(5)
         code = self.process.exitcode
-        how = "still running" if code is None else f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        how = (
+            "still running"
+            if code is None
+            else f"exit status {code}"
+            if code >= 0
+            else f"signal {signal.Signals(-code).name}"
+        )
         lines = self.printed.read_text(errors="replace").strip().splitlines() if self.printed.exists() else []
         return f"the process ended with {how}" + (f"; last printed: {lines[-1][:200]}" if lines else "")
 
@@ -153,7 +163,9 @@ class Pool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -168,7 +180,11 @@ class Pool:
         waiting = iter(questions)
         self._hand_out(waiting)
         while any(worker.held for worker in self._workers):
-            arrived = [(worker, reply) for worker in self._workers if worker.held and (reply := worker.answer(self.limit)) is not None]
+            arrived = [
+                (worker, reply)
+                for worker in self._workers
+                if worker.held and (reply := worker.answer(self.limit)) is not None
+            ]
             done = [(worker.held.popleft(), reply) for worker, reply in arrived]
             self._hand_out(waiting)
             yield from done

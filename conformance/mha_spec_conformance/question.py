@@ -21,7 +21,7 @@ OPERANDS = {
     "attention_vjp": ("grad_output", "query", "key", "value"),
     "merge_attention": ("output_a", "lse_a", "output_b", "lse_b"),
 }
-"""The functions that can be asked, each with the arrays that it takes by position; every other argument is a keyword."""
+"""The functions that can be asked, each with the arrays that it takes by position; all else are keywords."""
 
 FUNCTIONS = tuple(OPERANDS)
 
@@ -114,8 +114,9 @@ class Answer:
     """What came of a question.
 
     `came` is "returned", "raised", "unsupported", "malformed" (no arrays that could be compared), "crash" or "timeout";
-    `reason` explains the last four. `layouts` holds the outputs for every other layout of the inputs that was tried,
-    `written` the inputs that were written to, `foreign` the library of the output where it is not that of the inputs.
+    `reason` explains the last four. `written` names the inputs that were written to. `layouts` holds the outputs, or
+    what was raised, for every other layout of the inputs that was tried; `foreign` is the library of the outputs where
+    it is not that of the inputs.
     """
 
     came: str
@@ -123,7 +124,7 @@ class Answer:
     reason: str | None = None
     raised: Raised | None = None
     written: tuple[str, ...] = ()
-    layouts: Mapping[str, Mapping[str, numpy.ndarray]] = field(default_factory=dict)
+    layouts: Mapping[str, Mapping[str, numpy.ndarray] | str] = field(default_factory=dict)
     deterministic: bool | None = None
     foreign: str | None = None
     seconds: float = 0.0

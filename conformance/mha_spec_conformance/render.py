@@ -27,7 +27,15 @@ MOST_GROUPS = 8
 
 MOST_NAMES = 4
 
-COLOURS = {"pass": "green", "fail": "red", "error": "red", "crash": "red", "timeout": "red", "deviation": "yellow", "unsupported": "dim"}
+COLOURS = {
+    "pass": "green",
+    "fail": "red",
+    "error": "red",
+    "crash": "red",
+    "timeout": "red",
+    "deviation": "yellow",
+    "unsupported": "dim",
+}
 
 
 def console() -> Console:
@@ -42,7 +50,13 @@ class Bar:
     """A progress bar with the number of failures; nothing where there is no terminal."""
 
     def __init__(self, screen: Console, target: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[failed]}"),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
         self._task = self._bar.add_task(escape(target), total=None, failed="")
         self._failed = 0
@@ -51,7 +65,9 @@ class Bar:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def __call__(self, total: int, result: Result | None) -> None:
@@ -98,10 +114,15 @@ def _groups(failing: list[Result]) -> list[list[Result]]:
 
 def _print_group(screen: Console, run: Run, members: list[Result]) -> None:
     """One example in full, and the names of the others."""
-    example = min(members, key=lambda r: (r.ask.dtype != "float32", sum(a.size for a in r.ask.case.inputs(r.ask.dtype).values())))
+    example = min(
+        members, key=lambda r: (r.ask.dtype != "float32", sum(a.size for a in r.ask.case.inputs(r.ask.dtype).values()))
+    )
     excuse = run.excuse(example)
     label = example.outcome.upper() + (f" ({excuse})" if excuse else "")
-    screen.print(f"[bold {COLOURS[example.outcome]}]{label}[/]  {escape(example.ask.case.id)}  {example.ask.dtype}" + f"  ({len(members)} like it)" * (len(members) > 1))
+    screen.print(
+        f"[bold {COLOURS[example.outcome]}]{label}[/]  {escape(example.ask.case.id)}  {example.ask.dtype}"
+        + f"  ({len(members)} like it)" * (len(members) > 1)
+    )
     for line in details(example):
         _line(screen, f"  {line}")
     others = dict.fromkeys(r.ask.case.id for r in members if r.ask.case.id != example.ask.case.id)
@@ -120,7 +141,7 @@ def details(result: Result) -> list[str]:
     lines.append(f"asked: {asked(result)}")
     if result.convention is not None:
         lines.append(f"came:  {_place(result.worst)}" if result.worst else "came:")
-        lines.append(f"that is the convention {'='.join(result.convention)}; where it is meant, --accept {'='.join(result.convention)}")
+        lines.append(f"that is a convention of others; where it is meant: --accept {'='.join(result.convention)}")
     else:
         lines.append(f"came:  {result.reason}")
     lines += [f"looks like: {name}" for name in _titles(result)]
@@ -128,7 +149,7 @@ def details(result: Result) -> list[str]:
 
 
 def broken(result: Result) -> tuple[str, ...]:
-    """The clauses to read first: those of the mistake that the answer looks like, else the first that the case cites."""
+    """The clauses to read first: those of the mistake that the answer looks like, else the first of the case."""
     mistake = next((mistake for mistake in MISTAKES if mistake.name in result.diagnosis[:1]), None)
     if mistake is None:
         return result.clauses[:1]
@@ -157,7 +178,10 @@ def _place(worst: Worst) -> str:
 def _titles(result: Result) -> list[str]:
     by_name = {mistake.name: mistake for mistake in MISTAKES}
     found = [by_name[name] for name in result.diagnosis[:MOST_NAMES] if name in by_name]
-    return [f"{mistake.name}: {mistake.title}" + (f" ({', '.join(mistake.bugs)})" if mistake.bugs else "") for mistake in found]
+    return [
+        f"{mistake.name}: {mistake.title}" + (f" ({', '.join(mistake.bugs)})" if mistake.bugs else "")
+        for mistake in found
+    ]
 
 
 def _print_features(screen: Console, run: Run) -> None:
@@ -187,13 +211,21 @@ def _remarks(run: Run) -> list[str]:
         counted = ", ".join(f"{number} {outcome}" for outcome, number in tally.items() if number)
         lines.append(f"SHOULD cases, which do not count: {counted}")
     if run.alignment is not None:
-        lines.append(f"causal diagonal where lengths differ: {run.alignment} (read off; judged where `conventions` says so)")
+        lines.append(
+            f"causal diagonal where lengths differ: {run.alignment} (read off; judged where `conventions` says so)"
+        )
     used = [r for r in run.results if r.outcome == "pass" and r.allowance_used is not None]
     if used:
         worst = max(used, key=lambda r: r.allowance_used or 0.0)
-        lines.append(f"largest share of an allowance among what passed: {worst.allowance_used:.2f} in {worst.ask.case.id} {worst.ask.dtype}")
+        lines.append(
+            f"largest share of an allowance among what passed: {worst.allowance_used:.2f}"
+            f" in {worst.ask.case.id} {worst.ask.dtype}"
+        )
     if run.statistics:
-        lines.append(f"errors larger than independent roundings make them (SHOULD, MHA-ACC-2): {len(run.statistics)} cases, as {run.statistics[0]}")
+        lines.append(
+            "errors larger than independent roundings make them (SHOULD, MHA-ACC-2): "
+            f"{len(run.statistics)} cases, as {run.statistics[0]}"
+        )
     if any(result.deterministic is False for result in run.results):
         lines.append("two runs of one call do not agree to the bit")
     return lines + run.untrue

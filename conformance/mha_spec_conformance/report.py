@@ -94,7 +94,7 @@ class Run:
 
     @property
     def status(self) -> int:
-        """0: all that was asked passed, or is accepted or known, and all that was required was asked; 1: not; 2: nothing was judged."""
+        """0: nothing failed that is not accepted or known, and all required was asked; 1: not; 2: nothing judged."""
         if not self.judged:
             return 2
         return int(bool(self.failures or self.missing or self.untrue))
@@ -137,13 +137,26 @@ class Run:
         details = [f"{excused[kind]} {kind}" for kind in ("accepted", "known") if excused[kind]]
         count = f"{passed} of {total}" + "".join(f", {detail}" for detail in details)
         if not self.complete:
-            return f"partial run: {count} passed" if passed == total else f"partial run: {count}, {len(self.failures)} failed"
+            return (
+                f"partial run: {count} passed"
+                if passed == total
+                else f"partial run: {count}, {len(self.failures)} failed"
+            )
         if self.failures or excused["known"]:
-            features = dict.fromkeys(f for r in self.judged if r.must and r.outcome in FAILING and r.convention not in self.accepted for f in r.ask.features)
+            features = dict.fromkeys(
+                f
+                for r in self.judged
+                if r.must and r.outcome in FAILING and r.convention not in self.accepted
+                for f in r.ask.features
+            )
             return f"not conformant on {', '.join(features)} ({count}, {len(self.failures)} failed)"
-        accepting = sorted({"=".join(r.convention) for r in self.judged if r.convention in self.accepted and r.convention})
+        accepting = sorted(
+            {"=".join(r.convention) for r in self.judged if r.convention in self.accepted and r.convention}
+        )
         features = dict.fromkeys(feature for r in self.judged if r.must for feature in r.ask.features)
-        return f"conformant on {', '.join(features)} ({count})" + (f", accepting {', '.join(accepting)}" if accepting else "")
+        return f"conformant on {', '.join(features)} ({count})" + (
+            f", accepting {', '.join(accepting)}" if accepting else ""
+        )
 
     def as_json(self) -> dict[str, object]:
         """The report as plain data."""

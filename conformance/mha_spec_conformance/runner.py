@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .asking import Selection, asks, probes, tried_in_every_layout
@@ -25,7 +25,7 @@ __all__ = ["NothingToJudge", "Settings", "run"]
 class Settings:
     """How a target is to be judged."""
 
-    selection: Selection = Selection()
+    selection: Selection = field(default_factory=Selection)
     required: tuple[str, ...] = ()
     accepted: frozenset[tuple[str, str]] = frozenset()
     known: tuple[Known, ...] = ()
@@ -34,7 +34,12 @@ class Settings:
     limit: float = 60.0
 
 
-def run(target: str, suite: Suite, settings: Settings, progress: Callable[[int, Result | None], None] = lambda total, result: None) -> Run:
+def run(
+    target: str,
+    suite: Suite,
+    settings: Settings,
+    progress: Callable[[int, Result | None], None] = lambda total, result: None,
+) -> Run:
     """Judge `target`; `progress` is called with the number of questions once, and then with every result.
 
     Raises:
@@ -44,7 +49,9 @@ def run(target: str, suite: Suite, settings: Settings, progress: Callable[[int, 
     with Pool(target, settings.jobs, settings.limit) as pool:
         asked = tried_in_every_layout(asks(suite.cases, pool.claims, settings.selection))
         if not asked:
-            raise NothingToJudge(f"target {target} has nothing to ask: no case of the selection has only what it claims")
+            raise NothingToJudge(
+                f"target {target} has nothing to ask: no case of the selection has only what it claims"
+            )
         notes = try_smoke_cases(suite, pool)
         alignment = _alignment(pool, suite)
         progress(len(asked), None)
@@ -64,7 +71,9 @@ def run(target: str, suite: Suite, settings: Settings, progress: Callable[[int, 
         )
 
 
-def _results(pool: Pool, asked: list[Ask], settings: Settings, progress: Callable[[int, Result | None], None]) -> tuple[list[Result], bool]:
+def _results(
+    pool: Pool, asked: list[Ask], settings: Settings, progress: Callable[[int, Result | None], None]
+) -> tuple[list[Result], bool]:
     """The results as they come, and whether all came before too many had failed."""
     by_key = {ask.key: ask for ask in asked}
     judge = Judge(pool.claims, settings.accepted)

@@ -65,13 +65,15 @@ def _fault(smokes: list[Smoke], pool: Pool) -> str | None:
     if any(smoke.result.outcome == "pass" for smoke in smokes):
         return None
     if _takes_lengths_first(first, pool):
-        return "it takes the axes as (batch, length, heads, size): swap axes 1 and 2 of inputs and outputs in the target file"
+        return "it takes the axes as (batch, length, heads, size): swap axes 1 and 2 in the target file"
     if any(_judged(smoke) for smoke in smokes):
         return None
     if first.answer.came in ("crash", "timeout"):
         return f"the smoke cases end it: {first.answer.reason}"
     if first.answer.came == "raised":
-        return f"the smoke cases raise {first.answer.reason}; for what it does not take it must raise NotImplementedError"
+        return (
+            f"the smoke cases raise {first.answer.reason}; for what it does not take it must raise NotImplementedError"
+        )
     return f"{first.result.reason}{_axes(first)}"
 
 
@@ -104,28 +106,32 @@ def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
     """Whether, with as many heads as positions, the output is that of lengths taken for heads and heads for lengths."""
     if smoke.question.function != "attention" or smoke.answer.came in ("crash", "timeout"):
         return False
-    size = min(smoke.question.arrays["query"].shape[1:3] + smoke.question.arrays["key"].shape[1:3])
-    arrays = {name: array[:, :size, :size].copy() for name, array in smoke.question.arrays.items()}
-    question = replace(smoke.question, arrays=arrays, layouts=(), repeat=False)
+    arrays = {name: smoke.question.arrays[name] for name in ("query", "key", "value")}
+    size = min(length for array in arrays.values() for length in array.shape[1:3])
+    arrays = {name: array[:, :size, :size].copy() for name, array in arrays.items()}
+    question = replace(smoke.question, arrays=arrays, options={}, outputs=("output",), layouts=(), repeat=False)
+    operands = [array.astype(numpy.float64) for array in arrays.values()]
+    straight = numpy.asarray(reference.attention(*operands))
+    swapped = numpy.asarray(reference.attention(*(x.swapaxes(1, 2) for x in operands))).swapaxes(1, 2)
     for _, answer in pool.answers([question]):
         output = answer.outputs.get("output")
-        operands = [arrays[name].astype(numpy.float64) for name in ("query", "key", "value")]
-        straight, swapped = reference.attention(*operands), reference.attention(*(x.swapaxes(1, 2) for x in operands)).swapaxes(1, 2)
         if output is None or output.shape != swapped.shape:
             return False
-        error, other_error = (float(abs(output.astype(numpy.float64) - x).max()) for x in (swapped, straight))
-        return error < abs(straight - swapped).max() / 64 < other_error
+        return float(abs(output.astype(numpy.float64) - swapped).max()) < abs(straight - swapped).max() / 64
     return False
 
 
 def _notes(smokes: Iterable[Smoke]) -> list[str]:
     """What looks like a slip of the target file, though the rest can be judged."""
-    notes: dict[str, None] = {}
-    for smoke in smokes:
-        if smoke.result.convention == ("mask_polarity", "true_hides"):
-            notes["it takes True in a mask for hidden: if its own meaning is that, pass ~mask in the target file"] = None
-        elif smoke.result.convention is not None and smoke.result.convention[0] == "output_dtype":
-            notes[f"it gives {smoke.result.convention[1]} for {smoke.question.dtype}: if the target file converts, convert back"] = None
-        elif smoke.answer.came == "malformed" or (smoke.answer.came == "returned" and _shapes(smoke)):
-            notes[f"smoke case {smoke.question.id}: {smoke.result.reason}"] = None
-    return list(notes)
+    return list(dict.fromkeys(note for smoke in smokes if (note := _note(smoke)) is not None))
+
+
+def _note(smoke: Smoke) -> str | None:
+    name, variant = smoke.result.convention or (None, None)
+    if (name, variant) == ("mask_polarity", "true_hides"):
+        return "it takes True in a mask for hidden: if its own meaning is that, pass ~mask in the target file"
+    if name == "output_dtype":
+        return f"it gives {variant} for {smoke.question.dtype}: if the target file converts, convert back"
+    if smoke.answer.came == "malformed" or (smoke.answer.came == "returned" and _shapes(smoke)):
+        return f"smoke case {smoke.question.id}: {smoke.result.reason}"
+    return None

@@ -23,8 +23,8 @@ from mha_spec.arrays import FLOATING
 from mha_spec.errors import BackendError, MhaSpecError
 from mha_spec.selection import backend, backend_names
 
-from .convert import LIBRARIES
 from .conventions import ConventionError, check_convention
+from .convert import LIBRARIES
 from .question import FUNCTIONS, KEYWORDS, OPERANDS, Claims
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def _module(place: str) -> ModuleType:
         raise
     except BaseException as error:
         at = own_line(error)
-        raise TargetError(f"target {place} does not import: {type(error).__name__}: {_first_line(error)}{f' ({at})' if at else ''}") from error
+        raise TargetError(
+            f"target {place} does not import: {type(error).__name__}: {_first_line(error)}{f' ({at})' if at else ''}"
+        ) from error
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -143,7 +145,9 @@ def _functions(module: ModuleType, place: str, function: str) -> dict[str, Calla
 
 def _offer(module: ModuleType) -> str:
     names = [
-        name for name, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     ]
     return f"it has {', '.join(names)}: name one as TARGET:{names[0]}" if names else "it defines no function"
 
@@ -179,7 +183,11 @@ def _keywords(role: str, function: Callable[..., object], declared: tuple[str, .
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return tuple(from_features)
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in OPERANDS[role]]
+    named = [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in OPERANDS[role]
+    ]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return tuple(dict.fromkeys([*named, *(from_features if open_ended else ())]))
 

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mha_spec.arrays import library_of
+
 from .convert import ConversionError, lay_out, layouts_of, same_bits, to_library, to_numpy
 from .question import OPERANDS, Answer, Question, Raised
 from .target import Target, TargetError, load, own_line
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["answer", "serve"]
 
-GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks")
+GRADIENTS: tuple[str, ...] = ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks")
 
 
 class Malformed(Exception):
@@ -77,7 +79,7 @@ def answer(target: Target, question: Question) -> Answer:
     except NotImplementedError as error:
         return Answer("unsupported", reason=str(error) or "NotImplementedError", seconds=time.perf_counter() - start)
     except BaseException as error:
-        raised = Raised(tuple(cls.__name__ for cls in type(error).__mro__), str(error), own_line(error))
+        raised = _raised(error)
         return Answer("raised", reason=str(raised), raised=raised, seconds=time.perf_counter() - start)
 
 
@@ -92,29 +94,49 @@ def _ask(target: Target, question: Question) -> Answer:
     seconds = time.perf_counter() - start
     repeated = _call(target, question)[0] if question.repeat else None
     deterministic = None if repeated is None else all(same_bits(outputs[name], repeated[name]) for name in outputs)
-    layouts: dict[str, Mapping[str, numpy.ndarray]] = {}
+    layouts = {} if written else _layouts(target, question)
+    return Answer(
+        "returned",
+        outputs,
+        written=written,
+        layouts=layouts,
+        deterministic=deterministic,
+        foreign=foreign,
+        seconds=seconds,
+    )
+
+
+def _layouts(target: Target, question: Question) -> dict[str, Mapping[str, numpy.ndarray] | str]:
+    """The outputs for inputs that lie otherwise in memory, or what was raised instead; a refusal is no answer."""
+    found: dict[str, Mapping[str, numpy.ndarray] | str] = {}
     for layout in question.layouts:
-        if layout in layouts_of(target.claims.arrays):
-            layouts[layout] = _call(target, question, layout)[0]
-    return Answer("returned", outputs, written=written, layouts=layouts, deterministic=deterministic, foreign=foreign, seconds=seconds)
+        if layout not in layouts_of(target.claims.arrays):
+            continue
+        try:
+            found[layout] = _call(target, question, layout)[0]
+        except NotImplementedError:
+            continue
+        except Exception as error:
+            found[layout] = str(_raised(error))
+    return found
 
 
-def _call(target: Target, question: Question, layout: str = "plain") -> tuple[dict[str, numpy.ndarray], tuple[str, ...], str | None]:
-    """Call once; give the outputs, the names of inputs that were written to, and the library of the outputs if foreign."""
-    from mha_spec.arrays import library_of
+def _raised(error: BaseException) -> Raised:
+    return Raised(tuple(cls.__name__ for cls in type(error).__mro__), str(error), own_line(error))
 
+
+def _call(
+    target: Target, question: Question, layout: str = "plain"
+) -> tuple[dict[str, numpy.ndarray], tuple[str, ...], str | None]:
+    """Call once; give the outputs, the inputs that were written to, and the library of the outputs if foreign."""
     claims = target.claims
-    arguments = {name: to_library(array, claims.arrays, claims.device, layout) for name, array in question.arrays.items()}
+    arguments = {
+        name: to_library(array, claims.arrays, claims.device, layout) for name, array in question.arrays.items()
+    }
     positional = OPERANDS[question.function]
     operands = [arguments[name] for name in positional]
     keywords = {name: array for name, array in arguments.items() if name not in positional}
-    try:
-        returned = target.functions[question.function](*operands, **keywords, **question.options)
-    except Exception as error:
-        if layout == "plain" or isinstance(error, NotImplementedError):
-            raise
-        error.add_note(f"with {layout} inputs")
-        raise
+    returned = target.functions[question.function](*operands, **keywords, **question.options)
     named = _name_outputs(question, returned)
     outputs = {name: _read(name, value) for name, value in named.items()}
     libraries = {library_of(value) for value in named.values()} - {claims.arrays}
@@ -126,7 +148,9 @@ def _name_outputs(question: Question, returned: object) -> dict[str, Array]:
     """Give the outputs that were asked for by their names."""
     if question.function == "attention_vjp":
         if not isinstance(returned, (tuple, list)) or len(returned) < 3:
-            raise Malformed("attention_vjp must return gradients of query, key, value, bias and sinks, received " + _kind(returned))
+            raise Malformed(
+                "attention_vjp must return gradients of query, key, value, bias and sinks, received " + _kind(returned)
+            )
         given = dict(zip(GRADIENTS, returned, strict=False))
         return {name: given.get(name) for name in question.outputs}
     if len(question.outputs) == 1:
@@ -137,7 +161,11 @@ def _name_outputs(question: Question, returned: object) -> dict[str, Array]:
 
 
 def _kind(value: object) -> str:
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else f"an object of type {type(value).__name__}"
+    return (
+        f"a {type(value).__name__} of {len(value)}"
+        if isinstance(value, (tuple, list))
+        else f"an object of type {type(value).__name__}"
+    )
 
 
 def _read(name: str, value: Array) -> numpy.ndarray:

@@ -1,7 +1,7 @@
 """ONNX Runtime's `Attention` on the CPU, as it is: a model of one node for each signature, built in memory.
 
-Mask and bias are one input there, `attn_mask`; kv_lengths are `nonpad_kv_seqlen`, and move the causal diagonal. There is
-no kernel for float64, whose expansion into primitive nodes computes with a scale in float32, nor for bfloat16.
+Mask and bias are one input there, `attn_mask`; kv_lengths are `nonpad_kv_seqlen`, and move the causal diagonal. Its
+float16 keeps scores and weights in 16 bits; float64 has no kernel, and its expansion a scale in float32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy
 import onnxruntime
 from onnx import TensorProto, helper
 
-dtypes = ("float32", "float16")
+dtypes = ("float32",)
 features = ("mask", "bias", "causal", "window", "kv_lengths", "scale", "softcap")
 conventions = {"causal_alignment": "upper_left"}
 

@@ -37,6 +37,8 @@ COARSE: dict[str, tuple[str, ...]] = {
             "bias/float32-2",
             "bias+grad_lse/generic-1",
             "bias+grad_lse/generic-4",
+            "kv-heads-equal-kv-len/generic-1",
+            "kv-heads-equal-kv-len/random-2",
             "bias+sinks/random-2",
             "bias+sinks/generic-4",
             "window+offset/generic-1",
@@ -56,7 +58,9 @@ COARSE: dict[str, tuple[str, ...]] = {
         ),
         ("float64", "float32", "float16"),
     ),
-    **dict.fromkeys(("window+offset/coded-3", "segments+scale/coded-3"), ("float64", "float32")),
+    **dict.fromkeys(
+        ("window+offset/coded-3", "segments+scale/coded-3", "kv-heads-equal-kv-len/coded-3"), ("float64", "float32")
+    ),
     "bias+sinks/steep-3": ("float64",),
 }
 """Single cases of which the same is true."""
@@ -81,8 +85,9 @@ SPECS: tuple[tuple[Sizes, dict[str, Any], Any], ...] = (
 OTHER_SIZES = {
     "size-64": head_size(64),
     "size-128": head_size(128),
-    "one-kv-head": Sizes(2, 3, 1, 5, 7, 11, 11),
+    "kv-heads-equal-kv-len": Sizes(2, 6, 3, 5, 3, 11, 13),
     "no-keys": Sizes(2, 2, 1, 3, 0, 5, 7),
+    "no-queries": Sizes(2, 2, 1, 0, 3, 5, 7),
 }
 
 
@@ -92,10 +97,9 @@ def descriptions() -> Iterator[Description]:
         name = "everything" if len(spec) > 10 else "+".join(spec) or "plain"
         yield from _varied(name, sizes, spec, variants)
     for name, sizes in OTHER_SIZES.items():
-        variants = (
-            [("generic", 0)] if sizes.kv_len == 0 else [("generic", 0), ("random", 1), ("coded", 2), ("levels", 0)]
-        )
-        clauses = ("MHA-SHAPE-2",) if sizes.kv_len == 0 else ("MHA-SHAPE-1",)
+        empty = 0 in (sizes.q_len, sizes.kv_len)
+        variants = [("generic", 0)] if empty else [("generic", 0), ("random", 1), ("coded", 2), ("levels", 0)]
+        clauses = ("MHA-SHAPE-2",) if empty else ("MHA-SHAPE-1",)
         yield from _varied(name, sizes, {}, variants, clauses)
     yield from _poison()
     yield from _flat_softcap()

@@ -58,6 +58,6 @@ def descriptions() -> Iterator[Description]:
     yield from vary("softcap/50", PRIME, {"softcap": 50.0}, [("steep", 0), ("levels", 0), ("far", 0)])
     yield from vary("causal+offset/integer", PRIME, {"causal": True, "offset": 0}, [("generic", 0), ("coded", 0)])
     for name, spec in (("causal+offset", {"causal": True}), ("window+offset", {"window": (2, None)})):
-        variants = [("generic", 4), ("coded", 5), ("levels", 0)]
+        variants = [("generic", 4), ("coded", 5), ("levels", 0), *([("random", 1)] if name == "window+offset" else [])]
         yield from vary(f"{name}/one-query", ONE_QUERY, {**spec, "offset": True}, variants)
     yield from vary("causal+offset/prime", PRIME, {"causal": True, "offset": True}, OFFSETS)

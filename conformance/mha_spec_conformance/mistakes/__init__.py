@@ -1,4 +1,4 @@
-"""The catalogue of known mistakes: the specification with one step replaced, once for each way in which attentions go wrong.
+"""The catalogue of known mistakes: the specification with one step replaced, once for each way to go wrong.
 
 A mistake serves three ends: it proves that the suite has a case for its clauses, it recognises a convention that others
 chose on purpose, and it tells the author of a failing attention what went wrong.

@@ -26,10 +26,14 @@ def by_group(choose: Callable[[numpy.ndarray], numpy.ndarray]) -> Callable[..., 
     return collect
 
 
-def with_heads_and_length_exchanged(grad_scores: numpy.ndarray, key: numpy.ndarray, visible: numpy.ndarray, scale: float) -> numpy.ndarray:
+def with_heads_and_length_exchanged(
+    grad_scores: numpy.ndarray, key: numpy.ndarray, visible: numpy.ndarray, scale: float
+) -> numpy.ndarray:
     """dQ from a key that was saved as (batch, length, heads, size), where the shapes do not tell."""
-    saved = key.swapaxes(1, 2)
-    return steps.grad_query(grad_scores, saved if saved.shape == key.shape else key, visible, scale)
+    heads, length = key.shape[1:3]
+    if length and heads % length == 0:
+        key = steps.repeat_heads(key[:, :: heads // length].swapaxes(1, 2), heads)
+    return steps.grad_query(grad_scores, key, visible, scale)
 
 
 def ones_for_grad_output(dropped: numpy.ndarray, grad_output: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
@@ -37,12 +41,27 @@ def ones_for_grad_output(dropped: numpy.ndarray, grad_output: numpy.ndarray, vis
     return steps.grad_value(dropped, numpy.ones_like(grad_output), visible)
 
 
-def lse_subtracted(weights: numpy.ndarray, grad_weights: numpy.ndarray, visible: numpy.ndarray, grad_lse: numpy.ndarray | None) -> numpy.ndarray:
+def lse_subtracted(
+    weights: numpy.ndarray, grad_weights: numpy.ndarray, visible: numpy.ndarray, grad_lse: numpy.ndarray | None
+) -> numpy.ndarray:
     """D with the sign of grad_lse the wrong way round."""
     return steps.row_dot(weights, grad_weights, visible, None if grad_lse is None else -grad_lse)
 
 
-def mistake(name: str, title: str, *clauses: str, needs: tuple[str, ...] = (), bugs: tuple[str, ...] = (), **replaced: Callable[..., object]) -> Mistake:
+def dot_of_the_first_row(*given: numpy.ndarray) -> numpy.ndarray:
+    """The D of the first row for every row."""
+    dot = steps.row_dot(*given)
+    return numpy.broadcast_to(dot[:, :, :1], dot.shape)
+
+
+def mistake(
+    name: str,
+    title: str,
+    *clauses: str,
+    needs: tuple[str, ...] = (),
+    bugs: tuple[str, ...] = (),
+    **replaced: Callable[..., object],
+) -> Mistake:
     """A mistake of the gradients alone."""
     return Mistake(name, title, clauses, replacing(**replaced), needs, VJP, bugs=bugs)
 
@@ -66,20 +85,24 @@ GRADIENTS = (
         "group-gradient-tiled",
         "sums the gradient over the heads h % kv_heads",
         "MHA-VJP-4",
-        sum_group=lambda x, kv_heads: numpy.stack([x[:, head::kv_heads].sum(axis=1) for head in range(kv_heads)], axis=1),
+        sum_group=lambda x, kv_heads: numpy.stack(
+            [x[:, head::kv_heads].sum(axis=1) for head in range(kv_heads)], axis=1
+        ),
         bugs=("XunhaoLai/native-sparse-attention-triton#27",),
     ),
     mistake(
         "row-dot-missing",
         "leaves D out, so that dS = P dP",
         "MHA-VJP-1",
-        row_dot=lambda weights, grad_weights, visible, grad_lse: 0 * steps.row_dot(weights, grad_weights, visible, grad_lse),
+        row_dot=lambda weights, grad_weights, visible, grad_lse: (
+            0 * steps.row_dot(weights, grad_weights, visible, grad_lse)
+        ),
     ),
     mistake(
         "row-dot-of-the-first-row",
         "uses the D of the first row for all",
         "MHA-VJP-1",
-        row_dot=lambda *given: (lambda dot: dot[:, :, :1] + 0 * dot)(steps.row_dot(*given)),
+        row_dot=dot_of_the_first_row,
         bugs=("SHI-Labs/NATTEN#347",),
     ),
     mistake(
@@ -133,7 +156,7 @@ GRADIENTS = (
     ),
     mistake(
         "key-saved-transposed",
-        "reads the saved key as (batch, length, heads, size), which shows only where heads = kv_len",
+        "reads the saved key as (batch, length, heads, size), where there are as many heads as keys",
         "MHA-VJP-2",
         grad_query=with_heads_and_length_exchanged,
         bugs=("huggingface/diffusers#14338",),
@@ -158,7 +181,9 @@ GRADIENTS = (
         "bias-gradient-averaged",
         "gives a broadcast bias the mean gradient in place of the sum",
         "MHA-VJP-5",
-        grad_bias=lambda grad_logits, shape: steps.grad_bias(grad_logits, shape) * (numpy.prod(shape) / max(grad_logits.size, 1)),
+        grad_bias=lambda grad_logits, shape: (
+            steps.grad_bias(grad_logits, shape) * (numpy.prod(shape) / max(grad_logits.size, 1))
+        ),
         needs=("bias",),
     ),
     mistake(
@@ -188,7 +213,9 @@ GRADIENTS = (
         "sink-gradient-averaged",
         "averages the gradient of the sinks over batch and rows in place of the sum",
         "MHA-VJP-6",
-        grad_sinks=lambda sink_weights, row_dot: steps.grad_sinks(sink_weights, row_dot) / max(sink_weights[:, 0].size, 1),
+        grad_sinks=lambda sink_weights, row_dot: (
+            steps.grad_sinks(sink_weights, row_dot) / max(sink_weights[:, 0].size, 1)
+        ),
         needs=("sinks",),
     ),
 )

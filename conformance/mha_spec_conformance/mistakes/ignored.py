@@ -230,7 +230,9 @@ IGNORED = (
         "grad-lse-ignored",
         "gives lse the gradient 0",
         ("MHA-LSE-3", "MHA-VJP-1"),
-        replacing(row_dot=lambda weights, grad_weights, visible, grad_lse: steps.row_dot(weights, grad_weights, visible, None)),
+        replacing(
+            row_dot=lambda weights, grad_weights, visible, grad_lse: steps.row_dot(weights, grad_weights, visible, None)
+        ),
         needs=("grad_lse",),
         functions=VJP,
     ),

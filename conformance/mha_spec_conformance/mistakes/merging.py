@@ -43,7 +43,14 @@ def without_nan(lse_a: numpy.ndarray, lse_b: numpy.ndarray) -> numpy.ndarray:
     return steps.merge_lse(*(numpy.where(numpy.isnan(lse), -math.inf, lse) for lse in (lse_a, lse_b)))
 
 
-def mistake(name: str, title: str, *clauses: str, bugs: tuple[str, ...] = (), native: bool = False, **replaced: Callable[..., object]) -> Mistake:
+def mistake(
+    name: str,
+    title: str,
+    *clauses: str,
+    bugs: tuple[str, ...] = (),
+    native: bool = False,
+    **replaced: Callable[..., object],
+) -> Mistake:
     """A mistake of merge_attention."""
     return Mistake(name, title, clauses, replacing(**replaced), functions=MERGE, bugs=bugs, native=native)
 
@@ -80,7 +87,7 @@ MERGING = (
         "merge-lse-of-the-larger",
         "gives the larger lse in place of their log-sum-exp",
         "MHA-MERGE-1",
-        merge_lse=lambda lse_a, lse_b: numpy.maximum(lse_a, lse_b),
+        merge_lse=numpy.maximum,
     ),
     mistake(
         "merge-lse-added",
@@ -116,6 +123,8 @@ MERGING = (
         "takes a half whose lse is NaN as empty",
         "MHA-MERGE-3",
         merge_lse=without_nan,
-        merge_share=lambda lse_half, lse: steps.merge_share(numpy.where(numpy.isnan(lse_half), -math.inf, lse_half), lse),
+        merge_share=lambda lse_half, lse: steps.merge_share(
+            numpy.where(numpy.isnan(lse_half), -math.inf, lse_half), lse
+        ),
     ),
 )

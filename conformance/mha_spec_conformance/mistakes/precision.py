@@ -27,12 +27,6 @@ def to_half(x: numpy.ndarray) -> numpy.ndarray:
     return x.astype(numpy.float16).astype(x.dtype)
 
 
-def truncated(x: numpy.ndarray, dtype: str) -> numpy.ndarray:
-    """Cut a result off towards 0 in place of rounding it."""
-    rounded = steps.round_output(x, dtype)
-    return numpy.where(abs(rounded.astype(x.dtype)) > abs(x), numpy.nextafter(rounded, rounded.dtype.type(0)), rounded)
-
-
 def half_exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Logits and their exponentials in 16 bits."""
     exponentials, maximum = steps.exponentials(to_half(logits))
@@ -56,10 +50,21 @@ def cap_with(tanh: Callable[[numpy.ndarray], numpy.ndarray]) -> steps.Steps:
     )
 
 
-def mistake(variant: str, title: str, made: steps.Steps, needs: tuple[str, ...] = (), functions: tuple[str, ...] = ()) -> Mistake:
+def mistake(
+    variant: str, title: str, made: steps.Steps, needs: tuple[str, ...] = (), functions: tuple[str, ...] = ()
+) -> Mistake:
     """A result of less precision, a convention by itself."""
     own = {"functions": functions} if functions else {}
-    return Mistake(f"precision-{variant.replace('_', '-')}", title, ("MHA-ACC-1",), made, needs, convention=("precision", variant), native=True, **own)
+    return Mistake(
+        f"precision-{variant.replace('_', '-')}",
+        title,
+        ("MHA-ACC-1",),
+        made,
+        needs,
+        convention=("precision", variant),
+        native=True,
+        **own,
+    )
 
 
 PRECISION = (
@@ -72,10 +77,14 @@ PRECISION = (
         native=True,
     ),
     Mistake(
-        "results-truncated",
-        "cuts results off in place of rounding them to the dtype",
-        ("MHA-ACC-2", "MHA-DTYPE-1"),
-        replacing(round_output=truncated),
+        "division-approximate",
+        "divides by the sum with a relative error of 2^-18, the same everywhere",
+        ("MHA-ACC-2",),
+        replacing(
+            normalise=lambda exponentials, total: (
+                steps.normalise(exponentials, total) * exponentials.dtype.type(1 + 2.0**-18)
+            )
+        ),
         native=True,
     ),
     mistake(
@@ -83,7 +92,9 @@ PRECISION = (
         "rounds the operands of each product to 11 significant bits",
         replacing(
             scores=lambda query, key, scale: steps.scores(to_bits(query, 11), to_bits(key, 11), scale),
-            sum_over_visible=lambda weights, values, visible: steps.sum_over_visible(to_bits(weights, 11), to_bits(values, 11), visible),
+            sum_over_visible=lambda weights, values, visible: steps.sum_over_visible(
+                to_bits(weights, 11), to_bits(values, 11), visible
+            ),
         ),
     ),
     mistake(

@@ -15,7 +15,9 @@ RAISING = (
         "options-unknown-swallowed",
         "takes any keyword and does not use those that it does not know",
         ("MHA-ARG-1",),
-        replacing(check_options=lambda options: {name: value for name, value in options.items() if name in arguments.OPTIONS}),
+        replacing(
+            check_options=lambda options: {name: value for name, value in options.items() if name in arguments.OPTIONS}
+        ),
         bugs=("flashinfer-ai/flashinfer#1193", "sgl-project/sglang#33915"),
     ),
     Mistake(

@@ -87,7 +87,9 @@ def folded_into_bias(a: Arguments) -> Arguments:
     return replace(a, **constraints, causal=False, bias=numpy.broadcast_to(bias, (a.batch, a.heads, a.q_len, a.kv_len)))
 
 
-def cap_after_bias(scores: numpy.ndarray, softcap: float | None, bias: numpy.ndarray | None, own: steps.Steps) -> numpy.ndarray:
+def cap_after_bias(
+    scores: numpy.ndarray, softcap: float | None, bias: numpy.ndarray | None, own: steps.Steps
+) -> numpy.ndarray:
     """Add the bias first, then cap."""
     return own.soft_cap(own.add_bias(scores, bias), softcap)
 
@@ -286,7 +288,11 @@ CAPS = (
         "cap-before-scale",
         "caps the scores before they are scaled",
         ("MHA-CAP-1",),
-        asking(lambda a: a if a.softcap is None else replace(a, softcap=a.softcap * steps.scale_of(a.scale, a.query.shape[3]))),
+        asking(
+            lambda a: (
+                a if a.softcap is None else replace(a, softcap=a.softcap * steps.scale_of(a.scale, a.query.shape[3]))
+            )
+        ),
         needs=("softcap",),
     ),
     Mistake(
@@ -300,7 +306,9 @@ CAPS = (
         "cap-as-clip",
         "cuts scores off at the cap",
         ("MHA-CAP-1",),
-        replacing(soft_cap=cap_as_clip, cap_slope=lambda scores, softcap: 1.0 if softcap is None else abs(scores) < softcap),
+        replacing(
+            soft_cap=cap_as_clip, cap_slope=lambda scores, softcap: 1.0 if softcap is None else abs(scores) < softcap
+        ),
         needs=("softcap",),
     ),
     Mistake(
@@ -374,7 +382,11 @@ BIASES = (
         "bias-in-query-dtype",
         "rounds the bias to the dtype of the query",
         ("MHA-BIAS-2",),
-        replacing(convert_bias=lambda bias, query_dtype, softmax_dtype: steps.convert_bias(bias.astype(query_dtype), query_dtype, softmax_dtype)),
+        replacing(
+            convert_bias=lambda bias, query_dtype, softmax_dtype: steps.convert_bias(
+                bias.astype(query_dtype), query_dtype, softmax_dtype
+            )
+        ),
         needs=("bias",),
         bugs=("huggingface/transformers PR#16901",),
         native=True,

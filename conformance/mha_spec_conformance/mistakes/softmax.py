@@ -13,6 +13,8 @@ from mha_spec import steps
 from .mistake import FORWARD, VJP, Mistake, asking, replacing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mha_spec.arguments import Arguments
 
 __all__ = ["SOFTMAX", "keep_hidden_weights", "unguarded"]
@@ -26,7 +28,9 @@ def keep_hidden_weights(weights: numpy.ndarray, values: numpy.ndarray, visible: 
     return steps.sum_over_visible(weights, values, visible) + hidden
 
 
-def dot_of_all(weights: numpy.ndarray, grad_weights: numpy.ndarray, visible: numpy.ndarray, grad_lse: numpy.ndarray | None) -> numpy.ndarray:
+def dot_of_all(
+    weights: numpy.ndarray, grad_weights: numpy.ndarray, visible: numpy.ndarray, grad_lse: numpy.ndarray | None
+) -> numpy.ndarray:
     """D over all pairs, hidden ones too."""
     products = weights * numpy.where(visible | numpy.isfinite(grad_weights), grad_weights, 0.0)
     dot = products.sum(axis=-1, keepdims=True)
@@ -38,7 +42,7 @@ def grad_value_of_all(dropped: numpy.ndarray, grad_output: numpy.ndarray, visibl
     return keep_hidden_weights(dropped.swapaxes(-1, -2), grad_output, visible.swapaxes(-1, -2))
 
 
-def unguarded(**others: object) -> steps.Steps:
+def unguarded(**others: Callable[..., object]) -> steps.Steps:
     """Whatever weight a hidden pair has, it is used."""
     return replacing(sum_over_visible=keep_hidden_weights, row_dot=dot_of_all, grad_value=grad_value_of_all, **others)
 
@@ -62,7 +66,9 @@ def plain_exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndar
 
 def exponentials_from(logits: numpy.ndarray, maximum: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     """exp(s - m) for a given m."""
-    maximum = numpy.broadcast_to(numpy.where(maximum == -math.inf, 0.0, maximum), (*logits.shape[:-1], 1)).astype(logits.dtype)
+    maximum = numpy.broadcast_to(numpy.where(maximum == -math.inf, 0.0, maximum), (*logits.shape[:-1], 1)).astype(
+        logits.dtype
+    )
     return numpy.exp(logits - maximum), maximum
 
 
@@ -114,7 +120,9 @@ def with_sinks(a: Arguments, sinks: numpy.ndarray | None) -> Arguments:
 
 def lse_where_empty(value: float) -> steps.Steps:
     """lse is `value` for a row that sees nothing."""
-    return replacing(log_sum_exp=lambda total, maximum: numpy.where(total == 0, value, steps.log_sum_exp(total, maximum)))
+    return replacing(
+        log_sum_exp=lambda total, maximum: numpy.where(total == 0, value, steps.log_sum_exp(total, maximum))
+    )
 
 
 FILLS = (
@@ -140,7 +148,12 @@ FILLS = (
         ("MHA-EMPTY-1", "MHA-EMPTY-3"),
         unguarded(normalise=uniform_where_empty),
         convention=("fully_masked_row", "mean_of_values"),
-        bugs=("microsoft/onnxruntime#28904", "keras-team/keras PR#21149", "huggingface/diffusers PR#14349", "ml-explore/mlx#2395"),
+        bugs=(
+            "microsoft/onnxruntime#28904",
+            "keras-team/keras PR#21149",
+            "huggingface/diffusers PR#14349",
+            "ml-explore/mlx#2395",
+        ),
     ),
     Mistake(
         "empty-row-nan",
@@ -191,14 +204,22 @@ SUMS = (
         "maximum-of-the-head",
         "subtracts one maximum for all rows of a head, so that rows of small logits underflow",
         ("MHA-SOFTMAX-1",),
-        replacing(exponentials=lambda logits: exponentials_from(logits, logits.max(axis=(-1, -2), keepdims=True, initial=-math.inf))),
+        replacing(
+            exponentials=lambda logits: exponentials_from(
+                logits, logits.max(axis=(-1, -2), keepdims=True, initial=-math.inf)
+            )
+        ),
         native=True,
     ),
     Mistake(
         "maximum-of-the-batch",
         "subtracts one maximum for all batch entries, so that one of them can spoil another",
         ("MHA-PURE-3", "MHA-SOFTMAX-1"),
-        replacing(exponentials=lambda logits: exponentials_from(logits, logits.max(axis=(0, -1), keepdims=True, initial=-math.inf))),
+        replacing(
+            exponentials=lambda logits: exponentials_from(
+                logits, logits.max(axis=(0, -1), keepdims=True, initial=-math.inf)
+            )
+        ),
         native=True,
     ),
     Mistake(
@@ -225,7 +246,9 @@ SUMS = (
         "normalises over the queries in place of the keys",
         ("MHA-SOFTMAX-1",),
         replacing(
-            exponentials=lambda logits: exponentials_from(logits, logits.max(axis=(-1, -2), keepdims=True, initial=-math.inf)),
+            exponentials=lambda logits: exponentials_from(
+                logits, logits.max(axis=(-1, -2), keepdims=True, initial=-math.inf)
+            ),
             normalise=over_queries,
         ),
         functions=FORWARD,
@@ -245,7 +268,11 @@ SINKS = (
         "sinks-scaled",
         "multiplies the sinks with the scale",
         ("MHA-SINK-2",),
-        asking(lambda a: with_sinks(a, a.sinks * steps.scale_of(a.scale, a.query.shape[3]) if a.sinks is not None else None)),
+        asking(
+            lambda a: with_sinks(
+                a, a.sinks * steps.scale_of(a.scale, a.query.shape[3]) if a.sinks is not None else None
+            )
+        ),
         needs=("sinks",),
         bugs=("ROCm/rocm-libraries#12227",),
     ),
@@ -253,7 +280,11 @@ SINKS = (
         "sinks-capped",
         "caps the sinks",
         ("MHA-SINK-2",),
-        asking(lambda a: a if a.sinks is None or a.softcap is None else replace(a, sinks=steps.soft_cap(a.sinks, a.softcap))),
+        asking(
+            lambda a: (
+                a if a.sinks is None or a.softcap is None else replace(a, sinks=steps.soft_cap(a.sinks, a.softcap))
+            )
+        ),
         needs=("sinks", "softcap"),
     ),
     Mistake(
@@ -276,7 +307,11 @@ SINKS = (
         "sinks-by-kv-head",
         "reads sink h // group for query head h",
         ("MHA-SINK-1",),
-        asking(lambda a: a if a.sinks is None else replace(a, sinks=a.sinks[numpy.arange(a.heads) // (a.heads // a.kv_heads)])),
+        asking(
+            lambda a: (
+                a if a.sinks is None else replace(a, sinks=a.sinks[numpy.arange(a.heads) // (a.heads // a.kv_heads)])
+            )
+        ),
         needs=("sinks",),
         bugs=("sgl-project/sgl-kernel-xpu PR#254",),
     ),
@@ -284,7 +319,11 @@ SINKS = (
         "weights-without-the-sink",
         "divides the weights by the sum over the keys alone, so that a row sums to 1 in spite of its sink",
         ("MHA-WEIGHTS-1", "MHA-SINK-1"),
-        replacing(normalise=lambda exponentials, total: steps.normalise(exponentials, exponentials[..., :-1].sum(axis=-1, keepdims=True))),
+        replacing(
+            normalise=lambda exponentials, total: steps.normalise(
+                exponentials, exponentials[..., :-1].sum(axis=-1, keepdims=True)
+            )
+        ),
         needs=("sinks",),
     ),
     Mistake(
@@ -314,7 +353,11 @@ SINKS = (
         "sinks-infinite-nan",
         "gives NaN for a sink of -inf",
         ("MHA-SINK-2",),
-        replacing(sink_column=lambda sinks, logits: numpy.where(numpy.isinf(steps.sink_column(sinks, logits)), math.nan, steps.sink_column(sinks, logits))),
+        replacing(
+            sink_column=lambda sinks, logits: numpy.where(
+                numpy.isinf(steps.sink_column(sinks, logits)), math.nan, steps.sink_column(sinks, logits)
+            )
+        ),
         needs=("sinks",),
     ),
 )
@@ -347,7 +390,11 @@ LSE = (
         "lse-in-half-precision",
         "stores lse in 16 bits",
         ("MHA-LSE-2",),
-        replacing(log_sum_exp=lambda total, maximum: steps.log_sum_exp(total, maximum).astype(numpy.float16).astype(total.dtype)),
+        replacing(
+            log_sum_exp=lambda total, maximum: (
+                steps.log_sum_exp(total, maximum).astype(numpy.float16).astype(total.dtype)
+            )
+        ),
         functions=("attention",),
     ),
     Mistake(

@@ -14,6 +14,8 @@ from .mistake import VJP, Mistake, asking, replacing
 from .visibility import first_along
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mha_spec.arguments import Arguments
 
 __all__ = ["VALUES"]
@@ -23,7 +25,11 @@ def dropped_before_softmax(a: Arguments) -> Arguments:
     """Hide the dropped pairs, so that the softmax is over those that are kept."""
     if a.dropout_mask is None:
         return a
-    return replace(a, mask=a.dropout_mask if a.mask is None else a.mask & a.dropout_mask, dropout_mask=numpy.ones_like(a.dropout_mask))
+    return replace(
+        a,
+        mask=a.dropout_mask if a.mask is None else a.mask & a.dropout_mask,
+        dropout_mask=numpy.ones_like(a.dropout_mask),
+    )
 
 
 def renormalised(x: numpy.ndarray, dropout_mask: numpy.ndarray | None, rate: float) -> numpy.ndarray:
@@ -37,7 +43,9 @@ def plain_product(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.
     return weights @ values
 
 
-def plain_dot(weights: numpy.ndarray, grad_weights: numpy.ndarray, visible: numpy.ndarray, grad_lse: numpy.ndarray | None) -> numpy.ndarray:
+def plain_dot(
+    weights: numpy.ndarray, grad_weights: numpy.ndarray, visible: numpy.ndarray, grad_lse: numpy.ndarray | None
+) -> numpy.ndarray:
     """D without a look at what is visible."""
     dot = (weights * grad_weights).sum(axis=-1, keepdims=True)
     return dot if grad_lse is None else dot - grad_lse
@@ -45,11 +53,11 @@ def plain_dot(weights: numpy.ndarray, grad_weights: numpy.ndarray, visible: nump
 
 def tile_product(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
     """weights @ values, less the values that no row sees."""
-    used = visible.any(axis=-2)[..., None]
+    used = visible.swapaxes(-1, -2).any(axis=-1, keepdims=True)
     return weights @ numpy.where(used, values, 0.0)
 
 
-def leaking(product: object, **others: object) -> steps.Steps:
+def leaking(product: Callable[..., numpy.ndarray], **others: Callable[..., object]) -> steps.Steps:
     """Take every sum over pairs with `product`."""
     return replacing(
         sum_over_visible=product,
@@ -57,7 +65,9 @@ def leaking(product: object, **others: object) -> steps.Steps:
         grad_key=lambda grad_scores, query, visible, scale: (
             scale * product(grad_scores.swapaxes(-1, -2), query, visible.swapaxes(-1, -2))
         ),
-        grad_value=lambda dropped, grad_output, visible: product(dropped.swapaxes(-1, -2), grad_output, visible.swapaxes(-1, -2)),
+        grad_value=lambda dropped, grad_output, visible: product(
+            dropped.swapaxes(-1, -2), grad_output, visible.swapaxes(-1, -2)
+        ),
         **others,
     )
 
@@ -101,7 +111,9 @@ def scaled_in_place(a: Arguments) -> Arguments:
 
 def read_as_contiguous(a: Arguments) -> Arguments:
     """Read query, key and value from the start of their memory, whatever their strides."""
-    return replace(a, query=_contiguous(a.query), key=_contiguous(a.key), value=None if a.value is None else _contiguous(a.value))
+    return replace(
+        a, query=_contiguous(a.query), key=_contiguous(a.key), value=None if a.value is None else _contiguous(a.value)
+    )
 
 
 def _contiguous(x: numpy.ndarray) -> numpy.ndarray:
@@ -115,7 +127,9 @@ DROPOUT = (
         "dropout-mask-inverted",
         "drops what the dropout mask keeps",
         ("MHA-DROP-1",),
-        replacing(drop=lambda x, dropout_mask, rate: steps.drop(x, None if dropout_mask is None else ~dropout_mask, rate)),
+        replacing(
+            drop=lambda x, dropout_mask, rate: steps.drop(x, None if dropout_mask is None else ~dropout_mask, rate)
+        ),
         needs=("dropout_mask",),
     ),
     Mistake(
@@ -167,6 +181,14 @@ DROPOUT = (
 
 NONFINITE = (
     Mistake(
+        "nan-reaches-its-tile",
+        "multiplies with 0 what a row may not see and another one does, so that a NaN there reaches both",
+        ("MHA-POISON-2",),
+        leaking(tile_product),
+        convention=("nonfinite", "reaches_tile"),
+        bugs=("vllm-project/vllm PR#30887", "vllm-project/vllm PR#936"),
+    ),
+    Mistake(
         "hidden-nan-leaks",
         "multiplies hidden values with 0, so that a NaN in storage that no row uses reaches the output",
         ("MHA-POISON-1",),
@@ -181,14 +203,6 @@ NONFINITE = (
         replacing(hide=added_mask),
         convention=("nonfinite", "leaks"),
         bugs=("deepbeepmeep/Wan2GP PR#1628", "Dao-AILab/flash-attention#1395"),
-    ),
-    Mistake(
-        "nan-reaches-its-tile",
-        "multiplies with 0 what a row may not see and another one does, so that a NaN there reaches both",
-        ("MHA-POISON-2",),
-        leaking(tile_product),
-        convention=("nonfinite", "reaches_tile"),
-        bugs=("vllm-project/vllm PR#30887", "vllm-project/vllm PR#936"),
     ),
     Mistake(
         "nan-scrubbed",
@@ -258,10 +272,12 @@ RESULTS = (
     Mistake(
         "key-gradient-unset-without-queries",
         "leaves the gradients of key and value unset where there is no query",
-        ("MHA-SHAPE-2", "MHA-EMPTY-3"),
-        replacing(grad_key=lambda grad_scores, query, visible, scale: (
-            steps.grad_key(grad_scores, query, visible, scale) + (math.nan if query.shape[2] == 0 else 0.0)
-        )),
+        ("MHA-SHAPE-2",),
+        replacing(
+            grad_key=lambda grad_scores, query, visible, scale: (
+                steps.grad_key(grad_scores, query, visible, scale) + (math.nan if query.shape[2] == 0 else 0.0)
+            )
+        ),
         functions=VJP,
         bugs=("Dao-AILab/flash-attention PR#2421",),
     ),

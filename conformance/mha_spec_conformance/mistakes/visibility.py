@@ -27,11 +27,6 @@ def first_along(name: str, axis: int) -> steps.Steps:
     return asking(change)
 
 
-def of_first_entry(values: object) -> object:
-    """One offset or length per batch entry, the first one for all."""
-    return values if isinstance(values, int) else numpy.broadcast_to(numpy.asarray(values)[:1], numpy.shape(values))
-
-
 def as_bias(mask: numpy.ndarray, a: Arguments) -> numpy.ndarray:
     """The boolean mask as numbers 0 and 1, added to the bias."""
     return mask.astype(float) + (0 if a.bias is None else a.bias)
@@ -74,9 +69,10 @@ def restarting_positions(a: Arguments) -> Arguments:
     """Count the positions of each segment from its own first query and first key."""
     if a.q_segment_ids is None or not a.positional:
         return a
-    first = numpy.zeros((a.batch, a.q_len), int)
+    queries, keys = numpy.asarray(a.q_segment_ids), numpy.asarray(a.kv_segment_ids)
+    first = numpy.zeros(queries.shape, int)
     for b, i in numpy.ndindex(first.shape):
-        first[b, i] = numpy.argmax(a.kv_segment_ids[b] == a.q_segment_ids[b, i]) - numpy.argmax(a.q_segment_ids[b] == a.q_segment_ids[b, i])
+        first[b, i] = numpy.argmax(keys[b] == queries[b, i]) - numpy.argmax(queries[b] == queries[b, i])
     distance = numpy.arange(a.kv_len) - (numpy.arange(a.q_len) + first)[:, None, :, None]
     left, right = (math.inf if side is None else side for side in a.bounded_window or (None, None))
     seen = (distance >= -left) & (distance <= (min(right, 0) if a.causal else right))
@@ -145,7 +141,12 @@ VISIBILITY = (
         ("MHA-MASK-2",),
         asking(head_before_batch),
         needs=("mask",),
-        bugs=("tenstorrent/tt-metal#39946", "tenstorrent/tt-metal PR#42846", "pytorch/pytorch PR#188764", "lsdefine/attention-is-all-you-need-keras#36"),
+        bugs=(
+            "tenstorrent/tt-metal#39946",
+            "tenstorrent/tt-metal PR#42846",
+            "pytorch/pytorch PR#188764",
+            "lsdefine/attention-is-all-you-need-keras#36",
+        ),
     ),
     Mistake(
         "mask-with-query-stride",
@@ -212,7 +213,9 @@ VISIBILITY = (
         ("MHA-POS-1", "MHA-POS-2"),
         replacing(
             check=lambda a: steps.check(
-                a if not a.positional or a.kv_lengths is None else replace(a, q_offset=numpy.asarray(a.kv_lengths) - a.q_len)
+                a
+                if not a.positional or a.kv_lengths is None
+                else replace(a, q_offset=numpy.asarray(a.kv_lengths) - a.q_len)
             )
         ),
         convention=("causal_alignment", "lower_right_of_kv_lengths"),

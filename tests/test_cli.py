@@ -1,0 +1,244 @@
+"""The command line: what it prints, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import numpy
+import pytest
+
+from mha_spec_conformance import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Command = Callable[..., tuple[int, str, str]]
+
+SMOKE = ("--only", "attention/smoke/", "--dtypes", "float32")
+REPORT = {
+    "schema", "spec_version", "suite", "environment", "target", "selection", "complete", "verdict", "accepted", "known",
+    "summary", "features", "conventions", "diagnosis", "cases",
+}  # fmt: skip
+CASE = {
+    "id",
+    "function",
+    "dtype",
+    "clauses",
+    "features",
+    "level",
+    "outcome",
+    "reason",
+    "allowance_used",
+    "worst",
+    "diagnosis",
+    "seconds",
+}
+OUTCOMES = ["pass", "fail", "deviation", "error", "crash", "timeout", "unsupported"]
+
+
+@pytest.fixture
+def mha_spec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command and give its exit status, stdout and stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mha-spec", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return command
+
+
+@pytest.fixture
+def starter(tmp_path: Path, mha_spec: Command) -> Path:
+    """A target file as `mha-spec new` writes it."""
+    path = tmp_path / "mine.py"
+    status, out, _ = mha_spec("new", path)
+    assert (status, out) == (0, f"wrote {path}; judge it with: mha-spec check {path}\n")
+    return path
+
+
+def test_starter_is_conformant_on_what_it_claims(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
+    status, out, err = mha_spec("check", starter, "--json", tmp_path / "report.json")
+    assert (status, err) == (0, "")
+    assert f"{starter}: conformant on " in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["complete"]
+    assert report["verdict"] in out
+    assert "not asked: " in report["verdict"]
+    assert set(report["summary"]) == set(OUTCOMES)
+    assert report["summary"]["pass"] > 200
+    assert report["features"]["mask"]["pass"] > 10
+    assert "softcap" not in report["features"]
+
+
+def test_file_that_is_there_is_not_overwritten(mha_spec: Command, starter: Path) -> None:
+    text = starter.read_text()
+    status, _, err = mha_spec("new", starter)
+    assert status == 2
+    assert err == f"mha-spec: {starter} exists already; name another file\n"
+    assert starter.read_text() == text
+
+
+def test_report_has_every_key_of_its_schema(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
+    starter.write_text(starter.read_text().replace("visible &= mask", "visible &= ~mask"))
+    status, out, _ = mha_spec("check", starter, *SMOKE, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert status == 1
+    assert report.keys() >= REPORT
+    assert report["schema"] == "mha-spec-report/1"
+    assert report["suite"].keys() >= {"version", "goldens_sha256"}
+    assert report["environment"].keys() == {"python", "platform", "device", "libraries"}
+    assert report["target"].keys() >= {"name", "versions", "features", "dtypes", "conventions", "profile"}
+    assert report["target"]["features"] == ["mask", "causal"]
+    assert report["target"]["deterministic"] is True
+    assert report["selection"] == {"only": ["attention/smoke/"], "dtypes": ["float32"]}
+    assert not report["complete"]
+    assert list(report["summary"]) == OUTCOMES
+    assert all(list(tally) == OUTCOMES for tally in report["features"].values())
+    assert all(case.keys() == CASE for case in report["cases"])
+    wrong = next(case for case in report["cases"] if case["outcome"] == "deviation")
+    assert wrong["id"] == "attention/smoke/mask-polarity"
+    assert wrong["reason"] == "mask_polarity=true_hides"
+    assert wrong["worst"].keys() == {"output", "index", "expected", "got", "allowance"}
+    assert wrong["diagnosis"]
+    assert report["conventions"] == {"mask_polarity": "true_hides"}
+    assert report["diagnosis"][0].keys() == {"variant", "explains", "clauses"}
+    assert "DEVIATION  attention/smoke/mask-polarity" in out
+    assert "MHA-MASK-1: " in out
+    assert "--accept mask_polarity=true_hides" in out
+
+
+def test_failure_can_be_acted_on(mha_spec: Command, starter: Path) -> None:
+    starter.write_text(starter.read_text().replace("/ qk_dim**0.5", "/ qk_dim"))
+    status, out, _ = mha_spec("check", starter, *SMOKE)
+    assert status == 1
+    assert "FAIL  attention/smoke/" in out
+    assert "asked: attention(query (2, 3, 5, 11), key (2, 3, 7, 11), value (2, 3, 7, 11)" in out
+    assert "times the allowance" in out
+    assert "MHA-SCORE-2: " in out
+    assert "conformant" not in out.splitlines()[-1]
+
+
+def test_accept_require_and_known(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
+    starter.write_text(starter.read_text().replace("visible &= mask", "visible &= ~mask"))
+    assert mha_spec("check", starter, *SMOKE, "--accept", "mask_polarity=true_hides")[0] == 0
+    assert (
+        mha_spec("check", starter, *SMOKE, "--accept", "mask_polarity=true_hides", "--require", "mask,causal")[0] == 1
+    )
+    known = tmp_path / "known.toml"
+    known.write_text('[[known]]\nid = "attention/smoke/mask-polarity"\nreason = "inverted"\n')
+    assert mha_spec("check", starter, *SMOKE, "--known", known)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("check", "nothere"), "is no backend"),
+        (("check", "numpy", "--only", "nothing/like/it"), "--only nothing/like/it matches none of"),
+        (
+            ("check", "numpy", "--dtypes", "float8"),
+            "--dtypes must be of float64, float32, float16, bfloat16, received 'float8'",
+        ),
+        (("check", "numpy", "--require", "masks"), "--require must be of "),
+        (("check", "numpy", "--accept", "mask"), "a convention is written CONVENTION=VARIANT"),
+        (("check", "numpy", "--accept", "mask_polarity=x"), "must be true_attends or true_hides, received 'x'"),
+        (("check", "numpy", "--known", "none.toml"), "known failures none.toml: "),
+        (("check", "numpy", "--json", "no/such/folder.json"), "there is no folder no/such"),
+        (("spec", "MHA-MASK-99"), "there is no clause 'MHA-MASK-99'; there are MHA-MASK"),
+        (
+            ("explain", "attention/smoke/plane"),
+            "no case is called 'attention/smoke/plane'; there are attention/smoke/plain",
+        ),
+        (("explain", "attention/smoke/plain", "--dtype", "float8"), "is asked in float64"),
+        (("cases", "nothing/like/it"), "no case matches"),
+    ],
+)
+def test_mistake_of_the_user_is_one_line(mha_spec: Command, arguments: tuple[str, ...], says: str) -> None:
+    status, out, err = mha_spec(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("mha-spec: ")
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "known = 3",
+        "[[known]]\nid = 'x'",
+        "[[known]]\nid = 'x'\nreason = ''",
+        "[[known]]\nid = 'x'\nreason = 'y'\nwhy = 'z'",
+        "[[",
+        "",
+    ],
+)
+def test_file_of_known_failures_that_says_nothing(mha_spec: Command, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "known.toml"
+    path.write_text(text)
+    status, _, err = mha_spec("check", "numpy", "--known", path)
+    assert status == 2
+    assert err.startswith(f"mha-spec: known failures {path}: ")
+
+
+def test_damaged_goldens_are_not_judged_by(mha_spec: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mha_spec_conformance import cases
+
+    monkeypatch.setattr(cases, "FOLDER", tmp_path)
+    status, _, err = mha_spec("check", "numpy")
+    assert status == 2
+    assert "index.json" in err
+
+
+def test_spec_cases_and_backends_are_listed(mha_spec: Command) -> None:
+    assert mha_spec("spec", "mha-mask-1")[1].startswith("MHA-MASK-1  MUST  ")
+    assert "MHA-MASK-1 " in mha_spec("spec")[1]
+    assert "numpy        mha_spec_numpy" in mha_spec("backends")[1]
+    listed = mha_spec("cases", "attention/smoke/")[1].splitlines()
+    assert listed[-1] == f"{len(listed) - 1} cases"
+    assert all(line.startswith("attention/smoke/") for line in listed[:-1])
+
+
+def test_explained_case_can_be_asked_without_the_suite(mha_spec: Command, tmp_path: Path) -> None:
+    file = tmp_path / "case.npz"
+    status, out, _ = mha_spec("explain", "attention/smoke/mask-polarity", "--save", file)
+    assert status == 0
+    for part in (
+        "MHA-MASK-1: ",
+        "S = 1/sqrt(11) * Q K^T",
+        "visible: mask",
+        "query  shape=(2, 3, 5, 11) dtype=float32",
+        "   1 # # . . . . .",
+    ):
+        assert part in out
+    snippet = out.partition("without the suite:\n")[2].replace("\n    ", "\n").strip()
+    from mha_spec.reference import attention
+
+    results: list[numpy.ndarray] = []
+    exec(snippet.removeprefix("    "), {"attention": attention, "print": results.append})
+    assert numpy.allclose(results[0], numpy.load(file)["expected_output"], rtol=1e-5)
+
+
+def test_every_case_can_be_explained(mha_spec: Command) -> None:
+    listed = [line.split()[0] for line in mha_spec("cases")[1].splitlines()[:-1]]
+    for name in listed[::61]:
+        status, out, err = mha_spec("explain", name)
+        assert (status, err) == (0, "")
+        assert out.startswith(name)
+
+
+def test_help_comes_quickly(python: Callable[..., object]) -> None:
+    done = python(
+        "import sys, time; from mha_spec_conformance import cli;"
+        "print(time.process_time(), 'mha_spec_conformance.cases' in sys.modules, 'torch' in sys.modules)"
+    )
+    seconds, *loaded = done.stdout.split()
+    assert float(seconds) < 0.5
+    assert loaded == ["False", "False"]

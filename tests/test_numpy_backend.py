@@ -1,0 +1,470 @@
+"""mha_spec_numpy where the suite does not look: cut into small blocks, in other libraries, in memory, bit by bit."""
+
+from __future__ import annotations
+
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+from threadpoolctl import threadpool_limits
+
+import mha_spec_numpy
+from mha_spec import reference
+from mha_spec.arrays import dtype_name, library_of, namespace_of
+from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec_conformance.accuracy import allowances, bounds, precision
+from mha_spec_conformance.compare import judge
+from mha_spec_conformance.convert import to_library, to_numpy
+from mha_spec_numpy import forward, parallel, problem, strip, visibility
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from mha_spec_conformance.cases import Case, Suite
+
+BATCH, KV_HEADS, GROUP, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 3, 2, 37, 41, 5, 7
+HEADS = KV_HEADS * GROUP
+OUTPUTS = {
+    "attention": ("output", "lse"),
+    "attention_weights": ("weights",),
+    "attention_vjp": ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks"),
+}
+FORWARD_ONLY = ("value", "grad_output", "grad_lse", "dropout_mask", "dropout_rate")
+NUMERIC = ("query", "key", "value", "bias", "sinks", "grad_output", "grad_lse")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that every call crosses several, among them some of one row or key."""
+    monkeypatch.setattr(visibility, "ROWS", 14)
+    monkeypatch.setattr(forward, "SCORES", 70)
+    monkeypatch.setattr(strip, "SCORES", 70)
+    monkeypatch.setattr(strip, "HIGHEST", 10)
+    monkeypatch.setattr(strip, "LOWEST", 10)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Count the scores that a call computes."""
+    seen: list[int] = []
+    compute = problem.Problem.block
+
+    def counted(self: problem.Problem, tile: Any, keys: range, *, slope: bool = False) -> problem.Block:
+        seen.append(tile.rows * len(keys))
+        return compute(self, tile, keys, slope=slope)
+
+    monkeypatch.setattr(problem.Problem, "block", counted)
+
+    def count(function: Callable[..., Any], *arrays: numpy.ndarray, **options: Any) -> int:
+        seen.clear()
+        function(*arrays, **options)
+        return sum(seen)
+
+    return count
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads, however small the work and however few the cores."""
+    monkeypatch.setattr(parallel, "WORTHWHILE", 0)
+    with threadpool_limits(2, user_api="blas"):
+        assert parallel.blas().threads == 2, "no BLAS obeys: these tests would say nothing"
+        yield
+
+
+def random_arrays(
+    seed: int, *, batch: int = BATCH, q_len: int = Q_LEN, kv_len: int = KV_LEN
+) -> dict[str, numpy.ndarray]:
+    random = numpy.random.default_rng(seed)
+    shapes = {
+        "query": (batch, HEADS, q_len, QK_DIM),
+        "key": (batch, KV_HEADS, kv_len, QK_DIM),
+        "value": (batch, KV_HEADS, kv_len, V_DIM),
+        "grad_output": (batch, HEADS, q_len, V_DIM),
+        "grad_lse": (batch, HEADS, q_len),
+    }
+    return {name: random.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def random_call(seed: int, **sizes: int) -> dict[str, Any]:
+    """Arrays with a random choice of options, each about as often there as not."""
+    random, call = numpy.random.default_rng(seed), dict(random_arrays(seed, **sizes))
+    batch, _, q_len, _ = call["query"].shape
+    kv_len = call["key"].shape[2]
+
+    def often() -> bool:
+        return bool(random.random() < 0.4)
+
+    def pairs() -> tuple[int, ...]:
+        return tuple(size if random.random() < 0.6 else 1 for size in (batch, HEADS, q_len, kv_len))
+
+    if often():
+        call["mask"] = random.random(pairs()) < 0.7
+    if often():
+        call["bias"] = random.standard_normal(pairs())
+        call["bias"][random.random(call["bias"].shape) < 0.2] = -numpy.inf
+    if often():
+        call["causal"] = True
+    if often():
+        call["window"] = tuple(int(side) if often() else None for side in random.integers(0, 20, 2))
+    if often():
+        call["kv_lengths"] = random.integers(0, kv_len + 1, batch)
+    if often():
+        call["q_lengths"] = random.integers(0, q_len + 1, batch)
+    if often():
+        call["q_segment_ids"] = numpy.sort(random.integers(0, 3, (batch, q_len)))
+        call["kv_segment_ids"] = numpy.sort(random.integers(0, 3, (batch, kv_len)))
+    if often() or call.keys() & {"causal", "window"}:
+        call["q_offset"] = random.integers(-9, 17, batch)
+    if often():
+        call["scale"] = float(random.choice([0.0, -0.5, 0.3]))
+    if often():
+        call["softcap"] = 1.5
+    if often():
+        call["sinks"] = random.standard_normal(HEADS)
+        call["sinks"][0] = -numpy.inf
+    if often():
+        call |= {"dropout_mask": random.random(pairs()) < 0.7, "dropout_rate": float(random.choice([0.0, 0.4]))}
+    return call
+
+
+def converted(call: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    return {name: value.astype(dtype) if name in NUMERIC else value for name, value in call.items()}
+
+
+def arguments_of(function: str, call: Mapping[str, Any]) -> dict[str, Any]:
+    without = {"attention": ("grad_output", "grad_lse"), "attention_weights": FORWARD_ONLY}.get(function, ())
+    return {name: value for name, value in call.items() if name not in without}
+
+
+def ask(module: Any, function: str, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The outputs of a function by name."""
+    options = {"return_lse": True} if function == "attention" else {}
+    answer = getattr(module, function)(**arguments_of(function, call), **options)
+    answers = answer if isinstance(answer, tuple) else (answer,)
+    return {name: value for name, value in zip(OUTPUTS[function], answers, strict=True) if value is not None}
+
+
+def assert_allowed(function: str, call: Mapping[str, Any], got: Mapping[str, numpy.ndarray]) -> None:
+    """Hold every output against the specification in float64 and the allowance of the case."""
+    asked = arguments_of(function, call)
+    arrays = {name: value for name, value in asked.items() if isinstance(value, numpy.ndarray)}
+    options = {name: value for name, value in asked.items() if name not in arrays}
+    case, dtype = bounds(function, arrays, options), dtype_name(call["query"])
+    allowed = case.allowances(precision(dtype))
+    for name, value in got.items():
+        wanted = case.values[name]
+        assert value.shape == wanted.shape, name
+        exact = numpy.isinf(wanted)
+        assert numpy.array_equal(value[exact], wanted[exact]), name
+        assert (abs(value[~exact].astype("float64") - wanted[~exact]) <= allowed[name][~exact]).all(), name
+
+
+def assert_same_bits(got: Mapping[str, numpy.ndarray], wanted: Mapping[str, numpy.ndarray]) -> None:
+    assert got.keys() == wanted.keys()
+    for name, value in got.items():
+        assert value.dtype == wanted[name].dtype, name
+        assert numpy.array_equal(value, wanted[name], equal_nan=True), name
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("function", OUTPUTS)
+def test_goldens_in_small_blocks(function: str, suite: Suite) -> None:
+    cases = [case for case in suite.cases if case.function == function and case.expect == "values"]
+    assert cases
+    wrong = [reason for case in cases if (reason := _judged(case)) is not None]
+    assert wrong == []
+
+
+def _judged(case: Case) -> str | None:
+    dtype = "float32" if "float32" in case.dtypes else case.dtypes[0]
+    options = {name: tuple(value) if name == "window" else value for name, value in case.options.items()}
+    got = ask(mha_spec_numpy, case.function, case.inputs(dtype) | options)
+    allowed = allowances(case.function, case.inputs(dtype), case.options, precision(dtype))
+    judgement = judge(case, case.expected, got, allowed, precision(dtype))
+    return None if judgement.passed else f"{case.id}: {judgement.reason}"
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("function", OUTPUTS)
+def test_options_together(function: str, dtype: str) -> None:
+    for seed in range(25):
+        call = converted(random_call(seed), dtype)
+        got = ask(mha_spec_numpy, function, call)
+        assert {dtype_name(value) for name, value in got.items() if name != "lse"} == {dtype}
+        assert_allowed(function, call, got)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("function", OUTPUTS)
+def test_poison_reaches_what_it_reaches_in_the_reference(function: str) -> None:
+    for seed in range(25):
+        clean = random_call(seed)
+        random, call = numpy.random.default_rng(seed), dict(clean)
+        for name in ("query", "key", "value", "grad_output"):
+            call[name] = clean[name].copy()
+            call[name][random.random(call[name].shape[:-1]) < 0.05] = numpy.nan
+        got, wanted, unpoisoned = (ask(*asked) for asked in _thrice(function, call, clean))
+        for name, value in got.items():
+            right = ~numpy.isnan(wanted[name])
+            assert not numpy.isnan(value[right]).any(), name
+            if not name.startswith("grad"):
+                assert numpy.isnan(value[~right]).all(), name
+            same = right & (wanted[name] == ask(reference, function, clean)[name])
+            assert numpy.array_equal(value[same], unpoisoned[name][same]), name
+
+
+def _thrice(
+    function: str, call: Mapping[str, Any], clean: Mapping[str, Any]
+) -> Iterator[tuple[Any, str, Mapping[str, Any]]]:
+    yield mha_spec_numpy, function, call
+    yield reference, function, call
+    yield mha_spec_numpy, function, clean
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("library", ["array_api_strict", "jax", "torch"])
+@pytest.mark.parametrize("function", OUTPUTS)
+def test_other_libraries(function: str, library: str) -> None:
+    for seed in (2,) if library == "jax" else range(6):
+        call = converted(random_call(seed, q_len=35, kv_len=42), "float32")
+        host = {"q_lengths", "kv_lengths"} if seed % 2 else set()
+        theirs = {name: _in_library(value, library) if name not in host else value for name, value in call.items()}
+        got = ask(mha_spec_numpy, function, theirs)
+        for value in got.values():
+            assert namespace_of(value) is namespace_of(theirs["query"])
+            assert dtype_name(value) == "float32"
+        assert_allowed(function, call, {name: to_numpy(value) for name, value in got.items()})
+
+
+def _in_library(value: Any, library: str) -> Any:
+    if library == "array_api_strict":
+        import array_api_strict
+
+        return array_api_strict.asarray(value) if isinstance(value, numpy.ndarray) else value
+    return to_library(value, library) if isinstance(value, numpy.ndarray) else value
+
+
+@pytest.mark.parametrize("function", OUTPUTS)
+def test_arrays_of_other_libraries_are_never_read(function: str) -> None:
+    torch = pytest.importorskip("torch")
+    for seed in range(4):
+        call = random_call(seed)
+        meta = {
+            name: torch.asarray(value).to("meta") if isinstance(value, numpy.ndarray) else value
+            for name, value in call.items()
+        }
+        for name, value in ask(mha_spec_numpy, function, meta).items():
+            assert library_of(value) == "torch"
+            assert tuple(value.shape) == ask(reference, function, call)[name].shape
+
+
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 0, 0)])
+@pytest.mark.parametrize("function", OUTPUTS)
+def test_nothing_to_do(function: str, batch: int, q_len: int, kv_len: int) -> None:
+    for seed in range(8):
+        call = random_call(seed, batch=batch, q_len=q_len, kv_len=kv_len)
+        assert_allowed(function, call, ask(mha_spec_numpy, function, call))
+
+
+def test_merging_is_the_references() -> None:
+    assert mha_spec_numpy.merge_attention is reference.merge_attention
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("function", ["attention", "attention_vjp"])
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"causal": True}, 0.61),
+        ({"causal": True, "q_offset": -30}, 0.08),
+        ({"window": (2, 0)}, 0.25),
+        ({"window": (0, 2), "q_offset": 100}, 0.0),
+        ({"kv_lengths": [9, 0]}, 0.12),
+        ({"q_lengths": [11, 0]}, 0.2),
+        (
+            {
+                "q_segment_ids": numpy.arange(82).reshape(2, 41) // 10,
+                "kv_segment_ids": numpy.arange(82).reshape(2, 41) // 10,
+            },
+            0.5,
+        ),
+        ({"mask": numpy.arange(41).reshape(1, 1, 1, 41) % 41 < 5}, 0.2),
+        ({"mask": numpy.zeros((2, 1, 1, 1), dtype=bool)}, 0.0),
+    ],
+)
+def test_unseen_blocks_are_skipped(
+    function: str, options: dict[str, Any], share: float, computed: Callable[..., int]
+) -> None:
+    arrays = random_arrays(0, q_len=KV_LEN)
+    asked = [
+        arrays[name] for name in (["grad_output"] if function == "attention_vjp" else []) + ["query", "key", "value"]
+    ]
+    ask_for = getattr(mha_spec_numpy, function)
+    pairs = BATCH * HEADS * KV_LEN**2
+    assert computed(ask_for, *asked) == pairs
+    assert computed(ask_for, *asked, **options) <= share * pairs
+
+
+def _memory(function: Callable[[], Any]) -> int:
+    function()
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def _plain(
+    query: numpy.ndarray, key: numpy.ndarray, value: numpy.ndarray, lengths: int, ids: numpy.ndarray, window: int
+) -> numpy.ndarray:
+    """The formula as one writes it with care for memory: one array of scores, worked in place, and one mask."""
+    positions = numpy.arange(key.shape[0], dtype=numpy.int32)
+    visible = positions <= positions[:, None]
+    visible &= positions >= positions[:, None] - window
+    visible &= positions < lengths
+    visible &= ids == ids[:, None]
+    scores = query / numpy.float32(numpy.sqrt(query.shape[1])) @ key.T
+    scores[~visible] = -numpy.inf
+    scores -= numpy.maximum(scores.max(axis=1, keepdims=True), numpy.finfo("float32").min)
+    numpy.exp(scores, out=scores)
+    scores /= scores.sum(axis=1, keepdims=True)
+    return scores @ value
+
+
+def test_memory_is_a_twentieth() -> None:
+    length, window = 8192, 1024
+    random = numpy.random.default_rng(0)
+    query, key, value = (random.standard_normal((1, 1, length, 64), dtype=numpy.float32) for _ in range(3))
+    ids = numpy.sort(random.integers(0, 3, (1, length)))
+    options: dict[str, Any] = {
+        "causal": True,
+        "q_offset": 0,
+        "window": (window, 0),
+        "kv_lengths": [length - 100],
+        "q_segment_ids": ids,
+        "kv_segment_ids": ids,
+    }
+    with numpy.errstate(all="ignore"):
+        plain = _memory(lambda: _plain(query[0, 0], key[0, 0], value[0, 0], length - 100, ids[0], window))
+    assert _memory(lambda: mha_spec_numpy.attention(query, key, value, **options)) <= plain / 20
+    assert _memory(lambda: mha_spec_numpy.attention(query, key, value)) <= plain / 20
+    assert _memory(lambda: mha_spec_numpy.attention_vjp(value, query, key, value, **options)) <= plain / 20
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("function", OUTPUTS)
+def test_inputs_are_only_read_and_strides_do_not_matter(function: str) -> None:
+    for seed in range(8):
+        call = random_call(seed)
+        wanted = ask(mha_spec_numpy, function, call)
+        strided: dict[str, Any] = dict(call)
+        for name, value in call.items():
+            if isinstance(value, numpy.ndarray):
+                strided[name] = numpy.asfortranarray(value)[..., ::-1].copy(order="K")[..., ::-1]
+                strided[name].flags.writeable = False
+        before = {name: value.copy() for name, value in strided.items() if isinstance(value, numpy.ndarray)}
+        assert_same_bits(ask(mha_spec_numpy, function, strided), wanted)
+        assert_same_bits({name: strided[name] for name in before}, before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("function", ["attention", "attention_vjp"])
+@pytest.mark.parametrize("lengths", [(129, 1031), (1, 2053)])
+def test_batch_entries_do_not_depend_on_one_another(
+    function: str, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = converted(random_arrays(0, batch=3, q_len=lengths[0], kv_len=lengths[1]), "float32")
+    together = ask(mha_spec_numpy, function, call)
+    assert_same_bits(ask(mha_spec_numpy, function, call), together)
+    monkeypatch.setattr(parallel, "WORTHWHILE", 2**60)
+    for entry in range(3):
+        alone = ask(mha_spec_numpy, function, {name: value[entry : entry + 1] for name, value in call.items()})
+        assert_same_bits(alone, {name: value[entry : entry + 1] for name, value in together.items()})
+
+
+@pytest.mark.usefixtures("threads")
+def test_blas_has_its_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    during: list[int] = []
+
+    def fail(*_: object) -> None:
+        during.append(parallel.blas().threads)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(mha_spec_numpy, "attend", fail)
+    arrays = random_arrays(0)
+    with pytest.raises(ZeroDivisionError):
+        mha_spec_numpy.attention(arrays["query"], arrays["key"], arrays["value"])
+    assert set(during) == {1}
+    assert parallel.blas().threads == 2
+
+
+def test_calls_from_many_threads() -> None:
+    calls = [converted(random_call(seed), "float32") for seed in range(8)]
+    wanted = [ask(mha_spec_numpy, "attention", call) for call in calls]
+    before = parallel.blas().threads
+    with ThreadPoolExecutor(4) as pool:
+        for got, right in zip(pool.map(partial(ask, mha_spec_numpy, "attention"), calls * 4), wanted * 4, strict=True):
+            assert_same_bits(got, right)
+    assert parallel.blas().threads == before
+
+
+def _drawn(key: int, rate: float, q_len: int, kv_len: int) -> numpy.ndarray:
+    """The mask that a seed draws: with equal weights and one-hot values the output is it."""
+    query, identity = numpy.zeros((BATCH, HEADS, q_len, 1)), numpy.eye(kv_len)
+    value = numpy.broadcast_to(identity, (BATCH, KV_HEADS, kv_len, kv_len))
+    keys = numpy.zeros((BATCH, KV_HEADS, kv_len, 1))
+    return mha_spec_numpy.attention(query, keys, value, dropout_rate=rate, dropout_key=key) > 0
+
+
+def test_drawn_dropout_is_that_of_its_mask(small: None) -> None:  # noqa: ARG001 - the fixture is meant
+    call = random_call(0) | {"dropout_rate": 0.3}
+    call.pop("dropout_mask", None)
+    mask = _drawn(11, 0.3, Q_LEN, KV_LEN)
+    got = ask(mha_spec_numpy, "attention", call | {"dropout_key": 11})
+    assert_same_bits(got, ask(mha_spec_numpy, "attention", call | {"dropout_mask": mask}))
+
+
+def test_drawn_dropout_does_not_depend_on_blocks(request: pytest.FixtureRequest) -> None:
+    large = _drawn(11, 0.3, 67, 521)
+    assert numpy.array_equal(large, _drawn(11, 0.3, 67, 521))
+    assert not numpy.array_equal(large, _drawn(12, 0.3, 67, 521))
+    request.getfixturevalue("small")
+    assert numpy.array_equal(large, _drawn(11, 0.3, 67, 521))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_drawn_dropout_keeps_its_share_independently(rate: float) -> None:
+    """7 standard deviations are passed by chance less than once in 10^11, by one of these 12 counts once in 10^10."""
+    mask = _drawn(5, rate, 61, 509)
+    count, keep = mask.size, 1 - rate
+    limit = 7 * numpy.sqrt(count * keep * (1 - keep))
+    assert abs(mask.sum() - count * keep) <= limit
+    for axis in (1, 2, 3):
+        both = mask & numpy.roll(mask, 1, axis=axis)
+        share = keep**2
+        assert abs(both.sum() - count * share) <= 7 * numpy.sqrt(count * share * (1 + 2 * keep - 3 * share))
+
+
+def test_no_key_is_numpys_own_generator() -> None:
+    arrays = random_arrays(0)
+    asked = {"query": arrays["query"], "key": arrays["key"], "value": arrays["value"], "dropout_rate": 0.5}
+    numpy.random.seed(3)  # noqa: NPY002 - the global generator is what is tested
+    first, second = (mha_spec_numpy.attention(**asked) for _ in range(2))
+    numpy.random.seed(3)  # noqa: NPY002
+    assert numpy.array_equal(first, mha_spec_numpy.attention(**asked))
+    assert not numpy.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("key", "error"), [(0.5, ArgumentTypeError), (True, ArgumentTypeError), (-1, ArgumentValueError)]
+)
+def test_dropout_key_is_a_seed(key: object, error: type[Exception]) -> None:
+    arrays = random_arrays(0)
+    with pytest.raises(error, match=r"`dropout_key` must be .* received dropout_key="):
+        mha_spec_numpy.attention(arrays["query"], arrays["key"], arrays["value"], dropout_rate=0.1, dropout_key=key)

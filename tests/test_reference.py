@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+
+from mha_spec import reference
+from mha_spec.arguments import OPTIONS
+from mha_spec.arrays import dtype_name, library_of
+from mha_spec.steps import Steps, sum_over_visible
+from mha_spec_conformance.accuracy import allowances, precision
+from mha_spec_conformance.convert import to_library, to_numpy
+from mha_spec_conformance.mutation import Subject
+from mha_spec_conformance.question import FUNCTIONS, OPERANDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from mha_spec_conformance.cases import Case, Suite
+
+BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
+
+
+LIBRARIES = ("array_api_strict", "torch", "jax")
+
+
+def converter(library: str) -> Callable[[numpy.ndarray], Any]:
+    """What makes an array of the library of one of NumPy's."""
+    xp = pytest.importorskip(library)
+    return xp.asarray if library == "array_api_strict" else lambda array: to_library(array, library)
+
+
+@contextlib.contextmanager
+def set_up(library: str) -> Iterator[None]:
+    """JAX holds float64 only where it is told to, and compiles quickly only where it is told not to optimise."""
+    if library != "jax":
+        yield
+        return
+    jax = pytest.importorskip("jax")
+    flags = {"jax_enable_x64": True, "jax_disable_most_optimizations": True}
+    before = {name: jax.config.values[name] for name in flags}
+    for name, value in flags.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def compiled(function: Callable[..., Any], library: str) -> Callable[..., Any]:
+    """The function over arrays and static options; JAX compiles it once for each signature, and not each operation."""
+    if library != "jax":
+        return function
+    import jax
+
+    made: dict[str, Callable[..., Any]] = {}
+
+    def call(*operands: Any, options: dict[str, Any], **arrays: Any) -> Any:
+        traced = made.setdefault(repr(sorted(options.items())), jax.jit(functools.partial(function, options=options)))
+        return traced(*operands, **arrays)
+
+    return call
+
+
+def through(library: str, name: str) -> Callable[..., Any]:
+    """A function of the reference on arrays of another library: results must come back in it, on its device."""
+    convert = converter(library)
+    call = compiled(
+        lambda *operands, options, **arrays: getattr(reference, name)(*operands, **arrays, **options), library
+    )
+
+    def asked(*operands: numpy.ndarray, **keywords: Any) -> Any:
+        arrays = {key: convert(value) for key, value in keywords.items() if isinstance(value, numpy.ndarray)}
+        options = {key: value for key, value in keywords.items() if key not in arrays}
+        given = [convert(operand) if isinstance(operand, numpy.ndarray) else operand for operand in operands]
+        results = call(*given, options=options, **arrays)
+        return tuple(map(back, results)) if isinstance(results, tuple) else back(results)
+
+    def back(result: Any) -> numpy.ndarray | None:
+        if result is None:
+            return None
+        assert library_of(result) == library
+        assert str(result.device) == str(convert(numpy.zeros(1)).device)
+        return to_numpy(result).copy()
+
+    return asked
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_same_source_passes_the_suite_on_every_library(library: str, dtype: str, suite: Suite) -> None:
+    with set_up(library):
+        subject = Subject({name: through(library, name) for name in FUNCTIONS})
+        cases = [case for case in suite.cases if dtype in case.dtypes and not lacks_dtype_of(library, case)]
+        results = [subject.outcome(case, dtype) for case in cases]
+    assert len(results) > 600
+    assert not [(one.ask.case.id, one.outcome, one.reason) for one in results if one.outcome != "pass"]
+
+
+def lacks_dtype_of(library: str, case: Case) -> bool:
+    """Whether a call that must be refused has an input of 16 bits, which array-api-strict cannot hold."""
+    dtypes = {dtype_name(array) for array in case.inputs("float64").values()}
+    return library == "array_api_strict" and case.expect == "error" and bool(dtypes & {"float16", "bfloat16"})
+
+
+def random(*shape: int, seed: int = 3) -> numpy.ndarray:
+    return numpy.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def tensors() -> dict[str, numpy.ndarray]:
+    return {
+        "query": random(BATCH, HEADS, Q_LEN, QK_DIM),
+        "key": random(BATCH, KV_HEADS, KV_LEN, QK_DIM),
+        "value": random(BATCH, KV_HEADS, KV_LEN, V_DIM),
+    }
+
+
+def every_option() -> dict[str, Any]:
+    draw = numpy.random.default_rng(11)
+    return {
+        "mask": draw.random((BATCH, 1, Q_LEN, KV_LEN)) < 0.8,
+        "bias": random(1, HEADS, 1, KV_LEN),
+        "causal": True,
+        "q_offset": numpy.asarray([2, 3]),
+        "window": (4, 1),
+        "q_lengths": numpy.asarray([5, 4]),
+        "kv_lengths": numpy.asarray([6, 7]),
+        "q_segment_ids": draw.integers(0, 2, (BATCH, Q_LEN)),
+        "kv_segment_ids": draw.integers(0, 2, (BATCH, KV_LEN)),
+        "scale": -0.7,
+        "softcap": 1.9,
+        "sinks": random(HEADS),
+        "dropout_rate": 0.3,
+        "dropout_mask": draw.random((1, HEADS, Q_LEN, KV_LEN)) < 0.7,
+    }
+
+
+def test_every_option_is_among_them() -> None:
+    assert set(every_option()) == set(OPTIONS) - {"dropout_key"}
+
+
+PLAIN = {"scale": -0.7, "bias": random(BATCH, 1, Q_LEN, KV_LEN)}
+
+
+DIFFERENTIATED = [
+    pytest.param(operand, options, id=f"{operand} with {name}")
+    for name, options in (("no option", {}), ("scale and bias", PLAIN), ("every option", every_option()))
+    for operand in ("query", "key", "value", "bias", "sinks")
+    if operand in tensors() | options
+]
+
+
+@pytest.mark.parametrize(("operand", "options"), DIFFERENTIATED)
+def test_gradients_are_those_of_finite_differences(operand: str, options: dict[str, Any]) -> None:
+    """A central difference is wrong by the square of its step, which two steps tell, and by rounding."""
+    given = tensors() | options
+    grad_output, grad_lse = random(BATCH, HEADS, Q_LEN, V_DIM, seed=5), random(BATCH, HEADS, Q_LEN, seed=7)
+    gradients = reference.attention_vjp(grad_output, **given, grad_lse=grad_lse)
+    gradient = gradients[("query", "key", "value", "bias", "sinks").index(operand)]
+    direction = random(*given[operand].shape, seed=13)
+
+    def terms(step: float) -> numpy.ndarray:
+        output, lse = reference.attention(**given | {operand: given[operand] + step * direction}, return_lse=True)
+        return numpy.concat(
+            [(output * grad_output).ravel(), (numpy.where(lse == -numpy.inf, 0.0, lse) * grad_lse).ravel()]
+        )
+
+    steps = 2.0**-10, 2.0**-11
+    coarse, fine = ((terms(step) - terms(-step)).sum() / (2 * step) for step in steps)
+    extrapolated = (4 * fine - coarse) / 3
+    rounding = numpy.finfo(float).eps * abs(terms(0.0)).sum() / steps[1]
+    assert abs(coarse - extrapolated) + rounding < 1e-3 * abs(extrapolated)
+    assert abs((gradient * direction).sum() - extrapolated) <= abs(coarse - extrapolated) + rounding
+
+
+def test_future_key_moves_no_bit_of_a_causal_row() -> None:
+    given = tensors() | {"causal": True, "q_offset": 1}
+    before, lse_before = reference.attention(**given, return_lse=True)
+    for name in ("key", "value"):
+        given[name] = given[name].copy()
+        given[name][:, :, 4:] = 17 * random(BATCH, KV_HEADS, KV_LEN - 4, given[name].shape[3])
+    after, lse_after = reference.attention(**given, return_lse=True)
+    assert numpy.array_equal(before[:, :, :3], after[:, :, :3])
+    assert numpy.array_equal(lse_before[:, :, :3], lse_after[:, :, :3])
+    assert not numpy.array_equal(before[:, :, 3:], after[:, :, 3:])
+
+
+@pytest.mark.parametrize("garbage", [numpy.nan, numpy.inf, 1e300])
+def test_what_lies_in_hidden_pairs_moves_no_bit(garbage: float) -> None:
+    given = tensors() | every_option()
+    grad_output = random(BATCH, HEADS, Q_LEN, V_DIM, seed=5)
+    before = (*reference.attention(**given, return_lse=True), *reference.attention_vjp(grad_output, **given))
+    spoilt = {name: array.copy() if isinstance(array, numpy.ndarray) else array for name, array in given.items()}
+    spoilt["key"][0, :, 6:] = spoilt["value"][0, :, 6:] = garbage
+    spoilt["query"][1, :, 4:] = grad_output[1, :, 4:] = garbage
+    after = (*reference.attention(**spoilt, return_lse=True), *reference.attention_vjp(grad_output, **spoilt))
+    for one, other in zip(before, after, strict=True):
+        assert numpy.array_equal(one, other)
+
+
+def within(name: str, given: Mapping[str, Any], **moved: numpy.ndarray) -> dict[str, numpy.ndarray]:
+    """The allowances of a call of the reference in float64."""
+    arrays = {key: value for key, value in given.items() if isinstance(value, numpy.ndarray)} | moved
+    options = {key: value for key, value in given.items() if key not in arrays}
+    return allowances(name, arrays, options, precision("float64"))
+
+
+def test_keys_in_another_order_are_the_same_attention() -> None:
+    order = numpy.random.default_rng(19).permutation(KV_LEN)
+    given = tensors() | {
+        "bias": random(1, HEADS, Q_LEN, KV_LEN),
+        "mask": numpy.random.default_rng(23).random((BATCH, 1, Q_LEN, KV_LEN)) < 0.8,
+    }
+    moved = {name: given[name][:, :, order] for name in ("key", "value")} | {
+        name: given[name][..., order] for name in ("bias", "mask")
+    }
+    allowed = within("attention", given)
+    for name, one, other in zip(
+        ("output", "lse"),
+        reference.attention(**given, return_lse=True),
+        reference.attention(**given | moved, return_lse=True),
+        strict=True,
+    ):
+        assert (abs(one - other) <= 2 * allowed[name]).all()
+
+
+def test_halves_merge_to_the_whole() -> None:
+    given = tensors() | {"mask": numpy.random.default_rng(29).random((BATCH, HEADS, Q_LEN, KV_LEN)) < 0.7}
+    keys = (slice(3), slice(3, None))
+    halves = [
+        given | {"key": given["key"][:, :, part], "value": given["value"][:, :, part], "mask": given["mask"][..., part]}
+        for part in keys
+    ]
+    (output_a, lse_a), (output_b, lse_b) = (reference.attention(**half, return_lse=True) for half in halves)
+    merged = reference.merge_attention(output_a, lse_a, output_b, lse_b)
+    operands = dict(zip(OPERANDS["merge_attention"], (output_a, lse_a, output_b, lse_b), strict=True))
+    own = [
+        within("attention", given),
+        *(within("attention", half) for half in halves),
+        within("merge_attention", operands),
+    ]
+    lse_error = sum(one["lse"] for one in own)
+    output_error = (
+        sum(one["output"] for one in own) + (abs(output_a) + abs(output_b)) * numpy.expm1(lse_error)[..., None]
+    )
+    output, lse = reference.attention(**given, return_lse=True)
+    assert (abs(merged[0] - output) <= output_error).all()
+    assert (abs(merged[1] - lse)[lse != merged[1]] <= lse_error[lse != merged[1]]).all()
+
+
+def test_weights_are_those_of_the_output() -> None:
+    given = tensors() | {name: value for name, value in every_option().items() if "dropout" not in name}
+    weights = reference.attention_weights(**{name: value for name, value in given.items() if name != "value"})
+    output = weights @ numpy.repeat(given["value"], HEADS // KV_HEADS, axis=1)
+    assert (abs(output - reference.attention(**given)) <= 2 * within("attention", given)["output"]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_results_have_the_dtypes_of_their_operands(dtype: str) -> None:
+    import ml_dtypes
+
+    own = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    given = {name: array.astype(own) for name, array in tensors().items()}
+    options = {"bias": random(1, HEADS, Q_LEN, 1), "sinks": random(HEADS).astype("float32")}
+    output, lse = reference.attention(**given, **options, return_lse=True)
+    gradients = reference.attention_vjp(output, **given, **options)
+    assert dtype_name(output) == dtype
+    assert dtype_name(lse) == ("float64" if dtype == "float64" else "float32")
+    assert [dtype_name(gradient) for gradient in gradients] == [dtype, dtype, dtype, "float64", "float32"]
+    operands = (*given.values(), *options.values())
+    assert [gradient.shape for gradient in gradients] == [operand.shape for operand in operands]
+
+
+def test_steps_can_be_replaced_by_name() -> None:
+    plain = Steps()
+    assert plain.sum_over_visible is sum_over_visible
+    assert reference.Reference(plain) == reference.Reference()
