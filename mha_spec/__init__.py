@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
 
     def attention(query, key, value, **options):
-        """Scaled dot-product attention, by the backend of the query's array type; see `mha_spec.reference.attention`."""
+        """Scaled dot-product attention, by the backend of the query's type; see `mha_spec.reference.attention`."""
         return backend_for(query).attention(query, key, value, **options)
 
     def attention_weights(query, key, **options):

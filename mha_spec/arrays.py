@@ -10,7 +10,16 @@ import numpy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["FLOATING", "Array", "device_of", "dtype_name", "host_integers", "library_of", "namespace_of", "softmax_dtype_name"]
+__all__ = [
+    "FLOATING",
+    "Array",
+    "device_of",
+    "dtype_name",
+    "host_integers",
+    "library_of",
+    "namespace_of",
+    "softmax_dtype_name",
+]
 
 Array: TypeAlias = Any
 """An array of any library that speaks the Python array API."""
@@ -37,7 +46,7 @@ def library_of(value: object) -> str | None:
     return _library_of_class(type(value))
 
 
-def namespace_of(array: Array) -> Any:
+def namespace_of(array: object) -> Any:
     """Give the Python array API namespace of `array`, wrapped by array-api-compat where its library needs it."""
     found = _NAMESPACE_OF_CLASS.get(type(array))
     if found is None:
@@ -48,7 +57,7 @@ def namespace_of(array: Array) -> Any:
 
 
 def device_of(array: Array) -> Any:
-    """Give the device of `array`; None, which is the default one, for an array that JAX traces and that has none yet."""
+    """Give the device of `array`; None, the default one, for an array that JAX traces and that has none yet."""
     return getattr(array, "device", None)
 
 
@@ -68,7 +77,7 @@ def softmax_dtype_name(name: str) -> str:
 
 
 def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
-    """Read integers that lie on the host (a number, a sequence, a NumPy array); None for arrays that must not be read."""
+    """Read integers on the host (a number, a sequence, a NumPy array); None for arrays that must not be read."""
     if isinstance(value, int):
         return [value]
     if isinstance(value, (list, tuple, numpy.ndarray, numpy.integer)):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from .arguments import Arguments, check_dropout_mask, check_weight_options, spells_options
+from .arguments import Arguments, spells_options
 from .arrays import Array, device_of, dtype_name, library_of, namespace_of
+from .checks import check_dropout_mask, check_weight_options
 from .steps import Steps
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class Reference:
 
     steps: Steps = Steps()
 
-    def attention(self, query: Array, key: Array, value: Array, *, return_lse: bool = False, **options: Unpack[Options]) -> Array | tuple[Array, Array]:
+    def attention(
+        self, query: Array, key: Array, value: Array, *, return_lse: bool = False, **options: Unpack[Options]
+    ) -> Array | tuple[Array, Array]:
         """The specification's attention, over these steps."""
         a = self._arguments(query, key, value, **options)
         with numpy.errstate(all="ignore"):
@@ -71,7 +74,14 @@ class Reference:
             return self.steps.round_output(self.trace(a).weights, dtype_name(query))
 
     def attention_vjp(
-        self, grad_output: Array, query: Array, key: Array, value: Array, *, grad_lse: Array | None = None, **options: Unpack[Options]
+        self,
+        grad_output: Array,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        grad_lse: Array | None = None,
+        **options: Unpack[Options],
     ) -> Gradients:
         """The specification's attention_vjp, over these steps."""
         a = self._arguments(query, key, value, **options)
@@ -149,7 +159,11 @@ class Reference:
     def _integers(self, value: Array | Sequence[int] | int, like: Array) -> Array:
         """One integer per batch entry, (batch or 1, 1, 1, 1), in the type of `like`."""
         xp = namespace_of(like)
-        array = value if library_of(value) == library_of(like) else xp.asarray(value, dtype=like.dtype, device=device_of(like))
+        array = (
+            value
+            if library_of(value) == library_of(like)
+            else xp.asarray(value, dtype=like.dtype, device=device_of(like))
+        )
         return xp.reshape(xp.astype(array, like.dtype), (-1, 1, 1, 1))
 
     def output(self, a: Arguments, trace: Trace) -> Array:
@@ -176,8 +190,17 @@ class Reference:
         grad_value = steps.sum_group(steps.grad_value(dropped, grad_output, t.visible), a.kv_heads)
         grad_bias = None if a.bias is None else steps.grad_bias(grad_logits, a.bias.shape)
         grad_sinks = None if a.sinks is None else steps.grad_sinks(t.sink_weights, row_dot)
-        operands = ((grad_query, a.query), (grad_key, a.key), (grad_value, a.value), (grad_bias, a.bias), (grad_sinks, a.sinks))
-        rounded = [None if gradient is None else steps.round_output(gradient, dtype_name(operand)) for gradient, operand in operands]
+        operands = (
+            (grad_query, a.query),
+            (grad_key, a.key),
+            (grad_value, a.value),
+            (grad_bias, a.bias),
+            (grad_sinks, a.sinks),
+        )
+        rounded = [
+            None if gradient is None else steps.round_output(gradient, dtype_name(operand))
+            for gradient, operand in operands
+        ]
         return rounded[0], rounded[1], rounded[2], rounded[3], rounded[4]
 
     def _arguments(self, query: Array, key: Array, value: Array, **options: Unpack[Options]) -> Arguments:
@@ -213,17 +236,17 @@ def attention(
         **options: See `mha_spec.arguments.Options`.
 
     Returns:
-        The output, (batch, heads, q_len, v_dim) in the query's dtype; with `return_lse` also lse, (batch, heads, q_len),
-        natural, in float32 (float64 for float64 inputs).
+        The output, (batch, heads, q_len, v_dim) in the query's dtype; with `return_lse` also lse, natural,
+        (batch, heads, q_len) in float32, for float64 inputs in float64.
 
     Raises:
         ArgumentValueError: A shape, a range or a combination is wrong, or the causal diagonal is ambiguous.
         ArgumentTypeError: A dtype, a library or a keyword is wrong.
 
     Differs from others:
-        torch `scaled_dot_product_attention` and `jax.nn.dot_product_attention` put the causal diagonal at the upper left
-        without a word where lengths differ, FlashAttention and MLX at the lower right; here `q_offset` says it. JAX and
-        Keras give the mean of the values for a row that sees nothing. jax.nn and Keras take (batch, length, heads, size).
+        Where lengths differ, torch `scaled_dot_product_attention` and `jax.nn.dot_product_attention` put the causal
+        diagonal at the upper left without a word, FlashAttention and MLX at the lower right; here `q_offset` says it.
+        JAX and Keras give the mean of the values for a row that sees nothing, and take (batch, length, heads, size).
         ONNX `Attention` calls the bias a float `attn_mask`.
 
     Source:
@@ -276,8 +299,8 @@ def attention_vjp(
         dP = dropout(dO V^T),  D = rowsum(P dP) - grad_lse,  dS = P (dP - D),  dX = dS (1 - tanh^2)
         dQ = scale dX K,  dK = scale dX^T Q,  dV = dropout(P)^T dO,  dbias = dS,  dsinks = -sum P_sink D
 
-    Gradients of key and value are summed over the query heads that read them, that of the bias over the axes along which
-    it was broadcast. A row that sees no key has query gradient 0 and adds nothing to any other, but to that of its sink.
+    Gradients of key and value are summed over the query heads that read them, that of the bias over the axes along
+    which it was broadcast. A row that sees no key has query gradient 0 and adds to no other, but to that of its sink.
 
     Args:
         grad_output: (batch, heads, q_len, v_dim), the cotangent of the output.
@@ -314,12 +337,14 @@ def merge_attention(
 
         lse = ln(exp lse_a + exp lse_b),  output = exp(lse_a - lse) output_a + exp(lse_b - lse) output_b
 
-    A half whose lse is -inf adds nothing, whatever its output holds, and the other comes back unchanged; two such halves
-    give 0 and -inf. A NaN lse gives NaN. A sink belongs to exactly one half.
+    A half whose lse is -inf adds nothing, whatever its output holds, and the other comes back unchanged; two such
+    halves give 0 and -inf. A NaN lse gives NaN. A sink belongs to exactly one half.
 
     Args:
-        output_a, output_b: (batch, heads, q_len, v_dim), of one dtype.
-        lse_a, lse_b: (batch, heads, q_len), natural logarithms; FlashInfer's are base 2.
+        output_a: (batch, heads, q_len, v_dim), over the first set of keys.
+        lse_a: (batch, heads, q_len), its natural log-sum-exp.
+        output_b: (batch, heads, q_len, v_dim), over the second set, of the same dtype.
+        lse_b: (batch, heads, q_len), its natural log-sum-exp.
 
     Returns:
         The output in the dtype of `output_a`, and lse in that of `lse_a`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from .arrays import library_of
@@ -34,7 +34,9 @@ def _entry_points() -> dict[str, EntryPoint]:
     for point in entry_points(group=GROUP):
         known = found.setdefault(point.name, point)
         if known.value != point.value:
-            raise BackendError(f"two backends are called {point.name!r}: {known.value} and {point.value}; uninstall one of them")
+            raise BackendError(
+                f"two backends are called {point.name!r}: {known.value} and {point.value}; uninstall one of them"
+            )
     return found
 
 
@@ -43,7 +45,7 @@ def backend_names() -> tuple[str, ...]:
     return tuple(sorted(_entry_points()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def backend(name: str) -> ModuleType:
     """Give the backend called `name`, loading it.
 
@@ -81,7 +83,10 @@ def _backend_of_class(cls: type, library: str | None) -> ModuleType:
         raise ArgumentTypeError(f"`query` must be an array, received {cls.__name__}. [MHA-SHAPE-3]")
     if _FIXED is not None:
         if library != _FIXED_LIBRARY and _FIXED_LIBRARY != DEFAULT:
-            raise ArgumentTypeError(f"`query` must be an array of {_FIXED_LIBRARY}, which {ENVIRONMENT_VARIABLE} fixes, received one of {library}. [MHA-ARG-4]")
+            raise ArgumentTypeError(
+                f"`query` must be an array of {_FIXED_LIBRARY}, which {ENVIRONMENT_VARIABLE} fixes, "
+                f"received one of {library}. [MHA-ARG-4]"
+            )
         return _FIXED
     return backend(library if library in _entry_points() else DEFAULT)
 

@@ -11,24 +11,26 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from . import arguments
+from . import checks
 from .arrays import Array, device_of, dtype_name, namespace_of, softmax_dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .arguments import Arguments, Options
+
 __all__ = ["Steps", "sum_over_visible"]
 
 
-def check_options(options: arguments.Options) -> arguments.Options:
+def check_options(options: Options) -> Options:
     """Refuse a keyword that attention does not have (MHA-ARG-1)."""
-    arguments.refuse_unknown(options)
+    checks.refuse_unknown(options)
     return options
 
 
-def check(a: arguments.Arguments) -> arguments.Arguments:
+def check(a: Arguments) -> Arguments:
     """Refuse what has no single meaning (MHA-ARG-2 to -4, MHA-SHAPE-1 to -3, MHA-HEAD-2, MHA-LEN-3, MHA-POS-2)."""
-    return arguments.check(a)
+    return checks.check(a)
 
 
 def softmax_dtype(name: str) -> str:
@@ -37,7 +39,7 @@ def softmax_dtype(name: str) -> str:
 
 
 def repeat_heads(x: Array, heads: int) -> Array:
-    """Query head h reads key/value head h // (heads // kv_heads): each is repeated in place, never tiled (MHA-HEAD-1)."""
+    """Query head h reads key/value head h // (heads // kv_heads): each repeated in place, never tiled (MHA-HEAD-1)."""
     xp = namespace_of(x)
     return xp.repeat(x, heads // x.shape[1], axis=1)
 
@@ -74,8 +76,8 @@ def logits(scores: Array, softcap: float | None, bias: Array | None, steps: Step
     return steps.add_bias(steps.soft_cap(scores, softcap), bias)
 
 
-def offset_of(a: arguments.Arguments) -> Array | Sequence[int] | int:
-    """Query 0 of a batch entry sits at q_offset[b]; without one, q_len = kv_len and it sits at 0 (MHA-POS-1, MHA-POS-2)."""
+def offset_of(a: Arguments) -> Array | Sequence[int] | int:
+    """Query 0 of batch entry b sits at q_offset[b]; without one lengths agree, and it is 0 (MHA-POS-1, MHA-POS-2)."""
     return 0 if a.q_offset is None else a.q_offset
 
 
@@ -140,7 +142,7 @@ def hide(logits: Array, visible: Array) -> Array:
 
 
 def sink_column(sinks: Array | None, logits: Array) -> Array:
-    """One more logit per query head, neither scaled, capped, biased nor masked; -inf is no sink (MHA-SINK-1, MHA-SINK-2)."""
+    """One more logit per query head, not scaled, capped, biased or masked; -inf is none (MHA-SINK-1, MHA-SINK-2)."""
     xp = namespace_of(logits)
     shape = (*logits.shape[:3], 1)
     if sinks is None:
@@ -210,7 +212,7 @@ def row_dot(weights: Array, grad_weights: Array, visible: Array, grad_lse: Array
 
 
 def grad_logits(weights: Array, grad_weights: Array, row_dot: Array, visible: Array) -> Array:
-    """dS = P (dP - D) at visible pairs; a row that sees nothing adds nothing to any gradient (MHA-VJP-1, MHA-EMPTY-3)."""
+    """dS = P (dP - D) at visible pairs; a row that sees nothing gives no gradient (MHA-VJP-1, MHA-EMPTY-3)."""
     return namespace_of(weights).where(visible, weights * (grad_weights - row_dot), 0.0)
 
 
@@ -290,10 +292,10 @@ def _dtype_of(xp: object, name: str) -> object:
 class Steps:
     """Every step by its name: the specification as a value, of which one step can be replaced."""
 
-    check_options: Callable[..., arguments.Options] = check_options
-    check: Callable[..., arguments.Arguments] = check
-    check_cotangents: Callable[..., None] = arguments.check_cotangents
-    check_halves: Callable[..., None] = arguments.check_halves
+    check_options: Callable[..., Options] = check_options
+    check: Callable[..., Arguments] = check
+    check_cotangents: Callable[..., None] = checks.check_cotangents
+    check_halves: Callable[..., None] = checks.check_halves
     softmax_dtype: Callable[..., str] = softmax_dtype
     repeat_heads: Callable[..., Array] = repeat_heads
     scale_of: Callable[..., float] = scale_of

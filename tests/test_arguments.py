@@ -414,7 +414,7 @@ def test_libraries_are_not_mixed(attention_module: ModuleType, library: str, arg
     )
     with pytest.raises(
         ArgumentTypeError,
-        match=rf"`{argument}` must be an array of the library of `query`, numpy, received an array of {library}",
+        match=rf"`{argument}` must be an array of numpy, as `query` is, received an array of {library}",
     ):
         attention_module.attention(**arguments(**{argument: xp.asarray(plain)}))
 

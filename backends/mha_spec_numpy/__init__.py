@@ -10,16 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mha_spec import steps
-from mha_spec.arguments import (
-    Arguments,
-    check,
-    check_cotangents,
-    check_dropout_mask,
-    check_weight_options,
-    refuse_unknown,
-    spells_options,
-)
+from mha_spec.arguments import Arguments, spells_options
 from mha_spec.arrays import dtype_name
+from mha_spec.checks import check, check_cotangents, check_dropout_mask, check_weight_options, refuse_unknown
 from mha_spec.reference import merge_attention
 
 from .backward import gradients

@@ -72,4 +72,5 @@ class Blas:
 
 @lru_cache(maxsize=1)
 def blas() -> Blas:
+    """The BLAS of this process."""
     return Blas()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mha_spec import arguments
+from mha_spec import checks
 from mha_spec.steps import Steps
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ def replacing(**steps: Callable[..., object]) -> Steps:
 
 def asking(change: Callable[[Arguments], Arguments], **steps: Callable[..., object]) -> Steps:
     """Steps that check the arguments as they should, and then answer for the arguments that `change` makes of them."""
-    return replacing(check=lambda a: change(arguments.check(a)), **steps)
+    return replacing(check=lambda a: change(checks.check(a)), **steps)
 
 
 def unchecked(check: Callable[[Arguments], None]) -> Steps:
     """The specification's steps without one of its checks."""
-    remaining = tuple(one for one in arguments.CHECKS if one is not check)
-    return replacing(check=lambda a: arguments.check(a, remaining))
+    remaining = tuple(one for one in checks.CHECKS if one is not check)
+    return replacing(check=lambda a: checks.check(a, remaining))

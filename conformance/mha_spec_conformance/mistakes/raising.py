@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mha_spec import arguments
+from mha_spec import checks
+from mha_spec.arguments import OPTIONS
 
 from .mistake import MERGE, VJP, Mistake, asking, replacing, unchecked
 
@@ -15,66 +16,64 @@ RAISING = (
         "options-unknown-swallowed",
         "takes any keyword and does not use those that it does not know",
         ("MHA-ARG-1",),
-        replacing(
-            check_options=lambda options: {name: value for name, value in options.items() if name in arguments.OPTIONS}
-        ),
+        replacing(check_options=lambda options: {name: value for name, value in options.items() if name in OPTIONS}),
         bugs=("flashinfer-ai/flashinfer#1193", "sgl-project/sglang#33915"),
     ),
     Mistake(
         "tensors-unchecked",
         "takes query, key and value of any rank and of different dtypes",
         ("MHA-SHAPE-3",),
-        unchecked(arguments.check_tensors),
+        unchecked(checks.check_tensors),
     ),
     Mistake(
         "sizes-unchecked",
         "takes sizes that do not fit together",
         ("MHA-SHAPE-2", "MHA-SHAPE-3", "MHA-HEAD-2"),
-        unchecked(arguments.check_sizes),
+        unchecked(checks.check_sizes),
     ),
     Mistake(
         "numbers-unchecked",
         "takes scale, softcap and dropout_rate out of their ranges",
         ("MHA-ARG-2",),
-        unchecked(arguments.check_numbers),
+        unchecked(checks.check_numbers),
     ),
     Mistake(
         "window-unchecked",
         "takes a window that is no pair of counts",
         ("MHA-ARG-3",),
-        unchecked(arguments.check_window),
+        unchecked(checks.check_window),
     ),
     Mistake(
         "masks-unchecked",
         "takes masks and biases of any dtype and of any shape that broadcasts",
         ("MHA-MASK-1", "MHA-MASK-2", "MHA-BIAS-1", "MHA-DROP-1"),
-        unchecked(arguments.check_pairwise),
+        unchecked(checks.check_pairwise),
         bugs=("pytorch/pytorch#21518",),
     ),
     Mistake(
         "sinks-unchecked",
         "takes sinks of any shape that broadcasts",
         ("MHA-SINK-1",),
-        unchecked(arguments.check_sinks),
+        unchecked(checks.check_sinks),
     ),
     Mistake(
         "lengths-unchecked",
         "takes lengths beyond the buffer and below 0",
         ("MHA-LEN-3",),
-        unchecked(arguments.check_lengths),
+        unchecked(checks.check_lengths),
         bugs=("facebookresearch/xformers#1122",),
     ),
     Mistake(
         "segments-unchecked",
         "takes segments of the queries without those of the keys",
         ("MHA-SEG-1",),
-        unchecked(arguments.check_segments),
+        unchecked(checks.check_segments),
     ),
     Mistake(
         "alignment-guessed",
         "puts the causal diagonal at the upper left where it is not said",
         ("MHA-POS-2",),
-        unchecked(arguments.check_alignment),
+        unchecked(checks.check_alignment),
         bugs=("pytorch/pytorch#108108", "NVIDIA/cudnn-frontend PR#493"),
     ),
     Mistake(

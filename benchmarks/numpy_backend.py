@@ -1,0 +1,81 @@
+"""mha_spec_numpy against the plain formula, against itself, and against this machine's float32 matrix product.
+
+Run it with `python benchmarks/numpy_backend.py`, on a machine that does nothing else: ratios of interleaved medians,
+each with its limit. It prints and does not fail.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy
+from measure import medians
+
+import mha_spec_numpy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MATRIX = 2048
+
+
+def plain(query: numpy.ndarray, key: numpy.ndarray, value: numpy.ndarray) -> numpy.ndarray:
+    """The formula in its best form: scale and division on the small arrays, one array of scores, worked in place."""
+    scores = (query * numpy.float32(1 / math.sqrt(query.shape[-1]))) @ key.swapaxes(-1, -2)
+    scores -= scores.max(axis=-1, keepdims=True)
+    numpy.exp(scores, out=scores)
+    total = scores.sum(axis=-1, keepdims=True)
+    output = scores @ value
+    output /= total
+    return output
+
+
+def arrays(*shape: int) -> list[numpy.ndarray]:
+    """Query, key, value and a cotangent of standard normal numbers."""
+    random = numpy.random.default_rng(7)
+    return [random.standard_normal(shape, dtype=numpy.float32) for _ in range(4)]
+
+
+def line(name: str, got: float, limit: str) -> None:
+    """Print one figure beside its limit."""
+    print(f"  {name:<44} {got:6.2f}   {limit}")
+
+
+def square(*shape: int, faster: float) -> None:
+    """Forward and backward over equal lengths, no constraint but causal."""
+    query, key, value, cotangent = arrays(*shape)
+    matrix = numpy.ones((MATRIX, MATRIX), dtype=numpy.float32)
+    functions: dict[str, Callable[[], object]] = {
+        "plain": lambda: plain(query, key, value),
+        "forward": lambda: mha_spec_numpy.attention(query, key, value),
+        "causal": lambda: mha_spec_numpy.attention(query, key, value, causal=True),
+        "backward": lambda: mha_spec_numpy.attention_vjp(cotangent, query, key, value),
+        "product": lambda: matrix @ matrix,
+    }
+    time = medians(functions)
+    batch, heads, length, size = shape
+    rate = 4 * batch * heads * length**2 * size / time["forward"]
+    print(f"{shape}: " + ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in time.items()))
+    line("times faster than the plain formula", time["plain"] / time["forward"], f">= {faster}")
+    line("of the rate of a matrix product", rate / (2 * MATRIX**3 / time["product"]), ">= 0.50 at length 4096")
+    line("causal, times faster than full", time["forward"] / time["causal"], ">= 1.7 at length 4096")
+    line("backward, in forwards", time["backward"] / time["forward"], "<= 2.6")
+
+
+def window(*shape: int) -> None:
+    """A window of 257 keys against all of them."""
+    query, key, value, _ = arrays(*shape)
+    functions: dict[str, Callable[[], object]] = {
+        "full": lambda: mha_spec_numpy.attention(query, key, value),
+        "window": lambda: mha_spec_numpy.attention(query, key, value, window=(256, 0)),
+    }
+    time = medians(functions)
+    print(f"{shape}: " + ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in time.items()))
+    line("window (256, 0), times faster than full", time["full"] / time["window"], ">= 8")
+
+
+if __name__ == "__main__":
+    square(2, 8, 512, 64, faster=1.5)
+    square(1, 4, 4096, 64, faster=1.8)
+    window(1, 4, 8192, 64)
