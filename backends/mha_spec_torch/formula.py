@@ -1,0 +1,139 @@
+"""Attention of one task as the specification writes it, with every option, in the softmax's type.
+
+`attend` is made of differentiable operations alone and writes to none of its tensors; `gradients` is its closed form.
+Heads that share a key/value head lie one under another as rows of one matrix, so that keys and values are not repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from .problem import Problem
+    from .tasks import Operands, Task
+
+__all__ = ["Logits", "attend", "gradients", "logits", "softmax"]
+
+
+class Logits(NamedTuple):
+    """The logits of a task, (batch, heads, queries, keys), -inf where a pair is not visible."""
+
+    values: torch.Tensor
+    visible: torch.Tensor | None
+    """Broadcastable to the logits, or None where all pairs are visible."""
+    slope: torch.Tensor | None
+    """The slope of the soft cap (MHA-VJP-2)."""
+
+
+def attend(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (batch, heads, queries, v_dim) and lse (batch, heads, queries) of a task."""
+    x = x.to(problem.dtype)
+    weights, visible, lse = softmax(problem, task, x)
+    keep = problem.keep(task)
+    dropped = weights if keep is None else weights * keep
+    return _product(dropped, x.value, visible, clean=problem.finite(x.value)), lse
+
+
+def softmax(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Weights, which pairs are visible, and lse; a row that sees nothing has weights 0 and lse -inf (MHA-EMPTY-1)."""
+    scores = logits(problem, task, x)
+    maximum = scores.values.amax(-1, keepdim=True)
+    if x.sinks is not None:
+        maximum = torch.maximum(maximum, x.sinks)
+    anchor = torch.where(maximum == -math.inf, 0.0, maximum).detach()
+    exponentials = torch.exp(scores.values - anchor)
+    total = exponentials.sum(-1, keepdim=True)
+    if x.sinks is not None:
+        total = total + torch.exp(x.sinks - anchor)
+    empty = total == 0
+    divisor = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, -math.inf, anchor + torch.log(divisor))
+    return exponentials / divisor, scores.visible, lse[..., 0]
+
+
+def logits(problem: Problem, task: Task, x: Operands, *, slope: bool = False) -> Logits:
+    """The scores, capped, then biased, then hidden (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
+    values = _spread(_gather(x.query * problem.scale, x.key) @ x.key.mT, x.query)
+    of_cap = None
+    if problem.softcap is not None:
+        tanh = torch.tanh(values / problem.softcap)
+        of_cap = 1 - tanh**2 if slope else None
+        values = problem.softcap * tanh
+    visible = problem.visibility.visible(task, x.bias)
+    if x.bias is not None:
+        values = values + x.bias
+    if visible is not None:
+        values = torch.where(visible, values, -math.inf)
+    return Logits(values, visible, of_cap)
+
+
+def gradients(
+    problem: Problem, task: Task, x: Operands, lse: torch.Tensor, row_dot: torch.Tensor, grad_output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ, dK, dV and dS of a task; `row_dot` is rowsum(dO O) - grad_lse (MHA-VJP-1 to MHA-VJP-4)."""
+    x = x.to(problem.dtype)
+    grad_output, clean = grad_output.to(problem.dtype), problem.finite(x.query, x.key, grad_output)
+    values, visible, slope = logits(problem, task, x, slope=True)
+    weights = torch.exp(values - torch.where(lse == -math.inf, 0.0, lse)[..., None])
+    weights = _shown(weights, visible)
+    grad_weights = _spread(_gather(grad_output, x.value) @ x.value.mT, grad_output)
+    keep = problem.keep(task)
+    dropped = weights
+    if keep is not None:
+        dropped, grad_weights = weights * keep, grad_weights * keep
+    grad_logits = _shown(weights * (grad_weights - row_dot[..., None]), visible)
+    grad_scores = grad_logits if slope is None else _shown(grad_logits * slope, visible)
+    grad_query = problem.scale * _product(grad_scores, x.key, visible, clean=clean)
+    grad_key = problem.scale * _sum_over_rows(grad_scores, x.query, x.key, visible, clean=clean)
+    grad_value = _sum_over_rows(dropped, grad_output, x.value, visible, clean=clean)
+    return grad_query, grad_key, grad_value, grad_logits
+
+
+def _gather(rows: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    """Put the heads of a group one under another: (batch, kv_heads, group * queries, size) (MHA-HEAD-1)."""
+    return rows.reshape(rows.shape[0], of.shape[1], -1, rows.shape[3])
+
+
+def _spread(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Give gathered rows their heads again: (batch, heads, queries, size)."""
+    return rows.reshape(*like.shape[:3], rows.shape[-1])
+
+
+def _shown(array: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """0 at the pairs that are not visible (MHA-POISON-1, MHA-POISON-2)."""
+    return array if visible is None else torch.where(visible, array, 0.0)
+
+
+def _product(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, *, clean: bool) -> torch.Tensor:
+    """sum_j weights_ij values_jc over visible pairs alone.
+
+    Unless the values are `clean`, that is all finite, a plain product would carry their NaN through a weight of 0
+    (MHA-POISON-1, MHA-POISON-2), and a weight that underflows would lose a visible one (MHA-NAN-2).
+    """
+    if clean:
+        return _spread(_gather(weights, values) @ values, weights)
+    finite = torch.isfinite(values)
+    total = _gather(_shown(weights, visible), values) @ torch.where(finite, values, 0.0)
+    seen = _gather(_everywhere(weights, visible), values) @ (~finite).to(weights.dtype)
+    return _spread(torch.where(seen > 0, math.nan, total), weights)
+
+
+def _sum_over_rows(
+    weights: torch.Tensor, rows: torch.Tensor, of: torch.Tensor, visible: torch.Tensor | None, *, clean: bool
+) -> torch.Tensor:
+    """sum_i weights_ij rows_ic over visible pairs alone, for each key/value head over its whole group (MHA-VJP-4)."""
+    if clean:
+        return _gather(weights, of).mT @ _gather(rows, of)
+    finite = torch.isfinite(rows)
+    total = _gather(weights, of).mT @ _gather(torch.where(finite, rows, 0.0), of)
+    seen = _gather(_everywhere(weights, visible), of).mT @ _gather((~finite).to(weights.dtype), of)
+    return torch.where(seen > 0, math.nan, total)
+
+
+def _everywhere(weights: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """1 at each visible pair."""
+    ones = torch.ones_like(weights)
+    return ones if visible is None else ones * visible

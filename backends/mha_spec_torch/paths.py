@@ -1,0 +1,235 @@
+"""Which path a call takes, and the two passes that walk it task by task.
+
+| path | taken where | forward | backward |
+| --- | --- | --- | --- |
+| direct | CPU, see (1); accelerators, see (2) | `scaled_dot_product_attention` | (2): its own |
+| flash | CPU, each task of 16 keys or more, see (3) | aten's CPU flash kernel | its backward, see (4) |
+| formula | everything else; a flash task that met a NaN or an infinity | `formula.attend` | `formula.gradients` |
+| differentiable | transforms, see (5); attention_weights | `formula.attend` on the whole | that of its operations |
+
+1. No option but scale, 16 keys or more, v_dim = qk_dim, no gradient, no lse, not compiled.
+2. No option but causal with equal lengths and a positive scale, no lse.
+3. No softcap and no dropout.
+4. In the softmax's type; the formula where the bias needs a gradient.
+5. Those of torch.func, forward mode, and the backward of a backward.
+
+Tasks are what `Visibility.tasks` cuts: queries that share a range of keys. A compiled graph holds
+flash and formula as one operator, which reads what is there when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import wraps
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+
+from . import formula, native
+from .tasks import pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .problem import Problem
+    from .tasks import Operands, Task
+
+__all__ = ["backward", "differentiable", "forward", "takes_flash", "weigh"]
+
+_Result = TypeVar("_Result")
+
+
+class Rows(NamedTuple):
+    """What the backward reads of each row: the results and their cotangents."""
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    grad_output: torch.Tensor
+    grad_lse: torch.Tensor | None
+
+    def cut(self, task: Task) -> Rows:
+        """The rows of a task."""
+        grad_lse = None if self.grad_lse is None else task.of_rows(self.grad_lse)
+        return Rows(task.of_rows(self.output), task.of_rows(self.lse), task.of_rows(self.grad_output), grad_lse)
+
+
+class Sums(NamedTuple):
+    """Gradients of query, key, value and bias in the softmax's type: those of a task, or the sum over tasks."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem, x: Operands) -> Sums:
+        """Nothing yet."""
+        return cls(*x.each(lambda one: torch.zeros_like(one, dtype=problem.dtype))[:4])
+
+    def add(self, task: Task, found: Sums) -> None:
+        """Add what a task gives; no two tasks share a row."""
+        task.of_rows(self.query).copy_(found.query)
+        task.of_keys(self.key).add_(found.key)
+        task.of_keys(self.value).add_(found.value)
+        if self.bias is not None and found.bias is not None:
+            whole = task.of_pairs(self.bias)
+            whole.add_(found.bias.sum_to_size(whole.shape))
+
+
+def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Run a pass in the types that it chose itself."""
+
+    @wraps(function)
+    def inner(problem: Problem, x: Operands, *arguments: object, **options: object) -> _Result:
+        if not torch.is_autocast_enabled(x.query.device.type):
+            return function(problem, x, *arguments, **options)
+        with torch.autocast(x.query.device.type, enabled=False):
+            return function(problem, x, *arguments, **options)
+
+    return inner
+
+
+def takes_flash(problem: Problem, task: Task) -> bool:
+    """Whether a task goes to the native kernel."""
+    return (
+        problem.host
+        and problem.softcap is None
+        and problem.dropout_mask is None
+        and len(task.keys) >= native.FEWEST_KEYS
+    )
+
+
+@without_autocast
+def forward(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output in the query's dtype, its axes in the order of the kernel's, and lse."""
+    found = [one for task in problem.visibility.tasks() for one in _of_task(problem, task, x, needs_lse=needs_lse)]
+    if len(found) == 1 and found[0][0] == problem.visibility.whole:
+        output, lse = found[0][1]
+        return output.to(x.query.dtype), lse
+    batch, heads, q_len, _ = x.query.shape
+    output = x.query.new_zeros((batch, q_len, heads, x.value.shape[3])).transpose(1, 2)
+    lse = _empty_lse(problem, x)
+    for task, (of_output, of_lse) in found:
+        task.of_rows(output).copy_(of_output)
+        task.of_rows(lse).copy_(of_lse)
+    return output, lse
+
+
+def _of_task(
+    problem: Problem, task: Task, x: Operands, *, needs_lse: bool
+) -> list[tuple[Task, tuple[torch.Tensor, torch.Tensor]]]:
+    """Output and lse of each piece of a task: by the kernel it is one piece."""
+    found = _by_flash(problem, task, x.cut(task), needs_lse=needs_lse) if takes_flash(problem, task) else None
+    if found is not None:
+        return [(task, found)]
+    return [(piece, formula.attend(problem, piece, x.cut(piece))) for piece in pieces(task)]
+
+
+def _by_flash(
+    problem: Problem, task: Task, x: Operands, *, needs_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Output and lse by the kernel; None where something that is not finite may have come through a hidden pair."""
+    output, lse, hides = native.attend(problem, task, x, needs_lse=needs_lse or x.sinks is not None)
+    return None if hides and not problem.finite(output) else (output, lse)
+
+
+def _empty_lse(problem: Problem, x: Operands) -> torch.Tensor:
+    """The lse of rows that see nothing: -inf, or the sink (MHA-EMPTY-2)."""
+    rows = x.query.shape[:3]
+    if x.sinks is None:
+        return x.query.new_full(rows, -math.inf, dtype=problem.dtype)
+    return x.sinks.to(problem.dtype)[:, None].expand(rows).clone()
+
+
+@without_autocast
+def backward(
+    problem: Problem,
+    x: Operands,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    *,
+    of_bias: bool,
+) -> Operands:
+    """The gradients, each of its operand's dtype and shape (MHA-DTYPE-2)."""
+    rows = Rows(output, lse, grad_output, grad_lse)
+    found = _gradients(problem, x, rows, of_bias=of_bias)
+    of_sinks = None if x.sinks is None else _of_sinks(x.sinks, lse, _row_dot(problem, rows))
+    gradients = iter([one for one in (*found, of_sinks) if one is not None])
+    return x.each(lambda one: next(gradients).to(one.dtype))
+
+
+def _gradients(problem: Problem, x: Operands, rows: Rows, *, of_bias: bool) -> Sums:
+    """The gradients of query, key, value and bias, 0 for a bias whose gradient is not asked."""
+    sums = row_dot = None
+    for task in problem.visibility.tasks():
+        flash = takes_flash(problem, task) and not of_bias
+        found = _through_flash(problem, task, x.cut(task), rows.cut(task)) if flash else None
+        if found is not None and x.bias is None and task == problem.visibility.whole:
+            return found
+        sums = Sums.of(problem, x) if sums is None else sums
+        if found is not None:
+            sums.add(task, found)
+            continue
+        row_dot = _row_dot(problem, rows) if row_dot is None else row_dot
+        for piece in pieces(task):
+            of_rows = (piece.of_rows(one) for one in (rows.lse, row_dot, rows.grad_output))
+            sums.add(piece, Sums(*formula.gradients(problem, piece, x.cut(piece), *of_rows)))
+    return Sums.of(problem, x) if sums is None else sums
+
+
+def _through_flash(problem: Problem, task: Task, x: Operands, rows: Rows) -> Sums | None:
+    """dQ, dK and dV by the kernel; None where something that is not finite may have come through a hidden pair."""
+    query, key, value, hides = native.gradients(problem, task, x, *rows)
+    return None if hides and not problem.finite(query, key, value) else Sums(query, key, value, None)
+
+
+def _row_dot(problem: Problem, rows: Rows) -> torch.Tensor:
+    """rowsum(dO O) - grad_lse; a row of zeros gives 0 whatever dO holds, since it may see nothing (MHA-EMPTY-3)."""
+    output = rows.output.to(problem.dtype)
+    dot = torch.where(output == 0, 0.0, output * rows.grad_output.to(problem.dtype)).sum(-1)
+    return dot if rows.grad_lse is None else dot - rows.grad_lse.to(problem.dtype)
+
+
+def _of_sinks(sinks: torch.Tensor, lse: torch.Tensor, row_dot: torch.Tensor) -> torch.Tensor:
+    """dsinks_h = -sum over batch and rows of P_sink D (MHA-VJP-6)."""
+    weights = torch.exp(sinks.to(lse.dtype)[:, None] - torch.where(lse == -math.inf, 0.0, lse))
+    return -torch.where(weights == 0, 0.0, weights * row_dot).sum((0, 2))
+
+
+@without_autocast
+def differentiable(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and lse by differentiable operations alone.
+
+    Storage that no pair uses is replaced by 0, since the gradient of a product carries NaN through a 0 (MHA-POISON-1).
+    """
+    whole = problem.visibility.whole
+    if not whole.pairs:
+        return x.query.new_zeros((*x.query.shape[:3], x.value.shape[3])), _empty_lse(problem, x)
+    x, rows = _used(problem, whole, x)
+    output, lse = formula.attend(problem, whole, x.cut(whole))
+    output = output if rows is None else torch.where(rows, output, 0.0)
+    return output.to(x.query.dtype), lse
+
+
+def _used(problem: Problem, whole: Task, x: Operands) -> tuple[Operands, torch.Tensor | None]:
+    """The operands with 0 in storage that no pair uses, and which rows see a key, (batch, heads, q_len, 1)."""
+    visible = problem.visibility.visible(whole, x.bias)
+    if visible is None:
+        return x, None
+    visible = visible.expand(*x.query.shape[:3], x.key.shape[2])
+    rows = visible.any(-1)[..., None]
+    keys = visible.any(2).unflatten(1, (x.key.shape[1], -1)).any(2)[..., None]
+    query, key, value = (torch.where(used, one, 0.0) for used, one in ((rows, x.query), (keys, x.key), (keys, x.value)))
+    return x._replace(query=query, key=key, value=value), rows
+
+
+@without_autocast
+def weigh(problem: Problem, x: Operands) -> torch.Tensor:
+    """The weights of a call in the query's dtype, by differentiable operations (MHA-WEIGHTS-1)."""
+    whole = problem.visibility.whole
+    if not whole.pairs:
+        return x.query.new_zeros((*x.query.shape[:3], x.key.shape[2]))
+    used, _ = _used(problem, whole, x)
+    return formula.softmax(problem, whole, used.cut(whole).to(problem.dtype))[0].to(problem.visibility.a.query.dtype)
