@@ -77,10 +77,9 @@ _FIXED = _fixed()
 _FIXED_LIBRARY = os.environ.get(ENVIRONMENT_VARIABLE)
 
 
-@lru_cache(maxsize=256)
-def _backend_of_class(cls: type, library: str | None) -> ModuleType:
+def _backend_of(library: str | None, received: str) -> ModuleType:
     if library is None:
-        raise ArgumentTypeError(f"`query` must be an array, received {cls.__name__}. [MHA-SHAPE-3]")
+        raise ArgumentTypeError(f"`query` must be an array, received {received}. [MHA-SHAPE-3]")
     if _FIXED is not None:
         if library != _FIXED_LIBRARY and _FIXED_LIBRARY != DEFAULT:
             raise ArgumentTypeError(
@@ -91,6 +90,12 @@ def _backend_of_class(cls: type, library: str | None) -> ModuleType:
     return backend(library if library in _entry_points() else DEFAULT)
 
 
+_BACKEND_OF_CLASS: dict[type, ModuleType] = {}
+
+
 def backend_for(array: object) -> ModuleType:
     """Give the backend that answers for `array`."""
-    return _backend_of_class(type(array), library_of(array))
+    found = _BACKEND_OF_CLASS.get(type(array))
+    if found is None:
+        found = _BACKEND_OF_CLASS[type(array)] = _backend_of(library_of(array), type(array).__name__)
+    return found
