@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import mha_spec_torch
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+import mha_spec_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

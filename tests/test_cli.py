@@ -12,6 +12,7 @@ import pytest
 from mha_spec_conformance import cli
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
@@ -49,7 +50,7 @@ def mha_spec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         try:
             cli.main()
         except SystemExit as end:
-            status = end.code or 0
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
         out, err = capsys.readouterr()
         return status, out, err
 
@@ -234,11 +235,9 @@ def test_every_case_can_be_explained(mha_spec: Command) -> None:
         assert out.startswith(name)
 
 
-def test_help_comes_quickly(python: Callable[..., object]) -> None:
+def test_help_loads_neither_cases_nor_frameworks(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = python(
-        "import sys, time; from mha_spec_conformance import cli;"
-        "print(time.process_time(), 'mha_spec_conformance.cases' in sys.modules, 'torch' in sys.modules)"
+        "import sys; from mha_spec_conformance import cli;"
+        "print(*(name in sys.modules for name in ('mha_spec_conformance.cli', 'mha_spec_conformance.cases', 'torch')))"
     )
-    seconds, *loaded = done.stdout.split()
-    assert float(seconds) < 0.5
-    assert loaded == ["False", "False"]
+    assert done.stdout.split() == ["True", "False", "False"], done.stderr

@@ -241,10 +241,9 @@ def test_halves_merge_to_the_whole() -> None:
         *(within("attention", half) for half in halves),
         within("merge_attention", operands),
     ]
-    lse_error = sum(one["lse"] for one in own)
-    output_error = (
-        sum(one["output"] for one in own) + (abs(output_a) + abs(output_b)) * numpy.expm1(lse_error)[..., None]
-    )
+    lse_error = numpy.sum([one["lse"] for one in own], axis=0)
+    output_error = numpy.sum([one["output"] for one in own], axis=0)
+    output_error += (abs(output_a) + abs(output_b)) * numpy.expm1(lse_error)[..., None]
     output, lse = reference.attention(**given, return_lse=True)
     assert (abs(merged[0] - output) <= output_error).all()
     assert (abs(merged[1] - lse)[lse != merged[1]] <= lse_error[lse != merged[1]]).all()

@@ -66,7 +66,8 @@ def split_pictures(clause: Clause) -> list[tuple[str, list[re.Match[str]]]]:
 def see(caption: str, shape: tuple[int, int, int]) -> numpy.ndarray:
     """What the reference sees with the arguments of a caption, (batch, q_len, kv_len)."""
     call = ast.parse(f"call({caption})".replace("-inf", "-1e999"), mode="eval").body
-    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert isinstance(call, ast.Call)
+    options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     dtypes = {"mask": bool, "bias": float, "q_segment_ids": int, "kv_segment_ids": int}
     options = {name: numpy.array(x, dtypes[name]) if name in dtypes else x for name, x in options.items()}
     batch, q_len, kv_len = shape

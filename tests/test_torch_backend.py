@@ -7,12 +7,11 @@ import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import mha_spec_torch
 import pytest
 import torch
-from mha_spec_torch import tasks, visibility
 from torch.profiler import ProfilerActivity, profile
 
+import mha_spec_torch
 from mha_spec.arguments import OPTIONS
 from mha_spec.errors import ArgumentTypeError, MhaSpecError
 from mha_spec_conformance.accuracy import allowances
@@ -20,6 +19,7 @@ from mha_spec_conformance.cases import load
 from mha_spec_conformance.compare import judge
 from mha_spec_conformance.convert import to_library, to_numpy
 from mha_spec_conformance.precision import precision
+from mha_spec_torch import tasks, visibility
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,7 +13,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mha_spec.arguments import Arguments, spells_options
-from mha_spec.checks import check, check_cotangents, check_dropout_mask, check_halves, check_weight_options, refuse_unknown
+from mha_spec.checks import (
+    check,
+    check_cotangents,
+    check_dropout_mask,
+    check_halves,
+    check_weight_options,
+    refuse_unknown,
+)
 
 from . import operators, paths
 from .dropout import drawn
