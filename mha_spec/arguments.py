@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .arrays import Array
 
-__all__ = ["OPTIONS", "Arguments", "Options", "WeightOptions", "spells_options"]
+__all__ = ["DROPOUT_OPTIONS", "OPTIONS", "Arguments", "Options", "WeightOptions", "options_of", "spells_options"]
 
 
 class WeightOptions(TypedDict, total=False):
@@ -118,20 +118,25 @@ class Arguments:
 OPTIONS = tuple(field.name for field in fields(Arguments) if field.name not in {"query", "key", "value"})
 """The names of all options, in the order of the signature."""
 
+DROPOUT_OPTIONS = ("dropout_rate", "dropout_mask", "dropout_key")
+"""The options that attention_weights does not have."""
+
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
+
+
+def options_of(function: str) -> tuple[str, ...]:
+    """Name the options that a function of the specification shares with the others."""
+    return tuple(name for name in OPTIONS if function != "attention_weights" or name not in DROPOUT_OPTIONS)
 
 
 def spells_options(function: _Function) -> _Function:
     """Give a function that takes `**options` the signature that names each of them, with its default."""
     signature = inspect.signature(function)
     own = list(signature.parameters.values())
-    without = (
-        {"dropout_rate", "dropout_mask", "dropout_key"} if function.__name__ == "attention_weights" else set[str]()
-    )
     options = [
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
         for field in fields(Arguments)
-        if field.name in OPTIONS and field.name not in without
+        if field.name in options_of(function.__name__)
     ]
     positional = [parameter for parameter in own if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     keyword = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -18,6 +18,7 @@ __all__ = [
     "host_integers",
     "library_of",
     "namespace_of",
+    "segment_ids",
     "softmax_dtype_name",
 ]
 
@@ -83,3 +84,19 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
     if isinstance(value, (list, tuple, numpy.ndarray, numpy.integer)):
         return numpy.asarray(value).reshape(-1).tolist()
     return None
+
+
+def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> tuple[Array, Array]:
+    """Give both arrays of segment ids in the library of `like`, and where that is not NumPy in its type and device.
+
+    There ids of NumPy are numbered afresh, so that none is cut where that type is narrower than theirs.
+    """
+    if library_of(like) == "numpy":
+        return q_ids, kv_ids
+    xp = namespace_of(like)
+    if library_of(q_ids) == library_of(kv_ids) == "numpy":
+        ids = numpy.concatenate([q_ids.reshape(-1), kv_ids.reshape(-1)])
+        numbers = numpy.unique(ids, return_inverse=True)[1]
+        q_ids, kv_ids = numbers[: q_ids.size].reshape(q_ids.shape), numbers[q_ids.size :].reshape(kv_ids.shape)
+    q_ids, kv_ids = (xp.astype(xp.asarray(ids, device=device_of(like)), like.dtype) for ids in (q_ids, kv_ids))
+    return q_ids, kv_ids

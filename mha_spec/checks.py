@@ -7,12 +7,13 @@ reads an array of another library, which may be traced or lie on a device (MHA-L
 
 from __future__ import annotations
 
-import math
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
-from .arguments import OPTIONS
-from .arrays import FLOATING, Array, device_of, dtype_name, host_integers, library_of
+import numpy
+
+from .arguments import DROPOUT_OPTIONS, options_of
+from .arrays import FLOATING, Array, device_of, dtype_name, host_integers, library_of, softmax_dtype_name
 from .errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ __all__ = [
     "check_cotangents",
     "check_dropout_mask",
     "check_halves",
-    "check_weight_options",
     "refuse_unknown",
 ]
 
 LARGEST_POSITION = 2**30
 """Offsets, lengths and windows are at most this in magnitude, so that int32 positions cannot overflow."""
+
+LARGEST_NUMBER = {name: float(numpy.finfo(name).max) for name in ("float32", "float64")}
+"""The largest scale and soft cap that each type of the softmax holds."""
 
 
 def _value_error(clause: str, message: str) -> NoReturn:
@@ -42,12 +45,18 @@ def _type_error(clause: str, message: str) -> NoReturn:
     raise ArgumentTypeError(f"{message} [{clause}]")
 
 
-def refuse_unknown(options: Mapping[str, object], known: Iterable[str] = OPTIONS) -> None:
-    """Raise for a keyword that the function does not have, with the nearest name that exists (MHA-ARG-1)."""
-    for name in options.keys() - known:
-        near = get_close_matches(name, list(known), 1)
-        hint = f"Did you mean `{near[0]}`?" if near else f"The options are {', '.join(known)}."
-        _type_error("MHA-ARG-1", f"`{name}` is not an option of attention. {hint}")
+def refuse_unknown(options: Mapping[str, object], function: str = "attention") -> None:
+    """Raise for a keyword that `function` does not have, with the nearest name that exists (MHA-ARG-1, MHA-DROP-3)."""
+    known = options_of(function)
+    own = {"attention": ("return_lse",), "attention_vjp": ("grad_lse",)}.get(function, ())
+    for name in options:
+        if name in known:
+            continue
+        if name in DROPOUT_OPTIONS:
+            _type_error("MHA-DROP-3", f"`{name}` is not an option of {function}: the weights are those before dropout.")
+        near = get_close_matches(name, [*known, *own], 1)
+        hint = f"Did you mean `{near[0]}`?" if near else f"The options are {', '.join([*known, *own])}."
+        _type_error("MHA-ARG-1", f"`{name}` is not an option of {function}. {hint}")
 
 
 def check_tensors(a: Arguments) -> None:
@@ -117,13 +126,19 @@ def check_sizes(a: Arguments) -> None:
 def check_numbers(a: Arguments) -> None:
     """Scale, softcap, causal and dropout_rate are Python values in their range (MHA-ARG-2)."""
     _require_bool("causal", a.causal)
-    if a.scale is not None and not (_is_number("scale", a.scale) and math.isfinite(a.scale)):
-        _value_error("MHA-ARG-2", f"`scale` must be finite, received scale={a.scale!r}. None is 1/sqrt(qk_dim).")
-    if a.softcap is not None and not (_is_number("softcap", a.softcap) and math.isfinite(a.softcap) and a.softcap > 0):
+    largest = LARGEST_NUMBER[softmax_dtype_name(dtype_name(a.query))]
+    if a.scale is not None and not abs(_number("scale", a.scale)) <= largest:
         _value_error(
-            "MHA-ARG-2", f"`softcap` must be finite and softcap>0, received softcap={a.softcap!r}. None is no cap."
+            "MHA-ARG-2",
+            f"`scale` must be finite, |scale|<={largest:.2g}, received scale={a.scale!r}. None is 1/sqrt(qk_dim).",
         )
-    if not (_is_number("dropout_rate", a.dropout_rate) and 0 <= a.dropout_rate < 1):
+    if a.softcap is not None and not 0 < _number("softcap", a.softcap) <= largest:
+        _value_error(
+            "MHA-ARG-2",
+            f"`softcap` must be finite, softcap>0 and softcap<={largest:.2g}, "
+            f"received softcap={a.softcap!r}. None is no cap.",
+        )
+    if not 0 <= _number("dropout_rate", a.dropout_rate) < 1:
         _value_error(
             "MHA-ARG-2", f"`dropout_rate` must be in 0<=dropout_rate<1, received dropout_rate={a.dropout_rate!r}."
         )
@@ -136,7 +151,7 @@ def check_window(a: Arguments) -> None:
     for side, bound in zip(("left", "right"), _pair("window", a.window), strict=True):
         if bound is None:
             continue
-        if isinstance(bound, bool) or not isinstance(bound, int):
+        if not _is_integer(bound):
             _type_error("MHA-ARG-3", f"`window` must hold integers or None, received {side}={bound!r}.")
         if not 0 <= bound <= LARGEST_POSITION:
             _value_error(
@@ -150,15 +165,16 @@ def check_pairwise(a: Arguments) -> None:
     for label, array in (("mask", a.mask), ("dropout_mask", a.dropout_mask), ("bias", a.bias)):
         if array is None:
             continue
+        clause = "MHA-BIAS-1" if label == "bias" else "MHA-MASK-2"
         if library_of(array) is None:
-            _type_error("MHA-MASK-2", f"`{label}` must be an array of rank 4, received {type(array).__name__}.")
+            _type_error(clause, f"`{label}` must be an array of rank 4, received {type(array).__name__}.")
         _check_same_library(label, array, a.query, library_of(a.query))
         _check_pairwise_dtype(label, dtype_name(array))
         scores = (a.batch, a.heads, a.q_len, a.kv_len)
         shape = _shape(array)
         if len(shape) != 4 or any(size not in (1, full) for size, full in zip(shape, scores, strict=True)):
             _value_error(
-                "MHA-MASK-2",
+                clause,
                 f"`{label}` must have rank 4 and broadcast to (batch, heads, q_len, kv_len)={scores}, "
                 f"received shape={shape}. Missing axes are not added: reshape it first.",
             )
@@ -207,8 +223,7 @@ def check_lengths(a: Arguments) -> None:
     for label, value, low, high, high_name in ranges:
         if value is None:
             continue
-        scalar = label == "q_offset" and isinstance(value, int) and not isinstance(value, bool)
-        if not scalar:
+        if not (label == "q_offset" and _is_integer(value)):
             _check_integer_array(label, value, a, (a.batch,), "(batch,)")
         for number in host_integers(value) or ():
             if not low <= number <= high:
@@ -235,10 +250,9 @@ def check_alignment(a: Arguments) -> None:
     if not a.positional or a.q_offset is not None or (a.q_len == a.kv_len and a.kv_lengths is None):
         return
     user = "causal=True" if a.causal else f"window={a.window}"
-    readings = [
-        "q_offset=0 (upper left, as PyTorch and JAX)",
-        f"q_offset={a.kv_len - a.q_len} (lower right, kv_len - q_len, as FlashAttention and MLX)",
-    ]
+    readings = ["q_offset=0 (upper left, as PyTorch and JAX)"]
+    if a.q_len != a.kv_len:
+        readings.append(f"q_offset={a.kv_len - a.q_len} (lower right, kv_len - q_len, as FlashAttention and MLX)")
     if a.kv_lengths is not None:
         readings.append("q_offset=kv_lengths - q_len (the last valid keys, as ONNX with a cache)")
     why = f"q_len={a.q_len} and kv_len={a.kv_len} differ" if a.q_len != a.kv_len else "kv_lengths are given"
@@ -263,19 +277,21 @@ CHECKS: tuple[Callable[[Arguments], None], ...] = (
 
 
 def check(a: Arguments, checks: Iterable[Callable[[Arguments], None]] = CHECKS) -> Arguments:
-    """Raise ArgumentValueError or ArgumentTypeError for the first thing wrong with `a`, else give it back."""
+    """Raise ArgumentValueError or ArgumentTypeError for the first thing wrong with `a`, else give it back.
+
+    NumPy's scalars become Python's: a float64 among them would widen a float32 result (MHA-SOFTMAX-2).
+    """
     for one in checks:
         one(a)
+    a.scale = None if a.scale is None else float(a.scale)
+    a.softcap = None if a.softcap is None else float(a.softcap)
+    a.dropout_rate = float(a.dropout_rate)
+    if a.window is not None:
+        left, right = (None if bound is None else int(bound) for bound in a.window)
+        a.window = (left, right)
+    if _is_integer(a.q_offset):
+        a.q_offset = int(a.q_offset)
     return a
-
-
-def check_weight_options(options: Mapping[str, object]) -> None:
-    """Raise for an option of dropout, which attention_weights does not have (MHA-DROP-3)."""
-    for name in ("dropout_rate", "dropout_mask", "dropout_key"):
-        if name in options:
-            _type_error(
-                "MHA-DROP-3", f"`{name}` is not an option of attention_weights: the weights are those before dropout."
-            )
 
 
 def check_dropout_mask(a: Arguments) -> None:
@@ -289,32 +305,45 @@ def check_dropout_mask(a: Arguments) -> None:
 
 
 def check_cotangents(a: Arguments, grad_output: Array, grad_lse: Array | None) -> None:
-    """Raise unless grad_output has the shape of the output and grad_lse that of lse (MHA-VJP-7)."""
+    """Raise unless grad_output is a floating array of the output's shape, and grad_lse of that of lse (MHA-VJP-7)."""
     rows = tuple(a.query.shape[:3])
     expected: dict[str, tuple[Array, tuple[int, ...]]] = {"grad_output": (grad_output, (*rows, a.value.shape[3]))}
     if grad_lse is not None:
         expected["grad_lse"] = (grad_lse, rows)
     for label, (array, shape) in expected.items():
-        if library_of(array) != library_of(a.query):
-            _type_error(
-                "MHA-VJP-7",
-                f"`{label}` must be an array of {library_of(a.query)}, as `query` is, received {type(array).__name__}.",
-            )
-        if tuple(array.shape) != shape:
-            _value_error("MHA-VJP-7", f"`{label}` must have shape={shape}, received shape={tuple(array.shape)}.")
+        _check_floating("MHA-VJP-7", label, array, "query", a.query, shape)
 
 
 def check_halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> None:
-    """Raise unless the halves of a merge are arrays of one library whose shapes fit (MHA-MERGE-4)."""
-    for label, array in (("output_a", output_a), ("lse_a", lse_a), ("output_b", output_b), ("lse_b", lse_b)):
-        if library_of(array) is None or library_of(array) != library_of(output_a):
+    """Raise unless both halves are floating arrays of fitting shapes, and of the dtypes of half a (MHA-MERGE-4)."""
+    halves = {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b}
+    for label, array in halves.items():
+        if library_of(array) is None:
+            _type_error("MHA-MERGE-4", f"`{label}` must be an array, received {type(array).__name__}.")
+        shape = _shape(output_a) if label.startswith("output") else _shape(output_a)[:-1]
+        _check_floating("MHA-MERGE-4", label, array, "output_a", output_a, shape)
+    for label, first in (("output_b", output_a), ("lse_b", lse_a)):
+        if dtype_name(halves[label]) != dtype_name(first):
             _type_error(
                 "MHA-MERGE-4",
-                f"`{label}` must be an array of the library of `output_a`, received {type(array).__name__}.",
+                f"`{label}` must have the dtype of the other half, dtype={dtype_name(first)}, "
+                f"received dtype={dtype_name(halves[label])}.",
             )
-        shape = tuple(output_a.shape) if label.startswith("output") else tuple(output_a.shape)[:-1]
-        if tuple(array.shape) != shape:
-            _value_error("MHA-MERGE-4", f"`{label}` must have shape={shape}, received shape={tuple(array.shape)}.")
+
+
+def _check_floating(clause: str, label: str, array: Array, other: str, like: Array, shape: tuple[int, ...]) -> None:
+    if library_of(array) != library_of(like):
+        _type_error(
+            clause,
+            f"`{label}` must be an array of {library_of(like)}, as `{other}` is, received {type(array).__name__}.",
+        )
+    if dtype_name(array) not in FLOATING:
+        _type_error(
+            clause, f"`{label}` must have a dtype of {', '.join(FLOATING)}, received dtype={dtype_name(array)}."
+        )
+    if _shape(array) != shape:
+        _value_error(clause, f"`{label}` must have shape={shape}, received shape={_shape(array)}.")
+    _check_same_device(label, array, other, like)
 
 
 def _shape(array: Array) -> tuple[int, ...]:
@@ -342,21 +371,17 @@ def _pair(label: str, value: object) -> Sequence[object]:
     )
 
 
-def _integers(value: object) -> Sequence[int] | None:
-    """Give a Python sequence of integers as it is, anything else as None."""
-    if not _is_sequence(value):
-        return None
-    numbers = [number for number in value if isinstance(number, int) and not isinstance(number, bool)]
-    return numbers if len(numbers) == len(value) else None
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, (int, numpy.integer)) and not isinstance(value, bool)
 
 
-def _is_number(label: str, value: object) -> bool:
+def _number(label: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         _type_error(
             "MHA-ARG-2",
             f"`{label}` must be a Python number, received {label}={value!r} of type {type(value).__name__}.",
         )
-    return True
+    return value
 
 
 def _check_same_library(label: str, array: Array, query: Array, library: str | None) -> None:
@@ -367,29 +392,32 @@ def _check_same_library(label: str, array: Array, query: Array, library: str | N
             f"`{label}` must be an array of {library}, as `query` is, received an array of {received}. "
             "Convert one of them first.",
         )
-    expected_device, received_device = device_of(query), device_of(array)
-    if None not in (expected_device, received_device) and received_device != expected_device:
+    _check_same_device(label, array, "query", query)
+
+
+def _check_same_device(label: str, array: Array, other: str, like: Array) -> None:
+    expected, received = device_of(like), device_of(array)
+    if None not in (expected, received) and received != expected:
         _value_error(
-            "MHA-ARG-4",
-            f"`{label}` must be on the device of `query`, device={expected_device}, received device={received_device}.",
+            "MHA-ARG-4", f"`{label}` must be on the device of `{other}`, device={expected}, received device={received}."
         )
 
 
 def _check_integer_array(
     label: str, value: Array | Sequence[int], a: Arguments, shape: tuple[int, ...], axes: str
 ) -> None:
+    clause = "MHA-SEG-1" if label.endswith("segment_ids") else "MHA-LEN-3"
     if library_of(value) is None:
-        numbers = _integers(value)
-        if numbers is None or len(shape) != 1:
-            _type_error(
-                "MHA-LEN-3", f"`{label}` must hold integers of shape {axes}={shape}, received {label}={value!r}."
-            )
-        received: tuple[int, ...] = (len(numbers),)
+        if len(shape) != 1:
+            _type_error(clause, f"`{label}` must be an integer array of shape {axes}={shape}, received {value!r}.")
+        if not _is_sequence(value) or not all(_is_integer(number) for number in value):
+            _type_error(clause, f"`{label}` must hold integers of shape {axes}={shape}, received {label}={value!r}.")
+        received: tuple[int, ...] = (len(value),)
     else:
         if library_of(value) != "numpy":
             _check_same_library(label, value, a.query, library_of(a.query))
         if not dtype_name(value).startswith(("int", "uint")):
-            _type_error("MHA-LEN-3", f"`{label}` must be an integer array, received dtype={dtype_name(value)}.")
+            _type_error(clause, f"`{label}` must be an integer array, received dtype={dtype_name(value)}.")
         received = _shape(value)
     if received != shape:
-        _value_error("MHA-LEN-3", f"`{label}` must have shape {axes}={shape}, received shape={received}.")
+        _value_error(clause, f"`{label}` must have shape {axes}={shape}, received shape={received}.")

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from .arguments import Arguments, spells_options
-from .arrays import Array, device_of, dtype_name, library_of, namespace_of
-from .checks import check_dropout_mask, check_weight_options
+from .arrays import Array, device_of, dtype_name, library_of, namespace_of, segment_ids
 from .steps import Steps
 
 if TYPE_CHECKING:
@@ -60,7 +59,8 @@ class Reference:
         self, query: Array, key: Array, value: Array, *, return_lse: bool = False, **options: Unpack[Options]
     ) -> Array | tuple[Array, Array]:
         """The specification's attention, over these steps."""
-        a = self._arguments(query, key, value, **options)
+        a = self._arguments("attention", query, key, value, **options)
+        self.steps.check_dropout_mask(a)
         with numpy.errstate(all="ignore"):
             trace = self.trace(a)
             output = self.steps.round_output(self.output(a, trace), dtype_name(query))
@@ -68,8 +68,7 @@ class Reference:
 
     def attention_weights(self, query: Array, key: Array, **options: Unpack[WeightOptions]) -> Array:
         """The specification's attention_weights, over these steps."""
-        check_weight_options(options)
-        a = self._arguments(query, key, None, **options)
+        a = self._arguments("attention_weights", query, key, None, **options)
         with numpy.errstate(all="ignore"):
             return self.steps.round_output(self.trace(a).weights, dtype_name(query))
 
@@ -84,7 +83,8 @@ class Reference:
         **options: Unpack[Options],
     ) -> Gradients:
         """The specification's attention_vjp, over these steps."""
-        a = self._arguments(query, key, value, **options)
+        a = self._arguments("attention_vjp", query, key, value, **options)
+        self.steps.check_dropout_mask(a)
         self.steps.check_cotangents(a, grad_output, grad_lse)
         with numpy.errstate(all="ignore"):
             return self._gradients(a, self.trace(a), grad_output, grad_lse)
@@ -93,13 +93,16 @@ class Reference:
         """The specification's merge_attention, over these steps."""
         self.steps.check_halves(output_a, lse_a, output_b, lse_b)
         xp, steps = namespace_of(output_a), self.steps
+        names = (dtype_name(output_a), dtype_name(lse_a))
+        wide = getattr(xp, steps.softmax_dtype("float64" if "float64" in names else "float32"))
+        wide_a, wide_b = xp.astype(lse_a, wide), xp.astype(lse_b, wide)
         with numpy.errstate(all="ignore"):
-            lse = steps.merge_lse(lse_a, lse_b)
+            lse = steps.merge_lse(wide_a, wide_b)
             parts: list[Array] = []
-            for half, output in ((lse_a, output_a), (lse_b, output_b)):
+            for half, output in ((wide_a, output_a), (wide_b, output_b)):
                 share = steps.merge_share(half, lse)
-                parts.append(steps.merge_part(half[..., None], share[..., None], xp.astype(output, lse.dtype)))
-            return steps.round_output(parts[0] + parts[1], dtype_name(output_a)), lse
+                parts.append(steps.merge_part(half[..., None], share[..., None], xp.astype(output, wide)))
+            return steps.round_output(parts[0] + parts[1], names[0]), steps.round_output(lse, names[1])
 
     def trace(self, a: Arguments) -> Trace:
         """Take the steps of the specification from the arguments to weights and log-sum-exp."""
@@ -117,7 +120,7 @@ class Reference:
         hidden = steps.hide(logits, visible)
 
         exponentials, maximum = steps.exponentials(xp.concat([hidden, steps.sink_column(a.sinks, hidden)], axis=-1))
-        total = xp.sum(exponentials, axis=-1, keepdims=True)
+        total = steps.sum_exponentials(exponentials)
         weights = steps.normalise(exponentials, total)
         lse = steps.log_sum_exp(total, maximum)
         return Trace(query, key, value, scale, scores, visible, logits, weights[..., :-1], weights[..., -1:], lse)
@@ -138,7 +141,7 @@ class Reference:
         if a.q_lengths is not None:
             constraints.append(steps.see_q_lengths(indices[:, None], self._integers(a.q_lengths, positions)))
         if a.q_segment_ids is not None and a.kv_segment_ids is not None:
-            q_ids, kv_ids = (xp.asarray(ids, device=device) for ids in (a.q_segment_ids, a.kv_segment_ids))
+            q_ids, kv_ids = segment_ids(a.q_segment_ids, a.kv_segment_ids, positions)
             constraints.append(steps.see_segments(q_ids[:, None, :, None], kv_ids[:, None, None, :]))
         return steps.all_of(constraints)
 
@@ -168,22 +171,19 @@ class Reference:
 
     def output(self, a: Arguments, trace: Trace) -> Array:
         """The output in the softmax's type, after dropout and before it is rounded to the query's dtype."""
-        return self.steps.sum_over_visible(self._dropped(a, trace), trace.value, trace.visible)
-
-    def _dropped(self, a: Arguments, trace: Trace) -> Array:
-        check_dropout_mask(a)
-        return self.steps.drop(trace.weights, a.dropout_mask, a.dropout_rate)
+        dropped = self.steps.drop(trace.weights, a.dropout_mask, a.dropout_rate)
+        return self.steps.sum_over_visible(dropped, trace.value, trace.visible)
 
     def _gradients(self, a: Arguments, t: Trace, grad_output: Array, grad_lse: Array | None) -> Gradients:
         xp, steps = namespace_of(a.query), self.steps
         grad_output = xp.astype(grad_output, t.query.dtype)
         grad_lse = None if grad_lse is None else xp.astype(grad_lse, t.query.dtype)[..., None]
-        dropped = self._dropped(a, t)
+        dropped = steps.drop(t.weights, a.dropout_mask, a.dropout_rate)
 
         grad_weights = steps.drop(steps.grad_weights(grad_output, t.value), a.dropout_mask, a.dropout_rate)
         row_dot = steps.row_dot(t.weights, grad_weights, t.visible, grad_lse)
         grad_logits = steps.grad_logits(t.weights, grad_weights, row_dot, t.visible)
-        grad_scores = xp.where(t.visible, grad_logits * steps.cap_slope(t.scores, a.softcap), 0.0)
+        grad_scores = steps.grad_scores(grad_logits, steps.cap_slope(t.scores, a.softcap), t.visible)
 
         grad_query = steps.grad_query(grad_scores, t.key, t.visible, t.scale)
         grad_key = steps.sum_group(steps.grad_key(grad_scores, t.query, t.visible, t.scale), a.kv_heads)
@@ -203,8 +203,10 @@ class Reference:
         ]
         return rounded[0], rounded[1], rounded[2], rounded[3], rounded[4]
 
-    def _arguments(self, query: Array, key: Array, value: Array, **options: Unpack[Options]) -> Arguments:
-        return self.steps.check(Arguments(query, key, value, **self.steps.check_options(options)))
+    def _arguments(
+        self, function: str, query: Array, key: Array, value: Array, /, **options: Unpack[Options]
+    ) -> Arguments:
+        return self.steps.check(Arguments(query, key, value, **self.steps.check_options(options, function)))
 
 
 _REFERENCE = Reference()

@@ -77,13 +77,13 @@ _FIXED = _fixed()
 _FIXED_LIBRARY = os.environ.get(ENVIRONMENT_VARIABLE)
 
 
-def _backend_of(library: str | None, received: str) -> ModuleType:
+def _backend_of(library: str | None, received: str, label: str) -> ModuleType:
     if library is None:
-        raise ArgumentTypeError(f"`query` must be an array, received {received}. [MHA-SHAPE-3]")
+        raise ArgumentTypeError(f"`{label}` must be an array, received {received}. [MHA-SHAPE-3]")
     if _FIXED is not None:
         if library != _FIXED_LIBRARY and _FIXED_LIBRARY != DEFAULT:
             raise ArgumentTypeError(
-                f"`query` must be an array of {_FIXED_LIBRARY}, which {ENVIRONMENT_VARIABLE} fixes, "
+                f"`{label}` must be an array of {_FIXED_LIBRARY}, which {ENVIRONMENT_VARIABLE} fixes, "
                 f"received one of {library}. [MHA-ARG-4]"
             )
         return _FIXED
@@ -93,9 +93,9 @@ def _backend_of(library: str | None, received: str) -> ModuleType:
 _BACKEND_OF_CLASS: dict[type, ModuleType] = {}
 
 
-def backend_for(array: object) -> ModuleType:
-    """Give the backend that answers for `array`."""
+def backend_for(array: object, label: str = "query") -> ModuleType:
+    """Give the backend that answers for `array`, the argument called `label`."""
     found = _BACKEND_OF_CLASS.get(type(array))
     if found is None:
-        found = _BACKEND_OF_CLASS[type(array)] = _backend_of(library_of(array), type(array).__name__)
+        found = _BACKEND_OF_CLASS[type(array)] = _backend_of(library_of(array), type(array).__name__, label)
     return found

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["Steps", "sum_over_visible"]
 
 
-def check_options(options: Options) -> Options:
-    """Refuse a keyword that attention does not have (MHA-ARG-1)."""
-    checks.refuse_unknown(options)
+def check_options(options: Options, function: str) -> Options:
+    """Refuse a keyword that the function does not have (MHA-ARG-1, MHA-DROP-3)."""
+    checks.refuse_unknown(options, function)
     return options
 
 
@@ -167,6 +167,11 @@ def normalise(exponentials: Array, total: Array) -> Array:
     return exponentials / xp.where(total == 0, 1.0, total)
 
 
+def sum_exponentials(exponentials: Array) -> Array:
+    """The sum of exp(s - m) over the keys and the sink (MHA-SOFTMAX-1, MHA-SINK-1)."""
+    return namespace_of(exponentials).sum(exponentials, axis=-1, keepdims=True)
+
+
 def log_sum_exp(total: Array, maximum: Array) -> Array:
     """lse = m + ln(sum), natural, sink included; -inf for a row that sees nothing (MHA-LSE-1, MHA-EMPTY-2)."""
     xp = namespace_of(total)
@@ -214,6 +219,11 @@ def row_dot(weights: Array, grad_weights: Array, visible: Array, grad_lse: Array
 def grad_logits(weights: Array, grad_weights: Array, row_dot: Array, visible: Array) -> Array:
     """dS = P (dP - D) at visible pairs; a row that sees nothing gives no gradient (MHA-VJP-1, MHA-EMPTY-3)."""
     return namespace_of(weights).where(visible, weights * (grad_weights - row_dot), 0.0)
+
+
+def grad_scores(grad_logits: Array, cap_slope: Array | float, visible: Array) -> Array:
+    """dX = dS times the slope of the soft cap (MHA-VJP-2)."""
+    return namespace_of(grad_logits).where(visible, grad_logits * cap_slope, 0.0)
 
 
 def cap_slope(scores: Array, softcap: float | None) -> Array | float:
@@ -264,13 +274,14 @@ def merge_lse(lse_a: Array, lse_b: Array) -> Array:
     xp = namespace_of(lse_a)
     maximum = xp.maximum(lse_a, lse_b)
     anchor = xp.where(maximum == -math.inf, 0.0, maximum)
-    total = xp.exp(lse_a - anchor) + xp.exp(lse_b - anchor)
-    return log_sum_exp(total, anchor)
+    both = log_sum_exp(xp.exp(lse_a - anchor) + xp.exp(lse_b - anchor), anchor)
+    return xp.where(lse_a == -math.inf, lse_b, xp.where(lse_b == -math.inf, lse_a, both))
 
 
 def merge_share(lse_half: Array, lse: Array) -> Array:
-    """The share of one half, exp(lse_half - lse) (MHA-MERGE-1); 0 where both halves are empty (MHA-MERGE-3)."""
-    return namespace_of(lse).exp(lse_half - namespace_of(lse).where(lse == -math.inf, 0.0, lse))
+    """The share of one half, exp(lse_half - lse); 1 beside an empty half (MHA-MERGE-1, MHA-MERGE-2)."""
+    xp = namespace_of(lse)
+    return xp.where(lse_half == lse, 1.0, xp.exp(lse_half - lse))
 
 
 def merge_part(lse_half: Array, share: Array, output: Array) -> Array:
@@ -294,6 +305,7 @@ class Steps:
 
     check_options: Callable[..., Options] = check_options
     check: Callable[..., Arguments] = check
+    check_dropout_mask: Callable[..., None] = checks.check_dropout_mask
     check_cotangents: Callable[..., None] = checks.check_cotangents
     check_halves: Callable[..., None] = checks.check_halves
     softmax_dtype: Callable[..., str] = softmax_dtype
@@ -319,6 +331,7 @@ class Steps:
     sink_column: Callable[..., Array] = sink_column
     exponentials: Callable[..., tuple[Array, Array]] = exponentials
     normalise: Callable[..., Array] = normalise
+    sum_exponentials: Callable[..., Array] = sum_exponentials
     log_sum_exp: Callable[..., Array] = log_sum_exp
     drop: Callable[..., Array] = drop
     sum_over_visible: Callable[..., Array] = sum_over_visible
@@ -326,6 +339,7 @@ class Steps:
     grad_weights: Callable[..., Array] = grad_weights
     row_dot: Callable[..., Array] = row_dot
     grad_logits: Callable[..., Array] = grad_logits
+    grad_scores: Callable[..., Array] = grad_scores
     cap_slope: Callable[..., Array | float] = cap_slope
     grad_query: Callable[..., Array] = grad_query
     grad_key: Callable[..., Array] = grad_key

@@ -447,6 +447,100 @@ def test_lengths_that_cannot_be_read_act_clamped(library: str) -> None:
         assert not numpy.asarray(clamped)[1].any()
 
 
+@pytest.mark.parametrize("scalar", [{"scale": numpy.float64(0.3)}, {"softcap": numpy.float64(2)}], ids=str)
+def test_scalars_of_numpy_do_not_widen_the_result(attention_module: ModuleType, scalar: dict[str, float]) -> None:
+    results = attention_module.attention(**arguments(), **scalar, return_lse=True)
+    plain = {name: float(value) for name, value in scalar.items()}
+    for result, expected in zip(
+        results, attention_module.attention(**arguments(), **plain, return_lse=True), strict=True
+    ):
+        assert result.dtype == numpy.float32
+        assert numpy.array_equal(result, expected)
+
+
+def test_integers_of_numpy_are_integers(attention_module: ModuleType) -> None:
+    given = {"q_offset": 2, "window": (1, 2), "kv_lengths": [5, 6]}
+    of_numpy = {
+        "q_offset": numpy.int64(2),
+        "window": (numpy.uint8(1), numpy.int32(2)),
+        "kv_lengths": [numpy.int64(5), numpy.int8(6)],
+    }
+    expected = attention_module.attention(**arguments(), **given)
+    assert numpy.array_equal(attention_module.attention(**arguments(), **of_numpy), expected)
+
+
+@pytest.mark.parametrize("number", [{"scale": 10**400}, {"softcap": 1e300}, {"scale": -1e39}], ids=str)
+def test_numbers_beyond_the_softmax_are_refused(attention_module: ModuleType, number: dict[str, float]) -> None:
+    with pytest.raises(ArgumentValueError, match=f"`{next(iter(number))}` must be finite"):
+        attention_module.attention(**arguments(), **number)
+
+
+@pytest.mark.parametrize("library", ["torch", "jax", "array_api_strict"])
+def test_wide_segment_ids_are_told_apart(library: str) -> None:
+    xp = pytest.importorskip({"jax": "jax.numpy"}.get(library, library))
+    import mha_spec_numpy
+    from mha_spec import reference
+
+    near, far = arguments(), arguments()
+    far["value"][:, :, 3:] += 1
+    ids = {"q_segment_ids": numpy.ones((BATCH, Q_LEN), "int64"), "kv_segment_ids": numpy.ones((BATCH, KV_LEN), "int64")}
+    ids["kv_segment_ids"][:, 3:] += 2**32
+    for module in (reference, mha_spec_numpy):
+        for dtype in ("int64", "uint64"):
+            given = {name: array.astype(dtype) for name, array in ids.items()}
+            first, second = (
+                numpy.asarray(module.attention(**{name: xp.asarray(array) for name, array in one.items()}, **given))
+                for one in (near, far)
+            )
+            assert first.any()
+            assert numpy.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("function", "option", "words"),
+    [
+        ("attention", "retrun_lse", "Did you mean `return_lse`"),
+        ("attention_vjp", "return_lse", "not an option of attention_vjp"),
+        ("attention_weights", "value", "not an option of attention_weights"),
+        ("attention_weights", "dropout_rate", "before dropout"),
+    ],
+)
+def test_keywords_of_other_functions(attention_module: ModuleType, function: str, option: str, words: str) -> None:
+    given = arguments()
+    operands = {
+        "attention": (given["query"], given["key"], given["value"]),
+        "attention_weights": (given["query"], given["key"]),
+        "attention_vjp": (random(BATCH, HEADS, Q_LEN, V_DIM), given["query"], given["key"], given["value"]),
+    }
+    with pytest.raises(ArgumentTypeError, match=f"`{option}` is not an option of {function}.*") as caught:
+        getattr(attention_module, function)(*operands[function], **{option: 1})
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool", "complex64"])
+def test_cotangents_and_halves_are_floating(attention_module: ModuleType, dtype: str) -> None:
+    output, lse = random(BATCH, HEADS, Q_LEN, V_DIM), random(BATCH, HEADS, Q_LEN)
+    with pytest.raises(ArgumentTypeError, match="`grad_output` must have a dtype"):
+        attention_module.attention_vjp(output.astype(dtype), **arguments())
+    with pytest.raises(ArgumentTypeError, match="`lse_b` must have a dtype"):
+        attention_module.merge_attention(output, lse, output, lse.astype(dtype))
+    with pytest.raises(ArgumentTypeError, match="`lse_b` must have the dtype of the other half"):
+        attention_module.merge_attention(output, lse, output, lse.astype("float64"))
+
+
+def test_the_half_beside_an_empty_one_is_unchanged(attention_module: ModuleType) -> None:
+    output, lse = random(BATCH, HEADS, Q_LEN, V_DIM, dtype="float64"), random(BATCH, HEADS, Q_LEN)
+    lse[0, 0, 0] = numpy.inf
+    empty, garbage = numpy.full_like(lse, -numpy.inf), numpy.full_like(output, numpy.nan)
+    for merged in (
+        attention_module.merge_attention(output, lse, garbage, empty),
+        attention_module.merge_attention(garbage, empty, output, lse),
+    ):
+        assert [part.dtype for part in merged] == [numpy.float64, numpy.float32]
+        assert numpy.array_equal(merged[0], output)
+        assert numpy.array_equal(merged[1], lse)
+
+
 def test_every_right_argument_is_taken(attention_module: ModuleType) -> None:
     rows = numpy.asarray([[0, 0, 1, 1, 2]] * BATCH)
     output, lse = attention_module.attention(

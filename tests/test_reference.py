@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -10,7 +11,7 @@ import pytest
 from mha_spec import reference
 from mha_spec.arguments import OPTIONS
 from mha_spec.arrays import dtype_name, library_of
-from mha_spec.steps import Steps, sum_over_visible
+from mha_spec.steps import Steps
 from mha_spec_conformance.accuracy import allowances, precision
 from mha_spec_conformance.convert import to_library, to_numpy
 from mha_spec_conformance.mutation import Subject
@@ -44,9 +45,11 @@ def set_up(library: str) -> Iterator[None]:
     before = {name: jax.config.values[name] for name in flags}
     for name, value in flags.items():
         jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def compiled(function: Callable[..., Any], library: str) -> Callable[..., Any]:
@@ -273,6 +276,7 @@ def test_results_have_the_dtypes_of_their_operands(dtype: str) -> None:
 
 
 def test_steps_can_be_replaced_by_name() -> None:
-    plain = Steps()
-    assert plain.sum_over_visible is sum_over_visible
-    assert reference.Reference(plain) == reference.Reference()
+    given, mask = tensors(), numpy.tri(Q_LEN, KV_LEN, dtype=bool)[None, None]
+    inverted = reference.Reference(replace(Steps(), see_mask=lambda mask: ~mask))
+    assert numpy.array_equal(inverted.attention(**given, mask=mask), reference.attention(**given, mask=~mask))
+    assert not numpy.array_equal(inverted.attention(**given, mask=mask), reference.attention(**given, mask=mask))

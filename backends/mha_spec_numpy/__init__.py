@@ -9,10 +9,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy
+
 from mha_spec import steps
 from mha_spec.arguments import Arguments, spells_options
 from mha_spec.arrays import dtype_name
-from mha_spec.checks import check, check_cotangents, check_dropout_mask, check_weight_options, refuse_unknown
+from mha_spec.checks import check, check_cotangents, check_dropout_mask, refuse_unknown
 from mha_spec.reference import merge_attention
 
 from .backward import gradients
@@ -36,6 +38,7 @@ __all__ = ["attention", "attention_vjp", "attention_weights", "merge_attention"]
 
 
 @spells_options
+@numpy.errstate(all="ignore")
 def attention(
     query: Float[Array, "batch heads q_len qk_dim"],
     key: Float[Array, "batch kv_heads kv_len qk_dim"],
@@ -48,7 +51,7 @@ def attention(
 
     `dropout_key` is an integer seed; None takes one from `numpy.random`.
     """
-    a = _arguments(query, key, value, **options)
+    a = _arguments("attention", query, key, value, **options)
     problem = Problem.of(a, dropout_of(a))
     outputs, lses = (
         zip(*each(partial(attend, problem), tiles(a, heads(a), problem.visibility.rows), a), strict=True)
@@ -60,20 +63,21 @@ def attention(
 
 
 @spells_options
+@numpy.errstate(all="ignore")
 def attention_weights(
     query: Float[Array, "batch heads q_len qk_dim"],
     key: Float[Array, "batch kv_heads kv_len qk_dim"],
     **options: Unpack[WeightOptions],
 ) -> Float[Array, "batch heads q_len kv_len"]:
     """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
-    check_weight_options(options)
-    a = _arguments(query, key, None, **options)
+    a = _arguments("attention_weights", query, key, None, **options)
     problem = Problem.of(a)
     weights = tuple(each(partial(weigh, problem), strips(a), a))
     return steps.round_output(assembled(weights, a, (a.kv_len,), problem.query), dtype_name(query))
 
 
 @spells_options
+@numpy.errstate(all="ignore")
 def attention_vjp(
     grad_output: Float[Array, "batch heads q_len v_dim"],
     query: Float[Array, "batch heads q_len qk_dim"],
@@ -84,12 +88,14 @@ def attention_vjp(
     **options: Unpack[Options],
 ) -> Gradients:
     """The gradients in closed form, strip by strip of queries; see `mha_spec.reference.attention_vjp`."""
-    a = _arguments(query, key, value, **options)
+    a = _arguments("attention_vjp", query, key, value, **options)
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
     return gradients(Problem.of(a), grad_output, grad_lse)
 
 
-def _arguments(query: Array, key: Array, value: Array | None, **options: Unpack[Options]) -> Arguments:
-    refuse_unknown(options)
+def _arguments(
+    function: str, query: Array, key: Array, value: Array | None, /, **options: Unpack[Options]
+) -> Arguments:
+    refuse_unknown(options, function)
     return check(Arguments(query, key, value, **options))

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mha_spec import steps
-from mha_spec.arrays import dtype_name
+from mha_spec.arrays import device_of, dtype_name
 
 from .operations import added, dense, finite, product
 from .parallel import each
@@ -67,8 +67,8 @@ def _head_gradients(
     group = a.heads // a.kv_heads
     bias = None
     if a.bias is not None:
-        bias = xp.zeros((1, min(group, a.bias.shape[1]), *a.bias.shape[2:]), dtype=like.dtype, device=like.device)
-    sinks = xp.zeros((group,), dtype=like.dtype, device=like.device)
+        bias = xp.zeros((1, min(group, a.bias.shape[1]), *a.bias.shape[2:]), dtype=like.dtype, device=device_of(like))
+    sinks = xp.zeros((group,), dtype=like.dtype, device=device_of(like))
     gradients = HeadGradients([], xp.zeros_like(key), xp.zeros_like(value), bias, sinks)
     for tile in strips(a, [head]):
         blocks, sink_weights, _ = softmax(problem, tile, slope=True)
@@ -87,7 +87,7 @@ def _through_values(
     """Add dV; give dP of each block and D, the sum of P dP over the keys (MHA-VJP-1, MHA-VJP-3)."""
     xp, rate = problem.xp, problem.a.dropout_rate
     value, clean = problem.value[tile.batch, tile.kv_head, ...], finite(grad_output)
-    row_dot = xp.zeros((tile.rows, 1), dtype=value.dtype, device=value.device)
+    row_dot = xp.zeros((tile.rows, 1), dtype=value.dtype, device=device_of(value))
     of_blocks: list[Array] = []
     for keys, weights, visible, _ in blocks:
         keep = problem.keep(tile, keys)
@@ -146,7 +146,7 @@ def _with_block(grad_bias: Array, tile: Tile, keys: range, grad_logits: Array) -
 def _grad_bias(problem: Problem, parts: list[HeadGradients], bias: Array) -> Array:
     """Sum what the heads give to the gradient of the bias, in their order."""
     a, like = problem.a, problem.query
-    whole = problem.xp.zeros(tuple(bias.shape), dtype=like.dtype, device=like.device)
+    whole = problem.xp.zeros(tuple(bias.shape), dtype=like.dtype, device=device_of(like))
     group = a.heads // a.kv_heads
     for (batch, kv_head), head in zip(heads(a), parts, strict=True):
         entry = slice(batch, batch + 1) if bias.shape[0] > 1 else slice(None)

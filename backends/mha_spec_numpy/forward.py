@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mha_spec import steps
+from mha_spec.arrays import device_of
 
 from .operations import anchor_of, exp, finite, product, row_sum
 from .tiling import SCORES, part, unfold
@@ -28,7 +29,7 @@ def attend(problem: Problem, tile: Tile) -> tuple[Array, Array]:
     anchor = anchor_of(maximum)
     total = xp.exp(maximum - anchor)
     value = problem.value[tile.batch, tile.kv_head, ...]
-    output = xp.zeros((tile.rows, value.shape[1]), dtype=total.dtype, device=total.device)
+    output = xp.zeros((tile.rows, value.shape[1]), dtype=total.dtype, device=device_of(total))
     blocks = problem.visibility.key_blocks(tile, max(1, SCORES // tile.rows))
     clean = bool(blocks) and finite(value[blocks[0].start : blocks[-1].stop, :])
     for keys in blocks:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mha_spec import steps
-from mha_spec.arrays import dtype_name, namespace_of, softmax_dtype_name
+from mha_spec.arrays import device_of, dtype_name, namespace_of, softmax_dtype_name
 
 from .operations import dense, hide
 from .tiling import block_of, fold, part
@@ -67,12 +67,13 @@ class Problem:
         scores = fold(self.query, tile) @ xp.matrix_transpose(self.key[tile.batch, tile.kv_head, part(keys), :])
         logits = steps.soft_cap(scores, self.a.softcap)
         cap_slope = steps.cap_slope(scores, self.a.softcap) if slope else 1.0
-        bias = None if self.a.bias is None else xp.astype(block_of(self.a.bias, tile, keys), logits.dtype)
+        bias = None if self.a.bias is None else block_of(self.a.bias, tile, keys)
         visible = self.visibility.visible(tile, keys, bias)
         if bias is None and visible is None:
             return Block(keys, logits, None, cap_slope)
 
         shape = (tile.group, len(tile.queries), len(keys))
+        bias = None if bias is None else xp.astype(bias, logits.dtype)
         logits = steps.add_bias(xp.reshape(logits, shape), bias)
         if visible is not None:
             visible = xp.broadcast_to(visible, shape)
@@ -83,7 +84,7 @@ class Problem:
         """The sink of each row, (rows, 1); -inf is none (MHA-SINK-1, MHA-SINK-2)."""
         xp = self.xp
         if self.sinks is None:
-            return xp.full((tile.rows, 1), -math.inf, dtype=self.query.dtype, device=self.query.device)
+            return xp.full((tile.rows, 1), -math.inf, dtype=self.query.dtype, device=device_of(self.query))
         sinks = xp.reshape(self.sinks[part(tile.heads)], (tile.group, 1))
         return xp.reshape(xp.broadcast_to(sinks, (tile.group, len(tile.queries))), (tile.rows, 1))
 
@@ -93,7 +94,7 @@ class Problem:
         if self.a.dropout_mask is not None:
             kept = block_of(self.a.dropout_mask, tile, keys)
         elif self.dropout is not None:
-            kept = self.dropout.block(tile, keys, xp, self.query.device)
+            kept = self.dropout.block(tile, keys, xp, device_of(self.query))
         else:
             return None
         return xp.reshape(xp.broadcast_to(kept, (tile.group, len(tile.queries), len(keys))), (tile.rows, len(keys)))

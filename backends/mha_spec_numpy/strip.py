@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mha_spec import steps
+from mha_spec.arrays import device_of
 
 from .operations import added, anchor_of, exp, row_sum
 from .tiling import SCORES, heads, part, tiles, unfold
@@ -57,7 +58,7 @@ def weigh(problem: Problem, tile: Tile) -> Array:
     xp = problem.xp
     blocks, _, total = softmax(problem, tile)
     unseen = xp.where(xp.isnan(total), total, 0.0)
-    weights = xp.zeros((tile.rows, problem.a.kv_len), dtype=total.dtype, device=total.device) + unseen
+    weights = xp.zeros((tile.rows, problem.a.kv_len), dtype=total.dtype, device=device_of(total)) + unseen
     for block in blocks:
         weights = added(weights, (slice(None), part(block.keys)), block.logits)
     return unfold(weights, tile)

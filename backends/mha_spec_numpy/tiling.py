@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mha_spec.arrays import namespace_of
+from mha_spec.arrays import device_of, namespace_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +68,7 @@ def stacked(parts: Sequence[Array], shape: tuple[int, ...], like: Array) -> Arra
     """Join equal parts along new leading axes; zeros where there are none."""
     xp: Any = namespace_of(like)
     if not parts:
-        return xp.zeros(shape, dtype=like.dtype, device=like.device)
+        return xp.zeros(shape, dtype=like.dtype, device=device_of(like))
     return xp.reshape(xp.stack(parts), shape)
 
 

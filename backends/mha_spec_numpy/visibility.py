@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from mha_spec import steps
-from mha_spec.arrays import host_integers, namespace_of
+from mha_spec.arrays import device_of, host_integers, namespace_of, segment_ids
 
 from .tiling import ROWS, block_of, blocks, part
 
@@ -164,15 +164,12 @@ class Visibility:
     def _see_segments(self, tile: Tile, keys: range) -> Iterator[Array]:
         if self.a.q_segment_ids is None or self.a.kv_segment_ids is None:
             return
-        q_ids, kv_ids = (
-            self.a.q_segment_ids[tile.batch, part(tile.queries)],
-            self.a.kv_segment_ids[tile.batch, part(keys)],
-        )
-        xp: Any = namespace_of(self.a.query)
-        q_ids, kv_ids = (xp.asarray(ids, device=self.a.query.device) for ids in (q_ids, kv_ids))
+        q_ids = self.a.q_segment_ids[tile.batch, part(tile.queries)]
+        kv_ids = self.a.kv_segment_ids[tile.batch, part(keys)]
+        q_ids, kv_ids = segment_ids(q_ids, kv_ids, self._indices(keys))
         yield steps.see_segments(q_ids[:, None], kv_ids[None, :])
 
     def _indices(self, indices: range) -> Array:
         """Consecutive positions in int32, in which distances fit and are computed twice as fast as in int64."""
         xp: Any = namespace_of(self.a.query)
-        return xp.arange(indices.start, indices.stop, dtype=xp.int32, device=self.a.query.device)
+        return xp.arange(indices.start, indices.stop, dtype=xp.int32, device=device_of(self.a.query))

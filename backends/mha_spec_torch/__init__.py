@@ -18,7 +18,6 @@ from mha_spec.checks import (
     check_cotangents,
     check_dropout_mask,
     check_halves,
-    check_weight_options,
     refuse_unknown,
 )
 
@@ -62,7 +61,7 @@ def attention(
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:
-    a = _arguments(query, key, value, **options)
+    a = _arguments("attention", query, key, value, **options)
     if not return_lse and _direct(a, options):
         return scaled_dot_product_attention(
             a.query, a.key, a.value, is_causal=a.causal, scale=a.scale, enable_gqa=a.heads != a.kv_heads
@@ -114,8 +113,7 @@ def attention_weights(
 
 @torch.compiler.allow_in_graph
 def _weights(query: Tensor, key: Tensor, options: WeightOptions) -> Tensor:
-    check_weight_options(options)
-    a = _arguments(query, key, None, **options)
+    a = _arguments("attention_weights", query, key, None, **options)
     return paths.weigh(Problem.of(a, host=False), Operands(a.query, a.key, a.key, a.bias, a.sinks))
 
 
@@ -137,7 +135,7 @@ def attention_vjp(
 def _vjp(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_lse: Tensor | None, options: Options
 ) -> Gradients:
-    a = _arguments(query, key, value, **options)
+    a = _arguments("attention_vjp", query, key, value, **options)
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
     x = Operands(a.query, a.key, a.value, a.bias, a.sinks)
@@ -170,8 +168,10 @@ def _merged(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) ->
     return merge(output_a, lse_a, output_b, lse_b)
 
 
-def _arguments(query: Tensor, key: Tensor, value: Tensor | None, **options: Unpack[Options]) -> Arguments:
-    refuse_unknown(options)
+def _arguments(
+    function: str, query: Tensor, key: Tensor, value: Tensor | None, /, **options: Unpack[Options]
+) -> Arguments:
+    refuse_unknown(options, function)
     a = Arguments(query, key, value, **options)
     return check(_autocast(a) if torch.is_autocast_enabled(query.device.type) else a)
 

@@ -132,7 +132,7 @@ GRADIENTS = (
         "cap-slope-missing",
         "leaves the slope of the soft cap out",
         "MHA-VJP-2",
-        cap_slope=lambda scores, softcap: 1.0,
+        grad_scores=lambda grad_logits, cap_slope, visible: steps.grad_scores(grad_logits, 1.0, visible),
         needs=("softcap",),
     ),
     mistake(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mha_spec import checks
 from mha_spec.arguments import OPTIONS
 
-from .mistake import MERGE, VJP, Mistake, asking, replacing, unchecked
+from .mistake import MERGE, VJP, Mistake, replacing, unchecked
 
 __all__ = ["RAISING"]
 
@@ -16,7 +14,7 @@ RAISING = (
         "options-unknown-swallowed",
         "takes any keyword and does not use those that it does not know",
         ("MHA-ARG-1",),
-        replacing(check_options=lambda options: {name: value for name, value in options.items() if name in OPTIONS}),
+        replacing(check_options=lambda options, function: {name: options[name] for name in options if name in OPTIONS}),
         bugs=("flashinfer-ai/flashinfer#1193", "sgl-project/sglang#33915"),
     ),
     Mistake(
@@ -87,7 +85,7 @@ RAISING = (
         "dropout-rate-without-mask-ignored",
         "takes a dropout rate without a mask and drops nothing",
         ("MHA-DROP-4",),
-        asking(lambda a: replace(a, dropout_rate=0.0) if a.dropout_mask is None else a),
+        replacing(check_dropout_mask=lambda a: None),
         needs=("dropout_rate",),
     ),
     Mistake(

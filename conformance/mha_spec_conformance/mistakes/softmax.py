@@ -85,6 +85,11 @@ def never_rescaled(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]
     return numpy.exp(logits - running), steps.exponentials(logits)[1]
 
 
+def without_last_key(exponentials: numpy.ndarray) -> numpy.ndarray:
+    """The exponentials of all keys but the last, and of the sink."""
+    return numpy.concatenate([exponentials[..., :-2], exponentials[..., -1:]], axis=-1)
+
+
 def over_queries(exponentials: numpy.ndarray, total: numpy.ndarray) -> numpy.ndarray:
     """Normalise each key over the queries."""
     return steps.normalise(exponentials, exponentials.sum(axis=-2, keepdims=True))
@@ -234,6 +239,12 @@ SUMS = (
         ("MHA-SOFTMAX-1",),
         replacing(sink_column=padded_with_zeros),
         bugs=("jax-ml/jax#27224",),
+    ),
+    Mistake(
+        "last-key-missing-from-the-sum",
+        "leaves the last key out of the sum of exponentials",
+        ("MHA-SOFTMAX-1",),
+        replacing(sum_exponentials=lambda exponentials: steps.sum_exponentials(without_last_key(exponentials))),
     ),
     Mistake(
         "one-added-to-the-sum",
