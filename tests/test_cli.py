@@ -177,6 +177,8 @@ def test_mistake_of_the_user_is_one_line(mha_spec: Command, arguments: tuple[str
         "[[known]]\nid = 'x'",
         "[[known]]\nid = 'x'\nreason = ''",
         "[[known]]\nid = 'x'\nreason = 'y'\nwhy = 'z'",
+        "[[known]]\nid = 'x'\nreason = 'y'\ndtype = 'float31'",
+        "[[known]]\nid = 'x'\nreason = 'y'\n[[nown]]\nid = 'x'",
         "[[",
         "",
     ],
@@ -241,3 +243,54 @@ def test_help_loads_neither_cases_nor_frameworks(python: Callable[..., subproces
         "print(*(name in sys.modules for name in ('mha_spec_conformance.cli', 'mha_spec_conformance.cases', 'torch')))"
     )
     assert done.stdout.split() == ["True", "False", "False"], done.stderr
+
+
+def test_fault_of_ours_is_one_line(mha_spec: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mha_spec_conformance import checking
+
+    def fault(**_: object) -> int:
+        raise KeyError("lost\nkey")
+
+    monkeypatch.setattr(checking, "check", fault)
+    says = "mha-spec: internal error: KeyError: 'lost\\nkey'; please report\n"
+    assert mha_spec("check", "numpy") == (2, "", says)
+    monkeypatch.setenv("MHA_SPEC_TRACEBACK", "1")
+    status, _, err = mha_spec("check", "numpy")
+    assert status == 2
+    assert err.startswith("Traceback ")
+    assert err.endswith(says)
+
+
+def test_run_that_judges_nothing_leaves_no_report(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert mha_spec("check", starter, *SMOKE, "--json", report)[0] == 0
+    assert json.loads(report.read_text())["status"] == 0
+    starter.write_text(starter.read_text() + "\n\ndef supports(case):\n    return 'not today'\n")
+    status, out, err = mha_spec("check", starter, *SMOKE, "--json", report)
+    assert (status, out) == (2, "")
+    assert "refused all 4 questions as unsupported: not today" in err
+    assert not report.exists()
+
+
+def test_untrue_known_failure_is_in_the_report(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
+    known, report = tmp_path / "known.toml", tmp_path / "report.json"
+    known.write_text('[[known]]\nid = "attention/smoke/plain"\nreason = "none"\n')
+    assert mha_spec("check", starter, *SMOKE, "--known", known, "--json", report)[0] == 1
+    said = json.loads(report.read_text())
+    assert said["status"] == 1
+    assert any("attention/smoke/plain did not fail" in note for note in said["notes"])
+
+
+def test_every_pattern_must_match(mha_spec: Command) -> None:
+    status, _, err = mha_spec("check", "numpy", *SMOKE, "--only", "attention/smoek/")
+    assert status == 2
+    assert "--only attention/smoek/ matches none of" in err
+
+
+def test_what_ended_the_call_is_headed_by_no_clause(mha_spec: Command, starter: Path) -> None:
+    starter.write_text(starter.read_text().replace("visible &= mask", "raise KeyError(':fire: [bold]')"))
+    _, out, _ = mha_spec("check", starter, *SMOKE)
+    assert "ERROR  attention/smoke/mask-polarity" in out
+    assert "MHA-MASK-1: " not in out
+    assert "cites also" not in out
+    assert ":fire: [bold]" in out

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from mha_spec_conformance.asking import Selection, asks
+from mha_spec_conformance.asking import Selection, asks, probes
 from mha_spec_conformance.cases import load
 from mha_spec_conformance.known import Known
 from mha_spec_conformance.outcome import Judge
+from mha_spec_conformance.pool import Pool
 from mha_spec_conformance.question import Answer, Claims, Raised
 from mha_spec_conformance.runner import NothingToJudge, Settings, run
 from mha_spec_conformance.target import TargetError
@@ -120,7 +122,7 @@ def attention(query, key, value, *, mask=None):
         (
             "return reference.attention(query, key, value).astype(int)",
             "fail",
-            "must have dtype=float32, received dtype=int64",
+            "must have dtype=float32, received int64",
         ),
     ],
 )
@@ -298,3 +300,148 @@ def test_refusals_of_the_reference_pass(suite: Suite) -> None:
     done = run("mha_spec.reference", suite, Settings(Selection(tuple(errors), ("float32",))))
     assert len(done.results) >= len(errors) > 20
     assert {result.outcome for result in done.results} == {"pass"}
+
+
+ORDINARY = """
+from mha_spec import reference
+
+def attention(query, key, value, *, causal=False):
+    offset = {offset}
+    return reference.attention(query, key, value, causal=causal, q_offset=offset if causal else None)
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(
+    ("offset", "alignment", "notes"),
+    [
+        ("0", "upper_left", ()),
+        ("key.shape[2] - query.shape[2]", "lower_right", ()),
+        ("7", None, ("causal diagonal where lengths differ: none of upper_left, lower_right",)),
+    ],
+)
+def test_causal_alignment_is_read_off(
+    judge: Callable[..., Run], jobs: int, offset: str, alignment: str | None, notes: tuple[str, ...]
+) -> None:
+    done = judge(ORDINARY.format(offset=offset), "causal/", jobs=jobs)
+    assert done.alignment == alignment
+    assert done.notes == notes
+    assert done.results
+
+
+def test_alignment_is_read_off_in_a_selected_dtype(suite: Suite) -> None:
+    claims = Claims("x", {"attention": ("causal",)}, ("float64", "float32"))
+    asked = probes(suite.cases, claims, Selection(dtypes=("float32",)))
+    assert {ask.dtype for ask in asked.values()} == {"float32"}
+    assert probes(suite.cases, claims, Selection(dtypes=("bfloat16",))) == {}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_answers_that_nobody_waited_for_do_not_come_back(tmp_path: Path, suite: Suite, jobs: int) -> None:
+    path = tmp_path / "target.py"
+    path.write_text(RIGHT)
+    with Pool(str(path), jobs) as pool:
+        questions = [ask.question() for ask in asks(suite.cases, pool.claims, Selection((ONLY,)))]
+        early = pool.answers(questions)
+        next(early)
+        early.close()
+        assert [question.id for question, _ in pool.answers(questions[-1:])] == [questions[-1].id]
+
+
+def test_only_cases_that_do_not_decide_are_not_judged(judge: Callable[..., Run]) -> None:
+    done = judge(
+        RIGHT
+        + "\ndef supports(question):\n    return question.id in SHOULD\n"
+        + "\nSHOULD = {case.id for case in __import__('mha_spec_conformance.cases').cases.load().cases"
+        + " if case.level == 'SHOULD'}\n",
+        "attention/",
+    )
+    assert done.judged
+    assert done.status == 2
+    assert done.verdict.startswith("nothing judged")
+    assert "conformant" not in done.verdict
+
+
+INVERTED = RIGHT.replace(
+    "    return reference.attention(query, key, value, mask=mask)",
+    "    mask = None if mask is None else ~mask\n    {first}\n"
+    "    return reference.attention({operands}, mask=mask){last}",
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "operands", "last", "outcome", "clause"),
+    [
+        ("", "query, key, value", "", "deviation", None),
+        ("", "query, key, value", ".astype(numpy.float64)", "deviation", None),
+        ("query += 1", "query - 1, key, value", "", "fail", "MHA-PURE-1"),
+        (
+            "value = value if value.flags.c_contiguous else value[::-1]",
+            "query, key, value",
+            "",
+            "fail",
+            "MHA-PURE-2",
+        ),
+    ],
+)
+def test_accepted_convention_hides_no_other_fault(
+    judge: Callable[..., Run], first: str, operands: str, last: str, outcome: str, clause: str | None
+) -> None:
+    text = INVERTED.format(first=first, operands=operands, last=last)
+    done = judge(text, "smoke/mask-polarity", accepted=frozenset({("mask_polarity", "true_hides")}))
+    found = done.results[0]
+    assert found.outcome == outcome
+    assert clause is None or found.clauses == (clause,)
+    assert done.status == int(bool(first or last))
+    assert (("output_dtype", "float64") in found.conventions) is bool(last)
+
+
+def test_accepting_every_convention_of_an_answer_excuses_it(judge: Callable[..., Run]) -> None:
+    text = INVERTED.format(first="", operands="query, key, value", last=".astype(numpy.float64)")
+    both = frozenset({("mask_polarity", "true_hides"), ("output_dtype", "float64")})
+    assert judge(text, "smoke/mask-polarity", accepted=both).status == 0
+
+
+def test_known_failures_do_not_stop_a_run(judge: Callable[..., Run], suite: Suite) -> None:
+    wrong = RIGHT.replace("mask=mask)", "mask=mask) * 2")
+    smoke = [case.id for case in suite.cases if case.id.startswith(ONLY)]
+    known = tuple(Known(name, "doubled") for name in smoke)
+    done = judge(wrong, known=known, max_fail=1)
+    assert (done.finished, len(done.results), done.status) == (True, len(smoke), 0)
+    stopped = judge(wrong, "attention/mask/", known=known, max_fail=2)
+    assert (stopped.finished, len(stopped.failures), stopped.status) == (False, 2, 1)
+
+
+def test_wrong_dtype_breaks_the_clause_of_dtypes(judge: Callable[..., Run]) -> None:
+    for dtype, outcome in (("float64", "deviation"), ("float16", "fail"), ("complex128", "fail")):
+        found = judge(RIGHT.replace("mask=mask)", f"mask=mask).astype('{dtype}')"), "smoke/plain", "smoke/lse").results
+        assert {result.outcome for result in found} == {outcome}
+        assert {result.clauses for result in found} == {("MHA-DTYPE-1",)}
+        assert {result.reason for result in found} == {f"`output` must have dtype=float32, received {dtype}"}
+
+
+@pytest.mark.parametrize(
+    ("only", "dtypes", "says"),
+    [
+        (ONLY, ("bfloat16",), "it claims float64, float32; --dtypes asks bfloat16"),
+        ("merge_attention/both-empty/prime", ("float32",), "it has no merge_attention"),
+    ],
+)
+def test_nothing_to_ask_names_the_cause(
+    judge: Callable[..., Run], only: str, dtypes: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(NothingToJudge, match=says):
+        judge(RIGHT, only, dtypes=dtypes)
+
+
+@pytest.mark.parametrize("signature", ["*, query, key, value", ""])
+def test_operands_are_taken_by_position(judge: Callable[..., Run], signature: str) -> None:
+    with pytest.raises(TargetError, match="attention must take query, key, value by position"):
+        judge(f"def attention({signature}): ...")
+
+
+def test_first_hang_of_the_smoke_cases_is_the_last(judge: Callable[..., Run]) -> None:
+    start = time.monotonic()
+    with pytest.raises(NothingToJudge, match="no answer in 3 s"):
+        judge("import time\ndef attention(query, key, value): time.sleep(60)", limit=3.0)
+    assert time.monotonic() - start < 6

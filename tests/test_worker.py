@@ -9,6 +9,7 @@ import numpy
 import pytest
 
 from mha_spec import reference
+from mha_spec_conformance import worker
 from mha_spec_conformance.question import Answer, Claims, Question, Raised
 from mha_spec_conformance.target import Target
 from mha_spec_conformance.worker import answer
@@ -169,3 +170,21 @@ def test_supports_is_asked_first(question: Question, said: object, reason: str) 
 def test_array_of_another_library_is_noticed(question: Question) -> None:
     torch = pytest.importorskip("torch")
     assert asked(lambda *_: torch.zeros(3), question).foreign == "torch"
+
+
+@pytest.mark.parametrize("dtype", ["complex128", "longdouble"])
+def test_results_of_any_width_come_back(question: Question, dtype: str) -> None:
+    got = asked(
+        lambda *operands: numpy.asarray(reference.attention(*operands)).astype(dtype), replace(question, repeat=True)
+    )
+    assert got.came == "returned"
+    assert got.outputs["output"].dtype == dtype
+
+
+def test_fault_of_ours_is_not_blamed_on_the_target(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object) -> bool:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(worker, "same_bits", fault)
+    with pytest.raises(KeyError, match="ours"):
+        asked(reference.attention, question)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .cases import Case
     from .question import Claims
 
-__all__ = ["Ask", "Selection", "alignments", "asks", "probes", "tried_in_every_layout"]
+__all__ = ["Ask", "Selection", "alignments", "asks", "matches", "probes", "tried_in_every_layout"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,16 @@ class Selection:
 
     def takes(self, case: Case) -> bool:
         """Whether the case is selected: its id matches a pattern or holds it as a part, or it cites the clause."""
-        return not self.only or any(
-            fnmatchcase(case.id, pattern) or pattern in case.id or pattern in case.clauses for pattern in self.only
-        )
+        return not self.only or any(matches(case, pattern) for pattern in self.only)
+
+    def asks_in(self, dtype: str) -> bool:
+        """Whether the dtype is selected."""
+        return not self.dtypes or dtype in self.dtypes
+
+
+def matches(case: Case, pattern: str) -> bool:
+    """Whether the id of the case matches the pattern or holds it as a part, or the case cites it as a clause."""
+    return fnmatchcase(case.id, pattern) or pattern in case.id or pattern in case.clauses
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def asks(cases: Iterable[Case], claims: Claims, selection: Selection) -> list[As
         for case in cases
         if selection.takes(case)
         for dtype in FLOATING
-        if dtype in case.dtypes and dtype in claims.dtypes and (not selection.dtypes or dtype in selection.dtypes)
+        if dtype in case.dtypes and dtype in claims.dtypes and selection.asks_in(dtype)
         if (ask := _ask(case, dtype, claims)) is not None
     ]
 
@@ -133,20 +140,21 @@ def alignments(case: Case) -> tuple[str, ...]:
     return tuple(name for name, reading in readings.items() if (offset == reading).all())
 
 
-def probes(cases: Iterable[Case], claims: Claims) -> dict[str, Ask]:
+def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, Ask]:
     """One case for each causal alignment that tells it from the others, for a target that has no offset."""
     taken = claims.keywords.get("attention", ())
-    if "causal" not in taken or "q_offset" in taken or "causal_alignment" in claims.conventions:
+    dtype = next((name for name in claims.dtypes if selection.asks_in(name)), None)
+    if "causal" not in taken or "q_offset" in taken or "causal_alignment" in claims.conventions or dtype is None:
         return {}
     found: dict[str, Ask] = {}
     for case in cases:
-        if case.function != "attention" or case.expect == "error" or claims.dtypes[0] not in case.dtypes:
+        if case.function != "attention" or case.expect == "error" or dtype not in case.dtypes:
             continue
         if case.level != "MUST" or not claims.accepts("attention", _keywords(case) - {"q_offset"}):
             continue
         readings = alignments(case)
         if len(readings) == 1 and "causal" in case.features:
-            found.setdefault(readings[0], Ask(case, claims.dtypes[0], ("output",), frozenset({"q_offset"})))
+            found.setdefault(readings[0], Ask(case, dtype, ("output",), frozenset({"q_offset"})))
     return found
 
 

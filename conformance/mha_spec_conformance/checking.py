@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mha_spec.arrays import FLOATING
 from mha_spec.errors import MhaSpecError
 
-from .asking import Selection
+from .asking import Selection, matches
 from .cases import load
 from .conventions import parse_convention
 from .known import read_known
@@ -54,25 +54,30 @@ def check(
     )
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise UsageError(f"--json {json}: it is a folder, or there is no folder {json.parent}")
+    if json is not None:
+        _remove_old(json)
     screen = console()
     with Bar(screen, target) as bar:
         done = run(target, suite, settings, bar)
+    if not done.musts:
+        raise NothingToJudge(f"target {target}: {done.verdict}")
     if json is not None:
         write_json(done, json)
     print_run(screen, done)
-    if not done.judged:
-        raise NothingToJudge(
-            f"target {target} refused all {len(done.results)} questions as unsupported: {done.results[0].reason}"
-        )
     return done.status
+
+
+def _remove_old(report: Path) -> None:
+    """A report of an earlier run must not pass for that of a run that ends without one; devices are left alone."""
+    if report.is_file() and not report.is_symlink():
+        report.unlink()
 
 
 def _selection(suite: Suite, only: tuple[str, ...], dtypes: tuple[str, ...]) -> Selection:
     selection = Selection(only, _among("--dtypes", dtypes, FLOATING))
-    if not any(selection.takes(case) for case in suite.cases):
-        raise UsageError(
-            f"--only {' '.join(only)} matches none of {len(suite.cases)} cases; `mha-spec cases` lists them"
-        )
+    for pattern in only:
+        if not any(matches(case, pattern) for case in suite.cases):
+            raise UsageError(f"--only {pattern} matches none of {len(suite.cases)} cases; `mha-spec cases` lists them")
     return selection
 
 

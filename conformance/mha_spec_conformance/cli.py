@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -24,9 +26,12 @@ app = typer.Typer(
 NOT_JUDGED = 2
 INTERRUPTED = 130
 
+TRACEBACK = "MHA_SPEC_TRACEBACK"
+"""The environment variable that asks, with 1, for the traceback of an internal error."""
+
 
 def main() -> None:
-    """Run the command line; a mistake of the user is one line on stderr and exit status 2."""
+    """Run the command line; a mistake of the user, and one of ours, is one line on stderr and exit status 2."""
     try:
         app()
     except MhaSpecError as error:
@@ -34,6 +39,17 @@ def main() -> None:
         sys.exit(NOT_JUDGED)
     except BrokenPipeError:
         sys.stderr.close()
+    except Exception as error:
+        _report(error)
+        sys.exit(NOT_JUDGED)
+
+
+def _report(error: Exception) -> None:
+    """Say that the fault is ours, with the traceback where it is asked for."""
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exception(error)
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    print(f"mha-spec: internal error: {said}; please report", file=sys.stderr)
 
 
 def _names(values: list[str] | None) -> tuple[str, ...]:

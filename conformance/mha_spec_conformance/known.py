@@ -14,6 +14,7 @@ import tomllib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mha_spec.arrays import FLOATING
 from mha_spec.errors import MhaSpecError
 
 from .outcome import FAILING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from .outcome import Result
 
-__all__ = ["Known", "KnownError", "read_known", "untrue"]
+__all__ = ["Known", "KnownError", "excuse", "is_open", "read_known", "untrue"]
 
 
 class KnownError(MhaSpecError):
@@ -44,6 +45,18 @@ class Known:
         return result.ask.case.id == self.id and self.dtype in (None, result.ask.dtype)
 
 
+def excuse(result: Result, accepted: frozenset[tuple[str, str]], known: Iterable[Known]) -> str | None:
+    """Why a failing result does not count: every convention that it follows is accepted, or it is known."""
+    if result.conventions and accepted.issuperset(result.conventions):
+        return "accepted"
+    return "known" if any(entry.covers(result) for entry in known) else None
+
+
+def is_open(result: Result, accepted: frozenset[tuple[str, str]], known: Iterable[Known]) -> bool:
+    """Whether a result makes the target fail: that of a MUST case, neither accepted nor known."""
+    return result.must and result.outcome in FAILING and excuse(result, accepted, known) is None
+
+
 def read_known(path: Path) -> tuple[Known, ...]:
     """Read a file of known failures.
 
@@ -51,9 +64,12 @@ def read_known(path: Path) -> tuple[Known, ...]:
         KnownError: It is not there, is no TOML, or an entry lacks its id or reason.
     """
     try:
-        tables = tomllib.loads(path.read_text()).get("known")
+        said = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise KnownError(f"known failures {path}: {error}") from error
+    tables = said.pop("known", None)
+    if said:
+        raise KnownError(f"known failures {path}: there is nothing but [[known]] tables, received {', '.join(said)}")
     if not isinstance(tables, list):
         raise KnownError(f"known failures {path}: there is no [[known]] table with id and reason")
     return tuple(entry for number, table in enumerate(tables, 1) for entry in _entries(path, number, table))
@@ -69,6 +85,11 @@ def _entries(path: Path, number: int, table: object) -> list[Known]:
         raise KnownError(
             f"known failures {path}: entry {number} must have a reason and one id or a list, and may have a dtype, "
             f"received {table!r}"
+        )
+    if fields.get("dtype", FLOATING[0]) not in FLOATING:
+        raise KnownError(
+            f"known failures {path}: the dtype of entry {number} must be of {', '.join(FLOATING)}, "
+            f"received {fields['dtype']!r}"
         )
     return [Known(id=name, **fields) for name in ids]
 

@@ -38,11 +38,17 @@ class Result:
     allowance_used: float | None = None
     worst: Worst | None = None
     diagnosis: tuple[str, ...] = ()
-    convention: tuple[str, str] | None = None
+    conventions: tuple[tuple[str, str], ...] = ()
     deterministic: bool | None = None
     clauses: tuple[str, ...] = ()
     seconds: float = 0.0
     note: str | None = None
+    malformed: bool = False
+
+    @property
+    def compared(self) -> bool:
+        """Whether there were arrays that a clause could be held against."""
+        return not self.malformed and self.outcome not in ("error", "crash", "timeout", "unsupported")
 
     @property
     def must(self) -> bool:
@@ -72,9 +78,9 @@ class Judge:
         if answer.came == "raised":
             return Result(ask, "error", answer.reason)
         if answer.came == "malformed":
-            return Result(ask, "fail", answer.reason)
+            return Result(ask, "fail", answer.reason, malformed=True)
         if (reason := form(ask, answer.outputs)) is not None:
-            return Result(ask, "fail", reason)
+            return Result(ask, "fail", reason, clauses=_form_clauses(ask, answer.outputs))
         if self.claims.registered and answer.foreign is not None:
             return Result(
                 ask, "fail", f"an output is an array of {answer.foreign}, the inputs are of {self.claims.arrays}"
@@ -87,22 +93,43 @@ class Judge:
         case_bounds = bounds(ask.case.function, arrays, ask.case.options)
         allowances = case_bounds.allowances(standard)
         judgement = _compare(ask, answer.outputs, allowances, standard)
-        if not judgement.passed:
-            return self._named(ask, answer.outputs, judgement)
-        found = Result(ask, "pass", None, judgement.allowance_used, judgement.worst)
-        if (fault := _layout_fault(ask, answer, allowances, standard)) is not None:
-            return replace(found, outcome="fail", reason=fault, clauses=("MHA-PURE-2",))
+        if judgement.passed:
+            found = Result(ask, "pass", None, judgement.allowance_used, judgement.worst)
+        else:
+            found = self._named(ask, answer.outputs, judgement)
+        if found.outcome == "fail":
+            return found
+        if (fault := self._layout_fault(found, answer, allowances, standard)) is not None:
+            return _spoiled(found, fault, "MHA-PURE-2")
         if answer.written:
-            return replace(
-                found, outcome="fail", reason=f"wrote to its input {', '.join(answer.written)}", clauses=("MHA-PURE-1",)
-            )
-        if (dtype := _wrong_dtype(ask, answer.outputs)) is not None:
-            return replace(
-                found, outcome="deviation", reason=f"output_dtype={dtype}", convention=("output_dtype", dtype)
-            )
-        if "generic" in ask.case.tags:
+            return _spoiled(found, f"wrote to its input {', '.join(answer.written)}", "MHA-PURE-1")
+        if (name := _wrong_dtype(ask, answer.outputs)) is not None:
+            return _of_other_dtype(found, name, answer.outputs)
+        if found.outcome == "pass" and "generic" in ask.case.tags:
             return replace(found, note=_note(ask, answer, case_bounds.deviations(standard)))
         return found
+
+    def _layout_fault(
+        self, found: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray], standard: Precision
+    ) -> str | None:
+        """What goes wrong where the inputs lie otherwise in memory."""
+        for layout, outputs in answer.layouts.items():
+            reason = outputs if isinstance(outputs, str) else form(found.ask, outputs)
+            if reason is None and not isinstance(outputs, str):
+                reason = self._unlike(found, outputs, _compare(found.ask, outputs, allowances, standard))
+            if reason is not None:
+                plain = "right" if found.outcome == "pass" else "=".join(found.conventions[0])
+                return f"{plain} for plain inputs, wrong for {layout.replace('_', '-')} ones: {reason}"
+        return None
+
+    def _unlike(self, found: Result, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> str | None:
+        """What is wrong with outputs that must be right as those for plain inputs are, or of the same convention."""
+        if found.outcome == "pass" or judgement.passed:
+            return judgement.reason if found.outcome == "pass" else "they follow the specification"
+        ask = found.ask
+        mistakes = self.diagnosis.explain(ask.case, ask.dtype, outputs, ask.outputs, self.claims.profile)
+        same = found.conventions[0] in [mistake.convention for mistake in mistakes]
+        return None if same else judgement.reason
 
     def _named(self, ask: Ask, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> Result:
         """A wrong result: a deviation where it is another convention, else a failure with the mistakes it matches."""
@@ -114,7 +141,24 @@ class Judge:
         if not conventions:
             return found
         convention = next((one for one in conventions if one in self.accepted), conventions[0])
-        return replace(found, outcome="deviation", reason="=".join(convention), convention=convention)
+        return replace(found, outcome="deviation", reason="=".join(convention), conventions=(convention,))
+
+
+def _spoiled(found: Result, fault: str, clause: str) -> Result:
+    """A fault that no convention explains, and that none therefore excuses."""
+    return replace(found, outcome="fail", reason=fault, clauses=(clause,), diagnosis=(), conventions=())
+
+
+def _of_other_dtype(found: Result, name: str, outputs: Mapping[str, numpy.ndarray]) -> Result:
+    """The same with one convention more; right values of another dtype break a clause of their own."""
+    fault = dtype_fault(found.ask, name, outputs)
+    return replace(
+        found,
+        outcome="deviation",
+        reason=fault if found.reason is None else f"{found.reason}; {fault}",
+        clauses=(dtype_clause(name),) if found.outcome == "pass" else (),
+        conventions=(*found.conventions, ("output_dtype", dtype_name(outputs[name]))),
+    )
 
 
 def _refusal(ask: Ask, answer: Answer) -> Result:
@@ -136,19 +180,6 @@ def _compare(
     return judge(ask.case, expected, outputs, allowances, standard)
 
 
-def _layout_fault(ask: Ask, answer: Answer, allowances: Mapping[str, numpy.ndarray], standard: Precision) -> str | None:
-    """What goes wrong where the inputs lie otherwise in memory."""
-    for layout, outputs in answer.layouts.items():
-        reason = (
-            outputs
-            if isinstance(outputs, str)
-            else form(ask, outputs) or _compare(ask, outputs, allowances, standard).reason
-        )
-        if reason is not None:
-            return f"right for plain inputs, wrong for {layout.replace('_', '-')} ones: {reason}"
-    return None
-
-
 def _note(ask: Ask, answer: Answer, deviations: Mapping[str, numpy.ndarray]) -> str | None:
     """What is remarkable about the errors of a generic case, all of them within their allowance (MHA-ACC-2)."""
     expected = {name: ask.case.expected[name] for name in ask.outputs}
@@ -162,10 +193,27 @@ def form(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
         shape, wanted = tuple(outputs[name].shape), tuple(ask.case.expected[name].shape)
         if shape != wanted:
             return f"`{name}` must have shape={wanted}, received shape={shape}"
-        dtype = dtype_name(outputs[name])
-        if dtype not in (expected := expected_dtype(ask, name), "float32", "float64"):
-            return f"`{name}` must have dtype={expected}, received dtype={dtype}"
+        if dtype_name(outputs[name]) not in (expected_dtype(ask, name), "float32", "float64"):
+            return dtype_fault(ask, name, outputs)
     return None
+
+
+def _form_clauses(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> tuple[str, ...]:
+    """The clause that a wrong form breaks: that of shapes, else that of the first dtype that is wrong."""
+    if any(outputs[name].shape != tuple(ask.case.expected[name].shape) for name in ask.outputs):
+        return ("MHA-SHAPE-1",)
+    name = _wrong_dtype(ask, outputs)
+    return () if name is None else (dtype_clause(name),)
+
+
+def dtype_fault(ask: Ask, name: str, outputs: Mapping[str, numpy.ndarray]) -> str:
+    """What is wrong with the dtype of an output."""
+    return f"`{name}` must have dtype={expected_dtype(ask, name)}, received {dtype_name(outputs[name])}"
+
+
+def dtype_clause(name: str) -> str:
+    """The clause that gives the dtype of an output."""
+    return "MHA-LSE-2" if name == "lse" else "MHA-DTYPE-2" if name.startswith("grad_") else "MHA-DTYPE-1"
 
 
 def expected_dtype(ask: Ask, name: str) -> str:
@@ -179,5 +227,5 @@ def expected_dtype(ask: Ask, name: str) -> str:
 
 
 def _wrong_dtype(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
-    received = ((dtype_name(outputs[name]), expected_dtype(ask, name)) for name in ask.outputs)
-    return next((dtype for dtype, expected in received if dtype != expected), None)
+    """The first output whose dtype is not what it must be."""
+    return next((name for name in ask.outputs if dtype_name(outputs[name]) != expected_dtype(ask, name)), None)

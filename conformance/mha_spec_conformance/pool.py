@@ -19,7 +19,7 @@ from .target import TargetError
 from .worker import serve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable, Iterator
     from types import TracebackType
     from typing import Self
 
@@ -64,6 +64,7 @@ class Worker:
         theirs.close()
         self.claims = self._claims()
         self.since = time.monotonic()
+        self.stopped = False
 
     def _claims(self) -> Claims:
         try:
@@ -81,6 +82,8 @@ class Worker:
 
     def ask(self, question: Question) -> None:
         """Hand over one more question."""
+        if self.stopped:
+            self.start()
         if not self.held:
             self.since = time.monotonic()
         self.held.append(question)
@@ -101,14 +104,20 @@ class Worker:
             if self.connection.poll():
                 path = Path(self.connection.recv())
                 self.since = time.monotonic()
-                reply = pickle.loads(path.read_bytes())
+                reply: Answer = pickle.loads(path.read_bytes())
                 path.unlink()
-                return reply
+                return _without_our_faults(reply)
         except (EOFError, OSError):
             return self._replace(Answer("crash", reason=self._ending(), seconds=time.monotonic() - self.since))
         if time.monotonic() - self.since > limit:
             return self._replace(Answer("timeout", reason=f"no answer in {limit:g} s", seconds=limit))
         return None
+
+    def forget(self) -> None:
+        """Give up the questions that are held, and the process whose answers to them would come later."""
+        if self.held:
+            self.held.clear()
+            self.stop()
 
     def _replace(self, answer: Answer) -> Answer:
         """Start anew, with the questions behind the one that ended the process."""
@@ -132,11 +141,19 @@ class Worker:
         return f"the process ended with {how}" + (f"; last printed: {lines[-1][:200]}" if lines else "")
 
     def stop(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, whatever it is doing; the next question starts another."""
+        self.stopped = True
         self.process.kill()
         self.process.join()
         self.connection.close()
         self.printed.unlink(missing_ok=True)
+
+
+def _without_our_faults(answer: Answer) -> Answer:
+    """Give an answer back; what went wrong in our own part of the process is no answer."""
+    if answer.came == "internal":
+        raise RuntimeError(answer.reason)
+    return answer
 
 
 class Pool:
@@ -175,9 +192,18 @@ class Pool:
         self._workers.clear()
         self._folder.cleanup()
 
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
-        """Ask all questions; each comes back with its answer, in the order in which the answers arrive."""
-        waiting = iter(questions)
+    def answers(self, questions: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
+        """Ask all questions; each comes back with its answer, in the order in which the answers arrive.
+
+        Whoever stops before the last answer loses the others: none of them comes back for a later question.
+        """
+        try:
+            yield from self._answers(iter(questions))
+        finally:
+            for worker in self._workers:
+                worker.forget()
+
+    def _answers(self, waiting: Iterator[Question]) -> Iterator[tuple[Question, Answer]]:
         self._hand_out(waiting)
         while any(worker.held for worker in self._workers):
             arrived = [
@@ -189,7 +215,7 @@ class Pool:
             self._hand_out(waiting)
             yield from done
             if not done:
-                wait([worker.connection for worker in self._workers], timeout=min(0.2, self.limit / 4))
+                wait([worker.connection for worker in self._workers if worker.held], timeout=min(0.2, self.limit / 4))
 
     def _hand_out(self, waiting: Iterator[Question]) -> None:
         for _ in range(AHEAD):

@@ -113,10 +113,10 @@ class Raised:
 class Answer:
     """What came of a question.
 
-    `came` is "returned", "raised", "unsupported", "malformed" (no arrays that could be compared), "crash" or "timeout";
-    `reason` explains the last four. `written` names the inputs that were written to. `layouts` holds the outputs, or
-    what was raised, for every other layout of the inputs that was tried; `foreign` is the library of the outputs where
-    it is not that of the inputs.
+    `came` is "returned", "raised", "unsupported", "malformed" (no arrays that could be compared), "crash", "timeout" or
+    "internal" (a fault of the suite); `reason` explains the last five. `written` names the inputs that were written to.
+    `layouts` holds the outputs, or what was raised, for every other layout of the inputs that was tried; `foreign` is
+    the library of the outputs where it is not that of the inputs.
     """
 
     came: str

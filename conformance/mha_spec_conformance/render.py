@@ -40,9 +40,9 @@ COLOURS = {
 
 def console() -> Console:
     """The terminal; where there is none, lines are neither wrapped nor coloured."""
-    screen = Console(highlight=False)
+    screen = Console(highlight=False, emoji=False)
     if not screen.is_terminal:
-        screen = Console(highlight=False, soft_wrap=True)
+        screen = Console(highlight=False, emoji=False, soft_wrap=True)
     return screen
 
 
@@ -106,8 +106,8 @@ def _groups(failing: list[Result]) -> list[list[Result]]:
     """Failures that look like one mistake, the most frequent first; what is excused or unexplained stays apart."""
     found: defaultdict[tuple[str, object], list[Result]] = defaultdict(list)
     for result in failing:
-        named = result.convention or result.diagnosis[:1]
-        raised = result.reason if result.outcome in ("error", "crash", "timeout") else None
+        named = result.conventions or result.diagnosis[:1]
+        raised = None if result.compared else result.reason
         found[result.outcome, raised or named or result.clauses[:1]].append(result)
     return sorted(found.values(), key=len, reverse=True)
 
@@ -136,20 +136,25 @@ def details(result: Result) -> list[str]:
     """Clause, question, answer, the worst place and what the answer looks like."""
     first = broken(result)
     lines = [f"{clause}: {sentence}" for clause, sentence in sentences(first)]
-    if others := [clause for clause in result.clauses if clause not in first]:
+    if first and (others := [clause for clause in result.clauses if clause not in first]):
         lines.append(f"cites also {', '.join(others)}")
     lines.append(f"asked: {asked(result)}")
-    if result.convention is not None:
-        lines.append(f"came:  {_place(result.worst)}" if result.worst else "came:")
-        lines.append(f"that is a convention of others; where it is meant: --accept {'='.join(result.convention)}")
-    else:
-        lines.append(f"came:  {result.reason}")
+    wrong_value = result.conventions and result.worst is not None and (result.allowance_used or 0.0) > 1
+    lines.append(f"came:  {_place(result.worst) if wrong_value and result.worst else result.reason}")
+    if result.conventions:
+        accepting = " ".join(f"--accept {'='.join(pair)}" for pair in result.conventions)
+        lines.append(f"that is a convention of others; where it is meant: {accepting}")
     lines += [f"looks like: {name}" for name in _titles(result)]
     return [*lines, f"see:   mha-spec explain {result.ask.case.id}"]
 
 
 def broken(result: Result) -> tuple[str, ...]:
-    """The clauses to read first: those of the mistake that the answer looks like, else the first of the case."""
+    """The clauses to read first: those of the mistake that the answer looks like, else the first of the case.
+
+    There are none where nothing came that could be compared: whatever ended the call is no matter of a clause.
+    """
+    if not result.compared:
+        return ()
     mistake = next((mistake for mistake in MISTAKES if mistake.name in result.diagnosis[:1]), None)
     if mistake is None:
         return result.clauses[:1]

@@ -14,7 +14,7 @@ from mha_spec.arrays import FLOATING
 
 from . import diagnosis
 from .accuracy import RULE_VERSION
-from .known import untrue
+from .known import excuse, is_open, untrue
 from .outcome import FAILING, OUTCOMES
 
 if TYPE_CHECKING:
@@ -57,16 +57,19 @@ class Run:
         """The results of what the target did not refuse as unsupported."""
         return [result for result in self.results if result.outcome != "unsupported"]
 
+    @cached_property
+    def musts(self) -> list[Result]:
+        """Those that decide: of MUST cases."""
+        return [result for result in self.judged if result.must]
+
     def excuse(self, result: Result) -> str | None:
-        """Why a failing result does not count: its convention is accepted, or it is known."""
-        if result.convention in self.accepted:
-            return "accepted"
-        return "known" if any(entry.covers(result) for entry in self.known) else None
+        """Why a failing result does not count: its conventions are accepted, or it is known."""
+        return excuse(result, self.accepted, self.known)
 
     @cached_property
     def failures(self) -> list[Result]:
         """The results that make the target fail: of MUST cases, neither accepted nor known."""
-        return [r for r in self.results if r.must and r.outcome in FAILING and self.excuse(r) is None]
+        return [result for result in self.results if is_open(result, self.accepted, self.known)]
 
     @cached_property
     def asked_features(self) -> tuple[str, ...]:
@@ -94,8 +97,11 @@ class Run:
 
     @property
     def status(self) -> int:
-        """0: nothing failed that is not accepted or known, and all required was asked; 1: not; 2: nothing judged."""
-        if not self.judged:
+        """0: nothing failed that is not accepted or known, and all required was asked; 1: not; 2: nothing judged.
+
+        Only MUST cases decide: where none of them was judged, nothing was.
+        """
+        if not self.musts:
             return 2
         return int(bool(self.failures or self.missing or self.untrue))
 
@@ -112,7 +118,7 @@ class Run:
     @property
     def conventions(self) -> dict[str, str]:
         """The conventions that the target was seen to follow, where they are not the specification's."""
-        seen = dict(result.convention for result in self.results if result.convention is not None)
+        seen = dict(pair for result in self.results for pair in result.conventions)
         return seen | ({"causal_alignment": self.alignment} if self.alignment else {})
 
     @cached_property
@@ -123,17 +129,24 @@ class Run:
     @property
     def verdict(self) -> str:
         """One sentence; only a complete run without an open failure says "conformant" of the target."""
-        musts = [result for result in self.judged if result.must]
-        passed = sum(result.outcome == "pass" for result in musts)
-        parts = [self._head(passed, len(musts))]
         refused = len(self.results) - len(self.judged)
+        parts = [self._head() if self.musts else self._nothing()]
         parts += [f"unsupported: {refused}"] if refused else []
         parts += [f"not asked: {', '.join(self.not_asked)}"] if self.not_asked and self.complete else []
         parts += [f"required but not asked: {', '.join(self.missing)}"] if self.missing else []
         return "; ".join(parts)
 
-    def _head(self, passed: int, total: int) -> str:
-        excused = Counter(self.excuse(r) for r in self.judged if r.must and r.outcome in FAILING)
+    def _nothing(self) -> str:
+        """What was asked instead of anything that decides."""
+        reason = next((result.reason for result in self.results if result.outcome == "unsupported"), None)
+        if self.judged:
+            return f"nothing judged that decides: {len(self.judged)} SHOULD cases and no MUST case"
+        return f"nothing judged: the target refused all {len(self.results)} questions as unsupported: {reason}"
+
+    def _head(self) -> str:
+        passed, total = sum(result.outcome == "pass" for result in self.musts), len(self.musts)
+        failing = [result for result in self.musts if result.outcome in FAILING]
+        excused = Counter(self.excuse(result) for result in failing)
         details = [f"{excused[kind]} {kind}" for kind in ("accepted", "known") if excused[kind]]
         count = f"{passed} of {total}" + "".join(f", {detail}" for detail in details)
         if not self.complete:
@@ -143,17 +156,10 @@ class Run:
                 else f"partial run: {count}, {len(self.failures)} failed"
             )
         if self.failures or excused["known"]:
-            features = dict.fromkeys(
-                f
-                for r in self.judged
-                if r.must and r.outcome in FAILING and r.convention not in self.accepted
-                for f in r.ask.features
-            )
+            features = dict.fromkeys(f for r in failing if self.excuse(r) != "accepted" for f in r.ask.features)
             return f"not conformant on {', '.join(features)} ({count}, {len(self.failures)} failed)"
-        accepting = sorted(
-            {"=".join(r.convention) for r in self.judged if r.convention in self.accepted and r.convention}
-        )
-        features = dict.fromkeys(feature for r in self.judged if r.must for feature in r.ask.features)
+        accepting = sorted({"=".join(pair) for r in self.judged for pair in self.accepted.intersection(r.conventions)})
+        features = dict.fromkeys(feature for result in self.musts for feature in result.ask.features)
         return f"conformant on {', '.join(features)} ({count})" + (
             f", accepting {', '.join(accepting)}" if accepting else ""
         )
@@ -190,6 +196,7 @@ class Run:
             "selection": {"only": list(self.selection.only), "dtypes": list(self.selection.dtypes)},
             "complete": self.complete,
             "verdict": self.verdict,
+            "status": self.status,
             "accepted": ["=".join(pair) for pair in sorted(self.accepted)],
             "known": [{"id": entry.id, "dtype": entry.dtype, "reason": entry.reason} for entry in self.known],
             "summary": self.summary,
@@ -197,7 +204,7 @@ class Run:
             "features": {name: self.tally(r for r in musts if name in r.ask.features) for name in sorted(features)},
             "conventions": self.conventions,
             "diagnosis": diagnosis.summarise(self.results),
-            "notes": [*self.notes, *self.statistics],
+            "notes": [*self.notes, *self.statistics, *self.untrue],
             "cases": [_case(result) for result in self.results],
         }
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .asking import Selection, asks, probes, tried_in_every_layout
-from .outcome import FAILING, Judge, Result
+from .known import is_open
+from .outcome import Judge, Result
 from .pool import Pool
 from .report import Run
 from .smoke import NothingToJudge, try_smoke_cases
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .asking import Ask
     from .cases import Suite
     from .known import Known
+    from .question import Claims
 
 __all__ = ["NothingToJudge", "Settings", "run"]
 
@@ -50,10 +52,10 @@ def run(
         asked = tried_in_every_layout(asks(suite.cases, pool.claims, settings.selection))
         if not asked:
             raise NothingToJudge(
-                f"target {target} has nothing to ask: no case of the selection has only what it claims"
+                f"target {target} has nothing to ask: {_why_nothing(suite, pool.claims, settings.selection)}"
             )
         notes = try_smoke_cases(suite, pool)
-        alignment = _alignment(pool, suite)
+        alignment, unread = _alignment(pool, suite, settings.selection)
         progress(len(asked), None)
         found, finished = _results(pool, asked, settings, progress)
         order = {ask.key: number for number, ask in enumerate(asked)}
@@ -64,11 +66,21 @@ def run(
             results=tuple(sorted(found, key=lambda one: order[one.ask.key])),
             finished=finished,
             alignment=alignment,
-            notes=notes,
+            notes=(*notes, *unread),
             required=settings.required,
             accepted=settings.accepted,
             known=settings.known,
         )
+
+
+def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
+    """What the target lacks for every case of the selection."""
+    if not any(selection.asks_in(dtype) for dtype in claims.dtypes):
+        return f"it claims {', '.join(claims.dtypes)}; --dtypes asks {', '.join(selection.dtypes)}"
+    functions = dict.fromkeys(case.function for case in suite.cases if selection.takes(case))
+    if not functions.keys() & claims.keywords.keys():
+        return f"it has no {', '.join(functions)}"
+    return "no case of the selection has only what it claims"
 
 
 def _results(
@@ -83,17 +95,22 @@ def _results(
         judged = judge.result(by_key[question.id, question.dtype], question, answer)
         found.append(judged)
         progress(len(asked), judged)
-        failed += judged.must and judged.outcome in FAILING and judged.convention not in settings.accepted
+        failed += is_open(judged, settings.accepted, settings.known)
         if settings.max_fail is not None and failed >= settings.max_fail:
             return found, len(found) == len(asked)
     return found, True
 
 
-def _alignment(pool: Pool, suite: Suite) -> str | None:
-    """Read off where a target without an offset puts its causal diagonal; None where it has no choice or fits none."""
-    by_id = {ask.case.id: (name, ask) for name, ask in probes(suite.cases, pool.claims).items()}
+def _alignment(pool: Pool, suite: Suite, selection: Selection) -> tuple[str | None, tuple[str, ...]]:
+    """Read off where a target without an offset puts its causal diagonal: its name, or notes where it fits none."""
+    by_id = {ask.case.id: (name, ask) for name, ask in probes(suite.cases, pool.claims, selection).items()}
+    judge = Judge(pool.claims)
+    outcomes: dict[str, str] = {}
     for question, answer in pool.answers([ask.question() for _, ask in by_id.values()]):
         name, ask = by_id[question.id]
-        if Judge(pool.claims).result(ask, question, answer).outcome == "pass":
-            return name
-    return None
+        outcomes[name] = judge.result(ask, question, answer).outcome
+    tried = [name for name, _ in by_id.values() if outcomes[name] != "unsupported"]
+    fitting = next((name for name in tried if outcomes[name] == "pass"), None)
+    if fitting is not None or not tried:
+        return fitting, ()
+    return None, (f"causal diagonal where lengths differ: none of {', '.join(tried)}",)

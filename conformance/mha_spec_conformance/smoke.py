@@ -49,10 +49,12 @@ def try_smoke_cases(suite: Suite, pool: Pool) -> tuple[str, ...]:
     cases = [case for case in suite.cases if TAG in case.tags]
     asked = {ask.key: ask for ask in asks(cases, claims, Selection(dtypes=(dtype,)))}
     judge = Judge(claims)
-    smokes = [
-        Smoke(question, answer, judge.result(asked[question.id, question.dtype], question, answer))
-        for question, answer in pool.answers([ask.question() for ask in asked.values()])
-    ]
+    plain_first = sorted(asked.values(), key=lambda ask: len(ask.features))
+    smokes: list[Smoke] = []
+    for question, answer in pool.answers([ask.question() for ask in plain_first]):
+        smokes.append(Smoke(question, answer, judge.result(asked[question.id, question.dtype], question, answer)))
+        if answer.came == "timeout":
+            break
     smokes = [smoke for smoke in smokes if smoke.result.outcome != "unsupported"]
     if smokes and (fault := _fault(smokes, pool)) is not None:
         raise NothingToJudge(f"target {claims.name} cannot be judged: {fault}")
@@ -115,7 +117,7 @@ def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
     swapped = numpy.asarray(reference.attention(*(x.swapaxes(1, 2) for x in operands))).swapaxes(1, 2)
     for _, answer in pool.answers([question]):
         output = answer.outputs.get("output")
-        if output is None or output.shape != swapped.shape:
+        if output is None or output.shape != swapped.shape or output.dtype.kind == "c":
             return False
         return float(abs(output.astype(numpy.float64) - swapped).max()) < abs(straight - swapped).max() / 64
     return False
@@ -127,11 +129,11 @@ def _notes(smokes: Iterable[Smoke]) -> list[str]:
 
 
 def _note(smoke: Smoke) -> str | None:
-    name, variant = smoke.result.convention or (None, None)
-    if (name, variant) == ("mask_polarity", "true_hides"):
+    seen = dict(smoke.result.conventions)
+    if seen.get("mask_polarity") == "true_hides":
         return "it takes True in a mask for hidden: if its own meaning is that, pass ~mask in the target file"
-    if name == "output_dtype":
-        return f"it gives {variant} for {smoke.question.dtype}: if the target file converts, convert back"
+    if "output_dtype" in seen:
+        return f"it gives {seen['output_dtype']} for {smoke.question.dtype}: if the target file converts, convert back"
     if smoke.answer.came == "malformed" or (smoke.answer.came == "returned" and _shapes(smoke)):
         return f"smoke case {smoke.question.id}: {smoke.result.reason}"
     return None

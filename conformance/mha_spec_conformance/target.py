@@ -25,6 +25,7 @@ from mha_spec.selection import backend, backend_names
 
 from .conventions import ConventionError, check_convention
 from .convert import LIBRARIES
+from .precision import PROFILES
 from .question import FUNCTIONS, KEYWORDS, OPERANDS, Claims
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Target", "TargetError", "load", "own_line"]
 
 REFERENCE = "mha_spec.reference"
-PROFILES = ("standard", "strict")
 FEATURES = (*KEYWORDS, "core", "groups", "value_size", "empty", "poison", "nonfinite", "weights", "vjp", "merge")
 _DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "jax": ("jax", "jaxlib")}
 
@@ -180,9 +180,11 @@ def _keywords(role: str, function: Callable[..., object], declared: tuple[str, .
     """The keywords that a function takes: by its signature, and by `features` where that does not tell."""
     from_features = [word for feature in declared for word in KEYWORDS.get(feature, ())]
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
         return tuple(from_features)
+    _check_operands(role, signature)
+    parameters = signature.parameters.values()
     named = [
         p.name
         for p in parameters
@@ -190,6 +192,13 @@ def _keywords(role: str, function: Callable[..., object], declared: tuple[str, .
     ]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return tuple(dict.fromkeys([*named, *(from_features if open_ended else ())]))
+
+
+def _check_operands(role: str, signature: inspect.Signature) -> None:
+    try:
+        signature.bind_partial(*OPERANDS[role])
+    except TypeError as error:
+        raise TargetError(f"{role} must take {', '.join(OPERANDS[role])} by position, received {signature}") from error
 
 
 def _declared(module: ModuleType) -> tuple[str, ...]:

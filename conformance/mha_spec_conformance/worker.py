@@ -21,7 +21,7 @@ from .question import OPERANDS, Answer, Question, Raised
 from .target import Target, TargetError, load, own_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from multiprocessing.connection import Connection
 
     import numpy
@@ -35,6 +35,14 @@ GRADIENTS: tuple[str, ...] = ("grad_query", "grad_key", "grad_value", "grad_bias
 
 class Malformed(Exception):
     """The target returned something else than the arrays that were asked for."""
+
+
+class Failed(Exception):
+    """The target, or its library, raised `error`."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def serve(connection: Connection, name: str, printed: str) -> None:
@@ -54,7 +62,7 @@ def serve(connection: Connection, name: str, printed: str) -> None:
         except EOFError:
             return
         question = pickle.loads(path.read_bytes())
-        path.write_bytes(pickle.dumps(answer(target, question), protocol=5))
+        path.write_bytes(pickle.dumps(_reply(target, question), protocol=5))
         connection.send(str(path))
 
 
@@ -67,6 +75,14 @@ def _print_to(file: str) -> None:
     os.dup2(descriptor, 2)
 
 
+def _reply(target: Target, question: Question) -> Answer:
+    """The answer, or what went wrong here: that is not to be blamed on the target."""
+    try:
+        return answer(target, question)
+    except Exception as error:
+        return Answer("internal", reason=f"{question.id}: {_raised(error)}")
+
+
 def answer(target: Target, question: Question) -> Answer:
     """Ask the target one question; whatever it does short of ending the process becomes an answer."""
     start = time.perf_counter()
@@ -76,15 +92,16 @@ def answer(target: Target, question: Question) -> Answer:
         return _ask(target, question)
     except Malformed as error:
         return Answer("malformed", reason=str(error), seconds=time.perf_counter() - start)
-    except NotImplementedError as error:
-        return Answer("unsupported", reason=str(error) or "NotImplementedError", seconds=time.perf_counter() - start)
-    except BaseException as error:
-        raised = _raised(error)
+    except Failed as failed:
+        if isinstance(failed.error, NotImplementedError):
+            reason = str(failed.error) or "NotImplementedError"
+            return Answer("unsupported", reason=reason, seconds=time.perf_counter() - start)
+        raised = _raised(failed.error)
         return Answer("raised", reason=str(raised), raised=raised, seconds=time.perf_counter() - start)
 
 
 def _unsupported(target: Target, question: Question) -> str | None:
-    supported = True if target.supports is None else target.supports(question)
+    supported = True if target.supports is None else _theirs(target.supports, question)
     return None if supported is True else supported if isinstance(supported, str) else "supports(case) said no"
 
 
@@ -114,11 +131,20 @@ def _layouts(target: Target, question: Question) -> dict[str, Mapping[str, numpy
             continue
         try:
             found[layout] = _call(target, question, layout)[0]
-        except NotImplementedError:
-            continue
-        except Exception as error:
-            found[layout] = str(_raised(error))
+        except Malformed as error:
+            found[layout] = str(error)
+        except Failed as failed:
+            if not isinstance(failed.error, NotImplementedError):
+                found[layout] = str(_raised(failed.error))
     return found
+
+
+def _theirs(function: Callable[..., object], *arguments: object, **keywords: object) -> Array:
+    """Call the target, or its library on its behalf; whatever comes out of that is its own."""
+    try:
+        return function(*arguments, **keywords)
+    except BaseException as error:
+        raise Failed(error) from error
 
 
 def _raised(error: BaseException) -> Raised:
@@ -131,12 +157,13 @@ def _call(
     """Call once; give the outputs, the inputs that were written to, and the library of the outputs if foreign."""
     claims = target.claims
     arguments = {
-        name: to_library(array, claims.arrays, claims.device, layout) for name, array in question.arrays.items()
+        name: _theirs(to_library, array, claims.arrays, claims.device, layout)
+        for name, array in question.arrays.items()
     }
     positional = OPERANDS[question.function]
     operands = [arguments[name] for name in positional]
     keywords = {name: array for name, array in arguments.items() if name not in positional}
-    returned = target.functions[question.function](*operands, **keywords, **question.options)
+    returned = _theirs(target.functions[question.function], *operands, **keywords, **question.options)
     named = _name_outputs(question, returned)
     outputs = {name: _read(name, value) for name, value in named.items()}
     libraries = {library_of(value) for value in named.values()} - {claims.arrays}
@@ -170,6 +197,8 @@ def _kind(value: object) -> str:
 
 def _read(name: str, value: Array) -> numpy.ndarray:
     try:
-        return lay_out(to_numpy(value), "plain")
-    except ConversionError as error:
-        raise Malformed(f"`{name}` must be an array: {error}") from None
+        return lay_out(_theirs(to_numpy, value), "plain")
+    except Failed as failed:
+        if isinstance(failed.error, ConversionError):
+            raise Malformed(f"`{name}` must be an array: {failed.error}") from None
+        raise
