@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -123,13 +124,19 @@ def _print_group(screen: Console, run: Run, members: list[Result]) -> None:
         f"[bold {COLOURS[example.outcome]}]{label}[/]  {escape(example.ask.case.id)}  {example.ask.dtype}"
         + f"  ({len(members)} like it)" * (len(members) > 1)
     )
-    for line in details(example):
+    for line in details(replace(example, diagnosis=_shared(example, members))):
         _line(screen, f"  {line}")
     others = dict.fromkeys(r.ask.case.id for r in members if r.ask.case.id != example.ask.case.id)
     if others:
         more = f" and {len(others) - MOST_NAMES} more" if len(others) > MOST_NAMES else ""
         _line(screen, f"  also: {', '.join(list(others)[:MOST_NAMES])}{more}")
     _line(screen, "")
+
+
+def _shared(example: Result, members: list[Result]) -> tuple[str, ...]:
+    """What the example looks like and the others of its group do too; all that it looks like where they share none."""
+    shared = tuple(name for name in example.diagnosis if all(name in member.diagnosis for member in members))
+    return shared or example.diagnosis
 
 
 def details(result: Result) -> list[str]:
