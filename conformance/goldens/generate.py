@@ -2,7 +2,7 @@
 
     python conformance/goldens/generate.py                      write mha_spec_conformance/goldens
     python conformance/goldens/generate.py --check              exit status 1 and the first difference, if there is one
-    python conformance/goldens/generate.py --only 'attention/causal*' --output /tmp/some
+    python conformance/goldens/generate.py --only 'attention/causal*' --output some/folder
 
 Needs numpy, ml-dtypes, safetensors and python-flint, and nothing of mha-spec: no golden is made by what it checks.
 """
