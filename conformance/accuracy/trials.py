@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Tally", "tally"]
 
-WIDER = replace(Steps(), check=lambda a: a, softmax_dtype=lambda name: "longdouble")
+WIDER = replace(Steps(), check=lambda a: a, check_halves=lambda *halves: None, softmax_dtype=lambda name: "longdouble")
 """The specification in extended precision, whose results are what float64 is judged by."""
 
 RESULTS = {
