@@ -1,0 +1,156 @@
+"""An attention layer by its definition in float64, with a bound of what float32 may make of each number.
+
+Written for layers that others wrote: nothing of mha_spec computes here, every step is one einsum of NumPy, and the
+bound is carried along. Each operation adds its own roundings, in any order of its sums, to the errors that came in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from mha_spec_conformance.convert import to_numpy
+from mha_spec_conformance.precision import precision, unit_roundoff
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    Array = numpy.ndarray
+
+__all__ = ["Rounded", "attended"]
+
+UNIT = unit_roundoff("float32") + unit_roundoff("float64")
+"""The layers compute in float32, and what they are compared with in float64."""
+
+ELEMENTARY = precision("float32").e_x
+"""What exp, sine, cosine and powers may be wrong by, relatively."""
+
+
+def gamma(roundings: int) -> float:
+    """Relative error of so many roundings one after the other."""
+    return roundings * UNIT / (1 - roundings * UNIT)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Values, and how far those of an implementation may be from them."""
+
+    value: Array
+    error: Array
+
+    @classmethod
+    def exact(cls, array: Any) -> Rounded:
+        """Numbers that an implementation is given as they are."""
+        value = to_numpy(array).astype(numpy.float64)
+        return cls(value, numpy.zeros_like(value))
+
+    @property
+    def largest(self) -> Array:
+        """What an implementation may have at most, in magnitude."""
+        return abs(self.value) + self.error
+
+    def repeated(self, group: int) -> Rounded:
+        """Each head of key or value once for every query head of its group."""
+        return Rounded(self.value.repeat(group, axis=1), self.error.repeat(group, axis=1))
+
+    def for_each_position(self) -> Rounded:
+        """A vector for each head, (heads, size), as (heads, 1, size)."""
+        return Rounded(self.value[:, None, :], self.error[:, None, :])
+
+    def einsum(self, subscripts: str, other: Rounded, roundings: int = 0) -> Rounded:
+        """A sum of products, in any order."""
+        operands, result = subscripts.split("->")
+        sizes = dict(zip(operands.replace(",", ""), self.value.shape + other.value.shape, strict=True))
+        terms = math.prod(size for letter, size in sizes.items() if letter not in result)
+        large = numpy.einsum(subscripts, self.largest, other.largest)
+        carried = large - numpy.einsum(subscripts, abs(self.value), abs(other.value))
+        return Rounded(
+            numpy.einsum(subscripts, self.value, other.value), carried + gamma(terms + roundings + 1) * large
+        )
+
+    def __add__(self, other: Rounded) -> Rounded:
+        return Rounded(self.value + other.value, self.error + other.error + gamma(1) * (self.largest + other.largest))
+
+    def softmax(self, visible: Array) -> Rounded:
+        """Weights over the visible keys, whose scores may all be shifted by their largest."""
+        shifted = numpy.where(
+            visible, self.value - self.value.max(-1, where=visible, initial=-numpy.inf, keepdims=True), 0
+        )
+        error = self.error + self.error.max(-1, where=visible, initial=0, keepdims=True)
+        exponent = error + UNIT * (abs(shifted) + error)
+        relative = (numpy.where(visible, numpy.expm1(exponent), 0)).max(-1, keepdims=True)
+        relative = (1 + relative) * (1 + ELEMENTARY) - 1
+        summed = (1 + relative) * (1 + gamma(visible.shape[-1])) - 1
+        weights = numpy.where(visible, numpy.exp(shifted), 0)
+        weights = weights / weights.sum(-1, keepdims=True)
+        return Rounded(weights, weights * ((1 + relative) / (1 - summed) * (1 + gamma(2)) - 1))
+
+    def normalised(self, gain: Rounded, epsilon: float) -> Rounded:
+        """RMS normalisation: the root moves by no more than the root mean square of the error."""
+        root = numpy.sqrt((self.value**2).mean(-1, keepdims=True) + epsilon)
+        moved = numpy.sqrt((self.error**2).mean(-1, keepdims=True))
+        steps = gamma(self.value.shape[-1] + 8)
+        value, largest = self.value / root, self.largest / (root - moved) * (1 + steps)
+        return Rounded(value * gain.value, (largest - abs(value)) * abs(gain.value) + gamma(1) * largest * gain.largest)
+
+    def rotated(self, base: float = 10000.0, interleaved: bool = False) -> Rounded:
+        """Pairs turned by position / base^(2i/size): (batch, heads, length, size)."""
+        length, size = self.value.shape[-2:]
+        angles = numpy.arange(length)[:, None] * base ** (-numpy.arange(0, size, 2) / size)
+        error = angles * (ELEMENTARY + gamma(4) + math.log(base) * gamma(1)) + ELEMENTARY
+        first = numpy.arange(0, size, 2) if interleaved else numpy.arange(size // 2)
+        second = first + 1 if interleaved else first + size // 2
+        turn = Rounded(numpy.zeros((length, size, size)), numpy.zeros((length, size, size)))
+        for rows, columns, part in (
+            (first, first, numpy.cos(angles)),
+            (second, second, numpy.cos(angles)),
+            (first, second, -numpy.sin(angles)),
+            (second, first, numpy.sin(angles)),
+        ):
+            turn.value[:, rows, columns] = part
+            turn.error[:, rows, columns] = error
+        return self.einsum("bhld,led->bhle", turn)
+
+
+def attended(
+    params: Mapping[str, Any],
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    bias: Array | None = None,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+) -> Rounded:
+    """What a layer gives: projections, norms, rotation, softmax over the visible keys, output projection."""
+    known = {name: Rounded.exact(array) for name, array in params.items()}
+    queries = placed(projected(known, "q", query), known.get("q_norm"), norm_epsilon, rotary)
+    keys = placed(projected(known, "k", key), known.get("k_norm"), norm_epsilon, rotary)
+    values = projected(known, "v", value)
+    group = queries.value.shape[1] // keys.value.shape[1]
+    products = queries.einsum("bhqd,bhkd->bhqk", keys.repeated(group), roundings=4)
+    factor = 1 / math.sqrt(queries.value.shape[-1]) if scale is None else scale
+    scores = Rounded(products.value * factor, products.error * abs(factor))
+    if bias is not None:
+        scores += Rounded.exact(bias)
+    seen = numpy.tri(*scores.value.shape[-2:], dtype=bool) if causal else numpy.ones(scores.value.shape[-2:], bool)
+    weights = scores.softmax(numpy.broadcast_to(seen, scores.value.shape))
+    output = weights.einsum("bhqk,bhkd->bhqd", values.repeated(group)).einsum("bhqd,hdo->bqo", known["w_o"])
+    return output + known["b_o"] if "b_o" in known else output
+
+
+def projected(known: Mapping[str, Rounded], name: str, sequence: Array) -> Rounded:
+    """The heads of query, key or value: (batch, heads, length, size)."""
+    heads = Rounded.exact(sequence).einsum("ble,ehd->bhld", known[f"w_{name}"])
+    return heads + known[f"b_{name}"].for_each_position() if f"b_{name}" in known else heads
+
+
+def placed(heads: Rounded, gain: Rounded | None, epsilon: float, rotary: Mapping[str, Any] | None) -> Rounded:
+    """Heads of query or key, normalised where there is a gain and turned where there is a rotation."""
+    heads = heads if gain is None else heads.normalised(gain, epsilon)
+    return heads if rotary is None else heads.rotated(**rotary)

@@ -1,0 +1,145 @@
+"""`load_weights` and `save_weights`: one engine for every layout."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec.parameters import AXES
+
+from .names import Expected, beginning, nested, own_tensors
+from .operations import Operations, mapping_of, operations_of, shape_of
+from .sizes import Sizes, axes_of, merged_axis
+from .tables import LAYOUTS, Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mha_spec.arrays import Array
+
+__all__ = ["layouts", "load_weights", "save_weights"]
+
+
+def layouts() -> Mapping[str, Layout]:
+    """Give every layout by its name; its `options` are what multi_head_attention must be given beside the params."""
+    return LAYOUTS
+
+
+def load_weights(
+    state: Mapping[str, Array] | Sequence[Array],
+    layout: str | Layout,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    prefix: str = "",
+) -> dict[str, Array]:
+    """Give the `params` of multi_head_attention from the weights of another library's attention layer.
+
+    Args:
+        state: The arrays by name, flat or nested, of one layer or of a whole model; for Keras also `get_weights()`. An
+            array of params shares the memory of the state's where the library reshapes without a copy.
+        layout: One of `layouts()`, or a Layout of one's own.
+        heads: Needed where the layout merges heads and sizes in one axis; else it must agree.
+        kv_heads: Follows from the shapes, where the layout has groups, but for fused ones; it must agree.
+        prefix: What the layer's names begin with, such as "layers.0.self_attn"; other names are ignored, none under it.
+
+    Returns:
+        w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim), w_o (heads, v_dim,
+        out) and those of b_q, b_k, b_v, b_o, q_norm, k_norm that there are; each in its own dtype, library and device.
+
+    Raises:
+        ArgumentValueError: A name is missing, unknown or without a place in params (all are listed); a shape does not
+            fit (both are named); the layout is unknown.
+        ArgumentTypeError: Something is no array, or of another library than the rest.
+    """
+    table = _table(layout)
+    tensors = own_tensors(state, table, prefix)
+    operations = operations_of(tensors, "state")
+    sizes = Sizes(table.same, heads=heads, kv_heads=kv_heads)
+    params: dict[str, Array] = {}
+    for name, parts in table.tensors.items():
+        if name in tensors:
+            sizes.fit(beginning(prefix, table) + name, list(parts.values()), shape_of(tensors[name]))
+            params |= _taken_apart(tensors[name], parts, sizes, operations)
+    sizes.check_groups()
+    return {name: params[name] for name in AXES if name in params}
+
+
+def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: str = "") -> dict[str, Array]:
+    """Give `params` by the names and in the axes of another library's attention layer: load_weights back again.
+
+    Args:
+        params: As load_weights gives them.
+        layout: One of `layouts()`, or a Layout of one's own.
+        prefix: What the names shall begin with.
+
+    Returns:
+        The arrays by name, in the library's own order (`list(state.values())` is what Keras' set_weights takes), nested
+        where the library nests.
+
+    Raises:
+        ArgumentValueError: The layout has no place for a param, or needs one that is missing (all are listed), or has
+            as one axis what differs here; a shape does not fit (both are named).
+        ArgumentTypeError: Something is no array, or of another library than the rest.
+    """
+    table = _table(layout)
+    _check_params(params, table)
+    operations = operations_of(params, "params")
+    sizes = Sizes(table.same)
+    for name in AXES:
+        if name in params:
+            sizes.fit(name, [" ".join(AXES[name])], shape_of(params[name]))
+    sizes.check_groups()
+    head = beginning(prefix, table)
+    state = {
+        head + name: _put_together(params, parts, sizes, operations)
+        for name, parts in table.tensors.items()
+        if params.keys() >= parts.keys()
+    }
+    return nested(state, table.separator) if table.nested else state
+
+
+def _table(layout: object) -> Layout:
+    if isinstance(layout, Layout):
+        return layout
+    if not isinstance(layout, str):
+        raise ArgumentTypeError(f"`layout` must be a name or a Layout, received {type(layout).__name__}.")
+    if layout not in LAYOUTS:
+        near = get_close_matches(layout, LAYOUTS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ArgumentValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, received layout={layout!r}.{hint}")
+    return LAYOUTS[layout]
+
+
+def _check_params(params: Mapping[str, Array], table: Layout) -> None:
+    held = [param for parts in table.tensors.values() for param in parts]
+    optional = [[param for name in group for param in table.tensors[name]] for group in table.optional]
+    expected = Expected([name for name in AXES if name in held], optional)
+    if not expected.fits(mapping_of(params, "params")):
+        expected.refuse(params, f"`params` must hold the weights of {table.describes}.")
+
+
+def _taken_apart(tensor: Array, parts: Mapping[str, str], sizes: Sizes, operations: Operations) -> dict[str, Array]:
+    joined, start = merged_axis(list(parts.values())), 0
+    params: dict[str, Array] = {}
+    for param, pattern in parts.items():
+        axes = axes_of(pattern)
+        stop = start + sizes.product(axes[joined])
+        own = tensor[(slice(None),) * joined + (slice(start, stop),) + (slice(None),) * (len(axes) - joined - 1)]
+        single = [axis for merged in axes for axis in merged]
+        whole = operations.reshape(own, tuple(sizes[axis] for axis in single))
+        params[param] = operations.transpose(whole, tuple(single.index(axis) for axis in AXES[param]))
+        start = stop
+    return params
+
+
+def _put_together(params: Mapping[str, Array], parts: Mapping[str, str], sizes: Sizes, operations: Operations) -> Array:
+    merged: list[Array] = []
+    for param, pattern in parts.items():
+        axes, own = axes_of(pattern), AXES[param]
+        whole = operations.transpose(
+            params[param], tuple(own.index(axis) for axes_of_one in axes for axis in axes_of_one)
+        )
+        merged.append(operations.reshape(whole, tuple(sizes.product(axis) for axis in axes)))
+    return merged[0] if len(merged) == 1 else operations.join(merged, axis=merged_axis(list(parts.values())))

@@ -1,0 +1,71 @@
+"""The few operations on arrays that moving weights takes, whatever their library."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
+
+from mha_spec.arrays import Array, library_of, namespace_of
+from mha_spec.errors import ArgumentTypeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Operations", "is_mapping", "mapping_of", "operations_of", "shape_of"]
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Reshaping, transposing and joining in one array library."""
+
+    reshape: Callable[..., Array]
+    transpose: Callable[..., Array]
+    join: Callable[..., Array]
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[str, Array]]:
+    """Whether a value is a mapping, which those of states and params have names for keys."""
+    return isinstance(value, Mapping)
+
+
+def mapping_of(value: object, argument: str) -> Mapping[str, Array]:
+    """Give an argument that must be a mapping."""
+    if not is_mapping(value):
+        raise ArgumentTypeError(f"`{argument}` must be a mapping of names to arrays, received {type(value).__name__}.")
+    return value
+
+
+def operations_of(arrays: Mapping[str, object], argument: str) -> Operations:
+    """Give the operations of the library of all `arrays`.
+
+    Raises:
+        ArgumentTypeError: `arrays` is no mapping, or something in it is not an array, or they are of several libraries.
+    """
+    first, library = "", None
+    for name, array in mapping_of(arrays, argument).items():
+        if library_of(array) is None:
+            raise ArgumentTypeError(f"`{argument}` must hold arrays, received {name}={type(array).__name__}.")
+        first, library = first or name, library or library_of(array)
+        if library_of(array) != library:
+            raise ArgumentTypeError(
+                f"`{argument}` must hold arrays of one library, received {first} of {library} and {name} of "
+                f"{library_of(array)}."
+            )
+    if library == "tensorflow":  # which has no namespace of the array API, and is loaded where its tensors are
+        tensorflow = sys.modules["tensorflow"]
+        return Operations(tensorflow.reshape, tensorflow.transpose, tensorflow.concat)
+    try:
+        xp = namespace_of(arrays[first])
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"`{argument}` must hold arrays of a library of the Python array API or of TensorFlow, received {first} of "
+            f"{library}. Give the array that it holds."
+        ) from error
+    return Operations(xp.reshape, xp.permute_dims, xp.concat)
+
+
+def shape_of(array: Array) -> tuple[int, ...]:
+    """Give the shape of an array of any library as integers."""
+    return tuple(int(size) for size in array.shape)

@@ -1,0 +1,287 @@
+"""How others name and shape the weights of an attention layer: one table for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from mha_spec.parameters import AXES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["LAYOUTS", "Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names and axes of one library's attention layer, beside those of `params`.
+
+    An axis is one of those of `mha_spec.parameters.AXES`, or several of them merged, joined by `*`, the outermost
+    first. Where one tensor holds several params, they follow each other along their merged axis.
+    """
+
+    describes: str
+    """Whose layer it is."""
+    tensors: Mapping[str, Mapping[str, str]]
+    """For each name, in the library's order, the params that it holds and the axes of each."""
+    optional: tuple[tuple[str, ...], ...] = ()
+    """Names that may be absent: those of one group all together."""
+    same: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Axes that are here another axis by definition: no kv_heads beside heads, no v_dim beside qk_dim."""
+    options: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Options that multi_head_attention must be given to mean what this layer always means."""
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Names whose weights have no place in params, and why."""
+    apart: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Names that stand among the layer's and are left alone, and what they are."""
+    separator: str = "."
+    """What stands between the parts of a name."""
+    nested: bool = False
+    """Whether the library keeps its state in dictionaries of dictionaries."""
+    ordered: bool = False
+    """Whether the library also gives its weights as a list, in the order of `tensors`."""
+
+
+_LINEAR = {
+    "w_q": "heads*qk_dim embed",
+    "w_k": "kv_heads*qk_dim k_embed",
+    "w_v": "kv_heads*v_dim v_embed",
+    "w_o": "out heads*v_dim",
+    "b_q": "heads*qk_dim",
+    "b_k": "kv_heads*qk_dim",
+    "b_v": "kv_heads*v_dim",
+    "b_o": "out",
+    "q_norm": "qk_dim",
+    "k_norm": "qk_dim",
+}
+_TRANSPOSED = _LINEAR | {
+    "w_q": "embed heads*qk_dim",
+    "w_k": "k_embed kv_heads*qk_dim",
+    "w_v": "v_embed kv_heads*v_dim",
+    "w_o": "heads*v_dim out",
+}
+_ONE_HEAD_COUNT = {"kv_heads": "heads"}
+_ONE_SIZE = {"v_dim": "qk_dim"}
+_SELF = {"k_embed": "embed", "v_embed": "embed"}
+
+
+def _linear(*params: str) -> dict[str, str]:
+    """The axes of weights that multiply from the right, (out, in), as in torch."""
+    return {param: _LINEAR[param] for param in params}
+
+
+def _transposed(*params: str) -> dict[str, str]:
+    """The axes of weights that multiply from the left, (in, out)."""
+    return {param: _TRANSPOSED[param] for param in params}
+
+
+def _unmerged(param: str) -> dict[str, str]:
+    """The axes of params itself."""
+    return {param: " ".join(AXES[param])}
+
+
+_TORCH_REFUSED = {
+    name: f"add_bias_kv appends a learned {tensor} to the sequence, which is no parameter of a projection: append it "
+    f"to the projected {tensor} yourself"
+    for name, tensor in {"bias_k": "key", "bias_v": "value"}.items()
+}
+_GATE = "use_gate multiplies the heads' output by a sigmoid of the query, which params does not describe"
+_LAYER_NORM = "normalises by LayerNorm, which subtracts the mean; q_norm and k_norm are gains of RMS normalisation"
+_INVERSE_FREQUENCIES = "follows from the base of rotary="
+_POST_NORM = "the LayerNorm of the block, after the residual"
+
+_TORCH = Layout(
+    describes="torch.nn.MultiheadAttention with one embedding size",
+    tensors={
+        "in_proj_weight": _linear("w_q", "w_k", "w_v"),
+        "in_proj_bias": _linear("b_q", "b_k", "b_v"),
+        "out_proj.weight": _linear("w_o"),
+        "out_proj.bias": _linear("b_o"),
+    },
+    optional=(("in_proj_bias", "out_proj.bias"),),
+    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE, "out": "embed"},
+    refused=_TORCH_REFUSED,
+)
+_TORCH_SEPARATE = Layout(
+    describes="torch.nn.MultiheadAttention with kdim or vdim",
+    tensors={
+        "q_proj_weight": _linear("w_q"),
+        "k_proj_weight": _linear("w_k"),
+        "v_proj_weight": _linear("w_v"),
+        "in_proj_bias": _linear("b_q", "b_k", "b_v"),
+        "out_proj.weight": _linear("w_o"),
+        "out_proj.bias": _linear("b_o"),
+    },
+    optional=(("in_proj_bias", "out_proj.bias"),),
+    same={**_ONE_HEAD_COUNT, **_ONE_SIZE, "out": "embed"},
+    refused=_TORCH_REFUSED,
+)
+
+_KERAS_TENSORS = {
+    f"{part}/{kind}": _unmerged(f"{letter}_{end}")
+    for part, end in {"query": "q", "key": "k", "value": "v", "attention_output": "o"}.items()
+    for kind, letter in {"kernel": "w", "bias": "b"}.items()
+}
+_KERAS_BIASES = (tuple(name for name in _KERAS_TENSORS if name.endswith("bias")),)
+_KERAS_REFUSED = {"gate/kernel": _GATE, "gate/bias": _GATE}
+_KERAS = Layout(
+    describes="keras.layers.MultiHeadAttention",
+    tensors=_KERAS_TENSORS,
+    optional=_KERAS_BIASES,
+    same=_ONE_HEAD_COUNT,
+    refused=_KERAS_REFUSED,
+    separator="/",
+    ordered=True,
+)
+_KERAS_GROUPED = Layout(
+    describes="keras.layers.GroupQueryAttention",
+    tensors=_KERAS_TENSORS,
+    optional=_KERAS_BIASES,
+    same={**_ONE_SIZE, "out": "embed"},
+    refused=_KERAS_REFUSED,
+    separator="/",
+    ordered=True,
+)
+
+_FLAX_TENSORS = {name.replace("attention_output", "out"): holds for name, holds in _KERAS_TENSORS.items()}
+_FLAX_BIASES = (tuple(name for name in _FLAX_TENSORS if name.endswith("bias")),)
+_FLAX_REFUSED = {f"{part}_ln/scale": f"normalize_qk {_LAYER_NORM}" for part in ("query", "key")}
+_FLAX_LINEN = Layout(
+    describes="flax.linen.MultiHeadDotProductAttention",
+    tensors=_FLAX_TENSORS,
+    optional=_FLAX_BIASES,
+    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+    refused=_FLAX_REFUSED,
+    separator="/",
+    nested=True,
+)
+_FLAX_NNX = Layout(
+    describes="flax.nnx.MultiHeadAttention",
+    tensors=_FLAX_TENSORS,
+    optional=_FLAX_BIASES,
+    same={**_ONE_SIZE, "v_embed": "k_embed"},
+    refused=_FLAX_REFUSED,
+    separator="/",
+    nested=True,
+)
+
+_EQUINOX_TENSORS = {
+    f"{part}_proj.{kind}": _linear(f"{letter}_{end}")
+    for part, end in {"query": "q", "key": "k", "value": "v", "output": "o"}.items()
+    for kind, letter in {"weight": "w", "bias": "b"}.items()
+}
+_EQUINOX = Layout(
+    describes="equinox.nn.MultiheadAttention",
+    tensors=_EQUINOX_TENSORS,
+    optional=tuple((name,) for name in _EQUINOX_TENSORS if name.endswith("bias")),
+    same=_ONE_HEAD_COUNT,
+)
+
+_BERT = Layout(
+    describes="BERT",
+    tensors={
+        f"{part}.{kind}": _linear(f"{letter}_{end}")
+        for part, end in {"self.query": "q", "self.key": "k", "self.value": "v", "output.dense": "o"}.items()
+        for kind, letter in {"weight": "w", "bias": "b"}.items()
+    },
+    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+    refused={"self.distance_embedding.weight": "relative positions add to the scores what params does not describe"},
+    apart={f"output.LayerNorm.{name}": _POST_NORM for name in ("weight", "bias", "gamma", "beta")},
+)
+_GPT2 = Layout(
+    describes="GPT-2",
+    tensors={
+        "c_attn.weight": _transposed("w_q", "w_k", "w_v"),
+        "c_attn.bias": _transposed("b_q", "b_k", "b_v"),
+        "c_proj.weight": _transposed("w_o"),
+        "c_proj.bias": _transposed("b_o"),
+    },
+    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
+    options={"causal": True},
+    apart={"bias": "the causal mask", "masked_bias": "the number that the causal mask writes"},
+)
+_LLAMA = Layout(
+    describes="Llama as Hugging Face names it",
+    tensors={
+        **{f"{part}_proj.weight": _linear(f"w_{part}") for part in "qkvo"},
+        **{f"{part}_proj.bias": _linear(f"b_{part}") for part in "qkvo"},
+        **{f"{part}_norm.weight": _linear(f"{part}_norm") for part in "qk"},
+    },
+    optional=(
+        ("q_proj.bias", "k_proj.bias", "v_proj.bias"),
+        ("o_proj.bias",),
+        ("q_norm.weight", "k_norm.weight"),
+    ),
+    same=_ONE_SIZE,
+    options={"causal": True, "rotary": {}},
+    apart={"rotary_emb.inv_freq": _INVERSE_FREQUENCIES},
+)
+_LLAMA_META = Layout(
+    describes="Llama as Meta names it",
+    tensors={f"w{part}.weight": _linear(f"w_{part}") for part in "qkvo"},
+    same=_ONE_SIZE,
+    options={"causal": True, "rotary": {"interleaved": True}},
+    apart={"inner_attention.rope.freqs": _INVERSE_FREQUENCIES},
+)
+_T5 = Layout(
+    describes="T5",
+    tensors={f"{part}.weight": _linear(f"w_{part}") for part in "qkvo"},
+    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+    options={"scale": 1.0},
+    apart={"relative_attention_bias.weight": "the table of the relative positions, from which bias= is made"},
+)
+_VIT_TIMM = Layout(
+    describes="ViT of timm",
+    tensors={
+        "qkv.weight": _linear("w_q", "w_k", "w_v"),
+        "qkv.bias": _linear("b_q", "b_k", "b_v"),
+        "proj.weight": _linear("w_o"),
+        "proj.bias": _linear("b_o"),
+    },
+    optional=(("qkv.bias",), ("proj.bias",)),
+    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
+    refused={
+        **{
+            f"{part}_norm.{kind}": f"qk_norm {_LAYER_NORM}, unless the model says norm_layer=RmsNorm: then take "
+            "q_norm.weight and k_norm.weight out of the state and give them as q_norm and k_norm"
+            for part in "qk"
+            for kind in ("weight", "bias")
+        },
+        **{f"norm.{kind}": "scale_norm normalises the merged heads before proj" for kind in ("weight", "bias")},
+    },
+)
+_WHISPER = Layout(
+    describes="Whisper as Hugging Face names it",
+    tensors={
+        "k_proj.weight": _linear("w_k"),
+        "v_proj.weight": _linear("w_v"),
+        "v_proj.bias": _linear("b_v"),
+        "q_proj.weight": _linear("w_q"),
+        "q_proj.bias": _linear("b_q"),
+        "out_proj.weight": _linear("w_o"),
+        "out_proj.bias": _linear("b_o"),
+    },
+    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+)
+
+LAYOUTS = MappingProxyType(
+    {
+        "torch": _TORCH,
+        "torch_separate": _TORCH_SEPARATE,
+        "keras": _KERAS,
+        "keras_grouped": _KERAS_GROUPED,
+        "flax_linen": _FLAX_LINEN,
+        "flax_nnx": _FLAX_NNX,
+        "equinox": _EQUINOX,
+        "bert": _BERT,
+        "gpt2": _GPT2,
+        "llama": _LLAMA,
+        "llama_meta": _LLAMA_META,
+        "t5": _T5,
+        "vit_timm": _VIT_TIMM,
+        "whisper": _WHISPER,
+    }
+)
+"""Every layout by its name."""

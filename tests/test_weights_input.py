@@ -1,0 +1,408 @@
+"""Weights in and out, whosever they are: the tables, bad input, arrays of every library, files."""
+
+from __future__ import annotations
+
+import sys
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy
+import pytest
+
+from mha_spec.arrays import dtype_name, library_of
+from mha_spec.errors import ArgumentTypeError, ArgumentValueError, MhaSpecError
+from mha_spec.parameters import AXES
+from mha_spec.weights import (
+    Layout,
+    half_split_pairs,
+    interleaved_pairs,
+    layouts,
+    load_weights,
+    read_safetensors,
+    save_weights,
+    write_safetensors,
+)
+from mha_spec_conformance.convert import same_bits, to_library, to_numpy
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Array = numpy.ndarray
+
+SIZES = {"embed": 11, "k_embed": 13, "v_embed": 17, "heads": 6, "kv_heads": 3, "qk_dim": 10, "v_dim": 7, "out": 19}
+
+
+def numbers(*shape: int, dtype: Any = numpy.float32) -> Array:
+    return numpy.random.default_rng(shape).normal(size=shape).astype(dtype)
+
+
+def params_of(layout: Layout, *, optional: bool = True, dtype: Any = numpy.float32) -> dict[str, Array]:
+    """Params that the layout has a place for, with as many sizes of their own as it allows."""
+    absent = set() if optional else {name for group in layout.optional for name in group}
+    held = {param for name, parts in layout.tensors.items() if name not in absent for param in parts}
+    return {
+        param: numbers(*(SIZES[layout.same.get(axis, axis)] for axis in axes), dtype=dtype)
+        for param, axes in AXES.items()
+        if param in held
+    }
+
+
+def zeros(**shapes: tuple[int, ...]) -> dict[str, Array]:
+    return {name.replace("__", "."): numpy.zeros(shape) for name, shape in shapes.items()}
+
+
+LLAMA = zeros(q_proj__weight=(60, 11), k_proj__weight=(30, 11), v_proj__weight=(30, 11), o_proj__weight=(11, 60))
+TORCH = zeros(in_proj_weight=(45, 15), in_proj_bias=(45,), out_proj__weight=(15, 15), out_proj__bias=(15,))
+NORMS = zeros(q_norm__weight=(10,), k_norm__weight=(10,))
+PARAMS = load_weights(LLAMA, "llama", heads=6)
+
+
+def under(prefix: str, state: dict[str, Array]) -> dict[str, Array]:
+    return {f"{prefix}.{name}": array for name, array in state.items()}
+
+
+def without(name: str, state: dict[str, Array]) -> dict[str, Array]:
+    return {key: array for key, array in state.items() if key != name}
+
+
+@pytest.mark.parametrize("name", layouts())
+@pytest.mark.parametrize("optional", [True, False])
+def test_saved_and_loaded_is_the_same(name: str, *, optional: bool) -> None:
+    params = params_of(layouts()[name], optional=optional)
+    state = save_weights(params, name, prefix="a/b" if layouts()[name].separator == "/" else "a.b")
+    found = load_weights(state, name, heads=6, prefix="a/b" if layouts()[name].separator == "/" else "a.b")
+    assert list(found) == list(params)
+    assert all(same_bits(found[param], params[param]) for param in params)
+
+
+@pytest.mark.parametrize("layout", layouts().values(), ids=layouts())
+def test_tables_are_coherent(layout: Layout) -> None:
+    held = [param for parts in layout.tensors.values() for param in parts]
+    assert len(held) == len(set(held))
+    names = [name for group in layout.optional for name in group]
+    assert set(names) <= set(layout.tensors)
+    assert not (set(layout.refused) | set(layout.apart)) & set(layout.tensors)
+    for parts in layout.tensors.values():
+        split = {param: [axis.split("*") for axis in pattern.split()] for param, pattern in parts.items()}
+        assert all(sorted(chain(*axes)) == sorted(AXES[param]) for param, axes in split.items())
+        plain = {tuple(layout.same.get(a[0], a[0]) if len(a) == 1 else "" for a in axes) for axes in split.values()}
+        assert len(plain) == 1
+
+
+BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]] = {
+    "unknown layout": (
+        lambda: load_weights(LLAMA, "lama", heads=6),
+        ArgumentValueError,
+        ("layout='lama'", "torch_separate", "Did you mean 'llama'?"),
+    ),
+    "no layout": (lambda: save_weights(PARAMS, None), ArgumentTypeError, ("`layout`", "NoneType")),
+    "no mapping": (lambda: load_weights(3, "llama"), ArgumentTypeError, ("`state` must be a mapping", "int")),
+    "a list where there is no order": (lambda: load_weights([], "llama"), ArgumentTypeError, ("`state`", "list")),
+    "no array": (
+        lambda: load_weights(LLAMA | {"q_proj.weight": "x"}, "llama", heads=6),
+        ArgumentTypeError,
+        ("`state` must hold arrays", "q_proj.weight=str"),
+    ),
+    "params no mapping": (
+        lambda: save_weights([1], "llama"),
+        ArgumentTypeError,
+        ("`params` must be a mapping", "list"),
+    ),
+    "prefix no string": (lambda: load_weights(LLAMA, "llama", prefix=0), ArgumentTypeError, ("`prefix`", "prefix=0")),
+    "missing name": (
+        lambda: load_weights(without("k_proj.weight", LLAMA), "llama", heads=6),
+        ArgumentValueError,
+        ("missing: k_proj.weight\n", "expected: q_proj.weight, k_proj.weight, v_proj", "there: o_proj.weight, q_proj"),
+    ),
+    "misspelt name": (
+        lambda: load_weights(without("k_proj.weight", LLAMA) | {"k_porj.weight": 0}, "llama", heads=6),
+        ArgumentValueError,
+        ("missing: k_proj.weight (is it k_porj.weight?)", "unknown: k_porj.weight (is it k_proj.weight?)"),
+    ),
+    "unknown name": (
+        lambda: load_weights(LLAMA | {"sinks": 0}, "llama", heads=6),
+        ArgumentValueError,
+        ("unknown: sinks", "expected: q_proj.weight", "there: k_proj.weight"),
+    ),
+    "half of a group": (
+        lambda: load_weights(LLAMA | without("q_norm.weight", NORMS), "llama", heads=6),
+        ArgumentValueError,
+        ("missing: q_norm.weight", "[q_norm.weight]"),
+    ),
+    "nothing under the prefix": (
+        lambda: load_weights(under("layers.3.self_attn", LLAMA), "llama", heads=6, prefix="layers.30.self_attn"),
+        ArgumentValueError,
+        ("under 'layers.30.self_attn.'", "Such a layer is under 'layers.3.self_attn.'", "there: nothing"),
+    ),
+    "no prefix": (
+        lambda: load_weights(under("a", LLAMA) | under("b", LLAMA), "llama", heads=6),
+        ArgumentValueError,
+        ("no others without a prefix", "Such a layer is under 'a.', 'b.'"),
+    ),
+    "another layout": (
+        lambda: load_weights(LLAMA, "torch", heads=6),
+        ArgumentValueError,
+        ("Those there are of layout 'llama'", "missing: in_proj_weight", "unknown: q_proj.weight"),
+    ),
+    "bias_k": (
+        lambda: load_weights(TORCH | zeros(bias_k=(1, 1, 15)), "torch", heads=3),
+        ArgumentValueError,
+        ("`bias_k` cannot be loaded", "add_bias_kv", "learned key"),
+    ),
+    "LayerNorm of flax": (
+        lambda: load_weights({"query_ln": {"scale": 0}}, "flax_linen"),
+        ArgumentValueError,
+        ("`query_ln/scale` cannot be loaded", "LayerNorm"),
+    ),
+    "gate of Keras": (
+        lambda: load_weights({"m/gate/kernel": 0}, "keras", prefix="m"),
+        ArgumentValueError,
+        ("`m/gate/kernel` cannot be loaded", "use_gate"),
+    ),
+    "a list too long": (
+        lambda: load_weights([numpy.zeros(3)] * 10, "keras"),
+        ArgumentValueError,
+        ("the 8 or, without", "the 4 weights", "query/kernel, query/bias", "received 10 arrays"),
+    ),
+    "a list with a prefix": (
+        lambda: load_weights([], "keras", prefix="m"),
+        ArgumentValueError,
+        ("`prefix` must be ''",),
+    ),
+    "no heads": (
+        lambda: load_weights(LLAMA, "llama"),
+        ArgumentValueError,
+        ("`heads` must be given", "`q_proj.weight` has heads*qk_dim=60"),
+    ),
+    "heads no integer": (lambda: load_weights(LLAMA, "llama", heads=6.0), ArgumentTypeError, ("heads=6.0",)),
+    "heads a boolean": (lambda: load_weights(LLAMA, "llama", heads=True), ArgumentTypeError, ("heads=True",)),
+    "no head": (lambda: load_weights(LLAMA, "llama", heads=0), ArgumentValueError, ("at least 1", "heads=0")),
+    "heads that do not divide": (
+        lambda: load_weights(under("x", LLAMA), "llama", heads=7, prefix="x"),
+        ArgumentValueError,
+        ("`x.q_proj.weight` must have shape=(heads*qk_dim, embed)=(7*qk_dim, embed)", "received shape=(60, 11)"),
+    ),
+    "heads against the shapes": (
+        lambda: load_weights(save_weights(PARAMS, "flax_nnx"), "flax_nnx", heads=3),
+        ArgumentValueError,
+        ("`query/kernel`", "=(11, 3, qk_dim)", "received shape=(11, 6, 10)"),
+    ),
+    "kv_heads against the shapes": (
+        lambda: load_weights(LLAMA, "llama", heads=6, kv_heads=2),
+        ArgumentValueError,
+        ("`k_proj.weight`", "=(20, k_embed)", "received shape=(30, 11)", "kv_heads=2 of `kv_heads`"),
+    ),
+    "kv_heads where there are none": (
+        lambda: load_weights(TORCH, "torch", heads=3, kv_heads=1),
+        ArgumentValueError,
+        ("`kv_heads` must be heads=3 in this layout, received kv_heads=1",),
+    ),
+    "groups that do not divide": (
+        lambda: load_weights(LLAMA | zeros(k_proj__weight=(40, 11), v_proj__weight=(40, 11)), "llama", heads=6),
+        ArgumentValueError,
+        ("heads=6 of `heads`", "kv_heads=4 of `k_proj.weight`", "MHA-HEAD-2"),
+    ),
+    "wrong shape": (
+        lambda: load_weights(TORCH | zeros(out_proj__weight=(15, 30)), "torch", heads=3),
+        ArgumentValueError,
+        ("`out_proj.weight`", "=(15, 15)", "received shape=(15, 30)", "qk_dim=5 of `in_proj_weight`"),
+    ),
+    "wrong rank": (
+        lambda: load_weights(TORCH | zeros(in_proj_bias=(3, 15)), "torch", heads=3),
+        ArgumentValueError,
+        ("`in_proj_bias`", "=(45)", "received shape=(3, 15)"),
+    ),
+    "an empty axis": (
+        lambda: load_weights(LLAMA | zeros(q_proj__weight=(60, 0)), "llama", heads=6),
+        ArgumentValueError,
+        ("`q_proj.weight`", "received shape=(60, 0)"),
+    ),
+    "groups saved where there are none": (
+        lambda: save_weights(PARAMS, "torch"),
+        ArgumentValueError,
+        ("`w_k`", "=(11, 6, 10)", "received shape=(11, 3, 10)", "kv_heads=heads in this layout"),
+    ),
+    "v_dim saved where there is none": (
+        lambda: save_weights(params_of(layouts()["equinox"]), "t5"),
+        ArgumentValueError,
+        ("unknown: b_q", "expected: w_q, w_k, w_v, w_o"),
+    ),
+    "a fused tensor of unequal parts": (
+        lambda: save_weights(without("b_k", PARAMS) | {"w_k": numpy.zeros((13, 6, 10))}, "vit_timm"),
+        ArgumentValueError,
+        ("`w_k`", "=(11, 6, 10)", "received shape=(13, 6, 10)", "k_embed=embed in this layout"),
+    ),
+    "a bias that must be there": (
+        lambda: save_weights(PARAMS, "whisper"),
+        ArgumentValueError,
+        ("missing: b_q", "missing: b_v", "missing: b_o"),
+    ),
+    "a bias without a place": (
+        lambda: save_weights(PARAMS | {"b_k": numpy.zeros((3, 10))}, "t5"),
+        ArgumentValueError,
+        ("unknown: b_k", "expected: w_q, w_k, w_v, w_o", "there: b_k, w_k"),
+    ),
+    "half of the biases": (
+        lambda: save_weights(PARAMS | {"b_q": numpy.zeros((6, 10))}, "llama"),
+        ArgumentValueError,
+        ("missing: b_k", "missing: b_v", "[b_q]"),
+    ),
+    "two libraries": (
+        lambda: load_weights(LLAMA | {"v_proj.weight": to_library(numbers(30, 11), "torch")}, "llama", heads=6),
+        ArgumentTypeError,
+        ("arrays of one library", "v_proj.weight of torch"),
+    ),
+    "rotary_dim odd": (lambda: half_split_pairs(PARAMS, rotary_dim=3), ArgumentValueError, ("even", "rotary_dim=3")),
+    "rotary_dim too large": (lambda: interleaved_pairs(PARAMS, rotary_dim=12), ArgumentValueError, ("<=10", "=12")),
+    "rotary_dim no integer": (lambda: half_split_pairs(PARAMS, rotary_dim="4"), ArgumentTypeError, ("rotary_dim='4'",)),
+    "qk_dim odd": (
+        lambda: half_split_pairs(PARAMS | {"w_q": numpy.zeros((11, 6, 5))}),
+        ArgumentValueError,
+        ("`qk_dim` must be even", "received qk_dim=5"),
+    ),
+    "pairs of an unknown name": (
+        lambda: half_split_pairs(LLAMA),
+        ArgumentValueError,
+        ("missing: w_q", "unknown: q_proj"),
+    ),
+    "pairs of a wrong rank": (
+        lambda: half_split_pairs(PARAMS | {"w_k": numpy.zeros(10)}),
+        ArgumentValueError,
+        ("`w_k` must have shape=(k_embed, kv_heads, qk_dim)", "received shape=(10,)"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str) -> None:
+    call, error, fragments = BAD[case]
+    with pytest.raises(error) as raised:
+        call()
+    assert [fragment for fragment in fragments if fragment not in str(raised.value)] == []
+
+
+def test_a_layout_of_ones_own() -> None:
+    fused = Layout(
+        describes="Phi-3",
+        tensors={
+            "qkv_proj.weight": {
+                "w_q": "heads*qk_dim embed",
+                "w_k": "kv_heads*qk_dim k_embed",
+                "w_v": "kv_heads*v_dim v_embed",
+            },
+            "o_proj.weight": {"w_o": "out heads*v_dim"},
+        },
+        same={"k_embed": "embed", "v_embed": "embed", "v_dim": "qk_dim"},
+    )
+    state = zeros(o_proj__weight=(11, 60)) | {"qkv_proj.weight": numbers(120, 11)}
+    params = load_weights(state, fused, heads=6, kv_heads=3)
+    assert numpy.array_equal(params["w_k"], state["qkv_proj.weight"][60:90].reshape(3, 10, 11).transpose(2, 0, 1))
+    assert same_bits(save_weights(params, fused)["qkv_proj.weight"], state["qkv_proj.weight"])
+    with pytest.raises(ArgumentValueError, match="`kv_heads` must be given"):
+        load_weights(state, fused, heads=6)
+
+
+LIBRARIES = {
+    "numpy": (numpy.float32, numpy.float64, numpy.float16, ml_dtypes.bfloat16),
+    "torch": (numpy.float32, ml_dtypes.bfloat16),
+    "jax": (numpy.float32, ml_dtypes.bfloat16),
+    "tensorflow": (numpy.float32, ml_dtypes.bfloat16),
+    "array_api_strict": (numpy.float32,),
+}
+
+
+def of_library(array: Array, library: str) -> Any:
+    if library != "array_api_strict":
+        return to_library(array, library)
+    import array_api_strict
+
+    return array_api_strict.asarray(array)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_arrays_of_every_library(library: str) -> None:
+    for dtype in LIBRARIES[library]:
+        params = params_of(layouts()["gpt2"], dtype=dtype)
+        state = save_weights({param: of_library(array, library) for param, array in params.items()}, "gpt2")
+        found = load_weights(state, "gpt2", heads=6)
+        for param, array in found.items():
+            assert library_of(array) == library
+            assert dtype_name(array) == numpy.dtype(dtype).name
+            assert same_bits(to_numpy(array), params[param])
+        turned = interleaved_pairs(half_split_pairs(found, rotary_dim=4), rotary_dim=4)
+        assert all(same_bits(to_numpy(turned[param]), params[param]) for param in params)
+
+
+def test_pairs_are_moved_along_qk_dim() -> None:
+    params = params_of(layouts()["llama"])
+    split, partly = half_split_pairs(params), half_split_pairs(params, rotary_dim=4)
+    for param in ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm"):
+        assert same_bits(split[param], params[param][..., [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]])
+        assert same_bits(partly[param], params[param][..., [0, 2, 1, 3, 4, 5, 6, 7, 8, 9]])
+    assert all(split[param] is params[param] for param in ("w_v", "w_o", "b_v", "b_o"))
+
+
+def test_inputs_are_not_written_to() -> None:
+    for name, layout in layouts().items():
+        params = params_of(layout)
+        before = {param: array.copy() for param, array in params.items()}
+        for array in params.values():
+            array.flags.writeable = False
+        load_weights(save_weights(params, name), name, heads=6)
+        assert all(same_bits(params[param], before[param]) for param in params)
+
+
+def test_files_keep_every_bit(tmp_path: Path) -> None:
+    dtypes = (numpy.float64, numpy.float32, numpy.float16, ml_dtypes.bfloat16, numpy.int64, numpy.uint8, numpy.bool_)
+    state = {numpy.dtype(dtype).name: numbers(3, 5).astype(dtype) for dtype in dtypes}
+    state |= {"strided": numbers(7, 5).T[::2], "scalar": numpy.float32(3), "empty": numbers(0, 5)}
+    write_safetensors(tmp_path / "state.safetensors", state, metadata={"format": "pt"})
+    found = read_safetensors(tmp_path / "state.safetensors")
+    assert set(found) == set(state)
+    assert all(same_bits(found[name], numpy.asarray(state[name])) for name in state)
+    assert set(read_safetensors(str(tmp_path / "state.safetensors"), prefix="float")) == {
+        "float64",
+        "float32",
+        "float16",
+    }
+
+
+@pytest.mark.parametrize("library", ["torch", "jax", "tensorflow"])
+def test_files_of_every_library(library: str, tmp_path: Path) -> None:
+    arrays = {"a": numbers(3, 5), "b": numbers(5, 7, dtype=ml_dtypes.bfloat16)}
+    nested = {"layer": {name: of_library(array, library) for name, array in arrays.items()}}
+    write_safetensors(tmp_path / "state.safetensors", nested)
+    found = read_safetensors(tmp_path / "state.safetensors")
+    assert all(same_bits(found[f"layer/{name}"], array) for name, array in arrays.items())
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.safetensors"
+    write_safetensors(damaged, {"a": numbers(3, 5)})
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for path in (damaged, tmp_path / "absent.safetensors", tmp_path):
+        with pytest.raises(ArgumentValueError, match="`path` must be a safetensors file"):
+            read_safetensors(path)
+    with pytest.raises(ArgumentValueError, match="`state` cannot be written"):
+        write_safetensors(tmp_path / "absent" / "state.safetensors", {"a": numbers(3, 5)})
+    with pytest.raises(ArgumentTypeError, match="received a=int"):
+        write_safetensors(damaged, {"a": 3})
+    with pytest.raises(ArgumentValueError, match="complex128"):
+        write_safetensors(damaged, {"a": numbers(3, 5).astype(complex)})
+
+
+@pytest.mark.parametrize("package", ["safetensors", "ml_dtypes"])
+def test_files_need_packages(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MhaSpecError, match=f"need {package}.*pip install"):
+        read_safetensors(tmp_path / "state.safetensors")
+
+
+def test_importing_it_imports_no_framework(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    packages = "{'torch', 'jax', 'tensorflow', 'keras', 'safetensors', 'ml_dtypes', 'array_api_compat'}"
+    done = python(f"import sys, mha_spec.weights; print({packages} & set(sys.modules))")
+    assert done.stdout.strip() == "set()", done.stderr
