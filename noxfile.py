@@ -16,7 +16,8 @@ nox.options.error_on_missing_interpreters = True
 PROJECT: dict[str, Any] = nox.project.load_toml("pyproject.toml")
 BACKENDS = [*PROJECT["project"]["entry-points"]["mha_spec.backends"], "mha_spec.reference"]
 TARGETS = sorted(Path("conformance/targets").glob("*.py"))
-GENERIC = ("backends", "benchmarks", "conformance", "docs", "goldens", "noxfile", "targets", "tests")
+TOOLS = Path(".nox", "environment", "bin").resolve()
+GENERIC = ("backends", "benchmarks", "conformance", "docs", "examples", "goldens", "noxfile", "targets", "tests")
 
 
 def group(name: str) -> list[str]:
@@ -24,11 +25,15 @@ def group(name: str) -> list[str]:
     return list(nox.project.dependency_groups(PROJECT, name))
 
 
-def check(session: nox.Session, target: str, *options: str) -> dict[str, Any]:
-    """Judge a target from outside the tree, fail unless its exit status is 0, and give the report."""
-    report = Path(session.create_tmp(), "report.json").resolve()
-    session.run("mha-spec", "check", target, "--json", str(report), *options)
-    return json.loads(report.read_text())
+@nox.session(default=False)
+def environment(session: nox.Session) -> None:
+    """The wheel, every framework and every tool, installed once for the sessions that need them all."""
+    session.install(".[conformance]", *group("dev"))
+
+
+def there(session: nox.Session, tool: str, *arguments: str) -> None:
+    """Run a tool of `environment`."""
+    session.run(str(TOOLS / tool), *arguments, external=True)
 
 
 @nox.session
@@ -40,37 +45,35 @@ def lint(session: nox.Session) -> None:
     session.run("lint-imports")
 
 
-@nox.session
+@nox.session(requires=["environment"], venv_backend="none")
 def typecheck(session: nox.Session) -> None:
     """Types, strictly in mha_spec."""
-    session.install(".[conformance]", *group("dev"))
-    session.run("pyright")
+    there(session, "pyright", "--pythonpath", str(TOOLS / "python"))
 
 
-@nox.session
+@nox.session(requires=["environment"], venv_backend="none")
 def tests(session: nox.Session) -> None:
     """The project's own tests, against the wheel."""
-    session.install(".[conformance]", *group("test"))
-    session.run("pytest", *session.posargs)
+    there(session, "pytest", *(session.posargs or ["--numprocesses", "2", "--dist", "loadfile"]))
 
 
 @nox.session
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def conformance(session: nox.Session, backend: str) -> None:
     """The whole suite, asked of a backend and of the reference."""
-    framework = [requirement for requirement in group("frameworks") if requirement.startswith(f"{backend}==")]
+    framework = [requirement for requirement in group("frameworks") if requirement.startswith(backend)]
     session.install(".[conformance]", *framework)
-    check(session, backend, *session.posargs)
+    session.run("mha-spec", "check", backend, "--jobs", "2", *session.posargs)
 
 
-@nox.session
+@nox.session(requires=["environment"], venv_backend="none")
 def targets(session: nox.Session) -> None:
     """Attentions that others wrote: each deviates exactly as its *.known.toml says and why."""
-    session.install(".[conformance]", *group("frameworks"))
     reports: dict[str, dict[str, Any]] = {}
     for target in TARGETS:
-        known = target.with_suffix(".known.toml")
-        reports[target.stem] = check(session, str(target), "--known", str(known))
+        known, report = str(target.with_suffix(".known.toml")), Path(session.create_tmp(), "report.json").resolve()
+        there(session, "mha-spec", "check", str(target), "--known", known, "--json", str(report))
+        reports[target.stem] = json.loads(report.read_text())
     session.log("by feature: passed of asked\n" + "\n".join(by_feature(reports)))
 
 
@@ -96,11 +99,10 @@ def goldens(session: nox.Session) -> None:
     session.run("python", "conformance/goldens/generate.py", "--check")
 
 
-@nox.session
+@nox.session(requires=["environment"], venv_backend="none")
 def accuracy(session: nox.Session) -> None:
     """The accuracy rule once more: honest implementations stay within it, dishonest ones do not."""
-    session.install(".[conformance]", *group("frameworks"))
-    session.run("python", "conformance/accuracy/honest.py", *session.posargs)
+    there(session, "python", "conformance/accuracy/honest.py", *session.posargs)
 
 
 @nox.session

@@ -1,7 +1,8 @@
 """The specification of multi-head attention: one call, with one meaning, on every array library.
 
-`attention`, `attention_weights`, `attention_vjp` and `merge_attention` are answered by the backend of the query's array
-type; `mha_spec.reference` holds the same names as SPEC.md writes them. Importing this imports no framework.
+`attention` and its siblings, and the layer around them, `multi_head_attention` and its siblings, are answered by the
+backend of the query's array type; `mha_spec.reference` holds the same names as SPEC.md writes them. Importing this
+imports no framework.
 """
 
 from __future__ import annotations
@@ -9,11 +10,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .arguments import spells_options
+from .cache import KVCache
 from .errors import ArgumentTypeError, ArgumentValueError, BackendError, MhaSpecError
-from .selection import backend, backend_for, backend_names
+from .selection import backend, backend_for, backend_names, backend_of_numbers
 
 if TYPE_CHECKING:
-    from .reference import attention, attention_vjp, attention_weights, merge_attention
+    from .reference import (
+        alibi_bias,
+        alibi_slopes,
+        attention,
+        attention_vjp,
+        attention_weights,
+        merge_attention,
+        multi_head_attention,
+        multi_head_attention_weights,
+        rotary_embedding,
+    )
 else:
 
     @spells_options
@@ -31,9 +43,36 @@ else:
         """The gradients, by the backend of the query's array type; see `mha_spec.reference.attention_vjp`."""
         return backend_for(query).attention_vjp(grad_output, query, key, value, grad_lse=grad_lse, **options)
 
-    def merge_attention(output_a, lse_a, output_b, lse_b):
+    @spells_options
+    def merge_attention(output_a, lse_a, output_b, lse_b, **options):
         """Two halves of one softmax, by the backend of the type; see `mha_spec.reference.merge_attention`."""
-        return backend_for(output_a, "output_a").merge_attention(output_a, lse_a, output_b, lse_b)
+        return backend_for(output_a, "output_a").merge_attention(output_a, lse_a, output_b, lse_b, **options)
+
+    @spells_options
+    def multi_head_attention(query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
+        """The layer, by the backend of the query's type; see `mha_spec.reference.multi_head_attention`."""
+        own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
+        return backend_for(query).multi_head_attention(query, key, value, params, **own, **options)
+
+    @spells_options
+    def multi_head_attention_weights(query, key, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
+        """Its weights, by the backend of the query's type; see `mha_spec.reference.multi_head_attention_weights`."""
+        own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
+        return backend_for(query).multi_head_attention_weights(query, key, params, **own, **options)
+
+    def rotary_embedding(x, positions, *, base=10000.0, interleaved=False, rotary_dim=None):
+        """Positions as rotations, by the backend of the type; see `mha_spec.reference.rotary_embedding`."""
+        own = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
+        return backend_for(x, "x").rotary_embedding(x, positions, **own)
+
+    def alibi_slopes(heads, *, dtype="float32"):
+        """The slopes of linear biases, NumPy's unless a backend is fixed; see `mha_spec.reference.alibi_slopes`."""
+        return backend_of_numbers().alibi_slopes(heads, dtype=dtype)
+
+    def alibi_bias(slopes, q_len, kv_len, *, q_offset=None):
+        """Positions as a bias, by the backend of the slopes' type; see `mha_spec.reference.alibi_bias`."""
+        chosen = backend_of_numbers() if isinstance(slopes, int) else backend_for(slopes, "slopes")
+        return chosen.alibi_bias(slopes, q_len, kv_len, q_offset=q_offset)
 
 
 __all__ = [
@@ -41,13 +80,19 @@ __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
     "BackendError",
+    "KVCache",
     "MhaSpecError",
+    "alibi_bias",
+    "alibi_slopes",
     "attention",
     "attention_vjp",
     "attention_weights",
     "backend",
     "backend_names",
     "merge_attention",
+    "multi_head_attention",
+    "multi_head_attention_weights",
+    "rotary_embedding",
 ]
 
 SPEC_VERSION = "1.0"

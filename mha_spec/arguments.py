@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
     from .arrays import Array
 
-__all__ = ["DROPOUT_OPTIONS", "OPTIONS", "Arguments", "Options", "WeightOptions", "options_of", "spells_options"]
+__all__ = [
+    "DROPOUT_OPTIONS",
+    "OPTIONS",
+    "Arguments",
+    "NoOptions",
+    "Options",
+    "WeightOptions",
+    "options_of",
+    "spells_options",
+]
 
 
 class WeightOptions(TypedDict, total=False):
@@ -54,6 +63,10 @@ class Options(WeightOptions, total=False):
     """True = keep; applies at rate 0 too (MHA-DROP-2)."""
     dropout_key: Any
     """What a backend draws a mask from where none is given (MHA-DROP-4)."""
+
+
+class NoOptions(TypedDict):
+    """What merge_attention has: a keyword that it is given is one too many (MHA-ARG-1)."""
 
 
 @dataclass(slots=True)
@@ -119,14 +132,19 @@ OPTIONS = tuple(field.name for field in fields(Arguments) if field.name not in {
 """The names of all options, in the order of the signature."""
 
 DROPOUT_OPTIONS = ("dropout_rate", "dropout_mask", "dropout_key")
-"""The options that attention_weights does not have."""
+"""The options that attention_weights and multi_head_attention_weights do not have."""
+
+WEIGHT_OPTIONS = tuple(name for name in OPTIONS if name not in DROPOUT_OPTIONS)
+"""The options that they do have."""
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
 def options_of(function: str) -> tuple[str, ...]:
     """Name the options that a function of the specification shares with the others."""
-    return tuple(name for name in OPTIONS if function != "attention_weights" or name not in DROPOUT_OPTIONS)
+    if function == "merge_attention":
+        return ()
+    return WEIGHT_OPTIONS if function.endswith("weights") else OPTIONS
 
 
 def spells_options(function: _Function) -> _Function:

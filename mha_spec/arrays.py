@@ -30,11 +30,17 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 
 _LIBRARY_OF_PACKAGE = {"jaxlib": "jax"}
 _NAMESPACE_OF_CLASS: dict[type, Any] = {}
+_NAME_OF_DTYPE: dict[tuple[type, object], str] = {}
 
 
 @lru_cache(maxsize=1024)
 def _library_of_class(cls: type) -> str | None:
-    """Name the array library of a class or of a user's subclass: the package of its first base that has a dtype."""
+    """Name the array library of a class or of a user's subclass: the package of its first base that has a dtype.
+
+    A masked array of NumPy is none: what it hides would be seen.
+    """
+    if issubclass(cls, numpy.ndarray) and any(base.__module__.startswith("numpy.ma") for base in cls.__mro__):
+        return None
     for base in reversed(cls.__mro__):
         if hasattr(base, "dtype") or hasattr(base, "aval"):
             package = base.__module__.partition(".")[0]
@@ -58,8 +64,8 @@ def namespace_of(array: object) -> Any:
 
 
 def device_of(array: Array) -> Any:
-    """Give the device of `array`; None, the default one, for an array that JAX traces and that has none yet."""
-    return getattr(array, "device", None)
+    """Give the device of `array`; None, the default one, for an array that is traced and has none yet."""
+    return getattr(array, "device", None) or None
 
 
 def dtype_name(array: Array) -> str:
@@ -67,9 +73,12 @@ def dtype_name(array: Array) -> str:
 
     `isdtype` of the array API cannot be asked: it raises on the bfloat16 of ml-dtypes.
     """
-    dtype = array.dtype
-    name = getattr(dtype, "name", None)
-    return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
+    dtype: object = array.dtype
+    found = _NAME_OF_DTYPE.get((type(dtype), dtype))
+    if found is None:
+        name = getattr(dtype, "name", None)
+        found = _NAME_OF_DTYPE[type(dtype), dtype] = name if isinstance(name, str) else str(dtype).rpartition(".")[2]
+    return found
 
 
 def softmax_dtype_name(name: str) -> str:

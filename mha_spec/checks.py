@@ -26,7 +26,10 @@ __all__ = [
     "check",
     "check_cotangents",
     "check_dropout_mask",
+    "check_entries",
     "check_halves",
+    "check_offset",
+    "refuse_ambiguity",
     "refuse_unknown",
 ]
 
@@ -35,6 +38,17 @@ LARGEST_POSITION = 2**30
 
 LARGEST_NUMBER = {name: float(numpy.finfo(name).max) for name in ("float32", "float64")}
 """The largest scale and soft cap that each type of the softmax holds."""
+
+LAYER_KEYWORDS = ("rotary", "norm_epsilon", "cache")
+
+OWN_KEYWORDS = {
+    "attention": ("return_lse",),
+    "attention_vjp": ("grad_lse",),
+    "merge_attention": ("output_a", "lse_a", "output_b", "lse_b"),
+    "multi_head_attention": LAYER_KEYWORDS,
+    "multi_head_attention_weights": LAYER_KEYWORDS,
+}
+"""What a function may have been meant to get beside the options that it shares."""
 
 
 def _value_error(clause: str, message: str) -> NoReturn:
@@ -48,19 +62,22 @@ def _type_error(clause: str, message: str) -> NoReturn:
 def refuse_unknown(options: Mapping[str, object], function: str = "attention") -> None:
     """Raise for a keyword that `function` does not have, with the nearest name that exists (MHA-ARG-1, MHA-DROP-3)."""
     known = options_of(function)
-    own = {"attention": ("return_lse",), "attention_vjp": ("grad_lse",)}.get(function, ())
     for name in options:
         if name in known:
             continue
-        if name in DROPOUT_OPTIONS:
+        if name in DROPOUT_OPTIONS and function.endswith("weights"):
             _type_error("MHA-DROP-3", f"`{name}` is not an option of {function}: the weights are those before dropout.")
-        near = get_close_matches(name, [*known, *own], 1)
-        hint = f"Did you mean `{near[0]}`?" if near else f"The options are {', '.join([*known, *own])}."
+        names = [*known, *OWN_KEYWORDS.get(function, ())]
+        near = get_close_matches(name, names, 1)
+        kind = "options" if known else "arguments"
+        hint = f"Did you mean `{near[0]}`?" if near else f"The {kind} are {', '.join(names)}."
         _type_error("MHA-ARG-1", f"`{name}` is not an option of {function}. {hint}")
 
 
 def check_tensors(a: Arguments) -> None:
     """Query, key and value are rank-4 arrays of one library, one floating dtype and one device (MHA-SHAPE-3)."""
+    if _alike(a.query, a.key, a.value):
+        return
     library = library_of(a.query)
     name = None
     tensors = {"query": a.query, "key": a.key} | ({} if a.value is None else {"value": a.value})
@@ -89,9 +106,22 @@ def check_tensors(a: Arguments) -> None:
             )
 
 
+def _alike(query: Array, key: Array, value: Array) -> bool:
+    """Whether one look is enough: arrays of one class, dtype and device, and of rank 4."""
+    if not type(query) is type(key) is type(value) or library_of(query) is None:
+        return False
+    return (
+        query.dtype == key.dtype == value.dtype
+        and dtype_name(query) in FLOATING
+        and query.ndim == key.ndim == value.ndim == 4
+        and device_of(query) == device_of(key) == device_of(value)
+    )
+
+
 def check_sizes(a: Arguments) -> None:
     """Batch, kv_heads, kv_len and qk_dim agree, and heads is a multiple of kv_heads (MHA-SHAPE-3, MHA-HEAD-2)."""
     q, k = _shape(a.query), _shape(a.key)
+    v = None if a.value is None else _shape(a.value)
     if k[0] != q[0]:
         _value_error(
             "MHA-SHAPE-3", f"`key` must have the batch of `query`, batch={q[0]}, received batch={k[0]} in shape={k}."
@@ -101,20 +131,23 @@ def check_sizes(a: Arguments) -> None:
             "MHA-SHAPE-3",
             f"`key` must have the last axis of `query`, qk_dim={q[3]}, received qk_dim={k[3]} in shape={k}.",
         )
-    if a.value is not None and _shape(a.value)[:3] != k[:3]:
+    if v is not None and v[:3] != k[:3]:
         _value_error(
             "MHA-SHAPE-3",
-            f"`value` must agree with `key` in (batch, kv_heads, kv_len)={k[:3]}, received shape={_shape(a.value)}.",
+            f"`value` must agree with `key` in (batch, kv_heads, kv_len)={k[:3]}, received shape={v}.",
         )
-    for label, tensor, axes in (("query", q, {"heads": 1, "qk_dim": 3}), ("key", k, {"kv_heads": 1})):
-        for axis, index in axes.items():
-            if tensor[index] < 1:
-                _value_error(
-                    "MHA-SHAPE-2",
-                    f"`{label}` must have {axis}>=1, received shape={tensor}. Only batch, q_len and kv_len may be 0.",
-                )
-    if a.value is not None and _shape(a.value)[3] < 1:
-        _value_error("MHA-SHAPE-2", f"`value` must have v_dim>=1, received shape={_shape(a.value)}.")
+    for size, label, shape, axis in (
+        (q[1], "query", q, "heads"),
+        (q[3], "query", q, "qk_dim"),
+        (k[1], "key", k, "kv_heads"),
+    ):
+        if size < 1:
+            _value_error(
+                "MHA-SHAPE-2",
+                f"`{label}` must have {axis}>=1, received shape={shape}. Only batch, q_len and kv_len may be 0.",
+            )
+    if v is not None and v[3] < 1:
+        _value_error("MHA-SHAPE-2", f"`value` must have v_dim>=1, received shape={v}.")
     if q[1] % k[1]:
         _value_error(
             "MHA-HEAD-2",
@@ -126,22 +159,26 @@ def check_sizes(a: Arguments) -> None:
 def check_numbers(a: Arguments) -> None:
     """Scale, softcap, causal and dropout_rate are Python values in their range (MHA-ARG-2)."""
     _require_bool("causal", a.causal)
-    largest = LARGEST_NUMBER[softmax_dtype_name(dtype_name(a.query))]
-    if a.scale is not None and not abs(_number("scale", a.scale)) <= largest:
+    if a.scale is not None and not abs(_number("scale", a.scale)) <= _largest_number(a):
         _value_error(
             "MHA-ARG-2",
-            f"`scale` must be finite, |scale|<={largest:.2g}, received scale={a.scale!r}. None is 1/sqrt(qk_dim).",
+            f"`scale` must be finite, |scale|<={_largest_number(a):.2g}, received scale={a.scale!r}. "
+            "None is 1/sqrt(qk_dim).",
         )
-    if a.softcap is not None and not 0 < _number("softcap", a.softcap) <= largest:
+    if a.softcap is not None and not 0 < _number("softcap", a.softcap) <= _largest_number(a):
         _value_error(
             "MHA-ARG-2",
-            f"`softcap` must be finite, softcap>0 and softcap<={largest:.2g}, "
+            f"`softcap` must be finite, softcap>0 and softcap<={_largest_number(a):.2g}, "
             f"received softcap={a.softcap!r}. None is no cap.",
         )
     if not 0 <= _number("dropout_rate", a.dropout_rate) < 1:
         _value_error(
             "MHA-ARG-2", f"`dropout_rate` must be in 0<=dropout_rate<1, received dropout_rate={a.dropout_rate!r}."
         )
+
+
+def _largest_number(a: Arguments) -> float:
+    return LARGEST_NUMBER[softmax_dtype_name(dtype_name(a.query))]
 
 
 def check_window(a: Arguments) -> None:
@@ -215,20 +252,30 @@ def check_sinks(a: Arguments) -> None:
 
 def check_lengths(a: Arguments) -> None:
     """Lengths and offsets are integers, one per batch entry; values on the host are within their range (MHA-LEN-3)."""
-    ranges = (
-        ("q_lengths", a.q_lengths, 0, a.q_len, "q_len"),
-        ("kv_lengths", a.kv_lengths, 0, a.kv_len, "kv_len"),
-        ("q_offset", a.q_offset, -LARGEST_POSITION, LARGEST_POSITION, "2**30"),
-    )
-    for label, value, low, high, high_name in ranges:
-        if value is None:
-            continue
-        if not (label == "q_offset" and _is_integer(value)):
-            _check_integer_array(label, value, a, (a.batch,), "(batch,)")
-        for number in host_integers(value) or ():
-            if not low <= number <= high:
-                limits = f"{low}<={label}<={high_name}" + (f"={high}" if high_name != "2**30" else "")
-                _value_error("MHA-LEN-3", f"`{label}` must be in {limits}, received {number}.")
+    if a.q_lengths is None and a.kv_lengths is None and a.q_offset is None:
+        return
+    check_entries("q_lengths", a.q_lengths, a.query, 0, a.q_len, "q_len")
+    check_entries("kv_lengths", a.kv_lengths, a.query, 0, a.kv_len, "kv_len")
+    check_offset(a.q_offset, a.query)
+
+
+def check_offset(offset: Array | Sequence[int] | int | None, query: Array) -> None:
+    """An offset is one integer, or one for each batch entry (MHA-POS-1, MHA-LEN-3)."""
+    check_entries("q_offset", offset, query, -LARGEST_POSITION, LARGEST_POSITION, "2**30")
+
+
+def check_entries(
+    label: str, value: Array | Sequence[int] | int | None, query: Array, low: int, high: int, high_name: str
+) -> None:
+    """One integer for each batch entry of `query`, within its range where it is host data (MHA-LEN-3)."""
+    if value is None:
+        return
+    if not (label == "q_offset" and _is_integer(value)):
+        _check_integer_array(label, value, query, (query.shape[0],), "(batch,)")
+    for number in host_integers(value) or ():
+        if not low <= number <= high:
+            limits = f"{low}<={label}<={high_name}" + (f"={high}" if high_name != "2**30" else "")
+            _value_error("MHA-LEN-3", f"`{label}` must be in {limits}, received {number}.")
 
 
 def check_segments(a: Arguments) -> None:
@@ -241,21 +288,26 @@ def check_segments(a: Arguments) -> None:
             "In self-attention both are the same array.",
         )
     if a.q_segment_ids is not None:
-        _check_integer_array("q_segment_ids", a.q_segment_ids, a, (a.batch, a.q_len), "(batch, q_len)")
-        _check_integer_array("kv_segment_ids", a.kv_segment_ids, a, (a.batch, a.kv_len), "(batch, kv_len)")
+        _check_integer_array("q_segment_ids", a.q_segment_ids, a.query, (a.batch, a.q_len), "(batch, q_len)")
+        _check_integer_array("kv_segment_ids", a.kv_segment_ids, a.query, (a.batch, a.kv_len), "(batch, kv_len)")
 
 
 def check_alignment(a: Arguments) -> None:
     """Where positions matter and lengths differ, the causal diagonal must be said, never guessed (MHA-POS-2)."""
-    if not a.positional or a.q_offset is not None or (a.q_len == a.kv_len and a.kv_lengths is None):
+    if a.positional and a.q_offset is None:
+        refuse_ambiguity("causal=True" if a.causal else f"window={a.window}", a.q_len, a.kv_len, a.kv_lengths)
+
+
+def refuse_ambiguity(user: str, q_len: int, kv_len: int, kv_lengths: Array | Sequence[int] | None) -> None:
+    """Raise unless the positions that `user` speaks of are known without an offset (MHA-POS-2)."""
+    if q_len == kv_len and kv_lengths is None:
         return
-    user = "causal=True" if a.causal else f"window={a.window}"
     readings = ["q_offset=0 (upper left, as PyTorch and JAX)"]
-    if a.q_len != a.kv_len:
-        readings.append(f"q_offset={a.kv_len - a.q_len} (lower right, kv_len - q_len, as FlashAttention and MLX)")
-    if a.kv_lengths is not None:
+    if q_len != kv_len:
+        readings.append(f"q_offset={kv_len - q_len} (lower right, kv_len - q_len, as FlashAttention and MLX)")
+    if kv_lengths is not None:
         readings.append("q_offset=kv_lengths - q_len (the last valid keys, as ONNX with a cache)")
-    why = f"q_len={a.q_len} and kv_len={a.kv_len} differ" if a.q_len != a.kv_len else "kv_lengths are given"
+    why = f"q_len={q_len} and kv_len={kv_len} differ" if q_len != kv_len else "kv_lengths are given"
     _value_error(
         "MHA-POS-2",
         f"`q_offset` must be given with {user} where {why}: the diagonal is ambiguous. "
@@ -404,7 +456,7 @@ def _check_same_device(label: str, array: Array, other: str, like: Array) -> Non
 
 
 def _check_integer_array(
-    label: str, value: Array | Sequence[int], a: Arguments, shape: tuple[int, ...], axes: str
+    label: str, value: Array | Sequence[int] | int, query: Array, shape: tuple[int, ...], axes: str
 ) -> None:
     clause = "MHA-SEG-1" if label.endswith("segment_ids") else "MHA-LEN-3"
     if library_of(value) is None:
@@ -415,7 +467,7 @@ def _check_integer_array(
         received: tuple[int, ...] = (len(value),)
     else:
         if library_of(value) != "numpy":
-            _check_same_library(label, value, a.query, library_of(a.query))
+            _check_same_library(label, value, query, library_of(query))
         if not dtype_name(value).startswith(("int", "uint")):
             _type_error(clause, f"`{label}` must be an integer array, received dtype={dtype_name(value)}.")
         received = _shape(value)

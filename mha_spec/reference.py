@@ -14,6 +14,15 @@ import numpy
 
 from .arguments import Arguments, spells_options
 from .arrays import Array, device_of, dtype_name, library_of, namespace_of, segment_ids
+from .layer import (
+    alibi_bias,
+    alibi_slopes,
+    append_cache,
+    empty_cache,
+    multi_head_attention,
+    multi_head_attention_weights,
+    rotary_embedding,
+)
 from .steps import Steps
 
 if TYPE_CHECKING:
@@ -22,9 +31,24 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-    from .arguments import Options, WeightOptions
+    from .arguments import NoOptions, Options, WeightOptions
 
-__all__ = ["Gradients", "Reference", "Trace", "attention", "attention_vjp", "attention_weights", "merge_attention"]
+__all__ = [
+    "Gradients",
+    "Reference",
+    "Trace",
+    "alibi_bias",
+    "alibi_slopes",
+    "append_cache",
+    "attention",
+    "attention_vjp",
+    "attention_weights",
+    "empty_cache",
+    "merge_attention",
+    "multi_head_attention",
+    "multi_head_attention_weights",
+    "rotary_embedding",
+]
 
 Gradients = tuple[Array, Array, Array, Array | None, Array | None]
 """Gradients of query, key, value, bias and sinks; None for a bias or sinks that were not given."""
@@ -89,8 +113,11 @@ class Reference:
         with numpy.errstate(all="ignore"):
             return self._gradients(a, self.trace(a), grad_output, grad_lse)
 
-    def merge_attention(self, output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> tuple[Array, Array]:
+    def merge_attention(
+        self, output_a: Array, lse_a: Array, output_b: Array, lse_b: Array, **options: Unpack[NoOptions]
+    ) -> tuple[Array, Array]:
         """The specification's merge_attention, over these steps."""
+        self.steps.check_options(options, "merge_attention")
         self.steps.check_halves(output_a, lse_a, output_b, lse_b)
         xp, steps = namespace_of(output_a), self.steps
         names = (dtype_name(output_a), dtype_name(lse_a))
@@ -329,11 +356,13 @@ def attention_vjp(
     return _REFERENCE.attention_vjp(grad_output, query, key, value, grad_lse=grad_lse, **options)
 
 
+@spells_options
 def merge_attention(
     output_a: Float[Array, "batch heads q_len v_dim"],
     lse_a: Float[Array, "batch heads q_len"],
     output_b: Float[Array, "batch heads q_len v_dim"],
     lse_b: Float[Array, "batch heads q_len"],
+    **options: Unpack[NoOptions],
 ) -> tuple[Float[Array, "batch heads q_len v_dim"], Float[Array, "batch heads q_len"]]:
     """Join attention over two disjoint sets of keys into attention over both.
 
@@ -347,12 +376,13 @@ def merge_attention(
         lse_a: (batch, heads, q_len), its natural log-sum-exp.
         output_b: (batch, heads, q_len, v_dim), over the second set, of the same dtype.
         lse_b: (batch, heads, q_len), its natural log-sum-exp.
+        **options: There are none.
 
     Returns:
         The output in the dtype of `output_a`, and lse in that of `lse_a`.
 
     Raises:
-        ArgumentValueError, ArgumentTypeError: The shapes or libraries of the halves do not fit.
+        ArgumentValueError, ArgumentTypeError: The shapes or libraries of the halves do not fit, or there is a keyword.
 
     Differs from others:
         FlashInfer's `merge_state` takes base-2 lse; several kernels return NaN for two empty halves.
@@ -360,4 +390,4 @@ def merge_attention(
     Source:
         SPEC.md, MHA-MERGE-1 to MHA-MERGE-4; Liu et al. 2023 (ring attention).
     """
-    return _REFERENCE.merge_attention(output_a, lse_a, output_b, lse_b)
+    return _REFERENCE.merge_attention(output_a, lse_a, output_b, lse_b, **options)

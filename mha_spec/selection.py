@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
     from types import ModuleType
 
-__all__ = ["DEFAULT", "ENVIRONMENT_VARIABLE", "backend", "backend_for", "backend_names"]
+__all__ = [
+    "DEFAULT",
+    "ENVIRONMENT_VARIABLE",
+    "backend",
+    "backend_for",
+    "backend_names",
+    "backend_of_numbers",
+    "backend_origin",
+    "install_command",
+]
 
 GROUP = "mha_spec.backends"
 ENVIRONMENT_VARIABLE = "MHA_SPEC_BACKEND"
@@ -45,6 +54,31 @@ def backend_names() -> tuple[str, ...]:
     return tuple(sorted(_entry_points()))
 
 
+def backend_origin(name: str) -> tuple[str, str]:
+    """Give the module of a registered backend, and the distribution that brings it with its version."""
+    point = _entry_points()[name]
+    return point.value, "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+
+
+def install_command(name: str) -> str | None:
+    """Say how to install what a registered backend needs: the extra of that name, where its distribution has one."""
+    distribution = _entry_points()[name].dist
+    extras = () if distribution is None else distribution.metadata.get_all("Provides-Extra") or ()
+    return f"pip install '{distribution.name}[{name}]'" if distribution is not None and name in extras else None
+
+
+def _offer() -> str:
+    """Every backend, and what to install for those whose library is not there."""
+    from importlib.util import find_spec
+
+    commands = {name: install_command(name) for name in backend_names()}
+    offered = [
+        f"{name} (not installed: {command})" if command and find_spec(name) is None else name
+        for name, command in commands.items()
+    ]
+    return f"there are {', '.join(offered) or 'none'}"
+
+
 @cache
 def backend(name: str) -> ModuleType:
     """Give the backend called `name`, loading it.
@@ -54,27 +88,31 @@ def backend(name: str) -> ModuleType:
     """
     points = _entry_points()
     if name not in points:
-        raise BackendError(f"no backend is called {name!r}; there are {', '.join(backend_names()) or 'none'}")
+        raise BackendError(f"no backend is called {name!r}; {_offer()}")
     point = points[name]
     try:
         return point.load()
-    except ModuleNotFoundError as error:
-        ours = point.dist is not None and point.dist.name == "mha-spec"
-        fix = f": pip install 'mha-spec[{name}]'" if ours else ""
-        raise BackendError(f"backend {name!r} needs {error.name}, which is not installed{fix}") from error
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != point.module:
+            command = install_command(name)
+            fix = f": {command}" if command else ""
+            raise BackendError(f"backend {name!r} needs {error.name}, which is not installed{fix}") from error
         message = f"backend {name!r} ({point.value}) does not import: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         raise BackendError(message) from error
 
 
-def _fixed() -> ModuleType | None:
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
-    return None if name is None else backend(name)
+def _fixed(name: str | None) -> ModuleType | None:
+    """The backend that the environment fixes, or None where it says nothing."""
+    try:
+        return None if name is None else backend(name)
+    except BackendError as error:
+        offer = f"; {_offer()}" if name in backend_names() else ""
+        raise BackendError(f"{ENVIRONMENT_VARIABLE}={name!r}: {error}{offer}") from error
 
 
-_FIXED = _fixed()
 _FIXED_LIBRARY = os.environ.get(ENVIRONMENT_VARIABLE)
+_FIXED = _fixed(_FIXED_LIBRARY)
 
 
 def _backend_of(library: str | None, received: str, label: str) -> ModuleType:
@@ -99,3 +137,8 @@ def backend_for(array: object, label: str = "query") -> ModuleType:
     if found is None:
         found = _BACKEND_OF_CLASS[type(array)] = _backend_of(library_of(array), type(array).__name__, label)
     return found
+
+
+def backend_of_numbers() -> ModuleType:
+    """Give the backend that answers where no array says which: the one that is fixed, else NumPy's."""
+    return backend(DEFAULT) if _FIXED is None else _FIXED

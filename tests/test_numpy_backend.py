@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,9 +19,10 @@ from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec_conformance.accuracy import allowances, bounds, precision
 from mha_spec_conformance.compare import judge
 from mha_spec_conformance.convert import to_library, to_numpy
-from mha_spec_numpy import dropout, forward, parallel, problem, strip, visibility
+from mha_spec_numpy import core, dropout, forward, parallel, problem, strip, visibility
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator, Mapping
 
     from mha_spec_conformance.cases import Case, Suite
@@ -397,12 +399,27 @@ def test_blas_has_its_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
         during.append(parallel.blas().threads)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(mha_spec_numpy, "attend", fail)
+    monkeypatch.setattr(core, "attend", fail)
     arrays = random_arrays(0)
     with pytest.raises(ZeroDivisionError):
         mha_spec_numpy.attention(arrays["query"], arrays["key"], arrays["value"])
     assert set(during) == {1}
     assert parallel.blas().threads == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_calls_in_a_forked_process(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    code = """
+import os, warnings, numpy, mha_spec_numpy
+warnings.simplefilter("ignore")
+x = numpy.ones((2, 2, 512, 1), dtype="float32")
+mha_spec_numpy.attention(x, x, x)
+child = os.fork()
+if child == 0:
+    os._exit(int(mha_spec_numpy.attention(x, x, x).sum() != x.sum()))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert python(code).stdout.strip() == "0"
 
 
 def test_calls_from_many_threads() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import numpy
@@ -17,6 +18,20 @@ if TYPE_CHECKING:
 
     Python = Callable[..., subprocess.CompletedProcess[str]]
 
+COMMAND = "import sys; from mha_spec_conformance.command import main; sys.argv = ['mha-spec', *{}]; main()"
+FOURTH = """
+from mha_spec_numpy import attention, attention_vjp, attention_weights, merge_attention
+
+dtypes = ("float32",)
+"""
+BLIND = """
+import mha_spec_numpy
+
+dtypes = ("float32",)
+
+def attention(query, key, value, *, mask=None):
+    return mha_spec_numpy.attention(query, key, value)
+"""
 THIRD_PARTY = """
 def attention(query, key, value, **options):
     return "third party"
@@ -36,11 +51,12 @@ print(mha_spec.attention(Array(), Array(), Array()))
 def plugin(tmp_path: Path) -> Callable[..., str]:
     """Lay a distribution with one backend on a folder, as pip would, and give the folder."""
 
-    def install(name: str, module: str, source: str = THIRD_PARTY, entry: str = "") -> str:
+    def install(name: str, module: str, source: str = THIRD_PARTY, entry: str = "", extra: str = "") -> str:
         (tmp_path / f"{module}.py").write_text(source)
         information = tmp_path / f"{module}-1.0.dist-info"
         information.mkdir()
-        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        extras = f"Provides-Extra: {extra}\n" if extra else ""
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n{extras}")
         (information / "entry_points.txt").write_text(f"[mha_spec.backends]\n{name} = {entry or module}\n")
         return str(tmp_path)
 
@@ -106,6 +122,76 @@ def test_backend_without_its_framework_says_what_is_missing(python: Python, plug
     folder = plugin("tinygrad", "mha_tinygrad", "import framework_that_is_not_there")
     line = _last_line(python("import mha_spec; mha_spec.backend('tinygrad')", PYTHONPATH=folder))
     assert "backend 'tinygrad' needs framework_that_is_not_there, which is not installed" in line
+
+
+def test_entry_point_to_nowhere_is_a_broken_backend(python: Python, plugin: Callable[..., str]) -> None:
+    folder = plugin("tinygrad", "mha_tinygrad", entry="mha_elsewhere")
+    done = python("import mha_spec; mha_spec.backend('tinygrad')", PYTHONPATH=folder)
+    assert "RuntimeWarning: backend 'tinygrad' (mha_elsewhere) does not import: No module named" in done.stderr
+    assert "mha_spec.errors.BackendError: backend 'tinygrad'" in _last_line(done)
+
+
+def test_fourth_backend_is_judged(python: Python, plugin: Callable[..., str]) -> None:
+    folder = plugin("tinygrad", "mha_tinygrad", FOURTH)
+    done = python(COMMAND.format(["check", "tinygrad"]), PYTHONPATH=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^tinygrad: conformant on core, .*\((\d+) of \1\)", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_fourth_backend_that_is_wrong_is_told_so(python: Python, plugin: Callable[..., str]) -> None:
+    folder = plugin("tinygrad", "mha_tinygrad", BLIND)
+    done = python(COMMAND.format(["check", "tinygrad"]), PYTHONPATH=folder)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "looks like: mask-ignored" in done.stdout
+    assert re.search(r"^tinygrad: not conformant", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_backends_are_listed_with_what_they_support(python: Python, plugin: Callable[..., str]) -> None:
+    plugin("broken", "mha_broken", "raise RuntimeError('no driver')")
+    plugin("lacking", "mha_lacking", "import framework_that_is_not_there", extra="lacking")
+    done = python(COMMAND.format(["backends"]), PYTHONPATH=plugin("tinygrad", "mha_tinygrad", FOURTH))
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^(\S+) +(\S.*(?:\n .*)*)", done.stdout, re.MULTILINE))
+    assert found.keys() >= {"numpy", "broken", "lacking", "tinygrad"}
+    assert found["numpy"].startswith("mha_spec_numpy of mha-spec ")
+    assert f"numpy {numpy.__version__}" in found["numpy"]
+    assert found["tinygrad"].startswith("mha_tinygrad of mha_tinygrad 1.0\n")
+    for fact in (
+        r"functions +attention, .*attention_vjp",
+        r"features +mask, .*window",
+        r"dtypes +float32$",
+        r"device +cpu$",
+    ):
+        assert re.search(fact, found["tinygrad"], re.MULTILINE), fact
+    assert "does not import: no driver" in found["broken"]
+    assert "not usable" in found["broken"]
+    assert "framework_that_is_not_there, which is not installed: pip install 'mha_lacking[lacking]'" in found["lacking"]
+
+
+def test_the_environment_names_what_there_is_and_what_to_install(python: Python, plugin: Callable[..., str]) -> None:
+    folder = plugin("lacking", "mha_lacking", "import framework_that_is_not_there", extra="lacking")
+    offered = r"there are .*lacking \(not installed: pip install 'mha_lacking\[lacking\]'\).*numpy"
+    line = _last_line(python("import mha_spec", PYTHONPATH=folder, MHA_SPEC_BACKEND="lacking"))
+    assert "MHA_SPEC_BACKEND='lacking': backend 'lacking' needs framework_that_is_not_there" in line
+    assert re.search(offered, line), line
+    assert re.search(offered, _last_line(python("import mha_spec", PYTHONPATH=folder, MHA_SPEC_BACKEND="nunpy")))
+
+
+def test_the_environment_is_read_once(python: Python) -> None:
+    code = """
+import os, mha_spec, numpy
+os.environ["MHA_SPEC_BACKEND"] = "nunpy"
+x = numpy.ones((1, 1, 1, 1))
+print(mha_spec.attention(x, x, x).item())
+"""
+    done = python(code)
+    assert done.stdout.strip() == "1.0", done.stderr
+
+
+def test_a_backend_can_be_had_by_name_beside_the_one_that_is_fixed(python: Python, plugin: Callable[..., str]) -> None:
+    folder = plugin("tinygrad", "mha_tinygrad")
+    code = "import mha_spec; print(mha_spec.backend('numpy').__name__)"
+    assert python(code, PYTHONPATH=folder, MHA_SPEC_BACKEND="tinygrad").stdout.strip() == "mha_spec_numpy"
 
 
 def test_the_environment_fixes_the_backend_at_import(python: Python, plugin: Callable[..., str]) -> None:

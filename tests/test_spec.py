@@ -12,7 +12,7 @@ import pytest
 
 import mha_spec
 from mha_spec import reference
-from mha_spec.arguments import Arguments
+from mha_spec.arguments import OPTIONS, Arguments
 from mha_spec_conformance.accuracy import precision
 from mha_spec_conformance.spec import Clause, SpecificationError, clauses, parse, specification
 
@@ -116,7 +116,8 @@ def test_elsewhere_cites_a_version_or_an_issue_and_targets_that_exist(clause):
 
 def test_only_few_clauses_are_without_elsewhere():
     without = {name for name, clause in clauses().items() if "**Elsewhere.**" not in clause.text}
-    assert without == {"MHA-HEAD-2", "MHA-SEG-2", "MHA-VJP-7", "MHA-ARG-4"}
+    of_attention = {"MHA-HEAD-2", "MHA-SEG-2", "MHA-VJP-7", "MHA-ARG-4"}
+    assert without == of_attention | {"MHA-PROJ-4", "MHA-ALIBI-3", "MHA-CACHE-7", "MHA-LAYER-1"}
 
 
 @by_clause
@@ -189,6 +190,21 @@ def test_the_call_is_that_of_the_reference():
     written = {name: ast.literal_eval(default) for name, default in re.findall(r"(\w+)=([\w.]+)", call[1])}
     parameters = inspect.signature(reference.attention).parameters.values()
     assert list(written.items()) == [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["multi_head_attention", "multi_head_attention_weights", "rotary_embedding", "alibi_slopes", "alibi_bias"],
+)
+def test_the_calls_of_the_layer_are_those_of_the_reference(name):
+    call = re.search(rf"^    {name}\((.*?)\)$", specification(), flags=re.DOTALL | re.MULTILINE)[1]
+    parameters = inspect.signature(getattr(reference, name)).parameters.values()
+    own = [one for one in parameters if "<" not in call or one.name not in OPTIONS]
+    positional = [one.name for one in own if one.kind is one.POSITIONAL_OR_KEYWORD]
+    assert re.findall(r"\w+", call.split("*")[0]) == positional
+    if "rotary=" in call or "<" not in call:
+        written = {key: ast.literal_eval(default) for key, default in re.findall(r'(\w+)=([\w."-]+)', call)}
+        assert written == {one.name: one.default for one in own if one.kind is one.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])

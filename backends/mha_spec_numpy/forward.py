@@ -29,7 +29,7 @@ def attend(problem: Problem, tile: Tile) -> tuple[Array, Array]:
     anchor = anchor_of(maximum)
     total = xp.exp(maximum - anchor)
     value = problem.value[tile.batch, tile.kv_head, ...]
-    output = xp.zeros((tile.rows, value.shape[1]), dtype=total.dtype, device=device_of(total))
+    output = None
     blocks = problem.visibility.key_blocks(tile, max(1, SCORES // tile.rows))
     clean = bool(blocks) and finite(value[blocks[0].start : blocks[-1].stop, :])
     for keys in blocks:
@@ -42,7 +42,12 @@ def attend(problem: Problem, tile: Tile) -> tuple[Array, Array]:
         weights = exp(weights)
         total = total * decay + row_sum(weights)
         dropped = steps.drop(weights, problem.keep(tile, keys), problem.a.dropout_rate)
-        output = output * decay + product(dropped, value[part(keys), :], block.visible, clean=clean)
-        maximum = largest
+        of_block = product(dropped, value[part(keys), :], block.visible, clean=clean)
+        if output is not None:
+            output *= decay
+            of_block += output
+        output, maximum = of_block, largest
+    if output is None:
+        output = xp.zeros((tile.rows, value.shape[1]), dtype=total.dtype, device=device_of(total))
     lse = steps.log_sum_exp(total, anchor)
     return unfold(steps.normalise(output, total), tile), unfold(lse, tile)[..., 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -39,8 +40,13 @@ def each(function: Callable[[_Task], _Result], tasks: Sequence[_Task], a: Argume
         if threads < 2 or a.batch * a.heads * a.q_len * a.kv_len < WORTHWHILE:
             yield from map(quiet, tasks)
             return
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(quiet, tasks)
+        yield from _pool(available).map(quiet, tasks)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The threads of this process, kept from call to call."""
+    return ThreadPoolExecutor(threads, "mha_spec_numpy")
 
 
 class Blas:
@@ -74,3 +80,13 @@ class Blas:
 def blas() -> Blas:
     """The BLAS of this process."""
     return Blas()
+
+
+def _forget() -> None:
+    """A forked process has neither the threads nor a lock that one of them held."""
+    _pool.cache_clear()
+    blas.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -60,7 +60,8 @@ def assembled(parts: Sequence[Array], a: Arguments, shape: tuple[int, ...], like
     """Join what each tile gave, (group, queries, *shape), to (batch, heads, q_len, *shape)."""
     xp: Any = namespace_of(like)
     per_head = max(1, len(parts) // max(1, a.batch * a.kv_heads))
-    of_heads = [xp.concat(parts[first : first + per_head], axis=1) for first in range(0, len(parts), per_head)]
+    firsts = range(0, len(parts), per_head)
+    of_heads = parts if per_head == 1 else [xp.concat(parts[first : first + per_head], axis=1) for first in firsts]
     return stacked(of_heads, (a.batch, a.heads, a.q_len, *shape), like)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -18,7 +19,7 @@ from mha_spec.arrays import device_of, host_integers, namespace_of, segment_ids
 from .tiling import ROWS, block_of, blocks, part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from .tiling import Tile
 
 __all__ = ["Visibility"]
+
+BANDS = 8
+"""How many bands a call keeps."""
 
 
 class PerEntry:
@@ -58,6 +62,8 @@ class Visibility:
     kv_lengths: PerEntry
     left: int | None
     right: int | None
+    band: Callable[[int, int, int], Array]
+    """What positions show of a block, from the shift of its keys, its queries and its keys; heads have it in common."""
 
     @classmethod
     def of(cls, a: Arguments) -> Visibility:
@@ -66,7 +72,9 @@ class Visibility:
         offset = PerEntry(0 if a.q_offset is None else a.q_offset, a.batch)
         q_lengths = PerEntry(a.q_len if a.q_lengths is None else a.q_lengths, a.batch)
         kv_lengths = PerEntry(a.kv_len if a.kv_lengths is None else a.kv_lengths, a.batch)
-        return cls(a, offset, q_lengths, kv_lengths, left, 0 if a.causal else right)
+        right = 0 if a.causal else right
+        band = lru_cache(maxsize=BANDS)(partial(_band, a.query, left, right))
+        return cls(a, offset, q_lengths, kv_lengths, left, right, band)
 
     @property
     def rows(self) -> int:
@@ -148,11 +156,9 @@ class Visibility:
         left, right = (-math.inf if self.left is None else -self.left), (math.inf if self.right is None else self.right)
         if left <= nearest and farthest <= right:
             return
-        distance = self._indices(keys) - (self._indices(tile.queries)[:, None] + self.offset.get(tile.batch))
-        if self.left is not None:
-            yield steps.see_window_left(distance, self.left)
-        if self.right is not None:
-            yield steps.see_window_right(distance, self.right)
+        shift = keys.start - tile.queries.start - self.offset.get(tile.batch)
+        sizes = len(tile.queries), len(keys)
+        yield _band(self.a.query, self.left, self.right, shift, *sizes) if offset is None else self.band(shift, *sizes)
 
     def _see_lengths(self, tile: Tile, keys: range) -> Iterator[Array]:
         q_length, kv_length = (lengths.known(tile.batch) for lengths in (self.q_lengths, self.kv_lengths))
@@ -170,6 +176,21 @@ class Visibility:
         yield steps.see_segments(q_ids[:, None], kv_ids[None, :])
 
     def _indices(self, indices: range) -> Array:
-        """Consecutive positions in int32, in which distances fit and are computed twice as fast as in int64."""
-        xp: Any = namespace_of(self.a.query)
-        return xp.arange(indices.start, indices.stop, dtype=xp.int32, device=device_of(self.a.query))
+        return _indices(self.a.query, indices)
+
+
+def _indices(like: Array, indices: range) -> Array:
+    """Consecutive positions in int32, in which distances fit and are computed twice as fast as in int64."""
+    xp: Any = namespace_of(like)
+    return xp.arange(indices.start, indices.stop, dtype=xp.int32, device=device_of(like))
+
+
+def _band(like: Array, left: int | None, right: int | None, shift: Array | int, queries: int, keys: int) -> Array:
+    """Which of so many keys so many queries see by their positions, of which the first differ by `shift`."""
+    distance = _indices(like, range(keys)) - (_indices(like, range(queries))[:, None] - shift)
+    constraints: list[Array] = []
+    if left is not None:
+        constraints.append(steps.see_window_left(distance, left))
+    if right is not None:
+        constraints.append(steps.see_window_right(distance, right))
+    return steps.all_of(constraints)

@@ -1,0 +1,96 @@
+"""The functions of attention over blocks: what a call is cut into, and what its blocks are put together to."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec import steps
+from mha_spec.arguments import Arguments, spells_options
+from mha_spec.arrays import dtype_name
+from mha_spec.checks import check, check_cotangents, check_dropout_mask, refuse_unknown
+
+from .backward import gradients
+from .dropout import dropout_of
+from .forward import attend
+from .parallel import each
+from .problem import Problem
+from .strip import strips, weigh
+from .tiling import assembled, heads, tiles
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from jaxtyping import Float
+
+    from mha_spec.arguments import Options, WeightOptions
+    from mha_spec.arrays import Array
+    from mha_spec.reference import Gradients
+
+__all__ = ["attention", "attention_vjp", "attention_weights"]
+
+
+@spells_options
+@numpy.errstate(all="ignore")
+def attention(
+    query: Float[Array, "batch heads q_len qk_dim"],
+    key: Float[Array, "batch kv_heads kv_len qk_dim"],
+    value: Float[Array, "batch kv_heads kv_len v_dim"],
+    *,
+    return_lse: bool = False,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]:
+    """Attention with an online softmax over blocks of keys; see `mha_spec.reference.attention`.
+
+    `dropout_key` is an integer seed; None takes one from `numpy.random`.
+    """
+    a = _arguments("attention", query, key, value, **options)
+    problem = Problem.of(a, dropout_of(a))
+    outputs, lses = (
+        zip(*each(partial(attend, problem), tiles(a, heads(a), problem.visibility.rows), a), strict=True)
+        if a.batch * a.q_len
+        else ((), ())
+    )
+    output = steps.round_output(assembled(outputs, a, value.shape[3:], problem.query), dtype_name(query))
+    return (output, assembled(lses, a, (), problem.query)) if return_lse else output
+
+
+@spells_options
+@numpy.errstate(all="ignore")
+def attention_weights(
+    query: Float[Array, "batch heads q_len qk_dim"],
+    key: Float[Array, "batch kv_heads kv_len qk_dim"],
+    **options: Unpack[WeightOptions],
+) -> Float[Array, "batch heads q_len kv_len"]:
+    """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
+    a = _arguments("attention_weights", query, key, None, **options)
+    problem = Problem.of(a)
+    weights = tuple(each(partial(weigh, problem), strips(a), a))
+    return steps.round_output(assembled(weights, a, (a.kv_len,), problem.query), dtype_name(query))
+
+
+@spells_options
+@numpy.errstate(all="ignore")
+def attention_vjp(
+    grad_output: Float[Array, "batch heads q_len v_dim"],
+    query: Float[Array, "batch heads q_len qk_dim"],
+    key: Float[Array, "batch kv_heads kv_len qk_dim"],
+    value: Float[Array, "batch kv_heads kv_len v_dim"],
+    *,
+    grad_lse: Float[Array, "batch heads q_len"] | None = None,
+    **options: Unpack[Options],
+) -> Gradients:
+    """The gradients in closed form, strip by strip of queries; see `mha_spec.reference.attention_vjp`."""
+    a = _arguments("attention_vjp", query, key, value, **options)
+    check_cotangents(a, grad_output, grad_lse)
+    check_dropout_mask(a)
+    return gradients(Problem.of(a), grad_output, grad_lse)
+
+
+def _arguments(
+    function: str, query: Array, key: Array, value: Array | None, /, **options: Unpack[Options]
+) -> Arguments:
+    refuse_unknown(options, function)
+    return check(Arguments(query, key, value, **options))

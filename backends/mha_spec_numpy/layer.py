@@ -1,0 +1,100 @@
+"""The layer for NumPy and every other library of the Python array API: the specification's steps, this attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from mha_spec import layer_steps
+from mha_spec.arguments import spells_options
+from mha_spec.cache import HighWater, KVCache
+from mha_spec.layer import Layer, alibi_bias, alibi_slopes, rotary_embedding
+from mha_spec.layer_steps import LayerSteps
+
+from .core import attention, attention_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Unpack
+
+    from jaxtyping import Float
+
+    from mha_spec.arguments import Options, WeightOptions
+    from mha_spec.arrays import Array
+
+__all__ = [
+    "alibi_bias",
+    "alibi_slopes",
+    "append_cache",
+    "empty_cache",
+    "multi_head_attention",
+    "multi_head_attention_weights",
+    "rotary_embedding",
+]
+
+_BUFFERS = HighWater()
+
+
+def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
+    """Buffers of zeros, written in place as long as nobody else shows what is written."""
+    cache = layer_steps.empty_cache(shapes, like)
+    return _BUFFERS.own(cache) if isinstance(cache.key, numpy.ndarray) else cache
+
+
+def append(
+    cache: KVCache, key: Array, value: Array | None, counts: Array | Sequence[int] | None, steps: LayerSteps
+) -> KVCache:
+    """New tokens behind those that are there, in place where that changes no other cache (MHA-CACHE-1, MHA-CACHE-3)."""
+    if value is None or not isinstance(cache.key, numpy.ndarray):
+        return layer_steps.append(cache, key, value, counts, steps)
+    stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
+    shared = _BUFFERS.claim(cache, stop)
+    new = KVCache(cache.key, cache.value, stop) if shared else KVCache(cache.key.copy(), cache.value.copy(), stop)
+    for entry, (first, last) in enumerate(zip(cache.lengths, stop, strict=True)):
+        new.key[entry, :, first:last] = key[entry, :, : last - first]
+        new.value[entry, :, first:last] = value[entry, :, : last - first]
+    return new if shared else _BUFFERS.own(new)
+
+
+_LAYER = Layer(LayerSteps(attend=attention, weigh=attention_weights, empty_cache=empty, append=append))
+
+empty_cache = _LAYER.empty_cache
+append_cache = _LAYER.append_cache
+
+
+@spells_options
+@numpy.errstate(all="ignore")
+def multi_head_attention(
+    query: Float[Array, "batch q_len embed"],
+    key: Float[Array, "batch kv_len k_embed"] | None,
+    value: Float[Array, "batch kv_len v_embed"] | None,
+    params: Mapping[str, Array],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, KVCache]:
+    """The layer over attention block by block; see `mha_spec.reference.multi_head_attention`."""
+    return _LAYER.multi_head_attention(
+        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
+    )
+
+
+@spells_options
+@numpy.errstate(all="ignore")
+def multi_head_attention_weights(
+    query: Float[Array, "batch q_len embed"],
+    key: Float[Array, "batch kv_len k_embed"] | None,
+    params: Mapping[str, Array],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[WeightOptions],
+) -> Float[Array, "batch heads q_len kv_len"]:
+    """The weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
+    return _LAYER.multi_head_attention_weights(
+        query, key, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
+    )

@@ -1,0 +1,69 @@
+"""What `mha_spec.attention` adds to a call of the backend, and what the check of the three tensors costs.
+
+Run it with `python -P benchmarks/dispatch.py`: least times of many short runs. It prints and does not fail.
+"""
+
+from __future__ import annotations
+
+import timeit
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy
+
+import mha_spec
+from mha_spec import selection
+from mha_spec.arguments import Arguments
+from mha_spec.checks import check_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CALLS = 2000
+RUNS = 400
+
+
+def microseconds(function: Callable[[], object]) -> float:
+    """The least time of a call, over many runs."""
+    return min(timeit.repeat(function, number=CALLS, repeat=RUNS)) / CALLS * 1e6
+
+
+def idle() -> ModuleType:
+    """A backend that does nothing."""
+
+    def attention(query: object, key: object, value: object, *, return_lse: bool = False, **options: object) -> None:
+        """Do nothing."""
+
+    module = ModuleType("idle")
+    vars(module)["attention"] = attention
+    return module
+
+
+def tensors() -> dict[str, object]:
+    """One small tensor of each library that is installed."""
+    x = numpy.zeros((1, 1, 1, 1), dtype=numpy.float32)
+    makers = {"torch": "torch", "jax": "jax.numpy", "tensorflow": "tensorflow"}
+    found: dict[str, object] = {"numpy": x}
+    for name, module in makers.items():
+        if find_spec(name) is not None:
+            library = import_module(module)
+            found[name] = (library.convert_to_tensor if name == "tensorflow" else library.asarray)(x)
+    return found
+
+
+def main() -> None:
+    """Print both for every library; with its first comparison the check has seen that all are of one class."""
+    nothing, backend = microseconds(lambda: None), idle()
+    for name, x in tensors().items():
+        arguments = Arguments(x, x, x)
+        check = microseconds(lambda a=arguments: check_tensors(a)) - nothing
+        selection._BACKEND_OF_CLASS[type(x)] = backend
+        through = microseconds(lambda x=x: mha_spec.attention(x, x, x, causal=True))
+        dispatch = through - microseconds(lambda x=x: backend.attention(x, x, x, causal=True))
+        print(f"{name:<10} dispatch {dispatch:.2f} us, <= 1; library, dtype, rank and device agree: {check:.2f} us")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The steps of the layer, one small function for each, in the order in which the specification takes them.
+
+As in `mha_spec.steps`, every function works on any library of the Python array API, cites the clauses that it
+implements, and is a field of `LayerSteps`, where it can be replaced by name: by a backend with what its library does
+best, by the conformance suite with a mistake. Arrays come and go in the query's dtype, unless a step says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from . import layer_checks
+from .arrays import Array, device_of, dtype_name, host_integers, library_of, namespace_of, softmax_dtype_name
+from .cache import KVCache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .layer_checks import LayerArguments, Rotary
+
+__all__ = ["LayerSteps", "narrow", "slope_values", "widen"]
+
+
+def widen(x: Array) -> Array:
+    """The array in the softmax's type: float32 for 16- and 32-bit arrays, float64 for float64 (MHA-SOFTMAX-2)."""
+    xp = namespace_of(x)
+    return xp.astype(x, getattr(xp, softmax_dtype_name(dtype_name(x))), copy=False)
+
+
+def narrow(x: Array, like: Array) -> Array:
+    """The array in the dtype of another."""
+    return namespace_of(x).astype(x, like.dtype, copy=False)
+
+
+def project(x: Array, weight: Array) -> Array:
+    """Heads are linear maps of the embedding: (batch, length, embed) to (batch, heads, length, size) (MHA-PROJ-1)."""
+    xp = namespace_of(x)
+    (batch, length, embed), (_, heads, size) = x.shape, weight.shape
+    rows = xp.reshape(widen(x), (batch * length, embed))
+    flat = rows @ xp.reshape(widen(weight), (embed, heads * size))
+    return narrow(xp.permute_dims(xp.reshape(flat, (batch, length, heads, size)), (0, 2, 1, 3)), x)
+
+
+def add_bias(x: Array, bias: Array | None) -> Array:
+    """A bias for each head and component, the same for every token (MHA-PROJ-2)."""
+    return x if bias is None else narrow(widen(x) + widen(bias)[:, None, :], x)
+
+
+def project_in(a: LayerArguments, steps: LayerSteps) -> tuple[Array, Array | None, Array | None]:
+    """Query, key and value of each head; None for what is not given (MHA-PROJ-1, MHA-PROJ-2, MHA-LAYER-3)."""
+    operands = (("q", a.query), ("k", a.key), ("v", a.value))
+    q, k, v = (
+        None if x is None else steps.add_bias(steps.project(x, a.params[f"w_{name}"]), a.params.get(f"b_{name}"))
+        for name, x in operands
+    )
+    return q, k, v
+
+
+def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
+    """Each head's vector over its root mean square, times a gain for each component (MHA-NORM-1)."""
+    if gain is None:
+        return x
+    xp, wide = namespace_of(x), widen(x)
+    mean_square = xp.mean(wide * wide, axis=-1, keepdims=True)
+    return narrow(wide / xp.sqrt(mean_square + epsilon) * widen(gain), x)
+
+
+def positions(offset: Array, length: int, like: Array) -> Array:
+    """Token i sits at offset + i, (length,), or at offset[b] + i, (batch, length) (MHA-POS-1, MHA-ROTARY-4).
+
+    A NumPy array where the offset is host data, else one of the offset's library.
+    """
+    if host_integers(offset) is not None:
+        host = numpy.asarray(offset, dtype=numpy.int64)
+        return host[..., None] + numpy.arange(length)
+    xp = namespace_of(offset)
+    return offset[:, None] + xp.arange(length, dtype=offset.dtype, device=device_of(like))
+
+
+@lru_cache(maxsize=256)
+def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:
+    """Pair i turns by base^(-2i / rotary_dim) for each position, in float64 on the host (MHA-ROTARY-1)."""
+    found = float(base) ** (numpy.arange(0, rotary_dim, 2) / -rotary_dim)
+    found.flags.writeable = False
+    return found
+
+
+def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: Array) -> tuple[Array, Array]:
+    """Cosine and sine of position * frequency, (length, pairs) or (batch, 1, length, pairs) (MHA-ROTARY-5).
+
+    They are in the softmax's type. Positions on the host are multiplied in float64, those of an array library in the
+    softmax's type.
+    """
+    xp, device = namespace_of(like), device_of(like)
+    wide = getattr(xp, softmax_dtype_name(dtype_name(like)))
+    if library_of(positions) in (None, "numpy"):
+        angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
+        cosine, sine = (xp.asarray(turn, dtype=wide, device=device) for turn in (numpy.cos(angles), numpy.sin(angles)))
+    else:
+        angles = xp.astype(positions, wide)[..., None] * xp.asarray(frequencies, dtype=wide, device=device)
+        cosine, sine = xp.cos(angles), xp.sin(angles)
+    return (cosine[:, None, :, :], sine[:, None, :, :]) if cosine.ndim == 3 else (cosine, sine)
+
+
+def turn(x: Array, turns: tuple[Array, Array], interleaved: bool) -> Array:
+    """Turn each pair of components as a complex number; those beyond the pairs stay (MHA-ROTARY-1 to MHA-ROTARY-3).
+
+    Pair i is (i, i + pairs), or (2i, 2i + 1) interleaved.
+    """
+    xp, (cosine, sine) = namespace_of(x), turns
+    pairs = cosine.shape[-1]
+    turned, rest = widen(x[..., : 2 * pairs]), x[..., 2 * pairs :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :pairs], turned[..., pairs:]
+    both = (first * cosine - second * sine, second * cosine + first * sine)
+    joined = xp.reshape(xp.stack(both, axis=-1), turned.shape) if interleaved else xp.concat(both, axis=-1)
+    return xp.concat([narrow(joined, x), rest], axis=-1) if rest.shape[-1] else narrow(joined, x)
+
+
+def new_lengths(
+    lengths: Array | Sequence[int], counts: Array | Sequence[int] | None, length: int, like: Array
+) -> Array:
+    """The tokens of each batch entry after an append of `length`, of which the first counts[b] are (MHA-CACHE-5).
+
+    A NumPy array where both are host data, else one of the library of `like`, whose counts act clamped (MHA-LEN-3).
+    """
+    given = [lengths] if counts is None else [lengths, counts]
+    if all(host_integers(one) is not None for one in given):
+        return numpy.asarray(lengths, dtype=numpy.int32) + numpy.asarray(
+            length if counts is None else counts, dtype=numpy.int32
+        )
+    xp = namespace_of(like)
+    before, *more = (xp.asarray(one, device=device_of(like)) for one in given)
+    return before + (xp.astype(xp.clip(more[0], 0, length), before.dtype) if more else length)
+
+
+def store(buffer: Array, new: Array, start: Array | Sequence[int], stop: Array) -> Array:
+    """A buffer with new tokens at start[b] <= j < stop[b] of each batch entry, and no other slot changed (MHA-CACHE-1).
+
+    A token beyond the capacity is dropped (MHA-CACHE-4).
+    """
+    xp, device = namespace_of(buffer), device_of(buffer)
+    batch, _, capacity, _ = buffer.shape
+    if 0 in (batch, capacity, new.shape[2]):
+        return buffer
+    slots = xp.arange(capacity, device=device)
+    start, stop = (xp.reshape(xp.astype(xp.asarray(one, device=device), slots.dtype), (-1, 1)) for one in (start, stop))
+    taken = xp.clip(slots - start, 0, new.shape[2] - 1)
+    moved = xp.stack([xp.take(new[b, ...], taken[b, ...], axis=1) for b in range(batch)])
+    written = (slots >= start) & (slots < stop)
+    return xp.where(written[:, None, :, None], moved, buffer)
+
+
+def append(
+    cache: KVCache, key: Array, value: Array | None, counts: Array | Sequence[int] | None, steps: LayerSteps
+) -> KVCache:
+    """A cache with new tokens behind those of each batch entry; without a value, that buffer stays (MHA-CACHE-1)."""
+    stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
+    stored = cache.value if value is None else steps.store(cache.value, value, cache.lengths, stop)
+    return KVCache(steps.store(cache.key, key, cache.lengths, stop), stored, stop)
+
+
+def empty_cache(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
+    """Buffers of zeros, and lengths of 0 on the host."""
+    xp = namespace_of(like)
+    key, value = (xp.zeros(shape, dtype=like.dtype, device=device_of(like)) for shape in shapes)
+    return KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
+
+
+def attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
+    """The specification's attention."""
+    from .reference import attention
+
+    return attention(query, key, value, **options)
+
+
+def weigh(query: Array, key: Array, **options: Any) -> Array:
+    """The specification's attention_weights."""
+    from .reference import attention_weights
+
+    return attention_weights(query, key, **options)
+
+
+def merge_heads(x: Array) -> Array:
+    """The outputs of a token's heads side by side, in their order: (batch, q_len, heads, v_dim) (MHA-PROJ-3)."""
+    return namespace_of(x).permute_dims(x, (0, 2, 1, 3))
+
+
+def combine(x: Array, weight: Array) -> Array:
+    """The output is a linear map of all heads: (batch, q_len, heads, v_dim) to (batch, q_len, out) (MHA-PROJ-3)."""
+    xp = namespace_of(x)
+    batch, length, heads, size = x.shape
+    rows = xp.reshape(widen(x), (batch * length, heads * size))
+    flat = rows @ xp.reshape(widen(weight), (heads * size, weight.shape[2]))
+    return narrow(xp.reshape(flat, (batch, length, weight.shape[2])), x)
+
+
+def add_output_bias(x: Array, bias: Array | None) -> Array:
+    """The output's bias is added once, to empty rows too (MHA-PROJ-3, MHA-LAYER-5)."""
+    return x if bias is None else narrow(widen(x) + widen(bias), x)
+
+
+def project_out(x: Array, params: Mapping[str, Array], steps: LayerSteps) -> Array:
+    """Merge the heads, project, add the bias (MHA-PROJ-3)."""
+    return steps.add_output_bias(steps.combine(steps.merge_heads(x), params["w_o"]), params.get("b_o"))
+
+
+def slope_values(heads: int) -> list[float]:
+    """2^(-8 (h + 1) / heads), and between powers of two every other slope of twice as many (MHA-ALIBI-1)."""
+    power = 2 ** (heads.bit_length() - 1)
+    own = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    between = [2 ** (-8 * (2 * head + 1) / (2 * power)) for head in range(heads - power)]
+    return own + between
+
+
+def slopes(heads: int, dtype: str) -> Array:
+    """The slopes of all heads, in an array of the library (MHA-ALIBI-1)."""
+    return numpy.asarray(slope_values(heads), dtype=dtype)
+
+
+def distances(offset: Array | Sequence[int] | int, q_len: int, kv_len: int, like: Array, steps: LayerSteps) -> Array:
+    """|p - j|, integers (q_len, kv_len) or (batch, 1, q_len, kv_len) (MHA-ALIBI-2)."""
+    found = steps.positions(offset, q_len, like)
+    xp = namespace_of(found)
+    apart = xp.abs(found[..., None] - xp.arange(kv_len, dtype=found.dtype, device=device_of(found)))
+    return namespace_of(like).asarray(apart[:, None, :, :] if apart.ndim == 3 else apart, device=device_of(like))
+
+
+def alibi(slopes: Array, distances: Array) -> Array:
+    """-slope[h] * |p - j|, (batch or 1, heads, q_len, kv_len) in the softmax's type (MHA-ALIBI-2, MHA-ALIBI-3)."""
+    xp, wide = namespace_of(slopes), widen(slopes)
+    return xp.reshape(-wide, (1, -1, 1, 1)) * xp.astype(distances, wide.dtype)
+
+
+@dataclass(frozen=True)
+class LayerSteps:
+    """Every step by its name: the layer as a value, of which one step can be replaced."""
+
+    check: Callable[..., LayerArguments] = layer_checks.check
+    check_rotary: Callable[..., Rotary] = layer_checks.check_rotary
+    check_positions: Callable[..., None] = layer_checks.check_positions
+    check_append: Callable[..., None] = layer_checks.check_append
+    check_heads: Callable[..., None] = layer_checks.check_heads
+    check_alibi: Callable[..., None] = layer_checks.check_alibi
+    project_in: Callable[..., tuple[Array, Array | None, Array | None]] = project_in
+    project: Callable[..., Array] = project
+    add_bias: Callable[..., Array] = add_bias
+    normalise: Callable[..., Array] = normalise
+    positions: Callable[..., Array] = positions
+    frequencies: Callable[..., numpy.ndarray] = frequencies
+    turns: Callable[..., tuple[Array, Array]] = turns
+    turn: Callable[..., Array] = turn
+    empty_cache: Callable[..., KVCache] = empty_cache
+    new_lengths: Callable[..., Array] = new_lengths
+    store: Callable[..., Array] = store
+    append: Callable[..., KVCache] = append
+    attend: Callable[..., Array] = attend
+    weigh: Callable[..., Array] = weigh
+    merge_heads: Callable[..., Array] = merge_heads
+    combine: Callable[..., Array] = combine
+    add_output_bias: Callable[..., Array] = add_output_bias
+    project_out: Callable[..., Array] = project_out
+    slopes: Callable[..., Array] = slopes
+    distances: Callable[..., Array] = distances
+    alibi: Callable[..., Array] = alibi

@@ -1,0 +1,420 @@
+"""Multi-head attention as a layer: its formula, its parameters, its options, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+
+from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError, layer_steps, reference
+from mha_spec.arguments import OPTIONS
+from mha_spec.arrays import device_of, dtype_name, library_of
+from mha_spec.layer import Layer
+from mha_spec.layer_steps import LayerSteps
+from mha_spec.parameters import AXES, LayerSizes
+from mha_spec_conformance.convert import to_library, to_numpy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+BATCH, Q_LEN, KV_LEN, HEADS, KV_HEADS, CAPACITY = 2, 3, 5, 6, 3, 23
+SIZES = LayerSizes(
+    embed=7, heads=HEADS, kv_heads=KV_HEADS, qk_dim=4, v_dim=11, k_embed=13, v_embed=17, out=19, qk_norm=True
+)
+
+
+def random(*shape: int, seed: int = 3) -> numpy.ndarray:
+    return numpy.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def parameters(*without: str) -> dict[str, numpy.ndarray]:
+    shapes = SIZES.shapes()
+    return {name: random(*shapes[name], seed=seed) / 2 for seed, name in enumerate(AXES) if name not in without}
+
+
+def tensors() -> dict[str, Any]:
+    return {
+        "query": random(BATCH, Q_LEN, SIZES.embed),
+        "key": random(BATCH, KV_LEN, SIZES.k_embed),
+        "value": random(BATCH, KV_LEN, SIZES.v_embed),
+        "params": parameters(),
+    }
+
+
+def every_option(kv_len: int = KV_LEN) -> dict[str, Any]:
+    draw = numpy.random.default_rng(11)
+    return {
+        "mask": draw.random((BATCH, 1, Q_LEN, kv_len)) < 0.8,
+        "bias": random(1, HEADS, 1, kv_len),
+        "causal": True,
+        "q_offset": numpy.asarray([2, 1]),
+        "window": (2, 1),
+        "q_lengths": numpy.asarray([3, 2]),
+        "kv_lengths": numpy.asarray([3, 2]),
+        "q_segment_ids": draw.integers(0, 2, (BATCH, Q_LEN)),
+        "kv_segment_ids": draw.integers(0, 2, (BATCH, kv_len)),
+        "scale": -0.7,
+        "softcap": 1.9,
+        "sinks": random(HEADS),
+        "dropout_rate": 0.3,
+        "dropout_mask": draw.random((1, HEADS, Q_LEN, kv_len)) < 0.7,
+    }
+
+
+@pytest.fixture(params=["mha_spec.reference", "mha_spec_numpy", "mha_spec"])
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    return importlib.import_module(request.param)
+
+
+MASK = numpy.random.default_rng(5).random((BATCH, HEADS, Q_LEN, KV_LEN)) < 0.7
+CAUSAL = numpy.arange(KV_LEN) <= numpy.arange(Q_LEN)[:, None] + numpy.asarray([2, 1])[:, None, None, None]
+FORMULAS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
+    "plain": (("b_q", "b_k", "b_v", "b_o", "q_norm", "k_norm"), {}, {}),
+    "biases": (("q_norm", "k_norm"), {}, {}),
+    "one bias": (("b_q", "b_v", "b_o", "q_norm", "k_norm"), {}, {}),
+    "norm of the query": (("k_norm",), {}, {}),
+    "norms": ((), {"norm_epsilon": 0.25}, {"norm_epsilon": 0.25}),
+    "mask": ((), {"mask": MASK}, {"visible": MASK}),
+    "bias and sinks": (
+        ("q_norm",),
+        {"bias": random(1, HEADS, Q_LEN, KV_LEN), "sinks": random(HEADS)},
+        {"bias": random(1, HEADS, Q_LEN, KV_LEN) * numpy.ones((BATCH, 1, 1, 1)), "sinks": random(HEADS)},
+    ),
+    "rotary": (
+        (),
+        {"rotary": {}, "q_offset": [2, 1], "causal": True},
+        {"rotary": {}, "visible": CAUSAL, "q_positions": numpy.asarray([[2, 3, 4], [1, 2, 3]])},
+    ),
+    "partial interleaved rotary": (
+        ("b_k",),
+        {"rotary": {"interleaved": True, "rotary_dim": 2, "base": 5.0}, "q_offset": -1},
+        {
+            "rotary": {"interleaved": True, "rotary_dim": 2, "base": 5.0},
+            "q_positions": numpy.asarray([[-1, 0, 1]] * BATCH),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_layer_is_its_formula(module: ModuleType, name: str, layer_by_loops: Any) -> None:
+    without, options, spelt = FORMULAS[name]
+    given = tensors() | {"params": parameters(*without)}
+    visible = numpy.broadcast_to(spelt.get("visible", True), (BATCH, HEADS, Q_LEN, KV_LEN))
+    expected, error = layer_by_loops(given["params"])(
+        given["query"], given["key"], given["value"], **spelt | {"visible": visible}
+    )
+    output = module.multi_head_attention(**given, **options)
+    assert library_of(output) == "numpy"
+    assert (output.dtype, output.shape) == (numpy.float64, (BATCH, Q_LEN, SIZES.out))
+    assert (abs(output - expected) <= 2 * error).all()
+    assert numpy.median(error) < 1e-9 * numpy.median(abs(expected))
+
+
+def heads_of(given: dict[str, Any], *, rotary: bool) -> tuple[numpy.ndarray, ...]:
+    """Query, key and value of every head, as the steps of the layer make them one by one."""
+    params, made = given["params"], []
+    for name, x in (("q", given["query"]), ("k", given["key"]), ("v", given["value"])):
+        head = layer_steps.add_bias(layer_steps.project(x, params[f"w_{name}"]), params[f"b_{name}"])
+        if name != "v":
+            head = layer_steps.normalise(head, params[f"{name}_norm"], 1e-6)
+            offset = every_option()["q_offset"][:, None] if name == "q" else numpy.zeros((1, 1), int)
+            positions = (offset + numpy.arange(x.shape[1])) * numpy.ones((BATCH, 1), int)
+            head = reference.rotary_embedding(head, positions) if rotary else head
+        made.append(head)
+    return tuple(made)
+
+
+@pytest.mark.parametrize("rotary", [None, {}])
+def test_every_option_means_in_the_layer_what_it_means_in_attention(rotary: dict[str, Any] | None) -> None:
+    assert set(every_option()) == set(OPTIONS) - {"dropout_key"}
+    given, options = tensors(), every_option()
+    q, k, v = heads_of(given, rotary=rotary is not None)
+    merged = numpy.asarray(reference.attention(q, k, v, **options)).transpose(0, 2, 1, 3).reshape(BATCH, Q_LEN, -1)
+    expected = merged @ given["params"]["w_o"].reshape(-1, SIZES.out) + given["params"]["b_o"]
+    output = reference.multi_head_attention(**given, **options, rotary=rotary)
+    magnitude = abs(merged) @ abs(given["params"]["w_o"].reshape(-1, SIZES.out)) + abs(given["params"]["b_o"])
+    assert (abs(output - expected) <= numpy.finfo(float).eps * (merged.shape[-1] + 1) * magnitude).all()
+
+    of_weights = {name: value for name, value in options.items() if "dropout" not in name}
+    weights = reference.multi_head_attention_weights(
+        given["query"], given["key"], given["params"], **of_weights, rotary=rotary
+    )
+    assert numpy.array_equal(weights, reference.attention_weights(q, k, **of_weights))
+    assert weights.shape == (BATCH, HEADS, Q_LEN, KV_LEN)
+
+
+@pytest.mark.parametrize("option", sorted(set(OPTIONS) - {"dropout_key", "kv_segment_ids", "q_offset"}))
+def test_no_option_is_lost(module: ModuleType, option: str) -> None:
+    without = {"q_offset": every_option()["q_offset"]}
+    names = {option, "kv_segment_ids"} if option == "q_segment_ids" else {option}
+    with_it = {name: value for name, value in every_option().items() if name in names}
+    if option == "dropout_rate":
+        without["dropout_mask"] = every_option()["dropout_mask"]
+    one, other = (module.multi_head_attention(**tensors(), **without | given) for given in (with_it, {}))
+    assert one.shape == other.shape
+    assert not numpy.array_equal(one, other)
+
+
+def test_the_backend_has_the_weights_of_the_reference() -> None:
+    given = {name: value for name, value in tensors().items() if name != "value"}
+    options = {name: value for name, value in every_option().items() if "dropout" not in name}
+    weights, expected = (
+        one.multi_head_attention_weights(**given, **options, rotary={})
+        for one in (importlib.import_module("mha_spec_numpy"), reference)
+    )
+    assert (weights.dtype, weights.shape) == (expected.dtype, expected.shape)
+    assert (abs(weights - expected) <= 64 * numpy.finfo(float).eps * expected).all()
+
+
+def test_weights_need_no_parameters_of_the_output(module: ModuleType) -> None:
+    given = {name: value for name, value in tensors().items() if name != "value"}
+    few = given | {"params": parameters("w_v", "w_o", "b_v", "b_o")}
+    one, other = (module.multi_head_attention_weights(**each) for each in (given, few))
+    assert numpy.array_equal(one, other)
+
+
+def test_a_row_that_sees_nothing_is_the_bias_of_the_output(module: ModuleType) -> None:
+    given, mask = tensors(), numpy.ones((BATCH, 1, Q_LEN, 1), dtype=bool)
+    mask[1, :, 2] = False
+    output = module.multi_head_attention(**given, mask=mask)
+    assert numpy.array_equal(output[1, 2], given["params"]["b_o"])
+    assert not (output[:, :2] == given["params"]["b_o"]).any()
+
+
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, Q_LEN, KV_LEN), (BATCH, 0, KV_LEN), (BATCH, Q_LEN, 0)])
+def test_lengths_of_zero(module: ModuleType, batch: int, q_len: int, kv_len: int) -> None:
+    given = tensors() | {"query": random(batch, q_len, 7), "key": random(batch, kv_len, 13)}
+    output = module.multi_head_attention(**given | {"value": random(batch, kv_len, 17)}, rotary={}, q_offset=0)
+    assert output.shape == (batch, q_len, SIZES.out)
+    assert numpy.array_equal(output, numpy.broadcast_to(given["params"]["b_o"], output.shape)) or kv_len > 0
+
+
+def test_garbage_in_a_hidden_token_moves_no_bit(module: ModuleType) -> None:
+    given = tensors()
+    before = module.multi_head_attention(**given, kv_lengths=[4, 2])
+    for name in ("key", "value"):
+        given[name][0, 4:] = given[name][1, 2:] = numpy.nan
+    assert numpy.array_equal(module.multi_head_attention(**given, kv_lengths=[4, 2]), before)
+
+
+def test_inputs_are_not_written_to(module: ModuleType) -> None:
+    given = tensors()
+    for array in (*given["params"].values(), given["query"], given["key"], given["value"]):
+        array.flags.writeable = False
+    module.multi_head_attention(**given, **every_option(), rotary={})
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_results_have_the_dtype_of_the_query(module: ModuleType, dtype: str, layer_by_loops: Any) -> None:
+    import ml_dtypes
+
+    own = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    given = tensors()
+    given |= {name: given[name].astype(own) for name in ("query", "key", "value")}
+    given["params"] = {name: array.astype(own) for name, array in given["params"].items()}
+    options = {"rotary": {}, "q_offset": 2}
+    output = module.multi_head_attention(**given, **options)
+    weights = module.multi_head_attention_weights(given["query"], given["key"], given["params"], **options)
+    assert (dtype_name(output), dtype_name(weights)) == (dtype, dtype)
+
+    wide = {name: array.astype(float) for name, array in given["params"].items()}
+    stored = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    expected, error = layer_by_loops(wide, min(stored, 2.0**-24), stored)(
+        *(given[name].astype(float) for name in ("query", "key", "value")),
+        visible=numpy.ones((BATCH, HEADS, Q_LEN, KV_LEN), dtype=bool),
+        rotary={},
+        q_positions=numpy.asarray([[2, 3, 4]] * BATCH),
+    )
+    assert (abs(output.astype(float) - expected) <= 2 * error).all()
+
+
+LIBRARIES = ("array_api_strict", "torch", "jax")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_same_source_is_the_layer_of_every_library(library: str, layer_by_loops: Any) -> None:
+    xp = pytest.importorskip(library)
+    convert: Callable[[numpy.ndarray], Any] = (
+        xp.asarray if library == "array_api_strict" else lambda array: to_library(array, library)
+    )
+    given = tensors()
+    given |= {name: given[name].astype("float32") for name in ("query", "key", "value")}
+    given["params"] = {name: array.astype("float32") for name, array in given["params"].items()}
+    arrays = {name: convert(given[name]) for name in ("query", "key", "value")}
+    params = {name: convert(array) for name, array in given["params"].items()}
+    output = reference.multi_head_attention(**arrays, params=params, rotary={}, q_offset=convert(numpy.asarray([2, 1])))
+    assert library_of(output) == library
+    assert str(device_of(output)) == str(device_of(arrays["query"]))
+    expected, error = layer_by_loops(given["params"], 2.0**-24)(
+        given["query"],
+        given["key"],
+        given["value"],
+        visible=numpy.ones((BATCH, HEADS, Q_LEN, KV_LEN), dtype=bool),
+        rotary={},
+        q_positions=numpy.asarray([[2, 3, 4], [1, 2, 3]]),
+    )
+    assert dtype_name(output) == "float32"
+    assert (abs(to_numpy(output) - expected) <= 2 * error).all()
+
+
+def test_steps_can_be_replaced_by_name() -> None:
+    without_norm = Layer(replace(LayerSteps(), normalise=lambda x, *_: x))
+    plain = tensors() | {"params": parameters("q_norm", "k_norm")}
+    assert numpy.array_equal(without_norm.multi_head_attention(**tensors()), reference.multi_head_attention(**plain))
+    assert not numpy.array_equal(reference.multi_head_attention(**tensors()), reference.multi_head_attention(**plain))
+
+
+def changed(**params: numpy.ndarray | None) -> dict[str, Any]:
+    """The parameters with some of them changed, or None left out."""
+    found = parameters() | params
+    return {"params": {name: array for name, array in found.items() if array is not None}}
+
+
+BAD: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ...]]] = {
+    "query-rank": (
+        {"query": random(BATCH, HEADS, Q_LEN, 7)},
+        ArgumentValueError,
+        "query",
+        ("rank 3, (batch, q_len, embed)", "shape=(2, 6, 3, 7)"),
+    ),
+    "query-list": ({"query": [[[1.0]]]}, ArgumentTypeError, "query", ("an array", "list")),
+    "query-integers": (
+        {"query": numpy.ones((BATCH, Q_LEN, 7), int)},
+        ArgumentTypeError,
+        "query",
+        ("float64, float32", "int64"),
+    ),
+    "key-dtype": (
+        {"key": random(BATCH, KV_LEN, 13).astype("float32")},
+        ArgumentTypeError,
+        "key",
+        ("dtype=float64", "dtype=float32", "Convert"),
+    ),
+    "key-batch": ({"key": random(3, KV_LEN, 13)}, ArgumentValueError, "key", ("batch=2", "batch=3")),
+    "value-length": ({"value": random(BATCH, 4, 17)}, ArgumentValueError, "value", ("kv_len=5", "kv_len=4")),
+    "key-none": ({"key": None}, ArgumentValueError, "key", ("given with `value`", "key=None")),
+    "both-none": ({"key": None, "value": None}, ArgumentValueError, "key", ("no cache", "key=None")),
+    "params-list": ({"params": [1]}, ArgumentTypeError, "params", ("mapping", "list")),
+    "missing": (changed(w_k=None), ArgumentValueError, "params", ("w_q, w_k, w_v, w_o", "missing=w_k")),
+    "unknown": (changed(w_kv=random(2)), ArgumentValueError, "params", ("b_q", "unknown='w_kv'")),
+    "none-parameter": ({"params": parameters() | {"b_q": None}}, ArgumentTypeError, "params['b_q']", ("NoneType",)),
+    "embed": (
+        changed(w_q=random(8, HEADS, 4)),
+        ArgumentValueError,
+        "params['w_q']",
+        ("(embed, heads, qk_dim)=(7, ", "shape=(8, 6, 4)"),
+    ),
+    "k-embed": (
+        changed(w_k=random(7, KV_HEADS, 4)),
+        ArgumentValueError,
+        "params['w_k']",
+        ("(k_embed, kv_heads, qk_dim)=(13, ", "shape=(7, 3, 4)"),
+    ),
+    "qk-dim": (
+        changed(w_k=random(13, KV_HEADS, 5)),
+        ArgumentValueError,
+        "params['w_k']",
+        ("(13, kv_heads, 4)", "shape=(13, 3, 5)"),
+    ),
+    "kv-heads": (
+        changed(w_v=random(17, 2, 11)),
+        ArgumentValueError,
+        "params['w_v']",
+        ("(17, 3, v_dim)", "shape=(17, 2, 11)"),
+    ),
+    "transposed-output": (
+        changed(w_o=random(11, HEADS, 19)),
+        ArgumentValueError,
+        "params['w_o']",
+        ("(heads, v_dim, out)=(6, 11, out)", "shape=(11, 6, 19)"),
+    ),
+    "flat-weight": (
+        changed(w_q=random(7, 24)),
+        ArgumentValueError,
+        "params['w_q']",
+        ("(embed, heads, qk_dim)", "shape=(7, 24)"),
+    ),
+    "flat-bias": (changed(b_q=random(24)), ArgumentValueError, "params['b_q']", ("(6, 4)", "shape=(24,)")),
+    "output-bias": (changed(b_o=random(7)), ArgumentValueError, "params['b_o']", ("(19)", "shape=(7,)")),
+    "gain": (changed(q_norm=random(HEADS, 4)), ArgumentValueError, "params['q_norm']", ("(4)", "shape=(6, 4)")),
+    "parameter-dtype": (
+        changed(w_o=random(HEADS, 11, 19).astype("float32")),
+        ArgumentTypeError,
+        "params['w_o']",
+        ("dtype=float64", "dtype=float32"),
+    ),
+    "head-multiple": (
+        changed(w_q=random(7, 5, 4), b_q=None, w_o=random(5, 11, 19)),
+        ArgumentValueError,
+        "params",
+        ("kv_heads=3", "heads=5"),
+    ),
+    "epsilon-negative": ({"norm_epsilon": -1e-6}, ArgumentValueError, "norm_epsilon", (">=0", "-1e-06")),
+    "epsilon-text": ({"norm_epsilon": "1"}, ArgumentTypeError, "norm_epsilon", ("number", "'1'")),
+    "rotary-flag": ({"rotary": True}, ArgumentTypeError, "rotary", ("mapping", "True")),
+    "rotary-unknown": ({"rotary": {"theta": 1.0}}, ArgumentTypeError, "rotary", ("base, interleaved", "'theta'")),
+    "rotary-size": ({"rotary": {"rotary_dim": 6}}, ArgumentValueError, "rotary_dim", ("size=4", "rotary_dim=6")),
+    "rotary-ambiguous": (
+        {"rotary": {}},
+        ArgumentValueError,
+        "q_offset",
+        ("q_offset=0 (upper left", "q_offset=2 (lower right", "q_offset=None"),
+    ),
+    "causal-ambiguous": ({"causal": True}, ArgumentValueError, "q_offset", ("causal=True", "q_offset=None")),
+    "offset-shape": ({"rotary": {}, "q_offset": [0, 1, 2]}, ArgumentValueError, "q_offset", ("(2,)", "(3,)")),
+    "mask-shape": (
+        {"mask": numpy.ones((1, 1, 1, 4), bool)},
+        ArgumentValueError,
+        "mask",
+        ("(2, 6, 3, 5)", "(1, 1, 1, 4)"),
+    ),
+    "unknown-keyword": ({"attn_mask": MASK}, ArgumentTypeError, "attn_mask", ("not an option", "`mask`")),
+    "return-lse": ({"return_lse": True}, ArgumentTypeError, "return_lse", ("not an option",)),
+    "rope-keyword": ({"rotery": {}}, ArgumentTypeError, "rotery", ("`rotary`",)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_argument_is_refused(module: ModuleType, name: str) -> None:
+    wrong, error, argument, parts = BAD[name]
+    with pytest.raises(MhaSpecError) as caught:
+        module.multi_head_attention(**tensors() | wrong)
+    assert type(caught.value) is error
+    message = str(caught.value)
+    for part in (f"`{argument}`", *parts):
+        assert part in message
+    assert re.search(r"\[MHA-[A-Z]+-\d+\]$", message)
+
+
+OF_THE_OUTPUT = {"key-none", "transposed-output", "head-multiple", "value-length", "mask-shape"}
+
+
+@pytest.mark.parametrize("name", sorted(set(BAD) - OF_THE_OUTPUT))
+def test_weights_refuse_the_same(module: ModuleType, name: str) -> None:
+    wrong, error, argument, _ = BAD[name]
+    given = {key: value for key, value in (tensors() | wrong).items() if key != "value"}
+    with pytest.raises(error, match=f"`{re.escape(argument)}`"):
+        module.multi_head_attention_weights(**given)
+
+
+def test_weights_take_no_dropout(module: ModuleType) -> None:
+    given = {name: value for name, value in tensors().items() if name != "value"}
+    with pytest.raises(ArgumentTypeError, match=r"`dropout_rate`.*before dropout"):
+        module.multi_head_attention_weights(**given, dropout_rate=0.1)
+
+
+def test_another_library_is_refused(module: ModuleType) -> None:
+    strict = pytest.importorskip("array_api_strict")
+    with pytest.raises(ArgumentTypeError, match=r"`params\['w_q'\]` must be an array of numpy, .*MHA-ARG-4"):
+        module.multi_head_attention(**tensors() | changed(w_q=strict.asarray(parameters()["w_q"])))
+
+
+def test_a_refused_shape_is_the_one_that_would_fit() -> None:
+    given = tensors() | {"query": random(BATCH, Q_LEN, 8)} | changed(w_q=random(8, HEADS, 4))
+    assert numpy.shape(reference.multi_head_attention(**given)) == (BATCH, Q_LEN, SIZES.out)
