@@ -14,7 +14,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import planted
 import typer
@@ -24,6 +24,9 @@ from trials import Tally, tally
 
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.accuracy import RULE_VERSION
+
+if TYPE_CHECKING:
+    from layers import LayerTally
 
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """One thread for each process, and no notes of PyTorch on its testing functions."""
@@ -36,10 +39,18 @@ def trials_of(dtype: str, first: int, count: int, each: int) -> Tally:
     return tally(dtype, first, count, each, FRAMEWORKS)
 
 
+def layers_of(dtype: str, first: int, count: int) -> LayerTally:
+    """Run the trials of layers in one dtype."""
+    from layers import try_layers
+
+    return try_layers(dtype, first, count)
+
+
 def main(
     problems: Annotated[int, typer.Option(help="Random problems for each dtype.")] = 500,
     each: Annotated[int, typer.Option(help="NumPy variants that answer one problem.")] = 3,
     seed: Annotated[int, typer.Option(help="Number of the first problem.")] = 0,
+    layers: Annotated[int, typer.Option(help="Random layers for each dtype.")] = 100,
     jobs: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Try every dtype, print the tables and exit with 1 if the rule does not hold."""
@@ -48,12 +59,19 @@ def main(
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for found in pool.map(trials_of, FLOATING, *([value] * len(FLOATING) for value in (seed, problems, each))):
             total.add(found)
+        of_layers = list(pool.map(layers_of, FLOATING[1:], [seed] * 3, [layers] * 3))
     console.print(outputs_table(total), implementations_table(total))
     table, overlooked = mistakes_table()
     console.print(table)
+    joined = of_layers[0]
+    for more in of_layers[1:]:
+        joined.add(more)
+    console.print(*layers_tables(joined))
+    total.refused += joined.refused
+    overlooked += joined.overlooked
     for line in [*total.refused[:20], *overlooked]:
         console.print(f"[red]{line}[/red]", highlight=False)
-    answers, seconds = sum(total.runs.values()), time.monotonic() - started
+    answers, seconds = sum(total.runs.values()) + sum(joined.answers.values()), time.monotonic() - started
     console.print(f"rule version {RULE_VERSION}: {answers} answers judged in {seconds:.0f} s")
     sys.exit(bool(total.refused or overlooked))
 
@@ -77,6 +95,17 @@ def implementations_table(total: Tally) -> Table:
         cells = [(total.runs[dtype, name], total.used_by.get((dtype, name), 0.0)) for dtype in FLOATING]
         table.add_row(name, *(f"{runs}, {used:.3f}" if runs else "" for runs, used in cells))
     return table
+
+
+def layers_tables(tally: LayerTally) -> tuple[Table, Table]:
+    """The layers: the largest share of the allowance of each implementation, and the least of each planted mistake."""
+    tables: list[Table] = []
+    for title, found in (("Honest layers: largest share", tally.used), ("Planted in layers: least share", tally.least)):
+        table = Table("layer", *FLOATING[1:], title=title)
+        for name in dict.fromkeys(name for _, name in found):
+            table.add_row(name, *(f"{found[dtype, name]:.3g}" for dtype in FLOATING[1:]))
+        tables.append(table)
+    return tables[0], tables[1]
 
 
 def mistakes_table() -> tuple[Table, list[str]]:

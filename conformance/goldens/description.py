@@ -30,7 +30,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Description:
-    """One case without its expected values."""
+    """One case without its expected values; of its outputs those in `outputs` are compared, all where none is named."""
 
     id: str
     title: str
@@ -44,4 +44,5 @@ class Description:
     level: str = "MUST"
     lse: bool = True
     sampled_rows: int | None = None
+    outputs: tuple[str, ...] = ()
     error: Mapping[str, str] | None = None

@@ -28,16 +28,28 @@ from portable import generate
 from storage import FORMAT, NARROW_FIRST, Tensors, holds, smallest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
     from description import Description, Input
     from oracle import Answer
 
+    Keep = Callable[[numpy.ndarray], dict[str, str]]
+
 FOLDER = Path(__file__).resolve().parent.parent / "mha_spec_conformance" / "goldens"
 SPEC_VERSION = "1.0"
 SUITE_VERSION = "1.0.0"
 LARGEST_TOTAL = 10_000_000
+LAYER = {
+    "alibi_bias",
+    "alibi_slopes",
+    "multi_head_attention",
+    "multi_head_attention_weights",
+    "rotary_embedding",
+}
+"""The functions whose cases have a file of their own."""
+PARAMETERS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "q_norm", "k_norm")
+"""The inputs of layers that many cases share."""
 FLOATING = {numpy.dtype(dtype).name: dtype for dtype in NARROW_FIRST}
 
 
@@ -65,13 +77,14 @@ def check_input(description: Description, name: str, item: Input) -> None:
 
 def write_case(description: Description, answers: Mapping[str, Answer], tensors: Tensors) -> dict[str, Any]:
     """The entry of a case in the index, its arrays put among the tensors."""
+    keep = partial(tensors.add, layer=description.function in LAYER)
     entry = {name: getattr(description, name) for name in ("id", "title", "function", "clauses", "features", "level")}
     return entry | {
         "tags": description.tags,
         "dtypes": description.dtypes,
         "options": {name: plain(value) for name, value in description.options.items()},
-        "inputs": {name: write_input(item, tensors) for name, item in description.inputs.items()},
-        "outputs": {name: write_output(item, tensors) for name, item in answers.items()},
+        "inputs": {name: write_input(item, keep) for name, item in description.inputs.items()},
+        "outputs": {name: write_output(item, keep) for name, item in answers.items()},
         "expect": "values" if description.error is None else "error",
         **({} if description.error is None else {"error": dict(description.error)}),
     }
@@ -84,21 +97,21 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_input(item: Input, tensors: Tensors) -> dict[str, Any]:
+def write_input(item: Input, keep: Keep) -> dict[str, Any]:
     """The entry of an input: its tensor, or its generator with the sha256 of the float64 values."""
     values = numpy.asarray(item.values)
     entry = {"shape": values.shape, "dtype": item.dtype}
     if item.generator is None:
-        return entry | tensors.add(smallest(values))
+        return entry | keep(smallest(values))
     digest = hashlib.sha256(values.astype("<f8").tobytes()).hexdigest()
     return entry | {"generator": dict(item.generator), "sha256": digest}
 
 
-def write_output(item: Answer, tensors: Tensors) -> dict[str, Any]:
+def write_output(item: Answer, keep: Keep) -> dict[str, Any]:
     """The entry of an expected output; its kinds and rows lie in the file of their own."""
-    entry: dict[str, Any] = {"shape": item.shape} | tensors.add(item.values)
+    entry: dict[str, Any] = {"shape": item.shape} | keep(item.values)
     for name, array in (("kinds", item.kinds), ("rows", item.rows)):
-        entry[name] = None if array is None else tensors.add(array)
+        entry[name] = None if array is None else keep(array)
     return entry
 
 
@@ -119,16 +132,31 @@ def build(cases: Sequence[Description], processes: int = 1) -> tuple[dict[str, b
         else:
             entries.append(write_case(case, found, tensors))
     files = tensors.files()
-    index = write_index(entries, files)
+    index = write_index(entries, files, share_parameters(entries))
     digest = f"{hashlib.sha256(index).hexdigest()}  index.json\n"
     return files | {"index.json": index, "index.json.sha256": digest.encode()}, refusals
 
 
-def write_index(entries: Iterable[Mapping[str, Any]], files: Mapping[str, bytes]) -> bytes:
+def share_parameters(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Take the parameters of layers out of the inputs of their cases, which name a set of them in their place."""
+    sets: dict[str, Any] = {}
+    for entry in entries:
+        inputs: dict[str, Any] = entry["inputs"]
+        own = {name: inputs.pop(name) for name in PARAMETERS if name in inputs}
+        if own:
+            entry["parameters"] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+            sets[entry["parameters"]] = own
+    return dict(sorted(sets.items()))
+
+
+def write_index(
+    entries: Iterable[Mapping[str, Any]], files: Mapping[str, bytes], parameters: Mapping[str, Any]
+) -> bytes:
     """The index, one case to a line."""
     dump = partial(json.dumps, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
     head = {"format": FORMAT, "spec_version": SPEC_VERSION, "suite_version": SUITE_VERSION, "files": sums}
+    head |= {"parameters": dict(parameters)} if parameters else {}
     lines = [f"{dump(name)}: {dump(value)}" for name, value in head.items()]
     cases = ",\n".join(dump(entry) for entry in entries)
     return ("{\n" + ",\n".join(lines) + ',\n"cases": [\n' + cases + "\n]\n}\n").encode()
@@ -154,7 +182,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """Put the files into the folder, and take goldens out of it that are none any more."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if path.name not in files and path.name.startswith(("tensors-", "index.json")):
+        if path.name not in files and path.name.startswith(("tensors-", "layer-", "index.json")):
             path.unlink()
     for name, data in files.items():
         (folder / name).write_bytes(data)

@@ -15,15 +15,27 @@ from oracle_backward import attention_vjp
 from oracle_balls import Refused
 from oracle_forward import attention, attention_weights
 from oracle_kinds import Marked
+from oracle_layer import multi_head_attention, multi_head_attention_weights
 from oracle_merge import merge_attention
+from oracle_positions import alibi_bias, alibi_slopes, rotary_embedding
 from oracle_visibility import Question
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from description import Description
 
 __all__ = ["Answer", "Refused", "expect", "sample"]
+
+_WHOLE: dict[str, Callable[[Description], dict[str, Marked]]] = {
+    "alibi_bias": alibi_bias,
+    "alibi_slopes": alibi_slopes,
+    "merge_attention": merge_attention,
+    "multi_head_attention": multi_head_attention,
+    "multi_head_attention_weights": multi_head_attention_weights,
+    "rotary_embedding": rotary_embedding,
+}
+"""The functions that are evaluated as a whole, not row by row."""
 
 TILE_BORDERS = tuple(2**n for n in range(4, 13))
 
@@ -50,8 +62,10 @@ def expect(description: Description) -> dict[str, Answer]:
     """
     if description.error is not None:
         return {}
-    if description.function == "merge_attention":
-        return _sampled(merge_attention(description), description.sampled_rows)
+    if description.function in _WHOLE:
+        answers = _WHOLE[description.function](description)
+        wanted = {name: answers[name] for name in description.outputs or answers}
+        return _sampled(wanted, description.sampled_rows)
     question = Question(description)
     if description.function == "attention_vjp":
         every = [question.row(*place) for place in numpy.ndindex(question.batch, question.heads, question.q_len)]

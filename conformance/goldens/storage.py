@@ -38,17 +38,20 @@ def smallest(values: numpy.ndarray) -> numpy.ndarray:
 
 
 class Tensors:
-    """The tensors of all cases by content: a tensor's name begins its sha256, its first digit names the file."""
+    """The tensors of all cases by content: a tensor's name begins its sha256, its first digit names the file.
+
+    Those of the layer lie in one file of their own, under shorter names.
+    """
 
     def __init__(self) -> None:
         self._files: dict[str, dict[str, numpy.ndarray]] = {}
 
-    def add(self, array: numpy.ndarray) -> dict[str, str]:
+    def add(self, array: numpy.ndarray, *, layer: bool = False) -> dict[str, str]:
         """Keep an array and give the entry that refers to it."""
         array = numpy.require(array, requirements="C")
         label = f"{array.dtype.name}{list(array.shape)}".encode()
-        name = hashlib.sha256(label + array.tobytes()).hexdigest()[:16]
-        file = f"tensors-{name[0]}.safetensors"
+        name = hashlib.sha256(label + array.tobytes()).hexdigest()[: 8 if layer else 16]
+        file = "layer-0.safetensors" if layer else f"tensors-{name[0]}.safetensors"
         self._files.setdefault(file, {})[name] = array
         return {"file": file, "tensor": name}
 

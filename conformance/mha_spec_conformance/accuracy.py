@@ -7,12 +7,14 @@ inputs as stored, evaluated in float64; `nox -s accuracy` validates it against h
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mha_spec.steps import Steps
 
 from .bounds_backward import BackwardBounds
 from .bounds_forward import ForwardBounds, WeightBounds
+from .bounds_layer import AlibiBounds, LayerBounds
 from .bounds_merge import MergeBounds
 from .precision import PROFILES, Precision, precision
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import numpy
+
+    from mha_spec.layer_steps import LayerSteps
 
 __all__ = ["PROFILES", "RULE_VERSION", "Bounds", "Precision", "allowances", "bounds", "deviations", "precision"]
 
@@ -44,21 +48,29 @@ class Bounds(Protocol):
         ...
 
 
-_BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Steps], Bounds]] = {
+_BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Any], Bounds]] = {
     "attention": ForwardBounds,
     "attention_weights": WeightBounds,
     "attention_vjp": BackwardBounds,
     "merge_attention": MergeBounds,
+    **{
+        name: partial(LayerBounds, name)
+        for name in ("multi_head_attention", "multi_head_attention_weights", "rotary_embedding")
+    },
+    **{name: partial(AlibiBounds, name) for name in ("alibi_slopes", "alibi_bias")},
 }
 
 
 def bounds(
-    function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps = SPECIFICATION
+    function: str,
+    arrays: Mapping[str, numpy.ndarray],
+    options: Mapping[str, Any],
+    steps: Steps | LayerSteps = SPECIFICATION,
 ) -> Bounds:
     """Evaluate one case in float64; its bounds in every precision share that work.
 
     Args:
-        function: attention, attention_weights, attention_vjp or merge_attention.
+        function: A function of the specification, by its name.
         arrays: The array inputs of the case by name, as stored.
         options: Its other options.
         steps: The specification's, or those of a mistake whose own allowance is asked for.
@@ -71,7 +83,7 @@ def allowances(
     arrays: Mapping[str, numpy.ndarray],
     options: Mapping[str, Any],
     precision: Precision,
-    steps: Steps = SPECIFICATION,
+    steps: Steps | LayerSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
     """The allowance of each element of each output of one case; see `bounds`."""
     return bounds(function, arrays, options, steps).allowances(precision)
@@ -82,7 +94,7 @@ def deviations(
     arrays: Mapping[str, numpy.ndarray],
     options: Mapping[str, Any],
     precision: Precision,
-    steps: Steps = SPECIFICATION,
+    steps: Steps | LayerSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
     """One standard deviation of the error of each element of each output of one case; see `bounds`."""
     return bounds(function, arrays, options, steps).deviations(precision)

@@ -10,6 +10,7 @@ import numpy
 
 from mha_spec.arrays import FLOATING
 
+from .calls import keyword_of
 from .question import LAYOUTS, OPERANDS, Question
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from .cases import Case
     from .question import Claims
+
+ATTENTION = ("attention", "attention_weights", "attention_vjp")
+"""The functions that have a causal diagonal of their own."""
 
 __all__ = ["Ask", "Selection", "alignments", "asks", "matches", "probes", "tried_in_every_layout"]
 
@@ -123,13 +127,13 @@ def _ask(case: Case, dtype: str, claims: Claims) -> Ask | None:
 
 
 def _keywords(case: Case) -> frozenset[str]:
-    given = {*case.options, *case.input_names}
+    given = {keyword_of(case.function, name) for name in (*case.options, *case.input_names)}
     return frozenset(given - set(OPERANDS[case.function]))
 
 
 def alignments(case: Case) -> tuple[str, ...]:
     """The readings of a causal diagonal that the offset of the case is exactly; none for a case without an offset."""
-    if "q_offset" not in case.options and "q_offset" not in case.input_names:
+    if case.function not in ATTENTION or "q_offset" not in {*case.options, *case.input_names}:
         return ()
     arrays = case.inputs(case.dtypes[0])
     q_len, kv_len = arrays["query"].shape[2], arrays["key"].shape[2]

@@ -54,7 +54,7 @@ class GradientEvaluation(Evaluation):
             "grad_key": steps.sum_group(steps.grad_key(self.grad_scores, t.query, t.visible, t.scale), a.kv_heads),
             "grad_value": steps.sum_group(steps.grad_value(dropped, self.grad_output, t.visible), a.kv_heads),
         }
-        if a.bias is not None:
+        if a.bias is not None and "bias" in self.arrays:
             values["grad_bias"] = steps.grad_bias(self.grad_logits, a.bias.shape)
         if a.sinks is not None:
             values["grad_sinks"] = steps.grad_sinks(t.sink_weights, self.row_dot)

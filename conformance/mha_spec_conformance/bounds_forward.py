@@ -42,19 +42,22 @@ class ForwardErrors:
         return e.seen(self.capped + after_cap)
 
     @cached_property
+    def product(self) -> numpy.ndarray:
+        """The error of scale * q.k."""
+        return self.precision.u_a * (self.evaluation.trace.query.shape[-1] + 3) * self.evaluation.reach
+
+    @cached_property
     def capped(self) -> numpy.ndarray:
         """The error of scale * q.k after the soft cap."""
         e, p, cap = self.evaluation, self.precision, self.evaluation.arguments.softcap
-        product = p.u_a * (e.trace.query.shape[-1] + 3) * e.reach
         if cap is None:
-            return product
+            return self.product
         return self.slope * self.before_cap + (p.e_t + 2 * p.u_a) * abs(e.capped) + 8 * p.u_a * cap
 
     @cached_property
     def before_cap(self) -> numpy.ndarray:
         """The error of x = scale * q.k where it enters the soft cap."""
-        e, p = self.evaluation, self.precision
-        return p.u_a * ((e.trace.query.shape[-1] + 3) * e.reach + 2 * abs(e.scores))
+        return self.product + 2 * self.precision.u_a * abs(self.evaluation.scores)
 
     @cached_property
     def slope(self) -> numpy.ndarray | float:

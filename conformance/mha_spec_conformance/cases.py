@@ -163,6 +163,7 @@ def load(folder: Path | None = None) -> Suite:
     digest = hashlib.sha256(data).hexdigest()
     _verify("index.json", digest, _read(folder, "index.json.sha256").decode(errors="replace").partition(" ")[0])
     index = _parse(data)
+    _put_parameters(index)
     tensors = {place: tensor for name, file in index["files"].items() for place, tensor in _tensors(folder, name, file)}
     try:
         cases = tuple(_case(entry, tensors) for entry in index["cases"])
@@ -206,6 +207,17 @@ def _parse(data: bytes) -> dict[str, Any]:
     return index
 
 
+def _put_parameters(index: dict[str, Any]) -> None:
+    """Give each case the set of parameters that it names, as further inputs."""
+    sets: dict[str, Any] = index.get("parameters", {})
+    for entry in index["cases"]:
+        name = entry.get("parameters")
+        if name is not None and name not in sets:
+            raise GoldensError(f"index.json: case {entry.get('id')} names the parameters {name}, which are not there.")
+        if name is not None:
+            entry["inputs"] |= sets[name]
+
+
 def _tensors(folder: Path, name: str, entry: Entry) -> list[tuple[tuple[str, str], Array]]:
     data = _read(folder, name)
     if len(data) != entry["bytes"]:
@@ -240,7 +252,7 @@ def _case(entry: Entry, tensors: Tensors) -> Case:
 
 def _option(name: str, value: Any) -> Any:
     """An option as Python has it: a window is a tuple, and what JSON cannot write is {"number": "nan"}."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.keys() == {"number"}:
         return float(value["number"])
     return tuple(value) if name == "window" and isinstance(value, list) else value
 

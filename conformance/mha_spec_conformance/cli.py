@@ -134,7 +134,7 @@ def spec(
 
 @app.command()
 def backends() -> None:
-    """List the backends that are registered."""
+    """List the backends: origin, versions, and what each supports or how to install what it needs."""
     from . import listing
 
     print(listing.all_backends())

@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from .cases import Expected
     from .precision import Precision
 
-__all__ = ["ANY", "EXACT", "FINITE", "NAN", "NON_FINITE", "Judgement", "Statistics", "Worst", "gate_b", "judge"]
+__all__ = [
+    "ANY",
+    "EXACT",
+    "FINITE",
+    "NAN",
+    "NON_FINITE",
+    "Judgement",
+    "Statistics",
+    "Worst",
+    "gate_b",
+    "judge",
+    "picked",
+]
 
 FINITE, EXACT, NAN, NON_FINITE, ANY = range(5)
 """The kinds of places: within the allowance, equal, NaN, NaN or infinite, not compared."""
@@ -167,24 +179,25 @@ def overflow_threshold(name: str, output: numpy.ndarray, precision: Precision) -
 
 
 def _overflow_threshold(dtype: str | numpy.dtype) -> float:
+    if numpy.dtype(dtype).kind in "iu":
+        return numpy.inf
     limits = ml_dtypes.finfo(dtype)
     unit = float(limits.eps) / 2
     return float(limits.max) + float(limits.max) * unit / (2 - 2 * unit)
 
 
 def _places(name: str, wanted: Expected, output: numpy.ndarray, allowance: numpy.ndarray) -> _Places:
-    got, allowed = (_picked(x.astype(numpy.float64), wanted) for x in (output, allowance))
+    got, allowed = (picked(x.astype(numpy.float64), wanted).ravel() for x in (output, allowance))
     values = numpy.ravel(wanted.values)
     kinds = numpy.zeros(values.shape, dtype=numpy.uint8) if wanted.kinds is None else numpy.ravel(wanted.kinds)
     return _Places(name, values, got, kinds, allowed, tuple(wanted.shape), wanted.rows)
 
 
-def _picked(output: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
-    """The places that the golden holds, flat."""
+def picked(output: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
+    """The rows of an output that the golden holds; the output itself where it holds all."""
     if wanted.rows is None:
-        return output.ravel()
-    width = wanted.values.size // max(len(wanted.rows), 1)
-    return output.reshape(-1, width)[wanted.rows].ravel()
+        return output
+    return output.reshape(-1, wanted.values.size // max(len(wanted.rows), 1))[wanted.rows]
 
 
 def _wrong_kind(places: _Places) -> numpy.ndarray:

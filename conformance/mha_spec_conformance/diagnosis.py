@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from .accuracy import precision
-from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, judge
+from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, judge, picked
 from .mistakes import MISTAKES, Mistake
 from .precision import unit_roundoff
 from .prediction import Predictions, can_show
@@ -164,7 +164,7 @@ class _Comparison:
 
     def _expected(self, golden: Expected, given: numpy.ndarray, mistake: Mistake) -> Expected:
         """The results of a mistake as what must come, at the places that the golden compares."""
-        values = _picked(given.astype(numpy.float64), golden)
+        values = picked(given.astype(numpy.float64), golden)
         kinds = numpy.where(numpy.isnan(values), NAN, numpy.where(numpy.isinf(values), EXACT, FINITE))
         kept = _kinds(golden, values.shape)
         kinds = numpy.where((kept == ANY) | ((kept == NON_FINITE) & (kinds != FINITE)), kept, kinds)
@@ -178,7 +178,7 @@ class _Comparison:
         """Take the golden where the result is finite as it is: how far a NaN reaches depends on the tiles."""
         merged, allowances = dict(expected), dict(allowed)
         for name, golden in self.golden.items():
-            got = _picked(self.outputs[name], golden)
+            got = picked(self.outputs[name], golden)
             true = golden.values.reshape(got.shape)
             right = (
                 (numpy.isfinite(got) & numpy.isfinite(true)) | (got == true) | (numpy.isnan(got) & numpy.isnan(true))
@@ -188,13 +188,6 @@ class _Comparison:
             merged[name] = replace(golden, values=values, kinds=kinds)
             allowances[name] = numpy.fmax(allowed[name], self.allowed[name])
         return merged, allowances
-
-
-def _picked(output: numpy.ndarray, golden: Expected) -> numpy.ndarray:
-    """The places that the golden holds."""
-    if golden.rows is None:
-        return output
-    return output.reshape(-1, golden.values.size // max(len(golden.rows), 1))[golden.rows]
 
 
 def _kinds(expected: Expected, shape: tuple[int, ...]) -> numpy.ndarray:

@@ -13,6 +13,7 @@ from mha_spec.arrays import FLOATING, dtype_name
 from mha_spec.errors import MhaSpecError
 from mha_spec.reference import Reference
 
+from .calls import CACHE, LAYER, is_parameter
 from .cases import load
 from .listing import UnknownName
 from .question import OPERANDS
@@ -29,6 +30,21 @@ SMALL = 64
 """Arrays up to so many elements are printed whole, and written out in the snippet."""
 
 WIDEST_GRID = 64
+
+LAYER_FORMULAS = {
+    "multi_head_attention": (
+        "q, k, v = rotate(norm(query w_q + b_q)), rotate(norm(key w_k + b_k)), value w_v + b_v\n"
+        "k, v = those of the cache and behind them these\n"
+        "output = sum_h attention(q, k, v)[h] w_o[h] + b_o"
+    ),
+    "multi_head_attention_weights": (
+        "q, k = rotate(norm(query w_q + b_q)), rotate(norm(key w_k + b_k))\nweights = attention_weights(q, k)"
+    ),
+    "rotary_embedding": "a = position * base^(-2i / rotary_dim); u' = u cos a - v sin a, v' = v cos a + u sin a",
+    "alibi_slopes": "slope[h] = 2^(-8 (h + 1) / heads) where heads is a power of two",
+    "alibi_bias": "bias = -slope[h] |q_offset[b] + i - j|",
+}
+"""The functions of the layer: what each computes, with all that may be left out."""
 
 
 def explain(name: str, dtype: str | None = None, save: Path | None = None) -> str:
@@ -79,6 +95,8 @@ def _clauses(case: Case) -> str:
 
 def _formula(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
     """What is computed, with the options of this case and no others."""
+    if case.function in LAYER_FORMULAS:
+        return LAYER_FORMULAS[case.function]
     if case.function == "merge_attention":
         return "lse = ln(exp lse_a + exp lse_b)\noutput = exp(lse_a - lse) output_a + exp(lse_b - lse) output_b"
     options = case.options
@@ -143,7 +161,7 @@ def _numbers(array: numpy.ndarray) -> str:
 
 def _visibility(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
     """The grid of one (batch, head): that in which most constraints differ from "everything is visible"."""
-    if case.function == "merge_attention" or case.expect == "error":
+    if case.function in {"merge_attention", *LAYER_FORMULAS} or case.expect == "error":
         return ""
     named = {name: _exact(array) for name, array in inputs.items() if name in ("query", "key", "value", *OPTIONS)}
     a = Arguments(
@@ -205,13 +223,32 @@ def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None)
         head += [f'{name} = case["{name}"]{_back(array)}' for name, array in inputs.items()]
     else:
         head += [f"{name} = {_literal(array)}" for name, array in inputs.items()]
+    if case.function.startswith(LAYER):
+        return _layer_snippet(case, head)
     keywords = [f"{name}={name}" for name in inputs if name not in OPERANDS[case.function]]
     keywords += [
         f"{name}={tuple(value) if isinstance(value, list) else value!r}" for name, value in case.options.items()
     ]
     keywords += ["return_lse=True"] if case.function == "attention" and "lse" in case.expected else []
-    call = f"{case.function}({', '.join([*(n for n in OPERANDS[case.function] if n in inputs), *keywords])})"
+    keywords = [word for word in keywords if word.partition("=")[0] not in OPERANDS[case.function]]
+    operands = [str(case.options.get(name, name)) for name in OPERANDS[case.function]]
+    call = f"{case.function}({', '.join([*operands, *keywords])})"
     body = "\n".join([*head, f"print({call})"])
+    return "without the suite:\n" + textwrap.indent(body, "    ")
+
+
+def _layer_snippet(case: Case, head: list[str]) -> str:
+    """The call of a layer: its parameters in a mapping, a cache as three arrays; chunks are calls one after another."""
+    names = case.input_names
+    shown = [name for name in names if is_parameter(name)]
+    parameters = ", ".join(f'"{name}": {name}' for name in shown)
+    words = [f"{name}={name}" for name in names if name not in (*shown, *CACHE, "query", "key", "value")]
+    words += [f"{name}={value!r}" for name, value in case.options.items() if name not in ("chunks", "drafts")]
+    words += [f"cache=KVCache({', '.join(CACHE)})"] if CACHE[0] in names else []
+    operands = [name if name in names else "None" for name in OPERANDS[case.function][:-1]]
+    call = f"{case.function}({', '.join([*operands, 'params', *words])})"
+    head += [f"# in calls over {case.options['chunks']} tokens one after another"] if "chunks" in case.options else []
+    body = "\n".join([*head, f"params = {{{parameters}}}", f"print({call})"])
     return "without the suite:\n" + textwrap.indent(body, "    ")
 
 

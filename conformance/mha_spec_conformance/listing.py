@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from mha_spec.errors import BackendError, MhaSpecError
-from mha_spec.selection import backend, backend_names
+from mha_spec.errors import MhaSpecError
+from mha_spec.selection import backend_names, backend_origin
+
+from .target import TargetError
+from .target import load as load_target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["UnknownName", "all_backends", "all_cases", "all_clauses", "one_clause"]
 
@@ -38,15 +45,28 @@ def all_clauses() -> str:
 
 
 def all_backends() -> str:
-    """Every registered backend, its module, and whether it can be loaded here."""
-    return "\n".join(f"{name:<12} {_state(name)}" for name in backend_names())
+    """Every registered backend: where it comes from, whether it can be used here, and what it supports."""
+    return "\n".join(line for name in backend_names() for line in _backend_lines(name))
 
 
-def _state(name: str) -> str:
+def _backend_lines(name: str) -> Iterator[str]:
+    module, distribution = backend_origin(name)
+    yield f"{name:<12} {module}{f' of {distribution}' if distribution else ''}"
     try:
-        return f"{backend(name).__name__}"
-    except BackendError as error:
-        return str(error)
+        claims = load_target(name).claims
+    except TargetError as error:
+        facts = {"not usable": str(error)}
+    else:
+        versions = [f"{library} {version}" for library, version in claims.versions.items() if library != "mha-spec"]
+        facts = {
+            "installed": ", ".join(versions),
+            "functions": ", ".join(claims.keywords),
+            "features": ", ".join(claims.features),
+            "dtypes": ", ".join(claims.dtypes),
+            "device": claims.hardware,
+        }
+    for label, fact in facts.items():
+        yield f"{'':<12} {label:<10} {fact}"
 
 
 def all_cases(pattern: str | None = None) -> str:

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING
 
 from mha_spec.arguments import OPTIONS
 from mha_spec.arrays import FLOATING
-from mha_spec.reference import Reference
 
 from .asking import Ask
+from .calls import function_over
 from .outcome import Judge
-from .question import FUNCTIONS, Claims
+from .question import FUNCTIONS, LAYER_KEYWORDS, Claims
 from .target import Target
 from .worker import answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mha_spec.layer_steps import LayerSteps
     from mha_spec.steps import Steps
 
     from .cases import Case
@@ -28,6 +29,10 @@ KEYWORDS = {
     "attention": (*OPTIONS, "return_lse"),
     "attention_weights": OPTIONS,
     "attention_vjp": (*OPTIONS, "grad_lse"),
+    "multi_head_attention": (*OPTIONS, *LAYER_KEYWORDS.values()),
+    "multi_head_attention_weights": (*OPTIONS, *LAYER_KEYWORDS.values()),
+    "rotary_embedding": ("base", "interleaved", "rotary_dim"),
+    "alibi_bias": ("q_offset",),
 }
 
 
@@ -40,10 +45,9 @@ class Subject:
         self.judge = Judge(claims)
 
     @classmethod
-    def over(cls, steps: Steps) -> Subject:
-        """The reference over these steps."""
-        reference = Reference(steps)
-        return cls({name: getattr(reference, name) for name in FUNCTIONS})
+    def over(cls, steps: Steps | LayerSteps) -> Subject:
+        """The reference over these steps, of attention or of the layer."""
+        return cls({name: function_over(steps, name) for name in FUNCTIONS})
 
     def outcome(self, case: Case, dtype: str, *, every_layout: bool = False) -> Result:
         """What the suite says of one answer."""

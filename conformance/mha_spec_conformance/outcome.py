@@ -27,6 +27,9 @@ OUTCOMES = ("pass", "fail", "deviation", "error", "crash", "timeout", "unsupport
 FAILING = frozenset({"fail", "deviation", "error", "crash", "timeout"})
 """The outcomes that make a target not conformant, unless they are accepted or known."""
 
+INTEGERS = ("int32", "int64", "int16", "int8", "uint32", "uint64", "uint16", "uint8")
+"""What the lengths of a cache may be."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -193,7 +196,7 @@ def form(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
         shape, wanted = tuple(outputs[name].shape), tuple(ask.case.expected[name].shape)
         if shape != wanted:
             return f"`{name}` must have shape={wanted}, received shape={shape}"
-        if dtype_name(outputs[name]) not in (expected_dtype(ask, name), "float32", "float64"):
+        if dtype_name(outputs[name]) not in (*expected_dtypes(ask, name), "float32", "float64"):
             return dtype_fault(ask, name, outputs)
     return None
 
@@ -208,7 +211,7 @@ def _form_clauses(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> tuple[str, 
 
 def dtype_fault(ask: Ask, name: str, outputs: Mapping[str, numpy.ndarray]) -> str:
     """What is wrong with the dtype of an output."""
-    return f"`{name}` must have dtype={expected_dtype(ask, name)}, received {dtype_name(outputs[name])}"
+    return f"`{name}` must have dtype={expected_dtypes(ask, name)[0]}, received {dtype_name(outputs[name])}"
 
 
 def dtype_clause(name: str) -> str:
@@ -216,16 +219,21 @@ def dtype_clause(name: str) -> str:
     return "MHA-LSE-2" if name == "lse" else "MHA-DTYPE-2" if name.startswith("grad_") else "MHA-DTYPE-1"
 
 
-def expected_dtype(ask: Ask, name: str) -> str:
-    """The dtype of an output: lse has the softmax's, a gradient its operand's, everything else the query's."""
-    if name == "lse":
-        return softmax_dtype_name(ask.dtype)
+def expected_dtypes(ask: Ask, name: str) -> tuple[str, ...]:
+    """The dtypes that an output may have: an lse and the bias of ALiBi have the softmax's, a gradient its operand's.
+
+    The lengths of a cache are integers of any width; everything else has the dtype of the run.
+    """
+    if name in ("lse", "bias"):
+        return (softmax_dtype_name(ask.dtype),)
+    if name == "cache_lengths":
+        return INTEGERS
     operand = name.removeprefix("grad_")
     if operand in ("bias", "sinks"):
-        return dtype_name(ask.case.inputs(ask.dtype)[operand])
-    return ask.dtype
+        return (dtype_name(ask.case.inputs(ask.dtype)[operand]),)
+    return (ask.dtype,)
 
 
 def _wrong_dtype(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
     """The first output whose dtype is not what it must be."""
-    return next((name for name in ask.outputs if dtype_name(outputs[name]) != expected_dtype(ask, name)), None)
+    return next((name for name in ask.outputs if dtype_name(outputs[name]) not in expected_dtypes(ask, name)), None)

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from mha_spec.reference import Reference
-
 from .accuracy import SPECIFICATION, bounds
+from .calls import LAYER, arranged, function_over, joined, layer_answers
 from .evaluation import as_float64
-from .question import OPERANDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mha_spec.layer_steps import LayerSteps
     from mha_spec.steps import Steps
 
     from .accuracy import Bounds, Precision
@@ -28,6 +27,9 @@ RESULTS = {
     "attention_weights": ("weights",),
     "attention_vjp": ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks"),
     "merge_attention": ("output", "lse"),
+    "rotary_embedding": ("output",),
+    "alibi_slopes": ("slopes",),
+    "alibi_bias": ("bias",),
 }
 """What each function of the reference gives, in order."""
 
@@ -36,13 +38,15 @@ CANNOT_ANSWER = (ArithmeticError, IndexError, TypeError, ValueError)
 
 
 def answer(
-    steps: Steps, function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, object]
+    steps: Steps | LayerSteps, function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, object]
 ) -> dict[str, numpy.ndarray]:
     """What the reference over these steps gives, by output name."""
-    operands = [arrays[name] for name in OPERANDS[function]]
-    keywords = {name: array for name, array in arrays.items() if name not in OPERANDS[function]}
+    call = function_over(steps, function)
+    if function.startswith(LAYER):
+        return joined(list(layer_answers(call, function, {**arrays, **options})))
     asked = {"return_lse": True} if function == "attention" else {}
-    given = getattr(Reference(steps), function)(*operands, **keywords, **options, **asked)
+    operands, keywords = arranged(function, {**arrays, **options, **asked})
+    given = call(*operands, **keywords)
     results = given if isinstance(given, tuple) else (given,)
     return {name: array for name, array in zip(RESULTS[function], results, strict=True) if array is not None}
 
@@ -85,7 +89,7 @@ class Predictions:
         except CANNOT_ANSWER:
             return None
 
-    def _evaluate(self, steps: Steps, dtype: str) -> Bounds | None:
+    def _evaluate(self, steps: Steps | LayerSteps, dtype: str) -> Bounds | None:
         try:
             return bounds(self.case.function, self.case.inputs(dtype), self.case.options, steps)
         except CANNOT_ANSWER:

@@ -13,15 +13,31 @@ if TYPE_CHECKING:
 
     import numpy
 
-__all__ = ["FUNCTIONS", "KEYWORDS", "LAYOUTS", "OPERANDS", "Answer", "Claims", "Question", "Raised"]
+__all__ = [
+    "FEATURES_OF_FUNCTIONS",
+    "FUNCTIONS",
+    "KEYWORDS",
+    "LAYER_KEYWORDS",
+    "LAYOUTS",
+    "OPERANDS",
+    "Answer",
+    "Claims",
+    "Question",
+    "Raised",
+]
 
 OPERANDS = {
     "attention": ("query", "key", "value"),
     "attention_weights": ("query", "key"),
     "attention_vjp": ("grad_output", "query", "key", "value"),
     "merge_attention": ("output_a", "lse_a", "output_b", "lse_b"),
+    "multi_head_attention": ("query", "key", "value", "params"),
+    "multi_head_attention_weights": ("query", "key", "params"),
+    "rotary_embedding": ("x", "positions"),
+    "alibi_slopes": ("heads",),
+    "alibi_bias": ("slopes", "q_len", "kv_len"),
 }
-"""The functions that can be asked, each with the arrays that it takes by position; all else are keywords."""
+"""The functions that can be asked, each with what it takes by position; all else are keywords."""
 
 FUNCTIONS = tuple(OPERANDS)
 
@@ -41,6 +57,20 @@ KEYWORDS = {
     "lse": ("return_lse",),
 }
 """The keywords by whose acceptance a target claims a feature."""
+
+LAYER_KEYWORDS = {"rotary": "rotary", "norm": "norm_epsilon", "cache": "cache"}
+"""The same of multi_head_attention."""
+
+FEATURES_OF_FUNCTIONS = {
+    "attention_weights": ("weights",),
+    "attention_vjp": ("vjp",),
+    "merge_attention": ("merge",),
+    "multi_head_attention": ("projection", "cross"),
+    "rotary_embedding": ("rotary",),
+    "alibi_slopes": ("alibi",),
+    "alibi_bias": ("alibi",),
+}
+"""What a target claims by having a function."""
 
 LAYOUTS = ("strided", "reversed", "read_only")
 """How inputs may lie in memory, beside plainly (MHA-PURE-2)."""
@@ -70,8 +100,10 @@ class Claims:
         """The features that are claimed by a keyword of attention or by having a function."""
         taken = set(self.keywords.get("attention", ()))
         by_keyword = [feature for feature, words in KEYWORDS.items() if taken.issuperset(words)]
-        by_function = [name.removeprefix("attention_").removesuffix("_attention") for name in self.keywords]
-        return (*by_keyword, *(name for name in by_function if name != "attention"))
+        by_function = [feature for name in self.keywords for feature in FEATURES_OF_FUNCTIONS.get(name, ())]
+        of_layer = set(self.keywords.get("multi_head_attention", ()))
+        by_function += [feature for feature, word in LAYER_KEYWORDS.items() if word in of_layer]
+        return tuple(dict.fromkeys([*by_keyword, *by_function]))
 
 
 @dataclass(frozen=True, slots=True)

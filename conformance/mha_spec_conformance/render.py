@@ -60,7 +60,6 @@ class Bar:
         )
         self._bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
         self._task = self._bar.add_task(escape(target), total=None, failed="")
-        self._failed = 0
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -71,13 +70,11 @@ class Bar:
     ) -> None:
         self._bar.stop()
 
-    def __call__(self, total: int, result: Result | None) -> None:
-        """Take notice of one more result."""
-        if result is None:
-            self._bar.update(self._task, total=total)
-            return
-        self._failed += result.outcome in FAILING and result.must
-        self._bar.update(self._task, advance=1, failed=f"[red]{self._failed} failed[/red]" if self._failed else "")
+    def __call__(self, done: int, total: int, failed: int) -> None:
+        """Show how many results have come, and how many of them make the target fail."""
+        self._bar.update(
+            self._task, completed=done, total=total, failed=f"[red]{failed} failed[/red]" if failed else ""
+        )
 
 
 def print_run(screen: Console, run: Run) -> None:

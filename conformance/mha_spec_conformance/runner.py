@@ -40,9 +40,9 @@ def run(
     target: str,
     suite: Suite,
     settings: Settings,
-    progress: Callable[[int, Result | None], None] = lambda total, result: None,
+    progress: Callable[[int, int, int], None] = lambda done, total, failed: None,
 ) -> Run:
-    """Judge `target`; `progress` is called with the number of questions once, and then with every result.
+    """Judge `target`; `progress` is told how many results of how many have come, and how many of them fail.
 
     Raises:
         TargetError: The target cannot be loaded.
@@ -56,7 +56,7 @@ def run(
             )
         notes = try_smoke_cases(suite, pool)
         alignment, unread = _alignment(pool, suite, settings.selection)
-        progress(len(asked), None)
+        progress(0, len(asked), 0)
         found, finished = _results(pool, asked, settings, progress)
         order = {ask.key: number for number, ask in enumerate(asked)}
         return Run(
@@ -84,7 +84,7 @@ def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
 
 
 def _results(
-    pool: Pool, asked: list[Ask], settings: Settings, progress: Callable[[int, Result | None], None]
+    pool: Pool, asked: list[Ask], settings: Settings, progress: Callable[[int, int, int], None]
 ) -> tuple[list[Result], bool]:
     """The results as they come, and whether all came before too many had failed."""
     by_key = {ask.key: ask for ask in asked}
@@ -94,8 +94,8 @@ def _results(
     for question, answer in pool.answers(ask.question() for ask in asked):
         judged = judge.result(by_key[question.id, question.dtype], question, answer)
         found.append(judged)
-        progress(len(asked), judged)
         failed += is_open(judged, settings.accepted, settings.known)
+        progress(len(found), len(asked), failed)
         if settings.max_fail is not None and failed >= settings.max_fail:
             return found, len(found) == len(asked)
     return found, True

@@ -26,7 +26,7 @@ from mha_spec.selection import backend, backend_names
 from .conventions import ConventionError, check_convention
 from .convert import LIBRARIES
 from .precision import PROFILES
-from .question import FUNCTIONS, KEYWORDS, OPERANDS, Claims
+from .question import FEATURES_OF_FUNCTIONS, FUNCTIONS, KEYWORDS, LAYER_KEYWORDS, OPERANDS, Claims
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,7 +35,16 @@ if TYPE_CHECKING:
 __all__ = ["Target", "TargetError", "load", "own_line"]
 
 REFERENCE = "mha_spec.reference"
-FEATURES = (*KEYWORDS, "core", "groups", "value_size", "empty", "poison", "nonfinite", "weights", "vjp", "merge")
+FEATURES = tuple(
+    dict.fromkeys(
+        [
+            *KEYWORDS,
+            *("core", "groups", "value_size", "empty", "poison", "nonfinite"),
+            *(feature for features in FEATURES_OF_FUNCTIONS.values() for feature in features),
+            *LAYER_KEYWORDS,
+        ]
+    )
+)
 _DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "jax": ("jax", "jaxlib")}
 
 
@@ -179,6 +188,8 @@ def _said(module: ModuleType, name: str, default: object) -> object:
 def _keywords(role: str, function: Callable[..., object], declared: tuple[str, ...]) -> tuple[str, ...]:
     """The keywords that a function takes: by its signature, and by `features` where that does not tell."""
     from_features = [word for feature in declared for word in KEYWORDS.get(feature, ())]
+    if role.startswith("multi_head"):
+        from_features += [LAYER_KEYWORDS[feature] for feature in declared if feature in LAYER_KEYWORDS]
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

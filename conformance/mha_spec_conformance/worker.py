@@ -11,13 +11,15 @@ import pickle
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import library_of
 
+from .calls import LAYER, MalformedCache, arranged, joined, layer_answers
 from .convert import ConversionError, lay_out, layouts_of, same_bits, to_library, to_numpy
-from .question import OPERANDS, Answer, Question, Raised
+from .question import Answer, Question, Raised
 from .target import Target, TargetError, load, own_line
 
 if TYPE_CHECKING:
@@ -160,15 +162,27 @@ def _call(
         name: _theirs(to_library, array, claims.arrays, claims.device, layout)
         for name, array in question.arrays.items()
     }
-    positional = OPERANDS[question.function]
-    operands = [arguments[name] for name in positional]
-    keywords = {name: array for name, array in arguments.items() if name not in positional}
-    returned = _theirs(target.functions[question.function], *operands, **keywords, **question.options)
-    named = _name_outputs(question, returned)
-    outputs = {name: _read(name, value) for name, value in named.items()}
-    libraries = {library_of(value) for value in named.values()} - {claims.arrays}
+    function = partial(_theirs, target.functions[question.function])
+    parts = _answers(function, question, {**arguments, **question.options})
+    read = [{name: _read(name, value) for name, value in part.items()} for part in parts]
+    outputs = joined(read)
+    libraries = {library_of(value) for part in parts for value in part.values() if arguments} - {claims.arrays}
     changed = [name for name, array in question.arrays.items() if not same_bits(to_numpy(arguments[name]), array)]
     return outputs, tuple(changed), next(iter(libraries), None)
+
+
+def _answers(
+    function: Callable[..., object], question: Question, arguments: Mapping[str, object]
+) -> list[dict[str, Array]]:
+    """The outputs by name, of each call where the question is a sequence of them."""
+    try:
+        if question.function.startswith(LAYER):
+            answers = list(layer_answers(function, question.function, arguments))
+            return [{name: part[name] for name in question.outputs if name in part} for part in answers]
+    except MalformedCache as error:
+        raise Malformed(f"{question.function}: {error}") from None
+    operands, keywords = arranged(question.function, arguments)
+    return [_name_outputs(question, function(*operands, **keywords))]
 
 
 def _name_outputs(question: Question, returned: object) -> dict[str, Array]:

@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING
 
 from . import (
     broadcast,
+    caches,
     core,
+    edges,
     errors,
     extremes,
     gradients,
+    layer_errors,
+    layers,
     merges,
     pairs,
     poison,
+    rotations,
     rounding,
     singles,
     smoke,
@@ -36,9 +41,14 @@ THEMES = (
     poison,
     rounding,
     gradients,
+    edges,
     weights,
     merges,
     errors,
+    layers,
+    caches,
+    rotations,
+    layer_errors,
 )
 
 

@@ -23,7 +23,7 @@ HIDDEN = (("generic", 0), ("random", 1), ("coded", 2), ("levels", 3), ("low", 2)
 ARITHMETIC = (("generic", 0), ("random", 1), ("steep", 2), ("far", 3), ("generic", 3), ("random", 2), ("steep", 1))
 
 ALL = tuple((flavour, variant) for flavour in ("generic", "random", "steep", "far", "coded") for variant in (4, 5))
-DTYPES = {
+DTYPES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("coded", "far"), ("float64", "float32", "float16")),
     **dict.fromkeys(("steep", "levels", "low"), ("float64", "float32")),
 }
@@ -94,8 +94,7 @@ OTHER_SIZES = {
 def descriptions() -> Iterator[Description]:
     """Options, sizes, then the rows and queries that make naive formulas break."""
     for sizes, spec, variants in SPECS:
-        name = "everything" if len(spec) > 10 else "+".join(spec) or "plain"
-        yield from _varied(name, sizes, spec, variants)
+        yield from _varied(name_of(spec), sizes, spec, variants)
     for name, sizes in OTHER_SIZES.items():
         empty = 0 in (sizes.q_len, sizes.kv_len)
         variants = [("generic", 0)] if empty else [("generic", 0), ("random", 1), ("coded", 2), ("levels", 0)]
@@ -112,16 +111,26 @@ def _varied(
     """One case for each variant, in the dtypes in which its gradients are larger than their allowances."""
     for flavour, variant in variants:
         tags = {"tags": ("structured", "cancellation")} if flavour == "low" else {}
-        dtypes = COARSE.get(f"{name}/{flavour}-{variant + 1}", DTYPES.get(flavour, ALL_DTYPES))
+        dtypes = dtypes_of(name, flavour, variant)
         yield from vary(
             name, sizes, spec, [(flavour, variant)], function=FUNCTION, clauses=clauses, dtypes=dtypes, **tags
         )
 
 
+def dtypes_of(name: str, flavour: str, variant: int) -> tuple[str, ...]:
+    """The dtypes in which the gradients of a case are larger than their allowances."""
+    return COARSE.get(f"{name}/{flavour}-{variant + 1}", DTYPES.get(flavour, ALL_DTYPES))
+
+
+def name_of(spec: dict[str, Any]) -> str:
+    """What the ids call a spec."""
+    return "everything" if len(spec) > 10 else "+".join(spec) or "plain"
+
+
 def _poison() -> Iterator[Description]:
     for sizes, spec, variants in SPECS:
         for variant in {HIDDEN: (2, 3), ALL: (4, 5)}.get(variants, ()):
-            name = "everything" if len(spec) > 10 else "+".join(spec)
+            name = name_of(spec)
             inputs, options = inputs_of(sizes, "random", spec, variant, FUNCTION)
             spoilt = poisoned(sizes, inputs, options)
             if all(spoilt[key] is given for key, given in inputs.items() if key != "bias"):

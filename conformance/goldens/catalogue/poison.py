@@ -27,30 +27,34 @@ GARBAGE = (numpy.nan, numpy.inf, -numpy.inf)
 HIDING = {"mask", "bias", "causal", "window", "q_lengths", "kv_lengths", "segments"}
 
 
-def poisoned(sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[str, Any]) -> dict[str, Input]:
+def poisoned(
+    sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[str, Any], garbage: tuple[float, ...] = GARBAGE
+) -> dict[str, Input]:
     """Spoil what no pair uses: keys and values nobody sees, queries and cotangents of rows that see nothing."""
     visible = visible_pairs(sizes, inputs, options)
     grouped = visible.reshape(sizes.batch, sizes.kv_heads, -1, sizes.q_len, sizes.kv_len)
     unseen, blind = numpy.asarray(~grouped.any(axis=(2, 3))), numpy.asarray(~visible.any(axis=-1))
     unused = {"key": unseen, "value": unseen, "query": blind, "grad_output": blind}
-    replaced = {name: _filled(inputs[name], where) for name, where in unused.items() if name in inputs and where.any()}
-    return {**inputs, **replaced, **_poisoned_bias(inputs, visible)}
+    replaced = {
+        name: _filled(inputs[name], where, garbage) for name, where in unused.items() if name in inputs and where.any()
+    }
+    return {**inputs, **replaced, **_poisoned_bias(inputs, visible, garbage[:2])}
 
 
-def _filled(given: Input, where: numpy.ndarray) -> Input:
+def _filled(given: Input, where: numpy.ndarray, garbage: tuple[float, ...]) -> Input:
     values = given.values.copy()
-    values[where] = numpy.resize(GARBAGE, int(where.sum()))[:, None]
+    values[where] = numpy.resize(garbage, int(where.sum()))[:, None]
     return Input(values, given.dtype)
 
 
-def _poisoned_bias(inputs: Mapping[str, Input], visible: numpy.ndarray) -> dict[str, Input]:
+def _poisoned_bias(inputs: Mapping[str, Input], visible: numpy.ndarray, garbage: tuple[float, ...]) -> dict[str, Input]:
     """Fill with garbage each bias element whose pairs are all hidden by something else."""
     if "bias" not in inputs:
         return {}
     values = inputs["bias"].values.copy()
     axes = tuple(axis for axis in range(4) if values.shape[axis] == 1)
     where = ~visible.any(axis=axes, keepdims=True) & (values != -numpy.inf)
-    values[where] = numpy.resize(GARBAGE[:2], int(where.sum()))
+    values[where] = numpy.resize(garbage, int(where.sum()))
     return {"bias": Input(values, inputs["bias"].dtype)}
 
 

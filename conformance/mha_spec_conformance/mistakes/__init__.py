@@ -6,12 +6,15 @@ chose on purpose, and it tells the author of a failing attention what went wrong
 
 from __future__ import annotations
 
+from .caching import CACHING
 from .gradients import GRADIENTS
 from .ignored import IGNORED
+from .layer import PROJECTIONS
 from .merging import MERGING
 from .mistake import Mistake
 from .precision import PRECISION
 from .raising import RAISING
+from .rotary import POSITIONS
 from .scores import SCORES
 from .softmax import SOFTMAX
 from .values import VALUES
@@ -29,5 +32,8 @@ MISTAKES: tuple[Mistake, ...] = (
     *MERGING,
     *RAISING,
     *PRECISION,
+    *PROJECTIONS,
+    *POSITIONS,
+    *CACHING,
 )
 """Every known mistake; conventions are among them."""

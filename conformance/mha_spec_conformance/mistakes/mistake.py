@@ -12,13 +12,33 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mha_spec.arguments import Arguments
+    from mha_spec.layer_steps import LayerSteps
 
-__all__ = ["ATTENTION", "FORWARD", "MERGE", "VJP", "Mistake", "asking", "replacing", "unchecked"]
+__all__ = [
+    "ALIBI",
+    "ATTENTION",
+    "FORWARD",
+    "LAYER",
+    "MERGE",
+    "MULTI_HEAD",
+    "ROTARY",
+    "VJP",
+    "WEIGHTS_OF_LAYER",
+    "Mistake",
+    "asking",
+    "replacing",
+    "unchecked",
+]
 
 FORWARD = ("attention", "attention_weights")
 VJP = ("attention_vjp",)
 ATTENTION = (*FORWARD, *VJP)
 MERGE = ("merge_attention",)
+MULTI_HEAD = ("multi_head_attention",)
+WEIGHTS_OF_LAYER = ("multi_head_attention_weights",)
+LAYER = (*MULTI_HEAD, *WEIGHTS_OF_LAYER)
+ROTARY = ("rotary_embedding",)
+ALIBI = ("alibi_slopes", "alibi_bias")
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,7 @@ class Mistake:
     name: str
     title: str
     clauses: tuple[str, ...]
-    steps: Steps
+    steps: Steps | LayerSteps
     needs: tuple[str, ...] = ()
     functions: tuple[str, ...] = ATTENTION
     convention: tuple[str, str] | None = None

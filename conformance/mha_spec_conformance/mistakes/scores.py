@@ -196,6 +196,13 @@ SCALES = (
         bugs=("flexflow/flexflow-train#467",),
     ),
     Mistake(
+        "scale-one",
+        "uses the scale 1 whatever is given",
+        ("MHA-SCORE-1", "MHA-SCORE-2"),
+        replacing(scale_of=lambda scale, qk_dim: 1.0),
+        bugs=("flexflow/flexflow-train#467",),
+    ),
+    Mistake(
         "scale-of-qk-dim-itself",
         "uses 1/qk_dim for 1/sqrt(qk_dim)",
         ("MHA-SCORE-2",),

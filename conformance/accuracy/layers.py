@@ -1,0 +1,279 @@
+"""Honest ways to compute a layer, and small errors of layers that the accuracy rule must refuse."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy
+import torch
+from frameworks import from_torch, to_torch
+
+from mha_spec_conformance.accuracy import bounds, precision
+from mha_spec_conformance.cases import Expected
+from mha_spec_conformance.compare import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["DTYPES", "HONEST", "PLANTED", "LayerTally", "try_layers"]
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""What is tried; the goldens themselves judge float64."""
+
+REFUSED_IN = ("float32", "float16")
+"""Where every planted mistake must be seen."""
+
+SHAPES = (
+    (2, 13, 24, 4, 2, 8, 6, 10),
+    (1, 31, 64, 4, 4, 16, 16, 64),
+    (2, 7, 96, 6, 3, 32, 24, 40),
+    (1, 37, 64, 2, 1, 64, 64, 32),
+)
+"""(batch, length, embed, heads, kv_heads, qk_dim, v_dim, out)."""
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """One self-attention, causal, the arrays as stored in the dtype of the run."""
+
+    dtype: str
+    arrays: Mapping[str, numpy.ndarray]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Its name in a message."""
+        return f"{self.dtype}, layer {self.arrays['w_q'].shape}, {', '.join(self.options)}"
+
+    @property
+    def turned(self) -> dict[str, Any]:
+        """The options of the rotation."""
+        return {"base": 10000.0, "interleaved": False, **self.options.get("rotary", {})}
+
+    def working(self, name: str) -> numpy.ndarray:
+        """An input in float32."""
+        return self.arrays[name].astype(numpy.float32)
+
+
+def draw_layer(rng: numpy.random.Generator, dtype: str) -> LayerProblem:
+    """Draw sizes, weights that keep the size of a vector, and biases, norms and a rotation now and then."""
+    batch, length, embed, heads, kv_heads, qk_dim, v_dim, out = SHAPES[rng.choice(len(SHAPES))]
+    shapes = {"q": (heads, qk_dim), "k": (kv_heads, qk_dim), "v": (kv_heads, v_dim)}
+    contrast = {"q": float(rng.choice([1, 1, 4])), "k": 1.0, "v": 1.0}
+    x: dict[str, numpy.ndarray] = {"query": rng.standard_normal((batch, length, embed))}
+    for side, shape in shapes.items():
+        x[f"w_{side}"] = contrast[side] * rng.standard_normal((embed, *shape)) / numpy.sqrt(embed)
+        if rng.random() < 0.5:
+            x[f"b_{side}"] = rng.standard_normal(shape)
+        if side != "v" and rng.random() < 0.4:
+            x[f"{side}_norm"] = 1 + 0.2 * rng.standard_normal(qk_dim)
+    x["w_o"] = rng.standard_normal((heads, v_dim, out)) / numpy.sqrt(heads * v_dim)
+    if rng.random() < 0.5:
+        x["b_o"] = rng.standard_normal(out)
+    arrays = {name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in x.items()}
+    options: dict[str, Any] = {"causal": True}
+    if rng.random() < 0.6:
+        options["rotary"] = {"interleaved": bool(rng.random() < 0.5), "base": float(rng.choice([100.0, 10000.0]))}
+    return LayerProblem(dtype, {**arrays, "key": arrays["query"], "value": arrays["query"]}, options)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The layer in NumPy, in float32; what is `stored` between steps is rounded to the dtype or is not."""
+
+    stored: bool = True
+    scale: float = 1.0
+    forgotten: str | None = None
+    other_pairs: bool = False
+    narrow_sums: bool = False
+
+    def __call__(self, p: LayerProblem) -> numpy.ndarray:
+        """The output."""
+        q, k, v = (self._heads(p, side) for side in "qkv")
+        group = q.shape[1] // k.shape[1]
+        k, v = (numpy.repeat(x, group, axis=1) for x in (k, v))
+        scores = numpy.float32(self.scale / numpy.sqrt(q.shape[3])) * (q @ k.swapaxes(2, 3))
+        scores = numpy.where(numpy.tri(scores.shape[2], dtype=bool), scores, -numpy.inf)
+        powers = numpy.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = self._store(p, powers / powers.sum(axis=-1, keepdims=True))
+        attended = self._store(p, weights @ v).swapaxes(1, 2)
+        flat = attended.reshape(*attended.shape[:2], -1)
+        found = self._store(p, self._product(p, flat, p.working("w_o").reshape(flat.shape[2], -1)))
+        if "b_o" in p.arrays and self.forgotten != "b_o":
+            found = found + p.working("b_o")
+        return found.astype(p.arrays["query"].dtype)
+
+    def _store(self, p: LayerProblem, x: numpy.ndarray) -> numpy.ndarray:
+        return x.astype(p.arrays["query"].dtype).astype(numpy.float32) if self.stored else x
+
+    def _product(self, p: LayerProblem, x: numpy.ndarray, weight: numpy.ndarray) -> numpy.ndarray:
+        if not self.narrow_sums:
+            return x @ weight
+        narrow = ml_dtypes.bfloat16 if p.dtype == "bfloat16" else numpy.float16
+        total = numpy.zeros((*x.shape[:2], weight.shape[1]), numpy.float32)
+        for start in range(0, x.shape[2], 2):
+            total = total + x[..., start : start + 2] @ weight[start : start + 2]
+            total = total.astype(narrow).astype(numpy.float32)
+        return total
+
+    def _heads(self, p: LayerProblem, side: str) -> numpy.ndarray:
+        weight = p.working(f"w_{side}")
+        x = self._product(p, p.working("query"), weight.reshape(weight.shape[0], -1))
+        x = self._store(p, x).reshape(*x.shape[:2], *weight.shape[1:]).swapaxes(1, 2)
+        if f"b_{side}" in p.arrays and self.forgotten != f"b_{side}":
+            x = self._store(p, x + p.working(f"b_{side}")[:, None])
+        if f"{side}_norm" in p.arrays:
+            root = numpy.sqrt((x * x).mean(axis=-1, keepdims=True) + numpy.float32(1e-6))
+            x = self._store(p, x / root * p.working(f"{side}_norm"))
+        return x if side == "v" or "rotary" not in p.options else self._store(p, self._turned(p, x))
+
+    def _turned(self, p: LayerProblem, x: numpy.ndarray) -> numpy.ndarray:
+        pairs = x.shape[3] // 2
+        frequencies = 1 / numpy.float32(p.turned["base"]) ** (numpy.arange(pairs, dtype=numpy.float32) / pairs)
+        angles = numpy.arange(x.shape[2], dtype=numpy.float32)[:, None] * frequencies
+        cosine, sine = numpy.cos(angles), numpy.sin(angles)
+        neighbours = p.turned["interleaved"] != self.other_pairs
+        a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else (x[..., :pairs], x[..., pairs:])
+        both = (a * cosine - b * sine, b * cosine + a * sine)
+        return numpy.stack(both, axis=-1).reshape(x.shape) if neighbours else numpy.concatenate(both, axis=-1)
+
+
+def by_torch(p: LayerProblem) -> numpy.ndarray:
+    """PyTorch in the dtype itself: linear maps, its norm, a rotation by complex numbers, its attention."""
+    x = {name: to_torch(array) for name, array in p.arrays.items()}
+
+    def heads(side: str) -> torch.Tensor:
+        found = torch.einsum("ble,ehd->bhld", x["query"], x[f"w_{side}"])
+        found = found + x[f"b_{side}"][:, None] if f"b_{side}" in x else found
+        if f"{side}_norm" in x:
+            found = torch.nn.functional.rms_norm(found, found.shape[3:], x[f"{side}_norm"], 1e-6)
+        return found if side == "v" or "rotary" not in p.options else _turned_by_torch(p, found)
+
+    q, k, v = (heads(side) for side in "qkv")
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    found = torch.einsum("bhlc,hco->blo", attended, x["w_o"])
+    return from_torch(found + x["b_o"] if "b_o" in x else found)
+
+
+def _turned_by_torch(p: LayerProblem, x: torch.Tensor) -> torch.Tensor:
+    pairs = x.shape[3] // 2
+    frequencies = torch.exp(torch.arange(pairs) * (-torch.log(torch.tensor(p.turned["base"])) / pairs))
+    turns = torch.polar(torch.ones(()), torch.outer(torch.arange(x.shape[2]).float(), frequencies))
+    if p.turned["interleaved"]:
+        turned = torch.view_as_complex(x.float().reshape(*x.shape[:3], pairs, 2)) * turns
+        return torch.view_as_real(turned).reshape(x.shape).to(x.dtype)
+    turned = torch.complex(x[..., :pairs].float(), x[..., pairs:].float()) * turns
+    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
+
+
+def by_jax(p: LayerProblem) -> numpy.ndarray:
+    """JAX, sums in float32, rounded after each map."""
+    x = {name: jnp.asarray(array) for name, array in p.arrays.items()}
+    dtype, wide = x["query"].dtype, jnp.float32
+
+    def heads(side: str) -> Any:
+        found = jnp.einsum("ble,ehd->bhld", x["query"].astype(wide), x[f"w_{side}"].astype(wide)).astype(dtype)
+        found = found + x[f"b_{side}"][:, None] if f"b_{side}" in x else found
+        if f"{side}_norm" in x:
+            square = jnp.mean(found.astype(wide) ** 2, axis=-1, keepdims=True)
+            found = (found * jnp.reciprocal(jnp.sqrt(square + 1e-6)) * x[f"{side}_norm"]).astype(dtype)
+        if side == "v" or "rotary" not in p.options:
+            return found.astype(wide)
+        return jnp.asarray(Plain()._turned(p, numpy.asarray(found.astype(wide)))).astype(dtype).astype(wide)
+
+    q, k, v = (heads(side) for side in "qkv")
+    k, v = (jnp.repeat(one, q.shape[1] // k.shape[1], axis=1) for one in (k, v))
+    scores = jnp.einsum("bhid,bhjd->bhij", q, k) / jnp.sqrt(jnp.asarray(q.shape[3], wide))
+    scores = jnp.where(jnp.tri(scores.shape[2], dtype=bool), scores, -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    attended = jnp.einsum("bhij,bhjc->bhic", weights / weights.sum(axis=-1, keepdims=True), v).astype(dtype)
+    found = jnp.einsum("bhic,hco->bio", attended.astype(wide), x["w_o"].astype(wide)).astype(dtype)
+    return numpy.asarray(found + x["b_o"] if "b_o" in x else found)
+
+
+HONEST: dict[str, Callable[[LayerProblem], numpy.ndarray]] = {
+    "NumPy, rounded after each step": Plain(),
+    "NumPy, rounded at the end": Plain(stored=False),
+    "PyTorch in the dtype": by_torch,
+    "JAX, sums in float32": by_jax,
+}
+
+PLANTED: dict[str, tuple[str, Callable[[LayerProblem], numpy.ndarray]]] = {
+    "scale +1 %": ("plain", Plain(scale=1.01)),
+    "b_v forgotten": ("turned", Plain(forgotten="b_v")),
+    "the other pairing": ("turned", Plain(other_pairs=True)),
+    "projections summed in 16 bits": ("wide", Plain(narrow_sums=True)),
+}
+"""Mistakes, each with the kind of layer in which it is planted."""
+
+
+@dataclass
+class LayerTally:
+    """The largest share of the allowance of each implementation, the least of each mistake, and who was refused."""
+
+    used: dict[tuple[str, str], float] = field(default_factory=dict)
+    least: dict[tuple[str, str], float] = field(default_factory=dict)
+    answers: Counter[str] = field(default_factory=Counter)
+    refused: list[str] = field(default_factory=list)
+
+    def add(self, other: LayerTally) -> None:
+        """Join the tally of another dtype."""
+        self.used |= other.used
+        self.least |= other.least
+        self.answers.update(other.answers)
+        self.refused += other.refused
+
+    @property
+    def overlooked(self) -> list[str]:
+        """The planted mistakes that some problem does not show where it must."""
+        lost = [key for key, used in self.least.items() if used <= 1 and key[0] in REFUSED_IN]
+        return [f"{name} is within the allowance of a layer in {dtype}" for dtype, name in lost]
+
+
+def try_layers(dtype: str, first: int, count: int) -> LayerTally:
+    """Ask every implementation `count` random problems of a dtype, and plant the mistakes in five that show them."""
+    tally = LayerTally()
+    for number in range(first, first + count):
+        p = draw_layer(numpy.random.default_rng([number, *dtype.encode()]), dtype)
+        share = share_of(p)
+        for name, implementation in HONEST.items():
+            used = share(implementation(p))
+            tally.used[dtype, name] = max(tally.used.get((dtype, name), 0.0), used)
+            tally.answers[dtype] += 1
+            tally.refused += [f"{name}, {p.id}: {used:.3g} of the allowance"] if used > 1 else []
+    for number in range(first, first + 5):
+        for name, (kind, mistake) in PLANTED.items():
+            p = planted_problem(number, dtype, kind)
+            used = share_of(p)(mistake(p))
+            tally.least[dtype, name] = min(tally.least.get((dtype, name), numpy.inf), used)
+    return tally
+
+
+def planted_problem(seed: int, dtype: str, kind: str) -> LayerProblem:
+    """One small head: as it is, or with a bias and a rotation, or whose values are long sums of terms of one sign."""
+    rng = numpy.random.default_rng(seed)
+    embed, heads, size = 1024 if kind == "wide" else 8, 1, 4 if kind == "turned" else 2
+    x = {"query": rng.standard_normal((1, 64, embed))}
+    for side in "qkv":
+        x[f"w_{side}"] = rng.standard_normal((embed, heads, size)) / numpy.sqrt(embed)
+    x["w_q"] = 2 * x["w_q"]
+    if kind == "wide":
+        x["query"], x["w_v"] = abs(x["query"]), abs(x["w_v"])
+    if kind == "turned":
+        x["b_v"] = rng.standard_normal((heads, size))
+    x["w_o"] = rng.standard_normal((heads, size, 8)) / numpy.sqrt(heads * size)
+    arrays = {name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in x.items()}
+    arrays |= {"key": arrays["query"], "value": arrays["query"]}
+    return LayerProblem(dtype, arrays, {"causal": True} | ({"rotary": {}} if kind == "turned" else {}))
+
+
+def share_of(p: LayerProblem) -> Callable[[numpy.ndarray], float]:
+    """How much of the allowance an output uses."""
+    case = bounds("multi_head_attention", p.arrays, p.options)
+    allowances = case.allowances(precision(p.dtype))
+    expected = {"output": Expected(case.values["output"], None, None, case.values["output"].shape)}
+    return lambda output: judge(p, expected, {"output": output}, allowances, precision(p.dtype)).allowance_used

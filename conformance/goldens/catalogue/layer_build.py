@@ -1,0 +1,135 @@
+"""From sizes, parameters and a spec of options to cases of the layer, with the clauses and features that they show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from description import ALL_DTYPES, Description, Input
+
+from .layer_sizes import BIASES, NORMS, parameters, tokens
+from .options import integers, options_of
+from .tensors import bell
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from .layer_sizes import LayerSizes
+
+__all__ = ["FLAVOURS", "LAYER", "WEIGHTS", "cached", "describe_layer", "vary_layer"]
+
+LAYER, WEIGHTS = "multi_head_attention", "multi_head_attention_weights"
+FLAVOURS = ("one", "two", "three", "four")
+"""Random data, each other than the rest."""
+
+OF_VALUES = ("value", "w_v", "w_o", "b_v", "b_o")
+"""What the weights need not."""
+
+_OPTION_FEATURES = {"q_offset": "offset", "q_segment_ids": "segments", "dropout_mask": "dropout"}
+_OPTION_NAMES = (
+    *("mask", "bias", "causal", "q_offset", "window", "q_lengths", "kv_lengths", "q_segment_ids"),
+    *("scale", "softcap", "sinks", "dropout_mask"),
+)
+
+
+def vary_layer(
+    name: str,
+    title: str,
+    sizes: LayerSizes,
+    given: Sequence[str] = (),
+    spec: Mapping[str, Any] | None = None,
+    *,
+    variants: Sequence[int] = (0, 1, 2, 3),
+    clauses: Sequence[str] = (),
+    function: str = LAYER,
+    **options: Any,
+) -> Iterator[Description]:
+    """One case for each variant: other data, and other contents of the options that `spec` asks for."""
+    for variant in variants:
+        more, plain = options_of(sizes.attention, spec or {}, variant)
+        flavour = FLAVOURS[variant]
+        inputs = {**tokens(sizes, flavour), **parameters(sizes, tuple(given)), **more}
+        yield describe_layer(
+            f"{name}/{variant + 1}", title, inputs, {**plain, **options}, clauses=clauses, function=function
+        )
+
+
+def cached(
+    sizes: LayerSizes, flavour: str, lengths: Sequence[int], *, garbage: float | None = None
+) -> dict[str, Input]:
+    """A cache that holds so many tokens of each batch entry; behind them lies other data, or `garbage`."""
+    found: dict[str, Input] = {}
+    for name, shape, centre in zip(("cache_key", "cache_value"), sizes.caches, (0.0, 1.25), strict=True):
+        array = bell(shape, 2.0**-4, name, flavour) + centre
+        if garbage is not None:
+            array[:, :, :] = numpy.where(
+                numpy.arange(shape[2])[:, None] >= numpy.reshape(lengths, (-1, 1, 1, 1)), garbage, array
+            )
+        found[name] = Input(array)
+    return {**found, "cache_lengths": integers(lengths)}
+
+
+def describe_layer(
+    name: str,
+    title: str,
+    inputs: Mapping[str, Input],
+    options: Mapping[str, Any],
+    *,
+    clauses: Sequence[str] = (),
+    function: str = LAYER,
+    outputs: Sequence[str] = (),
+    tags: Sequence[str] = ("structured",),
+    dtypes: tuple[str, ...] = ALL_DTYPES,
+) -> Description:
+    """One case; clauses and features that follow from what is given are added to those that are named."""
+    if function == WEIGHTS:
+        inputs = {label: item for label, item in inputs.items() if label not in OF_VALUES}
+    return Description(
+        id=f"{function}/{name}",
+        title=title,
+        function=function,
+        clauses=tuple(dict.fromkeys([*clauses, *_clauses(inputs, options)])),
+        features=tuple(_features(inputs, options, function)),
+        inputs=inputs,
+        options=options,
+        tags=tuple(tags),
+        dtypes=dtypes,
+        lse=False,
+        outputs=tuple(outputs),
+    )
+
+
+def _features(inputs: Mapping[str, Input], options: Mapping[str, Any], function: str) -> list[str]:
+    found = ["projection", *(["weights"] if function == WEIGHTS else [])]
+    for feature, holds in {
+        "cross": "key" in inputs and inputs["key"].values.shape[2] != inputs["query"].values.shape[2],
+        "groups": inputs["w_q"].values.shape[1] != inputs["w_k"].values.shape[1],
+        "rotary": "rotary" in options,
+        "norm": any(name in inputs for name in NORMS),
+        "cache": "cache_lengths" in inputs,
+    }.items():
+        found += [feature] if holds else []
+    given = [name for name in _OPTION_NAMES if name in inputs or name in options]
+    return [*found, *(_OPTION_FEATURES.get(name, name) for name in given)]
+
+
+def _clauses(inputs: Mapping[str, Input], options: Mapping[str, Any]) -> list[str]:
+    rotary, cached_keys = options.get("rotary"), "cache_lengths" in inputs
+    held = {
+        "MHA-PROJ-1": True,
+        "MHA-PROJ-2": any(name in inputs for name in BIASES[:3]),
+        "MHA-PROJ-3": "b_o" in inputs,
+        "MHA-NORM-1": any(name in inputs for name in NORMS),
+        "MHA-NORM-2": any(name in inputs for name in NORMS) and rotary is not None,
+        "MHA-ROTARY-1": rotary is not None,
+        "MHA-ROTARY-2": rotary is not None and "interleaved" in rotary,
+        "MHA-ROTARY-3": rotary is not None and "rotary_dim" in rotary,
+        "MHA-ROTARY-4": rotary is not None,
+        "MHA-CACHE-1": cached_keys and "key" in inputs,
+        "MHA-CACHE-2": "chunks" in options,
+        "MHA-CACHE-5": cached_keys and "kv_lengths" in inputs,
+        "MHA-CACHE-6": cached_keys,
+        "MHA-CACHE-8": "key" not in inputs,
+        "MHA-LAYER-3": inputs["query"].values.shape[2] != inputs["w_k"].values.shape[0],
+    }
+    return [clause for clause, holds in held.items() if holds]

@@ -1,0 +1,106 @@
+"""Expected results of what turns positions into numbers: rotary embedding and ALiBi."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from flint import arb
+from oracle_balls import rounded
+from oracle_kinds import EXACT, FINITE_VALUE, Marked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from description import Description
+
+__all__ = ["Rotation", "alibi_bias", "alibi_slopes", "as_balls", "rotary_embedding", "settled"]
+
+as_balls: Callable[[numpy.ndarray], numpy.ndarray] = numpy.vectorize(arb, otypes=[object])
+"""Floats as balls of radius 0."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How vectors of some size are rotated."""
+
+    size: int
+    base: float = 10000.0
+    interleaved: bool = False
+    rotary_dim: int | None = None
+
+    @property
+    def rotated(self) -> int:
+        """How many components take part; the others pass."""
+        return self.size if self.rotary_dim is None else self.rotary_dim
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The components of each pair: neighbours where interleaved, else one of either half."""
+        half = self.rotated // 2
+        return [(2 * n, 2 * n + 1) if self.interleaved else (n, n + half) for n in range(half)]
+
+    def angle(self, position: float, pair: int) -> arb:
+        """position * base^(-2 pair / rotary_dim)."""
+        return arb(position) * (arb(self.base).log() * arb(-2 * pair) / arb(self.rotated)).exp()
+
+    def rotate(self, x: numpy.ndarray, positions: Sequence[Sequence[float]]) -> numpy.ndarray:
+        """Rotate balls (batch, heads, length, size), each vector by the angles of its position."""
+        result = x.copy()
+        for b, line in enumerate(positions):
+            for i, position in enumerate(line):
+                for pair, (first, second) in enumerate(self.pairs()):
+                    sine, cosine = self.angle(position, pair).sin_cos()
+                    a, c = x[b, :, i, first], x[b, :, i, second]
+                    result[b, :, i, first], result[b, :, i, second] = a * cosine - c * sine, c * cosine + a * sine
+        return result
+
+
+def settled(name: str, evaluate: Callable[[], Mapping[str, numpy.ndarray]]) -> dict[str, Marked]:
+    """Round balls of which every one is a finite number."""
+    finite = {output: numpy.ones(balls.shape, dtype=bool) for output, balls in evaluate().items()}
+    values = rounded(name, evaluate, finite)
+    return {
+        output: Marked(array, numpy.full(array.shape, FINITE_VALUE, dtype=numpy.uint8))
+        for output, array in values.items()
+    }
+
+
+def rotary_embedding(description: Description) -> dict[str, Marked]:
+    """The rotated vectors, (batch, heads, length, size)."""
+    arrays = {name: numpy.asarray(item.values) for name, item in description.inputs.items()}
+    x = arrays["x"]
+    positions = numpy.broadcast_to(arrays["positions"], (x.shape[0], x.shape[2])).tolist()
+    rotation = Rotation(x.shape[3], **description.options)
+    turned = settled(description.id, lambda: {"output": rotation.rotate(as_balls(x), positions)})["output"]
+    turned.kinds[..., rotation.rotated :] = EXACT
+    return {"output": turned}
+
+
+def slopes(heads: int) -> list[arb]:
+    """2^(-8 (h+1) / heads) for a power of two; else those of the power below, then every other of the power above."""
+    power = 1 << (heads.bit_length() - 1)
+    first = [arb(2) ** (arb(-8 * (h + 1)) / arb(power)) for h in range(power)]
+    return first if power == heads else first + slopes(2 * power)[0::2][: heads - power]
+
+
+def alibi_slopes(description: Description) -> dict[str, Marked]:
+    """The slope of each head, (heads,)."""
+    heads: int = description.options["heads"]
+    return settled(description.id, lambda: {"slopes": numpy.array(slopes(heads), dtype=object)})
+
+
+def alibi_bias(description: Description) -> dict[str, Marked]:
+    """-slope |p - j|, (1 or batch, heads, q_len, kv_len)."""
+    options: Mapping[str, Any] = description.options
+    given = description.inputs["q_offset"].values if "q_offset" in description.inputs else options.get("q_offset", 0)
+    offsets = numpy.reshape(given, (-1, 1, 1, 1))
+    rows, keys = numpy.arange(options["q_len"])[:, None], numpy.arange(options["kv_len"])
+    distance = as_balls(numpy.abs(offsets + rows - keys).astype(numpy.float64))
+
+    def evaluate() -> dict[str, numpy.ndarray]:
+        own = as_balls(description.inputs["slopes"].values) if "slopes" in description.inputs else None
+        each = numpy.array(slopes(options["heads"]), dtype=object) if own is None else own
+        return {"bias": -each.reshape(1, -1, 1, 1) * distance}
+
+    return settled(description.id, evaluate)

@@ -1,0 +1,196 @@
+"""Tokens stored, counted or seen wrongly in a cache, and calls of the layer that must be refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from mha_spec import layer_steps
+from mha_spec.layer_checks import Rotary
+
+from .layer import layered
+from .mistake import ALIBI, LAYER, MULTI_HEAD, ROTARY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .layer import Within
+
+__all__ = ["CACHING"]
+
+
+def stored_at(change: Callable[..., tuple[Any, Any]]) -> Callable[..., numpy.ndarray]:
+    """Store in other slots: `change` makes (start, stop) of them and the buffer."""
+
+    def store(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop: Any) -> numpy.ndarray:
+        places = change(numpy.asarray(start), numpy.asarray(stop), buffer)
+        return layer_steps.store(buffer, new, *places)
+
+    return store
+
+
+def stored_at_the_end(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop: Any) -> numpy.ndarray:
+    """Push everything back and put the new tokens into the last slots."""
+    return numpy.concatenate([buffer, new], axis=2)[:, :, new.shape[2] :]
+
+
+def stored_in_place(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop: Any) -> numpy.ndarray:
+    """Write into the buffer of the old cache."""
+    buffer[...] = layer_steps.store(buffer, new, start, stop)
+    return buffer
+
+
+def seeing(**other: Any) -> Within:
+    """Attention that is told something else; a callable is given the query and the key."""
+
+    def change(options: dict[str, Any], query: numpy.ndarray, key: numpy.ndarray) -> dict[str, Any]:
+        given = {name: value(query, key, options) if callable(value) else value for name, value in other.items()}
+        return {**options, **given}
+
+    def attend(query: numpy.ndarray, key: numpy.ndarray, value: numpy.ndarray, **options: Any) -> Any:
+        return layer_steps.attend(query, key, value, **change(options, query, key))
+
+    def weigh(query: numpy.ndarray, key: numpy.ndarray, **options: Any) -> Any:
+        return layer_steps.weigh(query, key, **change(options, query, key))
+
+    return attend, weigh
+
+
+def window_of_many(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
+    """No window for a single query."""
+    return None if query.shape[2] == 1 else options.get("window")
+
+
+CACHING = (
+    layered(
+        "cache-overwritten",
+        "stores new tokens from slot 0 on",
+        "MHA-CACHE-1",
+        "MHA-CACHE-2",
+        store=stored_at(lambda start, stop, buffer: (0 * start, stop - start)),
+        needs=("cache_lengths", "key"),
+    ),
+    layered(
+        "cache-one-slot-late",
+        "leaves a slot free before the new tokens",
+        "MHA-CACHE-1",
+        store=stored_at(lambda start, stop, buffer: (start + 1, stop + 1)),
+        needs=("cache_lengths", "key"),
+    ),
+    layered(
+        "cache-of-the-first-entry",
+        "stores the tokens of every batch entry where the first has its own",
+        "MHA-CACHE-1",
+        store=stored_at(lambda start, stop, buffer: (start[:1] + 0 * start, start[:1] + stop - start)),
+        needs=("cache_lengths", "key"),
+        bugs=("tenstorrent/tt-metal#41215",),
+    ),
+    layered(
+        "cache-rolled",
+        "pushes the buffer back for new tokens, full or not",
+        "MHA-CACHE-1",
+        store=stored_at_the_end,
+        needs=("cache_lengths", "key"),
+        bugs=("huggingface/transformers#37574", "Lightning-AI/litgpt#2182"),
+    ),
+    layered(
+        "cache-not-counted",
+        "stores new tokens and does not count them",
+        "MHA-CACHE-1",
+        "MHA-CACHE-6",
+        append=lambda cache, key, value, counts, steps: layer_steps.append(cache, key, value, counts, steps)._replace(
+            lengths=cache.lengths
+        ),
+        needs=("cache_lengths", "key"),
+    ),
+    layered(
+        "cache-written-in-place",
+        "writes new tokens into the buffers of the old cache",
+        "MHA-CACHE-3",
+        store=stored_in_place,
+        needs=("cache_lengths", "key"),
+        bugs=("Lackel/ALFAR#3",),
+    ),
+    layered(
+        "cache-padding-kept",
+        "stores and counts every new token, real or not",
+        "MHA-CACHE-5",
+        new_lengths=lambda lengths, counts, length, like: layer_steps.new_lengths(lengths, None, length, like),
+        needs=("cache_lengths", "kv_lengths"),
+        bugs=("meta-pytorch/torchtune#1250",),
+    ),
+    layered(
+        "cache-stale-entries-seen",
+        "sees every slot of the buffer, whatever the lengths are",
+        "MHA-CACHE-6",
+        within=seeing(kv_lengths=None),
+        needs=("cache_lengths",),
+        bugs=("vllm-project/vllm-xpu-kernels PR#181", "tenstorrent/tt-metal#41215"),
+    ),
+    layered(
+        "cache-causal-upper-left",
+        "puts the queries at position 0, behind whatever the cache holds",
+        "MHA-CACHE-6",
+        "MHA-CACHE-2",
+        within=seeing(q_offset=0),
+        needs=("cache_lengths", "causal"),
+        functions=MULTI_HEAD,
+        bugs=("google/flax#5591", "ooples/AiDotNet#1634"),
+    ),
+    layered(
+        "cache-causal-from-capacity",
+        "puts the queries at the end of the buffer",
+        "MHA-CACHE-6",
+        within=seeing(q_offset=lambda query, key, options: key.shape[2] - query.shape[2]),
+        needs=("cache_lengths", "causal"),
+        functions=MULTI_HEAD,
+        bugs=("huggingface/transformers PR#30437",),
+    ),
+    layered(
+        "window-lost-in-steps",
+        "drops the window where there is one query",
+        "MHA-CACHE-2",
+        within=seeing(window=window_of_many),
+        needs=("cache_lengths", "window"),
+        functions=MULTI_HEAD,
+        bugs=("karpathy/nanochat#452",),
+    ),
+    layered(
+        "cache-of-encoder-cut",
+        "sees no more cached keys than there are queries",
+        "MHA-CACHE-8",
+        within=seeing(kv_lengths=lambda query, key, options: numpy.minimum(options["kv_lengths"], query.shape[2])),
+        needs=("cache_lengths",),
+    ),
+    layered(
+        "layer-unchecked",
+        "takes parameters, tokens and caches that do not fit together",
+        "MHA-PROJ-4",
+        "MHA-NORM-1",
+        "MHA-LAYER-2",
+        "MHA-LAYER-3",
+        "MHA-LAYER-6",
+        "MHA-CACHE-4",
+        "MHA-CACHE-7",
+        "MHA-CACHE-8",
+        check=lambda a: a,
+        bugs=("karpathy/nanochat#627", "lightseekorg/tokenspeed#506"),
+    ),
+    layered(
+        "rotary-unchecked",
+        "takes odd sizes and unknown options",
+        "MHA-ROTARY-6",
+        check_rotary=lambda rotary, size: Rotary(**rotary),
+        check_positions=lambda x, positions: None,
+        functions=(*LAYER, *ROTARY),
+    ),
+    layered(
+        "alibi-unchecked",
+        "takes slopes of any shape",
+        "MHA-ALIBI-3",
+        check_alibi=lambda slopes, q_len, kv_len, offset: None,
+        check_heads=lambda heads: None,
+        functions=ALIBI,
+    ),
+)
