@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,13 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import mha_spec_torch
 from mha_spec.arguments import OPTIONS
-from mha_spec.errors import ArgumentTypeError, MhaSpecError
+from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.accuracy import allowances
 from mha_spec_conformance.cases import load
 from mha_spec_conformance.compare import judge
 from mha_spec_conformance.convert import to_library, to_numpy
 from mha_spec_conformance.precision import precision
-from mha_spec_torch import tasks, visibility
+from mha_spec_torch import fused, tasks, visibility
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,6 +54,25 @@ def chosen(function: str, *, at_least: int, without: Sequence[str] = ()) -> list
     ]
 
 
+def alike(function: str, *, signatures: int, each: int) -> list[list[Case]]:
+    """Some cases of a function, in each list of one signature and thus one graph; all options are among them."""
+    groups: dict[object, list[Case]] = {}
+    for case in cases():
+        if case.function == function:
+            groups.setdefault(case.signature, []).append(case)
+    found = list(groups.values())
+    some = found[:: max(1, len(found) // signatures)]
+    asked = {name for group in found for name in names(group[0])}
+    given = {name for group in some for name in names(group[0])}
+    some += [next(group for group in found if name in names(group[0])) for name in sorted(asked - given)]
+    return [group[:each] for group in some]
+
+
+def names(case: Case) -> set[str]:
+    """The inputs and options of a case."""
+    return {*case.options, *case.input_names}
+
+
 def tensors(case: Case, dtype: str) -> dict[str, Any]:
     """The arguments of a case, with its options."""
     options = {name: tuple(value) if name == "window" else value for name, value in case.options.items()}
@@ -75,7 +94,9 @@ def answered(arguments: dict[str, Any], attention: Callable[..., Any] = mha_spec
     return {"output": output, "lse": lse}
 
 
-def differentiated(arguments: dict[str, Any]) -> dict[str, Tensor]:
+def differentiated(
+    arguments: dict[str, Any], attention: Callable[..., Any] = mha_spec_torch.attention
+) -> dict[str, Tensor]:
     """The gradients that autograd gives of the forward."""
     grad_output, grad_lse = arguments.pop("grad_output"), arguments.pop("grad_lse", None)
     given = {name: arguments[name].requires_grad_() for name in DIFFERENTIABLE if name in arguments}
@@ -128,8 +149,7 @@ def test_every_gradient_cut_into_tasks() -> None:
 
 
 def test_autograd_gives_the_gradients() -> None:
-    some = [case for case in cases() if case.function == "attention_vjp"]
-    assert not failures(some, differentiated, "float64", "float16", "bfloat16")
+    assert not failures(chosen("attention_vjp", at_least=80), differentiated, "float64", "float16", "bfloat16")
 
 
 def test_lengths_on_the_host_say_the_same() -> None:
@@ -147,6 +167,39 @@ def test_lengths_on_the_host_say_the_same() -> None:
 
 
 @pytest.mark.parametrize("function", ["attention", "attention_vjp"])
+def test_the_path_of_cuda_leaves_no_row_empty(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the kernels of the CPU can tell: all but NaN in pairs that are not visible, which may reach a tile."""
+
+    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
+        if function == "attention_vjp":
+            return differentiated(arguments, lambda **given: (attention(**given | {"return_lse": False}), None))
+        return {"output": attention(**arguments)}
+
+    taken = 0
+
+    def counted(*call: Any) -> Tensor:
+        nonlocal taken
+        taken += 1
+        return attend(*call)
+
+    attend = fused.attend
+    monkeypatch.setattr(fused, "attend", counted)
+    monkeypatch.setattr(fused, "on_cuda", lambda _: True)
+    monkeypatch.setattr(mha_spec_torch, "_direct", lambda *_: False)
+    monkeypatch.setattr(mha_spec_torch, "readable", lambda _: False)
+    some = [
+        case
+        for case in cases()
+        if case.function == function
+        and "grad_lse" not in case.input_names
+        and "nonfinite" not in case.features
+        and "MHA-POISON-2" not in case.clauses
+    ]
+    assert not failures(some, ask, "float32")
+    assert taken >= 50
+
+
+@pytest.mark.parametrize("function", ["attention", "attention_vjp"])
 def test_nothing_is_read_on_an_accelerator(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
         with monkeypatch.context() as blind:
@@ -155,34 +208,45 @@ def test_nothing_is_read_on_an_accelerator(function: str, monkeypatch: pytest.Mo
                 blind.setattr(torch.Tensor, name, None)
             return answered(arguments) if function == "attention" else differentiated(arguments)
 
-    assert not failures(chosen(function, at_least=120), ask, "float32", "float16")
+    assert not failures(chosen(function, at_least=60), ask, "float32", "float16")
+
+
+def compiled_failures(
+    groups: Sequence[Sequence[Case]], ask: Callable[..., dict[str, Tensor]], backend: str, dtype: str
+) -> list[str]:
+    """What is wrong with the answers of one graph for each group."""
+    found: list[str] = []
+    for group in groups:
+        torch.compiler.reset()
+        compiled = torch.compile(attention, fullgraph=True, backend=backend)
+        found += failures(group, partial(ask, attention=compiled), dtype)
+    return found
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_without_a_break(dtype: str) -> None:
-    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
-        torch.compiler.reset()
-        return answered(arguments, torch.compile(attention, fullgraph=True, backend="aot_eager"))
-
-    assert not failures(chosen("attention", at_least=50), ask, dtype)
+@pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", "float32"), ("inductor", "bfloat16")])
+def test_compiled_without_a_break(backend: str, dtype: str) -> None:
+    groups = alike("attention", signatures=20, each=4)
+    assert sum(map(len, groups)) >= 50
+    assert not compiled_failures(groups, answered, backend, dtype)
 
 
 @pytest.mark.usefixtures("quiet")
 def test_gradients_of_a_compiled_call() -> None:
-    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
-        torch.compiler.reset()
-        grad_output, grad_lse = arguments.pop("grad_output"), arguments.pop("grad_lse", None)
-        given = {name: arguments[name].requires_grad_() for name in DIFFERENTIABLE if name in arguments}
-        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-        output, lse = compiled(**arguments, return_lse=True)
-        results = (output,) if grad_lse is None else (output, lse)
-        found = torch.autograd.grad(
-            results, list(given.values()), (grad_output, grad_lse)[: len(results)], materialize_grads=True
-        )
-        return {f"grad_{name}": gradient for name, gradient in zip(given, found, strict=True)}
+    groups = alike("attention_vjp", signatures=12, each=6)
+    assert sum(map(len, groups)) >= 50
+    assert not compiled_failures(groups, differentiated, "aot_eager", "float32")
 
-    assert not failures(chosen("attention_vjp", at_least=50), ask, "float32")
+
+@pytest.mark.usefixtures("quiet")
+def test_the_native_path_has_no_graph_break() -> None:
+    operands = sized()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *operands: attention(*operands).sum(), backend="inductor")
+    explained = torch._dynamo.explain(lambda *operands: attention(*operands).sum())(*operands)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    torch.testing.assert_close(compiled(*operands), attention(*operands).sum())
+    assert FLASH in recorded(lambda: compiled(*operands))
 
 
 def test_mapped_over_a_new_axis() -> None:
@@ -194,18 +258,22 @@ def test_mapped_over_a_new_axis() -> None:
         output, lse = mapped(doubled)
         return {"output": output[1], "lse": lse[1]}
 
-    assert not failures(chosen("attention", at_least=80), ask, "float32", "float16")
+    assert not failures(chosen("attention", at_least=60), ask, "float32", "float16")
 
 
-def test_pulled_back_by_a_transform() -> None:
+def test_differentiated_by_a_transform() -> None:
     def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
         grad_output, grad_lse = arguments.pop("grad_output"), arguments.pop("grad_lse", None)
         given = {name: arguments.pop(name) for name in DIFFERENTIABLE if name in arguments}
-        (_, lse), pull = pulled(lambda given: attention(**given, **arguments, return_lse=True), given)
-        (found,) = pull((grad_output, torch.zeros_like(lse) if grad_lse is None else grad_lse))
-        return {f"grad_{name}": gradient for name, gradient in found.items()}
 
-    assert not failures(chosen("attention_vjp", at_least=80), ask, "float64", "float32")
+        def product(given: dict[str, Tensor]) -> Tensor:
+            output, lse = attention(**given, **arguments, return_lse=True)
+            total = (output * grad_output).sum()
+            return total if grad_lse is None else total + (lse * grad_lse).sum()
+
+        return {f"grad_{name}": gradient for name, gradient in torch.func.grad(product)(given).items()}
+
+    assert not failures(chosen("attention_vjp", at_least=60), ask, "float32")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -254,8 +322,8 @@ def test_second_derivatives(length: int) -> None:
     def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
         return attention(q, k, v, sinks=sinks, window=(3, 1), kv_lengths=[length - 1], q_offset=0, return_lse=True)
 
-    assert torch.autograd.gradcheck(call, (q, k, v, sinks))
-    assert torch.autograd.gradgradcheck(call, (q, k, v, sinks))
+    assert torch.autograd.gradcheck(call, (q, k, v, sinks), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (q, k, v, sinks), fast_mode=True)
 
 
 def test_an_operand_that_depends_on_another_is_counted_once() -> None:
@@ -276,14 +344,23 @@ def test_merging_has_gradients_where_halves_are_empty() -> None:
     assert found[0][..., 1:, :].eq(0).all()
 
 
-def ran(*arguments: Tensor, backward: bool = False, **options: Any) -> set[str]:
+def recorded(call: Callable[[], object]) -> set[str]:
     """The names of torch's operations that a call ran."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        call()
+    return {str(event.key) for event in found.key_averages()}
+
+
+def ran(*arguments: Tensor, backward: bool = False, **options: Any) -> set[str]:
+    """The names of torch's operations that attention ran."""
     leaves = [one.requires_grad_(backward) for one in arguments]
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+
+    def call() -> None:
         output = attention(*leaves, **options)
         if backward:
             output.sum().backward()
-    return {str(event.key) for event in recorded.key_averages()}
+
+    return recorded(call)
 
 
 def sized(q_len: int = 32, kv_len: int = 32, qk_dim: int = 8, v_dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,45 +419,10 @@ def test_what_is_hidden_sends_a_task_to_the_formula_only_when_it_is_not_finite()
 def test_tasks_leave_out_what_is_not_seen() -> None:
     query, key, value = (torch.randn(1, 2, 4096, 16) for _ in range(3))
     ids = torch.arange(4096)[None] // 256
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
         attention(query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
-    shapes = [event.input_shapes for event in recorded.events() or () if event.name == FLASH]
+    shapes = [event.input_shapes for event in found.events() or () if event.name == FLASH]
     assert [shape[1][2] for shape in shapes] == [256] * 16
-
-
-def test_random_dropout_keeps_at_its_rate() -> None:
-    """Two-sided, at a false-alarm probability below 1e-9: 6.2 standard deviations of a binomial."""
-    pairs = 4 * 512 * 512
-    for rate in (0.1, 0.5, 0.9):
-        query, key = torch.zeros(1, 4, 512, 8), torch.zeros(1, 4, 512, 8)
-        value = torch.eye(512).expand(1, 4, 512, 512)
-        output = attention(
-            query, key, value, dropout_rate=rate, dropout_key=torch.Generator().manual_seed(GENERATOR_SEED)
-        )
-        kept = int(torch.count_nonzero(output))
-        assert abs(kept - pairs * (1 - rate)) <= 6.2 * math.sqrt(pairs * rate * (1 - rate))
-        torch.testing.assert_close(output[output != 0].unique(), torch.tensor([1 / 512 / (1 - rate)]))
-
-
-def test_random_dropout_is_that_of_its_generator() -> None:
-    def draw(seed: int) -> Tensor:
-        return attention(*sized_once, dropout_rate=0.5, dropout_key=torch.Generator().manual_seed(seed))
-
-    torch.manual_seed(GENERATOR_SEED)
-    sized_once = sized()
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    with pytest.raises(ArgumentTypeError, match=r"dropout_key=3"):
-        attention(*sized_once, dropout_rate=0.5, dropout_key=3)
-
-
-def test_random_dropout_has_the_gradients_of_its_mask() -> None:
-    query, key, value = (torch.randn(1, 2, 24, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-
-    def call(*operands: Tensor) -> Tensor:
-        return attention(*operands, dropout_rate=0.3, dropout_key=torch.Generator().manual_seed(5))
-
-    assert torch.autograd.gradcheck(call, (query, key, value))
 
 
 def test_options_that_are_none_are_not_given() -> None:

@@ -1,4 +1,6 @@
-"""Attention for PyTorch: the meaning of `mha_spec.reference`, by the CPU's flash kernel where that has it.
+"""Attention for PyTorch, and the layer around it, with the meaning of `mha_spec.reference`.
+
+Attention is the CPU's flash kernel's where that has this meaning.
 
 The table in `paths` says which path a call takes. Lengths, offsets and segment ids that can be read (numbers,
 sequences, NumPy arrays, tensors on the CPU) become ranges of keys, and what lies outside of them is not worked.
@@ -13,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mha_spec.arguments import Arguments, spells_options
+from mha_spec.cache import KVCache
 from mha_spec.checks import (
     check,
     check_cotangents,
@@ -21,10 +24,20 @@ from mha_spec.checks import (
     refuse_unknown,
 )
 
-from . import operators, paths
+from . import fused, operators, paths
 from .dropout import drawn
 from .function import Attention, gradients, transformed
+from .layer import (
+    alibi_bias,
+    alibi_slopes,
+    append_cache,
+    empty_cache,
+    multi_head_attention,
+    multi_head_attention_weights,
+    rotary_embedding,
+)
 from .merging import merge
+from .module import MultiHeadAttention
 from .native import FEWEST_KEYS
 from .problem import Problem, readable
 from .tasks import Operands
@@ -35,10 +48,24 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from mha_spec.arguments import Options, WeightOptions
+    from mha_spec.arguments import NoOptions, Options, WeightOptions
     from mha_spec.reference import Gradients
 
-__all__ = ["attention", "attention_vjp", "attention_weights", "merge_attention"]
+__all__ = [
+    "KVCache",
+    "MultiHeadAttention",
+    "alibi_bias",
+    "alibi_slopes",
+    "append_cache",
+    "attention",
+    "attention_vjp",
+    "attention_weights",
+    "empty_cache",
+    "merge_attention",
+    "multi_head_attention",
+    "multi_head_attention_weights",
+    "rotary_embedding",
+]
 
 
 @spells_options
@@ -62,27 +89,33 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:
     a = _arguments("attention", query, key, value, **options)
-    if not return_lse and _direct(a, options):
-        return scaled_dot_product_attention(
-            a.query, a.key, a.value, is_causal=a.causal, scale=a.scale, enable_gqa=a.heads != a.kv_heads
-        )
+    if not return_lse and not transformed():
+        if _direct(a, options):
+            grouped = a.heads != a.kv_heads
+            return scaled_dot_product_attention(a.query, a.key, a.value, scale=a.scale, enable_gqa=grouped)
+        if fused.takes(a):
+            return _fused(a)
     output, lse = _attend(drawn(a), return_lse)
     return (output, lse) if return_lse else output
 
 
 def _direct(a: Arguments, options: Options) -> bool:
-    """Whether a call is exactly torch's own: see `paths`.
+    """Whether a call is exactly torch's own on the CPU: see `paths`.
 
-    On the CPU its backward sums 16-bit gradients in 16 bit, its lse is hidden, and a few keys scrub NaN. On an
-    accelerator, causal with equal lengths leaves no storage unused (MHA-POISON-1).
+    Its backward sums 16-bit gradients in 16 bit, its lse is hidden, and a few keys scrub NaN.
     """
     query, value = a.query, a.value
-    if transformed() or 0 in query.shape or 0 in value.shape:
+    if not query.is_cpu or 0 in query.shape or 0 in value.shape:
         return False
-    if not query.is_cpu:
-        return options.keys() <= {"scale", "causal"} and (a.scale is None or a.scale > 0)
     sizes = query.shape[3] == value.shape[3] and value.shape[2] >= FEWEST_KEYS
     return sizes and options.keys() <= {"scale"} and not (_traced(query) or _needs_gradient(query, a.key, value))
+
+
+def _fused(a: Arguments) -> Tensor:
+    problem = Problem.of(a, host=False)
+    if _needs_gradient(a.query, a.key, a.value) and not _traced(a.query):
+        return fused.Fused.apply(a, problem, a.query, a.key, a.value)
+    return fused.attend(problem, fused.operands_of(a.query, a.key, a.value))
 
 
 def _needs_gradient(*operands: Tensor | None) -> bool:
@@ -114,7 +147,11 @@ def attention_weights(
 @torch.compiler.allow_in_graph
 def _weights(query: Tensor, key: Tensor, options: WeightOptions) -> Tensor:
     a = _arguments("attention_weights", query, key, None, **options)
-    return paths.weigh(Problem.of(a, host=False), Operands(a.query, a.key, a.key, a.bias, a.sinks))
+    x = Operands(a.query, a.key, a.key, a.bias, a.sinks)
+    problem = Problem.of(a, host=readable(a.query) and not _traced(a.query) and not transformed())
+    if _needs_gradient(*x) and not problem.finite(a.query, a.key):
+        problem = Problem.of(a, host=False)
+    return paths.weigh(problem, x)
 
 
 @spells_options
@@ -152,18 +189,23 @@ def _spelled(x: Operands) -> Gradients:
     return x.query, x.key, x.value, x.bias, x.sinks
 
 
+@spells_options
 def merge_attention(
     output_a: Float[Tensor, "batch heads q_len v_dim"],
     lse_a: Float[Tensor, "batch heads q_len"],
     output_b: Float[Tensor, "batch heads q_len v_dim"],
     lse_b: Float[Tensor, "batch heads q_len"],
+    **options: Unpack[NoOptions],
 ) -> tuple[Float[Tensor, "batch heads q_len v_dim"], Float[Tensor, "batch heads q_len"]]:
     """Two halves of one softmax; see `mha_spec.reference.merge_attention`."""
-    return _merged(output_a, lse_a, output_b, lse_b)
+    return _merged(output_a, lse_a, output_b, lse_b, options)
 
 
 @torch.compiler.allow_in_graph
-def _merged(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def _merged(
+    output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor, options: NoOptions
+) -> tuple[Tensor, Tensor]:
+    refuse_unknown(options, "merge_attention")
     check_halves(output_a, lse_a, output_b, lse_b)
     return merge(output_a, lse_a, output_b, lse_b)
 

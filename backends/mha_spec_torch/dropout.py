@@ -1,29 +1,85 @@
-"""Random dropout: the mask that a generator gives."""
+"""Random dropout: numbers drawn for each row and each key, of which every pair's own is mixed where it is needed.
+
+A pair is kept or dropped whichever block it is worked in, so that the backward meets the mask of the forward, and no
+mask is ever held.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from mha_spec.errors import ArgumentTypeError
+from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
-__all__ = ["drawn"]
+    from .tasks import Task
+
+__all__ = ["Draws", "drawn", "draws_of"]
+
+MULTIPLIERS = 0x7FEB352D, -0x7B935975
+"""Odd numbers under which the bits of 32 mix well: those of Wellons' `lowbias32`, the second as a signed number."""
+
+
+class Draws(NamedTuple):
+    """Random 32-bit integers in pairs: of each row, (batch, heads, q_len, 2), and of each key, (kv_len, 2)."""
+
+    rows: torch.Tensor
+    keys: torch.Tensor
+
+    def kept(self, task: Task, rate: float) -> torch.Tensor:
+        """Which pairs of a task are kept: those whose integer is not among the lowest of their share `rate`."""
+        rows, keys = task.of_rows(self.rows), self.keys[task.keys.start : task.keys.stop].mT
+        mixed = rows[..., :1] ^ keys[0]
+        mixed *= MULTIPLIERS[0]
+        mixed ^= (mixed >> 15) & 0x1FFFF
+        mixed ^= rows[..., 1:]
+        mixed ^= keys[1]
+        mixed *= MULTIPLIERS[1]
+        return mixed >= min(round(rate * 2**32), 2**32 - 1) - 2**31
 
 
 def drawn(a: Arguments) -> Arguments:
-    """Draw the mask of a call that asks for dropout and gives none, one byte for each score (MHA-DROP-4)."""
+    """The arguments with draws in the place of the key, where dropout is asked for without a mask (MHA-DROP-4)."""
     if a.dropout_rate == 0 or a.dropout_mask is not None:
         return a
-    if a.dropout_key is not None and not isinstance(a.dropout_key, torch.Generator):
-        received = f"received dropout_key={a.dropout_key!r} of type {type(a.dropout_key).__name__}"
+    generator = _generator(a)
+    shapes = (a.batch, a.heads, a.q_len, 2), (a.kv_len, 2)
+    try:
+        draws = [
+            torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=a.query.device, generator=generator)
+            for shape in shapes
+        ]
+    except RuntimeError as error:
+        if "randomness" not in str(error):
+            raise
+        raise ArgumentValueError(
+            f"`dropout_rate` must be 0 under torch.func.vmap, received dropout_rate={a.dropout_rate}, unless "
+            "that is called with randomness='different' or randomness='same'. [MHA-DROP-4]"
+        ) from error
+    return replace(a, dropout_key=Draws(*draws))
+
+
+def draws_of(a: Arguments) -> Draws | None:
+    """The draws that `drawn` put in the place of the key, if it did."""
+    return a.dropout_key if isinstance(a.dropout_key, Draws) else None
+
+
+def _generator(a: Arguments) -> torch.Generator | None:
+    generator = a.dropout_key
+    if generator is None:
+        return None
+    if not isinstance(generator, torch.Generator):
+        received = f"received dropout_key={generator!r} of type {type(generator).__name__}"
         raise ArgumentTypeError(
             f"`dropout_key` must be a torch.Generator, {received}. None is torch's own. [MHA-DROP-4]"
         )
-    shape = (a.batch, a.heads, a.q_len, a.kv_len)
-    mask = torch.empty(shape, dtype=torch.bool, device=a.query.device)
-    return replace(a, dropout_mask=mask.bernoulli_(1 - a.dropout_rate, generator=a.dropout_key))
+    if generator.device.type != a.query.device.type:
+        raise ArgumentValueError(
+            f"`dropout_key` must be a generator on the device of `query`, device={a.query.device}, "
+            f"received device={generator.device}. [MHA-DROP-4]"
+        )
+    return generator

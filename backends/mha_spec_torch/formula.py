@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["Logits", "attend", "gradients", "logits", "softmax"]
+__all__ = ["Logits", "attend", "gradients", "logits", "softmax", "weigh"]
 
 
 class Logits(NamedTuple):
@@ -54,9 +54,18 @@ def softmax(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, to
     return exponentials / divisor, scores.visible, lse[..., 0]
 
 
+def weigh(problem: Problem, task: Task, x: Operands) -> torch.Tensor:
+    """The weights alone, without sinks by torch's softmax, whose row that sees nothing is NaN (MHA-EMPTY-1)."""
+    if x.sinks is not None:
+        return softmax(problem, task, x)[0]
+    values, visible, _ = logits(problem, task, x)
+    weights = torch.softmax(values, -1)
+    return weights if visible is None else torch.where(visible.any(-1, keepdim=True), weights, 0.0)
+
+
 def logits(problem: Problem, task: Task, x: Operands, *, slope: bool = False) -> Logits:
     """The scores, capped, then biased, then hidden (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
-    values = _spread(_gather(x.query * problem.scale, x.key) @ x.key.mT, x.query)
+    values = _scores(problem, x)
     of_cap = None
     if problem.softcap is not None:
         tanh = torch.tanh(values / problem.softcap)
@@ -68,6 +77,18 @@ def logits(problem: Problem, task: Task, x: Operands, *, slope: bool = False) ->
     if visible is not None:
         values = torch.where(visible, values, -math.inf)
     return Logits(values, visible, of_cap)
+
+
+def _scores(problem: Problem, x: Operands) -> torch.Tensor:
+    """The scores; where autograd goes through them, what is not finite stays out of the product and of its gradient."""
+    query, key = x.query * problem.scale, x.key
+    if problem.host:
+        return _spread(_gather(query, key) @ key.mT, query)
+    finite = torch.isfinite(query), torch.isfinite(key)
+    query, key = (torch.where(where, one, 0.0) for where, one in zip(finite, (query, key), strict=True))
+    rows, keys = (where.all(-1, keepdim=True) for where in finite)
+    usable = _spread(_gather(rows, key) & keys.mT, query)
+    return torch.where(usable, _spread(_gather(query, key) @ key.mT, query), math.nan)
 
 
 def gradients(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mha_spec.arguments import Arguments
 
+from .dropout import Draws, draws_of
 from .paths import backward, forward
 from .problem import Problem, readable
 from .tasks import Operands
@@ -22,6 +23,7 @@ SCHEMA = ", ".join(
     [
         "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? q_offset",
         "Tensor? q_lengths, Tensor? kv_lengths, Tensor? q_segment_ids, Tensor? kv_segment_ids, Tensor? dropout_mask",
+        "Tensor? row_draws, Tensor? key_draws",
         "bool causal, SymInt? left, SymInt? right, float? scale, float? softcap, float dropout_rate",
     ]
 )
@@ -54,18 +56,11 @@ def gradients(a: Arguments, grad_output: Tensor, grad_lse: Tensor | None) -> Ope
 def _spelled(a: Arguments) -> list[Any]:
     """The arguments of a call as the schema has them."""
     left, right = a.bounded_window or (None, None)
-    tensors = {
-        name: _tensor(getattr(a, name), a)
-        for name in ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids")
-    }
-    return [
-        tensors[name]
-        if name in tensors
-        else {"left": left, "right": right}[name]
-        if name in {"left", "right"}
-        else getattr(a, name)
-        for name in NAMES
-    ]
+    rows, keys = draws_of(a) or (None, None)
+    spelled: dict[str, Any] = {"left": left, "right": right, "row_draws": rows, "key_draws": keys}
+    for name in ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids"):
+        spelled[name] = _tensor(getattr(a, name), a)
+    return [spelled[name] if name in spelled else getattr(a, name) for name in NAMES]
 
 
 def _tensor(value: Tensor | Sequence[int] | int | None, a: Arguments) -> Tensor | None:
@@ -79,8 +74,9 @@ def _tensor(value: Tensor | Sequence[int] | int | None, a: Arguments) -> Tensor 
 def _called(*spelled: Any) -> tuple[Problem, Operands]:
     """The problem of an operator's arguments, which are there to be read when it runs."""
     options = dict(zip(NAMES, spelled, strict=True))
-    left, right = options.pop("left"), options.pop("right")
-    a = Arguments(**options, window=None if left is None and right is None else (left, right))
+    left, right, rows, keys = (options.pop(name) for name in ("left", "right", "row_draws", "key_draws"))
+    window = None if left is None and right is None else (left, right)
+    a = Arguments(**options, window=window, dropout_key=None if rows is None else Draws(rows, keys))
     return Problem.of(a, host=readable(a.query)), Operands(*spelled[:OPERANDS])
 
 

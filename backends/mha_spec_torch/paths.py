@@ -2,13 +2,14 @@
 
 | path | taken where | forward | backward |
 | --- | --- | --- | --- |
-| direct | CPU, see (1); accelerators, see (2) | `scaled_dot_product_attention` | (2): its own |
+| direct | CPU, see (1) | `scaled_dot_product_attention` | - |
+| fused | CUDA, see (2) | `scaled_dot_product_attention` | its own |
 | flash | CPU, each task of 16 keys or more, see (3) | aten's CPU flash kernel | its backward, see (4) |
 | formula | everything else; a flash task that met a NaN or an infinity | `formula.attend` | `formula.gradients` |
 | differentiable | transforms, see (5); attention_weights | `formula.attend` on the whole | that of its operations |
 
 1. No option but scale, 16 keys or more, v_dim = qk_dim, no gradient, no lse, not compiled.
-2. No option but causal with equal lengths and a positive scale, no lse.
+2. No option but a positive scale and those that hide pairs, no lse: see `fused`.
 3. No softcap and no dropout.
 4. In the softmax's type; the formula where the bias needs a gradient.
 5. Those of torch.func, forward mode, and the backward of a backward.
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["backward", "differentiable", "forward", "takes_flash", "weigh"]
+__all__ = ["backward", "differentiable", "forward", "takes_flash", "used", "weigh", "without_autocast"]
 
 _Result = TypeVar("_Result")
 
@@ -91,12 +92,7 @@ def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]
 
 def takes_flash(problem: Problem, task: Task) -> bool:
     """Whether a task goes to the native kernel."""
-    return (
-        problem.host
-        and problem.softcap is None
-        and problem.dropout_mask is None
-        and len(task.keys) >= native.FEWEST_KEYS
-    )
+    return problem.host and problem.softcap is None and not problem.drops and len(task.keys) >= native.FEWEST_KEYS
 
 
 @without_autocast
@@ -207,21 +203,20 @@ def differentiable(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.T
     whole = problem.visibility.whole
     if not whole.pairs:
         return x.query.new_zeros((*x.query.shape[:3], x.value.shape[3])), _empty_lse(problem, x)
-    x, rows = _used(problem, whole, x)
+    visible = problem.visibility.visible(whole, x.bias)
+    x, rows = (x, None) if visible is None else used(x, visible)
     output, lse = formula.attend(problem, whole, x.cut(whole))
     output = output if rows is None else torch.where(rows, output, 0.0)
     return output.to(x.query.dtype), lse
 
 
-def _used(problem: Problem, whole: Task, x: Operands) -> tuple[Operands, torch.Tensor | None]:
-    """The operands with 0 in storage that no pair uses, and which rows see a key, (batch, heads, q_len, 1)."""
-    visible = problem.visibility.visible(whole, x.bias)
-    if visible is None:
-        return x, None
-    visible = visible.expand(*x.query.shape[:3], x.key.shape[2])
-    rows = visible.any(-1)[..., None]
-    keys = visible.any(2).unflatten(1, (x.key.shape[1], -1)).any(2)[..., None]
-    query, key, value = (torch.where(used, one, 0.0) for used, one in ((rows, x.query), (keys, x.key), (keys, x.value)))
+def used(x: Operands, visible: torch.Tensor) -> tuple[Operands, torch.Tensor]:
+    """The operands with 0 in storage that no pair uses, and which rows see a key, (batch*, heads*, q_len*, 1)."""
+    rows, keys = visible.any(-1, keepdim=True), visible.any(2)
+    if keys.shape[1] > 1:
+        keys = keys.unflatten(1, (x.key.shape[1], -1)).any(2)
+    keys = keys[..., None]
+    query, key, value = (torch.where(seen, one, 0.0) for seen, one in ((rows, x.query), (keys, x.key), (keys, x.value)))
     return x._replace(query=query, key=key, value=value), rows
 
 
@@ -231,5 +226,6 @@ def weigh(problem: Problem, x: Operands) -> torch.Tensor:
     whole = problem.visibility.whole
     if not whole.pairs:
         return x.query.new_zeros((*x.query.shape[:3], x.key.shape[2]))
-    used, _ = _used(problem, whole, x)
-    return formula.softmax(problem, whole, used.cut(whole).to(problem.dtype))[0].to(problem.visibility.a.query.dtype)
+    visible = problem.visibility.visible(whole, x.bias)
+    x = x if visible is None else used(x, visible)[0]
+    return formula.weigh(problem, whole, x.cut(whole).to(problem.dtype)).to(problem.visibility.a.query.dtype)

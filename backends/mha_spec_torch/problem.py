@@ -10,11 +10,13 @@ import torch
 from mha_spec import steps
 from mha_spec.arrays import dtype_name, softmax_dtype_name
 
+from .dropout import draws_of
 from .visibility import Visibility
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
+    from .dropout import Draws
     from .tasks import Task
 
 __all__ = ["Problem", "readable"]
@@ -28,6 +30,8 @@ class Problem:
     softcap: float | None
     dropout_rate: float
     dropout_mask: torch.Tensor | None
+    draws: Draws | None
+    """What random dropout is mixed of."""
     dtype: torch.dtype
     """The softmax's type (MHA-SOFTMAX-2)."""
     visibility: Visibility
@@ -39,13 +43,23 @@ class Problem:
         """Read the options of a call."""
         dtype = getattr(torch, softmax_dtype_name(dtype_name(a.query)))
         scale = steps.scale_of(a.scale, a.query.shape[3])
-        return cls(scale, a.softcap, a.dropout_rate, a.dropout_mask, dtype, Visibility(a, host=host), host)
+        visibility = Visibility(a, host=host)
+        return cls(scale, a.softcap, a.dropout_rate, a.dropout_mask, draws_of(a), dtype, visibility, host)
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is dropout, by a mask or by draws."""
+        return self.dropout_mask is not None or self.draws is not None
 
     def keep(self, task: Task) -> torch.Tensor | None:
         """By what dropout multiplies the weights of a task; None without dropout (MHA-DROP-1, MHA-DROP-2)."""
-        if self.dropout_mask is None:
+        if self.draws is not None:
+            kept = self.draws.kept(task, self.dropout_rate)
+        elif self.dropout_mask is not None:
+            kept = task.of_pairs(self.dropout_mask)
+        else:
             return None
-        return task.of_pairs(self.dropout_mask).to(self.dtype) / (1 - self.dropout_rate)
+        return kept.to(self.dtype) / (1 - self.dropout_rate)
 
     def finite(self, *arrays: torch.Tensor) -> bool:
         """Whether all are known to hold finite numbers alone: their sums tell, where they may be read."""

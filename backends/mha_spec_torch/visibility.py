@@ -87,13 +87,16 @@ class Visibility:
         return exact if saved > COST_OF_TASK * (len(exact) - 1) else [whole]
 
     def visible(self, task: Task, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Which pairs of a task are visible, broadcastable to (batch, heads, queries, keys); None where all are."""
+        """Which pairs of a task are visible, (batch*, heads*, queries*, keys*); None where all are."""
         constraints = [*self._see_positions(task), *self._see_lengths(task), *self._see_segments(task)]
         if self.a.mask is not None:
             constraints.append(task.of_pairs(self.a.mask))
         if bias is not None:
             constraints.append(bias != -math.inf)
-        return reduce(torch.Tensor.logical_and, constraints) if constraints else None
+        if not constraints:
+            return None
+        visible = reduce(torch.Tensor.logical_and, constraints)
+        return visible[(None,) * (4 - visible.ndim)]
 
     def diagonal(self, task: Task, bias: torch.Tensor | None = None) -> bool:
         """Whether key j is seen from query i where j <= i, both counted within the task, and nothing else is hidden."""

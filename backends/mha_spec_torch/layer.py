@@ -1,0 +1,355 @@
+"""The layer for PyTorch: the specification's order, over linear maps, norms and attention of torch's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch.nn.functional import linear, rms_norm
+
+from mha_spec import layer_checks, layer_steps
+from mha_spec.arguments import spells_options
+from mha_spec.arrays import dtype_name, host_integers, softmax_dtype_name
+from mha_spec.cache import HighWater, KVCache
+from mha_spec.layer import Layer
+from mha_spec.layer_steps import LayerSteps, slope_values
+
+from .function import transformed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Unpack
+
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from mha_spec.arguments import Options, WeightOptions
+    from mha_spec.layer_checks import LayerArguments
+
+    Integers = Tensor | Sequence[int]
+
+__all__ = [
+    "alibi_bias",
+    "alibi_slopes",
+    "append_cache",
+    "empty_cache",
+    "multi_head_attention",
+    "multi_head_attention_weights",
+    "rotary_embedding",
+]
+
+_BUFFERS = HighWater()
+
+
+def check(a: LayerArguments) -> LayerArguments:
+    """The shared checks; under autocast every tensor takes its type first, as in torch's own layers."""
+    if isinstance(a.query, torch.Tensor) and torch.is_autocast_enabled(a.query.device.type):
+        own = a.query
+        a.query, key, value = (_autocast(one) for one in (own, a.key, a.value))
+        a.key, a.value = (a.query if given is own else cast for given, cast in ((a.key, key), (a.value, value)))
+        if isinstance(a.params, dict):
+            a.params = {name: _autocast(one) for name, one in a.params.items()}
+    return layer_checks.check(a)
+
+
+def _autocast(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Query, key and value of each head, each by one matrix product with its bias (MHA-PROJ-1, MHA-PROJ-2)."""
+    key, value = (None if x is None else _split(x, name, a.params) for name, x in (("k", a.key), ("v", a.value)))
+    return _split(a.query, "q", a.params), key, value
+
+
+def _split(x: Tensor, name: str, params: Mapping[str, Tensor]) -> Tensor:
+    weight, bias = params[f"w_{name}"], params.get(f"b_{name}")
+    rows = linear(x, weight.flatten(1).mT, None if bias is None else bias.flatten())
+    return rows.unflatten(2, weight.shape[1:]).transpose(1, 2)
+
+
+def normalise(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
+    """Each head's vector over its root mean square, in the softmax's type (MHA-NORM-1)."""
+    if gain is None:
+        return x
+    dtype = _wide(x)
+    return rms_norm(x.to(dtype), gain.shape, gain.to(dtype), epsilon).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return getattr(torch, softmax_dtype_name(dtype_name(x)))
+
+
+def positions(offset: Integers | int, length: int, like: Tensor) -> Tensor:
+    """Token i of batch entry b sits at offset[b] + i: (length,) or (batch, length) (MHA-POS-1, MHA-ROTARY-4)."""
+    found = torch.arange(length, device=like.device)
+    if isinstance(offset, int):
+        return found + offset if offset else found
+    return torch.as_tensor(offset, device=like.device).to(torch.int64)[..., None] + found
+
+
+def turns(positions: Tensor | Sequence[float], frequencies: numpy.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * frequency, a product in float64 where the device has that (MHA-ROTARY-5)."""
+    device, dtype = like.device, _wide(like)
+    of_angles = dtype if device.type == "mps" else torch.float64
+    positions, by = (torch.as_tensor(one, device=device).to(of_angles) for one in (positions, frequencies.copy()))
+    angles = positions[..., None] * by
+    angles = angles[:, None] if angles.ndim == 3 else angles
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def store(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tensor:
+    """A buffer with new tokens at start[b] <= j < stop[b], as a function that has gradients (MHA-CACHE-1)."""
+    batch, heads, capacity, size = buffer.shape
+    if 0 in (batch, capacity, new.shape[2]):
+        return buffer
+    slots = torch.arange(capacity, device=buffer.device)
+    start, stop = (torch.as_tensor(one, device=buffer.device).to(torch.int64)[:, None] for one in (start, stop))
+    source = (slots - start).clamp(0, new.shape[2] - 1)
+    moved = new.gather(2, source[:, None, :, None].expand(batch, heads, capacity, size))
+    return torch.where(((slots >= start) & (slots < stop))[:, None, :, None], moved, buffer)
+
+
+def empty(shapes: Sequence[tuple[int, ...]], like: Tensor) -> KVCache:
+    """Buffers of zeros, of autocast's type under autocast."""
+    dtype = _autocast(like.new_empty(0)).dtype if torch.is_autocast_enabled(like.device.type) else like.dtype
+    key, value = (torch.zeros(shape, dtype=dtype, device=like.device) for shape in shapes)
+    cache = KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
+    return _BUFFERS.own(cache) if _writable(key, value) else cache
+
+
+def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers | None, steps: LayerSteps) -> KVCache:
+    """New tokens behind those that are there, in place where that changes no other cache (MHA-CACHE-1, MHA-CACHE-3)."""
+    stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
+    if value is None or not isinstance(stop, numpy.ndarray) or not _writable(key, value, cache.key, cache.value):
+        return layer_steps.append(cache, key, value, counts, steps)
+    shared = isinstance(cache.lengths, numpy.ndarray) and _BUFFERS.claim(cache, stop)
+    new = KVCache(cache.key, cache.value, stop) if shared else KVCache(cache.key.clone(), cache.value.clone(), stop)
+    ranges = list(zip(host_integers(cache.lengths) or (), stop.tolist(), strict=True))
+    _write(new.key.data, key, ranges)
+    _write(new.value.data, value, ranges)
+    return new if shared else _BUFFERS.own(new)
+
+
+def _write(buffer: Tensor, tokens: Tensor, ranges: list[tuple[int, int]]) -> None:
+    """Write to the storage, past autograd, which may have kept the tokens that are there."""
+    if len(set(ranges)) == 1:
+        first, last = ranges[0]
+        buffer[:, :, first:last] = tokens[:, :, : last - first]
+        return
+    for entry, (first, last) in enumerate(ranges):
+        buffer[entry, :, first:last] = tokens[entry, :, : last - first]
+
+
+def _writable(*tensors: Tensor) -> bool:
+    """Whether tensors are there, need no gradient, and may be written to where they lie."""
+    return not transformed() and not any(
+        one.requires_grad or type(one) is not torch.Tensor or one.is_inference() != torch.is_inference_mode_enabled()
+        for one in tensors
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+    """Attention to as much of a cache as all of its entries fill."""
+    from . import attention
+
+    length = _common_length(query, key, options)
+    if length is not None:
+        key, value = key[:, :, :length], value[:, :, :length]
+        options = _left(query, length, options)
+    return attention(query, key, value, **options)
+
+
+def weigh(query: Tensor, key: Tensor, **options: Any) -> Tensor:
+    """The weights, of all slots of a cache."""
+    from . import attention_weights
+
+    return attention_weights(query, key, **options)
+
+
+OF_KEYS = {"mask", "bias", "dropout_mask", "kv_segment_ids"}
+"""Options that have an axis for keys."""
+
+
+def _common_length(query: Tensor, key: Tensor, options: dict[str, Any]) -> int | None:
+    """The length that all entries of a cache have; None where it is not known on the host, or options speak of more."""
+    lengths, offset = options.get("kv_lengths"), options.get("q_offset")
+    if not isinstance(lengths, numpy.ndarray) or not isinstance(offset, numpy.ndarray) or OF_KEYS & options.keys():
+        return None
+    numbers = lengths.tolist()
+    if lengths.shape != (query.shape[0],) or lengths.dtype.kind != "i" or len(set(numbers)) != 1:
+        return None
+    return numbers[0] if 0 <= numbers[0] <= key.shape[2] else None
+
+
+def _left(query: Tensor, length: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that still matter to keys of one length: one query behind them all sees them causally or not."""
+    names = options.keys() - {"kv_lengths"}
+    causal = options.get("causal", False)
+    sees_all = causal is False or (
+        causal is True and query.shape[2] == 1 and min(options["q_offset"].tolist()) >= length - 1
+    )
+    if sees_all and names <= {"q_offset", "causal", "scale"}:
+        names &= {"scale"}
+    return {name: options[name] for name in names}
+
+
+def project_out(x: Tensor, params: Mapping[str, Tensor], _: LayerSteps) -> Tensor:
+    """The heads side by side, by one matrix product with its bias (MHA-PROJ-3)."""
+    weight = params["w_o"].flatten(0, 1)
+    return linear(x.transpose(1, 2).flatten(2), weight.mT, params.get("b_o"))
+
+
+def slopes(heads: int, dtype: str) -> Tensor:
+    """The slopes of all heads (MHA-ALIBI-1)."""
+    return torch.tensor(slope_values(heads), dtype=getattr(torch, dtype))
+
+
+_LAYER = Layer(
+    LayerSteps(
+        check=check,
+        project_in=project_in,
+        normalise=normalise,
+        positions=positions,
+        turns=turns,
+        store=store,
+        empty_cache=empty,
+        append=append,
+        attend=attend,
+        weigh=weigh,
+        project_out=project_out,
+        slopes=slopes,
+    )
+)
+
+empty_cache = _LAYER.empty_cache
+
+
+@spells_options
+def multi_head_attention(
+    query: Float[Tensor, "batch q_len embed"],
+    key: Float[Tensor, "batch kv_len k_embed"] | None,
+    value: Float[Tensor, "batch kv_len v_embed"] | None,
+    params: Mapping[str, Tensor],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[Options],
+) -> Tensor | tuple[Tensor, KVCache]:
+    """The layer over torch's own operations; see `mha_spec.reference.multi_head_attention`.
+
+    Compiled, a cache with lengths in a tensor is one graph for every step of decoding.
+    """
+    given = {"rotary": rotary, "norm_epsilon": norm_epsilon, **options}
+    if torch.compiler.is_compiling():
+        return _attended(query, key, value, params, _unread(cache), given)
+    return _LAYER.multi_head_attention(query, key, value, params, cache=cache, **given)
+
+
+@torch.compiler.allow_in_graph
+def _attended(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    params: Mapping[str, Tensor],
+    cache: KVCache | None,
+    given: dict[str, Any],
+) -> Tensor | tuple[Tensor, KVCache]:
+    return _LAYER.multi_head_attention(query, key, value, params, cache=cache, **_fixed(given))
+
+
+@spells_options
+def multi_head_attention_weights(
+    query: Float[Tensor, "batch q_len embed"],
+    key: Float[Tensor, "batch kv_len k_embed"] | None,
+    params: Mapping[str, Tensor],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[WeightOptions],
+) -> Float[Tensor, "batch heads q_len kv_len"]:
+    """The weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
+    given = {"rotary": rotary, "norm_epsilon": norm_epsilon, **options}
+    if torch.compiler.is_compiling():
+        return _weighed(query, key, params, _unread(cache), given)
+    return _LAYER.multi_head_attention_weights(query, key, params, cache=cache, **given)
+
+
+@torch.compiler.allow_in_graph
+def _weighed(
+    query: Tensor, key: Tensor | None, params: Mapping[str, Tensor], cache: KVCache | None, given: dict[str, Any]
+) -> Tensor:
+    return _LAYER.multi_head_attention_weights(query, key, params, cache=cache, **_fixed(given))
+
+
+def rotary_embedding(
+    x: Float[Tensor, "batch heads length size"],
+    positions: Tensor | Sequence[float],
+    *,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+) -> Float[Tensor, "batch heads length size"]:
+    """Positions as rotations; see `mha_spec.reference.rotary_embedding`."""
+    return _rotated(x, positions, {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim})
+
+
+@torch.compiler.allow_in_graph
+def _rotated(x: Tensor, positions: Tensor | Sequence[float], rotary: dict[str, Any]) -> Tensor:
+    return _LAYER.rotary_embedding(x, positions, **_fixed(rotary))
+
+
+@torch.compiler.allow_in_graph
+def alibi_slopes(heads: int, *, dtype: str = "float32") -> Float[Tensor, "heads"]:
+    """The slopes of linear biases; see `mha_spec.reference.alibi_slopes`."""
+    return _LAYER.alibi_slopes(heads, dtype=dtype)
+
+
+def alibi_bias(
+    slopes: Float[Tensor, "heads"] | int,
+    q_len: int,
+    kv_len: int,
+    *,
+    q_offset: Int[Tensor, "batch"] | Sequence[int] | int | None = None,
+) -> Float[Tensor, "batch* heads q_len kv_len"]:
+    """Positions as a bias; see `mha_spec.reference.alibi_bias`."""
+    return _biased(slopes, q_len, kv_len, q_offset)
+
+
+@torch.compiler.allow_in_graph
+def _biased(slopes: Tensor | int, q_len: int, kv_len: int, q_offset: Integers | int | None) -> Tensor:
+    return _LAYER.alibi_bias(slopes, q_len, kv_len, q_offset=q_offset)
+
+
+def append_cache(
+    cache: KVCache,
+    key: Float[Tensor, "batch kv_heads length qk_dim"],
+    value: Float[Tensor, "batch kv_heads length v_dim"],
+    lengths: Int[Tensor, "batch"] | Sequence[int] | None = None,
+) -> KVCache:
+    """New tokens behind those of a cache; see `mha_spec.reference.append_cache`."""
+    return _appended(_unread(cache) or cache, key, value, lengths)
+
+
+@torch.compiler.allow_in_graph
+def _appended(cache: KVCache, key: Tensor, value: Tensor, lengths: Integers | None) -> KVCache:
+    return _LAYER.append_cache(cache, key, value, lengths)
+
+
+def _unread(cache: KVCache | None) -> KVCache | None:
+    """Inside a compiled graph lengths are a tensor, which is not read: one on the host would be a new graph each."""
+    if cache is None or not torch.compiler.is_compiling() or isinstance(cache.lengths, torch.Tensor):
+        return cache
+    return cache._replace(lengths=torch.as_tensor(cache.lengths))
+
+
+def _fixed(given: Any) -> Any:
+    """The options with the numbers that a compiler left open fixed at what they are."""
+    if isinstance(given, dict):
+        return {name: _fixed(one) for name, one in given.items()}
+    return float(given) if isinstance(given, torch.SymFloat) else given

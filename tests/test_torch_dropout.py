@@ -1,0 +1,182 @@
+"""Random dropout of mha_spec_torch: its statistics, its generators, its gradients, and the worlds of PyTorch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mha_spec_torch
+from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec_torch import tasks, visibility
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+attention: Callable[..., Any] = mha_spec_torch.attention
+GENERATOR_SEED = 20261123
+
+
+@pytest.fixture
+def quiet() -> Any:
+    """What torch's own compiler warns of is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def operands() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, 4, 32, 8), torch.randn(2, 2, 32, 8), torch.randn(2, 2, 32, 8)
+
+
+def test_keeps_at_its_rate() -> None:
+    """Two-sided, at a false-alarm probability below 1e-9: 6.2 standard deviations of a binomial."""
+    pairs = 4 * 512 * 512
+    for rate in (0.1, 0.5, 0.9):
+        query, key = torch.zeros(1, 4, 512, 8), torch.zeros(1, 4, 512, 8)
+        value = torch.eye(512).expand(1, 4, 512, 512)
+        output = attention(
+            query, key, value, dropout_rate=rate, dropout_key=torch.Generator().manual_seed(GENERATOR_SEED)
+        )
+        kept = int(torch.count_nonzero(output))
+        assert abs(kept - pairs * (1 - rate)) <= 6.2 * math.sqrt(pairs * rate * (1 - rate))
+        torch.testing.assert_close(output[output != 0].unique(), torch.tensor([1 / 512 / (1 - rate)]))
+
+
+def test_is_that_of_its_generator() -> None:
+    def draw(seed: int) -> Tensor:
+        return attention(*drawn_once, dropout_rate=0.5, dropout_key=torch.Generator().manual_seed(seed))
+
+    torch.manual_seed(GENERATOR_SEED)
+    drawn_once = operands()
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    with pytest.raises(ArgumentTypeError, match=r"dropout_key=3"):
+        attention(*drawn_once, dropout_rate=0.5, dropout_key=3)
+
+
+def kept(shape: tuple[int, int, int, int], rate: float, **options: Any) -> Tensor:
+    """Which pairs random dropout keeps, read off values that are one key each."""
+    batch, heads, q_len, kv_len = shape
+    query, key = torch.zeros(batch, heads, q_len, 1), torch.zeros(batch, heads, kv_len, 1)
+    value = torch.eye(kv_len).expand(batch, heads, kv_len, kv_len)
+    return attention(query, key, value, dropout_rate=rate, **options) != 0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_is_independent_from_pair_to_pair(rate: float) -> None:
+    """Sums of products of neighbours, and squares of the sums of lines: each 6.6 standard deviations, below 1e-10."""
+    centred = kept((2, 3, 256, 512), rate, dropout_key=torch.Generator().manual_seed(GENERATOR_SEED)).double()
+    centred = (centred - (1 - rate)) / math.sqrt(rate * (1 - rate))
+    for axis in range(4):
+        length = centred.shape[axis]
+        products = centred.narrow(axis, 1, length - 1) * centred.narrow(axis, 0, length - 1)
+        assert abs(float(products.sum())) <= 6.6 * math.sqrt(products.numel())
+    corners = centred[..., 1:, 1:] * centred[..., 1:, :-1] * centred[..., :-1, 1:] * centred[..., :-1, :-1]
+    assert abs(float(corners.sum())) <= 6.6 * math.sqrt(corners.numel())
+    for axis in (2, 3):
+        sums = centred.sum(axis) / math.sqrt(centred.shape[axis])
+        excess = (1 - 6 * rate * (1 - rate)) / (rate * (1 - rate)) / centred.shape[axis]
+        assert abs(float((sums**2 - 1).sum())) <= 6.6 * math.sqrt((2 + excess) * sums.numel())
+
+
+def test_is_the_same_however_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(**options: Any) -> Tensor:
+        return kept((2, 3, 37, 41), 0.4, dropout_key=torch.Generator().manual_seed(3), q_offset=0, **options)
+
+    whole, part = draw(), draw(window=(5, 3))
+    monkeypatch.setattr(visibility, "COST_OF_TASK", -(2**40))
+    monkeypatch.setattr(visibility, "ROWS", (2, 3))
+    monkeypatch.setattr(tasks, "SCORES", 64)
+    monkeypatch.setattr(tasks, "ROWS", 3)
+    near = torch.arange(41) - torch.arange(37)[:, None]
+    assert torch.equal(draw(), whole)
+    assert torch.equal(draw(window=(5, 3)), part)
+    assert torch.equal(part, whole & (near >= -5) & (near <= 3))
+
+
+def test_is_off_at_rate_0() -> None:
+    given, generator = operands(), torch.Generator().manual_seed(GENERATOR_SEED)
+    states = generator.get_state(), torch.get_rng_state()
+    assert torch.equal(attention(*given, dropout_rate=0.0, dropout_key=generator), attention(*given))
+    attention(*given, dropout_rate=0.0)
+    assert torch.equal(generator.get_state(), states[0])
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_of_no_generator_is_that_of_torch() -> None:
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return kept((1, 2, 17, 19), 0.5)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert not torch.equal(draw(1), kept((1, 2, 17, 19), 0.5))
+
+
+def test_holds_no_mask() -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **kwargs or {})
+            self.numel = max(
+                self.numel, *(one.numel() for one in tree_leaves(result) if isinstance(one, torch.Tensor)), 0
+            )
+            return result
+
+    query, key, value = (torch.randn(1, 2, 3001, 8, requires_grad=True) for _ in range(3))
+    with Largest() as largest:
+        attention(query, key, value, dropout_rate=0.1).sum().backward()
+    assert 0 < largest.numel <= tasks.SCORES
+
+
+def test_has_the_gradients_of_its_mask() -> None:
+    query, key, value = (torch.randn(1, 2, 24, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def call(*operands: Tensor) -> Tensor:
+        return attention(*operands, dropout_rate=0.3, dropout_key=torch.Generator().manual_seed(5))
+
+    assert torch.autograd.gradcheck(call, (query, key, value), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (query, key, value), fast_mode=True)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_in_a_compiled_call() -> None:
+    """The output is linear in the values, so that its gradient gives it back where both have one mask."""
+    given = [one.requires_grad_() for one in operands()]
+    torch.compiler.reset()
+    compiled = torch.compile(partial(attention, dropout_rate=0.5), fullgraph=True, backend="aot_eager")
+    outputs = [compiled(*given) for _ in range(2)]
+    assert not torch.equal(*outputs)
+    for output in outputs:
+        grad_output = torch.randn_like(output)
+        (gradient,) = torch.autograd.grad(output, given[2], grad_output)
+        torch.testing.assert_close((gradient * given[2]).sum(), (output * grad_output).sum())
+
+
+def test_in_a_transform() -> None:
+    query, key, value = (one[:, None] for one in operands())
+
+    def call(query: Tensor, seed: int = 5) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return attention(query, key[0], value[0], dropout_rate=0.5, dropout_key=generator)
+
+    twice = query[:1].expand(2, *query.shape[1:])
+    same = torch.func.vmap(call, randomness="same")(twice)
+    assert torch.equal(same[0], same[1])
+    different = torch.func.vmap(call, randomness="different")(twice)
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(ArgumentValueError, match=r"`dropout_rate`.*randomness='different'"):
+        torch.func.vmap(call)(twice)
+    leaf = query[0].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(call(leaf).square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda query: call(query).square().sum())(query[0]), wanted)
