@@ -1,0 +1,157 @@
+"""The layer of mha_spec_torch against torch.nn.MultiheadAttention and torch SDPA: ratios of interleaved medians.
+
+Run it with `python benchmarks/torch_layer.py [NAME ...]`; a speed below its limit fails the run.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from measure import medians
+from torch.nn.functional import scaled_dot_product_attention
+
+from mha_spec.weights import save_weights
+from mha_spec_torch import MultiHeadAttention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+    from torch.nn import Module
+
+BATCH, LENGTH, EMBED, HEADS = 2, 512, 512, 8
+CACHED, STEPS = 1024, 256
+"""Tokens that are cached before the first step, and the most steps that a cache has room for."""
+
+
+class Theirs(torch.nn.Module):
+    """torch's own layer as self-attention, with or without the weights of every head."""
+
+    def __init__(self, layer: torch.nn.MultiheadAttention, *, weights: bool) -> None:
+        super().__init__()
+        self.layer, self.weights = layer, weights
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Attend from x to x."""
+        return self.layer(x, x, x, need_weights=self.weights, average_attn_weights=False)
+
+
+class Ours(torch.nn.Module):
+    """Our layer in the same way."""
+
+    def __init__(self, layer: MultiHeadAttention, *, weights: bool) -> None:
+        super().__init__()
+        self.layer, self.weights = layer, weights
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Attend from x to x."""
+        return (self.layer(x), self.layer.weights(x)) if self.weights else (self.layer(x),)
+
+
+def pair() -> tuple[MultiHeadAttention, torch.nn.MultiheadAttention]:
+    """Both layers, with the same weights."""
+    torch.manual_seed(7)
+    ours, theirs = MultiHeadAttention(EMBED, HEADS), torch.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
+    theirs.load_state_dict(save_weights({name: one.detach() for name, one in ours.params.items()}, "torch"))
+    return ours, theirs
+
+
+def forward(module: Module, x: Tensor) -> Callable[[], object]:
+    """The output alone."""
+
+    def run() -> None:
+        with torch.no_grad():
+            module(x)
+
+    return run
+
+
+def trained(module: Module, x: Tensor) -> Callable[[], object]:
+    """Forward, and the gradients of every parameter and of the input, from all that the module gives."""
+    leaves = [x.clone().requires_grad_(), *module.parameters()]
+
+    def run() -> None:
+        given = [one for one in module(leaves[0]) if one is not None]
+        torch.autograd.grad([one.sum() for one in given], leaves, allow_unused=True)
+
+    return run
+
+
+def self_attention(*, compiled: bool, weights: bool) -> bool:
+    """Both passes at (2, 512, 512, 8 heads)."""
+    x = torch.randn(BATCH, LENGTH, EMBED)
+    layers = pair()
+    modules: dict[str, Any] = {"ours": Ours(layers[0], weights=weights), "theirs": Theirs(layers[1], weights=weights)}
+    if compiled:
+        modules = {name: torch.compile(module, fullgraph=True) for name, module in modules.items()}
+    good = True
+    for name, prepare in (("forward", forward), ("forward and backward", trained)):
+        times = medians({whose: prepare(module, x) for whose, module in modules.items()}, seconds=8)
+        label = f"{'compiled' if compiled else 'eager'}{', with weights' if weights else ''}, {name}"
+        good &= report(label, times, 0.97)
+    return good
+
+
+def decode(batch: int) -> bool:
+    """A step at 1024 tokens, each side writing to its own buffers, with torch's own linear layers on their side."""
+    ours, theirs = pair()
+    for layer in (ours, theirs):
+        layer.requires_grad_(False)
+    x, prompt = torch.randn(batch, 1, EMBED), torch.randn(batch, CACHED, EMBED)
+    _, full = ours(prompt, causal=True, cache=ours.empty_cache(batch, CACHED + STEPS))
+    caches = [full]
+
+    def our_step() -> None:
+        _, caches[0] = ours(x, causal=True, cache=caches[0])
+
+    step = partial(their_step, theirs, x, full.key.clone(), full.value.clone(), [CACHED])
+    return report(f"decode step, batch {batch}", medians({"ours": our_step, "theirs": step}), 1.0)
+
+
+def their_step(
+    layer: torch.nn.MultiheadAttention, x: Tensor, keys: Tensor, values: Tensor, length: list[int]
+) -> Tensor:
+    """Three projections, two slots of preallocated buffers, torch SDPA, the projection out."""
+    weights, biases = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)
+    query, key, value = (
+        torch.nn.functional.linear(x, *one).unflatten(2, (HEADS, -1)).transpose(1, 2)
+        for one in zip(weights, biases, strict=True)
+    )
+    at = length[0]
+    keys[:, :, at : at + 1], values[:, :, at : at + 1] = key, value
+    length[0] = at + 1
+    attended = scaled_dot_product_attention(query, keys[:, :, : at + 1], values[:, :, : at + 1])
+    return layer.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+def report(label: str, times: Mapping[str, float], limit: float) -> bool:
+    """Print a row; whether our speed, theirs being 1, is no less than its limit."""
+    speed = times["theirs"] / times["ours"]
+    verdict = "ok" if speed >= limit else "BELOW"
+    ours, theirs = (times[whose] * 1000 for whose in ("ours", "theirs"))
+    print(
+        f"{label:45s} {ours:9.3f} ms against {theirs:9.3f} ms: {speed:5.2f}x  limit {limit:.2f} {verdict}", flush=True
+    )
+    return speed >= limit
+
+
+ROWS: dict[str, Callable[[], bool]] = {
+    "eager": partial(self_attention, compiled=False, weights=False),
+    "eager-weights": partial(self_attention, compiled=False, weights=True),
+    "compiled": partial(self_attention, compiled=True, weights=False),
+    "compiled-weights": partial(self_attention, compiled=True, weights=True),
+    "decode": partial(decode, BATCH),
+}
+
+
+def main() -> None:
+    """Print every row, or those named."""
+    good = [ROWS[name]() for name in sys.argv[1:] or ROWS]
+    sys.exit(not all(good))
+
+
+if __name__ == "__main__":
+    main()

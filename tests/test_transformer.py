@@ -1,0 +1,159 @@
+"""The example's encoder-decoder against `torch.nn.Transformer`, with the same weights, on every backend.
+
+Two float64 evaluations of one function agree far better than a float32 evaluation does with either, so what float32
+loses of ours is the yardstick: another meaning of anything would show many times over.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy
+import pytest
+import tensorflow as tf
+import torch
+import transformer
+
+from mha_spec.arrays import library_of
+from mha_spec.weights import load_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BATCH, SOURCE, TARGET, HEADS, EMBED, FEED, BLOCKS = 3, 11, 7, 2, 2 * 5, 13, 2
+
+CONVERT: dict[str, Callable[[numpy.ndarray], Any]] = {
+    "numpy": lambda array: array,
+    "torch": torch.from_numpy,
+    "jax": jax.numpy.asarray,
+    "tensorflow": tf.convert_to_tensor,
+}
+
+
+class Problem(NamedTuple):
+    model: torch.nn.Transformer
+    source: numpy.ndarray
+    target: numpy.ndarray
+    lengths: numpy.ndarray
+    memory_mask: numpy.ndarray
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    torch.manual_seed(7)
+    model = torch.nn.Transformer(EMBED, HEADS, BLOCKS, BLOCKS, FEED, dropout=0.0, batch_first=True, dtype=torch.float64)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    rng = numpy.random.default_rng(7)
+    mask = rng.random((TARGET, SOURCE)) < 0.7
+    mask[:, 0] = True
+    source, target = (rng.standard_normal((BATCH, length, EMBED)) for length in (SOURCE, TARGET))
+    return Problem(model, source, target, numpy.asarray([11, 5, 1], dtype=numpy.int32), mask)
+
+
+def parameters(model: torch.nn.Transformer) -> dict[str, Any]:
+    """The weights of PyTorch's model under the names of the example's."""
+    state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+
+    def norm(prefix: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+        return state[f"{prefix}.weight"], state[f"{prefix}.bias"]
+
+    def block(prefix: str, attentions: dict[str, str]) -> dict[str, Any]:
+        feeds = {
+            f"{letter}_{number}": numpy.ascontiguousarray(state[f"{prefix}.linear{number}.{name}"].T)
+            for number in (1, 2)
+            for letter, name in (("w", "weight"), ("b", "bias"))
+        }
+        norms = {f"norm_{number + 1}": norm(f"{prefix}.norm{number + 1}") for number in range(len(attentions) + 1)}
+        loaded = {
+            name: load_weights(state, "torch", heads=HEADS, prefix=f"{prefix}.{theirs}.")
+            for name, theirs in attentions.items()
+        }
+        return {**loaded, **norms, **feeds}
+
+    decoder = {"attention": "self_attn", "cross": "multihead_attn"}
+    return {
+        "encoder": [block(f"encoder.layers.{number}", {"attention": "self_attn"}) for number in range(BLOCKS)],
+        "decoder": [block(f"decoder.layers.{number}", decoder) for number in range(BLOCKS)],
+        "norm_encoder": norm("encoder.norm"),
+        "norm_decoder": norm("decoder.norm"),
+    }
+
+
+def theirs(problem: Problem, *, masked: bool) -> numpy.ndarray:
+    """PyTorch's output; its masks are True where a pair is hidden."""
+    hidden = numpy.arange(SOURCE) >= problem.lengths[:, None]
+    with torch.no_grad():
+        output = problem.model(
+            *(torch.from_numpy(one) for one in (problem.source, problem.target)),
+            tgt_mask=torch.ones(TARGET, TARGET, dtype=torch.bool).triu(1),
+            src_key_padding_mask=torch.from_numpy(hidden),
+            memory_key_padding_mask=torch.from_numpy(hidden),
+            memory_mask=torch.from_numpy(~problem.memory_mask) if masked else None,
+        )
+    return output.numpy()
+
+
+def ours(problem: Problem, library: str, dtype: str, *, masked: bool = False, cached: bool = False) -> numpy.ndarray:
+    """The example's output by the backend of `library`."""
+
+    def convert(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {name: convert(one) for name, one in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return [convert(one) for one in tree]
+        return CONVERT[library](tree.astype(dtype) if tree.dtype == numpy.float64 else tree)
+
+    with jax.enable_x64(True) if library == "jax" else nullcontext():
+        params = convert(parameters(problem.model))
+        source, target, lengths = (convert(one) for one in (problem.source, problem.target, problem.lengths))
+        memory = transformer.encode(params, source, lengths)
+        if cached:
+            output = token_by_token(params, target, memory)
+        else:
+            mask = convert(problem.memory_mask[None, None]) if masked else None
+            output = transformer.decode(params, target, memory, mask)
+        assert library_of(output) == library
+        return numpy.asarray(output)
+
+
+def token_by_token(params: dict[str, Any], target: Any, memory: transformer.Memory) -> Any:
+    """The decoder's output by as many cached steps as there are tokens."""
+    caches = transformer.start(params, memory, TARGET)
+    found = []
+    for step in range(TARGET):
+        x, caches = transformer.decode_cached(params, target[:, step : step + 1], caches)
+        found.append(numpy.asarray(x))
+    return CONVERT[library_of(target)](numpy.concatenate(found, axis=1))
+
+
+def assert_same(problem: Problem, library: str, **options: bool) -> None:
+    judged = theirs(problem, masked=options.get("masked", False))
+    found = ours(problem, library, "float64", **options)
+    assert found.dtype == judged.dtype
+    assert found.shape == judged.shape
+    lost = numpy.abs(ours(problem, library, "float32", **options) - found).max()
+    assert 0 < numpy.abs(found - judged).max() < lost
+
+
+@pytest.mark.parametrize("library", CONVERT)
+@pytest.mark.parametrize("masked", [False, True], ids=["lengths", "memory mask"])
+def test_the_stack_gives_what_pytorch_gives(problem: Problem, library: str, masked: bool) -> None:
+    assert_same(problem, library, masked=masked)
+
+
+@pytest.mark.parametrize("library", CONVERT)
+def test_so_it_does_token_by_token(problem: Problem, library: str) -> None:
+    assert_same(problem, library, cached=True)
+
+
+def test_every_mask_matters(problem: Problem) -> None:
+    judged = theirs(problem, masked=True)
+    lost = numpy.abs(
+        ours(problem, "numpy", "float32", masked=True) - ours(problem, "numpy", "float64", masked=True)
+    ).max()
+    whole = problem._replace(lengths=numpy.full(BATCH, SOURCE, dtype=numpy.int32))
+    for other in (theirs(problem, masked=False), theirs(whole, masked=True), ours(whole, "numpy", "float64")):
+        assert numpy.abs(other - judged).max() > lost
