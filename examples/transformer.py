@@ -1,0 +1,212 @@
+"""The encoder-decoder of "Attention Is All You Need" (Vaswani et al. 2017), on every backend of mha_spec.
+
+One model, written once over `mha_spec.multi_head_attention` and the functions of the parameters' own library: the same
+numbers go through NumPy, PyTorch, JAX and TensorFlow. Parameters are a nested mapping of arrays:
+
+    embedding (symbols, embed), shared by both sides and the output, as in section 3.4 of the paper
+    encoder: a list of {attention, norm_1, w_1, b_1, w_2, b_2, norm_2}
+    decoder: a list of {attention, norm_1, cross, norm_2, w_1, b_1, w_2, b_2, norm_3}
+    norm_encoder, norm_decoder: of each stack's output, where `torch.nn.Transformer` has one more; may be absent
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy
+
+import mha_spec
+from mha_spec.arrays import library_of, namespace_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "Blocks",
+    "Memory",
+    "cross_weights",
+    "decode",
+    "decode_cached",
+    "embed",
+    "encode",
+    "greedy",
+    "initial",
+    "logits",
+    "start",
+]
+
+Array: TypeAlias = Any
+Parameters: TypeAlias = "Mapping[str, Any]"
+Blocks: TypeAlias = "tuple[tuple[mha_spec.KVCache, mha_spec.KVCache], ...]"
+"""For each block of the decoder the caches of its own tokens and of the encoder's."""
+
+EPSILON = 1e-5
+"""Added to the variance in layer normalisation, as PyTorch does."""
+
+
+class Memory(NamedTuple):
+    """What the encoder gives: (batch, source length, embed), and how much of it is real, (batch,)."""
+
+    states: Array
+    lengths: Array
+
+
+def initial(
+    rng: numpy.random.Generator, symbols: int, embed: int, heads: int, feed: int, blocks: int
+) -> dict[str, Any]:
+    """The paper's base model in small: Xavier uniform matrices, zero biases, unit gains, in float32."""
+
+    def uniform(shape: tuple[int, ...], inputs: int, outputs: int) -> numpy.ndarray:
+        limit = (6 / (inputs + outputs)) ** 0.5
+        return rng.uniform(-limit, limit, shape).astype("float32")
+
+    def attention() -> dict[str, numpy.ndarray]:
+        size = embed // heads
+        into = {f"w_{name}": uniform((embed, heads, size), embed, embed) for name in "qkv"}
+        biases = {f"b_{name}": numpy.zeros((heads, size), "float32") for name in "qkv"}
+        return {**into, **biases, "w_o": uniform((heads, size, embed), embed, embed), "b_o": zeros(embed)}
+
+    def zeros(size: int) -> numpy.ndarray:
+        return numpy.zeros(size, "float32")
+
+    def block(*names: str) -> dict[str, Any]:
+        norms = {f"norm_{number + 1}": (zeros(embed) + 1, zeros(embed)) for number in range(len(names) + 1)}
+        feeding = {"w_1": uniform((embed, feed), embed, feed), "b_1": zeros(feed)}
+        back = {"w_2": uniform((feed, embed), feed, embed), "b_2": zeros(embed)}
+        return {name: attention() for name in names} | norms | feeding | back
+
+    return {
+        "embedding": (rng.standard_normal((symbols, embed)) / embed**0.5).astype("float32"),
+        "encoder": [block("attention") for _ in range(blocks)],
+        "decoder": [block("attention", "cross") for _ in range(blocks)],
+    }
+
+
+def encode(params: Parameters, x: Array, lengths: Array) -> Memory:
+    """The encoder on embedded tokens, (batch, source length, embed), of which the first `lengths` are real."""
+    for block in params["encoder"]:
+        attended = mha_spec.multi_head_attention(x, x, x, block["attention"], kv_lengths=lengths)
+        x = _norm(x + attended, block["norm_1"])
+        x = _norm(x + _feed_forward(x, block), block["norm_2"])
+    return Memory(_norm(x, params.get("norm_encoder")), lengths)
+
+
+def decode(params: Parameters, x: Array, memory: Memory, memory_mask: Array | None = None) -> Array:
+    """The decoder on embedded tokens, all at once: (batch, target length, embed) to the same.
+
+    `memory_mask`, (batch or 1, 1, target length, source length), says what of the source each token may see besides.
+    """
+    states, lengths = memory
+    for block in params["decoder"]:
+        attended = mha_spec.multi_head_attention(x, x, x, block["attention"], causal=True)
+        x = _norm(x + attended, block["norm_1"])
+        attended = mha_spec.multi_head_attention(
+            x, states, states, block["cross"], kv_lengths=lengths, mask=memory_mask
+        )
+        x = _norm(x + attended, block["norm_2"])
+        x = _norm(x + _feed_forward(x, block), block["norm_3"])
+    return _norm(x, params.get("norm_decoder"))
+
+
+def cross_weights(params: Parameters, x: Array, memory: Memory) -> Array:
+    """Where the last block of the decoder looks, (batch, heads, target length, source length); as `decode` else."""
+    *before, last = params["decoder"]
+    x = decode({**params, "decoder": before, "norm_decoder": None}, x, memory)
+    attended = mha_spec.multi_head_attention(x, x, x, last["attention"], causal=True)
+    x = _norm(x + attended, last["norm_1"])
+    return mha_spec.multi_head_attention_weights(x, memory.states, last["cross"], kv_lengths=memory.lengths)
+
+
+def start(params: Parameters, memory: Memory, capacity: int) -> Blocks:
+    """Caches for `decode_cached`: room for `capacity` tokens, and the encoder's keys and values, worked out once."""
+    return tuple(_start_block(block, memory, capacity) for block in params["decoder"])
+
+
+def _start_block(block: Parameters, memory: Memory, capacity: int) -> tuple[mha_spec.KVCache, mha_spec.KVCache]:
+    states, lengths = memory
+    batch, length, _ = states.shape
+    _, heads, size = block["attention"]["w_k"].shape
+    own = mha_spec.KVCache.empty(batch, heads, capacity, size, like=states)
+    cross = mha_spec.KVCache.empty(batch, heads, length, size, like=states)
+    nobody = states[:, :0]
+    _, cross = mha_spec.multi_head_attention(nobody, states, states, block["cross"], kv_lengths=lengths, cache=cross)
+    return own, cross
+
+
+def decode_cached(params: Parameters, x: Array, caches: Blocks) -> tuple[Array, Blocks]:
+    """The decoder on new tokens alone; `caches` holds what came before them."""
+    found: list[tuple[mha_spec.KVCache, mha_spec.KVCache]] = []
+    for block, of_block in zip(params["decoder"], caches, strict=True):
+        x, new = _decode_block(block, x, *of_block)
+        found.append(new)
+    return _norm(x, params.get("norm_decoder")), tuple(found)
+
+
+def _decode_block(
+    block: Parameters, x: Array, own: mha_spec.KVCache, cross: mha_spec.KVCache
+) -> tuple[Array, tuple[mha_spec.KVCache, mha_spec.KVCache]]:
+    attended, own = mha_spec.multi_head_attention(x, x, x, block["attention"], causal=True, cache=own)
+    x = _norm(x + attended, block["norm_1"])
+    attended, cross = mha_spec.multi_head_attention(x, None, None, block["cross"], cache=cross)
+    x = _norm(x + attended, block["norm_2"])
+    return _norm(x + _feed_forward(x, block), block["norm_3"]), (own, cross)
+
+
+def embed(params: Parameters, tokens: Array, first: int = 0) -> Array:
+    """Embedded tokens at positions from `first` on, (batch, length) to (batch, length, embed); paper, 3.4 and 3.5."""
+    table = params["embedding"]
+    xp = _functions(table)
+    size = table.shape[1]
+    rows = xp.take(table, xp.reshape(tokens, (-1,)), axis=0)
+    at = _sinusoids(first, tokens.shape[1], size)
+    return xp.reshape(rows, (*tokens.shape, size)) * size**0.5 + xp.asarray(at, dtype=table.dtype)
+
+
+def logits(params: Parameters, x: Array) -> Array:
+    """A number for every symbol of the vocabulary, (batch, length, embed) to (batch, length, symbols)."""
+    return _functions(x).tensordot(x, params["embedding"], axes=((2,), (1,)))
+
+
+def greedy(params: Parameters, source: Array, lengths: Array, begin: int, length: int) -> numpy.ndarray:
+    """Translate (batch, source length) token by token, always taking the likeliest: (batch, length) on the host."""
+    caches = start(params, encode(params, embed(params, source), lengths), length)
+    xp = _functions(params["embedding"])
+    tokens = xp.full_like(source[:, :1], begin)
+    found: list[numpy.ndarray] = []
+    for step in range(length):
+        x, caches = decode_cached(params, embed(params, tokens, step), caches)
+        tokens = xp.asarray(xp.argmax(logits(params, x), axis=-1), dtype=source.dtype)
+        found.append(numpy.asarray(tokens))
+    return numpy.concatenate(found, axis=1)
+
+
+def _functions(x: Array) -> Any:
+    """The functions of the Python array API for `x`; TensorFlow has those that are needed under a name of its own."""
+    if library_of(x) == "tensorflow":
+        from tensorflow.experimental import numpy as functions
+
+        return functions
+    return namespace_of(x)
+
+
+def _feed_forward(x: Array, block: Parameters) -> Array:
+    """max(0, x w_1 + b_1) w_2 + b_2; paper, 3.3."""
+    xp = _functions(x)
+    hidden = xp.matmul(x, block["w_1"]) + block["b_1"]
+    return xp.matmul(xp.maximum(hidden, xp.zeros_like(hidden)), block["w_2"]) + block["b_2"]
+
+
+def _norm(x: Array, norm: Sequence[Array] | None) -> Array:
+    """Layer normalisation; None leaves x as it is."""
+    if norm is None:
+        return x
+    xp, (gain, bias) = _functions(x), norm
+    centred = x - xp.mean(x, axis=-1, keepdims=True)
+    variance = xp.mean(centred * centred, axis=-1, keepdims=True)
+    return centred / xp.sqrt(variance + EPSILON) * gain + bias
+
+
+def _sinusoids(first: int, length: int, size: int) -> numpy.ndarray:
+    """Paper, 3.5: sine and cosine of position / 10000^(2i / embed), in turn."""
+    angles = numpy.arange(first, first + length)[:, None] / 10000 ** (numpy.arange(0, size, 2) / size)
+    return numpy.stack([numpy.sin(angles), numpy.cos(angles)], axis=-1).reshape(length, size)

@@ -1,0 +1,334 @@
+"""mha_spec as `attn_implementation` of transformers: small random models, against "eager".
+
+Two float64 evaluations of one function agree far better than either does with a float32 evaluation. What that loses is
+the yardstick, and it is taken of "eager" alone, so that no mistake of ours can stretch it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+import transformers_attention
+from torch.overrides import TorchFunctionMode
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor
+
+BATCH, LENGTH, SOURCE, SYMBOLS, MELS = 3, 13, 11, 67, 5
+
+OURS, WRONG = "mha_spec", "mha_spec_mistaken"
+
+SHARED: dict[str, Any] = {"vocab_size": SYMBOLS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+DECODER: dict[str, Any] = {
+    **SHARED,
+    "hidden_size": 42,
+    "intermediate_size": 53,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 14,
+    "max_position_embeddings": 64,
+}
+WHISPER: dict[str, Any] = {
+    **SHARED,
+    "d_model": 42,
+    "num_mel_bins": MELS,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 53,
+    "decoder_ffn_dim": 53,
+    "max_source_positions": SOURCE,
+    "max_target_positions": 64,
+    "decoder_start_token_id": 1,
+    "begin_suppress_tokens": None,
+}
+T5: dict[str, Any] = {
+    **SHARED,
+    "d_model": 42,
+    "d_kv": 14,
+    "d_ff": 53,
+    "num_layers": 2,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 7,
+    "relative_attention_max_distance": 11,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 1,
+}
+EXPERTS: dict[str, Any] = {
+    "num_local_experts": 2,
+    "num_experts_per_tok": 2,
+    "experts_implementation": "eager",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**WHISPER)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**DECODER, sliding_window=5, attn_logit_softcapping=2.0)
+    ),
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**DECODER, **EXPERTS, sliding_window=5)
+    ),
+}
+"""Encoders and decoders without and with cross attention; position bias; softcap and window; sinks and window."""
+
+
+class InFloat64(TorchFunctionMode):
+    """Takes float64 wherever float32 is named.
+
+    transformers holds softmax and norms in float32, even in a float64 model; there the number that its masks hide keys
+    with becomes -inf, and a padded query NaN.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        def wide(one: object) -> object:
+            return torch.float64 if one is torch.float32 else one
+
+        return func(*map(wide, args), **{name: wide(one) for name, one in (kwargs or {}).items()})
+
+
+class Pair(NamedTuple):
+    """One model twice: the same weights in float64, and rounded to float32."""
+
+    double: Any
+    single: Any
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    """Models so small are fastest on one thread."""
+    transformers_attention.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def models(name: str) -> Pair:
+    torch.manual_seed(7)
+    double = MODELS[name]().double().eval()
+    with torch.no_grad():
+        for parameter in double.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    return Pair(double, deepcopy(double).float())
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    """A batch of ragged sentences: padded on the left where there is a decoder alone."""
+    rng = torch.Generator().manual_seed(7)
+    tokens = torch.randint(3, SYMBOLS, (BATCH, LENGTH), generator=rng)
+    lengths = torch.tensor([LENGTH, 9, 4])[:, None]
+    left, right = (torch.arange(LENGTH) >= LENGTH - lengths).long(), (torch.arange(LENGTH) < lengths).long()
+    if name == "whisper":
+        sound = torch.randn(BATCH, MELS, 2 * SOURCE, generator=rng, dtype=torch.float64)
+        return {"input_features": sound, "decoder_input_ids": tokens * right, "decoder_attention_mask": right}
+    if name == "t5":
+        return {"input_ids": tokens * right, "attention_mask": right, "decoder_input_ids": tokens.flip(1)}
+    return {"input_ids": tokens * left, "attention_mask": left}
+
+
+def names_of_tokens(given: dict[str, Tensor]) -> tuple[str, str]:
+    """The names of the decoder's tokens and of their mask."""
+    prefix = "decoder_" if "decoder_input_ids" in given else ""
+    return f"{prefix}input_ids", f"{prefix}attention_mask"
+
+
+def real(given: dict[str, Tensor]) -> Tensor:
+    """Which tokens of the decoder are no padding, (batch, length)."""
+    tokens, mask = names_of_tokens(given)
+    return given[mask].bool() if mask in given else torch.ones_like(given[tokens], dtype=torch.bool)
+
+
+def ask(model: Any, implementation: str, given: dict[str, Tensor], **options: Any) -> Any:
+    """What a model gives with an implementation of attention."""
+    model.set_attn_implementation(implementation)
+    cast = {name: one.to(model.dtype) if one.is_floating_point() else one for name, one in given.items()}
+    with InFloat64() if model.dtype == torch.float64 else nullcontext():
+        return model(**cast, **options)
+
+
+def logits(model: Any, implementation: str, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return ask(model, implementation, given).logits[real(given)]
+
+
+def in_pieces(model: Any, implementation: str, given: dict[str, Tensor], past: Any = None) -> Tensor:
+    """The logits of a few tokens, of two more, and then of one at a time, by a cache."""
+    tokens, mask = names_of_tokens(given)
+    found: list[Tensor] = []
+    for start, stop in pairwise((0, 7, 9, *range(10, LENGTH + 1))):
+        piece = given | {tokens: given[tokens][:, start:stop]}
+        if mask in given:
+            piece[mask] = given[mask][:, :stop]
+        with torch.no_grad():
+            answer = ask(model, implementation, piece, past_key_values=past, use_cache=True)
+        past = answer.past_key_values
+        found.append(answer.logits)
+    return torch.cat(found, dim=1)[real(given)]
+
+
+def gradients(model: Any, implementation: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of all parameters in training, by a loss that weighs every logit of a real token."""
+    model = deepcopy(model).train()
+    found = ask(model, implementation, given).logits[real(given)]
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    (found * weights.to(found.dtype)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def weights(model: Any, implementation: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of every layer of every kind of attention, (layers, tokens, heads, kv_len)."""
+    with torch.no_grad():
+        answer = ask(model, implementation, given, output_attentions=True)
+    kinds = {kind: torch.stack(answer[kind]).transpose(2, 3) for kind in answer if kind.endswith("attentions")}
+    return {
+        kind: found.flatten(1, 2) if kind.startswith("encoder") else found[:, real(given)]
+        for kind, found in kinds.items()
+    }
+
+
+def off(found: Tensor, judged: Tensor) -> float:
+    assert found.shape == judged.shape
+    return (found.double() - judged).abs().max().item()
+
+
+def assert_same(found: Tensor, judged: Tensor, rounded: Tensor) -> None:
+    assert found.dtype == judged.dtype == torch.float64
+    assert off(found, judged) < off(rounded, judged)
+
+
+@cache
+def judged_logits(name: str) -> Pair:
+    """The logits of "eager", and what float32 makes of them."""
+    return Pair(*(logits(model, "eager", inputs(name)) for model in models(name)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logits_are_those_of_eager(name: str) -> None:
+    assert_same(logits(models(name).double, OURS, inputs(name)), *judged_logits(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper", "gemma2"])
+def test_without_padding_so_they_are(name: str) -> None:
+    (double, single), given = models(name), inputs(name)
+    given = {key: one for key, one in given.items() if not key.endswith("mask")}
+    assert_same(logits(double, OURS, given), logits(double, "eager", given), logits(single, "eager", given))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cache_gives_the_logits_of_all_at_once(name: str) -> None:
+    assert_same(in_pieces(models(name).double, OURS, inputs(name)), *judged_logits(name))
+
+
+def test_so_does_a_cache_of_a_fixed_size() -> None:
+    model = models("llama").double
+    past = transformers.StaticCache(model.config, max_cache_len=LENGTH + 4)
+    assert_same(in_pieces(model, OURS, inputs("llama"), past), *judged_logits("llama"))
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper"])
+def test_it_generates_the_tokens_of_eager(name: str) -> None:
+    given, found = inputs(name), {}
+    model = models(name).double
+    for implementation in ("eager", OURS):
+        model.set_attn_implementation(implementation)
+        with InFloat64():
+            found[implementation] = model.generate(**given, max_new_tokens=LENGTH, do_sample=False)
+    assert found[OURS].shape[1] >= LENGTH
+    assert len(found[OURS].unique()) > LENGTH // 2
+    torch.testing.assert_close(found[OURS], found["eager"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradients_are_those_of_eager(name: str) -> None:
+    (double, single), given = models(name), inputs(name)
+    found, judged = gradients(double, OURS, given), gradients(double, "eager", given)
+    rounded = gradients(single, "eager", given)
+    assert found.keys() == judged.keys() == rounded.keys()
+    for parameter, gradient in found.items():
+        assert_same(gradient, judged[parameter], rounded[parameter])
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper", "gpt_oss"])
+def test_the_weights_are_those_of_eager(name: str) -> None:
+    (double, single), given = models(name), inputs(name)
+    found, judged = weights(double, OURS, given), weights(double, "eager", given)
+    rounded = weights(single, "eager", given)
+    assert found.keys() == judged.keys() == rounded.keys()
+    for kind, of_kind in found.items():
+        assert_same(of_kind, judged[kind], rounded[kind])
+
+
+def test_a_mask_of_numbers_is_a_bias() -> None:
+    (double, single), given = models("llama"), inputs("llama")
+    rng = torch.Generator().manual_seed(7)
+    numbers = torch.randn(BATCH, 1, LENGTH, LENGTH, generator=rng, dtype=torch.float64)
+    given["attention_mask"] = numbers.masked_fill(~torch.ones(LENGTH, LENGTH).tril().bool(), float("-inf"))
+
+    def of_all(model: Any, implementation: str) -> Tensor:
+        with torch.no_grad():
+            return ask(model, implementation, given).logits
+
+    assert_same(of_all(double, OURS), of_all(double, "eager"), of_all(single, "eager"))
+
+
+def test_dropout_is_drawn_in_training() -> None:
+    model, given = deepcopy(models("llama").double), inputs("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    plain = logits(model, OURS, given)
+    model.train()
+    found: list[Tensor] = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(logits(model, OURS, given))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], plain)
+
+
+MISTAKES: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "a mask of the other polarity": ("llama", lambda asked: {"attention_mask": ~asked["attention_mask"]}),
+    "the padding forgotten": ("llama", lambda _: {"attention_mask": None, "is_causal": True}),
+    "the order forgotten": ("llama", lambda asked: {"attention_mask": asked["attention_mask"][:, :, -1:]}),
+    "groups tiled, not repeated": (
+        "llama",
+        lambda asked: {name: asked[name].repeat(1, 2, 1, 1) for name in ("key", "value")},
+    ),
+    "scores not scaled": ("llama", lambda _: {"scaling": 1.0}),
+    "scores scaled twice": ("whisper", lambda _: {"scaling": None}),
+    "no position bias": ("t5", lambda _: {"position_bias": None}),
+    "no softcap": ("gemma2", lambda _: {"softcap": None}),
+    "no sinks": ("gpt_oss", lambda _: {"s_aux": None}),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_seen(mistake: str) -> None:
+    name, change = MISTAKES[mistake]
+
+    def mistaken(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **rest: Any) -> Any:
+        asked = {"query": query, "key": key, "value": value, "attention_mask": attention_mask, **rest}
+        return transformers_attention.attention(module, **asked | change(asked))
+
+    transformers.AttentionInterface.register(WRONG, mistaken)
+    transformers.AttentionMaskInterface.register(WRONG, sdpa_mask)
+    judged, rounded = judged_logits(name)
+    assert off(logits(models(name).double, WRONG, inputs(name)), judged) > off(rounded, judged)
