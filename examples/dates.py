@@ -130,7 +130,7 @@ def draw(params: dict[str, Any], asked: Pairs, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(steps: int = 1500, picture: Path = Path("dates.png")) -> None:
+def main(steps: int = 1000, picture: Path = Path("dates.png")) -> None:
     """Train, judge, translate on every backend, draw."""
     begun = time.perf_counter()
     torch.manual_seed(SEED)

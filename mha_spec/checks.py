@@ -265,15 +265,18 @@ def check_offset(offset: Array | Sequence[int] | int | None, query: Array) -> No
 
 
 def check_entries(
-    label: str, value: Array | Sequence[int] | int | None, query: Array, low: int, high: int, high_name: str
+    label: str, value: Array | Sequence[int] | int | None, query: Array, low: int, high: int | None, high_name: str
 ) -> None:
-    """One integer for each batch entry of `query`, within its range where it is host data (MHA-LEN-3)."""
+    """One integer for each batch entry of `query`, within its range where it is host data (MHA-LEN-3).
+
+    A size that is not known when a call is traced, None, bounds nothing.
+    """
     if value is None:
         return
     if not (label == "q_offset" and _is_integer(value)):
         _check_integer_array(label, value, query, (query.shape[0],), "(batch,)")
     for number in host_integers(value) or ():
-        if not low <= number <= high:
+        if number < low or (high is not None and number > high):
             limits = f"{low}<={label}<={high_name}" + (f"={high}" if high_name != "2**30" else "")
             _value_error("MHA-LEN-3", f"`{label}` must be in {limits}, received {number}.")
 

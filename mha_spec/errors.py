@@ -6,6 +6,8 @@ __all__ = ["ArgumentTypeError", "ArgumentValueError", "BackendError", "MhaSpecEr
 class MhaSpecError(Exception):
     """Base class of every error that mha-spec raises for a mistake of its user."""
 
+    __init__ = Exception.__init__  # AutoGraph raises again under its own class what has this very one
+
 
 class ArgumentValueError(MhaSpecError, ValueError):
     """An argument has the right kind and a wrong value: a shape, a range, a combination."""

@@ -101,7 +101,7 @@ def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: 
         angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
         cosine, sine = (xp.asarray(turn, dtype=wide, device=device) for turn in (numpy.cos(angles), numpy.sin(angles)))
     else:
-        angles = xp.astype(positions, wide)[..., None] * xp.asarray(frequencies, dtype=wide, device=device)
+        angles = xp.astype(positions, wide)[..., None] * xp.asarray(frequencies.copy(), dtype=wide, device=device)
         cosine, sine = xp.cos(angles), xp.sin(angles)
     return (cosine[:, None, :, :], sine[:, None, :, :]) if cosine.ndim == 3 else (cosine, sine)
 

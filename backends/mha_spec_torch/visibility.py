@@ -82,7 +82,10 @@ class Visibility:
             return []
         if not (self.a.positional or self._per_entry):
             return [whole]
-        exact = [task for batch in self._alike() for task in self._of_entries(batch)]
+        groups = self._alike()
+        if whole.pairs <= COST_OF_TASK * (len(groups) - 1):
+            return [whole]
+        exact = [task for batch in groups for task in self._of_entries(batch)]
         saved = whole.pairs - sum(task.pairs for task in exact)
         return exact if saved > COST_OF_TASK * (len(exact) - 1) else [whole]
 

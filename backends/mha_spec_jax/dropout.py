@@ -1,0 +1,34 @@
+"""Random dropout: the key of jax from which masks are drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+
+if TYPE_CHECKING:
+    from mha_spec.arguments import Arguments
+
+__all__ = ["key_of"]
+
+
+def key_of(a: Arguments) -> jax.Array | None:
+    """The key of a call that has a mask to draw, else None; jax has no global generator (MHA-DROP-4)."""
+    if a.dropout_rate == 0 or a.dropout_mask is not None:
+        return None
+    received = f"received dropout_key={a.dropout_key!r}"
+    if a.dropout_key is None:
+        message = f"`dropout_key` must be a key of jax.random with dropout_rate={a.dropout_rate} and no dropout_mask"
+        raise ArgumentValueError(f"{message}, {received}. jax has no global generator. [MHA-DROP-4]")
+    if not isinstance(a.dropout_key, jax.Array) or not _is_key(a.dropout_key):
+        raise ArgumentTypeError(f"`dropout_key` must be one key, as jax.random.key(0) gives, {received}. [MHA-DROP-4]")
+    return a.dropout_key
+
+
+def _is_key(array: jax.Array) -> bool:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array.shape == ()
+    return array.dtype == jnp.uint32 and array.ndim == 1

@@ -1,0 +1,162 @@
+"""The order of the work: blocks of queries, and for each the stretch of keys outside of which it sees nothing.
+
+What is known when a call is traced (sizes, windows, offsets and lengths on the host) decides the blocks. Programs are
+compiled for the sizes alone, and sizes of stretches are rounded, so that a new offset seldom compiles a new program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy
+
+from mha_spec.arrays import host_integers
+
+if TYPE_CHECKING:
+    from mha_spec.arguments import Arguments
+
+__all__ = ["Group", "Plan", "Stretches", "coarse", "plan_of"]
+
+SCORES = 2**19
+"""How many scores a block holds at most on a CPU, as long as its queries keep within the bounds: 2 MiB in float32."""
+ACCELERATED = 2**7
+"""How many times as many on an accelerator, whose many units one head cannot keep busy."""
+LOWEST, HIGHEST = 64, 512
+"""Bounds of a block's queries."""
+SIZES = 4
+"""How many sizes a stretch of keys can have."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive blocks of one shape."""
+
+    first: int
+    count: int
+    rows: int
+    keys: int
+    from_zero: bool
+    """Whether every stretch begins at key 0."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks of a call."""
+
+    groups: tuple[Group, ...]
+    each_head: bool
+    """Whether key/value heads are worked one after another, in every block of each, or all at once."""
+
+
+Stretches = tuple[numpy.ndarray | None, ...]
+"""For each group the first key of each block, or None where all are 0."""
+
+
+class _Block(NamedTuple):
+    first: int
+    rows: int
+    start: int
+    keys: int
+
+
+def plan_of(a: Arguments) -> tuple[Plan, Stretches]:
+    """Cut a call into blocks, and group those that have one shape."""
+    height, each_head = _height(a)
+    groups: list[Group] = []
+    stretches: list[numpy.ndarray | None] = []
+    for (rows, keys, from_zero), run in groupby(_blocks(a, height), _shape):
+        blocks = list(run)
+        groups.append(Group(blocks[0].first, len(blocks), rows, keys, from_zero))
+        stretches.append(None if from_zero else numpy.asarray([block.start for block in blocks], numpy.int32))
+    return Plan(tuple(groups), each_head), tuple(stretches)
+
+
+def coarse(plan: Plan, kv_len: int) -> Plan:
+    """The same blocks with every key, in as few groups as they have heights: a program that is soon compiled."""
+    alike = (list(run) for _, run in groupby(plan.groups, lambda group: group.rows))
+    groups = (Group(run[0].first, sum(one.count for one in run), run[0].rows, kv_len, from_zero=True) for run in alike)
+    return Plan(tuple(groups), plan.each_head)
+
+
+def _shape(block: _Block) -> tuple[int, int, bool]:
+    return block.rows, block.keys, block.start == 0
+
+
+def _height(a: Arguments) -> tuple[int, bool]:
+    """The queries of a block, a power of two, and whether heads are worked one after another.
+
+    Beside a band of keys lie as many in vain as the block is high.
+    """
+    highest, keys, band = HIGHEST, a.kv_len, _band(a)
+    if band is not None:
+        highest = min(HIGHEST, max(LOWEST, band // 2))
+        keys = min(a.kv_len, highest + band)
+    scores = SCORES if jax.default_backend() == "cpu" else SCORES * ACCELERATED
+    each_head = a.batch * a.heads * min(a.q_len, highest) * keys > scores
+    matrices = a.heads // a.kv_heads if each_head else a.batch * a.heads
+    wanted = min(highest, max(LOWEST, scores // max(1, matrices * keys)))
+    return 1 << (wanted.bit_length() - 1), each_head and a.batch * a.kv_heads > 1
+
+
+def _blocks(a: Arguments, rows: int) -> list[_Block]:
+    blocks = [range(first, min(first + rows, a.q_len)) for first in range(0, a.q_len, rows)]
+    bounds = [_seen(a, block) for block in blocks]
+    sizes, band = [len(keys) for keys in bounds], _band(a)
+    if band is not None:
+        sizes = [max(rows + band, *sizes)] * len(sizes)
+    elif a.q_segment_ids is not None:
+        sizes = [max(sizes)] * len(sizes)
+    sizes = [_rounded(size, a) for size in sizes]
+    return [
+        _Block(block[0], len(block), min(keys.start, a.kv_len - size), size)
+        for block, keys, size in zip(blocks, bounds, sizes, strict=True)
+    ]
+
+
+def _window(a: Arguments) -> tuple[int | None, int | None]:
+    """Causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
+    left, right = a.bounded_window or (None, None)
+    return left, 0 if a.causal else right
+
+
+def _band(a: Arguments) -> int | None:
+    """How many keys one row sees, less one, where a window bounds both sides."""
+    left, right = _window(a)
+    return None if left is None or right is None else left + right
+
+
+def _rounded(size: int, a: Arguments) -> int:
+    """A part of all keys, smaller for segments, which have one size: of others each size is a program."""
+    unit = max(LOWEST, -(-a.kv_len // (SIZES if a.q_segment_ids is None else SIZES**2)))
+    return min(a.kv_len, size if _band(a) is not None else max(1, -(-size // unit)) * unit)
+
+
+def _seen(a: Arguments, queries: range) -> range:
+    """The keys between the first and the last that some of the queries see, as far as the host knows."""
+    left, right = _window(a)
+    start, stop = 0, a.kv_len
+    offsets = host_integers(0 if a.q_offset is None else a.q_offset)
+    if offsets and left is not None:
+        start = max(start, min(offsets) + queries[0] - left)
+    if offsets and right is not None:
+        stop = min(stop, max(offsets) + queries[-1] + right + 1)
+    kv_lengths, q_lengths = (None if one is None else host_integers(one) for one in (a.kv_lengths, a.q_lengths))
+    if kv_lengths:
+        stop = min(stop, max(kv_lengths))
+    if q_lengths and max(q_lengths) <= queries[0]:
+        stop = 0
+    stop = max(stop, 0)
+    return _seen_by_segments(a, queries, range(min(start, stop), stop))
+
+
+def _seen_by_segments(a: Arguments, queries: range, keys: range) -> range:
+    if not (isinstance(a.q_segment_ids, numpy.ndarray) and isinstance(a.kv_segment_ids, numpy.ndarray)):
+        return keys
+    seen = numpy.zeros(len(keys), bool)
+    for q_ids, kv_ids in zip(a.q_segment_ids, a.kv_segment_ids, strict=True):
+        seen |= numpy.isin(kv_ids[keys.start : keys.stop], q_ids[queries.start : queries.stop])
+    used = numpy.flatnonzero(seen)
+    return keys[int(used[0]) : int(used[-1]) + 1] if used.size else range(0)

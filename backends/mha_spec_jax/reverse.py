@@ -1,0 +1,55 @@
+"""Derivatives that there are not are refused by errors of ours, where jax would raise some that name its internals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from mha_spec.errors import ArgumentTypeError
+
+if TYPE_CHECKING:
+    from jax import Array
+
+__all__ = ["once", "reverse_only"]
+
+
+def _refuse_forward(*_: object, **__: object) -> NoReturn:
+    fix = "Use reverse mode: jax.grad, jax.vjp, jax.jacrev; for a Hessian, jax.jacrev(jax.jacrev(...))."
+    raise ArgumentTypeError(f"attention of mha_spec_jax has no forward-mode derivative (jvp, jacfwd, linearize). {fix}")
+
+
+_tangent = Primitive("mha_spec_tangent")
+"""The identity on tangents: it can be transposed, which is reverse mode, and not evaluated, which is forward mode."""
+_tangent.def_impl(_refuse_forward)
+_tangent.def_abstract_eval(lambda tangent: tangent)
+ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
+batching.primitive_batchers[_tangent] = _refuse_forward
+mlir.register_lowering(_tangent, _refuse_forward)
+
+_reverse_only = Primitive("mha_spec_reverse_only")
+"""The identity, whose tangent is the above."""
+_reverse_only.def_impl(lambda array: array)
+_reverse_only.def_abstract_eval(lambda array: array)
+ad.defjvp(_reverse_only, lambda tangent, _: _tangent.bind(tangent))
+batching.defvectorized(_reverse_only)
+mlir.register_lowering(_reverse_only, lambda _, array: [array])
+
+
+def reverse_only(array: Array) -> Array:
+    """The identity, which has a gradient and no forward derivative."""
+    return _reverse_only.bind(array)
+
+
+@jax.custom_jvp
+def once(array: Array) -> Array:
+    """The identity in a backward pass that has itself no derivative."""
+    return array
+
+
+@once.defjvp
+def _refuse_second(*_: object) -> NoReturn:
+    fix = "Use return_lse=True, whose kernel has them."
+    raise ArgumentTypeError(f"attention of mha_spec_jax by cuDNN has no second derivatives. {fix}")

@@ -1,0 +1,190 @@
+"""One block of queries against its stretch of keys: logits, what is visible, and what dropout keeps.
+
+Products see the queries of all heads that share a key/value head as rows of one matrix, (batch, kv_heads, rows, ...);
+everything else sees (batch, kv_heads, group, queries, keys).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple
+
+import tensorflow as tf
+
+from .problem import sizes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mha_spec.arrays import Array
+
+    from .problem import Operands, Problem, Size
+
+__all__ = ["Block", "Scores", "Softmax", "kept", "scores", "softmax", "spread", "stacked"]
+
+
+class Block(NamedTuple):
+    """Consecutive batch entries, queries and keys; where they begin may be traced."""
+
+    entry: Size
+    entries: Size
+    query: Size
+    queries: Size
+    key: Size
+    keys: Size
+
+    def of_rows(self, array: Array) -> Array:
+        """The rows of this block in (batch, kv_heads, group, q_len, ...)."""
+        return _cut(self._of_entries(array), self.query, self.queries, 3)
+
+    def of_keys(self, array: Array) -> Array:
+        """The keys of this block in (batch, kv_heads, kv_len, size)."""
+        return _cut(self._of_entries(array), self.key, self.keys, 2)
+
+    def of_pairs(self, array: Array) -> Array:
+        """The pairs of this block in a folded mask or bias, 1 where it broadcasts (MHA-MASK-2)."""
+        return _cut(self.of_rows(array), self.key, self.keys, 4)
+
+    def _of_entries(self, array: Array) -> Array:
+        return _cut(array, self.entry, self.entries, 0)
+
+
+def _cut(array: Array, start: Size, size: Size, axis: int) -> Array:
+    if not isinstance(size, int) or array.shape[axis] in (1, size):
+        return array
+    starts, sizes = [0] * len(array.shape), [-1] * len(array.shape)
+    starts[axis], sizes[axis] = start, size
+    return tf.slice(array, starts, sizes)
+
+
+class Scores(NamedTuple):
+    """The logits of a block, and what belongs to them."""
+
+    logits: Array
+    """-inf where a pair is invisible, but 0 throughout a row that sees nothing, whose weights are thus finite."""
+    visible: Array | None
+    """Broadcastable to the logits; None where all pairs are visible."""
+    seeing: Array | None
+    """Which rows see a key, broadcastable to the logits; None where all do."""
+    slope: Array | None
+    """The slope of the soft cap (MHA-VJP-2)."""
+
+
+def stacked(array: Array) -> Array:
+    """(batch, kv_heads, group, queries, size) to (batch, kv_heads, rows, size)."""
+    batch, kv_heads, group, queries, size = sizes_of(array)
+    return tf.reshape(array, (batch, kv_heads, group * queries, size))
+
+
+def spread(array: Array, like: Array) -> Array:
+    """(batch, kv_heads, rows, size) to (batch, kv_heads, group, queries, size), with the axes of `like`."""
+    return tf.reshape(array, (*sizes_of(like)[:4], sizes_of(array)[3]))
+
+
+def scores(problem: Problem, x: Operands, block: Block, *, slope: bool = False) -> Scores:
+    """The scores, capped, then biased, then hidden (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
+    query = block.of_rows(x.query) * problem.scale
+    logits = spread(tf.matmul(stacked(query), block.of_keys(x.key), transpose_b=True), query)
+    of_cap = None
+    if problem.softcap is not None:
+        tanh = tf.tanh(logits / problem.softcap)
+        of_cap = 1 - tanh * tanh if slope else None
+        logits = problem.softcap * tanh
+    visible = _visible(problem, x, block)
+    if x.bias is not None:
+        logits += block.of_pairs(x.bias)
+    if visible is None:
+        return Scores(logits, None, None, of_cap)
+    seeing = tf.reduce_any(visible, axis=-1, keepdims=True)
+    hidden = tf.where(seeing, tf.constant(-math.inf, logits.dtype), tf.zeros((), logits.dtype))
+    return Scores(tf.where(visible, logits, hidden), visible, seeing, of_cap)
+
+
+class Softmax(NamedTuple):
+    """The softmax of a block; all but the weights are (batch, kv_heads, group, queries, 1), or None where not asked."""
+
+    weights: Array
+    """Those among the keys alone, without the sink."""
+    share: Array | None
+    """Of a row's weight, what its keys have; the rest is the sink's. 0 in a row that sees nothing; None where all 1."""
+    of_sink: Array | None
+    """The rest."""
+    lse: Array | None
+
+
+def softmax(x: Operands, found: Scores, *, needs_lse: bool) -> Softmax:
+    """The softmax of logits; the largest weight is the reciprocal of the sum of exponentials (MHA-SOFTMAX-1).
+
+    A row with NaN has nothing else, which XLA leaves out of a maximum (MHA-NAN-1).
+    """
+    logits, seeing = found.logits, found.seeing
+    weights = spread(tf.nn.softmax(stacked(logits)), logits)
+    if x.sinks is None and not needs_lse:
+        return Softmax(weights, None if seeing is None else tf.cast(seeing, weights.dtype), None, None)
+    nan = 0 * tf.reduce_sum(weights[..., :1], axis=-1, keepdims=True)
+    largest = tf.reduce_max(weights, axis=-1, keepdims=True) + nan
+    lse = tf.reduce_max(logits, axis=-1, keepdims=True) - tf.math.log(largest)
+    if x.sinks is None:
+        share = None if seeing is None else tf.cast(seeing, weights.dtype)
+        return Softmax(weights, share, None, _shown(lse, seeing, tf.constant(-math.inf, lse.dtype)))
+    zero = tf.zeros((), lse.dtype)
+    share = _shown(tf.sigmoid(lse - x.sinks), seeing, zero)
+    of_sink = _shown(tf.sigmoid(x.sinks - lse), seeing, tf.cast(x.sinks > -math.inf, lse.dtype))
+    return Softmax(weights, share, of_sink, _shown(lse + tf.math.softplus(x.sinks - lse), seeing, x.sinks))
+
+
+def _shown(array: Array, visible: Array | None, otherwise: Array) -> Array:
+    return array if visible is None else tf.where(visible, array, otherwise)
+
+
+def kept(problem: Problem, x: Operands, block: Block) -> Array | None:
+    """By what dropout multiplies the weights of a block; None without dropout (MHA-DROP-1, MHA-DROP-2).
+
+    A mask that is drawn depends on the seed and on where the block lies, so that it can be drawn again.
+    """
+    dtype = x.query.dtype
+    if problem.given.dropout_mask is not None:
+        keep = block.of_pairs(problem.given.dropout_mask)
+    elif problem.given.dropout_seed is not None:
+        entry, query = (tf.cast(place, tf.int64) for place in (block.entry, block.query))
+        seed = tf.stack([problem.given.dropout_seed, entry * 2**31 + query])
+        shape = (block.entries, *x.query.shape[1:3], block.queries, block.keys)
+        keep = tf.random.stateless_uniform(shape, seed) >= problem.dropout_rate
+    else:
+        return None
+    return tf.cast(keep, dtype) / (1 - problem.dropout_rate)
+
+
+def _visible(problem: Problem, x: Operands, block: Block) -> Array | None:
+    """Which pairs of a block are visible, broadcastable to its logits; None without a constraint (MHA-MASK-3)."""
+    constraints = list(_constraints(problem, x, block))
+    return reduce(tf.logical_and, constraints) if constraints else None
+
+
+def _constraints(problem: Problem, x: Operands, block: Block) -> Iterator[Array]:
+    yield from _of_places(problem, block)
+    given = problem.given
+    if given.mask is not None:
+        yield block.of_pairs(given.mask)
+    if x.bias is not None:
+        yield block.of_pairs(x.bias) != -math.inf
+
+
+def _of_places(problem: Problem, block: Block) -> Iterator[Array]:
+    """The constraints of window, lengths and segments, but for those that are known to hide nothing in this block."""
+    given, known, settled = problem.given, problem.known, problem.known.settled(*block)
+    rows = block.query + tf.range(block.queries)[:, None]
+    keys = block.key + tf.range(block.keys)
+    if not isinstance(block.keys, int) or block.keys == 0:
+        yield keys >= 0
+    if known.left is not None and not settled.left:
+        yield keys >= rows + block.of_rows(given.q_offset) - known.left
+    if known.right is not None and not settled.right:
+        yield keys <= rows + block.of_rows(given.q_offset) + known.right
+    if given.q_lengths is not None and not settled.q_lengths:
+        yield rows < block.of_rows(given.q_lengths)
+    if given.kv_lengths is not None and not settled.kv_lengths:
+        yield keys < block.of_rows(given.kv_lengths)
+    if given.q_segment_ids is not None and given.kv_segment_ids is not None and not settled.segments:
+        yield block.of_pairs(given.q_segment_ids) == block.of_pairs(given.kv_segment_ids)

@@ -1,0 +1,36 @@
+"""Random dropout: the seed from which masks are drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy
+import tensorflow as tf
+
+from mha_spec.errors import ArgumentTypeError
+
+if TYPE_CHECKING:
+    from mha_spec.arguments import Arguments
+    from mha_spec.arrays import Array
+
+__all__ = ["seed_of"]
+
+
+def seed_of(a: Arguments) -> Array | None:
+    """The seed of a call that has a mask to draw, else None (MHA-DROP-4)."""
+    if a.dropout_rate == 0 or a.dropout_mask is not None:
+        return None
+    key = a.dropout_key
+    if key is None:
+        return tf.random.uniform((), maxval=2**62, dtype=tf.int64)
+    if not _is_seed(key):
+        received = f"received dropout_key={key!r} of type {type(key).__name__}"
+        fix = "None is TensorFlow's global generator."
+        raise ArgumentTypeError(f"`dropout_key` must be an int, or one in a tensor, {received}. {fix} [MHA-DROP-4]")
+    return tf.cast(key, tf.int64)
+
+
+def _is_seed(key: Array) -> bool:
+    if isinstance(key, (int, numpy.integer)):
+        return not isinstance(key, bool)
+    return bool(tf.is_tensor(key)) and key.dtype.is_integer and key.shape.rank == 0

@@ -1,0 +1,79 @@
+"""The forward pass: the softmax of each block of queries over its whole stretch of keys."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import tensorflow as tf
+
+from .block import Block, kept, scores, softmax, spread, stacked
+from .loops import Tensors, over_entries, over_queries, whole
+from .problem import finite
+
+if TYPE_CHECKING:
+    from mha_spec.arrays import Array
+
+    from .block import Scores
+    from .plan import Run
+    from .problem import Operands, Problem, Size
+
+__all__ = ["attend", "weigh"]
+
+
+def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> Tensors:
+    """Output (batch, kv_heads, group, q_len, v_dim), and lse (batch, kv_heads, group, q_len, 1) where it is asked."""
+    rows, dtype = x.query.shape[:4], x.query.dtype
+    like = {"output": tf.TensorSpec((*rows, x.value.shape[3]), dtype)}
+    if needs_lse:
+        like["lse"] = tf.TensorSpec((*rows, 1), dtype)
+
+    def body(carry: Tensors, block: Block) -> tuple[Tensors, Tensors]:
+        return carry, _attend(problem, x, block, needs_lse=needs_lse)
+
+    def work(carry: Tensors, run: Run, entry: Size, entries: Size) -> tuple[Tensors, Tensors]:
+        return over_queries(run, entry, entries, body, carry, like)
+
+    if problem.plan is None:
+        return body({}, whole(x))[1]
+    return over_entries(problem, x, work, {}, like)[1]
+
+
+def _attend(problem: Problem, x: Operands, block: Block, *, needs_lse: bool) -> Tensors:
+    found = scores(problem, x, block)
+    weights, share, _, lse = softmax(x, found, needs_lse=needs_lse)
+    keep = kept(problem, x, block)
+    output = _product(weights if keep is None else weights * keep, block.of_keys(x.value), found)
+    if x.sinks is not None:
+        output *= share
+    return {"output": output, "lse": lse} if needs_lse else {"output": output}
+
+
+def _product(weights: Array, value: Array, found: Scores) -> Array:
+    """sum_j weights_ij value_jc over visible pairs alone.
+
+    A value that is not finite and meets a weight of 0 shows in the sum of all; only then is the product taken again,
+    of what is finite, with NaN where a visible pair has something else (MHA-POISON-1, MHA-POISON-2, MHA-NAN-2).
+    """
+    rows = stacked(weights)
+    if found.visible is None or found.seeing is None:
+        return spread(tf.matmul(rows, value), weights)
+    visible, seeing, zero = found.visible, found.seeing, tf.zeros((), weights.dtype)
+    plain = tf.where(seeing, spread(tf.matmul(rows, value), weights), zero)
+
+    def again() -> Array:
+        pairs = stacked(tf.cast(tf.broadcast_to(visible, tf.shape(weights)), weights.dtype))
+        broken = tf.matmul(pairs, tf.cast(~tf.math.is_finite(value), weights.dtype)) > 0
+        total = tf.where(broken, tf.constant(math.nan, weights.dtype), tf.matmul(rows, finite(value)))
+        return tf.where(seeing, spread(total, weights), zero)
+
+    return tf.cond(tf.math.is_finite(tf.reduce_sum(plain)), lambda: plain, again)
+
+
+def weigh(problem: Problem, x: Operands) -> Array:
+    """The normalised weights of the whole call, before dropout (MHA-WEIGHTS-1)."""
+    found = scores(problem, x, whole(x))
+    weights, share, _, _ = softmax(x, found, needs_lse=False)
+    if found.visible is not None:
+        weights = tf.where(found.visible, weights, tf.zeros((), weights.dtype))
+    return weights if share is None or x.sinks is None else weights * share

@@ -1,0 +1,275 @@
+"""The layer for TensorFlow: the specification's order, every step of it in operations that can be traced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import tensorflow as tf
+
+from mha_spec import layer_steps
+from mha_spec.arguments import spells_options
+from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
+from mha_spec.cache import KVCache
+from mha_spec.layer import Layer
+from mha_spec.layer_steps import LayerSteps, slope_values
+
+from .problem import sizes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Unpack
+
+    from jaxtyping import Float, Int
+
+    from mha_spec.arguments import Options, WeightOptions
+    from mha_spec.arrays import Array
+
+    Integers = Array | Sequence[int] | numpy.ndarray
+
+__all__ = [
+    "alibi_bias",
+    "alibi_slopes",
+    "append_cache",
+    "empty_cache",
+    "multi_head_attention",
+    "multi_head_attention_weights",
+    "rotary_embedding",
+]
+
+
+def widen(x: Array) -> Array:
+    """The tensor in the softmax's type (MHA-SOFTMAX-2)."""
+    return tf.cast(x, softmax_dtype_name(dtype_name(x)))
+
+
+def project(x: Array, weight: Array) -> Array:
+    """Every head is a linear map of the embedding, summed in the softmax's type (MHA-PROJ-1)."""
+    (batch, length, _), (embed, heads, size) = sizes_of(x), weight.shape
+    rows = tf.matmul(tf.reshape(widen(x), (-1, embed)), tf.reshape(widen(weight), (embed, heads * size)))
+    return tf.cast(tf.transpose(tf.reshape(rows, (batch, length, heads, size)), (0, 2, 1, 3)), x.dtype)
+
+
+def add_bias(x: Array, bias: Array | None) -> Array:
+    """A bias for each head and component, the same for every token (MHA-PROJ-2)."""
+    return x if bias is None else tf.cast(widen(x) + widen(bias)[:, None, :], x.dtype)
+
+
+def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
+    """Each head's vector over its root mean square, in the softmax's type (MHA-NORM-1)."""
+    if gain is None:
+        return x
+    wide = widen(x)
+    mean_square = tf.reduce_mean(wide * wide, axis=-1, keepdims=True)
+    return tf.cast(wide / tf.sqrt(mean_square + epsilon) * widen(gain), x.dtype)
+
+
+def positions(offset: Integers | int, length: int | None, like: Array) -> numpy.ndarray | Array:
+    """Token i of batch entry b sits at offset[b] + i; an array of NumPy where both are known (MHA-POS-1)."""
+    if host_integers(offset) is not None and length is not None:
+        return layer_steps.positions(offset, length, like)
+    offset = tf.convert_to_tensor(offset)
+    return offset[..., None] + tf.range(sizes_of(like)[2] if length is None else length, dtype=offset.dtype)
+
+
+def turns(
+    positions: Array | Sequence[float] | numpy.ndarray, frequencies: numpy.ndarray, like: Array
+) -> tuple[Array, Array]:
+    """Cosine and sine of position * frequency in the softmax's type; the product is one of float64 (MHA-ROTARY-5)."""
+    dtype = softmax_dtype_name(dtype_name(like))
+    if library_of(positions) in (None, "numpy"):
+        angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
+        found = [tf.constant(turn, dtype) for turn in (numpy.cos(angles), numpy.sin(angles))]
+    else:
+        angles = tf.expand_dims(tf.cast(positions, tf.float64), -1) * tf.constant(frequencies)
+        found = [tf.cast(turn, dtype) for turn in (tf.cos(angles), tf.sin(angles))]
+    cosine, sine = (turn[:, None] if turn.shape.rank == 3 else turn for turn in found)
+    return cosine, sine
+
+
+def turn(x: Array, turns: tuple[Array, Array], interleaved: bool) -> Array:
+    """Turn each pair of components; those beyond the pairs stay (MHA-ROTARY-1 to MHA-ROTARY-3)."""
+    cosine, sine = turns
+    pairs = cosine.shape[-1]
+    turned, rest = widen(x[..., : 2 * pairs]), x[..., 2 * pairs :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :pairs], turned[..., pairs:]
+    both = (first * cosine - second * sine, second * cosine + first * sine)
+    joined = tf.reshape(tf.stack(both, axis=-1), sizes_of(turned)) if interleaved else tf.concat(both, axis=-1)
+    joined = tf.cast(joined, x.dtype)
+    return tf.concat([joined, rest], axis=-1) if rest.shape[-1] else joined
+
+
+def new_lengths(lengths: Integers, counts: Integers | None, length: int | None, like: Array) -> numpy.ndarray | Array:
+    """The tokens of each batch entry after an append, of which the first counts[b] are real (MHA-CACHE-5)."""
+    given = [lengths] if counts is None else [lengths, counts]
+    if length is not None and all(host_integers(one) is not None for one in given):
+        return layer_steps.new_lengths(lengths, counts, length, like)
+    before, size = tf.convert_to_tensor(lengths), sizes_of(like)[2]
+    if counts is None:
+        return before + tf.cast(size, before.dtype)
+    return before + tf.cast(tf.clip_by_value(tf.convert_to_tensor(counts), 0, size), before.dtype)
+
+
+def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
+    """A buffer with new tokens at start[b] <= j < stop[b], and no other slot changed (MHA-CACHE-1, MHA-CACHE-4)."""
+    if 0 in (buffer.shape[0], buffer.shape[2], new.shape[2]):
+        return buffer
+    slots = tf.range(buffer.shape[2])
+    start, stop = (tf.cast(one, tf.int32)[:, None] for one in (start, stop))
+    taken = tf.clip_by_value(slots - start, 0, sizes_of(new)[2] - 1)
+    written = tf.logical_and(slots >= start, slots < stop)
+    return tf.where(written[:, None, :, None], tf.gather(new, taken, axis=2, batch_dims=1), buffer)
+
+
+def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
+    """Buffers of zeros, and lengths of 0 on the host."""
+    key, value = (tf.zeros(shape, like.dtype) for shape in shapes)
+    return KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
+
+
+def merge_heads(x: Array) -> Array:
+    """The outputs of a token's heads side by side, in their order (MHA-PROJ-3)."""
+    return tf.transpose(x, (0, 2, 1, 3))
+
+
+def combine(x: Array, weight: Array) -> Array:
+    """The output is a linear map of all heads, summed in the softmax's type (MHA-PROJ-3)."""
+    batch, length, heads, size = sizes_of(x)
+    flat = tf.matmul(tf.reshape(widen(x), (-1, heads * size)), tf.reshape(widen(weight), (heads * size, -1)))
+    return tf.cast(tf.reshape(flat, (batch, length, weight.shape[2])), x.dtype)
+
+
+def add_output_bias(x: Array, bias: Array | None) -> Array:
+    """The output's bias is added once, to empty rows too (MHA-PROJ-3, MHA-LAYER-5)."""
+    return x if bias is None else tf.cast(widen(x) + widen(bias), x.dtype)
+
+
+def slopes(heads: int, dtype: str) -> Array:
+    """The slopes of all heads (MHA-ALIBI-1)."""
+    return tf.constant(slope_values(heads), dtype)
+
+
+def distances(offset: Integers | int, q_len: int, kv_len: int, like: Array, steps: LayerSteps) -> Array:
+    """|p - j|, integers (q_len, kv_len) or (batch, 1, q_len, kv_len) (MHA-ALIBI-2)."""
+    found = tf.convert_to_tensor(steps.positions(offset, q_len, like))
+    apart = tf.abs(tf.expand_dims(found, -1) - tf.range(kv_len, dtype=found.dtype))
+    return apart[:, None] if apart.shape.rank == 3 else apart
+
+
+def alibi(slopes: Array, distances: Array) -> Array:
+    """-slope[h] * |p - j|, (batch or 1, heads, q_len, kv_len) in the softmax's type (MHA-ALIBI-2, MHA-ALIBI-3)."""
+    wide = widen(slopes)
+    return tf.reshape(-wide, (1, -1, 1, 1)) * tf.cast(distances, wide.dtype)
+
+
+def attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
+    """Attention by this backend."""
+    from . import attention
+
+    return attention(query, key, value, **options)
+
+
+def weigh(query: Array, key: Array, **options: Any) -> Array:
+    """The weights by this backend."""
+    from . import attention_weights
+
+    return attention_weights(query, key, **options)
+
+
+_LAYER = Layer(
+    LayerSteps(
+        project=project,
+        add_bias=add_bias,
+        normalise=normalise,
+        positions=positions,
+        turns=turns,
+        turn=turn,
+        empty_cache=empty,
+        new_lengths=new_lengths,
+        store=store,
+        attend=attend,
+        weigh=weigh,
+        merge_heads=merge_heads,
+        combine=combine,
+        add_output_bias=add_output_bias,
+        slopes=slopes,
+        distances=distances,
+        alibi=alibi,
+    )
+)
+
+empty_cache = tf.autograph.experimental.do_not_convert(_LAYER.empty_cache)
+append_cache = tf.autograph.experimental.do_not_convert(_LAYER.append_cache)
+
+
+@spells_options
+@tf.autograph.experimental.do_not_convert
+def multi_head_attention(
+    query: Float[tf.Tensor, "batch q_len embed"],
+    key: Float[tf.Tensor, "batch kv_len k_embed"] | None,
+    value: Float[tf.Tensor, "batch kv_len v_embed"] | None,
+    params: Mapping[str, tf.Tensor],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[Options],
+) -> tf.Tensor | tuple[tf.Tensor, KVCache]:
+    """The layer over this backend's attention; see `mha_spec.reference.multi_head_attention`.
+
+    In a tf.function a cache whose lengths are a tensor is one graph for every step of decoding.
+    """
+    return _LAYER.multi_head_attention(
+        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
+    )
+
+
+@spells_options
+@tf.autograph.experimental.do_not_convert
+def multi_head_attention_weights(
+    query: Float[tf.Tensor, "batch q_len embed"],
+    key: Float[tf.Tensor, "batch kv_len k_embed"] | None,
+    params: Mapping[str, tf.Tensor],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[WeightOptions],
+) -> Float[tf.Tensor, "batch heads q_len kv_len"]:
+    """The weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
+    return _LAYER.multi_head_attention_weights(
+        query, key, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
+    )
+
+
+@tf.autograph.experimental.do_not_convert
+def rotary_embedding(
+    x: Float[tf.Tensor, "batch heads length size"],
+    positions: tf.Tensor | Sequence[float] | numpy.ndarray,
+    *,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+) -> Float[tf.Tensor, "batch heads length size"]:
+    """Positions as rotations; see `mha_spec.reference.rotary_embedding`."""
+    return _LAYER.rotary_embedding(x, positions, base=base, interleaved=interleaved, rotary_dim=rotary_dim)
+
+
+def alibi_slopes(heads: int, *, dtype: str = "float32") -> Float[tf.Tensor, "heads"]:
+    """The slopes of attention with linear biases; see `mha_spec.reference.alibi_slopes`."""
+    return _LAYER.alibi_slopes(heads, dtype=dtype)
+
+
+@tf.autograph.experimental.do_not_convert
+def alibi_bias(
+    slopes: Float[tf.Tensor, "heads"] | int,
+    q_len: int,
+    kv_len: int,
+    *,
+    q_offset: Int[tf.Tensor, "batch"] | Sequence[int] | int | None = None,
+) -> Float[tf.Tensor, "batch* heads q_len kv_len"]:
+    """Positions as a bias; see `mha_spec.reference.alibi_bias`."""
+    return _LAYER.alibi_bias(slopes, q_len, kv_len, q_offset=q_offset)

@@ -1,0 +1,137 @@
+"""The layer of mha_spec_jax against those of flax.nnx and equinox: ratios of processor time on the CPU, jitted.
+
+Run it with `python -P benchmarks/jax_layer.py`; a row past its limit, or too slow a mean of all, fails the run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import equinox
+import jax
+import jax.numpy as jnp
+import numpy
+from flax import nnx
+
+import mha_spec_jax
+from mha_spec.weights import load_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jax import Array
+
+BATCH, LENGTH, EMBED, HEADS, CAPACITY = 2, 512, 512, 8, 1024
+TURNS = 15
+"""How often each function is run."""
+LIMIT, MEAN_LIMIT = 1 / 0.97, 1 / 1.15
+"""What one row may take of the other's time, and what all may on the geometric mean."""
+LINEAR = ("query_proj", "key_proj", "value_proj", "output_proj")
+
+
+def ratio(ours: Callable[[], object], theirs: Callable[[], object], turns: int = TURNS) -> tuple[float, float, float]:
+    """The median of the ratios of processor times in turn, and both medians in ms; the first turn warms up."""
+    pairs = [(timed(ours), timed(theirs)) for _ in range(turns + 1)][1:]
+    mine, other = (statistics.median(one) * 1000 for one in zip(*pairs, strict=True))
+    return statistics.median(a / b for a, b in pairs), mine, other
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Processor seconds of one run."""
+    start = time.process_time()
+    jax.block_until_ready(function())
+    return time.process_time() - start
+
+
+def report(name: str, limit: float, measured: tuple[float, float, float]) -> float:
+    """Print a row, and give its ratio."""
+    found, mine, other = measured
+    verdict = "ok" if found <= limit else "EXCEEDED"
+    print(f"{name:45s} {mine:9.3f} ms against {other:9.3f} ms: {found:5.2f}  limit {limit:.2f} {verdict}", flush=True)
+    return found
+
+
+def trained(call: Callable[..., Array]) -> Callable[..., Any]:
+    """Gradients of parameters and tokens."""
+    return jax.jit(jax.grad(lambda params, x: jnp.sum(call(params, x) ** 2), argnums=(0, 1)))
+
+
+def of_nnx() -> tuple[Callable[..., Array], Any, dict[str, Array]]:
+    """flax's layer as a pure function, its state, and its weights as ours."""
+    layer = nnx.MultiHeadAttention(HEADS, EMBED, decode=False, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    params = load_weights(nnx.to_pure_dict(state), "flax_nnx")
+    return lambda state, x: nnx.merge(graph, state)(x), state, params
+
+
+def of_equinox() -> tuple[Callable[..., Array], Any, dict[str, Array]]:
+    """equinox' layer as a function of itself, and its weights as ours."""
+    names = ("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias")
+    layer = equinox.nn.MultiheadAttention(HEADS, EMBED, **dict.fromkeys(names, True), key=jax.random.key(0))
+    arrays, fixed = equinox.partition(layer, equinox.is_array)
+    state = {f"{name}.{kind}": getattr(getattr(layer, name), kind) for name in LINEAR for kind in ("weight", "bias")}
+
+    def call(arrays: Any, x: Array) -> Array:
+        whole = equinox.combine(arrays, fixed)
+        return jax.vmap(lambda one: whole(one, one, one))(x)
+
+    return call, arrays, load_weights(state, "equinox", heads=HEADS)
+
+
+def whole_sequences() -> list[float]:
+    """Self-attention, forward, and forward with backward."""
+    x = jnp.asarray(numpy.random.default_rng(7).standard_normal((BATCH, LENGTH, EMBED)), jnp.float32)
+    found: list[float] = []
+
+    def ours(params: dict[str, Array], x: Array) -> Array:
+        return mha_spec_jax.multi_head_attention(x, x, x, params)
+
+    for made in (of_nnx, of_equinox):
+        call, state, params = made()
+        name = made.__name__.removeprefix("of_")
+        for kind, compiled in (("forward", jax.jit), ("forward and backward", trained)):
+            mine, theirs = partial(compiled(ours), params, x), partial(compiled(call), state, x)
+            found.append(report(f"{name}, {kind}", LIMIT, ratio(mine, theirs)))
+    return found
+
+
+def decode_step() -> float:
+    """One token behind half of the capacity, against `decode=True`, both with their cache given and given back."""
+    layer = nnx.MultiHeadAttention(HEADS, EMBED, decode=True, rngs=nnx.Rngs(0))
+    layer.init_cache((BATCH, CAPACITY, EMBED), jnp.float32)
+    params = load_weights(nnx.to_pure_dict(nnx.state(layer, nnx.Param)), "flax_nnx")
+    layer.cache_index = nnx.Cache(jnp.asarray(CAPACITY // 2, jnp.int32))
+    graph, weights, held = nnx.split(layer, nnx.Param, ...)
+    token = jnp.asarray(numpy.random.default_rng(7).standard_normal((BATCH, 1, EMBED)), jnp.float32)
+    cache = mha_spec_jax.empty_cache(BATCH, HEADS, CAPACITY, EMBED // HEADS, like=token)
+    cache = cache._replace(lengths=jnp.full(BATCH, CAPACITY // 2, jnp.int32))
+
+    @jax.jit
+    def theirs(weights: Any, held: Any, token: Array) -> tuple[Array, Any]:
+        layer = nnx.merge(graph, weights, held)
+        return layer(token), nnx.state(layer, nnx.Cache)
+
+    @jax.jit
+    def ours(params: dict[str, Array], cache: mha_spec_jax.KVCache, token: Array) -> Any:
+        return mha_spec_jax.multi_head_attention(token, token, token, params, causal=True, cache=cache)
+
+    measured = ratio(partial(ours, params, cache, token), partial(theirs, weights, held, token), 10 * TURNS)
+    return report("nnx, decode step at 1024", 1.0, measured)
+
+
+def main() -> None:
+    """Print every row and the mean."""
+    found = whole_sequences()
+    mean = math.exp(statistics.mean(map(math.log, found)))
+    step = decode_step()
+    print(f"geometric mean: {1 / mean:.2f}x")
+    sys.exit(max(found) > LIMIT or mean > MEAN_LIMIT or step > 1)
+
+
+if __name__ == "__main__":
+    main()

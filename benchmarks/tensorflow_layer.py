@@ -1,0 +1,88 @@
+"""The layer of mha_spec_tensorflow against that of Keras: ratios of processor time on the CPU.
+
+Run it with `python -P benchmarks/tensorflow_layer.py`; a row past its limit, or too slow a mean of all, fails the run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy
+import tensorflow as tf
+
+import mha_spec_tensorflow
+from mha_spec.weights import load_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+BATCH, LENGTH, EMBED, HEADS = 2, 512, 512, 8
+TURNS = 15
+"""How often each function is run."""
+LIMIT, MEAN_LIMIT = 1 / 0.97, 1 / 1.15
+"""What one row may take of the other's time, and what all may on the geometric mean."""
+MODES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "eager": lambda call: call,
+    "tf.function": tf.function,
+    "XLA": partial(tf.function, jit_compile=True),
+}
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Processor seconds of one run."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float, float]:
+    """The median of the ratios of processor times in turn, and both medians in ms; the first turn warms up."""
+    pairs = [(timed(ours), timed(theirs)) for _ in range(TURNS + 1)][1:]
+    mine, other = (statistics.median(one) * 1000 for one in zip(*pairs, strict=True))
+    return statistics.median(a / b for a, b in pairs), mine, other
+
+
+def trained(call: Callable[[tf.Tensor], tf.Tensor], leaves: Sequence[Any]) -> Callable[[tf.Tensor], object]:
+    """Gradients of parameters and tokens."""
+
+    def step(x: tf.Tensor) -> object:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(call(x) ** 2)
+        return tape.gradient(total, [x, *leaves])
+
+    return step
+
+
+def main() -> None:
+    """Print every row and the mean."""
+    x = tf.constant(numpy.random.default_rng(7).standard_normal((BATCH, LENGTH, EMBED)), tf.float32)
+    theirs = keras.layers.MultiHeadAttention(HEADS, EMBED // HEADS)
+    theirs(x, x)
+    ours = mha_spec_tensorflow.MultiHeadAttention(EMBED, HEADS)
+    for name, array in load_weights(theirs.get_weights(), "keras").items():
+        getattr(ours, name).assign(array)
+    found: list[float] = []
+    for mode, wrapped in MODES.items():
+        for kind in ("forward", "forward and backward"):
+            calls: list[Callable[[tf.Tensor], object]] = [ours, lambda x: theirs(x, x)]
+            if kind != "forward":
+                leaves = ([one.value for one in layer.trainable_weights] for layer in (ours, theirs))
+                calls = [trained(call, own) for call, own in zip(calls, leaves, strict=True)]
+            measured, mine, other = ratio(*(partial(wrapped(call), x) for call in calls))
+            found.append(measured)
+            verdict = "ok" if measured <= LIMIT else "EXCEEDED"
+            print(f"{mode}, {kind:22s} {mine:9.3f} ms against {other:9.3f} ms: {measured:5.2f} {verdict}", flush=True)
+    mean = math.exp(statistics.mean(map(math.log, found)))
+    print(f"geometric mean: {1 / mean:.2f}x")
+    sys.exit(max(found) > LIMIT or mean > MEAN_LIMIT)
+
+
+if __name__ == "__main__":
+    main()
