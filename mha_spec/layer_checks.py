@@ -376,7 +376,8 @@ def _check_buffers(cache: object, like: Array, shape: tuple[int | None, ...], v_
 def _check_room(cache: KVCache, length: int, counts: Array | Sequence[int] | None) -> None:
     """Where lengths are host data, new tokens that do not fit are an error, and nothing is stored (MHA-CACHE-4)."""
     before = host_integers(cache.lengths)
-    more = [length] * len(before or ()) if counts is None else host_integers(counts)
+    lengths = None if length is None else [length] * len(before or ())
+    more = lengths if counts is None else host_integers(counts)
     if before is None or more is None:
         return
     if any(one + other > cache.capacity for one, other in zip(before, more, strict=True)):

@@ -13,14 +13,13 @@ import pytest
 from jax.test_util import check_grads
 
 import mha_spec_jax
-from mha_spec.arguments import Arguments
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec_conformance.accuracy import allowances
 from mha_spec_conformance.cases import load
 from mha_spec_conformance.compare import judge
 from mha_spec_conformance.convert import to_library, to_numpy
 from mha_spec_conformance.precision import precision
-from mha_spec_jax import forward, function, native, plan
+from mha_spec_jax import forward, plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -320,39 +319,6 @@ def test_forward_mode_is_refused(forward_mode: Callable[..., object]) -> None:
         forward_mode(lambda query: attention(query, key[: len(query)], value[: len(query)]), query)
 
 
-def test_memory_grows_with_the_length() -> None:
-    def temporary(length: int) -> int:
-        shape = jax.ShapeDtypeStruct((1, 2, length, 16), jnp.float32)
-        gradient = jax.grad(lambda *x: jnp.sum(attention(*x)), (0, 1, 2))
-        analysis: Any = jax.jit(gradient).lower(shape, shape, shape).compile().memory_analysis()
-        return analysis.temp_size_in_bytes
-
-    assert temporary(16384) < 3 * temporary(8192)
-    assert temporary(16384) < 2 * 16384 * 16384
-
-
-def test_a_window_leaves_keys_out() -> None:
-    query = jnp.zeros((1, 8, 4096, 64), jnp.float32)
-    found, _ = plan.plan_of(Arguments(query, query, query, window=(256, 0)))
-    assert sum(group.count * group.rows * group.keys for group in found.groups) < 0.2 * 4096**2
-
-
-def test_segments_on_the_host_leave_keys_out() -> None:
-    query = jnp.zeros((1, 8, 4096, 64), jnp.float32)
-    ids = numpy.arange(4096)[None] // 256
-    found, _ = plan.plan_of(Arguments(query, query, query, q_segment_ids=ids, kv_segment_ids=ids))
-    assert sum(group.count * group.rows * group.keys for group in found.groups) < 0.2 * 4096**2
-
-
-def test_a_new_offset_seldom_compiles() -> None:
-    query, key, value = operands(1, 64, "float32")
-    program: Any = function.program
-    programs = program._cache_size()
-    for offset in range(64):
-        attention(query, key, value, causal=True, q_offset=offset)
-    assert program._cache_size() - programs <= plan.SIZES
-
-
 HEAD_BY_HEAD = pytest.mark.parametrize("cut", [1], indirect=True)
 
 
@@ -442,124 +408,6 @@ def test_dropout_needs_a_key() -> None:
     with pytest.raises(ArgumentTypeError, match="must be one key"):
         attention(query, key, value, dropout_rate=0.1, dropout_key=3)
     assert (attention(query, key, value, dropout_rate=0.0) == attention(query, key, value)).all()
-
-
-def steps(function: Callable[..., object], *operands: jax.Array) -> str:
-    """What jax traces of a call."""
-    return str(jax.make_jaxpr(function)(*operands))
-
-
-@pytest.mark.parametrize(
-    ("path", "length", "options"),
-    [
-        ("plain", 5, {}),
-        ("plain", 300, {"softcap": 2.0}),
-        ("few", 5, {"causal": True}),
-        ("few", 5, {"kv_lengths": [3, 4]}),
-        ("many", 300, {"causal": True}),
-        ("many", 300, {"kv_lengths": [3, 4]}),
-    ],
-)
-def test_the_path_of_a_call(path: str, length: int, options: Answer) -> None:
-    traced = steps(lambda *x: attention(*x, **options), *operands(length, length, "float32"))
-    assert "custom_vjp_call" in traced
-    assert ("is_finite" in traced) == (path != "plain")
-    assert ("cond[" in traced) == (path == "many")
-
-
-def test_the_path_of_weights() -> None:
-    query, key, _ = operands()
-    assert "custom_vjp_call" not in steps(
-        lambda *x: mha_spec_jax.attention_weights(*x, causal=True, q_offset=2), query, key
-    )
-
-
-def test_blocks_are_as_many_as_the_scores_ask() -> None:
-    def is_looped(length: int) -> bool:
-        query = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
-        return "scan[" in str(jax.make_jaxpr(lambda query: attention(query, query, query))(query))
-
-    assert not is_looped(512)
-    assert is_looped(4096)
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
-    """What cuDNN is asked on a machine that seems to have it; XLA's kernel stands for it."""
-    found: list[Answer] = []
-    kernel = jax.nn.dot_product_attention
-
-    def asked(*operands: jax.Array, implementation: str, **options: Any) -> jax.Array:
-        found.append(options | {"implementation": implementation})
-        return kernel(*operands, **options)
-
-    monkeypatch.setattr(native, "has_kernel", lambda _: True)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", asked)
-    return found
-
-
-def half(size: int = 16, kv_len: int = 8, v_dim: int = 16) -> list[jax.Array]:
-    """Query, key and value of bfloat16, 4 heads over 2."""
-    generator = numpy.random.default_rng(SEED)
-    shapes = ((2, 4, 8, size), (2, 2, kv_len, size), (2, 2, kv_len, v_dim))
-    return [jnp.asarray(generator.standard_normal(shape), jnp.bfloat16) for shape in shapes]
-
-
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "scale": 0.5}])
-def test_cudnn_is_asked(asked: list[Answer], options: Answer) -> None:
-    jax.eval_shape(lambda *x: attention(*x, **options), *half())
-    same = {"scale": options.get("scale"), "is_causal": options.get("causal", False)}
-    assert asked == [{"implementation": "cudnn", **same}]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "options"),
-    [
-        ({}, {"return_lse": True}),
-        ({}, {"scale": -0.5}),
-        ({}, {"softcap": 3.0}),
-        ({}, {"kv_lengths": [8, 7]}),
-        ({}, {"dropout_rate": 0.5}),
-        ({"kv_len": 5}, {"causal": True, "q_offset": 0}),
-        ({"kv_len": 0}, {}),
-        ({"v_dim": 8}, {}),
-        ({"size": 7, "v_dim": 7}, {}),
-        ({"size": 136, "v_dim": 136}, {}),
-    ],
-)
-def test_cudnn_is_not_asked_what_it_would_not_answer(
-    asked: list[Answer], sizes: dict[str, int], options: Answer
-) -> None:
-    key = jax.random.key(SEED)
-    jax.eval_shape(lambda *x: attention(*x, **options, dropout_key=key), *half(**sizes))
-    jax.eval_shape(attention, *(one.astype(jnp.float32) for one in half()))
-    assert not asked
-
-
-def test_cudnn_is_not_asked_where_there_is_none() -> None:
-    assert not native.has_kernel(half()[0])
-    jax.jit(lambda query: attention(query, query, query))(half()[0])
-
-
-@pytest.mark.usefixtures("asked")
-def test_what_cudnn_answers_is_given() -> None:
-    query, key, value = half()
-
-    def ours(query: jax.Array) -> jax.Array:
-        return attention(query, key, value, causal=True)
-
-    def theirs(query: jax.Array) -> jax.Array:
-        moved = (jnp.swapaxes(one, 1, 2) for one in (query, key, value))
-        output = jax.nn.dot_product_attention(*moved, is_causal=True, scale=None, implementation="xla")
-        return jnp.swapaxes(output, 1, 2)
-
-    gradient = jax.grad(lambda query: jnp.sum(ours(query)))
-    assert (jax.jit(ours)(query) == jax.jit(theirs)(query)).all()
-    assert (jax.jit(gradient)(query) == jax.jit(jax.grad(lambda query: jnp.sum(theirs(query))))(query)).all()
-    with pytest.raises(ArgumentTypeError, match="no second derivatives"):
-        jax.grad(lambda query: jnp.sum(gradient(query)))(query)
-    with pytest.raises(ArgumentTypeError, match="no forward-mode derivative"):
-        jax.jvp(ours, (query,), (query,))
 
 
 def test_weights_have_gradients_beside_storage_that_no_pair_uses() -> None:
