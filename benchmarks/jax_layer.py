@@ -88,7 +88,7 @@ def whole_sequences() -> list[float]:
     x = jnp.asarray(numpy.random.default_rng(7).standard_normal((BATCH, LENGTH, EMBED)), jnp.float32)
     found: list[float] = []
 
-    def ours(params: dict[str, Array], x: Array) -> Array:
+    def ours(params: dict[str, Array], x: Array) -> Any:
         return mha_spec_jax.multi_head_attention(x, x, x, params)
 
     for made in (of_nnx, of_equinox):

@@ -373,7 +373,7 @@ def _check_buffers(cache: object, like: Array, shape: tuple[int | None, ...], v_
     check_entries("cache.lengths", cache.lengths, like, 0, cache.capacity, "capacity")
 
 
-def _check_room(cache: KVCache, length: int, counts: Array | Sequence[int] | None) -> None:
+def _check_room(cache: KVCache, length: int | None, counts: Array | Sequence[int] | None) -> None:
     """Where lengths are host data, new tokens that do not fit are an error, and nothing is stored (MHA-CACHE-4)."""
     before = host_integers(cache.lengths)
     lengths = None if length is None else [length] * len(before or ())

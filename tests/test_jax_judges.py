@@ -20,7 +20,6 @@ from flax.nnx.nn.attention import dot_product_attention_weights
 import mha_spec_jax
 from mha_spec import ArgumentValueError, KVCache
 from mha_spec.weights import load_weights, save_weights
-from mha_spec_jax import multi_head_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from jax import Array
 
 Options = dict[str, Any]
+multi_head_attention: Callable[..., Any] = mha_spec_jax.multi_head_attention
+multi_head_attention_weights: Callable[..., Any] = mha_spec_jax.multi_head_attention_weights
 BATCH = 2
 
 
@@ -199,7 +200,7 @@ def own_gradients(
     rotary = None if base is None else {"base": base}
 
     def call(params: dict[str, Array], x: list[Array]) -> list[Array]:
-        weights = mha_spec_jax.multi_head_attention_weights(*x[:2], params, rotary=rotary, mask=mask, **options)
+        weights = multi_head_attention_weights(*x[:2], params, rotary=rotary, mask=mask, **options)
         return [multi_head_attention(*x, params, rotary=rotary, mask=mask, **options), weights]
 
     return pulled(call, params, x)
@@ -292,12 +293,12 @@ def test_flax_drops_the_same_pairs_of_every_entry_and_head() -> None:
     assert nnx_layer(dropout_rate=0.5).broadcast_dropout
     query, key = numbers(BATCH, 5, 6, 4, seed=1), numbers(BATCH, 5, 6, 4, seed=2)
     options: Options = {"dropout_rng": jax.random.key(0), "dropout_rate": 0.5}
-    alike = dot_product_attention_weights(query, key, **options) == 0
+    alike: Any = dot_product_attention_weights(query, key, **options) == 0
     assert alike.any()
     assert (alike == alike[:1, :1]).all()
     values = jnp.broadcast_to(jnp.eye(5), (BATCH, 6, 5, 5))
     query, key = query.swapaxes(1, 2), key.swapaxes(1, 2)
-    ours = mha_spec_jax.attention(query, key, values, dropout_rate=0.5, dropout_key=jax.random.key(0)) == 0
+    ours: Any = mha_spec_jax.attention(query, key, values, dropout_rate=0.5, dropout_key=jax.random.key(0)) == 0
     assert not (ours == ours[:, :1]).all()
     assert not (ours == ours[:1]).all()
 
@@ -334,9 +335,8 @@ def test_equinox_needs_a_key_for_dropout_and_knows_no_batch() -> None:
         layer(x, x, x)
     with pytest.raises(ValueError, match="unpack"):
         layer(x[None], x[None], x[None])
-    assert mha_spec_jax.MultiHeadAttention(6, 6, dropout_rate=0.5, key=jax.random.key(0), dtype="float64")(
-        x[None]
-    ).shape == (1, 5, 6)
+    ours: Any = mha_spec_jax.MultiHeadAttention(6, 6, dropout_rate=0.5, key=jax.random.key(0), dtype="float64")
+    assert ours(x[None]).shape == (1, 5, 6)
 
 
 def test_weights_go_back_to_flax_and_equinox() -> None:

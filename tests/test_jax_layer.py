@@ -16,7 +16,7 @@ from flax import nnx
 import mha_spec
 import mha_spec_jax
 import mha_spec_jax.flax
-from mha_spec import ArgumentValueError, KVCache, reference
+from mha_spec import ArgumentValueError, KVCache
 from mha_spec.parameters import AXES
 from mha_spec.weights import read_safetensors, write_safetensors
 from mha_spec_conformance.accuracy import allowances
@@ -25,7 +25,7 @@ from mha_spec_conformance.cases import load
 from mha_spec_conformance.compare import judge
 from mha_spec_conformance.convert import to_library, to_numpy
 from mha_spec_conformance.precision import precision
-from mha_spec_jax import MultiHeadAttention, append_cache, empty_cache, multi_head_attention
+from mha_spec_jax import MultiHeadAttention, append_cache, empty_cache
 from mha_spec_jax.layer import store
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.cases import Case
 
+reference: Any = mha_spec.reference
+multi_head_attention: Callable[..., Any] = mha_spec_jax.multi_head_attention
 BATCH, LENGTH, EMBED, HEADS, KV_HEADS, QK_DIM, V_DIM, OUT = 2, 11, 7, 6, 3, 4, 5, 13
 FUNCTIONS = ("multi_head_attention", "multi_head_attention_weights", "rotary_embedding")
 HOST = ("cache_lengths", "kv_lengths", "q_lengths", "q_offset", "positions")
@@ -139,7 +141,7 @@ def test_goldens_in_other_dtypes() -> None:
 # The reference.
 
 
-def sized(**options: Any) -> MultiHeadAttention:
+def sized(**options: Any) -> Any:
     """A layer in which every size is another, with numbers in every parameter."""
     given: dict[str, Any] = {"kv_heads": KV_HEADS, "qk_dim": QK_DIM, "v_dim": V_DIM, "out": OUT, "dtype": "float64"}
     layer = MultiHeadAttention(EMBED, HEADS, key=jax.random.key(0), **given | options)
@@ -227,7 +229,7 @@ def test_outputs_gradients_and_weights_are_those_of_the_reference(name: str) -> 
     def ours(dtype: str) -> list[Array]:
         own, given = floats((layer, options), dtype)
 
-        def call(own: MultiHeadAttention, *x: Array) -> tuple[Array, Array]:
+        def call(own: Any, *x: Array) -> tuple[Array, Array]:
             return own(*x, **given), own.weights(*x[:2], **{name: given[name] for name in kept})
 
         return jax.jit(partial(with_gradients, call))(own, *floats(inputs, dtype))
@@ -235,7 +237,7 @@ def test_outputs_gradients_and_weights_are_those_of_the_reference(name: str) -> 
     assert_same(ours, by_reference(layer, inputs, options))
 
 
-def by_reference(layer: MultiHeadAttention, inputs: tuple[Array, ...], options: Options) -> list[Array]:
+def by_reference(layer: Any, inputs: tuple[Array, ...], options: Options) -> list[Array]:
     """Output and weights of the reference, and the gradients that PyTorch takes of it."""
     fixed = {"rotary": layer.rotary, "norm_epsilon": layer.norm_epsilon}
     given = {name: torched(one) if isinstance(one, jax.Array) else one for name, one in options.items()}
@@ -244,7 +246,7 @@ def by_reference(layer: MultiHeadAttention, inputs: tuple[Array, ...], options: 
     of_weights = {name: one for name, one in given.items() if "dropout" not in name}
     weights = reference.multi_head_attention_weights(*x[:2], params, **fixed, **of_weights)
     outputs = [reference.multi_head_attention(*x, params, **fixed, **given), weights]
-    total = sum((one * torched(uneven(jnp.asarray(one.detach())))).sum() for one in outputs)
+    total: Any = sum((one * torched(uneven(jnp.asarray(one.detach())))).sum() for one in outputs)
     return [jnp.asarray(one.detach().numpy()) for one in (*outputs, *torch.autograd.grad(total, leaves))]
 
 
@@ -267,7 +269,7 @@ def test_layers_and_caches_side_by_side_under_vmap() -> None:
     layers = [sized(rotary={}), jax.tree.map(lambda one: -one / 2, sized(rotary={}))]
     x = jnp.stack([tokens(4), tokens(4, seed=6)])
 
-    def call(layer: MultiHeadAttention, x: Array) -> tuple[Array, Array]:
+    def call(layer: Any, x: Array) -> tuple[Array, Array]:
         first, cache = layer(x[:, :3], causal=True, cache=layer.empty_cache(BATCH, 5))
         second, _ = layer(x[:, 3:], causal=True, cache=cache._replace(lengths=jnp.asarray(cache.lengths)))
         return first, second
@@ -300,7 +302,7 @@ def test_a_step_of_training_is_a_map_of_trees() -> None:
     layer, x, goal = sized(), tokens(), numbers(BATCH, LENGTH, OUT, seed=9)
 
     @jax.jit
-    def loss(layer: MultiHeadAttention) -> Array:
+    def loss(layer: Any) -> Array:
         return jnp.mean((layer(x, causal=True) - goal) ** 2)
 
     gradient = jax.grad(loss)(layer)
@@ -386,7 +388,7 @@ def test_dropout_holds_with_a_key() -> None:
 # The module of flax.
 
 
-def module_of(**options: Any) -> mha_spec_jax.flax.MultiHeadAttention:
+def module_of(**options: Any) -> Any:
     """The layer of `sized` as a module of nnx."""
     given: dict[str, Any] = {"kv_heads": KV_HEADS, "qk_dim": QK_DIM, "v_dim": V_DIM, "out": OUT}
     module = mha_spec_jax.flax.MultiHeadAttention(
@@ -467,7 +469,7 @@ def parts(x: Array, lengths: list[int]) -> list[Array]:
 def test_decoding_in_any_steps_is_one_call(steps: str, compiled: bool) -> None:
     layer, x = sized(qk_norm=True, rotary={}), tokens()
 
-    def call(layer: MultiHeadAttention, part: Array, cache: KVCache) -> tuple[Array, Array, KVCache]:
+    def call(layer: Any, part: Array, cache: KVCache) -> tuple[Array, Array, KVCache]:
         output, new = layer(part, causal=True, cache=cache)
         return output, layer.weights(part, causal=True, cache=cache)[..., :LENGTH], new
 
@@ -512,7 +514,7 @@ def test_one_program_serves_every_step() -> None:
 def test_gradients_go_through_a_cache() -> None:
     layer, x = sized(rotary={}), tokens()
 
-    def decoded(layer: MultiHeadAttention, x: Array) -> Array:
+    def decoded(layer: Any, x: Array) -> Array:
         cache, outputs = layer.empty_cache(BATCH, LENGTH), []
         for part in parts(x, [4, 4, 3]):
             output, cache = layer(part, causal=True, cache=cache)

@@ -16,12 +16,13 @@ import mha_spec_tensorflow
 from mha_spec import ArgumentValueError
 from mha_spec.weights import load_weights, save_weights
 from mha_spec_conformance.convert import to_numpy
-from mha_spec_tensorflow import multi_head_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 Options = dict[str, Any]
+multi_head_attention: Callable[..., Any] = mha_spec_tensorflow.multi_head_attention
+multi_head_attention_weights: Callable[..., Any] = mha_spec_tensorflow.multi_head_attention_weights
 BATCH = 2
 
 
@@ -82,12 +83,12 @@ def filled(layer: Any) -> Any:
     return layer
 
 
-def plain(**options: Any) -> keras.layers.Layer:
+def plain(**options: Any) -> Any:
     given: dict[str, Any] = {"num_heads": 6, "key_dim": 4, "dtype": "float64"} | options
     return keras.layers.MultiHeadAttention(**given)
 
 
-def grouped(**options: Any) -> keras.layers.Layer:
+def grouped(**options: Any) -> Any:
     given: dict[str, Any] = {"head_dim": 4, "num_query_heads": 6, "num_key_value_heads": 3, "dtype": "float64"}
     return keras.layers.GroupQueryAttention(**given | options)
 
@@ -139,7 +140,7 @@ def test_layers_of_keras_have_the_same_outputs_weights_and_gradients(name: str, 
             output = multi_head_attention(*inputs, params, **options)
             if not scores:
                 return [output]
-            return [output, mha_spec_tensorflow.multi_head_attention_weights(*inputs[:2], params, **options)]
+            return [output, multi_head_attention_weights(*inputs[:2], params, **options)]
 
         return with_gradients(call, [*held, *inputs])
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mha_spec.arguments import Options, WeightOptions
     from mha_spec.arrays import Array
+    from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int] | numpy.ndarray
 
@@ -43,16 +44,37 @@ def widen(x: Array) -> Array:
     return tf.cast(x, softmax_dtype_name(dtype_name(x)))
 
 
-def project(x: Array, weight: Array) -> Array:
-    """Every head is a linear map of the embedding, summed in the softmax's type (MHA-PROJ-1)."""
-    (batch, length, _), (embed, heads, size) = sizes_of(x), weight.shape
-    rows = tf.matmul(tf.reshape(widen(x), (-1, embed)), tf.reshape(widen(weight), (embed, heads * size)))
-    return tf.cast(tf.transpose(tf.reshape(rows, (batch, length, heads, size)), (0, 2, 1, 3)), x.dtype)
+def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Array, Array | None, Array | None]:
+    """Query, key and value of each head; those made of one tensor by one product (MHA-PROJ-1, MHA-PROJ-2)."""
+    operands = {"q": a.query, "k": a.key, "v": a.value}
+    found: dict[str, Array | None] = dict.fromkeys(operands)
+    for x in operands.values():
+        names = [name for name, one in operands.items() if one is x]
+        if x is not None and found[names[0]] is None:
+            found |= zip(names, _projected(x, a.params, names), strict=True)
+    return found["q"], found["k"], found["v"]
 
 
-def add_bias(x: Array, bias: Array | None) -> Array:
-    """A bias for each head and component, the same for every token (MHA-PROJ-2)."""
-    return x if bias is None else tf.cast(widen(x) + widen(bias)[:, None, :], x.dtype)
+def _projected(x: Array, params: Mapping[str, Array], names: list[str]) -> list[Array]:
+    """Linear maps of one tensor, summed in the softmax's type; the bias is added while heads lie side by side."""
+    (batch, length, embed), weights = sizes_of(x), [widen(params[f"w_{name}"]) for name in names]
+    shapes = [(weight.shape[1], weight.shape[2]) for weight in weights]
+    sizes = [heads * size for heads, size in shapes]
+    flat = [tf.reshape(weight, (embed, size)) for weight, size in zip(weights, sizes, strict=True)]
+    rows = tf.matmul(tf.reshape(widen(x), (-1, embed)), tf.concat(flat, axis=1))
+    biases = [params.get(f"b_{name}") for name in names]
+    if any(bias is not None for bias in biases):
+        rows = tf.nn.bias_add(
+            rows, tf.concat([_flat_bias(*one) for one in zip(biases, sizes, weights, strict=True)], 0)
+        )
+    parts = (
+        tf.reshape(part, (batch, length, *shape)) for part, shape in zip(tf.split(rows, sizes, 1), shapes, strict=True)
+    )
+    return [tf.cast(tf.transpose(part, (0, 2, 1, 3)), x.dtype) for part in parts]
+
+
+def _flat_bias(bias: Array | None, size: int, like: Array) -> Array:
+    return tf.zeros(size, like.dtype) if bias is None else tf.reshape(widen(bias), (size,))
 
 
 def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
@@ -144,7 +166,7 @@ def combine(x: Array, weight: Array) -> Array:
 
 def add_output_bias(x: Array, bias: Array | None) -> Array:
     """The output's bias is added once, to empty rows too (MHA-PROJ-3, MHA-LAYER-5)."""
-    return x if bias is None else tf.cast(widen(x) + widen(bias), x.dtype)
+    return x if bias is None else tf.cast(tf.nn.bias_add(widen(x), widen(bias)), x.dtype)
 
 
 def slopes(heads: int, dtype: str) -> Array:
@@ -181,8 +203,7 @@ def weigh(query: Array, key: Array, **options: Any) -> Array:
 
 _LAYER = Layer(
     LayerSteps(
-        project=project,
-        add_bias=add_bias,
+        project_in=project_in,
         normalise=normalise,
         positions=positions,
         turns=turns,
