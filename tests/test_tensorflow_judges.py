@@ -63,11 +63,11 @@ def uneven(one: tf.Tensor) -> tf.Tensor:
 
 
 def assert_same(ours: Callable[[str], Any], theirs: Any) -> None:
-    """In float64 ours is nearer to theirs than float32, of which another meaning knows nothing, comes."""
+    """In float64 ours is nearer to theirs than to ours in float32, which is off by roundings alone."""
     found, rounded, expected = (tf.nest.flatten(one) for one in (ours("float64"), ours("float32"), theirs))
     for one, lost, other in zip(found, rounded, expected, strict=True):
         assert (one.dtype, one.shape, lost.dtype) == (tf.float64, other.shape, tf.float32)
-        error, loss = (abs(to_numpy(x) - to_numpy(other)).max(initial=0.0) for x in (one, lost))
+        error, loss = (abs(to_numpy(one) - to_numpy(x)).max(initial=0.0) for x in (other, lost))
         assert error < loss or error == loss == 0
 
 
