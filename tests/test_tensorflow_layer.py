@@ -581,8 +581,8 @@ def test_tokens_beyond_a_full_cache_are_dropped_and_counted() -> None:
 
 @pytest.mark.parametrize("start", [[3, 0], [3, 3], [9, 10], [11, 20], [-1, -2]])
 def test_tokens_are_stored_where_they_belong(start: list[int]) -> None:
-    buffer, new = tf.zeros((BATCH, KV_HEADS, LENGTH, QK_DIM), tf.float64), heads(3)[0]
-    expected = numpy.zeros(buffer.shape)
+    new, expected = heads(3)[0], numpy.zeros((BATCH, KV_HEADS, LENGTH, QK_DIM))
+    buffer = tf.constant(expected.copy())
     for b, i in numpy.ndindex(BATCH, 3):
         if 0 <= start[b] + i < LENGTH:
             expected[b, :, start[b] + i] = new[b, :, i]
