@@ -48,7 +48,7 @@ class Ours(torch.nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Attend from x to x."""
-        return (self.layer(x), self.layer.weights(x)) if self.weights else (self.layer(x),)
+        return self.layer.output_and_weights(x) if self.weights else (self.layer(x),)
 
 
 def pair() -> tuple[MultiHeadAttention, torch.nn.MultiheadAttention]:

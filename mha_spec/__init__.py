@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         attention_weights,
         merge_attention,
         multi_head_attention,
+        multi_head_attention_and_weights,
         multi_head_attention_weights,
         rotary_embedding,
     )
@@ -53,6 +54,14 @@ else:
         """The layer, by the backend of the query's type; see `mha_spec.reference.multi_head_attention`."""
         own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
         return backend_for(query).multi_head_attention(query, key, value, params, **own, **options)
+
+    @spells_options
+    def multi_head_attention_and_weights(
+        query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options
+    ):
+        """Output and weights, by the backend of the type; see `mha_spec.reference.multi_head_attention_and_weights`."""
+        own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
+        return backend_for(query).multi_head_attention_and_weights(query, key, value, params, **own, **options)
 
     @spells_options
     def multi_head_attention_weights(query, key, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
@@ -91,6 +100,7 @@ __all__ = [
     "backend_names",
     "merge_attention",
     "multi_head_attention",
+    "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
 ]

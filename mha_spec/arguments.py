@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DROPOUT_OPTIONS",
     "OPTIONS",
+    "WEIGHT_FUNCTIONS",
     "Arguments",
     "NoOptions",
     "Options",
@@ -131,8 +132,11 @@ class Arguments:
 OPTIONS = tuple(field.name for field in fields(Arguments) if field.name not in {"query", "key", "value"})
 """The names of all options, in the order of the signature."""
 
+WEIGHT_FUNCTIONS = ("attention_weights", "multi_head_attention_weights")
+"""The functions that give weights alone."""
+
 DROPOUT_OPTIONS = ("dropout_rate", "dropout_mask", "dropout_key")
-"""The options that attention_weights and multi_head_attention_weights do not have."""
+"""The options that they do not have."""
 
 WEIGHT_OPTIONS = tuple(name for name in OPTIONS if name not in DROPOUT_OPTIONS)
 """The options that they do have."""
@@ -144,7 +148,7 @@ def options_of(function: str) -> tuple[str, ...]:
     """Name the options that a function of the specification shares with the others."""
     if function == "merge_attention":
         return ()
-    return WEIGHT_OPTIONS if function.endswith("weights") else OPTIONS
+    return WEIGHT_OPTIONS if function in WEIGHT_FUNCTIONS else OPTIONS
 
 
 def spells_options(function: _Function) -> _Function:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 import numpy
 
-from .arguments import DROPOUT_OPTIONS, options_of
+from .arguments import DROPOUT_OPTIONS, WEIGHT_FUNCTIONS, options_of
 from .arrays import FLOATING, Array, device_of, dtype_name, host_integers, library_of, softmax_dtype_name
 from .errors import ArgumentTypeError, ArgumentValueError
 
@@ -65,7 +65,7 @@ def refuse_unknown(options: Mapping[str, object], function: str = "attention") -
     for name in options:
         if name in known:
             continue
-        if name in DROPOUT_OPTIONS and function.endswith("weights"):
+        if name in DROPOUT_OPTIONS and function in WEIGHT_FUNCTIONS:
             _type_error("MHA-DROP-3", f"`{name}` is not an option of {function}: the weights are those before dropout.")
         names = [*known, *OWN_KEYWORDS.get(function, ())]
         near = get_close_matches(name, names, 1)

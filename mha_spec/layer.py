@@ -7,7 +7,7 @@ this module are those of the reference; a backend replaces steps by what its lib
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
@@ -33,9 +33,21 @@ __all__ = [
     "append_cache",
     "empty_cache",
     "multi_head_attention",
+    "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
 ]
+
+
+class Operands(NamedTuple):
+    """What the layer hands to attention (MHA-CACHE-6)."""
+
+    query: Array
+    key: Any
+    value: Any
+    options: dict[str, Any]
+    cache: KVCache | None = None
+    """The new one, where there was one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +71,29 @@ class Layer:
         """The specification's multi_head_attention, over these steps (MHA-LAYER-1)."""
         name = "multi_head_attention"
         a = LayerArguments(name, query, key, value, params, rotary, norm_epsilon, cache, {**options})
-        q, k, v = self._heads(self.steps.check(a))
-        if cache is None:
-            return self._output(a, self.steps.attend(q, k, v, **a.options))
-        new = cache if k is None else self.steps.append(cache, k, v, a.options.get("kv_lengths"), self.steps)
-        attended = self.steps.attend(q, new.key, new.value, **self._cached_options(a, new))
-        return self._output(a, attended), new
+        x = self._operands(self.steps.check(a))
+        output = self._output(a, self.steps.attend(x.query, x.key, x.value, **x.options))
+        return output if x.cache is None else (output, x.cache)
+
+    def multi_head_attention_and_weights(
+        self,
+        query: Array,
+        key: Array | None,
+        value: Array | None,
+        params: Mapping[str, Array],
+        *,
+        rotary: Mapping[str, Any] | None = None,
+        norm_epsilon: float = 1e-6,
+        cache: KVCache | None = None,
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
+        """The specification's multi_head_attention_and_weights, over these steps (MHA-LAYER-4)."""
+        name = "multi_head_attention_and_weights"
+        a = LayerArguments(name, query, key, value, params, rotary, norm_epsilon, cache, {**options})
+        x = self._operands(self.steps.check(a))
+        attended, weights = self.steps.attend_and_weigh(x.query, x.key, x.value, self.steps, **x.options)
+        output = self._output(a, attended)
+        return (output, weights) if x.cache is None else (output, weights, x.cache)
 
     def multi_head_attention_weights(
         self,
@@ -80,11 +109,8 @@ class Layer:
         """The specification's multi_head_attention_weights, over these steps (MHA-LAYER-4)."""
         name = "multi_head_attention_weights"
         a = LayerArguments(name, query, key, None, params, rotary, norm_epsilon, cache, {**options})
-        q, k, _ = self._heads(self.steps.check(a))
-        if cache is None:
-            return self.steps.weigh(q, k, **a.options)
-        new = cache if k is None else self.steps.append(cache, k, None, a.options.get("kv_lengths"), self.steps)
-        return self.steps.weigh(q, new.key, **self._cached_options(a, new))
+        x = self._operands(self.steps.check(a))
+        return self.steps.weigh(x.query, x.key, **x.options)
 
     def rotary_embedding(self, x: Array, positions: Array | Sequence[float], **rotary: Any) -> Array:
         """The specification's rotary_embedding, over these steps."""
@@ -120,6 +146,16 @@ class Layer:
         self.steps.check_append(cache, key, value, lengths)
         return self.steps.append(cache, key, value, lengths, self.steps)
 
+    def _operands(self, a: LayerArguments) -> Operands:
+        """What attention is given: with a cache all that the new one holds, from where the old one ended on."""
+        q, k, v = self._heads(a)
+        if a.cache is None:
+            return Operands(q, k, v, a.options)
+        counts, offset = a.options.get("kv_lengths"), a.options.get("q_offset")
+        new = a.cache if k is None else self.steps.append(a.cache, k, v, counts, self.steps)
+        options = {"kv_lengths": new.lengths, "q_offset": a.cache.lengths if offset is None else offset}
+        return Operands(q, new.key, new.value, a.options | options, new)
+
     def _heads(self, a: LayerArguments) -> tuple[Array, Array | None, Array | None]:
         """Query, key and value of each head, as attention and the cache take them (MHA-NORM-2)."""
         q, k, v = self.steps.project_in(a, self.steps)
@@ -147,14 +183,6 @@ class Layer:
     def _turns(self, positions: Array | Sequence[float], rotary: Rotary, x: Array) -> tuple[Array, Array]:
         rotary_dim = x.shape[3] if rotary.rotary_dim is None else rotary.rotary_dim
         return self.steps.turns(positions, self.steps.frequencies(rotary.base, rotary_dim), x)
-
-    def _cached_options(self, a: LayerArguments, new: KVCache) -> dict[str, Any]:
-        """Attention sees what the new cache holds, from where the old one ended on (MHA-CACHE-6)."""
-        offset = a.options.get("q_offset")
-        return a.options | {
-            "kv_lengths": new.lengths,
-            "q_offset": a.cache.lengths if offset is None and a.cache is not None else offset,
-        }
 
     def _output(self, a: LayerArguments, attended: Array) -> Array:
         return self.steps.project_out(attended, a.params, self.steps)
@@ -214,6 +242,33 @@ def multi_head_attention(
         SPEC.md, MHA-LAYER-1; Vaswani et al. 2017, section 3.2.2.
     """
     return _LAYER.multi_head_attention(
+        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
+    )
+
+
+@spells_options
+@_quiet
+def multi_head_attention_and_weights(
+    query: Float[Array, "batch q_len embed"],
+    key: Float[Array, "batch kv_len k_embed"] | None,
+    value: Float[Array, "batch kv_len v_embed"] | None,
+    params: Mapping[str, Array],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[Options],
+) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
+    """What `multi_head_attention` and `multi_head_attention_weights` give, with one projection for both.
+
+    The arguments and errors are those of `multi_head_attention`; the weights know no dropout. With a cache the new one
+    comes third. torch's `nn.MultiheadAttention` with `need_weights` gives the mean over heads unless told otherwise,
+    and applies dropout first.
+
+    Source:
+        SPEC.md, MHA-LAYER-4.
+    """
+    return _LAYER.multi_head_attention_and_weights(
         query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
     )
 

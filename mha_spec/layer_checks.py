@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy
 
+from .arguments import WEIGHT_FUNCTIONS
 from .arrays import FLOATING, Array, dtype_name, host_integers, library_of
 from .cache import KVCache
 from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
@@ -28,6 +29,7 @@ __all__ = [
     "check",
     "check_alibi",
     "check_append",
+    "check_epsilon",
     "check_heads",
     "check_positions",
     "check_rotary",
@@ -41,6 +43,10 @@ class Rotary(NamedTuple):
     interleaved: bool = False
     rotary_dim: int | None = None
     """Components that turn, from the first on; None is all of them."""
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from the defaults."""
+        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
 
 @dataclass(slots=True)
@@ -63,7 +69,7 @@ class LayerArguments:
     @property
     def weighs(self) -> bool:
         """Whether the weights are asked for, which need no values."""
-        return self.function.endswith("weights")
+        return self.function in WEIGHT_FUNCTIONS
 
 
 def check(a: LayerArguments) -> LayerArguments:
@@ -71,7 +77,7 @@ def check(a: LayerArguments) -> LayerArguments:
     refuse_unknown(a.options, a.function)
     _check_operands(a)
     _check_params(a)
-    _check_norm(a)
+    check_epsilon(a.norm_epsilon)
     if a.rotary is not None:
         a.rotation = check_rotary(a.rotary, a.params["w_q"].shape[2])
     if a.cache is not None:
@@ -213,9 +219,8 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_norm(a: LayerArguments) -> None:
+def check_epsilon(epsilon: object) -> None:
     """Epsilon is a finite Python number >= 0 (MHA-NORM-1)."""
-    epsilon: object = a.norm_epsilon
     if not _is_number(epsilon):
         raise ArgumentTypeError(
             f"`norm_epsilon` must be a Python number, received {epsilon!r} of type {type(epsilon).__name__}. "

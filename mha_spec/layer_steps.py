@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from . import layer_checks
+from .arguments import DROPOUT_OPTIONS
 from .arrays import Array, device_of, dtype_name, host_integers, library_of, namespace_of, softmax_dtype_name
 from .cache import KVCache
 
@@ -187,6 +188,12 @@ def weigh(query: Array, key: Array, **options: Any) -> Array:
     return attention_weights(query, key, **options)
 
 
+def attend_and_weigh(query: Array, key: Array, value: Array, steps: LayerSteps, **options: Any) -> tuple[Array, Array]:
+    """Both, of which the weights know no dropout (MHA-LAYER-4)."""
+    of_weights = {name: one for name, one in options.items() if name not in DROPOUT_OPTIONS}
+    return steps.attend(query, key, value, **options), steps.weigh(query, key, **of_weights)
+
+
 def merge_heads(x: Array) -> Array:
     """The outputs of a token's heads side by side, in their order: (batch, q_len, heads, v_dim) (MHA-PROJ-3)."""
     return namespace_of(x).permute_dims(x, (0, 2, 1, 3))
@@ -262,6 +269,7 @@ class LayerSteps:
     append: Callable[..., KVCache] = append
     attend: Callable[..., Array] = attend
     weigh: Callable[..., Array] = weigh
+    attend_and_weigh: Callable[..., tuple[Array, Array]] = attend_and_weigh
     merge_heads: Callable[..., Array] = merge_heads
     combine: Callable[..., Array] = combine
     add_output_bias: Callable[..., Array] = add_output_bias

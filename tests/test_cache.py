@@ -20,8 +20,8 @@ import mha_spec_numpy
 from mha_spec import ArgumentTypeError, ArgumentValueError, KVCache, MhaSpecError, reference
 from mha_spec.arrays import library_of
 from mha_spec.layer import Layer
+from mha_spec.layer_object import LayerSettings
 from mha_spec.layer_steps import LayerSteps
-from mha_spec.parameters import LayerSizes
 from mha_spec_conformance.convert import to_library, to_numpy
 from mha_spec_numpy import layer
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 BATCH, KV_HEADS, CAPACITY, QK_DIM, V_DIM, LENGTH = 2, 3, 13, 4, 5, 7
-SIZES = LayerSizes(
+SIZES = LayerSettings(
     embed=8, heads=6, kv_heads=KV_HEADS, qk_dim=QK_DIM, v_dim=V_DIM, k_embed=8, v_embed=8, out=9, qk_norm=True
 )
 

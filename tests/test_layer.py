@@ -14,8 +14,9 @@ from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError, layer_
 from mha_spec.arguments import OPTIONS
 from mha_spec.arrays import device_of, dtype_name, library_of
 from mha_spec.layer import Layer
+from mha_spec.layer_object import LayerSettings
 from mha_spec.layer_steps import LayerSteps
-from mha_spec.parameters import AXES, LayerSizes
+from mha_spec.parameters import AXES
 from mha_spec_conformance.convert import to_library, to_numpy
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 BATCH, Q_LEN, KV_LEN, HEADS, KV_HEADS, CAPACITY = 2, 3, 5, 6, 3, 23
-SIZES = LayerSizes(
+SIZES = LayerSettings(
     embed=7, heads=HEADS, kv_heads=KV_HEADS, qk_dim=4, v_dim=11, k_embed=13, v_embed=17, out=19, qk_norm=True
 )
 

@@ -1,7 +1,8 @@
-"""The sizes of a layer, and NumPy's layer as an object."""
+"""The settings of a layer, and NumPy's layer as an object."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy
@@ -9,7 +10,8 @@ import pytest
 
 import mha_spec_numpy
 from mha_spec import ArgumentTypeError, ArgumentValueError
-from mha_spec.parameters import AXES, LayerSizes
+from mha_spec.layer_object import LayerOptions, LayerSettings
+from mha_spec.parameters import AXES
 from mha_spec_numpy import MultiHeadAttention
 
 
@@ -28,15 +30,15 @@ def random(*shape: int, seed: int = 3) -> numpy.ndarray:
     ],
 )
 def test_sizes_have_defaults(arguments: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
-    assert LayerSizes.of(10, 5, **arguments, bias=False).shapes() == shapes
+    assert LayerSettings.of(10, 5, **arguments, bias=False).shapes() == shapes
     words = ", ".join(f"{name}={value}" for name, value in arguments.items())
-    assert str(LayerSizes.of(10, 5, **arguments)) == ", ".join(filter(None, ("embed=10, heads=5", words)))
+    assert str(LayerSettings.of(10, 5, **arguments)) == ", ".join(filter(None, ("embed=10, heads=5", words)))
 
 
 def test_sizes_say_which_parameters_there_are() -> None:
-    assert set(LayerSizes.of(10, 5).shapes()) == {name for name in AXES if not name.endswith("norm")}
-    assert set(LayerSizes.of(10, 5, qk_norm=True).shapes()) == set(AXES)
-    assert str(LayerSizes.of(10, 5, bias=False, qk_norm=True)) == "embed=10, heads=5, bias=False, qk_norm=True"
+    assert set(LayerSettings.of(10, 5).shapes()) == {name for name in AXES if not name.endswith("norm")}
+    assert set(LayerSettings.of(10, 5, qk_norm=True).shapes()) == set(AXES)
+    assert str(LayerSettings.of(10, 5, bias=False, qk_norm=True)) == "embed=10, heads=5, bias=False, qk_norm=True"
 
 
 @pytest.mark.parametrize(
@@ -48,12 +50,32 @@ def test_sizes_say_which_parameters_there_are() -> None:
         ({"embed": 10, "heads": 5, "v_dim": 2.0}, ArgumentTypeError, ("`v_dim`", "integer", "2.0")),
         ({"embed": True, "heads": 1}, ArgumentTypeError, ("`embed`", "True")),
         ({"embed": 10, "heads": None}, ArgumentTypeError, ("`heads`", "None")),
+        ({"embed": 10, "heads": 5, "size": 2}, ArgumentTypeError, ("`size`", "kv_heads", "dropout_rate")),
+        ({"embed": 10, "heads": 5, "bias": 1}, ArgumentTypeError, ("`bias`", "True or False", "bias=1")),
+        ({"embed": 10, "heads": 5, "qk_norm": "yes"}, ArgumentTypeError, ("`qk_norm`", "'yes'")),
+        ({"embed": 10, "heads": 5, "norm_epsilon": -1.0}, ArgumentValueError, ("`norm_epsilon`", ">=0", "-1.0")),
+        ({"embed": 10, "heads": 5, "dropout_rate": 1.0}, ArgumentValueError, ("`dropout_rate`", "<1", "=1.0")),
+        ({"embed": 10, "heads": 5, "dropout_rate": "0"}, ArgumentTypeError, ("`dropout_rate`", "number", "'0'")),
+        ({"embed": 10, "heads": 5, "rotary": {"bass": 2.0}}, ArgumentTypeError, ("`rotary`", "base", "bass")),
     ],
 )
-def test_wrong_sizes_are_refused(arguments: dict[str, Any], error: type[Exception], parts: tuple[str, ...]) -> None:
+def test_wrong_settings_are_refused(arguments: dict[str, Any], error: type[Exception], parts: tuple[str, ...]) -> None:
     with pytest.raises(error) as caught:
-        LayerSizes.of(**arguments)
+        LayerSettings.of(**arguments)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_settings_are_made_again_by_their_arguments() -> None:
+    made = LayerSettings.of(10, 5, kv_heads=1, rotary={"base": 5.0, "interleaved": False}, dropout_rate=0.1)
+    assert LayerSettings.of(**made.arguments) == made
+    assert hash(LayerSettings.of(**made.arguments)) == hash(made)
+    assert made.arguments["rotary"] == {"base": 5.0}
+
+
+def test_a_layer_spells_its_options() -> None:
+    parameters = inspect.signature(MultiHeadAttention).parameters
+    assert [*parameters] == ["embed", "heads", "dtype", "rng", *LayerOptions.__annotations__]
+    assert (parameters["bias"].default, parameters["norm_epsilon"].default) == (True, 1e-6)
 
 
 def layer(**options: Any) -> MultiHeadAttention:
@@ -69,7 +91,7 @@ def test_the_object_is_the_function_with_its_parameters() -> None:
         made(query, key, value, **options), mha_spec_numpy.multi_head_attention(query, key, value, made.params, **own)
     )
     assert numpy.array_equal(
-        made.weights(query, key, **options),
+        made.attention_weights(query, key, **options),
         mha_spec_numpy.multi_head_attention_weights(query, key, made.params, **own),
     )
     plain = MultiHeadAttention(7, 1, dtype="float64")
@@ -79,7 +101,7 @@ def test_the_object_is_the_function_with_its_parameters() -> None:
 def test_the_object_begins_as_the_paper_does() -> None:
     made = MultiHeadAttention(96, 4, kv_heads=2, out=50, qk_norm=True, rng=3)
     bounds = {"w_q": (96, 96), "w_k": (96, 48), "w_v": (96, 48), "w_o": (96, 50)}
-    assert {name: array.shape for name, array in made.params.items()} == made.sizes.shapes()
+    assert {name: array.shape for name, array in made.params.items()} == made.settings.shapes()
     for name, (fan_in, fan_out) in bounds.items():
         bound, drawn = (6 / (fan_in + fan_out)) ** 0.5, made.params[name]
         assert abs(drawn).max() <= numpy.float32(bound)

@@ -12,6 +12,8 @@ from mha_spec.arrays import host_integers, softmax_dtype_name
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
+from .core import attention, attention_weights
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Unpack
@@ -31,6 +33,7 @@ __all__ = [
     "append_cache",
     "empty_cache",
     "multi_head_attention",
+    "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
 ]
@@ -83,21 +86,9 @@ def slopes(heads: int, dtype: str) -> Array:
     return jnp.asarray(slope_values(heads), dtype=dtype)
 
 
-def attend(query: Array, key: Array, value: Array, **options: Any) -> Any:
-    """Attention by this backend."""
-    from . import attention
-
-    return attention(query, key, value, **options)
-
-
-def weigh(query: Array, key: Array, **options: Any) -> Array:
-    """The weights by this backend."""
-    from . import attention_weights
-
-    return attention_weights(query, key, **options)
-
-
-_LAYER = Layer(LayerSteps(project=project, combine=combine, store=store, slopes=slopes, attend=attend, weigh=weigh))
+_LAYER = Layer(
+    LayerSteps(project=project, combine=combine, store=store, slopes=slopes, attend=attention, weigh=attention_weights)
+)
 
 empty_cache = _LAYER.empty_cache
 append_cache = _LAYER.append_cache
@@ -120,6 +111,24 @@ def multi_head_attention(
     Traced lengths of a cache are never read: one program serves every step of decoding.
     """
     return _LAYER.multi_head_attention(
+        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
+    )
+
+
+@spells_options
+def multi_head_attention_and_weights(
+    query: Float[Array, "batch q_len embed"],
+    key: Float[Array, "batch kv_len k_embed"] | None,
+    value: Float[Array, "batch kv_len v_embed"] | None,
+    params: Mapping[str, Array],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[Options],
+) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
+    """Output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
+    return _LAYER.multi_head_attention_and_weights(
         query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
     )
 

@@ -14,6 +14,7 @@ from .layer import (
     append_cache,
     empty_cache,
     multi_head_attention,
+    multi_head_attention_and_weights,
     multi_head_attention_weights,
     rotary_embedding,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "empty_cache",
     "merge_attention",
     "multi_head_attention",
+    "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
 ]

@@ -29,6 +29,7 @@ __all__ = [
     "append_cache",
     "empty_cache",
     "multi_head_attention",
+    "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
 ]
@@ -78,6 +79,25 @@ def multi_head_attention(
 ) -> Array | tuple[Array, KVCache]:
     """The layer over attention block by block; see `mha_spec.reference.multi_head_attention`."""
     return _LAYER.multi_head_attention(
+        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
+    )
+
+
+@spells_options
+@numpy.errstate(all="ignore")
+def multi_head_attention_and_weights(
+    query: Float[Array, "batch q_len embed"],
+    key: Float[Array, "batch kv_len k_embed"] | None,
+    value: Float[Array, "batch kv_len v_embed"] | None,
+    params: Mapping[str, Array],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[Options],
+) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
+    """Output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
+    return _LAYER.multi_head_attention_and_weights(
         query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
     )
 

@@ -14,6 +14,7 @@ from mha_spec.cache import KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
+from .core import attention, attention_weights
 from .problem import sizes_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "append_cache",
     "empty_cache",
     "multi_head_attention",
+    "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
 ]
@@ -187,20 +189,6 @@ def alibi(slopes: Array, distances: Array) -> Array:
     return tf.reshape(-wide, (1, -1, 1, 1)) * tf.cast(distances, wide.dtype)
 
 
-def attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
-    """Attention by this backend."""
-    from . import attention
-
-    return attention(query, key, value, **options)
-
-
-def weigh(query: Array, key: Array, **options: Any) -> Array:
-    """The weights by this backend."""
-    from . import attention_weights
-
-    return attention_weights(query, key, **options)
-
-
 _LAYER = Layer(
     LayerSteps(
         project_in=project_in,
@@ -211,8 +199,8 @@ _LAYER = Layer(
         empty_cache=empty,
         new_lengths=new_lengths,
         store=store,
-        attend=attend,
-        weigh=weigh,
+        attend=attention,
+        weigh=attention_weights,
         merge_heads=merge_heads,
         combine=combine,
         add_output_bias=add_output_bias,
@@ -244,6 +232,25 @@ def multi_head_attention(
     In a tf.function a cache whose lengths are a tensor is one graph for every step of decoding.
     """
     return _LAYER.multi_head_attention(
+        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
+    )
+
+
+@spells_options
+@tf.autograph.experimental.do_not_convert
+def multi_head_attention_and_weights(
+    query: Float[tf.Tensor, "batch q_len embed"],
+    key: Float[tf.Tensor, "batch kv_len k_embed"] | None,
+    value: Float[tf.Tensor, "batch kv_len v_embed"] | None,
+    params: Mapping[str, tf.Tensor],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[Options],
+) -> tuple[tf.Tensor, tf.Tensor] | tuple[tf.Tensor, tf.Tensor, KVCache]:
+    """Output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
+    return _LAYER.multi_head_attention_and_weights(
         query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
     )
 

@@ -13,18 +13,17 @@ from mha_spec.arguments import spells_options
 from mha_spec.arrays import host_integers
 from mha_spec.cache import KVCache
 from mha_spec.errors import BackendError
-from mha_spec.layer_checks import check_rotary
-from mha_spec.parameters import LayerSizes
+from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, spells_layer_options
 
-from .layer import empty_cache, multi_head_attention, multi_head_attention_weights
+from . import layer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from typing import Unpack
 
     import tensorflow as tf
 
-    from mha_spec.arguments import Options, WeightOptions
+    from mha_spec.arguments import Options
 
 __all__ = ["MultiHeadAttention"]
 
@@ -49,56 +48,35 @@ def _spelt(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @keras.saving.register_keras_serializable("mha_spec")
-class MultiHeadAttention(keras.layers.Layer):
+class MultiHeadAttention(keras.layers.Layer, LayerObject):
     """Multi-head attention with parameters of its own; see `mha_spec.reference.multi_head_attention`.
 
     The parameters are variables called as there. `dropout_rate` holds where `training` is True. Under a policy of mixed
     precision the parameters stay in float32 and the call is computed in the policy's type.
     """
 
+    functions = layer
+
+    @spells_layer_options
     def __init__(
         self,
         embed: int,
         heads: int,
         *,
-        kv_heads: int | None = None,
-        qk_dim: int | None = None,
-        v_dim: int | None = None,
-        k_embed: int | None = None,
-        v_embed: int | None = None,
-        out: int | None = None,
-        bias: bool = True,
-        qk_norm: bool = False,
-        rotary: Mapping[str, Any] | None = None,
-        norm_epsilon: float = 1e-6,
-        dropout_rate: float = 0.0,
-        **keywords: Any,
+        trainable: bool = True,
+        name: str | None = None,
+        dtype: Any = None,
+        **options: Unpack[LayerOptions],
     ) -> None:
         if keras.backend.backend() != "tensorflow":
             raise BackendError(
                 f"this layer is one of TensorFlow, and Keras runs on {keras.backend.backend()}: "
                 "set KERAS_BACKEND=tensorflow, or take the layer of that backend"
             )
-        super().__init__(**keywords)
-        self.sizes = LayerSizes.of(
-            embed,
-            heads,
-            kv_heads=kv_heads,
-            qk_dim=qk_dim,
-            v_dim=v_dim,
-            k_embed=k_embed,
-            v_embed=v_embed,
-            out=out,
-            bias=bias,
-            qk_norm=qk_norm,
-        )
-        if rotary is not None:
-            check_rotary(rotary, self.sizes.qk_dim)
-        self.rotary = None if rotary is None else dict(rotary)
-        self.norm_epsilon = norm_epsilon
-        self.dropout_rate = dropout_rate
-        self.seed_generator = keras.random.SeedGenerator() if dropout_rate else None
-        for name, shape in self.sizes.shapes().items():
+        super().__init__(trainable=trainable, name=name, dtype=dtype)
+        self.settings = LayerSettings.of(embed, heads, **options)
+        self.seed_generator = keras.random.SeedGenerator() if self.settings.dropout_rate else None
+        for name, shape in self.settings.shapes().items():
             setattr(self, name, self.add_weight(shape=shape, initializer=self._initializer(name), name=name))
         self.built = True
 
@@ -127,52 +105,29 @@ class MultiHeadAttention(keras.layers.Layer):
         **options: Unpack[Options],
     ) -> tf.Tensor | tuple[tf.Tensor, KVCache]:
         """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
-        key = query if key is None else key
-        value = key if value is None else value
         cache = cache.cache if isinstance(cache, OnTheHost) else cache
         options["mask"] = attention_mask
         if training and self.seed_generator is not None and "dropout_rate" not in options:
-            options["dropout_rate"] = self.dropout_rate
+            options["dropout_rate"] = self.settings.dropout_rate
             options.setdefault("dropout_key", self._next_key(self.seed_generator))
-        return multi_head_attention(query, key, value, self.params, cache=cache, **self._own(), **options)
-
-    def attention_weights(
-        self,
-        query: tf.Tensor,
-        key: tf.Tensor | None = None,
-        *,
-        cache: KVCache | None = None,
-        **options: Unpack[WeightOptions],
-    ) -> tf.Tensor:
-        """The weights of every head, (batch, heads, q_len, kv_len), before dropout; Keras has `weights` for its own."""
-        key = query if key is None else key
-        return multi_head_attention_weights(query, key, self.params, cache=cache, **self._own(), **options)
-
-    def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of this layer's sizes without tokens, of the type that it computes in."""
-        sizes, like = self.sizes, keras.ops.zeros((), self.compute_dtype)
-        return empty_cache(batch, sizes.kv_heads, capacity, sizes.qk_dim, sizes.v_dim, like=like)
+        return self.attend(query, key, value, cache=cache, **options)
 
     @property
     def params(self) -> dict[str, Any]:
         """The parameters by name in the type that the layer computes in, as `multi_head_attention` takes them."""
-        return {name: keras.ops.cast(getattr(self, name), self.compute_dtype) for name in self.sizes.shapes()}
+        return {name: keras.ops.cast(getattr(self, name), self.compute_dtype) for name in self.settings.shapes()}
 
     def get_config(self) -> dict[str, Any]:
         """What makes this layer again."""
-        sizes = {name: getattr(self.sizes, name) for name in self.sizes.__dataclass_fields__}
-        own = {name: getattr(self, name) for name in ("rotary", "norm_epsilon", "dropout_rate")}
-        return super().get_config() | sizes | own
+        return super().get_config() | self.settings.arguments
 
     def __repr__(self) -> str:
-        """Sizes and options that differ from the defaults."""
-        shown = [str(self.sizes)]
-        defaults = {"rotary": None, "norm_epsilon": 1e-6, "dropout_rate": 0.0}
-        shown += [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
-        return f"MultiHeadAttention({', '.join(shown)})"
+        """The settings that differ from the defaults."""
+        return LayerObject.__repr__(self)
 
-    def _own(self) -> dict[str, Any]:
-        return {"rotary": self.rotary, "norm_epsilon": self.norm_epsilon}
+    @property
+    def _like(self) -> Any:
+        return keras.ops.zeros((), self.compute_dtype)
 
     def _next_key(self, generator: keras.random.SeedGenerator) -> Any:
         """The seed and the count of calls, of 32 bits each, as one number."""
@@ -181,7 +136,7 @@ class MultiHeadAttention(keras.layers.Layer):
         return seed * 2**32 + count
 
     def _initializer(self, name: str) -> keras.initializers.Initializer:
-        bound = self.sizes.initial_bound(name)
+        bound = self.settings.initial_bound(name)
         if bound is None:
             return keras.initializers.Constant(float(name.endswith("_norm")))
         return keras.initializers.RandomUniform(-bound, bound)

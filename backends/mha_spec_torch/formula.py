@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["Logits", "attend", "gradients", "logits", "softmax", "weigh"]
+__all__ = ["Logits", "attend", "gradients", "logits", "product", "softmax", "weigh"]
 
 
 class Logits(NamedTuple):
@@ -34,7 +34,7 @@ def attend(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, tor
     weights, visible, lse = softmax(problem, task, x)
     keep = problem.keep(task)
     dropped = weights if keep is None else weights * keep
-    return _product(dropped, x.value, visible, clean=problem.finite(x.value)), lse
+    return product(dropped, x.value, visible, clean=problem.finite(x.value)), lse
 
 
 def softmax(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -107,7 +107,7 @@ def gradients(
         dropped, grad_weights = weights * keep, grad_weights * keep
     grad_logits = _shown(weights * (grad_weights - row_dot[..., None]), visible)
     grad_scores = grad_logits if slope is None else _shown(grad_logits * slope, visible)
-    grad_query = problem.scale * _product(grad_scores, x.key, visible, clean=clean)
+    grad_query = problem.scale * product(grad_scores, x.key, visible, clean=clean)
     grad_key = problem.scale * _sum_over_rows(grad_scores, x.query, x.key, visible, clean=clean)
     grad_value = _sum_over_rows(dropped, grad_output, x.value, visible, clean=clean)
     return grad_query, grad_key, grad_value, grad_logits
@@ -128,7 +128,7 @@ def _shown(array: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     return array if visible is None else torch.where(visible, array, 0.0)
 
 
-def _product(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, *, clean: bool) -> torch.Tensor:
+def product(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, *, clean: bool) -> torch.Tensor:
     """sum_j weights_ij values_jc over visible pairs alone.
 
     Unless the values are `clean`, that is all finite, a plain product would carry their NaN through a weight of 0

@@ -15,6 +15,7 @@ from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
+from .core import attention, attention_and_weights, attention_weights
 from .function import transformed
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "append_cache",
     "empty_cache",
     "multi_head_attention",
+    "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
 ]
@@ -154,8 +156,6 @@ def _writable(*tensors: Tensor) -> bool:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     """Attention to as much of a cache as all of its entries fill."""
-    from . import attention
-
     length = _common_length(query, key, options)
     if length is not None:
         key, value = key[:, :, :length], value[:, :, :length]
@@ -163,11 +163,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     return attention(query, key, value, **options)
 
 
-def weigh(query: Tensor, key: Tensor, **options: Any) -> Tensor:
-    """The weights, of all slots of a cache."""
-    from . import attention_weights
-
-    return attention_weights(query, key, **options)
+def attend_and_weigh(query: Tensor, key: Tensor, value: Tensor, _: LayerSteps, **options: Any) -> tuple[Tensor, Tensor]:
+    """Both, of all slots of a cache (MHA-LAYER-4)."""
+    return attention_and_weights(query, key, value, **options)
 
 
 OF_KEYS = {"mask", "bias", "dropout_mask", "kv_segment_ids"}
@@ -219,7 +217,8 @@ _LAYER = Layer(
         empty_cache=empty,
         append=append,
         attend=attend,
-        weigh=weigh,
+        weigh=attention_weights,
+        attend_and_weigh=attend_and_weigh,
         project_out=project_out,
         slopes=slopes,
     )
@@ -260,6 +259,37 @@ def _attended(
     given: dict[str, Any],
 ) -> Tensor | tuple[Tensor, KVCache]:
     return _LAYER.multi_head_attention(query, key, value, params, cache=cache, **_fixed(given))
+
+
+@spells_options
+def multi_head_attention_and_weights(
+    query: Float[Tensor, "batch q_len embed"],
+    key: Float[Tensor, "batch kv_len k_embed"] | None,
+    value: Float[Tensor, "batch kv_len v_embed"] | None,
+    params: Mapping[str, Tensor],
+    *,
+    rotary: Mapping[str, Any] | None = None,
+    norm_epsilon: float = 1e-6,
+    cache: KVCache | None = None,
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, KVCache]:
+    """Output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
+    given = {"rotary": rotary, "norm_epsilon": norm_epsilon, **options}
+    if torch.compiler.is_compiling():
+        return _both(query, key, value, params, _unread(cache), given)
+    return _LAYER.multi_head_attention_and_weights(query, key, value, params, cache=cache, **given)
+
+
+@torch.compiler.allow_in_graph
+def _both(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    params: Mapping[str, Tensor],
+    cache: KVCache | None,
+    given: dict[str, Any],
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, KVCache]:
+    return _LAYER.multi_head_attention_and_weights(query, key, value, params, cache=cache, **_fixed(given))
 
 
 @spells_options

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["backward", "differentiable", "forward", "takes_flash", "used", "weigh", "without_autocast"]
+__all__ = ["backward", "both", "differentiable", "forward", "takes_flash", "used", "weigh", "without_autocast"]
 
 _Result = TypeVar("_Result")
 
@@ -208,6 +208,23 @@ def differentiable(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.T
     output, lse = formula.attend(problem, whole, x.cut(whole))
     output = output if rows is None else torch.where(rows, output, 0.0)
     return output.to(x.query.dtype), lse
+
+
+@without_autocast
+def both(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and weights by differentiable operations, the one from the other (MHA-LAYER-4)."""
+    whole, dtype = problem.visibility.whole, x.query.dtype
+    if not whole.pairs:
+        rows = x.query.shape[:3]
+        return x.query.new_zeros((*rows, x.value.shape[3])), x.query.new_zeros((*rows, x.key.shape[2]))
+    visible = problem.visibility.visible(whole, x.bias)
+    x, rows = (x, None) if visible is None else used(x, visible)
+    wide, keep = x.cut(whole).to(problem.dtype), problem.keep(whole)
+    weights = formula.weigh(problem, whole, wide)
+    dropped = weights if keep is None else weights * keep
+    output = formula.product(dropped, wide.value, visible, clean=problem.finite(wide.value))
+    output = output if rows is None else torch.where(rows, output, 0.0)
+    return output.to(dtype), weights.to(dtype)
 
 
 def used(x: Operands, visible: torch.Tensor) -> tuple[Operands, torch.Tensor]:

@@ -1,0 +1,259 @@
+"""What the layer of every backend is as an object: its settings, and the calls around its attention.
+
+A backend's `MultiHeadAttention` adds what its framework has of its own: how parameters are held and when dropout is on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
+
+from .errors import ArgumentTypeError, ArgumentValueError
+from .layer_checks import Rotary, check_epsilon, check_rotary
+from .parameters import AXES, REQUIRED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import ModuleType
+    from typing import Unpack
+
+    from .arguments import Options, WeightOptions
+    from .arrays import Array
+    from .cache import KVCache
+
+__all__ = ["LayerObject", "LayerOptions", "LayerSettings", "spells_layer_options"]
+
+
+class LayerOptions(TypedDict, total=False):
+    """What a layer is made with beside embed and heads."""
+
+    kv_heads: int | None
+    """heads unless given (MHA-HEAD-2)."""
+    qk_dim: int | None
+    """embed // heads unless given."""
+    v_dim: int | None
+    """qk_dim unless given."""
+    k_embed: int | None
+    """embed unless given (MHA-LAYER-3)."""
+    v_embed: int | None
+    """embed unless given (MHA-LAYER-3)."""
+    out: int | None
+    """embed unless given."""
+    bias: bool
+    """Whether the layer has b_q, b_k, b_v and b_o; True unless given (MHA-PROJ-2, MHA-PROJ-3)."""
+    qk_norm: bool
+    """Whether it has q_norm and k_norm; False unless given (MHA-NORM-1)."""
+    rotary: Mapping[str, Any] | None
+    """The options of rotary_embedding, {} for its defaults; None is no rotation (MHA-ROTARY-4)."""
+    norm_epsilon: float
+    """1e-6 unless given (MHA-NORM-1)."""
+    dropout_rate: float
+    """0 unless given; holds in training alone (MHA-DROP-1)."""
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What one layer is: its sizes, which of the optional parameters it has, and what a call of it means."""
+
+    embed: int
+    heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    k_embed: int
+    v_embed: int
+    out: int
+    bias: bool = True
+    qk_norm: bool = False
+    rotary: Rotary | None = None
+    norm_epsilon: float = 1e-6
+    dropout_rate: float = 0.0
+
+    @classmethod
+    def of(cls, embed: int, heads: int, **options: Unpack[LayerOptions]) -> LayerSettings:
+        """Fill in what was not given; see `LayerOptions`.
+
+        Raises:
+            ArgumentValueError, ArgumentTypeError: A size is no integer >= 1, heads is no multiple of kv_heads, or does
+                not divide embed where qk_dim is not given, or another option is unknown or out of its range.
+        """
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        _check_options({"embed": embed, "heads": heads, **given})
+        settings = _default_sizes(embed, heads, given.get("qk_dim") or _even_share(embed, heads)) | given
+        if "rotary" in given:
+            settings["rotary"] = check_rotary(given["rotary"], settings["qk_dim"])
+        made = cls(embed, heads, **settings)
+        if heads % made.kv_heads:
+            raise ArgumentValueError(
+                f"`heads` must be a multiple of kv_heads={made.kv_heads}, received heads={heads}. [MHA-HEAD-2]"
+            )
+        return made
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that the layer has, by name."""
+        names = REQUIRED + (("b_q", "b_k", "b_v", "b_o") if self.bias else ())
+        names += ("q_norm", "k_norm") if self.qk_norm else ()
+        return {name: tuple(getattr(self, axis) for axis in AXES[name]) for name in names}
+
+    def initial_bound(self, name: str) -> float | None:
+        """The bound b of Xavier's uniform distribution on [-b, b] for a weight; None for a bias or a gain.
+
+        b = sqrt(6 / (fan_in + fan_out)) over the matrix (in, heads * size) that the weight is, as in the paper's own
+        code. Biases begin at 0, gains at 1.
+        """
+        if name not in REQUIRED:
+            return None
+        shape = self.shapes()[name]
+        fans = (shape[0] * shape[1], shape[2]) if name == "w_o" else (shape[0], shape[1] * shape[2])
+        return math.sqrt(6 / sum(fans))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keywords that make these settings, embed and heads among them: plain data."""
+        return asdict(self) | {"rotary": None if self.rotary is None else self.rotary.given()}
+
+    def __str__(self) -> str:
+        """The keywords, less those that are the defaults: `embed=10, heads=5, kv_heads=1`."""
+        share = self.embed // self.heads if self.embed % self.heads == 0 else None
+        default = {field.name: field.default for field in fields(self)}
+        default |= _default_sizes(self.embed, self.heads, share) | {"v_dim": self.qk_dim}
+        return ", ".join(f"{name}={value}" for name, value in self.arguments.items() if value != default[name])
+
+
+def _default_sizes(embed: int, heads: int, qk_dim: int | None) -> dict[str, Any]:
+    sizes = {"kv_heads": heads, "qk_dim": qk_dim, "v_dim": qk_dim}
+    return sizes | {"k_embed": embed, "v_embed": embed, "out": embed}
+
+
+def _even_share(embed: int, heads: int) -> int:
+    if embed % heads:
+        raise ArgumentValueError(
+            f"`embed` must be a multiple of heads={heads}, received embed={embed}. "
+            "Or give qk_dim, the size of one head. [MHA-PROJ-4]"
+        )
+    return embed // heads
+
+
+def _check_options(given: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(LayerSettings)]
+    for name, value in given.items():
+        if name not in known:
+            raise ArgumentTypeError(f"`{name}` is no option of the layer, which has {', '.join(known)}. [MHA-ARG-1]")
+        if name in {"bias", "qk_norm"}:
+            _check_flag(name, value)
+        elif name == "norm_epsilon":
+            check_epsilon(value)
+        elif name == "dropout_rate":
+            _check_rate(value)
+        elif name != "rotary":
+            _check_size(name, value)
+
+
+def _check_size(name: str, size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ArgumentTypeError(f"`{name}` must be an integer, received {name}={size!r}. [MHA-PROJ-4]")
+    if size < 1:
+        raise ArgumentValueError(f"`{name}` must be {name}>=1, received {name}={size}. [MHA-PROJ-4]")
+
+
+def _check_flag(name: str, flag: object) -> None:
+    if not isinstance(flag, bool):
+        raise ArgumentTypeError(f"`{name}` must be True or False, received {name}={flag!r}. [MHA-PROJ-4]")
+
+
+def _check_rate(rate: object) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise ArgumentTypeError(f"`dropout_rate` must be a Python number, received dropout_rate={rate!r}. [MHA-ARG-2]")
+    if not 0 <= rate < 1:
+        raise ArgumentValueError(
+            f"`dropout_rate` must be in 0<=dropout_rate<1, received dropout_rate={rate!r}. [MHA-ARG-2]"
+        )
+
+
+_Init = TypeVar("_Init", bound="Callable[..., None]")
+
+
+def spells_layer_options(init: _Init) -> _Init:
+    """Give an `__init__` that takes `**options` the signature that names each of them, with its default."""
+    signature = inspect.signature(init)
+    default = {field.name: None if field.default is MISSING else field.default for field in fields(LayerSettings)}
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default[name])
+        for name in LayerOptions.__annotations__
+    ]
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    vars(init)["__signature__"] = signature.replace(parameters=[*own, *options])
+    return init
+
+
+class LayerObject:
+    """The calls of a layer that holds its own parameters; see `mha_spec.reference.multi_head_attention`."""
+
+    functions: ClassVar[ModuleType]
+    """The backend's functions of the layer."""
+    settings: LayerSettings
+    params: Any
+    """The parameters by name, as `multi_head_attention` takes them."""
+
+    def attend(
+        self,
+        query: Array,
+        key: Array | None,
+        value: Array | None,
+        *,
+        cache: KVCache | None = None,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        key = query if key is None else key
+        value = key if value is None else value
+        return self.functions.multi_head_attention(
+            query, key, value, self.params, cache=cache, **self._fixed, **options
+        )
+
+    def attention_weights(
+        self, query: Array, key: Array | None = None, *, cache: KVCache | None = None, **options: Unpack[WeightOptions]
+    ) -> Array:
+        """The weights of every head, (batch, heads, q_len, kv_len), before dropout (MHA-LAYER-4)."""
+        key = query if key is None else key
+        return self.functions.multi_head_attention_weights(
+            query, key, self.params, cache=cache, **self._fixed, **options
+        )
+
+    def output_and_weights(
+        self,
+        query: Array,
+        key: Array | None = None,
+        value: Array | None = None,
+        *,
+        cache: KVCache | None = None,
+        **options: Unpack[Options],
+    ) -> tuple[Any, ...]:
+        """The output and the weights of every head, and with a cache the new one; drops only what is asked here."""
+        key = query if key is None else key
+        value = key if value is None else value
+        return self.functions.multi_head_attention_and_weights(
+            query, key, value, self.params, cache=cache, **self._fixed, **options
+        )
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache of this layer's sizes without tokens."""
+        of = self.settings
+        return self.functions.empty_cache(batch, of.kv_heads, capacity, of.qk_dim, of.v_dim, like=self._like)
+
+    def __repr__(self) -> str:
+        """The settings that differ from the defaults."""
+        return f"{type(self).__name__}({self.settings})"
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        """What the settings say of every call."""
+        rotary = self.settings.rotary
+        return {"rotary": None if rotary is None else rotary.given(), "norm_epsilon": self.settings.norm_epsilon}
+
+    @property
+    def _like(self) -> Array:
+        """An array of the dtype and device that a cache has."""
+        return self.params["w_k"]

@@ -1,0 +1,76 @@
+"""The output and the weights of one call are those of two."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from support.comparisons import assert_equal, assert_near
+from support.goldens import cases, layer_failures, one_of_each
+from support.numbers import numbers
+
+import mha_spec
+import mha_spec_torch
+from mha_spec.arguments import DROPOUT_OPTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LAYER = "multi_head_attention"
+
+
+def both(library: str) -> Callable[..., Any]:
+    """The output by the call that gives both, whose weights are compared with those of their own call."""
+    backend = import_module(f"mha_spec_{library}")
+
+    def output(query: Any, key: Any, value: Any, params: Any, **options: Any) -> Any:
+        found, weights, *cache = backend.multi_head_attention_and_weights(query, key, value, params, **options)
+        of_weights = {name: one for name, one in options.items() if name not in DROPOUT_OPTIONS}
+        assert_equal(weights, backend.multi_head_attention_weights(query, key, params, **of_weights))
+        return (found, *cache) if cache else found
+
+    return output
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_all_goldens_of_the_layer_hold_for_both(library: str) -> None:
+    assert not layer_failures(library, cases(LAYER), "float32", "float16", wrapped=lambda _: both(library))
+
+
+@pytest.mark.parametrize("library", ["jax", "tensorflow"])
+def test_goldens_with_every_option_hold_for_both(library: str) -> None:
+    assert not layer_failures(library, one_of_each([LAYER]), "float32", wrapped=lambda _: both(library))
+
+
+def module() -> mha_spec_torch.MultiHeadAttention:
+    torch.manual_seed(3)
+    return mha_spec_torch.MultiHeadAttention(7, 6, kv_heads=3, qk_dim=4, v_dim=5, rotary={}, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"kv_lengths": (2, 0), "q_offset": 0}, {"window": (1, 0), "softcap": 2.0}])
+def test_gradients_of_both_are_those_of_two_calls(options: dict[str, Any]) -> None:
+    layer, x = module(), torch.as_tensor(numbers(2, 3, 7)).requires_grad_()
+    leaves = [x, *layer.parameters()]
+
+    def gradients(output: torch.Tensor, weights: torch.Tensor) -> Any:
+        return torch.autograd.grad((output * output).sum() + (weights * weights).sum(), leaves, allow_unused=True)
+
+    expected = gradients(layer(x, **options), layer.attention_weights(x, **options))
+    assert_near(gradients(*layer.output_and_weights(x, **options)), expected)
+
+
+def test_weights_know_no_dropout() -> None:
+    layer, x = module(), torch.as_tensor(numbers(2, 3, 7))
+    keep = torch.zeros((2, 6, 3, 3), dtype=torch.bool)
+    output, weights = layer.output_and_weights(x, dropout_mask=keep, dropout_rate=0.5)
+    assert_equal(output, layer.params["b_o"].expand(2, 3, 7))
+    assert_equal(weights, layer.attention_weights(x))
+
+
+def test_the_backend_is_that_of_the_query() -> None:
+    layer, x = module(), torch.as_tensor(numbers(2, 3, 7))
+    assert_equal(
+        mha_spec.multi_head_attention_and_weights(x, x, x, layer.params, rotary={}), layer.output_and_weights(x)
+    )
