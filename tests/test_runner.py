@@ -342,10 +342,26 @@ def test_answers_that_nobody_waited_for_do_not_come_back(tmp_path: Path, suite: 
     path.write_text(RIGHT)
     with Pool(str(path), jobs) as pool:
         questions = [ask.question() for ask in asks(suite.cases, pool.claims, Selection((ONLY,)))]
-        early = pool.answers(questions)
+        early = pool.answers(*([question] for question in questions))
         next(early)
         early.close()
         assert [question.id for question, _ in pool.answers(questions[-1:])] == [questions[-1].id]
+
+
+def test_a_group_goes_to_one_process(tmp_path: Path, suite: Suite) -> None:
+    path = tmp_path / "target.py"
+    path.write_text(
+        "import os\n\n\ndef attention(query, key, value):\n    raise NotImplementedError(str(os.getpid()))\n"
+    )
+    with Pool(str(path), 2) as pool:
+        questions = [ask.question() for ask in asks(suite.cases, pool.claims, Selection())]
+        assert len(questions) > 12
+        groups = [questions[first : first + 5] for first in range(0, len(questions), 5)]
+        process = {(one.id, one.dtype): answer.reason for one, answer in pool.answers(*map(iter, groups))}
+        of_groups = [{process[one.id, one.dtype] for one in group} for group in groups]
+        assert len(process) == len(questions)
+        assert {len(processes) for processes in of_groups} == {1}
+        assert len(set().union(*of_groups)) == 2
 
 
 def test_only_cases_that_do_not_decide_are_not_judged(judge: Callable[..., Run]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from mha_spec import layer_steps
 from mha_spec.arguments import spells_options
 from mha_spec.arrays import host_integers, softmax_dtype_name
 from mha_spec.layer import Layer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from mha_spec.arguments import Options, WeightOptions
     from mha_spec.cache import KVCache
+    from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int]
 
@@ -39,20 +41,41 @@ __all__ = [
 ]
 
 
-def project(x: Array, weight: Array) -> Array:
-    """Every head is a linear map of the embedding, summed in the softmax's type (MHA-PROJ-1)."""
+def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Array, Array | None, Array | None]:
+    """Query, key and value of each head (MHA-PROJ-1, MHA-PROJ-2)."""
+    names = a.params.keys() & {"w_q", "w_k", "w_v", "b_q", "b_k", "b_v"}
+    return _projected(a.query, a.key, a.value, {name: a.params[name] for name in sorted(names)})
+
+
+@jax.jit
+def _projected(
+    query: Array, key: Array | None, value: Array | None, params: Mapping[str, Array]
+) -> tuple[Array, Array | None, Array | None]:
+    key, value = (None if x is None else _split(x, name, params) for name, x in (("k", key), ("v", value)))
+    return _split(query, "q", params), key, value
+
+
+def _split(x: Array, name: str, params: Mapping[str, Array]) -> Array:
+    weight = params[f"w_{name}"]
     (batch, length, embed), (_, heads, size) = x.shape, weight.shape
     flat = _product(x, weight.reshape(embed, heads * size))
-    return flat.reshape(batch, length, heads, size).transpose(0, 2, 1, 3)
+    return layer_steps.add_bias(flat.reshape(batch, length, heads, size).transpose(0, 2, 1, 3), params.get(f"b_{name}"))
 
 
-def combine(x: Array, weight: Array) -> Array:
-    """The output is a linear map of all heads, summed in the softmax's type (MHA-PROJ-3)."""
-    batch, length, heads, size = x.shape
-    return _product(x.reshape(batch, length, heads * size), weight.reshape(heads * size, weight.shape[2]))
+def project_out(x: Array, params: Mapping[str, Array], _: LayerSteps) -> Array:
+    """The heads side by side, one product, the bias (MHA-PROJ-3)."""
+    return _combined(x, params["w_o"], params.get("b_o"))
+
+
+@jax.jit
+def _combined(x: Array, weight: Array, bias: Array | None) -> Array:
+    batch, heads, length, size = x.shape
+    rows = x.transpose(0, 2, 1, 3).reshape(batch, length, heads * size)
+    return layer_steps.add_output_bias(_product(rows, weight.reshape(heads * size, weight.shape[2])), bias)
 
 
 def _product(x: Array, weight: Array) -> Array:
+    """A linear map, summed in the softmax's type."""
     wide = jnp.dtype(softmax_dtype_name(x.dtype.name))
     found = jnp.matmul(x.astype(wide), weight.astype(wide), precision=jax.lax.Precision.HIGHEST)
     return found.astype(x.dtype)
@@ -63,14 +86,18 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
 
     `dynamic_update_slice` moves a start that leaves no room, over tokens that are there: it serves known starts alone.
     """
-    length, capacity = new.shape[2], buffer.shape[2]
-    first = _common_start(start, stop, length)
+    first = _common_start(start, stop, new.shape[2])
     if first is not None:
         return jax.lax.dynamic_update_slice_in_dim(buffer, new, first, axis=2)
-    start, stop = (jnp.asarray(one)[:, None] for one in (start, stop))
-    slots = start + jnp.arange(length)
-    slots = jnp.where((slots >= 0) & (slots < stop), slots, capacity)
-    return buffer.at[jnp.arange(new.shape[0])[:, None], :, slots].set(new.transpose(0, 2, 1, 3), mode="drop")
+    return _scattered(buffer, new, jnp.asarray(start), jnp.asarray(stop))
+
+
+@jax.jit
+def _scattered(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
+    (batch, _, length, _), capacity = new.shape, buffer.shape[2]
+    slots = start[:, None] + jnp.arange(length)
+    slots = jnp.where((slots >= 0) & (slots < stop[:, None]), slots, capacity)
+    return buffer.at[jnp.arange(batch)[:, None], :, slots].set(new.transpose(0, 2, 1, 3), mode="drop")
 
 
 def _common_start(start: Integers, stop: Integers, length: int) -> int | None:
@@ -86,8 +113,21 @@ def slopes(heads: int, dtype: str) -> Array:
     return jnp.asarray(slope_values(heads), dtype=dtype)
 
 
+normalise = jax.jit(layer_steps.normalise, static_argnums=2)
+turn = jax.jit(layer_steps.turn, static_argnums=2)
+
+
 _LAYER = Layer(
-    LayerSteps(project=project, combine=combine, store=store, slopes=slopes, attend=attention, weigh=attention_weights)
+    LayerSteps(
+        project_in=project_in,
+        normalise=normalise,
+        turn=turn,
+        store=store,
+        attend=attention,
+        weigh=attention_weights,
+        project_out=project_out,
+        slopes=slopes,
+    )
 )
 
 empty_cache = _LAYER.empty_cache

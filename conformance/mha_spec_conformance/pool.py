@@ -45,12 +45,13 @@ def _fast_folder() -> str | None:
 
 
 class Worker:
-    """One process of the target, and the questions that it holds, oldest first."""
+    """One process of the target, the questions that it holds, oldest first, and the group that it takes more from."""
 
     def __init__(self, target: str, folder: Path) -> None:
         self.target = target
         self.folder = folder
         self.held: deque[Question] = deque()
+        self.group: Iterator[Question] = iter(())
         self.count = 0
         self.start()
 
@@ -113,8 +114,18 @@ class Worker:
             return self._replace(Answer("timeout", reason=f"no answer in {limit:g} s", seconds=limit))
         return None
 
+    def take(self, waiting: Iterator[Iterator[Question]]) -> None:
+        """Ask the next question of the worker's own group, or of a new one where that has ended."""
+        question = next(self.group, None)
+        while question is None and (group := next(waiting, None)) is not None:
+            self.group = group
+            question = next(group, None)
+        if question is not None:
+            self.ask(question)
+
     def forget(self) -> None:
         """Give up the questions that are held, and the process whose answers to them would come later."""
+        self.group = iter(())
         if self.held:
             self.held.clear()
             self.stop()
@@ -192,18 +203,20 @@ class Pool:
         self._workers.clear()
         self._folder.cleanup()
 
-    def answers(self, questions: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
+    def answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
         """Ask all questions; each comes back with its answer, in the order in which the answers arrive.
 
-        Whoever stops before the last answer loses the others: none of them comes back for a later question.
+        The questions of one group go to one worker, whose framework compiles once for what they share. Whoever stops
+        before the last answer loses the others: none of them comes back for a later question.
         """
         try:
-            yield from self._answers(iter(questions))
+            yield from self._answers(iter(groups))
         finally:
             for worker in self._workers:
                 worker.forget()
 
-    def _answers(self, waiting: Iterator[Question]) -> Iterator[tuple[Question, Answer]]:
+    def _answers(self, groups: Iterator[Iterable[Question]]) -> Iterator[tuple[Question, Answer]]:
+        waiting = map(iter, groups)
         self._hand_out(waiting)
         while any(worker.held for worker in self._workers):
             arrived = [
@@ -217,8 +230,8 @@ class Pool:
             if not done:
                 wait([worker.connection for worker in self._workers if worker.held], timeout=min(0.2, self.limit / 4))
 
-    def _hand_out(self, waiting: Iterator[Question]) -> None:
+    def _hand_out(self, waiting: Iterator[Iterator[Question]]) -> None:
         for _ in range(AHEAD):
             for worker in self._workers:
-                if len(worker.held) < AHEAD and (question := next(waiting, None)) is not None:
-                    worker.ask(question)
+                if len(worker.held) < AHEAD:
+                    worker.take(waiting)

@@ -13,12 +13,12 @@ from .report import Run
 from .smoke import NothingToJudge, try_smoke_cases
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable, Iterator
 
     from .asking import Ask
     from .cases import Suite
     from .known import Known
-    from .question import Claims
+    from .question import Claims, Question
 
 __all__ = ["NothingToJudge", "Settings", "run"]
 
@@ -91,7 +91,7 @@ def _results(
     judge = Judge(pool.claims, settings.accepted)
     found: list[Result] = []
     failed = 0
-    for question, answer in pool.answers(ask.question() for ask in asked):
+    for question, answer in pool.answers(*_groups(asked)):
         judged = judge.result(by_key[question.id, question.dtype], question, answer)
         found.append(judged)
         failed += is_open(judged, settings.accepted, settings.known)
@@ -99,6 +99,14 @@ def _results(
         if settings.max_fail is not None and failed >= settings.max_fail:
             return found, len(found) == len(asked)
     return found, True
+
+
+def _groups(asked: list[Ask]) -> list[Iterator[Question]]:
+    """The questions of each signature, which a compiling framework compiles for once; they are made when asked."""
+    groups: dict[Hashable, list[Ask]] = {}
+    for ask in asked:
+        groups.setdefault(ask.case.signature, []).append(ask)
+    return [(ask.question() for ask in group) for group in groups.values()]
 
 
 def _alignment(pool: Pool, suite: Suite, selection: Selection) -> tuple[str | None, tuple[str, ...]]:
