@@ -29,6 +29,7 @@ __all__ = [
     "check_entries",
     "check_halves",
     "check_offset",
+    "of_one_class",
     "refuse_ambiguity",
     "refuse_unknown",
 ]
@@ -46,6 +47,7 @@ OWN_KEYWORDS = {
     "attention_vjp": ("grad_lse",),
     "merge_attention": ("output_a", "lse_a", "output_b", "lse_b"),
     "multi_head_attention": LAYER_KEYWORDS,
+    "multi_head_attention_and_weights": LAYER_KEYWORDS,
     "multi_head_attention_weights": LAYER_KEYWORDS,
 }
 """What a function may have been meant to get beside the options that it shares."""
@@ -106,12 +108,16 @@ def check_tensors(a: Arguments) -> None:
             )
 
 
+def of_one_class(query: Array, key: Array, value: Array) -> bool:
+    """Whether all are arrays of one class, and so of one library (MHA-ARG-4)."""
+    return type(query) is type(key) is type(value) and library_of(query) is not None
+
+
 def _alike(query: Array, key: Array, value: Array) -> bool:
     """Whether one look is enough: arrays of one class, dtype and device, and of rank 4."""
-    if not type(query) is type(key) is type(value) or library_of(query) is None:
-        return False
     return (
-        query.dtype == key.dtype == value.dtype
+        of_one_class(query, key, value)
+        and query.dtype == key.dtype == value.dtype
         and dtype_name(query) in FLOATING
         and query.ndim == key.ndim == value.ndim == 4
         and device_of(query) == device_of(key) == device_of(value)
