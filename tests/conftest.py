@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ import numpy
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import ModuleType
 
     from oracle import Answer
 
     from mha_spec_conformance.cases import Case, Suite
+
+pytest.register_assert_rewrite("support")
 
 
 @pytest.fixture
@@ -39,6 +42,33 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 def attention_module(request: pytest.FixtureRequest) -> ModuleType:
     """The specification's functions: as the reference, a backend, and the public face have them."""
     return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """What torch's own compiler warns of is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def double() -> Iterator[None]:
+    """Float64 is asked for in JAX."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def unoptimized() -> Iterator[None]:
+    """A program of XLA that runs once is not worth optimizing."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -275,12 +275,6 @@ def without(mapping: Mapping[str, Item], *names: str) -> dict[str, Item]:
     return {name: value for name, value in mapping.items() if name not in names}
 
 
-@pytest.fixture(scope="module")
-def suite() -> cases.Suite:
-    """Every case of the suite."""
-    return cases.load()
-
-
 def with_values(suite: cases.Suite) -> list[Case]:
     """The cases that have an answer."""
     return [case for case in suite.cases if case.expect == "values"]

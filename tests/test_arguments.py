@@ -4,27 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from support.calls import BATCH, HEADS, KV_LEN, Q_LEN, QK_DIM, V_DIM, arguments, operand
 
 from mha_spec import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
-
-
-def random(*shape: int, dtype: str = "float32") -> numpy.ndarray:
-    return numpy.random.default_rng(17).standard_normal(shape).astype(dtype)
-
-
-def arguments(**changed: Any) -> dict[str, Any]:
-    tensors = {
-        "query": random(BATCH, HEADS, Q_LEN, QK_DIM),
-        "key": random(BATCH, KV_HEADS, KV_LEN, QK_DIM),
-        "value": random(BATCH, KV_HEADS, KV_LEN, V_DIM),
-    }
-    return tensors | changed
-
 
 ones = numpy.ones
 
@@ -37,15 +22,15 @@ def test_weights_take_no_dropout(attention_module: ModuleType) -> None:
 
 def test_gradients_draw_no_dropout(attention_module: ModuleType) -> None:
     with pytest.raises(ArgumentValueError, match=r"`dropout_mask` must be given with dropout_rate=0\.1"):
-        attention_module.attention_vjp(random(BATCH, HEADS, Q_LEN, V_DIM), **arguments(dropout_rate=0.1))
+        attention_module.attention_vjp(operand(BATCH, HEADS, Q_LEN, V_DIM), **arguments(dropout_rate=0.1))
 
 
 @pytest.mark.parametrize(
     ("cotangents", "argument"),
     [
-        ({"grad_output": random(BATCH, HEADS, Q_LEN, QK_DIM)}, "grad_output"),
-        ({"grad_output": random(BATCH, HEADS, Q_LEN, V_DIM), "grad_lse": random(BATCH, HEADS, KV_LEN)}, "grad_lse"),
-        ({"grad_output": random(BATCH, HEADS, Q_LEN, V_DIM), "grad_lse": random(BATCH, HEADS, Q_LEN, 1)}, "grad_lse"),
+        ({"grad_output": operand(BATCH, HEADS, Q_LEN, QK_DIM)}, "grad_output"),
+        ({"grad_output": operand(BATCH, HEADS, Q_LEN, V_DIM), "grad_lse": operand(BATCH, HEADS, KV_LEN)}, "grad_lse"),
+        ({"grad_output": operand(BATCH, HEADS, Q_LEN, V_DIM), "grad_lse": operand(BATCH, HEADS, Q_LEN, 1)}, "grad_lse"),
     ],
 )
 def test_cotangents_have_the_shapes_of_results(
@@ -58,16 +43,16 @@ def test_cotangents_have_the_shapes_of_results(
 @pytest.mark.parametrize(
     ("changed", "error", "argument"),
     [
-        ({"lse_b": random(BATCH, HEADS, Q_LEN, 1)}, ArgumentValueError, "lse_b"),
-        ({"output_b": random(BATCH, HEADS, Q_LEN, QK_DIM)}, ArgumentValueError, "output_b"),
+        ({"lse_b": operand(BATCH, HEADS, Q_LEN, 1)}, ArgumentValueError, "lse_b"),
+        ({"output_b": operand(BATCH, HEADS, Q_LEN, QK_DIM)}, ArgumentValueError, "output_b"),
         ({"lse_a": [0.0]}, ArgumentTypeError, "lse_a"),
     ],
 )
 def test_halves_fit(
     attention_module: ModuleType, changed: dict[str, Any], error: type[Exception], argument: str
 ) -> None:
-    halves = {name: random(BATCH, HEADS, Q_LEN, V_DIM) for name in ("output_a", "output_b")}
-    halves |= {name: random(BATCH, HEADS, Q_LEN) for name in ("lse_a", "lse_b")}
+    halves = {name: operand(BATCH, HEADS, Q_LEN, V_DIM) for name in ("output_a", "output_b")}
+    halves |= {name: operand(BATCH, HEADS, Q_LEN) for name in ("lse_a", "lse_b")}
     with pytest.raises(error, match=f"`{argument}` must"):
         attention_module.merge_attention(**(halves | changed))
 
@@ -77,7 +62,7 @@ def test_halves_fit(
     [("lse", "Did you mean `lse_b`?"), ("dropout_rate", "The arguments are output_a, lse_a, output_b, lse_b.")],
 )
 def test_merging_takes_no_option(attention_module: ModuleType, keyword: str, hint: str) -> None:
-    halves = random(BATCH, HEADS, Q_LEN, V_DIM), random(BATCH, HEADS, Q_LEN)
+    halves = operand(BATCH, HEADS, Q_LEN, V_DIM), operand(BATCH, HEADS, Q_LEN)
     with pytest.raises(ArgumentTypeError) as raised:
         attention_module.merge_attention(*halves, *halves, **{keyword: None})
     assert str(raised.value) == f"`{keyword}` is not an option of merge_attention. {hint} [MHA-ARG-1]"
@@ -210,7 +195,7 @@ def test_keywords_of_other_functions(attention_module: ModuleType, function: str
     operands = {
         "attention": (given["query"], given["key"], given["value"]),
         "attention_weights": (given["query"], given["key"]),
-        "attention_vjp": (random(BATCH, HEADS, Q_LEN, V_DIM), given["query"], given["key"], given["value"]),
+        "attention_vjp": (operand(BATCH, HEADS, Q_LEN, V_DIM), given["query"], given["key"], given["value"]),
     }
     with pytest.raises(ArgumentTypeError, match=f"`{option}` is not an option of {function}.*") as caught:
         getattr(attention_module, function)(*operands[function], **{option: 1})
@@ -219,7 +204,7 @@ def test_keywords_of_other_functions(attention_module: ModuleType, function: str
 
 @pytest.mark.parametrize("dtype", ["int64", "bool", "complex64"])
 def test_cotangents_and_halves_are_floating(attention_module: ModuleType, dtype: str) -> None:
-    output, lse = random(BATCH, HEADS, Q_LEN, V_DIM), random(BATCH, HEADS, Q_LEN)
+    output, lse = operand(BATCH, HEADS, Q_LEN, V_DIM), operand(BATCH, HEADS, Q_LEN)
     with pytest.raises(ArgumentTypeError, match="`grad_output` must have a dtype"):
         attention_module.attention_vjp(output.astype(dtype), **arguments())
     with pytest.raises(ArgumentTypeError, match="`lse_b` must have a dtype"):
@@ -229,7 +214,7 @@ def test_cotangents_and_halves_are_floating(attention_module: ModuleType, dtype:
 
 
 def test_the_half_beside_an_empty_one_is_unchanged(attention_module: ModuleType) -> None:
-    output, lse = random(BATCH, HEADS, Q_LEN, V_DIM, dtype="float64"), random(BATCH, HEADS, Q_LEN)
+    output, lse = operand(BATCH, HEADS, Q_LEN, V_DIM, dtype="float64"), operand(BATCH, HEADS, Q_LEN)
     lse[0, 0, 0] = numpy.inf
     empty, garbage = numpy.full_like(lse, -numpy.inf), numpy.full_like(output, numpy.nan)
     for merged in (

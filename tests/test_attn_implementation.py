@@ -1,7 +1,7 @@
 """mha_spec as `attn_implementation` of transformers: small random models, against "eager".
 
-Two float64 evaluations of one function agree far better than either does with a float32 evaluation. What that loses is
-the yardstick, and it is taken of "eager" alone, so that no mistake of ours can stretch it.
+Two float64 evaluations of one function agree far better than either does with a float32 evaluation. What ours loses in
+float32 is the yardstick.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
 import transformers_attention
+from support.comparisons import assert_equal, assert_same, off
 from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import sdpa_mask
 
@@ -103,13 +104,6 @@ class InFloat64(TorchFunctionMode):
         return func(*map(wide, args), **{name: wide(one) for name, one in (kwargs or {}).items()})
 
 
-class Pair(NamedTuple):
-    """One model twice: the same weights in float64, and rounded to float32."""
-
-    double: Any
-    single: Any
-
-
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
     """Models so small are fastest on one thread."""
@@ -121,13 +115,14 @@ def registered() -> Iterator[None]:
 
 
 @cache
-def models(name: str) -> Pair:
+def models(name: str) -> dict[str, Any]:
+    """One model twice: the same weights in float64, and rounded to float32."""
     torch.manual_seed(7)
     double = MODELS[name]().double().eval()
     with torch.no_grad():
         for parameter in double.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.5)
-    return Pair(double, deepcopy(double).float())
+    return {"float64": double, "float32": deepcopy(double).float()}
 
 
 def inputs(name: str) -> dict[str, Tensor]:
@@ -204,93 +199,78 @@ def weights(model: Any, implementation: str, given: dict[str, Tensor]) -> dict[s
     }
 
 
-def off(found: Tensor, judged: Tensor) -> float:
-    assert found.shape == judged.shape
-    return (found.double() - judged).abs().max().item()
-
-
-def assert_same(found: Tensor, judged: Tensor, rounded: Tensor) -> None:
-    assert found.dtype == judged.dtype == torch.float64
-    assert off(found, judged) < off(rounded, judged)
-
-
 @cache
-def judged_logits(name: str) -> Pair:
-    """The logits of "eager", and what float32 makes of them."""
-    return Pair(*(logits(model, "eager", inputs(name)) for model in models(name)))
+def judged_logits(name: str) -> Tensor:
+    """The logits of "eager"."""
+    return logits(models(name)["float64"], "eager", inputs(name))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_logits_are_those_of_eager(name: str) -> None:
-    assert_same(logits(models(name).double, OURS, inputs(name)), *judged_logits(name))
+    assert_same(lambda dtype: logits(models(name)[dtype], OURS, inputs(name)), judged_logits(name))
 
 
 @pytest.mark.parametrize("name", ["llama", "whisper", "gemma2"])
 def test_without_padding_so_they_are(name: str) -> None:
-    (double, single), given = models(name), inputs(name)
-    given = {key: one for key, one in given.items() if not key.endswith("mask")}
-    assert_same(logits(double, OURS, given), logits(double, "eager", given), logits(single, "eager", given))
+    given = {key: one for key, one in inputs(name).items() if not key.endswith("mask")}
+    judged = logits(models(name)["float64"], "eager", given)
+    assert_same(lambda dtype: logits(models(name)[dtype], OURS, given), judged)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_cache_gives_the_logits_of_all_at_once(name: str) -> None:
-    assert_same(in_pieces(models(name).double, OURS, inputs(name)), *judged_logits(name))
+    assert_same(lambda dtype: in_pieces(models(name)[dtype], OURS, inputs(name)), judged_logits(name))
 
 
 def test_so_does_a_cache_of_a_fixed_size() -> None:
-    model = models("llama").double
-    past = transformers.StaticCache(model.config, max_cache_len=LENGTH + 4)
-    assert_same(in_pieces(model, OURS, inputs("llama"), past), *judged_logits("llama"))
+    def ours(dtype: str) -> Tensor:
+        model = models("llama")[dtype]
+        past = transformers.StaticCache(model.config, max_cache_len=LENGTH + 4)
+        return in_pieces(model, OURS, inputs("llama"), past)
+
+    assert_same(ours, judged_logits("llama"))
 
 
 @pytest.mark.parametrize("name", ["llama", "whisper"])
 def test_it_generates_the_tokens_of_eager(name: str) -> None:
     given, found = inputs(name), {}
-    model = models(name).double
+    model = models(name)["float64"]
     for implementation in ("eager", OURS):
         model.set_attn_implementation(implementation)
         with InFloat64():
             found[implementation] = model.generate(**given, max_new_tokens=LENGTH, do_sample=False)
     assert found[OURS].shape[1] >= LENGTH
     assert len(found[OURS].unique()) > LENGTH // 2
-    torch.testing.assert_close(found[OURS], found["eager"], rtol=0, atol=0)
+    assert_equal(found[OURS], found["eager"])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradients_are_those_of_eager(name: str) -> None:
-    (double, single), given = models(name), inputs(name)
-    found, judged = gradients(double, OURS, given), gradients(double, "eager", given)
-    rounded = gradients(single, "eager", given)
-    assert found.keys() == judged.keys() == rounded.keys()
-    for parameter, gradient in found.items():
-        assert_same(gradient, judged[parameter], rounded[parameter])
+    judged = gradients(models(name)["float64"], "eager", inputs(name))
+    assert_same(lambda dtype: gradients(models(name)[dtype], OURS, inputs(name)), judged)
 
 
 @pytest.mark.parametrize("name", ["llama", "whisper", "gpt_oss"])
 def test_the_weights_are_those_of_eager(name: str) -> None:
-    (double, single), given = models(name), inputs(name)
-    found, judged = weights(double, OURS, given), weights(double, "eager", given)
-    rounded = weights(single, "eager", given)
-    assert found.keys() == judged.keys() == rounded.keys()
-    for kind, of_kind in found.items():
-        assert_same(of_kind, judged[kind], rounded[kind])
+    judged = weights(models(name)["float64"], "eager", inputs(name))
+    assert_same(lambda dtype: weights(models(name)[dtype], OURS, inputs(name)), judged)
 
 
 def test_a_mask_of_numbers_is_a_bias() -> None:
-    (double, single), given = models("llama"), inputs("llama")
+    given = inputs("llama")
     rng = torch.Generator().manual_seed(7)
     numbers = torch.randn(BATCH, 1, LENGTH, LENGTH, generator=rng, dtype=torch.float64)
     given["attention_mask"] = numbers.masked_fill(~torch.ones(LENGTH, LENGTH).tril().bool(), float("-inf"))
 
-    def of_all(model: Any, implementation: str) -> Tensor:
+    def of_all(dtype: str, implementation: str = OURS) -> Tensor:
         with torch.no_grad():
-            return ask(model, implementation, given).logits
+            return ask(models("llama")[dtype], implementation, given).logits
 
-    assert_same(of_all(double, OURS), of_all(double, "eager"), of_all(single, "eager"))
+    assert_same(of_all, of_all("float64", "eager"))
 
 
 def test_dropout_is_drawn_in_training() -> None:
-    model, given = deepcopy(models("llama").double), inputs("llama")
+    model, given = deepcopy(models("llama")["float64"]), inputs("llama")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     plain = logits(model, OURS, given)
@@ -299,7 +279,7 @@ def test_dropout_is_drawn_in_training() -> None:
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         found.append(logits(model, OURS, given))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert_equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     assert not torch.equal(found[0], plain)
 
@@ -330,5 +310,6 @@ def test_a_mistake_is_seen(mistake: str) -> None:
 
     transformers.AttentionInterface.register(WRONG, mistaken)
     transformers.AttentionMaskInterface.register(WRONG, sdpa_mask)
-    judged, rounded = judged_logits(name)
-    assert off(logits(models(name).double, WRONG, inputs(name)), judged) > off(rounded, judged)
+    ours = {dtype: logits(model, OURS, inputs(name)) for dtype, model in models(name).items()}
+    wrong = logits(models(name)["float64"], WRONG, inputs(name))
+    assert off(wrong, judged_logits(name)) > off(ours["float32"], ours["float64"])

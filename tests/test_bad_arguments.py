@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 import pytest
+from support.calls import BATCH, HEADS, KV_HEADS, KV_LEN, Q_LEN, QK_DIM, V_DIM, arguments, operand
 
 from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
-
-
-def random(*shape: int, dtype: str = "float32") -> numpy.ndarray:
-    return numpy.random.default_rng(17).standard_normal(shape).astype(dtype)
-
-
-def arguments(**changed: Any) -> dict[str, Any]:
-    tensors = {
-        "query": random(BATCH, HEADS, Q_LEN, QK_DIM),
-        "key": random(BATCH, KV_HEADS, KV_LEN, QK_DIM),
-        "value": random(BATCH, KV_HEADS, KV_LEN, V_DIM),
-    }
-    return tensors | changed
-
-
 ones = numpy.ones
 BAD = {
     "query-rank": (
-        {"query": random(HEADS, Q_LEN, QK_DIM)},
+        {"query": operand(HEADS, Q_LEN, QK_DIM)},
         ArgumentValueError,
         "query",
         "rank 4, (batch, heads, q_len, qk_dim)",
@@ -41,7 +26,7 @@ BAD = {
         "",
     ),
     "value-rank": (
-        {"value": random(KV_LEN, V_DIM)},
+        {"value": operand(KV_LEN, V_DIM)},
         ArgumentValueError,
         "value",
         "rank 4, (batch, kv_heads, kv_len, v_dim)",
@@ -59,7 +44,7 @@ BAD = {
         "",
     ),
     "mixed-dtypes": (
-        {"key": random(BATCH, KV_HEADS, KV_LEN, QK_DIM, dtype="float64")},
+        {"key": operand(BATCH, KV_HEADS, KV_LEN, QK_DIM, dtype="float64")},
         ArgumentTypeError,
         "key",
         "dtype=float32",
@@ -67,7 +52,7 @@ BAD = {
         "Convert",
     ),
     "head-multiple": (
-        {"query": random(BATCH, 5, Q_LEN, QK_DIM)},
+        {"query": operand(BATCH, 5, Q_LEN, QK_DIM)},
         ArgumentValueError,
         "query",
         "multiple of kv_heads=3",
@@ -75,7 +60,7 @@ BAD = {
         "(batch, heads, length, size)",
     ),
     "no-heads": (
-        {"query": random(BATCH, 0, Q_LEN, QK_DIM)},
+        {"query": operand(BATCH, 0, Q_LEN, QK_DIM)},
         ArgumentValueError,
         "query",
         "heads>=1",
@@ -83,17 +68,17 @@ BAD = {
         "Only batch, q_len and kv_len may be 0",
     ),
     "no-size": (
-        {"query": random(BATCH, HEADS, Q_LEN, 0), "key": random(BATCH, KV_HEADS, KV_LEN, 0)},
+        {"query": operand(BATCH, HEADS, Q_LEN, 0), "key": operand(BATCH, KV_HEADS, KV_LEN, 0)},
         ArgumentValueError,
         "query",
         "qk_dim>=1",
         "shape=(2, 6, 5, 0)",
         "Only batch, q_len and kv_len may be 0",
     ),
-    "batch": ({"key": random(3, KV_HEADS, KV_LEN, QK_DIM)}, ArgumentValueError, "key", "batch=2", "batch=3", ""),
-    "qk-dim": ({"key": random(BATCH, KV_HEADS, KV_LEN, 10)}, ArgumentValueError, "key", "qk_dim=11", "qk_dim=10", ""),
+    "batch": ({"key": operand(3, KV_HEADS, KV_LEN, QK_DIM)}, ArgumentValueError, "key", "batch=2", "batch=3", ""),
+    "qk-dim": ({"key": operand(BATCH, KV_HEADS, KV_LEN, 10)}, ArgumentValueError, "key", "qk_dim=11", "qk_dim=10", ""),
     "kv-len": (
-        {"value": random(BATCH, KV_HEADS, 8, V_DIM)},
+        {"value": operand(BATCH, KV_HEADS, 8, V_DIM)},
         ArgumentValueError,
         "value",
         "(batch, kv_heads, kv_len)=(2, 3, 7)",
@@ -176,7 +161,7 @@ BAD = {
         "window=(2, 0)",
     ),
     "causal-with-lengths": (
-        {"query": random(BATCH, HEADS, KV_LEN, QK_DIM), "causal": True, "kv_lengths": [3, 7]},
+        {"query": operand(BATCH, HEADS, KV_LEN, QK_DIM), "causal": True, "kv_lengths": [3, 7]},
         ArgumentValueError,
         "q_offset",
         "kv_lengths - q_len",
@@ -355,7 +340,7 @@ def test_weights_and_gradients_refuse_the_same(attention_module: ModuleType, nam
     changed, error, argument, *_ = BAD[name]
     given = arguments(**changed)
     without_value = {key: value for key, value in given.items() if key != "value"}
-    grad_output = random(BATCH, HEADS, Q_LEN, V_DIM)
+    grad_output = operand(BATCH, HEADS, Q_LEN, V_DIM)
     for call in (
         lambda: attention_module.attention_weights(**without_value),
         lambda: attention_module.attention_vjp(grad_output, **given),

@@ -15,6 +15,7 @@ import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.numbers import numbers
 
 import mha_spec_numpy
 from mha_spec import ArgumentTypeError, ArgumentValueError, KVCache, MhaSpecError, reference
@@ -35,12 +36,8 @@ SIZES = LayerSettings(
 )
 
 
-def random(*shape: int, seed: int = 3) -> numpy.ndarray:
-    return numpy.random.default_rng([seed, *shape]).standard_normal(shape)
-
-
 def new(length: int, seed: int = 5) -> tuple[numpy.ndarray, numpy.ndarray]:
-    return random(BATCH, KV_HEADS, length, QK_DIM, seed=seed), random(BATCH, KV_HEADS, length, V_DIM, seed=seed)
+    return numbers(BATCH, KV_HEADS, length, QK_DIM, seed=seed), numbers(BATCH, KV_HEADS, length, V_DIM, seed=seed)
 
 
 @pytest.fixture(params=["mha_spec.reference", "mha_spec_numpy"])
@@ -53,7 +50,7 @@ MODULES = pytest.mark.parametrize("module", [reference, mha_spec_numpy], ids=["r
 
 
 def empty(module: ModuleType) -> KVCache:
-    return module.empty_cache(BATCH, KV_HEADS, CAPACITY, QK_DIM, V_DIM, like=random(1))
+    return module.empty_cache(BATCH, KV_HEADS, CAPACITY, QK_DIM, V_DIM, like=numbers(1))
 
 
 def read(cache: KVCache) -> list[numpy.ndarray]:
@@ -72,11 +69,11 @@ def test_a_new_cache_is_empty(module: ModuleType) -> None:
     assert cache.value.shape == (BATCH, KV_HEADS, CAPACITY, V_DIM)
     assert (cache.batch, cache.capacity, list(cache.lengths)) == (BATCH, CAPACITY, [0, 0])
     assert cache.key.dtype == cache.value.dtype == numpy.float64
-    assert module.empty_cache(1, 1, 1, 3, like=random(1).astype("float16")).value.shape == (1, 1, 1, 3)
+    assert module.empty_cache(1, 1, 1, 3, like=numbers(1).astype("float16")).value.shape == (1, 1, 1, 3)
 
 
 def test_the_class_asks_the_backend_of_the_array() -> None:
-    cache = KVCache.empty(BATCH, KV_HEADS, CAPACITY, QK_DIM, V_DIM, like=random(1)).append(*new(LENGTH))
+    cache = KVCache.empty(BATCH, KV_HEADS, CAPACITY, QK_DIM, V_DIM, like=numbers(1)).append(*new(LENGTH))
     assert same(read(cache), read(empty(mha_spec_numpy).append(*new(LENGTH))))
     assert repr(cache) == "KVCache(key=(2, 3, 13, 4), value=(2, 3, 13, 5), lengths=array([7, 7], dtype=int32))"
 
@@ -136,7 +133,7 @@ def test_buffers_are_shared_where_nobody_can_tell() -> None:
 
 
 def test_arrays_of_others_are_never_written_to() -> None:
-    key, value = random(BATCH, KV_HEADS, CAPACITY, QK_DIM), random(BATCH, KV_HEADS, CAPACITY, V_DIM)
+    key, value = numbers(BATCH, KV_HEADS, CAPACITY, QK_DIM), numbers(BATCH, KV_HEADS, CAPACITY, V_DIM)
     before = key.copy(), value.copy()
     cache = KVCache(key, value, (2, 3)).append(*new(1))
     assert cache.append(*new(1)).key is cache.key
@@ -159,7 +156,7 @@ def test_marks_of_buffers_go_with_them() -> None:
 
 def test_weights_leave_no_trace_in_the_cache() -> None:
     made = decoder()
-    x = random(BATCH, LENGTH, 8)
+    x = numbers(BATCH, LENGTH, 8)
     cache = mha_spec_numpy.multi_head_attention(x, x, x, made, cache=empty(mha_spec_numpy), causal=True)[1]
     mha_spec_numpy.multi_head_attention_weights(x[:, :1], x[:, :1], made, cache=cache, causal=True)
     assert cache.append(*new(1)).key is cache.key
@@ -200,7 +197,7 @@ def test_lengths_that_are_not_read_drop_and_count(library: str) -> None:
 
 
 def decoder() -> dict[str, numpy.ndarray]:
-    return {name: random(*shape, seed=seed) / 2 for seed, (name, shape) in enumerate(SIZES.shapes().items())}
+    return {name: numbers(*shape, seed=seed) / 2 for seed, (name, shape) in enumerate(SIZES.shapes().items())}
 
 
 LAWS: dict[str, dict[str, Any]] = {
@@ -208,7 +205,7 @@ LAWS: dict[str, dict[str, Any]] = {
     "window": {"window": (2, 0)},
     "rotary": {"rotary": {}},
     "part of a rotation": {"rotary": {"rotary_dim": 2, "interleaved": True, "base": 3.0}, "window": (3, None)},
-    "sinks": {"sinks": random(6), "softcap": 2.0},
+    "sinks": {"sinks": numbers(6), "softcap": 2.0},
     "alibi": {"alibi": True},
     "segments": {"segments": True, "rotary": {}},
 }
@@ -236,7 +233,7 @@ def at_once(module: ModuleType, x: numpy.ndarray, name: str) -> numpy.ndarray:
 @functools.cache
 def errors_at_once(name: str, layer_by_loops: Any) -> numpy.ndarray:
     """How far two ways of computing a law's output may lie apart: twice the bound of each."""
-    x = random(BATCH, LENGTH, 8)
+    x = numbers(BATCH, LENGTH, 8)
     distance = numpy.arange(LENGTH) - numpy.arange(LENGTH)[:, None]
     visible = (distance <= 0) & (distance >= -(LAWS[name].get("window") or (LENGTH, 0))[0])
     if "segments" in LAWS[name]:
@@ -257,7 +254,7 @@ CHUNKINGS = [[1] * LENGTH, [LENGTH], [3, 1, 1, 2], [1, 0, 4, 2], [6, 1]]
 def test_token_by_token_and_in_chunks_is_at_once(
     module: ModuleType, name: str, chunks: list[int], layer_by_loops: Any
 ) -> None:
-    x, cache, outputs, start = random(BATCH, LENGTH, 8), empty(module), [], 0
+    x, cache, outputs, start = numbers(BATCH, LENGTH, 8), empty(module), [], 0
     for length in chunks:
         part, options = x[:, start : start + length], options_at(name, start, start + length, CAPACITY)
         output, cache = module.multi_head_attention(part, part, part, decoder(), cache=cache, causal=True, **options)
@@ -271,7 +268,7 @@ def test_token_by_token_and_in_chunks_is_at_once(
 @pytest.mark.parametrize("name", sorted(set(LAWS) - {"segments"}))
 def test_ragged_batches_are_their_entries(module: ModuleType, name: str, layer_by_loops: Any) -> None:
     """Prompts of 4 and 2 tokens, padded on the right with NaN, then three more tokens of each."""
-    x, prompts, padded = random(BATCH, LENGTH, 8), [4, 2], 5
+    x, prompts, padded = numbers(BATCH, LENGTH, 8), [4, 2], 5
     prompt = numpy.full((BATCH, padded, 8), numpy.nan)
     for b, length in enumerate(prompts):
         prompt[b, :length] = x[b, :length]
@@ -304,7 +301,7 @@ def test_the_law_can_fail(layer_by_loops: Any) -> None:
         "rotary": replace(steps, positions=lambda _, length, like: steps.positions(0, length, like)),
         "causal": replace(steps, store=lambda buffer, new, *_: steps.store(buffer, new, [0] * BATCH, [1] * BATCH)),
     }
-    x = random(BATCH, LENGTH, 8)
+    x = numbers(BATCH, LENGTH, 8)
     for name, mistaken in mistakes.items():
         cache, outputs = empty(reference), []
         for t in range(LENGTH):
@@ -318,7 +315,7 @@ def test_the_law_can_fail(layer_by_loops: Any) -> None:
 
 
 def test_cached_keys_serve_cross_attention(module: ModuleType) -> None:
-    x, y, params = random(BATCH, 3, 8), random(BATCH, LENGTH, 8, seed=7), decoder()
+    x, y, params = numbers(BATCH, 3, 8), numbers(BATCH, LENGTH, 8, seed=7), decoder()
     whole = module.multi_head_attention(x, y, y, params)
     first, cache = module.multi_head_attention(x, y, y, params, cache=empty(module))
     again, kept = module.multi_head_attention(x[:, 1:], None, None, params, cache=cache)
@@ -332,7 +329,7 @@ def test_cached_keys_serve_cross_attention(module: ModuleType) -> None:
 
 
 def test_weights_see_the_new_keys(module: ModuleType) -> None:
-    x, params = random(BATCH, LENGTH, 8), decoder()
+    x, params = numbers(BATCH, LENGTH, 8), decoder()
     whole = module.multi_head_attention_weights(x, x, params, causal=True, rotary={})
     _, cache = module.multi_head_attention(x[:, :5], x[:, :5], x[:, :5], params, cache=empty(module), rotary={})
     last = module.multi_head_attention_weights(x[:, 5:], x[:, 5:], params, cache=cache, causal=True, rotary={})
@@ -341,7 +338,7 @@ def test_weights_see_the_new_keys(module: ModuleType) -> None:
 
 
 def test_slots_that_hold_no_token_are_never_read(module: ModuleType) -> None:
-    x, params = random(BATCH, LENGTH, 8), decoder()
+    x, params = numbers(BATCH, LENGTH, 8), decoder()
     clean = module.append_cache(empty(module), *new(4), [4, 2])
     spoilt = KVCache(clean.key.copy(), clean.value.copy(), clean.lengths)
     for buffer in (spoilt.key, spoilt.value):
@@ -354,7 +351,7 @@ def test_slots_that_hold_no_token_are_never_read(module: ModuleType) -> None:
 def test_jax_decodes_inside_jit_with_the_lengths_traced() -> None:
     jax = pytest.importorskip("jax")
     params = {name: to_library(array.astype("float32"), "jax") for name, array in decoder().items()}
-    x = to_library(random(BATCH, LENGTH, 8).astype("float32"), "jax")
+    x = to_library(numbers(BATCH, LENGTH, 8).astype("float32"), "jax")
 
     @jax.jit
     def step(token: Any, cache: KVCache) -> Any:
@@ -372,7 +369,7 @@ def test_jax_decodes_inside_jit_with_the_lengths_traced() -> None:
     assert apart.max() <= 2.0**-24 * 256 * abs(whole).max()
 
 
-x_of = random(BATCH, 1, 8)
+x_of = numbers(BATCH, 1, 8)
 NOTHING: dict[str, Any] = {"key": None, "value": None}
 BAD: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ...]]] = {
     "tuple": ({"cache": (1, 2, 3)}, ArgumentTypeError, "cache", ("KVCache", "tuple")),
@@ -401,13 +398,13 @@ BAD: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ...]]] 
         ("(2, 3, 13, 5)", "(2, 3, 13, 6)"),
     ),
     "capacities": (
-        {"cache": KVCache(random(2, 3, 13, 4), random(2, 3, 12, 5), [0, 0])},
+        {"cache": KVCache(numbers(2, 3, 13, 4), numbers(2, 3, 12, 5), [0, 0])},
         ArgumentValueError,
         "cache.value",
         ("(2, 3, 13, 5)", "(2, 3, 12, 5)"),
     ),
     "rank": (
-        {"cache": KVCache(random(3, 13, 4), random(3, 13, 5), [0, 0])},
+        {"cache": KVCache(numbers(3, 13, 4), numbers(3, 13, 5), [0, 0])},
         ArgumentValueError,
         "cache.key",
         ("(batch, kv_heads, capacity, qk_dim)", "(3, 13, 4)"),
@@ -476,7 +473,7 @@ def test_appending_refuses_the_same(module: ModuleType, name: str) -> None:
         ({"key": [1.0]}, ArgumentTypeError, "key"),
         ({"value": new(2)[1]}, ArgumentValueError, "value"),
         ({"value": new(1)[1].astype("float32")}, ArgumentTypeError, "value"),
-        ({"value": random(BATCH, KV_HEADS, 1, 6)}, ArgumentValueError, "cache.value"),
+        ({"value": numbers(BATCH, KV_HEADS, 1, 6)}, ArgumentValueError, "cache.value"),
         ({"lengths": [2, 2]}, ArgumentValueError, "lengths"),
         ({"lengths": [0.5, 0.5]}, ArgumentTypeError, "lengths"),
     ],

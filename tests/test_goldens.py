@@ -60,11 +60,6 @@ def _handful() -> list[Description]:
 
 
 @pytest.fixture(scope="session")
-def suite() -> Suite:
-    return load()
-
-
-@pytest.fixture(scope="session")
 def files() -> dict[str, bytes]:
     built, refusals = generate.build(_handful())
     assert not refusals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,115 +11,43 @@ import jax.numpy as jnp
 import numpy
 import pytest
 from jax.test_util import check_grads
+from support.goldens import DIFFERENTIABLE, PER_ENTRY, alike, cases, compiled, failures, names, parted
+from support.jax_world import operands
 
 import mha_spec_jax
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec_conformance.accuracy import allowances
-from mha_spec_conformance.cases import load
-from mha_spec_conformance.compare import judge
-from mha_spec_conformance.convert import to_library, to_numpy
 from mha_spec_conformance.precision import precision
 from mha_spec_jax import forward, plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
+
+    from jax import Array
 
     from mha_spec_conformance.cases import Case
 
 Answer = dict[str, Any]
 attention: Callable[..., Any] = mha_spec_jax.attention
-DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
-PER_ENTRY = ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids")
 SEED = 20261123
-MOST_ALIKE = 8
-"""How many cases of one signature are chosen at most."""
+
+pytestmark = pytest.mark.usefixtures("double")
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    """Float64 is asked for in JAX."""
-    with jax.enable_x64(True):
-        yield
-
-
-@lru_cache(maxsize=1)
-def cases() -> tuple[Case, ...]:
-    return tuple(case for case in load().cases if case.expect == "values")
-
-
-def chosen(function: str, *, at_least: int, without: frozenset[str] = frozenset()) -> list[Case]:
-    """Some cases of a function: few signatures, for which programs are compiled, with every option among them."""
-    found: dict[object, list[Case]] = {}
-    for case in cases():
-        if case.function == function and not without & names(case) and not empty(case):
-            found.setdefault(case.signature, []).append(case)
-    groups = sorted((group[:MOST_ALIKE] for group in found.values()), key=len)
-    missing = {name for group in groups for name in names(group[0])}
-    some: list[Case] = []
-    while missing or len(some) < at_least:
-        best = max(groups, key=lambda group: (len(names(group[0]) & missing), len(group)))
-        groups.remove(best)
-        some += best
-        missing -= names(best[0])
-    return some
-
-
-def names(case: Case) -> set[str]:
-    """Every argument of a case."""
-    return {*case.options, *case.input_names}
-
-
-def empty(case: Case) -> bool:
-    """Whether a case has nothing to map over."""
-    return 0 in case.inputs(case.dtypes[0])["query"].shape
-
-
-def given(case: Case, dtype: str) -> tuple[Answer, Answer]:
-    """The arrays of a case, and its options, which are no arrays."""
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in case.options.items()}
-    return {name: to_library(array, "jax") for name, array in case.inputs(dtype).items()}, options
-
-
-def judged(case: Case, dtype: str, outputs: Answer) -> str | None:
-    """What is wrong with the outputs of a case, if anything is."""
-    found = {name: to_numpy(value) for name, value in outputs.items()}
-    allowed = allowances(case.function, case.inputs(dtype), case.options, precision(dtype))
-    wanted = {name: expected for name, expected in case.expected.items() if name in found or name != "lse"}
-    judgement = judge(case, wanted, found, allowed, precision(dtype))
-    return None if judgement.passed else f"{case.id} {dtype}: {judgement.reason}"
-
-
-def failures(some: Sequence[Case], ask: Callable[[Answer, Answer], Answer], *dtypes: str) -> list[str]:
-    """What is wrong with the answers to some cases."""
-    asked = [(case, dtype) for case in some for dtype in dtypes if dtype in case.dtypes]
-    assert asked
-    found = [judged(case, dtype, ask(*given(case, dtype))) for case, dtype in asked]
-    return [wrong for wrong in found if wrong is not None]
-
-
-def answered(arrays: Answer, options: Answer) -> Answer:
+def answered(call: Callable[..., Any] = attention, **arguments: Any) -> Answer:
     """Output and lse of a case of attention."""
-    output, lse = attention(**arrays, **options, return_lse=True)
+    output, lse = call(**arguments, return_lse=True)
     return {"output": output, "lse": lse}
 
 
-def differentiated(arrays: Answer, options: Answer, attention: Callable[..., Any] = attention) -> Answer:
+def differentiated(
+    call: Callable[..., Any] = attention, *, grad_output: Array, grad_lse: Array | None = None, **arguments: Any
+) -> Answer:
     """The gradients that JAX takes of the forward."""
-    leaves = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
-    rest = {name: array for name, array in arrays.items() if name not in {*leaves, "grad_output", "grad_lse"}}
-    (_, lse), pull = jax.vjp(lambda leaves: attention(**leaves, **rest, **options, return_lse=True), leaves)
-    (found,) = pull((arrays["grad_output"], arrays.get("grad_lse", jnp.zeros_like(lse))))
+    leaves = {name: arguments.pop(name) for name in DIFFERENTIABLE if name in arguments}
+    (_, lse), pull = jax.vjp(lambda leaves: call(**leaves, **arguments, return_lse=True), leaves)
+    (found,) = pull((grad_output, jnp.zeros_like(lse) if grad_lse is None else grad_lse))
     return {f"grad_{name}": gradient for name, gradient in found.items()}
-
-
-def compiled(ask: Callable[[Answer, Answer], Answer]) -> Callable[[Answer, Answer], Answer]:
-    """The same under jit, everything that is an array traced, lengths and offsets too."""
-
-    @partial(jax.jit, static_argnums=1)
-    def program(arrays: Answer, options: tuple[tuple[str, Any], ...]) -> Answer:
-        return ask(arrays, dict(options))
-
-    return lambda arrays, options: program(arrays, tuple(sorted(options.items())))
 
 
 @pytest.fixture(params=[1, 2**40], ids=["head by head", "all heads at once"])
@@ -132,132 +60,119 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(forward, "FEW", 0)
 
 
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("cut", "unoptimized")
 def test_cut_into_blocks() -> None:
-    assert not failures(chosen("attention", at_least=10), compiled(answered), "float32")
+    assert not failures("jax", alike("attention", 10), compiled(jax.jit, answered), "float32")
 
 
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("cut", "unoptimized")
 def test_poison_cut_into_blocks() -> None:
-    poisoned = [case for case in cases() if case.function == "attention" and {"poison", "nonfinite"} & {*case.features}]
-    alike: dict[object, list[Case]] = {}
+    poisoned = [case for case in cases("attention") if {"poison", "nonfinite"} & {*case.features}]
+    groups: dict[object, list[Case]] = {}
     for case in poisoned:
-        alike.setdefault(case.signature, []).append(case)
-    largest = sorted(alike.values(), key=len)[-4:]
-    assert not failures([case for group in largest for case in group], compiled(answered), "float32")
+        groups.setdefault(case.signature, []).append(case)
+    largest = sorted(groups.values(), key=len)[-4:]
+    some = [case for group in largest for case in group]
+    assert not failures("jax", some, compiled(jax.jit, answered), "float32")
 
 
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("cut", "unoptimized")
 def test_gradients_cut_into_blocks() -> None:
-    assert not failures(chosen("attention_vjp", at_least=8), compiled(differentiated), "float32")
+    assert not failures("jax", alike("attention_vjp", 8), compiled(jax.jit, differentiated), "float32")
 
 
 def test_jit_with_every_array_traced() -> None:
-    assert not failures(chosen("attention", at_least=50), compiled(answered), "float32")
+    assert not failures("jax", alike("attention"), compiled(jax.jit, answered), "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 def test_jit_in_other_types(dtype: str) -> None:
-    assert not failures(chosen("attention", at_least=12), compiled(answered), dtype)
+    assert not failures("jax", alike("attention", 12), compiled(jax.jit, answered), dtype)
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_grad() -> None:
-    assert not failures(chosen("attention_vjp", at_least=50), differentiated, "float32")
+    assert not failures("jax", alike("attention_vjp"), differentiated, "float32")
 
 
 def test_jit_of_grad() -> None:
-    assert not failures(chosen("attention_vjp", at_least=50), compiled(differentiated), "float32")
+    assert not failures("jax", alike("attention_vjp"), compiled(jax.jit, differentiated), "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 def test_jit_of_grad_in_other_types(dtype: str) -> None:
-    assert not failures(chosen("attention_vjp", at_least=10), compiled(differentiated), dtype)
+    assert not failures("jax", alike("attention_vjp", 10), compiled(jax.jit, differentiated), dtype)
 
 
 def test_checkpoint() -> None:
-    def ask(arrays: Answer, options: Answer) -> Answer:
-        def again(**rest: Any) -> Any:
-            traced = {name: rest.pop(name) for name in list(rest) if name in arrays}
-            return jax.checkpoint(lambda traced: attention(**traced, **rest))(traced)
+    def again(**arguments: Any) -> Any:
+        arrays, rest = parted(arguments)
+        return jax.checkpoint(lambda arrays: attention(**arrays, **rest))(arrays)
 
-        return differentiated(arrays, options, again)
-
-    assert not failures(chosen("attention_vjp", at_least=50), compiled(ask), "float32")
+    asked = compiled(jax.jit, partial(differentiated, again))
+    assert not failures("jax", alike("attention_vjp", 12), asked, "float32")
 
 
-def each_entry(one: Callable[[Answer], Answer], arrays: Answer) -> Answer:
+def each_entry(call: Callable[..., Answer], **arguments: Any) -> Answer:
     """Ask about each batch entry apart, under vmap; what all entries share is not mapped."""
-    batch = arrays["query"].shape[0]
+    (arrays, rest), batch = parted(arguments), arguments["query"].shape[0]
     shared = {name: array for name, array in arrays.items() if name == "sinks" or (array.shape[0] == 1 and batch > 1)}
     mapped = {name: array for name, array in arrays.items() if name not in shared}
-    found = jax.vmap(lambda mapped: one({name: array[None] for name, array in mapped.items()} | shared))(mapped)
+
+    def one(mapped: Answer) -> Answer:
+        return call(**{name: array[None] for name, array in mapped.items()}, **shared, **rest)
+
+    found = jax.vmap(one)(mapped)
     return {name: array.reshape(batch, *array.shape[2:]) for name, array in found.items()}
 
 
 def test_vmap() -> None:
-    def ask(arrays: Answer, options: Answer) -> Answer:
-        return each_entry(lambda one: answered(one, options), arrays)
-
-    assert not failures(chosen("attention", at_least=50), compiled(ask), "float32")
+    asked = compiled(jax.jit, partial(each_entry, answered))
+    assert not failures("jax", alike("attention"), asked, "float32")
 
 
 def test_vmap_of_grad() -> None:
-    def ask(arrays: Answer, options: Answer) -> Answer:
-        return each_entry(lambda one: differentiated(one, options), arrays)
-
-    some = chosen("attention_vjp", at_least=12, without=frozenset({"bias", "sinks"}))
-    assert not failures(some, compiled(ask), "float32")
+    some = alike("attention_vjp", 12, without=("bias", "sinks"))
+    assert not failures("jax", some, compiled(jax.jit, partial(each_entry, differentiated)), "float32")
 
 
 def test_grad_of_vmap() -> None:
-    def ask(arrays: Answer, options: Answer) -> Answer:
-        def mapped(**rest: Any) -> Any:
-            traced = {name: rest[name] for name in rest if name in arrays}
-            found = each_entry(lambda one: answered(one, options), traced)
-            return found["output"], found["lse"]
+    def mapped(*, return_lse: bool, **arguments: Any) -> Any:
+        assert return_lse
+        found = each_entry(answered, **arguments)
+        return found["output"], found["lse"]
 
-        return differentiated(arrays, options, mapped)
-
-    assert not failures(chosen("attention_vjp", at_least=12), compiled(ask), "float32")
+    asked = compiled(jax.jit, partial(differentiated, mapped))
+    assert not failures("jax", alike("attention_vjp", 12), asked, "float32")
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_what_lies_on_the_host_says_the_same() -> None:
-    def ask(arrays: Answer, options: Answer) -> Answer:
-        return answered({name: numpy.asarray(a) if name in PER_ENTRY else a for name, a in arrays.items()}, options)
-
-    some = [case for case in chosen("attention", at_least=50) if names(case) & set(PER_ENTRY)]
-    assert not failures(some, ask, "float32")
+    some = [case for case in alike("attention") if names(case).intersection(PER_ENTRY)]
+    assert not failures("jax", some, answered, "float32", host=PER_ENTRY)
 
 
 def test_without_float64() -> None:
     with jax.enable_x64(False):
-        assert not failures(chosen("attention", at_least=8), answered, "float32")
+        assert not failures("jax", alike("attention", 8), answered, "float32")
         query = jnp.asarray(numpy.ones((1, 1, 2, 3)))
         assert [result.dtype for result in attention(query, query, query, return_lse=True)] == [jnp.float32] * 2
 
 
 def test_merge_under_jit() -> None:
-    @jax.jit
-    def program(arrays: Answer) -> Answer:
-        return dict(zip(("output", "lse"), mha_spec_jax.merge_attention(**arrays), strict=True))
+    def ask(**arguments: Any) -> Answer:
+        return dict(zip(("output", "lse"), mha_spec_jax.merge_attention(**arguments), strict=True))
 
-    some = [case for case in cases() if case.function == "merge_attention"]
-    assert not failures(some, lambda arrays, _: program(arrays), "float32", "bfloat16")
+    assert not failures("jax", cases("merge_attention"), compiled(jax.jit, ask), "float32", "bfloat16")
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_merging_an_empty_half_has_finite_gradients() -> None:
     lse = jnp.asarray([[[0.5, -math.inf, -math.inf]]])
     other = jnp.asarray([[[-math.inf, 0.25, -math.inf]]])
     output = jnp.ones((1, 1, 3, 2))
     gradients = jax.grad(lambda *halves: jnp.sum(mha_spec_jax.merge_attention(*halves)[0]), (0, 1, 2, 3))
     assert all(jnp.isfinite(gradient).all() for gradient in gradients(output, lse, output, other))
-
-
-def operands(q_len: int = 5, kv_len: int = 7, dtype: str = "float64") -> list[jax.Array]:
-    """Query, key and value of normal numbers, 2 x 6 heads over 3."""
-    generator = numpy.random.default_rng(SEED)
-    shapes = ((2, 6, q_len, 11), (2, 3, kv_len, 11), (2, 3, kv_len, 13))
-    return [jnp.asarray(generator.standard_normal(shape), dtype) for shape in shapes]
 
 
 def everything() -> Answer:
@@ -278,6 +193,7 @@ def everything() -> Answer:
     }
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_second_derivatives() -> None:
     generator = numpy.random.default_rng(SEED)
     leaves = [*operands(), *(jnp.asarray(generator.standard_normal(shape)) for shape in ((2, 1, 5, 7), (6,)))]
@@ -290,6 +206,7 @@ def test_second_derivatives() -> None:
     check_grads(both, leaves, order=2, modes=["rev"])
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_second_derivative_where_the_output_is_zero() -> None:
     query, key, value = operands()
 
@@ -323,7 +240,7 @@ HEAD_BY_HEAD = pytest.mark.parametrize("cut", [1], indirect=True)
 
 
 @HEAD_BY_HEAD
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("cut", "unoptimized")
 @pytest.mark.parametrize("offset", [-9, 4, 40])
 @pytest.mark.parametrize("constraint", [{"causal": True}, {"window": (2, None)}, {"window": (1, 2)}], ids=str)
 def test_an_offset_on_the_host_says_what_a_traced_one_says(offset: int, constraint: Answer) -> None:
@@ -335,6 +252,7 @@ def test_an_offset_on_the_host_says_what_a_traced_one_says(offset: int, constrai
     assert (numpy.abs(host - traced) <= 2 * allowed).all()
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_lengths_beyond_the_buffer_and_of_small_types() -> None:
     query, key, value = operands(5, 300)
     whole = attention(query, key, value, kv_lengths=jnp.asarray([300, 300]))
@@ -378,7 +296,7 @@ def test_dropout_keeps_as_many_as_it_says(rate: float) -> None:
     assert abs(variance / (500 * rate * (1 - rate)) - 1) < 7 * math.sqrt(2 / kept.size)
 
 
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("cut", "unoptimized")
 def test_every_block_draws_afresh() -> None:
     query, keys = jnp.zeros((1, 2, 4, 1)), jnp.zeros((1, 2, 100, 1))
     value = jnp.broadcast_to(jnp.eye(100), (1, 2, 100, 100))
@@ -394,13 +312,14 @@ def test_dropout_depends_on_its_key_alone() -> None:
 
 
 @HEAD_BY_HEAD
-@pytest.mark.usefixtures("cut")
+@pytest.mark.usefixtures("cut", "unoptimized")
 def test_the_backward_drops_what_the_forward_dropped() -> None:
     query, key, value = operands(3, 5)
     options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(SEED, impl="rbg"), "window": (3, 1), "q_offset": 1}
     check_grads(jax.jit(lambda *x: attention(*x, **options)), (query, key, value), order=1, modes=["rev"])
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_dropout_needs_a_key() -> None:
     query, key, value = operands()
     with pytest.raises(ArgumentValueError, match="no global generator"):
@@ -410,6 +329,7 @@ def test_dropout_needs_a_key() -> None:
     assert (attention(query, key, value, dropout_rate=0.0) == attention(query, key, value)).all()
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_weights_have_gradients_beside_storage_that_no_pair_uses() -> None:
     query, key, _ = operands()
     lengths = {"kv_lengths": jnp.asarray([6, 5]), "q_lengths": jnp.asarray([5, 4])}

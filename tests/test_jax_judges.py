@@ -16,79 +16,37 @@ import numpy
 import pytest
 from flax import nnx
 from flax.nnx.nn.attention import dot_product_attention_weights
+from support.comparisons import assert_equal, assert_near, assert_same
+from support.jax_world import floats, tokens
+from support.layers import BATCH, uneven
+from support.numbers import numbers as plain_numbers
+from support.numbers import pattern
 
 import mha_spec_jax
 from mha_spec import ArgumentValueError, KVCache
 from mha_spec.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from jax import Array
 
 Options = dict[str, Any]
 multi_head_attention: Callable[..., Any] = mha_spec_jax.multi_head_attention
 multi_head_attention_weights: Callable[..., Any] = mha_spec_jax.multi_head_attention_weights
-BATCH = 2
-
-
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    """Float64 is asked for in JAX; a program that runs once is not worth optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.enable_x64(True):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("double", "unoptimized")
 
 
 def numbers(*shape: int, seed: int = 5) -> Array:
-    return jnp.asarray(numpy.random.default_rng([seed, *shape]).standard_normal(shape))
-
-
-def pattern(*shape: int) -> Array:
-    """Some True, in each row the first."""
-    seen = numpy.random.default_rng(2).random(shape) < 0.6
-    seen[..., 0] = True
-    return jnp.asarray(seen)
-
-
-def tokens(length: int, size: int, seed: int = 5) -> Array:
-    return numbers(BATCH, length, size, seed=seed)
-
-
-def floats(tree: Any, dtype: str) -> Any:
-    """Arrays of floats in another dtype, everything else as it is."""
-
-    def converted(one: Any) -> Any:
-        return one.astype(dtype) if isinstance(one, jax.Array) and jnp.issubdtype(one.dtype, jnp.floating) else one
-
-    return jax.tree.map(converted, tree)
-
-
-def uneven(one: Array) -> Array:
-    return jnp.linspace(-1, 2, one.size, dtype=one.dtype).reshape(one.shape)
+    return jnp.asarray(plain_numbers(*shape, seed=seed))
 
 
 def pulled(call: Callable[..., list[Array]], *given: Any) -> tuple[Any, ...]:
     """The outputs of a function, and the gradients that the first of them gives."""
     outputs, pull = jax.vjp(call, *given)
     first, *rest = outputs
-    return outputs, *pull([uneven(first), *map(jnp.zeros_like, rest)])
-
-
-def assert_same(ours: Callable[[str], Any], theirs: Any) -> None:
-    """In float64 ours is nearer to theirs than to ours in float32, which is off by roundings alone."""
-    found, rounded, expected = (jax.tree.leaves(one) for one in (ours("float64"), ours("float32"), theirs))
-    for one, lost, other in zip(found, rounded, expected, strict=True):
-        assert (one.dtype, one.shape, one.devices()) == (jnp.float64, other.shape, other.devices())
-        error, loss = (jnp.abs(one - x).max(initial=0.0) for x in (other, lost))
-        assert error < loss or error == loss == 0
-
-
-def assert_near(found: Array, expected: Array) -> None:
-    """Results in float64 are nearer to each other than float32 could tell."""
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape) == (jnp.float64, found.shape)
-    assert jnp.abs(found - expected).max() < jnp.finfo(jnp.float32).eps * jnp.abs(expected).max()
+    cotangent = jnp.asarray(uneven(first.shape), first.dtype)
+    return outputs, *pull([cotangent, *map(jnp.zeros_like, rest)])
 
 
 Judge = tuple["Callable[..., list[Array]]", dict[str, Any], str]
@@ -165,7 +123,7 @@ def of_equinox(mask: Array | None = None, theta: float | None = None, **options:
 
 
 def masks(heads: int = 1) -> dict[str, Array]:
-    return {"mask": pattern(1, heads, 5, 8)}
+    return {"mask": jnp.asarray(pattern(1, heads, 5, 8))}
 
 
 def causal() -> dict[str, Array]:
@@ -276,7 +234,7 @@ def test_a_row_without_keys_is_a_mean_in_flax_and_equinox() -> None:
         mean = multi_head_attention(*inputs, params | {"w_q": 0 * params["w_q"], "b_q": jnp.zeros((6, 4))})
         assert_near(call(state, *inputs)[0][:, 2], mean[:, 2])
         bias = jnp.broadcast_to(params.get("b_o", jnp.zeros(13)), (BATCH, 13))
-        assert numpy.array_equal(multi_head_attention(*inputs, params, mask=mask)[:, 2], bias)
+        assert_equal(multi_head_attention(*inputs, params, mask=mask)[:, 2], bias)
 
 
 def test_normalize_qk_of_flax_subtracts_the_mean() -> None:
@@ -344,4 +302,4 @@ def test_weights_go_back_to_flax_and_equinox() -> None:
     for call, state, layout in (of_nnx(), of_linen(), of_equinox()):
         returned = save_weights(load_weights(state, layout, heads=6), layout)
         assert jax.tree.structure(returned) == jax.tree.structure(state)
-        assert numpy.array_equal(call(returned, *inputs)[0], call(state, *inputs)[0])
+        assert_equal(call(returned, *inputs)[0], call(state, *inputs)[0])

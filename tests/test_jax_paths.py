@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy
 import pytest
+from support.jax_world import operands
 
 import mha_spec_jax
 from mha_spec.arguments import Arguments
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
 Answer = dict[str, Any]
 attention: Callable[..., Any] = mha_spec_jax.attention
 SEED = 20261123
-
-
-def operands(q_len: int, kv_len: int) -> list[jax.Array]:
-    """Query, key and value of normal numbers, 2 x 6 heads over 3."""
-    generator = numpy.random.default_rng(SEED)
-    shapes = ((2, 6, q_len, 11), (2, 3, kv_len, 11), (2, 3, kv_len, 13))
-    return [jnp.asarray(generator.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
 def steps(function: Callable[..., object], *operands: jax.Array) -> str:
@@ -46,14 +40,14 @@ def steps(function: Callable[..., object], *operands: jax.Array) -> str:
     ],
 )
 def test_the_path_of_a_call(path: str, length: int, options: Answer) -> None:
-    traced = steps(lambda *x: attention(*x, **options), *operands(length, length))
+    traced = steps(lambda *x: attention(*x, **options), *operands(length, length, "float32"))
     assert "custom_vjp_call" in traced
     assert ("is_finite" in traced) == (path != "plain")
     assert ("cond[" in traced) == (path == "many")
 
 
 def test_the_path_of_weights() -> None:
-    query, key, _ = operands(5, 7)
+    query, key, _ = operands(5, 7, "float32")
     assert "custom_vjp_call" not in steps(
         lambda *x: mha_spec_jax.attention_weights(*x, causal=True, q_offset=2), query, key
     )
@@ -172,7 +166,7 @@ def test_segments_on_the_host_leave_keys_out() -> None:
 
 
 def test_a_new_offset_seldom_compiles() -> None:
-    query, key, value = operands(1, 64)
+    query, key, value = operands(1, 64, "float32")
     program: Any = function.program
     programs = program._cache_size()
     for offset in range(64):

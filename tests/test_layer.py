@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from support.numbers import numbers
 
 from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError, layer_steps, reference
 from mha_spec.arguments import OPTIONS
@@ -29,20 +30,16 @@ SIZES = LayerSettings(
 )
 
 
-def random(*shape: int, seed: int = 3) -> numpy.ndarray:
-    return numpy.random.default_rng([seed, *shape]).standard_normal(shape)
-
-
 def parameters(*without: str) -> dict[str, numpy.ndarray]:
     shapes = SIZES.shapes()
-    return {name: random(*shapes[name], seed=seed) / 2 for seed, name in enumerate(AXES) if name not in without}
+    return {name: numbers(*shapes[name], seed=seed) / 2 for seed, name in enumerate(AXES) if name not in without}
 
 
 def tensors() -> dict[str, Any]:
     return {
-        "query": random(BATCH, Q_LEN, SIZES.embed),
-        "key": random(BATCH, KV_LEN, SIZES.k_embed),
-        "value": random(BATCH, KV_LEN, SIZES.v_embed),
+        "query": numbers(BATCH, Q_LEN, SIZES.embed),
+        "key": numbers(BATCH, KV_LEN, SIZES.k_embed),
+        "value": numbers(BATCH, KV_LEN, SIZES.v_embed),
         "params": parameters(),
     }
 
@@ -51,7 +48,7 @@ def every_option(kv_len: int = KV_LEN) -> dict[str, Any]:
     draw = numpy.random.default_rng(11)
     return {
         "mask": draw.random((BATCH, 1, Q_LEN, kv_len)) < 0.8,
-        "bias": random(1, HEADS, 1, kv_len),
+        "bias": numbers(1, HEADS, 1, kv_len),
         "causal": True,
         "q_offset": numpy.asarray([2, 1]),
         "window": (2, 1),
@@ -61,7 +58,7 @@ def every_option(kv_len: int = KV_LEN) -> dict[str, Any]:
         "kv_segment_ids": draw.integers(0, 2, (BATCH, kv_len)),
         "scale": -0.7,
         "softcap": 1.9,
-        "sinks": random(HEADS),
+        "sinks": numbers(HEADS),
         "dropout_rate": 0.3,
         "dropout_mask": draw.random((1, HEADS, Q_LEN, kv_len)) < 0.7,
     }
@@ -83,8 +80,8 @@ FORMULAS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "mask": ((), {"mask": MASK}, {"visible": MASK}),
     "bias and sinks": (
         ("q_norm",),
-        {"bias": random(1, HEADS, Q_LEN, KV_LEN), "sinks": random(HEADS)},
-        {"bias": random(1, HEADS, Q_LEN, KV_LEN) * numpy.ones((BATCH, 1, 1, 1)), "sinks": random(HEADS)},
+        {"bias": numbers(1, HEADS, Q_LEN, KV_LEN), "sinks": numbers(HEADS)},
+        {"bias": numbers(1, HEADS, Q_LEN, KV_LEN) * numpy.ones((BATCH, 1, 1, 1)), "sinks": numbers(HEADS)},
     ),
     "rotary": (
         (),
@@ -190,8 +187,8 @@ def test_a_row_that_sees_nothing_is_the_bias_of_the_output(module: ModuleType) -
 
 @pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, Q_LEN, KV_LEN), (BATCH, 0, KV_LEN), (BATCH, Q_LEN, 0)])
 def test_lengths_of_zero(module: ModuleType, batch: int, q_len: int, kv_len: int) -> None:
-    given = tensors() | {"query": random(batch, q_len, 7), "key": random(batch, kv_len, 13)}
-    output = module.multi_head_attention(**given | {"value": random(batch, kv_len, 17)}, rotary={}, q_offset=0)
+    given = tensors() | {"query": numbers(batch, q_len, 7), "key": numbers(batch, kv_len, 13)}
+    output = module.multi_head_attention(**given | {"value": numbers(batch, kv_len, 17)}, rotary={}, q_offset=0)
     assert output.shape == (batch, q_len, SIZES.out)
     assert numpy.array_equal(output, numpy.broadcast_to(given["params"]["b_o"], output.shape)) or kv_len > 0
 
@@ -279,7 +276,7 @@ def changed(**params: numpy.ndarray | None) -> dict[str, Any]:
 
 BAD: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ...]]] = {
     "query-rank": (
-        {"query": random(BATCH, HEADS, Q_LEN, 7)},
+        {"query": numbers(BATCH, HEADS, Q_LEN, 7)},
         ArgumentValueError,
         "query",
         ("rank 3, (batch, q_len, embed)", "shape=(2, 6, 3, 7)"),
@@ -292,66 +289,66 @@ BAD: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ...]]] 
         ("float64, float32", "int64"),
     ),
     "key-dtype": (
-        {"key": random(BATCH, KV_LEN, 13).astype("float32")},
+        {"key": numbers(BATCH, KV_LEN, 13).astype("float32")},
         ArgumentTypeError,
         "key",
         ("dtype=float64", "dtype=float32", "Convert"),
     ),
-    "key-batch": ({"key": random(3, KV_LEN, 13)}, ArgumentValueError, "key", ("batch=2", "batch=3")),
-    "value-length": ({"value": random(BATCH, 4, 17)}, ArgumentValueError, "value", ("kv_len=5", "kv_len=4")),
+    "key-batch": ({"key": numbers(3, KV_LEN, 13)}, ArgumentValueError, "key", ("batch=2", "batch=3")),
+    "value-length": ({"value": numbers(BATCH, 4, 17)}, ArgumentValueError, "value", ("kv_len=5", "kv_len=4")),
     "key-none": ({"key": None}, ArgumentValueError, "key", ("given with `value`", "key=None")),
     "both-none": ({"key": None, "value": None}, ArgumentValueError, "key", ("no cache", "key=None")),
     "params-list": ({"params": [1]}, ArgumentTypeError, "params", ("mapping", "list")),
     "missing": (changed(w_k=None), ArgumentValueError, "params", ("w_q, w_k, w_v, w_o", "missing=w_k")),
-    "unknown": (changed(w_kv=random(2)), ArgumentValueError, "params", ("b_q", "unknown='w_kv'")),
+    "unknown": (changed(w_kv=numbers(2)), ArgumentValueError, "params", ("b_q", "unknown='w_kv'")),
     "none-parameter": ({"params": parameters() | {"b_q": None}}, ArgumentTypeError, "params['b_q']", ("NoneType",)),
     "embed": (
-        changed(w_q=random(8, HEADS, 4)),
+        changed(w_q=numbers(8, HEADS, 4)),
         ArgumentValueError,
         "params['w_q']",
         ("(embed, heads, qk_dim)=(7, ", "shape=(8, 6, 4)"),
     ),
     "k-embed": (
-        changed(w_k=random(7, KV_HEADS, 4)),
+        changed(w_k=numbers(7, KV_HEADS, 4)),
         ArgumentValueError,
         "params['w_k']",
         ("(k_embed, kv_heads, qk_dim)=(13, ", "shape=(7, 3, 4)"),
     ),
     "qk-dim": (
-        changed(w_k=random(13, KV_HEADS, 5)),
+        changed(w_k=numbers(13, KV_HEADS, 5)),
         ArgumentValueError,
         "params['w_k']",
         ("(13, kv_heads, 4)", "shape=(13, 3, 5)"),
     ),
     "kv-heads": (
-        changed(w_v=random(17, 2, 11)),
+        changed(w_v=numbers(17, 2, 11)),
         ArgumentValueError,
         "params['w_v']",
         ("(17, 3, v_dim)", "shape=(17, 2, 11)"),
     ),
     "transposed-output": (
-        changed(w_o=random(11, HEADS, 19)),
+        changed(w_o=numbers(11, HEADS, 19)),
         ArgumentValueError,
         "params['w_o']",
         ("(heads, v_dim, out)=(6, 11, out)", "shape=(11, 6, 19)"),
     ),
     "flat-weight": (
-        changed(w_q=random(7, 24)),
+        changed(w_q=numbers(7, 24)),
         ArgumentValueError,
         "params['w_q']",
         ("(embed, heads, qk_dim)", "shape=(7, 24)"),
     ),
-    "flat-bias": (changed(b_q=random(24)), ArgumentValueError, "params['b_q']", ("(6, 4)", "shape=(24,)")),
-    "output-bias": (changed(b_o=random(7)), ArgumentValueError, "params['b_o']", ("(19)", "shape=(7,)")),
-    "gain": (changed(q_norm=random(HEADS, 4)), ArgumentValueError, "params['q_norm']", ("(4)", "shape=(6, 4)")),
+    "flat-bias": (changed(b_q=numbers(24)), ArgumentValueError, "params['b_q']", ("(6, 4)", "shape=(24,)")),
+    "output-bias": (changed(b_o=numbers(7)), ArgumentValueError, "params['b_o']", ("(19)", "shape=(7,)")),
+    "gain": (changed(q_norm=numbers(HEADS, 4)), ArgumentValueError, "params['q_norm']", ("(4)", "shape=(6, 4)")),
     "parameter-dtype": (
-        changed(w_o=random(HEADS, 11, 19).astype("float32")),
+        changed(w_o=numbers(HEADS, 11, 19).astype("float32")),
         ArgumentTypeError,
         "params['w_o']",
         ("dtype=float64", "dtype=float32"),
     ),
     "head-multiple": (
-        changed(w_q=random(7, 5, 4), b_q=None, w_o=random(5, 11, 19)),
+        changed(w_q=numbers(7, 5, 4), b_q=None, w_o=numbers(5, 11, 19)),
         ArgumentValueError,
         "params",
         ("kv_heads=3", "heads=5"),
@@ -417,5 +414,5 @@ def test_another_library_is_refused(module: ModuleType) -> None:
 
 
 def test_a_refused_shape_is_the_one_that_would_fit() -> None:
-    given = tensors() | {"query": random(BATCH, Q_LEN, 8)} | changed(w_q=random(8, HEADS, 4))
+    given = tensors() | {"query": numbers(BATCH, Q_LEN, 8)} | changed(w_q=numbers(8, HEADS, 4))
     assert numpy.shape(reference.multi_head_attention(**given)) == (BATCH, Q_LEN, SIZES.out)

@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy
 import pytest
+from support.numbers import numbers
 
 import mha_spec_numpy
 from mha_spec import ArgumentTypeError, ArgumentValueError
 from mha_spec.layer_object import LayerOptions, LayerSettings
 from mha_spec.parameters import AXES
 from mha_spec_numpy import MultiHeadAttention
-
-
-def random(*shape: int, seed: int = 3) -> numpy.ndarray:
-    return numpy.random.default_rng([seed, *shape]).standard_normal(shape)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +83,7 @@ def layer(**options: Any) -> MultiHeadAttention:
 def test_the_object_is_the_function_with_its_parameters() -> None:
     made, options = layer(qk_norm=True, rotary={"base": 7.0}, norm_epsilon=0.5), {"q_offset": 1}
     own: dict[str, Any] = {"rotary": {"base": 7.0}, "norm_epsilon": 0.5, "q_offset": 1}
-    query, key, value = random(2, 3, 7), random(2, 5, 13), random(2, 5, 17)
+    query, key, value = numbers(2, 3, 7), numbers(2, 5, 13), numbers(2, 5, 17)
     assert numpy.array_equal(
         made(query, key, value, **options), mha_spec_numpy.multi_head_attention(query, key, value, made.params, **own)
     )
@@ -116,7 +113,7 @@ def test_the_object_begins_as_the_paper_does() -> None:
 
 def test_the_object_drops_in_training_alone() -> None:
     made = MultiHeadAttention(8, 2, dropout_rate=0.5, rng=3)
-    x = random(2, 5, 8).astype("float32")
+    x = numbers(2, 5, 8).astype("float32")
     assert numpy.array_equal(made(x, dropout_key=1), made(x, dropout_key=2))
     made.training = True
     assert not numpy.array_equal(made(x, dropout_key=1), made(x, dropout_key=2))
@@ -137,7 +134,7 @@ def test_the_object_refuses_a_rotation_that_it_cannot_make() -> None:
 
 def test_the_object_makes_its_cache() -> None:
     made = mha_spec_numpy.MultiHeadAttention(8, 6, kv_heads=2, qk_dim=4, v_dim=5, rotary={}, dtype="float64", rng=3)
-    x, cache, outputs = random(2, 7, 8), made.empty_cache(2, 7), []
+    x, cache, outputs = numbers(2, 7, 8), made.empty_cache(2, 7), []
     assert repr(cache) == "KVCache(key=(2, 2, 7, 4), value=(2, 2, 7, 5), lengths=array([0, 0], dtype=int32))"
     for t in range(7):
         output, cache = made(x[:, t : t + 1], cache=cache, causal=True)

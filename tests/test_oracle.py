@@ -16,6 +16,7 @@ from description import Description, Input
 from flint import arb
 from oracle import Answer, Refused, expect, sample
 from oracle_balls import exact_product, nearest, rounded
+from support.answers import kinds_of, multiples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -28,15 +29,6 @@ if TYPE_CHECKING:
 NAN, INFINITY = math.nan, math.inf
 SMALLEST = 2.0**-1074
 LARGEST = float(numpy.finfo(numpy.float64).max)
-
-
-def _kinds(answer: Answer) -> list[Any]:
-    return numpy.zeros(answer.values.shape, int).tolist() if answer.kinds is None else answer.kinds.tolist()
-
-
-def _values(*shape: int, seed: int = 0, step: float = 0.125) -> numpy.ndarray:
-    """Multiples of `step`, at most 4 in magnitude, all unlike."""
-    return numpy.random.default_rng(seed).integers(-32, 33, shape) * step
 
 
 # Rounding: a value is given only where it is proven.
@@ -124,7 +116,7 @@ def test_precision_rises_until_a_value_resolves() -> None:
 
 def test_products_are_exact() -> None:
     left, right = (
-        _values(3, 5) * 0.1,
+        multiples(3, 5) * 0.1,
         numpy.asarray([[1e300, 1e-300, 0.1, -1e17, 5e-324], [NAN, 1.0, 2.0, INFINITY, 4.0]]),
     )
     table, exponent = exact_product(left, right)
@@ -142,7 +134,7 @@ def test_equal_scores_give_the_mean_of_coded_values(ask_oracle: Oracle) -> None:
     value = numpy.arange(batch)[:, None, None] * 1000 + numpy.arange(kv_heads)[:, None] * 100 + numpy.arange(kv_len)
     arrays = {
         "query": numpy.zeros((batch, heads, q_len, 5)),
-        "key": _values(batch, kv_heads, kv_len, 5),
+        "key": multiples(batch, kv_heads, kv_len, 5),
         "value": value[..., None].astype(float),
     }
     answers = ask_oracle("attention", arrays)
@@ -166,7 +158,7 @@ def test_ties_are_exact(visible: int, options: dict[str, float], ask_oracle: Ora
     assert ask_oracle("attention", arrays, **options)["output"].values.item() == wanted
     weights = ask_oracle("attention_weights", {name: arrays[name] for name in ("query", "key", "mask")})["weights"]
     assert weights.values.ravel().tolist() == [1 / visible] * visible + [0.0] * (7 - visible)
-    assert _kinds(weights) == [[[[0] * visible + [1] * (7 - visible)]]]
+    assert kinds_of(weights) == [[[[0] * visible + [1] * (7 - visible)]]]
 
 
 def test_scores_that_tie_through_bias_are_exact(ask_oracle: Oracle) -> None:
@@ -187,8 +179,12 @@ def test_scores_that_tie_through_bias_are_exact(ask_oracle: Oracle) -> None:
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"softcap": 5.0}, {"dropout_rate": 0.1}])
 def test_gradients_that_cancel_are_zero(options: dict[str, float], ask_oracle: Oracle) -> None:
     """Constant values give dS = 0; constant keys give dQ = 0, which no single term is."""
-    arrays = {"query": _values(1, 1, 3, 2), "key": _values(1, 1, 5, 2, seed=1), "value": _values(1, 1, 5, 3, seed=2)}
-    arrays["grad_output"] = _values(1, 1, 3, 3, seed=3)
+    arrays = {
+        "query": multiples(1, 1, 3, 2),
+        "key": multiples(1, 1, 5, 2, seed=1),
+        "value": multiples(1, 1, 5, 3, seed=2),
+    }
+    arrays["grad_output"] = multiples(1, 1, 3, 3, seed=3)
     same_values = ask_oracle("attention_vjp", arrays | {"value": numpy.ones((1, 1, 5, 3))}, **options)
     assert not same_values["grad_query"].values.any()
     assert not same_values["grad_key"].values.any()
@@ -262,15 +258,15 @@ def _decimals(array: numpy.ndarray) -> Any:
 def question(request: pytest.FixtureRequest) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
     draw = numpy.random.default_rng(11)
     arrays = {
-        "query": _values(2, 4, 3, 2, seed=1),
-        "key": _values(2, 2, 4, 2, seed=2),
-        "value": _values(2, 2, 4, 3, seed=3),
-        "bias": _values(2, 1, 1, 4, seed=4, step=0.1),
-        "sinks": _values(4, seed=5, step=0.3),
+        "query": multiples(2, 4, 3, 2, seed=1),
+        "key": multiples(2, 2, 4, 2, seed=2),
+        "value": multiples(2, 2, 4, 3, seed=3),
+        "bias": multiples(2, 1, 1, 4, seed=4, step=0.1),
+        "sinks": multiples(4, seed=5, step=0.3),
         "mask": draw.random((3, 4)) < 0.8,
         "dropout_mask": draw.random((2, 1, 3, 4)) < 0.7,
-        "grad_output": _values(2, 4, 3, 3, seed=6),
-        "grad_lse": _values(2, 4, 3, seed=7),
+        "grad_output": multiples(2, 4, 3, 3, seed=6),
+        "grad_lse": multiples(2, 4, 3, seed=7),
     }
     return arrays, {"dropout_rate": 0.1, **request.param}
 
@@ -320,8 +316,8 @@ def _difference(a: Mapping[str, Any], options: Mapping[str, Any], name: str, pla
 
 
 def test_merging_agrees_with_sixty_digits(ask_oracle: Oracle) -> None:
-    arrays = {name: _values(1, 2, 3, 5, seed=n) for n, name in enumerate(("output_a", "output_b"))}
-    arrays |= {name: _values(1, 2, 3, seed=n, step=2.5) for n, name in enumerate(("lse_a", "lse_b"), 2)}
+    arrays = {name: multiples(1, 2, 3, 5, seed=n) for n, name in enumerate(("output_a", "output_b"))}
+    arrays |= {name: multiples(1, 2, 3, seed=n, step=2.5) for n, name in enumerate(("lse_a", "lse_b"), 2)}
     answers = ask_oracle("merge_attention", arrays)
     with localcontext(prec=60):
         a = {name: _decimals(array) for name, array in arrays.items()}
@@ -336,7 +332,11 @@ def test_merging_agrees_with_sixty_digits(ask_oracle: Oracle) -> None:
 
 
 def test_whole_attention_is_its_merged_halves(ask_oracle: Oracle) -> None:
-    arrays = {"query": _values(1, 1, 2, 3), "key": _values(1, 1, 4, 3, seed=1), "value": _values(1, 1, 4, 2, seed=2)}
+    arrays = {
+        "query": multiples(1, 1, 2, 3),
+        "key": multiples(1, 1, 4, 3, seed=1),
+        "value": multiples(1, 1, 4, 2, seed=2),
+    }
     halves = {
         f"{name}_{half}": ask_oracle("attention", {n: x if n == "query" else x[:, :, part] for n, x in arrays.items()})[
             name
@@ -368,7 +368,7 @@ def test_sampled_rows_hold_both_ends_and_the_tile_borders() -> None:
 
 @pytest.mark.parametrize("function", ["attention", "attention_vjp", "attention_weights", "merge_attention"])
 def test_sampled_answers_are_those_of_the_whole(function: str, ask_oracle: Oracle) -> None:
-    query, key = _values(1, 2, 19, 2), _values(1, 2, 19, 2, seed=1)
+    query, key = multiples(1, 2, 19, 2), multiples(1, 2, 19, 2, seed=1)
     arrays = {"query": query, "key": key, "value": key, "grad_output": query}
     if function == "merge_attention":
         arrays = {"output_a": query, "lse_a": query[..., 0], "output_b": key, "lse_b": key[..., 0]}
@@ -382,8 +382,8 @@ def test_sampled_answers_are_those_of_the_whole(function: str, ask_oracle: Oracl
         lead = whole[name].values.shape[: 3 if name == "lse" else -1]
         flat = whole[name].values.reshape(math.prod(lead), *answer.shape[len(lead) :])
         numpy.testing.assert_array_equal(answer.values, flat[answer.rows], strict=True)
-        kinds = numpy.asarray(_kinds(whole[name])).reshape(flat.shape)[answer.rows]
-        numpy.testing.assert_array_equal(_kinds(answer), kinds)
+        kinds = numpy.asarray(kinds_of(whole[name])).reshape(flat.shape)[answer.rows]
+        numpy.testing.assert_array_equal(kinds_of(answer), kinds)
 
 
 @pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 0)])
@@ -396,7 +396,7 @@ def test_empty_sizes(function: str, batch: int, q_len: int, kv_len: int, ask_ora
         del shapes["value"]
     answers = ask_oracle(function, {name: numpy.ones(shape) for name, shape in shapes.items()})
     for name, answer in answers.items():
-        assert answer.values.size == 0 or _kinds(answer) == numpy.ones(answer.shape, int).tolist()
+        assert answer.values.size == 0 or kinds_of(answer) == numpy.ones(answer.shape, int).tolist()
         assert (answer.values == (-INFINITY if name == "lse" else 0)).all()
 
 

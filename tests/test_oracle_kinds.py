@@ -9,6 +9,7 @@ import numpy
 import pytest
 from description import Description, Input
 from oracle_visibility import Question
+from support.answers import kinds_of, multiples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
     Oracle = Callable[..., Mapping[str, Answer]]
 
 NAN, INFINITY = math.nan, math.inf
-
-
-def _kinds(answer: Answer) -> list[Any]:
-    return numpy.zeros(answer.values.shape, int).tolist() if answer.kinds is None else answer.kinds.tolist()
-
-
-def _values(*shape: int, seed: int = 0, step: float = 0.125) -> numpy.ndarray:
-    """Multiples of `step`, at most 4 in magnitude, all unlike."""
-    return numpy.random.default_rng(seed).integers(-32, 33, shape) * step
 
 
 # Which pairs are visible.
@@ -81,9 +73,9 @@ def test_visibility_is_as_drawn(given: dict[str, Any], picture: list[str]) -> No
 def arrays() -> dict[str, numpy.ndarray]:
     """Two heads of one key/value head; causal makes query 0 see key 0 alone."""
     return {
-        "query": _values(1, 2, 2, 2, seed=1),
-        "key": _values(1, 1, 2, 2, seed=2),
-        "value": _values(1, 1, 2, 2, seed=3),
+        "query": multiples(1, 2, 2, 2, seed=1),
+        "key": multiples(1, 1, 2, 2, seed=2),
+        "value": multiples(1, 1, 2, 2, seed=3),
     }
 
 
@@ -114,10 +106,10 @@ def test_kinds_of_rows_that_see_what_is_not_finite(
     clean = ask_oracle("attention", arrays, causal=True)
     _put(arrays, name, place, value)
     answers = ask_oracle("attention", arrays, causal=True)
-    assert _kinds(answers["output"]) == [output]
-    assert _kinds(answers["lse"]) == ([lse] if lse else [[[0, 0], [0, 0]]])
+    assert kinds_of(answers["output"]) == [output]
+    assert kinds_of(answers["lse"]) == ([lse] if lse else [[[0, 0], [0, 0]]])
     for label, answer in answers.items():
-        finite = numpy.asarray(_kinds(answer)) == 0
+        finite = numpy.asarray(kinds_of(answer)) == 0
         numpy.testing.assert_array_equal(answer.values[finite], clean[label].values[finite])
         assert numpy.isnan(answer.values[~finite]).all()
 
@@ -131,14 +123,14 @@ def test_kinds_of_rows_that_see_what_is_not_finite(
 def test_what_no_pair_reads_reaches_nothing(
     function: str, name: str, place: tuple[int, ...], value: float, arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
 ) -> None:
-    arrays |= {"grad_output": _values(1, 2, 2, 2, seed=4)} if function == "attention_vjp" else {}
+    arrays |= {"grad_output": multiples(1, 2, 2, 2, seed=4)} if function == "attention_vjp" else {}
     if name not in arrays:
         return
     arrays |= {"kv_lengths": numpy.asarray([1]), "q_lengths": numpy.asarray([1])}
     clean = ask_oracle(function, arrays)
     _put(arrays, name, place, value)
     for label, answer in ask_oracle(function, arrays).items():
-        assert _kinds(answer) == _kinds(clean[label])
+        assert kinds_of(answer) == kinds_of(clean[label])
         numpy.testing.assert_array_equal(answer.values, clean[label].values)
         assert numpy.isfinite(answer.values).all() or label == "lse"
 
@@ -147,20 +139,20 @@ def test_kinds_of_weights(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) 
     _put(arrays, "query", (0, 0, 0, 0), NAN)
     _put(arrays, "query", (0, 1, 0, 0), INFINITY)
     weights = ask_oracle("attention_weights", {"query": arrays["query"], "key": arrays["key"]}, causal=True)["weights"]
-    assert _kinds(weights) == [[[[2, 4], [0, 0]], [[4, 4], [0, 0]]]]
+    assert kinds_of(weights) == [[[[2, 4], [0, 0]], [[4, 4], [0, 0]]]]
     empty = ask_oracle("attention_weights", {"query": arrays["query"], "key": arrays["key"]}, causal=True, q_offset=-9)
-    assert _kinds(empty["weights"]) == [[[[1, 1], [1, 1]], [[1, 1], [1, 1]]]]
+    assert kinds_of(empty["weights"]) == [[[[1, 1], [1, 1]], [[1, 1], [1, 1]]]]
     assert not empty["weights"].values.any()
 
 
 def test_rows_that_see_nothing(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
     arrays["sinks"] = numpy.asarray([0.75, -INFINITY])
     answers = ask_oracle("attention", arrays, causal=True, q_offset=-1)
-    assert _kinds(answers["output"]) == [[[[1, 1], [0, 0]], [[1, 1], [0, 0]]]]
-    assert _kinds(answers["lse"]) == [[[0, 0], [1, 0]]]
+    assert kinds_of(answers["output"]) == [[[[1, 1], [0, 0]], [[1, 1], [0, 0]]]]
+    assert kinds_of(answers["lse"]) == [[[0, 0], [1, 0]]]
     assert answers["lse"].values[0, :, 0].tolist() == [0.75, -INFINITY]
     arrays["sinks"] = numpy.asarray([NAN, INFINITY])
-    assert _kinds(ask_oracle("attention", arrays)["lse"]) == [[[4, 4], [4, 4]]]
+    assert kinds_of(ask_oracle("attention", arrays)["lse"]) == [[[4, 4], [4, 4]]]
 
 
 def test_a_row_that_is_all_dropped_is_not_empty(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
@@ -196,37 +188,37 @@ def test_kinds_of_gradients(
     ask_oracle: Oracle,
 ) -> None:
     arrays |= {
-        "grad_output": _values(1, 2, 2, 2, seed=4),
-        "sinks": _values(2, seed=5),
-        "bias": _values(1, 1, 2, 2, seed=6),
-        "grad_lse": _values(1, 2, 2, seed=7),
+        "grad_output": multiples(1, 2, 2, 2, seed=4),
+        "sinks": multiples(2, seed=5),
+        "bias": multiples(1, 1, 2, 2, seed=6),
+        "grad_lse": multiples(1, 2, 2, seed=7),
     }
     _put(arrays, name, place, value)
     answers = ask_oracle("attention_vjp", arrays, causal=True)
     for label, wanted in kinds.items():
-        received = numpy.asarray(_kinds(answers[f"grad_{label}"]))
+        received = numpy.asarray(kinds_of(answers[f"grad_{label}"]))
         assert (received[..., 0] if label != "sinks" else received).reshape(numpy.shape(wanted)).tolist() == wanted
     rows = [max(head[i] for head in kinds["query"]) for i in range(2)]
-    assert _kinds(answers["grad_bias"]) == [[[[rows[0], 1], [rows[1], rows[1]]]]]
+    assert kinds_of(answers["grad_bias"]) == [[[[rows[0], 1], [rows[1], rows[1]]]]]
 
 
 def test_grad_lse_that_is_not_finite_spoils_without_a_sink_too(
     arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
 ) -> None:
-    arrays |= {"grad_output": _values(1, 2, 2, 2, seed=4), "grad_lse": numpy.asarray([[[0.0, 1.0], [NAN, 1.0]]])}
+    arrays |= {"grad_output": multiples(1, 2, 2, 2, seed=4), "grad_lse": numpy.asarray([[[0.0, 1.0], [NAN, 1.0]]])}
     answers = ask_oracle("attention_vjp", arrays, causal=True)
-    assert _kinds(answers["grad_query"]) == [[[[0, 0], [0, 0]], [[4, 4], [0, 0]]]]
-    assert _kinds(answers["grad_key"]) == [[[[4, 4], [0, 0]]]]
+    assert kinds_of(answers["grad_query"]) == [[[[0, 0], [0, 0]], [[4, 4], [0, 0]]]]
+    assert kinds_of(answers["grad_key"]) == [[[[4, 4], [0, 0]]]]
 
 
 def test_gradients_to_which_nothing_contributes_are_exactly_zero(
     arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
 ) -> None:
-    arrays |= {"grad_output": _values(1, 2, 2, 2, seed=4), "sinks": numpy.asarray([0.5, -INFINITY])}
+    arrays |= {"grad_output": multiples(1, 2, 2, 2, seed=4), "sinks": numpy.asarray([0.5, -INFINITY])}
     arrays["bias"] = numpy.asarray([[[[0.5, -INFINITY]]]])
     arrays["mask"] = numpy.asarray([[[[True], [False]]]])
     answers = ask_oracle("attention_vjp", arrays)
-    assert {name: _kinds(answer) for name, answer in answers.items()} == {
+    assert {name: kinds_of(answer) for name, answer in answers.items()} == {
         "grad_query": [[[[0, 0], [1, 1]], [[0, 0], [1, 1]]]],
         "grad_key": [[[[0, 0], [1, 1]]]],
         "grad_value": [[[[0, 0], [1, 1]]]],
@@ -234,7 +226,7 @@ def test_gradients_to_which_nothing_contributes_are_exactly_zero(
         "grad_sinks": [0, 1],
     }
     for answer in answers.values():
-        assert not answer.values[numpy.asarray(_kinds(answer)) == 1].any()
+        assert not answer.values[numpy.asarray(kinds_of(answer)) == 1].any()
 
 
 def test_an_empty_row_moves_its_sink_by_grad_lse_alone(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
@@ -242,9 +234,9 @@ def test_an_empty_row_moves_its_sink_by_grad_lse_alone(arrays: dict[str, numpy.n
     arrays |= {"grad_lse": numpy.asarray([[[0.25, 3.0], [7.0, 9.0]]]), "mask": numpy.zeros((1, 1, 1, 1), bool)}
     sinks = ask_oracle("attention_vjp", arrays)["grad_sinks"]
     assert sinks.values.tolist() == [3.25, 0.0]
-    assert _kinds(sinks) == [0, 1]
+    assert kinds_of(sinks) == [0, 1]
     del arrays["grad_lse"]
-    assert _kinds(ask_oracle("attention_vjp", arrays)["grad_sinks"]) == [1, 1]
+    assert kinds_of(ask_oracle("attention_vjp", arrays)["grad_sinks"]) == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +260,7 @@ def test_merging_of_halves(
     answers = ask_oracle("merge_attention", arrays)
     received = [answers[name].values.item() for name in ("output", "lse")]
     numpy.testing.assert_array_equal(received, output)
-    assert [numpy.asarray(_kinds(answers[name])).item() for name in ("output", "lse")] == list(kinds)
+    assert [numpy.asarray(kinds_of(answers[name])).item() for name in ("output", "lse")] == list(kinds)
 
 
 def test_a_half_that_is_empty_may_hold_anything_and_one_that_is_not_spoils_its_component(ask_oracle: Oracle) -> None:
@@ -276,5 +268,5 @@ def test_a_half_that_is_empty_may_hold_anything_and_one_that_is_not_spoils_its_c
     arrays |= {"lse_a": numpy.asarray([[[-INFINITY]]]), "lse_b": numpy.asarray([[[0.5]]])}
     assert ask_oracle("merge_attention", arrays)["output"].values.ravel().tolist() == [3.0, INFINITY]
     answers = ask_oracle("merge_attention", arrays | {"lse_a": numpy.asarray([[[1.0]]])})
-    assert _kinds(answers["output"]) == [[[[3, 3]]]]
+    assert kinds_of(answers["output"]) == [[[[3, 3]]]]
     assert answers["lse"].kinds is None

@@ -49,7 +49,9 @@ def module() -> mha_spec_torch.MultiHeadAttention:
     return mha_spec_torch.MultiHeadAttention(7, 6, kv_heads=3, qk_dim=4, v_dim=5, rotary={}, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"kv_lengths": (2, 0), "q_offset": 0}, {"window": (1, 0), "softcap": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"kv_lengths": (2, 0), "q_offset": 0}, {"window": (1, 0), "softcap": 2.0}]
+)
 def test_gradients_of_both_are_those_of_two_calls(options: dict[str, Any]) -> None:
     layer, x = module(), torch.as_tensor(numbers(2, 3, 7)).requires_grad_()
     leaves = [x, *layer.parameters()]

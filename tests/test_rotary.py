@@ -13,6 +13,7 @@ import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.numbers import numbers
 
 from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError, reference
 from mha_spec.arrays import dtype_name, library_of
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 
 BATCH, HEADS, LENGTH, SIZE = 2, 3, 5, 14
 EPS = float(numpy.finfo(float).eps)
-
-
-def random(*shape: int, seed: int = 3) -> numpy.ndarray:
-    return numpy.random.default_rng([seed, *shape]).standard_normal(shape)
 
 
 @pytest.fixture(params=["mha_spec.reference", "mha_spec_numpy", "mha_spec"])
@@ -80,7 +77,7 @@ POSITIONS: dict[str, Any] = {
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_pairs_turn_by_their_position(module: ModuleType, options: str, positions: str) -> None:
-    x = random(BATCH, HEADS, LENGTH, SIZE)
+    x = numbers(BATCH, HEADS, LENGTH, SIZE)
     turned = module.rotary_embedding(x, POSITIONS[positions], **OPTIONS[options])
     expected, size = by_loops(x, numpy.broadcast_to(POSITIONS[positions], (BATCH, LENGTH)), **OPTIONS[options])
     assert (turned.dtype, turned.shape) == (x.dtype, x.shape)
@@ -89,7 +86,7 @@ def test_pairs_turn_by_their_position(module: ModuleType, options: str, position
 
 
 def test_components_beyond_rotary_dim_stay_to_the_bit(module: ModuleType) -> None:
-    x = random(BATCH, HEADS, LENGTH, 13).astype("float16")
+    x = numbers(BATCH, HEADS, LENGTH, 13).astype("float16")
     x[..., 7], x[..., 8] = numpy.inf, numpy.nan
     for interleaved in (False, True):
         turned = module.rotary_embedding(x, range(1, 6), rotary_dim=6, interleaved=interleaved)
@@ -100,12 +97,12 @@ def test_components_beyond_rotary_dim_stay_to_the_bit(module: ModuleType) -> Non
 
 
 def test_nothing_turns_at_position_zero(module: ModuleType) -> None:
-    x = random(BATCH, HEADS, LENGTH, SIZE)
+    x = numbers(BATCH, HEADS, LENGTH, SIZE)
     assert numpy.array_equal(module.rotary_embedding(x, numpy.zeros(LENGTH)), x)
 
 
 def test_one_pairing_is_the_other_after_a_permutation() -> None:
-    x, order = random(BATCH, HEADS, LENGTH, SIZE), numpy.arange(SIZE).reshape(2, -1).T.ravel()
+    x, order = numbers(BATCH, HEADS, LENGTH, SIZE), numpy.arange(SIZE).reshape(2, -1).T.ravel()
     halves = reference.rotary_embedding(x, range(LENGTH))
     interleaved = reference.rotary_embedding(x[..., order], range(LENGTH), interleaved=True)
     assert numpy.array_equal(halves[..., order], interleaved)
@@ -124,7 +121,7 @@ def test_a_product_knows_the_distance_alone(
     p: int, j: int, shift: int, interleaved: bool, rotary_dim: int | None
 ) -> None:
     options = {"interleaved": interleaved, "rotary_dim": rotary_dim}
-    q, k = random(1, 1, 1, SIZE, seed=5), random(1, 1, 1, SIZE, seed=7)
+    q, k = numbers(1, 1, 1, SIZE, seed=5), numbers(1, 1, 1, SIZE, seed=7)
 
     def product(p: int, j: int) -> float:
         turned = reference.rotary_embedding(q, [p], **options) * reference.rotary_embedding(k, [j], **options)
@@ -138,7 +135,7 @@ def test_a_product_knows_the_distance_alone(
 @settings(deadline=None, max_examples=50)
 @given(st.floats(-1e4, 1e4), st.floats(-1e4, 1e4), st.booleans())
 def test_turns_add_up_and_keep_the_length(first: float, second: float, interleaved: bool) -> None:
-    x = random(1, 1, 1, SIZE)
+    x = numbers(1, 1, 1, SIZE)
     once = reference.rotary_embedding(x, [first + second], interleaved=interleaved)
     twice = reference.rotary_embedding(
         reference.rotary_embedding(x, [first], interleaved=interleaved), [second], interleaved=interleaved
@@ -165,7 +162,7 @@ def exact_turn(position: int, size: int, i: int) -> tuple[float, float]:
 def test_positions_on_the_host_are_exact_to_the_result(module: ModuleType, position: int) -> None:
     """Angles in float64 leave float32 and float16 nothing but the roundings of cosine, sine, products and sum."""
     for dtype, stored in (("float32", 2.0**-24), ("float16", 2.0**-11)):
-        x = random(1, 1, 1, SIZE).astype(dtype)
+        x = numbers(1, 1, 1, SIZE).astype(dtype)
         turned = module.rotary_embedding(x, [position])[0, 0, 0].astype(float)
         for i in range(SIZE // 2):
             cosine, sine = exact_turn(position, SIZE, i)
@@ -179,7 +176,7 @@ def test_positions_on_the_host_are_exact_to_the_result(module: ModuleType, posit
 @pytest.mark.parametrize("library", ["array_api_strict", "torch", "jax"])
 def test_positions_of_a_library_are_as_exact_as_its_type(library: str) -> None:
     xp = pytest.importorskip(library)
-    x, positions = random(BATCH, HEADS, LENGTH, SIZE).astype("float32"), POSITIONS["batch"].astype("int32") + 1000
+    x, positions = numbers(BATCH, HEADS, LENGTH, SIZE).astype("float32"), POSITIONS["batch"].astype("int32") + 1000
     arrays = [xp.asarray(one) if library == "array_api_strict" else to_library(one, library) for one in (x, positions)]
     turned = reference.rotary_embedding(*arrays, interleaved=True)
     assert library_of(turned) == library
@@ -195,21 +192,21 @@ def test_positions_of_a_library_are_as_exact_as_its_type(library: str) -> None:
 def test_the_result_has_the_dtype_of_x(module: ModuleType, dtype: str) -> None:
     import ml_dtypes
 
-    x = random(BATCH, HEADS, LENGTH, SIZE).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    x = numbers(BATCH, HEADS, LENGTH, SIZE).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     assert dtype_name(module.rotary_embedding(x, range(LENGTH))) == dtype
 
 
 def test_sixteen_bits_do_not_round_the_angle(module: ModuleType) -> None:
     import ml_dtypes
 
-    x = random(1, 1, 1, SIZE).astype(ml_dtypes.bfloat16)
+    x = numbers(1, 1, 1, SIZE).astype(ml_dtypes.bfloat16)
     turned = module.rotary_embedding(x, [12345]).astype(float)
     expected, size = by_loops(x, numpy.asarray([[12345]]))
     assert (abs(turned - expected) <= 2.0**-8 * abs(expected) + 2.0**-22 * size / 12345).all()
 
 
 def test_x_is_not_written_to_and_its_strides_do_not_matter(module: ModuleType) -> None:
-    x = random(SIZE, LENGTH, HEADS, BATCH).T[..., ::-1]
+    x = numbers(SIZE, LENGTH, HEADS, BATCH).T[..., ::-1]
     x.flags.writeable = False
     assert numpy.array_equal(
         module.rotary_embedding(x, range(LENGTH)), module.rotary_embedding(x.copy(), range(LENGTH))
@@ -221,7 +218,7 @@ def test_nothing_turns_nothing(module: ModuleType, shape: tuple[int, ...]) -> No
     assert module.rotary_embedding(numpy.zeros(shape), numpy.zeros(shape[::2][:2])).shape == shape
 
 
-x_of = random(BATCH, HEADS, LENGTH, SIZE)
+x_of = numbers(BATCH, HEADS, LENGTH, SIZE)
 BAD: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ...]]] = {
     "odd": ({"x": x_of[..., :13]}, ArgumentValueError, "rotary_dim", ("size=13", "None", "rotary_dim=12")),
     "odd-part": ({"rotary_dim": 5}, ArgumentValueError, "rotary_dim", ("even", "size=14", "rotary_dim=5")),

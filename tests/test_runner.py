@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mha_spec_conformance.asking import Selection, asks, probes
-from mha_spec_conformance.cases import load
 from mha_spec_conformance.known import Known
 from mha_spec_conformance.outcome import Judge
 from mha_spec_conformance.pool import Pool
@@ -32,12 +31,6 @@ from mha_spec import reference
 def attention(query, key, value, *, mask=None):
     return reference.attention(query, key, value, mask=mask)
 """
-
-
-@pytest.fixture(scope="session")
-def suite() -> Suite:
-    """The suite, read once."""
-    return load()
 
 
 @pytest.fixture

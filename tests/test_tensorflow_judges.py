@@ -11,11 +11,13 @@ import keras
 import numpy
 import pytest
 import tensorflow as tf
+from support.comparisons import assert_equal, assert_near, assert_same
+from support.numbers import numbers, pattern
+from support.tensorflow_world import floats, tensors, tokens, with_gradients
 
 import mha_spec_tensorflow
 from mha_spec import ArgumentValueError
 from mha_spec.weights import load_weights, save_weights
-from mha_spec_conformance.convert import to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,63 +25,10 @@ if TYPE_CHECKING:
 Options = dict[str, Any]
 multi_head_attention: Callable[..., Any] = mha_spec_tensorflow.multi_head_attention
 multi_head_attention_weights: Callable[..., Any] = mha_spec_tensorflow.multi_head_attention_weights
-BATCH = 2
-
-
-def numbers(*shape: int, seed: int = 5) -> numpy.ndarray:
-    return numpy.random.default_rng([seed, *shape]).standard_normal(shape)
-
-
-def pattern(*shape: int) -> numpy.ndarray:
-    """Some True, in each row the first."""
-    seen = numpy.random.default_rng(2).random(shape) < 0.6
-    seen[..., 0] = True
-    return seen
-
-
-def tokens(length: int, size: int, seed: int = 5) -> tf.Tensor:
-    return tf.constant(numbers(BATCH, length, size, seed=seed))
-
-
-def floats(tree: Any, dtype: str) -> Any:
-    def one(leaf: Any) -> Any:
-        return tf.cast(leaf, dtype) if tf.is_tensor(leaf) and leaf.dtype.is_floating else leaf
-
-    return tf.nest.map_structure(one, tree)
-
-
-def with_gradients(call: Callable[[], Any], given: Any) -> list[tf.Tensor]:
-    """What a function gives, and the gradients of a sum in which every element counts differently."""
-    with tf.GradientTape() as tape:
-        tape.watch(given)
-        outputs = tf.nest.flatten(call())
-        total = tf.add_n([tf.reduce_sum(one * uneven(one)) for one in outputs])
-    return [*outputs, *map(tf.convert_to_tensor, tape.gradient(total, tf.nest.flatten(given)))]
-
-
-def uneven(one: tf.Tensor) -> tf.Tensor:
-    steps = tf.cast(tf.linspace(-1.0, 2.0, tf.size(one)), one.dtype)
-    return tf.reshape(steps, tf.shape(one))
-
-
-def assert_same(ours: Callable[[str], Any], theirs: Any) -> None:
-    """In float64 ours is nearer to theirs than to ours in float32, which is off by roundings alone."""
-    found, rounded, expected = (tf.nest.flatten(one) for one in (ours("float64"), ours("float32"), theirs))
-    for one, lost, other in zip(found, rounded, expected, strict=True):
-        assert (one.dtype, one.shape, lost.dtype) == (tf.float64, other.shape, tf.float32)
-        error, loss = (abs(to_numpy(one) - to_numpy(x)).max(initial=0.0) for x in (other, lost))
-        assert error < loss or error == loss == 0
-
-
-def assert_near(found: Any, expected: Any) -> None:
-    """Results in float64 are nearer to each other than float32 could tell."""
-    one, other = to_numpy(found), to_numpy(expected)
-    assert (one.dtype, one.shape) == (other.dtype, other.shape) == (numpy.float64, one.shape)
-    assert abs(one - other).max() < numpy.finfo(numpy.float32).eps * abs(other).max()
 
 
 def filled(layer: Any) -> Any:
-    layer.set_weights([numbers(*one.shape, seed=one.numpy().size) / 2 for one in layer.weights])
+    layer.set_weights([numbers(*one.shape, seed=place) / 2 for place, one in enumerate(layer.weights)])
     return layer
 
 
@@ -121,7 +70,7 @@ SHARED: dict[str, tuple[Callable[..., keras.layers.Layer], Options, Options, Cal
 @pytest.mark.parametrize("name", SHARED)
 def test_layers_of_keras_have_the_same_outputs_weights_and_gradients(name: str, scores: bool) -> None:
     made, arguments, asked, options_of = SHARED[name]
-    layer, options = made(**arguments), {name: told(one) for name, one in options_of().items()}
+    layer, options = made(**arguments), tensors(options_of())
     sizes = (9, 9, 9) if made is grouped else (9, 3, 17)
     x, key, value = tokens(5, sizes[0]), tokens(8, sizes[1]), tokens(8, sizes[2], seed=6)
     layer(x, value, key)
@@ -145,12 +94,8 @@ def test_layers_of_keras_have_the_same_outputs_weights_and_gradients(name: str, 
         return with_gradients(call, [*held, *inputs])
 
     assert_same(ours, with_gradients(theirs, [*variables, x, key, value]))
-    returned = list(save_weights(load_weights(layer.get_weights(), layout), layout).values())
-    assert all(numpy.array_equal(*pair) for pair in zip(returned, layer.get_weights(), strict=True))
-
-
-def told(one: Any) -> Any:
-    return tf.constant(one) if isinstance(one, numpy.ndarray) else one
+    returned = save_weights(load_weights(layer.get_weights(), layout), layout)
+    assert_equal(list(returned.values()), layer.get_weights())
 
 
 @pytest.mark.parametrize("made", [plain, grouped])
@@ -160,12 +105,12 @@ def test_a_row_without_keys_is_a_mean_in_keras_unless_scores_are_asked(made: Cal
     layer, x, memory = made(), tokens(5, 9), tokens(8, 9)
     layer(x, memory)
     loaded = load_weights(filled(layer).get_weights(), "keras_grouped" if made is grouped else "keras")
-    params = {name: tf.constant(one) for name, one in loaded.items()}
+    params = tensors(loaded)
     flat = params | {"w_q": 0 * params["w_q"], "b_q": 0 * params["b_q"]}
     fused = layer(x, memory, attention_mask=mask)
     assert_near(fused[:, 2], multi_head_attention(x, memory, memory, flat)[:, 2])
     ours = multi_head_attention(x, memory, memory, params, mask=tf.constant(mask[:, None]))
-    assert numpy.array_equal(ours[:, 2], numpy.broadcast_to(params["b_o"], (2, 9)))
+    assert_equal(ours[:, 2], tf.broadcast_to(params["b_o"], (2, 9)))
     assert_near(layer(x, memory, attention_mask=mask, return_attention_scores=True)[0], ours)
 
 

@@ -3,104 +3,46 @@
 from __future__ import annotations
 
 import math
-import warnings
-from functools import lru_cache, partial
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from support.comparisons import assert_near
+from support.goldens import DIFFERENTIABLE, ENOUGH, PER_ENTRY, alike, cases, failures, parted, spread
+from support.torch_world import cut_into_tasks, operands
 from torch.profiler import ProfilerActivity, profile
 
 import mha_spec_torch
 from mha_spec.arguments import OPTIONS
 from mha_spec.errors import MhaSpecError
-from mha_spec_conformance.accuracy import allowances
-from mha_spec_conformance.cases import load
-from mha_spec_conformance.compare import judge
-from mha_spec_conformance.convert import to_library, to_numpy
-from mha_spec_conformance.precision import precision
-from mha_spec_torch import fused, tasks, visibility
+from mha_spec_torch import core, fused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
-    from mha_spec_conformance.cases import Case
-
 attention: Callable[..., Any] = mha_spec_torch.attention
-DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 pulled: Callable[..., Any] = torch.func.vjp
 pushed: Callable[..., Any] = torch.func.jvp
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 GENERATOR_SEED = 20261123
 
 
-@lru_cache(maxsize=1)
-def cases() -> tuple[Case, ...]:
-    return tuple(case for case in load().cases if case.expect == "values")
-
-
-def chosen(function: str, *, at_least: int, without: Sequence[str] = ()) -> list[Case]:
-    """Some cases of a function, evenly spread; every option of the function is among them."""
-    found = [case for case in cases() if case.function == function and not set(without) & set(case.features)]
-    some = found[:: max(1, len(found) // at_least)]
-    assert len(some) >= min(at_least, len(found))
-    asked = {name for case in found for name in (*case.options, *case.input_names)}
-    given = {name for case in some for name in (*case.options, *case.input_names)}
-    return [
-        *some,
-        *(next(case for case in found if name in (*case.options, *case.input_names)) for name in sorted(asked - given)),
-    ]
-
-
-def alike(function: str, *, signatures: int, each: int) -> list[list[Case]]:
-    """Some cases of a function, in each list of one signature and thus one graph; all options are among them."""
-    groups: dict[object, list[Case]] = {}
-    for case in cases():
-        if case.function == function:
-            groups.setdefault(case.signature, []).append(case)
-    found = list(groups.values())
-    some = found[:: max(1, len(found) // signatures)]
-    asked = {name for group in found for name in names(group[0])}
-    given = {name for group in some for name in names(group[0])}
-    some += [next(group for group in found if name in names(group[0])) for name in sorted(asked - given)]
-    return [group[:each] for group in some]
-
-
-def names(case: Case) -> set[str]:
-    """The inputs and options of a case."""
-    return {*case.options, *case.input_names}
-
-
-def tensors(case: Case, dtype: str) -> dict[str, Any]:
-    """The arguments of a case, with its options."""
-    options = {name: tuple(value) if name == "window" else value for name, value in case.options.items()}
-    return {name: to_library(array, "torch") for name, array in case.inputs(dtype).items()} | options
-
-
-def judged(case: Case, dtype: str, outputs: dict[str, Tensor | None]) -> str | None:
-    """What is wrong with the outputs of a case, if anything is."""
-    found = {name: to_numpy(value) for name, value in outputs.items() if value is not None}
-    allowed = allowances(case.function, case.inputs(dtype), case.options, precision(dtype))
-    wanted = {name: expected for name, expected in case.expected.items() if name in found or name != "lse"}
-    judgement = judge(case, wanted, found, allowed, precision(dtype))
-    return None if judgement.passed else f"{case.id} {dtype}: {judgement.reason}"
-
-
-def answered(arguments: dict[str, Any], attention: Callable[..., Any] = mha_spec_torch.attention) -> dict[str, Tensor]:
+def answered(call: Callable[..., Any] = attention, **arguments: Any) -> dict[str, Tensor]:
     """Output and lse of a case of attention."""
-    output, lse = attention(**arguments, return_lse=True)
+    output, lse = call(**arguments, return_lse=True)
     return {"output": output, "lse": lse}
 
 
 def differentiated(
-    arguments: dict[str, Any], attention: Callable[..., Any] = mha_spec_torch.attention
+    call: Callable[..., Any] = attention, *, grad_output: Tensor, grad_lse: Tensor | None = None, **arguments: Any
 ) -> dict[str, Tensor]:
     """The gradients that autograd gives of the forward."""
-    grad_output, grad_lse = arguments.pop("grad_output"), arguments.pop("grad_lse", None)
     given = {name: arguments[name].requires_grad_() for name in DIFFERENTIABLE if name in arguments}
-    output, lse = attention(**arguments, return_lse=True)
+    output, lse = call(**arguments, return_lse=True)
     results = (output,) if grad_lse is None else (output, lse)
     found = torch.autograd.grad(
         results, list(given.values()), (grad_output, grad_lse)[: len(results)], materialize_grads=True
@@ -108,71 +50,39 @@ def differentiated(
     return {f"grad_{name}": gradient for name, gradient in zip(given, found, strict=True)}
 
 
-def failures(some: Sequence[Case], ask: Callable[[dict[str, Any]], dict[str, Tensor]], *dtypes: str) -> list[str]:
-    """What is wrong with the answers to some cases."""
-    return [
-        wrong
-        for case in some
-        for dtype in dtypes
-        if dtype in case.dtypes and (wrong := judged(case, dtype, ask(tensors(case, dtype)))) is not None
-    ]
-
-
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut every call, however small, into all its tasks and pieces."""
-    monkeypatch.setattr(visibility, "COST_OF_TASK", -(2**40))
-    monkeypatch.setattr(visibility, "ROWS", (2, 3))
-    monkeypatch.setattr(visibility, "SHORTEST_RUN", 2)
-    monkeypatch.setattr(tasks, "SCORES", 64)
-    monkeypatch.setattr(tasks, "ROWS", 3)
-
-
-@pytest.fixture
-def quiet() -> Any:
-    """What torch's own compiler warns of is not ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    cut_into_tasks(monkeypatch)
 
 
 @pytest.mark.usefixtures("cut")
 def test_every_golden_cut_into_tasks() -> None:
-    some = [case for case in cases() if case.function == "attention"]
-    assert not failures(some, answered, "float32")
+    assert not failures("torch", cases("attention"), answered, "float32")
 
 
 @pytest.mark.usefixtures("cut")
 def test_every_gradient_cut_into_tasks() -> None:
-    some = [case for case in cases() if case.function == "attention_vjp"]
-    assert not failures(some, differentiated, "float32")
+    assert not failures("torch", cases("attention_vjp"), differentiated, "float32")
 
 
 def test_autograd_gives_the_gradients() -> None:
-    assert not failures(chosen("attention_vjp", at_least=80), differentiated, "float64", "float16", "bfloat16")
+    some = spread("attention_vjp")
+    assert not failures("torch", some, differentiated, "float64", "float16", "bfloat16")
 
 
 def test_lengths_on_the_host_say_the_same() -> None:
-    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
-        integers = ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids")
-        host = {name: arguments[name].numpy() for name in integers if isinstance(arguments.get(name), torch.Tensor)}
-        return answered(arguments | host)
-
-    some = [
-        case
-        for case in cases()
-        if case.function == "attention" and {"kv_lengths", "segments", "offset"} & set(case.features)
-    ]
-    assert not failures(some[::4], ask, "float32")
+    some = [case for case in cases("attention") if {"kv_lengths", "segments", "offset"} & set(case.features)]
+    assert not failures("torch", some[::4], answered, "float32", host=PER_ENTRY)
 
 
 @pytest.mark.parametrize("function", ["attention", "attention_vjp"])
 def test_the_path_of_cuda_leaves_no_row_empty(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as the kernels of the CPU can tell: all but NaN in pairs that are not visible, which may reach a tile."""
 
-    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    def ask(**arguments: Any) -> dict[str, Any]:
         if function == "attention_vjp":
-            return differentiated(arguments, lambda **given: (attention(**given | {"return_lse": False}), None))
+            return differentiated(lambda **given: (attention(**given | {"return_lse": False}), None), **arguments)
         return {"output": attention(**arguments)}
 
     taken = 0
@@ -185,85 +95,76 @@ def test_the_path_of_cuda_leaves_no_row_empty(function: str, monkeypatch: pytest
     attend = fused.attend
     monkeypatch.setattr(fused, "attend", counted)
     monkeypatch.setattr(fused, "on_cuda", lambda _: True)
-    monkeypatch.setattr(mha_spec_torch, "_direct", lambda *_: False)
-    monkeypatch.setattr(mha_spec_torch, "readable", lambda _: False)
+    monkeypatch.setattr(core, "_direct", lambda *_: False)
+    monkeypatch.setattr(core, "readable", lambda _: False)
     some = [
         case
-        for case in cases()
-        if case.function == function
-        and "grad_lse" not in case.input_names
+        for case in cases(function)
+        if "grad_lse" not in case.input_names
         and "nonfinite" not in case.features
         and "MHA-POISON-2" not in case.clauses
     ]
-    assert not failures(some, ask, "float32")
-    assert taken >= 50
+    assert not failures("torch", some, ask, "float32")
+    assert taken >= ENOUGH
 
 
 @pytest.mark.parametrize("function", ["attention", "attention_vjp"])
 def test_nothing_is_read_on_an_accelerator(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    def ask(**arguments: Any) -> dict[str, Tensor]:
         with monkeypatch.context() as blind:
-            blind.setattr(mha_spec_torch, "readable", lambda _: False)
+            blind.setattr(core, "readable", lambda _: False)
             for name in ("tolist", "item", "numpy", "__bool__"):
                 blind.setattr(torch.Tensor, name, None)
-            return answered(arguments) if function == "attention" else differentiated(arguments)
+            return answered(**arguments) if function == "attention" else differentiated(**arguments)
 
-    assert not failures(chosen(function, at_least=60), ask, "float32", "float16")
+    assert not failures("torch", spread(function), ask, "float32", "float16")
 
 
-def compiled_failures(
-    groups: Sequence[Sequence[Case]], ask: Callable[..., dict[str, Tensor]], backend: str, dtype: str
-) -> list[str]:
-    """What is wrong with the answers of one graph for each group."""
+def compiled_failures(function: str, ask: Callable[..., dict[str, Tensor]], backend: str, dtype: str) -> list[str]:
+    """What is wrong with the answers of one graph for each signature."""
     found: list[str] = []
-    for group in groups:
+    for _, some in groupby(alike(function, 90), key=lambda case: case.signature):
         torch.compiler.reset()
         compiled = torch.compile(attention, fullgraph=True, backend=backend)
-        found += failures(group, partial(ask, attention=compiled), dtype)
+        found += failures("torch", some, partial(ask, compiled), dtype)
     return found
 
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", "float32"), ("inductor", "bfloat16")])
 def test_compiled_without_a_break(backend: str, dtype: str) -> None:
-    groups = alike("attention", signatures=20, each=4)
-    assert sum(map(len, groups)) >= 50
-    assert not compiled_failures(groups, answered, backend, dtype)
+    assert not compiled_failures("attention", answered, backend, dtype)
 
 
 @pytest.mark.usefixtures("quiet")
 def test_gradients_of_a_compiled_call() -> None:
-    groups = alike("attention_vjp", signatures=12, each=6)
-    assert sum(map(len, groups)) >= 50
-    assert not compiled_failures(groups, differentiated, "aot_eager", "float32")
+    assert not compiled_failures("attention_vjp", differentiated, "aot_eager", "float32")
 
 
 @pytest.mark.usefixtures("quiet")
 def test_the_native_path_has_no_graph_break() -> None:
-    operands = sized()
+    given = operands()
     torch.compiler.reset()
     compiled = torch.compile(lambda *operands: attention(*operands).sum(), backend="inductor")
-    explained = torch._dynamo.explain(lambda *operands: attention(*operands).sum())(*operands)
+    explained = torch._dynamo.explain(lambda *operands: attention(*operands).sum())(*given)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
-    torch.testing.assert_close(compiled(*operands), attention(*operands).sum())
-    assert FLASH in recorded(lambda: compiled(*operands))
+    torch.testing.assert_close(compiled(*given), attention(*given).sum())
+    assert FLASH in recorded(lambda: compiled(*given))
 
 
 def test_mapped_over_a_new_axis() -> None:
-    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
-        arrays = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        options = {name: value for name, value in arguments.items() if name not in arrays}
+    def ask(**arguments: Any) -> dict[str, Tensor]:
+        arrays, options = parted(arguments)
         doubled = {name: torch.stack([value.flip(0), value]) for name, value in arrays.items()}
         mapped = torch.func.vmap(lambda given: attention(**given, **options, return_lse=True))
         output, lse = mapped(doubled)
         return {"output": output[1], "lse": lse[1]}
 
-    assert not failures(chosen("attention", at_least=60), ask, "float32", "float16")
+    assert not failures("torch", spread("attention"), ask, "float32", "float16")
 
 
 def test_differentiated_by_a_transform() -> None:
-    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
-        grad_output, grad_lse = arguments.pop("grad_output"), arguments.pop("grad_lse", None)
+    def ask(*, grad_output: Tensor, grad_lse: Tensor | None = None, **arguments: Any) -> dict[str, Tensor]:
         given = {name: arguments.pop(name) for name in DIFFERENTIABLE if name in arguments}
 
         def product(given: dict[str, Tensor]) -> Tensor:
@@ -273,26 +174,25 @@ def test_differentiated_by_a_transform() -> None:
 
         return {f"grad_{name}": gradient for name, gradient in torch.func.grad(product)(given).items()}
 
-    assert not failures(chosen("attention_vjp", at_least=60), ask, "float32")
+    assert not failures("torch", spread("attention_vjp"), ask, "float32")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_converts_and_keeps_the_softmax_exact(dtype: torch.dtype) -> None:
-    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast_converts_and_keeps_the_softmax_exact(dtype: str) -> None:
+    def ask(**arguments: Any) -> dict[str, Tensor]:
         wide = {name: arguments[name].float() for name in ("query", "key", "value")}
-        with torch.autocast("cpu", dtype=dtype):
-            return answered(arguments | wide)
+        with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+            return answered(**arguments | wide)
 
-    name = str(dtype).rpartition(".")[2]
-    assert not failures(chosen("attention", at_least=60), ask, name)
+    assert not failures("torch", spread("attention"), ask, dtype)
 
 
 def test_autocast_gradients() -> None:
-    def ask(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    def ask(**arguments: Any) -> dict[str, Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return differentiated(arguments)
+            return differentiated(**arguments)
 
-    assert not failures(chosen("attention_vjp", at_least=50), ask, "bfloat16")
+    assert not failures("torch", spread("attention_vjp"), ask, "bfloat16")
 
 
 @pytest.mark.usefixtures("quiet")
@@ -310,7 +210,7 @@ def test_forward_mode_agrees_with_the_gradients() -> None:
     _, pull = pulled(call, *given)
     forward = sum((a * b).sum() for a, b in zip(moved, cotangents, strict=True))
     reverse = sum((a * b).sum() for a, b in zip(pull(cotangents), tangents, strict=True))
-    torch.testing.assert_close(forward, reverse)
+    assert_near(forward, reverse)
 
 
 @pytest.mark.parametrize("length", [7, 17])
@@ -363,10 +263,6 @@ def ran(*arguments: Tensor, backward: bool = False, **options: Any) -> set[str]:
     return recorded(call)
 
 
-def sized(q_len: int = 32, kv_len: int = 32, qk_dim: int = 8, v_dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(2, 4, q_len, qk_dim), torch.randn(2, 2, kv_len, qk_dim), torch.randn(2, 2, kv_len, v_dim)
-
-
 DIRECT = "aten::scaled_dot_product_attention"
 
 
@@ -393,22 +289,22 @@ DIRECT = "aten::scaled_dot_product_attention"
     ],
 )
 def test_the_path_of_a_call(path: str, sizes: dict[str, int], options: dict[str, Any]) -> None:
-    names = ran(*sized(**sizes), **options)
+    names = ran(*operands(**sizes), **options)
     assert (DIRECT in names) == (path == "direct")
     assert (FLASH in names) == (path in {"direct", "flash"})
 
 
 def test_the_path_of_a_backward() -> None:
     backward = f"{FLASH}_backward"
-    assert backward in ran(*sized(), backward=True)
-    assert backward in ran(*sized(), backward=True, bias=torch.zeros(1, 1, 32, 32))
-    assert backward not in ran(*sized(), backward=True, bias=torch.zeros(1, 1, 32, 32, requires_grad=True))
-    assert backward not in ran(*sized(), backward=True, softcap=2.0)
-    assert DIRECT not in ran(*sized(), backward=True)
+    assert backward in ran(*operands(), backward=True)
+    assert backward in ran(*operands(), backward=True, bias=torch.zeros(1, 1, 32, 32))
+    assert backward not in ran(*operands(), backward=True, bias=torch.zeros(1, 1, 32, 32, requires_grad=True))
+    assert backward not in ran(*operands(), backward=True, softcap=2.0)
+    assert DIRECT not in ran(*operands(), backward=True)
 
 
 def test_what_is_hidden_sends_a_task_to_the_formula_only_when_it_is_not_finite() -> None:
-    query, key, value = sized()
+    query, key, value = operands()
     mask = torch.ones(1, 1, 32, 32, dtype=torch.bool)
     mask[..., 0, 3] = False
     assert "aten::bmm" not in ran(query, key, value, mask=mask)
@@ -426,12 +322,12 @@ def test_tasks_leave_out_what_is_not_seen() -> None:
 
 
 def test_options_that_are_none_are_not_given() -> None:
-    operands = sized()
+    given = operands()
     without = {name: None for name in OPTIONS if name not in {"causal", "dropout_rate"}}
-    assert torch.equal(attention(*operands, **without), attention(*operands))
+    assert torch.equal(attention(*given, **without), attention(*given))
 
 
 def test_errors_are_ours() -> None:
-    query, key, value = sized(q_len=3)
+    query, key, value = operands(q_len=3)
     with pytest.raises(MhaSpecError, match="q_offset"):
         attention(query, key, value, causal=True)

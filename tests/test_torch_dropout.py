@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from support.comparisons import assert_near
+from support.torch_world import cut_into_tasks, operands
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mha_spec_torch
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
-from mha_spec_torch import tasks, visibility
+from mha_spec_torch import tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,18 +24,6 @@ if TYPE_CHECKING:
 
 attention: Callable[..., Any] = mha_spec_torch.attention
 GENERATOR_SEED = 20261123
-
-
-@pytest.fixture
-def quiet() -> Any:
-    """What torch's own compiler warns of is not ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def operands() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(2, 4, 32, 8), torch.randn(2, 2, 32, 8), torch.randn(2, 2, 32, 8)
 
 
 def test_keeps_at_its_rate() -> None:
@@ -93,10 +82,7 @@ def test_is_the_same_however_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         return kept((2, 3, 37, 41), 0.4, dropout_key=torch.Generator().manual_seed(3), q_offset=0, **options)
 
     whole, part = draw(), draw(window=(5, 3))
-    monkeypatch.setattr(visibility, "COST_OF_TASK", -(2**40))
-    monkeypatch.setattr(visibility, "ROWS", (2, 3))
-    monkeypatch.setattr(tasks, "SCORES", 64)
-    monkeypatch.setattr(tasks, "ROWS", 3)
+    cut_into_tasks(monkeypatch)
     near = torch.arange(41) - torch.arange(37)[:, None]
     assert torch.equal(draw(), whole)
     assert torch.equal(draw(window=(5, 3)), part)
@@ -152,7 +138,7 @@ def test_has_the_gradients_of_its_mask() -> None:
 @pytest.mark.usefixtures("quiet")
 def test_in_a_compiled_call() -> None:
     """The output is linear in the values, so that its gradient gives it back where both have one mask."""
-    given = [one.requires_grad_() for one in operands()]
+    given = [one.double().requires_grad_() for one in operands()]
     torch.compiler.reset()
     compiled = torch.compile(partial(attention, dropout_rate=0.5), fullgraph=True, backend="aot_eager")
     outputs = [compiled(*given) for _ in range(2)]
@@ -160,11 +146,11 @@ def test_in_a_compiled_call() -> None:
     for output in outputs:
         grad_output = torch.randn_like(output)
         (gradient,) = torch.autograd.grad(output, given[2], grad_output)
-        torch.testing.assert_close((gradient * given[2]).sum(), (output * grad_output).sum())
+        assert_near((gradient * given[2]).sum(), (output * grad_output).sum())
 
 
 def test_in_a_transform() -> None:
-    query, key, value = (one[:, None] for one in operands())
+    query, key, value = (one.double()[:, None] for one in operands())
 
     def call(query: Tensor, seed: int = 5) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -179,4 +165,4 @@ def test_in_a_transform() -> None:
         torch.func.vmap(call)(twice)
     leaf = query[0].clone().requires_grad_()
     (wanted,) = torch.autograd.grad(call(leaf).square().sum(), leaf)
-    torch.testing.assert_close(torch.func.grad(lambda query: call(query).square().sum())(query[0]), wanted)
+    assert_near(torch.func.grad(lambda query: call(query).square().sum())(query[0]), wanted)

@@ -6,30 +6,20 @@ loses of ours is the yardstick: another meaning of anything would show many time
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy
 import pytest
-import tensorflow as tf
 import torch
 import transformer
+from support.comparisons import assert_same, off
+from support.libraries import converted, with_float64
 
 from mha_spec.arrays import library_of
 from mha_spec.weights import load_weights
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from mha_spec_conformance.convert import LIBRARIES, to_numpy
 
 BATCH, SOURCE, TARGET, HEADS, EMBED, FEED, BLOCKS = 3, 11, 7, 2, 2 * 5, 13, 2
-
-CONVERT: dict[str, Callable[[numpy.ndarray], Any]] = {
-    "numpy": lambda array: array,
-    "torch": torch.from_numpy,
-    "jax": jax.numpy.asarray,
-    "tensorflow": tf.convert_to_tensor,
-}
 
 
 class Problem(NamedTuple):
@@ -98,62 +88,42 @@ def theirs(problem: Problem, *, masked: bool) -> numpy.ndarray:
 
 def ours(problem: Problem, library: str, dtype: str, *, masked: bool = False, cached: bool = False) -> numpy.ndarray:
     """The example's output by the backend of `library`."""
-
-    def convert(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {name: convert(one) for name, one in tree.items()}
-        if isinstance(tree, (list, tuple)):
-            return [convert(one) for one in tree]
-        return CONVERT[library](tree.astype(dtype) if tree.dtype == numpy.float64 else tree)
-
-    with jax.enable_x64(True) if library == "jax" else nullcontext():
-        params = convert(parameters(problem.model))
-        source, target, lengths = (convert(one) for one in (problem.source, problem.target, problem.lengths))
+    with with_float64(library):
+        given = parameters(problem.model), problem.source, problem.target, problem.lengths, problem.memory_mask
+        params, source, target, lengths, mask = converted(given, library, dtype)
         memory = transformer.encode(params, source, lengths)
         if cached:
-            output = token_by_token(params, target, memory)
-        else:
-            mask = convert(problem.memory_mask[None, None]) if masked else None
-            output = transformer.decode(params, target, memory, mask)
+            return token_by_token(params, target, memory)
+        output = transformer.decode(params, target, memory, mask[None, None] if masked else None)
         assert library_of(output) == library
-        return numpy.asarray(output)
+        return to_numpy(output)
 
 
-def token_by_token(params: dict[str, Any], target: Any, memory: transformer.Memory) -> Any:
+def token_by_token(params: dict[str, Any], target: Any, memory: transformer.Memory) -> numpy.ndarray:
     """The decoder's output by as many cached steps as there are tokens."""
     caches = transformer.start(params, memory, TARGET)
     found = []
     for step in range(TARGET):
         x, caches = transformer.decode_cached(params, target[:, step : step + 1], caches)
-        found.append(numpy.asarray(x))
-    return CONVERT[library_of(target)](numpy.concatenate(found, axis=1))
+        assert library_of(x) == library_of(target)
+        found.append(to_numpy(x))
+    return numpy.concatenate(found, axis=1)
 
 
-def assert_same(problem: Problem, library: str, **options: bool) -> None:
-    judged = theirs(problem, masked=options.get("masked", False))
-    found = ours(problem, library, "float64", **options)
-    assert found.dtype == judged.dtype
-    assert found.shape == judged.shape
-    lost = numpy.abs(ours(problem, library, "float32", **options) - found).max()
-    assert 0 < numpy.abs(found - judged).max() < lost
-
-
-@pytest.mark.parametrize("library", CONVERT)
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("masked", [False, True], ids=["lengths", "memory mask"])
 def test_the_stack_gives_what_pytorch_gives(problem: Problem, library: str, masked: bool) -> None:
-    assert_same(problem, library, masked=masked)
+    assert_same(lambda dtype: ours(problem, library, dtype, masked=masked), theirs(problem, masked=masked))
 
 
-@pytest.mark.parametrize("library", CONVERT)
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_so_it_does_token_by_token(problem: Problem, library: str) -> None:
-    assert_same(problem, library, cached=True)
+    assert_same(lambda dtype: ours(problem, library, dtype, cached=True), theirs(problem, masked=False))
 
 
 def test_every_mask_matters(problem: Problem) -> None:
     judged = theirs(problem, masked=True)
-    lost = numpy.abs(
-        ours(problem, "numpy", "float32", masked=True) - ours(problem, "numpy", "float64", masked=True)
-    ).max()
+    single, double = (ours(problem, "numpy", dtype, masked=True) for dtype in ("float32", "float64"))
     whole = problem._replace(lengths=numpy.full(BATCH, SOURCE, dtype=numpy.int32))
     for other in (theirs(problem, masked=False), theirs(whole, masked=True), ours(whole, "numpy", "float64")):
-        assert numpy.abs(other - judged).max() > lost
+        assert off(other, judged) > off(single, double)

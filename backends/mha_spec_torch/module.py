@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import init
@@ -63,7 +63,8 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
     @property
     def params(self) -> dict[str, Tensor]:
         """The parameters by name, as `multi_head_attention` takes them."""
-        return {name: getattr(self, name) for name in self._names}
+        own: dict[str, Any] = self._parameters  # quicker than attributes, which parametrizations alone are
+        return {name: own[name] if name in own else getattr(self, name) for name in self._names}
 
     def forward(
         self,

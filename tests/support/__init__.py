@@ -1,0 +1,1 @@
+"""What several test files need: numbers, comparisons, the goldens as questions, and the worlds of the frameworks."""

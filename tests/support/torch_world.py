@@ -1,0 +1,72 @@
+"""Layers, tokens and gradients in the tensors of PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mha_spec_torch import MultiHeadAttention, tasks, visibility
+from support import layers
+from support.numbers import numbers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import numpy
+    import pytest
+    from torch import Tensor
+
+__all__ = ["cut_into_tasks", "filled", "heads", "operands", "sized", "tensor", "tokens", "with_gradients"]
+
+
+def tensor(array: numpy.ndarray, dtype: str | None = None) -> Tensor:
+    """A tensor of the same dtype or of another."""
+    made = torch.from_numpy(array)
+    return made if dtype is None else made.to(getattr(torch, dtype))
+
+
+def sized(dtype: str = "float64", **options: Any) -> MultiHeadAttention:
+    """A layer in which every size is another, with numbers in every parameter."""
+    layer = MultiHeadAttention(layers.EMBED, layers.HEADS, dtype=getattr(torch, dtype), **layers.SIZES | options)
+    found = layers.parameters({name: tuple(one.shape) for name, one in layer.params.items()})
+    layer.load_state_dict({name: tensor(one) for name, one in found.items()})
+    return layer
+
+
+def operands(q_len: int = 32, kv_len: int = 32, qk_dim: int = 8, v_dim: int = 8) -> list[Tensor]:
+    """Query, key and value of a call of attention, 2 x 4 heads over 2, in float32."""
+    shapes = (2, 4, q_len, qk_dim), (2, 2, kv_len, qk_dim), (2, 2, kv_len, v_dim)
+    return [tensor(numbers(*shape, seed=place), "float32") for place, shape in enumerate(shapes)]
+
+
+def cut_into_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut every call, however small, into all its tasks and pieces."""
+    for name, value in {"COST_OF_TASK": -(2**40), "ROWS": (2, 3), "SHORTEST_RUN": 2}.items():
+        monkeypatch.setattr(visibility, name, value)
+    for name, value in {"SCORES": 64, "ROWS": 3}.items():
+        monkeypatch.setattr(tasks, name, value)
+
+
+def filled(module: Any) -> Any:
+    """The module with normal numbers in every parameter."""
+    torch.manual_seed(4)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def tokens(length: int = layers.LENGTH, size: int = layers.EMBED, seed: int = 5, dtype: str = "float64") -> Tensor:
+    """Tokens of normal numbers."""
+    return tensor(layers.tokens(length, size, seed), dtype)
+
+
+def heads(length: int, seed: int = 5) -> list[Tensor]:
+    """Keys and values for a cache."""
+    return [tensor(one) for one in layers.heads(length, seed)]
+
+
+def with_gradients(outputs: Sequence[Tensor], of: Iterable[Tensor]) -> list[Tensor]:
+    """The outputs, and the gradients of a sum in which every element counts differently."""
+    cotangents = [tensor(layers.uneven(one.shape)).to(one) for one in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, list(of), cotangents)]
