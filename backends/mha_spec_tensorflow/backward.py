@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
-from .block import Block, kept, scores, softmax, spread, stacked
-from .loops import over_entries, over_queries, whole
+from .block import Block, covers, kept, scores, softmax, spread, stacked
+from .loops import Spec, over_entries, over_queries, whole
 from .problem import Operands, finite, sizes_of
 
 if TYPE_CHECKING:
@@ -52,25 +52,25 @@ class _Backward:
 
     def all_blocks(self) -> Tensors:
         """The gradients by name; that of the sinks row by row."""
-        x, bias = self.x, self.x.bias
-        if self.problem.plan is None:
+        x, bias, runs = self.x, self.x.bias, self.problem.runs(self.x)
+        if not runs:
             block = whole(x)
             sums, rows = self._block(self._nothing(block.entries), block)
             return sums | rows
-        specs = {name: tf.TensorSpec(one.shape, one.dtype) for name, one in x._asdict().items() if one is not None}
+        specs = {name: Spec(tuple(sizes_of(one)), one.dtype) for name, one in x._asdict().items() if one is not None}
         if x.sinks is not None:
-            specs["sinks"] = tf.TensorSpec((*x.query.shape[:4], 1), x.query.dtype)
+            specs["sinks"] = Spec((*sizes_of(x.query)[:4], 1), x.query.dtype)
         apart = {"query", "sinks", "bias"} if self._apart else {"query", "sinks"}
         rows = {name: one for name, one in specs.items() if name in apart}
 
-        def work(carry: Tensors, run: Run, entry: Size, entries: Size) -> tuple[Tensors, Tensors]:
-            sums, found = over_queries(run, entry, entries, self._block, self._nothing(entries), rows)
+        def work(carry: Tensors, run: Run, entry: Size) -> tuple[Tensors, Tensors]:
+            sums, found = over_queries(run, entry, self._block, self._nothing(run.entries), rows)
             found |= sums
             return {name: one + found.pop(name) for name, one in carry.items()}, found
 
         shared = {"bias": tf.zeros_like(bias)} if bias is not None and bias.shape[0] == 1 else {}
         like = {name: one for name, one in specs.items() if name not in shared}
-        shared, found = over_entries(self.problem, x, work, shared, like)
+        shared, found = over_entries(runs, work, shared, like)
         return shared | found
 
     @property
@@ -147,7 +147,7 @@ class _Backward:
 
     def _placed(self, block: Block, part: Array, axis: int) -> Array:
         """What the keys of a block give, with 0 for all other keys."""
-        if not isinstance(block.keys, int) or block.keys == self.kv_len:
+        if covers(block.key, block.keys, self.x.key.shape[2]):
             return part
         after = self.kv_len - block.keys
         paddings = [[0, 0]] * len(part.shape)

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
     from .problem import Operands, Problem, Size
 
-__all__ = ["Block", "Scores", "Softmax", "kept", "scores", "softmax", "spread", "stacked"]
+__all__ = ["Block", "Scores", "Softmax", "covers", "kept", "scores", "softmax", "spread", "stacked"]
 
 
 class Block(NamedTuple):
-    """Consecutive batch entries, queries and keys; where they begin may be traced."""
+    """Consecutive batch entries, queries and keys: where they begin, and how many they are.
+
+    Either may be traced; where only the number is, they are all of them.
+    """
 
     entry: Size
     entries: Size
@@ -44,18 +47,38 @@ class Block(NamedTuple):
 
     def of_pairs(self, array: Array) -> Array:
         """The pairs of this block in a folded mask or bias, 1 where it broadcasts (MHA-MASK-2)."""
-        return _cut(self.of_rows(array), self.key, self.keys, 4)
+        places = (0, self.entry, self.entries), (3, self.query, self.queries), (4, self.key, self.keys)
+        for axis, start, size in places:
+            array = _cut(array, *_within(array, start, size, axis), axis)
+        return array
 
     def _of_entries(self, array: Array) -> Array:
         return _cut(array, self.entry, self.entries, 0)
 
 
+def covers(start: Size, size: Size, known: int | None) -> bool:
+    """Whether a stretch is the whole of an axis, whose size may be known."""
+    return size == known if isinstance(size, int) else isinstance(start, int)
+
+
+def _within(array: Array, start: Size, size: Size, axis: int) -> tuple[Size, Size]:
+    """A stretch of an axis that may broadcast: one whose size is not known may turn out to be 1."""
+    if array.shape[axis] is not None or covers(start, size, None):
+        return start, size
+    found = tf.shape(array)[axis]
+    size = tf.minimum(size, found)
+    return tf.minimum(start, found - size), size
+
+
 def _cut(array: Array, start: Size, size: Size, axis: int) -> Array:
-    if not isinstance(size, int) or array.shape[axis] in (1, size):
+    if array.shape[axis] == 1 or covers(start, size, array.shape[axis]):
         return array
     starts, sizes = [0] * len(array.shape), [-1] * len(array.shape)
     starts[axis], sizes[axis] = start, size
-    return tf.slice(array, starts, sizes)
+    part = tf.slice(array, starts, sizes)
+    if not isinstance(size, int):
+        part.set_shape((*array.shape[:axis], None, *array.shape[axis + 1 :]))
+    return part
 
 
 class Scores(NamedTuple):
@@ -94,9 +117,11 @@ def scores(problem: Problem, x: Operands, block: Block, *, slope: bool = False) 
     visible = _visible(problem, x, block)
     if x.bias is not None:
         logits += block.of_pairs(x.bias)
+    some = None if isinstance(block.keys, int) and block.keys else tf.reshape(block.keys > 0, (1, 1, 1, 1, 1))
     if visible is None:
-        return Scores(logits, None, None, of_cap)
+        return Scores(logits, None, some, of_cap)
     seeing = tf.reduce_any(visible, axis=-1, keepdims=True)
+    seeing = seeing if some is None else seeing & some
     hidden = tf.where(seeing, tf.constant(-math.inf, logits.dtype), tf.zeros((), logits.dtype))
     return Scores(tf.where(visible, logits, hidden), visible, seeing, of_cap)
 
@@ -172,16 +197,17 @@ def _constraints(problem: Problem, x: Operands, block: Block) -> Iterator[Array]
 
 
 def _of_places(problem: Problem, block: Block) -> Iterator[Array]:
-    """The constraints of window, lengths and segments, but for those that are known to hide nothing in this block."""
+    """The constraints of window, lengths and segments, but for those that are known to hide nothing in this block.
+
+    The bounds of a window stand beside the keys, where int32 holds the sum.
+    """
     given, known, settled = problem.given, problem.known, problem.known.settled(*block)
     rows = block.query + tf.range(block.queries)[:, None]
     keys = block.key + tf.range(block.keys)
-    if not isinstance(block.keys, int) or block.keys == 0:
-        yield keys >= 0
     if known.left is not None and not settled.left:
-        yield keys >= rows + block.of_rows(given.q_offset) - known.left
+        yield keys + known.left >= rows + block.of_rows(given.q_offset)
     if known.right is not None and not settled.right:
-        yield keys <= rows + block.of_rows(given.q_offset) + known.right
+        yield keys - known.right <= rows + block.of_rows(given.q_offset)
     if given.q_lengths is not None and not settled.q_lengths:
         yield rows < block.of_rows(given.q_lengths)
     if given.kv_lengths is not None and not settled.kv_lengths:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import tensorflow as tf
 
 from .block import Block, kept, scores, softmax, spread, stacked
-from .loops import Tensors, over_entries, over_queries, whole
-from .problem import finite
+from .loops import Spec, Tensors, over_entries, over_queries, whole
+from .problem import finite, sizes_of
 
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
@@ -23,20 +23,19 @@ __all__ = ["attend", "weigh"]
 
 def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> Tensors:
     """Output (batch, kv_heads, group, q_len, v_dim), and lse (batch, kv_heads, group, q_len, 1) where it is asked."""
-    rows, dtype = x.query.shape[:4], x.query.dtype
-    like = {"output": tf.TensorSpec((*rows, x.value.shape[3]), dtype)}
+    rows, dtype = sizes_of(x.query)[:4], x.query.dtype
+    like = {"output": Spec((*rows, x.value.shape[3]), dtype)}
     if needs_lse:
-        like["lse"] = tf.TensorSpec((*rows, 1), dtype)
+        like["lse"] = Spec((*rows, 1), dtype)
 
     def body(carry: Tensors, block: Block) -> tuple[Tensors, Tensors]:
         return carry, _attend(problem, x, block, needs_lse=needs_lse)
 
-    def work(carry: Tensors, run: Run, entry: Size, entries: Size) -> tuple[Tensors, Tensors]:
-        return over_queries(run, entry, entries, body, carry, like)
+    def work(carry: Tensors, run: Run, entry: Size) -> tuple[Tensors, Tensors]:
+        return over_queries(run, entry, body, carry, like)
 
-    if problem.plan is None:
-        return body({}, whole(x))[1]
-    return over_entries(problem, x, work, {}, like)[1]
+    runs = problem.runs(x)
+    return over_entries(runs, work, {}, like)[1] if runs else body({}, whole(x))[1]
 
 
 def _attend(problem: Problem, x: Operands, block: Block, *, needs_lse: bool) -> Tensors:

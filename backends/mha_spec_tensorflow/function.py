@@ -3,8 +3,8 @@
 | call | path |
 | --- | --- |
 | run at once (eager mode) | a loop in Python; tensors on the CPU are read, and what they hide is left out |
-| traced, q_len and kv_len known | blocks of one shape in a `tf.while_loop`, of other shapes beside it |
-| traced, q_len or kv_len not known | one block |
+| traced, sizes known | blocks of one shape in a `tf.while_loop`, of other shapes beside it |
+| traced, batch, q_len or kv_len not known | the same, how many blocks and how large they are in tensors |
 | a block that hides pairs, its output not finite | its product with the values again, of what is finite |
 | attention_weights | one block, and the gradients of its operations |
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import tensorflow as tf
 
@@ -15,13 +15,30 @@ if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
     from .plan import Group, Run
-    from .problem import Operands, Problem, Size
+    from .problem import Operands, Size
 
-__all__ = ["Specs", "Tensors", "over_entries", "over_queries", "whole"]
+__all__ = ["Spec", "Tensors", "over_entries", "over_queries", "whole"]
 
 Tensors: TypeAlias = "dict[str, Array]"
 """Some tensors by name."""
-Specs: TypeAlias = "dict[str, tf.TensorSpec]"
+
+
+class Spec(NamedTuple):
+    """What is said of a tensor before it is there."""
+
+    sizes: tuple[Size, ...]
+    dtype: tf.DType
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        """As much of the shape as is known."""
+        return tf.TensorShape([size if isinstance(size, int) else None for size in self.sizes])
+
+    def sized(self, axis: int, size: Size) -> Spec:
+        """Another size of one axis, unless it is 1 there and broadcasts."""
+        before = self.sizes[axis]
+        broadcasts = isinstance(before, int) and before == 1
+        return self if broadcasts else Spec((*self.sizes[:axis], size, *self.sizes[axis + 1 :]), self.dtype)
 
 
 def whole(x: Operands) -> Block:
@@ -31,63 +48,67 @@ def whole(x: Operands) -> Block:
 
 
 def over_entries(
-    problem: Problem,
-    x: Operands,
-    work: Callable[[Tensors, Run, Size, Size], tuple[Tensors, Tensors]],
+    runs: tuple[Run, ...],
+    work: Callable[[Tensors, Run, Size], tuple[Tensors, Tensors]],
     carry: Tensors,
-    like: Specs,
+    like: dict[str, Spec],
 ) -> tuple[Tensors, Tensors]:
-    """Work chunk after chunk of batch entries: `work(carry, run, entry, entries)` gives the carry and its arrays.
+    """Work chunk after chunk of batch entries: `work(carry, run, entry)` gives the carry and the arrays of one.
 
     Returns:
         The last carry, and the arrays of all chunks, joined as `like` says.
     """
     joined: list[Tensors] = []
-    for run in problem.plan or ():
-        entries = run.entries if x.query.shape[0] is not None else tf.shape(x.query)[0]
+    for run in runs:
 
-        def step(carry: Tensors, index: Size, run: Run = run, entries: Size = entries) -> tuple[Tensors, Tensors]:
-            return work(carry, run, run.first + index * run.entries, entries)
+        def step(carry: Tensors, index: Size, run: Run = run) -> tuple[Tensors, Tensors]:
+            return work(carry, run, _place(run.first, index, run.entries))
 
-        specs = {name: _with(one, 0, entries) for name, one in like.items()}
+        specs = {name: one.sized(0, run.entries) for name, one in like.items()}
         with tf.control_dependencies([*joined[-1].values()] if joined else []):
             carry, arrays = _repeated(run.count, step, carry, specs, 0)
         joined.append(arrays)
-    return carry, _together(joined, 0)
+    found = _together(joined, 0)
+    for name, one in found.items():
+        one.set_shape(like[name].shape)
+    return carry, found
 
 
 def over_queries(
     run: Run,
     entry: Size,
-    entries: Size,
     body: Callable[[Tensors, Block], tuple[Tensors, Tensors]],
     carry: Tensors,
-    like: Specs,
+    like: dict[str, Spec],
 ) -> tuple[Tensors, Tensors]:
     """Work block after block of queries; the arrays of a block have its queries on axis 3."""
     joined: list[Tensors] = []
     for group in run.groups:
 
         def step(carry: Tensors, index: Size, group: Group = group) -> tuple[Tensors, Tensors]:
-            key = group.starts[index] if isinstance(index, int) else tf.gather(group.starts, index)
-            return body(carry, Block(entry, entries, group.first + index * group.rows, group.rows, key, group.keys))
+            query = _place(group.first, index, group.rows)
+            return body(carry, Block(entry, run.entries, query, group.rows, group.key(index), group.keys))
 
-        specs = {name: _with(_with(one, 0, entries), 3, group.rows) for name, one in like.items()}
+        specs = {name: one.sized(0, run.entries).sized(3, group.rows) for name, one in like.items()}
         with tf.control_dependencies([*joined[-1].values()] if joined else []):
-            carry, arrays = _repeated(len(group.starts), step, carry, specs, 3)
+            carry, arrays = _repeated(group.count, step, carry, specs, 3)
         joined.append(arrays)
     return carry, _together(joined, 3)
 
 
+def _place(first: Size, index: Size, size: Size) -> Size:
+    return first if isinstance(index, int) and index == 0 else first + index * size
+
+
 def _repeated(
-    count: int,
+    count: Size,
     step: Callable[[Tensors, Size], tuple[Tensors, Tensors]],
     carry: Tensors,
-    specs: Specs,
+    specs: dict[str, Spec],
     axis: int,
 ) -> tuple[Tensors, Tensors]:
     """Take a step several times, and join the arrays that each gives; `specs` describe those of one step."""
-    if count == 1:
+    if isinstance(count, int) and count == 1:
         return step(carry, 0)
     if tf.executing_eagerly():
         joined: list[Tensors] = []
@@ -99,23 +120,34 @@ def _repeated(
 
 
 def _looped(
-    count: int,
+    count: Size,
     step: Callable[[Tensors, Size], tuple[Tensors, Tensors]],
     carry: Tensors,
-    specs: Specs,
+    specs: dict[str, Spec],
     axis: int,
 ) -> tuple[Tensors, Tensors]:
     stacks = {name: tf.TensorArray(one.dtype, count, element_shape=one.shape) for name, one in specs.items()}
 
     def body(index: Array, carry: Tensors, stacks: dict[str, tf.TensorArray]) -> tuple:
-        carry, arrays = step(carry, index)
-        return index + 1, carry, {name: stack.write(index, arrays[name]) for name, stack in stacks.items()}
+        after, arrays = step(carry, index)
+        for name, one in after.items():
+            one.set_shape(carry[name].shape)
+        return index + 1, after, {name: stack.write(index, arrays[name]) for name, stack in stacks.items()}
 
     start = (tf.constant(0), carry, stacks)
     _, carry, stacks = tf.while_loop(
         lambda index, *_: index < count, body, start, parallel_iterations=1, maximum_iterations=count
     )
-    return carry, {name: _unstacked(stack.stack(), axis) for name, stack in stacks.items()}
+    return carry, {name: _unstacked(_stack(stacks[name], one), axis) for name, one in specs.items()}
+
+
+def _stack(stack: tf.TensorArray, spec: Spec) -> Array:
+    """The arrays of all steps; where there are none, their shape must be told."""
+    if spec.shape.is_fully_defined():
+        return stack.stack()
+    stacked = tf.raw_ops.TensorListStack(input_handle=stack.flow, element_shape=spec.sizes, element_dtype=spec.dtype)
+    stacked.set_shape((None, *spec.shape))
+    return stacked
 
 
 def _unstacked(array: Array, axis: int) -> Array:
@@ -130,10 +162,3 @@ def _together(joined: list[Tensors], axis: int) -> Tensors:
     if len(joined) == 1:
         return joined[0]
     return {name: tf.concat([one[name] for one in joined], axis) for name in joined[0]}
-
-
-def _with(spec: tf.TensorSpec, axis: int, size: Size) -> tf.TensorSpec:
-    """Another size of one axis, unless it is 1 there and broadcasts."""
-    sizes = spec.shape.as_list()
-    sizes[axis] = 1 if sizes[axis] == 1 else size if isinstance(size, int) else None
-    return tf.TensorSpec(sizes, spec.dtype)

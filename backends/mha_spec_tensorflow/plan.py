@@ -1,12 +1,13 @@
 """The order of the work: blocks of queries, and for each the stretch of keys outside of which it sees nothing.
 
 Numbers, sequences, NumPy arrays and, in eager mode, tensors on the CPU are read. What is traced or lies on an
-accelerator is compared, never read (MHA-LEN-3).
+accelerator is compared, never read (MHA-LEN-3). Where a size is not known when a call is traced, how many blocks there
+are and how large they are is in tensors; XLA compiles them, since no size differs between the rounds of a loop.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
-__all__ = ["Group", "Known", "Run", "plan_of"]
+    from .unknown import Size
+
+__all__ = ["Group", "Known", "Run", "plan_of", "unknown_plan"]
 
 SCORES = 2**23
 """How many scores a block holds at most, as long as its queries keep within the bounds: 32 MiB in float32."""
@@ -33,17 +36,26 @@ COST_OF_BLOCK = 2**17
 """How many scores are worked in the time that one more block costs."""
 BODIES = 8
 """How many blocks of different shapes a graph holds, each written out; of more, the sizes are rounded."""
+WIDEST = 2**30
+"""A stretch of keys that is as wide is every one, and its width plus a block's is an int32."""
 
 
 @dataclass(frozen=True)
 class Group:
     """Consecutive blocks of queries of one shape."""
 
-    first: int
-    rows: int
-    keys: int
-    starts: tuple[int, ...]
-    """For each block the first key of its stretch."""
+    first: Size
+    rows: Size
+    keys: Size
+    count: Size
+    starts: tuple[int, ...] | Array | None
+    """For each block the first key of its stretch; None where all begin with the first of all keys."""
+
+    def key(self, index: Size) -> Size:
+        """The first key of a block's stretch."""
+        if self.starts is None:
+            return 0
+        return self.starts[index] if isinstance(index, int) else tf.gather(self.starts, index)
 
 
 @dataclass(frozen=True)
@@ -51,19 +63,19 @@ class Run:
     """Consecutive batch entries with the same blocks, `count` times `entries` of them."""
 
     first: int
-    count: int
-    entries: int
+    count: Size
+    entries: Size
     groups: tuple[Group, ...]
 
     @property
-    def scores(self) -> int:
+    def scores(self) -> Size:
         """How many pairs of one head are worked."""
-        return self.count * self.entries * sum(len(one.starts) * one.rows * one.keys for one in self.groups)
+        return self.count * self.entries * sum(one.count * one.rows * one.keys for one in self.groups)
 
     @property
-    def blocks(self) -> int:
+    def blocks(self) -> Size:
         """Number of blocks."""
-        return self.count * sum(len(one.starts) for one in self.groups)
+        return self.count * sum(one.count for one in self.groups)
 
 
 class Settled(NamedTuple):
@@ -103,7 +115,7 @@ class Known:
     @property
     def band(self) -> int | None:
         """How many keys one row sees, less one, where a window bounds both sides."""
-        return None if self.left is None or self.right is None else self.left + self.right
+        return None if self.left is None or self.right is None else min(self.left + self.right, WIDEST)
 
     def seen(self, entries: range, queries: range) -> range:
         """The keys between the first and the last that some of the queries see, as far as the host knows."""
@@ -200,35 +212,99 @@ def plan_of(known: Known) -> tuple[Run, ...]:
     return exact if saved > COST_OF_BLOCK * (sum(run.blocks for run in exact) - 1) else whole
 
 
+def unknown_plan(known: Known, batch: Size, q_len: Size, kv_len: Size) -> tuple[Run, ...]:
+    """Cut a call into blocks where some size is in a tensor.
+
+    Where that is the batch alone it is cut if the entries are worked one by one, for the sake of graphs without a loop.
+    """
+    if not (isinstance(q_len, int) and isinstance(kv_len, int)):
+        return (_run(known, 0, batch, _unknown_groups(known, q_len, kv_len)),)
+    groups = _known_groups(known, range(1))
+    together = _together(known, groups)
+    return (Run(0, batch, 1, groups) if together == 1 else Run(0, 1, batch, groups),)
+
+
 def _plan(known: Known, runs: list[range]) -> tuple[Run, ...]:
-    return tuple(_run(known, entries) for entries in runs if entries)
+    return tuple(_run(known, one.start, len(one), _known_groups(known, one)) for one in runs if one)
 
 
-def _run(known: Known, entries: range) -> Run:
-    rows = _height(known)
+def _run(known: Known, first: int, entries: Size, groups: tuple[Group, ...]) -> Run:
+    """As many entries at once as a block may hold, the same number each time."""
+    together = _divisor(entries, _together(known, groups))
+    return Run(first, entries // together, together, groups)
+
+
+def _together(known: Known, groups: tuple[Group, ...]) -> Size:
+    """How many entries a block may hold."""
+    sizes = [one.rows * one.keys for one in groups]
+    largest = max(sizes) if all(isinstance(one, int) for one in sizes) else sizes[0]
+    return _most(1, SCORES // known.a.heads // _most(1, largest))
+
+
+def _known_groups(known: Known, entries: range) -> tuple[Group, ...]:
+    rows = _height(known, known.a.kv_len)
     bounds = [block for run in known.stretches(entries) for block in _blocks(run, rows)]
-    groups = _groups(known, bounds, [known.seen(entries, block) for block in bounds])
-    most = max((known.a.heads * one.rows * one.keys for one in groups), default=0)
-    together = _divisor(len(entries), SCORES // max(1, most))
-    return Run(entries.start, len(entries) // together, together, groups)
+    return _groups(known, bounds, [known.seen(entries, block) for block in bounds])
+
+
+def _unknown_groups(known: Known, q_len: Size, kv_len: Size) -> tuple[Group, ...]:
+    """Blocks of one shape, and one of the queries that are left."""
+    if isinstance(q_len, int) and q_len <= LOWEST:
+        return (_unknown_group(known, kv_len, 0, q_len, 1),)
+    rows = _least(_most(1, q_len), _height(known, kv_len))
+    count = q_len // rows
+    rest = q_len - count * rows
+    groups = (0, rows, count), (count * rows, rest, _least(1, rest))
+    return tuple(_unknown_group(known, kv_len, *group) for group in groups)
+
+
+def _unknown_group(known: Known, kv_len: Size, first: Size, rows: Size, count: Size) -> Group:
+    """Every key, or under a window the stretch that the offsets of all entries leave."""
+    if known.band is None or not known.offset:
+        return Group(first, rows, kv_len, count, None)
+    keys = _least(kv_len, rows + min(known.band + max(known.offset) - min(known.offset), WIDEST))
+    starts = min(known.offset) - (known.left or 0) + first + rows * tf.range(count)
+    return Group(first, rows, keys, count, tf.clip_by_value(starts, 0, kv_len - keys))
 
 
 def _blocks(indices: range, length: int) -> list[range]:
     return [indices[first : first + length] for first in range(0, len(indices), length)]
 
 
-def _divisor(number: int, largest: int) -> int:
-    return next(one for one in range(max(1, min(number, largest)), 0, -1) if number % one == 0)
+def _divisor(number: Size, largest: Size) -> Size:
+    """The largest divisor that is at most `largest`, or 1."""
+    if isinstance(number, int) and number == 1:
+        return 1
+    if isinstance(number, int) and isinstance(largest, int):
+        return next(one for one in range(max(1, min(number, largest)), 0, -1) if number % one == 0)
+    numbers = tf.range(1, _most(1, number) + 1)
+    return tf.reduce_max(tf.where((number % numbers == 0) & (numbers <= largest), numbers, 1))
 
 
-def _height(known: Known) -> int:
+def _power(number: Size, highest: int) -> Size:
+    """The largest power of two that is at most `number`, which is at most `highest`."""
+    if isinstance(number, int):
+        return 1 << (number.bit_length() - 1)
+    powers = tf.constant([1 << exponent for exponent in range(highest.bit_length())])
+    return tf.reduce_max(tf.where(powers <= number, powers, 1))
+
+
+def _least(one: Size, other: Size) -> Size:
+    return min(one, other) if isinstance(one, int) and isinstance(other, int) else tf.minimum(one, other)
+
+
+def _most(one: Size, other: Size) -> Size:
+    return max(one, other) if isinstance(one, int) and isinstance(other, int) else tf.maximum(one, other)
+
+
+def _height(known: Known, keys: Size) -> Size:
     """The queries of a block, a power of two; beside a band of keys lie as many in vain as the block is high."""
-    a, highest, keys = known.a, HIGHEST, known.a.kv_len
+    highest = HIGHEST
     if known.band is not None:
         highest = min(HIGHEST, max(LOWEST, known.band))
-        keys = min(keys, highest + known.band)
-    wanted = min(highest, max(LOWEST, SCORES // max(1, a.heads * keys)))
-    return 1 << (wanted.bit_length() - 1)
+        keys = _least(keys, highest + known.band)
+    wanted = _most(LOWEST, SCORES // known.a.heads // _most(1, keys))
+    return _power(_least(highest, wanted), highest)
 
 
 def _groups(known: Known, bounds: list[range], seen: list[range]) -> tuple[Group, ...]:
@@ -248,9 +324,9 @@ def _widened(seen: list[range], sizes: list[int], kv_len: int) -> list[range]:
 
 
 def _alike(bounds: list[range], seen: list[range]) -> tuple[Group, ...]:
-    blocks = [Group(one.start, len(one), len(keys), (keys.start,)) for one, keys in zip(bounds, seen, strict=True)]
     found: list[Group] = []
-    for _, run in groupby(blocks, lambda one: (one.rows, one.keys)):
+    for (rows, keys), run in groupby(zip(bounds, seen, strict=True), lambda both: (len(both[0]), len(both[1]))):
         same = list(run)
-        found.append(replace(same[0], starts=tuple(one.starts[0] for one in same)))
+        starts = tuple(stretch.start for _, stretch in same)
+        found.append(Group(same[0][0].start, rows, keys, len(same), starts if any(starts) else None))
     return tuple(found)

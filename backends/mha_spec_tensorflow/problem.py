@@ -7,7 +7,7 @@ values are never repeated (MHA-HEAD-1).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 import tensorflow as tf
@@ -15,7 +15,8 @@ import tensorflow as tf
 from mha_spec.arrays import dtype_name, softmax_dtype_name
 from mha_spec.steps import scale_of
 
-from .plan import Known, plan_of
+from .plan import Known, plan_of, unknown_plan
+from .unknown import Size, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from .plan import Run
 
 __all__ = ["Given", "Operands", "Problem", "Size", "finite", "folded", "problem_of", "sizes_of", "unfolded"]
-
-Size: TypeAlias = "int | Array"
-"""A size that is known, or a scalar tensor that holds it."""
 
 
 class Operands(NamedTuple):
@@ -64,17 +62,25 @@ class Problem:
     known: Known
     given: Given
     excludes: bool
-    """Whether some pair may be invisible, or some row see nothing."""
+    """Whether some pair may be invisible."""
     plan: tuple[Run, ...] | None
-    """The blocks; None where a length is not known, or there is nothing to cut, and the whole call is one block."""
+    """The blocks, none where there is nothing to cut; None where a size is not known."""
+
+    def runs(self, x: Operands) -> tuple[Run, ...]:
+        """The blocks; sizes in tensors are those of the operands at hand, so that XLA knows them in a gradient too."""
+        if self.plan is not None:
+            return self.plan
+        batch, _, _, q_len, _ = sizes_of(x.query)
+        return unknown_plan(self.known, batch, q_len, sizes_of(x.key)[2])
 
 
 def problem_of(a: Arguments, seed: Array | None = None) -> Problem:
     """Read the options of a call."""
     known = Known(a)
     constraints = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.q_segment_ids, known.left, known.right)
-    excludes = not a.kv_len or any(one is not None for one in constraints)
-    plan = None if a.batch == 0 or not a.q_len or a.kv_len is None else plan_of(known)
+    excludes = any(one is not None for one in constraints)
+    sizes = a.batch, a.q_len, a.kv_len
+    plan = () if 0 in sizes[:2] else None if None in sizes else plan_of(known)
     scale, softcap = float(scale_of(a.scale, a.query.shape[3])), None if a.softcap is None else float(a.softcap)
     return Problem(scale, softcap, float(a.dropout_rate), known, _given(a, known, seed), excludes, plan)
 
@@ -117,15 +123,6 @@ def _ids(q_ids: Array | None, kv_ids: Array | None) -> tuple[Array | None, Array
 def softmax_dtype(query: Array) -> tf.DType:
     """The type of scores and softmax (MHA-SOFTMAX-2)."""
     return tf.as_dtype(softmax_dtype_name(dtype_name(query)))
-
-
-def sizes_of(array: Array) -> list[Size]:
-    """The size of each axis: a number where it is known, else a scalar tensor."""
-    known = array.shape.as_list()
-    if None not in known:
-        return known
-    found = tf.shape(array)
-    return [found[axis] if size is None else size for axis, size in enumerate(known)]
 
 
 def folded(array: Array, kv_heads: int) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import tensorflow as tf
 
@@ -13,10 +13,22 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
-__all__ = ["settled"]
+__all__ = ["Size", "settled", "sizes_of"]
+
+Size: TypeAlias = "int | Array"
+"""A size that is known, or a scalar tensor that holds it."""
 
 AXES = ("batch", "heads", "length", "size")
 SOMETIMES_UNKNOWN = ("batch", "length")
+
+
+def sizes_of(array: Array) -> list[Size]:
+    """The size of each axis: a number where it is known, else a scalar tensor."""
+    known = array.shape.as_list()
+    if None not in known:
+        return known
+    found = tf.shape(array)
+    return [found[axis] if size is None else size for axis, size in enumerate(known)]
 
 
 def settled(a: Arguments) -> Arguments:
@@ -36,7 +48,8 @@ def settled(a: Arguments) -> Arguments:
     batch = next((one.shape[0] for one in given if one.shape[0] is not None), None)
     kv_len = next((one.shape[2] for one in given[1:] if one.shape[2] is not None), None)
     key, value = (None if one is None else _known(one, batch, kv_len) for one in (a.key, a.value))
-    return replace(a, query=_aligned(a, _known(a.query, batch, a.query.shape[2])), key=key, value=value)
+    query = _aligned(a, _known(a.query, batch, a.query.shape[2]))
+    return replace(a, query=query, key=key, value=value, bias=_full(a.bias, query, key))
 
 
 def _read(variable: tf.Variable) -> Array:
@@ -62,6 +75,15 @@ def _known(tensor: Array, batch: int | None, length: int | None) -> Array:
     if tensor.shape[2] is None and length is not None:
         shape = shape.merge_with([None, None, length, None])
     return tensor if shape.as_list() == tensor.shape.as_list() else tf.ensure_shape(tensor, shape)
+
+
+def _full(bias: Array | None, query: Array, key: Array) -> Array | None:
+    """The bias, spread where a size that is not known may turn out to be 1: over such an axis its gradient is a sum."""
+    if bias is None or not tf.is_tensor(bias) or bias.shape.rank != 4 or bias.shape.is_fully_defined():
+        return bias
+    batch, heads, q_len, _ = sizes_of(query)
+    found = zip(sizes_of(bias), (batch, heads, q_len, sizes_of(key)[2]), strict=True)
+    return tf.broadcast_to(bias, [full if tf.is_tensor(size) and tf.is_tensor(full) else size for size, full in found])
 
 
 def _aligned(a: Arguments, query: Array) -> Array:

@@ -1,0 +1,152 @@
+"""Which path a call of mha_spec_tensorflow takes, what it holds in memory, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+import tensorflow as tf
+from support.comparisons import assert_near
+from support.tensorflow_world import operands
+
+import mha_spec
+import mha_spec_tensorflow
+from mha_spec.arguments import OPTIONS
+from mha_spec.errors import ArgumentValueError, MhaSpecError
+from mha_spec_tensorflow import forward, plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+attention: Callable[..., Any] = mha_spec_tensorflow.attention
+gradient_of: Callable[..., Any] = tf.GradientTape.gradient
+
+
+def graph_of(call: Callable[..., Any], *specs: tf.TensorSpec) -> tuple[set[str], int]:
+    """The operations of a traced call and of all functions in it, and the size of its largest tensor."""
+    definition = tf.function(call).get_concrete_function(*specs).graph.as_graph_def(add_shapes=True)
+    nodes = [*definition.node, *(node for one in definition.library.function for node in one.node_def)]
+    shapes = [shape for node in nodes for shape in node.attr["_output_shapes"].list.shape]
+    return {node.op for node in nodes}, max(math.prod(axis.size for axis in shape.dim) for shape in shapes)
+
+
+LOOPS = {"While", "StatelessWhile"}
+
+
+def specs(length: int | None) -> list[tf.TensorSpec]:
+    return [tf.TensorSpec((1, 1, length, 8))] * 3
+
+
+def test_blocks_of_one_shape_are_a_loop() -> None:
+    assert LOOPS & graph_of(attention, *specs(2 * plan.HIGHEST))[0]
+    assert not LOOPS & graph_of(attention, *specs(plan.HIGHEST))[0]
+    assert LOOPS & graph_of(attention, *specs(None))[0]
+    assert not LOOPS & graph_of(mha_spec_tensorflow.attention_weights, *specs(2 * plan.HIGHEST)[:2])[0]
+
+
+def test_memory_grows_with_the_length() -> None:
+    def trained(*operands: tf.Tensor) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(operands)
+            output = attention(*operands, causal=True)
+        return gradient_of(tape, output, operands)
+
+    length = 8192
+    for call in (attention, trained):
+        largest = graph_of(call, *specs(length))[1]
+        assert plan.HIGHEST * length == largest < length**2 // 8
+
+
+def test_a_tape_keeps_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    softmax, made = tf.nn.softmax, []
+
+    def watch(logits: tf.Tensor) -> tf.Tensor:
+        weights = softmax(logits)
+        made.append(weakref.ref(weights))
+        return weights
+
+    monkeypatch.setattr(tf.nn, "softmax", watch)
+    given = operands()
+    with tf.GradientTape() as tape:
+        tape.watch(given)
+        output = attention(*given)
+    assert made
+    assert all(one() is None for one in made)
+    assert gradient_of(tape, output, given)[0].shape == given[0].shape
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of each call of a function of `forward`."""
+    real, seen = getattr(forward, name), []
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        seen.append(arguments)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(forward, name, watch)
+    return seen
+
+
+def test_what_can_be_read_leaves_out_what_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watched(monkeypatch, "_attend")
+    query, key, value = (tf.zeros((1, 2, 2048, 8)) for _ in range(3))
+    ids = tf.range(2048)[None] // 256
+    attention(query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
+    assert [(block.queries, block.keys) for _, _, block in seen] == [(256, 256)] * 8
+    seen.clear()
+    attention(query, key, value, kv_lengths=tf.constant([512]))
+    assert {block.keys for _, _, block in seen} == {512}
+
+
+def test_what_is_hidden_is_worked_again_only_when_it_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = watched(monkeypatch, "finite")
+    query, key, value = operands()
+    mask = numpy.ones((1, 1, 32, 32), dtype=bool)
+    mask[..., 0, 3] = False
+    attention(query, key, value, mask=tf.constant(mask))
+    assert not again
+    broken = numpy.array(value)
+    broken[0, 0, 3] = math.nan
+    output = attention(query, key, tf.constant(broken), mask=tf.constant(mask)).numpy()
+    assert again
+    assert numpy.isfinite(output[0, :2, 0]).all()
+    assert numpy.isnan(output[0, :2, 1:]).all()
+
+
+def test_the_public_function_is_this_one() -> None:
+    query, key, value = operands(dtype="float64")
+    found = tf.function(lambda query: mha_spec.attention(query, key, value, kv_lengths=tf.constant([3, 32])))(query)
+    assert_near(found, attention(query, key, value, kv_lengths=[3, 32]))
+
+
+def test_options_that_are_none_are_not_given() -> None:
+    given = operands()
+    without = {name: None for name in OPTIONS if name not in {"causal", "dropout_rate"}}
+    assert (attention(*given, **without).numpy() == attention(*given).numpy()).all()
+
+
+def test_errors_are_ours() -> None:
+    query, key, value = operands(q_len=3)
+    with pytest.raises(MhaSpecError, match="q_offset"):
+        attention(query, key, value, causal=True)
+
+
+@pytest.mark.parametrize(("axis", "name"), [(1, "heads"), (3, "size")])
+def test_what_must_be_known_is_named(axis: int, name: str) -> None:
+    sizes = [None if index == axis else size for index, size in enumerate((2, 4, 7, 8))]
+    with pytest.raises(ArgumentValueError, match=f"`query` must have a known {name}"):
+        tf.function(attention).get_concrete_function(*[tf.TensorSpec(sizes)] * 3)
+
+
+def test_a_diagonal_rests_on_lengths_that_turn_out_to_be_equal() -> None:
+    call = tf.function(lambda query, key: attention(query, key, key, causal=True), input_signature=specs(None)[:2])
+    assert call(tf.zeros((1, 1, 5, 8)), tf.zeros((1, 1, 5, 8))).shape == (1, 1, 5, 8)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="diagonal is ambiguous"):
+        call(tf.zeros((1, 1, 3, 8)), tf.zeros((1, 1, 5, 8)))
+    with pytest.raises(ArgumentValueError, match="one is not known"):
+        tf.function(lambda query, key: attention(query, key, key, causal=True)).get_concrete_function(
+            specs(None)[0], specs(5)[0]
+        )
