@@ -54,9 +54,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     seen: list[int] = []
     compute = problem.Problem.block
 
-    def counted(self: problem.Problem, tile: Any, keys: range, *, slope: bool = False) -> problem.Block:
+    def counted(self: problem.Problem, scaled: Any, tile: Any, keys: range, **options: Any) -> problem.Block:
         seen.append(tile.rows * len(keys))
-        return compute(self, tile, keys, slope=slope)
+        return compute(self, scaled, tile, keys, **options)
 
     monkeypatch.setattr(problem.Problem, "block", counted)
 

@@ -111,7 +111,7 @@ def _through_scores(
 ) -> None:
     """Add dQ, dK and dbias of dS = P (dP - D) (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5)."""
     xp = problem.xp
-    query, key = fold(problem.query, tile), problem.key[tile.batch, tile.kv_head, ...]
+    query, key = problem.scaled(tile), problem.key[tile.batch, tile.kv_head, ...]
     clean_query, clean_key = finite(query), finite(key)
     grad_query = xp.zeros_like(query)
     for (keys, weights, visible, cap_slope), grad_of_weights in zip(blocks, grad_weights, strict=True):

@@ -49,7 +49,7 @@ def attention(
     a = _arguments("attention", query, key, value, **options)
     problem = Problem.of(a, dropout_of(a))
     outputs, lses = (
-        zip(*each(partial(attend, problem), tiles(a, heads(a), problem.visibility.rows), a), strict=True)
+        zip(*each(partial(attend, problem, return_lse), tiles(a, heads(a), problem.visibility.rows), a), strict=True)
         if a.batch * a.q_len
         else ((), ())
     )

@@ -65,11 +65,7 @@ def finite(rows: Array) -> bool:
 def product(weights: Array, values: Array, visible: Array | None, *, clean: bool) -> Array:
     """sum_j weights_ij values_jc over visible pairs alone, where invisible ones have weight 0.
 
-    Unless the values are `clean`, that is all finite, a plain product would carry their NaN through a weight of 0
-    (MHA-POISON-1, MHA-POISON-2), and a weight that underflows would lose a visible one (MHA-NAN-2).
+    Where some are not, and the values not `clean`, that is all finite, a plain product would carry their NaN through a
+    weight of 0 (MHA-POISON-1, MHA-POISON-2).
     """
-    if clean:
-        return weights @ values
-    xp: Any = namespace_of(weights)
-    everything = xp.ones(weights.shape, dtype=xp.bool, device=device_of(weights))
-    return steps.sum_over_visible(weights, values, everything if visible is None else visible)
+    return weights @ values if clean or visible is None else steps.sum_over_visible(weights, values, visible)

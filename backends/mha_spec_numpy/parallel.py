@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
 from threading import Lock
@@ -25,28 +26,50 @@ _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
 
-def each(function: Callable[[_Task], _Result], tasks: Sequence[_Task], a: Arguments) -> Iterator[_Result]:
+def each(function: Callable[[_Task], _Result], tasks: Sequence[_Task], a: Arguments) -> list[_Result]:
     """Give the result of each task in order; on NumPy, large work is spread over as many threads as its BLAS has."""
-
-    def quiet(task: _Task) -> _Result:
-        with numpy.errstate(all="ignore"):
-            return function(task)
-
     if not isinstance(a.query, numpy.ndarray):
-        yield from map(quiet, tasks)
-        return
+        return [function(task) for task in tasks]
     with blas().one_thread() as available:
         threads = min(available, len(tasks))
-        if threads < 2 or a.batch * a.heads * a.q_len * a.kv_len < WORTHWHILE:
-            yield from map(quiet, tasks)
+        if a.batch * a.heads * a.q_len * a.kv_len < WORTHWHILE:
+            threads = 1
+        return _shared(function, tasks, threads)
+
+
+def _shared(function: Callable[[_Task], _Result], tasks: Sequence[_Task], threads: int) -> list[_Result]:
+    """The caller's thread and others take one task after another; an error ends the work of all."""
+    waiting, found = deque(enumerate(tasks)), {}
+
+    def work() -> None:
+        with numpy.errstate(all="ignore"):
+            for index, task in _taken(waiting):
+                found[index] = function(task)
+
+    others = [_pool().submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        waiting.clear()
+        wait(others)
+    for other in others:
+        other.result()
+    return [found[index] for index in range(len(tasks))]
+
+
+def _taken(waiting: deque[_Task]) -> Iterator[_Task]:
+    """What is left, to whoever asks first."""
+    while waiting:
+        try:
+            yield waiting.popleft()
+        except IndexError:
             return
-        yield from _pool(available).map(quiet, tasks)
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """The threads of this process, kept from call to call."""
-    return ThreadPoolExecutor(threads, "mha_spec_numpy")
+def _pool() -> ThreadPoolExecutor:
+    """The threads beside the caller's, kept from call to call; one is started when there is work for it."""
+    return ThreadPoolExecutor(os.cpu_count(), "mha_spec_numpy")
 
 
 class Blas:

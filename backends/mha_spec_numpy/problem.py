@@ -35,7 +35,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The operands of one call in the softmax's type (MHA-SOFTMAX-2), the scale multiplied into the query."""
+    """The operands of one call in the softmax's type (MHA-SOFTMAX-2)."""
 
     a: Arguments
     query: Array
@@ -54,17 +54,21 @@ class Problem:
         key, value, sinks = (
             None if operand is None else dense(operand, dtype) for operand in (a.key, a.value, a.sinks)
         )
-        return cls(a, dense(a.query, dtype) * scale, key, value, sinks, scale, Visibility.of(a), dropout)
+        return cls(a, dense(a.query, dtype), key, value, sinks, scale, Visibility.of(a), dropout)
 
     @property
     def xp(self) -> Any:
         """The array namespace of the call."""
         return namespace_of(self.a.query)
 
-    def block(self, tile: Tile, keys: range, *, slope: bool = False) -> Block:
+    def scaled(self, tile: Tile) -> Array:
+        """The queries of a tile, (rows, qk_dim), times the scale."""
+        return fold(self.query, tile) * self.scale
+
+    def block(self, scaled: Array, tile: Tile, keys: range, *, slope: bool = False) -> Block:
         """The logits of a tile against a block of keys, and with `slope` that of the soft cap (MHA-VJP-2)."""
         xp = self.xp
-        scores = fold(self.query, tile) @ xp.matrix_transpose(self.key[tile.batch, tile.kv_head, part(keys), :])
+        scores = scaled @ xp.matrix_transpose(self.key[tile.batch, tile.kv_head, part(keys), :])
         logits = steps.soft_cap(scores, self.a.softcap)
         cap_slope = steps.cap_slope(scores, self.a.softcap) if slope else 1.0
         bias = None if self.a.bias is None else block_of(self.a.bias, tile, keys)

@@ -37,8 +37,8 @@ def strips(a: Arguments, of: list[tuple[int, int]] | None = None) -> list[Tile]:
 def softmax(problem: Problem, tile: Tile, *, slope: bool = False) -> tuple[list[Block], Array, Array]:
     """The blocks of a strip with weights for logits, the weights of the sinks, and the sum of exponentials."""
     xp = problem.xp
-    length = max(1, SCORES // tile.rows)
-    blocks = [problem.block(tile, keys, slope=slope) for keys in problem.visibility.key_blocks(tile, length)]
+    length, scaled = max(1, SCORES // tile.rows), problem.scaled(tile)
+    blocks = [problem.block(scaled, tile, keys, slope=slope) for keys in problem.visibility.key_blocks(tile, length)]
     maximum = sink = problem.sink_of(tile)
     for block in blocks:
         maximum = xp.maximum(maximum, xp.max(block.logits, axis=-1, keepdims=True))
