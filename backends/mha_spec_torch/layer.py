@@ -244,21 +244,7 @@ def multi_head_attention(
     Compiled, a cache with lengths in a tensor is one graph for every step of decoding.
     """
     given = {"rotary": rotary, "norm_epsilon": norm_epsilon, **options}
-    if torch.compiler.is_compiling():
-        return _attended(query, key, value, params, _unread(cache), given)
-    return _LAYER.multi_head_attention(query, key, value, params, cache=cache, **given)
-
-
-@torch.compiler.allow_in_graph
-def _attended(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    params: Mapping[str, Tensor],
-    cache: KVCache | None,
-    given: dict[str, Any],
-) -> Tensor | tuple[Tensor, KVCache]:
-    return _LAYER.multi_head_attention(query, key, value, params, cache=cache, **_fixed(given))
+    return _answer("multi_head_attention", (query, key, value, params), cache, given)
 
 
 @spells_options
@@ -275,21 +261,7 @@ def multi_head_attention_and_weights(
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, KVCache]:
     """Output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
     given = {"rotary": rotary, "norm_epsilon": norm_epsilon, **options}
-    if torch.compiler.is_compiling():
-        return _both(query, key, value, params, _unread(cache), given)
-    return _LAYER.multi_head_attention_and_weights(query, key, value, params, cache=cache, **given)
-
-
-@torch.compiler.allow_in_graph
-def _both(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    params: Mapping[str, Tensor],
-    cache: KVCache | None,
-    given: dict[str, Any],
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, KVCache]:
-    return _LAYER.multi_head_attention_and_weights(query, key, value, params, cache=cache, **_fixed(given))
+    return _answer("multi_head_attention_and_weights", (query, key, value, params), cache, given)
 
 
 @spells_options
@@ -305,16 +277,19 @@ def multi_head_attention_weights(
 ) -> Float[Tensor, "batch heads q_len kv_len"]:
     """The weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
     given = {"rotary": rotary, "norm_epsilon": norm_epsilon, **options}
+    return _answer("multi_head_attention_weights", (query, key, params), cache, given)
+
+
+def _answer(function: str, operands: tuple[Any, ...], cache: KVCache | None, given: dict[str, Any]) -> Any:
+    """A function of the layer; inside a compiled graph it is one node."""
     if torch.compiler.is_compiling():
-        return _weighed(query, key, params, _unread(cache), given)
-    return _LAYER.multi_head_attention_weights(query, key, params, cache=cache, **given)
+        return _in_graph(function, operands, _unread(cache), given)
+    return getattr(_LAYER, function)(*operands, cache=cache, **given)
 
 
 @torch.compiler.allow_in_graph
-def _weighed(
-    query: Tensor, key: Tensor | None, params: Mapping[str, Tensor], cache: KVCache | None, given: dict[str, Any]
-) -> Tensor:
-    return _LAYER.multi_head_attention_weights(query, key, params, cache=cache, **_fixed(given))
+def _in_graph(function: str, operands: tuple[Any, ...], cache: KVCache | None, given: dict[str, Any]) -> Any:
+    return getattr(_LAYER, function)(*operands, cache=cache, **_fixed(given))
 
 
 def rotary_embedding(
