@@ -136,10 +136,10 @@ WEIGHT_FUNCTIONS = ("attention_weights", "multi_head_attention_weights")
 """The functions that give weights alone."""
 
 DROPOUT_OPTIONS = ("dropout_rate", "dropout_mask", "dropout_key")
-"""The options that they do not have."""
+"""The options that the functions of weights do not have."""
 
 WEIGHT_OPTIONS = tuple(name for name in OPTIONS if name not in DROPOUT_OPTIONS)
-"""The options that they do have."""
+"""The options that they have."""
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 

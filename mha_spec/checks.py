@@ -29,6 +29,7 @@ __all__ = [
     "check_entries",
     "check_halves",
     "check_offset",
+    "check_rate",
     "of_one_class",
     "refuse_ambiguity",
     "refuse_unknown",
@@ -177,10 +178,13 @@ def check_numbers(a: Arguments) -> None:
             f"`softcap` must be finite, softcap>0 and softcap<={_largest_number(a):.2g}, "
             f"received softcap={a.softcap!r}. None is no cap.",
         )
-    if not 0 <= _number("dropout_rate", a.dropout_rate) < 1:
-        _value_error(
-            "MHA-ARG-2", f"`dropout_rate` must be in 0<=dropout_rate<1, received dropout_rate={a.dropout_rate!r}."
-        )
+    check_rate(a.dropout_rate)
+
+
+def check_rate(rate: object) -> None:
+    """dropout_rate is a Python number in its range (MHA-ARG-2)."""
+    if not 0 <= _number("dropout_rate", rate) < 1:
+        _value_error("MHA-ARG-2", f"`dropout_rate` must be in 0<=dropout_rate<1, received dropout_rate={rate!r}.")
 
 
 def _largest_number(a: Arguments) -> float:

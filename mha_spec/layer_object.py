@@ -10,6 +10,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
+from .checks import check_rate
 from .errors import ArgumentTypeError, ArgumentValueError
 from .layer_checks import Rotary, check_epsilon, check_rotary
 from .parameters import AXES, REQUIRED
@@ -79,8 +80,9 @@ class LayerSettings:
             ArgumentValueError, ArgumentTypeError: A size is no integer >= 1, heads is no multiple of kv_heads, or does
                 not divide embed where qk_dim is not given, or another option is unknown or out of its range.
         """
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        _check_options({"embed": embed, "heads": heads, **given})
+        every: dict[str, Any] = {"embed": embed, "heads": heads, **options}
+        _check_options(every)
+        given = {name: value for name, value in every.items() if name in options and value is not None}
         settings = _default_sizes(embed, heads, given.get("qk_dim") or _even_share(embed, heads)) | given
         if "rotary" in given:
             settings["rotary"] = check_rotary(given["rotary"], settings["qk_dim"])
@@ -122,6 +124,10 @@ class LayerSettings:
         return ", ".join(f"{name}={value}" for name, value in self.arguments.items() if value != default[name])
 
 
+MAY_BE_NONE = ("kv_heads", "qk_dim", "v_dim", "k_embed", "v_embed", "out", "rotary")
+"""The options that say by None that they were not given."""
+
+
 def _default_sizes(embed: int, heads: int, qk_dim: int | None) -> dict[str, Any]:
     sizes = {"kv_heads": heads, "qk_dim": qk_dim, "v_dim": qk_dim}
     return sizes | {"k_embed": embed, "v_embed": embed, "out": embed}
@@ -141,12 +147,14 @@ def _check_options(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name not in known:
             raise ArgumentTypeError(f"`{name}` is no option of the layer, which has {', '.join(known)}. [MHA-ARG-1]")
+        if value is None and name in MAY_BE_NONE:
+            continue
         if name in {"bias", "qk_norm"}:
             _check_flag(name, value)
         elif name == "norm_epsilon":
             check_epsilon(value)
         elif name == "dropout_rate":
-            _check_rate(value)
+            check_rate(value)
         elif name != "rotary":
             _check_size(name, value)
 
@@ -161,15 +169,6 @@ def _check_size(name: str, size: object) -> None:
 def _check_flag(name: str, flag: object) -> None:
     if not isinstance(flag, bool):
         raise ArgumentTypeError(f"`{name}` must be True or False, received {name}={flag!r}. [MHA-PROJ-4]")
-
-
-def _check_rate(rate: object) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        raise ArgumentTypeError(f"`dropout_rate` must be a Python number, received dropout_rate={rate!r}. [MHA-ARG-2]")
-    if not 0 <= rate < 1:
-        raise ArgumentValueError(
-            f"`dropout_rate` must be in 0<=dropout_rate<1, received dropout_rate={rate!r}. [MHA-ARG-2]"
-        )
 
 
 _Init = TypeVar("_Init", bound="Callable[..., None]")
@@ -209,18 +208,15 @@ class LayerObject:
         """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
         key = query if key is None else key
         value = key if value is None else value
-        return self.functions.multi_head_attention(
-            query, key, value, self.params, cache=cache, **self._fixed, **options
-        )
+        options = self._in_training(options)
+        return self.functions.multi_head_attention(query, key, value, self.params, cache=cache, **self._all(options))
 
     def attention_weights(
         self, query: Array, key: Array | None = None, *, cache: KVCache | None = None, **options: Unpack[WeightOptions]
     ) -> Array:
         """The weights of every head, (batch, heads, q_len, kv_len), before dropout (MHA-LAYER-4)."""
         key = query if key is None else key
-        return self.functions.multi_head_attention_weights(
-            query, key, self.params, cache=cache, **self._fixed, **options
-        )
+        return self.functions.multi_head_attention_weights(query, key, self.params, cache=cache, **self._all(options))
 
     def output_and_weights(
         self,
@@ -231,12 +227,11 @@ class LayerObject:
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> tuple[Any, ...]:
-        """The output and the weights of every head, and with a cache the new one; drops only what is asked here."""
+        """The output and the weights of every head before dropout, and with a cache the new one (MHA-LAYER-4)."""
         key = query if key is None else key
         value = key if value is None else value
-        return self.functions.multi_head_attention_and_weights(
-            query, key, value, self.params, cache=cache, **self._fixed, **options
-        )
+        of_call = self._all(self._in_training(options))
+        return self.functions.multi_head_attention_and_weights(query, key, value, self.params, cache=cache, **of_call)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache of this layer's sizes without tokens."""
@@ -247,11 +242,23 @@ class LayerObject:
         """The settings that differ from the defaults."""
         return f"{type(self).__name__}({self.settings})"
 
-    @property
-    def _fixed(self) -> dict[str, Any]:
-        """What the settings say of every call."""
+    def _in_training(self, options: Options) -> Options:
+        """The options of a call with the dropout that the layer's state adds."""
+        return options
+
+    def _all(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a call, and what the settings say of every call."""
         rotary = self.settings.rotary
-        return {"rotary": None if rotary is None else rotary.given(), "norm_epsilon": self.settings.norm_epsilon}
+        fixed: dict[str, Any] = {
+            "rotary": None if rotary is None else rotary.given(),
+            "norm_epsilon": self.settings.norm_epsilon,
+        }
+        for name in fixed.keys() & options.keys():
+            raise ArgumentTypeError(
+                f"`{name}` is a setting of the layer, {name}={fixed[name]!r}, received {name}={options[name]!r} "
+                "in a call. Make another layer, or call multi_head_attention with its params. [MHA-ARG-1]"
+            )
+        return {**fixed, **options}
 
     @property
     def _like(self) -> Array:

@@ -48,6 +48,10 @@ def test_sizes_say_which_parameters_there_are() -> None:
         ({"embed": True, "heads": 1}, ArgumentTypeError, ("`embed`", "True")),
         ({"embed": 10, "heads": None}, ArgumentTypeError, ("`heads`", "None")),
         ({"embed": 10, "heads": 5, "size": 2}, ArgumentTypeError, ("`size`", "kv_heads", "dropout_rate")),
+        ({"embed": 10, "heads": 5, "kv_head": None}, ArgumentTypeError, ("`kv_head`", "kv_heads")),
+        ({"embed": 10, "heads": 5, "bias": None}, ArgumentTypeError, ("`bias`", "True or False", "bias=None")),
+        ({"embed": 10, "heads": 5, "norm_epsilon": None}, ArgumentTypeError, ("`norm_epsilon`", "None")),
+        ({"embed": 10, "heads": 5, "dropout_rate": None}, ArgumentTypeError, ("`dropout_rate`", "None")),
         ({"embed": 10, "heads": 5, "bias": 1}, ArgumentTypeError, ("`bias`", "True or False", "bias=1")),
         ({"embed": 10, "heads": 5, "qk_norm": "yes"}, ArgumentTypeError, ("`qk_norm`", "'yes'")),
         ({"embed": 10, "heads": 5, "norm_epsilon": -1.0}, ArgumentValueError, ("`norm_epsilon`", ">=0", "-1.0")),
@@ -118,6 +122,22 @@ def test_the_object_drops_in_training_alone() -> None:
     made.training = True
     assert not numpy.array_equal(made(x, dropout_key=1), made(x, dropout_key=2))
     assert numpy.array_equal(made(x, dropout_rate=0.0), made(x, dropout_rate=0.0))
+
+
+def test_the_output_beside_weights_drops_in_training_too() -> None:
+    made = MultiHeadAttention(8, 2, dropout_rate=0.5, rng=3)
+    x = numbers(2, 5, 8).astype("float32")
+    assert numpy.array_equal(made.output_and_weights(x)[0], made(x))
+    made.training = True
+    assert numpy.array_equal(made.output_and_weights(x, dropout_key=1)[0], made(x, dropout_key=1))
+
+
+@pytest.mark.parametrize("name", ["rotary", "norm_epsilon"])
+def test_a_setting_is_no_option_of_a_call(name: str) -> None:
+    made, x = MultiHeadAttention(8, 2), numbers(2, 5, 8).astype("float32")
+    for call in (made, made.attention_weights, made.output_and_weights):
+        with pytest.raises(ArgumentTypeError, match=f"`{name}` is a setting of the layer"):
+            call(x, **{name: None})
 
 
 def test_the_object_says_what_it_is() -> None:

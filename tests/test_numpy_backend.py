@@ -486,3 +486,12 @@ def test_dropout_key_is_a_seed(key: object, error: type[Exception]) -> None:
     arrays = random_arrays(0)
     with pytest.raises(error, match=r"`dropout_key` must be .* received dropout_key="):
         mha_spec_numpy.attention(arrays["query"], arrays["key"], arrays["value"], dropout_rate=0.1, dropout_key=key)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_bias_below_the_softmax_s_range_leaves_what_is_beside_it() -> None:
+    call = {name: array.astype("float32") for name, array in random_arrays(5).items() if not name.startswith("grad")}
+    bias = numpy.zeros((1, 1, 1, KV_LEN))
+    bias[..., : KV_LEN - 1] = -1e300
+    found, expected = (module.attention(**call, bias=bias) for module in (mha_spec_numpy, reference))
+    assert numpy.array_equal(found, expected)

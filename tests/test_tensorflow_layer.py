@@ -135,3 +135,13 @@ def test_masks_of_keras_are_not_taken_in_silence() -> None:
     x = embedding(numpy.asarray([[1, 2, 0]]))
     with pytest.warns(UserWarning, match="does not support masking"):
         layer(x)
+
+
+def test_weights_are_computed_in_the_type_of_the_policy() -> None:
+    layer = MultiHeadAttention(8, 2, dtype="mixed_bfloat16", autocast=True, activity_regularizer="l2")
+    x = tf.constant(numbers(2, 3, 8), tf.float32)
+    output, weights = layer.output_and_weights(x)
+    assert_equal([output, weights], [layer(x), layer.attention_weights(x)])
+    assert (output.dtype, weights.dtype) == (tf.bfloat16, tf.bfloat16)
+    again = MultiHeadAttention.from_config(layer.get_config())
+    assert (again.settings, again.compute_dtype) == (layer.settings, "bfloat16")

@@ -58,10 +58,13 @@ class MultiHeadAttention(nnx.Module, LayerObject):
         **options: Unpack[Options],
     ) -> Array | tuple[Array, KVCache]:
         """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        return self.attend(query, key, value, cache=cache, **options)
+
+    def _in_training(self, options: Options) -> Options:
         if self.rngs is not None and not self.deterministic and "dropout_rate" not in options:
             options["dropout_rate"] = self.settings.dropout_rate
             options.setdefault("dropout_key", self.rngs())
-        return self.attend(query, key, value, cache=cache, **options)
+        return options
 
     @property
     def params(self) -> dict[str, Array]:

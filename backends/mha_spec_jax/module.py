@@ -63,9 +63,12 @@ class MultiHeadAttention(LayerObject):
         **options: Unpack[Options],
     ) -> Array | tuple[Array, KVCache]:
         """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        return self.attend(query, key, value, cache=cache, **options)
+
+    def _in_training(self, options: Options) -> Options:
         if options.get("dropout_key") is not None:
             options.setdefault("dropout_rate", self.settings.dropout_rate)
-        return self.attend(query, key, value, cache=cache, **options)
+        return options
 
     def replace(self, **params: Array) -> Self:
         """The same layer with other parameters in place of those of these names."""

@@ -45,7 +45,7 @@ def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> G
     a, like = problem.a, problem.query
     grad_output = dense(grad_output, dtype_name(like))
     grad_lse = None if grad_lse is None else dense(grad_lse, dtype_name(like))[..., None]
-    parts = list(each(partial(_head_gradients, problem, grad_output, grad_lse), heads(a), a))
+    parts = each(partial(_head_gradients, problem, grad_output, grad_lse), heads(a), a)
 
     grad_query = assembled([strip for head in parts for strip in head.query], a, (a.query.shape[3],), like)
     grad_key = stacked([head.key for head in parts], tuple(a.key.shape), like)

@@ -67,7 +67,7 @@ def attention_weights(
     """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
     a = _arguments("attention_weights", query, key, None, **options)
     problem = Problem.of(a)
-    weights = tuple(each(partial(weigh, problem), strips(a), a))
+    weights = each(partial(weigh, problem), strips(a), a)
     return steps.round_output(assembled(weights, a, (a.kv_len,), problem.query), dtype_name(query))
 
 

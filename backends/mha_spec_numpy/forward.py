@@ -30,8 +30,9 @@ class Softmax(NamedTuple):
 def attend(problem: Problem, needs_lse: bool, tile: Tile) -> tuple[Array, Array | None]:
     """Output (group, queries, v_dim) and lse (group, queries) of a tile, in the softmax's type.
 
-    The sink comes first, as a block without a value. What two threads at work cost one another is mostly that they hand
-    over at every operation, so that none is done in vain.
+    The sink comes first, as a block without a value. Small operations are left out where they change nothing, since
+    threads hand over at each: lse unless it is asked for, rescaling before there is anything, and the look for what is
+    not finite unless a block hides a pair.
     """
     xp = problem.xp
     value = problem.value[tile.batch, tile.kv_head, ...]
@@ -68,7 +69,7 @@ def _with_block(
     xp = problem.xp
     maximum = xp.max(block.logits, axis=-1, keepdims=True)
     maximum = maximum if before is None else xp.maximum(before.maximum, maximum)
-    anchor = maximum if block.visible is None else anchor_of(maximum)
+    anchor = anchor_of(maximum)
     weights = block.logits
     weights -= anchor
     weights = exp(weights)

@@ -54,9 +54,12 @@ class MultiHeadAttention(LayerObject):
         **options: Unpack[Options],
     ) -> Array | tuple[Array, KVCache]:
         """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        return self.attend(query, key, value, cache=cache, **options)
+
+    def _in_training(self, options: Options) -> Options:
         if self.training:
             options.setdefault("dropout_rate", self.settings.dropout_rate)
-        return self.attend(query, key, value, cache=cache, **options)
+        return options
 
     def _initial(self, name: str, shape: tuple[int, ...], draw: numpy.random.Generator, dtype: Any) -> numpy.ndarray:
         bound = self.settings.initial_bound(name)

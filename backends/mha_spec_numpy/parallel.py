@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
 from threading import Lock
@@ -42,12 +42,16 @@ def _shared(function: Callable[[_Task], _Result], tasks: Sequence[_Task], thread
     waiting, found = deque(enumerate(tasks)), {}
 
     def work() -> None:
-        with numpy.errstate(all="ignore"):
-            for index, task in _taken(waiting):
-                found[index] = function(task)
+        try:
+            with numpy.errstate(all="ignore"):
+                for index, task in _taken(waiting):
+                    found[index] = function(task)
+        finally:
+            waiting.clear()
 
-    others = [_pool().submit(work) for _ in range(threads - 1)]
+    others: list[Future[None]] = []
     try:
+        others += (_pool().submit(work) for _ in range(threads - 1))
         work()
     finally:
         waiting.clear()

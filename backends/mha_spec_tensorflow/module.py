@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import tensorflow as tf
 
-    from mha_spec.arguments import Options
+    from mha_spec.arguments import Options, WeightOptions
 
 __all__ = ["MultiHeadAttention"]
 
@@ -66,6 +66,8 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         trainable: bool = True,
         name: str | None = None,
         dtype: Any = None,
+        autocast: bool = True,
+        activity_regularizer: Any = None,
         **options: Unpack[LayerOptions],
     ) -> None:
         if keras.backend.backend() != "tensorflow":
@@ -73,7 +75,9 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
                 f"this layer is one of TensorFlow, and Keras runs on {keras.backend.backend()}: "
                 "set KERAS_BACKEND=tensorflow, or take the layer of that backend"
             )
-        super().__init__(trainable=trainable, name=name, dtype=dtype)
+        super().__init__(
+            trainable=trainable, name=name, dtype=dtype, autocast=autocast, activity_regularizer=activity_regularizer
+        )
         self.settings = LayerSettings.of(embed, heads, **options)
         self.seed_generator = keras.random.SeedGenerator() if self.settings.dropout_rate else None
         for name, shape in self.settings.shapes().items():
@@ -111,6 +115,34 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
             options["dropout_rate"] = self.settings.dropout_rate
             options.setdefault("dropout_key", self._next_key(self.seed_generator))
         return self.attend(query, key, value, cache=cache, **options)
+
+    def attention_weights(
+        self,
+        query: tf.Tensor,
+        key: tf.Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        **options: Unpack[WeightOptions],
+    ) -> tf.Tensor:
+        """The weights of every head, (batch, heads, q_len, kv_len), before dropout; Keras has `weights` for its own."""
+        return super().attention_weights(self._cast(query), self._cast(key), cache=cache, **options)
+
+    def output_and_weights(
+        self,
+        query: tf.Tensor,
+        key: tf.Tensor | None = None,
+        value: tf.Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        **options: Unpack[Options],
+    ) -> tuple[Any, ...]:
+        """The output and the weights of every head, and with a cache the new one; dropout only where it is given."""
+        operands = (self._cast(one) for one in (query, key, value))
+        return super().output_and_weights(*operands, cache=cache, **options)
+
+    def _cast(self, x: tf.Tensor | None) -> Any:
+        """A tensor in the type that the layer computes in, as Keras casts the operands of `call`."""
+        return x if x is None or not self.autocast else keras.ops.cast(x, self.compute_dtype)
 
     @property
     def params(self) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def product(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor |
     """sum_j weights_ij values_jc over visible pairs alone.
 
     Unless the values are `clean`, that is all finite, a plain product would carry their NaN through a weight of 0
-    (MHA-POISON-1, MHA-POISON-2), and a weight that underflows would lose a visible one (MHA-NAN-2).
+    (MHA-POISON-1, MHA-POISON-2).
     """
     if clean:
         return _spread(_gather(weights, values) @ values, weights)

@@ -76,9 +76,12 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
         **options: Unpack[Options],
     ) -> Tensor | tuple[Tensor, KVCache]:
         """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        return self.attend(query, key, value, cache=cache, **options)
+
+    def _in_training(self, options: Options) -> Options:
         if self.training and self.settings.dropout_rate:
             options.setdefault("dropout_rate", self.settings.dropout_rate)
-        return self.attend(query, key, value, cache=cache, **options)
+        return options
 
     def extra_repr(self) -> str:
         """The settings that differ from the defaults."""

@@ -6,7 +6,7 @@
 | fused | CUDA, see (2) | `scaled_dot_product_attention` | its own |
 | flash | CPU, each task of 16 keys or more, see (3) | aten's CPU flash kernel | its backward, see (4) |
 | formula | everything else; a flash task that met a NaN or an infinity | `formula.attend` | `formula.gradients` |
-| differentiable | transforms, see (5); attention_weights | `formula.attend` on the whole | that of its operations |
+| differentiable | transforms, see (5); weights, with an output or not | the formula at once | that of its operations |
 
 1. No option but scale, 16 keys or more, v_dim = qk_dim, no gradient, no lse, not compiled.
 2. No option but a positive scale and those that hide pairs, no lse: see `fused`.

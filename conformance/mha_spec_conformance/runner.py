@@ -102,11 +102,11 @@ def _results(
 
 
 def _groups(asked: list[Ask]) -> list[Iterator[Question]]:
-    """The questions of each signature, which a compiling framework compiles for once; they are made when asked."""
+    """The questions of each signature, which a compiling framework compiles for once; many of one come first."""
     groups: dict[Hashable, list[Ask]] = {}
     for ask in asked:
         groups.setdefault(ask.case.signature, []).append(ask)
-    return [(ask.question() for ask in group) for group in groups.values()]
+    return [(ask.question() for ask in group) for group in sorted(groups.values(), key=len, reverse=True)]
 
 
 def _alignment(pool: Pool, suite: Suite, selection: Selection) -> tuple[str | None, tuple[str, ...]]:
