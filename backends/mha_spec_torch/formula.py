@@ -65,13 +65,12 @@ def weigh(problem: Problem, task: Task, x: Operands) -> torch.Tensor:
 
 def logits(problem: Problem, task: Task, x: Operands, *, slope: bool = False) -> Logits:
     """The scores, capped, then biased, then hidden (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
-    values = _scores(problem, x)
-    of_cap = None
+    visible = problem.visibility.visible(task, x.bias)
+    values, of_cap = _scores(problem, x, visible), None
     if problem.softcap is not None:
         tanh = torch.tanh(values / problem.softcap)
         of_cap = 1 - tanh**2 if slope else None
         values = problem.softcap * tanh
-    visible = problem.visibility.visible(task, x.bias)
     if x.bias is not None:
         values = values + x.bias
     if visible is not None:
@@ -79,10 +78,10 @@ def logits(problem: Problem, task: Task, x: Operands, *, slope: bool = False) ->
     return Logits(values, visible, of_cap)
 
 
-def _scores(problem: Problem, x: Operands) -> torch.Tensor:
-    """The scores; where autograd goes through them, what is not finite stays out of the product and of its gradient."""
+def _scores(problem: Problem, x: Operands, visible: torch.Tensor | None) -> torch.Tensor:
+    """The scores; where some are hidden, what is not finite stays out of the product that autograd goes through."""
     query, key = x.query * problem.scale, x.key
-    if problem.host:
+    if problem.host or visible is None:
         return _spread(_gather(query, key) @ key.mT, query)
     finite = torch.isfinite(query), torch.isfinite(key)
     query, key = (torch.where(where, one, 0.0) for where, one in zip(finite, (query, key), strict=True))
@@ -131,14 +130,14 @@ def _shown(array: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
 def product(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, *, clean: bool) -> torch.Tensor:
     """sum_j weights_ij values_jc over visible pairs alone.
 
-    Unless the values are `clean`, that is all finite, a plain product would carry their NaN through a weight of 0
-    (MHA-POISON-1, MHA-POISON-2).
+    Where some are hidden, and the values not `clean`, that is all finite, a plain product would carry their NaN through
+    a weight of 0 (MHA-POISON-1, MHA-POISON-2).
     """
-    if clean:
+    if clean or visible is None:
         return _spread(_gather(weights, values) @ values, weights)
     finite = torch.isfinite(values)
     total = _gather(_shown(weights, visible), values) @ torch.where(finite, values, 0.0)
-    seen = _gather(_everywhere(weights, visible), values) @ (~finite).to(weights.dtype)
+    seen = _gather(visible.expand_as(weights).to(weights.dtype), values) @ (~finite).to(weights.dtype)
     return _spread(torch.where(seen > 0, math.nan, total), weights)
 
 
@@ -146,15 +145,9 @@ def _sum_over_rows(
     weights: torch.Tensor, rows: torch.Tensor, of: torch.Tensor, visible: torch.Tensor | None, *, clean: bool
 ) -> torch.Tensor:
     """sum_i weights_ij rows_ic over visible pairs alone, for each key/value head over its whole group (MHA-VJP-4)."""
-    if clean:
+    if clean or visible is None:
         return _gather(weights, of).mT @ _gather(rows, of)
     finite = torch.isfinite(rows)
     total = _gather(weights, of).mT @ _gather(torch.where(finite, rows, 0.0), of)
-    seen = _gather(_everywhere(weights, visible), of).mT @ _gather((~finite).to(weights.dtype), of)
+    seen = _gather(visible.expand_as(weights).to(weights.dtype), of).mT @ _gather((~finite).to(weights.dtype), of)
     return torch.where(seen > 0, math.nan, total)
-
-
-def _everywhere(weights: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """1 at each visible pair."""
-    ones = torch.ones_like(weights)
-    return ones if visible is None else ones * visible
