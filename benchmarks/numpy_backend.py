@@ -1,7 +1,8 @@
 """mha_spec_numpy against the plain formula, against itself, and against this machine's float32 matrix product.
 
-Run it with `python benchmarks/numpy_backend.py`, on a machine that does nothing else: ratios of interleaved medians,
-each with its limit. It prints and does not fail.
+Run it with `OPENBLAS_THREAD_TIMEOUT=4 python benchmarks/numpy_backend.py`, on a machine that does nothing else: ratios of
+interleaved medians, each with its limit. It prints and does not fail. The variable sends OpenBLAS' threads to sleep at
+once; by default they go on spinning for 100 ms after a product, and take a core from whatever is measured next.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def square(*shape: int, faster: float) -> None:
         "backward": lambda: mha_spec_numpy.attention_vjp(cotangent, query, key, value),
         "product": lambda: matrix @ matrix,
     }
-    time = medians(functions)
+    time = medians(functions, seconds=12.0)
     batch, heads, length, size = shape
     rate = 4 * batch * heads * length**2 * size / time["forward"]
     print(f"{shape}: " + ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in time.items()))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from mha_spec import steps
 from mha_spec.arrays import device_of, dtype_name
 
-from .operations import added, dense, finite, product
+from .operations import added, dense, product
 from .parallel import each
 from .strip import softmax, strips
-from .tiling import assembled, fold, heads, part, stacked, unfold
+from .tiling import Assembly, fold, heads, part, stacked, unfold
 
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
@@ -28,8 +28,6 @@ __all__ = ["gradients"]
 class HeadGradients:
     """What the strips of one batch entry and key/value head have given so far, in the softmax's type."""
 
-    query: list[Array]
-    """(group, queries, qk_dim) for each strip."""
     key: Array
     """(kv_len, qk_dim)."""
     value: Array
@@ -45,14 +43,14 @@ def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> G
     a, like = problem.a, problem.query
     grad_output = dense(grad_output, dtype_name(like))
     grad_lse = None if grad_lse is None else dense(grad_lse, dtype_name(like))[..., None]
-    parts = each(partial(_head_gradients, problem, grad_output, grad_lse), heads(a), a)
+    grad_query = Assembly(a, (a.query.shape[3],), like)
+    parts = each(partial(_head_gradients, problem, grad_output, grad_lse, grad_query), heads(a), a)
 
-    grad_query = assembled([strip for head in parts for strip in head.query], a, (a.query.shape[3],), like)
     grad_key = stacked([head.key for head in parts], tuple(a.key.shape), like)
     grad_value = stacked([head.value for head in parts], tuple(a.value.shape), like)
     grad_sinks = problem.xp.sum(stacked([head.sinks for head in parts], (a.batch, a.heads), like), axis=0)
     of_query, of_key, of_value = (
-        steps.round_output(gradient, dtype_name(a.query)) for gradient in (grad_query, grad_key, grad_value)
+        steps.round_output(gradient, dtype_name(a.query)) for gradient in (grad_query.whole(), grad_key, grad_value)
     )
     of_bias = None if a.bias is None else steps.round_output(_grad_bias(problem, parts, a.bias), dtype_name(a.bias))
     of_sinks = None if a.sinks is None else steps.round_output(grad_sinks, dtype_name(a.sinks))
@@ -60,7 +58,7 @@ def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> G
 
 
 def _head_gradients(
-    problem: Problem, grad_output: Array, grad_lse: Array | None, head: tuple[int, int]
+    problem: Problem, grad_output: Array, grad_lse: Array | None, grad_query: Assembly, head: tuple[int, int]
 ) -> HeadGradients:
     a, xp, like = problem.a, problem.xp, problem.query
     key, value = problem.key[(*head, ...)], problem.value[(*head, ...)]
@@ -69,13 +67,13 @@ def _head_gradients(
     if a.bias is not None:
         bias = xp.zeros((1, min(group, a.bias.shape[1]), *a.bias.shape[2:]), dtype=like.dtype, device=device_of(like))
     sinks = xp.zeros((group,), dtype=like.dtype, device=device_of(like))
-    gradients = HeadGradients([], xp.zeros_like(key), xp.zeros_like(value), bias, sinks)
+    gradients = HeadGradients(xp.zeros_like(key), xp.zeros_like(value), bias, sinks)
     for tile in strips(a, [head]):
         blocks, sink_weights, _ = softmax(problem, tile, slope=True)
         grad_weights, row_dot = _through_values(problem, tile, blocks, fold(grad_output, tile), gradients)
         if grad_lse is not None:
             row_dot = row_dot - fold(grad_lse, tile)
-        _through_scores(problem, tile, blocks, grad_weights, row_dot, gradients)
+        grad_query.put(tile, _through_scores(problem, tile, blocks, grad_weights, row_dot, gradients))
         of_sinks = steps.grad_sinks(unfold(sink_weights, tile)[None, ...], unfold(row_dot, tile)[None, ...])
         gradients.sinks = gradients.sinks + of_sinks
     return gradients
@@ -85,8 +83,7 @@ def _through_values(
     problem: Problem, tile: Tile, blocks: list[Block], grad_output: Array, gradients: HeadGradients
 ) -> tuple[list[Array], Array]:
     """Add dV; give dP of each block and D, the sum of P dP over the keys (MHA-VJP-1, MHA-VJP-3)."""
-    xp, rate = problem.xp, problem.a.dropout_rate
-    value, clean = problem.value[tile.batch, tile.kv_head, ...], finite(grad_output)
+    xp, rate, value = problem.xp, problem.a.dropout_rate, problem.value[tile.batch, tile.kv_head, ...]
     row_dot = xp.zeros((tile.rows, 1), dtype=value.dtype, device=device_of(value))
     of_blocks: list[Array] = []
     for keys, weights, visible, _ in blocks:
@@ -95,7 +92,7 @@ def _through_values(
         grad_weights = problem.shown(grad_weights, visible)
         row_dot += xp.vecdot(weights, grad_weights)[:, None]
         dropped = xp.matrix_transpose(steps.drop(weights, keep, rate))
-        of_value = product(dropped, grad_output, _transposed(problem, visible), clean=clean)
+        of_value = product(dropped, grad_output, _transposed(problem, visible))
         gradients.value = added(gradients.value, (part(keys), slice(None)), of_value)
         of_blocks.append(grad_weights)
     return of_blocks, row_dot
@@ -108,11 +105,10 @@ def _through_scores(
     grad_weights: list[Array],
     row_dot: Array,
     gradients: HeadGradients,
-) -> None:
-    """Add dQ, dK and dbias of dS = P (dP - D) (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5)."""
+) -> Array:
+    """Add dK and dbias of dS = P (dP - D), and give dQ (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5)."""
     xp = problem.xp
     query, key = problem.scaled(tile), problem.key[tile.batch, tile.kv_head, ...]
-    clean_query, clean_key = finite(query), finite(key)
     grad_query = xp.zeros_like(query)
     for (keys, weights, visible, cap_slope), grad_of_weights in zip(blocks, grad_weights, strict=True):
         grad_logits = grad_of_weights
@@ -122,10 +118,10 @@ def _through_scores(
         if gradients.bias is not None:
             gradients.bias = _with_block(gradients.bias, tile, keys, grad_logits)
         grad_scores = grad_logits if problem.a.softcap is None else problem.shown(grad_logits * cap_slope, visible)
-        grad_query += product(grad_scores, key[part(keys), :], visible, clean=clean_key)
-        of_key = product(xp.matrix_transpose(grad_scores), query, _transposed(problem, visible), clean=clean_query)
+        grad_query += product(grad_scores, key[part(keys), :], visible)
+        of_key = product(xp.matrix_transpose(grad_scores), query, _transposed(problem, visible))
         gradients.key = added(gradients.key, (part(keys), slice(None)), of_key)
-    gradients.query.append(unfold(problem.scale * grad_query, tile))
+    return problem.scale * grad_query
 
 
 def _transposed(problem: Problem, visible: Array | None) -> Array | None:

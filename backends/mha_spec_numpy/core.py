@@ -18,7 +18,7 @@ from .forward import attend
 from .parallel import each
 from .problem import Problem
 from .strip import strips, weigh
-from .tiling import assembled, heads, tiles
+from .tiling import Assembly, heads, tiles
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -48,13 +48,11 @@ def attention(
     """
     a = _arguments("attention", query, key, value, **options)
     problem = Problem.of(a, dropout_of(a))
-    outputs, lses = (
-        zip(*each(partial(attend, problem, return_lse), tiles(a, heads(a), problem.visibility.rows), a), strict=True)
-        if a.batch * a.q_len
-        else ((), ())
-    )
-    output = steps.round_output(assembled(outputs, a, value.shape[3:], problem.query), dtype_name(query))
-    return (output, assembled(lses, a, (), problem.query)) if return_lse else output
+    output = Assembly(a, value.shape[3:], problem.query)
+    lse = Assembly(a, (), problem.query) if return_lse else None
+    each(partial(attend, problem, output, lse), tiles(a, heads(a), problem.visibility.rows), a)
+    rounded = steps.round_output(output.whole(), dtype_name(query))
+    return rounded if lse is None else (rounded, lse.whole())
 
 
 @spells_options
@@ -67,8 +65,9 @@ def attention_weights(
     """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
     a = _arguments("attention_weights", query, key, None, **options)
     problem = Problem.of(a)
-    weights = each(partial(weigh, problem), strips(a), a)
-    return steps.round_output(assembled(weights, a, (a.kv_len,), problem.query), dtype_name(query))
+    weights = Assembly(a, (a.kv_len,), problem.query)
+    each(partial(weigh, problem, weights), strips(a), a)
+    return steps.round_output(weights.whole(), dtype_name(query))
 
 
 @spells_options

@@ -13,7 +13,7 @@ from mha_spec.arrays import device_of, namespace_of
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
-__all__ = ["added", "anchor_of", "dense", "exp", "finite", "hide", "product", "row_sum"]
+__all__ = ["added", "anchor_of", "dense", "exp", "hide", "product", "row_sum"]
 
 
 def dense(array: Array, dtype: str) -> Array:
@@ -57,15 +57,16 @@ def added(array: Array, where: tuple[int | slice, ...], block: Array) -> Array:
     return array
 
 
-def finite(rows: Array) -> bool:
-    """Whether a matrix is known to hold finite numbers alone; what lies on a device is not read."""
-    return isinstance(rows, numpy.ndarray) and bool(numpy.isfinite(rows.sum(axis=0)).all())
-
-
-def product(weights: Array, values: Array, visible: Array | None, *, clean: bool) -> Array:
+def product(weights: Array, values: Array, visible: Array | None) -> Array:
     """sum_j weights_ij values_jc over visible pairs alone, where invisible ones have weight 0.
 
-    Where some are not, and the values not `clean`, that is all finite, a plain product would carry their NaN through a
-    weight of 0 (MHA-POISON-1, MHA-POISON-2).
+    A plain product would carry a value that is not finite through a weight of 0 (MHA-POISON-1, MHA-POISON-2).
     """
-    return weights @ values if clean or visible is None else steps.sum_over_visible(weights, values, visible)
+    if visible is None or _finite(values):
+        return weights @ values
+    return steps.sum_over_visible(weights, values, visible)
+
+
+def _finite(rows: Array) -> bool:
+    """Whether a matrix is known to hold finite numbers alone; what lies on a device is not read."""
+    return isinstance(rows, numpy.ndarray) and bool(numpy.isfinite(rows.sum(axis=0)).all())

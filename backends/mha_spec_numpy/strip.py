@@ -11,14 +11,14 @@ from mha_spec import steps
 from mha_spec.arrays import device_of
 
 from .operations import added, anchor_of, exp, row_sum
-from .tiling import SCORES, heads, part, tiles, unfold
+from .tiling import SCORES, heads, part, tiles
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
     from .problem import Block, Problem
-    from .tiling import Tile
+    from .tiling import Assembly, Tile
 
 __all__ = ["softmax", "strips", "weigh"]
 
@@ -53,15 +53,15 @@ def softmax(problem: Problem, tile: Tile, *, slope: bool = False) -> tuple[list[
     return [_normalised(problem, block, total) for block in blocks], steps.normalise(of_sink, total), total
 
 
-def weigh(problem: Problem, tile: Tile) -> Array:
-    """The weights of a tile over all keys, (group, queries, kv_len); 0 at invisible pairs, NaN in a row of NaN."""
+def weigh(problem: Problem, whole: Assembly, tile: Tile) -> None:
+    """Put a tile's weights over all keys into place; 0 at invisible pairs, NaN in a row of NaN."""
     xp = problem.xp
     blocks, _, total = softmax(problem, tile)
     unseen = xp.where(xp.isnan(total), total, 0.0)
     weights = xp.zeros((tile.rows, problem.a.kv_len), dtype=total.dtype, device=device_of(total)) + unseen
     for block in blocks:
         weights = added(weights, (slice(None), part(block.keys)), block.logits)
-    return unfold(weights, tile)
+    whole.put(tile, weights)
 
 
 def _normalised(problem: Problem, block: Block, total: Array) -> Block:

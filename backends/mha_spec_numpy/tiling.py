@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from mha_spec.arrays import device_of, namespace_of
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
-__all__ = ["Tile", "assembled", "block_of", "blocks", "fold", "heads", "part", "stacked", "tiles", "unfold"]
+__all__ = ["Assembly", "Tile", "block_of", "blocks", "fold", "heads", "part", "stacked", "tiles", "unfold"]
 
 SCORES = 2**18
 """How many scores a block has at most: 1 MiB in float32, which stays in a core's cache."""
@@ -44,6 +46,39 @@ class Tile:
         return self.group * len(self.queries)
 
 
+class Assembly:
+    """An array (batch, heads, q_len, *shape) that comes tile by tile, the tiles in order.
+
+    NumPy's is written where it belongs at once, so that it is fresh memory only once; a library whose arrays never
+    change joins its parts in the end.
+    """
+
+    def __init__(self, a: Arguments, shape: tuple[int, ...], like: Array) -> None:
+        self._a, self._shape, self._like = a, (a.batch, a.heads, a.q_len, *shape), like
+        self._parts: list[Array] = []
+        self._whole = numpy.empty(self._shape, like.dtype) if isinstance(like, numpy.ndarray) else None
+
+    def put(self, tile: Tile, rows: Array) -> None:
+        """Take what a tile gave, (rows, size)."""
+        xp: Any = namespace_of(rows)
+        part_of = xp.reshape(rows, (tile.group, len(tile.queries), *self._shape[3:]))
+        if self._whole is None:
+            self._parts.append(part_of)
+        else:
+            self._whole[tile.batch, part(tile.heads), part(tile.queries)] = part_of
+
+    def whole(self) -> Array:
+        """What all tiles gave."""
+        if self._whole is not None:
+            return self._whole
+        xp: Any = namespace_of(self._like)
+        per_head = max(1, len(self._parts) // max(1, self._a.batch * self._a.kv_heads))
+        firsts = range(0, len(self._parts), per_head)
+        return stacked(
+            [xp.concat(self._parts[first : first + per_head], axis=1) for first in firsts], self._shape, self._like
+        )
+
+
 def heads(a: Arguments) -> list[tuple[int, int]]:
     """Every batch entry with every key/value head."""
     return [(batch, kv_head) for batch in range(a.batch) for kv_head in range(a.kv_heads)]
@@ -54,15 +89,6 @@ def tiles(a: Arguments, of: list[tuple[int, int]], rows: int) -> list[Tile]:
     group = a.heads // a.kv_heads
     queries = blocks(range(a.q_len), max(1, rows // group))
     return [Tile(batch, kv_head, group, block) for batch, kv_head in of for block in queries]
-
-
-def assembled(parts: Sequence[Array], a: Arguments, shape: tuple[int, ...], like: Array) -> Array:
-    """Join what each tile gave, (group, queries, *shape), to (batch, heads, q_len, *shape)."""
-    xp: Any = namespace_of(like)
-    per_head = max(1, len(parts) // max(1, a.batch * a.kv_heads))
-    firsts = range(0, len(parts), per_head)
-    of_heads = parts if per_head == 1 else [xp.concat(parts[first : first + per_head], axis=1) for first in firsts]
-    return stacked(of_heads, (a.batch, a.heads, a.q_len, *shape), like)
 
 
 def stacked(parts: Sequence[Array], shape: tuple[int, ...], like: Array) -> Array:
