@@ -8,6 +8,8 @@ from weakref import finalize
 
 import numpy
 
+from .arrays import host_integers
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
@@ -80,7 +82,7 @@ class HighWater:
     """
 
     def __init__(self) -> None:
-        self._marks: dict[tuple[int, int], numpy.ndarray] = {}
+        self._marks: dict[tuple[int, int], list[int]] = {}
         self._lock = Lock()
 
     def claim(self, cache: KVCache, lengths: numpy.ndarray) -> bool:
@@ -88,15 +90,15 @@ class HighWater:
         pair = (id(cache.key), id(cache.value))
         with self._lock:
             mark = self._marks.get(pair)
-            if mark is None or not numpy.array_equal(mark, cache.lengths):
+            if mark is None or mark != host_integers(cache.lengths):
                 return False
-            self._marks[pair] = numpy.array(lengths)
+            self._marks[pair] = lengths.tolist()
             return True
 
     def own(self, cache: KVCache) -> KVCache:
         """Put the mark of fresh buffers, which nobody else holds, at the lengths of their cache."""
         pair = (id(cache.key), id(cache.value))
-        self._marks[pair] = numpy.array(cache.lengths)
+        self._marks[pair] = numpy.asarray(cache.lengths).tolist()
         for buffer in (cache.key, cache.value):
             finalize(buffer, self._marks.pop, pair, None)
         return cache

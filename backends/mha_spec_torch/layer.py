@@ -63,21 +63,22 @@ def _autocast(x: Any) -> Any:
 
 def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Query, key and value of each head, each by one matrix product with its bias (MHA-PROJ-1, MHA-PROJ-2)."""
-    key, value = (None if x is None else _split(x, name, a.params) for name, x in (("k", a.key), ("v", a.value)))
-    return _split(a.query, "q", a.params), key, value
+    query, key, value = (
+        None if x is None else _split(x, a.params[f"w_{name}"], a.params.get(f"b_{name}"))
+        for name, x in (("q", a.query), ("k", a.key), ("v", a.value))
+    )
+    return query, key, value
 
 
-def _split(x: Tensor, name: str, params: Mapping[str, Tensor]) -> Tensor:
-    weight, bias = params[f"w_{name}"], params.get(f"b_{name}")
-    rows = _linear(x, weight.flatten(1), None if bias is None else bias.flatten())
-    return rows.unflatten(2, weight.shape[1:]).transpose(1, 2)
+def _split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    (batch, length, embed), (_, heads, size) = x.shape, weight.shape
+    matrix, bias = weight.reshape(embed, heads * size), None if bias is None else bias.reshape(heads * size)
+    return _linear(x.reshape(batch * length, embed), matrix, bias).reshape(batch, length, heads, size).transpose(1, 2)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """A linear map by a matrix (in, out), as it is; `torch.nn.functional.linear` is slower with a transposed one."""
-    rows = x.flatten(0, 1)
-    found = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-    return found.unflatten(0, x.shape[:2])
+    return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
 
 
 def normalise(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
@@ -204,7 +205,9 @@ def _left(query: Tensor, length: int, options: dict[str, Any]) -> dict[str, Any]
 
 def project_out(x: Tensor, params: Mapping[str, Tensor], _: LayerSteps) -> Tensor:
     """The heads side by side, by one matrix product with its bias (MHA-PROJ-3)."""
-    return _linear(x.transpose(1, 2).flatten(2), params["w_o"].flatten(0, 1), params.get("b_o"))
+    (batch, heads, length, size), out = x.shape, params["w_o"].shape[2]
+    rows, matrix = x.transpose(1, 2).reshape(batch * length, heads * size), params["w_o"].reshape(heads * size, out)
+    return _linear(rows, matrix, params.get("b_o")).reshape(batch, length, out)
 
 
 def slopes(heads: int, dtype: str) -> Tensor:
