@@ -1,4 +1,8 @@
-"""Times of several functions in one process, taken in turns, so that a slow moment of the machine meets all of them."""
+"""Times of several functions in one process, taken in turns, so that a slow moment of the machine meets all of them.
+
+In its turn a function is called twice, and the second call is timed: memory that another gave back to the system, and
+caches that it filled, are not what is measured.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,9 @@ def medians(functions: Mapping[str, Callable[[], object]], seconds: float = 6.0)
     end = time.perf_counter() + seconds
     for turn in range(MOST + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
+            taken = _timed(function, time.perf_counter)
             if turn > 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
         if turn >= LEAST and time.perf_counter() > end:
             break
     return {name: statistics.median(taken) for name, taken in times.items()}
@@ -47,6 +50,7 @@ def ratio(
 
 
 def _timed(function: Callable[[], object], clock: Callable[[], float]) -> float:
+    function()
     start = clock()
     function()
     return clock() - start

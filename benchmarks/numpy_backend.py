@@ -1,8 +1,8 @@
 """mha_spec_numpy against the plain formula, against itself, and against this machine's float32 matrix product.
 
-Run it with `OPENBLAS_THREAD_TIMEOUT=4 python benchmarks/numpy_backend.py`, on a machine that does nothing else: ratios of
-interleaved medians, each with its limit. It prints and does not fail. The variable sends OpenBLAS' threads to sleep at
-once; by default they go on spinning for 100 ms after a product, and take a core from whatever is measured next.
+Run it with `OPENBLAS_THREAD_TIMEOUT=4 python benchmarks/numpy_backend.py`, on a machine that does nothing else: ratios
+of interleaved medians, each with its limit. It prints and does not fail. The variable sends OpenBLAS' threads to sleep
+at once; by default they go on spinning for 100 ms after a product, and take a core from whatever is measured next.
 """
 
 from __future__ import annotations

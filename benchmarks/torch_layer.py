@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 BATCH, LENGTH, EMBED, HEADS = 2, 512, 512, 8
-CACHED, STEPS = 1024, 256
+CACHED, STEPS = 1024, 512
 """Tokens that are cached before the first step, and the most steps that a cache has room for."""
 
 

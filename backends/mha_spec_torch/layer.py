@@ -63,11 +63,11 @@ def _autocast(x: Any) -> Any:
 
 def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Query, key and value of each head, each by one matrix product with its bias (MHA-PROJ-1, MHA-PROJ-2)."""
-    query, key, value = (
+    key, value = (
         None if x is None else _split(x, a.params[f"w_{name}"], a.params.get(f"b_{name}"))
-        for name, x in (("q", a.query), ("k", a.key), ("v", a.value))
+        for name, x in (("k", a.key), ("v", a.value))
     )
-    return query, key, value
+    return _split(a.query, a.params["w_q"], a.params.get("b_q")), key, value
 
 
 def _split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
