@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "Plan", "Stretches", "coarse", "plan_of"]
 
-SCORES = 2**19
-"""How many scores a block holds at most on a CPU, as long as its queries keep within the bounds: 2 MiB in float32."""
+SCORES = 2**20
+"""How many scores a block holds at most on a CPU, as long as its queries keep within the bounds: 4 MiB in float32."""
 ACCELERATED = 2**7
 """How many times as many on an accelerator, whose many units one head cannot keep busy."""
 LOWEST, HIGHEST = 64, 512
