@@ -1,6 +1,6 @@
 """The layer of mha_spec_jax against those of flax.nnx and equinox: ratios of processor time on the CPU, jitted.
 
-Run it with `python -P benchmarks/jax_layer.py`; a row past its limit, or too slow a mean of all, fails the run.
+Run it with `python benchmarks/jax_layer.py`; a row past its limit, or too slow a mean of all, fails the run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy
 from flax import nnx
+from measure import ratio
 
 import mha_spec_jax
 from mha_spec.weights import load_weights
@@ -27,25 +28,9 @@ if TYPE_CHECKING:
     from jax import Array
 
 BATCH, LENGTH, EMBED, HEADS, CAPACITY = 2, 512, 512, 8, 1024
-TURNS = 15
-"""How often each function is run."""
 LIMIT, MEAN_LIMIT = 1 / 0.97, 1 / 1.15
 """What one row may take of the other's time, and what all may on the geometric mean."""
 LINEAR = ("query_proj", "key_proj", "value_proj", "output_proj")
-
-
-def ratio(ours: Callable[[], object], theirs: Callable[[], object], turns: int = TURNS) -> tuple[float, float, float]:
-    """The median of the ratios of processor times in turn, and both medians in ms; the first turn warms up."""
-    pairs = [(timed(ours), timed(theirs)) for _ in range(turns + 1)][1:]
-    mine, other = (statistics.median(one) * 1000 for one in zip(*pairs, strict=True))
-    return statistics.median(a / b for a, b in pairs), mine, other
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Processor seconds of one run."""
-    start = time.process_time()
-    jax.block_until_ready(function())
-    return time.process_time() - start
 
 
 def report(name: str, limit: float, measured: tuple[float, float, float]) -> float:
@@ -54,6 +39,12 @@ def report(name: str, limit: float, measured: tuple[float, float, float]) -> flo
     verdict = "ok" if found <= limit else "EXCEEDED"
     print(f"{name:45s} {mine:9.3f} ms against {other:9.3f} ms: {found:5.2f}  limit {limit:.2f} {verdict}", flush=True)
     return found
+
+
+def processor_time(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float, float]:
+    """The ratio of two functions' times and both in ms, until their results are there."""
+    runs = (lambda: jax.block_until_ready(ours()), lambda: jax.block_until_ready(theirs()))
+    return ratio(*runs, clock=time.process_time)
 
 
 def trained(call: Callable[..., Array]) -> Callable[..., Any]:
@@ -96,7 +87,7 @@ def whole_sequences() -> list[float]:
         name = made.__name__.removeprefix("of_")
         for kind, compiled in (("forward", jax.jit), ("forward and backward", trained)):
             mine, theirs = partial(compiled(ours), params, x), partial(compiled(call), state, x)
-            found.append(report(f"{name}, {kind}", LIMIT, ratio(mine, theirs)))
+            found.append(report(f"{name}, {kind}", LIMIT, processor_time(mine, theirs)))
     return found
 
 
@@ -120,7 +111,7 @@ def decode_step() -> float:
     def ours(params: dict[str, Array], cache: mha_spec_jax.KVCache, token: Array) -> Any:
         return mha_spec_jax.multi_head_attention(token, token, token, params, causal=True, cache=cache)
 
-    measured = ratio(partial(ours, params, cache, token), partial(theirs, weights, held, token), 10 * TURNS)
+    measured = processor_time(partial(ours, params, cache, token), partial(theirs, weights, held, token))
     return report("nnx, decode step at 1024", 1.0, measured)
 
 

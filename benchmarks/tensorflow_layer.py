@@ -1,6 +1,6 @@
 """The layer of mha_spec_tensorflow against that of Keras: ratios of processor time on the CPU.
 
-Run it with `python -P benchmarks/tensorflow_layer.py`; a row past its limit fails the run.
+Run it with `python benchmarks/tensorflow_layer.py`; a row past its limit fails the run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy
 import tensorflow as tf
+from measure import ratio
 
 import mha_spec_tensorflow
 from mha_spec.weights import load_weights
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 BATCH, LENGTH, EMBED, HEADS = 2, 512, 512, 8
-TURNS = 15
-"""How often each function is run."""
 LIMIT = 1 / 0.97
 """What one row may take of the other's time."""
 MODES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
@@ -32,20 +31,6 @@ MODES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "tf.function": tf.function,
     "XLA": partial(tf.function, jit_compile=True),
 }
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Processor seconds of one run."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float, float]:
-    """The median of the ratios of processor times in turn, and both medians in ms; the first turn warms up."""
-    pairs = [(timed(ours), timed(theirs)) for _ in range(TURNS + 1)][1:]
-    mine, other = (statistics.median(one) * 1000 for one in zip(*pairs, strict=True))
-    return statistics.median(a / b for a, b in pairs), mine, other
 
 
 def trained(call: Callable[[tf.Tensor], tf.Tensor], leaves: Sequence[Any]) -> Callable[[tf.Tensor], object]:
@@ -75,7 +60,8 @@ def main() -> None:
             if kind != "forward":
                 leaves = ([one.value for one in layer.trainable_weights] for layer in (ours, theirs))
                 calls = [trained(call, own) for call, own in zip(calls, leaves, strict=True)]
-            measured, mine, other = ratio(*(partial(wrapped(call), x) for call in calls))
+            runs = [partial(wrapped(call), x) for call in calls]
+            measured, mine, other = ratio(runs[0], runs[1], clock=time.process_time)
             found.append(measured)
             verdict = "ok" if measured <= LIMIT else "EXCEEDED"
             print(f"{mode}, {kind:22s} {mine:9.3f} ms against {other:9.3f} ms: {measured:5.2f} {verdict}", flush=True)

@@ -47,10 +47,10 @@ class Tile:
 
 
 class Assembly:
-    """An array (batch, heads, q_len, *shape) that comes tile by tile, the tiles in order.
+    """An array (batch, heads, q_len, *shape) that comes tile by tile.
 
-    NumPy's is written where it belongs at once, so that it is fresh memory only once; a library whose arrays never
-    change joins its parts in the end.
+    NumPy's is written where it belongs at once, from any thread, so that it is fresh memory only once. Arrays of other
+    libraries may never change: their tiles come in order, and are joined in the end.
     """
 
     def __init__(self, a: Arguments, shape: tuple[int, ...], like: Array) -> None:
