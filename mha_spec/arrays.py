@@ -91,7 +91,8 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
     if isinstance(value, int):
         return [value]
     if isinstance(value, (list, tuple, numpy.ndarray, numpy.integer)):
-        return numpy.asarray(value).reshape(-1).tolist()
+        found = numpy.asarray(value)
+        return (found if found.ndim == 1 else found.reshape(-1)).tolist()
     return None
 
 

@@ -131,14 +131,14 @@ def new_lengths(
 
     A NumPy array where both are host data, else one of the library of `like`, whose counts act clamped (MHA-LEN-3).
     """
-    given = [lengths] if counts is None else [lengths, counts]
-    if all(host_integers(one) is not None for one in given):
-        return numpy.asarray(lengths, dtype=numpy.int32) + numpy.asarray(
-            length if counts is None else counts, dtype=numpy.int32
-        )
+    before = host_integers(lengths)
+    more = [length] * len(before or ()) if counts is None else host_integers(counts)
+    if before is not None and more is not None:
+        return numpy.array([one + other for one, other in zip(before, more, strict=True)], dtype=numpy.int32)
     xp = namespace_of(like)
-    before, *more = (xp.asarray(one, device=device_of(like)) for one in given)
-    return before + (xp.astype(xp.clip(more[0], 0, length), before.dtype) if more else length)
+    given = [lengths] if counts is None else [lengths, counts]
+    old, *new = (xp.asarray(one, device=device_of(like)) for one in given)
+    return old + (xp.astype(xp.clip(new[0], 0, length), old.dtype) if new else length)
 
 
 def store(buffer: Array, new: Array, start: Array | Sequence[int], stop: Array) -> Array:

@@ -17,6 +17,7 @@ import mha_spec
 from mha_spec import ArgumentTypeError, ArgumentValueError
 from mha_spec.parameters import AXES
 from mha_spec_torch import MultiHeadAttention
+from mha_spec_torch import layer as functions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -70,6 +71,43 @@ def test_output_and_gradients_are_those_of_the_formula(
     interleaved = None if rotary is None else rotary.get("interleaved", False)
     expected = formula(layer.params, x, x, x, hidden, interleaved)
     assert_same(ours, with_gradients([expected], [x, *layer.parameters()]))
+
+
+def test_products_in_parts_have_the_gradients_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FEW_ROWS": BATCH * LENGTH, "PARTS": 7, "LEAST": 1}.items():
+        monkeypatch.setattr(functions, name, value)
+    assert products_in_parts(monkeypatch, sized(), tokens()) == 3
+    test_output_and_gradients_are_those_of_the_formula(qk_norm=False, rotary=None, causal=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "embed", "dtype", "expected"),
+    [
+        (16, 256, "float32", 4),
+        (16, 256, "float64", 4),
+        (16, 256, "bfloat16", 0),
+        (17, 256, "float32", 0),
+        (16, 260, "float32", 0),
+        (16, 248, "float32", 0),
+    ],
+)
+def test_few_tokens_and_a_large_matrix_are_multiplied_in_parts(
+    count: int, embed: int, dtype: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = MultiHeadAttention(embed, 4, dtype=getattr(torch, dtype))
+    assert products_in_parts(monkeypatch, layer, tokens(count, embed, dtype=dtype)[:1]) == expected
+
+
+def products_in_parts(monkeypatch: pytest.MonkeyPatch, layer: MultiHeadAttention, x: Tensor) -> int:
+    """How many of the products of a call are taken in parts."""
+    seen: list[Tensor] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(functions, "_in_parts", lambda *of: seen.append(in_parts(*of)) or seen[-1])
+        layer(x)
+    return len(seen)
+
+
+in_parts = functions._in_parts
 
 
 def test_cross_attention_has_the_gradients_of_the_formula() -> None:

@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     from mha_spec.arguments import NoOptions, Options, WeightOptions
     from mha_spec.reference import Gradients
 
-__all__ = ["attention", "attention_and_weights", "attention_vjp", "attention_weights", "merge_attention"]
+__all__ = [
+    "attention",
+    "attention_and_weights",
+    "attention_to_all",
+    "attention_vjp",
+    "attention_weights",
+    "merge_attention",
+]
 
 
 @spells_options
@@ -59,25 +66,35 @@ def _attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     a = _arguments("attention", query, key, value, **options)
     if not return_lse and not transformed():
-        if _direct(a, options):
-            grouped = a.heads != a.kv_heads
-            return scaled_dot_product_attention(a.query, a.key, a.value, scale=a.scale, enable_gqa=grouped)
+        if options.keys() <= {"scale"} and _direct(a.query, a.key, a.value):
+            return _native(a.query, a.key, a.value, a.scale)
         if fused.takes(a):
             return _fused(a)
     output, lse = _attend(drawn(a), return_lse)
     return (output, lse) if return_lse else output
 
 
-def _direct(a: Arguments, options: Options) -> bool:
-    """Whether a call is exactly torch's own on the CPU: see `paths`.
+def attention_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention without options, of tensors that are known to fit: a layer has made them."""
+    if not transformed() and _direct(query, key, value):
+        return _native(query, key, value, None)
+    return attention(query, key, value)
+
+
+def _direct(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a call without options but scale is exactly torch's own on the CPU: see `paths`.
 
     Its backward sums 16-bit gradients in 16 bit, its lse is hidden, and a few keys scrub NaN.
     """
-    query, value = a.query, a.value
     if not query.is_cpu or 0 in query.shape or 0 in value.shape:
         return False
     sizes = query.shape[3] == value.shape[3] and value.shape[2] >= FEWEST_KEYS
-    return sizes and options.keys() <= {"scale"} and not (_traced(query) or _needs_gradient(query, a.key, value))
+    return sizes and not (_traced(query) or _needs_gradient(query, key, value))
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
 
 
 def _fused(a: Arguments) -> Tensor:

@@ -15,7 +15,7 @@ from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
-from .core import attention, attention_and_weights, attention_weights
+from .core import attention, attention_and_weights, attention_to_all, attention_weights
 from .function import transformed
 
 if TYPE_CHECKING:
@@ -78,7 +78,31 @@ def _split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _linear(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """A linear map by a matrix (in, out), as it is; `torch.nn.functional.linear` is slower with a transposed one."""
+    if _few(rows, matrix):
+        product = _in_parts(rows, matrix)
+        return product if bias is None else product + bias
     return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+
+
+FEW_ROWS, PARTS = 16, 8
+LEAST = 2**16
+"""A product on the CPU of so few rows and a matrix of this many numbers or more waits for the matrix, which one core
+alone reads unless it is cut in parts."""
+
+
+def _few(rows: Tensor, matrix: Tensor) -> bool:
+    """Whether a product is quicker in parts, whose sums 16-bit types would round."""
+    if type(rows) is not torch.Tensor or not rows.is_cpu or rows.dtype not in (torch.float32, torch.float64):
+        return False
+    count, size = rows.shape
+    return count <= FEW_ROWS and size % PARTS == 0 and matrix.numel() >= LEAST
+
+
+def _in_parts(rows: Tensor, matrix: Tensor) -> Tensor:
+    """A product as the sum of those of its parts, each of a share of the rows of the matrix."""
+    (count, size), columns = rows.shape, matrix.shape[1]
+    parts = rows.reshape(count, PARTS, size // PARTS).transpose(0, 1)
+    return torch.bmm(parts, matrix.reshape(PARTS, size // PARTS, columns)).sum(0)
 
 
 def normalise(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
@@ -168,6 +192,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     if length is not None:
         key, value = key[:, :, :length], value[:, :, :length]
         options = _left(query, length, options)
+        if not options:
+            return attention_to_all(query, key, value)
     return attention(query, key, value, **options)
 
 
