@@ -90,9 +90,10 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
     """Read integers on the host (a number, a sequence, a NumPy array); None for arrays that must not be read."""
     if isinstance(value, int):
         return [value]
-    if isinstance(value, (list, tuple, numpy.ndarray, numpy.integer)):
-        found = numpy.asarray(value)
-        return (found if found.ndim == 1 else found.reshape(-1)).tolist()
+    if isinstance(value, (list, tuple, numpy.integer)):
+        value = numpy.asarray(value)
+    if isinstance(value, numpy.ndarray):
+        return (value if value.ndim == 1 else value.reshape(-1)).tolist()
     return None
 
 

@@ -6,8 +6,6 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import finalize
 
-import numpy
-
 from .arrays import host_integers
 
 if TYPE_CHECKING:
@@ -85,20 +83,19 @@ class HighWater:
         self._marks: dict[tuple[int, int], list[int]] = {}
         self._lock = Lock()
 
-    def claim(self, cache: KVCache, lengths: numpy.ndarray) -> bool:
-        """Whether the buffers of `cache` may be written from its lengths up to `lengths`, which moves their mark."""
+    def claim(self, cache: KVCache, start: list[int], stop: list[int]) -> bool:
+        """Whether the buffers of `cache` may be written from its lengths `start` to `stop`, which moves their mark."""
         pair = (id(cache.key), id(cache.value))
         with self._lock:
-            mark = self._marks.get(pair)
-            if mark is None or mark != host_integers(cache.lengths):
+            if self._marks.get(pair) != start:
                 return False
-            self._marks[pair] = lengths.tolist()
+            self._marks[pair] = stop
             return True
 
     def own(self, cache: KVCache) -> KVCache:
         """Put the mark of fresh buffers, which nobody else holds, at the lengths of their cache."""
         pair = (id(cache.key), id(cache.value))
-        self._marks[pair] = numpy.asarray(cache.lengths).tolist()
+        self._marks[pair] = host_integers(cache.lengths) or []
         for buffer in (cache.key, cache.value):
             finalize(buffer, self._marks.pop, pair, None)
         return cache

@@ -21,7 +21,7 @@ from .errors import ArgumentTypeError, ArgumentValueError
 from .parameters import AXES, REQUIRED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "LayerArguments",
@@ -156,7 +156,8 @@ def _fit(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     """Whether a shape is as expected, where None is any size."""
     if shape == expected:
         return True
-    return len(shape) == len(expected) and not any(map(_differ, shape, expected))
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and not any(_differ(one, other) for one, other in pairs if one != other)
 
 
 def _check_params(a: LayerArguments) -> None:
@@ -179,9 +180,11 @@ def _check_params(a: LayerArguments) -> None:
         sizes["k_embed"] = a.key.shape[2]
     if a.value is not None:
         sizes["v_embed"] = a.value.shape[2]
-    for name in AXES:
+    for name in _one_of_each_kind(a.params):
+        _check_like(f"params[{name!r}]", a.params[name], a.query, "MHA-PROJ-4")
+    for name, axes in AXES.items():
         if name in a.params:
-            _check_parameter(name, a.params[name], sizes, a.query)
+            _check_sizes(name, axes, tuple(a.params[name].shape), sizes)
     if sizes["heads"] % sizes["kv_heads"]:
         raise ArgumentValueError(
             f"`params` must have heads that are a multiple of kv_heads={sizes['kv_heads']}, "
@@ -189,22 +192,26 @@ def _check_params(a: LayerArguments) -> None:
         )
 
 
-_LABELS = {name: f"params[{name!r}]" for name in AXES}
+def _one_of_each_kind(params: Mapping[str, Array]) -> Iterable[str]:
+    """The first name of each class, dtype and device that there is among parameters."""
+    kinds: dict[Any, str] = {}
+    for name, one in params.items():
+        kinds.setdefault((type(one), getattr(one, "dtype", None), getattr(one, "device", None)), name)
+    return kinds.values()
 
 
-def _check_parameter(name: str, parameter: Array, sizes: dict[str, int], query: Array) -> None:
+def _check_sizes(name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> None:
     """A parameter has the sizes that are known of its axes, and tells the others."""
-    _check_like(_LABELS[name], parameter, query, "MHA-PROJ-4")
-    axes, shape = AXES[name], tuple(parameter.shape)
-    known = tuple(map(sizes.get, axes))
-    if 0 in shape or not _fit(shape, known):
+    fitting = tuple([sizes.get(axis, size) for axis, size in zip(axes, shape, strict=False)])
+    if 0 in shape or len(shape) != len(axes) or not _fit(shape, fitting):
         expected = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
         raise ArgumentValueError(
-            f"`{_LABELS[name]}` must have shape ({', '.join(axes)})=({expected}), each size>=1, "
+            f"`params[{name!r}]` must have shape ({', '.join(axes)})=({expected}), each size>=1, "
             f"received shape={shape}. [MHA-PROJ-4]"
         )
-    if shape != known:
-        sizes.update(zip(axes, shape, strict=True))
+    for axis, size in zip(axes, shape, strict=True):
+        if sizes.get(axis) is None:
+            sizes[axis] = size
 
 
 def _is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
@@ -385,7 +392,7 @@ def _check_room(cache: KVCache, length: int | None, counts: Array | Sequence[int
     more = lengths if counts is None else host_integers(counts)
     if before is None or more is None:
         return
-    if any(one + other > cache.capacity for one, other in zip(before, more, strict=True)):
+    if max([one + other for one, other in zip(before, more, strict=True)], default=0) > cache.capacity:
         raise ArgumentValueError(
             f"`cache` must have room for the new tokens, capacity={cache.capacity}, received lengths={before} and "
             f"{more} more. Nothing was stored; a cache that is made larger holds them. [MHA-CACHE-4]"

@@ -8,6 +8,7 @@ import numpy
 
 from mha_spec import layer_steps
 from mha_spec.arguments import spells_options
+from mha_spec.arrays import host_integers
 from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer, alibi_bias, alibi_slopes, rotary_embedding
 from mha_spec.layer_steps import LayerSteps
@@ -50,9 +51,10 @@ def append(
     if value is None or not isinstance(cache.key, numpy.ndarray):
         return layer_steps.append(cache, key, value, counts, steps)
     stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
-    shared = _BUFFERS.claim(cache, stop)
+    ranges = host_integers(cache.lengths) or [], stop.tolist()
+    shared = _BUFFERS.claim(cache, *ranges)
     new = KVCache(cache.key, cache.value, stop) if shared else KVCache(cache.key.copy(), cache.value.copy(), stop)
-    for entry, (first, last) in enumerate(zip(cache.lengths, stop, strict=True)):
+    for entry, (first, last) in enumerate(zip(*ranges, strict=True)):
         new.key[entry, :, first:last] = key[entry, :, : last - first]
         new.value[entry, :, first:last] = value[entry, :, : last - first]
     return new if shared else _BUFFERS.own(new)

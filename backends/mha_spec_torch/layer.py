@@ -72,16 +72,21 @@ def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Tensor, Tensor | None,
 
 def _split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (batch, length, embed), (_, heads, size) = x.shape, weight.shape
-    matrix, bias = weight.reshape(embed, heads * size), None if bias is None else bias.reshape(heads * size)
-    return _linear(x.reshape(batch * length, embed), matrix, bias).reshape(batch, length, heads, size).transpose(1, 2)
+    return _linear(x, embed, weight, bias, (batch, length, heads, size)).transpose(1, 2)
 
 
-def _linear(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear map by a matrix (in, out), as it is; `torch.nn.functional.linear` is slower with a transposed one."""
-    if _few(rows, matrix):
-        product = _in_parts(rows, matrix)
+def _linear(x: Tensor, size: int, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """A linear map of the vectors of `size` numbers that x holds, by a matrix (in, out) as it is, shaped at last.
+
+    `torch.nn.functional.linear` is slower with a transposed matrix.
+    """
+    rows = x.reshape(shape[0] * shape[1], size)
+    if _few(rows, weight):
+        product = _in_parts(rows, weight).reshape(shape)
         return product if bias is None else product + bias
-    return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+    matrix = weight.reshape(size, -1)
+    product = rows @ matrix if bias is None else torch.addmm(bias.reshape(-1), rows, matrix)
+    return product.reshape(shape)
 
 
 FEW_ROWS, PARTS = 16, 8
@@ -90,19 +95,19 @@ LEAST = 2**16
 alone reads unless it is cut in parts."""
 
 
-def _few(rows: Tensor, matrix: Tensor) -> bool:
+def _few(rows: Tensor, weight: Tensor) -> bool:
     """Whether a product is quicker in parts, whose sums 16-bit types would round."""
     if type(rows) is not torch.Tensor or not rows.is_cpu or rows.dtype not in (torch.float32, torch.float64):
         return False
     count, size = rows.shape
-    return count <= FEW_ROWS and size % PARTS == 0 and matrix.numel() >= LEAST
+    return count <= FEW_ROWS and size % PARTS == 0 and weight.numel() >= LEAST
 
 
-def _in_parts(rows: Tensor, matrix: Tensor) -> Tensor:
+def _in_parts(rows: Tensor, weight: Tensor) -> Tensor:
     """A product as the sum of those of its parts, each of a share of the rows of the matrix."""
-    (count, size), columns = rows.shape, matrix.shape[1]
+    count, size = rows.shape
     parts = rows.reshape(count, PARTS, size // PARTS).transpose(0, 1)
-    return torch.bmm(parts, matrix.reshape(PARTS, size // PARTS, columns)).sum(0)
+    return torch.bmm(parts, weight.reshape(PARTS, size // PARTS, -1)).sum(0)
 
 
 def normalise(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
@@ -160,29 +165,30 @@ def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers |
     stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
     if value is None or not isinstance(stop, numpy.ndarray) or not _writable(key, value, cache.key, cache.value):
         return layer_steps.append(cache, key, value, counts, steps)
-    shared = isinstance(cache.lengths, numpy.ndarray) and _BUFFERS.claim(cache, stop)
+    ranges = host_integers(cache.lengths) or [], stop.tolist()
+    shared = _BUFFERS.claim(cache, *ranges)
     new = KVCache(cache.key, cache.value, stop) if shared else KVCache(cache.key.clone(), cache.value.clone(), stop)
-    ranges = list(zip(host_integers(cache.lengths) or (), stop.tolist(), strict=True))
-    _write(new.key.data, key, ranges)
-    _write(new.value.data, value, ranges)
+    _write(new.key.data, key, *ranges)
+    _write(new.value.data, value, *ranges)
     return new if shared else _BUFFERS.own(new)
 
 
-def _write(buffer: Tensor, tokens: Tensor, ranges: list[tuple[int, int]]) -> None:
+def _write(buffer: Tensor, tokens: Tensor, start: list[int], stop: list[int]) -> None:
     """Write to the storage, past autograd, which may have kept the tokens that are there."""
-    if len(set(ranges)) == 1:
-        first, last = ranges[0]
+    ranges = set(zip(start, stop, strict=True))
+    if len(ranges) == 1:
+        ((first, last),) = ranges
         buffer[:, :, first:last] = tokens[:, :, : last - first]
         return
-    for entry, (first, last) in enumerate(ranges):
+    for entry, (first, last) in enumerate(zip(start, stop, strict=True)):
         buffer[entry, :, first:last] = tokens[entry, :, : last - first]
 
 
 def _writable(*tensors: Tensor) -> bool:
     """Whether tensors are there, need no gradient, and may be written to where they lie."""
-    return not transformed() and not any(
-        one.requires_grad or type(one) is not torch.Tensor or one.is_inference() != torch.is_inference_mode_enabled()
-        for one in tensors
+    inference = torch.is_inference_mode_enabled()
+    return not transformed() and all(
+        type(one) is torch.Tensor and not one.requires_grad and one.is_inference() == inference for one in tensors
     )
 
 
@@ -231,9 +237,9 @@ def _left(query: Tensor, length: int, options: dict[str, Any]) -> dict[str, Any]
 
 def project_out(x: Tensor, params: Mapping[str, Tensor], _: LayerSteps) -> Tensor:
     """The heads side by side, by one matrix product with its bias (MHA-PROJ-3)."""
-    (batch, heads, length, size), out = x.shape, params["w_o"].shape[2]
-    rows, matrix = x.transpose(1, 2).reshape(batch * length, heads * size), params["w_o"].reshape(heads * size, out)
-    return _linear(rows, matrix, params.get("b_o")).reshape(batch, length, out)
+    batch, heads, length, size = x.shape
+    weight = params["w_o"]
+    return _linear(x.transpose(1, 2), heads * size, weight, params.get("b_o"), (batch, length, weight.shape[2]))
 
 
 def slopes(heads: int, dtype: str) -> Tensor:
