@@ -214,7 +214,7 @@ def _check_sizes(name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes
             sizes[axis] = size
 
 
-def _is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
+def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping)
 
 
