@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy
 
@@ -92,9 +92,9 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
         return [value]
     if isinstance(value, (list, tuple, numpy.integer)):
         value = numpy.asarray(value)
-    if isinstance(value, numpy.ndarray):
-        return (value if value.ndim == 1 else value.reshape(-1)).tolist()
-    return None
+    if not isinstance(value, numpy.ndarray):
+        return None
+    return cast("list[int]", (value if value.ndim == 1 else value.reshape(-1)).tolist())
 
 
 def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> tuple[Array, Array]:
