@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 BATCH, LENGTH, EMBED, HEADS = 2, 512, 512, 8
-CACHED, STEPS = 1024, 512
-"""Tokens that are cached before the first step, and the most steps that a cache has room for."""
+CACHED, STEPS, ROUNDS = 1024, 512, 7
+"""Tokens that are cached before the first step, the most steps that a cache has room for, and fresh caches."""
 
 
 class Theirs(torch.nn.Module):
@@ -96,7 +96,13 @@ def self_attention(*, compiled: bool, weights: bool) -> bool:
 
 
 def decode(batch: int) -> bool:
-    """A step at 1024 tokens, each side writing to buffers of its own; torch's own linear layers on their side."""
+    """A step at 1024 tokens; where buffers come to lie is worth 5 %, so that the median of fresh ones is taken."""
+    rounds = sorted((steps_of(batch) for _ in range(ROUNDS)), key=speed)
+    return report(f"decode step, batch {batch}", rounds[ROUNDS // 2], 1.0)
+
+
+def steps_of(batch: int) -> dict[str, float]:
+    """A step's times, each side writing to buffers of its own; torch's own linear layers on their side."""
     ours, theirs = pair()
     for layer in (ours, theirs):
         layer.requires_grad_(False)
@@ -108,7 +114,7 @@ def decode(batch: int) -> bool:
         _, caches[0] = ours(x, causal=True, cache=caches[0])
 
     step = partial(their_step, theirs, x, other.key, other.value, [CACHED])
-    return report(f"decode step, batch {batch}", medians({"ours": our_step, "theirs": step}), 1.0)
+    return medians({"ours": our_step, "theirs": step}, seconds=3)
 
 
 def their_step(
@@ -129,13 +135,18 @@ def their_step(
 
 def report(label: str, times: Mapping[str, float], limit: float) -> bool:
     """Print a row; whether our speed, theirs being 1, is no less than its limit."""
-    speed = times["theirs"] / times["ours"]
-    verdict = "ok" if speed >= limit else "BELOW"
+    reached = speed(times)
+    verdict = "ok" if reached >= limit else "BELOW"
     ours, theirs = (times[whose] * 1000 for whose in ("ours", "theirs"))
     print(
-        f"{label:45s} {ours:9.3f} ms against {theirs:9.3f} ms: {speed:5.2f}x  limit {limit:.2f} {verdict}", flush=True
+        f"{label:45s} {ours:9.3f} ms against {theirs:9.3f} ms: {reached:5.2f}x  limit {limit:.2f} {verdict}", flush=True
     )
-    return speed >= limit
+    return reached >= limit
+
+
+def speed(times: Mapping[str, float]) -> float:
+    """Our speed, theirs being 1."""
+    return times["theirs"] / times["ours"]
 
 
 ROWS: dict[str, Callable[[], bool]] = {

@@ -157,7 +157,7 @@ def _fit(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     if shape == expected:
         return True
     pairs = zip(shape, expected, strict=False)
-    return len(shape) == len(expected) and not any(_differ(one, other) for one, other in pairs if one != other)
+    return len(shape) == len(expected) and not any(_differ(one, other) for one, other in pairs)
 
 
 def _check_params(a: LayerArguments) -> None:
@@ -184,7 +184,7 @@ def _check_params(a: LayerArguments) -> None:
         _check_like(f"params[{name!r}]", a.params[name], a.query, "MHA-PROJ-4")
     for name, axes in AXES.items():
         if name in a.params:
-            _check_sizes(name, axes, tuple(a.params[name].shape), sizes)
+            _check_sizes(name, axes, a.params[name].shape, sizes)
     if sizes["heads"] % sizes["kv_heads"]:
         raise ArgumentValueError(
             f"`params` must have heads that are a multiple of kv_heads={sizes['kv_heads']}, "
@@ -202,20 +202,25 @@ def _one_of_each_kind(params: Mapping[str, Array]) -> Iterable[str]:
 
 def _check_sizes(name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> None:
     """A parameter has the sizes that are known of its axes, and tells the others."""
-    fitting = tuple([sizes.get(axis, size) for axis, size in zip(axes, shape, strict=False)])
-    if 0 in shape or len(shape) != len(axes) or not _fit(shape, fitting):
+    fits = len(shape) == len(axes)
+    learned: dict[str, int] = {}
+    for axis, size in zip(axes, shape, strict=True) if fits else ():
+        known = sizes.get(axis)
+        if known is None and size:
+            learned[axis] = size
+        elif size == 0 or (size != known and _differ(size, known)):
+            fits = False
+    if not fits:
         expected = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
         raise ArgumentValueError(
             f"`params[{name!r}]` must have shape ({', '.join(axes)})=({expected}), each size>=1, "
-            f"received shape={shape}. [MHA-PROJ-4]"
+            f"received shape={tuple(shape)}. [MHA-PROJ-4]"
         )
-    for axis, size in zip(axes, shape, strict=True):
-        if sizes.get(axis) is None:
-            sizes[axis] = size
+    sizes.update(learned)
 
 
 def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(value, Mapping)
+    return isinstance(value, (dict, Mapping))
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -80,11 +80,11 @@ def _linear(x: Tensor, size: int, weight: Tensor, bias: Tensor | None, shape: tu
 
     `torch.nn.functional.linear` is slower with a transposed matrix.
     """
-    rows = x.reshape(shape[0] * shape[1], size)
-    if _few(rows, weight):
-        product = _in_parts(rows, weight).reshape(shape)
+    count = shape[0] * shape[1]
+    if _few(x, count, size, weight):
+        product = _in_parts(x, count, size, weight).reshape(shape)
         return product if bias is None else product + bias
-    matrix = weight.reshape(size, -1)
+    rows, matrix = x.reshape(count, size), weight.reshape(size, -1)
     product = rows @ matrix if bias is None else torch.addmm(bias.reshape(-1), rows, matrix)
     return product.reshape(shape)
 
@@ -95,19 +95,18 @@ LEAST = 2**16
 alone reads unless it is cut in parts."""
 
 
-def _few(rows: Tensor, weight: Tensor) -> bool:
-    """Whether a product is quicker in parts, whose sums 16-bit types would round."""
-    if type(rows) is not torch.Tensor or not rows.is_cpu or rows.dtype not in (torch.float32, torch.float64):
+def _few(x: Tensor, count: int, size: int, weight: Tensor) -> bool:
+    """Whether a product of so many rows is quicker in parts, whose sums 16-bit types would round."""
+    if count > FEW_ROWS or type(x) is not torch.Tensor or not x.is_cpu:
         return False
-    count, size = rows.shape
-    return count <= FEW_ROWS and size % PARTS == 0 and weight.numel() >= LEAST
+    return x.dtype in (torch.float32, torch.float64) and size % PARTS == 0 and weight.numel() >= LEAST
 
 
-def _in_parts(rows: Tensor, weight: Tensor) -> Tensor:
+def _in_parts(x: Tensor, count: int, size: int, weight: Tensor) -> Tensor:
     """A product as the sum of those of its parts, each of a share of the rows of the matrix."""
-    count, size = rows.shape
-    parts = rows.reshape(count, PARTS, size // PARTS).transpose(0, 1)
-    return torch.bmm(parts, weight.reshape(PARTS, size // PARTS, -1)).sum(0)
+    share = size // PARTS
+    parts = x.reshape(count, PARTS, share).transpose(0, 1)
+    return torch.bmm(parts, weight.reshape(PARTS, share, -1)).sum(0)
 
 
 def normalise(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
@@ -187,9 +186,10 @@ def _write(buffer: Tensor, tokens: Tensor, start: list[int], stop: list[int]) ->
 def _writable(*tensors: Tensor) -> bool:
     """Whether tensors are there, need no gradient, and may be written to where they lie."""
     inference = torch.is_inference_mode_enabled()
-    return not transformed() and all(
-        type(one) is torch.Tensor and not one.requires_grad and one.is_inference() == inference for one in tensors
-    )
+    for one in tensors:
+        if type(one) is not torch.Tensor or one.requires_grad or one.is_inference() != inference:
+            return False
+    return not transformed()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
