@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .arguments import spells_options
 from .cache import KVCache
 from .errors import ArgumentTypeError, ArgumentValueError, BackendError, MhaSpecError
-from .selection import backend, backend_for, backend_names, backend_of_numbers
+from .selection import backend, backend_for, backend_names, backend_of_numbers, function_for, function_of
 
 if TYPE_CHECKING:
     from .reference import (
@@ -32,28 +32,28 @@ else:
     @spells_options
     def attention(query, key, value, *, return_lse=False, **options):
         """Scaled dot-product attention, by the backend of the query's type; see `mha_spec.reference.attention`."""
-        return backend_for(query).attention(query, key, value, return_lse=return_lse, **options)
+        return function_for("attention", query)(query, key, value, return_lse=return_lse, **options)
 
     @spells_options
     def attention_weights(query, key, **options):
         """The normalised weights, by the backend of the query's type; see `mha_spec.reference.attention_weights`."""
-        return backend_for(query).attention_weights(query, key, **options)
+        return function_for("attention_weights", query)(query, key, **options)
 
     @spells_options
     def attention_vjp(grad_output, query, key, value, *, grad_lse=None, **options):
         """The gradients, by the backend of the query's array type; see `mha_spec.reference.attention_vjp`."""
-        return backend_for(query).attention_vjp(grad_output, query, key, value, grad_lse=grad_lse, **options)
+        return function_for("attention_vjp", query)(grad_output, query, key, value, grad_lse=grad_lse, **options)
 
     @spells_options
     def merge_attention(output_a, lse_a, output_b, lse_b, **options):
         """Two halves of one softmax, by the backend of the type; see `mha_spec.reference.merge_attention`."""
-        return backend_for(output_a, "output_a").merge_attention(output_a, lse_a, output_b, lse_b, **options)
+        return function_for("merge_attention", output_a, "output_a")(output_a, lse_a, output_b, lse_b, **options)
 
     @spells_options
     def multi_head_attention(query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
         """The layer, by the backend of the query's type; see `mha_spec.reference.multi_head_attention`."""
         own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
-        return backend_for(query).multi_head_attention(query, key, value, params, **own, **options)
+        return function_for("multi_head_attention", query)(query, key, value, params, **own, **options)
 
     @spells_options
     def multi_head_attention_and_weights(
@@ -61,27 +61,27 @@ else:
     ):
         """Output and weights, by the backend of the type; see `mha_spec.reference.multi_head_attention_and_weights`."""
         own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
-        return backend_for(query).multi_head_attention_and_weights(query, key, value, params, **own, **options)
+        return function_for("multi_head_attention_and_weights", query)(query, key, value, params, **own, **options)
 
     @spells_options
     def multi_head_attention_weights(query, key, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
         """Its weights, by the backend of the query's type; see `mha_spec.reference.multi_head_attention_weights`."""
         own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
-        return backend_for(query).multi_head_attention_weights(query, key, params, **own, **options)
+        return function_for("multi_head_attention_weights", query)(query, key, params, **own, **options)
 
     def rotary_embedding(x, positions, *, base=10000.0, interleaved=False, rotary_dim=None):
         """Positions as rotations, by the backend of the type; see `mha_spec.reference.rotary_embedding`."""
         own = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
-        return backend_for(x, "x").rotary_embedding(x, positions, **own)
+        return function_for("rotary_embedding", x, "x")(x, positions, **own)
 
     def alibi_slopes(heads, *, dtype="float32"):
         """The slopes of linear biases, NumPy's unless a backend is fixed; see `mha_spec.reference.alibi_slopes`."""
-        return backend_of_numbers().alibi_slopes(heads, dtype=dtype)
+        return function_of(backend_of_numbers(), "alibi_slopes")(heads, dtype=dtype)
 
     def alibi_bias(slopes, q_len, kv_len, *, q_offset=None):
         """Positions as a bias, by the backend of the slopes' type; see `mha_spec.reference.alibi_bias`."""
         chosen = backend_of_numbers() if isinstance(slopes, int) else backend_for(slopes, "slopes")
-        return chosen.alibi_bias(slopes, q_len, kv_len, q_offset=q_offset)
+        return function_of(chosen, "alibi_bias")(slopes, q_len, kv_len, q_offset=q_offset)
 
 
 __all__ = [

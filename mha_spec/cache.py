@@ -9,8 +9,7 @@ from weakref import finalize
 from .arrays import host_integers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import ModuleType
+    from collections.abc import Callable, Sequence
 
     from jaxtyping import Float, Int
 
@@ -37,7 +36,7 @@ class KVCache(NamedTuple):
         cls, batch: int, kv_heads: int, capacity: int, qk_dim: int, v_dim: int | None = None, *, like: Array
     ) -> KVCache:
         """A cache without tokens, with the library, dtype and device of the array `like`; v_dim None is qk_dim."""
-        return _backend_for(like, "like").empty_cache(batch, kv_heads, capacity, qk_dim, v_dim, like=like)
+        return _function_for("empty_cache", like, "like")(batch, kv_heads, capacity, qk_dim, v_dim, like=like)
 
     def append(
         self,
@@ -46,7 +45,7 @@ class KVCache(NamedTuple):
         lengths: Int[Array, "batch"] | Sequence[int] | None = None,
     ) -> KVCache:
         """Put new tokens behind those of each batch entry; see `mha_spec.reference.append_cache`."""
-        return _backend_for(self.key, "cache").append_cache(self, key, value, lengths)
+        return _function_for("append_cache", self.key, "cache")(self, key, value, lengths)
 
     @property
     def batch(self) -> int:
@@ -64,11 +63,11 @@ class KVCache(NamedTuple):
         return f"KVCache(key={key}, value={value}, lengths={self.lengths!r})"
 
 
-def _backend_for(array: Array, label: str) -> ModuleType:
-    """Give the backend of an array; one that is fixed at import is loaded there, and imports this module."""
-    from .selection import backend_for
+def _function_for(name: str, array: Array, label: str) -> Callable[..., KVCache]:
+    """Give a function of the backend of an array; one that is fixed at import is loaded there, and imports this."""
+    from .selection import function_for
 
-    return backend_for(array, label)
+    return function_for(name, array, label)
 
 
 class HighWater:

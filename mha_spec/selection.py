@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .arrays import library_of
 from .errors import ArgumentTypeError, BackendError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from importlib.metadata import EntryPoint
     from types import ModuleType
 
@@ -27,6 +28,8 @@ __all__ = [
     "backend_names",
     "backend_of_numbers",
     "backend_origin",
+    "function_for",
+    "function_of",
     "install_command",
 ]
 
@@ -137,6 +140,23 @@ def backend_for(array: object, label: str = "query") -> ModuleType:
     if found is None:
         found = _BACKEND_OF_CLASS[type(array)] = _backend_of(library_of(array), type(array).__name__, label)
     return found
+
+
+def function_for(name: str, array: object, label: str = "query") -> Callable[..., Any]:
+    """Give a function of the backend that answers for `array`, the argument called `label`."""
+    return function_of(backend_for(array, label), name)
+
+
+def function_of(module: ModuleType, name: str) -> Callable[..., Any]:
+    """Give a function of a backend, which need not have them all.
+
+    Raises:
+        BackendError: It has none of that name.
+    """
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise BackendError(f"backend {getattr(module, '__name__', module)} has no function {name!r}") from None
 
 
 def backend_of_numbers() -> ModuleType:

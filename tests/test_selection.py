@@ -96,6 +96,14 @@ def test_third_party_is_found_and_answers_for_its_arrays(python: Python, plugin:
     assert answer.stdout.strip() == "third party", answer.stderr
 
 
+def test_function_that_a_third_party_has_not_is_named(python: Python, plugin: Callable[..., str]) -> None:
+    folder = plugin("tinygrad", "mha_tinygrad")
+    ask = ASK_FOR_AN_ARRAY_OF_IT.format(library="tinygrad").replace("attention(", "attention_and_weights(Array(), ")
+    line = _last_line(python(ask.replace("mha_spec.a", "mha_spec.multi_head_a"), PYTHONPATH=folder))
+    expected = "backend mha_tinygrad has no function 'multi_head_attention_and_weights'"
+    assert line == f"mha_spec.errors.BackendError: {expected}"
+
+
 def test_entry_point_may_name_an_object_of_a_module(python: Python, plugin: Callable[..., str]) -> None:
     source = f"class backend:\n    @staticmethod{THIRD_PARTY.replace(chr(10), chr(10) + '    ')}"
     folder = plugin("tinygrad", "mha_tinygrad", source, "mha_tinygrad:backend")
