@@ -46,6 +46,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strip, "SCORES", 70)
     monkeypatch.setattr(strip, "HIGHEST", 10)
     monkeypatch.setattr(strip, "LOWEST", 10)
+    monkeypatch.setattr(problem, "FEWEST_ROWS", 0)
 
 
 @pytest.fixture
@@ -312,6 +313,62 @@ def test_unseen_blocks_are_skipped(
     pairs = BATCH * HEADS * KV_LEN**2
     assert computed(ask_for, *asked) == pairs
     assert computed(ask_for, *asked, **options) <= share * pairs
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
+    """Count the tiles of a call that need no maximum, and all of them."""
+    seen: list[bool] = []
+    small = problem.Problem.small
+    monkeypatch.setattr(problem.Problem, "small", lambda *of: seen.append(small(*of)) or seen[-1])
+
+    def count(function: str, call: Mapping[str, Any]) -> tuple[int, int]:
+        seen.clear()
+        assert_allowed(function, call, ask(mha_spec_numpy, function, call))
+        return sum(seen), len(seen)
+
+    return count
+
+
+def _with(call: Mapping[str, Any], name: str, number: float) -> dict[str, Any]:
+    """A call with one vector, of the first batch entry and head, of another number."""
+    array = call[name].copy()
+    array[0, 0, 3] = number
+    return {**call, name: array}
+
+
+@pytest.mark.parametrize("function", OUTPUTS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_small_logits_need_no_maximum(function: str, dtype: str, small_tiles: Callable[..., tuple[int, int]]) -> None:
+    call = converted(random_arrays(3), dtype)
+    taken, tiles = small_tiles(function, call)
+    assert taken == tiles == BATCH * KV_HEADS
+    assert small_tiles(function, {**call, "softcap": 1.5}) == (tiles, tiles)
+    assert small_tiles(function, {**call, "scale": 3.0})[0] < tiles
+    assert small_tiles(function, _with(call, "query", 90.0))[0] == tiles - 1
+    assert small_tiles(function, _with(call, "key", 90.0))[0] == tiles - 1
+    if function != "attention_weights":
+        assert small_tiles(function, _with(call, "value", 2.0**70))[0] == tiles - 1
+
+
+@pytest.mark.parametrize("function", OUTPUTS)
+def test_invisible_pairs_have_no_say_in_whether_a_maximum_is_needed(
+    function: str, small_tiles: Callable[..., tuple[int, int]]
+) -> None:
+    square = random_arrays(3, q_len=KV_LEN)
+    assert small_tiles(function, square)[0] > 0
+    assert small_tiles(function, random_arrays(3, q_len=31))[0] == 0, "too few queries for the lengths to be worthwhile"
+    for options in (
+        {"mask": numpy.ones((1, 1, 1, 1), dtype=bool)},
+        {"kv_lengths": [KV_LEN, KV_LEN]},
+        {"q_lengths": [KV_LEN, KV_LEN]},
+        {"causal": True},
+        {"window": (90, 90)},
+        {"bias": numpy.ones((1, 1, 1, 1))},
+        {"sinks": numpy.zeros(HEADS)},
+        {f"{whose}_segment_ids": numpy.zeros((BATCH, KV_LEN), dtype=int) for whose in ("q", "kv")},
+    ):
+        assert small_tiles(function, square | options)[0] == 0
 
 
 def _memory(function: Callable[[], Any]) -> int:

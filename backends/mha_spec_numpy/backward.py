@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING
 from mha_spec import steps
 from mha_spec.arrays import device_of, dtype_name
 
-from .operations import added, dense, product
+from .operations import Room, added, dense, outer, product, shown
 from .parallel import each
-from .strip import softmax, strips
+from .strip import exponentials, strips
 from .tiling import Assembly, fold, heads, part, stacked, unfold
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> G
     grad_output = dense(grad_output, dtype_name(like))
     grad_lse = None if grad_lse is None else dense(grad_lse, dtype_name(like))[..., None]
     grad_query = Assembly(a, (a.query.shape[3],), like)
-    parts = each(partial(_head_gradients, problem, grad_output, grad_lse, grad_query), heads(a), a)
+    rooms: deque[Room] = deque()
+    parts = each(partial(_head_gradients, problem, grad_output, grad_lse, grad_query, rooms), heads(a), a)
 
     grad_key = stacked([head.key for head in parts], tuple(a.key.shape), like)
     grad_value = stacked([head.value for head in parts], tuple(a.value.shape), like)
@@ -58,7 +60,12 @@ def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> G
 
 
 def _head_gradients(
-    problem: Problem, grad_output: Array, grad_lse: Array | None, grad_query: Assembly, head: tuple[int, int]
+    problem: Problem,
+    grad_output: Array,
+    grad_lse: Array | None,
+    grad_query: Assembly,
+    rooms: deque[Room],
+    head: tuple[int, int],
 ) -> HeadGradients:
     a, xp, like = problem.a, problem.xp, problem.query
     key, value = problem.key[(*head, ...)], problem.value[(*head, ...)]
@@ -68,56 +75,61 @@ def _head_gradients(
         bias = xp.zeros((1, min(group, a.bias.shape[1]), *a.bias.shape[2:]), dtype=like.dtype, device=device_of(like))
     sinks = xp.zeros((group,), dtype=like.dtype, device=device_of(like))
     gradients = HeadGradients(xp.zeros_like(key), xp.zeros_like(value), bias, sinks)
+    room = rooms.pop() if rooms else Room()
     for tile in strips(a, [head]):
-        blocks, sink_weights, _ = softmax(problem, tile, slope=True)
-        grad_weights, row_dot = _through_values(problem, tile, blocks, fold(grad_output, tile), gradients)
+        room.clear()
+        blocks, of_sink, total = exponentials(problem, tile, slope=True, room=room)
+        share = steps.normalise(xp.ones_like(total), total)
+        weighed, row_dot = _through_values(problem, tile, blocks, fold(grad_output, tile) * share, gradients, room)
         if grad_lse is not None:
             row_dot = row_dot - fold(grad_lse, tile)
-        grad_query.put(tile, _through_scores(problem, tile, blocks, grad_weights, row_dot, gradients))
-        of_sinks = steps.grad_sinks(unfold(sink_weights, tile)[None, ...], unfold(row_dot, tile)[None, ...])
+        grad_query.put(tile, _through_scores(problem, tile, weighed, row_dot * share, gradients))
+        of_sinks = steps.grad_sinks(unfold(of_sink * share, tile)[None, ...], unfold(row_dot, tile)[None, ...])
         gradients.sinks = gradients.sinks + of_sinks
+    rooms.append(room)
     return gradients
 
 
 def _through_values(
-    problem: Problem, tile: Tile, blocks: list[Block], grad_output: Array, gradients: HeadGradients
-) -> tuple[list[Array], Array]:
-    """Add dV; give dP of each block and D, the sum of P dP over the keys (MHA-VJP-1, MHA-VJP-3)."""
+    problem: Problem, tile: Tile, blocks: list[Block], shared: Array, gradients: HeadGradients, room: Room
+) -> tuple[list[tuple[Block, Array]], Array]:
+    """Add dV; give each block with its dP, and D, the sum of P dP over the keys (MHA-VJP-1, MHA-VJP-3).
+
+    Blocks hold exponentials: what divides them, the sum of their row, `shared` = dO / sum has taken, and so has dP.
+    """
     xp, rate, value = problem.xp, problem.a.dropout_rate, problem.value[tile.batch, tile.kv_head, ...]
     row_dot = xp.zeros((tile.rows, 1), dtype=value.dtype, device=device_of(value))
-    of_blocks: list[Array] = []
-    for keys, weights, visible, _ in blocks:
+    weighed: list[tuple[Block, Array]] = []
+    for block in blocks:
+        keys, weights, visible, _ = block
         keep = problem.keep(tile, keys)
-        grad_weights = steps.drop(steps.grad_weights(grad_output, value[part(keys), :]), keep, rate)
-        grad_weights = problem.shown(grad_weights, visible)
+        grad_weights = shown(steps.drop(outer(shared, value[part(keys), :], room), keep, rate), visible)
         row_dot += xp.vecdot(weights, grad_weights)[:, None]
         dropped = xp.matrix_transpose(steps.drop(weights, keep, rate))
-        of_value = product(dropped, grad_output, _transposed(problem, visible))
+        of_value = product(dropped, shared, _transposed(problem, visible))
         gradients.value = added(gradients.value, (part(keys), slice(None)), of_value)
-        of_blocks.append(grad_weights)
-    return of_blocks, row_dot
+        weighed.append((block, grad_weights))
+    return weighed, row_dot
 
 
 def _through_scores(
-    problem: Problem,
-    tile: Tile,
-    blocks: list[Block],
-    grad_weights: list[Array],
-    row_dot: Array,
-    gradients: HeadGradients,
+    problem: Problem, tile: Tile, weighed: list[tuple[Block, Array]], row_dot: Array, gradients: HeadGradients
 ) -> Array:
-    """Add dK and dbias of dS = P (dP - D), and give dQ (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5)."""
+    """Add dK and dbias of dS = P (dP - D), and give dQ (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5).
+
+    The sum by which P is divided is in dP and `row_dot`.
+    """
     xp = problem.xp
     query, key = problem.scaled(tile), problem.key[tile.batch, tile.kv_head, ...]
     grad_query = xp.zeros_like(query)
-    for (keys, weights, visible, cap_slope), grad_of_weights in zip(blocks, grad_weights, strict=True):
-        grad_logits = grad_of_weights
+    for (keys, weights, visible, cap_slope), grad_weights in reversed(weighed):
+        grad_logits = grad_weights
         grad_logits -= row_dot
         grad_logits *= weights
-        grad_logits = problem.shown(grad_logits, visible)
+        grad_logits = shown(grad_logits, visible)
         if gradients.bias is not None:
             gradients.bias = _with_block(gradients.bias, tile, keys, grad_logits)
-        grad_scores = grad_logits if problem.a.softcap is None else problem.shown(grad_logits * cap_slope, visible)
+        grad_scores = grad_logits if problem.a.softcap is None else shown(grad_logits * cap_slope, visible)
         grad_query += product(grad_scores, key[part(keys), :], visible)
         of_key = product(xp.matrix_transpose(grad_scores), query, _transposed(problem, visible))
         gradients.key = added(gradients.key, (part(keys), slice(None)), of_key)

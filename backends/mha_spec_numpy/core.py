@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def attention(
     problem = Problem.of(a, dropout_of(a))
     output = Assembly(a, value.shape[3:], problem.query)
     lse = Assembly(a, (), problem.query) if return_lse else None
-    each(partial(attend, problem, output, lse), tiles(a, heads(a), problem.visibility.rows), a)
+    each(partial(attend, problem, output, lse, deque()), tiles(a, heads(a), problem.visibility.rows), a)
     rounded = steps.round_output(output.whole(), dtype_name(query))
     return rounded if lse is None else (rounded, lse.whole())
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from mha_spec import steps
 from mha_spec.arrays import device_of
 
-from .operations import anchor_of, exp, product, row_sum
+from .operations import Room, anchor_of, exp, product, row_sum
 from .tiling import SCORES, part
 
 if TYPE_CHECKING:
+    from collections import deque
+
     from mha_spec.arrays import Array
 
     from .problem import Block, Problem
@@ -27,13 +29,20 @@ class Softmax(NamedTuple):
     output: Array | None
 
 
-def attend(problem: Problem, output: Assembly, lse: Assembly | None, tile: Tile) -> None:
+def attend(problem: Problem, output: Assembly, lse: Assembly | None, rooms: deque[Room], tile: Tile) -> None:
     """Put a tile's output and lse into place; lse costs nothing where it is not asked for."""
     value = problem.value[tile.batch, tile.kv_head, ...]
     softmax, scaled = _of_sink(problem, tile), problem.scaled(tile)
+    with_block = _with_block
+    if problem.small(scaled, tile):
+        nothing = problem.xp.zeros_like(softmax.maximum)
+        softmax, with_block = Softmax(nothing, nothing, None), _with_small
+    room = rooms.pop() if rooms else Room()
     for keys in problem.visibility.key_blocks(tile, max(1, SCORES // tile.rows)):
-        block = problem.block(scaled, tile, keys)
-        softmax = _with_block(problem, tile, softmax, block, value[part(keys), :])
+        room.clear()
+        block = problem.block(scaled, tile, keys, room=room)
+        softmax = with_block(problem, tile, softmax, block, value[part(keys), :])
+    rooms.append(room)
     weighted = softmax.output
     if weighted is None:
         weighted = problem.xp.zeros((tile.rows, value.shape[1]), dtype=value.dtype, device=device_of(value))
@@ -56,9 +65,23 @@ def _with_block(problem: Problem, tile: Tile, before: Softmax, block: Block, val
     weights = block.logits
     weights -= anchor
     weights = exp(weights)
-    dropped = steps.drop(weights, problem.keep(tile, block.keys), problem.a.dropout_rate)
-    output = product(dropped, value, block.visible)
+    output = _weighted(problem, tile, block, weights, value)
     decay = xp.exp(before.maximum - anchor)
     if before.output is not None:
         output += before.output * decay
     return Softmax(maximum, before.total * decay + row_sum(weights), output)
+
+
+def _with_small(problem: Problem, tile: Tile, before: Softmax, block: Block, value: Array) -> Softmax:
+    """One block more of logits that need no maximum: against 0, nothing that came before changes."""
+    weights = exp(block.logits)
+    output = _weighted(problem, tile, block, weights, value)
+    if before.output is not None:
+        output += before.output
+    return Softmax(before.maximum, before.total + row_sum(weights), output)
+
+
+def _weighted(problem: Problem, tile: Tile, block: Block, weights: Array, value: Array) -> Array:
+    """The sum of a block's values, each times its weight after dropout."""
+    dropped = steps.drop(weights, problem.keep(tile, block.keys), problem.a.dropout_rate)
+    return product(dropped, value, block.visible)

@@ -13,7 +13,30 @@ from mha_spec.arrays import device_of, namespace_of
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
-__all__ = ["added", "anchor_of", "dense", "exp", "hide", "product", "row_sum"]
+__all__ = ["Room", "added", "anchor_of", "dense", "exp", "hide", "outer", "product", "row_sum", "shown"]
+
+
+class Room:
+    """Memory for the blocks of a strip, and then for those of the next: fresh memory costs as much time as a product.
+
+    Only NumPy's; arrays of other libraries never change.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[numpy.ndarray] = []
+        self._taken = 0
+
+    def clear(self) -> None:
+        """All that was taken may be written over."""
+        self._taken = 0
+
+    def take(self, rows: int, columns: int, dtype: numpy.dtype) -> numpy.ndarray:
+        """A matrix with any numbers in it."""
+        index, size = self._taken, rows * columns
+        if index == len(self._pieces) or self._pieces[index].size < size:
+            self._pieces[index : index + 1] = [numpy.empty(size, dtype)]
+        self._taken += 1
+        return self._pieces[index][:size].reshape(rows, columns)
 
 
 def dense(array: Array, dtype: str) -> Array:
@@ -33,6 +56,24 @@ def anchor_of(maximum: Array) -> Array:
     """What is subtracted before exp: the maximum of a row, or 0 where it sees nothing, since -inf - -inf is NaN."""
     xp: Any = namespace_of(maximum)
     return xp.where(maximum == -math.inf, 0.0, maximum)
+
+
+def outer(left: Array, right: Array, room: Room | None) -> Array:
+    """Every row of one matrix times every row of another, in memory of `room`."""
+    transposed = namespace_of(right).matrix_transpose(right)
+    if room is None or not isinstance(left, numpy.ndarray):
+        return left @ transposed
+    return numpy.matmul(left, transposed, out=room.take(left.shape[0], right.shape[0], left.dtype))
+
+
+def shown(array: Array, visible: Array | None) -> Array:
+    """An array that nobody else needs, with 0 at the pairs that are not visible (MHA-POISON-1, MHA-POISON-2)."""
+    if visible is None:
+        return array
+    if isinstance(array, numpy.ndarray):
+        numpy.copyto(array, 0.0, where=~visible)
+        return array
+    return namespace_of(array).where(visible, array, 0.0)
 
 
 def hide(logits: Array, visible: Array) -> Array:

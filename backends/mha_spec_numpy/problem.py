@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy
+
 from mha_spec import steps
 from mha_spec.arrays import device_of, dtype_name, namespace_of, softmax_dtype_name
 
-from .operations import dense, hide
+from .operations import dense, hide, outer
 from .tiling import block_of, fold, part
 from .visibility import Visibility
 
@@ -18,9 +20,17 @@ if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
     from .dropout import Dropout
+    from .operations import Room
     from .tiling import Tile
 
 __all__ = ["Block", "Problem"]
+
+SMALL = 16.0
+"""Against no maximum, exponentials of logits up to this are between 2^-24 and 2^24: they overflow no sum of products
+with values up to `LARGEST`, and what underflows in one is at most the smallest normal number of float32."""
+LARGEST = 2.0**60
+FEWEST_ROWS = 64
+"""Below so many queries for each key, lengths cost more than maxima."""
 
 
 class Block(NamedTuple):
@@ -45,6 +55,9 @@ class Problem:
     scale: float
     visibility: Visibility
     dropout: Dropout | None
+    lengths: Array | None
+    """Of the longest key of each head, (batch, kv_heads), where a softmax may do without maxima: every row sees every
+    key, so that nothing invisible has a say in that."""
 
     @classmethod
     def of(cls, a: Arguments, dropout: Dropout | None = None) -> Problem:
@@ -54,7 +67,9 @@ class Problem:
         key, value, sinks = (
             None if operand is None else dense(operand, dtype) for operand in (a.key, a.value, a.sinks)
         )
-        return cls(a, dense(a.query, dtype), key, value, sinks, scale, Visibility.of(a), dropout)
+        visibility = Visibility.of(a)
+        lengths = longest(a, key, value) if visibility.whole and a.bias is None and sinks is None else None
+        return cls(a, dense(a.query, dtype), key, value, sinks, scale, visibility, dropout, lengths)
 
     @property
     def xp(self) -> Any:
@@ -65,10 +80,19 @@ class Problem:
         """The queries of a tile, (rows, qk_dim), times the scale."""
         return fold(self.query, tile) * self.scale
 
-    def block(self, scaled: Array, tile: Tile, keys: range, *, slope: bool = False) -> Block:
+    def small(self, scaled: Array, tile: Tile) -> bool:
+        """Whether the logits of a tile are known to be so small that no maximum need be subtracted from them.
+
+        A product is at most that of the lengths, and a soft cap only makes it smaller.
+        """
+        if self.lengths is None:
+            return False
+        return bool(length_of(scaled) * self.lengths[tile.batch, tile.kv_head] <= SMALL)
+
+    def block(self, scaled: Array, tile: Tile, keys: range, *, slope: bool = False, room: Room | None = None) -> Block:
         """The logits of a tile against a block of keys, and with `slope` that of the soft cap (MHA-VJP-2)."""
         xp = self.xp
-        scores = scaled @ xp.matrix_transpose(self.key[tile.batch, tile.kv_head, part(keys), :])
+        scores = outer(scaled, self.key[tile.batch, tile.kv_head, part(keys), :], room)
         logits = steps.soft_cap(scores, self.a.softcap)
         cap_slope = steps.cap_slope(scores, self.a.softcap) if slope else 1.0
         bias = None if self.a.bias is None else block_of(self.a.bias, tile, keys)
@@ -103,6 +127,19 @@ class Problem:
             return None
         return xp.reshape(xp.broadcast_to(kept, (tile.group, len(tile.queries), len(keys))), (tile.rows, len(keys)))
 
-    def shown(self, array: Array, visible: Array | None) -> Array:
-        """An array of a block with 0 at the pairs that are not visible (MHA-POISON-1, MHA-POISON-2)."""
-        return array if visible is None else self.xp.where(visible, array, 0.0)
+
+def longest(a: Arguments, key: Array, value: Array | None) -> numpy.ndarray | None:
+    """The length of the longest key of each head, infinite beside a value that is too long; None where none is read."""
+    if not isinstance(key, numpy.ndarray) or a.q_len * a.heads // a.kv_heads < FEWEST_ROWS:
+        return None
+    lengths = length_of(key)
+    return lengths if value is None else numpy.where(length_of(value) <= LARGEST, lengths, math.inf)
+
+
+def length_of(vectors: numpy.ndarray) -> numpy.ndarray:
+    """The length of the longest vector of each matrix; NaN counts as 0, since what it meets is NaN in any case."""
+    squares = numpy.vecdot(vectors, vectors)
+    if numpy.isnan(squares).any():
+        numbers = numpy.where(numpy.isnan(vectors), 0.0, vectors)
+        squares = numpy.vecdot(numbers, numbers)
+    return numpy.sqrt(squares.max(axis=-1, initial=0.0))

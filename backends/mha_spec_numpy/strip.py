@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING
 from mha_spec import steps
 from mha_spec.arrays import device_of
 
-from .operations import added, anchor_of, exp, row_sum
+from .operations import added, anchor_of, exp, row_sum, shown
 from .tiling import SCORES, heads, part, tiles
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
+    from .operations import Room
     from .problem import Block, Problem
     from .tiling import Assembly, Tile
 
-__all__ = ["softmax", "strips", "weigh"]
+__all__ = ["exponentials", "strips", "weigh"]
 
-STRIP = 2**20
-"""How many scores a strip has, 4 MiB in float32, as long as its rows keep within the bounds."""
-LOWEST, HIGHEST = 64, 256
+STRIP = 2**21
+"""How many scores a strip has, 8 MiB in float32, as long as its rows keep within the bounds."""
+LOWEST, HIGHEST = 64, 512
 """Bounds of a strip's rows; below the lowest, matrix products lose their speed."""
 
 
@@ -34,36 +37,46 @@ def strips(a: Arguments, of: list[tuple[int, int]] | None = None) -> list[Tile]:
     return tiles(a, heads(a) if of is None else of, rows)
 
 
-def softmax(problem: Problem, tile: Tile, *, slope: bool = False) -> tuple[list[Block], Array, Array]:
-    """The blocks of a strip with weights for logits, the weights of the sinks, and the sum of exponentials."""
-    xp = problem.xp
-    length, scaled = max(1, SCORES // tile.rows), problem.scaled(tile)
-    blocks = [problem.block(scaled, tile, keys, slope=slope) for keys in problem.visibility.key_blocks(tile, length)]
-    maximum = sink = problem.sink_of(tile)
+def exponentials(
+    problem: Problem, tile: Tile, *, slope: bool = False, room: Room | None = None
+) -> tuple[list[Block], Array, Array]:
+    """The blocks of a strip with exponentials for logits, those of the sinks, and the sums.
+
+    Where no maximum is waited for, they are taken as soon as the logits are there, in the core's cache.
+    """
+    length, scaled, sink = max(1, SCORES // tile.rows), problem.scaled(tile), problem.sink_of(tile)
+    cut = problem.visibility.key_blocks(tile, length)
+    blocks: Iterable[Block] = (problem.block(scaled, tile, keys, slope=slope, room=room) for keys in cut)
+    anchor: Array | None = None
+    if not problem.small(scaled, tile):
+        blocks = list(blocks)
+        anchor = _anchor(problem, blocks, sink)
+    of_sink = total = problem.xp.exp(sink if anchor is None else sink - anchor)
+    found: list[Block] = []
     for block in blocks:
-        maximum = xp.maximum(maximum, xp.max(block.logits, axis=-1, keepdims=True))
-    anchor = anchor_of(maximum)
-    of_sink = total = xp.exp(sink - anchor)
-    for index, block in enumerate(blocks):
         weights = block.logits
-        weights -= anchor
+        if anchor is not None:
+            weights -= anchor
         weights = exp(weights)
         total = total + row_sum(weights)
-        blocks[index] = block._replace(logits=weights)
-    return [_normalised(problem, block, total) for block in blocks], steps.normalise(of_sink, total), total
+        found.append(block._replace(logits=shown(weights, block.visible)))
+    return found, of_sink, total
+
+
+def _anchor(problem: Problem, blocks: list[Block], sink: Array) -> Array:
+    """What exponentials are taken against: the maximum of each row, its sink included."""
+    maximum = sink
+    for block in blocks:
+        maximum = problem.xp.maximum(maximum, problem.xp.max(block.logits, axis=-1, keepdims=True))
+    return anchor_of(maximum)
 
 
 def weigh(problem: Problem, whole: Assembly, tile: Tile) -> None:
     """Put a tile's weights over all keys into place; 0 at invisible pairs, NaN in a row of NaN."""
     xp = problem.xp
-    blocks, _, total = softmax(problem, tile)
+    blocks, _, total = exponentials(problem, tile)
     unseen = xp.where(xp.isnan(total), total, 0.0)
     weights = xp.zeros((tile.rows, problem.a.kv_len), dtype=total.dtype, device=device_of(total)) + unseen
     for block in blocks:
-        weights = added(weights, (slice(None), part(block.keys)), block.logits)
+        weights = added(weights, (slice(None), part(block.keys)), steps.normalise(block.logits, total))
     whole.put(tile, weights)
-
-
-def _normalised(problem: Problem, block: Block, total: Array) -> Block:
-    """In a row of NaN the invisible weights stay 0, so that they reach no other gradient (MHA-POISON-2)."""
-    return block._replace(logits=problem.shown(steps.normalise(block.logits, total), block.visible))

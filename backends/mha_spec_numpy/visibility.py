@@ -77,6 +77,13 @@ class Visibility:
         return cls(a, offset, q_lengths, kv_lengths, left, right, band)
 
     @property
+    def whole(self) -> bool:
+        """Whether every row sees every key, unless a bias hides one."""
+        a = self.a
+        constraints = (a.mask, a.q_lengths, a.kv_lengths, a.q_segment_ids, self.left, self.right)
+        return all(one is None for one in constraints)
+
+    @property
     def rows(self) -> int:
         """How many rows a tile should have: beside a band of keys lie as many in vain as the tile is high."""
         if self.left is None and self.right is None:
