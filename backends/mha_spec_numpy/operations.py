@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -86,8 +87,15 @@ def hide(logits: Array, visible: Array) -> Array:
 
 def row_sum(array: Array) -> Array:
     """The sum of each row, (rows, 1); a product with ones takes a quarter of the time of `sum`."""
+    if isinstance(array, numpy.ndarray):
+        return array @ _ones(array.shape[1], array.dtype)
     xp: Any = namespace_of(array)
     return array @ xp.ones((array.shape[1], 1), dtype=array.dtype, device=device_of(array))
+
+
+@lru_cache(maxsize=16)
+def _ones(length: int, dtype: numpy.dtype) -> numpy.ndarray:
+    return numpy.ones((length, 1), dtype)
 
 
 def added(array: Array, where: tuple[int | slice, ...], block: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
@@ -16,6 +17,8 @@ from .tiling import block_of, fold, part
 from .visibility import Visibility
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
@@ -55,9 +58,9 @@ class Problem:
     scale: float
     visibility: Visibility
     dropout: Dropout | None
-    lengths: Array | None
-    """Of the longest key of each head, (batch, kv_heads), where a softmax may do without maxima: every row sees every
-    key, so that nothing invisible has a say in that."""
+    longest: Callable[[int, int], float] | None
+    """The length of the longest key of a head, where a softmax may do without maxima: every row sees every key, so that
+    nothing invisible has a say in that."""
 
     @classmethod
     def of(cls, a: Arguments, dropout: Dropout | None = None) -> Problem:
@@ -68,8 +71,11 @@ class Problem:
             None if operand is None else dense(operand, dtype) for operand in (a.key, a.value, a.sinks)
         )
         visibility = Visibility.of(a)
-        lengths = longest(a, key, value) if visibility.whole and a.bias is None and sinks is None else None
-        return cls(a, dense(a.query, dtype), key, value, sinks, scale, visibility, dropout, lengths)
+        longest = None
+        rows = a.heads // a.kv_heads * a.q_len
+        if isinstance(key, numpy.ndarray) and rows >= FEWEST_ROWS and visibility.whole and a.bias is sinks is None:
+            longest = lru_cache(maxsize=None)(partial(longest_key, key, value))
+        return cls(a, dense(a.query, dtype), key, value, sinks, scale, visibility, dropout, longest)
 
     @property
     def xp(self) -> Any:
@@ -85,9 +91,7 @@ class Problem:
 
         A product is at most that of the lengths, and a soft cap only makes it smaller.
         """
-        if self.lengths is None:
-            return False
-        return bool(length_of(scaled) * self.lengths[tile.batch, tile.kv_head] <= SMALL)
+        return self.longest is not None and length_of(scaled) * self.longest(tile.batch, tile.kv_head) <= SMALL
 
     def block(self, scaled: Array, tile: Tile, keys: range, *, slope: bool = False, room: Room | None = None) -> Block:
         """The logits of a tile against a block of keys, and with `slope` that of the soft cap (MHA-VJP-2)."""
@@ -95,6 +99,9 @@ class Problem:
         scores = outer(scaled, self.key[tile.batch, tile.kv_head, part(keys), :], room)
         logits = steps.soft_cap(scores, self.a.softcap)
         cap_slope = steps.cap_slope(scores, self.a.softcap) if slope else 1.0
+        if self.a.bias is None and self.visibility.whole:
+            return Block(keys, logits, None, cap_slope)
+
         bias = None if self.a.bias is None else block_of(self.a.bias, tile, keys)
         visible = self.visibility.visible(tile, keys, bias)
         if bias is None and visible is None:
@@ -128,18 +135,17 @@ class Problem:
         return xp.reshape(xp.broadcast_to(kept, (tile.group, len(tile.queries), len(keys))), (tile.rows, len(keys)))
 
 
-def longest(a: Arguments, key: Array, value: Array | None) -> numpy.ndarray | None:
-    """The length of the longest key of each head, infinite beside a value that is too long; None where none is read."""
-    if not isinstance(key, numpy.ndarray) or a.q_len * a.heads // a.kv_heads < FEWEST_ROWS:
-        return None
-    lengths = length_of(key)
-    return lengths if value is None else numpy.where(length_of(value) <= LARGEST, lengths, math.inf)
+def longest_key(key: numpy.ndarray, value: numpy.ndarray | None, batch: int, head: int) -> float:
+    """The length of the longest key of a head, infinite beside a value that is too long."""
+    if value is not None and not length_of(value[batch, head]) <= LARGEST:
+        return math.inf
+    return length_of(key[batch, head])
 
 
-def length_of(vectors: numpy.ndarray) -> numpy.ndarray:
-    """The length of the longest vector of each matrix; NaN counts as 0, since what it meets is NaN in any case."""
-    squares = numpy.vecdot(vectors, vectors)
-    if numpy.isnan(squares).any():
+def length_of(vectors: numpy.ndarray) -> float:
+    """The length of the longest of some vectors; NaN counts as 0, since what it meets is NaN in any case."""
+    longest = numpy.vecdot(vectors, vectors).max(initial=0.0)
+    if math.isnan(longest):
         numbers = numpy.where(numpy.isnan(vectors), 0.0, vectors)
-        squares = numpy.vecdot(numbers, numbers)
-    return numpy.sqrt(squares.max(axis=-1, initial=0.0))
+        longest = numpy.vecdot(numbers, numbers).max(initial=0.0)
+    return math.sqrt(longest)
