@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mha_spec import steps
 from mha_spec.arrays import device_of
 
-from .operations import Room, anchor_of, exp, product, row_sum
+from .operations import Room, anchor_of, exp, normalised, product, row_sum
 from .tiling import SCORES, part
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def attend(problem: Problem, output: Assembly, lse: Assembly | None, rooms: dequ
     weighted = softmax.output
     if weighted is None:
         weighted = problem.xp.zeros((tile.rows, value.shape[1]), dtype=value.dtype, device=device_of(value))
-    output.put(tile, steps.normalise(weighted, softmax.total))
+    output.put(tile, normalised(weighted, softmax.total))
     if lse is not None:
         lse.put(tile, steps.log_sum_exp(softmax.total, anchor_of(softmax.maximum)))
 

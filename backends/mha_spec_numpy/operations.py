@@ -14,7 +14,7 @@ from mha_spec.arrays import device_of, namespace_of
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
-__all__ = ["Room", "added", "anchor_of", "dense", "exp", "hide", "outer", "product", "row_sum", "shown"]
+__all__ = ["Room", "added", "anchor_of", "dense", "exp", "hide", "normalised", "outer", "product", "row_sum", "shown"]
 
 
 class Room:
@@ -75,6 +75,13 @@ def shown(array: Array, visible: Array | None) -> Array:
         numpy.copyto(array, 0.0, where=~visible)
         return array
     return namespace_of(array).where(visible, array, 0.0)
+
+
+def normalised(sums: Array, total: Array) -> Array:
+    """Sums that nobody else needs, over the sum of their row's exponentials; 0 where that is 0."""
+    if isinstance(sums, numpy.ndarray):
+        return numpy.divide(sums, numpy.where(total == 0, 1.0, total), out=sums)
+    return steps.normalise(sums, total)
 
 
 def hide(logits: Array, visible: Array) -> Array:
