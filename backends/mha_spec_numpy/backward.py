@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -45,8 +44,7 @@ def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> G
     grad_output = dense(grad_output, dtype_name(like))
     grad_lse = None if grad_lse is None else dense(grad_lse, dtype_name(like))[..., None]
     grad_query = Assembly(a, (a.query.shape[3],), like)
-    rooms: deque[Room] = deque()
-    parts = each(partial(_head_gradients, problem, grad_output, grad_lse, grad_query, rooms), heads(a), a)
+    parts = each(partial(_head_gradients, problem, grad_output, grad_lse, grad_query, Room()), heads(a), a)
 
     grad_key = stacked([head.key for head in parts], tuple(a.key.shape), like)
     grad_value = stacked([head.value for head in parts], tuple(a.value.shape), like)
@@ -64,7 +62,7 @@ def _head_gradients(
     grad_output: Array,
     grad_lse: Array | None,
     grad_query: Assembly,
-    rooms: deque[Room],
+    room: Room,
     head: tuple[int, int],
 ) -> HeadGradients:
     a, xp, like = problem.a, problem.xp, problem.query
@@ -75,7 +73,6 @@ def _head_gradients(
         bias = xp.zeros((1, min(group, a.bias.shape[1]), *a.bias.shape[2:]), dtype=like.dtype, device=device_of(like))
     sinks = xp.zeros((group,), dtype=like.dtype, device=device_of(like))
     gradients = HeadGradients(xp.zeros_like(key), xp.zeros_like(value), bias, sinks)
-    room = rooms.pop() if rooms else Room()
     for tile in strips(a, [head]):
         room.clear()
         blocks, of_sink, total = exponentials(problem, tile, slope=True, room=room)
@@ -86,7 +83,6 @@ def _head_gradients(
         grad_query.put(tile, _through_scores(problem, tile, weighed, row_dot * share, gradients))
         of_sinks = steps.grad_sinks(unfold(of_sink * share, tile)[None, ...], unfold(row_dot, tile)[None, ...])
         gradients.sinks = gradients.sinks + of_sinks
-    rooms.append(room)
     return gradients
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from mha_spec.checks import check, check_cotangents, check_dropout_mask, refuse_
 from .backward import gradients
 from .dropout import dropout_of
 from .forward import attend
+from .operations import Room
 from .parallel import each
 from .problem import Problem
 from .strip import strips, weigh
@@ -51,7 +51,7 @@ def attention(
     problem = Problem.of(a, dropout_of(a))
     output = Assembly(a, value.shape[3:], problem.query)
     lse = Assembly(a, (), problem.query) if return_lse else None
-    each(partial(attend, problem, output, lse, deque()), tiles(a, heads(a), problem.visibility.rows), a)
+    each(partial(attend, problem, output, lse, Room()), tiles(a, heads(a), problem.visibility.rows), a)
     rounded = steps.round_output(output.whole(), dtype_name(query))
     return rounded if lse is None else (rounded, lse.whole())
 

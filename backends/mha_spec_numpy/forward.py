@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from mha_spec import steps
 from mha_spec.arrays import device_of
 
-from .operations import Room, anchor_of, exp, normalised, product, row_sum
+from .operations import anchor_of, exp, normalised, product, row_sum
 from .tiling import SCORES, part
 
 if TYPE_CHECKING:
-    from collections import deque
-
     from mha_spec.arrays import Array
 
+    from .operations import Room
     from .problem import Block, Problem
     from .tiling import Assembly, Tile
 
@@ -29,7 +28,7 @@ class Softmax(NamedTuple):
     output: Array | None
 
 
-def attend(problem: Problem, output: Assembly, lse: Assembly | None, rooms: deque[Room], tile: Tile) -> None:
+def attend(problem: Problem, output: Assembly, lse: Assembly | None, room: Room, tile: Tile) -> None:
     """Put a tile's output and lse into place; lse costs nothing where it is not asked for."""
     value = problem.value[tile.batch, tile.kv_head, ...]
     softmax, scaled = _of_sink(problem, tile), problem.scaled(tile)
@@ -37,12 +36,10 @@ def attend(problem: Problem, output: Assembly, lse: Assembly | None, rooms: dequ
     if problem.small(scaled, tile):
         nothing = problem.xp.zeros_like(softmax.maximum)
         softmax, with_block = Softmax(nothing, nothing, None), _with_small
-    room = rooms.pop() if rooms else Room()
     for keys in problem.visibility.key_blocks(tile, max(1, SCORES // tile.rows)):
         room.clear()
         block = problem.block(scaled, tile, keys, room=room)
         softmax = with_block(problem, tile, softmax, block, value[part(keys), :])
-    rooms.append(room)
     weighted = softmax.output
     if weighted is None:
         weighted = problem.xp.zeros((tile.rows, value.shape[1]), dtype=value.dtype, device=device_of(value))

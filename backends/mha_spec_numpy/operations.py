@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from threading import local
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["Room", "added", "anchor_of", "dense", "exp", "hide", "normalised", "outer", "product", "row_sum", "shown"]
 
 
-class Room:
+class Room(local):
     """Memory for the blocks of a strip, and then for those of the next: fresh memory costs as much time as a product.
 
-    Only NumPy's; arrays of other libraries never change.
+    Each thread has its own. It is NumPy's alone; arrays of other libraries never change.
     """
 
     def __init__(self) -> None:
