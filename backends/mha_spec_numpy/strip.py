@@ -11,7 +11,7 @@ from mha_spec import steps
 from mha_spec.arrays import device_of
 
 from .operations import added, anchor_of, exp, row_sum, shown
-from .tiling import SCORES, heads, part, tiles
+from .tiling import heads, part, tiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["exponentials", "strips", "weigh"]
 
+SCORES = 5 * 2**16
+"""How many scores a block has at most: 640 in each of 512 rows, since rows of 512 meet in the same lines of a cache."""
 STRIP = 2**21
 """How many scores a strip has, 8 MiB in float32, as long as its rows keep within the bounds."""
 LOWEST, HIGHEST = 64, 512
