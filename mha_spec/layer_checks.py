@@ -156,8 +156,7 @@ def _fit(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     """Whether a shape is as expected, where None is any size."""
     if shape == expected:
         return True
-    pairs = zip(shape, expected, strict=False)
-    return len(shape) == len(expected) and not any(_differ(one, other) for one, other in pairs)
+    return len(shape) == len(expected) and not any(map(_differ, shape, expected))
 
 
 def _check_params(a: LayerArguments) -> None:

@@ -113,7 +113,7 @@ def _through_scores(
 ) -> Array:
     """Add dK and dbias of dS = P (dP - D), and give dQ (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5).
 
-    The sum by which P is divided is in dP and `row_dot`.
+    The sum by which P is divided is in dP and `row_dot`. The last blocks come first: they are still in the cache.
     """
     xp = problem.xp
     query, key = problem.scaled(tile), problem.key[tile.batch, tile.kv_head, ...]

@@ -73,7 +73,8 @@ class Problem:
         visibility = Visibility.of(a)
         longest = None
         rows = a.heads // a.kv_heads * a.q_len
-        if isinstance(key, numpy.ndarray) and rows >= FEWEST_ROWS and visibility.whole and a.bias is sinks is None:
+        shown = visibility.whole and a.bias is None and sinks is None
+        if shown and isinstance(key, numpy.ndarray) and rows >= FEWEST_ROWS:
             longest = lru_cache(maxsize=None)(partial(longest_key, key, value))
         return cls(a, dense(a.query, dtype), key, value, sinks, scale, visibility, dropout, longest)
 
@@ -99,9 +100,6 @@ class Problem:
         scores = outer(scaled, self.key[tile.batch, tile.kv_head, part(keys), :], room)
         logits = steps.soft_cap(scores, self.a.softcap)
         cap_slope = steps.cap_slope(scores, self.a.softcap) if slope else 1.0
-        if self.a.bias is None and self.visibility.whole:
-            return Block(keys, logits, None, cap_slope)
-
         bias = None if self.a.bias is None else block_of(self.a.bias, tile, keys)
         visible = self.visibility.visible(tile, keys, bias)
         if bias is None and visible is None:

@@ -115,6 +115,8 @@ class Visibility:
 
     def visible(self, tile: Tile, keys: range, bias: Array | None) -> Array | None:
         """Which pairs of a block are visible, broadcastable to (group, queries, keys); None where all are."""
+        if self.whole and bias is None:
+            return None
         constraints = [
             *self._see_positions(tile, keys),
             *self._see_lengths(tile, keys),
