@@ -26,7 +26,7 @@ __all__ = ["Block", "Logits", "contract", "kept", "logits", "over_blocks", "show
 
 
 class Block(NamedTuple):
-    """Consecutive queries and keys, of one key/value head or of all; where they begin may be traced."""
+    """Consecutive queries and keys, of some key/value heads or of all; where they begin may be traced."""
 
     query: Array | int
     queries: int
@@ -34,7 +34,9 @@ class Block(NamedTuple):
     keys: int
     group: int
     head: tuple[Array, Array] | None = None
-    """A batch entry and a key/value head; None for all of them."""
+    """A batch entry and its first key/value head; None for all of them."""
+    heads: int = 1
+    """How many key/value heads of the entry."""
 
     @property
     def rows(self) -> int:
@@ -42,8 +44,8 @@ class Block(NamedTuple):
         return self.group * self.queries
 
     def of_head(self, array: Array) -> Array:
-        """The part of this block's head in (batch, kv_heads, ...), 1 where it broadcasts."""
-        return array if self.head is None else _cut(_cut(array, self.head[0], 1, 0), self.head[1], 1, 1)
+        """The part of this block's heads in (batch, kv_heads, ...), 1 where it broadcasts."""
+        return array if self.head is None else _cut(_cut(array, self.head[0], 1, 0), self.head[1], self.heads, 1)
 
     def of_rows(self, array: Array) -> Array:
         """The rows of this block in (batch, kv_heads, group, q_len, ...), one below another."""
@@ -138,7 +140,7 @@ def kept(problem: Problem, x: Operands, given: Given, block: Block) -> Array | N
         key = given.dropout_key
         for place in (block.query, *(block.head or ())):
             key = jax.random.fold_in(key, place)
-        heads = x.query.shape[:2] if block.head is None else (1, 1)
+        heads = x.query.shape[:2] if block.head is None else (1, block.heads)
         keep = jax.random.bernoulli(key, 1 - problem.dropout_rate, (*heads, block.rows, block.keys))
     else:
         return None
@@ -182,15 +184,17 @@ def over_blocks(problem: Problem, x: Operands, given: Given, body: Callable, car
     Returns:
         The last carry, and the arrays of all blocks joined to (batch, kv_heads, group, q_len, ...).
     """
-    if not problem.plan.each_head:
+    at_once = problem.plan.heads
+    if at_once is None:
         return _over_queries(problem, x, given, body, carry, None)
-    heads = x.query.shape[:2]
+    batch, kv_heads = x.query.shape[:2]
 
     def step(carry: object, head: tuple[Array, Array]) -> tuple:
         return _over_queries(problem, x, given, body, carry, head)
 
-    carry, arrays = lax.scan(step, carry, tuple(one.reshape(-1).astype(jnp.int32) for one in jnp.indices(heads)))
-    return carry, jax.tree.map(lambda array: array.reshape(*heads, *array.shape[3:]), arrays)
+    entries, firsts = jnp.indices((batch, kv_heads // at_once), jnp.int32)
+    carry, arrays = lax.scan(step, carry, (entries.reshape(-1), at_once * firsts.reshape(-1)))
+    return carry, jax.tree.map(lambda array: array.reshape(batch, kv_heads, *array.shape[3:]), arrays)
 
 
 def _over_queries(
@@ -200,7 +204,8 @@ def _over_queries(
     for group, starts in zip(problem.plan.groups, given.stretches, strict=True):
 
         def step(carry: object, at: tuple, group: Group = group) -> tuple:
-            block = Block(at[0], group.rows, 0 if group.from_zero else at[1], group.keys, x.query.shape[2], head)
+            start = 0 if group.from_zero else at[1]
+            block = Block(at[0], group.rows, start, group.keys, x.query.shape[2], head, problem.plan.heads or 1)
             carry, arrays = body(carry, block)
             return carry, jax.tree.map(block.apart, arrays)
 

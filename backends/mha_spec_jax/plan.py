@@ -47,8 +47,8 @@ class Plan:
     """The blocks of a call."""
 
     groups: tuple[Group, ...]
-    each_head: bool
-    """Whether key/value heads are worked one after another, in every block of each, or all at once."""
+    heads: int | None
+    """How many key/value heads of an entry are worked at once; None for those of all entries."""
 
 
 Stretches = tuple[numpy.ndarray | None, ...]
@@ -64,29 +64,29 @@ class _Block(NamedTuple):
 
 def plan_of(a: Arguments) -> tuple[Plan, Stretches]:
     """Cut a call into blocks, and group those that have one shape."""
-    height, each_head = _height(a)
+    height, heads = _height(a)
     groups: list[Group] = []
     stretches: list[numpy.ndarray | None] = []
     for (rows, keys, from_zero), run in groupby(_blocks(a, height), _shape):
         blocks = list(run)
         groups.append(Group(blocks[0].first, len(blocks), rows, keys, from_zero))
         stretches.append(None if from_zero else numpy.asarray([block.start for block in blocks], numpy.int32))
-    return Plan(tuple(groups), each_head), tuple(stretches)
+    return Plan(tuple(groups), heads), tuple(stretches)
 
 
 def coarse(plan: Plan, kv_len: int) -> Plan:
     """The same blocks with every key, in as few groups as they have heights: a program that is soon compiled."""
     alike = (list(run) for _, run in groupby(plan.groups, lambda group: group.rows))
     groups = (Group(run[0].first, sum(one.count for one in run), run[0].rows, kv_len, from_zero=True) for run in alike)
-    return Plan(tuple(groups), plan.each_head)
+    return Plan(tuple(groups), plan.heads)
 
 
 def _shape(block: _Block) -> tuple[int, int, bool]:
     return block.rows, block.keys, block.start == 0
 
 
-def _height(a: Arguments) -> tuple[int, bool]:
-    """The queries of a block, a power of two, and whether heads are worked one after another.
+def _height(a: Arguments) -> tuple[int, int | None]:
+    """The queries of a block, a power of two, and how many key/value heads are worked at once.
 
     Beside a band of keys lie as many in vain as the block is high.
     """
@@ -95,10 +95,16 @@ def _height(a: Arguments) -> tuple[int, bool]:
         highest = min(HIGHEST, max(LOWEST, band // 2))
         keys = min(a.kv_len, highest + band)
     scores = SCORES if jax.default_backend() == "cpu" else SCORES * ACCELERATED
-    each_head = a.batch * a.heads * min(a.q_len, highest) * keys > scores
-    matrices = a.heads // a.kv_heads if each_head else a.batch * a.heads
-    wanted = min(highest, max(LOWEST, scores // max(1, matrices * keys)))
-    return 1 << (wanted.bit_length() - 1), each_head and a.batch * a.kv_heads > 1
+    apart = a.batch * a.kv_heads > 1 and a.batch * a.heads * min(a.q_len, highest) * keys > scores
+    group = a.heads // a.kv_heads
+    wanted = min(highest, max(LOWEST, scores // max(1, (group if apart else a.batch * a.heads) * keys)))
+    height = 1 << (wanted.bit_length() - 1)
+    return height, _at_once(a.kv_heads, scores // 2 // (group * min(a.q_len, height) * keys)) if apart else None
+
+
+def _at_once(heads: int, most: int) -> int:
+    """The largest part of the heads that is not above `most`."""
+    return max((part for part in range(1, most + 1) if heads % part == 0), default=1)
 
 
 def _blocks(a: Arguments, rows: int) -> list[_Block]:
