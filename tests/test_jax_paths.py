@@ -165,6 +165,20 @@ def test_segments_on_the_host_leave_keys_out() -> None:
     assert sum(group.count * group.rows * group.keys for group in found.groups) < 0.2 * 4096**2
 
 
+def test_as_many_heads_at_once_as_half_a_block_holds() -> None:
+    def heads(batch: int, heads: int, length: int) -> int | None:
+        query = jnp.zeros((batch, heads, length, 8), jnp.float32)
+        return plan.plan_of(Arguments(query, query, query))[0].heads
+
+    assert [heads(2, 8, 512), heads(2, 9, 400), heads(1, 8, 2048), heads(1, 2, 512), heads(1, 1, 4096)] == [
+        2,
+        3,
+        1,
+        None,
+        None,
+    ]
+
+
 def test_a_new_offset_seldom_compiles() -> None:
     query, key, value = operands(1, 64, "float32")
     program: Any = function.program
