@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 MATRIX = 2048
 
 
-def plain(query: numpy.ndarray, key: numpy.ndarray, value: numpy.ndarray) -> numpy.ndarray:
+def plain(
+    query: numpy.ndarray, key: numpy.ndarray, value: numpy.ndarray, mask: numpy.ndarray | None = None
+) -> numpy.ndarray:
     """The formula in its best form: scale and division on the small arrays, one array of scores, worked in place."""
     scores = (query * numpy.float32(1 / math.sqrt(query.shape[-1]))) @ key.swapaxes(-1, -2)
+    if mask is not None:
+        scores = numpy.where(mask, scores, numpy.float32(-math.inf))
     scores -= scores.max(axis=-1, keepdims=True)
     numpy.exp(scores, out=scores)
     total = scores.sum(axis=-1, keepdims=True)

@@ -1,0 +1,184 @@
+"""Small calls, whose cost is mostly fixed: each backend beside its peer in microseconds, with the limit of each row.
+
+Run it with `python benchmarks/small.py numpy|torch|jax|tensorflow`; a row past its limit fails the run. Every call has
+8 heads of 64 unless its name says another shape, in float32. The time is the median of calls in turns with the peer's;
+with `--least` it is the least, for a machine which others use.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from measure import ratio
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+HEADS, SIZE = 8, 64
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Our time may be `times` that of the peer and `more` microseconds."""
+
+    times: float
+    more: float = 0.0
+
+    def holds(self, ours: float, peer: float) -> bool:
+        """Whether our microseconds are within the limit."""
+        return ours <= self.times * peer + self.more
+
+    def __str__(self) -> str:
+        parts = [f"{self.times:.2f} x peer"] * (self.times > 0) + [f"{self.more:.0f} us"] * (self.more > 0)
+        return " + ".join(parts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call and what it is compared with."""
+
+    call: str
+    peer: str
+    limit: Limit
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+
+
+def operands(q_len: int, kv_len: int, heads: int = HEADS) -> list[numpy.ndarray]:
+    """Query, key and value of standard normal numbers."""
+    generator = numpy.random.default_rng(7)
+    lengths = (q_len, kv_len, kv_len)
+    return [generator.standard_normal((1, heads, length, SIZE), dtype=numpy.float32) for length in lengths]
+
+
+def lower_triangle(q_len: int, kv_len: int) -> numpy.ndarray:
+    """The causal mask whose last query sees every key, (1, 1, q_len, kv_len), True = may attend."""
+    return numpy.tri(q_len, kv_len, kv_len - q_len, dtype=bool)[None, None]
+
+
+def numpy_rows() -> Iterator[Row]:
+    """NumPy against the plain formula, and against itself without a constraint."""
+    from numpy_backend import plain
+
+    from mha_spec_numpy import attention
+
+    for q_len, kv_len in ((1, 8), (1, 64), (64, 64)):
+        limit = Limit(1.0, 60.0 if q_len == 1 else 0.0)
+        q, k, v = operands(q_len, kv_len)
+        mask = lower_triangle(q_len, kv_len)
+        full = partial(attention, q, k, v)
+        causal = partial(attention, q, k, v, causal=True, q_offset=kv_len - q_len)
+        yield Row(f"{q_len} x {kv_len}", "formula", limit, full, partial(plain, q, k, v))
+        yield Row(f"{q_len} x {kv_len}, causal", "formula, masked", limit, causal, partial(plain, q, k, v, mask))
+    for call, length, heads, options, times in (
+        ("512 x 512, causal", 512, HEADS, {"causal": True}, 1.0),
+        ("(1, 4, 4096, 64), causal", 4096, 4, {"causal": True}, 1 / 1.7),
+        ("(1, 4, 8192, 64), window (256, 0)", 8192, 4, {"window": (256, 0)}, 1 / 8),
+    ):
+        full = partial(attention, *operands(length, length, heads))
+        yield Row(call, "ours in full", Limit(times), partial(full, **options), full)
+
+
+def torch_rows() -> Iterator[Row]:
+    """PyTorch against its scaled_dot_product_attention."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    from mha_spec_torch import attention
+
+    def trained(function: Callable[..., Any], tensors: list[Any], **options: object) -> Callable[[], object]:
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        return lambda: torch.autograd.grad(function(*leaves, **options).sum(), leaves)
+
+    q, k, v = map(torch.from_numpy, operands(1, 8))
+    yield Row("1 x 8", "SDPA", Limit(0.0, 40.0), partial(attention, q, k, v), partial(sdpa, q, k, v))
+    for q_len, kv_len, limit in ((1, 64, Limit(1.0, 25.0)), (128, 128, Limit(1.05))):
+        q, k, v = map(torch.from_numpy, operands(q_len, kv_len))
+        mask = torch.from_numpy(lower_triangle(q_len, kv_len))
+        theirs = partial(sdpa, q, k, v, attn_mask=mask)
+        for call, options in {
+            "mask": {"mask": mask},
+            "causal": {"causal": True, "q_offset": kv_len - q_len},
+            "kv_lengths": {"kv_lengths": [kv_len - 3]},
+            "lse": {"return_lse": True},
+        }.items():
+            yield Row(
+                f"{q_len} x {kv_len}, {call}", "SDPA, masked", limit, partial(attention, q, k, v, **options), theirs
+            )
+    for q_len, kv_len, causal in ((1, 8, False), (16, 16, False), (16, 16, True), (128, 128, False), (128, 128, True)):
+        tensors = [torch.from_numpy(array) for array in operands(q_len, kv_len)]
+        call = f"{q_len} x {kv_len}{', causal' if causal else ''}, forward and backward"
+        ours, theirs = trained(attention, tensors, causal=causal), trained(sdpa, tensors, is_causal=causal)
+        yield Row(call, "SDPA, causal" if causal else "SDPA", Limit(1.1 if q_len >= 128 else 1.5), ours, theirs)
+
+
+def jax_rows() -> Iterator[Row]:
+    """JAX against itself without a constraint."""
+    import jax
+    import jax.numpy as jnp
+
+    from mha_spec_jax import attention
+
+    tensors = [jnp.asarray(array) for array in operands(512, 512)]
+    full, causal = jax.jit(attention), jax.jit(partial(attention, causal=True))
+    ours, theirs = (lambda call=call: jax.block_until_ready(call(*tensors)) for call in (causal, full))
+    yield Row("512 x 512, causal, jit", "ours in full", Limit(1.0), ours, theirs)
+
+
+def tensorflow_rows() -> Iterator[Row]:
+    """TensorFlow, eager, against Keras, and against itself without a constraint."""
+    import keras
+    import tensorflow as tf
+
+    from mha_spec_tensorflow import attention
+
+    tensors = [tf.constant(array) for array in operands(64, 64)]
+    swapped = [tf.transpose(tensor, (0, 2, 1, 3)) for tensor in tensors]
+    by_keras: Any = keras.ops.dot_product_attention
+    for causal in (False, True):
+        ours = partial(attention, *tensors, causal=causal)
+        theirs = partial(by_keras, *swapped, is_causal=causal)
+        yield Row(f"64 x 64{', causal' if causal else ''}, eager", "keras.ops", Limit(1.0), ours, theirs)
+    tensors = [tf.constant(array) for array in operands(512, 512)]
+    for world, wrapped in (("eager", lambda call: call), ("tf.function", tf.function)):
+        ours, theirs = (partial(wrapped(partial(attention, causal=causal)), *tensors) for causal in (True, False))
+        yield Row(f"512 x 512, causal, {world}", "ours in full", Limit(1.0), ours, theirs)
+
+
+ROWS = {"numpy": numpy_rows, "torch": torch_rows, "jax": jax_rows, "tensorflow": tensorflow_rows}
+
+
+def measured(table: Table, row: Row, middle: Callable[[Iterable[float]], float]) -> bool:
+    """Add a row to the table; whether it is within its limit."""
+    *_, ours, peer = (milliseconds * 1000 for milliseconds in ratio(row.ours, row.theirs, 2.0, middle=middle))
+    good = row.limit.holds(ours, peer)
+    times = (f"{ours:.0f}", f"{peer:.0f}", f"{ours - peer:+.0f}", f"{ours / peer:.2f}")
+    table.add_row(row.call, row.peer, *times, str(row.limit), "ok" if good else "EXCEEDED")
+    return good
+
+
+def main() -> None:
+    """Print the table of the backend named."""
+    names = [name for name in sys.argv[1:] if name != "--least"]
+    if len(names) != 1 or names[0] not in ROWS:
+        sys.exit(f"small.py: name one backend, {', '.join(ROWS)}")
+    middle = min if "--least" in sys.argv else statistics.median
+    table = Table(title=f"mha_spec_{names[0]}, small calls")
+    table.add_column("call")
+    table.add_column("peer")
+    for heading in ("ours us", "peer us", "more us", "ours / peer", "limit", ""):
+        table.add_column(heading, justify="right")
+    good = [measured(table, row, middle) for row in ROWS[names[0]]()]
+    Console(width=140).print(table)
+    sys.exit(not all(good))
+
+
+if __name__ == "__main__":
+    main()
