@@ -349,6 +349,53 @@ def test_whole_attention_is_its_merged_halves(ask_oracle: Oracle) -> None:
         numpy.testing.assert_allclose(merged[name].values, whole[name].values, rtol=4e-16)
 
 
+def test_gradients_of_merging_agree_with_sixty_digits(ask_oracle: Oracle) -> None:
+    arrays = {name: multiples(1, 2, 3, 5, seed=n) for n, name in enumerate(("grad_output", "output_a", "output_b"))}
+    arrays |= {name: multiples(1, 2, 3, seed=n, step=0.75) for n, name in enumerate(("grad_lse", "lse_a", "lse_b"), 3)}
+    answers = ask_oracle("merge_attention_vjp", arrays)
+    with localcontext(prec=60):
+        x = {name: _decimals(array)[0] for name, array in arrays.items()}
+        for h, i in itertools.product(range(2), range(3)):
+            powers = [x[name][h][i].exp() for name in ("lse_a", "lse_b")]
+            a, b = (power / sum(powers) for power in powers)
+            t = (
+                a
+                * b
+                * sum(
+                    g * (left - right)
+                    for g, left, right in zip(
+                        x["grad_output"][h][i], x["output_a"][h][i], x["output_b"][h][i], strict=True
+                    )
+                )
+            )
+            assert answers["grad_lse_a"].values[0, h, i] == float(a * x["grad_lse"][h][i] + t)
+            assert answers["grad_lse_b"].values[0, h, i] == float(b * x["grad_lse"][h][i] - t)
+            for c, g in enumerate(x["grad_output"][h][i]):
+                assert answers["grad_output_a"].values[0, h, i, c] == float(a * g)
+                assert answers["grad_output_b"].values[0, h, i, c] == float(b * g)
+
+
+def test_gradients_of_merging_are_the_derivatives_of_merging(ask_oracle: Oracle) -> None:
+    """The change of the results along each operand, weighted with the cotangents, at a step of 2^-20."""
+    arrays = {name: multiples(1, 1, 2, 3, seed=n) for n, name in enumerate(("output_a", "output_b"))}
+    arrays |= {name: multiples(1, 1, 2, seed=n) for n, name in enumerate(("lse_a", "lse_b"), 2)}
+    cotangents = {"output": multiples(1, 1, 2, 3, seed=5), "lse": multiples(1, 1, 2, seed=6)}
+    given = {f"grad_{name}": array for name, array in cotangents.items()}
+    gradients = ask_oracle("merge_attention_vjp", arrays | given)
+    step = 2.0**-20
+
+    def moved(name: str, place: tuple[int, ...], by: float) -> float:
+        array = arrays[name].copy()
+        array[place] += by
+        answers = ask_oracle("merge_attention", arrays | {name: array})
+        return float(sum((answers[result].values * cotangent).sum() for result, cotangent in cotangents.items()))
+
+    for name, array in arrays.items():
+        for place in numpy.ndindex(*array.shape):
+            slope = (moved(name, place, step) - moved(name, place, -step)) / (2 * step)
+            assert math.isclose(gradients[f"grad_{name}"].values[place], slope, rel_tol=1e-7, abs_tol=1e-7)
+
+
 # Rows that are stored where an output is large.
 
 

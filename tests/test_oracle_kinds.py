@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import pytest
 from description import Description, Input
+from oracle_balls import Refused
 from oracle_visibility import Question
 from support.answers import kinds_of, multiples
 
@@ -30,7 +31,7 @@ def _picture(q_len: int, kv_len: int, **given: Any) -> list[str]:
     arrays |= {name: x for name, x in given.items() if isinstance(x, numpy.ndarray)}
     options = {name: x for name, x in given.items() if not isinstance(x, numpy.ndarray)}
     inputs = {name: Input(array) for name, array in arrays.items()}
-    question = Question(Description("case", "", "attention_weights", (), (), inputs, options))
+    question = Question(Description("case", "", "attention_weights", (), (), inputs, options, dtypes=("float64",)))
     return ["".join(".x"[question.sees(1, 1, i, j)] for j in range(kv_len)) for i in range(q_len)]
 
 
@@ -60,10 +61,57 @@ def _picture(q_len: int, kv_len: int, **given: Any) -> list[str]:
             ["xx..x", "..x..", "xx..x"],
         ),
         ({"causal": True, "q_offset": 1, "kv_lengths": numpy.asarray([5, 3])}, ["xx...", "xxx..", "xxx.."]),
+        ({"causal": True, "q_offset": "upper_left", "kv_lengths": numpy.asarray([5, 4])}, ["x....", "xx...", "xxx.."]),
+        ({"causal": True, "q_offset": "lower_right"}, ["xxx..", "xxxx.", "xxxxx"]),
+        (
+            {"causal": True, "q_offset": "lower_right", "kv_lengths": numpy.asarray([5, 4])},
+            ["xx...", "xxx..", "xxxx."],
+        ),
+        (
+            {
+                "window": (1, 0),
+                "q_offset": "lower_right",
+                "q_lengths": numpy.asarray([3, 2]),
+                "kv_lengths": numpy.asarray([5, 4]),
+            },
+            [".xx..", "..xx.", "....."],
+        ),
+        ({"window": (None, 2**30), "q_offset": 2**30}, ["xxxxx", "xxxxx", "xxxxx"]),
+        ({"window": (2**30, 0), "q_offset": 2**30 + 1}, [".xxxx", "..xxx", "...xx"]),
+        ({"window": (None, 2**30), "q_offset": -(2**30) + 1}, ["xx...", "xxx..", "xxxx."]),
+        (
+            {
+                "q_segment_ids": numpy.full((2, 3), 2**32 - 1, dtype=numpy.uint32),
+                "kv_segment_ids": numpy.asarray([[-1] * 5, [-1, 2**32 - 1, -1, 0, 2**32 - 1]]),
+            },
+            [".x..x", ".x..x", ".x..x"],
+        ),
     ],
 )
 def test_visibility_is_as_drawn(given: dict[str, Any], picture: list[str]) -> None:
     assert _picture(3, 5, **given) == picture
+
+
+def _hidden_by_bias(value: float, *dtypes: str) -> bool:
+    inputs = {"query": Input(numpy.zeros((1, 1, 1, 1))), "key": Input(numpy.zeros((1, 1, 1, 1)))}
+    inputs["bias"] = Input(numpy.full((1, 1, 1, 1), value), "float64")
+    question = Question(Description("case", "", "attention_weights", (), (), inputs, dtypes=dtypes))
+    return not question.sees(0, 0, 0, 0)
+
+
+def test_a_bias_hides_where_it_is_minus_infinity_in_the_type_of_the_softmax() -> None:
+    largest = float(numpy.finfo(numpy.float32).max)
+    assert _hidden_by_bias(-1e300, "float32", "bfloat16")
+    assert not _hidden_by_bias(-1e300, "float64")
+    assert not _hidden_by_bias(-largest, "float32")
+    assert not _hidden_by_bias(-largest * (1 + 2.0**-26), "float32")
+    assert _hidden_by_bias(-largest * (1 + 2.0**-24), "float32")
+    assert not _hidden_by_bias(1e300, "float16")
+
+
+def test_a_bias_that_hides_in_one_type_of_the_softmax_alone_is_refused_in_both() -> None:
+    with pytest.raises(Refused, match="finite in float64 and infinite in float32"):
+        _hidden_by_bias(-1e300, "float64", "float32")
 
 
 # How elements are to be compared.
@@ -139,7 +187,7 @@ def test_kinds_of_weights(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) 
     _put(arrays, "query", (0, 0, 0, 0), NAN)
     _put(arrays, "query", (0, 1, 0, 0), INFINITY)
     weights = ask_oracle("attention_weights", {"query": arrays["query"], "key": arrays["key"]}, causal=True)["weights"]
-    assert kinds_of(weights) == [[[[2, 4], [0, 0]], [[4, 4], [0, 0]]]]
+    assert kinds_of(weights) == [[[[2, 2], [0, 0]], [[4, 4], [0, 0]]]]
     empty = ask_oracle("attention_weights", {"query": arrays["query"], "key": arrays["key"]}, causal=True, q_offset=-9)
     assert kinds_of(empty["weights"]) == [[[[1, 1], [1, 1]], [[1, 1], [1, 1]]]]
     assert not empty["weights"].values.any()
@@ -248,7 +296,10 @@ def test_an_empty_row_moves_its_sink_by_grad_lse_alone(arrays: dict[str, numpy.n
         ((-INFINITY, -INFINITY), (0.0, -INFINITY), (1, 1)),
         ((NAN, 0.5), (NAN, NAN), (2, 2)),
         ((-INFINITY, NAN), (NAN, NAN), (2, 2)),
-        ((INFINITY, 0.5), (NAN, NAN), (4, 4)),
+        ((INFINITY, 0.5), (NAN, NAN), (2, 2)),
+        ((INFINITY, INFINITY), (NAN, NAN), (2, 2)),
+        ((INFINITY, NAN), (NAN, NAN), (2, 2)),
+        ((-INFINITY, INFINITY), (3.0, INFINITY), (1, 1)),
         ((0.5, 0.5), (2.5, 0.5 + math.log(2)), (0, 0)),
     ],
 )

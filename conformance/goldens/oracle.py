@@ -17,6 +17,7 @@ from oracle_forward import attention, attention_weights
 from oracle_kinds import Marked
 from oracle_layer import multi_head_attention, multi_head_attention_weights
 from oracle_merge import merge_attention
+from oracle_merge_vjp import merge_attention_vjp
 from oracle_positions import alibi_bias, alibi_slopes, rotary_embedding
 from oracle_visibility import Question
 
@@ -31,6 +32,7 @@ _WHOLE: dict[str, Callable[[Description], dict[str, Marked]]] = {
     "alibi_bias": alibi_bias,
     "alibi_slopes": alibi_slopes,
     "merge_attention": merge_attention,
+    "merge_attention_vjp": merge_attention_vjp,
     "multi_head_attention": multi_head_attention,
     "multi_head_attention_weights": multi_head_attention_weights,
     "rotary_embedding": rotary_embedding,

@@ -87,9 +87,8 @@ def attention_weights(question: Question, rows: Sequence[Row]) -> dict[str, Mark
 def _weight_kinds(question: Question, rows: Sequence[Row]) -> numpy.ndarray:
     kinds = numpy.full((len(rows), question.kv_len), EXACT, dtype=numpy.uint8)
     for n, row in enumerate(rows):
-        if row.state not in (EMPTY, FINITE):
-            kinds[n] = ANY
-        kinds[n, list(row.keys)] = KIND_OF_ROW[row.state]
+        places = list(row.keys) if row.state == FINITE else slice(None)
+        kinds[n, places] = KIND_OF_ROW[row.state]
     return kinds
 
 

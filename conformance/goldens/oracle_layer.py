@@ -6,7 +6,6 @@ Nothing is rounded on the way. Which keys a row sees is decided by the rules of 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -49,18 +48,13 @@ class Layer:
         given = self.arrays[name] if name in self.arrays else self.options.get(name, absent)
         return numpy.broadcast_to(given, (self.batch,)).tolist()
 
-    @cached_property
-    def q_offset(self) -> list[int]:
-        """Where query 0 sits: as said, else behind what the cache holds."""
-        given = {*self.arrays, *self.options} & {"q_offset"}
-        return self._per_entry("q_offset", 0) if given else self.old
-
     def _inner(self, description: Description) -> dict[str, Input]:
         """The question of the attention within: constraints over the whole buffer, and no numbers."""
         kept = {name: item for name, item in description.inputs.items() if name not in ("query", "key", "value")}
         kept["query"] = Input(numpy.zeros((self.batch, self.heads, self.q_len, self.qk_dim)))
         kept["key"] = Input(numpy.zeros((self.batch, self.kv_heads, self.buffer, self.qk_dim)))
-        kept["q_offset"] = Input(numpy.asarray(self.q_offset))
+        if "q_offset" not in {*self.arrays, *self.options}:
+            kept["q_offset"] = Input(numpy.asarray(self.old))
         if self.cached:
             kept["kv_lengths"] = Input(numpy.asarray(self.lengths))
         return kept
@@ -143,7 +137,7 @@ class BallScores(Scores):
 
 def _weights(layer: Layer, key: numpy.ndarray) -> dict[tuple[int, int, int], dict[int, arb]]:
     """The weights of each row that sees something, by key, before dropout."""
-    query = layer.projected("q", "query", layer.positions(layer.q_offset, layer.q_len))
+    query = layer.projected("q", "query", layer.positions(layer.question.q_offset, layer.q_len))
     scores = BallScores(layer, query, key)
     found: dict[tuple[int, int, int], dict[int, arb]] = {}
     for row in layer.rows:

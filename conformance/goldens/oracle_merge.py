@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy
 from flint import arb
 from oracle_balls import rounded
-from oracle_kinds import ANY, EXACT, FINITE_VALUE, NAN_VALUE, NON_FINITE, Marked
+from oracle_kinds import EXACT, FINITE_VALUE, NAN_VALUE, NON_FINITE, Marked
 
 if TYPE_CHECKING:
     from description import Description
@@ -32,13 +32,11 @@ def merge_attention(description: Description) -> dict[str, Marked]:
 
 
 def _settle(lse: Marked, output: Marked, place: tuple[int, ...], halves: list[tuple[float, numpy.ndarray]]) -> None:
-    """Decide what needs no arithmetic: NaN and infinite lse, empty halves, values that are not finite."""
-    lses = [half for half, _ in halves]
+    """Decide what needs no arithmetic: an lse of NaN, of +inf beside another half, of -inf; values that are not finite."""
     live = [(half, values) for half, values in halves if half != -math.inf]
-    if any(map(math.isnan, lses)) or math.inf in lses:
-        kind = NAN_VALUE if any(map(math.isnan, lses)) else ANY
-        _put(lse, place, math.nan, kind)
-        _put(output, place, math.nan, kind)
+    if any(math.isnan(half) or (half == math.inf and len(live) == 2) for half, _ in live):
+        _put(lse, place, math.nan, NAN_VALUE)
+        _put(output, place, math.nan, NAN_VALUE)
     elif len(live) < 2:
         half, values = live[0] if live else (-math.inf, numpy.zeros(output.values.shape[-1]))
         _put(lse, place, half, EXACT if _is_float32(half) else FINITE_VALUE)

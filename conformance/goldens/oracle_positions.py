@@ -9,6 +9,7 @@ import numpy
 from flint import arb
 from oracle_balls import rounded
 from oracle_kinds import EXACT, FINITE_VALUE, Marked
+from oracle_visibility import offsets_of_reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +95,8 @@ def alibi_bias(description: Description) -> dict[str, Marked]:
     """-slope |p - j|, (1 or batch, heads, q_len, kv_len)."""
     options: Mapping[str, Any] = description.options
     given = description.inputs["q_offset"].values if "q_offset" in description.inputs else options.get("q_offset", 0)
+    if isinstance(given, str):
+        given = offsets_of_reading(given, [options["q_len"]], [options["kv_len"]])
     offsets = numpy.reshape(given, (-1, 1, 1, 1))
     rows, keys = numpy.arange(options["q_len"])[:, None], numpy.arange(options["kv_len"])
     distance = as_balls(numpy.abs(offsets + rows - keys).astype(numpy.float64))

@@ -7,17 +7,42 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy
+from oracle_balls import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from description import Description
 
-__all__ = ["EMPTY", "FINITE", "NAN", "UNSPECIFIED", "Pairwise", "Question", "Row"]
+__all__ = ["EMPTY", "FINITE", "NAN", "UNSPECIFIED", "Pairwise", "Question", "Row", "offsets_of_reading"]
 
 EMPTY, FINITE, NAN, UNSPECIFIED = "empty", "finite", "nan", "unspecified"
 """What a row is: it sees nothing; all it sees is finite; it sees a NaN; it sees what has no specified result."""
+
+
+def offsets_of_reading(reading: str, q_lengths: Sequence[int], kv_lengths: Sequence[int]) -> list[int]:
+    """The offset of each batch entry by the name of an alignment, from the queries and keys that are in use."""
+    if reading == "upper_left":
+        return [0] * len(q_lengths)
+    return [keys - queries for queries, keys in zip(q_lengths, kv_lengths, strict=True)]
+
+
+def in_softmax_type(bias: numpy.ndarray, description: Description) -> numpy.ndarray:
+    """The bias with an infinity where the softmax's type, float32 or float64, holds no number as large.
+
+    Raises:
+        Refused: The case is asked in dtypes of both types, and the answer would be another in each.
+    """
+    with numpy.errstate(over="ignore"):
+        narrow = bias.astype(numpy.float32)
+    overflows = numpy.isinf(narrow) & numpy.isfinite(bias)
+    wide = [dtype == "float64" for dtype in description.dtypes]
+    if not overflows.any() or all(wide):
+        return bias
+    if any(wide):
+        raise Refused(f"{description.id}: the bias is finite in float64 and infinite in float32")
+    return numpy.where(overflows, narrow, bias)
 
 
 class Pairwise:
@@ -55,6 +80,8 @@ class Question:
     def __init__(self, description: Description) -> None:
         arrays = {name: numpy.asarray(item.values) for name, item in description.inputs.items()}
         options = description.options
+        if "bias" in arrays:
+            arrays["bias"] = in_softmax_type(arrays["bias"], description)
         self.name = description.id
         self.query, self.key = arrays["query"].astype(numpy.float64), arrays["key"].astype(numpy.float64)
         self.batch, self.heads, self.q_len, self.qk_dim = self.query.shape
@@ -79,8 +106,13 @@ class Question:
 
         self.causal = options.get("causal", False)
         self.left, self.right = options.get("window") or (None, None)
-        self.q_offset = per_entry("q_offset", 0)
         self.q_lengths, self.kv_lengths = per_entry("q_lengths", self.q_len), per_entry("kv_lengths", self.kv_len)
+        reading = options.get("q_offset") if "q_offset" not in arrays else None
+        self.q_offset = (
+            offsets_of_reading(reading, self.q_lengths, self.kv_lengths)
+            if isinstance(reading, str)
+            else per_entry("q_offset", 0)
+        )
         self.q_ids, self.kv_ids = (
             arrays[name].tolist() if name in arrays else None for name in ("q_segment_ids", "kv_segment_ids")
         )
