@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy
 
+from .errors import refuse_type
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -18,6 +20,7 @@ __all__ = [
     "host_integers",
     "library_of",
     "namespace_of",
+    "placement_of",
     "segment_ids",
     "softmax_dtype_name",
 ]
@@ -29,6 +32,8 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 """The dtypes that query, key and value may have."""
 
 _LIBRARY_OF_PACKAGE = {"jaxlib": "jax"}
+_OF_SPARSE_AND_RAGGED = ("todense", "dense_shape", "row_splits")
+"""Attributes of classes that do not hold an element for every index."""
 _NAMESPACE_OF_CLASS: dict[type, Any] = {}
 _NAME_OF_DTYPE: dict[tuple[type, object], str] = {}
 
@@ -37,9 +42,12 @@ _NAME_OF_DTYPE: dict[tuple[type, object], str] = {}
 def _library_of_class(cls: type) -> str | None:
     """Name the array library of a class or of a user's subclass: the package of its first base that has a dtype.
 
-    A masked array of NumPy is none: what it hides would be seen.
+    Descriptions of arrays, which cannot be computed with, and arrays that do not hold an element for every index have
+    none; nor has a masked array of NumPy: what it hides would be seen.
     """
-    if issubclass(cls, numpy.ndarray) and any(base.__module__.startswith("numpy.ma") for base in cls.__mro__):
+    if any(base.__module__.startswith("numpy.ma") for base in cls.__mro__):
+        return None
+    if not hasattr(cls, "__mul__") or any(hasattr(cls, name) for name in _OF_SPARSE_AND_RAGGED):
         return None
     for base in reversed(cls.__mro__):
         if hasattr(base, "dtype") or hasattr(base, "aval"):
@@ -53,19 +61,63 @@ def library_of(value: object) -> str | None:
     return _library_of_class(type(value))
 
 
+def storage_of(array: Array) -> str | None:
+    """Say how an array of PyTorch is stored where that is not densely, which its class does not tell; else None."""
+    if library_of(array) != "torch":
+        return None
+    if array.is_nested:
+        return "nested"
+    layout = array.layout
+    return None if layout is _strided() else str(layout).removeprefix("torch.")
+
+
+@lru_cache(maxsize=1)
+def _strided() -> object:
+    import torch
+
+    return torch.strided
+
+
 def namespace_of(array: object) -> Any:
-    """Give the Python array API namespace of `array`, wrapped by array-api-compat where its library needs it."""
-    found = _NAMESPACE_OF_CLASS.get(type(array))
-    if found is None:
+    """Give the Python array API namespace of `array`, wrapped by array-api-compat where its library needs it.
+
+    Raises:
+        ArgumentTypeError: Its library has none.
+    """
+    namespace = _NAMESPACE_OF_CLASS.get(type(array))
+    if namespace is None:
         from array_api_compat import array_namespace
 
-        found = _NAMESPACE_OF_CLASS[type(array)] = array_namespace(array)
-    return found
+        try:
+            namespace = array_namespace(array)
+        except TypeError:
+            refuse_type(
+                "MHA-ARG-4",
+                f"Arrays must be of a library of the Python array API or one with a backend of its own, "
+                f"received {type(array).__name__} of {library_of(array)}.",
+            )
+        _NAMESPACE_OF_CLASS[type(array)] = namespace
+    return namespace
 
 
 def device_of(array: Array) -> Any:
-    """Give the device of `array`; None, the default one, for an array that is traced and has none yet."""
-    return getattr(array, "device", None) or None
+    """Give the device on which arrays beside `array` are made; None, the default one, for a traced array.
+
+    Arrays of jax that are made without a device follow those that they meet, whichever devices these are spread over.
+    """
+    return None if library_of(array) == "jax" else getattr(array, "device", None) or None
+
+
+def placement_of(array: Array) -> Any:
+    """Give what arrays of one call must have in common, their device; None for an array that goes with every other.
+
+    For jax it is all its devices in their order, over which arrays may be spread in different ways; an array that is
+    traced, or not committed to a device, goes with every other.
+    """
+    if library_of(array) != "jax":
+        return device_of(array)
+    sharding = getattr(array, "sharding", None)
+    return tuple(sharding.devices_indices_map(array.shape)) if sharding is not None and array.committed else None
 
 
 def dtype_name(array: Array) -> str:
@@ -90,6 +142,8 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
     """Read integers on the host (a number, a sequence, a NumPy array); None for arrays that must not be read."""
     if isinstance(value, int):
         return [value]
+    if isinstance(value, (list, tuple)) and not any(isinstance(entry, (list, tuple)) for entry in value):
+        return [int(entry) for entry in value]
     if isinstance(value, (list, tuple, numpy.integer)):
         value = numpy.asarray(value)
     if not isinstance(value, numpy.ndarray):
@@ -97,17 +151,42 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
     return cast("list[int]", (value if value.ndim == 1 else value.reshape(-1)).tolist())
 
 
-def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> tuple[Array, Array]:
-    """Give both arrays of segment ids in the library of `like`, and where that is not NumPy in its type and device.
+def clamped_lengths(lengths: Array | Sequence[int] | None, size: int, like: Array) -> Array | int:
+    """Give lengths as integers of the library of `like`, 0 to `size`, which is also what no lengths mean (MHA-LEN-3)."""
+    if lengths is None:
+        return size
+    xp = namespace_of(like)
+    integers = xp.arange(0, device=device_of(like)).dtype
+    if library_of(lengths) != library_of(like):
+        lengths = xp.asarray(numpy.asarray(lengths), dtype=integers, device=device_of(like))
+    return xp.clip(xp.astype(lengths, integers, copy=False), 0, size)
 
-    There ids of NumPy are numbered afresh, so that none is cut where that type is narrower than theirs.
+
+def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> list[tuple[Array, Array]]:
+    """Give pairs of arrays, for queries and for keys, that agree, all of them, exactly where ids are equal by value.
+
+    They are of the library of `like`, and where that is not NumPy in its integer type and on its device. There ids of
+    NumPy alone are numbered afresh. An id that the integer type does not hold is split in two digits.
     """
     if library_of(like) == "numpy":
-        return q_ids, kv_ids
-    xp = namespace_of(like)
+        return [(q_ids, kv_ids)]
     if library_of(q_ids) == library_of(kv_ids) == "numpy":
         ids = numpy.concatenate([q_ids.reshape(-1), kv_ids.reshape(-1)])
         numbers = numpy.unique(ids, return_inverse=True)[1]
         q_ids, kv_ids = numbers[: q_ids.size].reshape(q_ids.shape), numbers[q_ids.size :].reshape(kv_ids.shape)
-    q_ids, kv_ids = (xp.astype(xp.asarray(ids, device=device_of(like)), like.dtype) for ids in (q_ids, kv_ids))
-    return q_ids, kv_ids
+    if dtype_name(q_ids) == dtype_name(kv_ids):
+        return [(_digits(q_ids, like)[0], _digits(kv_ids, like)[0])]
+    return list(zip(_digits(q_ids, like), _digits(kv_ids, like), strict=True))
+
+
+def _digits(ids: Array, like: Array) -> tuple[Array, Array]:
+    """Give the low and the high digit of ids to the base of the integers of `like`, the low one of either sign."""
+    xp, device = namespace_of(like), device_of(like)
+    if isinstance(ids, numpy.ndarray):
+        host = numpy.dtype(dtype_name(like))
+        low = ids.astype(host)
+        high = (ids.astype(object) - low.astype(object)) // 2 ** (8 * host.itemsize)
+        low, high = (xp.asarray(digit.astype(host), device=device) for digit in (low, high))
+        return low, high
+    low = xp.astype(ids, like.dtype, copy=False)
+    return low, xp.astype((low < 0) & dtype_name(ids).startswith("uint"), like.dtype)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import numpy
 
 from .arguments import WEIGHT_FUNCTIONS
-from .arrays import FLOATING, Array, dtype_name, host_integers, library_of
+from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, placement_of
 from .cache import KVCache
 from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
 from .errors import ArgumentTypeError, ArgumentValueError
@@ -141,7 +141,7 @@ def _check_like(label: str, array: Array, query: Array, clause: str) -> None:
             f"`{label}` must have the dtype of `query`, dtype={dtype_name(query)}, "
             f"received dtype={dtype_name(array)}. Convert one of them first: the layer never promotes. [{clause}]"
         )
-    expected, received = getattr(query, "device", None), getattr(array, "device", None)
+    expected, received = placement_of(query), placement_of(array)
     if received != expected and None not in (expected, received):
         raise ArgumentValueError(
             f"`{label}` must be on the device of `query`, device={expected}, received device={received}. [MHA-ARG-4]"

@@ -11,7 +11,7 @@ from jax import lax
 
 from .block import contract, kept, logits, over_blocks, visible_in
 from .plan import coarse
-from .problem import finite
+from .problem import anchor_of, finite
 
 if TYPE_CHECKING:
     from jax import Array
@@ -55,9 +55,10 @@ def softmax(problem: Problem, x: Operands, given: Given, block: Block) -> tuple[
     """
     values, _, _ = logits(problem, x, given, block)
     sinks = None if x.sinks is None else block.of_rows(jnp.broadcast_to(x.sinks, x.query.shape[:4]))
-    anchor = lax.reduce(lax.stop_gradient(values), jnp.finfo(values.dtype).min, lax.max, (3,))
+    maximum = jnp.max(lax.stop_gradient(values), axis=-1, initial=-math.inf)
     if sinks is not None:
-        anchor = jnp.maximum(anchor, lax.stop_gradient(sinks))
+        maximum = jnp.maximum(maximum, lax.stop_gradient(sinks))
+    anchor = anchor_of(maximum)
     exponentials = jnp.exp(values - anchor[..., None])
     total = jnp.sum(exponentials, axis=-1)
     if sinks is not None:
