@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,16 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
         lambda: load_weights(LLAMA, "torch", heads=6),
         ArgumentValueError,
         ("Those there are of layout 'llama'", "missing: in_proj_weight", "unknown: q_proj.weight"),
+    ),
+    "a bias that Whisper has not": (
+        lambda: load_weights(save_weights(params_of(layouts()["bart"]), "bart"), "whisper", heads=6),
+        ArgumentValueError,
+        ("Those there are of layout 'bart'", "unknown: k_proj.bias\n"),
+    ),
+    "groups that do not divide in a fused tensor": (
+        lambda: load_weights(zeros(query_key_value__weight=(140, 11), dense__weight=(11, 60)), "falcon", heads=6),
+        ArgumentValueError,
+        ("heads=6 of `heads`", "kv_heads=4 of `query_key_value.weight`", "MHA-HEAD-2"),
     ),
     "bias_k": (
         lambda: load_weights(TORCH | zeros(bias_k=(1, 1, 15)), "torch", heads=3),
@@ -298,11 +309,12 @@ def test_a_layout_of_ones_own() -> None:
         same={"k_embed": "embed", "v_embed": "embed", "v_dim": "qk_dim"},
     )
     state = zeros(o_proj__weight=(11, 60)) | {"qkv_proj.weight": numbers(120, 11)}
-    params = load_weights(state, fused, heads=6, kv_heads=3)
+    params = load_weights(state, fused, heads=6)
     assert numpy.array_equal(params["w_k"], state["qkv_proj.weight"][60:90].reshape(3, 10, 11).transpose(2, 0, 1))
     assert same_bits(save_weights(params, fused)["qkv_proj.weight"], state["qkv_proj.weight"])
+    apart = replace(fused, same={"k_embed": "embed", "v_embed": "embed"})
     with pytest.raises(ArgumentValueError, match="`kv_heads` must be given"):
-        load_weights(state, fused, heads=6)
+        load_weights(state, apart, heads=6)
 
 
 LIBRARIES = {
@@ -334,6 +346,18 @@ def test_arrays_of_every_library(library: str) -> None:
             assert same_bits(to_numpy(array), params[param])
         turned = interleaved_pairs(half_split_pairs(found, rotary_dim=4), rotary_dim=4)
         assert all(same_bits(to_numpy(turned[param]), params[param]) for param in params)
+
+
+def test_an_alternating_tensor_is_cut_within_each_kv_head() -> None:
+    rows = numbers(3 * (2 + 1 + 1) * 5, 11).reshape(3, 4, 5, 11)
+    state = {"query_key_value.weight": rows.reshape(60, 11), "dense.weight": numbers(11, 30)}
+    params = load_weights(state, "falcon", heads=6)
+    for head in range(6):
+        assert same_bits(params["w_q"][:, head], rows[head // 2, head % 2].T)
+    for kv_head in range(3):
+        assert same_bits(params["w_k"][:, kv_head], rows[kv_head, 2].T)
+        assert same_bits(params["w_v"][:, kv_head], rows[kv_head, 3].T)
+    assert all(same_bits(array, state[name]) for name, array in save_weights(params, "falcon").items())
 
 
 def test_pairs_are_moved_along_qk_dim() -> None:

@@ -96,14 +96,15 @@ class Rounded:
         value, largest = self.value / root, self.largest / (root - moved) * (1 + steps)
         return Rounded(value * gain.value, (largest - abs(value)) * abs(gain.value) + gamma(1) * largest * gain.largest)
 
-    def rotated(self, base: float = 10000.0, interleaved: bool = False) -> Rounded:
-        """Pairs turned by position / base^(2i/size): (batch, heads, length, size)."""
+    def rotated(self, base: float = 10000.0, interleaved: bool = False, rotary_dim: int | None = None) -> Rounded:
+        """Turn the first rotary_dim components, pair i by position / base^(2i/rotary_dim); the axes stay."""
         length, size = self.value.shape[-2:]
-        angles = numpy.arange(length)[:, None] * base ** (-numpy.arange(0, size, 2) / size)
+        turned = size if rotary_dim is None else rotary_dim
+        angles = numpy.arange(length)[:, None] * base ** (-numpy.arange(0, turned, 2) / turned)
         error = angles * (ELEMENTARY + gamma(4) + math.log(base) * gamma(1)) + ELEMENTARY
-        first = numpy.arange(0, size, 2) if interleaved else numpy.arange(size // 2)
-        second = first + 1 if interleaved else first + size // 2
-        turn = Rounded(numpy.zeros((length, size, size)), numpy.zeros((length, size, size)))
+        first = numpy.arange(0, turned, 2) if interleaved else numpy.arange(turned // 2)
+        second = first + 1 if interleaved else first + turned // 2
+        turn = Rounded(numpy.tile(numpy.eye(size), (length, 1, 1)), numpy.zeros((length, size, size)))
         for rows, columns, part in (
             (first, first, numpy.cos(angles)),
             (second, second, numpy.cos(angles)),

@@ -41,7 +41,7 @@ def load_weights(
             array of params shares the memory of the state's where the library reshapes without a copy.
         layout: One of `layouts()`, or a Layout of one's own.
         heads: Needed where the layout merges heads and sizes in one axis; else it must agree.
-        kv_heads: Follows from the shapes, where the layout has groups, but for fused ones; it must agree.
+        kv_heads: Needed where the shapes leave it open; else it must agree.
         prefix: What the layer's names begin with, such as "layers.0.self_attn"; other names are ignored, none under it.
 
     Returns:
@@ -57,12 +57,13 @@ def load_weights(
     tensors = own_tensors(state, table, prefix)
     operations = operations_of(tensors, "state")
     sizes = Sizes(table.same, heads=heads, kv_heads=kv_heads)
-    params: dict[str, Array] = {}
-    for name, parts in table.tensors.items():
-        if name in tensors:
-            sizes.fit(beginning(prefix, table) + name, list(parts.values()), shape_of(tensors[name]))
-            params |= _taken_apart(tensors[name], parts, sizes, operations)
+    held = {name: parts for name, parts in table.tensors.items() if name in tensors}
+    head = beginning(prefix, table)
+    sizes.fit_all({head + name: (list(parts.values()), shape_of(tensors[name])) for name, parts in held.items()})
     sizes.check_groups()
+    params: dict[str, Array] = {}
+    for name, parts in held.items():
+        params |= _taken_apart(tensors[name], parts, sizes, operations, by_kv_head=name in table.by_kv_head)
     return {name: params[name] for name in AXES if name in params}
 
 
@@ -93,7 +94,7 @@ def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: s
     sizes.check_groups()
     head = beginning(prefix, table)
     state = {
-        head + name: _put_together(params, parts, sizes, operations)
+        head + name: _put_together(params, parts, sizes, operations, by_kv_head=name in table.by_kv_head)
         for name, parts in table.tensors.items()
         if params.keys() >= parts.keys()
     }
@@ -120,26 +121,40 @@ def _check_params(params: Mapping[str, Array], table: Layout) -> None:
         expected.refuse(params, f"`params` must hold the weights of {table.describes}.")
 
 
-def _taken_apart(tensor: Array, parts: Mapping[str, str], sizes: Sizes, operations: Operations) -> dict[str, Array]:
+def _taken_apart(
+    tensor: Array, parts: Mapping[str, str], sizes: Sizes, operations: Operations, *, by_kv_head: bool
+) -> dict[str, Array]:
+    """Cut a tensor into its params: along the merged axis, or within each kv head of that axis."""
     joined, start = merged_axis(list(parts.values())), 0
+    blocks = sizes["kv_heads"] if by_kv_head else 1
+    shape = shape_of(tensor)
+    blocked = operations.reshape(tensor, (*shape[:joined], blocks, shape[joined] // blocks, *shape[joined + 1 :]))
     params: dict[str, Array] = {}
     for param, pattern in parts.items():
         axes = axes_of(pattern)
-        stop = start + sizes.product(axes[joined])
-        own = tensor[(slice(None),) * joined + (slice(start, stop),) + (slice(None),) * (len(axes) - joined - 1)]
+        stop = start + sizes.product(axes[joined]) // blocks
+        rest = (slice(None),) * (len(axes) - joined - 1)
+        part = blocked[(slice(None),) * (joined + 1) + (slice(start, stop),) + rest]
         single = [axis for merged in axes for axis in merged]
-        whole = operations.reshape(own, tuple(sizes[axis] for axis in single))
+        whole = operations.reshape(part, tuple(sizes[axis] for axis in single))
         params[param] = operations.transpose(whole, tuple(single.index(axis) for axis in AXES[param]))
         start = stop
     return params
 
 
-def _put_together(params: Mapping[str, Array], parts: Mapping[str, str], sizes: Sizes, operations: Operations) -> Array:
-    merged: list[Array] = []
+def _put_together(
+    params: Mapping[str, Array], parts: Mapping[str, str], sizes: Sizes, operations: Operations, *, by_kv_head: bool
+) -> Array:
+    """Join params to one tensor: along the merged axis, or within each kv head of that axis."""
+    joined = merged_axis(list(parts.values()))
+    blocks = sizes["kv_heads"] if by_kv_head else 1
+    blocked: list[Array] = []
     for param, pattern in parts.items():
-        axes, own = axes_of(pattern), AXES[param]
-        whole = operations.transpose(
-            params[param], tuple(own.index(axis) for axes_of_one in axes for axis in axes_of_one)
-        )
-        merged.append(operations.reshape(whole, tuple(sizes.product(axis) for axis in axes)))
-    return merged[0] if len(merged) == 1 else operations.join(merged, axis=merged_axis(list(parts.values())))
+        axes = axes_of(pattern)
+        order = tuple(AXES[param].index(axis) for merged in axes for axis in merged)
+        shape = [sizes.product(axis) for axis in axes]
+        shape[joined : joined + 1] = [blocks, shape[joined] // blocks]
+        blocked.append(operations.reshape(operations.transpose(params[param], order), tuple(shape)))
+    whole = blocked[0] if len(blocked) == 1 else operations.join(blocked, axis=joined + 1)
+    shape = shape_of(whole)
+    return operations.reshape(whole, (*shape[:joined], shape[joined] * shape[joined + 1], *shape[joined + 2 :]))

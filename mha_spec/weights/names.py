@@ -50,7 +50,9 @@ class Expected:
         missing, unknown = self.missing(given), self.unknown(given)
         optional = {name for group in self._optional for name in group}
         lines = [heading, *(f"  missing: {name}{_nearest(name, unknown)}" for name in missing)]
-        lines += [f"  unknown: {name}{_nearest(name, self._names)}" for name in unknown[:LONGEST_LIST]]
+        # A name that is present was not misspelt, so only an absent one can be what an unknown name was meant to be.
+        absent = [name for name in self._names if name not in given]
+        lines += [f"  unknown: {name}{_nearest(name, absent)}" for name in unknown[:LONGEST_LIST]]
         lines += [f"  expected: {_listed(self._names, optional)}", f"  there: {_listed(sorted(given))}"]
         raise ArgumentValueError("\n".join(lines))
 

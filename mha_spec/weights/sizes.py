@@ -76,6 +76,23 @@ class Sizes:
         """The size of several axes merged."""
         return prod(self[axis] for axis in axes)
 
+    def fit_all(self, tensors: Mapping[str, tuple[Sequence[str], tuple[int, ...]]]) -> None:
+        """Read the sizes off the patterns and the shape of every tensor, those first that leave nothing open.
+
+        A fused tensor whose number of kv heads is open waits until another tensor has told the size of a head.
+        """
+        waiting = dict(tensors)
+        while waiting:
+            ready = [name for name, (patterns, _) in waiting.items() if self._determines(patterns)]
+            for name in ready or list(waiting)[:1]:
+                self.fit(name, *waiting.pop(name))
+
+    def _determines(self, patterns: Sequence[str]) -> bool:
+        return all(len(self._unknown(terms)) < 2 for terms in _sums(patterns))
+
+    def _unknown(self, terms: Sum) -> set[str]:
+        return {name for name in map(self._name, chain(*terms)) if name not in self._sizes}
+
     def fit(self, name: str, patterns: Sequence[str], shape: tuple[int, ...]) -> None:
         """Read the sizes of the axes of a tensor off its shape.
 
@@ -101,7 +118,7 @@ class Sizes:
     def _solve(self, name: str, terms: Sum, size: int) -> bool:
         """Find the one size that is not known, in which the sum is linear; False where none is right."""
         named = [[self._name(axis) for axis in term] for term in terms]
-        unknown = {axis for axis in chain(*named) if axis not in self._sizes}
+        unknown = self._unknown(terms)
         if len(unknown) > 1:
             axis = next((axis for axis in ("heads", "kv_heads") if axis in unknown), min(unknown))
             raise ArgumentValueError(

@@ -42,6 +42,8 @@ class Layout:
     """Whether the library keeps its state in dictionaries of dictionaries."""
     ordered: bool = False
     """Whether the library also gives its weights as a list, in the order of `tensors`."""
+    by_kv_head: tuple[str, ...] = ()
+    """Fused tensors that alternate: the queries, the key and the value of kv head 0, then those of kv head 1, ..."""
 
 
 _LINEAR = {
@@ -252,18 +254,96 @@ _VIT_TIMM = Layout(
         **{f"norm.{kind}": "scale_norm normalises the merged heads before proj" for kind in ("weight", "bias")},
     },
 )
+_BART_TENSORS = {
+    f"{part}.{kind}": _linear(f"{letter}_{end}")
+    for part, end in {"k_proj": "k", "v_proj": "v", "q_proj": "q", "out_proj": "o"}.items()
+    for kind, letter in {"weight": "w", "bias": "b"}.items()
+}
+_BART = Layout(
+    describes="BART as Hugging Face names it",
+    tensors=_BART_TENSORS,
+    optional=(tuple(name for name in _BART_TENSORS if name.endswith("bias")),),
+    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+)
 _WHISPER = Layout(
     describes="Whisper as Hugging Face names it",
+    tensors={name: axes for name, axes in _BART_TENSORS.items() if name != "k_proj.bias"},
+    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+)
+_WHISPER_OPENAI = Layout(
+    describes="Whisper as OpenAI names it",
     tensors={
-        "k_proj.weight": _linear("w_k"),
-        "v_proj.weight": _linear("w_v"),
-        "v_proj.bias": _linear("b_v"),
-        "q_proj.weight": _linear("w_q"),
-        "q_proj.bias": _linear("b_q"),
-        "out_proj.weight": _linear("w_o"),
-        "out_proj.bias": _linear("b_o"),
+        "query.weight": _linear("w_q"),
+        "query.bias": _linear("b_q"),
+        "key.weight": _linear("w_k"),
+        "value.weight": _linear("w_v"),
+        "value.bias": _linear("b_v"),
+        "out.weight": _linear("w_o"),
+        "out.bias": _linear("b_o"),
     },
     same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+)
+
+
+def _alternating(fused: str, output: str) -> dict[str, dict[str, str]]:
+    """Name the fused tensors of query, key and value, and those of the output projection."""
+    return {
+        f"{fused}.weight": _linear("w_q", "w_k", "w_v"),
+        f"{fused}.bias": _linear("b_q", "b_k", "b_v"),
+        f"{output}.weight": _linear("w_o"),
+        f"{output}.bias": _linear("b_o"),
+    }
+
+
+_FUSED = ("query_key_value.weight", "query_key_value.bias")
+_GPT_NEOX = Layout(
+    describes="GPT-NeoX",
+    tensors=_alternating("query_key_value", "dense"),
+    optional=(("query_key_value.bias", "dense.bias"),),
+    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
+    options={"causal": True, "rotary": {}},
+    apart={
+        "bias": "the causal mask",
+        "masked_bias": "the number that the causal mask writes",
+        "rotary_emb.inv_freq": _INVERSE_FREQUENCIES,
+    },
+    by_kv_head=_FUSED,
+)
+_BLOOM = Layout(
+    describes="BLOOM",
+    tensors=_alternating("query_key_value", "dense"),
+    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
+    options={"causal": True},
+    by_kv_head=_FUSED,
+)
+_FALCON = Layout(
+    describes="Falcon",
+    tensors=_alternating("query_key_value", "dense"),
+    optional=(("query_key_value.bias", "dense.bias"),),
+    same={**_SELF, **_ONE_SIZE},
+    options={"causal": True},
+    apart={"rotary_emb.inv_freq": _INVERSE_FREQUENCIES},
+    by_kv_head=_FUSED,
+)
+_MEGATRON_NORM = "the norm of the block, which Transformer Engine fuses with the projection"
+_MEGATRON = Layout(
+    describes="Megatron Core",
+    tensors={
+        **_alternating("linear_qkv", "linear_proj"),
+        "q_layernorm.weight": _linear("q_norm"),
+        "k_layernorm.weight": _linear("k_norm"),
+    },
+    optional=(("linear_qkv.bias",), ("linear_proj.bias",), ("q_layernorm.weight", "k_layernorm.weight")),
+    same={**_SELF, **_ONE_SIZE},
+    refused={f"{part}_layernorm.bias": f"qk_layernorm {_LAYER_NORM}" for part in "qk"},
+    apart={
+        **{f"linear_qkv.layer_norm_{kind}": _MEGATRON_NORM for kind in ("weight", "bias")},
+        **{
+            f"{part}._extra_state": "the state of Transformer Engine's 8-bit types"
+            for part in ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
+        },
+    },
+    by_kv_head=("linear_qkv.weight", "linear_qkv.bias"),
 )
 
 LAYOUTS = MappingProxyType(
@@ -281,7 +361,13 @@ LAYOUTS = MappingProxyType(
         "llama_meta": _LLAMA_META,
         "t5": _T5,
         "vit_timm": _VIT_TIMM,
+        "bart": _BART,
         "whisper": _WHISPER,
+        "whisper_openai": _WHISPER_OPENAI,
+        "gpt_neox": _GPT_NEOX,
+        "bloom": _BLOOM,
+        "falcon": _FALCON,
+        "megatron": _MEGATRON,
     }
 )
 """Every layout by its name."""
