@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from oracle import Answer
 
-    from mha_spec_conformance.cases import Case, Suite
+    from mha_spec_conformance.suite.cases import Case, Suite
 
 pytest.register_assert_rewrite("support")
 
@@ -89,7 +89,7 @@ def ask_oracle() -> Callable[..., dict[str, Answer]]:
 @pytest.fixture(scope="session")
 def suite() -> Suite:
     """The cases of the suite."""
-    from mha_spec_conformance.cases import load
+    from mha_spec_conformance.suite.cases import load
 
     return load()
 

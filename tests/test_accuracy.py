@@ -16,8 +16,9 @@ from mha_spec import reference
 from mha_spec.arrays import FLOATING
 from mha_spec.errors import MhaSpecError
 from mha_spec.steps import Steps
-from mha_spec_conformance.accuracy import PROFILES, allowances, bounds, deviations, precision
-from mha_spec_conformance.compare import LARGEST_DEVIATION, LARGEST_RMS
+from mha_spec_conformance.judging.bounds import allowances, bounds, deviations, precision
+from mha_spec_conformance.judging.compare import LARGEST_DEVIATION, LARGEST_RMS
+from mha_spec_conformance.targets.claims import PROFILES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

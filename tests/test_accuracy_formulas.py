@@ -11,7 +11,7 @@ import numpy
 import pytest
 
 from mha_spec.arrays import FLOATING
-from mha_spec_conformance.accuracy import Precision, allowances, precision
+from mha_spec_conformance.judging.bounds import Precision, allowances, precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

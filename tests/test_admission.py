@@ -12,12 +12,14 @@ import pytest
 
 from mha_spec import reference
 from mha_spec.steps import Steps
-from mha_spec_conformance import accuracy, cases, compare, prediction, spec
+from mha_spec_conformance.judging import compare, prediction
+from mha_spec_conformance.judging.bounds import bounds, precision
+from mha_spec_conformance.suite import cases, spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from mha_spec_conformance.cases import Case
+    from mha_spec_conformance.suite.cases import Case
 
     Arrays = Mapping[str, numpy.ndarray]
     Outputs = dict[str, numpy.ndarray]
@@ -68,9 +70,9 @@ class Admission:
         self.arrays = case.inputs("float64")
         self.answer = ask(case.function, self.arrays, case.options)
         self.zeros = {name: numpy.zeros_like(array) for name, array in self.answer.items()}
-        self.precisions = {dtype: accuracy.precision(dtype) for dtype in case.dtypes}
-        bounds = accuracy.bounds(case.function, self.arrays, case.options)
-        self.allowances = {dtype: bounds.allowances(precision) for dtype, precision in self.precisions.items()}
+        self.precisions = {dtype: precision(dtype) for dtype in case.dtypes}
+        evaluated = bounds(case.function, self.arrays, case.options)
+        self.allowances = {dtype: evaluated.allowances(run) for dtype, run in self.precisions.items()}
 
     def passes(self, outputs: Outputs, dtype: str) -> bool:
         """Whether an answer would be accepted in `dtype`."""

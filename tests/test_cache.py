@@ -23,7 +23,7 @@ from mha_spec.arrays import library_of
 from mha_spec.layer import Layer
 from mha_spec.layer_object import LayerSettings
 from mha_spec.layer_steps import LayerSteps
-from mha_spec_conformance.convert import to_library, to_numpy
+from mha_spec_conformance.targets.conversion import to_library, to_numpy
 from mha_spec_numpy import layer
 
 if TYPE_CHECKING:

@@ -3,15 +3,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from support.subject import Subject
 
 from mha_spec.steps import Steps
+from mha_spec_conformance.judging.prediction import can_show
 from mha_spec_conformance.mistakes import MISTAKES, Mistake
-from mha_spec_conformance.mutation import Subject
-from mha_spec_conformance.prediction import can_show
-from mha_spec_conformance.spec import clauses
+from mha_spec_conformance.suite.spec import clauses
 
 if TYPE_CHECKING:
-    from mha_spec_conformance.cases import Case, Suite
+    from mha_spec_conformance.suite.cases import Case, Suite
 
 PROVEN_ELSEWHERE = {"MHA-ARG-4": "tests/test_arguments.py: goldens are arrays of no library and no device"}
 """Clauses of which no golden can speak."""

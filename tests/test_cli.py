@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 import pytest
 
-from mha_spec_conformance import cli
+from mha_spec_conformance.commands import cli
 
 if TYPE_CHECKING:
     import subprocess
@@ -192,7 +192,7 @@ def test_file_of_known_failures_that_says_nothing(mha_spec: Command, tmp_path: P
 
 
 def test_damaged_goldens_are_not_judged_by(mha_spec: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mha_spec_conformance import cases
+    from mha_spec_conformance.suite import cases
 
     monkeypatch.setattr(cases, "FOLDER", tmp_path)
     status, _, err = mha_spec("check", "numpy")
@@ -239,14 +239,15 @@ def test_every_case_can_be_explained(mha_spec: Command) -> None:
 
 def test_help_loads_neither_cases_nor_frameworks(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = python(
-        "import sys; from mha_spec_conformance import cli;"
-        "print(*(name in sys.modules for name in ('mha_spec_conformance.cli', 'mha_spec_conformance.cases', 'torch')))"
+        "import sys; from mha_spec_conformance.commands import cli;"
+        "loaded = [name in sys.modules for name in ('mha_spec_conformance.commands.cli', 'safetensors', 'torch')];"
+        "print(*loaded, 'mha_spec_conformance.suite.cases' in sys.modules)"
     )
-    assert done.stdout.split() == ["True", "False", "False"], done.stderr
+    assert done.stdout.split() == ["True", "False", "False", "False"], done.stderr
 
 
 def test_fault_of_ours_is_one_line(mha_spec: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mha_spec_conformance import checking
+    from mha_spec_conformance.commands import check as checking
 
     def fault(**_: object) -> int:
         raise KeyError("lost\nkey")

@@ -9,14 +9,14 @@ import ml_dtypes
 import numpy
 import pytest
 
-from mha_spec_conformance.accuracy import precision
-from mha_spec_conformance.cases import Expected
-from mha_spec_conformance.compare import ANY, EXACT, FINITE, NAN, NON_FINITE, gate_b, judge
+from mha_spec_conformance.judging.bounds import precision
+from mha_spec_conformance.judging.compare import ANY, EXACT, FINITE, NAN, NON_FINITE, gate_b, judge
+from mha_spec_conformance.suite.cases import Expected
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mha_spec_conformance.compare import Judgement
+    from mha_spec_conformance.judging.compare import Judgement
 
 INF, NOT_A_NUMBER = numpy.inf, numpy.nan
 

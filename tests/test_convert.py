@@ -10,7 +10,14 @@ import numpy
 import pytest
 
 from mha_spec.arrays import dtype_name, library_of
-from mha_spec_conformance.convert import ConversionError, lay_out, layouts_of, same_bits, to_library, to_numpy
+from mha_spec_conformance.targets.conversion import (
+    ConversionError,
+    lay_out,
+    layouts_of,
+    same_bits,
+    to_library,
+    to_numpy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,14 +22,14 @@ from description import Description, Input
 from portable import generate as write_generated
 from storage import smallest
 
-from mha_spec_conformance import cases
-from mha_spec_conformance.cases import GoldensError, load
-from mha_spec_conformance.portable import KINDS, generated
+from mha_spec_conformance.suite import cases
+from mha_spec_conformance.suite.cases import GoldensError, load
+from mha_spec_conformance.suite.portable import KINDS, generated
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mha_spec_conformance.cases import Suite
+    from mha_spec_conformance.suite.cases import Suite
 
 LAYER = generate.LAYER
 REPOSITORY = Path(__file__).parent.parent
@@ -375,7 +375,7 @@ def test_an_input_that_a_run_cannot_hold_is_refused(item: Input, message: str) -
 
 
 def test_the_generator_notices_what_it_must_not_see() -> None:
-    assert "mha_spec_conformance.cases" in str(generate.problem_of({}, []))
+    assert "mha_spec_conformance.suite.cases" in str(generate.problem_of({}, []))
 
 
 def test_the_generator_brings_nothing_of_mha_spec() -> None:

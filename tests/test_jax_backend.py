@@ -18,8 +18,7 @@ import mha_spec.reference
 import mha_spec_jax
 from mha_spec.arguments import Arguments
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
-from mha_spec_conformance.accuracy import allowances
-from mha_spec_conformance.precision import precision
+from mha_spec_conformance.judging.bounds import allowances, precision
 from mha_spec_jax import forward, plan
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from jax import Array
 
-    from mha_spec_conformance.cases import Case
+    from mha_spec_conformance.suite.cases import Case
 
 Answer = dict[str, Any]
 attention: Callable[..., Any] = mha_spec_jax.attention

@@ -17,7 +17,7 @@ from support.comparisons import assert_same, off
 from support.libraries import converted, with_float64
 
 from mha_spec.arrays import library_of
-from mha_spec_conformance.convert import LIBRARIES, to_library, to_numpy
+from mha_spec_conformance.targets.conversion import LIBRARIES, to_library, to_numpy
 
 SENTENCES = (
     "Where can I see old paintings?",

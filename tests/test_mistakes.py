@@ -5,25 +5,25 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import pytest
+from support.subject import Subject
 
 from mha_spec.arguments import OPTIONS
 from mha_spec.layer_steps import LayerSteps
 from mha_spec.parameters import AXES
 from mha_spec.steps import Steps
-from mha_spec_conformance.conventions import CONVENTIONS
+from mha_spec_conformance.judging.bounds import precision
+from mha_spec_conformance.judging.prediction import Predictions, can_show
 from mha_spec_conformance.mistakes import MISTAKES, Mistake
 from mha_spec_conformance.mistakes.raising import RAISING
-from mha_spec_conformance.mutation import Subject
-from mha_spec_conformance.precision import precision
-from mha_spec_conformance.prediction import Predictions, can_show
-from mha_spec_conformance.question import FUNCTIONS
-from mha_spec_conformance.spec import clauses
+from mha_spec_conformance.suite.conventions import CONVENTIONS
+from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.spec import clauses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mha_spec_conformance.cases import Case, Suite
-    from mha_spec_conformance.outcome import Result
+    from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.suite.cases import Case, Suite
 
 TOLD_OTHERWISE = {
     "alibi-in-the-dtype-of-the-slopes": "the report names the dtype",

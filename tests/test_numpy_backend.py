@@ -30,16 +30,16 @@ import mha_spec_numpy
 from mha_spec import reference
 from mha_spec.arrays import dtype_name, library_of, namespace_of
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
-from mha_spec_conformance.accuracy import allowances, precision
-from mha_spec_conformance.compare import judge
-from mha_spec_conformance.convert import to_library, to_numpy
+from mha_spec_conformance.judging.bounds import allowances, precision
+from mha_spec_conformance.judging.compare import judge
+from mha_spec_conformance.targets.conversion import to_library, to_numpy
 from mha_spec_numpy import core, dropout, forward, parallel, problem, strip, visibility
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator, Mapping
 
-    from mha_spec_conformance.cases import Case, Suite
+    from mha_spec_conformance.suite.cases import Case, Suite
 
 
 @pytest.fixture

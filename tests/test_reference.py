@@ -9,20 +9,20 @@ import numpy
 import pytest
 from support.goldens import alike
 from support.numbers import numbers
+from support.subject import Subject
 
 from mha_spec import reference
 from mha_spec.arguments import OPTIONS
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.steps import Steps
-from mha_spec_conformance.accuracy import allowances, precision
-from mha_spec_conformance.convert import to_library, to_numpy
-from mha_spec_conformance.mutation import Subject
-from mha_spec_conformance.question import OPERANDS
+from mha_spec_conformance.judging.bounds import allowances, precision
+from mha_spec_conformance.suite.functions import OPERANDS
+from mha_spec_conformance.targets.conversion import to_library, to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from mha_spec_conformance.cases import Case, Suite
+    from mha_spec_conformance.suite.cases import Case, Suite
 
 BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
 

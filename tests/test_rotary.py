@@ -19,7 +19,7 @@ from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError, refere
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps
-from mha_spec_conformance.convert import to_library, to_numpy
+from mha_spec_conformance.targets.conversion import to_library, to_numpy
 
 if TYPE_CHECKING:
     from types import ModuleType

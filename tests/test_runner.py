@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mha_spec_conformance.asking import Selection, asks, probes
-from mha_spec_conformance.known import Known
-from mha_spec_conformance.outcome import Judge
-from mha_spec_conformance.pool import Pool
-from mha_spec_conformance.question import Answer, Claims, Raised
-from mha_spec_conformance.runner import NothingToJudge, Settings, run
-from mha_spec_conformance.target import TargetError
+from mha_spec_conformance.asking.pool import Pool
+from mha_spec_conformance.asking.question import Answer, Raised
+from mha_spec_conformance.asking.selection import Selection, asks, probes
+from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.running.known import Known
+from mha_spec_conformance.running.runner import NothingToJudge, Settings, run
+from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.targets.loading import TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mha_spec_conformance.cases import Suite
-    from mha_spec_conformance.report import Run
+    from mha_spec_conformance.running.run import Run
+    from mha_spec_conformance.suite.cases import Suite
 
 ONLY = "attention/smoke/"
 RIGHT = """
@@ -361,7 +362,7 @@ def test_only_cases_that_do_not_decide_are_not_judged(judge: Callable[..., Run])
     done = judge(
         RIGHT
         + "\ndef supports(question):\n    return question.id in SHOULD\n"
-        + "\nSHOULD = {case.id for case in __import__('mha_spec_conformance.cases').cases.load().cases"
+        + "\nSHOULD = {case.id for case in __import__('mha_spec_conformance.suite.cases').suite.cases.load().cases"
         + " if case.level == 'SHOULD'}\n",
         "attention/",
     )

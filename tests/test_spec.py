@@ -13,8 +13,8 @@ import pytest
 import mha_spec
 from mha_spec import reference
 from mha_spec.arguments import OPTIONS, Arguments
-from mha_spec_conformance.accuracy import precision
-from mha_spec_conformance.spec import Clause, SpecificationError, clauses, parse, specification
+from mha_spec_conformance.judging.bounds import precision
+from mha_spec_conformance.suite.spec import Clause, SpecificationError, clauses, parse, specification
 
 ROOT = Path(__file__).parents[1]
 CITED = re.compile(r"(?P<topic>MHA-[A-Z]+)-(?P<first>\d+)(?P<more>(?:(?:,| to| and) (?:MHA-[A-Z]+)?-\d+)*)")

@@ -14,7 +14,7 @@ import pytest
 from numpy import exp, expm1, sqrt, tanh
 
 from mha_spec import reference
-from mha_spec_conformance.accuracy import allowances, deviations, precision
+from mha_spec_conformance.judging.bounds import allowances, deviations, precision
 
 BATCH, HEADS, GROUP, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
 KV_HEADS = HEADS // GROUP

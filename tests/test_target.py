@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mha_spec_conformance.target import TargetError, load
+from mha_spec_conformance.targets.loading import TargetError, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,7 +17,7 @@ from support.libraries import converted, with_float64
 
 from mha_spec.arrays import library_of
 from mha_spec.weights import load_weights
-from mha_spec_conformance.convert import LIBRARIES, to_numpy
+from mha_spec_conformance.targets.conversion import LIBRARIES, to_numpy
 
 BATCH, SOURCE, TARGET, HEADS, EMBED, FEED, BLOCKS = 3, 11, 7, 2, 2 * 5, 13, 2
 

@@ -11,7 +11,7 @@ from rounded import attended
 from support.weight_modules import LLAMA, MODULES, Module, built, transformer
 
 from mha_spec.weights import half_split_pairs, interleaved_pairs, layouts, load_weights, read_safetensors, save_weights
-from mha_spec_conformance.convert import same_bits, to_numpy
+from mha_spec_conformance.targets.conversion import same_bits, to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -24,7 +24,7 @@ from mha_spec.weights import (
     save_weights,
     write_safetensors,
 )
-from mha_spec_conformance.convert import same_bits, to_library, to_numpy
+from mha_spec_conformance.targets.conversion import same_bits, to_library, to_numpy
 
 if TYPE_CHECKING:
     import subprocess

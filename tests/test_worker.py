@@ -9,10 +9,11 @@ import numpy
 import pytest
 
 from mha_spec import reference
-from mha_spec_conformance import worker
-from mha_spec_conformance.question import Answer, Claims, Question, Raised
-from mha_spec_conformance.target import Target
-from mha_spec_conformance.worker import answer
+from mha_spec_conformance.asking.question import Answer, Question, Raised
+from mha_spec_conformance.asking.selection import worker
+from mha_spec_conformance.asking.worker import answer
+from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.targets.loading import Target
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from rich.table import Table
 from trials import Tally, tally
 
 from mha_spec.arrays import FLOATING
-from mha_spec_conformance.accuracy import RULE_VERSION
+from mha_spec_conformance.judging.bounds import RULE_VERSION
 
 if TYPE_CHECKING:
     from layers import LayerTally

@@ -12,9 +12,9 @@ import numpy
 import torch
 from frameworks import from_torch, to_torch
 
-from mha_spec_conformance.accuracy import bounds, precision
-from mha_spec_conformance.cases import Expected
-from mha_spec_conformance.compare import judge
+from mha_spec_conformance.judging.bounds import bounds, precision
+from mha_spec_conformance.judging.compare import judge
+from mha_spec_conformance.suite.cases import Expected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -9,9 +9,9 @@ import numpy
 from problems import Problem
 from variants import Variant
 
-from mha_spec_conformance.accuracy import bounds, precision
-from mha_spec_conformance.cases import Expected
-from mha_spec_conformance.compare import judge
+from mha_spec_conformance.judging.bounds import bounds, precision
+from mha_spec_conformance.judging.compare import judge
+from mha_spec_conformance.suite.cases import Expected
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy
 
-from mha_spec_conformance.precision import precision
+from mha_spec_conformance.judging.bounds import precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

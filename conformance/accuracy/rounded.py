@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec_conformance.convert import to_numpy
-from mha_spec_conformance.precision import precision, unit_roundoff
+from mha_spec_conformance.judging.bounds import precision, unit_roundoff
+from mha_spec_conformance.targets.conversion import to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

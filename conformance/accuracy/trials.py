@@ -15,16 +15,17 @@ from variants import VARIANTS, with_form
 
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps
-from mha_spec_conformance.accuracy import PROFILES, bounds, precision
-from mha_spec_conformance.cases import Expected
-from mha_spec_conformance.compare import gate_b, judge
+from mha_spec_conformance.judging.bounds import bounds, precision
+from mha_spec_conformance.judging.compare import gate_b, judge
+from mha_spec_conformance.suite.cases import Expected
+from mha_spec_conformance.targets.claims import PROFILES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from frameworks import Framework
 
-    from mha_spec_conformance.accuracy import Bounds
+    from mha_spec_conformance.judging.bounds import Bounds
 
     Arrays = Mapping[str, numpy.ndarray]
 

@@ -13,6 +13,6 @@ def main() -> None:
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:
         sys.exit(f"mha-spec: the command line needs {', '.join(missing)}: pip install 'mha-spec[conformance]'")
-    from .cli import main as run
+    from mha_spec_conformance.commands.cli import main as run
 
     run()

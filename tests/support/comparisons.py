@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from mha_spec.arrays import Array, device_of, dtype_name, library_of
-from mha_spec_conformance.convert import to_numpy
+from mha_spec_conformance.targets.conversion import to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from mha_spec import KVCache
 from mha_spec.arrays import Array, device_of, dtype_name, library_of
-from mha_spec_conformance.accuracy import allowances
-from mha_spec_conformance.asking import Ask
-from mha_spec_conformance.calls import arranged, joined, layer_answers
-from mha_spec_conformance.cases import load
-from mha_spec_conformance.compare import judge
-from mha_spec_conformance.convert import to_library, to_numpy
-from mha_spec_conformance.outcome import dtype_fault, expected_dtypes
-from mha_spec_conformance.precision import precision
+from mha_spec_conformance.asking.calls import arranged, joined, layer_answers
+from mha_spec_conformance.asking.selection import Ask
+from mha_spec_conformance.judging.bounds import allowances, precision
+from mha_spec_conformance.judging.compare import judge
+from mha_spec_conformance.judging.form import dtype_fault, expected_dtypes
+from mha_spec_conformance.suite.cases import load
+from mha_spec_conformance.targets.conversion import to_library, to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import numpy
 
-    from mha_spec_conformance.cases import Case
+    from mha_spec_conformance.suite.cases import Case
 
 __all__ = [
     "DIFFERENTIABLE",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy
 
-from mha_spec_conformance.convert import to_library
+from mha_spec_conformance.targets.conversion import to_library
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from mha_spec.arrays import dtype_name
-from mha_spec_conformance.accuracy import bounds, precision
+from mha_spec_conformance.judging.bounds import bounds, precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

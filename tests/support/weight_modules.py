@@ -12,7 +12,7 @@ import numpy
 
 from mha_spec import alibi_slopes
 from mha_spec.weights import layouts, load_weights
-from mha_spec_conformance.convert import to_numpy
+from mha_spec_conformance.targets.conversion import to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -1,0 +1,239 @@
+"""Worker processes: questions in, answers out, and a crash or a hang is an answer too."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import time
+from collections import deque
+from multiprocessing.connection import wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.targets.loading import TargetError
+
+from .question import Answer, Question
+from .worker import serve
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator
+    from types import TracebackType
+    from typing import Self
+
+__all__ = ["Pool"]
+
+AHEAD = 4
+"""Questions that a worker holds, so that it never waits while the parent compares."""
+
+STARTUP_SECONDS = 300.0
+"""Time limit for importing a target, which may import a whole framework."""
+
+
+MEMORY = Path("/dev/shm")
+"""Where files cost no disk; used where there is enough of it."""
+
+ENOUGH_MEMORY = 2**28
+
+
+def _fast_folder() -> str | None:
+    """The folder for questions and answers; None is that of the system."""
+    usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ENOUGH_MEMORY
+    return str(MEMORY) if usable else None
+
+
+class Worker:
+    """One process of the target, the questions that it holds, oldest first, and the group that it takes more from."""
+
+    def __init__(self, target: str, folder: Path) -> None:
+        self.target = target
+        self.folder = folder
+        self.held: deque[Question] = deque()
+        self.group: Iterator[Question] = iter(())
+        self.count = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start the process and load the target in it; `claims` is what it said."""
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.printed = self.folder / "printed"
+        self.process = context.Process(target=serve, args=(theirs, self.target, str(self.printed)))
+        self.process.start()
+        theirs.close()
+        self.claims = self._claims()
+        self.since = time.monotonic()
+        self.stopped = False
+
+    def _claims(self) -> Claims:
+        try:
+            said = (
+                self.connection.recv()
+                if self.connection.poll(STARTUP_SECONDS)
+                else f"target {self.target} did not load in {STARTUP_SECONDS:.0f} s"
+            )
+        except EOFError:
+            said = f"target {self.target} ended the process while it was imported: {self._ending()}"
+        if isinstance(said, Claims):
+            return said
+        self.stop()
+        raise TargetError(str(said))
+
+    def ask(self, question: Question) -> None:
+        """Hand over one more question."""
+        if self.stopped:
+            self.start()
+        if not self.held:
+            self.since = time.monotonic()
+        self.held.append(question)
+        self._send(question)
+
+    def _send(self, question: Question) -> None:
+        self.count += 1
+        path = self.folder / f"{self.count}.pickle"
+        path.write_bytes(pickle.dumps(question, protocol=5))
+        try:
+            self.connection.send(str(path))
+        except OSError:
+            return
+
+    def answer(self, limit: float) -> Answer | None:
+        """The answer to the oldest question, or None where it is still open; a dead or late process is replaced."""
+        try:
+            if self.connection.poll():
+                path = Path(self.connection.recv())
+                self.since = time.monotonic()
+                reply: Answer = pickle.loads(path.read_bytes())
+                path.unlink()
+                return _without_our_faults(reply)
+        except (EOFError, OSError):
+            return self._replace(Answer("crash", reason=self._ending(), seconds=time.monotonic() - self.since))
+        if time.monotonic() - self.since > limit:
+            return self._replace(Answer("timeout", reason=f"no answer in {limit:g} s", seconds=limit))
+        return None
+
+    def take(self, waiting: Iterator[Iterator[Question]]) -> None:
+        """Ask the next question of the worker's own group, or of a new one where that has ended."""
+        question = next(self.group, None)
+        while question is None and (group := next(waiting, None)) is not None:
+            self.group = group
+            question = next(group, None)
+        if question is not None:
+            self.ask(question)
+
+    def forget(self) -> None:
+        """Give up the questions that are held, and the process whose answers to them would come later."""
+        self.group = iter(())
+        if self.held:
+            self.held.clear()
+            self.stop()
+
+    def _replace(self, answer: Answer) -> Answer:
+        """Start anew, with the questions behind the one that ended the process."""
+        self.stop()
+        self.start()
+        for question in list(self.held)[1:]:
+            self._send(question)
+        return answer
+
+    def _ending(self) -> str:
+        self.process.join(5)
+        code = self.process.exitcode
+        how = (
+            "still running"
+            if code is None
+            else f"exit status {code}"
+            if code >= 0
+            else f"signal {signal.Signals(-code).name}"
+        )
+        lines = self.printed.read_text(errors="replace").strip().splitlines() if self.printed.exists() else []
+        return f"the process ended with {how}" + (f"; last printed: {lines[-1][:200]}" if lines else "")
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing; the next question starts another."""
+        self.stopped = True
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self.printed.unlink(missing_ok=True)
+
+
+def _without_our_faults(answer: Answer) -> Answer:
+    """Give an answer back; what went wrong in our own part of the process is no answer."""
+    if answer.came == "internal":
+        raise RuntimeError(answer.reason)
+    return answer
+
+
+class Pool:
+    """`jobs` workers of one target; leave it as a context manager, and no process is left."""
+
+    def __init__(self, target: str, jobs: int = 1, limit: float = 60.0) -> None:
+        self.limit = limit
+        self._folder = TemporaryDirectory(prefix="mha-spec-", dir=_fast_folder(), ignore_cleanup_errors=True)
+        self._workers: list[Worker] = []
+        try:
+            for number in range(jobs):
+                folder = Path(self._folder.name) / str(number)
+                folder.mkdir()
+                self._workers.append(Worker(target, folder))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def claims(self) -> Claims:
+        """What the target says of itself."""
+        return self._workers[0].claims
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every process and remove the files."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers.clear()
+        self._folder.cleanup()
+
+    def answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
+        """Ask all questions; each comes back with its answer, in the order in which the answers arrive.
+
+        The questions of one group go to one worker, whose framework compiles once for what they share. Whoever stops
+        before the last answer loses the others: none of them comes back for a later question.
+        """
+        try:
+            yield from self._answers(iter(groups))
+        finally:
+            for worker in self._workers:
+                worker.forget()
+
+    def _answers(self, groups: Iterator[Iterable[Question]]) -> Iterator[tuple[Question, Answer]]:
+        waiting = map(iter, groups)
+        self._hand_out(waiting)
+        while any(worker.held for worker in self._workers):
+            arrived = [
+                (worker, reply)
+                for worker in self._workers
+                if worker.held and (reply := worker.answer(self.limit)) is not None
+            ]
+            done = [(worker.held.popleft(), reply) for worker, reply in arrived]
+            self._hand_out(waiting)
+            yield from done
+            if not done:
+                wait([worker.connection for worker in self._workers if worker.held], timeout=min(0.2, self.limit / 4))
+
+    def _hand_out(self, waiting: Iterator[Iterator[Question]]) -> None:
+        for _ in range(AHEAD):
+            for worker in self._workers:
+                if len(worker.held) < AHEAD:
+                    worker.take(waiting)

@@ -1,0 +1,75 @@
+"""The data that pass between the runner and the process of the target.
+
+A `Question` goes to the process and an `Answer` comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy
+
+__all__ = ["LAYOUTS", "Answer", "Question", "Raised"]
+
+LAYOUTS = ("strided", "reversed", "read_only")
+"""How inputs may lie in memory, beside plainly (MHA-PURE-2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One call: the function, its arrays as NumPy holds them and its options; the rest describes the case."""
+
+    id: str
+    function: str
+    dtype: str
+    arrays: Mapping[str, numpy.ndarray]
+    options: Mapping[str, object]
+    outputs: tuple[str, ...]
+    features: tuple[str, ...] = ()
+    clauses: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()
+    repeat: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every array by its name."""
+        return {name: array.shape for name, array in self.arrays.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """An exception of the target: its classes from the most special on, its message and the target's own line."""
+
+    classes: tuple[str, ...]
+    message: str
+    where: str | None = None
+
+    def __str__(self) -> str:
+        first = self.message.strip().splitlines()[:1]
+        return ": ".join([self.classes[0], *first]) + (f" ({self.where})" if self.where else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of a question.
+
+    `came` is "returned", "raised", "unsupported", "malformed" (no arrays that could be compared), "crash", "timeout" or
+    "internal" (a fault of the suite); `reason` explains the last five. `written` names the inputs that were written to.
+    `layouts` holds the outputs, or what was raised, for every other layout of the inputs that was tried; `foreign` is
+    the library of the outputs where it is not that of the inputs.
+    """
+
+    came: str
+    outputs: Mapping[str, numpy.ndarray] = field(default_factory=dict)
+    reason: str | None = None
+    raised: Raised | None = None
+    written: tuple[str, ...] = ()
+    layouts: Mapping[str, Mapping[str, numpy.ndarray] | str] = field(default_factory=dict)
+    deterministic: bool | None = None
+    foreign: str | None = None
+    seconds: float = 0.0

@@ -1,0 +1,175 @@
+"""Which cases a target is asked, in which dtypes, and with which arguments: what it claims, and what was selected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec.arrays import FLOATING
+from mha_spec_conformance.suite.functions import OPERANDS
+
+from .calls import keyword_of
+from .question import LAYOUTS, Question
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mha_spec_conformance.suite.cases import Case
+    from mha_spec_conformance.targets.claims import Claims
+
+ATTENTION = ("attention", "attention_weights", "attention_vjp")
+"""The functions that have a causal diagonal of their own."""
+
+__all__ = ["Ask", "Selection", "alignments", "asks", "matches", "probes", "tried_in_every_layout"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A part of the suite: cases by id, pattern or clause, and dtypes; empty is everything."""
+
+    only: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing was left out."""
+        return not self.only and not self.dtypes
+
+    def takes(self, case: Case) -> bool:
+        """Whether the case is selected: its id matches a pattern or holds it as a part, or it cites the clause."""
+        return not self.only or any(matches(case, pattern) for pattern in self.only)
+
+    def asks_in(self, dtype: str) -> bool:
+        """Whether the dtype is selected."""
+        return not self.dtypes or dtype in self.dtypes
+
+
+def matches(case: Case, pattern: str) -> bool:
+    """Whether the id of the case matches the pattern or holds it as a part, or the case cites it as a clause."""
+    return fnmatchcase(case.id, pattern) or pattern in case.id or pattern in case.clauses
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One case in one dtype as a target is asked it: without an offset that the target takes for granted, say."""
+
+    case: Case
+    dtype: str
+    outputs: tuple[str, ...]
+    omitted: frozenset[str] = frozenset()
+    probed: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies it in a run."""
+        return self.case.id, self.dtype
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The features that are really asked: lse only where it is wanted."""
+        return tuple(
+            name for name in self.case.features if name != "lse" or "lse" in self.outputs or not self.case.expected
+        )
+
+    def question(self) -> Question:
+        """The question itself, with fresh arrays."""
+        case = self.case
+        options = {name: _plain(value) for name, value in case.options.items() if name not in self.omitted}
+        if case.function == "attention" and "lse" in self.outputs:
+            options["return_lse"] = True
+        return Question(
+            id=case.id,
+            function=case.function,
+            dtype=self.dtype,
+            arrays={name: array for name, array in case.inputs(self.dtype).items() if name not in self.omitted},
+            options=options,
+            outputs=self.outputs,
+            features=self.features,
+            clauses=tuple(case.clauses),
+            tags=tuple(case.tags),
+            layouts=LAYOUTS if self.probed else (),
+            repeat=self.probed,
+        )
+
+
+def _plain(value: object) -> object:
+    """JSON has lists where Python calls take tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def asks(cases: Iterable[Case], claims: Claims, selection: Selection) -> list[Ask]:
+    """Everything that the target is asked, case by case and within a case dtype by dtype."""
+    return [
+        ask
+        for case in cases
+        if selection.takes(case)
+        for dtype in FLOATING
+        if dtype in case.dtypes and dtype in claims.dtypes and selection.asks_in(dtype)
+        if (ask := _ask(case, dtype, claims)) is not None
+    ]
+
+
+def _ask(case: Case, dtype: str, claims: Claims) -> Ask | None:
+    if case.expect == "error":
+        return Ask(case, dtype, ("output",)) if claims.registered and case.function in claims.keywords else None
+    outputs = tuple(case.expected)
+    if case.function == "attention" and "return_lse" not in claims.keywords.get("attention", ()):
+        outputs = ("output",)
+    keywords = _keywords(case)
+    if claims.accepts(case.function, keywords):
+        return Ask(case, dtype, outputs)
+    declared = claims.conventions.get("causal_alignment")
+    if declared in alignments(case) and claims.accepts(case.function, keywords - {"q_offset"}):
+        return Ask(case, dtype, outputs, frozenset({"q_offset"}))
+    return None
+
+
+def _keywords(case: Case) -> frozenset[str]:
+    given = {keyword_of(case.function, name) for name in (*case.options, *case.input_names)}
+    return frozenset(given - set(OPERANDS[case.function]))
+
+
+def alignments(case: Case) -> tuple[str, ...]:
+    """The readings of a causal diagonal that the offset of the case is exactly; none for a case without an offset."""
+    if case.function not in ATTENTION or "q_offset" not in {*case.options, *case.input_names}:
+        return ()
+    arrays = case.inputs(case.dtypes[0])
+    q_len, kv_len = arrays["query"].shape[2], arrays["key"].shape[2]
+    offset = numpy.asarray(arrays.get("q_offset", case.options.get("q_offset")), dtype=numpy.int64)
+    readings: dict[str, object] = {"upper_left": 0, "lower_right": kv_len - q_len}
+    if "kv_lengths" in arrays:
+        readings["lower_right_of_kv_lengths"] = arrays["kv_lengths"].astype(numpy.int64) - q_len
+    return tuple(name for name, reading in readings.items() if (offset == reading).all())
+
+
+def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, Ask]:
+    """One case for each causal alignment that tells it from the others, for a target that has no offset."""
+    taken = claims.keywords.get("attention", ())
+    dtype = next((name for name in claims.dtypes if selection.asks_in(name)), None)
+    if "causal" not in taken or "q_offset" in taken or "causal_alignment" in claims.conventions or dtype is None:
+        return {}
+    found: dict[str, Ask] = {}
+    for case in cases:
+        if case.function != "attention" or case.expect == "error" or dtype not in case.dtypes:
+            continue
+        if case.level != "MUST" or not claims.accepts("attention", _keywords(case) - {"q_offset"}):
+            continue
+        readings = alignments(case)
+        if len(readings) == 1 and "causal" in case.features:
+            found.setdefault(readings[0], Ask(case, dtype, ("output",), frozenset({"q_offset"})))
+    return found
+
+
+def tried_in_every_layout(asked: Iterable[Ask]) -> list[Ask]:
+    """The same, with one ask of each feature marked to be tried on every layout of its inputs, and twice."""
+    covered: set[str] = set()
+    marked: list[Ask] = []
+    for ask in asked:
+        new = set(ask.features) - covered
+        chosen = bool(new) and ask.case.expect != "error" and ask.case.level == "MUST"
+        covered |= new if chosen else set()
+        marked.append(Ask(ask.case, ask.dtype, ask.outputs, ask.omitted, probed=True) if chosen else ask)
+    return marked

@@ -1,0 +1,225 @@
+"""The process of the target: it loads the target, says what may be asked, and answers one question after another.
+
+Messages through the pipe are small (a number, a file's name); questions and answers lie in files, so that neither side
+ever waits for the other to read. What the target prints goes to a file as well.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mha_spec.arrays import library_of
+from mha_spec_conformance.targets.conversion import (
+    ConversionError,
+    lay_out,
+    layouts_of,
+    same_bits,
+    to_library,
+    to_numpy,
+)
+from mha_spec_conformance.targets.loading import Target, TargetError, load, own_line
+
+from .calls import LAYER, MalformedCache, arranged, joined, layer_answers
+from .question import Answer, Question, Raised
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from multiprocessing.connection import Connection
+
+    import numpy
+
+    from mha_spec.arrays import Array
+
+__all__ = ["answer", "serve"]
+
+GRADIENTS: tuple[str, ...] = ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks")
+
+
+class Malformed(Exception):
+    """The target returned something else than the arrays that were asked for."""
+
+
+class Failed(Exception):
+    """The target, or its library, raised `error`."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def serve(connection: Connection, name: str, printed: str) -> None:
+    """Answer until the runner is gone: first with the claims, or with what is wrong with the target."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _print_to(printed)
+    os.environ.setdefault("JAX_ENABLE_X64", "1")
+    try:
+        target = load(name)
+    except TargetError as error:
+        connection.send(str(error))
+        return
+    connection.send(target.claims)
+    while True:
+        try:
+            path = Path(connection.recv())
+        except EOFError:
+            return
+        question = pickle.loads(path.read_bytes())
+        path.write_bytes(pickle.dumps(_reply(target, question), protocol=5))
+        connection.send(str(path))
+
+
+def _print_to(file: str) -> None:
+    """Send whatever is printed, by C code as well, to a file: the terminal belongs to the report."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def _reply(target: Target, question: Question) -> Answer:
+    """The answer, or what went wrong here: that is not to be blamed on the target."""
+    try:
+        return answer(target, question)
+    except Exception as error:
+        return Answer("internal", reason=f"{question.id}: {_raised(error)}")
+
+
+def answer(target: Target, question: Question) -> Answer:
+    """Ask the target one question; whatever it does short of ending the process becomes an answer."""
+    start = time.perf_counter()
+    try:
+        if (reason := _unsupported(target, question)) is not None:
+            return Answer("unsupported", reason=reason)
+        return _ask(target, question)
+    except Malformed as error:
+        return Answer("malformed", reason=str(error), seconds=time.perf_counter() - start)
+    except Failed as failed:
+        if isinstance(failed.error, NotImplementedError):
+            reason = str(failed.error) or "NotImplementedError"
+            return Answer("unsupported", reason=reason, seconds=time.perf_counter() - start)
+        raised = _raised(failed.error)
+        return Answer("raised", reason=str(raised), raised=raised, seconds=time.perf_counter() - start)
+
+
+def _unsupported(target: Target, question: Question) -> str | None:
+    supported = True if target.supports is None else _theirs(target.supports, question)
+    return None if supported is True else supported if isinstance(supported, str) else "supports(case) said no"
+
+
+def _ask(target: Target, question: Question) -> Answer:
+    start = time.perf_counter()
+    outputs, written, foreign = _call(target, question)
+    seconds = time.perf_counter() - start
+    repeated = _call(target, question)[0] if question.repeat else None
+    deterministic = None if repeated is None else all(same_bits(outputs[name], repeated[name]) for name in outputs)
+    layouts = {} if written else _layouts(target, question)
+    return Answer(
+        "returned",
+        outputs,
+        written=written,
+        layouts=layouts,
+        deterministic=deterministic,
+        foreign=foreign,
+        seconds=seconds,
+    )
+
+
+def _layouts(target: Target, question: Question) -> dict[str, Mapping[str, numpy.ndarray] | str]:
+    """The outputs for inputs that lie otherwise in memory, or what was raised instead; a refusal is no answer."""
+    found: dict[str, Mapping[str, numpy.ndarray] | str] = {}
+    for layout in question.layouts:
+        if layout not in layouts_of(target.claims.arrays):
+            continue
+        try:
+            found[layout] = _call(target, question, layout)[0]
+        except Malformed as error:
+            found[layout] = str(error)
+        except Failed as failed:
+            if not isinstance(failed.error, NotImplementedError):
+                found[layout] = str(_raised(failed.error))
+    return found
+
+
+def _theirs(function: Callable[..., object], *arguments: object, **keywords: object) -> Array:
+    """Call the target, or its library on its behalf; whatever comes out of that is its own."""
+    try:
+        return function(*arguments, **keywords)
+    except BaseException as error:
+        raise Failed(error) from error
+
+
+def _raised(error: BaseException) -> Raised:
+    return Raised(tuple(cls.__name__ for cls in type(error).__mro__), str(error), own_line(error))
+
+
+def _call(
+    target: Target, question: Question, layout: str = "plain"
+) -> tuple[dict[str, numpy.ndarray], tuple[str, ...], str | None]:
+    """Call once; give the outputs, the inputs that were written to, and the library of the outputs if foreign."""
+    claims = target.claims
+    arguments = {
+        name: _theirs(to_library, array, claims.arrays, claims.device, layout)
+        for name, array in question.arrays.items()
+    }
+    function = partial(_theirs, target.functions[question.function])
+    parts = _answers(function, question, {**arguments, **question.options})
+    read = [{name: _read(name, value) for name, value in part.items()} for part in parts]
+    outputs = joined(read)
+    libraries = {library_of(value) for part in parts for value in part.values() if arguments} - {claims.arrays}
+    changed = [name for name, array in question.arrays.items() if not same_bits(to_numpy(arguments[name]), array)]
+    return outputs, tuple(changed), next(iter(libraries), None)
+
+
+def _answers(
+    function: Callable[..., object], question: Question, arguments: Mapping[str, object]
+) -> list[dict[str, Array]]:
+    """The outputs by name, of each call where the question is a sequence of them."""
+    try:
+        if question.function.startswith(LAYER):
+            answers = list(layer_answers(function, question.function, arguments))
+            return [{name: part[name] for name in question.outputs if name in part} for part in answers]
+    except MalformedCache as error:
+        raise Malformed(f"{question.function}: {error}") from None
+    operands, keywords = arranged(question.function, arguments)
+    return [_name_outputs(question, function(*operands, **keywords))]
+
+
+def _name_outputs(question: Question, returned: object) -> dict[str, Array]:
+    """Give the outputs that were asked for by their names."""
+    if question.function == "attention_vjp":
+        if not isinstance(returned, (tuple, list)) or len(returned) < 3:
+            raise Malformed(
+                "attention_vjp must return gradients of query, key, value, bias and sinks, received " + _kind(returned)
+            )
+        given = dict(zip(GRADIENTS, returned, strict=False))
+        return {name: given.get(name) for name in question.outputs}
+    if len(question.outputs) == 1:
+        return {question.outputs[0]: returned}
+    if not isinstance(returned, (tuple, list)) or len(returned) != len(question.outputs):
+        raise Malformed(f"{question.function} must return ({', '.join(question.outputs)}), received {_kind(returned)}")
+    return dict(zip(question.outputs, returned, strict=True))
+
+
+def _kind(value: object) -> str:
+    return (
+        f"a {type(value).__name__} of {len(value)}"
+        if isinstance(value, (tuple, list))
+        else f"an object of type {type(value).__name__}"
+    )
+
+
+def _read(name: str, value: Array) -> numpy.ndarray:
+    try:
+        return lay_out(_theirs(to_numpy, value), "plain")
+    except Failed as failed:
+        if isinstance(failed.error, ConversionError):
+            raise Malformed(f"`{name}` must be an array: {failed.error}") from None
+        raise

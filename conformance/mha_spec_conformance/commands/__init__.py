@@ -1,0 +1,1 @@
+"""The commands of `mha-spec`: options in, text and an exit status out."""

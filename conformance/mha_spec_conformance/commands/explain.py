@@ -1,0 +1,266 @@
+"""`mha-spec explain CASE`: one case in formula and numbers, and how to ask it without the suite."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy
+
+from mha_spec.arguments import OPTIONS, Arguments
+from mha_spec.arrays import FLOATING, dtype_name
+from mha_spec.errors import MhaSpecError
+from mha_spec.reference import Reference
+from mha_spec_conformance.asking.calls import CACHE, LAYER, is_parameter
+from mha_spec_conformance.suite.cases import load
+from mha_spec_conformance.suite.functions import OPERANDS
+
+from .listing import UnknownName
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from mha_spec_conformance.suite.cases import Case, Expected
+
+__all__ = ["explain"]
+
+SMALL = 64
+"""Arrays up to so many elements are printed whole, and written out in the snippet."""
+
+WIDEST_GRID = 64
+
+LAYER_FORMULAS = {
+    "multi_head_attention": (
+        "q, k, v = rotate(norm(query w_q + b_q)), rotate(norm(key w_k + b_k)), value w_v + b_v\n"
+        "k, v = those of the cache and behind them these\n"
+        "output = sum_h attention(q, k, v)[h] w_o[h] + b_o"
+    ),
+    "multi_head_attention_weights": (
+        "q, k = rotate(norm(query w_q + b_q)), rotate(norm(key w_k + b_k))\nweights = attention_weights(q, k)"
+    ),
+    "rotary_embedding": "a = position * base^(-2i / rotary_dim); u' = u cos a - v sin a, v' = v cos a + u sin a",
+    "alibi_slopes": "slope[h] = 2^(-8 (h + 1) / heads) where heads is a power of two",
+    "alibi_bias": "bias = -slope[h] |q_offset[b] + i - j|",
+}
+"""The functions of the layer: what each computes, with all that may be left out."""
+
+
+def explain(name: str, dtype: str | None = None, save: Path | None = None) -> str:
+    """Explain the case called `name`.
+
+    Raises:
+        UnknownName: No case is called so.
+        MhaSpecError: The case is not asked in `dtype`.
+    """
+    case = _find(name)
+    dtype = dtype or ("float32" if "float32" in case.dtypes else case.dtypes[0])
+    if dtype not in case.dtypes:
+        raise MhaSpecError(f"case {case.id} is asked in {', '.join(case.dtypes)}, not in {dtype}")
+    inputs = case.inputs(dtype)
+    if save is not None:
+        _save(case, inputs, save)
+    parts = [
+        f"{case.id}\n{case.title}\n{case.level}, {', '.join(case.tags)}; asked in {', '.join(case.dtypes)}",
+        _clauses(case),
+        _formula(case, inputs),
+        _arguments(case, inputs),
+        _visibility(case, inputs),
+        _outcome(case),
+        _snippet(case, inputs, save),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _find(name: str) -> Case:
+    cases = {case.id: case for case in load().cases}
+    if name not in cases:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, list(cases), 3) or [other for other in cases if name in other][:3]
+        raise UnknownName(
+            f"no case is called {name!r}"
+            + (f"; there are {', '.join(near)}" if near else "; `mha-spec cases` lists all")
+        )
+    return cases[name]
+
+
+def _clauses(case: Case) -> str:
+    from mha_spec_conformance.suite.spec import clauses
+
+    known = clauses()
+    return "\n".join(f"{name}: {known[name].sentence}" for name in case.clauses if name in known)
+
+
+def _formula(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
+    """What is computed, with the options of this case and no others."""
+    if case.function in LAYER_FORMULAS:
+        return LAYER_FORMULAS[case.function]
+    if case.function == "merge_attention":
+        return "lse = ln(exp lse_a + exp lse_b)\noutput = exp(lse_a - lse) output_a + exp(lse_b - lse) output_b"
+    options = case.options
+    scale = options.get("scale")
+    shown = f"1/sqrt({inputs['query'].shape[3]})" if scale is None else f"{scale!r}"
+    score = f"{shown} * Q K^T"
+    score = (
+        f"{options['softcap']!r} * tanh({score} / {options['softcap']!r})"
+        if options.get("softcap") is not None
+        else score
+    )
+    lines = [f"S = {score}" + (" + bias" if "bias" in inputs else "")]
+    sums = "ln(sum_j exp S" + (" + exp sink)" if "sinks" in inputs else ")")
+    lines += [f"lse = {sums} over visible pairs", "P = exp(S - lse)"]
+    if case.function != "attention_weights":
+        factor = f" * dropout_mask / (1 - {options.get('dropout_rate', 0.0)!r})" if "dropout_mask" in inputs else ""
+        lines.append(f"output = (P{factor}) V" if factor else "output = P V")
+    if case.function == "attention_vjp":
+        lines.append("D = rowsum(P dP)" + (" - grad_lse" if "grad_lse" in inputs else "") + ", dS = P (dP - D)")
+        lines.append("dQ = scale dX K, dK = scale dX^T Q, dV = P^T dO, dX = dS times the slope of the cap")
+    return "\n".join([*lines, *_constraints(case, inputs)])
+
+
+def _constraints(case: Case, inputs: Mapping[str, numpy.ndarray]) -> list[str]:
+    """Where a pair (i, j) is visible, in the words of this case."""
+    options, found = case.options, []
+    left, right = (
+        tuple(options.get("window") or (None, None))
+        if isinstance(options.get("window"), (list, tuple))
+        else (None, None)
+    )
+    offset = "q_offset[b]" if "q_offset" in inputs else options.get("q_offset", 0)
+    found += ["mask"] if "mask" in inputs else []
+    found += ["bias > -inf"] if "bias" in inputs else []
+    found += ["j <= p"] if options.get("causal") is True else []
+    found += [f"p - {left} <= j"] if left is not None else []
+    found += [f"j <= p + {right}"] if right is not None else []
+    found += ["j < kv_lengths[b]"] if "kv_lengths" in inputs else []
+    found += ["i < q_lengths[b]"] if "q_lengths" in inputs else []
+    found += ["q_segment_ids[b, i] = kv_segment_ids[b, j]"] if "q_segment_ids" in inputs else []
+    position = f"; query i is at p = {offset} + i" if any("p" in part.split() for part in found) else ""
+    return [f"visible: {' and '.join(found)}{position}"] if found else []
+
+
+def _arguments(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
+    lines = [f"{name} = {value!r}" for name, value in case.options.items()]
+    for name, array in inputs.items():
+        lines.append(f"{name}  shape={tuple(array.shape)} dtype={dtype_name(array)}")
+        lines += [textwrap.indent(_numbers(array), "    ")]
+    return "\n".join(lines)
+
+
+def _numbers(array: numpy.ndarray) -> str:
+    """The numbers of a small array; of a large one the first matrix."""
+    wide = _exact(array)
+    if wide.size <= SMALL or wide.ndim < 3:
+        return numpy.array2string(wide, precision=9, threshold=SMALL, edgeitems=3, max_line_width=100)
+    first = wide[(0,) * (wide.ndim - 2)]
+    shown = numpy.array2string(first, precision=9, threshold=SMALL, edgeitems=3, max_line_width=100)
+    return f"[{', '.join('0' * (wide.ndim - 2))}] is\n{shown}"
+
+
+def _visibility(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
+    """The grid of one (batch, head): that in which most constraints differ from "everything is visible"."""
+    if case.function in {"merge_attention", *LAYER_FORMULAS} or case.expect == "error":
+        return ""
+    named = {name: _exact(array) for name, array in inputs.items() if name in ("query", "key", "value", *OPTIONS)}
+    a = Arguments(
+        **{"value": None, **named, **{k: tuple(v) if isinstance(v, list) else v for k, v in case.options.items()}}
+    )
+    batch, heads, q_len, kv_len = a.batch, a.heads, a.q_len, a.kv_len
+    if not batch or not q_len or not kv_len or q_len > WIDEST_GRID or kv_len > WIDEST_GRID:
+        return ""
+    grids = numpy.broadcast_to(Reference().visible(a), (batch, heads, q_len, kv_len))
+    hidden = (~grids).sum(axis=(2, 3))
+    if not hidden.any():
+        return "visible: every key from every query"
+    entry, head = numpy.unravel_index(int(hidden.argmax()), hidden.shape)
+    rows = [f"{i:>4} " + " ".join("#" if seen else "." for seen in row) for i, row in enumerate(grids[entry, head])]
+    return "\n".join([f"visible (#) in batch entry {entry}, head {head}: query i down, key j across", *rows])
+
+
+def _exact(array: numpy.ndarray) -> numpy.ndarray:
+    return array.astype(numpy.float64) if dtype_name(array) in FLOATING else array
+
+
+def _outcome(case: Case) -> str:
+    if case.expect == "error":
+        error = case.error or {}
+        return f"expected: an error of kind {error.get('kind')} that names `{error.get('argument')}`"
+    lines = ["expected, correctly rounded to float64"]
+    for name, expected in case.expected.items():
+        lines.append(f"{name}  shape={tuple(expected.shape)}{_sampled(expected)}")
+        lines.append(textwrap.indent(_numbers(expected.values), "    "))
+    return "\n".join(lines)
+
+
+def _sampled(expected: Expected) -> str:
+    return "" if expected.rows is None else f", {len(expected.rows)} of its rows"
+
+
+def _save(case: Case, inputs: Mapping[str, numpy.ndarray], path: Path) -> None:
+    """Write inputs, bfloat16 as the float32 that it is exactly, and expected values to an .npz file."""
+    wide = {
+        name: array.astype(numpy.float32) if array.dtype == ml_dtypes.bfloat16 else array
+        for name, array in inputs.items()
+    }
+    try:
+        numpy.savez(path, **wide, **{f"expected_{name}": expected.values for name, expected in case.expected.items()})
+    except OSError as error:
+        raise MhaSpecError(f"--save {path}: {error.strerror}") from error
+
+
+def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None) -> str:
+    """Python that asks the case with NumPy alone."""
+    large = any(array.size > SMALL for array in inputs.values())
+    file = str(save) if save is not None else "case.npz"
+    head = ["import numpy"]
+    if large or save is not None:
+        head.append(
+            f'case = numpy.load("{file}")'
+            + ("" if save is not None else f"  # mha-spec explain {case.id} --save {file}")
+        )
+        head += [f'{name} = case["{name}"]{_back(array)}' for name, array in inputs.items()]
+    else:
+        head += [f"{name} = {_literal(array)}" for name, array in inputs.items()]
+    if case.function.startswith(LAYER):
+        return _layer_snippet(case, head)
+    keywords = [f"{name}={name}" for name in inputs if name not in OPERANDS[case.function]]
+    keywords += [
+        f"{name}={tuple(value) if isinstance(value, list) else value!r}" for name, value in case.options.items()
+    ]
+    keywords += ["return_lse=True"] if case.function == "attention" and "lse" in case.expected else []
+    keywords = [word for word in keywords if word.partition("=")[0] not in OPERANDS[case.function]]
+    operands = [str(case.options.get(name, name)) for name in OPERANDS[case.function]]
+    call = f"{case.function}({', '.join([*operands, *keywords])})"
+    body = "\n".join([*head, f"print({call})"])
+    return "without the suite:\n" + textwrap.indent(body, "    ")
+
+
+def _layer_snippet(case: Case, head: list[str]) -> str:
+    """The call of a layer: its parameters in a mapping, a cache as three arrays; chunks are calls one after another."""
+    names = case.input_names
+    shown = [name for name in names if is_parameter(name)]
+    parameters = ", ".join(f'"{name}": {name}' for name in shown)
+    words = [f"{name}={name}" for name in names if name not in (*shown, *CACHE, "query", "key", "value")]
+    words += [f"{name}={value!r}" for name, value in case.options.items() if name not in ("chunks", "drafts")]
+    words += [f"cache=KVCache({', '.join(CACHE)})"] if CACHE[0] in names else []
+    operands = [name if name in names else "None" for name in OPERANDS[case.function][:-1]]
+    call = f"{case.function}({', '.join([*operands, 'params', *words])})"
+    head += [f"# in calls over {case.options['chunks']} tokens one after another"] if "chunks" in case.options else []
+    body = "\n".join([*head, f"params = {{{parameters}}}", f"print({call})"])
+    return "without the suite:\n" + textwrap.indent(body, "    ")
+
+
+def _back(array: numpy.ndarray) -> str:
+    return "  # bfloat16, held as float32" if array.dtype == ml_dtypes.bfloat16 else ""
+
+
+def _literal(array: numpy.ndarray) -> str:
+    """An expression that gives the array, bit for bit."""
+    name = dtype_name(array)
+    values = array.astype(numpy.float64) if name in FLOATING else array
+    text = repr(values.tolist()).replace("nan", "numpy.nan").replace("inf", "numpy.inf")
+    shape = f".reshape({tuple(array.shape)})" if array.size == 0 else ""
+    kind = "float32" if name == "bfloat16" else name
+    return f'numpy.array({text}, dtype="{kind}"){shape}{_back(array)}'

@@ -1,0 +1,82 @@
+"""What there is: clauses, backends, cases."""
+
+from __future__ import annotations
+
+import textwrap
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from mha_spec.errors import MhaSpecError
+from mha_spec.selection import backend_names, backend_origin
+from mha_spec_conformance.targets.loading import TargetError
+from mha_spec_conformance.targets.loading import load as load_target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["UnknownName", "all_backends", "all_cases", "all_clauses", "one_clause"]
+
+
+class UnknownName(MhaSpecError):
+    """There is no clause or case of that name."""
+
+
+def one_clause(name: str) -> str:
+    """The text of one clause."""
+    from mha_spec_conformance.suite.spec import clauses
+
+    known = clauses()
+    if name.upper() not in known:
+        near = get_close_matches(name.upper(), list(known), 3)
+        raise UnknownName(
+            f"there is no clause {name!r}"
+            + (f"; there are {', '.join(near)}" if near else "; `mha-spec spec` lists all")
+        )
+    clause = known[name.upper()]
+    return f"{clause.id}  {clause.level}  {clause.title}\n\n{clause.text.strip()}"
+
+
+def all_clauses() -> str:
+    """Every clause in a line."""
+    from mha_spec_conformance.suite.spec import clauses
+
+    return "\n".join(f"{clause.id:<16} {clause.level:<7} {clause.title}" for clause in clauses().values())
+
+
+def all_backends() -> str:
+    """Every registered backend: where it comes from, whether it can be used here, and what it supports."""
+    return "\n".join(line for name in backend_names() for line in _backend_lines(name))
+
+
+def _backend_lines(name: str) -> Iterator[str]:
+    module, distribution = backend_origin(name)
+    yield f"{name:<12} {module}{f' of {distribution}' if distribution else ''}"
+    try:
+        claims = load_target(name).claims
+    except TargetError as error:
+        facts = {"not usable": str(error)}
+    else:
+        versions = [f"{library} {version}" for library, version in claims.versions.items() if library != "mha-spec"]
+        facts = {
+            "installed": ", ".join(versions),
+            "functions": ", ".join(claims.keywords),
+            "features": ", ".join(claims.features),
+            "dtypes": ", ".join(claims.dtypes),
+            "device": claims.hardware,
+        }
+    for label, fact in facts.items():
+        yield f"{'':<12} {label:<10} {fact}"
+
+
+def all_cases(pattern: str | None = None) -> str:
+    """Every case in a line."""
+    from mha_spec_conformance.asking.selection import Selection
+    from mha_spec_conformance.suite.cases import load
+
+    selection = Selection(only=(pattern,) if pattern else ())
+    found = [case for case in load().cases if selection.takes(case)]
+    if not found:
+        raise UnknownName(f"no case matches {pattern!r}")
+    width = max(len(case.id) for case in found)
+    lines = [f"{case.id:<{width}}  {case.level:<6} {textwrap.shorten(case.title, 120)}" for case in found]
+    return "\n".join([*lines, f"{len(found)} cases"])

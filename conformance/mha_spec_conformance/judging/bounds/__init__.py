@@ -1,0 +1,18 @@
+"""The accuracy rule: the largest error that a right implementation can make in each element of a result."""
+
+from __future__ import annotations
+
+from .roundoff import Precision, precision, unit_roundoff
+from .rule import RULE_VERSION, SPECIFICATION, Bounds, allowances, bounds, deviations
+
+__all__ = [
+    "RULE_VERSION",
+    "SPECIFICATION",
+    "Bounds",
+    "Precision",
+    "allowances",
+    "bounds",
+    "deviations",
+    "precision",
+    "unit_roundoff",
+]

@@ -1,0 +1,348 @@
+"""Error bounds of the gradients.
+
+Letters as in the formulas: P the weights, dP and dS the gradients of weights and logits, D the dot product of a row, dX
+the gradient of the scores before the soft cap, rho the relative error of weights rebuilt from lse, eta the error of dP.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from .evaluation import Evaluation, weighted_sum
+from .forward import ForwardErrors, ForwardVariances
+from .roundoff import underflow, unit_roundoff
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mha_spec.steps import Steps
+
+    from .roundoff import Precision
+
+__all__ = ["BackwardBounds"]
+
+
+class GradientEvaluation(Evaluation):
+    """One call of attention_vjp in float64; hidden pairs are 0 here too."""
+
+    def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
+        """Run the steps of the reference, forward and backward."""
+        super().__init__({name: x for name, x in arrays.items() if not name.startswith("grad_")}, options, steps)
+        a, t = self.arguments, self.trace
+        self.grad_output = arrays["grad_output"].astype(numpy.float64)
+        grad_lse = arrays.get("grad_lse")
+        self.grad_lse = numpy.zeros_like(t.lse) if grad_lse is None else grad_lse.astype(numpy.float64)[..., None]
+
+        grad_weights = steps.drop(steps.grad_weights(self.grad_output, self.value), a.dropout_mask, a.dropout_rate)
+        row_dot = steps.row_dot(t.weights, grad_weights, t.visible, None if grad_lse is None else self.grad_lse)
+        grad_logits = steps.grad_logits(t.weights, grad_weights, row_dot, t.visible)
+        self.grad_weights = self.seen(grad_weights)
+        self.row_dot = row_dot
+        self.grad_logits = self.seen(grad_logits)
+        self.cap_slope = self.seen(steps.cap_slope(t.scores, a.softcap))
+        self.grad_scores = self.seen(grad_logits * steps.cap_slope(t.scores, a.softcap))
+        self.values = self._values()
+
+    def _values(self) -> dict[str, numpy.ndarray]:
+        steps, a, t = self.steps, self.arguments, self.trace
+        dropped = steps.drop(t.weights, a.dropout_mask, a.dropout_rate)
+        values = {
+            "grad_query": steps.grad_query(self.grad_scores, t.key, t.visible, t.scale),
+            "grad_key": steps.sum_group(steps.grad_key(self.grad_scores, t.query, t.visible, t.scale), a.kv_heads),
+            "grad_value": steps.sum_group(steps.grad_value(dropped, self.grad_output, t.visible), a.kv_heads),
+        }
+        if a.bias is not None and "bias" in self.arrays:
+            values["grad_bias"] = steps.grad_bias(self.grad_logits, a.bias.shape)
+        if a.sinks is not None:
+            values["grad_sinks"] = steps.grad_sinks(t.sink_weights, self.row_dot)
+        return values
+
+    @property
+    def group(self) -> int:
+        """How many query heads read one key/value head."""
+        return self.arguments.heads // self.arguments.kv_heads
+
+    @property
+    def q_depth(self) -> int:
+        """How many rows add up to the gradient of a key: those of every head of its group."""
+        return self.arguments.q_len * self.group
+
+    def over_rows(self, weights: numpy.ndarray, values: numpy.ndarray) -> numpy.ndarray:
+        """sum_i weights_ij values_ic, summed over the group."""
+        return self.steps.sum_group(weighted_sum(weights.swapaxes(-1, -2), values), self.arguments.kv_heads)
+
+    @cached_property
+    def read(self) -> numpy.ndarray:
+        """Which keys some row sees, (batch, kv_heads, kv_len, 1)."""
+        return self.over_rows(self.pairs.astype(numpy.float64), numpy.ones((*self.pairs.shape[:3], 1))) > 0
+
+    def over_pairs(self, matrix: numpy.ndarray) -> numpy.ndarray:
+        """The sum over the pairs to which one element of the bias belongs."""
+        return self.steps.grad_bias(matrix, self.arrays["bias"].shape)
+
+    def gradient_precision(self, operand: str, precision: Precision) -> tuple[float, float]:
+        """Unit roundoff and underflow of a gradient that takes its operand's dtype."""
+        dtype = self.dtypes[operand]
+        return max(unit_roundoff(dtype), precision.u_a), max(underflow(dtype), precision.w)
+
+
+class BackwardErrors:
+    """The largest errors of the gradients in one precision."""
+
+    def __init__(self, evaluation: GradientEvaluation, precision: Precision) -> None:
+        """Bind both; each error is computed when it is asked for."""
+        self.evaluation = evaluation
+        self.precision = precision
+        self.forward = ForwardErrors(evaluation, precision)
+
+    @cached_property
+    def weights(self) -> numpy.ndarray:
+        """rho_ij: the relative error of weights rebuilt from scores and lse."""
+        e, p = self.evaluation, self.precision
+        exponent = self.forward.score + self.forward.lse + p.u_a * (abs(e.logits) + abs(e.lse)) + p.e_x
+        return numpy.where(e.weights > 0, numpy.expm1(exponent), 0.0)
+
+    @cached_property
+    def sink_weights(self) -> numpy.ndarray | float:
+        """rho_z: the same of the weight of the sink."""
+        e, p = self.evaluation, self.precision
+        sinks = abs(e.finite_sinks)
+        return numpy.expm1(self.forward.sink + self.forward.lse + p.u_a * (sinks + abs(e.lse)) + p.e_x)
+
+    @cached_property
+    def grad_weights(self) -> numpy.ndarray:
+        """eta_ij: the error of dP, a product of v_dim terms that may be stored."""
+        e, p = self.evaluation, self.precision
+        product = e.seen(abs(e.grad_output) @ abs(e.value).swapaxes(-1, -2))
+        stored = p.u_dp + 2 * p.u_a * (e.kept is not None)
+        return e.keep(product) * p.u_a * e.value.shape[-1] + stored * abs(e.grad_weights)
+
+    @cached_property
+    def row_dot(self) -> numpy.ndarray:
+        """The error of D, taken from the stored output or from P and dP."""
+        e, p = self.evaluation, self.precision
+        gradient = numpy.where(e.rows, abs(e.grad_output), 0.0)
+        product = p.u_a * e.value.shape[-1] * abs(e.output)
+        from_output = numpy.sum(gradient * (self.forward.output + product), axis=-1, keepdims=True)
+        relative = self.weights + p.u_p + p.u_a * e.arguments.kv_len
+        from_weights = numpy.sum(
+            e.weights * (relative * abs(e.grad_weights) + self.grad_weights), axis=-1, keepdims=True
+        )
+        rounding = p.u_a * (abs(e.row_dot + e.grad_lse) + abs(e.grad_lse))
+        return numpy.where(e.rows, numpy.maximum(from_output, from_weights), 0.0) + rounding
+
+    @cached_property
+    def grad_logits(self) -> numpy.ndarray:
+        """F_ij: the error of dS but for that of D, which a whole row shares."""
+        e, p = self.evaluation, self.precision
+        difference = abs(e.grad_weights - e.row_dot)
+        error = e.weights * ((self.weights + 2 * p.u_a) * difference + self.grad_weights)
+        return e.seen(error + p.u_p * abs(e.grad_logits) + 4 * p.w * (1 + difference))
+
+    @cached_property
+    def cap_slope(self) -> numpy.ndarray | float:
+        """The error of the slope of the soft cap."""
+        e, p, cap = self.evaluation, self.precision, self.evaluation.arguments.softcap
+        if cap is None:
+            return 0.0
+        tanh, error = abs(e.capped) / cap, self.forward.capped / cap
+        return e.seen(2 * tanh * error + error**2 + 3 * p.u_a)
+
+    @cached_property
+    def grad_scores(self) -> numpy.ndarray:
+        """C_ij: the error of dX but for that of D; the underflow of a stored dX does not shrink with the slope."""
+        e, p = self.evaluation, self.precision
+        error = self.grad_logits * (e.cap_slope + self.cap_slope) + abs(e.grad_logits) * self.cap_slope
+        return e.seen(error + p.w)
+
+    def grad_query(self) -> numpy.ndarray:
+        """The error of the gradient of the query."""
+        e, p = self.evaluation, self.precision
+        summed = self.grad_scores + p.u_a * (e.arguments.kv_len + 1) * abs(e.grad_scores)
+        shared = self.row_dot * abs(weighted_sum(e.weights * e.cap_slope, e.trace.key))
+        error = abs(e.trace.scale) * (weighted_sum(summed, abs(e.trace.key)) + shared)
+        rounded = (p.u_o + 2 * p.u_a) * abs(e.values["grad_query"])
+        return numpy.where(e.rows, error + rounded + p.w, 0.0)
+
+    def grad_key(self) -> numpy.ndarray:
+        """The error of the gradient of the key; each head of a group may be rounded, or underflow, before the sum."""
+        e, p = self.evaluation, self.precision
+        partial = p.u_a * (e.q_depth + 1) + p.u_o * (e.group - 1)
+        shared = e.seen(e.weights * self.row_dot * (e.cap_slope + self.cap_slope))
+        summed = self.grad_scores + shared + partial * abs(e.grad_scores)
+        error = abs(e.trace.scale) * e.over_rows(summed, abs(e.trace.query))
+        rounded = (p.u_o + 2 * p.u_a) * abs(e.values["grad_key"])
+        return numpy.where(e.read, error + rounded + p.w * e.group, 0.0)
+
+    def grad_value(self) -> numpy.ndarray:
+        """The error of the gradient of the value."""
+        e, p = self.evaluation, self.precision
+        gradient = abs(e.grad_output)
+        stored = p.u_p + 2 * p.u_a * (e.kept is not None)
+        relative = self.weights + stored + p.u_a * e.q_depth + p.u_o * (e.group - 1)
+        error = e.over_rows(e.dropped * relative, gradient) + p.u_o * abs(e.values["grad_value"])
+        lost = e.over_rows(e.keep(e.pairs.astype(numpy.float64)), gradient)
+        return numpy.where(e.read, error + p.w * (e.group + lost), 0.0)
+
+    def grad_bias(self) -> numpy.ndarray:
+        """The error of the gradient of the bias."""
+        e, p = self.evaluation, self.precision
+        roundoff, lost = e.gradient_precision("bias", p)
+        values = e.values["grad_bias"]
+        terms = e.pairs.size // max(values.size, 1)
+        shared = e.seen(self.grad_logits + e.weights * self.row_dot)
+        error = e.over_pairs(shared + p.u_a * terms * abs(e.grad_logits)) + roundoff * abs(values) + lost
+        return numpy.where(e.over_pairs(e.pairs.astype(numpy.float64)) > 0, error, 0.0)
+
+    def grad_sinks(self) -> numpy.ndarray:
+        """The error of the gradient of the sinks."""
+        e, p = self.evaluation, self.precision
+        roundoff, lost = e.gradient_precision("sinks", p)
+        size = abs(e.row_dot)
+        terms = e.arguments.batch * e.arguments.q_len
+        relative = self.sink_weights + p.u_a * (1 + terms)
+        error = e.sink_weights * (relative * size + self.row_dot) + 4 * p.w * (1 + size)
+        error = numpy.sum(error, axis=(0, 2, 3)) + roundoff * abs(e.values["grad_sinks"]) + lost
+        return numpy.where(e.arrays["sinks"] == -numpy.inf, 0.0, error)
+
+
+class BackwardVariances:
+    """The variances of the same errors, each rounding independent of the others."""
+
+    def __init__(self, evaluation: GradientEvaluation, precision: Precision) -> None:
+        """Bind both."""
+        self.evaluation = evaluation
+        self.precision = precision
+        self.forward = ForwardVariances(evaluation, precision, ForwardErrors(evaluation, precision))
+
+    @cached_property
+    def weights(self) -> numpy.ndarray:
+        """Of weights rebuilt from scores and lse, relative to them."""
+        e, p = self.evaluation, self.precision
+        return e.seen(self.forward.score + self.forward.lse + p.u_a**2 * (e.logits**2 + e.lse**2) / 3 + p.e_x**2)
+
+    @cached_property
+    def grad_weights(self) -> numpy.ndarray:
+        """Of dP."""
+        e, p = self.evaluation, self.precision
+        squares = e.keep(e.keep(e.seen(e.grad_output**2 @ (e.value**2).swapaxes(-1, -2))))
+        size = e.value.shape[-1]
+        product = p.u_a**2 * (size * (e.grad_weights**2 / 3 + squares / 2) / 3 + squares)
+        return product + p.u_dp**2 / 3 * e.grad_weights**2
+
+    @cached_property
+    def row_dot(self) -> numpy.ndarray:
+        """Of D."""
+        e, p = self.evaluation, self.precision
+        gradient = numpy.where(e.rows, e.grad_output, 0.0)
+        dot = e.row_dot + e.grad_lse
+        squares = numpy.sum((gradient * e.output) ** 2, axis=-1, keepdims=True)
+        size = e.value.shape[-1]
+        from_output = numpy.sum(gradient**2 * self.forward.output, axis=-1, keepdims=True)
+        from_output = from_output + p.u_a**2 * (size * (dot**2 / 3 + squares / 2) / 3 + squares)
+        relative = self.weights + p.u_p**2 / 3 + p.u_a**2 * e.arguments.kv_len / 6
+        products = e.weights**2 * (relative * e.grad_weights**2 + self.grad_weights)
+        from_weights = numpy.sum(products, axis=-1, keepdims=True) + p.u_a**2 * e.arguments.kv_len / 9 * dot**2
+        rounding = p.u_a**2 * (dot**2 + e.grad_lse**2) / 3
+        return numpy.where(e.rows, numpy.maximum(from_output, from_weights), 0.0) + rounding
+
+    @cached_property
+    def grad_logits(self) -> numpy.ndarray:
+        """Of dS but for the share of D."""
+        e, p = self.evaluation, self.precision
+        difference = e.grad_weights - e.row_dot
+        variance = e.weights**2 * ((self.weights + p.u_a**2) * difference**2 + self.grad_weights)
+        return e.seen(variance + p.u_p**2 / 3 * e.grad_logits**2 + (4 * p.w * (1 + abs(difference))) ** 2)
+
+    @cached_property
+    def grad_scores(self) -> numpy.ndarray:
+        """Of dX but for the share of D."""
+        e, p, cap = self.evaluation, self.precision, self.evaluation.arguments.softcap
+        slope = 0.0 if cap is None else 4 * (e.capped / cap) ** 2 * self.forward.capped / cap**2 + 3 * p.u_a**2
+        return e.seen(self.grad_logits * e.cap_slope**2 + e.grad_logits**2 * slope + p.w**2)
+
+    def grad_query(self) -> numpy.ndarray:
+        """Of the gradient of the query."""
+        e, p = self.evaluation, self.precision
+        depth = e.arguments.kv_len
+        summed = self.grad_scores + p.u_a**2 * depth / 6 * e.grad_scores**2
+        shared = self.row_dot * weighted_sum(e.weights * e.cap_slope, e.trace.key) ** 2
+        variance = e.trace.scale**2 * (weighted_sum(summed, e.trace.key**2) + shared)
+        rounded = (p.u_o**2 / 3 + p.u_a**2 * depth / 9) * e.values["grad_query"] ** 2
+        return numpy.where(e.rows, variance + rounded + p.w**2, 0.0)
+
+    def grad_key(self) -> numpy.ndarray:
+        """Of the gradient of the key."""
+        e, p = self.evaluation, self.precision
+        shared = e.seen((e.weights * e.cap_slope) ** 2 * self.row_dot)
+        summed = self.grad_scores + shared + self._partial() / 6 * e.grad_scores**2
+        variance = e.trace.scale**2 * e.over_rows(summed, e.trace.query**2)
+        rounded = self._rounded() * e.values["grad_key"] ** 2
+        return numpy.where(e.read, variance + rounded + (p.w * e.group) ** 2, 0.0)
+
+    def grad_value(self) -> numpy.ndarray:
+        """Of the gradient of the value."""
+        e, p = self.evaluation, self.precision
+        squares = e.grad_output**2
+        variance = e.over_rows(e.dropped**2 * (self.weights + p.u_p**2 / 3 + self._partial() / 6), squares)
+        lost = e.over_rows(e.keep(e.pairs.astype(numpy.float64)), abs(e.grad_output))
+        rounded = self._rounded() * e.values["grad_value"] ** 2
+        return numpy.where(e.read, variance + rounded + (p.w * (e.group + lost)) ** 2, 0.0)
+
+    def grad_bias(self) -> numpy.ndarray:
+        """Of the gradient of the bias."""
+        e, p = self.evaluation, self.precision
+        roundoff, lost = e.gradient_precision("bias", p)
+        values = e.values["grad_bias"]
+        terms = e.pairs.size // max(values.size, 1)
+        whole_row = e.arrays["bias"].shape[-1] == 1
+        together = numpy.sum(e.weights, axis=-1, keepdims=True) if whole_row else e.weights
+        summed = (
+            self.grad_logits + e.seen(e.weights * together * self.row_dot) + p.u_a**2 * terms / 6 * e.grad_logits**2
+        )
+        variance = e.over_pairs(summed) + (roundoff**2 / 3 + p.u_a**2 * terms / 9) * values**2 + lost**2
+        return numpy.where(e.over_pairs(e.pairs.astype(numpy.float64)) > 0, variance, 0.0)
+
+    def grad_sinks(self) -> numpy.ndarray:
+        """Of the gradient of the sinks."""
+        e, p = self.evaluation, self.precision
+        roundoff, lost = e.gradient_precision("sinks", p)
+        terms = e.arguments.batch * e.arguments.q_len
+        relative = self.forward.sink + self.forward.lse + p.u_a**2 * (1 + e.lse**2 / 3 + terms / 6) + p.e_x**2
+        variance = e.sink_weights**2 * (relative * e.row_dot**2 + self.row_dot) + (4 * p.w * (1 + abs(e.row_dot))) ** 2
+        values = e.values["grad_sinks"]
+        variance = numpy.sum(variance, axis=(0, 2, 3)) + (roundoff**2 / 3 + p.u_a**2 * terms / 9) * values**2 + lost**2
+        return numpy.where(e.arrays["sinks"] == -numpy.inf, 0.0, variance)
+
+    def _partial(self) -> float:
+        e, p = self.evaluation, self.precision
+        return p.u_a**2 * e.q_depth + p.u_o**2 * (e.group - 1)
+
+    def _rounded(self) -> float:
+        e, p = self.evaluation, self.precision
+        return p.u_o**2 * (1 + (e.group - 1) / 3) / 3 + p.u_a**2 * e.q_depth / 9
+
+
+class BackwardBounds:
+    """Bounds of `attention_vjp`: the gradients of query, key, value, and of bias and sinks where given."""
+
+    @numpy.errstate(all="ignore")
+    def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
+        """Evaluate the case."""
+        self._evaluation = GradientEvaluation(arrays, options, steps)
+        self.values = self._evaluation.values
+
+    @numpy.errstate(all="ignore")
+    def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """The largest error of each element."""
+        errors = BackwardErrors(self._evaluation, precision)
+        return {name: getattr(errors, name)() for name in self.values}
+
+    @numpy.errstate(all="ignore")
+    def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """One standard deviation of the error of each element."""
+        variances = BackwardVariances(self._evaluation, precision)
+        return {name: numpy.sqrt(getattr(variances, name)()) for name in self.values}

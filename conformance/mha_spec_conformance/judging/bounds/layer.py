@@ -1,0 +1,227 @@
+"""Error bounds of the layer: each step adds its own roundings to those that came in.
+
+The layer runs in float64 over the specification's steps; beside each array that a step gives, a tape keeps the error
+that the array may have in the precision of the run. Attention's own bounds take the errors of query and key as further
+errors of the scores, and that of the value through the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from mha_spec.arrays import dtype_name
+from mha_spec.cache import KVCache
+from mha_spec.layer import Layer
+from mha_spec.layer_steps import LayerSteps, turn
+from mha_spec.steps import Steps
+from mha_spec_conformance.asking.calls import LAYER, joined, layer_answers
+
+from .evaluation import Evaluation, as_float64, weighted_sum
+from .forward import ForwardErrors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from .roundoff import Precision
+
+    Turns = tuple[numpy.ndarray, numpy.ndarray]
+
+__all__ = ["AlibiBounds", "LayerBounds"]
+
+ERROR_OF_POWER = 8
+"""What a power of two may be wrong by, in unit roundoffs of the accumulator."""
+
+
+class AttentionErrors(ForwardErrors):
+    """The errors of attention over a query, key and value that have errors themselves."""
+
+    def __init__(self, evaluation: Evaluation, precision: Precision, *operands: numpy.ndarray) -> None:
+        """Bind the errors of query, key and value; heads of key and value are repeated as they are."""
+        super().__init__(evaluation, precision)
+        heads = evaluation.arguments.heads
+        self._query, self._key, self._value = (evaluation.steps.repeat_heads(error, heads) for error in operands)
+
+    @cached_property
+    def product(self) -> numpy.ndarray:
+        """The error of scale * q.k, of the product and of its factors."""
+        t = self.evaluation.trace
+        query, key = abs(t.query), (abs(t.key) + self._key).swapaxes(-1, -2)
+        factors = self._query @ key + query @ self._key.swapaxes(-1, -2)
+        return super().product + self.evaluation.seen(abs(t.scale) * factors)
+
+    @cached_property
+    def output(self) -> numpy.ndarray:
+        """The error of the output, with that of the values that it is a mean of."""
+        e = self.evaluation
+        return super().output + numpy.where(e.rows, self.guard * weighted_sum(e.dropped, self._value), 0.0)
+
+
+class Tape:
+    """The steps of the layer with an error beside each array: `steps` are they, `of` gives the error of an array."""
+
+    def __init__(self, steps: LayerSteps, precision: Precision, dtypes: Mapping[str, str]) -> None:
+        """Bind the precision; arrays that no step gave have no error."""
+        self._precision, self._dtypes = precision, dtypes
+        self._errors: dict[int, tuple[object, Any]] = {}
+        taped = ("project", "add_bias", "normalise", "turns", "turn", "append", "attend", "weigh")
+        taped += ("merge_heads", "combine", "add_output_bias")
+        self.steps = replace(steps, **{name: self._taped(name, getattr(steps, name)) for name in taped})
+
+    def of(self, array: object) -> Any:
+        """The error of an array."""
+        kept = self._errors.get(id(array))
+        return numpy.zeros_like(array) if kept is None else kept[1]
+
+    def _taped(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def taped(*arguments: Any, **options: Any) -> Any:
+            result = step(*arguments, **options)
+            own = getattr(self, f"_{name}")(step, result, *arguments, **options)
+            for array, error in zip(result, own, strict=False) if isinstance(result, tuple) else ((result, own),):
+                self._errors[id(array)] = array, error
+            return result
+
+        return taped
+
+    def _rounded(self, error: numpy.ndarray, result: numpy.ndarray) -> numpy.ndarray:
+        """The error after the result has been stored in the type of the run."""
+        return error + self._precision.u_o * abs(result) + self._precision.w
+
+    def _project(self, step: Callable[..., Any], result: Any, x: Any, weight: Any) -> Any:
+        depth = self._precision.u_a * weight.shape[0]
+        return self._rounded(step(self.of(x) + depth * abs(x), abs(weight)), result)
+
+    def _add_bias(self, step: Callable[..., Any], result: Any, x: Any, bias: Any) -> Any:
+        return self.of(x) if bias is None else self._rounded(self.of(x), result)
+
+    _add_output_bias = _add_bias
+
+    def _normalise(self, step: Callable[..., Any], result: Any, x: Any, gain: Any, epsilon: float) -> Any:
+        """x / rms(x): the rms between those of the smallest and of the largest vector that x may be."""
+        error, size = self.of(x), abs(x)
+
+        def inverse(vector: numpy.ndarray) -> numpy.ndarray:
+            return 1 / numpy.sqrt(numpy.mean(vector**2, axis=-1, keepdims=True) + epsilon)
+
+        factor, most, least = inverse(x), inverse(numpy.maximum(size - error, 0)), inverse(size + error)
+        moved = error * most + size * numpy.maximum(most - factor, factor - least)
+        own = (self._precision.u_a * (x.shape[-1] / 2 + 8) + self._precision.u_o) * abs(result)
+        return self._rounded(abs(gain) * moved + own, result)
+
+    def _turns(self, step: Callable[..., Any], result: Any, positions: Any, frequencies: Any, like: Any) -> Turns:
+        """The error of cosine and sine: of the angle, whose frequency is a power, and of the functions themselves."""
+        p = self._precision
+        angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
+        angle = p.u_a * abs(angles) * (10 + abs(numpy.log(frequencies)))
+        angle = angle[:, None] if result[0].ndim == 4 else angle
+        own = angle**2 / 2 + p.e_x
+        cosine, sine = (numpy.minimum(abs(other) * angle + own, 2.0) for other in reversed(result))
+        return cosine, sine
+
+    def _turn(self, step: Callable[..., Any], result: Any, x: Any, turns: Turns, interleaved: bool) -> Any:
+        size, error = (abs(turn) for turn in turns), tuple(self.of(turn) for turn in turns)
+        cosine, sine = size
+        wide = (cosine + error[0], sine + error[1])
+        reach = partial(_reach, interleaved=interleaved)
+        turned = reach(self.of(x), wide) + reach(abs(x), error) - reach(abs(x), (0 * cosine, 0 * sine))
+        return self._rounded(turned + 3 * self._precision.u_a * reach(abs(x), (cosine, sine)), result)
+
+    def _append(
+        self,
+        step: Callable[..., Any],
+        result: Any,
+        cache: KVCache,
+        key: Any,
+        value: Any,
+        counts: Any,
+        steps: LayerSteps,
+    ) -> Any:
+        """What is stored keeps the error that it came with."""
+        errors = KVCache(self.of(cache.key), self.of(cache.value), cache.lengths)
+        new = step(errors, self.of(key), None if value is None else self.of(value), counts, steps)
+        return new.key, new.value
+
+    def _evaluation(self, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Evaluation:
+        evaluation = Evaluation(arrays, options, Steps())
+        evaluation.dtypes = {**evaluation.dtypes, **self._dtypes}
+        return evaluation
+
+    def _attend(self, step: Callable[..., Any], result: Any, query: Any, key: Any, value: Any, **options: Any) -> Any:
+        evaluation = self._evaluation({"query": query, "key": key, "value": value}, options)
+        return AttentionErrors(evaluation, self._precision, self.of(query), self.of(key), self.of(value)).output
+
+    def _weigh(self, step: Callable[..., Any], result: Any, query: Any, key: Any, **options: Any) -> Any:
+        errors = [self.of(query), self.of(key)]
+        evaluation = self._evaluation({"query": query, "key": key}, options)
+        return AttentionErrors(evaluation, self._precision, *errors, errors[1]).weights
+
+    def _merge_heads(self, step: Callable[..., Any], result: Any, x: Any) -> Any:
+        return step(self.of(x))
+
+    def _combine(self, step: Callable[..., Any], result: Any, x: Any, weight: Any) -> Any:
+        depth = self._precision.u_a * weight.shape[0] * weight.shape[1]
+        return self._rounded(step(self.of(x) + depth * abs(x), abs(weight)), result)
+
+
+def _reach(x: Any, turns: Turns, *, interleaved: bool) -> Any:
+    """|a| |cosine| + |b| |sine| in both components of each pair, of which a rotation subtracts one."""
+    cosine, sine = turns
+    return numpy.maximum(turn(x, (cosine, sine), interleaved), turn(x, (cosine, -sine), interleaved))
+
+
+class LayerBounds:
+    """Bounds of the functions of the layer; a sequence of calls is evaluated as one."""
+
+    @numpy.errstate(all="ignore")
+    def __init__(
+        self, function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: object
+    ) -> None:
+        """Evaluate the case."""
+        self._function = function
+        self._steps = steps if isinstance(steps, LayerSteps) else LayerSteps()
+        self._dtypes = {name: dtype_name(array) for name, array in arrays.items() if name in ("bias", "sinks")}
+        self._arguments = {name: as_float64(array) for name, array in arrays.items()} | dict(options)
+        self.values = joined(self._answers(self._steps))
+
+    def _answers(self, steps: LayerSteps) -> list[dict[str, numpy.ndarray]]:
+        call = getattr(Layer(steps), self._function)
+        if self._function.startswith(LAYER):
+            return list(layer_answers(call, self._function, self._arguments))
+        return [{"output": call(**self._arguments)}]
+
+    @numpy.errstate(all="ignore")
+    def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """The largest error of each element."""
+        tape = Tape(self._steps, precision, self._dtypes)
+        answers = self._answers(tape.steps)
+        return joined([{name: tape.of(array) for name, array in part.items()} for part in answers])
+
+    def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """None: the rounding of one projection moves many scores at once, so the errors are not independent."""
+        return {}
+
+
+class AlibiBounds:
+    """Bounds of `alibi_slopes` and `alibi_bias`: a power of two, and its product with a whole number."""
+
+    def __init__(
+        self, function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: object
+    ) -> None:
+        """Evaluate the case."""
+        layer = Layer(steps if isinstance(steps, LayerSteps) else LayerSteps())
+        if function == "alibi_slopes":
+            self.values = {"slopes": layer.alibi_slopes(**options, dtype="float64")}
+        else:
+            given = {name: as_float64(array) for name, array in arrays.items()}
+            self.values = {"bias": layer.alibi_bias(**given, **options)}
+
+    def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """The largest error of each element."""
+        return {name: ERROR_OF_POWER * precision.u_a * abs(array) for name, array in self.values.items()}
+
+    def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """None."""
+        return {}

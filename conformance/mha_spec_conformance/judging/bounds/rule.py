@@ -1,0 +1,101 @@
+"""The accuracy rule: how far each element of a result may lie from its true value, computed from the case itself.
+
+No tolerance is chosen by hand. An allowance is a bound of the rounding errors of an implementation that keeps products,
+sums and softmax in the accumulator's type and rounds weights and results to the type of the inputs. It follows from the
+inputs as stored, evaluated in float64; `nox -s accuracy` validates it against honest implementations.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mha_spec.steps import Steps
+
+from .backward import BackwardBounds
+from .forward import ForwardBounds, WeightBounds
+from .layer import AlibiBounds, LayerBounds
+from .merge import MergeBounds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy
+
+    from mha_spec.layer_steps import LayerSteps
+
+    from .roundoff import Precision
+
+__all__ = ["RULE_VERSION", "SPECIFICATION", "Bounds", "allowances", "bounds", "deviations"]
+
+RULE_VERSION = "1"
+"""Version of the rule, printed in each report; a change of any allowance is a new version."""
+
+SPECIFICATION = Steps()
+
+
+class Bounds(Protocol):
+    """One case evaluated in float64, from which its bounds follow in any precision."""
+
+    values: dict[str, numpy.ndarray]
+    """The results themselves in float64, by output name."""
+
+    def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """The largest error of each element: gate A, with sums of linear depth; 0 where the result is exact."""
+        ...
+
+    def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """One standard deviation of the error of each element: gate B, with independent roundings."""
+        ...
+
+
+_BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Any], Bounds]] = {
+    "attention": ForwardBounds,
+    "attention_weights": WeightBounds,
+    "attention_vjp": BackwardBounds,
+    "merge_attention": MergeBounds,
+    **{
+        name: partial(LayerBounds, name)
+        for name in ("multi_head_attention", "multi_head_attention_weights", "rotary_embedding")
+    },
+    **{name: partial(AlibiBounds, name) for name in ("alibi_slopes", "alibi_bias")},
+}
+
+
+def bounds(
+    function: str,
+    arrays: Mapping[str, numpy.ndarray],
+    options: Mapping[str, Any],
+    steps: Steps | LayerSteps = SPECIFICATION,
+) -> Bounds:
+    """Evaluate one case in float64; its bounds in every precision share that work.
+
+    Args:
+        function: A function of the specification, by its name.
+        arrays: The array inputs of the case by name, as stored.
+        options: Its other options.
+        steps: The specification's, or those of a mistake whose own allowance is asked for.
+    """
+    return _BOUNDS[function](arrays, options, steps)
+
+
+def allowances(
+    function: str,
+    arrays: Mapping[str, numpy.ndarray],
+    options: Mapping[str, Any],
+    precision: Precision,
+    steps: Steps | LayerSteps = SPECIFICATION,
+) -> dict[str, numpy.ndarray]:
+    """The allowance of each element of each output of one case; see `bounds`."""
+    return bounds(function, arrays, options, steps).allowances(precision)
+
+
+def deviations(
+    function: str,
+    arrays: Mapping[str, numpy.ndarray],
+    options: Mapping[str, Any],
+    precision: Precision,
+    steps: Steps | LayerSteps = SPECIFICATION,
+) -> dict[str, numpy.ndarray]:
+    """One standard deviation of the error of each element of each output of one case; see `bounds`."""
+    return bounds(function, arrays, options, steps).deviations(precision)

@@ -1,0 +1,214 @@
+"""Which known mistake a wrong result amounts to.
+
+A mistake is named where the result equals what the mistaken reference gives, within the allowance of that, and where
+the case tells the two references apart. Several names mean that the case cannot tell the mistakes from each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec_conformance.mistakes import MISTAKES, Mistake
+
+from .bounds import precision, unit_roundoff
+from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, judge, picked
+from .prediction import Predictions, can_show
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from mha_spec_conformance.suite.cases import Case, Expected
+
+    from .compare import Judgement
+    from .result import Result
+
+__all__ = ["Diagnosis", "summarise"]
+
+CLEARLY_OTHER = 0.25
+"""Results that differ by this share of the largest number in them need no closer look."""
+
+PATIENCE = 50
+"""After so many failures that nothing explains, only those mistakes are tried that explained some."""
+
+SIMILAR = 4.0
+"""Two precisions are alike whose errors differ by no more than this factor."""
+
+
+class Diagnosis:
+    """The mistakes of one target: those that explained a failure before are tried first on the next."""
+
+    def __init__(self, mistakes: Sequence[Mistake] = MISTAKES) -> None:
+        """Know these mistakes, and none as explaining anything yet."""
+        self.mistakes = mistakes
+        self.suspects: set[str] = set()
+        self.unexplained = 0
+        self._last: Predictions | None = None
+
+    def explain(
+        self,
+        case: Case,
+        dtype: str,
+        outputs: Mapping[str, numpy.ndarray],
+        wanted: Sequence[str],
+        profile: str = "standard",
+    ) -> list[Mistake]:
+        """The known mistakes whose results these are, conventions first.
+
+        Args:
+            case: The case that failed.
+            dtype: Of the run.
+            outputs: What the target gave, by output name.
+            wanted: The outputs that are compared.
+            profile: What the target declares of its precision.
+        """
+        if self._last is None or self._last.case is not case:
+            self._last = Predictions(case)
+        compared = _Comparison(self._last, dtype, outputs, wanted, profile)
+        relevant = [mistake for mistake in self.mistakes if can_show(mistake, case)]
+        suspected = [mistake for mistake in relevant if mistake.name in self.suspects]
+        others = [mistake for mistake in relevant if mistake.name not in self.suspects]
+        found = compared.explaining(suspected)
+        if not found and self.unexplained < PATIENCE:
+            found = compared.explaining(others)
+        self.unexplained += not found
+        self.suspects.update(mistake.name for mistake in found)
+        return sorted(found, key=lambda mistake: mistake.convention is None)
+
+
+class _Comparison:
+    """One wrong result beside what was expected and what mistakes give."""
+
+    def __init__(
+        self,
+        predictions: Predictions,
+        dtype: str,
+        outputs: Mapping[str, numpy.ndarray],
+        wanted: Sequence[str],
+        profile: str,
+    ) -> None:
+        self.predictions = predictions
+        self.case = predictions.case
+        self.dtype = dtype
+        self.outputs = outputs
+        self.golden = {name: self.case.expected[name] for name in wanted}
+        self.standard = precision(dtype, profile)
+        self.allowed = predictions.allowances(None, dtype, self.standard) or {}
+
+    def explaining(self, mistakes: Sequence[Mistake]) -> list[Mistake]:
+        """Those of the mistakes that explain the result: precisions where nothing else does."""
+        precisions = [one for one in mistakes if one.convention is not None and one.convention[0] == "precision"]
+        return [one for one in mistakes if one not in precisions and self.explains(one)] or self.precisions(precisions)
+
+    def explains(self, mistake: Mistake) -> bool:
+        """Whether the mistake gives this result, and something else than the specification."""
+        given = self.predictions.outputs(mistake, self.dtype)
+        if given is None or not self._alike(given):
+            return False
+        if self._judge(self.golden, given, self.allowed).passed:
+            return False
+        allowed = self.predictions.allowances(mistake, self.dtype, self.standard)
+        if allowed is None:
+            return False
+        expected = {name: self._expected(golden, given[name], mistake) for name, golden in self.golden.items()}
+        allowed = {
+            name: self._allowed(name, array, 2 if mistake.native else 1)
+            for name, array in allowed.items()
+            if name in self.golden
+        }
+        if mistake.convention is not None and mistake.convention[0] == "nonfinite":
+            expected, allowed = self._either(expected, allowed)
+        return self._judge(expected, self.outputs, allowed).passed
+
+    def precisions(self, mistakes: Iterable[Mistake]) -> list[Mistake]:
+        """The precisions whose errors are about as large as these, where there is nothing but errors of rounding."""
+        coarser = unit_roundoff("bfloat16") / self.standard.u_a
+        loose = {name: coarser * array for name, array in self.allowed.items()}
+        if not self._judge(self.golden, self.outputs, loose).passed:
+            return []
+        used = self._judge(self.golden, self.outputs, self.allowed).allowance_used
+        return [mistake for mistake in mistakes if 1 / SIMILAR <= used / self._used_by(mistake) <= SIMILAR]
+
+    def _used_by(self, mistake: Mistake) -> float:
+        given = self.predictions.outputs(mistake, self.dtype)
+        used = 0.0 if given is None else self._judge(self.golden, given, self.allowed).allowance_used
+        return used if used > 1 else numpy.inf
+
+    def _alike(self, given: Mapping[str, numpy.ndarray]) -> bool:
+        """Whether shapes and orders of magnitude are those of the result: a quick look."""
+        for name in self.golden:
+            if name not in given or given[name].shape != self.outputs[name].shape:
+                return False
+            a, b = given[name].astype(numpy.float64), self.outputs[name].astype(numpy.float64)
+            both = numpy.isfinite(a) & numpy.isfinite(b)
+            a, b = a[both], b[both]
+            if a.size and not abs(a - b).max() <= CLEARLY_OTHER * max(abs(a).max(), abs(b).max()):
+                return False
+        return True
+
+    def _allowed(self, name: str, allowed: numpy.ndarray, errors: int) -> numpy.ndarray:
+        """The mistake's allowance; where it has none the specification's, and the largest where that has none."""
+        finite = [array[numpy.isfinite(array)].max(initial=0.0) for array in (allowed, self.allowed[name])]
+        instead = numpy.where(numpy.isfinite(self.allowed[name]), self.allowed[name], max(finite))
+        return errors * numpy.where(numpy.isfinite(allowed), allowed, instead)
+
+    def _judge(
+        self,
+        expected: Mapping[str, Expected],
+        outputs: Mapping[str, numpy.ndarray],
+        allowed: Mapping[str, numpy.ndarray],
+    ) -> Judgement:
+        return judge(self.case, expected, outputs, allowed, self.standard)
+
+    def _expected(self, golden: Expected, given: numpy.ndarray, mistake: Mistake) -> Expected:
+        """The results of a mistake as what must come, at the places that the golden compares."""
+        values = picked(given.astype(numpy.float64), golden)
+        kinds = numpy.where(numpy.isnan(values), NAN, numpy.where(numpy.isinf(values), EXACT, FINITE))
+        kept = _kinds(golden, values.shape)
+        kinds = numpy.where((kept == ANY) | ((kept == NON_FINITE) & (kinds != FINITE)), kept, kinds)
+        if mistake.convention is not None and mistake.convention[0] == "fully_masked_row":
+            kinds = numpy.where(golden.values.reshape(values.shape) == -numpy.inf, ANY, kinds)
+        return replace(golden, values=values, kinds=kinds.astype(numpy.uint8))
+
+    def _either(
+        self, expected: Mapping[str, Expected], allowed: Mapping[str, numpy.ndarray]
+    ) -> tuple[dict[str, Expected], dict[str, numpy.ndarray]]:
+        """Take the golden where the result is finite as it is: how far a NaN reaches depends on the tiles."""
+        merged, allowances = dict(expected), dict(allowed)
+        for name, golden in self.golden.items():
+            got = picked(self.outputs[name], golden)
+            true = golden.values.reshape(got.shape)
+            right = (
+                (numpy.isfinite(got) & numpy.isfinite(true)) | (got == true) | (numpy.isnan(got) & numpy.isnan(true))
+            )
+            values = numpy.where(right, true, expected[name].values)
+            kinds = numpy.where(right, _kinds(golden, got.shape), _kinds(expected[name], got.shape))
+            merged[name] = replace(golden, values=values, kinds=kinds)
+            allowances[name] = numpy.fmax(allowed[name], self.allowed[name])
+        return merged, allowances
+
+
+def _kinds(expected: Expected, shape: tuple[int, ...]) -> numpy.ndarray:
+    """The kinds of the places of an output; finite where nothing is said."""
+    return numpy.full(shape, FINITE, numpy.uint8) if expected.kinds is None else expected.kinds.reshape(shape)
+
+
+def summarise(results: Iterable[Result]) -> list[dict[str, object]]:
+    """Few mistakes that explain together what can be explained, the one that explains most first.
+
+    Each is `{"variant", "explains", "clauses"}`, where `explains` counts the results that no mistake before explained.
+    """
+    by_name = {mistake.name: mistake for mistake in MISTAKES}
+    variants = list(dict.fromkeys(mistake.variant for mistake in MISTAKES))
+    left = [{by_name[name].variant for name in result.diagnosis} for result in results if result.diagnosis]
+    found: list[dict[str, object]] = []
+    while left:
+        counts = Counter(variant for explaining in left for variant in explaining)
+        variant = min(counts, key=lambda one: (-counts[one], variants.index(one)))
+        clauses = [clause for mistake in MISTAKES if mistake.variant == variant for clause in mistake.clauses]
+        found.append({"variant": variant, "explains": counts[variant], "clauses": list(dict.fromkeys(clauses))})
+        left = [explaining for explaining in left if variant not in explaining]
+    return found

@@ -1,0 +1,68 @@
+"""The form of an answer: the shape and the dtype that each output must have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mha_spec.arrays import dtype_name, softmax_dtype_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy
+
+    from mha_spec_conformance.asking.selection import Ask
+
+__all__ = ["dtype_clause", "dtype_fault", "expected_dtypes", "form", "form_clauses", "wrong_dtype"]
+
+INTEGERS = ("int32", "int64", "int16", "int8", "uint32", "uint64", "uint16", "uint8")
+"""What the lengths of a cache may be."""
+
+
+def form(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
+    """What is wrong with the shape of an output, or with a dtype that no convention names; None where nothing is."""
+    for name in ask.outputs:
+        shape, wanted = tuple(outputs[name].shape), tuple(ask.case.expected[name].shape)
+        if shape != wanted:
+            return f"`{name}` must have shape={wanted}, received shape={shape}"
+        if dtype_name(outputs[name]) not in (*expected_dtypes(ask, name), "float32", "float64"):
+            return dtype_fault(ask, name, outputs)
+    return None
+
+
+def form_clauses(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> tuple[str, ...]:
+    """The clause that a wrong form breaks: that of shapes, else that of the first dtype that is wrong."""
+    if any(outputs[name].shape != tuple(ask.case.expected[name].shape) for name in ask.outputs):
+        return ("MHA-SHAPE-1",)
+    name = wrong_dtype(ask, outputs)
+    return () if name is None else (dtype_clause(name),)
+
+
+def dtype_fault(ask: Ask, name: str, outputs: Mapping[str, numpy.ndarray]) -> str:
+    """What is wrong with the dtype of an output."""
+    return f"`{name}` must have dtype={expected_dtypes(ask, name)[0]}, received {dtype_name(outputs[name])}"
+
+
+def dtype_clause(name: str) -> str:
+    """The clause that gives the dtype of an output."""
+    return "MHA-LSE-2" if name == "lse" else "MHA-DTYPE-2" if name.startswith("grad_") else "MHA-DTYPE-1"
+
+
+def expected_dtypes(ask: Ask, name: str) -> tuple[str, ...]:
+    """The dtypes that an output may have: an lse and the bias of ALiBi have the softmax's, a gradient its operand's.
+
+    The lengths of a cache are integers of any width; everything else has the dtype of the run.
+    """
+    if name in ("lse", "bias"):
+        return (softmax_dtype_name(ask.dtype),)
+    if name == "cache_lengths":
+        return INTEGERS
+    operand = name.removeprefix("grad_")
+    if operand in ("bias", "sinks"):
+        return (dtype_name(ask.case.inputs(ask.dtype)[operand]),)
+    return (ask.dtype,)
+
+
+def wrong_dtype(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
+    """The first output whose dtype is not what it must be."""
+    return next((name for name in ask.outputs if dtype_name(outputs[name]) not in expected_dtypes(ask, name)), None)

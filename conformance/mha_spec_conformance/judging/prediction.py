@@ -1,0 +1,97 @@
+"""What each known mistake makes of a case."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec_conformance.asking.calls import LAYER, arranged, function_over, joined, layer_answers
+
+from .bounds import SPECIFICATION, bounds
+from .bounds.evaluation import as_float64
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mha_spec.layer_steps import LayerSteps
+    from mha_spec.steps import Steps
+    from mha_spec_conformance.mistakes import Mistake
+    from mha_spec_conformance.suite.cases import Case
+
+    from .bounds import Bounds, Precision
+
+__all__ = ["Predictions", "answer", "can_show"]
+
+RESULTS = {
+    "attention": ("output", "lse"),
+    "attention_weights": ("weights",),
+    "attention_vjp": ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks"),
+    "merge_attention": ("output", "lse"),
+    "rotary_embedding": ("output",),
+    "alibi_slopes": ("slopes",),
+    "alibi_bias": ("bias",),
+}
+"""What each function of the reference gives, in order."""
+
+CANNOT_ANSWER = (ArithmeticError, IndexError, TypeError, ValueError)
+"""What a mistaken reference raises for a case of which its mistake makes no sense."""
+
+
+def answer(
+    steps: Steps | LayerSteps, function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, object]
+) -> dict[str, numpy.ndarray]:
+    """What the reference over these steps gives, by output name."""
+    call = function_over(steps, function)
+    if function.startswith(LAYER):
+        return joined(list(layer_answers(call, function, {**arrays, **options})))
+    asked = {"return_lse": True} if function == "attention" else {}
+    operands, keywords = arranged(function, {**arrays, **options, **asked})
+    given = call(*operands, **keywords)
+    results = given if isinstance(given, tuple) else (given,)
+    return {name: array for name, array in zip(RESULTS[function], results, strict=True) if array is not None}
+
+
+def can_show(mistake: Mistake, case: Case) -> bool:
+    """Whether the case asks for what the mistake is about."""
+    given = {*case.options, *case.input_names}
+    return case.function in mistake.functions and given.issuperset(mistake.needs)
+
+
+class Predictions:
+    """The results and allowances of every mistake on one case; most are in float64 and serve all dtypes of the case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._outputs: dict[tuple[str, str], dict[str, numpy.ndarray] | None] = {}
+        self._bounds: dict[tuple[str, str], Bounds | None] = {}
+
+    def outputs(self, mistake: Mistake, dtype: str) -> dict[str, numpy.ndarray] | None:
+        """The results of the mistaken reference; None where it raises."""
+        key = mistake.name, dtype if mistake.native else "float64"
+        if key not in self._outputs:
+            self._outputs[key] = self._answer(mistake, dtype)
+        return self._outputs[key]
+
+    def allowances(self, mistake: Mistake | None, dtype: str, run: Precision) -> dict[str, numpy.ndarray] | None:
+        """The allowances of a mistake, without one of the specification; None where the mistake cannot be evaluated."""
+        key = "" if mistake is None else mistake.name, dtype
+        if key not in self._bounds:
+            self._bounds[key] = self._evaluate(SPECIFICATION if mistake is None else mistake.steps, dtype)
+        found = self._bounds[key]
+        return None if found is None else found.allowances(run)
+
+    def _answer(self, mistake: Mistake, dtype: str) -> dict[str, numpy.ndarray] | None:
+        arrays = self.case.inputs(dtype)
+        arrays = arrays if mistake.native else {name: as_float64(array) for name, array in arrays.items()}
+        try:
+            with numpy.errstate(all="ignore"):
+                return answer(mistake.steps, self.case.function, arrays, self.case.options)
+        except CANNOT_ANSWER:
+            return None
+
+    def _evaluate(self, steps: Steps | LayerSteps, dtype: str) -> Bounds | None:
+        try:
+            return bounds(self.case.function, self.case.inputs(dtype), self.case.options, steps)
+        except CANNOT_ANSWER:
+            return None

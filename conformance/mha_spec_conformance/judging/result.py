@@ -1,0 +1,45 @@
+"""The outcome of one case in one dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mha_spec_conformance.asking.selection import Ask
+
+    from .compare import Worst
+
+__all__ = ["FAILING", "OUTCOMES", "Result"]
+
+OUTCOMES = ("pass", "fail", "deviation", "error", "crash", "timeout", "unsupported")
+FAILING = frozenset({"fail", "deviation", "error", "crash", "timeout"})
+"""The outcomes that make a target not conformant, unless they are accepted or known."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one case in one dtype."""
+
+    ask: Ask
+    outcome: str
+    reason: str | None = None
+    allowance_used: float | None = None
+    worst: Worst | None = None
+    diagnosis: tuple[str, ...] = ()
+    conventions: tuple[tuple[str, str], ...] = ()
+    deterministic: bool | None = None
+    clauses: tuple[str, ...] = ()
+    seconds: float = 0.0
+    note: str | None = None
+    malformed: bool = False
+
+    @property
+    def compared(self) -> bool:
+        """Whether there were arrays that a clause could be held against."""
+        return not self.malformed and self.outcome not in ("error", "crash", "timeout", "unsupported")
+
+    @property
+    def must(self) -> bool:
+        """Whether it counts for the exit status."""
+        return self.ask.case.level == "MUST"

@@ -1,0 +1,101 @@
+"""The report of a run as a JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from typing import TYPE_CHECKING
+
+from mha_spec_conformance.judging import diagnosis
+from mha_spec_conformance.judging.bounds import RULE_VERSION
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.running.run import Run
+
+__all__ = ["SCHEMA", "as_json", "write_json"]
+
+SCHEMA = "mha-spec-report/1"
+
+
+def as_json(run: Run) -> dict[str, object]:
+    """Give the report of a run as plain data."""
+    musts = [result for result in run.results if result.must]
+    claims = run.claims
+    features = {feature for result in musts for feature in result.ask.features}
+    deterministic = [result.deterministic for result in run.results if result.deterministic is not None]
+    return {
+        "schema": SCHEMA,
+        "spec_version": run.suite.spec_version,
+        "suite": {
+            "version": run.suite.version,
+            "goldens_sha256": run.suite.goldens_sha256,
+            "accuracy_rule": RULE_VERSION,
+        },
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": claims.hardware,
+            "libraries": dict(claims.versions),
+        },
+        "target": {
+            "name": claims.name,
+            "versions": dict(claims.versions),
+            "features": list(claims.features),
+            "dtypes": list(claims.dtypes),
+            "conventions": dict(claims.conventions),
+            "profile": claims.profile,
+            "deterministic": all(deterministic) if deterministic else None,
+        },
+        "selection": {"only": list(run.selection.only), "dtypes": list(run.selection.dtypes)},
+        "complete": run.complete,
+        "verdict": run.verdict,
+        "status": run.status,
+        "accepted": ["=".join(pair) for pair in sorted(run.accepted)],
+        "known": [{"id": entry.id, "dtype": entry.dtype, "reason": entry.reason} for entry in run.known],
+        "summary": run.summary,
+        "should": run.tally(result for result in run.results if not result.must),
+        "features": {name: run.tally(r for r in musts if name in r.ask.features) for name in sorted(features)},
+        "conventions": run.conventions,
+        "diagnosis": diagnosis.summarise(run.results),
+        "notes": [*run.notes, *run.statistics, *run.untrue],
+        "cases": [_case(result) for result in run.results],
+    }
+
+
+def _case(result: Result) -> dict[str, object]:
+    worst = result.worst
+    return {
+        "id": result.ask.case.id,
+        "function": result.ask.case.function,
+        "dtype": result.ask.dtype,
+        "clauses": list(result.clauses),
+        "features": list(result.ask.features),
+        "level": result.ask.case.level,
+        "outcome": result.outcome,
+        "reason": result.reason,
+        "allowance_used": _number(result.allowance_used),
+        "worst": worst
+        and {
+            "output": worst.output,
+            "index": [int(i) for i in worst.index],
+            "expected": _number(worst.expected),
+            "got": _number(worst.got),
+            "allowance": _number(worst.allowance),
+        },
+        "diagnosis": list(result.diagnosis),
+        "seconds": round(result.seconds, 6),
+    }
+
+
+def _number(value: float | None) -> float | str | None:
+    """JSON has no NaN and no infinity: they are written as text."""
+    return None if value is None else float(value) if math.isfinite(value) else str(float(value))
+
+
+def write_json(run: Run, path: Path) -> None:
+    """Write the report of a run to a file."""
+    path.write_text(json.dumps(as_json(run), indent=1, allow_nan=False) + "\n")

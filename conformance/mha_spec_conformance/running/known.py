@@ -1,0 +1,109 @@
+"""Known failures: each with its reason, and strict, so that the file says what is true today and nothing more.
+
+The file is TOML, one table for each reason, with the ids of the cases, in every dtype or in one:
+
+    [[known]]
+    reason = "MHA-SOFTMAX-2: scores are kept in float16, issue 12"
+    dtype = "float16"
+    id = ["attention/causal/offset-1", "attention/causal/offset-2"]
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mha_spec.arrays import FLOATING
+from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.judging.result import FAILING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from mha_spec_conformance.judging.result import Result
+
+__all__ = ["Known", "KnownError", "excuse", "is_open", "read_known", "untrue"]
+
+
+class KnownError(MhaSpecError):
+    """A file of known failures that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """One known failure."""
+
+    id: str
+    reason: str
+    dtype: str | None = None
+
+    def covers(self, result: Result) -> bool:
+        """Whether it speaks of this case and dtype."""
+        return result.ask.case.id == self.id and self.dtype in (None, result.ask.dtype)
+
+
+def excuse(result: Result, accepted: frozenset[tuple[str, str]], known: Iterable[Known]) -> str | None:
+    """Why a failing result does not count: every convention that it follows is accepted, or it is known."""
+    if result.conventions and accepted.issuperset(result.conventions):
+        return "accepted"
+    return "known" if any(entry.covers(result) for entry in known) else None
+
+
+def is_open(result: Result, accepted: frozenset[tuple[str, str]], known: Iterable[Known]) -> bool:
+    """Whether a result makes the target fail: that of a MUST case, neither accepted nor known."""
+    return result.must and result.outcome in FAILING and excuse(result, accepted, known) is None
+
+
+def read_known(path: Path) -> tuple[Known, ...]:
+    """Read a file of known failures.
+
+    Raises:
+        KnownError: It is not there, is no TOML, or an entry lacks its id or reason.
+    """
+    try:
+        said = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise KnownError(f"known failures {path}: {error}") from error
+    tables = said.pop("known", None)
+    if said:
+        raise KnownError(f"known failures {path}: there is nothing but [[known]] tables, received {', '.join(said)}")
+    if not isinstance(tables, list):
+        raise KnownError(f"known failures {path}: there is no [[known]] table with id and reason")
+    return tuple(entry for number, table in enumerate(tables, 1) for entry in _entries(path, number, table))
+
+
+def _entries(path: Path, number: int, table: object) -> list[Known]:
+    """One entry for each id of a table, of which `id` may hold one or a list."""
+    fields = dict(table) if isinstance(table, dict) else {}
+    ids = fields.pop("id", None)
+    ids = ids if isinstance(ids, list) else [ids]
+    strings = all(isinstance(value, str) and value.strip() for value in (*ids, *fields.values()))
+    if not ids or not strings or not {"reason"} <= fields.keys() <= {"reason", "dtype"}:
+        raise KnownError(
+            f"known failures {path}: entry {number} must have a reason and one id or a list, and may have a dtype, "
+            f"received {table!r}"
+        )
+    if fields.get("dtype", FLOATING[0]) not in FLOATING:
+        raise KnownError(
+            f"known failures {path}: the dtype of entry {number} must be of {', '.join(FLOATING)}, "
+            f"received {fields['dtype']!r}"
+        )
+    return [Known(id=name, **fields) for name in ids]
+
+
+def untrue(known: Iterable[Known], results: Iterable[Result], suite: Iterable[str], whole: bool) -> list[str]:
+    """What the file says that is not so: an entry that did not fail, or that matches nothing."""
+    asked, ids = list(results), set(suite)
+    lines: list[str] = []
+    for entry in known:
+        covered = [result for result in asked if entry.covers(result)]
+        where = entry.id + (f" in {entry.dtype}" if entry.dtype else "")
+        if entry.id not in ids:
+            lines.append(f"known failure {where} is no case of the suite: remove it from the file")
+        elif covered and not any(result.outcome in FAILING for result in covered):
+            lines.append(f"known failure {where} did not fail ({covered[0].outcome}): remove it from the file")
+        elif not covered and whole:
+            lines.append(f"known failure {where} was not asked: remove it from the file")
+    return lines

@@ -1,0 +1,128 @@
+"""A run: load the target, try the smoke cases, ask everything that is claimed, and judge while the target works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mha_spec_conformance.asking.pool import Pool
+from mha_spec_conformance.asking.selection import Selection, asks, probes, tried_in_every_layout
+from mha_spec_conformance.judging.judge import Judge
+
+from .known import is_open
+from .run import Run
+from .smoke import NothingToJudge, try_smoke_cases
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator
+
+    from mha_spec_conformance.asking.question import Question
+    from mha_spec_conformance.asking.selection import Ask
+    from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.suite.cases import Suite
+    from mha_spec_conformance.targets.claims import Claims
+
+    from .known import Known
+
+__all__ = ["NothingToJudge", "Settings", "run"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a target is to be judged."""
+
+    selection: Selection = field(default_factory=Selection)
+    required: tuple[str, ...] = ()
+    accepted: frozenset[tuple[str, str]] = frozenset()
+    known: tuple[Known, ...] = ()
+    max_fail: int | None = None
+    jobs: int = 1
+    limit: float = 60.0
+
+
+def run(
+    target: str,
+    suite: Suite,
+    settings: Settings,
+    progress: Callable[[int, int, int], None] = lambda done, total, failed: None,
+) -> Run:
+    """Judge `target`; `progress` is told how many results of how many have come, and how many of them fail.
+
+    Raises:
+        TargetError: The target cannot be loaded.
+        NothingToJudge: It claims nothing that is selected, or its answers have no form that can be judged.
+    """
+    with Pool(target, settings.jobs, settings.limit) as pool:
+        asked = tried_in_every_layout(asks(suite.cases, pool.claims, settings.selection))
+        if not asked:
+            raise NothingToJudge(
+                f"target {target} has nothing to ask: {_why_nothing(suite, pool.claims, settings.selection)}"
+            )
+        notes = try_smoke_cases(suite, pool)
+        alignment, unread = _alignment(pool, suite, settings.selection)
+        progress(0, len(asked), 0)
+        found, finished = _results(pool, asked, settings, progress)
+        order = {ask.key: number for number, ask in enumerate(asked)}
+        return Run(
+            suite=suite,
+            claims=pool.claims,
+            selection=settings.selection,
+            results=tuple(sorted(found, key=lambda one: order[one.ask.key])),
+            finished=finished,
+            alignment=alignment,
+            notes=(*notes, *unread),
+            required=settings.required,
+            accepted=settings.accepted,
+            known=settings.known,
+        )
+
+
+def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
+    """What the target lacks for every case of the selection."""
+    if not any(selection.asks_in(dtype) for dtype in claims.dtypes):
+        return f"it claims {', '.join(claims.dtypes)}; --dtypes asks {', '.join(selection.dtypes)}"
+    functions = dict.fromkeys(case.function for case in suite.cases if selection.takes(case))
+    if not functions.keys() & claims.keywords.keys():
+        return f"it has no {', '.join(functions)}"
+    return "no case of the selection has only what it claims"
+
+
+def _results(
+    pool: Pool, asked: list[Ask], settings: Settings, progress: Callable[[int, int, int], None]
+) -> tuple[list[Result], bool]:
+    """The results as they come, and whether all came before too many had failed."""
+    by_key = {ask.key: ask for ask in asked}
+    judge = Judge(pool.claims, settings.accepted)
+    found: list[Result] = []
+    failed = 0
+    for question, answer in pool.answers(*_groups(asked)):
+        judged = judge.result(by_key[question.id, question.dtype], question, answer)
+        found.append(judged)
+        failed += is_open(judged, settings.accepted, settings.known)
+        progress(len(found), len(asked), failed)
+        if settings.max_fail is not None and failed >= settings.max_fail:
+            return found, len(found) == len(asked)
+    return found, True
+
+
+def _groups(asked: list[Ask]) -> list[Iterator[Question]]:
+    """The questions of each signature, which a compiling framework compiles for once; many of one come first."""
+    groups: dict[Hashable, list[Ask]] = {}
+    for ask in asked:
+        groups.setdefault(ask.case.signature, []).append(ask)
+    return [(ask.question() for ask in group) for group in sorted(groups.values(), key=len, reverse=True)]
+
+
+def _alignment(pool: Pool, suite: Suite, selection: Selection) -> tuple[str | None, tuple[str, ...]]:
+    """Read off where a target without an offset puts its causal diagonal: its name, or notes where it fits none."""
+    by_id = {ask.case.id: (name, ask) for name, ask in probes(suite.cases, pool.claims, selection).items()}
+    judge = Judge(pool.claims)
+    outcomes: dict[str, str] = {}
+    for question, answer in pool.answers([ask.question() for _, ask in by_id.values()]):
+        name, ask = by_id[question.id]
+        outcomes[name] = judge.result(ask, question, answer).outcome
+    tried = [name for name, _ in by_id.values() if outcomes[name] != "unsupported"]
+    fitting = next((name for name in tried if outcomes[name] == "pass"), None)
+    if fitting is not None or not tried:
+        return fitting, ()
+    return None, (f"causal diagonal where lengths differ: none of {', '.join(tried)}",)

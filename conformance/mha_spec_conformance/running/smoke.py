@@ -1,0 +1,139 @@
+"""The smoke cases: they tell a wrong target file (axes, tuple, dtype, mask polarity) from a wrong attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec import reference
+from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.asking.selection import Selection, asks
+from mha_spec_conformance.judging.judge import Judge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mha_spec_conformance.asking.pool import Pool
+    from mha_spec_conformance.asking.question import Answer, Question
+    from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.suite.cases import Suite
+
+__all__ = ["NothingToJudge", "try_smoke_cases"]
+
+TAG = "smoke"
+
+
+class NothingToJudge(MhaSpecError):
+    """The target cannot be judged at all."""
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """One smoke case: what was asked, what came, and what it was worth."""
+
+    question: Question
+    answer: Answer
+    result: Result
+
+
+def try_smoke_cases(suite: Suite, pool: Pool) -> tuple[str, ...]:
+    """Ask the smoke cases in the narrowest dtype of float32 and float64 that is claimed; give notes on the target file.
+
+    Raises:
+        NothingToJudge: Every one fails by its form, its axes, or the end of the process: the target file is wrong.
+    """
+    claims = pool.claims
+    dtype = "float32" if "float32" in claims.dtypes else claims.dtypes[0]
+    cases = [case for case in suite.cases if TAG in case.tags]
+    asked = {ask.key: ask for ask in asks(cases, claims, Selection(dtypes=(dtype,)))}
+    judge = Judge(claims)
+    plain_first = sorted(asked.values(), key=lambda ask: len(ask.features))
+    smokes: list[Smoke] = []
+    for question, answer in pool.answers([ask.question() for ask in plain_first]):
+        smokes.append(Smoke(question, answer, judge.result(asked[question.id, question.dtype], question, answer)))
+        if answer.came == "timeout":
+            break
+    smokes = [smoke for smoke in smokes if smoke.result.outcome != "unsupported"]
+    if smokes and (fault := _fault(smokes, pool)) is not None:
+        raise NothingToJudge(f"target {claims.name} cannot be judged: {fault}")
+    return tuple(_notes(smokes))
+
+
+def _fault(smokes: list[Smoke], pool: Pool) -> str | None:
+    """What is wrong with the target file where nothing that it gives can be judged."""
+    first = smokes[0]
+    if any(smoke.result.outcome == "pass" for smoke in smokes):
+        return None
+    if _takes_lengths_first(first, pool):
+        return "it takes the axes as (batch, length, heads, size): swap axes 1 and 2 in the target file"
+    if any(_judged(smoke) for smoke in smokes):
+        return None
+    if first.answer.came in ("crash", "timeout"):
+        return f"the smoke cases end it: {first.answer.reason}"
+    if first.answer.came == "raised":
+        return (
+            f"the smoke cases raise {first.answer.reason}; for what it does not take it must raise NotImplementedError"
+        )
+    return f"{first.result.reason}{_axes(first)}"
+
+
+def _judged(smoke: Smoke) -> bool:
+    """Whether there is an output that can be compared."""
+    return smoke.answer.came == "returned" and not _shapes(smoke)
+
+
+def _shapes(smoke: Smoke) -> bool:
+    """Whether an output has another shape than it must have."""
+    expected = smoke.result.ask.case.expected
+    return any(tuple(array.shape) != tuple(expected[name].shape) for name, array in smoke.answer.outputs.items())
+
+
+def _axes(smoke: Smoke) -> str:
+    """Spell out a shape whose axes are only in another order."""
+    if smoke.answer.came != "returned":
+        return ""
+    batch, heads, q_len, v_dim = smoke.result.ask.case.expected["output"].shape
+    received = tuple(smoke.answer.outputs["output"].shape)
+    orders = {
+        (batch, q_len, heads, v_dim): "(batch, q_len, heads, v_dim)",
+        (batch, heads, v_dim, q_len): "(batch, heads, v_dim, q_len)",
+        (batch, q_len, heads * v_dim): "(batch, q_len, heads * v_dim)",
+    }
+    return f": that is {orders[received]}; turn it round in the target file" if received in orders else ""
+
+
+def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
+    """Whether, with as many heads as positions, the output is that of lengths taken for heads and heads for lengths."""
+    if smoke.question.function != "attention" or smoke.answer.came in ("crash", "timeout"):
+        return False
+    arrays = {name: smoke.question.arrays[name] for name in ("query", "key", "value")}
+    size = min(length for array in arrays.values() for length in array.shape[1:3])
+    arrays = {name: array[:, :size, :size].copy() for name, array in arrays.items()}
+    question = replace(smoke.question, arrays=arrays, options={}, outputs=("output",), layouts=(), repeat=False)
+    operands = [array.astype(numpy.float64) for array in arrays.values()]
+    straight = numpy.asarray(reference.attention(*operands))
+    swapped = numpy.asarray(reference.attention(*(x.swapaxes(1, 2) for x in operands))).swapaxes(1, 2)
+    for _, answer in pool.answers([question]):
+        output = answer.outputs.get("output")
+        if output is None or output.shape != swapped.shape or output.dtype.kind == "c":
+            return False
+        return float(abs(output.astype(numpy.float64) - swapped).max()) < abs(straight - swapped).max() / 64
+    return False
+
+
+def _notes(smokes: Iterable[Smoke]) -> list[str]:
+    """What looks like a slip of the target file, though the rest can be judged."""
+    return list(dict.fromkeys(note for smoke in smokes if (note := _note(smoke)) is not None))
+
+
+def _note(smoke: Smoke) -> str | None:
+    seen = dict(smoke.result.conventions)
+    if seen.get("mask_polarity") == "true_hides":
+        return "it takes True in a mask for hidden: if its own meaning is that, pass ~mask in the target file"
+    if "output_dtype" in seen:
+        return f"it gives {seen['output_dtype']} for {smoke.question.dtype}: if the target file converts, convert back"
+    if smoke.answer.came == "malformed" or (smoke.answer.came == "returned" and _shapes(smoke)):
+        return f"smoke case {smoke.question.id}: {smoke.result.reason}"
+    return None

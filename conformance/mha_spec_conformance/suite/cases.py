@@ -1,0 +1,292 @@
+"""The cases of the suite and their goldens, read from the files that docs/goldens.md describes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy
+from safetensors import SafetensorError, deserialize
+
+from mha_spec import SPEC_VERSION
+from mha_spec.arrays import softmax_dtype_name
+from mha_spec.errors import MhaSpecError
+
+from .portable import KINDS, generated
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
+
+    from mha_spec.arrays import Array
+
+    Entry = Mapping[str, Any]
+    Tensors = Mapping[tuple[str, str], Array]
+
+__all__ = ["FORMAT", "Case", "Expected", "GoldensError", "Suite", "load"]
+
+FORMAT = "mha-spec-goldens/1"
+
+FOLDER = Path(__file__).parents[1] / "goldens"
+
+_DTYPES = {
+    "BOOL": numpy.dtype(bool),
+    "U8": numpy.dtype(numpy.uint8),
+    "I32": numpy.dtype("<i4"),
+    "I64": numpy.dtype("<i8"),
+    "BF16": numpy.dtype(ml_dtypes.bfloat16),
+    "F16": numpy.dtype("<f2"),
+    "F32": numpy.dtype("<f4"),
+    "F64": numpy.dtype("<f8"),
+}
+
+_FIELDS = (
+    "title",
+    "function",
+    "clauses",
+    "features",
+    "level",
+    "tags",
+    "dtypes",
+    "options",
+    "inputs",
+    "outputs",
+    "expect",
+)
+
+
+class GoldensError(MhaSpecError, ValueError):
+    """The goldens are missing, damaged, or of another version; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One expected output, correctly rounded to float64.
+
+    `kinds` is None where every element is finite. `rows` is None where all of them are there; else `values` has the
+    shape (len(rows), last axis), and `rows` holds flat indices over the axes of `shape` but the last (for lse: all).
+    """
+
+    values: Array
+    kinds: Array | None
+    rows: Array | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question of the suite, with its answer."""
+
+    id: str
+    title: str
+    function: str
+    clauses: tuple[str, ...]
+    features: tuple[str, ...]
+    level: str
+    tags: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    options: Mapping[str, Any]
+    expect: str
+    error: Mapping[str, str] | None
+    _inputs: Mapping[str, Entry] = field(repr=False, compare=False)
+    _outputs: Mapping[str, Entry] = field(repr=False, compare=False)
+    _tensors: Tensors = field(repr=False, compare=False)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the arrays, without reading them."""
+        return tuple(self._inputs)
+
+    def inputs(self, dtype: str) -> dict[str, Array]:
+        """Give the arrays of a run in `dtype`, fresh, by argument name; bfloat16 is that of ml-dtypes.
+
+        Raises:
+            GoldensError: A generated input is not what the index says.
+        """
+        return {name: self._input(name, entry, dtype) for name, entry in self._inputs.items()}
+
+    def _input(self, name: str, entry: Entry, dtype: str) -> Array:
+        wanted = {"case": dtype, "softmax": softmax_dtype_name(dtype)}.get(entry["dtype"], entry["dtype"])
+        values = self._tensors[_place(entry)] if "generator" not in entry else self._generated(name, entry)
+        with numpy.errstate(all="ignore"):
+            return values.astype(ml_dtypes.bfloat16 if wanted == "bfloat16" else numpy.dtype(wanted))
+
+    def _generated(self, name: str, entry: Entry) -> Array:
+        values = generated(entry["shape"], **entry["generator"])
+        if hashlib.sha256(values.astype("<f8").tobytes()).hexdigest() != entry["sha256"]:
+            raise GoldensError(
+                f"index.json: case {self.id}: the generator of input `{name}` does not give the values of its sha256."
+            )
+        return values
+
+    @cached_property
+    def expected(self) -> Mapping[str, Expected]:
+        """The expected outputs by name; none where the case must raise."""
+        return {name: self._expected(entry) for name, entry in self._outputs.items()}
+
+    def _expected(self, entry: Entry) -> Expected:
+        kinds, rows = (
+            None if entry[name] is None else self._tensors[_place(entry[name])] for name in ("kinds", "rows")
+        )
+        return Expected(self._tensors[_place(entry)], kinds, rows, tuple(entry["shape"]))
+
+    @property
+    def signature(self) -> Hashable:
+        """What a compiling framework compiles for: the function, the shapes and the plain options."""
+        shapes = tuple((name, tuple(entry["shape"])) for name, entry in sorted(self._inputs.items()))
+        return self.function, shapes, repr(sorted(self.options.items()))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All cases, of one version."""
+
+    cases: tuple[Case, ...]
+    version: str
+    spec_version: str
+    goldens_sha256: str
+
+
+def load(folder: Path | None = None) -> Suite:
+    """Read and verify the goldens of a folder; those of this package without one.
+
+    Raises:
+        GoldensError: A file is missing, damaged or of another version, an id occurs twice, or an entry of the index
+            names what is not there.
+    """
+    folder = FOLDER if folder is None else Path(folder)
+    data = _read(folder, "index.json")
+    digest = hashlib.sha256(data).hexdigest()
+    _verify("index.json", digest, _read(folder, "index.json.sha256").decode(errors="replace").partition(" ")[0])
+    index = _parse(data)
+    _put_parameters(index)
+    tensors = {place: tensor for name, file in index["files"].items() for place, tensor in _tensors(folder, name, file)}
+    try:
+        cases = tuple(_case(entry, tensors) for entry in index["cases"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise GoldensError(f"index.json: an entry has not the form of {FORMAT}: {error!r}.") from error
+    _refuse_repeated([case.id for case in cases])
+    return Suite(cases, index["suite_version"], index["spec_version"], digest)
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise GoldensError(
+            f"{name}: cannot be read from {folder}: {error.strerror}. Install the package again."
+        ) from error
+
+
+def _verify(name: str, received: str, expected: str) -> None:
+    if received != expected:
+        raise GoldensError(
+            f"{name}: damaged, must have sha256={expected}, received sha256={received}. Install the package again."
+        )
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        index = json.loads(data)
+    except ValueError as error:
+        raise GoldensError(f"index.json: damaged, no JSON: {error}.") from error
+    for name, wanted in (("format", FORMAT), ("spec_version", SPEC_VERSION)):
+        received = index.get(name) if isinstance(index, dict) else None
+        if received != wanted:
+            raise GoldensError(
+                f"index.json: `{name}` must be {name}={wanted}, received {name}={received}. "
+                "These goldens belong to another version of the suite."
+            )
+    for name in ("suite_version", "files", "cases"):
+        if name not in index:
+            raise GoldensError(f"index.json: `{name}` is missing.")
+    return index
+
+
+def _put_parameters(index: dict[str, Any]) -> None:
+    """Give each case the set of parameters that it names, as further inputs."""
+    sets: dict[str, Any] = index.get("parameters", {})
+    for entry in index["cases"]:
+        name = entry.get("parameters")
+        if name is not None and name not in sets:
+            raise GoldensError(f"index.json: case {entry.get('id')} names the parameters {name}, which are not there.")
+        if name is not None:
+            entry["inputs"] |= sets[name]
+
+
+def _tensors(folder: Path, name: str, entry: Entry) -> list[tuple[tuple[str, str], Array]]:
+    data = _read(folder, name)
+    if len(data) != entry["bytes"]:
+        raise GoldensError(
+            f"{name}: damaged, must have bytes={entry['bytes']}, received bytes={len(data)}. Install the package again."
+        )
+    _verify(name, hashlib.sha256(data).hexdigest(), entry["sha256"])
+    try:
+        return [((name, tensor), _array(item)) for tensor, item in deserialize(data)]
+    except (SafetensorError, KeyError) as error:
+        raise GoldensError(f"{name}: no safetensors file that the suite can read: {error}.") from error
+
+
+def _array(item: Mapping[str, Any]) -> Array:
+    array = numpy.frombuffer(item["data"], _DTYPES[item["dtype"]]).reshape(item["shape"])
+    array.flags.writeable = False
+    return array
+
+
+def _case(entry: Entry, tensors: Tensors) -> Case:
+    name = entry.get("id")
+    missing = [key for key in _FIELDS if key not in entry]
+    if not isinstance(name, str) or missing:
+        raise GoldensError(f"index.json: case {name}: {', '.join(missing) or 'id'} is missing.")
+    for label, item in (*entry["inputs"].items(), *entry["outputs"].items()):
+        _check_entry(f"case {name}: `{label}`", item, tensors)
+    clauses, features, tags, dtypes = (tuple(entry[key]) for key in ("clauses", "features", "tags", "dtypes"))
+    options = {option: _option(option, value) for option, value in entry["options"].items()}
+    own = (entry["title"], entry["function"], clauses, features, entry["level"], tags, dtypes, options, entry["expect"])
+    return Case(name, *own, entry.get("error"), entry["inputs"], entry["outputs"], tensors)
+
+
+def _option(name: str, value: Any) -> Any:
+    """An option as Python has it: a window is a tuple, and what JSON cannot write is {"number": "nan"}."""
+    if isinstance(value, dict) and value.keys() == {"number"}:
+        return float(value["number"])
+    return tuple(value) if name == "window" and isinstance(value, list) else value
+
+
+def _place(entry: Entry) -> tuple[str, str]:
+    return entry["file"], entry["tensor"]
+
+
+def _check_entry(label: str, entry: Entry, tensors: Tensors) -> None:
+    """Raise unless the tensors that an entry names are there, in its shape."""
+    if "generator" in entry:
+        if entry["generator"].get("kind") not in KINDS:
+            raise GoldensError(
+                f"index.json: {label}: the kind of its generator must be one of {', '.join(KINDS)}, "
+                f"received {entry['generator']}."
+            )
+        return
+    named = [entry, *(entry[key] for key in ("kinds", "rows") if entry.get(key) is not None)]
+    for item in named:
+        if _place(item) not in tensors:
+            raise GoldensError(
+                f"index.json: {label} names tensor {item['tensor']}, which {item['file']} does not have."
+            )
+    shape, received = tuple(entry["shape"]), tensors[_place(entry)].shape
+    if entry.get("rows") is not None:
+        last = shape[len(shape) - len(received) + 1 :]
+        shape = (tensors[_place(entry["rows"])].size, *last)
+    if received != shape:
+        raise GoldensError(f"index.json: {label} must have shape={shape}, its tensor has shape={received}.")
+
+
+def _refuse_repeated(ids: list[str]) -> None:
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            raise GoldensError(f"index.json: two cases have the id {name}.")
+        seen.add(name)

@@ -1,0 +1,281 @@
+"""What is asked: a backend by its name, `package.module:function`, or `path/to/file.py[:function]`.
+
+A target claims by its signatures. Beside its functions a module may say `arrays`, `device`, `dtypes`, `features`,
+`profile`, `conventions` and `supports(case)`; whatever it says is checked here, once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import sysconfig
+import traceback
+import types
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mha_spec.arrays import FLOATING
+from mha_spec.errors import BackendError, MhaSpecError
+from mha_spec.selection import backend, backend_names
+from mha_spec_conformance.suite.conventions import ConventionError, check_convention
+from mha_spec_conformance.suite.functions import FEATURES_OF_FUNCTIONS, FUNCTIONS, KEYWORDS, LAYER_KEYWORDS, OPERANDS
+
+from .claims import PROFILES, Claims
+from .conversion import LIBRARIES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import ModuleType
+
+__all__ = ["Target", "TargetError", "load", "own_line"]
+
+REFERENCE = "mha_spec.reference"
+FEATURES = tuple(
+    dict.fromkeys(
+        [
+            *KEYWORDS,
+            *("core", "groups", "value_size", "empty", "poison", "nonfinite"),
+            *(feature for features in FEATURES_OF_FUNCTIONS.values() for feature in features),
+            *LAYER_KEYWORDS,
+        ]
+    )
+)
+_DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "jax": ("jax", "jaxlib")}
+
+
+class TargetError(MhaSpecError):
+    """A target that cannot be asked: it is not there, does not import, or says something that has no meaning."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A loaded target: its functions by the specification's names, and what it claims."""
+
+    functions: Mapping[str, Callable[..., object]]
+    claims: Claims
+    supports: Callable[[object], object] | None = None
+
+
+def load(name: str) -> Target:
+    """Load the target called `name`.
+
+    Raises:
+        TargetError: In one line, what is wrong with it.
+    """
+    _extend_path(Path.cwd())
+    place, _, function = name.rpartition(":") if _names_function(name) else (name, "", "")
+    module, registered = (_backend(name), True) if name in backend_names() else (_module(place), place == REFERENCE)
+    functions = _functions(module, place, function)
+    return Target(functions, _claims(name, module, functions, registered), _supports(module))
+
+
+def _names_function(name: str) -> bool:
+    return ":" in name and name.rpartition(":")[2].isidentifier()
+
+
+def _extend_path(folder: Path) -> None:
+    """At the end, so that a target called torch.py does not hide torch."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _backend(name: str) -> ModuleType:
+    """The module of a registered backend."""
+    try:
+        return backend(name)
+    except BackendError as error:
+        raise TargetError(str(error)) from error
+
+
+def _module(place: str) -> ModuleType:
+    try:
+        if place.endswith(".py") or os.sep in place:
+            return _from_file(Path(place))
+        if importlib.util.find_spec(place.partition(".")[0]) is None:
+            raise TargetError(f"target {place!r} is no backend ({', '.join(backend_names())}), no file and no module")
+        return importlib.import_module(place)
+    except TargetError:
+        raise
+    except BaseException as error:
+        at = own_line(error)
+        raise TargetError(
+            f"target {place} does not import: {type(error).__name__}: {_first_line(error)}{f' ({at})' if at else ''}"
+        ) from error
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise TargetError(f"there is no file {path}")
+    _extend_path(path.resolve().parent)
+    private = f"_mha_spec_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(private, path.resolve())
+    if spec is None or spec.loader is None:
+        raise TargetError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[private] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def own_line(error: BaseException) -> str | None:
+    """Name the last line of the target's own code in a traceback; where there is none, the last that is not ours."""
+    here = str(Path(__file__).parents[1])
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    frames = [(file, line) for file, line in frames if not file.startswith(("<", here))]
+    own = [(file, line) for file, line in frames if not _is_library(file)] or frames
+    return f"{os.path.relpath(own[-1][0])}:{own[-1][1]}" if own else None
+
+
+def _is_library(file: str) -> bool:
+    return "site-packages" in file or "dist-packages" in file or file.startswith(sysconfig.get_paths()["stdlib"])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _functions(module: ModuleType, place: str, function: str) -> dict[str, Callable[..., object]]:
+    """The functions that the module has under the specification's names; `function` is taken as its attention."""
+    found = {name: getattr(module, name) for name in FUNCTIONS if callable(getattr(module, name, None))}
+    if function:
+        asked = getattr(module, function, None)
+        if not callable(asked):
+            raise TargetError(f"{place} has no function {function!r}; {_offer(module)}")
+        found[function if function in FUNCTIONS else "attention"] = asked
+    if not found:
+        raise TargetError(f"{place} has nothing to ask: no function called attention; {_offer(module)}")
+    return found
+
+
+def _offer(module: ModuleType) -> str:
+    names = [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    return f"it has {', '.join(names)}: name one as TARGET:{names[0]}" if names else "it defines no function"
+
+
+def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[..., object]], registered: bool) -> Claims:
+    default = name if registered and name in LIBRARIES else "numpy"
+    arrays = _one_of("arrays", _said(module, "arrays", default), LIBRARIES)
+    device = None if registered else _device(module)
+    return Claims(
+        name=name,
+        keywords={role: _keywords(role, function, _declared(module)) for role, function in functions.items()},
+        dtypes=_dtypes(module, registered),
+        arrays=arrays,
+        device=device,
+        profile=_one_of("profile", _said(module, "profile", "standard"), PROFILES),
+        conventions=_conventions(module),
+        registered=registered,
+        versions=_versions(arrays, module),
+        hardware=_hardware(arrays, device),
+    )
+
+
+def _said(module: ModuleType, name: str, default: object) -> object:
+    """What the target file says under `name`; a submodule or function of a library that is called so says nothing."""
+    value = getattr(module, name, default)
+    return default if isinstance(value, types.ModuleType) or callable(value) else value
+
+
+def _keywords(role: str, function: Callable[..., object], declared: tuple[str, ...]) -> tuple[str, ...]:
+    """The keywords that a function takes: by its signature, and by `features` where that does not tell."""
+    from_features = [word for feature in declared for word in KEYWORDS.get(feature, ())]
+    if role.startswith("multi_head"):
+        from_features += [LAYER_KEYWORDS[feature] for feature in declared if feature in LAYER_KEYWORDS]
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return tuple(from_features)
+    _check_operands(role, signature)
+    parameters = signature.parameters.values()
+    named = [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in OPERANDS[role]
+    ]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return tuple(dict.fromkeys([*named, *(from_features if open_ended else ())]))
+
+
+def _check_operands(role: str, signature: inspect.Signature) -> None:
+    try:
+        signature.bind_partial(*OPERANDS[role])
+    except TypeError as error:
+        raise TargetError(f"{role} must take {', '.join(OPERANDS[role])} by position, received {signature}") from error
+
+
+def _declared(module: ModuleType) -> tuple[str, ...]:
+    features = _said(module, "features", ())
+    if not isinstance(features, (tuple, list)):
+        raise TargetError(f'`features` must be a tuple of names, as in ("mask",), received {features!r}')
+    return tuple(_one_of("features", feature, FEATURES) for feature in features)
+
+
+def _device(module: ModuleType) -> str | None:
+    device = _said(module, "device", None)
+    if device is not None and not isinstance(device, str):
+        raise TargetError(f'`device` must be a text, as in "cuda:0", received {device!r}')
+    return device
+
+
+def _dtypes(module: ModuleType, registered: bool) -> tuple[str, ...]:
+    dtypes = _said(module, "dtypes", FLOATING if registered else ("float64", "float32"))
+    if not isinstance(dtypes, (tuple, list)) or not dtypes:
+        raise TargetError(f'`dtypes` must be a tuple of names, as in ("float32",), received {dtypes!r}')
+    for dtype in dtypes:
+        _one_of("dtypes", dtype, FLOATING)
+    return tuple(dtype for dtype in FLOATING if dtype in dtypes)
+
+
+def _conventions(module: ModuleType) -> dict[str, str]:
+    conventions = _said(module, "conventions", {})
+    if not isinstance(conventions, dict):
+        raise TargetError(f"`conventions` must be a dict, received {conventions!r}")
+    try:
+        return dict(check_convention(name, variant) for name, variant in conventions.items())
+    except ConventionError as error:
+        raise TargetError(f"`conventions`: {error}") from error
+
+
+def _supports(module: ModuleType) -> Callable[[object], object] | None:
+    supports = getattr(module, "supports", None)
+    return supports if callable(supports) else None
+
+
+def _one_of(label: str, value: object, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise TargetError(f"`{label}` must be of {', '.join(allowed)}, received {value!r}")
+    return value
+
+
+def _versions(arrays: str, module: ModuleType) -> dict[str, str]:
+    package = module.__name__.partition(".")[0]
+    names = ("mha-spec", "numpy", *_DISTRIBUTIONS.get(arrays, (arrays,)), package)
+    versions: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hardware(arrays: str, device: str | None) -> str:
+    """Name the device that answers, where the library can tell."""
+    if arrays == "jax":
+        import jax
+
+        return str(jax.devices(*([device.partition(":")[0]] if device else []))[0].device_kind)
+    if arrays == "torch" and device is not None and device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return device or "cpu"

@@ -1,0 +1,55 @@
+"""A target in this process: the reference, with one of its steps replaced, to show that a case can fail."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mha_spec.arguments import OPTIONS
+from mha_spec.arrays import FLOATING
+from mha_spec_conformance.asking.calls import function_over
+from mha_spec_conformance.asking.selection import Ask
+from mha_spec_conformance.asking.worker import answer
+from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.suite.functions import FUNCTIONS, LAYER_KEYWORDS
+from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.targets.loading import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mha_spec.layer_steps import LayerSteps
+    from mha_spec.steps import Steps
+    from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.suite.cases import Case
+
+__all__ = ["Subject"]
+
+KEYWORDS = {
+    "attention": (*OPTIONS, "return_lse"),
+    "attention_weights": OPTIONS,
+    "attention_vjp": (*OPTIONS, "grad_lse"),
+    "multi_head_attention": (*OPTIONS, *LAYER_KEYWORDS.values()),
+    "multi_head_attention_weights": (*OPTIONS, *LAYER_KEYWORDS.values()),
+    "rotary_embedding": ("base", "interleaved", "rotary_dim"),
+    "alibi_bias": ("q_offset",),
+}
+
+
+class Subject:
+    """An attention in this process that claims everything, and what the suite says of its answers."""
+
+    def __init__(self, functions: Mapping[str, Callable[..., object]]) -> None:
+        claims = Claims("reference", {name: KEYWORDS.get(name, ()) for name in FUNCTIONS}, FLOATING, registered=True)
+        self.target = Target(functions, claims)
+        self.judge = Judge(claims)
+
+    @classmethod
+    def over(cls, steps: Steps | LayerSteps) -> Subject:
+        """The reference over these steps, of attention or of the layer."""
+        return cls({name: function_over(steps, name) for name in FUNCTIONS})
+
+    def outcome(self, case: Case, dtype: str, *, every_layout: bool = False) -> Result:
+        """What the suite says of one answer."""
+        ask = Ask(case, dtype, tuple(case.expected) or ("output",), probed=every_layout)
+        question = ask.question()
+        return self.judge.result(ask, question, answer(self.target, question))
