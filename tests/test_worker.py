@@ -9,8 +9,8 @@ import numpy
 import pytest
 
 from mha_spec import reference
+from mha_spec_conformance.asking import worker
 from mha_spec_conformance.asking.question import Answer, Question, Raised
-from mha_spec_conformance.asking.selection import worker
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.targets.claims import Claims
 from mha_spec_conformance.targets.loading import Target

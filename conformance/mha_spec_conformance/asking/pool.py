@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING
 
 from mha_spec_conformance.targets.claims import Claims
 from mha_spec_conformance.targets.loading import TargetError
+from mha_spec_conformance.targets.loading import load as load_target
 
 from .question import Answer, Question
 from .worker import serve
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from types import TracebackType
     from typing import Self
+
+    from mha_spec_conformance.targets.loading import Target
 
 __all__ = ["Pool"]
 
@@ -49,8 +52,9 @@ def _fast_folder() -> str | None:
 class Worker:
     """One process of the target, the questions that it holds, oldest first, and the group that it takes more from."""
 
-    def __init__(self, target: str, folder: Path) -> None:
+    def __init__(self, target: str, folder: Path, load: Callable[[str], Target]) -> None:
         self.target = target
+        self.load = load
         self.folder = folder
         self.held: deque[Question] = deque()
         self.group: Iterator[Question] = iter(())
@@ -62,7 +66,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.printed = self.folder / "printed"
-        self.process = context.Process(target=serve, args=(theirs, self.target, str(self.printed)))
+        self.process = context.Process(target=serve, args=(theirs, self.target, str(self.printed), self.load))
         self.process.start()
         theirs.close()
         self.claims = self._claims()
@@ -133,10 +137,12 @@ class Worker:
             self.stop()
 
     def _replace(self, answer: Answer) -> Answer:
-        """Start anew, with the questions behind the one that ended the process."""
+        """Start anew with the questions behind the one that ended the process; without any, when the next one comes."""
         self.stop()
-        self.start()
-        for question in list(self.held)[1:]:
+        behind = list(self.held)[1:]
+        if behind:
+            self.start()
+        for question in behind:
             self._send(question)
         return answer
 
@@ -172,7 +178,10 @@ def _without_our_faults(answer: Answer) -> Answer:
 class Pool:
     """`jobs` workers of one target; leave it as a context manager, and no process is left."""
 
-    def __init__(self, target: str, jobs: int = 1, limit: float = 60.0) -> None:
+    def __init__(
+        self, target: str, jobs: int = 1, limit: float = 60.0, load: Callable[[str], Target] = load_target
+    ) -> None:
+        """Start the workers; each loads the target by calling `load`, which must be a function of a module."""
         self.limit = limit
         self._folder = TemporaryDirectory(prefix="mha-spec-", dir=_fast_folder(), ignore_cleanup_errors=True)
         self._workers: list[Worker] = []
@@ -180,7 +189,7 @@ class Pool:
             for number in range(jobs):
                 folder = Path(self._folder.name) / str(number)
                 folder.mkdir()
-                self._workers.append(Worker(target, folder))
+                self._workers.append(Worker(target, folder, load))
         except BaseException:
             self.close()
             raise

@@ -34,6 +34,10 @@ class Question:
     tags: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     repeat: bool = False
+    placed: Mapping[str, str] = field(default_factory=dict)
+    """The layouts of single arrays; all others lie plainly in memory."""
+    reused: bool = False
+    """Whether a second call with other numbers is made, which must leave the results of the first alone."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -73,3 +77,5 @@ class Answer:
     deterministic: bool | None = None
     foreign: str | None = None
     seconds: float = 0.0
+    overwritten: tuple[str, ...] = ()
+    """The outputs that a second call changed."""

@@ -11,6 +11,8 @@ import pickle
 import signal
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +56,7 @@ class Failed(Exception):
         self.error = error
 
 
-def serve(connection: Connection, name: str, printed: str) -> None:
+def serve(connection: Connection, name: str, printed: str, load: Callable[[str], Target] = load) -> None:
     """Answer until the runner is gone: first with the claims, or with what is wrong with the target."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _print_to(printed)
@@ -116,7 +118,7 @@ def _unsupported(target: Target, question: Question) -> str | None:
 
 def _ask(target: Target, question: Question) -> Answer:
     start = time.perf_counter()
-    outputs, written, foreign = _call(target, question)
+    outputs, written, foreign, overwritten = _call(target, question)
     seconds = time.perf_counter() - start
     repeated = _call(target, question)[0] if question.repeat else None
     deterministic = None if repeated is None else all(same_bits(outputs[name], repeated[name]) for name in outputs)
@@ -129,6 +131,7 @@ def _ask(target: Target, question: Question) -> Answer:
         deterministic=deterministic,
         foreign=foreign,
         seconds=seconds,
+        overwritten=overwritten,
     )
 
 
@@ -162,20 +165,33 @@ def _raised(error: BaseException) -> Raised:
 
 def _call(
     target: Target, question: Question, layout: str = "plain"
-) -> tuple[dict[str, numpy.ndarray], tuple[str, ...], str | None]:
-    """Call once; give the outputs, the inputs that were written to, and the library of the outputs if foreign."""
+) -> tuple[dict[str, numpy.ndarray], tuple[str, ...], str | None, tuple[str, ...]]:
+    """Call once; give the outputs, the inputs written to, the library of foreign outputs, and what a reuse changes."""
     claims = target.claims
     arguments = {
-        name: _theirs(to_library, array, claims.arrays, claims.device, layout)
+        name: _theirs(to_library, array, claims.arrays, claims.device, question.placed.get(name, layout))
         for name, array in question.arrays.items()
     }
     function = partial(_theirs, target.functions[question.function])
     parts = _answers(function, question, {**arguments, **question.options})
     read = [{name: _read(name, value) for name, value in part.items()} for part in parts]
     outputs = joined(read)
+    overwritten = _overwritten(target, question, parts, read) if question.reused else ()
     libraries = {library_of(value) for part in parts for value in part.values() if arguments} - {claims.arrays}
     changed = [name for name, array in question.arrays.items() if not same_bits(to_numpy(arguments[name]), array)]
-    return outputs, tuple(changed), next(iter(libraries), None)
+    return outputs, tuple(changed), next(iter(libraries), None), overwritten
+
+
+def _overwritten(
+    target: Target, question: Question, parts: list[dict[str, Array]], read: list[dict[str, numpy.ndarray]]
+) -> tuple[str, ...]:
+    """Name the outputs that change after they were returned, when the target is called with other numbers."""
+    arrays = {name: array if array.dtype.kind in "biu" else -array for name, array in question.arrays.items()}
+    with suppress(Failed, Malformed):
+        _call(target, replace(question, arrays=arrays, reused=False))
+    again = [{name: _read(name, value) for name, value in part.items()} for part in parts]
+    pairs = [(name, part[name], now[name]) for part, now in zip(read, again, strict=True) for name in part]
+    return tuple(name for name, before, after in pairs if not same_bits(before, after))
 
 
 def _answers(

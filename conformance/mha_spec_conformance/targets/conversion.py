@@ -11,6 +11,9 @@ from mha_spec.errors import MhaSpecError
 __all__ = ["LIBRARIES", "ConversionError", "lay_out", "layouts_of", "same_bits", "to_library", "to_numpy"]
 
 LIBRARIES = ("numpy", "torch", "jax", "tensorflow")
+
+_EXCHANGED = {"transposed": (-1, -2), "tokens_first": (1, 2)}
+
 """The array libraries that a target may ask for."""
 
 
@@ -20,13 +23,26 @@ class ConversionError(MhaSpecError, TypeError):
 
 def layouts_of(arrays: str) -> tuple[str, ...]:
     """Name the layouts of memory that arrays of a library can have, beside the plain one."""
-    return {"numpy": ("strided", "reversed", "read_only"), "torch": ("strided",)}.get(arrays, ())
+    of_numpy = ("strided", "transposed", "tokens_first", "fortran", "expanded", "reversed", "read_only")
+    return {"numpy": of_numpy, "torch": of_numpy[:-2]}.get(arrays, ())
 
 
 def lay_out(array: numpy.ndarray, layout: str) -> numpy.ndarray:
-    """Copy `array` to lie otherwise in memory: with gaps of garbage, with negative strides, or read-only."""
+    """Copy `array` into another layout of memory.
+
+    "strided" leaves gaps of garbage along the last axis, "transposed" and "tokens_first" exchange the last two axes or
+    axes 1 and 2 in memory, "fortran" reverses the order of all axes, "expanded" gives stride 0 to each axis along which
+    the array is constant, "reversed" has negative strides, and "read_only" cannot be written to.
+    """
     if layout == "plain" or array.ndim == 0:
         return array.copy()
+    if layout == "fortran":
+        return array.copy(order="F")
+    if layout == "expanded":
+        return _expanded(array)
+    if layout in _EXCHANGED:
+        first, second = _EXCHANGED[layout] if array.ndim == 4 else (0, -1)
+        return array.swapaxes(first, second).copy().swapaxes(first, second)
     if layout == "read_only":
         copy = array.copy()
         copy.flags.writeable = False
@@ -37,6 +53,18 @@ def lay_out(array: numpy.ndarray, layout: str) -> numpy.ndarray:
     wide[..., 1::2] = _garbage(array.dtype)
     wide[..., ::2] = array
     return wide[..., ::2]
+
+
+def _expanded(array: numpy.ndarray) -> numpy.ndarray:
+    """Store one element of each axis along which the array is constant, and let its stride be 0."""
+    stored = array.copy()
+    for axis in range(array.ndim):
+        first = stored[(slice(None),) * axis + (slice(0, 1),)]
+        if first.size and same_bits(numpy.broadcast_to(first, stored.shape), stored):
+            stored = first
+    stored = stored.copy()
+    strides = numpy.broadcast_to(stored, array.shape).strides
+    return numpy.lib.stride_tricks.as_strided(stored, array.shape, strides)
 
 
 def _garbage(dtype: numpy.dtype) -> object:
