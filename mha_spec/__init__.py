@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         attention_vjp,
         attention_weights,
         merge_attention,
+        merge_attention_vjp,
         multi_head_attention,
         multi_head_attention_and_weights,
         multi_head_attention_weights,
@@ -48,6 +49,12 @@ else:
     def merge_attention(output_a, lse_a, output_b, lse_b, **options):
         """Two halves of one softmax, by the backend of the type; see `mha_spec.reference.merge_attention`."""
         return function_for("merge_attention", output_a, "output_a")(output_a, lse_a, output_b, lse_b, **options)
+
+    @spells_options
+    def merge_attention_vjp(grad_output, output_a, lse_a, output_b, lse_b, *, grad_lse=None, **options):
+        """The gradients of merging, by the backend of the type; see `mha_spec.reference.merge_attention_vjp`."""
+        function = function_for("merge_attention_vjp", output_a, "output_a")
+        return function(grad_output, output_a, lse_a, output_b, lse_b, grad_lse=grad_lse, **options)
 
     @spells_options
     def multi_head_attention(query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
@@ -99,11 +106,12 @@ __all__ = [
     "backend",
     "backend_names",
     "merge_attention",
+    "merge_attention_vjp",
     "multi_head_attention",
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
 ]
 
-SPEC_VERSION = "1.0"
+SPEC_VERSION = "1.1"
 """The version of SPEC.md; a clause never changes its meaning within one."""

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DROPOUT_OPTIONS",
+    "LOWER_RIGHT",
     "OPTIONS",
+    "READINGS",
+    "UPPER_LEFT",
     "WEIGHT_FUNCTIONS",
     "Arguments",
     "NoOptions",
     "Options",
     "WeightOptions",
+    "offset_of_reading",
     "options_of",
     "spells_options",
 ]
@@ -35,10 +39,11 @@ class WeightOptions(TypedDict, total=False):
     """Added to the scaled, capped scores; -inf hides its pair (MHA-BIAS-1, MHA-BIAS-3)."""
     causal: bool
     """Key j is seen from position p where j <= p (MHA-CAUSAL-1)."""
-    q_offset: Int[Array, "batch"] | Sequence[int] | int | None
-    """Position of query 0; needed where causal or window meet unequal lengths (MHA-POS-1, MHA-POS-2)."""
+    q_offset: Int[Array, "batch"] | Sequence[int] | int | str | None
+    """Position of query 0, or "upper_left" (0) or "lower_right" (kv_lengths - q_lengths, each the whole length where it
+    is not given); needed where causal or window meet unequal lengths (MHA-POS-1, MHA-POS-2)."""
     window: tuple[int | None, int | None] | None
-    """(left, right), both inclusive, in positions: p - left <= j <= p + right (MHA-WINDOW-1, MHA-WINDOW-2)."""
+    """(left, right), both inclusive, in positions: -left <= j - p <= right (MHA-WINDOW-1, MHA-WINDOW-2)."""
     q_lengths: Int[Array, "batch"] | Sequence[int] | None
     """Rows at or past q_lengths[b] see nothing (MHA-LEN-2)."""
     kv_lengths: Int[Array, "batch"] | Sequence[int] | None
@@ -67,7 +72,7 @@ class Options(WeightOptions, total=False):
 
 
 class NoOptions(TypedDict):
-    """What merge_attention has: a keyword that it is given is one too many (MHA-ARG-1)."""
+    """What merging has: a keyword that it is given is one too many (MHA-ARG-1)."""
 
 
 @dataclass(slots=True)
@@ -77,10 +82,11 @@ class Arguments:
     query: Array
     key: Array
     value: Array
+    """None for the functions of weights alone, which need none."""
     mask: Array | None = None
     bias: Array | None = None
     causal: bool = False
-    q_offset: Array | Sequence[int] | int | None = None
+    q_offset: Array | Sequence[int] | int | str | None = None
     window: tuple[int | None, int | None] | None = None
     q_lengths: Array | Sequence[int] | None = None
     kv_lengths: Array | Sequence[int] | None = None
@@ -92,6 +98,13 @@ class Arguments:
     dropout_rate: float = 0.0
     dropout_mask: Array | None = None
     dropout_key: Any = None
+    function: str = "attention"
+    """The name of the function that was called."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether weights alone are asked for, which need no value."""
+        return self.function in WEIGHT_FUNCTIONS
 
     @property
     def batch(self) -> int:
@@ -129,7 +142,7 @@ class Arguments:
         return self.causal or self.bounded_window is not None
 
 
-OPTIONS = tuple(field.name for field in fields(Arguments) if field.name not in {"query", "key", "value"})
+OPTIONS = tuple(field.name for field in fields(Arguments) if field.name not in {"query", "key", "value", "function"})
 """The names of all options, in the order of the signature."""
 
 WEIGHT_FUNCTIONS = ("attention_weights", "multi_head_attention_weights")
@@ -141,14 +154,26 @@ DROPOUT_OPTIONS = ("dropout_rate", "dropout_mask", "dropout_key")
 WEIGHT_OPTIONS = tuple(name for name in OPTIONS if name not in DROPOUT_OPTIONS)
 """The options that they have."""
 
+UPPER_LEFT, LOWER_RIGHT = "upper_left", "lower_right"
+
+READINGS = (UPPER_LEFT, LOWER_RIGHT)
+"""The names that q_offset may be given by (MHA-POS-2)."""
+
+MERGING_FUNCTIONS = ("merge_attention", "merge_attention_vjp")
+
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
 def options_of(function: str) -> tuple[str, ...]:
     """Name the options that a function of the specification shares with the others."""
-    if function == "merge_attention":
+    if function in MERGING_FUNCTIONS:
         return ()
     return WEIGHT_OPTIONS if function in WEIGHT_FUNCTIONS else OPTIONS
+
+
+def offset_of_reading(reading: str, q_length: Any, kv_length: Any) -> Any:
+    """Give the q_offset that a reading names, of the lengths in use, integers or arrays of them (MHA-POS-2)."""
+    return kv_length - q_length if reading == LOWER_RIGHT else 0
 
 
 def spells_options(function: _Function) -> _Function:

@@ -152,7 +152,7 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
 
 
 def clamped_lengths(lengths: Array | Sequence[int] | None, size: int, like: Array) -> Array | int:
-    """Give lengths as integers of the library of `like`, 0 to `size`, which is also what no lengths mean (MHA-LEN-3)."""
+    """Give lengths as integers of the library of `like`, 0 to `size`, which no lengths mean, too (MHA-LEN-3)."""
     if lengths is None:
         return size
     xp = namespace_of(like)
@@ -165,28 +165,37 @@ def clamped_lengths(lengths: Array | Sequence[int] | None, size: int, like: Arra
 def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> list[tuple[Array, Array]]:
     """Give pairs of arrays, for queries and for keys, that agree, all of them, exactly where ids are equal by value.
 
-    They are of the library of `like`, and where that is not NumPy in its integer type and on its device. There ids of
-    NumPy alone are numbered afresh. An id that the integer type does not hold is split in two digits.
+    They are of the library of `like` and on its device. NumPy compares any two of its types by value, so its ids are
+    numbered afresh for another library; ids of two other types become two digits, since no type may hold both.
     """
-    if library_of(like) == "numpy":
+    libraries = library_of(q_ids), library_of(kv_ids)
+    if libraries == ("numpy", "numpy"):
+        return [(q_ids, kv_ids)] if library_of(like) == "numpy" else [_numbered(q_ids, kv_ids, like)]
+    if libraries[0] == libraries[1] and q_ids.dtype == kv_ids.dtype:
         return [(q_ids, kv_ids)]
-    if library_of(q_ids) == library_of(kv_ids) == "numpy":
-        ids = numpy.concatenate([q_ids.reshape(-1), kv_ids.reshape(-1)])
-        numbers = numpy.unique(ids, return_inverse=True)[1]
-        q_ids, kv_ids = numbers[: q_ids.size].reshape(q_ids.shape), numbers[q_ids.size :].reshape(kv_ids.shape)
-    if dtype_name(q_ids) == dtype_name(kv_ids):
-        return [(_digits(q_ids, like)[0], _digits(kv_ids, like)[0])]
     return list(zip(_digits(q_ids, like), _digits(kv_ids, like), strict=True))
 
 
+def _numbered(q_ids: numpy.ndarray, kv_ids: numpy.ndarray, like: Array) -> tuple[Array, Array]:
+    """Give ids of NumPy as small numbers in the library of `like`."""
+    ids = numpy.concatenate([q_ids.reshape(-1), kv_ids.reshape(-1)])
+    numbers = numpy.unique(ids, return_inverse=True)[1].astype(numpy.int32)
+    q_numbers, kv_numbers = numpy.split(numbers, [q_ids.size])
+    return _moved(q_numbers.reshape(q_ids.shape), like), _moved(kv_numbers.reshape(kv_ids.shape), like)
+
+
 def _digits(ids: Array, like: Array) -> tuple[Array, Array]:
-    """Give the low and the high digit of ids to the base of the integers of `like`, the low one of either sign."""
-    xp, device = namespace_of(like), device_of(like)
-    if isinstance(ids, numpy.ndarray):
-        host = numpy.dtype(dtype_name(like))
-        low = ids.astype(host)
-        high = (ids.astype(object) - low.astype(object)) // 2 ** (8 * host.itemsize)
-        low, high = (xp.asarray(digit.astype(host), device=device) for digit in (low, high))
-        return low, high
-    low = xp.astype(ids, like.dtype, copy=False)
-    return low, xp.astype((low < 0) & dtype_name(ids).startswith("uint"), like.dtype)
+    """Give the low and the high digit of ids to the base of the default integers of `like`; the low one has a sign."""
+    xp = namespace_of(like)
+    integers = xp.arange(0, device=device_of(like)).dtype
+    if not isinstance(ids, numpy.ndarray):
+        low = xp.astype(ids, integers, copy=False)
+        return low, xp.astype((low < 0) & dtype_name(ids).startswith("uint"), integers)
+    host = numpy.dtype(dtype_name(xp.arange(0)))
+    low = ids.astype(host)
+    high = (ids.astype(object) - low.astype(object)) // 2 ** (8 * host.itemsize)
+    return _moved(low, like), _moved(high.astype(host), like)
+
+
+def _moved(array: numpy.ndarray, like: Array) -> Array:
+    return namespace_of(like).asarray(array, device=device_of(like))

@@ -23,7 +23,7 @@ from .array_checks import (
     require_array,
     shape_of,
 )
-from .arrays import FLOATING, Array, device_of, dtype_name, host_integers, library_of, softmax_dtype_name, storage_of
+from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, placement_of, softmax_dtype_name, storage_of
 from .errors import refuse_type, refuse_value
 from .scalars import as_float, check_flag, check_number, is_integer, plain, shown
 
@@ -78,9 +78,7 @@ def refuse_unknown(options: Mapping[str, object], function: str = "attention") -
         if name in known:
             continue
         if name in DROPOUT_OPTIONS and function in WEIGHT_FUNCTIONS:
-            refuse_type(
-                "MHA-DROP-3", f"`{name}` is not an option of {function}: the weights are those before dropout."
-            )
+            refuse_type("MHA-DROP-3", f"`{name}` is not an option of {function}: the weights are those before dropout.")
         names = [*known, *OWN_KEYWORDS.get(function, ())]
         near = get_close_matches(name, names, 1)
         kind = "options" if known else "arguments"
@@ -130,9 +128,9 @@ def _alike(query: Array, *others: Array) -> bool:
     """Whether one look is enough: dense arrays of one class, dtype and device, and of rank 4."""
     if not of_one_class(query, *others) or query.ndim != 4 or dtype_name(query) not in FLOATING:
         return False
-    dtype, device = query.dtype, device_of(query)
+    dtype, placement = query.dtype, placement_of(query)
     for other in others:
-        if other.dtype != dtype or other.ndim != 4 or device_of(other) != device or storage_of(other) is not None:
+        if other.dtype != dtype or other.ndim != 4 or placement_of(other) != placement or storage_of(other) is not None:
             return False
     return storage_of(query) is None
 
@@ -261,7 +259,8 @@ def _check_pairwise(a: Arguments, label: str, array: Array, clause: str) -> None
     check_alike(label, array, a.query, "query", clause, "an array of rank 4")
     _check_pairwise_dtype(label, dtype_name(array))
     scores, shape = (a.batch, a.heads, a.q_len, a.kv_len), shape_of(array)
-    if len(shape) != 4 or any(size not in (1, full) for size, full in zip(shape, scores, strict=True)):
+    # A size that is not known when a call is traced, None, is compared when it runs.
+    if len(shape) != 4 or any(size not in (1, None, full) for size, full in zip(shape, scores, strict=True)):
         refuse_value(
             clause,
             f"`{label}` must have rank 4 and broadcast to (batch, heads, q_len, kv_len)={scores}, "

@@ -1,6 +1,8 @@
 """What goes wrong on the user's side, under one base class."""
 
-__all__ = ["ArgumentTypeError", "ArgumentValueError", "BackendError", "MhaSpecError"]
+from typing import NoReturn
+
+__all__ = ["ArgumentTypeError", "ArgumentValueError", "BackendError", "MhaSpecError", "refuse_type", "refuse_value"]
 
 
 class MhaSpecError(Exception):
@@ -19,3 +21,13 @@ class ArgumentTypeError(MhaSpecError, TypeError):
 
 class BackendError(MhaSpecError, ValueError):
     """A backend was asked for that is unknown, not installed, ambiguous or broken."""
+
+
+def refuse_value(clause: str, message: str) -> NoReturn:
+    """Raise ArgumentValueError with a message and the clause that it rests on."""
+    raise ArgumentValueError(f"{message} [{clause}]")
+
+
+def refuse_type(clause: str, message: str) -> NoReturn:
+    """Raise ArgumentTypeError with a message and the clause that it rests on."""
+    raise ArgumentTypeError(f"{message} [{clause}]")

@@ -8,12 +8,13 @@ known mistake.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from .arguments import Arguments, spells_options
 from .arrays import Array, device_of, dtype_name, library_of, namespace_of, segment_ids
+from .checks import check_flag
 from .layer import (
     alibi_bias,
     alibi_slopes,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Gradients",
+    "MergeGradients",
     "Reference",
     "Trace",
     "alibi_bias",
@@ -46,6 +48,7 @@ __all__ = [
     "attention_weights",
     "empty_cache",
     "merge_attention",
+    "merge_attention_vjp",
     "multi_head_attention",
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",
@@ -54,6 +57,9 @@ __all__ = [
 
 Gradients = tuple[Array, Array, Array, Array | None, Array | None]
 """Gradients of query, key, value, bias and sinks; None for a bias or sinks that were not given."""
+
+MergeGradients = tuple[Array, Array, Array, Array]
+"""Gradients of output_a, lse_a, output_b and lse_b."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The four functions of attention over a choice of steps; see the functions of this module for their meaning.
+    """The five functions of attention over a choice of steps; see the functions of this module for their meaning.
 
     No step writes to an input, and none looks at strides (MHA-PURE-1, MHA-PURE-2).
     """
@@ -86,6 +92,7 @@ class Reference:
     ) -> Array | tuple[Array, Array]:
         """The specification's attention, over these steps."""
         a = self._arguments("attention", query, key, value, **options)
+        return_lse = check_flag("return_lse", return_lse)
         self.steps.check_dropout_mask(a)
         with numpy.errstate(all="ignore"):
             trace = self.trace(a)
@@ -121,17 +128,63 @@ class Reference:
         """The specification's merge_attention, over these steps."""
         self.steps.check_options(options, "merge_attention")
         self.steps.check_halves(output_a, lse_a, output_b, lse_b)
-        xp, steps = namespace_of(output_a), self.steps
-        names = (dtype_name(output_a), dtype_name(lse_a))
-        wide = getattr(xp, steps.softmax_dtype("float64" if "float64" in names else "float32"))
-        wide_a, wide_b = xp.astype(lse_a, wide), xp.astype(lse_b, wide)
+        steps, names = self.steps, (dtype_name(output_a), dtype_name(lse_a))
+        output_a, lse_a, output_b, lse_b = self._widened(output_a, lse_a, output_b, lse_b)
         with numpy.errstate(all="ignore"):
-            lse = steps.merge_lse(wide_a, wide_b)
-            parts: list[Array] = []
-            for half, output in ((wide_a, output_a), (wide_b, output_b)):
-                share = steps.merge_share(half, lse)
-                parts.append(steps.merge_part(half[..., None], share[..., None], xp.astype(output, wide)))
-            return steps.round_output(parts[0] + parts[1], names[0]), steps.round_output(lse, names[1])
+            lse = steps.merge_lse(lse_a, lse_b)
+            part_a, part_b = (
+                steps.merge_part(half[..., None], steps.merge_share(half, lse)[..., None], output)
+                for half, output in ((lse_a, output_a), (lse_b, output_b))
+            )
+            return steps.round_output(part_a + part_b, names[0]), steps.round_output(lse, names[1])
+
+    def merge_attention_vjp(
+        self,
+        grad_output: Array,
+        output_a: Array,
+        lse_a: Array,
+        output_b: Array,
+        lse_b: Array,
+        *,
+        grad_lse: Array | None = None,
+        **options: Unpack[NoOptions],
+    ) -> MergeGradients:
+        """The specification's merge_attention_vjp, over these steps."""
+        self.steps.check_options(options, "merge_attention_vjp")
+        self.steps.check_halves(output_a, lse_a, output_b, lse_b)
+        self.steps.check_merge_cotangents(grad_output, grad_lse, output_a)
+        names = (dtype_name(output_a), dtype_name(lse_a))
+        with numpy.errstate(all="ignore"):
+            halves = self._widened(output_a, lse_a, output_b, lse_b)
+            grad_output, grad_lse = self._widened(grad_output, grad_lse, like=halves[0])
+            gradients = self._merge_gradients(halves, grad_output, grad_lse)
+            of_output_a, of_lse_a, of_output_b, of_lse_b = (
+                self.steps.round_output(gradient, name)
+                for gradient, name in zip(gradients, (*names, *names), strict=True)
+            )
+        return of_output_a, of_lse_a, of_output_b, of_lse_b
+
+    def _merge_gradients(self, halves: Sequence[Array], grad_output: Array, grad_lse: Array | None) -> MergeGradients:
+        steps = self.steps
+        output_a, lse_a, output_b, lse_b = halves
+        lse = steps.merge_lse(lse_a, lse_b)
+        share_a, share_b = steps.merge_share(lse_a, lse), steps.merge_share(lse_b, lse)
+        row_dot = steps.merge_row_dot(grad_output, output_a, output_b)
+        grad_share = steps.merge_grad_share(lse_a, lse_b, share_a, share_b, row_dot)
+        return (
+            steps.merge_grad_output(lse_a[..., None], share_a[..., None], grad_output),
+            steps.merge_grad_lse(lse_a, share_a, grad_lse, grad_share),
+            steps.merge_grad_output(lse_b[..., None], share_b[..., None], grad_output),
+            steps.merge_grad_lse(lse_b, share_b, grad_lse, -grad_share),
+        )
+
+    def _widened(self, *arrays: Array | None, like: Array | None = None) -> list[Any]:
+        """Give arrays in the type in which halves are merged: that of `like`, or the widest softmax's type of all."""
+        xp = namespace_of(arrays[0])
+        names = [dtype_name(array) for array in arrays if array is not None]
+        name = self.steps.softmax_dtype("float64" if "float64" in names else "float32")
+        wide = getattr(xp, name) if like is None else like.dtype
+        return [None if array is None else xp.astype(array, wide) for array in arrays]
 
     def trace(self, a: Arguments) -> Trace:
         """Take the steps of the specification from the arguments to weights and log-sum-exp."""
@@ -170,8 +223,8 @@ class Reference:
         if a.q_lengths is not None:
             constraints.append(steps.see_q_lengths(indices[:, None], self._integers(a.q_lengths, positions)))
         if a.q_segment_ids is not None and a.kv_segment_ids is not None:
-            q_ids, kv_ids = segment_ids(a.q_segment_ids, a.kv_segment_ids, positions)
-            constraints.append(steps.see_segments(q_ids[:, None, :, None], kv_ids[:, None, None, :]))
+            for q_ids, kv_ids in segment_ids(a.q_segment_ids, a.kv_segment_ids, positions):
+                constraints.append(steps.see_segments(q_ids[:, None, :, None], kv_ids[:, None, None, :]))
         return steps.all_of(constraints)
 
     def _see_positions(self, a: Arguments, positions: Array) -> list[Array]:
@@ -235,7 +288,8 @@ class Reference:
     def _arguments(
         self, function: str, query: Array, key: Array, value: Array, /, **options: Unpack[Options]
     ) -> Arguments:
-        return self.steps.check(Arguments(query, key, value, **self.steps.check_options(options, function)))
+        known = self.steps.check_options(options, function)
+        return self.steps.check(Arguments(query, key, value, function=function, **known))
 
 
 _REFERENCE = Reference()
@@ -390,6 +444,49 @@ def merge_attention(
         FlashInfer's `merge_state` takes base-2 lse; several kernels return NaN for two empty halves.
 
     Source:
-        SPEC.md, MHA-MERGE-1 to MHA-MERGE-4; Liu et al. 2023 (ring attention).
+        SPEC.md, MHA-MERGE-1 to MHA-MERGE-6; Liu et al. 2023 (ring attention).
     """
     return _REFERENCE.merge_attention(output_a, lse_a, output_b, lse_b, **options)
+
+
+@spells_options
+def merge_attention_vjp(
+    grad_output: Float[Array, "batch heads q_len v_dim"],
+    output_a: Float[Array, "batch heads q_len v_dim"],
+    lse_a: Float[Array, "batch heads q_len"],
+    output_b: Float[Array, "batch heads q_len v_dim"],
+    lse_b: Float[Array, "batch heads q_len"],
+    *,
+    grad_lse: Float[Array, "batch heads q_len"] | None = None,
+    **options: Unpack[NoOptions],
+) -> MergeGradients:
+    """The gradients of merging, in closed form.
+
+        a = exp(lse_a - lse),  b = exp(lse_b - lse),  t = a b sum_c dO (output_a - output_b)
+        doutput_a = a dO,  dlse_a = a grad_lse + t,  doutput_b = b dO,  dlse_b = b grad_lse - t
+
+    A half whose lse is -inf has gradients of 0, whatever its output holds, and the other half has dO and grad_lse
+    unchanged. Where an lse is NaN or +inf, or a component of an output is not finite, gradients are unspecified.
+
+    Args:
+        grad_output: (batch, heads, q_len, v_dim), the cotangent of the merged output; of any floating dtype.
+        output_a: (batch, heads, q_len, v_dim), over the first set of keys.
+        lse_a: (batch, heads, q_len), its natural log-sum-exp.
+        output_b: (batch, heads, q_len, v_dim), over the second set, of the same dtype.
+        lse_b: (batch, heads, q_len), its natural log-sum-exp.
+        grad_lse: (batch, heads, q_len), the cotangent of the merged lse; None is 0.
+        **options: There are none.
+
+    Returns:
+        Gradients of output_a, lse_a, output_b and lse_b, each of its operand's shape and dtype.
+
+    Raises:
+        ArgumentValueError, ArgumentTypeError: As `merge_attention`, and where a cotangent does not fit its result.
+
+    Differs from others:
+        Kernels that merge states have no gradient, or give lse the gradient 0; ring attention needs both.
+
+    Source:
+        SPEC.md, MHA-MERGE-7; Liu et al. 2023 (ring attention).
+    """
+    return _REFERENCE.merge_attention_vjp(grad_output, output_a, lse_a, output_b, lse_b, grad_lse=grad_lse, **options)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import checks
-from .arrays import Array, device_of, dtype_name, namespace_of, softmax_dtype_name
+from .arguments import offset_of_reading
+from .arrays import Array, clamped_lengths, device_of, dtype_name, namespace_of, softmax_dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,8 +78,14 @@ def logits(scores: Array, softcap: float | None, bias: Array | None, steps: Step
 
 
 def offset_of(a: Arguments) -> Array | Sequence[int] | int:
-    """Query 0 of batch entry b sits at q_offset[b]; without one lengths agree, and it is 0 (MHA-POS-1, MHA-POS-2)."""
-    return 0 if a.q_offset is None else a.q_offset
+    """Query 0 of batch entry b sits at q_offset[b]; without one lengths agree, and it is 0 (MHA-POS-1, MHA-POS-2).
+
+    A reading speaks of the lengths in use, which act clamped where they cannot be read (MHA-LEN-3).
+    """
+    if not isinstance(a.q_offset, str):
+        return 0 if a.q_offset is None else a.q_offset
+    q_length = clamped_lengths(a.q_lengths, a.q_len, a.query)
+    return offset_of_reading(a.q_offset, q_length, clamped_lengths(a.kv_lengths, a.kv_len, a.query))
 
 
 def query_positions(offset: Array, q_len: int) -> Array:
@@ -94,7 +101,7 @@ def see_mask(mask: Array) -> Array:
 
 
 def see_bias(bias: Array) -> Array:
-    """A bias of -inf hides its pair, a finite one never does, however low (MHA-BIAS-3)."""
+    """A converted bias of -inf hides its pair, a finite one never does, however low (MHA-BIAS-2, MHA-BIAS-3)."""
     return bias != -math.inf
 
 
@@ -104,12 +111,12 @@ def see_causal(distance: Array) -> Array:
 
 
 def see_window_left(distance: Array, left: int) -> Array:
-    """The window reaches back to p - left, that key included: p - left <= j (MHA-WINDOW-1)."""
+    """The window reaches back to p - left, that key included: j - p >= -left (MHA-WINDOW-1)."""
     return distance >= -left
 
 
 def see_window_right(distance: Array, right: int) -> Array:
-    """The window reaches on to p + right, that key included: j <= p + right (MHA-WINDOW-2)."""
+    """The window reaches on to p + right, that key included: j - p <= right (MHA-WINDOW-2)."""
     return distance <= right
 
 
@@ -270,7 +277,10 @@ def grad_sinks(sink_weights: Array, row_dot: Array) -> Array:
 
 
 def merge_lse(lse_a: Array, lse_b: Array) -> Array:
-    """lse = ln(exp lse_a + exp lse_b); two empty halves give -inf, a NaN gives NaN (MHA-MERGE-1, MHA-MERGE-3)."""
+    """lse = ln(exp lse_a + exp lse_b); two empty halves give -inf (MHA-MERGE-1, MHA-MERGE-3).
+
+    A NaN gives NaN, and so does +inf beside a half that is not empty (MHA-MERGE-3, MHA-MERGE-5).
+    """
     xp = namespace_of(lse_a)
     maximum = xp.maximum(lse_a, lse_b)
     anchor = xp.where(maximum == -math.inf, 0.0, maximum)
@@ -285,8 +295,33 @@ def merge_share(lse_half: Array, lse: Array) -> Array:
 
 
 def merge_part(lse_half: Array, share: Array, output: Array) -> Array:
-    """share * output; an empty half adds nothing, whatever its output holds (MHA-MERGE-2)."""
+    """share * output; an empty half adds nothing, whatever its output holds (MHA-MERGE-2).
+
+    What is not finite stays so even where its share is 0, since 0 * inf is NaN (MHA-MERGE-6).
+    """
     return namespace_of(output).where(lse_half == -math.inf, 0.0, share * output)
+
+
+def merge_grad_output(lse_half: Array, share: Array, grad_output: Array) -> Array:
+    """The output of a half has the gradient share * dO, and 0 where the half is empty (MHA-MERGE-7)."""
+    return namespace_of(grad_output).where(lse_half == -math.inf, 0.0, share * grad_output)
+
+
+def merge_row_dot(grad_output: Array, output_a: Array, output_b: Array) -> Array:
+    """sum_c dO (output_a - output_b): by how much the loss changes with the share of half a (MHA-MERGE-7)."""
+    return namespace_of(grad_output).sum(grad_output * (output_a - output_b), axis=-1)
+
+
+def merge_grad_share(lse_a: Array, lse_b: Array, share_a: Array, share_b: Array, row_dot: Array) -> Array:
+    """t = a b sum_c dO (output_a - output_b), 0 beside an empty half, whose output counts for nothing (MHA-MERGE-7)."""
+    empty = (lse_a == -math.inf) | (lse_b == -math.inf)
+    return namespace_of(row_dot).where(empty, 0.0, share_a * share_b * row_dot)
+
+
+def merge_grad_lse(lse_half: Array, share: Array, grad_lse: Array | None, grad_share: Array) -> Array:
+    """The lse of a half has the gradient share * g and that of its share, 0 where the half is empty (MHA-MERGE-7)."""
+    through_lse = 0.0 if grad_lse is None else share * grad_lse
+    return namespace_of(lse_half).where(lse_half == -math.inf, 0.0, through_lse + grad_share)
 
 
 def _dtype_of(xp: object, name: str) -> object:
@@ -308,6 +343,7 @@ class Steps:
     check_dropout_mask: Callable[..., None] = checks.check_dropout_mask
     check_cotangents: Callable[..., None] = checks.check_cotangents
     check_halves: Callable[..., None] = checks.check_halves
+    check_merge_cotangents: Callable[..., None] = checks.check_merge_cotangents
     softmax_dtype: Callable[..., str] = softmax_dtype
     repeat_heads: Callable[..., Array] = repeat_heads
     scale_of: Callable[..., float] = scale_of
@@ -350,3 +386,7 @@ class Steps:
     merge_lse: Callable[..., Array] = merge_lse
     merge_share: Callable[..., Array] = merge_share
     merge_part: Callable[..., Array] = merge_part
+    merge_grad_output: Callable[..., Array] = merge_grad_output
+    merge_row_dot: Callable[..., Array] = merge_row_dot
+    merge_grad_share: Callable[..., Array] = merge_grad_share
+    merge_grad_lse: Callable[..., Array] = merge_grad_lse

@@ -193,7 +193,7 @@ x = numpy.ones((1, 1, 1, 1))
 print(mha_spec.attention(x, x, x).item())
 """
     done = python(code)
-    assert done.stdout.strip() == "1.0", done.stderr
+    assert done.stdout.strip() == "1.1", done.stderr
 
 
 def test_a_backend_can_be_had_by_name_beside_the_one_that_is_fixed(python: Python, plugin: Callable[..., str]) -> None:

@@ -5,7 +5,7 @@ never held, and blocks that none of their queries can see are skipped. Dropout i
 """
 
 from mha_spec.cache import KVCache
-from mha_spec.reference import merge_attention
+from mha_spec.reference import merge_attention, merge_attention_vjp
 
 from .core import attention, attention_vjp, attention_weights
 from .layer import (
@@ -31,6 +31,7 @@ __all__ = [
     "attention_weights",
     "empty_cache",
     "merge_attention",
+    "merge_attention_vjp",
     "multi_head_attention",
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",

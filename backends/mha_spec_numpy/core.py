@@ -93,4 +93,4 @@ def _arguments(
     function: str, query: Array, key: Array, value: Array | None, /, **options: Unpack[Options]
 ) -> Arguments:
     refuse_unknown(options, function)
-    return check(Arguments(query, key, value, **options))
+    return check(Arguments(query, key, value, function=function, **options))

@@ -181,8 +181,8 @@ class Visibility:
             return
         q_ids = self.a.q_segment_ids[tile.batch, part(tile.queries)]
         kv_ids = self.a.kv_segment_ids[tile.batch, part(keys)]
-        q_ids, kv_ids = segment_ids(q_ids, kv_ids, self._indices(keys))
-        yield steps.see_segments(q_ids[:, None], kv_ids[None, :])
+        for q_part, kv_part in segment_ids(q_ids, kv_ids, self._indices(keys)):
+            yield steps.see_segments(q_part[:, None], kv_part[None, :])
 
     def _indices(self, indices: range) -> Array:
         return _indices(self.a.query, indices)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Keep = Callable[[numpy.ndarray], dict[str, str]]
 
 FOLDER = Path(__file__).resolve().parent.parent / "mha_spec_conformance" / "goldens"
-SPEC_VERSION = "1.0"
+SPEC_VERSION = "1.1"
 SUITE_VERSION = "1.0.0"
 LARGEST_TOTAL = 10_000_000
 LAYER = {

@@ -8,19 +8,29 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from mha_spec.arguments import Arguments
-from mha_spec.arrays import FLOATING, Array, dtype_name
+from mha_spec.arrays import FLOATING, Array, dtype_name, softmax_dtype_name
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps, sum_over_visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Evaluation", "as_float64", "weighted_sum"]
+__all__ = ["Evaluation", "as_float64", "in_float64", "weighted_sum"]
 
 
 def as_float64(array: numpy.ndarray) -> numpy.ndarray:
     """Convert floating data of any width; masks, lengths and ids stay as they are."""
     return array.astype(numpy.float64) if dtype_name(array) in FLOATING else array
+
+
+def in_float64(arrays: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
+    """Convert the arrays of a call; what a bias holds beyond the range of the softmax's type is infinite (MHA-BIAS-2)."""
+    converted = {name: as_float64(array) for name, array in arrays.items()}
+    if "bias" in arrays and "query" in arrays:
+        with numpy.errstate(over="ignore"):
+            narrow = arrays["bias"].astype(softmax_dtype_name(dtype_name(arrays["query"])))
+        converted["bias"] = numpy.where(numpy.isinf(narrow), narrow, converted["bias"])
+    return converted
 
 
 def weighted_sum(weights: numpy.ndarray, values: numpy.ndarray) -> numpy.ndarray:
@@ -41,8 +51,9 @@ class Evaluation:
         """Run the steps of the reference."""
         self.steps = steps
         self.dtypes = {name: dtype_name(array) for name, array in arrays.items()}
-        self.arrays = {name: as_float64(array) for name, array in arrays.items()}
-        given: dict[str, Any] = {"value": None, **self.arrays, **options}
+        self.arrays = in_float64(arrays)
+        function = "attention" if "value" in self.arrays else "attention_weights"
+        given: dict[str, Any] = {"value": None, **self.arrays, **options, "function": function}
         self.arguments = steps.check(Arguments(**given))
         self.trace = Reference(steps).trace(self.arguments)
         self.value: Array = self.trace.value

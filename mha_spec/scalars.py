@@ -1,0 +1,94 @@
+"""Arguments that are one Python value: numbers, integers and flags.
+
+A scalar of NumPy counts as the Python value that it holds (MHA-ARG-2). A symbolic number of PyTorch, which stands for a
+Python number that changes between the calls of a compiled function, counts as that number.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypeGuard
+
+import numpy
+
+from .errors import refuse_type, refuse_value
+
+__all__ = ["as_float", "check_flag", "check_integer", "check_number", "is_integer", "is_number", "plain", "shown"]
+
+LONGEST = 80
+"""How many characters of a value a message shows."""
+
+_SYMBOLIC = {"SymInt": int, "SymFloat": float}
+
+
+def plain(value: object) -> object:
+    """Give the Python value that a scalar of NumPy holds, and anything else as it is."""
+    if not isinstance(value, numpy.generic):
+        return value
+    held = value.item()
+    return float(held) if isinstance(held, numpy.floating) else held  # longdouble holds itself
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(cls: type) -> type | None:
+    """Name what the values of a class count as: int, float, or neither; a bool is no number."""
+    if cls.__module__.partition(".")[0] == "torch":
+        return _SYMBOLIC.get(cls.__name__)
+    return next((kind for kind in (int, float) if issubclass(cls, kind) and not issubclass(cls, bool)), None)
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is a Python integer."""
+    return _kind_of(type(value)) is int
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a Python number."""
+    return _kind_of(type(value)) is not None
+
+
+def check_flag(label: str, value: object, clause: str = "MHA-ARG-2") -> bool:
+    """Give the Python bool of a flag (MHA-ARG-2)."""
+    if value is True or value is False:
+        return value
+    held = plain(value)
+    if not isinstance(held, bool):
+        refuse_type(clause, f"`{label}` must be True or False, received {_named(label, value)}.")
+    return held
+
+
+def check_number(label: str, value: object, clause: str = "MHA-ARG-2") -> float:
+    """Give the Python number of an argument; an integer may be beyond every float (MHA-ARG-2)."""
+    held = plain(value)
+    if not is_number(held):
+        refuse_type(clause, f"`{label}` must be a Python number, received {_named(label, value)}.")
+    return held
+
+
+def check_integer(label: str, value: object, least: int, clause: str) -> int:
+    """Give the Python integer of an argument that is at least `least`."""
+    held = plain(value)
+    if not is_integer(held):
+        refuse_type(clause, f"`{label}` must be an integer, received {_named(label, value)}.")
+    if held < least:
+        refuse_value(clause, f"`{label}` must be {label}>={least}, received {label}={shown(held)}.")
+    return held
+
+
+def as_float(value: float) -> float:
+    """Give a number of Python as a float; a symbolic one stays symbolic."""
+    return float(value) if type(value) is int else value
+
+
+def shown(value: object) -> str:
+    """Spell a value that a message speaks of, in one line of bounded length."""
+    try:
+        spelled = repr(value)
+    except ValueError:  # an integer of more than 4300 digits
+        return f"a value of type {type(value).__name__} that is too long to show"
+    spelled = " ".join(spelled.split())
+    return spelled if len(spelled) <= LONGEST else f"{spelled[: LONGEST - 3]}..."
+
+
+def _named(label: str, value: object) -> str:
+    return f"{label}={shown(value)} of type {type(value).__name__}"
