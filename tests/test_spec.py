@@ -21,7 +21,7 @@ CITED = re.compile(r"(?P<topic>MHA-[A-Z]+)-(?P<first>\d+)(?P<more>(?:(?:,| to| a
 ISSUE_OR_VERSION = re.compile(r"[\w.-]+/[\w.-]+#\d+|(?:PyTorch|jax|ONNX Runtime) \d+\.\d+")
 PICTURE_ROW = re.compile(r"(?:b=(?P<b>\d+) )?i=(?P<i>\d+)(?: p=(?P<p>-?\d+))? +(?P<cells>[x.](?: [x.])*)")
 TOPICS_OF_VISIBILITY = {"MASK", "POS", "CAUSAL", "WINDOW", "LEN", "SEG"}
-IN_THE_SUITE = {"MHA-ACC-1", "MHA-ACC-2"}
+IN_THE_SUITE = {"MHA-ACC-1", "MHA-ACC-2", "MHA-ACC-3"}
 
 by_clause = pytest.mark.parametrize("clause", clauses().values(), ids=clauses())
 
@@ -116,7 +116,7 @@ def test_elsewhere_cites_a_version_or_an_issue_and_targets_that_exist(clause):
 
 def test_only_few_clauses_are_without_elsewhere():
     without = {name for name, clause in clauses().items() if "**Elsewhere.**" not in clause.text}
-    of_attention = {"MHA-HEAD-2", "MHA-SEG-2", "MHA-VJP-7", "MHA-ARG-4"}
+    of_attention = {"MHA-HEAD-2", "MHA-SEG-2", "MHA-VJP-7", "MHA-ARG-4", "MHA-MERGE-6"}
     assert without == of_attention | {"MHA-PROJ-4", "MHA-ALIBI-3", "MHA-CACHE-7", "MHA-LAYER-1"}
 
 
