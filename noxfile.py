@@ -17,7 +17,7 @@ PROJECT: dict[str, Any] = nox.project.load_toml("pyproject.toml")
 BACKENDS = [*PROJECT["project"]["entry-points"]["mha_spec.backends"], "mha_spec.reference"]
 TARGETS = sorted(Path("conformance/targets").glob("*.py"))
 TOOLS = Path(".nox", "environment", "bin").resolve()
-GENERIC = ("backends", "benchmarks", "conformance", "docs", "examples", "goldens", "noxfile", "targets", "tests")
+GENERIC = ("backends", "benchmarks", "conformance", "docs", "examples", "generator", "noxfile", "targets", "tests")
 
 
 def group(name: str) -> list[str]:
@@ -96,7 +96,7 @@ def goldens(session: nox.Session) -> None:
     """The expected values once more, where no mha_spec is installed: not a bit may differ."""
     session.install(*group("generator"))
     session.run("python", "-P", "-c", "import importlib.util as i; assert i.find_spec('mha_spec') is None")
-    session.run("python", "conformance/goldens/generate.py", "--check")
+    session.run("python", "conformance/generator/generate.py", "--check")
 
 
 @nox.session(requires=["environment"], venv_backend="none")

@@ -380,7 +380,7 @@ def test_the_generator_notices_what_it_must_not_see() -> None:
 
 def test_the_generator_brings_nothing_of_mha_spec() -> None:
     hidden = "import sys; sys.modules['mha_spec'] = sys.modules['mha_spec_conformance'] = None"
-    code = f"{hidden}; sys.path.insert(0, {str(REPOSITORY / 'conformance' / 'goldens')!r}); import generate"
+    code = f"{hidden}; sys.path.insert(0, {str(REPOSITORY / 'conformance' / 'generator')!r}); import generate"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -1,8 +1,8 @@
 """Write the goldens, or prove that they are what this program writes.
 
-    python conformance/goldens/generate.py                      write mha_spec_conformance/goldens
-    python conformance/goldens/generate.py --check              exit status 1 and the first difference, if there is one
-    python conformance/goldens/generate.py --only 'attention/causal*' --output some/folder
+    python conformance/generator/generate.py                      write mha_spec_conformance/generator
+    python conformance/generator/generate.py --check              exit status 1 and the first difference, if there is one
+    python conformance/generator/generate.py --only 'attention/causal*' --output some/folder
 
 Needs numpy, ml-dtypes, safetensors and python-flint, and nothing of mha-spec: no golden is made by what it checks.
 """
