@@ -1,6 +1,6 @@
 """Write the goldens, or prove that they are what this program writes.
 
-    python conformance/generator/generate.py                      write mha_spec_conformance/generator
+    python conformance/generator/generate.py                      write mha_spec_conformance/goldens
     python conformance/generator/generate.py --check              exit status 1 and the first difference, if there is one
     python conformance/generator/generate.py --only 'attention/causal*' --output some/folder
 
