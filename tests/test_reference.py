@@ -16,7 +16,7 @@ from mha_spec.arguments import OPTIONS
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.steps import Steps
 from mha_spec_conformance.judging.bounds import allowances, precision
-from mha_spec_conformance.suite.functions import OPERANDS
+from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def test_halves_merge_to_the_whole() -> None:
     ]
     (output_a, lse_a), (output_b, lse_b) = (reference.attention(**half, return_lse=True) for half in halves)
     merged = reference.merge_attention(output_a, lse_a, output_b, lse_b)
-    operands = dict(zip(OPERANDS["merge_attention"], (output_a, lse_a, output_b, lse_b), strict=True))
+    operands = dict(zip(FUNCTIONS["merge_attention"].operands, (output_a, lse_a, output_b, lse_b), strict=True))
     own = [
         within("attention", given),
         *(within("attention", half) for half in halves),

@@ -18,6 +18,7 @@ from mha_spec.steps import Steps
 from mha_spec_conformance.judging.bounds import bounds, precision
 from mha_spec_conformance.judging.compare import gate_b, judge
 from mha_spec_conformance.suite.cases import Expected
+from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.claims import PROFILES
 
 if TYPE_CHECKING:
@@ -34,12 +35,6 @@ __all__ = ["Tally", "tally"]
 WIDER = replace(Steps(), check=lambda a: a, check_halves=lambda *halves: None, softmax_dtype=lambda name: "longdouble")
 """The specification in extended precision, whose results are what float64 is judged by."""
 
-RESULTS = {
-    "attention": ("output", "lse"),
-    "attention_weights": ("weights",),
-    "attention_vjp": ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks"),
-    "merge_attention": ("output", "lse"),
-}
 MANY = 1000
 """Elements that make a root mean square worth printing."""
 
@@ -121,12 +116,12 @@ class Judge:
 
 def wider(function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> dict[str, numpy.ndarray]:
     """The results in extended precision, rounded to float64 once."""
-    call, more = getattr(Reference(WIDER), function), {"return_lse": True} if function == "attention" else {}
+    call, more = getattr(Reference(WIDER), function), dict.fromkeys(FUNCTIONS[function].optional.values(), True)
     if function == "merge_attention":
         arrays = {name: array.astype(numpy.longdouble) for name, array in arrays.items()}
     results = call(**arrays, **options, **more)
     results = results if isinstance(results, tuple) else (results,)
-    named = zip(RESULTS[function], results, strict=True)
+    named = zip(FUNCTIONS[function].outputs, results, strict=True)
     return {name: array.astype(numpy.float64) for name, array in named if array is not None}
 
 

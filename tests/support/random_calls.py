@@ -8,6 +8,7 @@ import numpy
 
 from mha_spec.arrays import dtype_name
 from mha_spec_conformance.judging.bounds import bounds, precision
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,11 +30,7 @@ __all__ = [
 
 BATCH, KV_HEADS, GROUP, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 3, 2, 37, 41, 5, 7
 HEADS = KV_HEADS * GROUP
-OUTPUTS = {
-    "attention": ("output", "lse"),
-    "attention_weights": ("weights",),
-    "attention_vjp": ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks"),
-}
+OUTPUTS = {name: FUNCTIONS[name].outputs for name in ("attention", "attention_weights", "attention_vjp")}
 FORWARD_ONLY = ("value", "grad_output", "grad_lse", "dropout_mask", "dropout_rate")
 NUMERIC = ("query", "key", "value", "bias", "sinks", "grad_output", "grad_lse")
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mha_spec.arguments import OPTIONS
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.asking.calls import function_over
 from mha_spec_conformance.asking.selection import Ask
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.judging.judge import Judge
-from mha_spec_conformance.suite.functions import FUNCTIONS, LAYER_KEYWORDS
+from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.claims import Claims
 from mha_spec_conformance.targets.loading import Target
 
@@ -24,22 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Subject"]
 
-KEYWORDS = {
-    "attention": (*OPTIONS, "return_lse"),
-    "attention_weights": OPTIONS,
-    "attention_vjp": (*OPTIONS, "grad_lse"),
-    "multi_head_attention": (*OPTIONS, *LAYER_KEYWORDS.values()),
-    "multi_head_attention_weights": (*OPTIONS, *LAYER_KEYWORDS.values()),
-    "rotary_embedding": ("base", "interleaved", "rotary_dim"),
-    "alibi_bias": ("q_offset",),
-}
-
 
 class Subject:
     """An attention in this process that claims everything, and what the suite says of its answers."""
 
     def __init__(self, functions: Mapping[str, Callable[..., object]]) -> None:
-        claims = Claims("reference", {name: KEYWORDS.get(name, ()) for name in FUNCTIONS}, FLOATING, registered=True)
+        claims = Claims("reference", {name: f.keywords for name, f in FUNCTIONS.items()}, FLOATING, registered=True)
         self.target = Target(functions, claims)
         self.judge = Judge(claims)
 

@@ -1,9 +1,9 @@
-"""How a question of plain arrays becomes a call: parameters in a mapping, a cache as one value, a sequence in chunks.
+"""Turn a question, which holds plain arrays by name, into calls, and name the results of the calls.
 
-The layer takes `params`, a mapping of arrays, and a cache of three arrays, (key, value, lengths); in a question each
-array has a name of its own. A question with `chunks` is a sequence of calls, each over the next tokens and the cache
-of the call before; its answer is what they give together. With `drafts`, each cache is continued a
-second time, with other tokens, and what that gives is thrown away: a cache is a value.
+The layer takes `params`, a mapping of arrays, and a cache of three arrays, (key, value, lengths); in a question each of
+these arrays has its own name. A question with `chunks` is a sequence of calls: each call takes the next tokens and the
+cache that the previous call returned, and the outputs are joined. With `drafts`, each cache is also continued with
+other tokens and the results are discarded, which must change nothing because a cache is a value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mha_spec.layer_steps import LayerSteps
 from mha_spec.parameters import AXES
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps
-from mha_spec_conformance.suite.functions import OPERANDS
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -29,17 +29,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CACHE",
-    "LAYER",
-    "MalformedCache",
+    "MalformedResult",
     "arranged",
     "function_over",
     "is_parameter",
     "joined",
     "keyword_of",
     "layer_answers",
+    "named",
 ]
 
-LAYER = "multi_head_attention"
 CACHE = ("cache_key", "cache_value", "cache_lengths")
 """The arrays of a cache, in its order."""
 
@@ -47,49 +46,75 @@ TOKENS = ("query", "key", "value")
 PER_QUERY = ("mask", "bias", "dropout_mask")
 """Options with an axis of queries, which is split with them."""
 
-KEYWORDS: dict[str, str] = {
+ARGUMENT_OF = {
     **dict.fromkeys((*CACHE, "chunks", "drafts"), "cache"),
     **dict.fromkeys(("q_norm", "k_norm"), "norm_epsilon"),
 }
-"""The keyword by which a target claims an array or an option of a question."""
+"""The argument of the layer that an array or option of a question is a part of, where the names differ."""
+
+QUERY_AXES = {"weights": 2}
+"""The axis of queries of an output of the layer; 1 for those that are not named."""
 
 
-class MalformedCache(Exception):
-    """A call with a cache did not return an output and a cache."""
+class MalformedResult(Exception):
+    """A call did not return the results of its function."""
 
 
 def function_over(steps: Steps | LayerSteps, name: str) -> Callable[..., Any]:
-    """A function of the specification over these steps; the steps of the other half are its own."""
+    """Give a function of the specification over these steps, of attention or of the layer."""
     layer, core = (steps, Steps()) if isinstance(steps, LayerSteps) else (LayerSteps(), steps)
     return getattr(Reference(core) if hasattr(Reference, name) else Layer(layer), name)
 
 
 def keyword_of(function: str, name: str) -> str:
-    """Which argument of a function an array or option of a question belongs to."""
-    if function == "rotary_embedding" or not function.startswith(LAYER):
+    """Name the argument of a function that an array or option of a question belongs to."""
+    if not FUNCTIONS[function].of_layer:
         return name
-    return KEYWORDS.get(name, "params" if is_parameter(name) else name)
+    return ARGUMENT_OF.get(name, "params" if is_parameter(name) else name)
 
 
 def is_parameter(name: str) -> bool:
-    """Whether an array is one of `params`; there are cases with a name that no layer has."""
+    """Tell whether an array is one of `params`; some cases have a name that no layer has."""
     return name in AXES or name.startswith(("w_", "b_"))
 
 
 def arranged(function: str, arguments: Arguments) -> tuple[list[Any], dict[str, Any]]:
-    """The operands and keywords of one call."""
-    left = dict(arguments)
-    if function.startswith(LAYER):
-        left["params"] = {name: left.pop(name) for name in list(left) if is_parameter(name)}
-        given = [left.pop(name) for name in CACHE if name in left]
-        if given:
-            left["cache"] = KVCache(*given)
-    operands = [left.pop(name, None) for name in OPERANDS[function]]
-    return operands, left
+    """Give the operands and keywords of one call."""
+    keywords = dict(arguments)
+    if FUNCTIONS[function].of_layer:
+        keywords["params"] = {name: keywords.pop(name) for name in list(keywords) if is_parameter(name)}
+        cache = [keywords.pop(name) for name in CACHE if name in keywords]
+        if cache:
+            keywords["cache"] = KVCache(*cache)
+    operands = [keywords.pop(name, None) for name in FUNCTIONS[function].operands]
+    return operands, keywords
+
+
+def named(function: str, keywords: Mapping[str, object], returned: object) -> dict[str, Any]:
+    """Give the results of a call by name.
+
+    Raises:
+        MalformedResult: The call returned something else than the outputs of the function.
+    """
+    names = FUNCTIONS[function].returned(keywords)
+    if len(names) == 1:
+        return {names[0]: returned}
+    fewest = FUNCTIONS[function].fewest or len(names)
+    if isinstance(returned, (tuple, list)) and fewest <= len(returned) <= len(names):
+        return dict(zip(names, returned, strict=False))
+    raise MalformedResult(f"{function} must return ({', '.join(names)}), received {_kind(returned)}")
+
+
+def _kind(value: object) -> str:
+    return (
+        f"a {type(value).__name__} of {len(value)}"
+        if isinstance(value, (tuple, list))
+        else f"an object of type {type(value).__name__}"
+    )
 
 
 def layer_answers(call: Callable[..., Any], function: str, arguments: Arguments) -> Iterator[dict[str, Array]]:
-    """The outputs of each call of a question, by name; every one but the last is the output alone."""
+    """Give the outputs of each call of a question, by name; only the last call has those of the cache."""
     drafts = arguments.get("drafts", False)
     parts = list(_parts({name: value for name, value in arguments.items() if name != "drafts"}))
     cache: KVCache | None = None
@@ -97,35 +122,31 @@ def layer_answers(call: Callable[..., Any], function: str, arguments: Arguments)
         operands, keywords = arranged(function, part)
         if cache is not None:
             keywords["cache"] = cache
-        returned = call(*operands, **keywords)
-        if "cache" not in keywords or function != LAYER:
-            yield {"output" if function == LAYER else "weights": returned}
-            continue
-        output, new = _unpacked(returned)
-        if drafts:
-            call(*_draft(operands), **keywords)
-        cache = new
-        last = number == len(parts) - 1
-        yield {"output": output} | (dict(zip(CACHE, cache, strict=True)) if last else {})
+        results = named(function, keywords, call(*operands, **keywords))
+        if "cache" in results:
+            cache = _unpacked(function, results.pop("cache"))
+            if drafts:
+                call(*_draft(function, operands), **keywords)
+            if number == len(parts) - 1:
+                results |= zip(CACHE, cache, strict=True)
+        yield results
 
 
-def _draft(operands: list[Any]) -> list[Any]:
-    """The same operands with other tokens."""
-    return [-array if name in TOKENS else array for name, array in zip(OPERANDS[LAYER], operands, strict=True)]
+def _draft(function: str, operands: list[Any]) -> list[Any]:
+    """Give the same operands with other tokens."""
+    names = FUNCTIONS[function].operands
+    return [-array if name in TOKENS else array for name, array in zip(names, operands, strict=True)]
 
 
-def _unpacked(returned: object) -> tuple[Array, KVCache]:
-    """The output and the cache."""
-    if isinstance(returned, (tuple, list)) and len(returned) == 2:
-        output, cache = returned
-        if isinstance(cache, (tuple, list)) and len(cache) == 3:
-            return output, KVCache(*cache)
-    received = type(returned).__name__
-    raise MalformedCache(f"with a cache it must return (output, (key, value, lengths)), received {received}")
+def _unpacked(function: str, cache: object) -> KVCache:
+    """Give the cache that a call returned."""
+    if isinstance(cache, (tuple, list)) and len(cache) == 3:
+        return KVCache(*cache)
+    raise MalformedResult(f"{function} must return its cache as (key, value, lengths), received {_kind(cache)}")
 
 
 def _parts(arguments: Arguments) -> Iterator[dict[str, Any]]:
-    """The arguments of each call; those after the first have the cache of the one before."""
+    """Give the arguments of each call of a question."""
     whole = dict(arguments)
     start = 0
     for length in whole.pop("chunks", None) or [None]:
@@ -142,9 +163,12 @@ def _parts(arguments: Arguments) -> Iterator[dict[str, Any]]:
 
 
 def joined(parts: list[dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:
-    """The outputs of a sequence of calls, those of one name behind each other along the queries."""
-    outputs = {name: [part[name] for part in parts if name in part] for one in parts for name in one}
-    return {
-        name: numpy.asarray(arrays[0]) if len(arrays) == 1 else numpy.concatenate(arrays, axis=1)
-        for name, arrays in outputs.items()
-    }
+    """Join the outputs of a sequence of calls, those of one name along the queries."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _joined(name, [part[name] for part in parts if name in part]) for name in names}
+
+
+def _joined(name: str, arrays: list[numpy.ndarray]) -> numpy.ndarray:
+    if len(arrays) == 1:
+        return numpy.asarray(arrays[0])
+    return numpy.concatenate(arrays, axis=QUERY_AXES.get(name, 1))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec.arrays import FLOATING
-from mha_spec_conformance.suite.functions import OPERANDS
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .calls import keyword_of
 from .question import LAYOUTS, Question
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Case
     from mha_spec_conformance.targets.claims import Claims
 
-ATTENTION = ("attention", "attention_weights", "attention_vjp")
-"""The functions that have a causal diagonal of their own."""
+ALIGNED = tuple(name for name, function in FUNCTIONS.items() if "causal" in function.keywords and not function.of_layer)
+"""The functions in whose cases the offset of the causal diagonal can be read from the shapes of query and key."""
 
 __all__ = ["Ask", "Selection", "alignments", "asks", "matches", "probes", "tried_in_every_layout"]
 
@@ -78,8 +78,8 @@ class Ask:
         """The question itself, with fresh arrays."""
         case = self.case
         options = {name: _plain(value) for name, value in case.options.items() if name not in self.omitted}
-        if case.function == "attention" and "lse" in self.outputs:
-            options["return_lse"] = True
+        optional = FUNCTIONS[case.function].optional
+        options |= {optional[name]: True for name in self.outputs if name in optional}
         return Question(
             id=case.id,
             function=case.function,
@@ -115,9 +115,8 @@ def asks(cases: Iterable[Case], claims: Claims, selection: Selection) -> list[As
 def _ask(case: Case, dtype: str, claims: Claims) -> Ask | None:
     if case.expect == "error":
         return Ask(case, dtype, ("output",)) if claims.registered and case.function in claims.keywords else None
-    outputs = tuple(case.expected)
-    if case.function == "attention" and "return_lse" not in claims.keywords.get("attention", ()):
-        outputs = ("output",)
+    optional, claimed = FUNCTIONS[case.function].optional, claims.keywords.get(case.function, ())
+    outputs = tuple(name for name in case.expected if name not in optional or optional[name] in claimed)
     keywords = _keywords(case)
     if claims.accepts(case.function, keywords):
         return Ask(case, dtype, outputs)
@@ -128,13 +127,13 @@ def _ask(case: Case, dtype: str, claims: Claims) -> Ask | None:
 
 
 def _keywords(case: Case) -> frozenset[str]:
-    given = {keyword_of(case.function, name) for name in (*case.options, *case.input_names)}
-    return frozenset(given - set(OPERANDS[case.function]))
+    arguments = {keyword_of(case.function, name) for name in (*case.options, *case.input_names)}
+    return frozenset(arguments - set(FUNCTIONS[case.function].operands))
 
 
 def alignments(case: Case) -> tuple[str, ...]:
     """The readings of a causal diagonal that the offset of the case is exactly; none for a case without an offset."""
-    if case.function not in ATTENTION or "q_offset" not in {*case.options, *case.input_names}:
+    if case.function not in ALIGNED or "q_offset" not in {*case.options, *case.input_names}:
         return ()
     arrays = case.inputs(case.dtypes[0])
     q_len, kv_len = arrays["query"].shape[2], arrays["key"].shape[2]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import library_of
+from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.conversion import (
     ConversionError,
     lay_out,
@@ -28,11 +29,11 @@ from mha_spec_conformance.targets.conversion import (
 )
 from mha_spec_conformance.targets.loading import Target, TargetError, load, own_line
 
-from .calls import LAYER, MalformedCache, arranged, joined, layer_answers
+from .calls import MalformedResult, arranged, joined, layer_answers, named
 from .question import Answer, Question, Raised
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from multiprocessing.connection import Connection
 
     import numpy
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
 __all__ = ["answer", "serve"]
-
-GRADIENTS: tuple[str, ...] = ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks")
 
 
 class Malformed(Exception):
@@ -199,37 +198,26 @@ def _answers(
 ) -> list[dict[str, Array]]:
     """The outputs by name, of each call where the question is a sequence of them."""
     try:
-        if question.function.startswith(LAYER):
-            answers = list(layer_answers(function, question.function, arguments))
-            return [{name: part[name] for name in question.outputs if name in part} for part in answers]
-    except MalformedCache as error:
-        raise Malformed(f"{question.function}: {error}") from None
-    operands, keywords = arranged(question.function, arguments)
-    return [_name_outputs(question, function(*operands, **keywords))]
+        results = list(_results(function, question.function, arguments))
+    except MalformedResult as error:
+        raise Malformed(str(error)) from None
+    return _asked_outputs(question, results)
 
 
-def _name_outputs(question: Question, returned: object) -> dict[str, Array]:
-    """Give the outputs that were asked for by their names."""
-    if question.function == "attention_vjp":
-        if not isinstance(returned, (tuple, list)) or len(returned) < 3:
-            raise Malformed(
-                "attention_vjp must return gradients of query, key, value, bias and sinks, received " + _kind(returned)
-            )
-        given = dict(zip(GRADIENTS, returned, strict=False))
-        return {name: given.get(name) for name in question.outputs}
-    if len(question.outputs) == 1:
-        return {question.outputs[0]: returned}
-    if not isinstance(returned, (tuple, list)) or len(returned) != len(question.outputs):
-        raise Malformed(f"{question.function} must return ({', '.join(question.outputs)}), received {_kind(returned)}")
-    return dict(zip(question.outputs, returned, strict=True))
+def _results(function: Callable[..., object], name: str, arguments: Mapping[str, object]) -> Iterator[dict[str, Array]]:
+    """Call the function, as often as the question says, and name the results of each call."""
+    if FUNCTIONS[name].of_layer:
+        yield from layer_answers(function, name, arguments)
+        return
+    operands, keywords = arranged(name, arguments)
+    yield named(name, keywords, function(*operands, **keywords))
 
 
-def _kind(value: object) -> str:
-    return (
-        f"a {type(value).__name__} of {len(value)}"
-        if isinstance(value, (tuple, list))
-        else f"an object of type {type(value).__name__}"
-    )
+def _asked_outputs(question: Question, results: list[dict[str, Array]]) -> list[dict[str, Array]]:
+    """Keep the outputs that the question asks for; one that the target did not return is None."""
+    if len(results) == 1:
+        return [{name: results[0].get(name) for name in question.outputs}]
+    return [{name: part[name] for name in question.outputs if name in part} for part in results]
 
 
 def _read(name: str, value: Array) -> numpy.ndarray:

@@ -12,9 +12,9 @@ from mha_spec.arguments import OPTIONS, Arguments
 from mha_spec.arrays import FLOATING, dtype_name
 from mha_spec.errors import MhaSpecError
 from mha_spec.reference import Reference
-from mha_spec_conformance.asking.calls import CACHE, LAYER, is_parameter
+from mha_spec_conformance.asking.calls import CACHE, is_parameter
 from mha_spec_conformance.suite.cases import load
-from mha_spec_conformance.suite.functions import OPERANDS
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .listing import UnknownName
 
@@ -37,6 +37,7 @@ LAYER_FORMULAS = {
         "k, v = those of the cache and behind them these\n"
         "output = sum_h attention(q, k, v)[h] w_o[h] + b_o"
     ),
+    "multi_head_attention_and_weights": "output and weights, as multi_head_attention and multi_head_attention_weights",
     "multi_head_attention_weights": (
         "q, k = rotate(norm(query w_q + b_q)), rotate(norm(key w_k + b_k))\nweights = attention_weights(q, k)"
     ),
@@ -223,15 +224,16 @@ def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None)
         head += [f'{name} = case["{name}"]{_back(array)}' for name, array in inputs.items()]
     else:
         head += [f"{name} = {_literal(array)}" for name, array in inputs.items()]
-    if case.function.startswith(LAYER):
+    function = FUNCTIONS[case.function]
+    if function.of_layer:
         return _layer_snippet(case, head)
-    keywords = [f"{name}={name}" for name in inputs if name not in OPERANDS[case.function]]
+    keywords = [f"{name}={name}" for name in inputs if name not in function.operands]
     keywords += [
         f"{name}={tuple(value) if isinstance(value, list) else value!r}" for name, value in case.options.items()
     ]
-    keywords += ["return_lse=True"] if case.function == "attention" and "lse" in case.expected else []
-    keywords = [word for word in keywords if word.partition("=")[0] not in OPERANDS[case.function]]
-    operands = [str(case.options.get(name, name)) for name in OPERANDS[case.function]]
+    keywords += [f"{word}=True" for name, word in function.optional.items() if name in case.expected]
+    keywords = [word for word in keywords if word.partition("=")[0] not in function.operands]
+    operands = [str(case.options.get(name, name)) for name in function.operands]
     call = f"{case.function}({', '.join([*operands, *keywords])})"
     body = "\n".join([*head, f"print({call})"])
     return "without the suite:\n" + textwrap.indent(body, "    ")
@@ -245,7 +247,7 @@ def _layer_snippet(case: Case, head: list[str]) -> str:
     words = [f"{name}={name}" for name in names if name not in (*shown, *CACHE, "query", "key", "value")]
     words += [f"{name}={value!r}" for name, value in case.options.items() if name not in ("chunks", "drafts")]
     words += [f"cache=KVCache({', '.join(CACHE)})"] if CACHE[0] in names else []
-    operands = [name if name in names else "None" for name in OPERANDS[case.function][:-1]]
+    operands = [name if name in names else "None" for name in FUNCTIONS[case.function].operands[:-1]]
     call = f"{case.function}({', '.join([*operands, 'params', *words])})"
     head += [f"# in calls over {case.options['chunks']} tokens one after another"] if "chunks" in case.options else []
     body = "\n".join([*head, f"params = {{{parameters}}}", f"print({call})"])

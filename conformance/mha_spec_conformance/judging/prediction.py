@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from mha_spec_conformance.asking.calls import LAYER, arranged, function_over, joined, layer_answers
+from mha_spec_conformance.asking.calls import arranged, function_over, joined, layer_answers, named
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .bounds import SPECIFICATION, bounds
 from .bounds.evaluation import as_float64
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Predictions", "answer", "can_show"]
 
-RESULTS = {
-    "attention": ("output", "lse"),
-    "attention_weights": ("weights",),
-    "attention_vjp": ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks"),
-    "merge_attention": ("output", "lse"),
-    "rotary_embedding": ("output",),
-    "alibi_slopes": ("slopes",),
-    "alibi_bias": ("bias",),
-}
-"""What each function of the reference gives, in order."""
-
 CANNOT_ANSWER = (ArithmeticError, IndexError, TypeError, ValueError)
 """What a mistaken reference raises for a case of which its mistake makes no sense."""
 
@@ -43,13 +33,12 @@ def answer(
 ) -> dict[str, numpy.ndarray]:
     """What the reference over these steps gives, by output name."""
     call = function_over(steps, function)
-    if function.startswith(LAYER):
+    if FUNCTIONS[function].of_layer:
         return joined(list(layer_answers(call, function, {**arrays, **options})))
-    asked = {"return_lse": True} if function == "attention" else {}
-    operands, keywords = arranged(function, {**arrays, **options, **asked})
-    given = call(*operands, **keywords)
-    results = given if isinstance(given, tuple) else (given,)
-    return {name: array for name, array in zip(RESULTS[function], results, strict=True) if array is not None}
+    every_output = dict.fromkeys(FUNCTIONS[function].optional.values(), True)
+    operands, keywords = arranged(function, {**arrays, **options, **every_output})
+    results = named(function, keywords, call(*operands, **keywords))
+    return {name: array for name, array in results.items() if array is not None}
 
 
 def can_show(mistake: Mistake, case: Case) -> bool:

@@ -1,25 +1,18 @@
-"""The functions that a target can be asked, and what their signatures claim."""
+"""The functions of the specification that a target can be asked, in one table."""
 
 from __future__ import annotations
 
-__all__ = ["FEATURES_OF_FUNCTIONS", "FUNCTIONS", "KEYWORDS", "LAYER_KEYWORDS", "OPERANDS"]
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-OPERANDS = {
-    "attention": ("query", "key", "value"),
-    "attention_weights": ("query", "key"),
-    "attention_vjp": ("grad_output", "query", "key", "value"),
-    "merge_attention": ("output_a", "lse_a", "output_b", "lse_b"),
-    "multi_head_attention": ("query", "key", "value", "params"),
-    "multi_head_attention_weights": ("query", "key", "params"),
-    "rotary_embedding": ("x", "positions"),
-    "alibi_slopes": ("heads",),
-    "alibi_bias": ("slopes", "q_len", "kv_len"),
-}
-"""The functions that can be asked, each with what it takes by position; all else are keywords."""
+from mha_spec.arguments import options_of
 
-FUNCTIONS = tuple(OPERANDS)
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
-KEYWORDS = {
+__all__ = ["FUNCTIONS", "Function"]
+
+OPTION_FEATURES = {
     "mask": ("mask",),
     "bias": ("bias",),
     "causal": ("causal",),
@@ -34,18 +27,128 @@ KEYWORDS = {
     "dropout": ("dropout_mask", "dropout_rate"),
     "lse": ("return_lse",),
 }
-"""The keywords by whose acceptance a target claims a feature."""
+"""The features of attention's options, each with its keywords."""
 
-LAYER_KEYWORDS = {"rotary": "rotary", "norm": "norm_epsilon", "cache": "cache"}
-"""The same of multi_head_attention."""
+LAYER_FEATURES = {"rotary": ("rotary",), "norm": ("norm_epsilon",), "cache": ("cache",)}
+"""The features of the keywords that only the layer has."""
 
-FEATURES_OF_FUNCTIONS = {
-    "attention_weights": ("weights",),
-    "attention_vjp": ("vjp",),
-    "merge_attention": ("merge",),
-    "multi_head_attention": ("projection", "cross"),
-    "rotary_embedding": ("rotary",),
-    "alibi_slopes": ("alibi",),
-    "alibi_bias": ("alibi",),
-}
-"""What a target claims by having a function."""
+LAYER_KEYWORDS = tuple(word for words in LAYER_FEATURES.values() for word in words)
+
+GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks")
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One function: its signature, its results, and the features that a target claims by having it."""
+
+    name: str
+    operands: tuple[str, ...]
+    """The arguments that are passed by position."""
+    outputs: tuple[str, ...]
+    """The results in the order in which they are returned; `cache` is a tuple of three arrays."""
+    keywords: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    """The features that a target claims by having the function."""
+    keyword_features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The features that a target claims by accepting all of their keywords."""
+    optional: Mapping[str, str] = field(default_factory=dict)
+    """The outputs that are returned only in a call with the keyword."""
+    fewest: int | None = None
+    """The number of outputs that must be returned; None is all of them."""
+    of_layer: bool = False
+    """Whether the function takes `params`, and may take a cache."""
+
+    def returned(self, keywords: Mapping[str, object]) -> tuple[str, ...]:
+        """Name the outputs of a call with these keywords."""
+        values = {name: keywords.get(keyword) for name, keyword in self.optional.items()}
+        return tuple(name for name in self.outputs if values.get(name, True) not in (None, False))
+
+    def keywords_of(self, features: Iterable[str]) -> tuple[str, ...]:
+        """Name the keywords by which a call asks for the features."""
+        words = OPTION_FEATURES | LAYER_FEATURES
+        return tuple(word for feature in features for word in words.get(feature, ()) if word in self.keywords)
+
+
+_FUNCTIONS = (
+    Function(
+        "attention",
+        operands=("query", "key", "value"),
+        outputs=("output", "lse"),
+        keywords=(*options_of("attention"), "return_lse"),
+        keyword_features=OPTION_FEATURES,
+        optional={"lse": "return_lse"},
+    ),
+    Function(
+        "attention_weights",
+        operands=("query", "key"),
+        outputs=("weights",),
+        keywords=options_of("attention_weights"),
+        features=("weights",),
+    ),
+    Function(
+        "attention_vjp",
+        operands=("grad_output", "query", "key", "value"),
+        outputs=GRADIENTS,
+        keywords=(*options_of("attention_vjp"), "grad_lse"),
+        features=("vjp",),
+        fewest=3,
+    ),
+    Function(
+        "merge_attention",
+        operands=("output_a", "lse_a", "output_b", "lse_b"),
+        outputs=("output", "lse"),
+        features=("merge",),
+    ),
+    Function(
+        "merge_attention_vjp",
+        operands=("grad_output", "output_a", "lse_a", "output_b", "lse_b"),
+        outputs=("grad_output_a", "grad_lse_a", "grad_output_b", "grad_lse_b"),
+        keywords=("grad_lse",),
+        features=("merge", "vjp"),
+    ),
+    Function(
+        "multi_head_attention",
+        operands=("query", "key", "value", "params"),
+        outputs=("output", "cache"),
+        keywords=(*options_of("multi_head_attention"), *LAYER_KEYWORDS),
+        features=("projection", "cross"),
+        keyword_features=LAYER_FEATURES,
+        optional={"cache": "cache"},
+        of_layer=True,
+    ),
+    Function(
+        "multi_head_attention_and_weights",
+        operands=("query", "key", "value", "params"),
+        outputs=("output", "weights", "cache"),
+        keywords=(*options_of("multi_head_attention_and_weights"), *LAYER_KEYWORDS),
+        features=("projection", "cross", "weights"),
+        keyword_features=LAYER_FEATURES,
+        optional={"cache": "cache"},
+        of_layer=True,
+    ),
+    Function(
+        "multi_head_attention_weights",
+        operands=("query", "key", "params"),
+        outputs=("weights",),
+        keywords=(*options_of("multi_head_attention_weights"), *LAYER_KEYWORDS),
+        of_layer=True,
+    ),
+    Function(
+        "rotary_embedding",
+        operands=("x", "positions"),
+        outputs=("output",),
+        keywords=("base", "interleaved", "rotary_dim"),
+        features=("rotary",),
+    ),
+    Function("alibi_slopes", operands=("heads",), outputs=("slopes",), keywords=("dtype",), features=("alibi",)),
+    Function(
+        "alibi_bias",
+        operands=("slopes", "q_len", "kv_len"),
+        outputs=("bias",),
+        keywords=("q_offset",),
+        features=("alibi",),
+    ),
+)
+
+FUNCTIONS = {function.name: function for function in _FUNCTIONS}
+"""The functions that can be asked, by name."""

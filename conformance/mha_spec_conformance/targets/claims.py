@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mha_spec_conformance.suite.functions import FEATURES_OF_FUNCTIONS, KEYWORDS, LAYER_KEYWORDS
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,15 +32,15 @@ class Claims:
     hardware: str = "cpu"
 
     def accepts(self, function: str, keywords: frozenset[str]) -> bool:
-        """Whether the target has the function, and the function every keyword."""
+        """Tell whether the target has the function and the function accepts every keyword."""
         return function in self.keywords and keywords <= set(self.keywords[function])
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features that are claimed by a keyword of attention or by having a function."""
-        taken = set(self.keywords.get("attention", ()))
-        by_keyword = [feature for feature, words in KEYWORDS.items() if taken.issuperset(words)]
-        by_function = [feature for name in self.keywords for feature in FEATURES_OF_FUNCTIONS.get(name, ())]
-        of_layer = set(self.keywords.get("multi_head_attention", ()))
-        by_function += [feature for feature, word in LAYER_KEYWORDS.items() if word in of_layer]
-        return tuple(dict.fromkeys([*by_keyword, *by_function]))
+        """The features that are claimed by having a function or by accepting its keywords."""
+        features: dict[str, None] = {}
+        for name, keywords in self.keywords.items():
+            function = FUNCTIONS[name]
+            accepted = [f for f, words in function.keyword_features.items() if set(words) <= set(keywords)]
+            features |= dict.fromkeys([*function.features, *accepted])
+        return tuple(features)

@@ -23,7 +23,7 @@ from mha_spec.arrays import FLOATING
 from mha_spec.errors import BackendError, MhaSpecError
 from mha_spec.selection import backend, backend_names
 from mha_spec_conformance.suite.conventions import ConventionError, check_convention
-from mha_spec_conformance.suite.functions import FEATURES_OF_FUNCTIONS, FUNCTIONS, KEYWORDS, LAYER_KEYWORDS, OPERANDS
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .claims import PROFILES, Claims
 from .conversion import LIBRARIES
@@ -38,10 +38,9 @@ REFERENCE = "mha_spec.reference"
 FEATURES = tuple(
     dict.fromkeys(
         [
-            *KEYWORDS,
+            *(feature for function in FUNCTIONS.values() for feature in function.keyword_features),
             *("core", "groups", "value_size", "empty", "poison", "nonfinite"),
-            *(feature for features in FEATURES_OF_FUNCTIONS.values() for feature in features),
-            *LAYER_KEYWORDS,
+            *(feature for function in FUNCTIONS.values() for feature in function.features),
         ]
     )
 )
@@ -187,29 +186,28 @@ def _said(module: ModuleType, name: str, default: object) -> object:
 
 def _keywords(role: str, function: Callable[..., object], declared: tuple[str, ...]) -> tuple[str, ...]:
     """The keywords that a function takes: by its signature, and by `features` where that does not tell."""
-    from_features = [word for feature in declared for word in KEYWORDS.get(feature, ())]
-    if role.startswith("multi_head"):
-        from_features += [LAYER_KEYWORDS[feature] for feature in declared if feature in LAYER_KEYWORDS]
+    from_features = FUNCTIONS[role].keywords_of(declared)
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return tuple(from_features)
+        return from_features
     _check_operands(role, signature)
     parameters = signature.parameters.values()
     named = [
         p.name
         for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in OPERANDS[role]
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in FUNCTIONS[role].operands
     ]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return tuple(dict.fromkeys([*named, *(from_features if open_ended else ())]))
 
 
 def _check_operands(role: str, signature: inspect.Signature) -> None:
+    operands = FUNCTIONS[role].operands
     try:
-        signature.bind_partial(*OPERANDS[role])
+        signature.bind_partial(*operands)
     except TypeError as error:
-        raise TargetError(f"{role} must take {', '.join(OPERANDS[role])} by position, received {signature}") from error
+        raise TargetError(f"{role} must take {', '.join(operands)} by position, received {signature}") from error
 
 
 def _declared(module: ModuleType) -> tuple[str, ...]:

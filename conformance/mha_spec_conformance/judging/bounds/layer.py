@@ -18,7 +18,8 @@ from mha_spec.cache import KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, turn
 from mha_spec.steps import Steps
-from mha_spec_conformance.asking.calls import LAYER, joined, layer_answers
+from mha_spec_conformance.asking.calls import joined, layer_answers
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .evaluation import Evaluation, as_float64, weighted_sum
 from .forward import ForwardErrors
@@ -188,7 +189,7 @@ class LayerBounds:
 
     def _answers(self, steps: LayerSteps) -> list[dict[str, numpy.ndarray]]:
         call = getattr(Layer(steps), self._function)
-        if self._function.startswith(LAYER):
+        if FUNCTIONS[self._function].of_layer:
             return list(layer_answers(call, self._function, self._arguments))
         return [{"output": call(**self._arguments)}]
 

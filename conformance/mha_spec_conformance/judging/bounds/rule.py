@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mha_spec.steps import Steps
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .backward import BackwardBounds
 from .forward import ForwardBounds, WeightBounds
@@ -54,10 +55,8 @@ _BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Any
     "attention_weights": WeightBounds,
     "attention_vjp": BackwardBounds,
     "merge_attention": MergeBounds,
-    **{
-        name: partial(LayerBounds, name)
-        for name in ("multi_head_attention", "multi_head_attention_weights", "rotary_embedding")
-    },
+    **{name: partial(LayerBounds, name) for name, function in FUNCTIONS.items() if function.of_layer},
+    "rotary_embedding": partial(LayerBounds, "rotary_embedding"),
     **{name: partial(AlibiBounds, name) for name in ("alibi_slopes", "alibi_bias")},
 }
 
