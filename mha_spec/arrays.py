@@ -151,17 +151,6 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
     return cast("list[int]", (value if value.ndim == 1 else value.reshape(-1)).tolist())
 
 
-def clamped_lengths(lengths: Array | Sequence[int] | None, size: int, like: Array) -> Array | int:
-    """Give lengths as integers of the library of `like`, 0 to `size`, which no lengths mean, too (MHA-LEN-3)."""
-    if lengths is None:
-        return size
-    xp = namespace_of(like)
-    integers = xp.arange(0, device=device_of(like)).dtype
-    if library_of(lengths) != library_of(like):
-        lengths = xp.asarray(numpy.asarray(lengths), dtype=integers, device=device_of(like))
-    return xp.clip(xp.astype(lengths, integers, copy=False), 0, size)
-
-
 def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> list[tuple[Array, Array]]:
     """Give pairs of arrays, for queries and for keys, that agree, all of them, exactly where ids are equal by value.
 

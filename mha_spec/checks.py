@@ -336,7 +336,7 @@ def check_entries(label: str, value: object, query: Array, low: int, high: int |
 
 def _check_position(label: str, number: int, low: int, high: int | None, high_name: str) -> None:
     if number < low or (high is not None and number > high):
-        limits = f"{low}<={label}<={high_name}" + (f"={high}" if high_name != "2**30" else "")
+        limits = f"-2**30<={label}<=2**30" if high_name == "2**30" else f"{low}<={label}<={high_name}={high}"
         refuse_value("MHA-LEN-3", f"`{label}` must be in {limits}, received {shown(number)}.")
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from .arguments import spells_options
+from .arguments import offset_of_reading, spells_options
 from .arrays import Array, library_of
-from .layer_checks import LayerArguments
+from .layer_checks import LayerArguments, check_like, check_slope_dtype, empty_shapes
 from .layer_steps import LayerSteps
+from .scalars import plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,24 +121,29 @@ class Layer:
 
     def alibi_slopes(self, heads: int, *, dtype: str = "float32") -> Array:
         """The specification's alibi_slopes, over these steps."""
+        heads = plain(heads)
         self.steps.check_heads(heads)
+        check_slope_dtype(dtype)
         return self.steps.slopes(heads, dtype)
 
     def alibi_bias(
-        self, slopes: Array | int, q_len: int, kv_len: int, *, q_offset: Array | Sequence[int] | int | None = None
+        self, slopes: Array | int, q_len: int, kv_len: int, *, q_offset: Array | Sequence[int] | int | str | None = None
     ) -> Array:
         """The specification's alibi_bias, over these steps."""
+        slopes, q_len, kv_len, q_offset = (plain(argument) for argument in (slopes, q_len, kv_len, q_offset))
         self.steps.check_alibi(slopes, q_len, kv_len, q_offset)
         of_heads = slopes if library_of(slopes) else self.steps.slopes(slopes, "float32")
         offset = 0 if q_offset is None else q_offset
+        offset = offset_of_reading(offset, q_len, kv_len) if isinstance(offset, str) else offset
         return self.steps.alibi(of_heads, self.steps.distances(offset, q_len, kv_len, of_heads, self.steps))
 
     def empty_cache(
         self, batch: int, kv_heads: int, capacity: int, qk_dim: int, v_dim: int | None = None, *, like: Array
     ) -> KVCache:
         """The specification's empty_cache, over these steps."""
-        sizes = (batch, kv_heads, capacity)
-        return self.steps.empty_cache(((*sizes, qk_dim), (*sizes, v_dim or qk_dim)), like)
+        key, value = empty_shapes(batch, kv_heads, capacity, qk_dim, v_dim)
+        check_like(like)
+        return self.steps.empty_cache((key, value), like)
 
     def append_cache(
         self, cache: KVCache, key: Array, value: Array, lengths: Array | Sequence[int] | None = None
@@ -171,6 +177,8 @@ class Layer:
         """Query i turns by its position, new key i by that of the slot it goes to (MHA-ROTARY-4, MHA-CACHE-6)."""
         start = 0 if a.cache is None else a.cache.lengths
         offset = a.options.get("q_offset")
+        if isinstance(offset, str):
+            offset = a.options["q_offset"] = self._named_offset(a, offset, q, k)
         offset = start if offset is None else offset
         turns = self._turns(self.steps.positions(offset, a.query.shape[1], q), rotary, q)
         q = self.steps.turn(q, turns, rotary.interleaved)
@@ -179,6 +187,15 @@ class Layer:
         if offset is not start or a.query.shape[1] != a.key.shape[1]:
             turns = self._turns(self.steps.positions(start, a.key.shape[1], k), rotary, k)
         return q, self.steps.turn(k, turns, rotary.interleaved)
+
+    def _named_offset(self, a: LayerArguments, reading: str, q: Array, k: Array | None) -> Array | int:
+        """The offset that a reading names, of the tokens that the new cache holds (MHA-POS-2, MHA-CACHE-6)."""
+        q_lengths, kv_lengths = a.options.get("q_lengths"), a.options.get("kv_lengths")
+        if a.cache is None:
+            return self.steps.offset_of(reading, q_lengths, kv_lengths, q, k)
+        lengths = a.cache.lengths
+        new = lengths if k is None else self.steps.new_lengths(lengths, kv_lengths, k.shape[2], k)
+        return self.steps.offset_of(reading, q_lengths, new, q, a.cache.key)
 
     def _turns(self, positions: Array | Sequence[float], rotary: Rotary, x: Array) -> tuple[Array, Array]:
         rotary_dim = x.shape[3] if rotary.rotary_dim is None else rotary.rotary_dim
@@ -381,7 +398,7 @@ def alibi_bias(
     q_len: int,
     kv_len: int,
     *,
-    q_offset: Int[Array, "batch"] | Sequence[int] | int | None = None,
+    q_offset: Int[Array, "batch"] | Sequence[int] | int | str | None = None,
 ) -> Float[Array, "batch* heads q_len kv_len"]:
     """The bias that falls linearly with the distance: -slope[h] * |p - j|, with query i at p = q_offset[b] + i.
 
@@ -389,7 +406,7 @@ def alibi_bias(
         slopes: (heads,), or a number of heads, whose slopes are then `alibi_slopes(heads)`.
         q_len: Number of queries.
         kv_len: Number of keys; with a cache its capacity.
-        q_offset: Position of query 0, as in `attention`; needed where q_len and kv_len differ.
+        q_offset: Position of query 0, as in `attention`, by a name, too; needed where q_len and kv_len differ.
 
     Returns:
         The bias, (1, heads, q_len, kv_len), with an offset for each batch entry (batch, heads, q_len, kv_len); float64

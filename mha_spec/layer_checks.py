@@ -6,7 +6,7 @@ host data alone. Sizes that a traced shape does not know (None) fit everything.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import numpy
 
 from .arguments import WEIGHT_FUNCTIONS
-from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, placement_of
+from .array_checks import check_floating, is_sequence, require_array
+from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, placement_of, storage_of
 from .cache import KVCache
 from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
-from .errors import ArgumentTypeError, ArgumentValueError
+from .errors import ArgumentTypeError, ArgumentValueError, refuse_type, refuse_value
 from .parameters import AXES, REQUIRED
+from .scalars import check_flag, check_integer, check_number, is_integer, plain, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,8 +33,11 @@ __all__ = [
     "check_append",
     "check_epsilon",
     "check_heads",
+    "check_like",
     "check_positions",
     "check_rotary",
+    "check_slope_dtype",
+    "empty_shapes",
 ]
 
 
@@ -77,7 +82,7 @@ def check(a: LayerArguments) -> LayerArguments:
     refuse_unknown(a.options, a.function)
     _check_operands(a)
     _check_params(a)
-    check_epsilon(a.norm_epsilon)
+    a.norm_epsilon = check_epsilon(a.norm_epsilon)
     if a.rotary is not None:
         a.rotation = check_rotary(a.rotary, a.params["w_q"].shape[2])
     if a.cache is not None:
@@ -119,8 +124,7 @@ def _check_operands(a: LayerArguments) -> None:
 
 
 def _check_array(label: str, array: Array, axes: str) -> None:
-    if library_of(array) is None:
-        raise ArgumentTypeError(f"`{label}` must be an array, received {type(array).__name__}. [MHA-LAYER-2]")
+    require_array(label, array, "MHA-LAYER-2")
     if len(array.shape) != 3:
         raise ArgumentValueError(
             f"`{label}` must have rank 3, {axes}, received shape={tuple(array.shape)}. "
@@ -130,10 +134,10 @@ def _check_array(label: str, array: Array, axes: str) -> None:
 
 def _check_like(label: str, array: Array, query: Array, clause: str) -> None:
     """An array is of the dtype of `query`, which a clause asks, and of its library and device (MHA-ARG-4)."""
-    if type(array) is not type(query) and library_of(array) != library_of(query):
-        received = f"an array of {library_of(array)}" if library_of(array) else type(array).__name__
+    library = library_of(query)
+    if require_array(label, array, "MHA-ARG-4", f"an array of {library}") != library:
         raise ArgumentTypeError(
-            f"`{label}` must be an array of {library_of(query)}, as `query` is, received {received}. "
+            f"`{label}` must be an array of {library}, as `query` is, received an array of {library_of(array)}. "
             "Convert one of them first. [MHA-ARG-4]"
         )
     if array.dtype != query.dtype:
@@ -195,7 +199,8 @@ def _one_of_each_kind(params: Mapping[str, Array]) -> Iterable[str]:
     """The first name of each class, dtype and device that there is among parameters."""
     kinds: dict[Any, str] = {}
     for name, one in params.items():
-        kinds.setdefault((type(one), getattr(one, "dtype", None), getattr(one, "device", None)), name)
+        kind = (type(one), getattr(one, "dtype", None), getattr(one, "device", None), storage_of(one))
+        kinds.setdefault(kind, name)
     return kinds.values()
 
 
@@ -222,25 +227,18 @@ def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, (dict, Mapping))
 
 
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, (int, numpy.integer)) and not isinstance(value, bool)
+LARGEST = sys.float_info.max
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_epsilon(epsilon: object) -> None:
-    """Epsilon is a finite Python number >= 0 (MHA-NORM-1)."""
-    if not _is_number(epsilon):
-        raise ArgumentTypeError(
-            f"`norm_epsilon` must be a Python number, received {epsilon!r} of type {type(epsilon).__name__}. "
-            "[MHA-NORM-1]"
+def check_epsilon(epsilon: object) -> float:
+    """Give the Python number that epsilon is, finite and >= 0 (MHA-NORM-1)."""
+    number = check_number("norm_epsilon", epsilon, "MHA-NORM-1")
+    if not 0 <= number <= LARGEST:
+        refuse_value(
+            "MHA-NORM-1",
+            f"`norm_epsilon` must be finite and norm_epsilon>=0, received norm_epsilon={shown(number)}.",
         )
-    if not 0 <= epsilon < math.inf:
-        raise ArgumentValueError(
-            f"`norm_epsilon` must be finite and norm_epsilon>=0, received norm_epsilon={epsilon}. [MHA-NORM-1]"
-        )
+    return number
 
 
 def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
@@ -248,7 +246,7 @@ def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
     if not _is_mapping(rotary):
         raise ArgumentTypeError(
             "`rotary` must be a mapping of the options of rotary_embedding, {} for the defaults, "
-            f"received {rotary!r} of type {type(rotary).__name__}. None is no rotation. [MHA-ROTARY-6]"
+            f"received {shown(rotary)} of type {type(rotary).__name__}. None is no rotation. [MHA-ROTARY-6]"
         )
     for name in rotary:
         if name not in Rotary._fields:
@@ -257,15 +255,11 @@ def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
                 f"received {name!r}. [MHA-ROTARY-6]"
             )
     base, interleaved, rotary_dim = (rotary.get(name, Rotary._field_defaults[name]) for name in Rotary._fields)
-    if not _is_number(base):
-        raise ArgumentTypeError(f"`base` must be a Python number, received base={base!r}. [MHA-ROTARY-6]")
-    if not isinstance(interleaved, bool):
-        raise ArgumentTypeError(
-            f"`interleaved` must be True or False, received interleaved={interleaved!r}. [MHA-ROTARY-6]"
-        )
-    if not 0 < base < math.inf:
-        raise ArgumentValueError(f"`base` must be finite and base>0, received base={base}. [MHA-ROTARY-6]")
-    return Rotary(base, interleaved, _rotary_dim(rotary_dim, size))
+    base = check_number("base", base, "MHA-ROTARY-6")
+    interleaved = check_flag("interleaved", interleaved, "MHA-ROTARY-6")
+    if not 0 < base <= LARGEST:
+        refuse_value("MHA-ROTARY-6", f"`base` must be finite and base>0, received base={shown(base)}.")
+    return Rotary(base, interleaved, _rotary_dim(plain(rotary_dim), size))
 
 
 def _rotary_dim(rotary_dim: object, size: int) -> int | None:
@@ -276,40 +270,37 @@ def _rotary_dim(rotary_dim: object, size: int) -> int | None:
                 f"components turn in pairs. rotary_dim={size - 1} leaves the last one as it is. [MHA-ROTARY-6]"
             )
         return None
-    if not _is_integer(rotary_dim):
-        raise ArgumentTypeError(
-            f"`rotary_dim` must be an integer or None, received rotary_dim={rotary_dim!r}. [MHA-ROTARY-6]"
+    if not is_integer(rotary_dim):
+        refuse_type(
+            "MHA-ROTARY-6", f"`rotary_dim` must be an integer or None, received rotary_dim={shown(rotary_dim)}."
         )
     if rotary_dim % 2 or not 2 <= rotary_dim <= size:
-        raise ArgumentValueError(
-            f"`rotary_dim` must be even and 2<=rotary_dim<=size={size}, received rotary_dim={rotary_dim}. "
-            "[MHA-ROTARY-6]"
+        refuse_value(
+            "MHA-ROTARY-6",
+            f"`rotary_dim` must be even and 2<=rotary_dim<=size={size}, received rotary_dim={shown(rotary_dim)}.",
         )
-    return int(rotary_dim)
+    return rotary_dim
 
 
 def check_positions(x: Array, positions: Array) -> None:
     """x is a floating array of rank 4, and positions are numbers, one for each token (MHA-ROTARY-4, MHA-ROTARY-6)."""
-    if library_of(x) is None or dtype_name(x) not in FLOATING:
-        received = dtype_name(x) if library_of(x) else type(x).__name__
-        raise ArgumentTypeError(
-            f"`x` must be an array with a dtype of {', '.join(FLOATING)}, received {received}. [MHA-ROTARY-6]"
-        )
+    library = require_array("x", x, "MHA-ROTARY-6")
+    check_floating("x", x, "MHA-ROTARY-6")
     if len(x.shape) != 4:
         raise ArgumentValueError(
             f"`x` must have rank 4, (batch, heads, length, size), received shape={tuple(x.shape)}. [MHA-ROTARY-6]"
         )
-    if library_of(positions) not in (None, "numpy", library_of(x)):
+    array = _of_numbers(positions) if library_of(positions) is None else positions
+    if require_array("positions", array, "MHA-ROTARY-6") not in ("numpy", library):
         raise ArgumentTypeError(
-            f"`positions` must be numbers on the host or an array of {library_of(x)}, as `x` is, "
+            f"`positions` must be numbers on the host or an array of {library}, as `x` is, "
             f"received an array of {library_of(positions)}. [MHA-ARG-4]"
         )
-    found = positions if library_of(positions) else _host_array("positions", positions)
-    kind = dtype_name(found)
+    kind = dtype_name(array)
     if kind not in FLOATING and not kind.startswith(("int", "uint")):
         raise ArgumentTypeError(f"`positions` must be integers or floats, received dtype={kind}. [MHA-ROTARY-6]")
     batch, _, length, _ = x.shape
-    shape = tuple(found.shape)
+    shape = tuple(array.shape)
     if len(shape) not in (1, 2) or any(_differ(*pair) for pair in zip(shape[::-1], (length, batch), strict=False)):
         raise ArgumentValueError(
             f"`positions` must have shape (length,)={(length,)} or (batch, length)={(batch, length)}, "
@@ -317,16 +308,25 @@ def check_positions(x: Array, positions: Array) -> None:
         )
 
 
-def _host_array(label: str, value: object) -> numpy.ndarray:
-    try:
-        found = numpy.asarray(value)
-    except ValueError:
-        found = numpy.asarray(None)
-    if found.dtype.kind not in "iufb":
-        raise ArgumentTypeError(
-            f"`{label}` must be an array or a sequence of numbers, received {value!r}. [MHA-ROTARY-6]"
+def _of_numbers(positions: object) -> numpy.ndarray:
+    """Positions in a sequence, in a sequence of sequences of one length, or one alone, whose shape is wrong."""
+    rows = list(positions) if _is_series(positions) else [positions]
+    rows = [list(row) for row in rows if _is_series(row)] or [rows]
+    even = {len(row) for row in rows} == {len(rows[0])}
+    if not even or not all(map(_is_position, (number for row in rows for number in row))):
+        refuse_type(
+            "MHA-ROTARY-6", f"`positions` must be an array or a sequence of numbers, received {shown(positions)}."
         )
-    return found
+    return numpy.asarray(positions, dtype=numpy.float64)
+
+
+def _is_position(number: object) -> bool:
+    held = plain(number)
+    return isinstance(held, float) or (is_integer(held) and abs(held) <= LARGEST)
+
+
+def _is_series(value: object) -> TypeGuard[Sequence[object]]:
+    return is_sequence(value) or isinstance(value, range)
 
 
 def _check_cache(a: LayerArguments, cache: KVCache) -> None:
@@ -350,8 +350,7 @@ def check_append(
 ) -> None:
     """New tokens fit their cache, which has room for them (MHA-CACHE-4, MHA-CACHE-7)."""
     for name, array in (("key", key), ("value", value)):
-        if library_of(array) is None:
-            raise ArgumentTypeError(f"`{name}` must be an array, received {type(array).__name__}. [MHA-CACHE-7]")
+        require_array(name, array, "MHA-CACHE-7")
         if len(array.shape) != 4:
             raise ArgumentValueError(
                 f"`{name}` must have rank 4, (batch, kv_heads, length, size), received shape={tuple(array.shape)}. "
@@ -386,6 +385,8 @@ def _check_buffers(cache: object, like: Array, shape: tuple[int | None, ...], v_
                 "[MHA-CACHE-7]"
             )
         capacity = received[2]
+    if cache.lengths is None:
+        refuse_type("MHA-CACHE-7", "`cache.lengths` must hold an integer for each batch entry, received None.")
     check_entries("cache.lengths", cache.lengths, like, 0, cache.capacity, "capacity")
 
 
@@ -414,37 +415,66 @@ def _check_alignment(a: LayerArguments) -> None:
 
 def check_heads(heads: object, label: str = "heads") -> None:
     """A number of heads is an integer >= 1 (MHA-ALIBI-3)."""
-    _check_count(label, heads, 1)
+    check_integer(label, heads, 1, "MHA-ALIBI-3")
 
 
-def check_alibi(slopes: object, q_len: int, kv_len: int, offset: Array | Sequence[int] | int | None) -> None:
+def check_slope_dtype(dtype: object) -> None:
+    """Slopes are float32 or float64, by name (MHA-ALIBI-3)."""
+    if not isinstance(dtype, str):
+        refuse_type(
+            "MHA-ALIBI-3",
+            f"`dtype` must be 'float32' or 'float64', received {shown(dtype)} of type {type(dtype).__name__}.",
+        )
+    if dtype not in SLOPE_DTYPES:
+        refuse_value("MHA-ALIBI-3", f"`dtype` must be 'float32' or 'float64', received dtype={shown(dtype)}.")
+
+
+SLOPE_DTYPES = ("float32", "float64")
+
+
+def check_alibi(slopes: object, q_len: int, kv_len: int, offset: Array | Sequence[int] | int | str | None) -> None:
     """Slopes are a number of heads or an array (heads,), and positions are known (MHA-ALIBI-3, MHA-POS-2)."""
-    if library_of(slopes) is None:
+    library = library_of(slopes)
+    if library is None:
         check_heads(slopes, "slopes")
-    elif len(_shape(slopes)) != 1 or dtype_name(slopes) not in FLOATING:
+    elif require_array("slopes", slopes, "MHA-ALIBI-3") and (
+        len(tuple(slopes.shape)) != 1 or dtype_name(slopes) not in FLOATING
+    ):
         raise ArgumentValueError(
             f"`slopes` must be a number of heads or a floating array of shape (heads,), "
-            f"received dtype={dtype_name(slopes)}, shape={_shape(slopes)}. [MHA-ALIBI-3]"
+            f"received dtype={dtype_name(slopes)}, shape={tuple(slopes.shape)}. [MHA-ALIBI-3]"
         )
-    _check_count("q_len", q_len, 0)
-    _check_count("kv_len", kv_len, 0)
+    check_integer("q_len", q_len, 0, "MHA-ALIBI-3")
+    check_integer("kv_len", kv_len, 0, "MHA-ALIBI-3")
     if offset is None:
         refuse_ambiguity("alibi_bias", q_len, kv_len, None)
-    elif library_of(offset) not in (None, "numpy", library_of(slopes)) and library_of(slopes):
+    elif library is not None and library_of(offset) not in (None, "numpy", library):
         raise ArgumentTypeError(
-            f"`q_offset` must be integers on the host or an array of {library_of(slopes)}, as `slopes` is, "
+            f"`q_offset` must be integers on the host or an array of {library}, as `slopes` is, "
             f"received an array of {library_of(offset)}. [MHA-ARG-4]"
         )
     else:
-        check_offset(offset, offset if library_of(offset) else numpy.empty(numpy.shape(offset) or 1))
+        check_offset(offset, _of_as_many_entries(offset))
 
 
-def _shape(array: Array) -> tuple[int, ...]:
-    return tuple(array.shape)
+def _of_as_many_entries(offset: object) -> Array:
+    """An array with a batch entry for each offset, which alone says how many there are."""
+    if library_of(offset) is not None and len(offset.shape) == 1:
+        return offset
+    return numpy.empty(len(offset) if is_sequence(offset) else 1)
 
 
-def _check_count(label: str, value: object, least: int) -> None:
-    if not _is_integer(value):
-        raise ArgumentTypeError(f"`{label}` must be an integer, received {label}={value!r}. [MHA-ALIBI-3]")
-    if value < least:
-        raise ArgumentValueError(f"`{label}` must be {label}>={least}, received {label}={value}. [MHA-ALIBI-3]")
+def empty_shapes(
+    batch: int, kv_heads: int, capacity: int, qk_dim: int, v_dim: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give the shapes of the buffers of a cache, whose sizes are integers (MHA-CACHE-7)."""
+    sizes = {"batch": (batch, 0), "kv_heads": (kv_heads, 1), "capacity": (capacity, 0), "qk_dim": (qk_dim, 1)}
+    first = [check_integer(name, size, least, "MHA-CACHE-7") for name, (size, least) in sizes.items()]
+    last = first[3] if v_dim is None else check_integer("v_dim", v_dim, 1, "MHA-CACHE-7")
+    return tuple(first), (*first[:3], last)
+
+
+def check_like(like: object) -> None:
+    """The array that a cache resembles is a floating one (MHA-CACHE-7)."""
+    require_array("like", like, "MHA-CACHE-7")
+    check_floating("like", like, "MHA-CACHE-7")

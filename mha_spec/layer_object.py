@@ -11,9 +11,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 from .checks import check_rate
-from .errors import ArgumentTypeError, ArgumentValueError
+from .errors import ArgumentTypeError, ArgumentValueError, refuse_type
 from .layer_checks import Rotary, check_epsilon, check_rotary
 from .parameters import AXES, REQUIRED
+from .scalars import check_flag, check_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -80,12 +81,12 @@ class LayerSettings:
             ArgumentValueError, ArgumentTypeError: A size is no integer >= 1, heads is no multiple of kv_heads, or does
                 not divide embed where qk_dim is not given, or another option is unknown or out of its range.
         """
-        every: dict[str, Any] = {"embed": embed, "heads": heads, **options}
-        _check_options(every)
-        given = {name: value for name, value in every.items() if name in options and value is not None}
-        settings = _default_sizes(embed, heads, given.get("qk_dim") or _even_share(embed, heads)) | given
-        if "rotary" in given:
-            settings["rotary"] = check_rotary(given["rotary"], settings["qk_dim"])
+        every = _checked({"embed": embed, "heads": heads, **options})
+        embed, heads = every.pop("embed"), every.pop("heads")
+        chosen = {name: value for name, value in every.items() if value is not None}
+        settings = _default_sizes(embed, heads, chosen.get("qk_dim") or _even_share(embed, heads)) | chosen
+        if "rotary" in chosen:
+            settings["rotary"] = check_rotary(chosen["rotary"], settings["qk_dim"])
         made = cls(embed, heads, **settings)
         if heads % made.kv_heads:
             raise ArgumentValueError(
@@ -142,33 +143,25 @@ def _even_share(embed: int, heads: int) -> int:
     return embed // heads
 
 
-def _check_options(given: Mapping[str, Any]) -> None:
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, each checked by itself, with Python's values in place of NumPy's scalars."""
     known = [field.name for field in fields(LayerSettings)]
-    for name, value in given.items():
+    for name in options:
         if name not in known:
-            raise ArgumentTypeError(f"`{name}` is no option of the layer, which has {', '.join(known)}. [MHA-ARG-1]")
-        if value is None and name in MAY_BE_NONE:
-            continue
-        if name in {"bias", "qk_norm"}:
-            _check_flag(name, value)
-        elif name == "norm_epsilon":
-            check_epsilon(value)
-        elif name == "dropout_rate":
-            check_rate(value)
-        elif name != "rotary":
-            _check_size(name, value)
+            refuse_type("MHA-ARG-1", f"`{name}` is not an option of the layer, which has {', '.join(known)}.")
+    return {name: _checked_option(name, value) for name, value in options.items()}
 
 
-def _check_size(name: str, size: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise ArgumentTypeError(f"`{name}` must be an integer, received {name}={size!r}. [MHA-PROJ-4]")
-    if size < 1:
-        raise ArgumentValueError(f"`{name}` must be {name}>=1, received {name}={size}. [MHA-PROJ-4]")
-
-
-def _check_flag(name: str, flag: object) -> None:
-    if not isinstance(flag, bool):
-        raise ArgumentTypeError(f"`{name}` must be True or False, received {name}={flag!r}. [MHA-PROJ-4]")
+def _checked_option(name: str, value: Any) -> Any:
+    if name == "rotary" or (value is None and name in MAY_BE_NONE):
+        return value
+    if name in {"bias", "qk_norm"}:
+        return check_flag(name, value, "MHA-PROJ-4")
+    if name == "norm_epsilon":
+        return check_epsilon(value)
+    if name == "dropout_rate":
+        return check_rate(value)
+    return check_integer(name, value, 1, "MHA-PROJ-4")
 
 
 _Init = TypeVar("_Init", bound="Callable[..., None]")

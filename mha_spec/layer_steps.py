@@ -17,6 +17,7 @@ from . import layer_checks
 from .arguments import DROPOUT_OPTIONS
 from .arrays import Array, device_of, dtype_name, host_integers, library_of, namespace_of, softmax_dtype_name
 from .cache import KVCache
+from .offsets import named_offset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -259,6 +260,7 @@ class LayerSteps:
     project: Callable[..., Array] = project
     add_bias: Callable[..., Array] = add_bias
     normalise: Callable[..., Array] = normalise
+    offset_of: Callable[..., Array | int] = named_offset
     positions: Callable[..., Array] = positions
     frequencies: Callable[..., numpy.ndarray] = frequencies
     turns: Callable[..., tuple[Array, Array]] = turns

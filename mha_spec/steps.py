@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import checks
-from .arguments import offset_of_reading
-from .arrays import Array, clamped_lengths, device_of, dtype_name, namespace_of, softmax_dtype_name
+from .arrays import Array, device_of, dtype_name, namespace_of, softmax_dtype_name
+from .offsets import named_offset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,8 +84,7 @@ def offset_of(a: Arguments) -> Array | Sequence[int] | int:
     """
     if not isinstance(a.q_offset, str):
         return 0 if a.q_offset is None else a.q_offset
-    q_length = clamped_lengths(a.q_lengths, a.q_len, a.query)
-    return offset_of_reading(a.q_offset, q_length, clamped_lengths(a.kv_lengths, a.kv_len, a.query))
+    return named_offset(a.q_offset, a.q_lengths, a.kv_lengths, a.query, a.key)
 
 
 def query_positions(offset: Array, q_len: int) -> Array:

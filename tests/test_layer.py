@@ -362,7 +362,7 @@ BAD: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ...]]] 
         {"rotary": {}},
         ArgumentValueError,
         "q_offset",
-        ("q_offset=0 (upper left", "q_offset=2 (lower right", "q_offset=None"),
+        ('q_offset="upper_left" (0', 'q_offset="lower_right" (2', "q_offset=None"),
     ),
     "causal-ambiguous": ({"causal": True}, ArgumentValueError, "q_offset", ("causal=True", "q_offset=None")),
     "offset-shape": ({"rotary": {}, "q_offset": [0, 1, 2]}, ArgumentValueError, "q_offset", ("(2,)", "(3,)")),

@@ -355,7 +355,7 @@ BAD_BIAS: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ..
     "heads-flag": ({"slopes": True}, ArgumentTypeError, "slopes", ("integer", "True")),
     "slopes-rank": ({"slopes": numpy.ones((3, 1))}, ArgumentValueError, "slopes", ("(heads,)", "shape=(3, 1)")),
     "slopes-integers": ({"slopes": numpy.ones(3, int)}, ArgumentValueError, "slopes", ("floating", "int64")),
-    "ambiguous": ({"kv_len": 7}, ArgumentValueError, "q_offset", ("q_offset=2 (lower right", "q_offset=None")),
+    "ambiguous": ({"kv_len": 7}, ArgumentValueError, "q_offset", ('q_offset="lower_right" (2', "q_offset=None")),
     "length": ({"q_len": -1}, ArgumentValueError, "q_len", ("q_len>=0", "q_len=-1")),
     "length-float": ({"kv_len": 5.0}, ArgumentTypeError, "kv_len", ("integer", "5.0")),
     "offset-float": ({"q_offset": 1.5}, ArgumentTypeError, "q_offset", ("integer", "1.5")),

@@ -10,7 +10,7 @@ import numpy
 from mha_spec import steps
 from mha_spec.arguments import Arguments, spells_options
 from mha_spec.arrays import dtype_name
-from mha_spec.checks import check, check_cotangents, check_dropout_mask, refuse_unknown
+from mha_spec.checks import check, check_cotangents, check_dropout_mask, check_flag, refuse_unknown
 
 from .backward import gradients
 from .dropout import dropout_of
@@ -48,6 +48,7 @@ def attention(
     `dropout_key` is an integer seed; None takes one from `numpy.random`.
     """
     a = _arguments("attention", query, key, value, **options)
+    return_lse = check_flag("return_lse", return_lse)
     problem = Problem.of(a, dropout_of(a))
     output = Assembly(a, value.shape[3:], problem.query)
     lse = Assembly(a, (), problem.query) if return_lse else None

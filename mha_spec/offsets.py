@@ -1,0 +1,49 @@
+"""Where query 0 sits when an alignment is given by its name, of the lengths in use (MHA-POS-2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy
+
+from .arguments import offset_of_reading
+from .arrays import device_of, host_integers, library_of, namespace_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .arrays import Array
+
+__all__ = ["named_offset"]
+
+
+def named_offset(
+    reading: str,
+    q_lengths: Array | Sequence[int] | None,
+    kv_lengths: Array | Sequence[int] | None,
+    query: Array,
+    key: Array,
+) -> Array | int:
+    """Give the offset that a reading names, for each batch entry where there are lengths.
+
+    It is host data where the lengths are, else an array of the library of the query; lengths that cannot be read act
+    clamped (MHA-LEN-3). The third axis of query and key is that of queries and keys.
+    """
+    on_host = all(lengths is None or host_integers(lengths) is not None for lengths in (q_lengths, kv_lengths))
+    clamp = _clamp_on_host if on_host else _clamp
+    q_length, kv_length = clamp(q_lengths, query.shape[2], query), clamp(kv_lengths, key.shape[2], query)
+    return offset_of_reading(reading, q_length, kv_length)
+
+
+def _clamp_on_host(lengths: Array | Sequence[int] | None, size: int, _: Array) -> Array | int:
+    return size if lengths is None else numpy.clip(numpy.asarray(lengths, dtype=numpy.int64), 0, size)
+
+
+def _clamp(lengths: Array | Sequence[int] | None, size: int, like: Array) -> Array | int:
+    if lengths is None:
+        return size
+    xp, device = namespace_of(like), device_of(like)
+    integers = xp.arange(0, device=device).dtype
+    if library_of(lengths) != library_of(like):
+        lengths = xp.asarray(numpy.asarray(lengths), dtype=integers, device=device)
+    return xp.clip(xp.astype(lengths, integers, copy=False), 0, size)
