@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mha_spec.cache import KVCache
 
-from .core import attention, attention_vjp, attention_weights, merge_attention
+from .core import attention, attention_vjp, attention_weights, merge_attention, merge_attention_vjp
 from .layer import (
     alibi_bias,
     alibi_slopes,
@@ -35,6 +35,7 @@ __all__ = [
     "attention_weights",
     "empty_cache",
     "merge_attention",
+    "merge_attention_vjp",
     "multi_head_attention",
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",

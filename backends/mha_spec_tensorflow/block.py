@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
 
+from .merging import log_add_exp
 from .problem import sizes_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def _within(array: Array, start: Size, size: Size, axis: int) -> tuple[Size, Siz
 
 
 def _cut(array: Array, start: Size, size: Size, axis: int) -> Array:
-    if array.shape[axis] == 1 or covers(start, size, array.shape[axis]):
+    """A stretch of an axis; all of an axis of size 1, which broadcasts, unless the stretch is known to be empty."""
+    broadcasts = array.shape[axis] == 1 and not (isinstance(size, int) and size == 0)
+    if broadcasts or covers(start, size, array.shape[axis]):
         return array
     starts, sizes = [0] * len(array.shape), [-1] * len(array.shape)
     starts[axis], sizes[axis] = start, size
@@ -156,7 +159,7 @@ def softmax(x: Operands, found: Scores, *, needs_lse: bool) -> Softmax:
     zero = tf.zeros((), lse.dtype)
     share = _shown(tf.sigmoid(lse - x.sinks), seeing, zero)
     of_sink = _shown(tf.sigmoid(x.sinks - lse), seeing, tf.cast(x.sinks > -math.inf, lse.dtype))
-    return Softmax(weights, share, of_sink, _shown(lse + tf.math.softplus(x.sinks - lse), seeing, x.sinks))
+    return Softmax(weights, share, of_sink, _shown(log_add_exp(lse, x.sinks), seeing, x.sinks))
 
 
 def _shown(array: Array, visible: Array | None, otherwise: Array) -> Array:
@@ -212,5 +215,5 @@ def _of_places(problem: Problem, block: Block) -> Iterator[Array]:
         yield rows < block.of_rows(given.q_lengths)
     if given.kv_lengths is not None and not settled.kv_lengths:
         yield keys < block.of_rows(given.kv_lengths)
-    if given.q_segment_ids is not None and given.kv_segment_ids is not None and not settled.segments:
-        yield block.of_pairs(given.q_segment_ids) == block.of_pairs(given.kv_segment_ids)
+    for q_ids, kv_ids in () if settled.segments else given.segment_ids:
+        yield block.of_pairs(q_ids) == block.of_pairs(kv_ids)

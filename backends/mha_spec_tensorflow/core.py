@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy
 import tensorflow as tf
 
 from mha_spec.arguments import Arguments, spells_options
-from mha_spec.checks import check, check_cotangents, check_dropout_mask, check_halves, refuse_unknown
+from mha_spec.checks import (
+    check,
+    check_cotangents,
+    check_dropout_mask,
+    check_flag,
+    check_halves,
+    check_library,
+    check_merge_cotangents,
+    refuse_unknown,
+)
 
-from . import function
+from . import function, merging
 from .dropout import seed_of
-from .merging import merge
-from .unknown import settled
+from .unknown import ATTENTION, HALVES, settled
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -22,7 +31,10 @@ if TYPE_CHECKING:
     from mha_spec.arguments import NoOptions, Options, WeightOptions
     from mha_spec.reference import Gradients
 
-__all__ = ["attention", "attention_vjp", "attention_weights", "merge_attention"]
+__all__ = ["attention", "attention_vjp", "attention_weights", "merge_attention", "merge_attention_vjp"]
+
+KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
+"""The sizes that a trace must know."""
 
 
 @spells_options
@@ -39,8 +51,10 @@ def attention(
 
     `dropout_key` is an int, or one in a tensor; None is TensorFlow's global generator.
     """
-    a = _arguments("attention", query, key, value, **options)
-    output, lse = function.attention(a, seed_of(a), needs_lse=return_lse)
+    refuse_unknown(options, "attention")
+    needs_lse = check_flag("return_lse", return_lse)
+    a = _checked("attention", {"query": query, "key": key, "value": value, **options})[0]
+    output, lse = function.attention(a, seed_of(a), needs_lse=needs_lse)
     return output if lse is None else (output, lse)
 
 
@@ -52,7 +66,8 @@ def attention_weights(
     **options: Unpack[WeightOptions],
 ) -> Float[tf.Tensor, "batch heads q_len kv_len"]:
     """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
-    return function.weights(_arguments("attention_weights", query, key, None, **options))
+    refuse_unknown(options, "attention_weights")
+    return function.weights(_checked("attention_weights", {"query": query, "key": key, "value": None, **options})[0])
 
 
 @spells_options
@@ -67,11 +82,15 @@ def attention_vjp(
     **options: Unpack[Options],
 ) -> Gradients:
     """The gradients that a tape gives of `attention`; see `mha_spec.reference.attention_vjp`."""
-    a = _arguments("attention_vjp", query, key, value, **options)
+    refuse_unknown(options, "attention_vjp")
+    cotangents = {"grad_output": grad_output, "grad_lse": grad_lse}
+    a, grad_output, grad_lse = _checked(
+        "attention_vjp", {"query": query, "key": key, "value": value, **options}, cotangents
+    )
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
-    found = function.vjp(a, grad_output, grad_lse)
-    return found.query, found.key, found.value, found.bias, found.sinks
+    gradients = function.vjp(a, grad_output, grad_lse)
+    return gradients.query, gradients.key, gradients.value, gradients.bias, gradients.sinks
 
 
 @spells_options
@@ -85,12 +104,47 @@ def merge_attention(
 ) -> tuple[Float[tf.Tensor, "batch heads q_len v_dim"], Float[tf.Tensor, "batch heads q_len"]]:
     """Two halves of one softmax; see `mha_spec.reference.merge_attention`."""
     refuse_unknown(options, "merge_attention")
-    check_halves(output_a, lse_a, output_b, lse_b)
-    return merge(output_a, lse_a, output_b, lse_b)
+    halves = settled(HALVES, {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b})
+    check_library("tensorflow", halves["output_a"], "output_a")
+    check_halves(**halves)
+    return merging.merge(**halves)
 
 
-def _arguments(
-    function: str, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor | None, /, **options: Unpack[Options]
-) -> Arguments:
-    refuse_unknown(options, function)
-    return check(settled(Arguments(query, key, value, **options)))
+@spells_options
+@tf.autograph.experimental.do_not_convert
+def merge_attention_vjp(
+    grad_output: Float[tf.Tensor, "batch heads q_len v_dim"],
+    output_a: Float[tf.Tensor, "batch heads q_len v_dim"],
+    lse_a: Float[tf.Tensor, "batch heads q_len"],
+    output_b: Float[tf.Tensor, "batch heads q_len v_dim"],
+    lse_b: Float[tf.Tensor, "batch heads q_len"],
+    *,
+    grad_lse: Float[tf.Tensor, "batch heads q_len"] | None = None,
+    **options: Unpack[NoOptions],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The gradients that a tape gives of `merge_attention`; see `mha_spec.reference.merge_attention_vjp`."""
+    refuse_unknown(options, "merge_attention_vjp")
+    halves = {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b}
+    halves = settled(HALVES, halves | {"grad_output": grad_output, "grad_lse": grad_lse})
+    grad_output, grad_lse = halves.pop("grad_output"), halves.pop("grad_lse")
+    check_library("tensorflow", halves["output_a"], "output_a")
+    check_halves(**halves)
+    check_merge_cotangents(grad_output, grad_lse, halves["output_a"])
+    return merging.gradients(grad_output, **halves, grad_lse=grad_lse)
+
+
+def _checked(name: str, options: dict[str, Any], others: dict[str, Any] | None = None) -> tuple[Any, ...]:
+    """The arguments of a call of attention, checked, and other tensors whose shapes depend on theirs."""
+    others = others or {}
+    tensors = settled(ATTENTION, options | others, KNOWN, aligned=_must_be_aligned(options))
+    rest = [tensors.pop(label) for label in others]
+    check_library("tensorflow", tensors["query"])
+    return check(Arguments(**tensors, function=name)), *rest
+
+
+def _must_be_aligned(options: dict[str, Any]) -> bool:
+    """Whether q_len and kv_len must be equal, since positions matter and no offset is given (MHA-POS-2)."""
+    causal, window = options.get("causal"), options.get("window")
+    bounded = isinstance(window, (list, tuple)) and any(bound is not None for bound in window)
+    positional = bounded or (isinstance(causal, (bool, numpy.bool)) and bool(causal))
+    return positional and options.get("q_offset") is None and options.get("kv_lengths") is None

@@ -70,9 +70,12 @@ def _product(weights: Array, value: Array, found: Scores) -> Array:
 
 
 def weigh(problem: Problem, x: Operands) -> Array:
-    """The normalised weights of the whole call, before dropout (MHA-WEIGHTS-1)."""
+    """The normalised weights of the whole call, before dropout (MHA-WEIGHTS-1).
+
+    A logit of -inf gives a weight of 0, but NaN in a row with NaN, at its hidden pairs too (MHA-NAN-1).
+    """
     found = scores(problem, x, whole(x))
     weights, share, _, _ = softmax(x, found, needs_lse=False)
-    if found.visible is not None:
-        weights = tf.where(found.visible, weights, tf.zeros((), weights.dtype))
+    if found.seeing is not None:
+        weights = tf.where(found.seeing, weights, tf.zeros((), weights.dtype))
     return weights if share is None or x.sinks is None else weights * share

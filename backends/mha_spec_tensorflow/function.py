@@ -13,14 +13,14 @@ The backward takes the path of its forward.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 from tensorflow.python.eager.forwardprop_util import pack_tangents
 
 from . import forward
 from .backward import gradients
-from .problem import Operands, folded, problem_of, softmax_dtype, unfolded
+from .problem import Operands, folded, problem_of, sizes_of, softmax_dtype, unfolded
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -75,6 +75,8 @@ def vjp(a: Arguments, grad_output: Array, grad_lse: Array | None) -> Operands:
     grad_output = folded(tf.cast(grad_output, dtype), a.kv_heads)
     grad_lse = None if grad_lse is None else folded(tf.cast(grad_lse, dtype), a.kv_heads)[..., None]
     found = gradients(problem_of(a), x, grad_output, grad_lse)
+    if a.bias is not None:
+        found = found._replace(bias=_summed(found.bias, a.bias))
     given = (a.query, a.key, a.value, a.bias, a.sinks)
     return Operands(*(_like(one, operand) for one, operand in zip(found, given, strict=True)))
 
@@ -84,18 +86,38 @@ def weights(a: Arguments) -> Array:
     return tf.cast(unfolded(forward.weigh(problem_of(a), _operands(a))), a.query.dtype)
 
 
+def _summed(gradient: Array, bias: Array) -> Array:
+    """The gradient of a bias that was spread, summed over the axes that are 1 when it runs (MHA-DTYPE-2)."""
+    if bias.shape.is_fully_defined():
+        return gradient
+    spread: Any = unfolded(gradient)
+    reduced: Any = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(bias), s1=tf.shape(spread))
+    return tf.reduce_sum(spread, reduced[0])
+
+
 def _like(gradient: Array | None, operand: Array | None) -> Array | None:
     if gradient is None or operand is None:
         return None
-    return tf.cast(tf.reshape(gradient, tf.shape(operand)), operand.dtype)
+    gradient = tf.cast(tf.reshape(gradient, tf.shape(operand)), operand.dtype)
+    gradient.set_shape(operand.shape)
+    return gradient
 
 
 def _operands(a: Arguments) -> Operands:
     """The operands in the softmax's type, where there were heads with the axes (kv_heads, group)."""
     dtype = softmax_dtype(a.query)
     query, key, value, bias, sinks = (
-        None if one is None else tf.cast(one, dtype) for one in (a.query, a.key, a.value, a.bias, a.sinks)
+        None if one is None else tf.cast(one, dtype) for one in (a.query, a.key, a.value, _spread_bias(a), a.sinks)
     )
     query, bias = (None if one is None else folded(one, a.kv_heads) for one in (query, bias))
     sinks = None if sinks is None else tf.reshape(sinks, (1, a.kv_heads, -1, 1, 1))
     return Operands(query, key, key if value is None else value, bias, sinks)
+
+
+def _spread_bias(a: Arguments) -> Array | None:
+    """The bias, spread over the axes whose size is not known: over one that is 1 when it runs its gradient is a sum."""
+    if a.bias is None or a.bias.shape.is_fully_defined():
+        return a.bias
+    full = (*sizes_of(a.query)[:3], sizes_of(a.key)[2])
+    known = zip(a.bias.shape.as_list(), full, strict=True)
+    return tf.broadcast_to(a.bias, [whole if size is None else size for size, whole in known])

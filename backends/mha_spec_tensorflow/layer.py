@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import tensorflow as tf
 
-from mha_spec import layer_steps
+from mha_spec import layer_checks, layer_steps
 from mha_spec.arguments import spells_options
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
 from mha_spec.cache import KVCache
+from mha_spec.checks import check_library
+from mha_spec.errors import refuse_value
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
 from .core import attention, attention_weights
-from .problem import sizes_of
+from .unknown import ALIBI, APPENDED, LAYER, POSITIONS, ROTATED, settled, sizes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from typing import Unpack
 
     from jaxtyping import Float, Int
@@ -39,6 +42,36 @@ __all__ = [
     "multi_head_attention_weights",
     "rotary_embedding",
 ]
+
+
+KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
+"""The sizes that a trace must know."""
+
+
+def check(a: LayerArguments) -> LayerArguments:
+    """The arguments of a layer, each with all that is known of its shape, checked."""
+    params = {f"params[{name!r}]": one for name, one in a.params.items()} if isinstance(a.params, Mapping) else {}
+    options = {name: one for name, one in a.options.items() if name in LAYER}
+    alone = a.cache is None and a.key is not None and not options.keys() & {"q_offset", "kv_lengths"}
+    operands = {"query": a.query, "key": a.key, "value": a.value, **params, **options, **_of_cache(a.cache)}
+    tensors = settled(LAYER, operands, KNOWN, aligned=a.rotary is not None and alone)
+    a.query, a.key, a.value = (tensors[name] for name in ("query", "key", "value"))
+    a.params = {name: tensors[f"params[{name!r}]"] for name in a.params} if params else a.params
+    a.options |= {name: tensors[name] for name in options}
+    a.cache = _cache_of(tensors, a.cache)
+    check_library("tensorflow", a.query)
+    return layer_checks.check(a)
+
+
+def _of_cache(cache: KVCache | None) -> dict[str, Any]:
+    if not isinstance(cache, KVCache):
+        return {}
+    return {"cache.key": cache.key, "cache.value": cache.value, "cache.lengths": cache.lengths}
+
+
+def _cache_of(tensors: Mapping[str, Any], cache: KVCache | None) -> KVCache | None:
+    """The cache with its settled buffers; what is no cache, and is refused, as it is."""
+    return KVCache(*(tensors[name] for name in _of_cache(cache))) if isinstance(cache, KVCache) else cache
 
 
 def widen(x: Array) -> Array:
@@ -141,7 +174,7 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     """A buffer with new tokens at start[b] <= j < stop[b], and no other slot changed (MHA-CACHE-1, MHA-CACHE-4)."""
     if 0 in (buffer.shape[0], buffer.shape[2], new.shape[2]):
         return buffer
-    slots = tf.range(buffer.shape[2])
+    slots = tf.range(sizes_of(buffer)[2])
     start, stop = (tf.cast(one, tf.int32)[:, None] for one in (start, stop))
     taken = tf.clip_by_value(slots - start, 0, sizes_of(new)[2] - 1)
     written = tf.logical_and(slots >= start, slots < stop)
@@ -163,7 +196,7 @@ def combine(x: Array, weight: Array) -> Array:
     """The output is a linear map of all heads, summed in the softmax's type (MHA-PROJ-3)."""
     batch, length, heads, size = sizes_of(x)
     flat = tf.matmul(tf.reshape(widen(x), (-1, heads * size)), tf.reshape(widen(weight), (heads * size, -1)))
-    return tf.cast(tf.reshape(flat, (batch, length, weight.shape[2])), x.dtype)
+    return tf.cast(tf.reshape(flat, (batch, length, sizes_of(weight)[2])), x.dtype)
 
 
 def add_output_bias(x: Array, bias: Array | None) -> Array:
@@ -191,6 +224,7 @@ def alibi(slopes: Array, distances: Array) -> Array:
 
 _LAYER = Layer(
     LayerSteps(
+        check=check,
         project_in=project_in,
         normalise=normalise,
         positions=positions,
@@ -211,7 +245,21 @@ _LAYER = Layer(
 )
 
 empty_cache = tf.autograph.experimental.do_not_convert(_LAYER.empty_cache)
-append_cache = tf.autograph.experimental.do_not_convert(_LAYER.append_cache)
+
+
+@tf.autograph.experimental.do_not_convert
+def append_cache(
+    cache: KVCache,
+    key: Float[tf.Tensor, "batch kv_heads length qk_dim"],
+    value: Float[tf.Tensor, "batch kv_heads length v_dim"],
+    lengths: Int[tf.Tensor, "batch"] | Sequence[int] | None = None,
+) -> KVCache:
+    """A new cache with new tokens behind those of each batch entry; see `mha_spec.reference.append_cache`."""
+    operands = {"key": key, "value": value, "lengths": lengths, **_of_cache(cache)}
+    tensors = settled(APPENDED, operands, ("kv_heads", "qk_dim", "v_dim"))
+    settled_cache: Any = _cache_of(tensors, cache)
+    check_library("tensorflow", tensors["key"], "key")
+    return _LAYER.append_cache(settled_cache, tensors["key"], tensors["value"], tensors["lengths"])
 
 
 @spells_options
@@ -283,7 +331,25 @@ def rotary_embedding(
     rotary_dim: int | None = None,
 ) -> Float[tf.Tensor, "batch heads length size"]:
     """Positions as rotations; see `mha_spec.reference.rotary_embedding`."""
+    x, positions = _settled_rotation(x, positions)
     return _LAYER.rotary_embedding(x, positions, base=base, interleaved=interleaved, rotary_dim=rotary_dim)
+
+
+def _settled_rotation(x: Array, positions: Array) -> tuple[Array, Array]:
+    """x and its positions, whose rank decides what their axes are, with what is known of their shapes."""
+    tensors = settled({"x": ROTATED}, {"x": x, "positions": positions}, ("size",))
+    x, positions = tensors["x"], tensors["positions"]
+    check_library("tensorflow", x, "x")
+    if tf.executing_eagerly():
+        return x, positions
+    if tf.is_tensor(positions) and positions.shape.rank is None:
+        fix = "received shape=<unknown>. Say it with tf.ensure_shape."
+        refuse_value("MHA-ROTARY-6", f"`positions` must have a known rank when they are traced, {fix}")
+    layer_checks.check_positions(x, positions)
+    held = positions if library_of(positions) else numpy.asarray(positions)
+    layouts = {"x": ROTATED, "positions": POSITIONS[len(held.shape) - 1]}
+    tensors = settled(layouts, {"x": x, "positions": held})
+    return tensors["x"], tensors["positions"]
 
 
 def alibi_slopes(heads: int, *, dtype: str = "float32") -> Float[tf.Tensor, "heads"]:
@@ -300,4 +366,5 @@ def alibi_bias(
     q_offset: Int[tf.Tensor, "batch"] | Sequence[int] | int | None = None,
 ) -> Float[tf.Tensor, "batch* heads q_len kv_len"]:
     """Positions as a bias; see `mha_spec.reference.alibi_bias`."""
-    return _LAYER.alibi_bias(slopes, q_len, kv_len, q_offset=q_offset)
+    tensors = settled(ALIBI, {"slopes": slopes, "q_offset": q_offset})
+    return _LAYER.alibi_bias(tensors["slopes"], q_len, kv_len, q_offset=tensors["q_offset"])

@@ -1,30 +1,94 @@
-"""Two halves of one softmax, in operations whose gradients are right for empty halves as well."""
+"""Two halves of one softmax, and the gradients of joining them in closed form."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
+
+from mha_spec.arrays import dtype_name, softmax_dtype_name
 
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
-__all__ = ["merge"]
+__all__ = ["gradients", "log_add_exp", "merge"]
+
+
+class Halves(NamedTuple):
+    """Both halves in the softmax's type, with 0 for the output of an empty half (MHA-MERGE-2)."""
+
+    outputs: tuple[Array, Array]
+    lse: tuple[Array, Array]
+    empty: tuple[Array, Array]
+
+
+def log_add_exp(first: Array, second: Array) -> Array:
+    """ln(exp first + exp second), relative to the larger one, which cancels in the gradient (MHA-MERGE-1)."""
+    larger = tf.stop_gradient(tf.maximum(first, second))
+    anchor = tf.where(larger == -math.inf, tf.zeros((), larger.dtype), larger)
+    return anchor + tf.math.log(tf.exp(first - anchor) + tf.exp(second - anchor))
 
 
 def merge(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> tuple[Array, Array]:
-    """lse = ln(exp lse_a + exp lse_b); each output by its share, an empty half not at all (MHA-MERGE-1 to -3)."""
-    zero, nothing = tf.zeros((), lse_a.dtype), tf.constant(-math.inf, lse_a.dtype)
-    maximum = tf.stop_gradient(tf.maximum(lse_a, lse_b))
-    anchor = tf.where(maximum == nothing, zero, maximum)
-    parts = [tf.exp(lse - anchor) for lse in (lse_a, lse_b)]
-    total = parts[0] + parts[1]
-    empty = total == 0
-    total = tf.where(empty, tf.ones((), total.dtype), total)
-    outputs = [
-        tf.where((lse == nothing)[..., None], zero, (part / total)[..., None] * tf.cast(output, total.dtype))
-        for lse, part, output in zip((lse_a, lse_b), parts, (output_a, output_b), strict=True)
+    """The softmax over both halves (MHA-MERGE-1 to MHA-MERGE-6), with the gradients of MHA-MERGE-7."""
+
+    @tf.custom_gradient
+    def call(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> tuple:
+        halves = _halves(output_a, lse_a, output_b, lse_b)
+        lse, shares = _joined(halves)
+        parts = [share * output for share, output in zip(shares, halves.outputs, strict=True)]
+        output = tf.cast(parts[0] + parts[1], output_a.dtype)
+
+        def pull(grad_output: Array, grad_lse: Array) -> tuple[Array, ...]:
+            return gradients(grad_output, output_a, lse_a, output_b, lse_b, grad_lse)
+
+        return (output, tf.cast(tf.squeeze(lse, -1), lse_a.dtype)), pull
+
+    return call(output_a, lse_a, output_b, lse_b)
+
+
+def gradients(
+    grad_output: Array, output_a: Array, lse_a: Array, output_b: Array, lse_b: Array, grad_lse: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """The gradients of output_a, lse_a, output_b and lse_b, each in its operand's type (MHA-MERGE-7)."""
+    halves = _halves(output_a, lse_a, output_b, lse_b)
+    _, shares = _joined(halves)
+    dtype, zero = shares[0].dtype, tf.zeros((), shares[0].dtype)
+    grad_output = tf.cast(grad_output, dtype)
+    grad_lse = tf.zeros_like(shares[0]) if grad_lse is None else tf.expand_dims(tf.cast(grad_lse, dtype), -1)
+    apart = tf.reduce_sum(grad_output * (halves.outputs[0] - halves.outputs[1]), axis=-1, keepdims=True)
+    moved = tf.where(halves.empty[0] | halves.empty[1], zero, shares[0] * shares[1] * apart)
+    of_outputs = [tf.where(empty, zero, share * grad_output) for empty, share in zip(halves.empty, shares, strict=True)]
+    of_lse = [
+        tf.squeeze(tf.where(empty, zero, share * grad_lse + sign * moved), -1)
+        for empty, share, sign in zip(halves.empty, shares, (1, -1), strict=True)
     ]
-    merged = tf.where(empty, nothing, anchor + tf.math.log(total))
-    return tf.cast(outputs[0] + outputs[1], output_a.dtype), merged
+    found = of_outputs[0], of_lse[0], of_outputs[1], of_lse[1]
+    operands = output_a, lse_a, output_b, lse_b
+    grads = (tf.cast(gradient, operand.dtype) for gradient, operand in zip(found, operands, strict=True))
+    grad_a, grad_lse_a, grad_b, grad_lse_b = grads
+    return grad_a, grad_lse_a, grad_b, grad_lse_b
+
+
+def _halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> Halves:
+    wide = "float64" in (dtype_name(output_a), dtype_name(lse_a))
+    dtype = softmax_dtype_name("float64" if wide else "float32")
+    first, second = (tf.expand_dims(tf.cast(lse, dtype), -1) for lse in (lse_a, lse_b))
+    empty = first == -math.inf, second == -math.inf
+    zero = tf.zeros((), dtype)
+    output_a, output_b = (
+        tf.where(nothing, zero, tf.cast(output, dtype))
+        for nothing, output in zip(empty, (output_a, output_b), strict=True)
+    )
+    return Halves((output_a, output_b), (first, second), empty)
+
+
+def _joined(halves: Halves) -> tuple[Array, tuple[Array, Array]]:
+    """The lse of both, and the share of each half: 1 beside an empty one, whatever its own lse (MHA-MERGE-2)."""
+    first, second = halves.lse
+    both = tf.where(halves.empty[1], first, log_add_exp(first, second))
+    lse = tf.where(halves.empty[0], second, both)
+    one = tf.ones((), lse.dtype)
+    share_a, share_b = (tf.where(half == lse, one, tf.exp(half - lse)) for half in (first, second))
+    return lse, (share_a, share_b)

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy
 import tensorflow as tf
 
+from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import host_integers
+
+from .unknown import sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from .unknown import Size
 
-__all__ = ["Group", "Known", "Run", "plan_of", "unknown_plan"]
+__all__ = ["Group", "Known", "Run", "as_int64", "offset_of", "plan_of", "unknown_plan"]
 
 SCORES = 2**23
 """How many scores a block holds at most, as long as its queries keep within the bounds: 32 MiB in float32."""
@@ -98,10 +101,8 @@ class Known:
         self.left, self.right = left, 0 if a.causal else right
         self.offset = self._numbers(0 if a.q_offset is None else a.q_offset)
         self.q_lengths, self.kv_lengths = self._numbers(a.q_lengths), self._numbers(a.kv_lengths)
-        q_ids, kv_ids = _read(a.q_segment_ids), _read(a.kv_segment_ids)
-        read = isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray)
-        self.ids: tuple[numpy.ndarray, numpy.ndarray] | None = (q_ids, kv_ids) if read else None
-        """The segment ids of queries and of keys."""
+        self.ids = _numbered(_read(a.q_segment_ids), _read(a.kv_segment_ids))
+        """The segment ids of queries and of keys, numbered afresh."""
 
     def _numbers(self, value: Array | Sequence[int] | int | None) -> list[int] | None:
         found = None if value is None else host_integers(_read(value))
@@ -195,6 +196,44 @@ def _read(value: Array) -> Array:
     if not tf.is_tensor(value) or not tf.executing_eagerly() or "CPU" not in value.device:
         return value
     return value.numpy()
+
+
+def as_int64(value: Array | Sequence[int] | int) -> Array:
+    """Integers of any type as int64; those that it does not hold are the largest one."""
+    numbers = tf.convert_to_tensor(value)
+    wide = tf.cast(numbers, tf.int64)
+    return tf.where(wide < 0, tf.int64.max, wide) if numbers.dtype == tf.uint64 else wide
+
+
+def offset_of(a: Arguments) -> Array | Sequence[int] | int | None:
+    """The position of query 0, which may be given by the name of a reading (MHA-POS-2)."""
+    if not isinstance(a.q_offset, str):
+        return a.q_offset
+    lengths = _in_use(a.q_lengths, sizes_of(a.query)[2]), _in_use(a.kv_lengths, sizes_of(a.key)[2])
+    return offset_of_reading(a.q_offset, *lengths)
+
+
+def _in_use(lengths: Array | Sequence[int] | None, size: Size) -> Array | int:
+    """Lengths from 0 to the size of their axis, which no lengths mean; int64, on the host where that is possible."""
+    if isinstance(size, int):
+        if lengths is None:
+            return size
+        numbers = host_integers(_read(lengths))
+        if numbers is not None:
+            return numpy.clip(numpy.asarray(numbers, dtype=object), 0, size).astype(numpy.int64)
+    size = tf.cast(size, tf.int64)
+    return size if lengths is None else tf.clip_by_value(as_int64(lengths), 0, size)
+
+
+def _numbered(q_ids: Array | None, kv_ids: Array | None) -> tuple[numpy.ndarray, numpy.ndarray] | None:
+    """Segment ids of NumPy as small numbers of one type, equal where the ids are equal by value (MHA-SEG-1)."""
+    if not (isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray)):
+        return None
+    common = numpy.result_type(q_ids, kv_ids)
+    # No integer type of NumPy holds both uint64 and a signed type: their common type is a float, which rounds.
+    ids = numpy.concatenate([q_ids.ravel(), kv_ids.ravel()], dtype=object if common.kind == "f" else common)
+    numbers = numpy.unique(ids, return_inverse=True)[1].astype(numpy.int32)
+    return numbers[: q_ids.size].reshape(q_ids.shape), numbers[q_ids.size :].reshape(kv_ids.shape)
 
 
 def _of(numbers: list[int] | None, entries: range) -> list[int] | None:

@@ -6,16 +6,15 @@ values are never repeated (MHA-HEAD-1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy
 import tensorflow as tf
 
 from mha_spec.arrays import dtype_name, softmax_dtype_name
 from mha_spec.steps import scale_of
 
-from .plan import Known, plan_of, unknown_plan
+from .plan import Known, as_int64, offset_of, plan_of, unknown_plan
 from .unknown import Size, sizes_of
 
 if TYPE_CHECKING:
@@ -46,8 +45,8 @@ class Given(NamedTuple):
     q_offset: Array | None
     q_lengths: Array | None
     kv_lengths: Array | None
-    q_segment_ids: Array | None
-    kv_segment_ids: Array | None
+    segment_ids: tuple[tuple[Array, Array], ...]
+    """Pairs of integers for queries and keys, all of which agree in one segment."""
     dropout_mask: Array | None
     dropout_seed: Array | None
 
@@ -76,6 +75,7 @@ class Problem:
 
 def problem_of(a: Arguments, seed: Array | None = None) -> Problem:
     """Read the options of a call."""
+    a = replace(a, q_offset=offset_of(a))
     known = Known(a)
     constraints = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.q_segment_ids, known.left, known.right)
     excludes = any(one is not None for one in constraints)
@@ -87,14 +87,12 @@ def problem_of(a: Arguments, seed: Array | None = None) -> Problem:
 
 def _given(a: Arguments, known: Known, seed: Array | None) -> Given:
     mask, dropout_mask = (None if one is None else folded(one, a.kv_heads) for one in (a.mask, a.dropout_mask))
-    q_ids, kv_ids = _ids(*known.ids or (a.q_segment_ids, a.kv_segment_ids))
     return Given(
         mask,
-        _per_entry(known.offset if a.q_offset is None else a.q_offset),
+        _per_entry(0 if a.q_offset is None else a.q_offset),
         _per_entry(a.q_lengths),
         _per_entry(a.kv_lengths),
-        None if q_ids is None else q_ids[:, None, None, :, None],
-        None if kv_ids is None else kv_ids[:, None, None, None, :],
+        _segment_ids(a, known),
         dropout_mask,
         seed,
     )
@@ -104,20 +102,31 @@ def _per_entry(value: Array | Sequence[int] | int | None) -> Array | None:
     """One number, or one for each batch entry; int32, beyond whose range a length is that of its buffer (MHA-LEN-3)."""
     if value is None:
         return None
-    numbers = tf.cast(tf.convert_to_tensor(value), tf.int64)
-    return tf.reshape(tf.cast(tf.clip_by_value(numbers, -(2**31), 2**31 - 1), tf.int32), (-1, 1, 1, 1, 1))
+    numbers = tf.clip_by_value(as_int64(value), -(2**31), 2**31 - 1)
+    return tf.reshape(tf.cast(numbers, tf.int32), (-1, 1, 1, 1, 1))
 
 
-def _ids(q_ids: Array | None, kv_ids: Array | None) -> tuple[Array | None, Array | None]:
-    """Segment ids of one type; those of NumPy are numbered afresh, so that none is cut (MHA-SEG-1)."""
-    if q_ids is None or kv_ids is None:
-        return None, None
-    if isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray):
-        numbers = numpy.unique(numpy.concatenate([q_ids.ravel(), kv_ids.ravel()]), return_inverse=True)[1]
-        numbers = numbers.astype(numpy.int32)
-        q_ids, kv_ids = numbers[: q_ids.size].reshape(q_ids.shape), numbers[q_ids.size :].reshape(kv_ids.shape)
-        return tf.convert_to_tensor(q_ids), tf.convert_to_tensor(kv_ids)
-    return tf.cast(q_ids, tf.int64), tf.cast(kv_ids, tf.int64)
+def _segment_ids(a: Arguments, known: Known) -> tuple[tuple[Array, Array], ...]:
+    """Pairs of integers for queries and keys, all of which agree where the ids are equal by value (MHA-SEG-1).
+
+    Ids that the host read are small. Of others, a number beyond int64 becomes a negative one, which the second pair
+    tells from the negative numbers of another type.
+    """
+    if a.q_segment_ids is None or a.kv_segment_ids is None:
+        return ()
+    q_ids, kv_ids = (tf.convert_to_tensor(ids) for ids in known.ids or (a.q_segment_ids, a.kv_segment_ids))
+    if known.ids is not None:
+        return (_beside(q_ids, kv_ids),)
+    q_low, kv_low = tf.cast(q_ids, tf.int64), tf.cast(kv_ids, tf.int64)
+    if q_ids.dtype == kv_ids.dtype or tf.uint64 not in (q_ids.dtype, kv_ids.dtype):
+        return (_beside(q_low, kv_low),)
+    beyond = ((low < 0) & ids.dtype.is_unsigned for low, ids in ((q_low, q_ids), (kv_low, kv_ids)))
+    return _beside(q_low, kv_low), _beside(*beyond)
+
+
+def _beside(of_queries: Array, of_keys: Array) -> tuple[Array, Array]:
+    """(batch, q_len) and (batch, kv_len) as arrays of pairs that broadcast."""
+    return of_queries[:, None, None, :, None], of_keys[:, None, None, None, :]
 
 
 def softmax_dtype(query: Array) -> tf.DType:
@@ -128,7 +137,7 @@ def softmax_dtype(query: Array) -> tf.DType:
 def folded(array: Array, kv_heads: int) -> Array:
     """(batch, heads, ...) to (batch, kv_heads, group, ...), with heads=1 to (batch, 1, 1, ...)."""
     batch, heads, *rest = sizes_of(array)
-    kv_heads = min(heads, kv_heads)
+    kv_heads = min(heads, kv_heads) if isinstance(heads, int) else tf.minimum(heads, kv_heads)
     return tf.reshape(array, (batch, kv_heads, heads // kv_heads, *rest))
 
 

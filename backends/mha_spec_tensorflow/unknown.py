@@ -1,25 +1,104 @@
-"""Sizes that are not known when a call is traced: of batch, q_len and kv_len; every other must be."""
+"""Shapes that are not fully known when a call is traced.
+
+The tables say which size each axis of each argument has. A size that one argument is known to have holds for all of
+them; what remains unknown is compared when the graph runs, by assertions on which every result depends. They raise
+`tf.errors.InvalidArgumentError` with the message of the check and its clause. XLA drops assertions: under
+`jit_compile=True` a shape is refused only where it is known when the call is traced.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 
-from mha_spec.errors import ArgumentValueError
+from mha_spec.arrays import library_of
+from mha_spec.errors import refuse_value
+from mha_spec.parameters import AXES
 
 if TYPE_CHECKING:
-    from mha_spec.arguments import Arguments
+    from collections.abc import Iterable, Mapping
+
     from mha_spec.arrays import Array
 
-__all__ = ["Size", "settled", "sizes_of"]
+__all__ = ["ALIBI", "APPENDED", "ATTENTION", "HALVES", "LAYER", "POSITIONS", "ROTATED", "Size", "settled", "sizes_of"]
 
 Size: TypeAlias = "int | Array"
 """A size that is known, or a scalar tensor that holds it."""
 
-AXES = ("batch", "heads", "length", "size")
-SOMETIMES_UNKNOWN = ("batch", "length")
+
+class Layout(NamedTuple):
+    """The axes of an argument, and the clause that demands them; an axis marked `*` may be 1 and broadcast."""
+
+    axes: str
+    clause: str
+
+    @property
+    def sizes(self) -> list[str]:
+        """The name of the size of each axis."""
+        return self.axes.replace("*", "").split()
+
+    @property
+    def broadcasts(self) -> list[bool]:
+        """Which axes may be 1."""
+        return [axis.endswith("*") for axis in self.axes.split()]
+
+
+_PAIRS, _ROWS = "batch* heads* q_len* kv_len*", "batch heads q_len"
+_PER_ENTRY = dict.fromkeys(("q_offset", "q_lengths", "kv_lengths"), Layout("batch", "MHA-LEN-3"))
+
+ATTENTION = {
+    "query": Layout("batch heads q_len qk_dim", "MHA-SHAPE-1"),
+    "key": Layout("batch kv_heads kv_len qk_dim", "MHA-SHAPE-3"),
+    "value": Layout("batch kv_heads kv_len v_dim", "MHA-SHAPE-3"),
+    "mask": Layout(_PAIRS, "MHA-MASK-2"),
+    "bias": Layout(_PAIRS, "MHA-BIAS-1"),
+    "dropout_mask": Layout(_PAIRS, "MHA-MASK-2"),
+    **_PER_ENTRY,
+    "q_segment_ids": Layout("batch q_len", "MHA-SEG-1"),
+    "kv_segment_ids": Layout("batch kv_len", "MHA-SEG-1"),
+    "sinks": Layout("heads", "MHA-SINK-1"),
+    "grad_output": Layout(f"{_ROWS} v_dim", "MHA-VJP-7"),
+    "grad_lse": Layout(_ROWS, "MHA-VJP-7"),
+}
+"""The arguments of attention, its weights and its gradients."""
+
+HALVES = {
+    f"{kind}_{half}": Layout(axes, "MHA-MERGE-4")
+    for half in "ab"
+    for kind, axes in {"output": f"{_ROWS} v_dim", "lse": _ROWS}.items()
+} | {"grad_output": Layout(f"{_ROWS} v_dim", "MHA-MERGE-7"), "grad_lse": Layout(_ROWS, "MHA-MERGE-7")}
+"""The arguments of merging and of its gradients."""
+
+_CACHE = {
+    "cache.key": Layout("batch kv_heads capacity qk_dim", "MHA-CACHE-7"),
+    "cache.value": Layout("batch kv_heads capacity v_dim", "MHA-CACHE-7"),
+    "cache.lengths": Layout("batch", "MHA-CACHE-7"),
+}
+
+LAYER = {
+    "query": Layout("batch q_len embed", "MHA-LAYER-2"),
+    "key": Layout("batch kv_len k_embed", "MHA-LAYER-2"),
+    "value": Layout("batch kv_len v_embed", "MHA-LAYER-2"),
+    **_PER_ENTRY,
+    **{f"params[{name!r}]": Layout(" ".join(axes), "MHA-PROJ-4") for name, axes in AXES.items()},
+    **_CACHE,
+}
+"""The arguments of the layer that do not reach attention as they are."""
+
+APPENDED = {
+    "key": Layout("batch kv_heads length qk_dim", "MHA-CACHE-7"),
+    "value": Layout("batch kv_heads length v_dim", "MHA-CACHE-7"),
+    "lengths": Layout("batch", "MHA-LEN-3"),
+    **_CACHE,
+}
+"""The arguments of append_cache."""
+
+ALIBI = {"slopes": Layout("heads", "MHA-ALIBI-3"), "q_offset": Layout("batch", "MHA-LEN-3")}
+
+ROTATED = Layout("batch heads length size", "MHA-ROTARY-6")
+POSITIONS = (Layout("length", "MHA-ROTARY-6"), Layout("batch length", "MHA-ROTARY-6"))
+"""The positions of rotary_embedding, of rank 1 and 2."""
 
 
 def sizes_of(array: Array) -> list[Size]:
@@ -31,68 +110,155 @@ def sizes_of(array: Array) -> list[Size]:
     return [found[axis] if size is None else size for axis, size in enumerate(known)]
 
 
-def settled(a: Arguments) -> Arguments:
-    """Give each of query, key and value the sizes that the others are known to have, and variables as tensors.
+def _tensor_of(value: Any) -> Any:
+    """A variable, of TensorFlow or of Keras, as a tensor; anything else as it is."""
+    if isinstance(value, tf.Tensor) or not (isinstance(value, tf.Variable) or hasattr(value, "__tf_tensor__")):
+        return value
+    return tf.convert_to_tensor(value)
+
+
+def settled(
+    layouts: Mapping[str, Layout], arguments: Mapping[str, Any], known: Iterable[str] = (), *, aligned: bool = False
+) -> dict[str, Any]:
+    """The arguments, with variables as tensors, and each with all that is known of its shape.
+
+    Args:
+        layouts: The axes of the arguments; one without a layout is left as it is.
+        arguments: Any values by name.
+        known: The sizes that must be known when a call is traced.
+        aligned: Whether q_len and kv_len must be equal (MHA-POS-2).
 
     Raises:
-        ArgumentValueError: A rank, a number of heads or a size of vectors is not known.
+        ArgumentValueError: A size that must be known is not.
     """
-    tensors = {name: getattr(a, name) for name in a.__slots__}
-    read: dict[str, Any] = {name: _read(one) for name, one in tensors.items() if isinstance(one, tf.Variable)}
-    a = replace(a, **read) if read else a
-    given = [one for one in (a.query, a.key, a.value) if tf.is_tensor(one)]
-    if all(one.shape.is_fully_defined() for one in given):
-        return a
-    for label in ("query", "key", "value"):
-        _refuse_unknown_axes(label, getattr(a, label))
-    batch = next((one.shape[0] for one in given if one.shape[0] is not None), None)
-    kv_len = next((one.shape[2] for one in given[1:] if one.shape[2] is not None), None)
-    key, value = (None if one is None else _known(one, batch, kv_len) for one in (a.key, a.value))
-    query = _aligned(a, _known(a.query, batch, a.query.shape[2]))
-    return replace(a, query=query, key=key, value=value, bias=_full(a.bias, query, key))
+    values = {name: _tensor_of(value) for name, value in arguments.items()}
+    if tf.executing_eagerly() or not any(map(_is_open, values.values())):
+        return values
+    shapes = {name: _shape(layouts[name], value) for name, value in values.items() if name in layouts}
+    shapes = {name: shape for name, shape in shapes.items() if shape is not None}
+    sizes = _known_sizes(layouts, shapes)
+    if aligned:
+        sizes = _of_equal_lengths(sizes)
+    for name, shape in shapes.items():
+        _refuse_unknown_sizes(name, layouts[name], shape, sizes, known)
+    return values | _Run(layouts, values, shapes, sizes).asserted(aligned=aligned)
 
 
-def _read(variable: tf.Variable) -> Array:
-    return tf.convert_to_tensor(variable)
+def _is_open(value: Any) -> bool:
+    return isinstance(value, tf.Tensor) and not value.shape.is_fully_defined()
 
 
-def _refuse_unknown_axes(label: str, tensor: Array) -> None:
-    if not tf.is_tensor(tensor) or tensor.shape.rank not in (None, 4):
-        return
-    sizes = [None] * 4 if tensor.shape.rank is None else tensor.shape.as_list()
-    for axis, size in zip(AXES, sizes, strict=True):
-        if size is None and (axis not in SOMETIMES_UNKNOWN or tensor.shape.rank is None):
-            name = "rank" if tensor.shape.rank is None else axis
-            received = f"received shape={tensor.shape}. Say it with tf.ensure_shape"
-            raise ArgumentValueError(f"`{label}` must have a known {name} when it is traced, {received}. [MHA-SHAPE-1]")
+def _shape(layout: Layout, value: Any) -> list[int | None] | None:
+    """What is known of a shape of the rank that the layout has; None for another rank or another kind of value."""
+    shape: list[int | None]
+    if isinstance(value, tf.Tensor):
+        shape = [None] * len(layout.sizes) if value.shape.rank is None else value.shape.as_list()
+    elif isinstance(value, (list, tuple)):
+        shape = [len(value)]
+    elif library_of(value) == "numpy":
+        shape = [*value.shape]
+    else:
+        return None
+    return shape if len(shape) == len(layout.sizes) else None
 
 
-def _known(tensor: Array, batch: int | None, length: int | None) -> Array:
-    """The tensor with what is known of two of its sizes, which is looked at again when it is there."""
-    if tensor.shape.rank != 4:
-        return tensor
-    shape = tensor.shape.merge_with([batch if tensor.shape[0] is None else None, None, None, None])
-    if tensor.shape[2] is None and length is not None:
-        shape = shape.merge_with([None, None, length, None])
-    return tensor if shape.as_list() == tensor.shape.as_list() else tf.ensure_shape(tensor, shape)
+def _known_sizes(layouts: Mapping[str, Layout], shapes: Mapping[str, list[int | None]]) -> dict[str, int]:
+    """The first number that is known of each size; 1 says nothing of an axis that may broadcast."""
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        layout = layouts[name]
+        for size, broadcasts, number in zip(layout.sizes, layout.broadcasts, shape, strict=True):
+            if number is not None and not (broadcasts and number == 1):
+                sizes.setdefault(size, number)
+    return sizes
 
 
-def _full(bias: Array | None, query: Array, key: Array) -> Array | None:
-    """The bias, spread where a size that is not known may turn out to be 1: over such an axis its gradient is a sum."""
-    if bias is None or not tf.is_tensor(bias) or bias.shape.rank != 4 or bias.shape.is_fully_defined():
-        return bias
-    batch, heads, q_len, _ = sizes_of(query)
-    found = zip(sizes_of(bias), (batch, heads, q_len, sizes_of(key)[2]), strict=True)
-    return tf.broadcast_to(bias, [full if tf.is_tensor(size) and tf.is_tensor(full) else size for size, full in found])
+def _of_equal_lengths(sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes, where q_len and kv_len are one size."""
+    length = sizes.get("q_len", sizes.get("kv_len"))
+    return sizes if length is None else {"q_len": length, "kv_len": length} | sizes
 
 
-def _aligned(a: Arguments, query: Array) -> Array:
-    """The query, where the diagonal rests on equal lengths only if they turn out to be equal (MHA-POS-2)."""
-    q_len, kv_len = query.shape[2], a.key.shape[2]
-    if not a.positional or a.q_offset is not None or a.kv_lengths is not None or None not in (q_len, kv_len):
-        return query
-    message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. [MHA-POS-2]"
-    if (q_len is None) != (kv_len is None):
-        raise ArgumentValueError(f"{message} Of q_len={q_len} and kv_len={kv_len} one is not known.")
-    with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(query)[2], tf.shape(a.key)[2], message)]):
-        return tf.identity(query)
+def _refuse_unknown_sizes(
+    name: str, layout: Layout, shape: list[int | None], sizes: Mapping[str, int], known: Iterable[str]
+) -> None:
+    for size in layout.sizes:
+        if size in known and size not in sizes:
+            refuse_value(
+                layout.clause,
+                f"`{name}` must have a known {size} when it is traced, received shape={tuple(shape)}. "
+                "Say it with tf.ensure_shape.",
+            )
+
+
+class _Run:
+    """The assertions about one call when its graph runs."""
+
+    def __init__(
+        self,
+        layouts: Mapping[str, Layout],
+        values: Mapping[str, Any],
+        shapes: Mapping[str, list[int | None]],
+        sizes: Mapping[str, int],
+    ) -> None:
+        self.layouts, self.shapes = layouts, shapes
+        self.tensors = {name: values[name] for name in shapes if isinstance(values[name], tf.Tensor)}
+        self.sizes: dict[str, Size] = {**sizes}
+
+    def asserted(self, *, aligned: bool) -> dict[str, Array]:
+        """The tensors, each after all assertions and with what is known of its shape."""
+        ranks = [self._of_rank(name) for name, one in self.tensors.items() if one.shape.rank is None]
+        with tf.control_dependencies(ranks):
+            shapes = {name: tf.shape(one) for name, one in self.tensors.items()}
+        self._complete(shapes)
+        with tf.control_dependencies([self._of_lengths(shapes)] if aligned else []):
+            checks = [self._of_shape(name, shape) for name, shape in shapes.items()]
+        with tf.control_dependencies(checks):
+            # A tensor that is given twice stays one tensor, of which the layer takes one product.
+            unique = {id(one): tf.identity(one) for one in self.tensors.values()}
+        after = {name: unique[id(one)] for name, one in self.tensors.items()}
+        for name, one in after.items():
+            one.set_shape(self._static(name))
+        return after
+
+    def _complete(self, shapes: Mapping[str, Array]) -> None:
+        """Take a size that is not known from the first tensor that has it and does not broadcast."""
+        for name, shape in shapes.items():
+            layout = self.layouts[name]
+            for axis, (size, broadcasts) in enumerate(zip(layout.sizes, layout.broadcasts, strict=True)):
+                if not broadcasts and size not in self.sizes:
+                    self.sizes[size] = shape[axis]
+
+    def _of_rank(self, name: str) -> Any:
+        layout, rank = self.layouts[name], tf.rank(self.tensors[name])
+        message = f"`{name}` must have rank {len(layout.sizes)}, ({', '.join(layout.sizes)}), received rank="
+        return _assertion(rank == len(layout.sizes), message, rank, layout.clause)
+
+    def _of_lengths(self, shapes: Mapping[str, Array]) -> Any:
+        axes = {"query": "q_len", "key": "kv_len"}
+        lengths = tf.stack([shapes[name][self.layouts[name].sizes.index(size)] for name, size in axes.items()])
+        message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. Received "
+        return _assertion(lengths[0] == lengths[1], f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
+
+    def _of_shape(self, name: str, shape: Array) -> Any:
+        layout = self.layouts[name]
+        expected = tf.stack([self.sizes.get(size, 1) for size in layout.sizes])
+        fits = (shape == expected) | (tf.constant(layout.broadcasts) & (shape == 1))
+        verb = "broadcast to" if any(layout.broadcasts) else "have shape"
+        message = f"`{name}` must {verb} ({', '.join(layout.sizes)})="
+        return _assertion(tf.reduce_all(fits), message, expected, "received shape=", shape, layout.clause)
+
+    def _static(self, name: str) -> list[int | None]:
+        layout = self.layouts[name]
+        known = zip(layout.sizes, layout.broadcasts, self.shapes[name], strict=True)
+        return [
+            number if number is not None or broadcasts or not isinstance(self.sizes[size], int) else self.sizes[size]
+            for size, broadcasts, number in known
+        ]
+
+
+def _assertion(condition: Array, *data: Any) -> Any:
+    *message, clause = data
+    return tf.raw_ops.Assert(
+        condition=condition, data=[*map(tf.convert_to_tensor, message), f"[{clause}]"], summarize=8
+    )
