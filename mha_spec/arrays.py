@@ -142,10 +142,10 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
     """Read integers on the host (a number, a sequence, a NumPy array); None for arrays that must not be read."""
     if isinstance(value, int):
         return [value]
-    if isinstance(value, (list, tuple)) and not any(isinstance(entry, (list, tuple)) for entry in value):
-        return [int(entry) for entry in value]
-    if isinstance(value, (list, tuple, numpy.integer)):
-        value = numpy.asarray(value)
+    if isinstance(value, (list, tuple)):
+        return [int(entry) for entry in cast("Sequence[int]", value)]
+    if isinstance(value, numpy.integer):
+        return [int(cast("int", value))]
     if not isinstance(value, numpy.ndarray):
         return None
     return cast("list[int]", (value if value.ndim == 1 else value.reshape(-1)).tolist())
@@ -181,7 +181,7 @@ def _digits(ids: Array, like: Array) -> tuple[Array, Array]:
         low = xp.astype(ids, integers, copy=False)
         return low, xp.astype((low < 0) & dtype_name(ids).startswith("uint"), integers)
     host = numpy.dtype(dtype_name(xp.arange(0)))
-    low = ids.astype(host)
+    low = cast("Any", ids.astype(host))
     high = (ids.astype(object) - low.astype(object)) // 2 ** (8 * host.itemsize)
     return _moved(low, like), _moved(high.astype(host), like)
 

@@ -88,10 +88,9 @@ def refuse_unknown(options: Mapping[str, object], function: str = "attention") -
 
 def check_tensors(a: Arguments) -> None:
     """Query, key and value are rank-4 arrays of one library, one floating dtype and one device (MHA-SHAPE-3)."""
-    if a.value is None and a.weighs:
-        tensors = {"query": a.query, "key": a.key}
-    else:
-        tensors = {"query": a.query, "key": a.key, "value": a.value}
+    tensors: dict[str, Array] = {"query": a.query, "key": a.key}
+    if a.value is not None or not a.weighs:
+        tensors["value"] = a.value
     if _alike(*tensors.values()):
         return
     expected = None
@@ -117,9 +116,8 @@ def check_tensors(a: Arguments) -> None:
 
 def of_one_class(first: Array, *others: Array) -> bool:
     """Whether all are dense arrays of one class, and so of one library (MHA-ARG-4)."""
-    cls = type(first)
     for other in others:
-        if type(other) is not cls:
+        if type(other) is not type(first):
             return False
     return library_of(first) is not None
 

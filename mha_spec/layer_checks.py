@@ -199,7 +199,7 @@ def _one_of_each_kind(params: Mapping[str, Array]) -> Iterable[str]:
     """The first name of each class, dtype and device that there is among parameters."""
     kinds: dict[Any, str] = {}
     for name, one in params.items():
-        kind = (type(one), getattr(one, "dtype", None), getattr(one, "device", None), storage_of(one))
+        kind: Any = (type(one), getattr(one, "dtype", None), getattr(one, "device", None), storage_of(one))
         kinds.setdefault(kind, name)
     return kinds.values()
 
@@ -432,13 +432,13 @@ def check_slope_dtype(dtype: object) -> None:
 SLOPE_DTYPES = ("float32", "float64")
 
 
-def check_alibi(slopes: object, q_len: int, kv_len: int, offset: Array | Sequence[int] | int | str | None) -> None:
+def check_alibi(slopes: Any, q_len: int, kv_len: int, offset: Array | Sequence[int] | int | str | None) -> None:
     """Slopes are a number of heads or an array (heads,), and positions are known (MHA-ALIBI-3, MHA-POS-2)."""
     library = library_of(slopes)
     if library is None:
         check_heads(slopes, "slopes")
     elif require_array("slopes", slopes, "MHA-ALIBI-3") and (
-        len(tuple(slopes.shape)) != 1 or dtype_name(slopes) not in FLOATING
+        len(slopes.shape) != 1 or dtype_name(slopes) not in FLOATING
     ):
         raise ArgumentValueError(
             f"`slopes` must be a number of heads or a floating array of shape (heads,), "
@@ -457,7 +457,7 @@ def check_alibi(slopes: object, q_len: int, kv_len: int, offset: Array | Sequenc
         check_offset(offset, _of_as_many_entries(offset))
 
 
-def _of_as_many_entries(offset: object) -> Array:
+def _of_as_many_entries(offset: Any) -> Array:
     """An array with a batch entry for each offset, which alone says how many there are."""
     if library_of(offset) is not None and len(offset.shape) == 1:
         return offset

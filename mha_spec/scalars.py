@@ -7,7 +7,7 @@ Python number that changes between the calls of a compiled function, counts as t
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy
 
@@ -21,12 +21,12 @@ LONGEST = 80
 _SYMBOLIC = {"SymInt": int, "SymFloat": float}
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """Give the Python value that a scalar of NumPy holds, and anything else as it is."""
     if not isinstance(value, numpy.generic):
         return value
-    held = value.item()
-    return float(held) if isinstance(held, numpy.floating) else held  # longdouble holds itself
+    held: object = cast("Any", value).item()
+    return float(cast("float", held)) if isinstance(held, numpy.floating) else held  # longdouble holds itself
 
 
 @lru_cache(maxsize=1024)
