@@ -39,9 +39,10 @@ def check(
     jobs: int = 1,
     dtypes: tuple[str, ...] = (),
     limit: float = 60.0,
+    cases: Path | None = None,
 ) -> int:
     """Judge a target, print the verdict, write the report; give the exit status."""
-    suite = load()
+    suite = load(cases)
     settings = Settings(
         selection=_selection(suite, only, dtypes),
         required=_among("--require", required, (*_features(suite), *FLOATING)),

@@ -78,6 +78,7 @@ def check(
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
     dtypes: Annotated[list[str] | None, typer.Option(help="Only these dtypes, as in float32,float16.")] = None,
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one case may take.")] = 60.0,
+    cases: Annotated[Path | None, typer.Option(help="Ask the cases of this folder, as `fuzz --save` writes.")] = None,
 ) -> None:
     """Judge a target: 0 = all that was asked passed, 1 = not, 2 = it could not be judged."""
     from . import check as checking
@@ -93,6 +94,44 @@ def check(
             max_fail=max_fail,
             jobs=jobs,
             dtypes=_names(dtypes),
+            limit=timeout,
+            cases=cases,
+        )
+    except KeyboardInterrupt:
+        print("mha-spec: interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    raise typer.Exit(status)
+
+
+@app.command()
+def fuzz(
+    target: Annotated[str, typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")],
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to search.")] = 60.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same calls.")] = 0,
+    world: Annotated[
+        str | None, typer.Option(help="How a backend of ours is called, as in jit, vmap, compile, function.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these functions, as in attention,attention_vjp.")] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="A deviation that is meant, as in mask_polarity=true_hides.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the faults as cases to this folder.")] = None,
+    max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after so many faults.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one call may take.")] = 60.0,
+) -> None:
+    """Ask a target random calls: 0 = no fault was found, 1 = some were, 2 = it could not be judged."""
+    from . import fuzz as fuzzing
+
+    try:
+        status = fuzzing.fuzz(
+            target=target,
+            seconds=seconds,
+            seed=seed,
+            world=world,
+            functions=_names(only),
+            accepted=tuple(accept or ()),
+            folder=save,
+            max_fail=max_fail,
             limit=timeout,
         )
     except KeyboardInterrupt:

@@ -1,0 +1,89 @@
+"""One drawn call, asked and judged: the same question, answer and judgement as `mha-spec check` has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mha_spec_conformance.asking.selection import Selection, asks
+from mha_spec_conformance.judging.diagnosis import Diagnosis
+from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.mistakes import MISTAKES
+
+from .case import case_of
+from .expected import NotAdmitted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mha_spec_conformance.asking.question import Answer, Question
+    from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.targets.claims import Claims
+
+    from .call import Call
+
+__all__ = ["Asker"]
+
+STRICT = ("numpy", "mha_spec.reference")
+"""The targets for which hidden pairs of a used operand are a MUST (MHA-POISON-2)."""
+
+
+class Asker:
+    """Asks a target drawn calls and judges its answers."""
+
+    def __init__(
+        self,
+        claims: Claims,
+        answer: Callable[[Question], Answer],
+        accepted: frozenset[tuple[str, str]] = frozenset(),
+    ) -> None:
+        self.claims = claims
+        self.answer = answer
+        self._accepted = accepted
+        self._judge = Judge(claims, accepted)
+        self.suspect(None)
+
+    def suspect(self, names: Iterable[str] | None) -> None:
+        """Diagnose with these mistakes alone, which is fast; None: with all that are known."""
+        mistakes = MISTAKES if names is None else [mistake for mistake in MISTAKES if mistake.name in set(names)]
+        self._judge.diagnosis = Diagnosis(mistakes)
+
+    def excused(self, result: Result) -> bool:
+        """Whether every convention that a wrong answer follows is accepted."""
+        return bool(result.conventions) and self._accepted.issuperset(result.conventions)
+
+    def result(self, call: Call, name: str = "fuzz/call") -> Result | None:
+        """Judge the target's answer to a call; None where the target does not claim it or nobody can be asked it."""
+        try:
+            case = case_of(call, name)
+        except NotAdmitted:
+            return None
+        if self.claims.name in STRICT:
+            case = replace(case, level="MUST")
+        asked = asks([case], self.claims, Selection())
+        if not asked:
+            return None
+        question = asked[0].question()
+        answer = self.answer(as_passed(call, question))
+        result = self._judge.result(asked[0], question, answer)
+        if answer.overwritten and result.outcome == "pass":
+            reason = f"a later call overwrote its result {', '.join(answer.overwritten)}"
+            return replace(result, outcome="fail", reason=reason, clauses=("MHA-PURE-3",))
+        return result
+
+
+def as_passed(call: Call, question: Question) -> Question:
+    """Give the question with its arrays as the call passes them: some as host data, some in another layout."""
+    host: dict[str, Any] = {
+        name: question.arrays[name].tolist() if form == "list" else question.arrays[name]
+        for name, form in call.host.items()
+        if name in question.arrays
+    }
+    arrays = {name: array for name, array in question.arrays.items() if name not in host}
+    return replace(
+        question,
+        arrays=arrays,
+        options={**question.options, **host},
+        placed=call.layouts,
+        reused=call.reused,
+    )

@@ -1,0 +1,180 @@
+"""Drawn calls of the layer and of positions: projections, norms, rotation, caches, sequences of calls, ALiBi."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mha_spec.parameters import AXES
+
+from .call import Call
+
+if TYPE_CHECKING:
+    from .drawing import Drawing
+
+__all__ = ["draw_alibi_bias", "draw_alibi_slopes", "draw_layer", "draw_rotary"]
+
+LENGTHS = (1, 2, 3, 5, 8, 0, 13, 16, 17, 33)
+OPTIONAL = ("b_q", "b_k", "b_v", "b_o")
+OF_WEIGHTS = ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm")
+"""The parameters that the weights of attention need."""
+
+
+def draw_layer(d: Drawing) -> Call:
+    """Draw a call of the layer, or a sequence of calls over one cache."""
+    weights = d.function == "multi_head_attention_weights"
+    cached = d.takes("cache")
+    sizes = _sizes(d)
+    _tokens(d, sizes, weights=weights)
+    _parameters(d, sizes, weights=weights)
+    if cached:
+        _cache(d, sizes)
+    chunked = cached and d.function == "multi_head_attention" and sizes["q_len"] == sizes["kv_len"] > 1 and d.often()
+    if chunked:
+        cut = 1 + d.below(sizes["q_len"] - 1)
+        d.options["chunks"] = [cut, sizes["q_len"] - cut]
+        if d.often():
+            d.options["drafts"] = True
+    if d.takes("rotary"):
+        d.options["rotary"] = _rotary(d, sizes["qk_dim"])
+    _options(d, sizes, cached=cached, chunked=chunked)
+    return Call(d.function, d.dtype, d.recipes, d.options)
+
+
+def _sizes(d: Drawing) -> dict[str, int]:
+    q_len = d.one_of(*LENGTHS)
+    kv_heads = d.one_of(1, 2, 3)
+    qk_dim = d.one_of(4, 2, 6, 8, 16)
+    embed = d.one_of(3, 1, 5, 8, 16)
+    return {
+        "batch": d.one_of(1, 2, 3),
+        "q_len": q_len,
+        "kv_len": q_len if d.often() else d.one_of(*LENGTHS),
+        "kv_heads": kv_heads,
+        "heads": kv_heads * d.one_of(1, 2),
+        "qk_dim": qk_dim,
+        "v_dim": qk_dim if d.often() else d.one_of(1, 3, 5),
+        "embed": embed,
+        "k_embed": embed if d.often() else d.one_of(2, 7),
+        "v_embed": embed if d.often() else d.one_of(2, 6),
+        "out": d.one_of(3, 1, 5),
+    }
+
+
+def _tokens(d: Drawing, sizes: dict[str, int], *, weights: bool) -> None:
+    for name, length, embed in (
+        ("query", "q_len", "embed"),
+        ("key", "kv_len", "k_embed"),
+        ("value", "kv_len", "v_embed"),
+    ):
+        if name != "value" or not weights:
+            d.floats(name, (sizes["batch"], sizes[length], sizes[embed]), "scores")
+
+
+def _parameters(d: Drawing, sizes: dict[str, int], *, weights: bool) -> None:
+    for name, axes in AXES.items():
+        present = name.startswith("w_") or (d.often() if name in OPTIONAL else d.takes("norm_epsilon"))
+        if present and (name in OF_WEIGHTS or not weights):
+            d.floats(name, tuple(sizes[axis] for axis in axes), "scores")
+    if {"q_norm", "k_norm"} & d.recipes.keys() and d.often():
+        d.options["norm_epsilon"] = d.one_of(1e-3, 1e-6, 0.5)
+
+
+def _cache(d: Drawing, sizes: dict[str, int]) -> None:
+    """Draw a cache with room for the new tokens; `kv_buffer` becomes its capacity."""
+    batch, kv_heads = sizes["batch"], sizes["kv_heads"]
+    held = [d.one_of(0, 1, 2, 5) for _ in range(batch)]
+    capacity = max(held) + sizes["kv_len"] + d.one_of(0, 1, 3)
+    d.floats("cache_key", (batch, kv_heads, capacity, sizes["qk_dim"]), "scores")
+    d.floats("cache_value", (batch, kv_heads, capacity, sizes["v_dim"]), "scores")
+    d.integers("cache_lengths", held)
+    sizes["buffer"] = capacity
+    for name in ("cache_key", "cache_value"):
+        for entry, length in enumerate(held):
+            if length + sizes["kv_len"] < capacity and d.rarely():
+                d.mark(name, (entry, 0, capacity - 1), "nan")
+
+
+def _rotary(d: Drawing, size: int) -> dict[str, Any]:
+    rotary: dict[str, Any] = {}
+    if d.often():
+        rotary["interleaved"] = True
+    if d.often():
+        rotary["base"] = d.one_of(500.0, 1e6)
+    if size > 2 and d.often():
+        rotary["rotary_dim"] = 2
+    return rotary
+
+
+def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) -> None:
+    """Draw the options of attention; a mask, a bias and the ids of keys speak of every slot of a cache."""
+    batch, heads, q_len = sizes["batch"], sizes["heads"], sizes["q_len"]
+    kv_len = sizes.get("buffer", sizes["kv_len"])
+
+    scores = (batch, heads, q_len, kv_len)
+    if d.takes("mask"):
+        d.mask("mask", scores, d.one_of(0.7, 0.3))
+    if d.takes("bias"):
+        d.bias(scores)
+    if d.takes("causal"):
+        d.options["causal"] = True
+    if d.takes("window"):
+        d.options["window"] = tuple(d.one_of(0, 1, 3, None) for _ in range(2))
+    if d.takes("scale"):
+        d.options["scale"] = d.one_of(0.5, 0.0, -0.25)
+    if d.takes("softcap"):
+        d.options["softcap"] = d.one_of(1.5, 30.0)
+    if d.takes("sinks"):
+        d.sinks(heads)
+    if "dropout_mask" in d.keywords and d.takes("dropout_mask"):
+        d.mask("dropout_mask", scores, 0.7)
+        d.options["dropout_rate"] = d.one_of(0.5, 0.0)
+    if chunked:
+        return
+    if d.takes("q_segment_ids", "kv_segment_ids"):
+        d.segments(batch, q_len, kv_len)
+    if d.takes("kv_lengths"):
+        d.integers("kv_lengths", [d.length(sizes["kv_len"]) for _ in range(batch)])
+    if d.takes("q_lengths"):
+        d.integers("q_lengths", [d.length(q_len) for _ in range(batch)])
+    _offset(d, batch, q_len, kv_len, cached=cached)
+
+
+def _offset(d: Drawing, batch: int, q_len: int, kv_len: int, *, cached: bool) -> None:
+    """Draw an offset where the diagonal would be ambiguous, and now and then elsewhere (MHA-LAYER-6)."""
+    looks = {"causal", "window", "rotary"} & d.options.keys()
+    ambiguous = looks and not cached and (q_len != kv_len or "kv_lengths" in d.recipes)
+    if "q_offset" in d.keywords and (ambiguous or d.takes("q_offset")):
+        choices = (0, 1, kv_len - q_len, -2, 1000)
+        if d.often():
+            d.options["q_offset"] = d.one_of(*choices)
+        else:
+            d.integers("q_offset", [d.one_of(*choices) for _ in range(batch)])
+
+
+def draw_rotary(d: Drawing) -> Call:
+    """Draw a rotary embedding at positions of either sign, integers or floats."""
+    size = d.one_of(4, 2, 6, 8, 64)
+    batch, length = d.one_of(1, 2, 0), d.one_of(*LENGTHS)
+    d.floats("x", (batch, d.one_of(1, 2, 3), length, size), "scores")
+    shape = (batch, length) if d.often() else (length,)
+    far = d.one_of(10, 1000, 100_000)
+    dtype = d.one_of("int32", "int64", "float32")
+    d.array("positions", f"random.integers(-{far}, {far}, {shape})" + (" / 4" if dtype == "float32" else ""), dtype)
+    options = {name: value for name, value in _rotary(d, size).items() if name in d.keywords}
+    return Call(d.function, d.dtype, d.recipes, options)
+
+
+def draw_alibi_slopes(d: Drawing) -> Call:
+    """Draw a number of heads."""
+    return Call(d.function, "float32", {}, {"heads": d.one_of(1, 2, 3, 8, 12, 40, 64, 71)})
+
+
+def draw_alibi_bias(d: Drawing) -> Call:
+    """Draw slopes, lengths and an offset."""
+    q_len = d.one_of(*LENGTHS)
+    kv_len = q_len if d.often() else d.one_of(*LENGTHS)
+    d.array("slopes", f"random.random({(d.one_of(1, 2, 3, 8),)})", d.dtype)
+    d.options |= {"q_len": q_len, "kv_len": kv_len}
+    if "q_offset" in d.keywords and (q_len != kv_len or d.often()):
+        d.options["q_offset"] = d.one_of(0, 1, kv_len - q_len, -5, 1000)
+    return Call(d.function, d.dtype, d.recipes, d.options)

@@ -1,0 +1,166 @@
+"""The choices of one drawn call, simplest first, so that shrinking takes what a person would."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import strategies as st
+
+from mha_spec.arrays import FLOATING, softmax_dtype_name
+from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.targets.conversion import layouts_of
+
+from .call import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mha_spec_conformance.targets.claims import Claims
+
+__all__ = ["Drawing"]
+
+REGIMES = {
+    "scores": (
+        "random.integers(-4, 5, {shape}) / 4",
+        "random.standard_normal({shape})",
+        "3 * random.standard_normal({shape})",
+        "numpy.full({shape}, 0.75)",
+        "random.standard_normal({shape}) ** 3",
+        "random.standard_normal({shape}) / 1000",
+        "random.standard_normal({shape}) + 20",
+    ),
+    "wide": (
+        "random.standard_normal({shape})",
+        "30 * random.standard_normal({shape})",
+        "random.choice([-1e4, 1e4], {shape})",
+        "random.standard_normal({shape}) ** 7",
+    ),
+}
+"""Expressions of floating arrays: ordinary ones, and those with large logits, heavy tails and outliers."""
+
+SEGMENTS = ("numpy.sort(random.integers(0, 3, {shape}), axis=-1)", "random.integers(-1, 2, {shape})")
+BIASES = (
+    "random.standard_normal({shape})",
+    "numpy.where(random.random({shape}) < 0.25, -numpy.inf, random.standard_normal({shape}))",
+    "numpy.where(random.random({shape}) < 0.25, -1e9, random.standard_normal({shape}))",
+    "20 * random.standard_normal({shape})",
+)
+SINKS = (
+    "random.standard_normal({shape})",
+    "numpy.where(random.random({shape}) < 0.5, -numpy.inf, random.standard_normal({shape}))",
+    "20 * random.standard_normal({shape})",
+)
+
+
+class Drawing:
+    """The arrays and options drawn so far, and the choices that draw more of them."""
+
+    def __init__(self, draw: Callable[..., Any], claims: Claims, function: str, dtype: str) -> None:
+        self._draw = draw
+        self.claims = claims
+        self.function = function
+        self.dtype = dtype
+        self.keywords = frozenset(claims.keywords[function])
+        self.operands = FUNCTIONS[function].operands
+        self.layouts = layouts_of(claims.arrays)
+        self.recipes: dict[str, Recipe] = {}
+        self.options: dict[str, Any] = {}
+        self._share = self.one_of(2, 1, 4)
+
+    def one_of(self, *choices: Any) -> Any:
+        """Choose one value; the first is the simplest."""
+        return self._draw(st.sampled_from(choices))
+
+    def below(self, size: int) -> int:
+        """Choose an index."""
+        return self._draw(st.integers(0, size - 1))
+
+    def often(self) -> bool:
+        """Choose between no and yes, evenly."""
+        return self._draw(st.booleans())
+
+    def rarely(self) -> bool:
+        """Choose between no and yes, yes one time in four."""
+        return self.one_of(False, False, False, True)
+
+    def takes(self, *keywords: str) -> bool:
+        """Whether the target takes the keywords, and the call is to have them."""
+        return self.keywords.issuperset(keywords) and self._draw(st.integers(0, 9)) >= 10 - self._share
+
+    @property
+    def seed(self) -> int:
+        """Choose the seed of an array."""
+        return self._draw(st.integers(0, 99))
+
+    def array(self, name: str, expression: str, dtype: str) -> None:
+        """Keep an array."""
+        self.recipes[name] = Recipe(expression, dtype, self.seed)
+
+    def floats(self, name: str, shape: Sequence[int], regime: str, *, dtype: str | None = None) -> None:
+        """Draw a floating array of one of the regimes."""
+        self.array(name, self.one_of(*REGIMES[regime]).format(shape=tuple(shape)), dtype or self.dtype)
+
+    def other_dtype(self) -> str:
+        """Choose the dtype of the run, or sometimes another one."""
+        return self.one_of(*FLOATING) if self.claims.registered and self.rarely() else self.dtype
+
+    def mark(self, name: str, place: tuple[int, ...], value: str) -> None:
+        """Put a NaN or an infinity into an array that was drawn."""
+        recipe = self.recipes[name]
+        self.recipes[name] = replace(recipe, marks=(*recipe.marks, (place, value)))
+
+    def pairwise(self, scores: tuple[int, ...], expression: str) -> str:
+        """Draw an expression that broadcasts to the scores, now and then broadcast to them already."""
+        shape = tuple(size if self.often() else 1 for size in scores)
+        drawn = expression.format(shape=shape)
+        return f"numpy.broadcast_to({drawn}, {scores})" if shape != scores and self.rarely() else drawn
+
+    def mask(self, name: str, scores: tuple[int, ...], share: float) -> None:
+        """Draw a boolean mask of which so large a share is True."""
+        self.array(name, self.pairwise(scores, f"random.random({{shape}}) < {share}"), "bool")
+
+    def bias(self, scores: tuple[int, ...]) -> None:
+        """Draw a bias, -inf and very low numbers among it."""
+        softmax = softmax_dtype_name(self.dtype)
+        dtype = self.one_of(softmax, self.dtype, self.other_dtype())
+        choices = BIASES if dtype != "float16" else (*BIASES[:2], BIASES[3])
+        self.array("bias", self.pairwise(scores, self.one_of(*choices)), dtype)
+
+    def sinks(self, heads: int) -> None:
+        """Draw sinks, some of them -inf."""
+        dtype = self.one_of(softmax_dtype_name(self.dtype), self.dtype, self.other_dtype())
+        self.array("sinks", self.one_of(*SINKS).format(shape=(heads,)), dtype)
+
+    def segments(self, batch: int, q_len: int, kv_len: int) -> None:
+        """Draw segment ids, sorted or not."""
+        expression, dtype = self.one_of(*SEGMENTS), self.one_of("int32", "int64")
+        self.array("q_segment_ids", expression.format(shape=(batch, q_len)), dtype)
+        self.array("kv_segment_ids", expression.format(shape=(batch, kv_len)), dtype)
+
+    def length(self, size: int) -> int:
+        """Choose a length within a buffer."""
+        return min(size, max(0, self.one_of(size, size - 1, size // 2, 1, 0)))
+
+    def integers(self, name: str, values: list[int]) -> None:
+        """Keep an array of integers."""
+        self.recipes[name] = Recipe(f"numpy.array({values}, dtype='int64')", self.one_of("int32", "int64"))
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the target declares where its causal diagonal lies."""
+        return "causal_alignment" in self.claims.conventions
+
+    def offset(self, batch: int, q_len: int, kv_len: int) -> None:
+        """Draw an offset, one for all batch entries or one for each."""
+        choices = (0, 1, -1, kv_len - q_len, 5, -q_len, kv_len, 2**30 - 3, -(2**30))
+        if self.often():
+            readings = ("lower_right", "upper_left") if self.claims.registered else ()
+            self.options["q_offset"] = self.one_of(*choices, *readings)
+        else:
+            self.integers("q_offset", [self.one_of(*choices) for _ in range(batch)])
+
+    def declared_offset(self, q_len: int, kv_len: int) -> None:
+        """Keep the offset that a target without `q_offset` takes for granted; the ask leaves it out again."""
+        reading = self.claims.conventions["causal_alignment"]
+        self.options["q_offset"] = 0 if reading == "upper_left" else kv_len - q_len

@@ -1,0 +1,310 @@
+"""The expected results of a drawn call: values of the reference in float64, and the kind of every place.
+
+Kinds follow from visibility and from where the inputs are not finite, as the goldens have them (SPEC.md, "How results
+are compared" and "Limits").
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from mha_spec.arrays import Array, softmax_dtype_name
+from mha_spec.layer_steps import LayerSteps
+from mha_spec.steps import Steps
+from mha_spec_conformance.judging.bounds import bounds, precision
+from mha_spec_conformance.judging.bounds.evaluation import Evaluation
+from mha_spec_conformance.judging.compare import ANY, EXACT, FINITE, NAN, NON_FINITE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .call import Call
+
+__all__ = ["NotAdmitted", "Rows", "expect"]
+
+Kinds = dict[str, Array]
+
+
+class NotAdmitted(Exception):
+    """The call is not one that a correct implementation can be asked: some intermediate value leaves its dtype."""
+
+
+class Rows:
+    """What each row of an attention sees, as boolean arrays over (batch, heads, q_len) and over pairs."""
+
+    def __init__(self, arrays: Mapping[str, Array], options: Mapping[str, Any], dtype: str) -> None:
+        forward = {name: array for name, array in arrays.items() if not name.startswith("grad_")}
+        with numpy.errstate(all="ignore"):
+            self.evaluation = Evaluation(forward, options, Steps())
+        self.arguments = self.evaluation.arguments
+        self.largest = float(numpy.finfo(softmax_dtype_name(dtype)).max)
+        self.arrays = arrays
+        self.visible = numpy.asarray(self.evaluation.trace.visible)
+        self.seeing: Array = self.visible.any(axis=-1)
+        self.group = self.arguments.heads // self.arguments.kv_heads
+
+    def _vectors(self, name: str, test: Any) -> Array:
+        """Whether each vector of an array passes the test somewhere; heads of key and value are repeated."""
+        array = self.evaluation.arrays[name] if name in self.evaluation.arrays else self.arrays[name].astype("float64")
+        passed = test(array).any(axis=-1)
+        return numpy.repeat(passed, self.group, axis=1) if name in ("key", "value") else passed
+
+    def _pairs(self, name: str, test: Any) -> Array:
+        """Whether each pair has an element of a broadcast array that passes the test."""
+        array = self.evaluation.arrays.get(name)
+        return numpy.zeros_like(self.visible) if array is None else numpy.broadcast_to(test(array), self.visible.shape)
+
+    @cached_property
+    def unspecified(self) -> Array:
+        """The rows whose results may be anything (SPEC.md, "Limits")."""
+        sinks = self.arguments.sinks
+        bad_sinks = (
+            numpy.zeros(self.arguments.heads, bool) if sinks is None else numpy.isnan(sinks) | (sinks == numpy.inf)
+        )
+        infinite = self._vectors("key", numpy.isinf)[:, :, None, :] | self._pairs("bias", numpy.isposinf)
+        infinite = infinite | self._out_of_range()
+        return bad_sinks[None, :, None] | (
+            self.seeing & (self._vectors("query", numpy.isinf) | (self.visible & infinite).any(axis=-1))
+        )
+
+    def _out_of_range(self) -> Array:
+        """The pairs whose products, scores or logits come near the largest number of the softmax's type."""
+        trace = self.evaluation.trace
+        with numpy.errstate(all="ignore"):
+            products = abs(trace.query) @ abs(trace.key).swapaxes(-1, -2)
+            parts = (products, products * abs(trace.scale), abs(trace.logits))
+            return numpy.any([part > self.largest / 4 for part in parts], axis=0)
+
+    @cached_property
+    def nan(self) -> Array:
+        """The rows that see a NaN in a score, and are otherwise specified (MHA-NAN-1)."""
+        pairs = self._vectors("key", numpy.isnan)[:, :, None, :] | self._pairs("bias", numpy.isnan)
+        seen = self._vectors("query", numpy.isnan) | (self.visible & pairs).any(axis=-1)
+        return self.seeing & seen & ~self.unspecified
+
+    @cached_property
+    def finite(self) -> Array:
+        """The rows that see a key and have numbers as their results."""
+        return self.seeing & ~self.unspecified & ~self.nan
+
+    def over_group(self, pairs: Array) -> Array:
+        """Whether any row of any head of a group has such a pair with a key, over (batch, kv_heads, kv_len)."""
+        batch, _, _, kv_len = pairs.shape
+        return pairs.any(axis=-2).reshape(batch, self.arguments.kv_heads, self.group, kv_len).any(axis=2)
+
+    @property
+    def has_sink(self) -> Array:
+        """Whether each head has a sink, over (1, heads, 1)."""
+        sinks = self.arguments.sinks
+        heads = numpy.zeros(self.arguments.heads, bool) if sinks is None else sinks != -numpy.inf
+        return heads[None, :, None]
+
+    @cached_property
+    def components(self) -> Array:
+        """The components of the output that a visible value makes non-finite (MHA-NAN-2)."""
+        value = numpy.repeat(~numpy.isfinite(self.evaluation.arrays["value"]), self.group, axis=1)
+        return (self.visible.astype("float64") @ value.astype("float64")) > 0
+
+    @cached_property
+    def hidden_reach(self) -> bool:
+        """Whether a non-finite operand that some pair uses has hidden pairs as well: a SHOULD (MHA-POISON-2)."""
+        used = numpy.repeat(self.over_group(self.visible), self.group, axis=1)[:, :, None, :]
+        hidden = ~self.visible & self.seeing[..., None] & used
+        bad = numpy.zeros_like(hidden)
+        for name in ("key", "value"):
+            if name in self.arrays:
+                bad = bad | self._vectors(name, _not_finite)[:, :, None, :]
+        found = (hidden & (bad | self._pairs("bias", _poison))).any()
+        if "grad_output" in self.arrays:
+            rows = self._vectors("query", _not_finite) | self._vectors("grad_output", _not_finite)
+            found = found or (hidden & rows[..., None]).any()
+        return bool(found)
+
+
+def _not_finite(array: Array) -> Array:
+    return ~numpy.isfinite(array)
+
+
+def _poison(array: Array) -> Array:
+    return numpy.isnan(array) | numpy.isposinf(array)
+
+
+def _row_kinds(rows: Rows) -> Array:
+    """The kind of everything that belongs to a row."""
+    return numpy.select([rows.unspecified, rows.nan, rows.finite], [ANY, NAN, FINITE], EXACT).astype(numpy.uint8)
+
+
+def _attention(call: Call, rows: Rows) -> Kinds:
+    kinds = _row_kinds(rows)
+    output = numpy.where(rows.components & (kinds == FINITE)[..., None], NON_FINITE, kinds[..., None])
+    lse = numpy.where((kinds == EXACT) & rows.has_sink, FINITE, kinds)
+    return {"output": output, "lse": lse}
+
+
+def _attention_weights(call: Call, rows: Rows) -> Kinds:
+    kinds = _row_kinds(rows)[..., None]
+    hidden = numpy.where((kinds == FINITE) | (kinds == EXACT), EXACT, ANY)
+    return {"weights": numpy.where(rows.visible, kinds, hidden)}
+
+
+def _attention_vjp(call: Call, rows: Rows) -> Kinds:
+    right = rows.finite & ~rows.components.any(axis=-1) & ~rows._vectors("grad_output", _not_finite)
+    right = right | (~rows.seeing & ~rows.unspecified)
+    if "grad_lse" in rows.arrays:
+        empty = ~rows.seeing & ~rows.has_sink
+        right = right & (numpy.isfinite(rows.arrays["grad_lse"].astype("float64")) | empty)
+    good, bad = rows.visible & right[..., None], rows.visible & ~right[..., None]
+
+    def kinds(good: Array, bad: Array) -> Array:
+        return numpy.select([bad, good], [ANY, FINITE], EXACT)
+
+    of_key = kinds(rows.over_group(good), rows.over_group(bad))[..., None]
+    found = {
+        "grad_query": kinds(good.any(axis=-1), bad.any(axis=-1))[..., None],
+        "grad_key": of_key,
+        "grad_value": of_key,
+    }
+    if "bias" in rows.arrays:
+        axes = tuple(axis for axis, size in enumerate(rows.arrays["bias"].shape) if size == 1)
+        found["grad_bias"] = kinds(good.any(axis=axes, keepdims=True), bad.any(axis=axes, keepdims=True))
+    if "sinks" in rows.arrays:
+        moved = rows.seeing | ("grad_lse" in rows.arrays)
+        good_rows, bad_rows = moved & right & rows.has_sink, moved & ~right
+        found["grad_sinks"] = kinds(good_rows.any(axis=(0, 2)), bad_rows.any(axis=(0, 2)))
+    return found
+
+
+class Halves:
+    """The rows of two halves of one softmax: what their lse and outputs are."""
+
+    def __init__(self, call: Call) -> None:
+        lse_a, lse_b = (call.arrays[f"lse_{half}"].astype("float64") for half in "ab")
+        self.outputs = [call.arrays[f"output_{half}"].astype("float64") for half in "ab"]
+        self.empty = [lse == -numpy.inf for lse in (lse_a, lse_b)]
+        self.live = ~self.empty[0] & ~self.empty[1]
+        self.nan = numpy.isnan(lse_a) | numpy.isnan(lse_b)
+        self.infinite = (lse_a == numpy.inf) | (lse_b == numpy.inf)
+
+
+def _merge_attention(call: Call, rows: None) -> Kinds:
+    """A NaN lse, or +inf beside a half that is not empty, is NaN; an empty half leaves the other one unchanged."""
+    h = Halves(call)
+    lse = numpy.select([h.nan | (h.infinite & h.live), ~h.live], [NAN, EXACT], FINITE)
+    other = numpy.where(h.empty[0][..., None], h.outputs[1], h.outputs[0])
+    unchanged = numpy.where(numpy.isnan(other) & ~(h.empty[0] & h.empty[1])[..., None], NAN, EXACT)
+    mixed = numpy.where(numpy.isfinite(h.outputs[0]) & numpy.isfinite(h.outputs[1]), FINITE, NON_FINITE)
+    output = numpy.select([(lse == NAN)[..., None], (lse == EXACT)[..., None]], [NAN, unchanged], mixed)
+    return {"output": output, "lse": lse}
+
+
+def _merge_attention_vjp(call: Call, rows: None) -> Kinds:
+    """An empty half has gradients of 0; a NaN or +inf lse specifies nothing, nor does a non-finite output for lse."""
+    h = Halves(call)
+    bad_outputs = h.live & ~numpy.all([numpy.isfinite(output).all(axis=-1) for output in h.outputs], axis=0)
+    kinds: Kinds = {}
+    for half, empty in zip("ab", h.empty, strict=True):
+        of_output = numpy.select([h.nan | h.infinite, empty], [ANY, EXACT], FINITE)
+        kinds[f"grad_output_{half}"] = of_output[..., None]
+        kinds[f"grad_lse_{half}"] = numpy.where(bad_outputs, ANY, of_output)
+    return kinds
+
+
+def _layer(call: Call, rows: None) -> Kinds:
+    """A token whose heads all see nothing gives the bias of the output; slots past the length are not compared."""
+    from mha_spec_conformance.asking.calls import CACHE, function_over, joined, layer_answers
+
+    seen: dict[str, list[Array]] = {"attend": [], "weigh": []}
+
+    def recorded(name: str, step: Any) -> Any:
+        def taken(query: Any, key: Any, *value: Any, **options: Any) -> Any:
+            evaluation = Evaluation({"query": query, "key": key}, options, Steps())
+            seen[name].append(numpy.asarray(evaluation.trace.visible))
+            return step(query, key, *value, **options)
+
+        return taken
+
+    steps = LayerSteps()
+    steps = replace(steps, attend=recorded("attend", steps.attend), weigh=recorded("weigh", steps.weigh))
+    arguments = {name: _widened(array) for name, array in call.arrays.items()} | dict(call.options)
+    answers = joined(list(layer_answers(function_over(steps, call.function), call.function, arguments)))
+    kinds = {"weights": numpy.where(seen["weigh"][0], FINITE, EXACT)} if "weights" in answers else {}
+    if "output" in answers:
+        calls = seen["attend"][::2] if call.options.get("drafts") else seen["attend"]
+        empty = numpy.concatenate([~visible.any(axis=(1, 3)) for visible in calls], axis=1)
+        kinds |= {"output": numpy.where(empty, EXACT, FINITE)[..., None]}
+    if CACHE[0] in answers:
+        slots = numpy.arange(answers["cache_key"].shape[2])
+        old, new = (numpy.asarray(lengths)[:, None] for lengths in (arguments[CACHE[2]], answers[CACHE[2]]))
+        of_slots = numpy.select([slots < old, slots < new], [EXACT, FINITE], ANY)[:, None, :, None]
+        kinds |= {"cache_key": of_slots, "cache_value": of_slots, "cache_lengths": numpy.full(len(new), EXACT)}
+    return kinds
+
+
+def _widened(array: Array) -> Array:
+    return array if array.dtype.kind in "biu" else array.astype("float64")
+
+
+def _rotary_embedding(call: Call, rows: None) -> Kinds:
+    x = call.arrays["x"]
+    turned = call.options.get("rotary_dim") or x.shape[-1]
+    return {"output": numpy.where(numpy.arange(x.shape[-1]) < turned, FINITE, EXACT)}
+
+
+_KINDS: dict[str, Any] = {
+    "attention": _attention,
+    "attention_weights": _attention_weights,
+    "attention_vjp": _attention_vjp,
+    "merge_attention": _merge_attention,
+    "merge_attention_vjp": _merge_attention_vjp,
+    "multi_head_attention": _layer,
+    "multi_head_attention_and_weights": _layer,
+    "multi_head_attention_weights": _layer,
+    "rotary_embedding": _rotary_embedding,
+    "alibi_slopes": lambda call, rows: {"slopes": numpy.array(FINITE)},
+    "alibi_bias": lambda call, rows: {"bias": numpy.array(FINITE)},
+}
+ATTENTION = ("attention", "attention_weights", "attention_vjp")
+
+
+def expect(call: Call) -> tuple[dict[str, Array], Kinds, str]:
+    """Give the values and kinds of every output, and the level of the call: MUST, or SHOULD (MHA-POISON-2).
+
+    Raises:
+        NotAdmitted: Some gradient or weight leaves the range of the type that may hold it.
+    """
+    with numpy.errstate(all="ignore"):
+        evaluated = bounds(call.function, call.arrays, call.options)
+        rows = Rows(call.arrays, call.options, call.dtype) if call.function in ATTENTION else None
+        kinds = _KINDS[call.function](call, rows)
+        run = precision(call.dtype)
+        allowances = evaluated.allowances(run)
+        if call.function == "attention_vjp":
+            _admit(evaluated, run.largest)
+    values = {
+        n: v for n, v in evaluated.values.items() if n in kinds and (n != "lse" or call.lse or "lse_a" in call.arrays)
+    }
+    exact = {"cache_lengths"}
+    shaped = {
+        name: numpy.broadcast_to(kinds[name], numpy.shape(value)).astype(numpy.uint8) for name, value in values.items()
+    }
+    for name, kind in shaped.items():
+        if name not in exact:
+            vacuous = (kind == FINITE) & ~numpy.isfinite(allowances[name])
+            shaped[name] = numpy.where(vacuous, ANY, kind).astype(numpy.uint8)
+    return values, shaped, "SHOULD" if rows is not None and rows.hidden_reach else "MUST"
+
+
+def _admit(evaluated: Any, largest: float) -> None:
+    """Refuse a gradient whose intermediate values may be stored in a type that does not hold them."""
+    evaluation = getattr(evaluated, "_evaluation", evaluated)
+    for name in ("grad_weights", "grad_logits", "grad_scores"):
+        array = numpy.asarray(getattr(evaluation, name))
+        if (abs(array[numpy.isfinite(array)]) > largest / 4).any():
+            raise NotAdmitted
+    for value in evaluated.values.values():
+        if (abs(value[numpy.isfinite(value)]) > largest / 4).any():
+            raise NotAdmitted
