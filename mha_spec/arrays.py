@@ -65,17 +65,13 @@ def storage_of(array: Array) -> str | None:
     """Say how an array of PyTorch is stored where that is not densely, which its class does not tell; else None."""
     if library_of(array) != "torch":
         return None
-    if array.is_nested:
-        return "nested"
-    layout = array.layout
-    return None if layout is _strided() else str(layout).removeprefix("torch.")
+    return "nested" if array.is_nested else _name_of_layout(array.layout)
 
 
-@lru_cache(maxsize=1)
-def _strided() -> object:
-    import torch
-
-    return torch.strided
+@lru_cache(maxsize=64)
+def _name_of_layout(layout: object) -> str | None:
+    name = str(layout).removeprefix("torch.")
+    return None if name == "strided" else name
 
 
 def namespace_of(array: object) -> Any:
@@ -115,7 +111,7 @@ def placement_of(array: Array) -> Any:
     traced, or not committed to a device, goes with every other.
     """
     if library_of(array) != "jax":
-        return device_of(array)
+        return getattr(array, "device", None) or None
     sharding = getattr(array, "sharding", None)
     return tuple(sharding.devices_indices_map(array.shape)) if sharding is not None and array.committed else None
 

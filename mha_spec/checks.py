@@ -126,11 +126,14 @@ def _alike(query: Array, *others: Array) -> bool:
     """Whether one look is enough: dense arrays of one class, dtype and device, and of rank 4."""
     if not of_one_class(query, *others) or query.ndim != 4 or dtype_name(query) not in FLOATING:
         return False
-    dtype, placement = query.dtype, placement_of(query)
+    dtype = query.dtype
     for other in others:
-        if other.dtype != dtype or other.ndim != 4 or placement_of(other) != placement or storage_of(other) is not None:
+        if other.dtype != dtype or other.ndim != 4:
             return False
-    return storage_of(query) is None
+    if library_of(query) == "numpy":
+        return True
+    placement, tensors = placement_of(query), (query, *others)
+    return not any(placement_of(one) != placement or storage_of(one) is not None for one in tensors)
 
 
 def check_sizes(a: Arguments) -> None:
@@ -256,7 +259,7 @@ def check_pairwise(a: Arguments) -> None:
 def _check_pairwise(a: Arguments, label: str, array: Array, clause: str) -> None:
     check_alike(label, array, a.query, "query", clause, "an array of rank 4")
     _check_pairwise_dtype(label, dtype_name(array))
-    scores, shape = (a.batch, a.heads, a.q_len, a.kv_len), shape_of(array)
+    scores, shape = (*shape_of(a.query)[:3], a.kv_len), shape_of(array)
     # A size that is not known when a call is traced, None, is compared when it runs.
     if len(shape) != 4 or any(size not in (1, None, full) for size, full in zip(shape, scores, strict=True)):
         refuse_value(
