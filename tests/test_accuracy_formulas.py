@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy
@@ -70,7 +70,9 @@ class Row:
         self.lse = self.m + math.log(self.total)
         self.weights, self.sink = numpy.exp(self.s - self.m) / self.total, math.exp(self.z - self.m) / self.total
         self.output = (self.weights * self.kept) @ self.v
-        before = p.u_a * ((QK_DIM + 3) * self.reach + 2 * abs(self.raw))
+        flushed = sum(abs(self.q)) + numpy.sum(abs(self.k), axis=1) + 2 * QK_DIM + 2
+        flushed = p.f * (1 + 1 / math.sqrt(QK_DIM)) * flushed
+        before = p.u_a * ((QK_DIM + 3) * self.reach + 2 * abs(self.raw)) + flushed
         slope = 1 - numpy.tanh(numpy.maximum(0, abs(self.raw) - before) / CAP) ** 2
         self.e_cap = slope * before + (p.e_t + 2 * p.u_a) * abs(self.y) + 8 * p.u_a * CAP
         self.sigma = self.e_cap + p.u_a * (2 * abs(self.s) + abs(self.m)) + p.e_x
@@ -93,7 +95,8 @@ class Row:
         spread = (self.weights * self.sigma) @ (terms - o) ** 2 + self.sink * self.sigma_z * o**2
         error = self.guard * math.sqrt(self.mean * spread)
         error += (p.u_p + p.u_a * n + 2 * p.u_a) * (self.weights @ abs(terms)) + p.u_a * (n + 4) * abs(o)
-        return error + p.u_o * abs(o) + p.w * (sum(abs(terms)) / self.total + 1)
+        flushed = sum(self.weights * self.kept + self.kept * (abs(self.v[:, c]) + 2)) + 2
+        return error + p.u_o * abs(o) + p.w * (sum(abs(terms)) / self.total + 1) + p.f * flushed
 
     def weight_error(self) -> numpy.ndarray:
         p, n = self.p, KV_LEN + 1
@@ -113,15 +116,24 @@ class Row:
         self.rho = numpy.expm1(self.sigma + self.lse_error() + p.u_a * (abs(self.s) + abs(self.lse)) + p.e_x)
         self.rho_z = math.expm1(self.sigma_z + self.lse_error() + p.u_a * (abs(self.z) + abs(self.lse)) + p.e_x)
         eta = self.kept * p.u_a * V_DIM * (abs(self.v) @ abs(self.dO)) + (p.u_dp + 2 * p.u_a) * abs(self.dP)
+        eta = eta + p.f * (self.kept * (sum(abs(self.dO)) + numpy.sum(abs(self.v), axis=1) + 2 * V_DIM) + 1)
         first = sum(abs(self.dO[c]) * self.output_error(c) for c in range(V_DIM))
         first += p.u_a * V_DIM * (abs(self.dO) @ abs(self.output))
+        first += p.f * (sum(abs(self.dO) + abs(self.output)) + 2 * V_DIM)
         second = self.weights @ ((self.rho + p.u_p + p.u_a * KV_LEN) * abs(self.dP) + eta)
+        second += p.f * (sum(self.weights + abs(self.dP)) + 2 * KV_LEN)
         self.dD = (max(first, second) if self.keys else 0.0) + p.u_a * (abs(self.D + self.g) + abs(self.g))
         gap = abs(self.dP - self.D)
         self.F = self.weights * ((self.rho + 2 * p.u_a) * gap + eta) + p.u_p * abs(self.dS) + 4 * p.w * (1 + gap)
         error = self.e_cap / CAP
         self.dL = 2 * abs(tau) * error + error**2 + 3 * p.u_a
         self.C = self.F * (self.slope + self.dL) + abs(self.dS) * self.dL + p.w
+
+
+PRECISIONS = [precision(dtype) for dtype in FLOATING]
+PRECISIONS.append(replace(precision("float32"), f=2.0**-12))
+NAMES = [*FLOATING, "float32 that flushes much"]
+"""The terms of what is flushed are seen where that is much."""
 
 
 def rows(p: Precision) -> Iterator[Row]:
@@ -137,27 +149,27 @@ def compare(allowed: numpy.ndarray, expected: Mapping[Index, float]) -> None:
         assert math.isclose(allowed[index], expected.get(index, 0.0), rel_tol=HALF_THE_DIGITS), index
 
 
-@pytest.mark.parametrize("dtype", FLOATING)
-def test_forward(dtype: str) -> None:
-    p, arrays = precision(dtype), question()
+@pytest.mark.parametrize("p", PRECISIONS, ids=NAMES)
+def test_forward(p: Precision) -> None:
+    arrays = question()
     forward = {name: x for name, x in arrays.items() if not name.startswith("grad_")}
     allowed = allowances("attention", forward, {"softcap": CAP, "dropout_rate": RATE}, p)
     compare(allowed["lse"], {row.index: row.lse_error() for row in rows(p)})
     compare(allowed["output"], {(*row.index, c): row.output_error(c) for row in rows(p) for c in range(V_DIM)})
 
 
-@pytest.mark.parametrize("dtype", FLOATING)
-def test_weights(dtype: str) -> None:
-    p, arrays = precision(dtype), question()
+@pytest.mark.parametrize("p", PRECISIONS, ids=NAMES)
+def test_weights(p: Precision) -> None:
+    arrays = question()
     given = {name: arrays[name] for name in ("query", "key", "mask", "bias", "sinks")}
     allowed = allowances("attention_weights", given, {"softcap": CAP}, p)["weights"]
     pairs = ((row, zip(row.keys, row.weight_error(), strict=True)) for row in rows(p))
     compare(allowed, {(*row.index, j): error for row, errors in pairs for j, error in errors})
 
 
-@pytest.mark.parametrize("dtype", FLOATING)
-def test_gradients_of_query_key_and_value(dtype: str) -> None:
-    p, arrays = precision(dtype), question()
+@pytest.mark.parametrize("p", PRECISIONS, ids=NAMES)
+def test_gradients_of_query_key_and_value(p: Precision) -> None:
+    arrays = question()
     allowed = allowances("attention_vjp", arrays, {"softcap": CAP, "dropout_rate": RATE}, p)
     scale, n_q, partial = 1 / math.sqrt(QK_DIM), Q_LEN * GROUP, GROUP - 1
     query, key, value = {}, defaultdict(float), defaultdict(float)
@@ -169,7 +181,8 @@ def test_gradients_of_query_key_and_value(dtype: str) -> None:
         for c in range(QK_DIM if row.keys else 0):
             shared = row.dD * abs((row.weights * row.slope) @ row.k[:, c])
             rounded = (p.u_o + 2 * p.u_a) * abs(scale * row.dX @ row.k[:, c])
-            query[b, h, i, c] = scale * (spread @ abs(row.k[:, c]) + shared) + rounded + p.w
+            flushed = p.f * (1 + scale) * (sum(abs(row.dX) + abs(row.k[:, c])) + 2 * KV_LEN + 1)
+            query[b, h, i, c] = scale * (spread @ abs(row.k[:, c]) + shared) + rounded + p.w + flushed
         own = row.C + row.weights * row.dD * (row.slope + row.dL)
         own = own + (p.u_a * (n_q + 1) + p.u_o * partial) * abs(row.dX)
         dropped = row.weights * row.kept
@@ -177,23 +190,27 @@ def test_gradients_of_query_key_and_value(dtype: str) -> None:
         for place, j in enumerate(row.keys):
             for c in range(QK_DIM):
                 key[b, h // GROUP, j, c] += scale * own[place] * abs(row.q[c])
+                key[b, h // GROUP, j, c] += p.f * (1 + scale) * (abs(row.dX[place]) + abs(row.q[c]))
                 sums["key", b, h // GROUP, j, c] += scale * row.dX[place] * row.q[c]
             for c in range(V_DIM):
                 value[b, h // GROUP, j, c] += kept[place] * abs(row.dO[c])
+                value[b, h // GROUP, j, c] += p.f * (dropped[place] + row.kept[place] * (abs(row.dO[c]) + 2))
                 sums["value", b, h // GROUP, j, c] += dropped[place] * row.dO[c]
                 lost[b, h // GROUP, j, c] += row.kept[place] * abs(row.dO[c])
     compare(allowed["grad_query"], query)
-    whole = {index: (p.u_o + 2 * p.u_a) * abs(sums["key", *index]) + GROUP * p.w for index in key}
+    flushed = GROUP * p.w + p.f * (1 + scale) * (2 * n_q + GROUP)
+    whole = {index: (p.u_o + 2 * p.u_a) * abs(sums["key", *index]) + flushed for index in key}
     compare(allowed["grad_key"], {index: key[index] + whole[index] for index in key})
-    whole = {index: p.u_o * abs(sums["value", *index]) + p.w * (GROUP + lost[index]) for index in value}
+    whole = {index: p.u_o * abs(sums["value", *index]) + p.w * (GROUP + lost[index]) + p.f * GROUP for index in value}
     compare(allowed["grad_value"], {index: value[index] + whole[index] for index in value})
 
 
-@pytest.mark.parametrize("dtype", FLOATING)
-def test_gradients_of_bias_and_sinks(dtype: str) -> None:
-    p, arrays = precision(dtype), question()
+@pytest.mark.parametrize("p", PRECISIONS, ids=NAMES)
+def test_gradients_of_bias_and_sinks(p: Precision) -> None:
+    arrays = question()
     allowed = allowances("attention_vjp", arrays, {"softcap": CAP, "dropout_rate": RATE}, p)
     u_o, w = max(2.0**-24, p.u_a), max(2.0**-122, p.w)
+    flushed = p.f * BATCH * KV_LEN
     bias, bias_sums = defaultdict(float), defaultdict(float)
     sinks, sink_sums = defaultdict(float), defaultdict(float)
     for row in rows(p):
@@ -206,28 +223,118 @@ def test_gradients_of_bias_and_sinks(dtype: str) -> None:
         relative = row.rho_z + p.u_a + p.u_a * BATCH * Q_LEN
         sinks[h,] += row.sink * (relative * abs(row.D) + row.dD) + 4 * p.w * (1 + abs(row.D))
         sink_sums[h,] -= row.sink * row.D
-    compare(allowed["grad_bias"], {index: bias[index] + u_o * abs(bias_sums[index]) + w for index in bias})
+    compare(allowed["grad_bias"], {index: bias[index] + u_o * abs(bias_sums[index]) + w + flushed for index in bias})
     compare(allowed["grad_sinks"], {index: sinks[index] + u_o * abs(sink_sums[index]) + w for index in sinks})
 
 
-@pytest.mark.parametrize("dtype", FLOATING)
-def test_merge(dtype: str) -> None:
-    p, rng = precision(dtype), numpy.random.default_rng(13)
-    outputs = {f"output_{half}": rng.standard_normal((2, 3, 5, 7)).astype(numpy.float32) for half in "ab"}
-    lses = {f"lse_{half}": 3 * rng.standard_normal((2, 3, 5)).astype(numpy.float32) for half in "ab"}
-    allowed = allowances("merge_attention", {**outputs, **lses}, {}, p)
-    wide = {name: array.astype(numpy.float64) for name, array in (outputs | lses).items()}
-    expected_lse, expected = {}, {}
+@dataclass
+class Merged:
+    """One row of two halves, with the quantities that both functions of merging share."""
+
+    row: Mapping[str, numpy.ndarray]
+    p: Precision
+    u_l: float
+
+    def __post_init__(self) -> None:
+        p, self.lse_a, self.lse_b = self.p, float(self.row["lse_a"]), float(self.row["lse_b"])
+        self.d, self.e = abs(self.lse_a - self.lse_b), 8 * p.u_a
+        self.lse = float(numpy.logaddexp(self.lse_a, self.lse_b))
+        self.a, self.b = math.exp(self.lse_a - self.lse), math.exp(self.lse_b - self.lse)
+        self.first = min(self.a, self.b) * (p.u_a * self.d + self.e) + 4 * p.u_a + (p.u_a + self.u_l) * abs(self.lse)
+        self.r = self.first + p.u_a * self.d + 2 * self.e + 4 * p.u_a
+
+    def lse_error(self) -> float:
+        return self.first + 2 * self.p.u_a * (abs(self.lse_a) + abs(self.lse_b))
+
+    def output_error(self, c: int) -> float:
+        p, o_a, o_b = self.p, self.row["output_a"][c], self.row["output_b"][c]
+        error = self.r * (self.a * abs(o_a) + self.b * abs(o_b)) + 4 * p.u_a * abs(o_a - o_b)
+        return error + p.u_o * abs(self.a * o_a + self.b * o_b) + p.w + p.f * (abs(o_a) + abs(o_b))
+
+    def grad_output_error(self, share: float, c: int) -> float:
+        p, size = self.p, abs(self.row["grad_output"][c])
+        return ((self.r + p.u_a + p.u_o) * share + 4 * p.u_a) * size + p.w + p.f * size
+
+    def through_shares_error(self, half: str) -> float:
+        p, x, depth = self.p, self.row, len(self.row["grad_output"])
+        t = abs(self.a * self.b * float(x["grad_output"] @ (x["output_a"] - x["output_b"])))
+        share, from_both, from_one = getattr(self, half), 0.0, 0.0
+        for c, gradient in enumerate(abs(x["grad_output"])):
+            o_a, o_b, own = (abs(x[name][c]) for name in ("output_a", "output_b", f"output_{half}"))
+            from_both += self.a * self.b * p.u_a * (depth + 4) * gradient * (o_a + o_b)
+            summed = p.u_a * (depth + 4) * (own + self.a * o_a + self.b * o_b)
+            from_one += share * gradient * (self.output_error(c) + summed)
+        return max(from_both + (2 * self.r + 4 * p.u_a) * t, from_one + (self.r + 4 * p.u_a) * t)
+
+    def grad_lse_error(self, half: str) -> float:
+        p, x, share = self.p, self.row, getattr(self, half)
+        g, depth = float(x["grad_lse"]), len(x["grad_output"])
+        moved = float(x["grad_output"] @ (x["output_a"] - x["output_b"]))
+        gradient = share * g + {"a": 1, "b": -1}[half] * self.a * self.b * moved
+        sizes = abs(x["output_a"]) + abs(x["output_b"])
+        flushed = sum((1 + abs(x["grad_output"])) * sizes + abs(x["grad_output"])) + 2 * depth + abs(g)
+        error = self.through_shares_error(half) + (self.r + 4 * p.u_a) * share * abs(g)
+        return error + 4 * p.u_a * (abs(moved) + abs(g)) + self.u_l * abs(gradient) + p.w + p.f * flushed
+
+
+def halves(dtype_of_lse: str) -> dict[str, numpy.ndarray]:
+    """Two halves and their cotangents."""
+    rng = numpy.random.default_rng(13)
+    outputs = {name: rng.standard_normal((2, 3, 5, 7)) for name in ("output_a", "output_b", "grad_output")}
+    lses = {name: 3 * rng.standard_normal((2, 3, 5)) for name in ("lse_a", "lse_b", "grad_lse")}
+    narrow = {name: array.astype(numpy.float32) for name, array in outputs.items()}
+    return narrow | {name: array.astype(numpy.float32).astype(dtype_of_lse) for name, array in lses.items()}
+
+
+def merged_rows(arrays: Mapping[str, numpy.ndarray], p: Precision, u_l: float) -> Iterator[tuple[Index, Merged]]:
+    """Every row in float64."""
+    wide = {name: array.astype(numpy.float64) for name, array in arrays.items()}
     for index in numpy.ndindex(2, 3, 5):
-        a, b = wide["lse_a"][index], wide["lse_b"][index]
-        t, exp, lse = abs(a - b), 8 * p.u_a, numpy.logaddexp(a, b)
-        share_a, share_b = math.exp(a - lse), math.exp(b - lse)
-        first = min(share_a, share_b) * (p.u_a * t + exp) + 4 * p.u_a + (p.u_a + p.u_l) * abs(lse)
-        expected_lse[index] = first + 2 * p.u_a * (abs(a) + abs(b))
-        relative = first + p.u_a * t + 2 * exp
-        for c in range(7):
-            o_a, o_b = wide["output_a"][(*index, c)], wide["output_b"][(*index, c)]
-            error = (relative + 4 * p.u_a) * (share_a * abs(o_a) + share_b * abs(o_b)) + 4 * p.u_a * abs(o_a - o_b)
-            expected[(*index, c)] = error + p.u_o * abs(share_a * o_a + share_b * o_b) + p.w
-    compare(allowed["lse"], expected_lse)
-    compare(allowed["output"], expected)
+        yield index, Merged({name: array[index] for name, array in wide.items()}, p, u_l)
+
+
+TYPES_OF_LSE = [(dtype, "float64" if dtype == "float64" else "float32") for dtype in FLOATING]
+TYPES_OF_LSE += [("float64", "float32"), ("bfloat16", "float16")]
+UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11}
+
+
+@pytest.mark.parametrize(("dtype", "dtype_of_lse"), TYPES_OF_LSE)
+@pytest.mark.parametrize("flushed", [None, 2.0**-12])
+def test_merge(dtype: str, dtype_of_lse: str, flushed: float | None) -> None:
+    p, arrays = precision(dtype), halves(dtype_of_lse)
+    p = p if flushed is None else replace(p, f=flushed)
+    u_l = max(p.u_a, UNITS[dtype_of_lse])
+    given = {name: array for name, array in arrays.items() if not name.startswith("grad_")}
+    allowed = allowances("merge_attention", given, {}, p)
+    rows_of_both = list(merged_rows(arrays, p, u_l))
+    compare(allowed["lse"], {index: row.lse_error() for index, row in rows_of_both})
+    compare(allowed["output"], {(*index, c): row.output_error(c) for index, row in rows_of_both for c in range(7)})
+
+
+@pytest.mark.parametrize(("dtype", "dtype_of_lse"), TYPES_OF_LSE)
+@pytest.mark.parametrize("flushed", [None, 2.0**-12])
+def test_gradients_of_merge(dtype: str, dtype_of_lse: str, flushed: float | None) -> None:
+    p, arrays = precision(dtype), halves(dtype_of_lse)
+    p = p if flushed is None else replace(p, f=flushed)
+    u_l = max(p.u_a, UNITS[dtype_of_lse])
+    allowed = allowances("merge_attention_vjp", arrays, {}, p)
+    rows_of_both = list(merged_rows(arrays, p, u_l))
+    for half in "ab":
+        shares = [(index, row, getattr(row, half)) for index, row in rows_of_both]
+        errors = {(*index, c): row.grad_output_error(share, c) for index, row, share in shares for c in range(7)}
+        compare(allowed[f"grad_output_{half}"], errors)
+        compare(allowed[f"grad_lse_{half}"], {index: row.grad_lse_error(half) for index, row in rows_of_both})
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_gradients_beside_an_empty_half_are_cotangents_that_are_rounded(dtype: str) -> None:
+    p, arrays = precision(dtype), halves("float64" if dtype == "float64" else "float32")
+    arrays["lse_a"] = numpy.full_like(arrays["lse_a"], -math.inf)
+    allowed = allowances("merge_attention_vjp", arrays, {}, p)
+    assert not allowed["grad_output_a"].any()
+    assert not allowed["grad_lse_a"].any()
+    size, g = (abs(arrays[name].astype(numpy.float64)) for name in ("grad_output", "grad_lse"))
+    wanted = (5 * p.u_a + p.u_o) * size + p.w + p.f * size
+    numpy.testing.assert_allclose(allowed["grad_output_b"], wanted, rtol=HALF_THE_DIGITS)
+    wanted = (8 * p.u_a + p.u_l) * g + p.w + p.f * (size.sum(axis=-1) + 14 + g)
+    numpy.testing.assert_allclose(allowed["grad_lse_b"], wanted, rtol=HALF_THE_DIGITS)

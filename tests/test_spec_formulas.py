@@ -7,6 +7,7 @@ Letters are those of SPEC.md. Axes are b, h, i, j and c; quantities of a row kee
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy
@@ -18,7 +19,14 @@ from mha_spec_conformance.judging.bounds import allowances, deviations, precisio
 
 BATCH, HEADS, GROUP, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
 KV_HEADS = HEADS // GROUP
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+DTYPES = ("float64", "float32", "bfloat16", "float16", "float32 that flushes much")
+"""The terms of what is flushed are seen where that is much."""
+
+
+def precision_of(dtype, profile="standard"):
+    """The precision of a dtype, or one that flushes all below 2^-12."""
+    p = precision(dtype.partition(" ")[0], profile)
+    return replace(p, f=2.0**-12) if " " in dtype else p
 
 
 def sum_j(x):
@@ -39,6 +47,11 @@ def over_rows(x, y):
 def pairs(x, y):
     """sum_c x[i,c] y[j,c]."""
     return numpy.einsum("bhic,bhjc->bhij", x, y)
+
+
+def both_sums(x, y):
+    """sum_c x[i,c] + y[j,c], of magnitudes."""
+    return abs(x).sum(axis=-1)[..., :, None] + abs(y).sum(axis=-1)[..., None, :]
 
 
 @pytest.fixture(scope="module", params=["plain", "everything", "wide bias"])
@@ -114,12 +127,13 @@ def case(call):
 def largest(c, p, wider):
     """E of every result, MHA-ACC-1."""
     u_a, u_p, u_dP, u_o, u_l, w, e_exp, e_tanh = p.u_a, p.u_p, p.u_dp, p.u_o, p.u_l, p.w, p.e_x, p.e_t
-    u_b, w_b, r = u_a, w, 2 * u_a * c.dropout
+    u_b, w_b, r, f = u_a, w, 2 * u_a * c.dropout, p.f
     E = {}
     A = c.seen * abs(c.scale) * pairs(abs(c.Q), abs(c.K))
-    E_Y, slope = u_a * (QK_DIM + 3) * A, 1.0
+    F_X = c.seen * f * (1 + abs(c.scale)) * (both_sums(c.Q, c.K) + 2 * QK_DIM + 2)
+    E_Y, slope = u_a * (QK_DIM + 3) * A + F_X, 1.0
     if c.softcap:
-        E_X = u_a * ((QK_DIM + 3) * A + 2 * abs(c.X))
+        E_X = u_a * ((QK_DIM + 3) * A + 2 * abs(c.X)) + F_X
         slope = 1 - tanh(numpy.maximum(0, abs(c.X) - E_X) / c.softcap) ** 2
         E_Y = c.seen * (slope * E_X + (e_tanh + 2 * u_a) * abs(c.Y) + 8 * u_a * c.softcap)
     sigma = c.seen * (E_Y + u_a * ((3 if wider else 2) * abs(c.S) + abs(c.m)) + e_exp)
@@ -130,7 +144,8 @@ def largest(c, p, wider):
     P, Pt, O, V, k = c.P, c.P * c.k, c.O, c.V, c.k
     E_output = G * sqrt(B * c.spread(P * sigma, c.P_z * sigma_z))
     E_output = E_output + (u_p + u_a * c.n1 + r) * over_keys(Pt, abs(V)) + (u_a * (c.n1 + 4) + u_o) * abs(O)
-    E["output"] = E_output = c.row * (E_output + w * (over_keys(k, abs(V)) / c.l + 1))
+    E_output = E_output + w * (over_keys(k, abs(V)) / c.l + 1)
+    E["output"] = E_output = c.row * (E_output + f * (sum_j(Pt + 2 * k) + over_keys(k, abs(V)) + 2))
     E_lse = G * B + u_a * (c.n1 + 5) + (u_a + u_l) * abs(c.lse) + u_a * abs(c.m)
     E_lse = numpy.where(c.row, E_lse, (u_a + u_l) * abs(c.z) * c.sinks)
     E["lse"] = E_lse[..., 0]
@@ -138,9 +153,10 @@ def largest(c, p, wider):
 
     rho = c.seen * expm1(sigma + E_lse + u_a * (abs(c.S) + abs(c.lse)) + e_exp)
     eta = k * u_a * V_DIM * pairs(abs(c.dO), abs(V)) + (u_dP + r) * abs(c.dP)
+    eta = c.seen * (eta + f * (k * (both_sums(c.dO, V) + 2 * V_DIM) + 1))
     E_D = numpy.maximum(
-        sum_j(abs(c.dO) * (E_output + u_a * V_DIM * abs(O))),
-        sum_j(P * ((rho + u_p + u_a * c.n) * abs(c.dP) + eta)),
+        sum_j(abs(c.dO) * (E_output + u_a * V_DIM * abs(O))) + f * (sum_j(abs(c.dO) + abs(O)) + 2 * V_DIM),
+        sum_j(P * ((rho + u_p + u_a * c.n) * abs(c.dP) + eta)) + f * (sum_j(P + abs(c.dP)) + 2 * c.n),
     )
     E_D = c.row * E_D + u_a * (abs(c.D + c.g) + abs(c.g))
     difference = abs(c.dP - c.D)
@@ -150,15 +166,20 @@ def largest(c, p, wider):
 
     dQ, dK, dV = (abs(c.gradients[f"grad_{name}"]) for name in ("query", "key", "value"))
     E_dQ = over_keys(C + u_a * (c.n + 1) * abs(c.dX), abs(c.K)) + E_D * abs(over_keys(P * c.s, c.K))
-    E["grad_query"] = c.row * (abs(c.scale) * E_dQ + (u_o + 2 * u_a) * dQ + w)
+    flushed = f * (1 + abs(c.scale)) * (sum_j(abs(c.dX)) + over_keys(c.seen * 1.0, abs(c.K)) + 2 * c.n + 1)
+    E["grad_query"] = c.row * (abs(c.scale) * E_dQ + (u_o + 2 * u_a) * dQ + w + flushed)
     partial = u_a * (c.N + 1) + u_o * (GROUP - 1)
     E_dK = over_rows(C + P * E_D * (c.s + E_s) + partial * abs(c.dX), abs(c.Q))
-    E["grad_key"] = c.read * (abs(c.scale) * E_dK + (u_o + 2 * u_a) * dK + w * GROUP)
+    ones = numpy.ones_like(c.dO[..., :1])
+    flushed = over_rows(abs(c.dX), ones) + over_rows(c.seen * 1.0, abs(c.Q)) + 2 * c.N + GROUP
+    flushed = f * (1 + abs(c.scale)) * flushed
+    E["grad_key"] = c.read * (abs(c.scale) * E_dK + (u_o + 2 * u_a) * dK + w * GROUP + flushed)
     E_dV = over_rows(Pt * (rho + u_p + r + u_a * c.N + u_o * (GROUP - 1)), abs(c.dO))
-    E["grad_value"] = c.read * (E_dV + u_o * dV + w * (GROUP + over_rows(k, abs(c.dO))))
+    flushed = f * (over_rows(Pt + 2 * k, ones) + over_rows(k, abs(c.dO)) + GROUP)
+    E["grad_value"] = c.read * (E_dV + u_o * dV + w * (GROUP + over_rows(k, abs(c.dO))) + flushed)
     if c.gradients["grad_bias"] is not None:
         terms = c.over_bias(F + P * E_D) + u_a * c.N_b * c.over_bias(abs(c.dS))
-        terms = terms + u_b * abs(c.gradients["grad_bias"]) + w_b
+        terms = terms + u_b * abs(c.gradients["grad_bias"]) + w_b + f * c.N_b
         E["grad_bias"] = numpy.where(c.over_bias(c.seen * 1.0) > 0, terms, 0)
     if c.sinks:
         rho_z = expm1(sigma_z + E_lse + u_a * (abs(c.z) + abs(c.lse)) + e_exp)
@@ -243,7 +264,7 @@ def asked(call, function):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", ["attention", "attention_weights", "attention_vjp"])
 def test_the_suite_computes_the_formulas(call, case, function, dtype, profile):
-    p = precision(dtype, profile)
+    p = precision_of(dtype, profile)
     arrays, options = asked(call, function)
     E, slope = largest(case, p, wider="bias" in arrays and p.u_a > precision("float64").u_a)
     U = variance(case, p, slope)
@@ -254,34 +275,85 @@ def test_the_suite_computes_the_formulas(call, case, function, dtype, profile):
         numpy.testing.assert_allclose(spread[name] ** 2, U[name], rtol=1e-9, err_msg=name)
 
 
+def halves_of(random):
+    """Two halves, some of them empty, and their cotangents."""
+    lse_a, lse_b, grad_lse = random.standard_normal((3, BATCH, HEADS, Q_LEN)) * 3
+    lse_a[0, 0], lse_b[0, :2] = -numpy.inf, -numpy.inf
+    output_a, output_b, grad_output = random.standard_normal((3, BATCH, HEADS, Q_LEN, V_DIM))
+    halves = {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b}
+    return SimpleNamespace(halves=halves, grad_output=grad_output, grad_lse=grad_lse)
+
+
+def merged(c, p):
+    """The quantities of merging that all of its formulas share; rs, M and outputs are 0 beside an empty half."""
+    m, halves = SimpleNamespace(), c.halves
+    u_a, u_l, u_o, w, e = p.u_a, p.u_l, p.u_o, p.w, 8 * p.u_a
+    m.lse_a, m.lse_b = halves["lse_a"][..., None], halves["lse_b"][..., None]
+    m.live = {"a": m.lse_a > -numpy.inf, "b": m.lse_b > -numpy.inf}
+    m.both = both = m.live["a"] & m.live["b"]
+    output, lse = reference.merge_attention(**halves)
+    lse = lse[..., None]
+    m.lse_a, m.lse_b, lse = (numpy.where(both, x, 0) for x in (m.lse_a, m.lse_b, lse))
+    m.a_a, m.a_b, m.d = exp(m.lse_a - lse), exp(m.lse_b - lse), abs(m.lse_a - m.lse_b)
+    m.a_a, m.a_b = (numpy.where(both, x, m.live[half]) for half, x in (("a", m.a_a), ("b", m.a_b)))
+    m.o_a, m.o_b = (numpy.where(both, halves[name], 0) for name in ("output_a", "output_b"))
+    m.E_0 = numpy.minimum(m.a_a, m.a_b) * (u_a * m.d + e) + 4 * u_a + (u_a + u_l) * abs(lse)
+    m.rs = both * (m.E_0 + u_a * m.d + 2 * e + 4 * u_a)
+    m.M = m.a_a * abs(m.o_a) + m.a_b * abs(m.o_b)
+    E_output = m.rs * m.M + 4 * u_a * abs(m.o_a - m.o_b) + u_o * abs(output) + w
+    m.E_output = both * (E_output + p.f * (abs(m.o_a) + abs(m.o_b)))
+    m.U_lse = numpy.minimum(m.a_a, m.a_b) ** 2 * (u_a**2 * m.d**2 / 3 + e**2) + 4 * u_a**2
+    m.U_lse = both * (m.U_lse + u_a**2 * (m.lse_a**2 + m.lse_b**2 + lse**2) / 3 + u_l**2 * lse**2 / 3)
+    m.R_s = both * (m.U_lse + u_a**2 * m.d**2 / 3 + 2 * e**2 + 4 * u_a**2)
+    m.U_output = m.R_s * (m.a_a**2 * m.o_a**2 + m.a_b**2 * m.o_b**2)
+    m.U_output = both * (m.U_output + 4 * u_a**2 * (m.o_a - m.o_b) ** 2 / 3 + u_o**2 * output**2 / 3 + w**2)
+    return m
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_suite_computes_the_formulas_of_merging(dtype):
-    p, random = precision(dtype), numpy.random.default_rng(7)
-    lse_a, lse_b = random.standard_normal((2, BATCH, HEADS, Q_LEN)) * 3
-    lse_a[0, 0], lse_b[0, :2] = -numpy.inf, -numpy.inf
-    output_a, output_b = random.standard_normal((2, BATCH, HEADS, Q_LEN, V_DIM))
-    halves = {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b}
-    output, lse = reference.merge_attention(**halves)
-    both = numpy.isfinite(lse_a) & numpy.isfinite(lse_b)
-
-    def where_both(x):
-        return numpy.where(both if x.ndim == both.ndim else both[..., None], x, 0)
-
-    with numpy.errstate(invalid="ignore"):
-        u_a, u_l, u_o, w, e = p.u_a, p.u_l, p.u_o, p.w, 8 * p.u_a
-        a_a, a_b, d = exp(lse_a - lse), exp(lse_b - lse), abs(lse_a - lse_b)
-        E_0 = numpy.minimum(a_a, a_b) * (u_a * d + e) + 4 * u_a + (u_a + u_l) * abs(lse)
-        E_lse = E_0 + 2 * u_a * (abs(lse_a) + abs(lse_b))
-        a_a, a_b = a_a[..., None], a_b[..., None]
-        E_output = (E_0 + u_a * d + 2 * e + 4 * u_a)[..., None] * (a_a * abs(output_a) + a_b * abs(output_b))
-        E_output = E_output + 4 * u_a * abs(output_a - output_b) + u_o * abs(output) + w
-        U_lse = numpy.minimum(a_a, a_b)[..., 0] ** 2 * (u_a**2 * d**2 / 3 + e**2) + 4 * u_a**2
-        U_lse = U_lse + u_a**2 * (lse_a**2 + lse_b**2 + lse**2) / 3 + u_l**2 * lse**2 / 3
-        relative = (U_lse + u_a**2 * d**2 / 3 + 2 * e**2 + 4 * u_a**2)[..., None]
-        U_output = relative * (a_a**2 * output_a**2 + a_b**2 * output_b**2)
-        U_output = U_output + 4 * u_a**2 * (output_a - output_b) ** 2 / 3 + u_o**2 * output**2 / 3 + w**2
-    E, U = {"output": E_output, "lse": E_lse}, {"output": U_output, "lse": U_lse}
-    computed, spread = allowances("merge_attention", halves, {}, p), deviations("merge_attention", halves, {}, p)
+    p, c = precision_of(dtype), halves_of(numpy.random.default_rng(7))
+    m = merged(c, p)
+    E_lse = m.both * (m.E_0 + 2 * p.u_a * (abs(m.lse_a) + abs(m.lse_b)))
+    E, U = {"output": m.E_output, "lse": E_lse[..., 0]}, {"output": m.U_output, "lse": m.U_lse[..., 0]}
+    computed, spread = allowances("merge_attention", c.halves, {}, p), deviations("merge_attention", c.halves, {}, p)
     for name in ("output", "lse"):
-        numpy.testing.assert_allclose(computed[name], where_both(E[name]), rtol=1e-9, err_msg=name)
-        numpy.testing.assert_allclose(spread[name] ** 2, where_both(U[name]), rtol=1e-9, err_msg=name)
+        numpy.testing.assert_allclose(computed[name], E[name], rtol=1e-9, err_msg=name)
+        numpy.testing.assert_allclose(spread[name] ** 2, U[name], rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_suite_computes_the_formulas_of_the_gradients_of_merging(dtype):
+    p, c = precision_of(dtype), halves_of(numpy.random.default_rng(11))
+    m, u_a, v_dim = merged(c, p), p.u_a, V_DIM
+    dO, g = c.grad_output, c.grad_lse[..., None]
+    gradients = reference.merge_attention_vjp(dO, **c.halves, grad_lse=c.grad_lse)
+    arrays = {"grad_output": dO, **c.halves, "grad_lse": c.grad_lse}
+    computed, spread = (f("merge_attention_vjp", arrays, {}, p) for f in (allowances, deviations))
+    T = sum_j(dO * (m.o_a - m.o_b))
+    T2 = sum_j(dO**2 * (m.o_a**2 + m.o_b**2))
+    U_T = u_a**2 * (v_dim * (T**2 / 3 + T2 / 2) / 3 + T2)
+    shares, t = m.a_a * m.a_b, m.a_a * m.a_b * T
+    flushed = sum_j((1 + abs(dO)) * (abs(m.o_a) + abs(m.o_b)) + abs(dO)) + 2 * v_dim + abs(g)
+    for half, a_x, o_x, dlse in (("a", m.a_a, m.o_a, gradients[1]), ("b", m.a_b, m.o_b, gradients[3])):
+        E_t = numpy.maximum(
+            shares * u_a * (v_dim + 4) * sum_j(abs(dO) * (abs(m.o_a) + abs(m.o_b))) + (2 * m.rs + 4 * u_a) * abs(t),
+            a_x * sum_j(abs(dO) * (m.E_output + u_a * (v_dim + 4) * (abs(o_x) + m.M))) + (m.rs + 4 * u_a) * abs(t),
+        )
+        E_t = m.both * E_t
+        E_doutput = ((m.rs + u_a + p.u_o) * a_x + 4 * u_a) * abs(dO) + p.w + p.f * abs(dO)
+        E_dlse = E_t + (m.rs + 4 * u_a) * a_x * abs(g) + 4 * u_a * (abs(T) + abs(g))
+        E_dlse = E_dlse + p.u_l * abs(dlse[..., None]) + p.w + p.f * flushed
+        U_t = numpy.maximum(
+            shares**2 * (4 * m.R_s * T**2 + U_T),
+            a_x**2 * (sum_j(dO**2 * m.U_output) + U_T) + shares**2 * m.R_s * T**2,
+        )
+        U_doutput = (a_x**2 * (m.R_s + (u_a**2 + p.u_o**2) / 3) + 16 * u_a**2 / 3) * dO**2 + p.w**2
+        U_dlse = m.both * U_t + a_x**2 * m.R_s * g**2 + 16 * u_a**2 * (T**2 + g**2) / 3
+        U_dlse = U_dlse + p.u_l**2 * dlse[..., None] ** 2 / 3 + p.w**2
+        E = {f"grad_output_{half}": E_doutput, f"grad_lse_{half}": E_dlse[..., 0]}
+        U = {f"grad_output_{half}": U_doutput, f"grad_lse_{half}": U_dlse[..., 0]}
+        for name, error in E.items():
+            live = m.live[half] if error.ndim == 4 else m.live[half][..., 0]
+            numpy.testing.assert_allclose(computed[name], live * error, rtol=1e-9, err_msg=name)
+            numpy.testing.assert_allclose(spread[name] ** 2, live * U[name], rtol=1e-9, err_msg=name)

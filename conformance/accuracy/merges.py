@@ -1,8 +1,8 @@
-"""Honest ways to join two halves of one softmax."""
+"""Honest ways to join two halves of one softmax, and to send the gradients of the result back into them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -11,7 +11,7 @@ import numpy
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["FORMS", "MergeProblem", "draw_merge"]
+__all__ = ["FORMS", "GRADIENTS", "MergeProblem", "draw_merge"]
 
 SHAPE = (2, 3, 17, 19)
 
@@ -22,6 +22,7 @@ class MergeProblem:
 
     dtype: str
     arrays: Mapping[str, numpy.ndarray]
+    cotangents: Mapping[str, numpy.ndarray] = field(default_factory=dict)
     generic: bool = True
 
     @property
@@ -38,6 +39,33 @@ class MergeProblem:
         """Output and lse of one half; an empty half has the output 0, whatever it holds."""
         lse = self.arrays[f"lse_{name}"][..., None]
         return numpy.where(lse == -numpy.inf, 0, self.arrays[f"output_{name}"].astype(self.work)), lse
+
+    @property
+    def backward_arrays(self) -> dict[str, numpy.ndarray]:
+        """The halves and the cotangents."""
+        return {**self.arrays, **self.cotangents}
+
+    @property
+    def grad_output(self) -> numpy.ndarray:
+        """The cotangent of the output, in the type of the sums."""
+        return self.cotangents["grad_output"].astype(self.work)
+
+    @property
+    def grad_lse(self) -> numpy.ndarray:
+        """The cotangent of lse, with a last axis of 1; 0 where there is none."""
+        given = self.cotangents.get("grad_lse")
+        return numpy.zeros((*SHAPE[:3], 1), self.work) if given is None else given.astype(self.work)[..., None]
+
+    def gradients(self, **parts: numpy.ndarray) -> dict[str, numpy.ndarray]:
+        """Give the gradients their dtypes; an empty half has none, and leaves the cotangents to the other one."""
+        empty = {name: self.arrays[f"lse_{name}"][..., None] == -numpy.inf for name in "ab"}
+        found: dict[str, numpy.ndarray] = {}
+        for name, other in (("a", "b"), ("b", "a")):
+            for part, whole in (("output", self.grad_output), ("lse", self.grad_lse)):
+                gradient = numpy.where(empty[other], whole, parts[f"{part}_{name}"])
+                gradient = numpy.where(empty[name], 0, gradient).astype(self.arrays[f"{part}_{name}"].dtype)
+                found[f"grad_{part}_{name}"] = gradient if part == "output" else gradient[..., 0]
+        return found
 
     def results(self, output: numpy.ndarray, lse: numpy.ndarray) -> dict[str, numpy.ndarray]:
         """Give the results their dtypes; where a half is empty the other is passed on unchanged."""
@@ -63,7 +91,10 @@ def draw_merge(rng: numpy.random.Generator, dtype: str) -> MergeProblem:
         "output_b": rng.standard_normal(SHAPE).astype(stored),
         "lse_b": lse_b.astype(wide),
     }
-    return MergeProblem(dtype, arrays)
+    wider = [each for each in ("float64", "float32", stored) if each != "float64" or rng.random() < 0.5]
+    grad_output = rng.standard_normal(SHAPE).astype(wider[rng.integers(len(wider))])
+    grad_lse = {"grad_lse": rng.standard_normal(SHAPE[:3]).astype(wide)} if rng.random() < 0.7 else {}
+    return MergeProblem(dtype, arrays, {"grad_output": grad_output, **grad_lse})
 
 
 @numpy.errstate(all="ignore")
@@ -97,4 +128,86 @@ FORMS: dict[str, Callable[[MergeProblem], dict[str, numpy.ndarray]]] = {
     "exponentials": by_exponentials,
     "maximum": by_maximum,
     "interpolation": by_interpolation,
+}
+
+
+def _sum(x: numpy.ndarray) -> numpy.ndarray:
+    return numpy.sum(x, axis=-1, keepdims=True)
+
+
+@numpy.errstate(all="ignore")
+def in_closed_form(problem: MergeProblem) -> dict[str, numpy.ndarray]:
+    """The formulas of MHA-MERGE-7, with each share from the joint lse."""
+    (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
+    lse = numpy.logaddexp(lse_a, lse_b)
+    return _from_shares(problem, numpy.exp(lse_a - lse), numpy.exp(lse_b - lse), output_a - output_b)
+
+
+@numpy.errstate(all="ignore")
+def by_two_sigmoids(problem: MergeProblem) -> dict[str, numpy.ndarray]:
+    """The same with each share as a sigmoid of the difference."""
+    (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
+    shares = 1 / (1 + numpy.exp(lse_b - lse_a)), 1 / (1 + numpy.exp(lse_a - lse_b))
+    return _from_shares(problem, *shares, output_a - output_b)
+
+
+@numpy.errstate(all="ignore")
+def through_interpolation(problem: MergeProblem) -> dict[str, numpy.ndarray]:
+    """What differentiates `by_interpolation`: the share of half a is 1 less that of half b."""
+    (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
+    share = 1 / (1 + numpy.exp(lse_a - lse_b))
+    return _from_shares(problem, 1 - share, share, output_a - output_b)
+
+
+def _from_shares(
+    problem: MergeProblem, a: numpy.ndarray, b: numpy.ndarray, difference: numpy.ndarray
+) -> dict[str, numpy.ndarray]:
+    grad_output, g = problem.grad_output, problem.grad_lse
+    t = a * b * _sum(grad_output * difference)
+    return problem.gradients(output_a=a * grad_output, lse_a=a * g + t, output_b=b * grad_output, lse_b=b * g - t)
+
+
+@numpy.errstate(all="ignore")
+def through_exponentials(problem: MergeProblem) -> dict[str, numpy.ndarray]:
+    """What differentiates `by_exponentials`: each share has a gradient, and what they have in common goes to lse."""
+    (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
+    lse, grad_output = numpy.logaddexp(lse_a, lse_b), problem.grad_output
+    a, b = numpy.exp(lse_a - lse), numpy.exp(lse_b - lse)
+    moved_a, moved_b = a * _sum(grad_output * output_a), b * _sum(grad_output * output_b)
+    grad_lse = problem.grad_lse - moved_a - moved_b
+    return problem.gradients(
+        output_a=a * grad_output,
+        lse_a=moved_a + a * grad_lse,
+        output_b=b * grad_output,
+        lse_b=moved_b + b * grad_lse,
+    )
+
+
+@numpy.errstate(all="ignore")
+def through_maximum(problem: MergeProblem) -> dict[str, numpy.ndarray]:
+    """What differentiates `by_maximum`, the maximum included, whose gradient cancels but for roundings."""
+    (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
+    maximum, grad_output = numpy.maximum(lse_a, lse_b), problem.grad_output
+    power_a, power_b = numpy.exp(lse_a - maximum), numpy.exp(lse_b - maximum)
+    total = power_a + power_b
+    output = (power_a * output_a + power_b * output_b) / total
+    grad_sum = grad_output / total
+    grad_total = problem.grad_lse / total - _sum(grad_sum * output)
+    moved_a = power_a * (_sum(grad_sum * output_a) + grad_total)
+    moved_b = power_b * (_sum(grad_sum * output_b) + grad_total)
+    grad_maximum = problem.grad_lse - moved_a - moved_b
+    return problem.gradients(
+        output_a=power_a * grad_sum,
+        lse_a=moved_a + numpy.where(lse_a >= lse_b, grad_maximum, 0),
+        output_b=power_b * grad_sum,
+        lse_b=moved_b + numpy.where(lse_a < lse_b, grad_maximum, 0),
+    )
+
+
+GRADIENTS: dict[str, Callable[[MergeProblem], dict[str, numpy.ndarray]]] = {
+    "closed form": in_closed_form,
+    "two sigmoids": by_two_sigmoids,
+    "interpolation, differentiated": through_interpolation,
+    "exponentials, differentiated": through_exponentials,
+    "maximum, differentiated": through_maximum,
 }

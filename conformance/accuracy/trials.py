@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 from merges import FORMS as MERGES
+from merges import GRADIENTS as MERGE_GRADIENTS
 from merges import MergeProblem, draw_merge
 from problems import Problem, draw, overflows
 from variants import VARIANTS, with_form
@@ -32,7 +33,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Tally", "tally"]
 
-WIDER = replace(Steps(), check=lambda a: a, check_halves=lambda *halves: None, softmax_dtype=lambda name: "longdouble")
+WIDER = replace(
+    Steps(),
+    check=lambda a: a,
+    check_halves=lambda *halves: None,
+    check_merge_cotangents=lambda *cotangents: None,
+    softmax_dtype=lambda name: "longdouble",
+)
 """The specification in extended precision, whose results are what float64 is judged by."""
 
 MANY = 1000
@@ -117,7 +124,7 @@ class Judge:
 def wider(function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> dict[str, numpy.ndarray]:
     """The results in extended precision, rounded to float64 once."""
     call, more = getattr(Reference(WIDER), function), dict.fromkeys(FUNCTIONS[function].optional.values(), True)
-    if function == "merge_attention":
+    if "merge" in FUNCTIONS[function].features:
         arrays = {name: array.astype(numpy.longdouble) for name, array in arrays.items()}
     results = call(**arrays, **options, **more)
     results = results if isinstance(results, tuple) else (results,)
@@ -154,4 +161,7 @@ def tally(dtype: str, first: int, count: int, each: int, frameworks: Sequence[Fr
         judge_of = Judge.of(merge, "merge_attention", merge.arrays, {})
         for name, form in MERGES.items():
             judge_of.add(f"merge by {name}", "strict", form(merge), found)
+        judge_of = Judge.of(merge, "merge_attention_vjp", merge.backward_arrays, {})
+        for name, form in MERGE_GRADIENTS.items():
+            judge_of.add(f"merge gradients by {name}", "strict", form(merge), found)
     return found

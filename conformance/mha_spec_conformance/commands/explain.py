@@ -31,7 +31,14 @@ SMALL = 64
 
 WIDEST_GRID = 64
 
-LAYER_FORMULAS = {
+FORMULAS = {
+    "merge_attention": (
+        "lse = ln(exp lse_a + exp lse_b)\noutput = exp(lse_a - lse) output_a + exp(lse_b - lse) output_b"
+    ),
+    "merge_attention_vjp": (
+        "a = exp(lse_a - lse), b = exp(lse_b - lse), t = a b sum_c dO (output_a - output_b)\n"
+        "d output_a = a dO, d output_b = b dO, d lse_a = a grad_lse + t, d lse_b = b grad_lse - t"
+    ),
     "multi_head_attention": (
         "q, k, v = rotate(norm(query w_q + b_q)), rotate(norm(key w_k + b_k)), value w_v + b_v\n"
         "k, v = those of the cache and behind them these\n"
@@ -45,7 +52,7 @@ LAYER_FORMULAS = {
     "alibi_slopes": "slope[h] = 2^(-8 (h + 1) / heads) where heads is a power of two",
     "alibi_bias": "bias = -slope[h] |q_offset[b] + i - j|",
 }
-"""The functions of the layer: what each computes, with all that may be left out."""
+"""The functions beside attention: what each computes, with all that may be left out."""
 
 
 def explain(name: str, dtype: str | None = None, save: Path | None = None) -> str:
@@ -96,10 +103,8 @@ def _clauses(case: Case) -> str:
 
 def _formula(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
     """What is computed, with the options of this case and no others."""
-    if case.function in LAYER_FORMULAS:
-        return LAYER_FORMULAS[case.function]
-    if case.function == "merge_attention":
-        return "lse = ln(exp lse_a + exp lse_b)\noutput = exp(lse_a - lse) output_a + exp(lse_b - lse) output_b"
+    if case.function in FORMULAS:
+        return FORMULAS[case.function]
     options = case.options
     scale = options.get("scale")
     shown = f"1/sqrt({inputs['query'].shape[3]})" if scale is None else f"{scale!r}"
@@ -162,7 +167,7 @@ def _numbers(array: numpy.ndarray) -> str:
 
 def _visibility(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
     """The grid of one (batch, head): that in which most constraints differ from "everything is visible"."""
-    if case.function in {"merge_attention", *LAYER_FORMULAS} or case.expect == "error":
+    if case.function in FORMULAS or case.expect == "error":
         return ""
     named = {name: _exact(array) for name, array in inputs.items() if name in ("query", "key", "value", *OPTIONS)}
     a = Arguments(

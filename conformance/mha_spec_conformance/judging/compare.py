@@ -175,7 +175,7 @@ def gate_b(
 
 def overflow_threshold(name: str, output: numpy.ndarray, precision: Precision) -> float:
     """From here on a number rounds to infinity, in the type that came or in that of the run, if it is narrower."""
-    own = softmax_dtype_name(precision.dtype) if name == "lse" else precision.dtype
+    own = softmax_dtype_name(precision.dtype) if "lse" in name else precision.dtype
     return min(_overflow_threshold(dtype) for dtype in (own, output.dtype))
 
 

@@ -51,16 +51,15 @@ def dtype_clause(name: str) -> str:
 def expected_dtypes(ask: Ask, name: str) -> tuple[str, ...]:
     """The dtypes that an output may have: an lse and the bias of ALiBi have the softmax's, a gradient its operand's.
 
-    The lengths of a cache are integers of any width; everything else has the dtype of the run.
+    A merged lse has the dtype of the halves', and the lengths of a cache are integers of any width; everything else
+    has the dtype of the run.
     """
+    operand = "lse_a" if name == "lse" else name.removeprefix("grad_")
+    if operand != name and operand in ask.case.input_names:
+        return (ask.case.dtype_of(operand, ask.dtype),)
     if name in ("lse", "bias"):
         return (softmax_dtype_name(ask.dtype),)
-    if name == "cache_lengths":
-        return INTEGERS
-    operand = name.removeprefix("grad_")
-    if operand in ("bias", "sinks"):
-        return (dtype_name(ask.case.inputs(ask.dtype)[operand]),)
-    return (ask.dtype,)
+    return INTEGERS if name == "cache_lengths" else (ask.dtype,)
 
 
 def wrong_dtype(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:

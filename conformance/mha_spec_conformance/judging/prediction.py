@@ -10,7 +10,7 @@ from mha_spec_conformance.asking.calls import arranged, function_over, joined, l
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .bounds import SPECIFICATION, bounds
-from .bounds.evaluation import as_float64
+from .bounds.evaluation import in_float64
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,7 +72,7 @@ class Predictions:
 
     def _answer(self, mistake: Mistake, dtype: str) -> dict[str, numpy.ndarray] | None:
         arrays = self.case.inputs(dtype)
-        arrays = arrays if mistake.native else {name: as_float64(array) for name, array in arrays.items()}
+        arrays = arrays if mistake.native else in_float64(arrays)
         try:
             with numpy.errstate(all="ignore"):
                 return answer(mistake.steps, self.case.function, arrays, self.case.options)

@@ -109,8 +109,13 @@ class Case:
         """
         return {name: self._input(name, entry, dtype) for name, entry in self._inputs.items()}
 
+    def dtype_of(self, name: str, dtype: str) -> str:
+        """The dtype that an input has in a run in `dtype`."""
+        stored: str = self._inputs[name]["dtype"]
+        return {"case": dtype, "softmax": softmax_dtype_name(dtype)}.get(stored, stored)
+
     def _input(self, name: str, entry: Entry, dtype: str) -> Array:
-        wanted = {"case": dtype, "softmax": softmax_dtype_name(dtype)}.get(entry["dtype"], entry["dtype"])
+        wanted = self.dtype_of(name, dtype)
         values = self._tensors[_place(entry)] if "generator" not in entry else self._generated(name, entry)
         with numpy.errstate(all="ignore"):
             return values.astype(ml_dtypes.bfloat16 if wanted == "bfloat16" else numpy.dtype(wanted))

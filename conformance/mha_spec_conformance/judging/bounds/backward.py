@@ -77,7 +77,12 @@ class GradientEvaluation(Evaluation):
     @cached_property
     def read(self) -> numpy.ndarray:
         """Which keys some row sees, (batch, kv_heads, kv_len, 1)."""
-        return self.over_rows(self.pairs.astype(numpy.float64), numpy.ones((*self.pairs.shape[:3], 1))) > 0
+        return self.over_rows(self.indicator, self.ones) > 0
+
+    @property
+    def ones(self) -> numpy.ndarray:
+        """A column of ones, one for each row: what a sum over rows counts with."""
+        return numpy.ones((*self.pairs.shape[:3], 1))
 
     def over_pairs(self, matrix: numpy.ndarray) -> numpy.ndarray:
         """The sum over the pairs to which one element of the bias belongs."""
@@ -118,7 +123,11 @@ class BackwardErrors:
         e, p = self.evaluation, self.precision
         product = e.seen(abs(e.grad_output) @ abs(e.value).swapaxes(-1, -2))
         stored = p.u_dp + 2 * p.u_a * (e.kept is not None)
-        return e.keep(product) * p.u_a * e.value.shape[-1] + stored * abs(e.grad_weights)
+        depth = e.value.shape[-1]
+        gradient, value = (numpy.sum(abs(array), axis=-1) for array in (e.grad_output, e.value))
+        factors = e.seen(gradient[..., :, None] + value[..., None, :] + 2 * depth)
+        flushed = p.f * e.seen(e.keep(factors) + 1)
+        return e.keep(product) * p.u_a * depth + stored * abs(e.grad_weights) + flushed
 
     @cached_property
     def row_dot(self) -> numpy.ndarray:
@@ -126,11 +135,12 @@ class BackwardErrors:
         e, p = self.evaluation, self.precision
         gradient = numpy.where(e.rows, abs(e.grad_output), 0.0)
         product = p.u_a * e.value.shape[-1] * abs(e.output)
-        from_output = numpy.sum(gradient * (self.forward.output + product), axis=-1, keepdims=True)
+        terms = gradient * (self.forward.output + product) + p.f * (gradient + abs(e.output) + 2)
+        from_output = numpy.sum(terms, axis=-1, keepdims=True)
         relative = self.weights + p.u_p + p.u_a * e.arguments.kv_len
-        from_weights = numpy.sum(
-            e.weights * (relative * abs(e.grad_weights) + self.grad_weights), axis=-1, keepdims=True
-        )
+        terms = e.weights * (relative * abs(e.grad_weights) + self.grad_weights)
+        terms = terms + p.f * (e.weights + abs(e.grad_weights) + 2)
+        from_weights = numpy.sum(terms, axis=-1, keepdims=True)
         rounding = p.u_a * (abs(e.row_dot + e.grad_lse) + abs(e.grad_lse))
         return numpy.where(e.rows, numpy.maximum(from_output, from_weights), 0.0) + rounding
 
@@ -165,7 +175,9 @@ class BackwardErrors:
         shared = self.row_dot * abs(weighted_sum(e.weights * e.cap_slope, e.trace.key))
         error = abs(e.trace.scale) * (weighted_sum(summed, abs(e.trace.key)) + shared)
         rounded = (p.u_o + 2 * p.u_a) * abs(e.values["grad_query"])
-        return numpy.where(e.rows, error + rounded + p.w, 0.0)
+        sizes = numpy.sum(abs(e.grad_scores), axis=-1, keepdims=True) + weighted_sum(e.indicator, abs(e.trace.key))
+        flushed = p.f * (1 + abs(e.trace.scale)) * (sizes + 2 * e.arguments.kv_len + 1)
+        return numpy.where(e.rows, error + rounded + p.w + flushed, 0.0)
 
     def grad_key(self) -> numpy.ndarray:
         """The error of the gradient of the key; each head of a group may be rounded, or underflow, before the sum."""
@@ -175,7 +187,9 @@ class BackwardErrors:
         summed = self.grad_scores + shared + partial * abs(e.grad_scores)
         error = abs(e.trace.scale) * e.over_rows(summed, abs(e.trace.query))
         rounded = (p.u_o + 2 * p.u_a) * abs(e.values["grad_key"])
-        return numpy.where(e.read, error + rounded + p.w * e.group, 0.0)
+        sizes = e.over_rows(abs(e.grad_scores), e.ones) + e.over_rows(e.indicator, abs(e.trace.query))
+        flushed = p.f * (1 + abs(e.trace.scale)) * (sizes + 2 * e.q_depth + e.group)
+        return numpy.where(e.read, error + rounded + p.w * e.group + flushed, 0.0)
 
     def grad_value(self) -> numpy.ndarray:
         """The error of the gradient of the value."""
@@ -184,8 +198,10 @@ class BackwardErrors:
         stored = p.u_p + 2 * p.u_a * (e.kept is not None)
         relative = self.weights + stored + p.u_a * e.q_depth + p.u_o * (e.group - 1)
         error = e.over_rows(e.dropped * relative, gradient) + p.u_o * abs(e.values["grad_value"])
-        lost = e.over_rows(e.keep(e.pairs.astype(numpy.float64)), gradient)
-        return numpy.where(e.read, error + p.w * (e.group + lost), 0.0)
+        kept = e.keep(e.indicator)
+        lost = e.over_rows(kept, gradient)
+        flushed = p.f * (e.over_rows(e.dropped + 2 * kept, e.ones) + lost + e.group)
+        return numpy.where(e.read, error + p.w * (e.group + lost) + flushed, 0.0)
 
     def grad_bias(self) -> numpy.ndarray:
         """The error of the gradient of the bias."""
@@ -195,7 +211,7 @@ class BackwardErrors:
         terms = e.pairs.size // max(values.size, 1)
         shared = e.seen(self.grad_logits + e.weights * self.row_dot)
         error = e.over_pairs(shared + p.u_a * terms * abs(e.grad_logits)) + roundoff * abs(values) + lost
-        return numpy.where(e.over_pairs(e.pairs.astype(numpy.float64)) > 0, error, 0.0)
+        return numpy.where(e.over_pairs(e.indicator) > 0, error + p.f * terms, 0.0)
 
     def grad_sinks(self) -> numpy.ndarray:
         """The error of the gradient of the sinks."""
@@ -288,7 +304,7 @@ class BackwardVariances:
         e, p = self.evaluation, self.precision
         squares = e.grad_output**2
         variance = e.over_rows(e.dropped**2 * (self.weights + p.u_p**2 / 3 + self._partial() / 6), squares)
-        lost = e.over_rows(e.keep(e.pairs.astype(numpy.float64)), abs(e.grad_output))
+        lost = e.over_rows(e.keep(e.indicator), abs(e.grad_output))
         rounded = self._rounded() * e.values["grad_value"] ** 2
         return numpy.where(e.read, variance + rounded + (p.w * (e.group + lost)) ** 2, 0.0)
 
@@ -304,7 +320,7 @@ class BackwardVariances:
             self.grad_logits + e.seen(e.weights * together * self.row_dot) + p.u_a**2 * terms / 6 * e.grad_logits**2
         )
         variance = e.over_pairs(summed) + (roundoff**2 / 3 + p.u_a**2 * terms / 9) * values**2 + lost**2
-        return numpy.where(e.over_pairs(e.pairs.astype(numpy.float64)) > 0, variance, 0.0)
+        return numpy.where(e.over_pairs(e.indicator) > 0, variance, 0.0)
 
     def grad_sinks(self) -> numpy.ndarray:
         """Of the gradient of the sinks."""

@@ -24,7 +24,7 @@ def as_float64(array: numpy.ndarray) -> numpy.ndarray:
 
 
 def in_float64(arrays: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-    """Convert the arrays of a call; what a bias holds beyond the range of the softmax's type is infinite (MHA-BIAS-2)."""
+    """Convert the arrays of a call; beyond the range of the softmax's type a bias is infinite (MHA-BIAS-2)."""
     converted = {name: as_float64(array) for name, array in arrays.items()}
     if "bias" in arrays and "query" in arrays:
         with numpy.errstate(over="ignore"):
@@ -67,6 +67,18 @@ class Evaluation:
     def seen(self, matrix: numpy.ndarray | float) -> numpy.ndarray:
         """The matrix over (i, j) with 0 at pairs that are not visible."""
         return numpy.where(self.pairs, matrix, 0.0)
+
+    @cached_property
+    def indicator(self) -> numpy.ndarray:
+        """1 at visible pairs."""
+        return self.pairs.astype(numpy.float64)
+
+    @cached_property
+    def operand_sizes(self) -> numpy.ndarray:
+        """sum_c |q_ic| + |k_jc|: by how much a score moves where a factor of each of its products is flushed."""
+        t = self.trace
+        query, key = (numpy.sum(abs(array), axis=-1) for array in (t.query, t.key))
+        return self.seen(query[..., :, None] + key[..., None, :])
 
     @cached_property
     def reach(self) -> numpy.ndarray:
@@ -150,7 +162,18 @@ class Evaluation:
     @cached_property
     def underflow_sum(self) -> numpy.ndarray:
         """How many underflows an output element may hold: sum_j |v_jc| / l + 1, over visible keys alone."""
-        return weighted_sum(self.keep(self.pairs.astype(numpy.float64)), abs(self.value)) / self.total + 1
+        return self.value_sum / self.total + 1
+
+    @cached_property
+    def value_sum(self) -> numpy.ndarray:
+        """sum_j |v_jc| over visible keys, dropout on v."""
+        return weighted_sum(self.keep(self.indicator), abs(self.value))
+
+    @cached_property
+    def flushed_sum(self) -> numpy.ndarray:
+        """By how much an output moves where each factor of its products may be flushed, and each product."""
+        counts = numpy.sum(self.dropped + 2 * self.keep(self.indicator), axis=-1, keepdims=True)
+        return counts + self.value_sum + 2
 
     def spread(self, weights: numpy.ndarray, sink_weights: numpy.ndarray | float) -> numpy.ndarray:
         """sum_j weights_ij (v_jc - o_ic)^2, dropout on v, and sink_weights_i o_ic^2, by three products."""

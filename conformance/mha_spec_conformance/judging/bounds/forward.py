@@ -43,8 +43,10 @@ class ForwardErrors:
 
     @cached_property
     def product(self) -> numpy.ndarray:
-        """The error of scale * q.k."""
-        return self.precision.u_a * (self.evaluation.trace.query.shape[-1] + 3) * self.evaluation.reach
+        """The error of scale * q.k: of its roundings, and of what is flushed (MHA-ACC-3)."""
+        e, p, size = self.evaluation, self.precision, self.evaluation.trace.query.shape[-1]
+        flushed = p.f * (1 + abs(e.trace.scale)) * e.seen(e.operand_sizes + 2 * size + 2)
+        return p.u_a * (size + 3) * e.reach + flushed
 
     @cached_property
     def capped(self) -> numpy.ndarray:
@@ -105,7 +107,7 @@ class ForwardErrors:
         size = abs(e.output)
         rounding = p.u_p + p.u_a * (e.depth + 2 * (e.kept is not None))
         error = self.guard * numpy.sqrt(self.mean * spread) + rounding * e.absolute_sum
-        error = error + (p.u_a * (e.depth + 4) + p.u_o) * size + p.w * e.underflow_sum
+        error = error + (p.u_a * (e.depth + 4) + p.u_o) * size + p.w * e.underflow_sum + p.f * e.flushed_sum
         return numpy.where(e.rows, error, 0.0)
 
     @cached_property

@@ -21,7 +21,7 @@ from mha_spec.steps import Steps
 from mha_spec_conformance.asking.calls import joined, layer_answers
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
-from .evaluation import Evaluation, as_float64, weighted_sum
+from .evaluation import Evaluation, as_float64, in_float64, weighted_sum
 from .forward import ForwardErrors
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class LayerBounds:
         self._function = function
         self._steps = steps if isinstance(steps, LayerSteps) else LayerSteps()
         self._dtypes = {name: dtype_name(array) for name, array in arrays.items() if name in ("bias", "sinks")}
-        self._arguments = {name: as_float64(array) for name, array in arrays.items()} | dict(options)
+        self._arguments = in_float64(arrays) | dict(options)
         self.values = joined(self._answers(self._steps))
 
     def _answers(self, steps: LayerSteps) -> list[dict[str, numpy.ndarray]]:

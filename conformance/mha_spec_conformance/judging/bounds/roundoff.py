@@ -49,6 +49,8 @@ class Precision:
     """Relative error of tanh."""
     w: float
     """Absolute error of one underflow."""
+    f: float
+    """Smallest normal number of the accumulator: what is smaller may be flushed to 0, in inputs and in products."""
     largest: float
     """Largest finite number of the dtype."""
 
@@ -84,5 +86,6 @@ def precision(dtype: str, profile: str = "standard") -> Precision:
         e_x=error_of_exp,
         e_t=error_of_exp,
         w=underflow(dtype),
+        f=float(ml_dtypes.finfo(softmax_dtype_name(dtype)).smallest_normal),
         largest=float(ml_dtypes.finfo(dtype).max),
     )

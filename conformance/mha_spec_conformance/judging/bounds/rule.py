@@ -16,7 +16,7 @@ from mha_spec_conformance.suite.functions import FUNCTIONS
 from .backward import BackwardBounds
 from .forward import ForwardBounds, WeightBounds
 from .layer import AlibiBounds, LayerBounds
-from .merge import MergeBounds
+from .merge import MergeBounds, MergeGradientBounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RULE_VERSION", "SPECIFICATION", "Bounds", "allowances", "bounds", "deviations"]
 
-RULE_VERSION = "1"
+RULE_VERSION = "2"
 """Version of the rule, printed in each report; a change of any allowance is a new version."""
 
 SPECIFICATION = Steps()
@@ -55,6 +55,7 @@ _BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Any
     "attention_weights": WeightBounds,
     "attention_vjp": BackwardBounds,
     "merge_attention": MergeBounds,
+    "merge_attention_vjp": MergeGradientBounds,
     **{name: partial(LayerBounds, name) for name, function in FUNCTIONS.items() if function.of_layer},
     "rotary_embedding": partial(LayerBounds, "rotary_embedding"),
     **{name: partial(AlibiBounds, name) for name in ("alibi_slopes", "alibi_bias")},
