@@ -9,21 +9,25 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mha_spec.arguments import Arguments, spells_options
+from mha_spec.array_checks import check_library
 from mha_spec.checks import (
     check,
     check_cotangents,
     check_dropout_mask,
     check_halves,
+    check_merge_cotangents,
     refuse_unknown,
 )
 
 from . import fused, operators, paths
 from .dropout import drawn
 from .function import Attention, gradients, transformed
-from .merging import merge
-from .native import FEWEST_KEYS
+from .merging import merge, merge_gradients
+from .native import FEWEST_KEYS, dense_rows
 from .problem import Problem, readable
+from .symbols import checked, entries, is_open, traced
 from .tasks import Operands
+from .visibility import with_integers
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -32,7 +36,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mha_spec.arguments import NoOptions, Options, WeightOptions
-    from mha_spec.reference import Gradients
+    from mha_spec.reference import Gradients, MergeGradients
+
+    Halves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 __all__ = [
     "attention",
@@ -41,6 +47,7 @@ __all__ = [
     "attention_vjp",
     "attention_weights",
     "merge_attention",
+    "merge_attention_vjp",
 ]
 
 
@@ -64,7 +71,7 @@ def attention(
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:
-    a = _arguments("attention", query, key, value, **options)
+    a = _arguments("attention", query, key, value, options)
     if not return_lse and not transformed():
         if options.keys() <= {"scale"} and _direct(a.query, a.key, a.value):
             return _native(a.query, a.key, a.value, a.scale)
@@ -86,20 +93,21 @@ def _direct(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
     Its backward sums 16-bit gradients in 16 bit, its lse is hidden, and a few keys scrub NaN.
     """
-    if not query.is_cpu or 0 in query.shape or 0 in value.shape:
+    if not query.is_cpu or traced(query) or _needs_gradient(query, key, value):
         return False
-    sizes = query.shape[3] == value.shape[3] and value.shape[2] >= FEWEST_KEYS
-    return sizes and not (_traced(query) or _needs_gradient(query, key, value))
+    fits = query.shape[3] == value.shape[3] and value.shape[2] >= FEWEST_KEYS
+    return fits and 0 not in query.shape and 0 not in value.shape
 
 
 def _native(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
+    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
 
 
 def _fused(a: Arguments) -> Tensor:
     problem = Problem.of(a, host=False)
-    if _needs_gradient(a.query, a.key, a.value) and not _traced(a.query):
+    if _needs_gradient(a.query, a.key, a.value) and not traced(a.query):
         return fused.Fused.apply(a, problem, a.query, a.key, a.value)
     return fused.attend(problem, fused.operands_of(a.query, a.key, a.value))
 
@@ -108,15 +116,15 @@ def _needs_gradient(*operands: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands)
 
 
-def _attend(a: Arguments, needs_lse: bool) -> tuple[Tensor, Tensor]:
+def _attend(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:
     x = Operands(a.query, a.key, a.value, a.bias, a.sinks)
     if transformed():
         return paths.differentiable(Problem.of(a, host=False), x)
-    if _traced(a.query):
+    if traced(a.query):
         return operators.attend(a)
     problem = Problem.of(a, host=readable(a.query))
     if _needs_gradient(*x):
-        return Attention.apply(a, problem, needs_lse, *x)
+        return Attention.apply(a, problem, *x)
     return paths.forward(problem, x, needs_lse=needs_lse)
 
 
@@ -132,21 +140,25 @@ def attention_weights(
 
 @torch.compiler.allow_in_graph
 def _weights(query: Tensor, key: Tensor, options: WeightOptions) -> Tensor:
-    a = _arguments("attention_weights", query, key, None, **options)
-    return paths.weigh(_of_formula(a), Operands(a.query, a.key, a.key, a.bias, a.sinks))
+    a = _arguments("attention_weights", query, key, None, options)
+    if traced(query) and not transformed():
+        return operators.weigh(a)
+    return paths.weigh(_of_formula(a), Operands(a.query, a.key, a.key[..., :0], a.bias, a.sinks))
 
 
 def attention_and_weights(
     query: Tensor, key: Tensor, value: Tensor, **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]:
     """The output and the weights, one from the other, for the layer that is asked for both."""
-    a = drawn(_arguments("attention", query, key, value, **options))
+    a = drawn(_arguments("attention", query, key, value, options))
+    if traced(query) and not transformed():
+        return operators.attend(a)[0], operators.weigh(a)
     return paths.both(_of_formula(a), Operands(a.query, a.key, a.value, a.bias, a.sinks))
 
 
 def _of_formula(a: Arguments) -> Problem:
     """A call for the formula alone; where autograd goes through, what is not finite must stay out of its products."""
-    problem = Problem.of(a, host=readable(a.query) and not _traced(a.query) and not transformed())
+    problem = Problem.of(a, host=readable(a.query) and not traced(a.query) and not transformed())
     if _needs_gradient(a.query, a.key, a.value, a.bias, a.sinks) and not problem.finite(a.query, a.key):
         return Problem.of(a, host=False)
     return problem
@@ -170,16 +182,16 @@ def attention_vjp(
 def _vjp(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_lse: Tensor | None, options: Options
 ) -> Gradients:
-    a = _arguments("attention_vjp", query, key, value, **options)
+    a = _arguments("attention_vjp", query, key, value, options)
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
     x = Operands(a.query, a.key, a.value, a.bias, a.sinks)
     if transformed() or _needs_gradient(*x, grad_output, grad_lse):
         return _spelled(gradients(a, x, grad_output, grad_lse))
-    if _traced(query):
+    if traced(query):
         return _spelled(operators.gradients(a, grad_output, grad_lse))
     problem = Problem.of(a, host=readable(query))
-    output, lse = paths.forward(problem, x, needs_lse=False)
+    output, lse = paths.forward(problem, x, needs_lse=True)
     return _spelled(paths.backward(problem, x, output, lse, grad_output, grad_lse, of_bias=a.bias is not None))
 
 
@@ -196,24 +208,61 @@ def merge_attention(
     **options: Unpack[NoOptions],
 ) -> tuple[Float[Tensor, "batch heads q_len v_dim"], Float[Tensor, "batch heads q_len"]]:
     """Two halves of one softmax; see `mha_spec.reference.merge_attention`."""
-    return _merged(output_a, lse_a, output_b, lse_b, options)
+    return _merged((output_a, lse_a, output_b, lse_b), options)
 
 
 @torch.compiler.allow_in_graph
-def _merged(
-    output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor, options: NoOptions
-) -> tuple[Tensor, Tensor]:
+def _merged(halves: Halves, options: NoOptions) -> tuple[Tensor, Tensor]:
     refuse_unknown(options, "merge_attention")
-    check_halves(output_a, lse_a, output_b, lse_b)
-    return merge(output_a, lse_a, output_b, lse_b)
+    _check_halves(halves)
+    return merge(*halves)
 
 
-def _arguments(
-    function: str, query: Tensor, key: Tensor, value: Tensor | None, /, **options: Unpack[Options]
-) -> Arguments:
+@spells_options
+def merge_attention_vjp(
+    grad_output: Float[Tensor, "batch heads q_len v_dim"],
+    output_a: Float[Tensor, "batch heads q_len v_dim"],
+    lse_a: Float[Tensor, "batch heads q_len"],
+    output_b: Float[Tensor, "batch heads q_len v_dim"],
+    lse_b: Float[Tensor, "batch heads q_len"],
+    *,
+    grad_lse: Float[Tensor, "batch heads q_len"] | None = None,
+    **options: Unpack[NoOptions],
+) -> MergeGradients:
+    """The gradients that autograd gives of `merge_attention`; see `mha_spec.reference.merge_attention_vjp`."""
+    return _merge_vjp(grad_output, grad_lse, (output_a, lse_a, output_b, lse_b), options)
+
+
+@torch.compiler.allow_in_graph
+def _merge_vjp(grad_output: Tensor, grad_lse: Tensor | None, halves: Halves, options: NoOptions) -> MergeGradients:
+    refuse_unknown(options, "merge_attention_vjp")
+    _check_halves(halves)
+    check_merge_cotangents(grad_output, grad_lse, halves[0])
+    return merge_gradients(grad_output, grad_lse, *halves)
+
+
+def _check_halves(halves: Halves) -> None:
+    check_library("torch", halves[0], "output_a")
+    check_halves(*halves)
+
+
+def _arguments(function: str, query: Tensor, key: Tensor, value: Tensor | None, options: WeightOptions) -> Arguments:
+    """The arguments of a call, checked, with a named offset as the integers that it stands for."""
     refuse_unknown(options, function)
-    a = Arguments(query, key, value, **options)
-    return check(_autocast(a) if torch.is_autocast_enabled(query.device.type) else a)
+    check_library("torch", query)
+    a = Arguments(query, key, value, function=function, **options)
+    if paths.autocasts(query.device.type):
+        a = _autocast(a)
+    if not traced(query):
+        return with_integers(check(a))
+    return with_integers(checked(_with_tensors(a)))
+
+
+def _with_tensors(a: Arguments) -> Arguments:
+    """Arguments in which a sequence that holds a symbol is a tensor, which is not read."""
+    lists = {name: getattr(a, name) for name in ("q_offset", "q_lengths", "kv_lengths")}
+    found = {name: entries(one, a.query.device) for name, one in lists.items() if is_open(one)}
+    return replace(a, **found) if found else a
 
 
 def _autocast(a: Arguments) -> Arguments:
@@ -226,8 +275,3 @@ def _autocast(a: Arguments) -> Arguments:
         if one is not None and one.is_floating_point() and one.dtype != torch.float64
     }
     return replace(a, **cast)
-
-
-def _traced(tensor: Tensor) -> bool:
-    """Whether a tensor stands for one that is not there yet."""
-    return type(tensor) not in (torch.Tensor, torch.nn.Parameter)

@@ -7,7 +7,7 @@ mask is ever held.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -47,11 +47,12 @@ def drawn(a: Arguments) -> Arguments:
     if a.dropout_rate == 0 or a.dropout_mask is not None:
         return a
     generator = _generator(a)
+    # With a generator, and with None for one, randint takes no size that a tracer left open.
+    own: dict[str, Any] = {} if generator is None else {"generator": generator}
     shapes = (a.batch, a.heads, a.q_len, 2), (a.kv_len, 2)
     try:
         draws = [
-            torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=a.query.device, generator=generator)
-            for shape in shapes
+            torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=a.query.device, **own) for shape in shapes
         ]
     except RuntimeError as error:
         if "randomness" not in str(error):

@@ -7,7 +7,7 @@ Heads that share a key/value head lie one under another as rows of one matrix, s
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["Logits", "attend", "gradients", "logits", "product", "softmax", "weigh"]
+__all__ = ["Cotangents", "Gradients", "Logits", "attend", "gradients", "logits", "product", "softmax", "weigh"]
 
 
 class Logits(NamedTuple):
@@ -28,39 +28,42 @@ class Logits(NamedTuple):
     """The slope of the soft cap (MHA-VJP-2)."""
 
 
-def attend(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (batch, heads, queries, v_dim) and lse (batch, heads, queries) of a task."""
+def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool = True) -> tuple[torch.Tensor, Any]:
+    """Output (batch, heads, queries, v_dim) and, where it is needed, lse (batch, heads, queries) of a task."""
     x = x.to(problem.dtype)
-    weights, visible, lse = softmax(problem, task, x)
+    weights, visible, lse = softmax(problem, task, x) if needs_lse else (*weigh(problem, task, x), None)
     keep = problem.keep(task)
     dropped = weights if keep is None else weights * keep
-    return product(dropped, x.value, visible, clean=problem.finite(x.value)), lse
+    return product(dropped, x.value, visible, clean=visible is None or problem.finite(x.value)), lse
 
 
 def softmax(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Weights, which pairs are visible, and lse; a row that sees nothing has weights 0 and lse -inf (MHA-EMPTY-1)."""
     scores = logits(problem, task, x)
-    maximum = scores.values.amax(-1, keepdim=True)
-    if x.sinks is not None:
-        maximum = torch.maximum(maximum, x.sinks)
+    if x.sinks is None:
+        return _shares(scores), scores.visible, torch.logsumexp(scores.values, -1)
+    maximum = torch.maximum(scores.values.amax(-1, keepdim=True), x.sinks)
     anchor = torch.where(maximum == -math.inf, 0.0, maximum).detach()
     exponentials = torch.exp(scores.values - anchor)
-    total = exponentials.sum(-1, keepdim=True)
-    if x.sinks is not None:
-        total = total + torch.exp(x.sinks - anchor)
+    total = exponentials.sum(-1, keepdim=True) + torch.exp(x.sinks - anchor)
     empty = total == 0
     divisor = torch.where(empty, 1.0, total)
     lse = torch.where(empty, -math.inf, anchor + torch.log(divisor))
     return exponentials / divisor, scores.visible, lse[..., 0]
 
 
-def weigh(problem: Problem, task: Task, x: Operands) -> torch.Tensor:
-    """The weights alone, without sinks by torch's softmax, whose row that sees nothing is NaN (MHA-EMPTY-1)."""
+def weigh(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights alone, and which pairs are visible."""
     if x.sinks is not None:
-        return softmax(problem, task, x)[0]
-    values, visible, _ = logits(problem, task, x)
-    weights = torch.softmax(values, -1)
-    return weights if visible is None else torch.where(visible.any(-1, keepdim=True), weights, 0.0)
+        return softmax(problem, task, x)[:2]
+    scores = logits(problem, task, x)
+    return _shares(scores), scores.visible
+
+
+def _shares(scores: Logits) -> torch.Tensor:
+    """torch's softmax, which gives NaN in a row that sees nothing (MHA-EMPTY-1)."""
+    weights = torch.softmax(scores.values, -1)
+    return weights if scores.visible is None else torch.where(scores.visible.any(-1, keepdim=True), weights, 0.0)
 
 
 def logits(problem: Problem, task: Task, x: Operands, *, slope: bool = False) -> Logits:
@@ -90,26 +93,60 @@ def _scores(problem: Problem, x: Operands, visible: torch.Tensor | None) -> torc
     return torch.where(usable, _spread(_gather(query, key) @ key.mT, query), math.nan)
 
 
-def gradients(
-    problem: Problem, task: Task, x: Operands, lse: torch.Tensor, row_dot: torch.Tensor, grad_output: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ, dK, dV and dS of a task; `row_dot` is rowsum(dO O) - grad_lse (MHA-VJP-1 to MHA-VJP-4)."""
-    x = x.to(problem.dtype)
-    grad_output, clean = grad_output.to(problem.dtype), problem.finite(x.query, x.key, grad_output)
+class Cotangents(NamedTuple):
+    """What the backward is given of each row; those that are None are 0."""
+
+    output: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+    def cut(self, task: Task) -> Cotangents:
+        """The rows of a task."""
+        return Cotangents(*(None if cotangent is None else task.of_rows(cotangent) for cotangent in self))
+
+
+class Gradients(NamedTuple):
+    """The gradients of a task in the softmax's type, and the D of each row (MHA-VJP-1), which sinks need."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor
+    row_dot: torch.Tensor
+
+
+def gradients(problem: Problem, task: Task, x: Operands, lse: torch.Tensor, cotangents: Cotangents) -> Gradients:
+    """The closed form (MHA-VJP-1 to MHA-VJP-4)."""
+    x, given = x.to(problem.dtype), cotangents
     values, visible, slope = logits(problem, task, x, slope=True)
     weights = torch.exp(values - torch.where(lse == -math.inf, 0.0, lse)[..., None])
     weights = _shown(weights, visible)
-    grad_weights = _spread(_gather(grad_output, x.value) @ x.value.mT, grad_output)
     keep = problem.keep(task)
-    dropped = weights
-    if keep is not None:
-        dropped, grad_weights = weights * keep, grad_weights * keep
-    grad_logits = _shown(weights * (grad_weights - row_dot[..., None]), visible)
+    grad_weights = _grad_weights(problem, x, given, keep)
+    pairs = _shown(weights * grad_weights, visible)
+    row_dot = pairs.sum(-1) if given.lse is None else pairs.sum(-1) - given.lse.to(problem.dtype)
+    grad_logits = _shown(pairs - weights * row_dot[..., None], visible)
     grad_scores = grad_logits if slope is None else _shown(grad_logits * slope, visible)
+    clean = visible is None or problem.finite(x.query, x.key)
     grad_query = problem.scale * product(grad_scores, x.key, visible, clean=clean)
     grad_key = problem.scale * _sum_over_rows(grad_scores, x.query, x.key, visible, clean=clean)
+    if given.output is None:
+        return Gradients(grad_query, grad_key, torch.zeros_like(x.value), grad_logits, row_dot)
+    dropped, grad_output = weights if keep is None else weights * keep, given.output.to(problem.dtype)
+    clean = visible is None or problem.finite(grad_output)
     grad_value = _sum_over_rows(dropped, grad_output, x.value, visible, clean=clean)
-    return grad_query, grad_key, grad_value, grad_logits
+    return Gradients(grad_query, grad_key, grad_value, grad_logits, row_dot)
+
+
+def _grad_weights(problem: Problem, x: Operands, given: Cotangents, keep: torch.Tensor | None) -> torch.Tensor:
+    """dP, through the output and of the weights themselves, which know no dropout (MHA-VJP-1, MHA-DROP-3)."""
+    if given.output is None:
+        assert given.weights is not None
+        return given.weights.to(problem.dtype)
+    grad_output = given.output.to(problem.dtype)
+    through = _spread(_gather(grad_output, x.value) @ x.value.mT, grad_output)
+    through = through if keep is None else through * keep
+    return through if given.weights is None else through + given.weights.to(problem.dtype)
 
 
 def _gather(rows: torch.Tensor, of: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ from .problem import Problem
 from .tasks import Operands
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from mha_spec.arguments import Arguments
 
 __all__ = ["Attention", "gradients", "transformed"]
@@ -26,12 +28,10 @@ class Attention(torch.autograd.Function):
     """Output and lse of a prepared call."""
 
     @staticmethod
-    def forward(
-        ctx: Any, a: Arguments, problem: Problem, needs_lse: bool, *operands: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, a: Arguments, problem: Problem, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep what the backward reads; a gradient that nobody gave stays None."""
         x = Operands(*operands)
-        output, lse = forward(problem, x, needs_lse=needs_lse)
+        output, lse = forward(problem, x, needs_lse=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*x, output, lse)
         ctx.a, ctx.problem = a, problem
@@ -46,26 +46,29 @@ class Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = gradients(ctx.a, x, grad_output, grad_lse)
         else:
-            found = backward(ctx.problem, x, output, lse, grad_output, grad_lse, of_bias=ctx.needs_input_grad[6])
+            found = backward(ctx.problem, x, output, lse, grad_output, grad_lse, of_bias=ctx.needs_input_grad[5])
         return (
             None,
             None,
-            None,
-            *(one if needed else None for one, needed in zip(found, ctx.needs_input_grad[3:], strict=True)),
+            *(one if needed else None for one, needed in zip(found, ctx.needs_input_grad[2:], strict=True)),
         )
 
 
 def gradients(a: Arguments, x: Operands, grad_output: torch.Tensor, grad_lse: torch.Tensor | None) -> Operands:
-    """The gradients as a differentiable function of the operands and of the cotangents.
+    """The gradients as a differentiable function of the operands and of the cotangents, inside any transform."""
+    present = [operand is not None for operand in x]
 
-    Each operand is seen through a view of its own, so that one which depends on another is not counted twice.
-    """
-    with torch.enable_grad():
-        views = x.each(lambda one: one.view_as(one) if one.requires_grad else one.detach().requires_grad_())
-        output, lse = differentiable(Problem.of(a, host=False), views)
-        cotangents = (grad_output, torch.zeros_like(lse) if grad_lse is None else grad_lse)
-        if not output.requires_grad:
-            return x.each(torch.zeros_like)
-        given = [one for one in views if one is not None]
-        found = iter(torch.autograd.grad((output, lse), given, cotangents, create_graph=True, materialize_grads=True))
-        return views.each(lambda _: next(found))
+    def call(*operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return differentiable(Problem.of(a, host=False), _filled(present, operands))
+
+    given = [operand for operand in x if operand is not None]
+    pulled: Any = torch.func.vjp(call, *given)
+    (output, lse), pull = pulled
+    cotangents = grad_output.to(output.dtype), torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype)
+    return _filled(present, pull(cotangents))
+
+
+def _filled(present: Sequence[bool], operands: Iterable[torch.Tensor]) -> Operands:
+    """Operands of which some are None."""
+    following = iter(operands)
+    return Operands(*(next(following) if is_there else None for is_there in present))  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from mha_spec import layer_checks, layer_steps
@@ -17,13 +18,14 @@ from mha_spec.layer_steps import LayerSteps, slope_values
 
 from .core import attention, attention_and_weights, attention_to_all, attention_weights
 from .function import transformed
+from .paths import autocasts
+from .symbols import entries, example, is_open, traced
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Unpack
 
     from jaxtyping import Float, Int
-    from torch import Tensor
 
     from mha_spec.arguments import Options, WeightOptions
     from mha_spec.layer_checks import LayerArguments
@@ -46,13 +48,22 @@ _BUFFERS = HighWater()
 
 def check(a: LayerArguments) -> LayerArguments:
     """The shared checks; under autocast every tensor takes its type first, as in torch's own layers."""
-    if isinstance(a.query, torch.Tensor) and torch.is_autocast_enabled(a.query.device.type):
+    if isinstance(a.query, torch.Tensor) and autocasts(a.query.device.type):
         own = a.query
         a.query, key, value = (_autocast(one) for one in (own, a.key, a.value))
         a.key, a.value = (a.query if given is own else cast for given, cast in ((a.key, key), (a.value, value)))
         if isinstance(a.params, dict):
             a.params = {name: _autocast(one) for name, one in a.params.items()}
-    return layer_checks.check(a)
+    options = a.options
+    a.options = example(options)
+    layer_checks.check(a)
+    a.options = options if is_open(options) else a.options
+    return a
+
+
+def check_alibi(slopes: object, q_len: int, kv_len: int, offset: Integers | int | None) -> None:
+    """The shared check, of numbers that a tracer left open by their examples."""
+    layer_checks.check_alibi(slopes, *example((q_len, kv_len, offset)))
 
 
 def _autocast(x: Any) -> Any:
@@ -97,7 +108,7 @@ alone reads unless it is cut in parts."""
 
 def _few(x: Tensor, count: int, size: int, weight: Tensor) -> bool:
     """Whether a product of so many rows is quicker in parts, whose sums 16-bit types would round."""
-    if count > FEW_ROWS or type(x) is not torch.Tensor or not x.is_cpu:
+    if not x.is_cpu or traced(x) or count > FEW_ROWS:
         return False
     return x.dtype in (torch.float32, torch.float64) and size % PARTS == 0 and weight.numel() >= LEAST
 
@@ -123,10 +134,10 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def positions(offset: Integers | int, length: int, like: Tensor) -> Tensor:
     """Token i of batch entry b sits at offset[b] + i: (length,) or (batch, length) (MHA-POS-1, MHA-ROTARY-4)."""
-    found = torch.arange(length, device=like.device)
-    if isinstance(offset, int):
-        return found + offset if offset else found
-    return torch.as_tensor(offset, device=like.device).to(torch.int64)[..., None] + found
+    if isinstance(offset, (int, torch.SymInt)):
+        return torch.arange(offset, offset + length, device=like.device)
+    starts = torch.as_tensor(offset, device=like.device).to(torch.int64)
+    return starts[..., None] + torch.arange(length, device=like.device)
 
 
 def turns(positions: Tensor | Sequence[float], frequencies: numpy.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +164,7 @@ def store(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tenso
 
 def empty(shapes: Sequence[tuple[int, ...]], like: Tensor) -> KVCache:
     """Buffers of zeros, of autocast's type under autocast."""
-    dtype = _autocast(like.new_empty(0)).dtype if torch.is_autocast_enabled(like.device.type) else like.dtype
+    dtype = _autocast(like.new_empty(0)).dtype if autocasts(like.device.type) else like.dtype
     key, value = (torch.zeros(shape, dtype=dtype, device=like.device) for shape in shapes)
     cache = KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
     return _BUFFERS.own(cache) if _writable(key, value) else cache
@@ -250,6 +261,7 @@ def slopes(heads: int, dtype: str) -> Tensor:
 _LAYER = Layer(
     LayerSteps(
         check=check,
+        check_alibi=check_alibi,
         project_in=project_in,
         normalise=normalise,
         positions=positions,
@@ -330,7 +342,18 @@ def _answer(function: str, operands: tuple[Any, ...], cache: KVCache | None, giv
 
 @torch.compiler.allow_in_graph
 def _in_graph(function: str, operands: tuple[Any, ...], cache: KVCache | None, given: dict[str, Any]) -> Any:
-    return getattr(_LAYER, function)(*operands, cache=cache, **_fixed(given))
+    given = {name: _in_tensor(name, one, operands[0]) for name, one in given.items()}
+    settings = {name: _fixed(given[name]) for name in ("rotary", "norm_epsilon")}
+    return getattr(_LAYER, function)(*operands, cache=cache, **given | settings)
+
+
+def _in_tensor(name: str, value: Any, query: Tensor) -> Any:
+    """Lengths and offsets in a sequence in which a tracer left numbers open, as a tensor, which is not read."""
+    return entries(value, query.device) if name in PER_ENTRY and is_open(value) else value
+
+
+PER_ENTRY = {"q_offset", "q_lengths", "kv_lengths"}
+"""Options that may be sequences of an integer for each batch entry."""
 
 
 def rotary_embedding(
@@ -350,10 +373,14 @@ def _rotated(x: Tensor, positions: Tensor | Sequence[float], rotary: dict[str, A
     return _LAYER.rotary_embedding(x, positions, **_fixed(rotary))
 
 
-@torch.compiler.allow_in_graph
 def alibi_slopes(heads: int, *, dtype: str = "float32") -> Float[Tensor, "heads"]:
     """The slopes of linear biases; see `mha_spec.reference.alibi_slopes`."""
-    return _LAYER.alibi_slopes(heads, dtype=dtype)
+    return _slopes(heads, dtype)
+
+
+@torch.compiler.allow_in_graph
+def _slopes(heads: int, dtype: str) -> Tensor:
+    return _LAYER.alibi_slopes(_fixed(heads), dtype=dtype)
 
 
 def alibi_bias(
@@ -369,7 +396,9 @@ def alibi_bias(
 
 @torch.compiler.allow_in_graph
 def _biased(slopes: Tensor | int, q_len: int, kv_len: int, q_offset: Integers | int | None) -> Tensor:
-    return _LAYER.alibi_bias(slopes, q_len, kv_len, q_offset=q_offset)
+    if is_open(q_offset):
+        q_offset = entries(q_offset, slopes.device if isinstance(slopes, Tensor) else torch.get_default_device())
+    return _LAYER.alibi_bias(_fixed(slopes), q_len, kv_len, q_offset=q_offset)
 
 
 def append_cache(
@@ -395,7 +424,9 @@ def _unread(cache: KVCache | None) -> KVCache | None:
 
 
 def _fixed(given: Any) -> Any:
-    """The options with the numbers that a compiler left open fixed at what they are."""
+    """Settings in which the numbers that a tracer left open are fixed at what they are, since each is another layer."""
     if isinstance(given, dict):
         return {name: _fixed(one) for name, one in given.items()}
-    return float(given) if isinstance(given, torch.SymFloat) else given
+    if isinstance(given, torch.SymFloat):
+        return float(given)
+    return int(given) if isinstance(given, torch.SymInt) else given

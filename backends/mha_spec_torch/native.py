@@ -21,6 +21,20 @@ __all__ = ["FEWEST_KEYS", "attend", "gradients"]
 FEWEST_KEYS = 16
 """With fewer keys the kernel gives 0 for a query of NaN (MHA-NAN-1)."""
 
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """An operand as the kernels of the CPU read it: each row without gaps, and no two rows in one place.
+
+    They check neither, for query, key, value and output; every other stride, and all of a mask, they heed.
+    """
+    stride, size = x.stride(), x.shape[3]
+    return (
+        x
+        if stride[3] == 1 and (stride[2] >= size or x.shape[2] == 1)
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -78,8 +92,7 @@ def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch
     visible = problem.visibility.visible(task, x.bias)
     if visible is None:
         return False, None, None
-    added = torch.zeros(visible.shape, dtype=problem.dtype) if x.bias is None else x.bias.to(problem.dtype)
-    return False, visible, torch.where(visible, added, -math.inf)
+    return False, visible, torch.where(visible, 0.0 if x.bias is None else x.bias, -math.inf).to(problem.dtype)
 
 
 def _any_key(visible: torch.Tensor) -> torch.Tensor:
@@ -94,4 +107,4 @@ def _of_one_size(x: Operands) -> list[torch.Tensor]:
 
 
 def _widened(array: torch.Tensor, size: int) -> torch.Tensor:
-    return array if array.shape[3] == size else pad(array, (0, size - array.shape[3]))
+    return dense_rows(array) if array.shape[3] == size else pad(array, (0, size - array.shape[3]))

@@ -1,4 +1,8 @@
-"""The two passes as operators, so that a compiled graph holds each as one node and no branch of theirs breaks it."""
+"""The passes as operators, so that a graph holds each as one node, in which no branch looks at a size or a number.
+
+Whatever may change between two calls of one graph is an argument: tensors, the bounds of a window, and numbers as
+scalars, since a `float` would fix the value that a tracer left open. Lengths, offsets and ids are tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,25 @@ import torch
 from torch import Tensor
 
 from mha_spec.arguments import Arguments
+from mha_spec.checks import check_numbers, check_window
 
 from .dropout import Draws, draws_of
-from .paths import backward, forward
+from .paths import backward, forward, weigh_backward
+from .paths import weigh as weigh_by_formula
 from .problem import Problem, readable
 from .tasks import Operands
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["attend", "gradients"]
+__all__ = ["attend", "gradients", "weigh"]
 
 SCHEMA = ", ".join(
     [
         "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? q_offset",
         "Tensor? q_lengths, Tensor? kv_lengths, Tensor? q_segment_ids, Tensor? kv_segment_ids, Tensor? dropout_mask",
         "Tensor? row_draws, Tensor? key_draws",
-        "bool causal, SymInt? left, SymInt? right, float? scale, float? softcap, float dropout_rate",
+        "bool causal, SymInt? left, SymInt? right, Scalar? scale, Scalar? softcap, Scalar dropout_rate",
     ]
 )
 OPERANDS = 5
@@ -32,11 +38,6 @@ OPERANDS = 5
 NAMES = tuple(argument.split()[1] for argument in SCHEMA.split(", "))
 
 _library = torch.library.Library("mha_spec_torch", "DEF")
-_library.define(f"attend({SCHEMA}) -> (Tensor, Tensor)")
-_library.define(
-    f"gradients(Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, bool of_bias, {SCHEMA})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -44,20 +45,26 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     return torch.ops.mha_spec_torch.attend(*_spelled(a))
 
 
+def weigh(a: Arguments) -> Tensor:
+    """The weights of a call, as one operator."""
+    return torch.ops.mha_spec_torch.weigh(*_spelled(a))
+
+
 def gradients(a: Arguments, grad_output: Tensor, grad_lse: Tensor | None) -> Operands:
     """The gradients of a call, as two operators."""
     spelled = _spelled(a)
     output, lse = torch.ops.mha_spec_torch.attend(*spelled)
-    found = torch.ops.mha_spec_torch.gradients(grad_output, grad_lse, output, lse, a.bias is not None, *spelled)
-    query, key, value, bias, sinks = found
+    results = torch.ops.mha_spec_torch.gradients(grad_output, grad_lse, output, lse, a.bias is not None, *spelled)
+    query, key, value, bias, sinks = results
     return Operands(query, key, value, None if a.bias is None else bias, None if a.sinks is None else sinks)
 
 
 def _spelled(a: Arguments) -> list[Any]:
-    """The arguments of a call as the schema has them."""
+    """The arguments of a call in the order of the schema."""
     left, right = a.bounded_window or (None, None)
     rows, keys = draws_of(a) or (None, None)
     spelled: dict[str, Any] = {"left": left, "right": right, "row_draws": rows, "key_draws": keys}
+    spelled["value"] = a.key[..., :0] if a.value is None else a.value
     for name in ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids"):
         spelled[name] = _tensor(getattr(a, name), a)
     return [spelled[name] if name in spelled else getattr(a, name) for name in NAMES]
@@ -66,22 +73,24 @@ def _spelled(a: Arguments) -> list[Any]:
 def _tensor(value: Tensor | Sequence[int] | int | None, a: Arguments) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
-    if isinstance(value, int):
-        return torch.full((a.batch,), value, device=a.query.device)
+    if isinstance(value, (int, torch.SymInt)):
+        return torch.full((a.batch,), value, dtype=torch.int64, device=a.query.device)
     return torch.as_tensor(value, device=a.query.device)
 
 
-def _called(*spelled: Any) -> tuple[Problem, Operands]:
-    """The problem of an operator's arguments, which are there to be read when it runs."""
+def _called(spelled: Sequence[Any]) -> tuple[Problem, Operands]:
+    """The problem of an operator's arguments, and a look at the numbers that were open when it was traced."""
     options = dict(zip(NAMES, spelled, strict=True))
     left, right, rows, keys = (options.pop(name) for name in ("left", "right", "row_draws", "key_draws"))
     window = None if left is None and right is None else (left, right)
     a = Arguments(**options, window=window, dropout_key=None if rows is None else Draws(rows, keys))
+    check_numbers(a)
+    check_window(a)
     return Problem.of(a, host=readable(a.query)), Operands(*spelled[:OPERANDS])
 
 
 def _attend(*spelled: Any) -> tuple[Tensor, Tensor]:
-    problem, x = _called(*spelled)
+    problem, x = _called(spelled)
     output, lse = forward(problem, x, needs_lse=True)
     return output.contiguous(), lse.contiguous()
 
@@ -95,36 +104,80 @@ def _attend_shapes(*spelled: Any) -> tuple[Tensor, Tensor]:
 def _gradients(
     grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor, of_bias: bool, *spelled: Any
 ) -> tuple[Tensor, ...]:
-    problem, x = _called(*spelled)
-    found = backward(problem, x, output, lse, grad_output, grad_lse, of_bias=of_bias)
-    return tuple(x.query.new_empty(0) if one is None else one.contiguous() for one in found)
+    problem, x = _called(spelled)
+    return _filled(x, backward(problem, x, output, lse, grad_output, grad_lse, of_bias=of_bias))
 
 
-def _gradient_shapes(
-    _1: Tensor, _2: Tensor | None, _3: Tensor, _4: Tensor, _5: bool, *spelled: Any
-) -> tuple[Tensor, ...]:
-    return tuple(spelled[0].new_empty(0) if one is None else one.new_empty(one.shape) for one in spelled[:OPERANDS])
+def _weigh(*spelled: Any) -> Tensor:
+    return weigh_by_formula(*_called(spelled)).contiguous()
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors = [isinstance(one, Tensor) for one in inputs]
-    ctx.save_for_backward(*(one for one, is_tensor in zip(inputs, tensors, strict=True) if is_tensor), *output)
-    ctx.spelled = [None if is_tensor else one for one, is_tensor in zip(inputs, tensors, strict=True)]
+def _weigh_shape(*spelled: Any) -> Tensor:
+    query, key = spelled[:2]
+    return query.new_empty((*query.shape[:3], key.shape[2]))
+
+
+def _weigh_gradients(grad_weights: Tensor, *spelled: Any) -> tuple[Tensor, ...]:
+    problem, x = _called(spelled)
+    return _filled(x, weigh_backward(problem, x, grad_weights))
+
+
+def _filled(x: Operands, results: Operands) -> tuple[Tensor, ...]:
+    """The gradients, an empty tensor for an operand that is not given: an operator has none that is None."""
+    return tuple(x.query.new_empty(0) if result is None else result.contiguous() for result in results)
+
+
+def _gradient_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    spelled = arguments[-len(NAMES) :]
+    query, operands = spelled[0], spelled[:OPERANDS]
+    return tuple(query.new_empty(0) if operand is None else operand.new_empty(operand.shape) for operand in operands)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor] | Tensor) -> None:
+    tensors = [isinstance(argument, Tensor) for argument in inputs]
+    results = (output,) if isinstance(output, Tensor) else output
+    saved = (argument for argument, is_tensor in zip(inputs, tensors, strict=True) if is_tensor)
+    ctx.save_for_backward(*results, *saved)
+    ctx.spelled = [None if is_tensor else argument for argument, is_tensor in zip(inputs, tensors, strict=True)]
     ctx.tensors = tensors
     ctx.set_materialize_grads(False)
 
 
-def _through(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, output, lse = ctx.saved_tensors
-    given = iter(saved)
-    spelled = [next(given) if is_tensor else one for one, is_tensor in zip(ctx.spelled, ctx.tensors, strict=True)]
+def _kept(ctx: Any, results: int) -> tuple[Sequence[Tensor], list[Any]]:
+    """What the forward gave, and its arguments."""
+    tensors = iter(ctx.saved_tensors[results:])
+    arguments = zip(ctx.spelled, ctx.tensors, strict=True)
+    return ctx.saved_tensors[:results], [next(tensors) if is_tensor else other for other, is_tensor in arguments]
+
+
+def _through_attend(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    (output, lse), spelled = _kept(ctx, 2)
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output
-    found = torch.ops.mha_spec_torch.gradients(grad_output, grad_lse, output, lse, ctx.needs_input_grad[3], *spelled)
-    needed = (one if ctx.needs_input_grad[index] else None for index, one in enumerate(found))
-    return *needed, *(None for _ in spelled[OPERANDS:])
+    of_bias = ctx.needs_input_grad[3]
+    return _needed(ctx, torch.ops.mha_spec_torch.gradients(grad_output, grad_lse, output, lse, of_bias, *spelled))
 
 
-for _name, _run, _shapes in (("attend", _attend, _attend_shapes), ("gradients", _gradients, _gradient_shapes)):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mha_spec_torch::{_name}", _shapes, lib=_library)
-torch.library.register_autograd("mha_spec_torch::attend", _through, setup_context=_keep, lib=_library)
+def _through_weigh(ctx: Any, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+    return _needed(ctx, torch.ops.mha_spec_torch.weigh_gradients(grad_weights, *_kept(ctx, 1)[1]))
+
+
+def _needed(ctx: Any, results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients that are asked for, and None for every option."""
+    operands = (result if ctx.needs_input_grad[place] else None for place, result in enumerate(results))
+    return *operands, *[None] * (len(NAMES) - OPERANDS)
+
+
+def _register(name: str, signature: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    _library.define(f"{name}{signature}")
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mha_spec_torch::{name}", shapes, lib=_library)
+
+
+FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+COTANGENTS = "Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, bool of_bias"
+_register("attend", f"({SCHEMA}) -> (Tensor, Tensor)", _attend, _attend_shapes)
+_register("gradients", f"({COTANGENTS}, {SCHEMA}) -> {FIVE}", _gradients, _gradient_shapes)
+_register("weigh", f"({SCHEMA}) -> Tensor", _weigh, _weigh_shape)
+_register("weigh_gradients", f"(Tensor grad_weights, {SCHEMA}) -> {FIVE}", _weigh_gradients, _gradient_shapes)
+for _name, _through in (("attend", _through_attend), ("weigh", _through_weigh)):
+    torch.library.register_autograd(f"mha_spec_torch::{_name}", _through, setup_context=_keep, lib=_library)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from functools import wraps
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -35,7 +35,18 @@ if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["backward", "both", "differentiable", "forward", "takes_flash", "used", "weigh", "without_autocast"]
+__all__ = [
+    "autocasts",
+    "backward",
+    "both",
+    "differentiable",
+    "forward",
+    "takes_flash",
+    "used",
+    "weigh",
+    "weigh_backward",
+    "without_autocast",
+]
 
 _Result = TypeVar("_Result")
 
@@ -50,8 +61,12 @@ class Rows(NamedTuple):
 
     def cut(self, task: Task) -> Rows:
         """The rows of a task."""
-        grad_lse = None if self.grad_lse is None else task.of_rows(self.grad_lse)
-        return Rows(task.of_rows(self.output), task.of_rows(self.lse), task.of_rows(self.grad_output), grad_lse)
+        return Rows(*(None if rows is None else task.of_rows(rows) for rows in self))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def cotangents(self) -> formula.Cotangents:
+        """The cotangents alone."""
+        return formula.Cotangents(self.grad_output, self.grad_lse)
 
 
 class Sums(NamedTuple):
@@ -64,17 +79,17 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, x: Operands) -> Sums:
-        """Nothing yet."""
-        return cls(*x.each(lambda one: torch.zeros_like(one, dtype=problem.dtype))[:4])
+        """The sum over no task."""
+        return cls(*x.each(lambda operand: torch.zeros_like(operand, dtype=problem.dtype))[:4])
 
-    def add(self, task: Task, found: Sums) -> None:
-        """Add what a task gives; no two tasks share a row."""
-        task.of_rows(self.query).copy_(found.query)
-        task.of_keys(self.key).add_(found.key)
-        task.of_keys(self.value).add_(found.value)
-        if self.bias is not None and found.bias is not None:
+    def add(self, task: Task, part: Sums | formula.Gradients) -> None:
+        """Add the gradients of a task; no two tasks share a row."""
+        task.of_rows(self.query).copy_(part.query)
+        task.of_keys(self.key).add_(part.key)
+        task.of_keys(self.value).add_(part.value)
+        if self.bias is not None and part.bias is not None:
             whole = task.of_pairs(self.bias)
-            whole.add_(found.bias.sum_to_size(whole.shape))
+            whole.add_(part.bias.sum_to_size(whole.shape))
 
 
 def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -82,7 +97,7 @@ def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]
 
     @wraps(function)
     def inner(problem: Problem, x: Operands, *arguments: object, **options: object) -> _Result:
-        if not torch.is_autocast_enabled(x.query.device.type):
+        if not autocasts(x.query.device.type):
             return function(problem, x, *arguments, **options)
         with torch.autocast(x.query.device.type, enabled=False):
             return function(problem, x, *arguments, **options)
@@ -90,35 +105,39 @@ def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]
     return inner
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device, some of which do not know it."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def takes_flash(problem: Problem, task: Task) -> bool:
     """Whether a task goes to the native kernel."""
-    return problem.host and problem.softcap is None and not problem.drops and len(task.keys) >= native.FEWEST_KEYS
+    return problem.host and problem.softcap is None and not problem.drops and task.keys.size >= native.FEWEST_KEYS
 
 
 @without_autocast
-def forward(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output in the query's dtype, its axes in the order of the kernel's, and lse."""
-    found = [one for task in problem.visibility.tasks() for one in _of_task(problem, task, x, needs_lse=needs_lse)]
-    if len(found) == 1 and found[0][0] == problem.visibility.whole:
-        output, lse = found[0][1]
+def forward(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
+    """The output in the query's dtype, its axes in the order of the kernel's, and lse where it is needed."""
+    parts = [part for task in problem.visibility.tasks() for part in _of_task(problem, task, x, needs_lse=needs_lse)]
+    if len(parts) == 1 and parts[0][0].is_whole:
+        _, output, lse = parts[0]
         return output.to(x.query.dtype), lse
     batch, heads, q_len, _ = x.query.shape
     output = x.query.new_zeros((batch, q_len, heads, x.value.shape[3])).transpose(1, 2)
-    lse = _empty_lse(problem, x)
-    for task, (of_output, of_lse) in found:
+    lse = _empty_lse(problem, x) if needs_lse else None
+    for task, of_output, of_lse in parts:
         task.of_rows(output).copy_(of_output)
-        task.of_rows(lse).copy_(of_lse)
+        if lse is not None and of_lse is not None:
+            task.of_rows(lse).copy_(of_lse)
     return output, lse
 
 
-def _of_task(
-    problem: Problem, task: Task, x: Operands, *, needs_lse: bool
-) -> list[tuple[Task, tuple[torch.Tensor, torch.Tensor]]]:
+def _of_task(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> list[tuple[Task, torch.Tensor, Any]]:
     """Output and lse of each piece of a task: by the kernel it is one piece."""
-    found = _by_flash(problem, task, x.cut(task), needs_lse=needs_lse) if takes_flash(problem, task) else None
-    if found is not None:
-        return [(task, found)]
-    return [(piece, formula.attend(problem, piece, x.cut(piece))) for piece in pieces(task)]
+    results = _by_flash(problem, task, x.cut(task), needs_lse=needs_lse) if takes_flash(problem, task) else None
+    if results is not None:
+        return [(task, *results)]
+    return [(piece, *formula.attend(problem, piece, x.cut(piece), needs_lse=needs_lse)) for piece in pieces(task)]
 
 
 def _by_flash(
@@ -150,29 +169,55 @@ def backward(
 ) -> Operands:
     """The gradients, each of its operand's dtype and shape (MHA-DTYPE-2)."""
     rows = Rows(output, lse, grad_output, grad_lse)
-    found = _gradients(problem, x, rows, of_bias=of_bias)
-    of_sinks = None if x.sinks is None else _of_sinks(x.sinks, lse, _row_dot(problem, rows))
-    gradients = iter([one for one in (*found, of_sinks) if one is not None])
-    return x.each(lambda one: next(gradients).to(one.dtype))
+    sums, row_dot = _gradients(problem, x, rows, of_bias=of_bias)
+    return _rounded(x, sums, None if row_dot is None or x.sinks is None else _of_sinks(x.sinks, lse, row_dot))
 
 
-def _gradients(problem: Problem, x: Operands, rows: Rows, *, of_bias: bool) -> Sums:
-    """The gradients of query, key, value and bias, 0 for a bias whose gradient is not asked."""
-    sums = row_dot = None
+@without_autocast
+def weigh_backward(problem: Problem, x: Operands, grad_weights: torch.Tensor) -> Operands:
+    """The gradients of the weights alone, of which the one of the value is 0."""
+    sums, lse = Sums.of(problem, x), _empty_lse(problem, x)
+    row_dot = torch.zeros_like(lse)
+    for task in problem.visibility.tasks():
+        for piece in pieces(task):
+            of_piece = x.cut(piece)
+            lse_of_piece = formula.softmax(problem, piece, of_piece.to(problem.dtype))[2]
+            cotangents = formula.Cotangents(weights=piece.of_pairs(grad_weights))
+            part = formula.gradients(problem, piece, of_piece, lse_of_piece, cotangents)
+            sums.add(piece, part)
+            piece.of_rows(lse).copy_(lse_of_piece)
+            piece.of_rows(row_dot).copy_(part.row_dot)
+    return _rounded(x, sums, None if x.sinks is None else _of_sinks(x.sinks, lse, row_dot))
+
+
+def _rounded(x: Operands, sums: Sums, of_sinks: torch.Tensor | None) -> Operands:
+    """Each gradient in its operand's dtype (MHA-DTYPE-2)."""
+    gradients = iter([gradient for gradient in (*sums, of_sinks) if gradient is not None])
+    return x.each(lambda operand: next(gradients).to(operand.dtype))
+
+
+def _gradients(problem: Problem, x: Operands, rows: Rows, *, of_bias: bool) -> tuple[Sums, torch.Tensor | None]:
+    """The gradients of query, key, value and bias, 0 for a bias whose gradient is not asked, and D where sinks need it.
+
+    The formula has D from the weights in the softmax's type, nearer than from an output of 16 bit.
+    """
+    sums, row_dot = None, None if x.sinks is None else _row_dot(problem, rows)
     for task in problem.visibility.tasks():
         flash = takes_flash(problem, task) and not of_bias
-        found = _through_flash(problem, task, x.cut(task), rows.cut(task)) if flash else None
-        if found is not None and x.bias is None and task == problem.visibility.whole:
-            return found
+        part = _through_flash(problem, task, x.cut(task), rows.cut(task)) if flash else None
+        if part is not None and x.bias is None and task.is_whole:
+            return part, row_dot
         sums = Sums.of(problem, x) if sums is None else sums
-        if found is not None:
-            sums.add(task, found)
+        if part is not None:
+            sums.add(task, part)
             continue
-        row_dot = _row_dot(problem, rows) if row_dot is None else row_dot
         for piece in pieces(task):
-            of_rows = (piece.of_rows(one) for one in (rows.lse, row_dot, rows.grad_output))
-            sums.add(piece, Sums(*formula.gradients(problem, piece, x.cut(piece), *of_rows)))
-    return Sums.of(problem, x) if sums is None else sums
+            of_rows = rows.cut(piece)
+            part = formula.gradients(problem, piece, x.cut(piece), of_rows.lse, of_rows.cotangents)
+            sums.add(piece, part)
+            if row_dot is not None:
+                piece.of_rows(row_dot).copy_(part.row_dot)
+    return Sums.of(problem, x) if sums is None else sums, row_dot
 
 
 def _through_flash(problem: Problem, task: Task, x: Operands, rows: Rows) -> Sums | None:
@@ -220,7 +265,7 @@ def both(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     visible = problem.visibility.visible(whole, x.bias)
     x, rows = (x, None) if visible is None else used(x, visible)
     wide, keep = x.cut(whole).to(problem.dtype), problem.keep(whole)
-    weights = formula.weigh(problem, whole, wide)
+    weights = formula.weigh(problem, whole, wide)[0]
     dropped = weights if keep is None else weights * keep
     output = formula.product(dropped, wide.value, visible, clean=problem.finite(wide.value))
     output = output if rows is None else torch.where(rows, output, 0.0)
@@ -243,6 +288,6 @@ def weigh(problem: Problem, x: Operands) -> torch.Tensor:
     whole = problem.visibility.whole
     if not whole.pairs:
         return x.query.new_zeros((*x.query.shape[:3], x.key.shape[2]))
-    visible = problem.visibility.visible(whole, x.bias)
+    dtype, visible = x.query.dtype, problem.visibility.visible(whole, x.bias)
     x = x if visible is None else used(x, visible)[0]
-    return formula.weigh(problem, whole, x.cut(whole).to(problem.dtype)).to(problem.visibility.a.query.dtype)
+    return formula.weigh(problem, whole, x.cut(whole).to(problem.dtype))[0].to(dtype)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from mha_spec import steps
-from mha_spec.arrays import dtype_name, softmax_dtype_name
 
 from .dropout import draws_of
 from .visibility import Visibility
@@ -41,9 +41,9 @@ class Problem:
     @classmethod
     def of(cls, a: Arguments, *, host: bool) -> Problem:
         """Read the options of a call."""
-        dtype = getattr(torch, softmax_dtype_name(dtype_name(a.query)))
+        dtype = torch.float64 if a.query.dtype == torch.float64 else torch.float32
         scale = steps.scale_of(a.scale, a.query.shape[3])
-        visibility = Visibility(a, host=host)
+        visibility = Visibility(a, dtype, host=host)
         return cls(scale, a.softcap, a.dropout_rate, a.dropout_mask, draws_of(a), dtype, visibility, host)
 
     @property
@@ -63,7 +63,7 @@ class Problem:
 
     def finite(self, *arrays: torch.Tensor) -> bool:
         """Whether all are known to hold finite numbers alone: their sums tell, where they may be read."""
-        return self.host and all(bool(torch.isfinite(array.sum(dtype=self.dtype))) for array in arrays)
+        return self.host and all(math.isfinite(array.sum(dtype=self.dtype).item()) for array in arrays)
 
 
 def readable(tensor: torch.Tensor) -> bool:

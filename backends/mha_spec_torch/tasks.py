@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Operands", "Task", "blocks", "part", "pieces"]
+__all__ = ["Operands", "Span", "Task", "blocks", "pieces"]
 
 SCORES = 2**21
 """How many scores the formula holds at once, as long as its rows keep within the bounds: 8 MiB in float32."""
@@ -18,8 +18,30 @@ ROWS = 128
 """Queries of one head that the formula takes at once; far below it, matrix products lose their speed."""
 
 
+class Span(NamedTuple):
+    """Consecutive indices; unlike those of a range, its ends may be sizes that a tracer left open."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of indices."""
+        return self.stop - self.start
+
+    @property
+    def last(self) -> int:
+        """The last index."""
+        return self.stop - 1
+
+    @property
+    def slice(self) -> slice:
+        """The indices as a slice."""
+        return slice(self.start, self.stop)
+
+
 class Operands(NamedTuple):
-    """What has a gradient."""
+    """What has a gradient; the value has no components where the weights alone are asked for."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -28,75 +50,82 @@ class Operands(NamedTuple):
     sinks: torch.Tensor | None
 
     def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Operands:
-        """A function of each operand that is given."""
-        query, key, value = (function(one) for one in (self.query, self.key, self.value))
-        bias, sinks = (None if one is None else function(one) for one in (self.bias, self.sinks))
+        """A function of each operand that is given, in their order."""
+        query, key, value = function(self.query), function(self.key), function(self.value)
+        bias = None if self.bias is None else function(self.bias)
+        sinks = None if self.sinks is None else function(self.sinks)
         return Operands(query, key, value, bias, sinks)
 
     def to(self, dtype: torch.dtype) -> Operands:
         """Each operand in `dtype`."""
-        return self.each(lambda one: one.to(dtype))
+        return self.each(lambda operand: operand.to(dtype))
 
     def cut(self, task: Task) -> Operands:
-        """The part of each operand that a task reads; sinks as (heads, 1, 1), which stands beside the scores."""
-        bias = None if self.bias is None else task.of_pairs(self.bias)
-        sinks = None if self.sinks is None else self.sinks[part(task.heads)][:, None, None]
-        return Operands(task.of_rows(self.query), task.of_keys(self.key), task.of_keys(self.value), bias, sinks)
+        """The part of each operand that a task reads; sinks as (heads, 1, 1), which broadcasts to the scores."""
+        query, key, value, bias, sinks = self
+        if not task.is_whole:
+            query, key, value = task.of_rows(query), task.of_keys(key), task.of_keys(value)
+            bias = None if bias is None else task.of_pairs(bias)
+            sinks = None if sinks is None else sinks[task.heads.slice]
+        return Operands(query, key, value, bias, None if sinks is None else sinks[:, None, None])
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """Consecutive queries of some batch entries and heads, and consecutive keys outside of which they see nothing."""
 
-    batch: range
-    kv_heads: range
+    batch: Span
+    kv_heads: Span
     group: int
-    queries: range
-    keys: range
+    queries: Span
+    keys: Span
+    is_whole: bool = False
+    """Whether the task is the whole call, of which nothing has to be cut."""
 
     @property
-    def heads(self) -> range:
+    def heads(self) -> Span:
         """The query heads that read these key/value heads (MHA-HEAD-1)."""
-        return range(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
+        return Span(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
 
     @property
     def pairs(self) -> int:
         """Number of scores."""
-        return len(self.batch) * len(self.heads) * len(self.queries) * len(self.keys)
+        return self.batch.size * self.kv_heads.size * self.group * self.queries.size * self.keys.size
 
     def of_rows(self, array: torch.Tensor) -> torch.Tensor:
         """The rows of this task in (batch, heads, q_len, ...)."""
-        return array[part(self.batch), part(self.heads), part(self.queries)]
+        return array if self.is_whole else array[self.batch.slice, self.heads.slice, self.queries.slice]
 
     def of_keys(self, array: torch.Tensor) -> torch.Tensor:
         """The keys of this task in (batch, kv_heads, kv_len, size)."""
-        return array[part(self.batch), part(self.kv_heads), part(self.keys)]
+        return array if self.is_whole else array[self.batch.slice, self.kv_heads.slice, self.keys.slice]
 
     def of_pairs(self, array: torch.Tensor) -> torch.Tensor:
-        """The pairs of this task in a mask or a bias, 1 where it broadcasts (MHA-MASK-2)."""
-        wanted = (self.batch, self.heads, self.queries, self.keys)
+        """The pairs of this task in a mask or a bias, whole along an axis of size 1, which broadcasts (MHA-MASK-2)."""
+        if self.is_whole:
+            return array
+        spans = (self.batch, self.heads, self.queries, self.keys)
         return array[
-            tuple(part(one) if size > 1 else slice(None) for one, size in zip(wanted, array.shape, strict=True))
+            tuple(span.slice if size > 1 else slice(None) for span, size in zip(spans, array.shape, strict=True))
         ]
 
 
-def part(indices: range) -> slice:
-    """Say consecutive indices as a slice."""
-    return slice(indices.start, indices.stop)
-
-
-def blocks(indices: range, length: int) -> list[range]:
+def blocks(indices: Span, length: int) -> list[Span]:
     """Cut consecutive indices into blocks of `length`, the last one shorter."""
-    return [indices[first : first + length] for first in range(0, len(indices), length)]
+    starts = range(indices.start, indices.stop, length)
+    return [Span(start, min(start + length, indices.stop)) for start in starts]
 
 
 def pieces(task: Task) -> Iterator[Task]:
     """Cut a task so that the scores of a piece may be held: queries first, then batch entries, then heads."""
-    rows = min(len(task.queries), max(ROWS // task.group, 1))
-    rows = max(rows, min(len(task.queries), SCORES // max(1, task.pairs // len(task.queries))))
-    matrices = max(1, SCORES // (task.group * rows * max(1, len(task.keys))))
-    entries = max(1, matrices // len(task.kv_heads))
+    if task.pairs <= SCORES:
+        yield task
+        return
+    rows = min(task.queries.size, max(ROWS // task.group, 1))
+    rows = max(rows, min(task.queries.size, SCORES // max(1, task.pairs // task.queries.size)))
+    matrices = max(1, SCORES // (task.group * rows * max(1, task.keys.size)))
+    entries = max(1, matrices // task.kv_heads.size)
     for batch in blocks(task.batch, entries):
-        for kv_heads in blocks(task.kv_heads, min(len(task.kv_heads), matrices)):
+        for kv_heads in blocks(task.kv_heads, min(task.kv_heads.size, matrices)):
             for queries in blocks(task.queries, rows):
-                yield replace(task, batch=batch, kv_heads=kv_heads, queries=queries)
+                yield replace(task, batch=batch, kv_heads=kv_heads, queries=queries, is_whole=False)

@@ -7,23 +7,29 @@ accelerator are compared, never read (MHA-LEN-3).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 
+from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import host_integers
 
-from .tasks import Task, blocks, part
+from .symbols import surely
+from .tasks import Span, Task, blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mha_spec.arguments import Arguments
 
-__all__ = ["Visibility"]
+    Integers = torch.Tensor | Sequence[int] | int
+    Ids = torch.Tensor | numpy.ndarray | None
+
+__all__ = ["Visibility", "with_integers"]
 
 SHORTEST_RUN = 16
 """Packed sequences that are shorter on average are compared in blocks, not worked one by one."""
@@ -34,46 +40,45 @@ COST_OF_TASK = 2**18
 
 
 class PerEntry:
-    """One integer for each batch entry: numbers where they may be read, else a tensor."""
+    """One integer for each batch entry, or one for all: numbers where they may be read, else a tensor or a symbol."""
 
-    def __init__(self, value: torch.Tensor | Sequence[int] | int, batch: int, *, host: bool) -> None:
-        self.unread = value if isinstance(value, torch.Tensor) else None
-        numbers = value.tolist() if host and isinstance(value, torch.Tensor) else host_integers(value)
-        self.numbers: list[int] | None = numbers * batch if isinstance(value, int) and numbers else numbers
+    __slots__ = ("numbers", "unread")
 
-    def known(self, batch: range) -> list[int] | None:
-        """The integers of some batch entries, or None where they must not be read."""
-        return None if self.numbers is None else self.numbers[part(batch)]
+    def __init__(self, value: Any, *, host: bool) -> None:
+        self.unread: Any = value if isinstance(value, (torch.Tensor, torch.SymInt)) else None
+        self.numbers = value.tolist() if host and isinstance(value, torch.Tensor) else host_integers(value)
 
-    def get(self, batch: range, device: torch.device) -> torch.Tensor | int:
-        """The integers of some batch entries beside the scores, (batch, 1, 1, 1), or the one that all have."""
-        numbers = self.known(batch)
-        if self.unread is not None and numbers is None:
-            return self.unread[part(batch)].to(torch.int64)[:, None, None, None]
-        one = _one(numbers)
-        return one if one is not None else torch.tensor(numbers, device=device)[:, None, None, None]
+    def known(self, batch: Span) -> list[int] | None:
+        """The integers of some batch entries, or the one that all have; None where they must not be read."""
+        return self.numbers if self.numbers is None or len(self.numbers) == 1 else self.numbers[batch.slice]
+
+    def get(self, task: Task, device: torch.device) -> torch.Tensor | int:
+        """The integers of a task's batch entries as (batch, 1, 1, 1), or the one that all have."""
+        if self.numbers is None:
+            if not isinstance(self.unread, torch.Tensor):
+                return self.unread
+            unread = self.unread if task.is_whole else self.unread[task.batch.slice]
+            return saturated(unread)[:, None, None, None]
+        numbers = self.known(task.batch)
+        common = _common(numbers)
+        return common if common is not None else torch.tensor(numbers, device=device)[:, None, None, None]
 
 
 class Visibility:
     """The constraints of one call."""
 
-    def __init__(self, a: Arguments, *, host: bool) -> None:
+    def __init__(self, a: Arguments, dtype: torch.dtype, *, host: bool) -> None:
         """Read what may be read; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
-        self.a, self.device = a, a.query.device
+        self.a, self.dtype, self.device = a, dtype, a.query.device
         left, right = a.bounded_window or (None, None)
         self.left, self.right = left, 0 if a.causal else right
-        given = (0, a.q_offset), (a.q_len, a.q_lengths), (a.kv_len, a.kv_lengths)
-        self.offset, self.q_lengths, self.kv_lengths = (
-            PerEntry(default if value is None else value, a.batch, host=host) for default, value in given
-        )
+        self.offset = PerEntry(0 if a.q_offset is None else a.q_offset, host=host)
+        self.q_lengths = None if a.q_lengths is None else PerEntry(a.q_lengths, host=host)
+        self.kv_lengths = None if a.kv_lengths is None else PerEntry(a.kv_lengths, host=host)
         ids = a.q_segment_ids, a.kv_segment_ids
         self.q_ids, self.kv_ids = (one.numpy() if host and isinstance(one, torch.Tensor) else one for one in ids)
-
-    @property
-    def whole(self) -> Task:
-        """The call as one task."""
-        a = self.a
-        return Task(range(a.batch), range(a.kv_heads), a.heads // a.kv_heads, range(a.q_len), range(a.kv_len))
+        (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = a.query.shape, a.key.shape
+        self.whole = Task(Span(0, batch), Span(0, kv_heads), heads // kv_heads, Span(0, q_len), Span(0, kv_len), True)
 
     def tasks(self) -> list[Task]:
         """Cut the call so that what no query of a task sees is left out, where that saves time."""
@@ -90,35 +95,39 @@ class Visibility:
         return exact if saved > COST_OF_TASK * (len(exact) - 1) else [whole]
 
     def visible(self, task: Task, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Which pairs of a task are visible, (batch*, heads*, queries*, keys*); None where all are."""
+        """Which pairs of a task are visible, (batch*, heads*, queries*, keys*); None where all are.
+
+        A bias hides what is -inf in the softmax's type `dtype` (MHA-BIAS-2, MHA-BIAS-3).
+        """
         constraints = [*self._see_positions(task), *self._see_lengths(task), *self._see_segments(task)]
         if self.a.mask is not None:
             constraints.append(task.of_pairs(self.a.mask))
         if bias is not None:
-            constraints.append(bias != -math.inf)
+            constraints.append(bias.to(self.dtype) != -math.inf)
         if not constraints:
             return None
         visible = reduce(torch.Tensor.logical_and, constraints)
-        return visible[(None,) * (4 - visible.ndim)]
+        return visible[(None,) * (4 - visible.ndim)] if visible.ndim < 4 else visible
 
     def diagonal(self, task: Task, bias: torch.Tensor | None = None) -> bool:
         """Whether key j is seen from query i where j <= i, both counted within the task, and nothing else is hidden."""
-        offset = _one(self.offset.known(task.batch))
-        if self.right != 0 or offset is None or self.a.mask is not None or bias is not None:
+        if self.right != 0 or self.a.mask is not None or bias is not None:
             return False
-        aligned = offset + task.queries.start == task.keys.start and (
-            self.left is None or self.left >= len(task.queries)
-        )
-        return aligned and not [*self._see_lengths(task), *self._see_segments(task)]
+        offset = _common(self.offset.known(task.batch))
+        if offset is None or not surely(offset + task.queries.start == task.keys.start):
+            return False
+        if self.left is not None and not surely(self.left >= task.queries.size):
+            return False
+        return not [*self._see_lengths(task), *self._see_segments(task)]
 
     @property
     def _per_entry(self) -> bool:
-        a = self.a
-        return a.q_lengths is not None or a.kv_lengths is not None or a.q_segment_ids is not None
+        return self.q_lengths is not None or self.kv_lengths is not None or self.q_ids is not None
 
-    def _alike(self) -> list[range]:
+    def _alike(self) -> list[Span]:
         """Consecutive batch entries that have the same constraints."""
-        numbers = [one.numbers for one in (self.offset, self.q_lengths, self.kv_lengths) if one.numbers is not None]
+        given = [one.numbers for one in (self.offset, self.q_lengths, self.kv_lengths) if one is not None]
+        numbers = [one for one in given if one is not None and len(one) > 1]
         ids = [one for one in (self.q_ids, self.kv_ids) if isinstance(one, numpy.ndarray)]
         starts = [
             entry
@@ -126,48 +135,49 @@ class Visibility:
             if any(one[entry] != one[entry - 1] for one in numbers)
             or any((one[entry] != one[entry - 1]).any() for one in ids)
         ]
-        return [range(*ends) for ends in pairwise([0, *starts, self.a.batch])]
+        return [Span(*ends) for ends in pairwise([0, *starts, self.a.batch])]
 
-    def _of_entries(self, batch: range) -> Iterator[Task]:
+    def _of_entries(self, batch: Span) -> Iterator[Task]:
         """The tasks of batch entries that have the same constraints; a row that sees no key is in none."""
-        q_length = _one(self.q_lengths.known(batch))
-        queries = range(self.a.q_len if q_length is None else max(0, min(q_length, self.a.q_len)))
-        for run in self._runs(batch[0], queries):
+        q_length = None if self.q_lengths is None else _common(self.q_lengths.known(batch))
+        queries = Span(0, self.a.q_len if q_length is None else max(0, min(q_length, self.a.q_len)))
+        for run in self._runs(batch.start, queries):
             keys = self._keys(batch, run)
-            rows = len(run) if self._needs_no_cut(batch, run, keys) else self._rows
+            rows = run.size if self._needs_no_cut(batch, run, keys) else self._rows
             for block in blocks(run, rows):
                 keys = self._keys(batch, block)
-                if keys:
-                    yield Task(batch, range(self.a.kv_heads), self.a.heads // self.a.kv_heads, block, keys)
+                if keys.size:
+                    yield Task(batch, self.whole.kv_heads, self.whole.group, block, keys)
 
-    def _runs(self, entry: int, queries: range) -> list[range]:
+    def _runs(self, entry: int, queries: Span) -> list[Span]:
         """Cut queries where their segment ends, unless the segments are too short for that."""
-        if not queries or not isinstance(self.q_ids, numpy.ndarray):
-            return [queries] if queries else []
-        ids = self.q_ids[entry, part(queries)]
+        if not queries.size or not isinstance(self.q_ids, numpy.ndarray):
+            return [queries] if queries.size else []
+        ids = self.q_ids[entry, queries.slice]
         starts = numpy.flatnonzero(ids[1:] != ids[:-1]) + 1
-        if len(starts) * SHORTEST_RUN > len(queries):
+        if len(starts) * SHORTEST_RUN > queries.size:
             return blocks(queries, ROWS[0])
-        return [range(*ends) for ends in pairwise([0, *starts.tolist(), len(queries)])]
+        return [Span(*ends) for ends in pairwise([0, *starts.tolist(), queries.size])]
 
-    def _keys(self, batch: range, queries: range) -> range:
+    def _keys(self, batch: Span, queries: Span) -> Span:
         """The keys between the first and the last that some of the queries see."""
-        offset, kv_length = (_one(numbers.known(batch)) for numbers in (self.offset, self.kv_lengths))
+        offset = _common(self.offset.known(batch))
+        kv_length = None if self.kv_lengths is None else _common(self.kv_lengths.known(batch))
         start, stop = 0, self.a.kv_len if kv_length is None else min(kv_length, self.a.kv_len)
         if offset is not None and self.left is not None:
-            start = max(start, offset + queries[0] - self.left)
+            start = max(start, offset + queries.start - self.left)
         if offset is not None and self.right is not None:
-            stop = min(stop, offset + queries[-1] + self.right + 1)
-        keys = range(start, max(start, stop))
+            stop = min(stop, offset + queries.last + self.right + 1)
+        keys = Span(start, max(start, stop))
         if not isinstance(self.q_ids, numpy.ndarray) or not isinstance(self.kv_ids, numpy.ndarray):
             return keys
-        ids = numpy.unique(self.q_ids[batch[0], part(queries)])
-        used = numpy.flatnonzero(numpy.isin(self.kv_ids[batch[0], part(keys)], ids))
-        return keys[int(used[0]) : int(used[-1]) + 1] if used.size else range(0)
+        ids = numpy.unique(self.q_ids[batch.start, queries.slice])
+        used = numpy.flatnonzero(numpy.isin(self.kv_ids[batch.start, keys.slice], ids))
+        return Span(start + int(used[0]), start + int(used[-1]) + 1) if used.size else Span(0, 0)
 
-    def _needs_no_cut(self, batch: range, queries: range, keys: range) -> bool:
-        task = Task(batch, range(1), 1, queries, keys)
-        return not keys or self._within_window(task) or self.diagonal(task)
+    def _needs_no_cut(self, batch: Span, queries: Span, keys: Span) -> bool:
+        task = Task(batch, Span(0, 1), 1, queries, keys)
+        return not keys.size or self._within_window(task) or self.diagonal(task)
 
     @property
     def _rows(self) -> int:
@@ -179,7 +189,7 @@ class Visibility:
     def _see_positions(self, task: Task) -> Iterator[torch.Tensor]:
         if self._within_window(task):
             return
-        positions = self._indices(task.queries)[:, None] + self.offset.get(task.batch, self.device)
+        positions = self._indices(task.queries)[:, None] + self.offset.get(task, self.device)
         distance = self._indices(task.keys) - positions
         if self.left is not None:
             yield distance >= -self.left
@@ -193,31 +203,64 @@ class Visibility:
         known = self.offset.known(task.batch)
         if known is None:
             return False
-        nearest = task.keys[0] - max(known) - task.queries[-1]
-        farthest = task.keys[-1] - min(known) - task.queries[0]
-        return (self.left is None or -self.left <= nearest) and (self.right is None or farthest <= self.right)
+        nearest = task.keys.start - max(known) - task.queries.last
+        farthest = task.keys.last - min(known) - task.queries.start
+        return (self.left is None or surely(-self.left <= nearest)) and (
+            self.right is None or surely(farthest <= self.right)
+        )
 
     def _see_lengths(self, task: Task) -> Iterator[torch.Tensor]:
-        q_lengths, kv_lengths = self.q_lengths.known(task.batch), self.kv_lengths.known(task.batch)
-        if q_lengths is None or min(q_lengths) < task.queries.stop:
-            yield self._indices(task.queries)[:, None] < self.q_lengths.get(task.batch, self.device)
-        if kv_lengths is None or min(kv_lengths) < task.keys.stop:
-            yield self._indices(task.keys) < self.kv_lengths.get(task.batch, self.device)
+        for lengths, indices in ((self.q_lengths, task.queries), (self.kv_lengths, task.keys)):
+            if lengths is None:
+                continue
+            known = lengths.known(task.batch)
+            if known is not None and surely(min(known) >= indices.stop):
+                continue
+            places = self._indices(indices)
+            yield (places[:, None] if lengths is self.q_lengths else places) < lengths.get(task, self.device)
 
     def _see_segments(self, task: Task) -> Iterator[torch.Tensor]:
         if self.q_ids is None or self.kv_ids is None:
             return
-        q_ids, kv_ids = self.q_ids[part(task.batch), part(task.queries)], self.kv_ids[part(task.batch), part(task.keys)]
+        q_ids, kv_ids = self.q_ids, self.kv_ids
+        if not task.is_whole:
+            q_ids, kv_ids = q_ids[task.batch.slice, task.queries.slice], kv_ids[task.batch.slice, task.keys.slice]
         read = isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray)
         if read and (q_ids == q_ids[0, 0]).all() and (kv_ids == q_ids[0, 0]).all():
             return
-        q_ids, kv_ids = (torch.as_tensor(ids, device=self.device).to(torch.int64) for ids in (q_ids, kv_ids))
-        yield q_ids[:, None, :, None] == kv_ids[:, None, None, :]
+        q_ids, kv_ids = (torch.as_tensor(ids, device=self.device) for ids in (q_ids, kv_ids))
+        yield equal_ids(q_ids[:, None, :, None], kv_ids[:, None, None, :])
 
-    def _indices(self, indices: range) -> torch.Tensor:
+    def _indices(self, indices: Span) -> torch.Tensor:
         return torch.arange(indices.start, indices.stop, dtype=torch.int32, device=self.device)
 
 
-def _one(numbers: list[int] | None) -> int | None:
+def with_integers(a: Arguments) -> Arguments:
+    """Arguments in which an offset that is given by name is that of the lengths (MHA-POS-2, MHA-LEN-3)."""
+    if not isinstance(a.q_offset, str):
+        return a
+    q_length = _clamped(a.q_lengths, a.q_len, a.query.device)
+    kv_length = _clamped(a.kv_lengths, a.kv_len, a.query.device)
+    return replace(a, q_offset=offset_of_reading(a.q_offset, q_length, kv_length))
+
+
+def _clamped(lengths: Integers | None, size: int, device: torch.device) -> torch.Tensor | int:
+    return size if lengths is None else saturated(torch.as_tensor(lengths, device=device)).clamp(0, size)
+
+
+def saturated(integers: torch.Tensor) -> torch.Tensor:
+    """Integers in int64, in which what only uint64 holds is the largest number (MHA-LEN-3)."""
+    wide = integers.to(torch.int64)
+    return wide.where(wide >= 0, 2**63 - 1) if integers.dtype == torch.uint64 else wide
+
+
+def equal_ids(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Whether ids of any integer types are equal by value: int64 holds those of uint64 as negative numbers."""
+    wide = ids.to(torch.int64)
+    equal = wide == others.to(torch.int64)
+    return equal if (ids.dtype == torch.uint64) == (others.dtype == torch.uint64) else equal & (wide >= 0)
+
+
+def _common(numbers: list[int] | None) -> int | None:
     """The number that all batch entries have; None where there is none, or it must not be read."""
     return numbers[0] if numbers and min(numbers) == max(numbers) else None
