@@ -286,7 +286,7 @@ def test_refusal_is_an_error_of_ours_that_names_the_argument(
     ask = asks([case], claims, Selection())[0]
     message = f"`{case.error['argument']}` is wrong" if names_it else "something is wrong"
     answer = Answer("returned") if classes is None else Answer("raised", raised=Raised(classes, message))
-    assert Judge(claims).result(ask, ask.question(), answer).outcome == outcome
+    assert Judge(claims).result(ask, answer).outcome == outcome
 
 
 def test_refusals_of_the_reference_pass(suite: Suite) -> None:

@@ -40,5 +40,4 @@ class Subject:
     def outcome(self, case: Case, dtype: str, *, every_layout: bool = False) -> Result:
         """What the suite says of one answer."""
         ask = Ask(case, dtype, tuple(case.expected) or ("output",), probed=every_layout)
-        question = ask.question()
-        return self.judge.result(ask, question, answer(self.target, question))
+        return self.judge.result(ask, answer(self.target, ask.question()))

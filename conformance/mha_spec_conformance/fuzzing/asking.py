@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.asking.question import Answer, Question
     from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.suite.conventions import Convention
     from mha_spec_conformance.targets.claims import Claims
 
     from .call import Call
@@ -35,7 +36,7 @@ class Asker:
         self,
         claims: Claims,
         answer: Callable[[Question], Answer],
-        accepted: frozenset[tuple[str, str]] = frozenset(),
+        accepted: frozenset[Convention] = frozenset(),
     ) -> None:
         self.claims = claims
         self.answer = answer
@@ -65,7 +66,7 @@ class Asker:
             return None
         question = asked[0].question()
         answer = self.answer(as_passed(call, question))
-        result = self._judge.result(asked[0], question, answer)
+        result = self._judge.result(asked[0], answer)
         if answer.overwritten and result.outcome == "pass":
             reason = f"a later call overwrote its result {', '.join(answer.overwritten)}"
             return replace(result, outcome="fail", reason=reason, clauses=("MHA-PURE-3",))

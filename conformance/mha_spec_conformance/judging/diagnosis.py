@@ -1,7 +1,8 @@
-"""Which known mistake a wrong result amounts to.
+"""Find the known mistakes that explain a wrong result.
 
-A mistake is named where the result equals what the mistaken reference gives, within the allowance of that, and where
-the case tells the two references apart. Several names mean that the case cannot tell the mistakes from each other.
+A mistake is named if the result equals that of the mistaken reference, within the allowance of the mistaken reference,
+and if the case distinguishes the mistaken reference from the specification. Several names mean that the case does not
+distinguish the mistakes from each other.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from mha_spec_conformance.mistakes import MISTAKES, Mistake
+from mha_spec_conformance.mistakes import MISTAKES, Compared, Mistake
 
 from .bounds import precision, unit_roundoff
 from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, judge, picked
@@ -99,12 +100,13 @@ class _Comparison:
         self.allowed = predictions.allowances(None, dtype, self.standard) or {}
 
     def explaining(self, mistakes: Sequence[Mistake]) -> list[Mistake]:
-        """Those of the mistakes that explain the result: precisions where nothing else does."""
-        precisions = [one for one in mistakes if one.convention is not None and one.convention[0] == "precision"]
-        return [one for one in mistakes if one not in precisions and self.explains(one)] or self.precisions(precisions)
+        """Give the mistakes that explain the result; mistakes of precision only if no other one does."""
+        by_value = [mistake for mistake in mistakes if mistake.compared is not Compared.BY_SIZE_OF_ERRORS]
+        by_errors = [mistake for mistake in mistakes if mistake.compared is Compared.BY_SIZE_OF_ERRORS]
+        return [mistake for mistake in by_value if self.explains(mistake)] or self.precisions(by_errors)
 
     def explains(self, mistake: Mistake) -> bool:
-        """Whether the mistake gives this result, and something else than the specification."""
+        """Tell whether the mistake gives this result, and the specification another one."""
         given = self.predictions.outputs(mistake, self.dtype)
         if given is None or not self._alike(given):
             return False
@@ -119,7 +121,7 @@ class _Comparison:
             for name, array in allowed.items()
             if name in self.golden
         }
-        if mistake.convention is not None and mistake.convention[0] == "nonfinite":
+        if mistake.compared is Compared.WHERE_NOT_FINITE:
             expected, allowed = self._either(expected, allowed)
         return self._judge(expected, self.outputs, allowed).passed
 
@@ -169,7 +171,7 @@ class _Comparison:
         kinds = numpy.where(numpy.isnan(values), NAN, numpy.where(numpy.isinf(values), EXACT, FINITE))
         kept = _kinds(golden, values.shape)
         kinds = numpy.where((kept == ANY) | ((kept == NON_FINITE) & (kinds != FINITE)), kept, kinds)
-        if mistake.convention is not None and mistake.convention[0] == "fully_masked_row":
+        if mistake.compared is Compared.WITHOUT_EMPTY_LSE:
             kinds = numpy.where(golden.values.reshape(values.shape) == -numpy.inf, ANY, kinds)
         return replace(golden, values=values, kinds=kinds.astype(numpy.uint8))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import dtype_name
+from mha_spec_conformance.suite.conventions import Convention
 
 from .bounds import bounds, precision
 from .compare import gate_b, judge
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     import numpy
 
-    from mha_spec_conformance.asking.question import Answer, Question
+    from mha_spec_conformance.asking.question import Answer
     from mha_spec_conformance.asking.selection import Ask
     from mha_spec_conformance.targets.claims import Claims
 
@@ -29,20 +30,20 @@ __all__ = ["Judge"]
 
 
 class Judge:
-    """Judges the answers of one target; it remembers which mistakes explained its failures before."""
+    """Judges the answers of one target, and remembers which mistakes have explained its failures."""
 
-    def __init__(self, claims: Claims, accepted: frozenset[tuple[str, str]] = frozenset()) -> None:
+    def __init__(self, claims: Claims, accepted: frozenset[Convention] = frozenset()) -> None:
         self.claims = claims
         self.accepted = accepted
         self.diagnosis = Diagnosis()
 
-    def result(self, ask: Ask, question: Question, answer: Answer) -> Result:
+    def result(self, ask: Ask, answer: Answer) -> Result:
         """Judge one answer."""
-        judged = self._result(ask, question, answer)
+        judged = self._result(ask, answer)
         clauses = judged.clauses or tuple(ask.case.clauses)
         return replace(judged, clauses=clauses, seconds=answer.seconds, deterministic=answer.deterministic)
 
-    def _result(self, ask: Ask, question: Question, answer: Answer) -> Result:
+    def _result(self, ask: Ask, answer: Answer) -> Result:
         if answer.came in ("crash", "timeout", "unsupported"):
             return Result(ask, answer.came, answer.reason)
         if ask.case.expect == "error":
@@ -57,12 +58,11 @@ class Judge:
             return Result(
                 ask, "fail", f"an output is an array of {answer.foreign}, the inputs are of {self.claims.arrays}"
             )
-        return self._values(ask, question, answer)
+        return self._values(ask, answer)
 
-    def _values(self, ask: Ask, question: Question, answer: Answer) -> Result:
+    def _values(self, ask: Ask, answer: Answer) -> Result:
         standard = precision(ask.dtype, self.claims.profile)
-        arrays = ask.case.inputs(ask.dtype) if ask.omitted else question.arrays
-        case_bounds = bounds(ask.case.function, arrays, ask.case.options)
+        case_bounds = bounds(ask.case.function, ask.case.inputs(ask.dtype), ask.case.options)
         allowances = case_bounds.allowances(standard)
         judgement = _compare(ask, answer.outputs, allowances, standard)
         if judgement.passed:
@@ -90,7 +90,7 @@ class Judge:
             if reason is None and not isinstance(outputs, str):
                 reason = self._unlike(found, outputs, _compare(found.ask, outputs, allowances, standard))
             if reason is not None:
-                plain = "right" if found.outcome == "pass" else "=".join(found.conventions[0])
+                plain = "right" if found.outcome == "pass" else str(found.conventions[0])
                 return f"{plain} for plain inputs, wrong for {layout.replace('_', '-')} ones: {reason}"
         return None
 
@@ -112,8 +112,9 @@ class Judge:
         conventions = [mistake.convention for mistake in mistakes if mistake.convention is not None]
         if not conventions:
             return found
-        convention = next((one for one in conventions if one in self.accepted), conventions[0])
-        return replace(found, outcome="deviation", reason="=".join(convention), conventions=(convention,))
+        accepted = [convention for convention in conventions if convention in self.accepted]
+        convention = (accepted or conventions)[0]
+        return replace(found, outcome="deviation", reason=str(convention), conventions=(convention,))
 
 
 def _spoiled(found: Result, fault: str, clause: str) -> Result:
@@ -129,7 +130,7 @@ def _of_other_dtype(found: Result, name: str, outputs: Mapping[str, numpy.ndarra
         outcome="deviation",
         reason=fault if found.reason is None else f"{found.reason}; {fault}",
         clauses=(dtype_clause(name),) if found.outcome == "pass" else (),
-        conventions=(*found.conventions, ("output_dtype", dtype_name(outputs[name]))),
+        conventions=(*found.conventions, Convention("output_dtype", dtype_name(outputs[name]))),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mha_spec_conformance.asking.selection import Ask
+    from mha_spec_conformance.suite.conventions import Convention
 
     from .compare import Worst
 
@@ -27,7 +28,7 @@ class Result:
     allowance_used: float | None = None
     worst: Worst | None = None
     diagnosis: tuple[str, ...] = ()
-    conventions: tuple[tuple[str, str], ...] = ()
+    conventions: tuple[Convention, ...] = ()
     deterministic: bool | None = None
     clauses: tuple[str, ...] = ()
     seconds: float = 0.0

@@ -11,7 +11,7 @@ from .gradients import GRADIENTS
 from .ignored import IGNORED
 from .layer import PROJECTIONS
 from .merging import MERGING
-from .mistake import Mistake
+from .mistake import Compared, Mistake
 from .precision import PRECISION
 from .raising import RAISING
 from .rotary import POSITIONS
@@ -20,7 +20,7 @@ from .softmax import SOFTMAX
 from .values import VALUES
 from .visibility import VISIBILITY
 
-__all__ = ["MISTAKES", "Mistake"]
+__all__ = ["MISTAKES", "Compared", "Mistake"]
 
 MISTAKES: tuple[Mistake, ...] = (
     *IGNORED,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec import steps
+from mha_spec_conformance.suite.conventions import Convention
 
 from .mistake import MERGE, Mistake, replacing
 
@@ -62,7 +63,7 @@ MERGING = (
         ("MHA-MERGE-1",),
         replacing(merge_lse=in_base_2, merge_share=share_in_base_2),
         functions=MERGE,
-        convention=("lse_base", "2"),
+        convention=Convention("lse_base", "2"),
         bugs=("vllm-project/vllm PR#28840", "vllm-project/vllm PR#47079", "sgl-project/sglang#40903"),
     ),
     mistake(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from mha_spec import checks
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from mha_spec.arguments import Arguments
     from mha_spec.layer_steps import LayerSteps
+    from mha_spec_conformance.suite.conventions import Convention
 
 __all__ = [
     "ALIBI",
@@ -24,6 +26,7 @@ __all__ = [
     "ROTARY",
     "VJP",
     "WEIGHTS_OF_LAYER",
+    "Compared",
     "Mistake",
     "asking",
     "replacing",
@@ -41,13 +44,22 @@ ROTARY = ("rotary_embedding",)
 ALIBI = ("alibi_slopes", "alibi_bias")
 
 
+class Compared(Enum):
+    """How a wrong result is compared with the result of a mistake."""
+
+    BY_VALUE = "every element equals that of the mistake within its allowance"
+    BY_SIZE_OF_ERRORS = "the errors are about as large as those of the mistake"
+    WHERE_NOT_FINITE = "a right element counts too, because the reach of a NaN depends on the size of tiles"
+    WITHOUT_EMPTY_LSE = "an lse of -inf is not compared, because the mistake may keep it"
+
+
 @dataclass(frozen=True)
 class Mistake:
     """One way in which attentions go wrong, as a reference that goes wrong in that way.
 
-    It can show only in a call of one of `functions` that is given all of `needs`. `native` marks what depends on the
-    type of the run: rounding, overflow, dtypes of results. A `convention` is a choice that others made on purpose, by
-    its name and variant.
+    It can show only in a call of one of `functions` with all of `needs`. `native` marks a mistake that depends on the
+    type of the run: in rounding, in overflow, or in the dtype of a result. A `convention` is a choice that others made
+    on purpose. `compared` says how a wrong result is recognised as this mistake.
     """
 
     name: str
@@ -56,14 +68,15 @@ class Mistake:
     steps: Steps | LayerSteps
     needs: tuple[str, ...] = ()
     functions: tuple[str, ...] = ATTENTION
-    convention: tuple[str, str] | None = None
+    convention: Convention | None = None
     bugs: tuple[str, ...] = ()
     native: bool = False
+    compared: Compared = Compared.BY_VALUE
 
     @property
     def variant(self) -> str:
         """How reports name it: `convention=variant` for a convention, else its own name."""
-        return self.name if self.convention is None else "=".join(self.convention)
+        return self.name if self.convention is None else str(self.convention)
 
 
 def replacing(**steps: Callable[..., object]) -> Steps:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec import steps
+from mha_spec_conformance.suite.conventions import Convention
 
-from .mistake import Mistake, replacing
+from .mistake import Compared, Mistake, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +62,8 @@ def mistake(
         ("MHA-ACC-1",),
         made,
         needs,
-        convention=("precision", variant),
+        convention=Convention("precision", variant),
+        compared=Compared.BY_SIZE_OF_ERRORS,
         native=True,
         **own,
     )
@@ -73,7 +75,8 @@ PRECISION = (
         "takes the softmax in 16 bits",
         ("MHA-SOFTMAX-2",),
         replacing(exponentials=half_exponentials),
-        convention=("precision", "half_scores"),
+        convention=Convention("precision", "half_scores"),
+        compared=Compared.BY_SIZE_OF_ERRORS,
         native=True,
     ),
     Mistake(

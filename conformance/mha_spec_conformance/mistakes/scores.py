@@ -10,6 +10,7 @@ import numpy
 
 from mha_spec import steps
 from mha_spec.reference import Reference
+from mha_spec_conformance.suite.conventions import Convention
 
 from .ignored import everywhere
 from .mistake import FORWARD, Mistake, asking, replacing
@@ -113,7 +114,7 @@ HEADS = (
         "query head h reads key/value head h % kv_heads",
         ("MHA-HEAD-1",),
         reading_heads(lambda head, heads, kv_heads: head % kv_heads),
-        convention=("group_order", "tile"),
+        convention=Convention("group_order", "tile"),
         bugs=("onnx/onnx PR#7274", "tracel-ai/burn#5783", "ekzhang/jax-js PR#180", "apple/axlearn PR#842"),
     ),
     Mistake(
@@ -279,7 +280,7 @@ CAPS = (
         replacing(logits=cap_after_bias),
         needs=("softcap", "bias"),
         functions=FORWARD,
-        convention=("softcap_order", "after_bias"),
+        convention=Convention("softcap_order", "after_bias"),
         bugs=("onnx/onnx#7865", "emmtrix/emx-onnx-cgen PR#731"),
     ),
     Mistake(

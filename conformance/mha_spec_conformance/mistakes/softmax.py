@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec import steps
+from mha_spec_conformance.suite.conventions import Convention
 
-from .mistake import FORWARD, VJP, Mistake, asking, replacing
+from .mistake import FORWARD, VJP, Compared, Mistake, asking, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,7 +153,8 @@ FILLS = (
         "gives the mean of the values for a row that sees nothing, as a large negative fill does",
         ("MHA-EMPTY-1", "MHA-EMPTY-3"),
         unguarded(normalise=uniform_where_empty),
-        convention=("fully_masked_row", "mean_of_values"),
+        convention=Convention("fully_masked_row", "mean_of_values"),
+        compared=Compared.WITHOUT_EMPTY_LSE,
         bugs=(
             "microsoft/onnxruntime#28904",
             "keras-team/keras PR#21149",
@@ -165,7 +167,8 @@ FILLS = (
         "gives NaN for a row that sees nothing",
         ("MHA-EMPTY-1", "MHA-EMPTY-3"),
         unguarded(exponentials=plain_exponentials, normalise=lambda exponentials, total: exponentials / total),
-        convention=("fully_masked_row", "nan"),
+        convention=Convention("fully_masked_row", "nan"),
+        compared=Compared.WITHOUT_EMPTY_LSE,
         bugs=("pytorch/pytorch#103749", "iree-org/iree#24175", "tracel-ai/burn#4694", "pytorch/pytorch#160064"),
     ),
     Mistake(
@@ -380,7 +383,7 @@ LSE = (
         ("MHA-LSE-1",),
         replacing(log_sum_exp=lambda total, maximum: steps.log_sum_exp(total, maximum) / math.log(2)),
         functions=("attention",),
-        convention=("lse_base", "2"),
+        convention=Convention("lse_base", "2"),
         bugs=("flashinfer-ai/flashinfer#2113", "flashinfer-ai/flashinfer#4485"),
     ),
     Mistake(
@@ -414,7 +417,7 @@ LSE = (
         ("MHA-EMPTY-2",),
         lse_where_empty(0.0),
         functions=("attention",),
-        convention=("empty_row_lse", "zero"),
+        convention=Convention("empty_row_lse", "zero"),
     ),
     Mistake(
         "lse-empty-plus-infinity",
@@ -422,7 +425,7 @@ LSE = (
         ("MHA-EMPTY-2",),
         lse_where_empty(math.inf),
         functions=("attention",),
-        convention=("empty_row_lse", "plus_inf"),
+        convention=Convention("empty_row_lse", "plus_inf"),
         bugs=("Dao-AILab/flash-attention PR#978",),
     ),
     Mistake(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec import steps
+from mha_spec_conformance.suite.conventions import Convention
 
-from .mistake import VJP, Mistake, asking, replacing
+from .mistake import VJP, Compared, Mistake, asking, replacing
 from .visibility import first_along
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ NONFINITE = (
         "multiplies with 0 what a row may not see and another one does, so that a NaN there reaches both",
         ("MHA-POISON-2",),
         leaking(tile_product),
-        convention=("nonfinite", "reaches_tile"),
+        convention=Convention("nonfinite", "reaches_tile"),
+        compared=Compared.WHERE_NOT_FINITE,
         bugs=("vllm-project/vllm PR#30887", "vllm-project/vllm PR#936"),
     ),
     Mistake(
@@ -193,7 +195,8 @@ NONFINITE = (
         "multiplies hidden values with 0, so that a NaN in storage that no row uses reaches the output",
         ("MHA-POISON-1",),
         leaking(plain_product, row_dot=plain_dot),
-        convention=("nonfinite", "leaks"),
+        convention=Convention("nonfinite", "leaks"),
+        compared=Compared.WHERE_NOT_FINITE,
         bugs=("pytorch/pytorch#101967", "Dao-AILab/flash-attention#1745", "Dao-AILab/flash-attention#2374"),
     ),
     Mistake(
@@ -201,7 +204,8 @@ NONFINITE = (
         "hides by adding -inf, so that a NaN in a hidden key stays",
         ("MHA-POISON-1",),
         replacing(hide=added_mask),
-        convention=("nonfinite", "leaks"),
+        convention=Convention("nonfinite", "leaks"),
+        compared=Compared.WHERE_NOT_FINITE,
         bugs=("deepbeepmeep/Wan2GP PR#1628", "Dao-AILab/flash-attention#1395"),
     ),
     Mistake(
@@ -209,7 +213,8 @@ NONFINITE = (
         "gives 0 in place of NaN",
         ("MHA-NAN-1", "MHA-NAN-2"),
         replacing(round_output=scrubbed),
-        convention=("nonfinite", "scrubbed"),
+        convention=Convention("nonfinite", "scrubbed"),
+        compared=Compared.WHERE_NOT_FINITE,
         bugs=("pytorch/pytorch#141128",),
     ),
     Mistake(
@@ -249,7 +254,7 @@ RESULTS = (
             f"gives results in {dtype}, whatever the dtype of the query",
             ("MHA-DTYPE-1", "MHA-DTYPE-2"),
             replacing(round_output=lambda x, name, dtype=dtype: x.astype(dtype)),
-            convention=("output_dtype", dtype),
+            convention=Convention("output_dtype", dtype),
             bugs=("tinygrad/tinygrad PR#5100",) if dtype == "float32" else (),
             native=True,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec import steps
+from mha_spec_conformance.suite.conventions import Convention
 
 from .mistake import Mistake, asking, replacing
 
@@ -95,7 +96,7 @@ VISIBILITY = (
         ("MHA-MASK-1",),
         replacing(see_mask=lambda mask: ~mask),
         needs=("mask",),
-        convention=("mask_polarity", "true_hides"),
+        convention=Convention("mask_polarity", "true_hides"),
         bugs=("lucidrains/x-transformers#160", "InseeFrLab/torchTextClassifiers PR#92", "NVIDIA/TransformerEngine#267"),
     ),
     Mistake(
@@ -196,7 +197,7 @@ VISIBILITY = (
         "puts the causal diagonal at the upper left, whatever offset is given",
         ("MHA-POS-1", "MHA-POS-2"),
         replacing(check=lambda a: steps.check(replace(a, q_offset=0)) if a.positional else steps.check(a)),
-        convention=("causal_alignment", "upper_left"),
+        convention=Convention("causal_alignment", "upper_left"),
         bugs=("onnx/onnx#8054", "google/flax#5591", "NVIDIA/cutlass#2336"),
     ),
     Mistake(
@@ -204,7 +205,7 @@ VISIBILITY = (
         "puts the causal diagonal at the lower right, kv_len - q_len",
         ("MHA-POS-1", "MHA-POS-2"),
         replacing(check=lambda a: steps.check(replace(a, q_offset=a.kv_len - a.q_len) if a.positional else a)),
-        convention=("causal_alignment", "lower_right"),
+        convention=Convention("causal_alignment", "lower_right"),
         bugs=("ml-explore/mlx#2835", "Dao-AILab/flash-attention#517", "huggingface/transformers PR#30437"),
     ),
     Mistake(
@@ -218,7 +219,7 @@ VISIBILITY = (
                 else replace(a, q_offset=numpy.asarray(a.kv_lengths) - a.q_len)
             )
         ),
-        convention=("causal_alignment", "lower_right_of_kv_lengths"),
+        convention=Convention("causal_alignment", "lower_right_of_kv_lengths"),
         bugs=("onnx/onnx PR#8068",),
     ),
     Mistake(
@@ -269,7 +270,7 @@ VISIBILITY = (
         ("MHA-WINDOW-1",),
         replacing(see_window_left=lambda distance, left: distance > -left),
         needs=("window",),
-        convention=("window_left", "exclusive"),
+        convention=Convention("window_left", "exclusive"),
         bugs=("jax-ml/jax PR#23247", "NVIDIA/TransformerEngine PR#1212"),
     ),
     Mistake(

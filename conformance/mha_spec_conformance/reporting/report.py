@@ -54,7 +54,7 @@ def as_json(run: Run) -> dict[str, object]:
         "complete": run.complete,
         "verdict": run.verdict,
         "status": run.status,
-        "accepted": ["=".join(pair) for pair in sorted(run.accepted)],
+        "accepted": [str(convention) for convention in sorted(run.accepted)],
         "known": [{"id": entry.id, "dtype": entry.dtype, "reason": entry.reason} for entry in run.known],
         "summary": run.summary,
         "should": run.tally(result for result in run.results if not result.must),

@@ -146,8 +146,8 @@ def details(result: Result) -> list[str]:
     wrong_value = result.conventions and result.worst is not None and (result.allowance_used or 0.0) > 1
     lines.append(f"came:  {_place(result.worst) if wrong_value and result.worst else result.reason}")
     if result.conventions:
-        accepting = " ".join(f"--accept {'='.join(pair)}" for pair in result.conventions)
-        lines.append(f"that is a convention of others; where it is meant: {accepting}")
+        accepting = " ".join(f"--accept {convention}" for convention in result.conventions)
+        lines.append(f"this is another known convention; if you intend it, pass {accepting}")
     lines += [f"looks like: {name}" for name in _titles(result)]
     return [*lines, f"see:   mha-spec explain {result.ask.case.id}"]
 

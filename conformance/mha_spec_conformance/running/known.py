@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.suite.conventions import Convention
 
 __all__ = ["Known", "KnownError", "excuse", "is_open", "read_known", "untrue"]
 
@@ -44,14 +45,14 @@ class Known:
         return result.ask.case.id == self.id and self.dtype in (None, result.ask.dtype)
 
 
-def excuse(result: Result, accepted: frozenset[tuple[str, str]], known: Iterable[Known]) -> str | None:
+def excuse(result: Result, accepted: frozenset[Convention], known: Iterable[Known]) -> str | None:
     """Why a failing result does not count: every convention that it follows is accepted, or it is known."""
     if result.conventions and accepted.issuperset(result.conventions):
         return "accepted"
     return "known" if any(entry.covers(result) for entry in known) else None
 
 
-def is_open(result: Result, accepted: frozenset[tuple[str, str]], known: Iterable[Known]) -> bool:
+def is_open(result: Result, accepted: frozenset[Convention], known: Iterable[Known]) -> bool:
     """Whether a result makes the target fail: that of a MUST case, neither accepted nor known."""
     return result.must and result.outcome in FAILING and excuse(result, accepted, known) is None
 

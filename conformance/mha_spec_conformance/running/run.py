@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.asking.selection import Selection
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Suite
+    from mha_spec_conformance.suite.conventions import Convention
     from mha_spec_conformance.targets.claims import Claims
 
     from .known import Known
@@ -37,7 +38,7 @@ class Run:
     alignment: str | None = None
     notes: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
-    accepted: frozenset[tuple[str, str]] = frozenset()
+    accepted: frozenset[Convention] = frozenset()
     known: tuple[Known, ...] = ()
 
     @property
@@ -151,7 +152,7 @@ class Run:
         if self.failures or excused["known"]:
             features = dict.fromkeys(f for r in failing if self.excuse(r) != "accepted" for f in r.ask.features)
             return f"not conformant on {', '.join(features)} ({count}, {len(self.failures)} failed)"
-        accepting = sorted({"=".join(pair) for r in self.judged for pair in self.accepted.intersection(r.conventions)})
+        accepting = sorted({str(c) for result in self.judged for c in self.accepted.intersection(result.conventions)})
         features = dict.fromkeys(feature for result in self.musts for feature in result.ask.features)
         return f"conformant on {', '.join(features)} ({count})" + (
             f", accepting {', '.join(accepting)}" if accepting else ""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.asking.selection import Ask
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Suite
+    from mha_spec_conformance.suite.conventions import Convention
     from mha_spec_conformance.targets.claims import Claims
 
     from .known import Known
@@ -33,7 +34,7 @@ class Settings:
 
     selection: Selection = field(default_factory=Selection)
     required: tuple[str, ...] = ()
-    accepted: frozenset[tuple[str, str]] = frozenset()
+    accepted: frozenset[Convention] = frozenset()
     known: tuple[Known, ...] = ()
     max_fail: int | None = None
     jobs: int = 1
@@ -58,10 +59,11 @@ def run(
             raise NothingToJudge(
                 f"target {target} has nothing to ask: {_why_nothing(suite, pool.claims, settings.selection)}"
             )
-        notes = try_smoke_cases(suite, pool)
-        alignment, unread = _alignment(pool, suite, settings.selection)
+        judge = Judge(pool.claims, settings.accepted)
+        notes = try_smoke_cases(suite, pool, judge)
+        alignment, unread = _alignment(pool, suite, settings.selection, judge)
         progress(0, len(asked), 0)
-        found, finished = _results(pool, asked, settings, progress)
+        found, finished = _results(pool, asked, settings, judge, progress)
         order = {ask.key: number for number, ask in enumerate(asked)}
         return Run(
             suite=suite,
@@ -88,15 +90,14 @@ def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
 
 
 def _results(
-    pool: Pool, asked: list[Ask], settings: Settings, progress: Callable[[int, int, int], None]
+    pool: Pool, asked: list[Ask], settings: Settings, judge: Judge, progress: Callable[[int, int, int], None]
 ) -> tuple[list[Result], bool]:
     """The results as they come, and whether all came before too many had failed."""
     by_key = {ask.key: ask for ask in asked}
-    judge = Judge(pool.claims, settings.accepted)
     found: list[Result] = []
     failed = 0
     for question, answer in pool.answers(*_groups(asked)):
-        judged = judge.result(by_key[question.id, question.dtype], question, answer)
+        judged = judge.result(by_key[question.id, question.dtype], answer)
         found.append(judged)
         failed += is_open(judged, settings.accepted, settings.known)
         progress(len(found), len(asked), failed)
@@ -113,14 +114,13 @@ def _groups(asked: list[Ask]) -> list[Iterator[Question]]:
     return [(ask.question() for ask in group) for group in sorted(groups.values(), key=len, reverse=True)]
 
 
-def _alignment(pool: Pool, suite: Suite, selection: Selection) -> tuple[str | None, tuple[str, ...]]:
+def _alignment(pool: Pool, suite: Suite, selection: Selection, judge: Judge) -> tuple[str | None, tuple[str, ...]]:
     """Read off where a target without an offset puts its causal diagonal: its name, or notes where it fits none."""
     by_id = {ask.case.id: (name, ask) for name, ask in probes(suite.cases, pool.claims, selection).items()}
-    judge = Judge(pool.claims)
     outcomes: dict[str, str] = {}
     for question, answer in pool.answers([ask.question() for _, ask in by_id.values()]):
         name, ask = by_id[question.id]
-        outcomes[name] = judge.result(ask, question, answer).outcome
+        outcomes[name] = judge.result(ask, answer).outcome
     tried = [name for name, _ in by_id.values() if outcomes[name] != "unsupported"]
     fitting = next((name for name in tried if outcomes[name] == "pass"), None)
     if fitting is not None or not tried:

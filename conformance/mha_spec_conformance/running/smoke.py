@@ -10,13 +10,13 @@ import numpy
 from mha_spec import reference
 from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.asking.selection import Selection, asks
-from mha_spec_conformance.judging.judge import Judge
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mha_spec_conformance.asking.pool import Pool
     from mha_spec_conformance.asking.question import Answer, Question
+    from mha_spec_conformance.judging.judge import Judge
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Suite
 
@@ -38,7 +38,7 @@ class Smoke:
     result: Result
 
 
-def try_smoke_cases(suite: Suite, pool: Pool) -> tuple[str, ...]:
+def try_smoke_cases(suite: Suite, pool: Pool, judge: Judge) -> tuple[str, ...]:
     """Ask the smoke cases in the narrowest dtype of float32 and float64 that is claimed; give notes on the target file.
 
     Raises:
@@ -48,11 +48,10 @@ def try_smoke_cases(suite: Suite, pool: Pool) -> tuple[str, ...]:
     dtype = "float32" if "float32" in claims.dtypes else claims.dtypes[0]
     cases = [case for case in suite.cases if TAG in case.tags]
     asked = {ask.key: ask for ask in asks(cases, claims, Selection(dtypes=(dtype,)))}
-    judge = Judge(claims)
     plain_first = sorted(asked.values(), key=lambda ask: len(ask.features))
     smokes: list[Smoke] = []
     for question, answer in pool.answers([ask.question() for ask in plain_first]):
-        smokes.append(Smoke(question, answer, judge.result(asked[question.id, question.dtype], question, answer)))
+        smokes.append(Smoke(question, answer, judge.result(asked[question.id, question.dtype], answer)))
         if answer.came == "timeout":
             break
     smokes = [smoke for smoke in smokes if smoke.result.outcome != "unsupported"]

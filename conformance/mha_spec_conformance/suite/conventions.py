@@ -1,10 +1,12 @@
-"""The conventions on which attentions differ: a closed list, the specification's own variant first."""
+"""The conventions on which attentions differ: a closed list, with the specification's own variant first."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from mha_spec.errors import MhaSpecError
 
-__all__ = ["CONVENTIONS", "ConventionError", "check_convention", "parse_convention"]
+__all__ = ["CONVENTIONS", "Convention", "ConventionError", "check_convention", "parse_convention"]
 
 CONVENTIONS = {
     "mask_polarity": ("true_attends", "true_hides"),
@@ -21,20 +23,30 @@ CONVENTIONS = {
 }
 
 
+class Convention(NamedTuple):
+    """One variant of a convention, written `name=variant`."""
+
+    name: str
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.variant}"
+
+
 class ConventionError(MhaSpecError, ValueError):
     """A convention or a variant that is not on the list."""
 
 
-def check_convention(name: str, variant: str) -> tuple[str, str]:
-    """Give (name, variant) back, or raise a ConventionError that lists what there is."""
+def check_convention(name: str, variant: str) -> Convention:
+    """Give the convention, or raise a ConventionError that lists the names or variants that exist."""
     if name not in CONVENTIONS:
         raise ConventionError(f"{name!r} is not a convention; there are {', '.join(CONVENTIONS)}")
     if variant not in CONVENTIONS[name]:
         raise ConventionError(f"convention {name} must be {' or '.join(CONVENTIONS[name])}, received {variant!r}")
-    return name, variant
+    return Convention(name, variant)
 
 
-def parse_convention(text: str) -> tuple[str, str]:
+def parse_convention(text: str) -> Convention:
     """Read `CONVENTION=VARIANT`."""
     name, equals, variant = text.partition("=")
     if not equals:
