@@ -69,7 +69,7 @@ class Visibility:
     def of(cls, a: Arguments) -> Visibility:
         """Read the constraints of a call; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
         left, right = a.bounded_window or (None, None)
-        offset = PerEntry(0 if a.q_offset is None else a.q_offset, a.batch)
+        offset = PerEntry(steps.offset_of(a), a.batch)
         q_lengths = PerEntry(a.q_len if a.q_lengths is None else a.q_lengths, a.batch)
         kv_lengths = PerEntry(a.kv_len if a.kv_lengths is None else a.kv_lengths, a.batch)
         right = 0 if a.causal else right
