@@ -459,9 +459,12 @@ def check_alibi(slopes: Any, q_len: int, kv_len: int, offset: Array | Sequence[i
 
 def _of_as_many_entries(offset: Any) -> Array:
     """An array with a batch entry for each offset, which alone says how many there are."""
-    if library_of(offset) is not None and len(offset.shape) == 1:
-        return offset
-    return numpy.empty(len(offset) if is_sequence(offset) else 1)
+    if library_of(offset) is None:
+        return numpy.empty(len(offset) if is_sequence(offset) else 1)
+    require_array("q_offset", offset, "MHA-LEN-3")
+    if len(offset.shape) != 1:
+        refuse_value("MHA-LEN-3", f"`q_offset` must have shape (batch,), received shape={tuple(offset.shape)}.")
+    return offset
 
 
 def empty_shapes(
