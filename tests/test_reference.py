@@ -291,3 +291,45 @@ def test_steps_can_be_replaced_by_name() -> None:
     inverted = reference.Reference(replace(Steps(), see_mask=lambda mask: ~mask))
     assert numpy.array_equal(inverted.attention(**given, mask=mask), reference.attention(**given, mask=~mask))
     assert not numpy.array_equal(inverted.attention(**given, mask=mask), reference.attention(**given, mask=mask))
+
+
+@pytest.mark.parametrize("library", ["numpy", *LIBRARIES])
+@pytest.mark.parametrize(
+    ("q_ids", "kv_ids", "equal"),
+    [
+        (numpy.uint32(2**32 - 1), numpy.int32(-1), False),
+        (numpy.uint32(2**32 - 1), numpy.int64(2**32 - 1), True),
+        (numpy.int8(-1), numpy.uint32(2**32 - 1), False),
+        (numpy.uint64(2**64 - 1), numpy.int64(-1), False),
+        (numpy.uint8(255), numpy.int8(-1), False),
+        (numpy.uint8(200), numpy.int16(200), True),
+        (numpy.int64(2**32), numpy.int64(0), False),
+        (numpy.uint64(2**63), numpy.uint64(2**63), True),
+    ],
+    ids=str,
+)
+def test_segment_ids_are_equal_by_value(library: str, q_ids: numpy.integer, kv_ids: numpy.integer, equal: bool) -> None:
+    convert = (lambda array: array) if library == "numpy" else converter(library)
+    tokens = numbers(BATCH, 1, Q_LEN, QK_DIM).astype("float32")
+    with set_up(library):
+        x = convert(tokens)
+        for of_queries, of_keys in ((True, True), (True, False), (False, True)):
+            ids = [numpy.full((BATCH, Q_LEN), one) for one in (q_ids, kv_ids)]
+            given = [convert(one) if moved else one for one, moved in zip(ids, (of_queries, of_keys), strict=True)]
+            output = reference.attention(x, x, x, q_segment_ids=given[0], kv_segment_ids=given[1])
+            assert to_numpy(output).any() == equal
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_what_hides_is_decided_after_the_bias_is_converted(dtype: str) -> None:
+    import ml_dtypes
+
+    own = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    given = {name: array.astype(own) for name, array in tensors().items()}
+    bias = numpy.zeros((1, 1, 1, KV_LEN))
+    bias[..., 2] = -1e300
+    hides = dtype != "float64"
+    weights = reference.attention_weights(given["query"], given["key"], bias=bias)
+    alone = reference.attention_weights(given["query"], given["key"], bias=numpy.full_like(bias, -1e300))
+    assert not weights[..., 2].any()
+    assert alone.astype("float64").any() != hides
