@@ -32,9 +32,16 @@ OUTPUTS = {
     "attention_weights": ("weights",),
     "attention_vjp": ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks"),
     "merge_attention": ("output", "lse"),
+    "merge_attention_vjp": ("grad_output_a", "grad_lse_a", "grad_output_b", "grad_lse_b"),
 }
 LARGEST_SHARE = 1 / 8
 """The median allowance may be at most this share of the median magnitude, or the case sees too little."""
+
+FARTHEST = 2**30
+"""Offsets and bounds of windows end here."""
+
+POSITIONAL = {"q_offset", "left of window", "right of window"}
+"""What need not matter at the ends of its range: a bound beyond every key hides none, unless a sum overflows."""
 
 NUMERIC = {"scale", "softcap", "bias", "sinks", "dropout_rate", "dropout_mask"}
 """What must matter in 16-bit types too: all else is a matter of which pairs are visible."""
@@ -67,7 +74,7 @@ class Admission:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.expected = dict(case.expected)
-        self.arrays = case.inputs("float64")
+        self.arrays = case.inputs(case.dtypes[0])
         self.answer = ask(case.function, self.arrays, case.options)
         self.zeros = {name: numpy.zeros_like(array) for name, array in self.answer.items()}
         self.precisions = {dtype: precision(dtype) for dtype in case.dtypes}
@@ -127,6 +134,8 @@ class Admission:
         for name, arrays, options in (layer_changes if layer else changes)(self.arrays, self.case.options):
             changed[name].append({**self.zeros, **ask(self.case.function, arrays, options)})
         for name, answers in changed.items():
+            if "boundary" in self.case.tags and name in POSITIONAL:
+                continue
             for dtype in self.case.dtypes if name in NUMERIC else self.case.dtypes[:1]:
                 if all(self.passes(outputs, dtype) for outputs in answers):
                     yield f"{dtype}: {name} does not matter"
@@ -150,6 +159,10 @@ def null_answers(function: str, arrays: Arrays, zeros: Outputs) -> Iterator[tupl
     elif function == "merge_attention":
         for half in "ab":
             yield f"half {half}", {"output": arrays[f"output_{half}"], "lse": arrays[f"lse_{half}"]}
+    elif function == "merge_attention_vjp":
+        half = {name: array / 2 for name, array in arrays.items() if name.startswith("grad_")}
+        shared = {name: half[name[:-2]] for name in zeros if name[:-2] in half}
+        yield "half of the cotangents for each half", {**zeros, **shared}
     else:
         operands = {
             f"grad_{name}": arrays[name] for name in ("query", "key", "value", "bias", "sinks") if name in arrays
@@ -184,15 +197,23 @@ def changes(arrays: Arrays, options: Options) -> Iterator[tuple[str, Arrays, Opt
 
 
 def tensors_that_matter(arrays: Arrays, options: Options) -> list[str]:
-    """All, but where the other factor of the scores is 0, or nothing is visible or there."""
+    """All, but where the other factor of the scores is 0, one key has the weight 1, or nothing is visible or there."""
     if any(0 in array.shape for array in arrays.values()) or ("mask" in arrays and not arrays["mask"].any()):
         return []
     blind = set[str]()
     if "query" in arrays and not arrays["query"].any():
         blind = {"key"}
-    if options.get("scale") == 0:
+    if options.get("scale") == 0 or _is_weighed_alone(arrays, weights=True):
         blind = {"query", "key"}
+    if _is_weighed_alone(arrays, weights=False):
+        blind = {"value"}
     return [name for name in _TENSORS if name in arrays and name not in blind]
+
+
+def _is_weighed_alone(arrays: Arrays, *, weights: bool) -> bool:
+    """Whether one key has the weight 1 wherever it is seen, in a case of weights or else of gradients."""
+    alone = "key" in arrays and arrays["key"].shape[2] == 1 and "sinks" not in arrays
+    return alone and ("value" not in arrays if weights else "grad_output" in arrays)
 
 
 def layer_null_answers(function: str, arrays: Arrays, zeros: Outputs) -> Iterator[tuple[str, Outputs]]:
@@ -233,7 +254,10 @@ def layer_changes(arrays: Arrays, options: Options) -> Iterator[tuple[str, Array
 
 
 def layer_tensors_that_matter(arrays: Arrays) -> list[str]:
-    """All, but a cache of nothing, values where weights are asked for, and what projects keys that are not there."""
+    """All, but a cache of nothing, values where weights are asked for, and what projects keys that are not there.
+
+    The weight of a lone token is 1, whatever its query and key.
+    """
     blind = set[str]()
     if "cache_lengths" in arrays and not arrays["cache_lengths"].any():
         blind = {"cache_key", "cache_value"}
@@ -241,6 +265,8 @@ def layer_tensors_that_matter(arrays: Arrays) -> list[str]:
         blind |= {"w_k", "w_v"}
     if "w_v" not in arrays:
         blind |= {"cache_value"}
+    if "key" in arrays and arrays["key"].shape[1] == 1 and "sinks" not in arrays and "cache_lengths" not in arrays:
+        blind |= {"w_q", "w_k", "query", "key"}
     names = (*PARAMETERS, "query", "key", "value", "x", "cache_key", "cache_value", "slopes")
     return [name for name in names if name not in blind]
 
@@ -262,13 +288,17 @@ def _moved(arrays: Arrays, options: Options, step: int) -> Iterator[tuple[str, A
         if name in arrays:
             yield name, {**arrays, name: numpy.clip(arrays[name] + step, 0, arrays[tensor].shape[2])}, options
     if "q_offset" in arrays:
-        yield "q_offset", {**arrays, "q_offset": arrays["q_offset"] + step}, options
-    if "q_offset" in options:
+        offsets = numpy.clip(arrays["q_offset"] + step, -FARTHEST, FARTHEST)
+        yield "q_offset", {**arrays, "q_offset": offsets}, options
+    if isinstance(options.get("q_offset"), str):
+        other = {"upper_left": "lower_right", "lower_right": "upper_left"}[options["q_offset"]]
+        yield "q_offset", arrays, {**options, "q_offset": other}
+    elif "q_offset" in options and abs(options["q_offset"] + step) <= FARTHEST:
         yield "q_offset", arrays, {**options, "q_offset": options["q_offset"] + step}
     left, right = options.get("window") or (None, None)
-    if left is not None and left + step >= 0:
+    if left is not None and 0 <= left + step <= FARTHEST:
         yield "left of window", arrays, {**options, "window": (left + step, right)}
-    if right is not None and right + step >= 0:
+    if right is not None and 0 <= right + step <= FARTHEST:
         yield "right of window", arrays, {**options, "window": (left, right + step)}
 
 

@@ -1,7 +1,7 @@
 """Write the goldens, or prove that they are what this program writes.
 
-    python conformance/generator/generate.py                      write mha_spec_conformance/goldens
-    python conformance/generator/generate.py --check              exit status 1 and the first difference, if there is one
+    python conformance/generator/generate.py                    write mha_spec_conformance/goldens
+    python conformance/generator/generate.py --check            exit status 1 and the first difference, if there is one
     python conformance/generator/generate.py --only 'attention/causal*' --output some/folder
 
 Needs numpy, ml-dtypes, safetensors and python-flint, and nothing of mha-spec: no golden is made by what it checks.
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent.parent / "mha_spec_conformance" / "goldens"
 SPEC_VERSION = "1.1"
-SUITE_VERSION = "1.0.0"
-LARGEST_TOTAL = 10_000_000
+SUITE_VERSION = "1.1.0"
+LARGEST_TOTAL = 14_000_000
 LAYER = {
     "alibi_bias",
     "alibi_slopes",

@@ -32,7 +32,7 @@ def merge_attention(description: Description) -> dict[str, Marked]:
 
 
 def _settle(lse: Marked, output: Marked, place: tuple[int, ...], halves: list[tuple[float, numpy.ndarray]]) -> None:
-    """Decide what needs no arithmetic: an lse of NaN, of +inf beside another half, of -inf; values that are not finite."""
+    """Decide what needs no arithmetic: an lse of NaN or -inf, or of +inf beside another half; infinite outputs."""
     live = [(half, values) for half, values in halves if half != -math.inf]
     if any(math.isnan(half) or (half == math.inf and len(live) == 2) for half, _ in live):
         _put(lse, place, math.nan, NAN_VALUE)

@@ -5,24 +5,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import (
+    boundaries,
     broadcast,
     caches,
     core,
     edges,
     errors,
     extremes,
+    far_sinks,
+    flushed,
     gradients,
+    id_types,
+    last_tiles,
+    layer_edges,
     layer_errors,
     layers,
+    merge_gradients,
     merges,
+    nan_weights,
     pairs,
     poison,
+    readings,
     rotations,
     rounding,
+    single_keys,
     singles,
     smoke,
     tiles,
     weights,
+    wide_bias,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +60,17 @@ THEMES = (
     caches,
     rotations,
     layer_errors,
+    single_keys,
+    last_tiles,
+    far_sinks,
+    flushed,
+    wide_bias,
+    id_types,
+    boundaries,
+    readings,
+    nan_weights,
+    merge_gradients,
+    layer_edges,
 )
 
 

@@ -27,6 +27,10 @@ def descriptions() -> Iterator[Description]:
         yield _refused(name, argument, kind, clause, change, {})
     for name, argument, clause, change, options in _AMBIGUOUS:
         yield _refused(name, argument, "value", clause, change, options)
+    yield _refused(
+        "softcap-subnormal-float64", "softcap", "value", "MHA-ARG-2", {}, {"softcap": 2.0**-1023}, dtype="float64"
+    )
+    yield from _without_an_operand()
     yield from _other_functions()
 
 
@@ -40,9 +44,21 @@ def _refused(
     *,
     function: str = "attention",
     sizes: Sizes = SIZES,
+    dtype: str = "float32",
 ) -> Description:
     inputs, _ = inputs_of(sizes, "generic", {}, 0, function)
-    return _error(f"{function}/error/{name}", argument, kind, clause, {**inputs, **change}, options, function)
+    return _error(f"{function}/error/{name}", argument, kind, clause, {**inputs, **change}, options, function, dtype)
+
+
+def _without_an_operand() -> Iterator[Description]:
+    """None for an array: a function that takes it for an option that was not given answers something else."""
+    operands = {"attention": ("query", "key", "value"), "attention_vjp": ("value",), "attention_weights": ("key",)}
+    for function, names in operands.items():
+        inputs, _ = inputs_of(SIZES, "generic", {}, 0, function)
+        for name in names:
+            given = {label: item for label, item in inputs.items() if label != name}
+            identity = f"{function}/error/{name.replace('_', '-')}-none"
+            yield _error(identity, name, "type", "MHA-SHAPE-1", given, {name: None}, function)
 
 
 def _error(
@@ -53,6 +69,7 @@ def _error(
     inputs: Mapping[str, Input],
     options: Mapping[str, Any],
     function: str,
+    dtype: str = "float32",
 ) -> Description:
     title = (
         f"{identity.rpartition('/')[2].replace('-', ' ').capitalize()} is refused, and the message names `{argument}`."
@@ -66,7 +83,7 @@ def _error(
         inputs=inputs,
         options=options,
         tags=("structured",),
-        dtypes=("float32",),
+        dtypes=(dtype,),
         lse=False,
         error={"argument": argument, "kind": kind},
     )
@@ -109,6 +126,11 @@ _OPTIONS: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("offset-beyond-positions", "q_offset", "value", "MHA-LEN-3", {"causal": True, "q_offset": -(2**30) - 1}),
     ("offset-of-wrong-count", "q_offset", "value", "MHA-LEN-3", {"causal": True, "q_offset": (0, 1, 2)}),
     ("offset-fraction", "q_offset", "type", "MHA-LEN-3", {"causal": True, "q_offset": 2.0}),
+    ("offset-of-unknown-name", "q_offset", "value", "MHA-POS-2", {"causal": True, "q_offset": "bottom_right"}),
+    ("offset-of-unknown-name-unused", "q_offset", "value", "MHA-POS-2", {"q_offset": "lower-right"}),
+    ("softcap-flushed", "softcap", "value", "MHA-ARG-2", {"softcap": 1e-50}),
+    ("softcap-subnormal", "softcap", "value", "MHA-ARG-2", {"softcap": 2.0**-127}),
+    ("return-lse-integer", "return_lse", "type", "MHA-ARG-2", {"return_lse": 1}),
 )
 _INPUTS: tuple[tuple[str, str, str, str, dict[str, Input]], ...] = (
     ("query-rank-3", "query", "value", "MHA-SHAPE-1", {"query": _of((4, 3, 7))}),
@@ -227,3 +249,17 @@ def _merges() -> Iterator[Description]:
         argument, array = make()
         identity = f"merge_attention/error/{name}"
         yield _error(identity, argument, "value", "MHA-MERGE-4", {**halves, argument: array}, {}, "merge_attention")
+    function = "merge_attention_vjp"
+    whole = {"grad_output": _of(shape), **halves}
+    for name, (argument, kind, clause, array) in {
+        "grad-output-of-wrong-shape": ("grad_output", "value", "MHA-MERGE-7", _of((2, 4, 3, 7))),
+        "grad-output-that-broadcasts": ("grad_output", "value", "MHA-MERGE-7", _of((2, 4, 3, 1))),
+        "grad-output-integer": ("grad_output", "type", "MHA-MERGE-7", _of(shape, "int32")),
+        "grad-lse-of-wrong-shape": ("grad_lse", "value", "MHA-MERGE-7", _of((*shape[:3], 1), "softmax")),
+        "grad-lse-integer": ("grad_lse", "type", "MHA-MERGE-7", _of(shape[:3], "int32")),
+        "halves-of-unlike-heads": ("output_b", "value", "MHA-MERGE-4", _of((2, 2, 3, 11))),
+        "lse-of-another-length": ("lse_b", "value", "MHA-MERGE-4", _of((2, 4, 5), "softmax")),
+    }.items():
+        yield _error(f"{function}/error/{name}", argument, kind, clause, {**whole, argument: array}, {}, function)
+    options = {"return_lse": True}
+    yield _error(f"{function}/error/unknown-keyword", "return_lse", "type", "MHA-ARG-1", whole, options, function)

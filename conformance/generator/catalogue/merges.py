@@ -1,11 +1,14 @@
-"""merge_attention: two halves of one softmax, of unlike weight, of which one or both may be empty."""
+"""merge_attention: two halves of one softmax, of unlike weight, of which one or both may be empty.
+
+The relations of the halves are those of the gradients as well; see `merge_gradients`.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy
-from description import Description, Input
+from description import ALL_DTYPES, Description, Input
 
 from .sizes import PRIME, head_size
 from .tensors import bell
@@ -13,33 +16,53 @@ from .tensors import bell
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+__all__ = ["RELATIONS", "SHAPES", "describe_merge", "descriptions", "halves", "halves_of", "one_empty"]
+
 Halves = dict[str, numpy.ndarray]
+
+SHAPES = {"prime": PRIME.output, "size-64": head_size(64).output, "size-128": head_size(128).output}
+"""The shapes of the outputs."""
+
+FEATURES = {"merge_attention": ("merge",), "merge_attention_vjp": ("merge", "vjp")}
 
 
 def descriptions() -> Iterator[Description]:
     """Each relation of the two halves at three shapes."""
-    for label, shape in (
-        ("prime", PRIME.output),
-        ("size-64", head_size(64).output),
-        ("size-128", head_size(128).output),
-    ):
-        for name, (title, clauses, change) in _RELATIONS.items():
-            halves = change(_halves(shape))
-            yield Description(
-                id=f"merge_attention/{name}/{label}",
-                title=title,
-                function="merge_attention",
-                clauses=("MHA-MERGE-1", *clauses),
-                features=("merge",),
-                inputs={
-                    part: Input(array, "softmax" if part.startswith("lse") else "case")
-                    for part, array in halves.items()
-                },
-                tags=("generic",) if name.startswith("unlike") else ("structured",),
-            )
+    for label, shape in SHAPES.items():
+        for name, (title, clauses, change) in RELATIONS.items():
+            inputs = halves_of(name, change(halves(shape)))
+            yield describe_merge("merge_attention", f"{name}/{label}", title, ("MHA-MERGE-1", *clauses), inputs)
 
 
-def _halves(shape: tuple[int, ...]) -> Halves:
+def describe_merge(
+    function: str,
+    name: str,
+    title: str,
+    clauses: tuple[str, ...],
+    inputs: dict[str, Input],
+    dtypes: tuple[str, ...] = ALL_DTYPES,
+) -> Description:
+    """One case of merging or of its gradients; those of unlike halves are random data."""
+    return Description(
+        id=f"{function}/{name}",
+        title=title,
+        function=function,
+        clauses=tuple(dict.fromkeys(clauses)),
+        features=FEATURES[function],
+        inputs=inputs,
+        tags=("generic",) if name.startswith("unlike") else ("structured",),
+        dtypes=dtypes,
+    )
+
+
+def halves_of(name: str, arrays: Halves) -> dict[str, Input]:
+    """The halves of a relation as inputs; an lse has the softmax's type but where the relation names another."""
+    type_of_lse = "float32" if name == "lse-float32" else "softmax"
+    return {part: Input(array, type_of_lse if part.startswith("lse") else "case") for part, array in arrays.items()}
+
+
+def halves(shape: tuple[int, ...]) -> Halves:
+    """Two halves of random data, of which the second weighs more."""
     return {
         "output_a": bell(shape, 2.0**-3, "output a"),
         "lse_a": bell(shape[:-1], 2.0**-3, "lse a"),
@@ -69,7 +92,7 @@ def _shifted(by: float) -> Callable[[Halves], Halves]:
     return lambda h: {**h, "lse_a": h["lse_a"] + by, "lse_b": h["lse_b"] + by}
 
 
-def _one_empty(garbage: float) -> Callable[[Halves], Halves]:
+def one_empty(garbage: float) -> Callable[[Halves], Halves]:
     """Every third row lacks half a, every third half b; an empty half holds garbage."""
 
     def change(h: Halves) -> Halves:
@@ -115,7 +138,38 @@ def _equal(h: Halves) -> Halves:
     return {**h, "lse_b": h["lse_a"].copy()}
 
 
-_RELATIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Halves], Halves]]] = {
+def _infinite(beside_empty: bool) -> Callable[[Halves], Halves]:
+    """+inf in half a of every third row and in half b of every third; the other half is empty, or it is not."""
+
+    def change(h: Halves) -> Halves:
+        lses = {"lse_a": h["lse_a"].copy(), "lse_b": h["lse_b"].copy()}
+        for start, (infinite, other) in enumerate((("lse_a", "lse_b"), ("lse_b", "lse_a"))):
+            where = _every(h["lse_a"], 3, start)
+            lses[infinite][where] = numpy.inf
+            if beside_empty:
+                lses[other][where] = -numpy.inf
+        return {**h, **lses}
+
+    return change
+
+
+def _underflow(h: Halves) -> Halves:
+    """Every other row lies so far below its other half that its share is less than any float64."""
+    where = _every(h["lse_a"], 2)
+    return {**h, "lse_a": numpy.where(where, h["lse_a"] - 1000.0, h["lse_a"])}
+
+
+def _underflow_garbage(h: Halves) -> Halves:
+    """In such a row, and in one whose share is ordinary, some components are not finite."""
+    far = _underflow(h)
+    output_a, output_b = h["output_a"].copy(), h["output_b"].copy()
+    output_a[:, 0, :, 1] = numpy.nan
+    output_a[0, :, 0, 2] = numpy.inf
+    output_b[0, 1, 0, 0] = -numpy.inf
+    return {**far, "output_a": output_a, "output_b": output_b}
+
+
+RELATIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Halves], Halves]]] = {
     "unlike": ("Two halves of unlike weight.", ("MHA-LSE-1",), _unlike),
     "unlike-swapped": (
         "The same halves in the other order.",
@@ -129,10 +183,27 @@ _RELATIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Halves], Halves]]] =
     "one-empty": (
         "Rows of which one half is empty: the other comes back unchanged.",
         ("MHA-MERGE-2",),
-        _one_empty(0.0),
+        one_empty(0.0),
     ),
-    "one-empty-garbage": ("An empty half whose output is NaN adds nothing.", ("MHA-MERGE-2",), _one_empty(numpy.nan)),
+    "one-empty-garbage": ("An empty half whose output is NaN adds nothing.", ("MHA-MERGE-2",), one_empty(numpy.nan)),
     "both-empty": ("Two empty halves give 0 and -inf.", ("MHA-MERGE-3",), _both_empty),
     "nan": ("A NaN lse gives NaN.", ("MHA-MERGE-3",), _nan),
+    "infinite": (
+        "An lse of +inf beside a half that is not empty gives NaN.",
+        ("MHA-MERGE-5",),
+        _infinite(beside_empty=False),
+    ),
+    "infinite-beside-empty": (
+        "An lse of +inf beside an empty half is returned as it is.",
+        ("MHA-MERGE-2", "MHA-MERGE-5"),
+        _infinite(beside_empty=True),
+    ),
+    "underflow": ("Halves of which one has a share that underflows to 0.", (), _underflow),
+    "underflow-garbage": (
+        "A component that is not finite makes its component non-finite, though its share underflows to 0.",
+        ("MHA-MERGE-6",),
+        _underflow_garbage,
+    ),
+    "lse-float32": ("Both lse in float32, beside outputs of every dtype.", ("MHA-MERGE-4",), _unlike),
     "sink": ("A sink is a half of output 0.", ("MHA-SINK-1",), _sink),
 }

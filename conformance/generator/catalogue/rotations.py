@@ -25,6 +25,7 @@ POSITIONS: dict[str, tuple[str, list[float]]] = {
     "fractions": ("positions between whole numbers", [0.5, 1.25, 6.75]),
     "halves": ("positions half as far apart", [10.0, 10.5, 11.0]),
     "far": ("positions up to 4000", [999, 2047, 4000]),
+    "million": ("positions past a million", [999_983, 1_000_003, 1_048_583]),
 }
 OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "halves": ("Halves", {}, ()),
@@ -37,6 +38,9 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("MHA-ROTARY-2", "MHA-ROTARY-3"),
     ),
 }
+FARTHEST = 2**30
+"""The largest offset; the bias there is beyond float16."""
+
 HEADS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 40)
 
 
@@ -44,14 +48,15 @@ def descriptions() -> Iterator[Description]:
     """Each way to rotate at each kind of positions, one line of them and one for each batch entry; ALiBi."""
     for name, (title, options, clauses) in OPTIONS.items():
         for label, (words, positions) in POSITIONS.items():
-            yield _rotated(f"{name}/{label}", f"{title}: {words}.", SHAPE, positions, options, clauses)
+            if label != "million":
+                yield _rotated(f"{name}/{label}", f"{title}: {words}.", SHAPE, positions, options, clauses)
     for label in ("first", "next", "offset", "negative", "unordered", "strides", "fractions", "far"):
         words, positions = POSITIONS[label]
         lines = [positions, [place + 3 for place in positions[::-1]]]
         yield _rotated(f"entries/{label}", f"Each entry has its own: {words}.", ENTRIES, lines, {}, ())
     for name in ("halves", "interleaved"):
         title, options, clauses = OPTIONS[name]
-        for label in ("first", "offset", "negative", "fractions", "far"):
+        for label in ("first", "offset", "negative", "fractions", "far", "million"):
             words, positions = POSITIONS[label]
             yield _rotated(
                 f"{name}/size-64/{label}",
@@ -84,12 +89,18 @@ def _alibi() -> Iterator[Description]:
         title, options = f"The slopes of {heads} heads.", {"heads": heads}
         yield _case("alibi_slopes", str(heads), title, ("MHA-ALIBI-1",), "alibi", {}, options, ("float32",))
     slopes = Input(numpy.array([0.5, 0.375, 0.0625]))
-    for number, offsets in enumerate(((0, 2), (-2, 3), (1, 4), (5, 0), (2, 2), (-1, 300))):
+    for reading in ("upper_left", "lower_right"):
+        options = {"q_len": 3, "kv_len": 5, "q_offset": reading}
+        title = f"Three queries over five keys, from the {reading.replace('_', ' ')}."
+        clauses = ("MHA-ALIBI-2", "MHA-POS-2")
+        yield _case("alibi_bias", f"reading/{reading}", title, clauses, "alibi", {"slopes": slopes}, options)
+    for number, offsets in enumerate(((0, 2), (-2, 3), (1, 4), (5, 0), (2, 2), (-1, 300), (FARTHEST, -FARTHEST))):
         inputs = {"slopes": slopes, "q_offset": integers(offsets)}
         title = f"Three queries over five keys, from position {offsets[0]} on and from {offsets[1]} on."
         options = {"q_len": 3, "kv_len": 5}
         clauses = ("MHA-ALIBI-2", "MHA-ALIBI-3")
-        yield _case("alibi_bias", str(number + 1), title, clauses, "alibi", inputs, options)
+        dtypes = ALL_DTYPES if max(offsets) < FARTHEST else ("float64", "float32", "bfloat16")
+        yield _case("alibi_bias", str(number + 1), title, clauses, "alibi", inputs, options, dtypes)
 
 
 def _case(

@@ -31,8 +31,16 @@ def visible_pairs(sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[st
         visible &= row < arrays["q_lengths"].reshape(-1, 1, 1, 1)
     if "q_segment_ids" in arrays:
         visible &= arrays["q_segment_ids"][:, None, :, None] == arrays["kv_segment_ids"][:, None, None, :]
-    offset = arrays.get("q_offset", numpy.asarray(options.get("q_offset", 0))).reshape(-1, 1, 1, 1)
-    return visible & _near(key - (offset + row), options)
+    return visible & _near(key - (_offset(sizes, arrays, options) + row), options)
+
+
+def _offset(sizes: Sizes, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> numpy.ndarray:
+    """The offset of each batch entry, (batch or 1, 1, 1, 1)."""
+    given = arrays.get("q_offset", options.get("q_offset", 0))
+    if isinstance(given, str):
+        queries, keys = arrays.get("q_lengths", sizes.q_len), arrays.get("kv_lengths", sizes.kv_len)
+        given = keys - queries if given == "lower_right" else 0
+    return numpy.asarray(given).reshape(-1, 1, 1, 1)
 
 
 def _near(distance: numpy.ndarray, options: Mapping[str, Any]) -> numpy.ndarray:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
@@ -137,7 +138,10 @@ def alignments(case: Case) -> tuple[str, ...]:
         return ()
     arrays = case.inputs(case.dtypes[0])
     q_len, kv_len = arrays["query"].shape[2], arrays["key"].shape[2]
-    offset = numpy.asarray(arrays.get("q_offset", case.options.get("q_offset")), dtype=numpy.int64)
+    given = arrays.get("q_offset", case.options.get("q_offset"))
+    if isinstance(given, str):
+        given = offset_of_reading(given, arrays.get("q_lengths", q_len), arrays.get("kv_lengths", kv_len))
+    offset = numpy.asarray(given, dtype=numpy.int64)
     readings: dict[str, object] = {"upper_left": 0, "lower_right": kv_len - q_len}
     if "kv_lengths" in arrays:
         readings["lower_right_of_kv_lengths"] = arrays["kv_lengths"].astype(numpy.int64) - q_len

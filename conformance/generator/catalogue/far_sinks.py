@@ -1,0 +1,69 @@
+"""Sinks far above and far below the scores of their rows: lse is the larger of both, to the last digit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy
+from description import Input
+
+from .build import describe, inputs_of
+from .sizes import PRIME, head_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from description import Description
+
+    from .sizes import Sizes
+
+FILLS = (-1e3, -1e4, -1e9, -1e30)
+"""What hides in other libraries, and is a score like any other here."""
+
+LABELS = {"prime": PRIME, "size-64": head_size(64), "size-128": head_size(128)}
+
+
+def descriptions() -> Iterator[Description]:
+    """Rows whose biases lie far below their sink, and scores that lie far above one sink and about another."""
+    for label, sizes in LABELS.items():
+        for fill in FILLS if label == "prime" else FILLS[2:3]:
+            yield _below(f"sinks/above-bias/{fill:g}/{label}", sizes, fill, "attention")
+    for fill in FILLS[1:]:
+        yield _below(f"sinks/above-bias/{fill:g}", PRIME, fill, "attention_weights")
+        yield _below(f"sinks/above-bias/{fill:g}", PRIME, fill, "attention_vjp")
+    for flavour, near in (("high", 10432.0), ("low", -22016.0)):
+        yield _at_a_distance(flavour, near)
+
+
+def _below(name: str, sizes: Sizes, fill: float, function: str) -> Description:
+    """Half of the rows have biases of `fill` alone; every head has a sink of another size."""
+    inputs, _ = inputs_of(sizes, "generic", {"bias": "1hqk", "grad_lse": True}, 0, function)
+    if function != "attention_vjp":
+        del inputs["grad_lse"]
+    row = numpy.arange(sizes.q_len).reshape(1, 1, -1, 1)
+    bias = numpy.where(row % 2 == 0, fill, inputs["bias"].values)
+    inputs["bias"] = Input(numpy.float32(bias).astype(float), "float32")
+    inputs["sinks"] = Input(numpy.resize([2.5, -1.25, 0.375], sizes.heads))
+    return describe(
+        name,
+        f"Rows whose biases are {fill:g}, beside sinks of ordinary size.",
+        sizes,
+        inputs,
+        function=function,
+        clauses=("MHA-BIAS-3", "MHA-SINK-1"),
+        lse=True,
+    )
+
+
+def _at_a_distance(flavour: str, near: float) -> Description:
+    """Sinks near 0 in every other head, and near the scores in the rest."""
+    inputs, _ = inputs_of(PRIME, flavour, {}, 0)
+    inputs["sinks"] = Input(numpy.resize([2.5, near], PRIME.heads))
+    return describe(
+        f"sinks/far/{flavour}",
+        f"Scores near {near:g} beside sinks near 0 and near the scores.",
+        PRIME,
+        inputs,
+        clauses=("MHA-SINK-1", "MHA-SOFTMAX-1"),
+        lse=True,
+    )
