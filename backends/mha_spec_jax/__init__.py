@@ -6,7 +6,7 @@ lengths, offsets and segment ids tell which keys need no work, and a program is 
 
 from mha_spec.cache import KVCache
 
-from .core import attention, attention_vjp, attention_weights, merge_attention
+from .core import attention, attention_vjp, attention_weights, merge_attention, merge_attention_vjp
 from .layer import (
     alibi_bias,
     alibi_slopes,
@@ -30,6 +30,7 @@ __all__ = [
     "attention_weights",
     "empty_cache",
     "merge_attention",
+    "merge_attention_vjp",
     "multi_head_attention",
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",

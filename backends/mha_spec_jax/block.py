@@ -59,7 +59,7 @@ class Block(NamedTuple):
         """The pairs of this block in a folded mask or bias, 1 where it broadcasts (MHA-MASK-2)."""
         array = _cut(_cut(self.of_head(array), self.query, self.queries, 3), self.key, self.keys, 4)
         batch, kv_heads, group, queries, keys = array.shape
-        if group * queries > 1:
+        if (group, queries) != (1, 1):
             array = jnp.broadcast_to(array, (batch, kv_heads, self.group, self.queries, keys))
         return _stacked(array)
 
@@ -76,7 +76,7 @@ class Block(NamedTuple):
         part = self.apart(part)
         axes = tuple(axis for axis in range(5) if total.shape[axis] == 1 and part.shape[axis] != 1)
         starts = (*(self.head or (0, 0)), 0, self.query, self.key)
-        at = tuple(start if size > 1 else 0 for start, size in zip(starts, total.shape, strict=True))
+        at = tuple(start if size != 1 else 0 for start, size in zip(starts, total.shape, strict=True))
         return _added(total, jnp.sum(part, axis=axes, keepdims=True), at)
 
 
@@ -157,16 +157,17 @@ def _constraints(problem: Problem, x: Operands, given: Given, block: Block) -> I
     rows = jnp.tile(block.query + lax.iota(jnp.int32, block.queries), block.group)[:, None]
     keys = block.key + lax.iota(jnp.int32, block.keys)
     positions = rows if given.q_offset is None else rows + _per_entry(given.q_offset, block)
+    distance = keys - positions  # A bound of 2^30 added to a position could pass the range of int32 (MHA-WINDOW-2).
     if problem.left is not None:
-        yield keys >= positions - problem.left
+        yield distance >= -problem.left
     if problem.right is not None:
-        yield keys <= positions + problem.right
+        yield distance <= problem.right
     if given.q_lengths is not None:
         yield rows < _per_entry(given.q_lengths, block)
     if given.kv_lengths is not None:
         yield keys < _per_entry(given.kv_lengths, block)
-    if given.q_segment_ids is not None and given.kv_segment_ids is not None:
-        yield block.of_pairs(given.q_segment_ids) == block.of_pairs(given.kv_segment_ids)
+    for q_ids, kv_ids in zip(given.q_segment_ids, given.kv_segment_ids, strict=True):
+        yield block.of_pairs(q_ids) == block.of_pairs(kv_ids)
     if given.mask is not None:
         yield block.of_pairs(given.mask)
     if x.bias is not None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mha_spec.arguments import Arguments, spells_options
-from mha_spec.checks import check, check_cotangents, check_dropout_mask, check_halves, refuse_unknown
+from mha_spec.array_checks import check_library
+from mha_spec.checks import (
+    check,
+    check_cotangents,
+    check_dropout_mask,
+    check_halves,
+    check_merge_cotangents,
+    refuse_unknown,
+)
+from mha_spec.scalars import check_flag
 
 from . import function, native
+from .devices import check_devices
 from .dropout import key_of
-from .merging import merge
-from .problem import problem_of
+from .merging import Halves, merge, merge_vjp
+from .problem import problem_of, with_offset
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -19,9 +29,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
     from mha_spec.arguments import NoOptions, Options, WeightOptions
-    from mha_spec.reference import Gradients
+    from mha_spec.reference import Gradients, MergeGradients
 
-__all__ = ["attention", "attention_vjp", "attention_weights", "merge_attention"]
+__all__ = ["attention", "attention_vjp", "attention_weights", "merge_attention", "merge_attention_vjp"]
 
 
 @spells_options
@@ -39,6 +49,7 @@ def attention(
     raises ArgumentTypeError.
     """
     a = _arguments("attention", query, key, value, **options)
+    return_lse = check_flag("return_lse", return_lse)
     dropout_key = key_of(a)
     if not return_lse and native.answers(a):
         return native.attention(a)
@@ -71,8 +82,8 @@ def attention_vjp(
     a = _arguments("attention_vjp", query, key, value, **options)
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
-    found = function.vjp(*problem_of(a), grad_output, grad_lse)
-    return found.query, found.key, found.value, found.bias, found.sinks
+    gradients = function.vjp(*problem_of(a), grad_output, grad_lse)
+    return gradients.query, gradients.key, gradients.value, gradients.bias, gradients.sinks
 
 
 @spells_options
@@ -83,14 +94,43 @@ def merge_attention(
     lse_b: Float[Array, "batch heads q_len"],
     **options: Unpack[NoOptions],
 ) -> tuple[Float[Array, "batch heads q_len v_dim"], Float[Array, "batch heads q_len"]]:
-    """Two halves of one softmax; see `mha_spec.reference.merge_attention`."""
+    """Two halves of one softmax, differentiable in both modes; see `mha_spec.reference.merge_attention`."""
     refuse_unknown(options, "merge_attention")
+    return merge(_halves(output_a, lse_a, output_b, lse_b))
+
+
+@spells_options
+def merge_attention_vjp(
+    grad_output: Float[Array, "batch heads q_len v_dim"],
+    output_a: Float[Array, "batch heads q_len v_dim"],
+    lse_a: Float[Array, "batch heads q_len"],
+    output_b: Float[Array, "batch heads q_len v_dim"],
+    lse_b: Float[Array, "batch heads q_len"],
+    *,
+    grad_lse: Float[Array, "batch heads q_len"] | None = None,
+    **options: Unpack[NoOptions],
+) -> MergeGradients:
+    """The gradients that jax takes of `merge_attention`; see `mha_spec.reference.merge_attention_vjp`."""
+    refuse_unknown(options, "merge_attention_vjp")
+    halves = _halves(output_a, lse_a, output_b, lse_b)
+    check_merge_cotangents(grad_output, grad_lse, output_a)
+    gradients = merge_vjp(halves, grad_output, grad_lse)
+    return gradients.output_a, gradients.lse_a, gradients.output_b, gradients.lse_b
+
+
+def _halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> Halves:
+    check_library("jax", output_a, "output_a")
     check_halves(output_a, lse_a, output_b, lse_b)
-    return merge(output_a, lse_a, output_b, lse_b)
+    halves = Halves(output_a, lse_a, output_b, lse_b)
+    check_devices(halves._asdict())
+    return halves
 
 
 def _arguments(
     function: str, query: Array, key: Array, value: Array | None, /, **options: Unpack[Options]
 ) -> Arguments:
     refuse_unknown(options, function)
-    return check(Arguments(query, key, value, **options))
+    check_library("jax", query)
+    a = check(Arguments(query, key, value, function=function, **options))
+    check_devices({"query": query, "key": key, "value": value, **options})
+    return with_offset(a)

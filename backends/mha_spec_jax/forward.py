@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .block import contract, kept, logits, over_blocks, visible_in
-from .plan import coarse
+from .plan import are_known, coarse
 from .problem import anchor_of, finite
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def attend(problem: Problem, x: Operands, given: Given) -> tuple[Array, Array]:
     """
     if not problem.excludes:
         return _attend(problem, x, given, clean=False)
-    if x.query.size // x.query.shape[4] * x.key.shape[2] <= FEW:
+    scores = math.prod(x.query.shape[:4]) * x.key.shape[2]
+    if are_known(scores) and scores <= FEW:
         return _attend(problem, x, given, clean=True)
     output, lse = _attend(problem, x, given, clean=False)
     return lax.cond(jnp.isfinite(jnp.sum(output)), lambda: output, lambda: _again(problem, x, given)), lse

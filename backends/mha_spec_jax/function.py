@@ -77,22 +77,27 @@ def attention(problem: Problem, operands: Operands, given: Given) -> tuple[Array
     What is compiled knows the softmax's type alone, so that three of the four dtypes share a program.
     """
     output, lse = program(problem, _cast(operands), given)
-    return output.astype(operands.query.dtype), lse
+    return _as(output, operands.query), lse
 
 
 def vjp(problem: Problem, operands: Operands, given: Given, grad_output: Array, grad_lse: Array | None) -> Operands:
     """The gradients that jax takes of `attention`, each in its operand's dtype (MHA-DTYPE-2)."""
     dtype = softmax_dtype(operands.query)
     grad_lse = None if grad_lse is None else grad_lse.astype(dtype)
-    found = _pullback(problem, _cast(operands), given, grad_output.astype(dtype), grad_lse)
-    return jax.tree.map(lambda gradient, operand: gradient.astype(operand.dtype), found, operands)
+    gradients = _pullback(problem, _cast(operands), given, grad_output.astype(dtype), grad_lse)
+    return jax.tree.map(_as, gradients, operands)
 
 
 def weights(problem: Problem, operands: Operands, given: Given) -> Array:
     """The normalised weights over all keys, before dropout (MHA-WEIGHTS-1)."""
-    return _weights(problem, _cast(operands), given).astype(operands.query.dtype)
+    return _as(_weights(problem, _cast(operands), given), operands.query)
 
 
 def _cast(operands: Operands) -> Operands:
     dtype = softmax_dtype(operands.query)
     return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), operands)
+
+
+def _as(array: Array, like: Array) -> Array:
+    """The array in the dtype of another; asking jax for the dtype that it has takes as long as a small call."""
+    return array if array.dtype == like.dtype else array.astype(like.dtype)

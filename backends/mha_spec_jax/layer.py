@@ -14,6 +14,7 @@ from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
 from .core import attention, attention_weights
+from .rotary import positions, turns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -121,6 +122,8 @@ _LAYER = Layer(
     LayerSteps(
         project_in=project_in,
         normalise=normalise,
+        positions=positions,
+        turns=turns,
         turn=turn,
         store=store,
         attend=attention,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.export
 
+from mha_spec.cache import KVCache
 from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, spells_layer_options
 
 from . import layer
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
     from mha_spec.arguments import Options
-    from mha_spec.cache import KVCache
 
 __all__ = ["MultiHeadAttention", "initial"]
 
@@ -84,3 +86,13 @@ class MultiHeadAttention(LayerObject):
         made = object.__new__(cls)
         made.settings, (made.params,) = settings, children
         return made
+
+
+# Exported programs may take and give the types of ours.
+jax.export.register_namedtuple_serialization(KVCache, serialized_name="mha_spec.KVCache")
+jax.export.register_pytree_node_serialization(
+    MultiHeadAttention,
+    serialized_name="mha_spec_jax.MultiHeadAttention",
+    serialize_auxdata=lambda settings: json.dumps(settings.arguments).encode(),
+    deserialize_auxdata=lambda text: LayerSettings.of(**json.loads(text)),
+)

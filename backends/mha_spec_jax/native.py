@@ -27,6 +27,7 @@ from jax.core import Tracer
 
 from mha_spec.arguments import OPTIONS
 
+from .plan import are_known
 from .reverse import once, reverse_only
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ CAPABILITY = 8.0
 def answers(a: Arguments) -> bool:
     """Whether cuDNN gives exactly the answer to this call."""
     if a.query.dtype not in (jnp.float16, jnp.bfloat16) or not has_kernel(a.query):
+        return False
+    if not are_known(a.batch, a.q_len, a.kv_len):
         return False
     size = a.query.shape[3]
     fits = size == a.value.shape[3] and size % 8 == 0 and size <= 128 and min(a.query.shape[:3]) > 0 < a.kv_len

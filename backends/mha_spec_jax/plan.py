@@ -16,9 +16,12 @@ import numpy
 from mha_spec.arrays import host_integers
 
 if TYPE_CHECKING:
-    from mha_spec.arguments import Arguments
+    from collections.abc import Sequence
 
-__all__ = ["Group", "Plan", "Stretches", "coarse", "plan_of"]
+    from mha_spec.arguments import Arguments
+    from mha_spec.arrays import Array
+
+__all__ = ["Group", "Plan", "Stretches", "are_known", "coarse", "plan_of"]
 
 SCORES = 2**20
 """How many scores a block holds at most on a CPU, as long as its queries keep within the bounds: 4 MiB in float32."""
@@ -26,6 +29,8 @@ ACCELERATED = 2**7
 """How many times as many on an accelerator, whose many units one head cannot keep busy."""
 LOWEST, HIGHEST = 64, 512
 """Bounds of a block's queries."""
+TRIANGLE = 4
+"""How many blocks a triangle is cut into where that makes them large enough: each is a program to compile."""
 SIZES = 4
 """How many sizes a stretch of keys can have."""
 
@@ -63,7 +68,11 @@ class _Block(NamedTuple):
 
 
 def plan_of(a: Arguments) -> tuple[Plan, Stretches]:
-    """Cut a call into blocks, and group those that have one shape."""
+    """Cut a call into blocks, and group those that have one shape; symbolic sizes, as of jax.export, are not cut."""
+    if not are_known(a.batch, a.heads, a.q_len, a.kv_len):
+        return Plan((Group(0, 1, a.q_len, a.kv_len, from_zero=True),), None), (None,)
+    if a.q_len == 0:
+        return Plan((), None), ()
     height, heads = _height(a)
     groups: list[Group] = []
     stretches: list[numpy.ndarray | None] = []
@@ -72,6 +81,11 @@ def plan_of(a: Arguments) -> tuple[Plan, Stretches]:
         groups.append(Group(blocks[0].first, len(blocks), rows, keys, from_zero))
         stretches.append(None if from_zero else numpy.asarray([block.start for block in blocks], numpy.int32))
     return Plan(tuple(groups), heads), tuple(stretches)
+
+
+def are_known(*sizes: object) -> bool:
+    """Whether no size is symbolic, so that sizes can be compared."""
+    return all(isinstance(size, int) for size in sizes)
 
 
 def coarse(plan: Plan, kv_len: int) -> Plan:
@@ -88,12 +102,14 @@ def _shape(block: _Block) -> tuple[int, int, bool]:
 def _height(a: Arguments) -> tuple[int, int | None]:
     """The queries of a block, a power of two, and how many key/value heads are worked at once.
 
-    Beside a band of keys lie as many in vain as the block is high.
+    Beside a band of keys lie as many in vain as the block is high, and beside the diagonal of a triangle half as many.
     """
     highest, keys, band = HIGHEST, a.kv_len, _band(a)
     if band is not None:
         highest = min(HIGHEST, max(LOWEST, band // 2))
         keys = min(a.kv_len, highest + band)
+    elif _window(a) != (None, None) and host_integers(_offset(a)) is not None:
+        highest = min(HIGHEST, max(2 * LOWEST, a.q_len // TRIANGLE))
     scores = SCORES if jax.default_backend() == "cpu" else SCORES * ACCELERATED
     apart = a.batch * a.kv_heads > 1 and a.batch * a.heads * min(a.q_len, highest) * keys > scores
     group = a.heads // a.kv_heads
@@ -128,6 +144,10 @@ def _window(a: Arguments) -> tuple[int | None, int | None]:
     return left, 0 if a.causal else right
 
 
+def _offset(a: Arguments) -> Array | Sequence[int] | int:
+    return 0 if a.q_offset is None else a.q_offset
+
+
 def _band(a: Arguments) -> int | None:
     """How many keys one row sees, less one, where a window bounds both sides."""
     left, right = _window(a)
@@ -144,12 +164,12 @@ def _seen(a: Arguments, queries: range) -> range:
     """The keys between the first and the last that some of the queries see, as far as the host knows."""
     left, right = _window(a)
     start, stop = 0, a.kv_len
-    offsets = host_integers(0 if a.q_offset is None else a.q_offset)
+    offsets = host_integers(_offset(a))
     if offsets and left is not None:
         start = max(start, min(offsets) + queries[0] - left)
     if offsets and right is not None:
         stop = min(stop, max(offsets) + queries[-1] + right + 1)
-    kv_lengths, q_lengths = (None if one is None else host_integers(one) for one in (a.kv_lengths, a.q_lengths))
+    kv_lengths, q_lengths = (None if given is None else host_integers(given) for given in (a.kv_lengths, a.q_lengths))
     if kv_lengths:
         stop = min(stop, max(kv_lengths))
     if q_lengths and max(q_lengths) <= queries[0]:

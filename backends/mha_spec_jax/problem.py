@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy
 
-from mha_spec.arrays import dtype_name, softmax_dtype_name
-from mha_spec.errors import ArgumentValueError
+from mha_spec.arguments import offset_of_reading
+from mha_spec.arrays import dtype_name, segment_ids, softmax_dtype_name
 from mha_spec.steps import scale_of
 
-from .plan import Plan, Stretches, plan_of
+from .plan import Plan, Stretches, are_known, plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array as AnyArray
 
-__all__ = ["Given", "Operands", "Problem", "anchor_of", "finite", "folded", "problem_of", "softmax_dtype", "unfold"]
+__all__ = [
+    "Given",
+    "Operands",
+    "Problem",
+    "anchor_of",
+    "finite",
+    "folded",
+    "problem_of",
+    "softmax_dtype",
+    "unfold",
+    "with_offset",
+]
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,9 @@ class Given(NamedTuple):
     q_offset: AnyArray | None
     q_lengths: AnyArray | None
     kv_lengths: AnyArray | None
-    q_segment_ids: AnyArray | None
-    kv_segment_ids: AnyArray | None
+    q_segment_ids: tuple[Array, ...]
+    """Arrays that all have to agree with those of a key for the pair to be visible; none without segments."""
+    kv_segment_ids: tuple[Array, ...]
     dropout_mask: Array | None
     dropout_key: Array | None
     stretches: Stretches
@@ -84,13 +96,28 @@ def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem,
         _integers(a.q_offset),
         _integers(a.q_lengths),
         _integers(a.kv_lengths),
-        _ids("q_segment_ids", a.q_segment_ids),
-        _ids("kv_segment_ids", a.kv_segment_ids),
+        *_segment_ids(a),
         a.dropout_mask,
         dropout_key,
         stretches,
     )
     return problem, Operands(a.query, a.key, a.key if a.value is None else a.value, a.bias, a.sinks), given
+
+
+def with_offset(a: Arguments) -> Arguments:
+    """A call whose offset is no name: host data where the lengths that it speaks of are, else an array (MHA-POS-2)."""
+    if not isinstance(a.q_offset, str):
+        return a
+    q_length, kv_length = _length(a.q_lengths, a.q_len), _length(a.kv_lengths, a.kv_len)
+    a.q_offset = offset_of_reading(a.q_offset, q_length, kv_length)
+    return a
+
+
+def _length(lengths: Array | Sequence[int] | None, size: int) -> Array | numpy.ndarray | int:
+    """How many of the buffer are in use."""
+    if lengths is None:
+        return size if are_known(size) else jnp.asarray(size, jnp.int32)
+    return _bounded(lengths, size) if isinstance(lengths, jax.Array) else numpy.asarray(lengths, numpy.int32)
 
 
 def softmax_dtype(query: Array) -> str:
@@ -105,15 +132,12 @@ def _integers(value: Array | Sequence[int] | int | None) -> Array | numpy.ndarra
     return numpy.asarray(value, numpy.int32)
 
 
-def _ids(name: str, value: Array | numpy.ndarray | None) -> Array | numpy.ndarray | None:
-    """Ids on the host keep their 64 bits, or are refused where jax would cut off half of them (MHA-SEG-1)."""
-    if not isinstance(value, numpy.ndarray) or jax.config.read("jax_enable_x64") or not value.size:
-        return value
-    smallest, largest = int(value.min()), int(value.max())
-    if not -(2**31) <= smallest <= largest < 2**31:
-        received = f"received ids from {smallest} to {largest}. Renumber the segments, or set jax_enable_x64"
-        raise ArgumentValueError(f"`{name}` must fit int32 where jax_enable_x64=False, {received}. [MHA-SEG-1]")
-    return value.astype(numpy.int32)
+def _segment_ids(a: Arguments) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The ids of queries and of keys in arrays that can be compared (MHA-SEG-1)."""
+    if a.q_segment_ids is None or a.kv_segment_ids is None:
+        return (), ()
+    q_ids, kv_ids = zip(*segment_ids(a.q_segment_ids, a.kv_segment_ids, a.query), strict=True)
+    return q_ids, kv_ids
 
 
 def folded(x: Operands, given: Given) -> tuple[Operands, Given]:
@@ -122,9 +146,8 @@ def folded(x: Operands, given: Given) -> tuple[Operands, Given]:
     pairs = (x.bias, given.mask, given.dropout_mask)
     bias, mask, dropout_mask = (None if one is None else fold(one, kv_heads) for one in pairs)
     sinks = None if x.sinks is None else x.sinks.reshape(1, kv_heads, -1, 1)
-    q_ids, kv_ids = given.q_segment_ids, given.kv_segment_ids
-    q_ids = None if q_ids is None else jnp.asarray(q_ids)[:, None, None, :, None]
-    kv_ids = None if kv_ids is None else jnp.asarray(kv_ids)[:, None, None, None, :]
+    q_ids = tuple(ids[:, None, None, :, None] for ids in given.q_segment_ids)
+    kv_ids = tuple(ids[:, None, None, None, :] for ids in given.kv_segment_ids)
     q_lengths, kv_lengths = _bounded(given.q_lengths, x.query.shape[2]), _bounded(given.kv_lengths, x.key.shape[2])
     x = x._replace(query=fold(x.query, kv_heads), bias=bias, sinks=sinks)
     given = given._replace(mask=mask, dropout_mask=dropout_mask, q_lengths=q_lengths, kv_lengths=kv_lengths)
@@ -147,8 +170,10 @@ def _bounded(lengths: Array | numpy.ndarray | None, largest: int) -> Array | Non
     """A length beyond the buffer is the buffer's, a negative one 0 (MHA-LEN-3); int32 whatever the type was."""
     if lengths is None:
         return None
-    lengths = jnp.maximum(lengths, 0)
-    return (jnp.minimum(lengths, largest) if jnp.iinfo(lengths.dtype).max > largest else lengths).astype(jnp.int32)
+    lengths = jnp.asarray(lengths)
+    if jnp.iinfo(lengths.dtype).bits < 32:  # The size of the buffer may be no number of a narrow type.
+        lengths = lengths.astype(jnp.int32)
+    return jnp.clip(lengths, 0, jnp.asarray(largest, lengths.dtype)).astype(jnp.int32)
 
 
 def anchor_of(maximum: Array) -> Array:
