@@ -163,7 +163,9 @@ def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> list[tuple[Array, A
 
 def _numbered(q_ids: numpy.ndarray, kv_ids: numpy.ndarray, like: Array) -> tuple[Array, Array]:
     """Give ids of NumPy as small numbers in the library of `like`."""
-    ids = numpy.concatenate([q_ids.reshape(-1), kv_ids.reshape(-1)])
+    held = numpy.result_type(q_ids, kv_ids)
+    exact = held if held.kind in "iu" else numpy.dtype(object)  # Of int64 and uint64 NumPy makes float64.
+    ids = numpy.concatenate([q_ids.reshape(-1).astype(exact), kv_ids.reshape(-1).astype(exact)])
     numbers = numpy.unique(ids, return_inverse=True)[1].astype(numpy.int32)
     q_numbers, kv_numbers = numpy.split(numbers, [q_ids.size])
     return _moved(q_numbers.reshape(q_ids.shape), like), _moved(kv_numbers.reshape(kv_ids.shape), like)
