@@ -181,7 +181,8 @@ def _digits(ids: Array, like: Array) -> tuple[Array, Array]:
     host = numpy.dtype(dtype_name(xp.arange(0)))
     low = cast("Any", ids.astype(host))
     high = (ids.astype(object) - low.astype(object)) // 2 ** (8 * host.itemsize)
-    return _moved(low, like), _moved(high.astype(host), like)
+    bounded = numpy.clip(high, -1, 2)  # An array of the library has no high digit but 0 and 1.
+    return _moved(low, like), _moved(bounded.astype(host), like)
 
 
 def _moved(array: numpy.ndarray, like: Array) -> Array:
