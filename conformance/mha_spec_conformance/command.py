@@ -1,4 +1,4 @@
-"""The `mha-spec` script: it says what to install where the libraries of the `conformance` extra are missing."""
+"""The `mha-spec` script; without the libraries of the `conformance` extra it says what to install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes: questions in, answers out, and a crash or a hang is an answer too."""
+"""Worker processes, which answer questions; a crash or a timeout is an answer too."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
 __all__ = ["Pool"]
 
 AHEAD = 4
-"""Questions that a worker holds, so that it never waits while the parent compares."""
+"""The number of questions that a worker holds, so that it does not wait while the parent process compares."""
 
 STARTUP_SECONDS = 300.0
 """Time limit for importing a target, which may import a whole framework."""
 
 
 MEMORY = Path("/dev/shm")
-"""Where files cost no disk; used where there is enough of it."""
+"""A folder in memory for questions and answers, used if it has enough space."""
 
 ENOUGH_MEMORY = 2**28
 
 
 def _fast_folder() -> str | None:
-    """The folder for questions and answers; None is that of the system."""
+    """Give the folder for questions and answers; None is the temporary folder of the system."""
     usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ENOUGH_MEMORY
     return str(MEMORY) if usable else None
 
 
 class Worker:
-    """One process of the target, the questions that it holds, oldest first, and the group that it takes more from."""
+    """One process of the target, the questions that it holds, oldest first, and the group of its next questions."""
 
     def __init__(self, target: str, folder: Path, load: Callable[[str], Target]) -> None:
         self.target = target
@@ -62,7 +62,7 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        """Start the process and load the target in it; `claims` is what it said."""
+        """Start the process, load the target in it, and keep its claims."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.printed = self.folder / "printed"
@@ -75,20 +75,20 @@ class Worker:
 
     def _claims(self) -> Claims:
         try:
-            said = (
+            received = (
                 self.connection.recv()
                 if self.connection.poll(STARTUP_SECONDS)
                 else f"target {self.target} did not load in {STARTUP_SECONDS:.0f} s"
             )
         except EOFError:
-            said = f"target {self.target} ended the process while it was imported: {self._ending()}"
-        if isinstance(said, Claims):
-            return said
+            received = f"target {self.target} ended the process while it was imported: {self._ending()}"
+        if isinstance(received, Claims):
+            return received
         self.stop()
-        raise TargetError(str(said))
+        raise TargetError(str(received))
 
     def ask(self, question: Question) -> None:
-        """Hand over one more question."""
+        """Send one more question."""
         if self.stopped:
             self.start()
         if not self.held:
@@ -106,7 +106,7 @@ class Worker:
             return
 
     def answer(self, limit: float) -> Answer | None:
-        """The answer to the oldest question, or None where it is still open; a dead or late process is replaced."""
+        """Give the answer to the oldest question, or None if there is none; replace a process that ended or hangs."""
         try:
             if self.connection.poll():
                 path = Path(self.connection.recv())
@@ -121,7 +121,7 @@ class Worker:
         return None
 
     def take(self, waiting: Iterator[Iterator[Question]]) -> None:
-        """Ask the next question of the worker's own group, or of a new one where that has ended."""
+        """Ask the next question of the group of the worker, or of a new group if that one has ended."""
         question = next(self.group, None)
         while question is None and (group := next(waiting, None)) is not None:
             self.group = group
@@ -130,7 +130,7 @@ class Worker:
             self.ask(question)
 
     def forget(self) -> None:
-        """Give up the questions that are held, and the process whose answers to them would come later."""
+        """Drop the questions that are held, and stop the process, whose answers would otherwise come later."""
         self.group = iter(())
         if self.held:
             self.held.clear()
@@ -160,7 +160,7 @@ class Worker:
         return f"the process ended with {how}" + (f"; last printed: {lines[-1][:200]}" if lines else "")
 
     def stop(self) -> None:
-        """End the process, whatever it is doing; the next question starts another."""
+        """Kill the process; the next question starts another one."""
         self.stopped = True
         self.process.kill()
         self.process.join()
@@ -169,14 +169,14 @@ class Worker:
 
 
 def _without_our_faults(answer: Answer) -> Answer:
-    """Give an answer back; what went wrong in our own part of the process is no answer."""
+    """Give the answer back, but raise for a fault of the suite."""
     if answer.came == "internal":
         raise RuntimeError(answer.reason)
     return answer
 
 
 class Pool:
-    """`jobs` workers of one target; leave it as a context manager, and no process is left."""
+    """`jobs` workers of one target; use it as a context manager, which ends all processes."""
 
     def __init__(
         self, target: str, jobs: int = 1, limit: float = 60.0, load: Callable[[str], Target] = load_target
@@ -196,7 +196,7 @@ class Pool:
 
     @property
     def claims(self) -> Claims:
-        """What the target says of itself."""
+        """The claims of the target."""
         return self._workers[0].claims
 
     def __enter__(self) -> Self:
@@ -217,8 +217,8 @@ class Pool:
     def answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
         """Ask all questions; each comes back with its answer, in the order in which the answers arrive.
 
-        The questions of one group go to one worker, whose framework compiles once for what they share. Whoever stops
-        before the last answer loses the others: none of them comes back for a later question.
+        The questions of one group go to one worker, so that its framework compiles once for them. If the caller stops
+        early, the remaining answers are dropped.
         """
         try:
             yield from self._answers(iter(groups))

@@ -21,7 +21,7 @@ LAYOUTS = ("strided", "reversed", "read_only")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One call: the function, its arrays as NumPy holds them and its options; the rest describes the case."""
+    """One call: the function, its arrays as NumPy arrays and its options; the other fields describe the case."""
 
     id: str
     function: str
@@ -41,13 +41,13 @@ class Question:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every array by its name."""
+        """The shape of every array by name."""
         return {name: array.shape for name, array in self.arrays.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """An exception of the target: its classes from the most special on, its message and the target's own line."""
+    """An exception of the target: its classes, the most derived first, its message and the line of the target."""
 
     classes: tuple[str, ...]
     message: str
@@ -60,12 +60,12 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of a question.
+    """The answer to a question.
 
-    `came` is "returned", "raised", "unsupported", "malformed" (no arrays that could be compared), "crash", "timeout" or
-    "internal" (a fault of the suite); `reason` explains the last five. `written` names the inputs that were written to.
-    `layouts` holds the outputs, or what was raised, for every other layout of the inputs that was tried; `foreign` is
-    the library of the outputs where it is not that of the inputs.
+    `came` is "returned", "raised", "unsupported", "malformed" (the results are not arrays that can be compared),
+    "crash", "timeout" or "internal" (a fault of the suite); `reason` explains the last five. `written` names the inputs
+    that the call wrote to. `layouts` holds, for each other layout of the inputs, the outputs or the error. `foreign` is
+    the library of the outputs if it is not that of the inputs.
     """
 
     came: str

@@ -1,4 +1,4 @@
-"""Which cases a target is asked, in which dtypes, and with which arguments: what it claims, and what was selected."""
+"""Choose the cases, dtypes and arguments that a target is asked, from its claims and from the selection."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ __all__ = ["Ask", "Selection", "alignments", "asks", "matches", "probes", "tried
 
 @dataclass(frozen=True)
 class Selection:
-    """A part of the suite: cases by id, pattern or clause, and dtypes; empty is everything."""
+    """A part of the suite: cases by id, pattern or clause, and dtypes; an empty selection is the whole suite."""
 
     only: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
 
     @property
     def everything(self) -> bool:
-        """Whether nothing was left out."""
+        """Whether the whole suite is selected."""
         return not self.only and not self.dtypes
 
     def takes(self, case: Case) -> bool:
-        """Whether the case is selected: its id matches a pattern or holds it as a part, or it cites the clause."""
+        """Tell whether the case is selected; see `matches`."""
         return not self.only or any(matches(case, pattern) for pattern in self.only)
 
     def asks_in(self, dtype: str) -> bool:
-        """Whether the dtype is selected."""
+        """Tell whether the dtype is selected."""
         return not self.dtypes or dtype in self.dtypes
 
 
 def matches(case: Case, pattern: str) -> bool:
-    """Whether the id of the case matches the pattern or holds it as a part, or the case cites it as a clause."""
+    """Tell whether the id of the case matches or contains the pattern, or the case cites a clause of that name."""
     return fnmatchcase(case.id, pattern) or pattern in case.id or pattern in case.clauses
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One case in one dtype as a target is asked it: without an offset that the target takes for granted, say."""
+    """One case in one dtype, as a target is asked it; `omitted` arguments are not passed."""
 
     case: Case
     dtype: str
@@ -65,18 +65,18 @@ class Ask:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What identifies it in a run."""
+        """The id and dtype, which identify an ask in a run."""
         return self.case.id, self.dtype
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features that are really asked: lse only where it is wanted."""
+        """The features of the case, without lse if it is not asked for."""
         return tuple(
             name for name in self.case.features if name != "lse" or "lse" in self.outputs or not self.case.expected
         )
 
     def question(self) -> Question:
-        """The question itself, with fresh arrays."""
+        """Give the question, with fresh arrays."""
         case = self.case
         options = {name: _plain(value) for name, value in case.options.items() if name not in self.omitted}
         optional = FUNCTIONS[case.function].optional
@@ -97,12 +97,12 @@ class Ask:
 
 
 def _plain(value: object) -> object:
-    """JSON has lists where Python calls take tuples."""
+    """Give lists, which JSON has, as the tuples that Python calls take."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def asks(cases: Iterable[Case], claims: Claims, selection: Selection) -> list[Ask]:
-    """Everything that the target is asked, case by case and within a case dtype by dtype."""
+    """Give all asks of the target, case by case and within a case dtype by dtype."""
     return [
         ask
         for case in cases
@@ -133,7 +133,7 @@ def _keywords(case: Case) -> frozenset[str]:
 
 
 def alignments(case: Case) -> tuple[str, ...]:
-    """The readings of a causal diagonal that the offset of the case is exactly; none for a case without an offset."""
+    """Name the causal alignments that equal the offset of the case; none for a case without an offset."""
     if case.function not in ALIGNED or "q_offset" not in {*case.options, *case.input_names}:
         return ()
     arrays = case.inputs(case.dtypes[0])
@@ -149,12 +149,12 @@ def alignments(case: Case) -> tuple[str, ...]:
 
 
 def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, Ask]:
-    """One case for each causal alignment that tells it from the others, for a target that has no offset."""
+    """Give, for a target without an offset, one case for each causal alignment that only this alignment passes."""
     taken = claims.keywords.get("attention", ())
     dtype = next((name for name in claims.dtypes if selection.asks_in(name)), None)
     if "causal" not in taken or "q_offset" in taken or "causal_alignment" in claims.conventions or dtype is None:
         return {}
-    found: dict[str, Ask] = {}
+    asked: dict[str, Ask] = {}
     for case in cases:
         if case.function != "attention" or case.expect == "error" or dtype not in case.dtypes:
             continue
@@ -162,12 +162,12 @@ def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[
             continue
         readings = alignments(case)
         if len(readings) == 1 and "causal" in case.features:
-            found.setdefault(readings[0], Ask(case, dtype, ("output",), frozenset({"q_offset"})))
-    return found
+            asked.setdefault(readings[0], Ask(case, dtype, ("output",), frozenset({"q_offset"})))
+    return asked
 
 
 def tried_in_every_layout(asked: Iterable[Ask]) -> list[Ask]:
-    """The same, with one ask of each feature marked to be tried on every layout of its inputs, and twice."""
+    """Mark one ask per feature: it is repeated, and asked in every memory layout."""
     covered: set[str] = set()
     marked: list[Ask] = []
     for ask in asked:

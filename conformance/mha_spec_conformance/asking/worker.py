@@ -1,7 +1,7 @@
-"""The process of the target: it loads the target, says what may be asked, and answers one question after another.
+"""The process of the target: it loads the target, sends its claims, and answers one question after another.
 
-Messages through the pipe are small (a number, a file's name); questions and answers lie in files, so that neither side
-ever waits for the other to read. What the target prints goes to a file as well.
+Messages through the pipe are small: the claims or the name of a file. Questions and answers lie in files, so that
+neither side waits for the other to read. The output that the target prints goes to a file as well.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Failed(Exception):
 
 
 def serve(connection: Connection, name: str, printed: str, load: Callable[[str], Target] = load) -> None:
-    """Answer until the runner is gone: first with the claims, or with what is wrong with the target."""
+    """Send the claims, or the reason why the target cannot be loaded; then answer questions until the runner ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _print_to(printed)
     os.environ.setdefault("JAX_ENABLE_X64", "1")
@@ -77,7 +77,7 @@ def serve(connection: Connection, name: str, printed: str, load: Callable[[str],
 
 
 def _print_to(file: str) -> None:
-    """Send whatever is printed, by C code as well, to a file: the terminal belongs to the report."""
+    """Send all output, that of C code too, to a file, because the terminal shows the report."""
     sys.stdout.flush()
     sys.stderr.flush()
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -94,7 +94,7 @@ def _reply(target: Target, question: Question) -> Answer:
 
 
 def answer(target: Target, question: Question) -> Answer:
-    """Ask the target one question; whatever it does short of ending the process becomes an answer."""
+    """Ask the target one question; everything becomes an answer, unless the target ends the process."""
     start = time.perf_counter()
     try:
         if (reason := _unsupported(target, question)) is not None:
@@ -135,23 +135,23 @@ def _ask(target: Target, question: Question) -> Answer:
 
 
 def _layouts(target: Target, question: Question) -> dict[str, Mapping[str, numpy.ndarray] | str]:
-    """The outputs for inputs that lie otherwise in memory, or what was raised instead; a refusal is no answer."""
-    found: dict[str, Mapping[str, numpy.ndarray] | str] = {}
+    """Give the outputs for each other layout of the inputs, or the error; a layout that is unsupported is left out."""
+    answers: dict[str, Mapping[str, numpy.ndarray] | str] = {}
     for layout in question.layouts:
         if layout not in layouts_of(target.claims.arrays):
             continue
         try:
-            found[layout] = _call(target, question, layout)[0]
+            answers[layout] = _call(target, question, layout)[0]
         except Malformed as error:
-            found[layout] = str(error)
+            answers[layout] = str(error)
         except Failed as failed:
             if not isinstance(failed.error, NotImplementedError):
-                found[layout] = str(_raised(failed.error))
-    return found
+                answers[layout] = str(_raised(failed.error))
+    return answers
 
 
 def _theirs(function: Callable[..., object], *arguments: object, **keywords: object) -> Array:
-    """Call the target, or its library on its behalf; whatever comes out of that is its own."""
+    """Call the target, or its library on its behalf; an exception becomes `Failed`."""
     try:
         return function(*arguments, **keywords)
     except BaseException as error:
@@ -196,7 +196,7 @@ def _overwritten(
 def _answers(
     function: Callable[..., object], question: Question, arguments: Mapping[str, object]
 ) -> list[dict[str, Array]]:
-    """The outputs by name, of each call where the question is a sequence of them."""
+    """Give the outputs by name, for each call if the question is a sequence of calls."""
     try:
         results = list(_results(function, question.function, arguments))
     except MalformedResult as error:

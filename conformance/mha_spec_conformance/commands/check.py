@@ -1,4 +1,4 @@
-"""`mha-spec check`: options in, exit status out."""
+"""`mha-spec check`: read the options, judge the target, print the verdict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["UsageError", "check"]
 
 
 class UsageError(MhaSpecError):
-    """An option that has no meaning."""
+    """An option has an invalid value."""
 
 
 def check(
@@ -58,17 +58,17 @@ def check(
         _remove_old(json)
     screen = console()
     with Bar(screen, target) as bar:
-        done = run(target, suite, settings, bar)
-    if not done.musts:
-        raise NothingToJudge(f"target {target}: {done.verdict}")
+        result = run(target, suite, settings, bar)
+    if not result.musts:
+        raise NothingToJudge(f"target {target}: {result.verdict}")
     if json is not None:
-        write_json(done, json)
-    print_run(screen, done)
-    return done.status
+        write_json(result, json)
+    print_run(screen, result)
+    return result.status
 
 
 def _remove_old(report: Path) -> None:
-    """A report of an earlier run must not pass for that of a run that ends without one; devices are left alone."""
+    """Remove the report of an earlier run, so that it is not taken for that of this run; keep devices and links."""
     if report.is_file() and not report.is_symlink():
         report.unlink()
 

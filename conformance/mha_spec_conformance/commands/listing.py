@@ -1,4 +1,4 @@
-"""What there is: clauses, backends, cases."""
+"""The commands that list clauses, backends and cases."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["UnknownName", "all_backends", "all_cases", "all_clauses", "one_claus
 
 
 class UnknownName(MhaSpecError):
-    """There is no clause or case of that name."""
+    """No clause or case has that name."""
 
 
 def one_clause(name: str) -> str:
-    """The text of one clause."""
+    """Give the text of one clause."""
     from mha_spec_conformance.suite.spec import clauses
 
     known = clauses()
@@ -37,14 +37,14 @@ def one_clause(name: str) -> str:
 
 
 def all_clauses() -> str:
-    """Every clause in a line."""
+    """Give one line for each clause."""
     from mha_spec_conformance.suite.spec import clauses
 
     return "\n".join(f"{clause.id:<16} {clause.level:<7} {clause.title}" for clause in clauses().values())
 
 
 def all_backends() -> str:
-    """Every registered backend: where it comes from, whether it can be used here, and what it supports."""
+    """Describe every registered backend: its origin, whether it can be used here, and what it supports."""
     return "\n".join(line for name in backend_names() for line in _backend_lines(name))
 
 
@@ -69,14 +69,14 @@ def _backend_lines(name: str) -> Iterator[str]:
 
 
 def all_cases(pattern: str | None = None) -> str:
-    """Every case in a line."""
+    """Give one line for each case."""
     from mha_spec_conformance.asking.selection import Selection
     from mha_spec_conformance.suite.cases import load
 
     selection = Selection(only=(pattern,) if pattern else ())
-    found = [case for case in load().cases if selection.takes(case)]
-    if not found:
+    cases = [case for case in load().cases if selection.takes(case)]
+    if not cases:
         raise UnknownName(f"no case matches {pattern!r}")
-    width = max(len(case.id) for case in found)
-    lines = [f"{case.id:<{width}}  {case.level:<6} {textwrap.shorten(case.title, 120)}" for case in found]
-    return "\n".join([*lines, f"{len(found)} cases"])
+    width = max(len(case.id) for case in cases)
+    lines = [f"{case.id:<{width}}  {case.level:<6} {textwrap.shorten(case.title, 120)}" for case in cases]
+    return "\n".join([*lines, f"{len(cases)} cases"])

@@ -13,7 +13,7 @@ __all__ = ["FileExists", "write_starter"]
 
 
 class FileExists(MhaSpecError):
-    """A file that is there is not overwritten."""
+    """The file exists; it is not overwritten."""
 
 
 STARTER = '''"""An attention to be judged: mha-spec check {name}
@@ -63,7 +63,7 @@ def write_starter(path: Path) -> None:
     """Write the starter to a file that does not exist yet.
 
     Raises:
-        FileExists: It does.
+        FileExists: The file exists or cannot be written.
     """
     try:
         with path.open("x") as file:

@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 __all__ = ["Diagnosis", "summarise"]
 
 CLEARLY_OTHER = 0.25
-"""Results that differ by this share of the largest number in them need no closer look."""
+"""A result is not compared closely if it differs by this share of its largest number."""
 
 PATIENCE = 50
-"""After so many failures that nothing explains, only those mistakes are tried that explained some."""
+"""After so many unexplained failures, only those mistakes are tried that have explained one."""
 
 SIMILAR = 4.0
-"""Two precisions are alike whose errors differ by no more than this factor."""
+"""Errors of two precisions are of similar size if they differ by at most this factor."""
 
 
 class Diagnosis:
-    """The mistakes of one target: those that explained a failure before are tried first on the next."""
+    """Explains the failures of one target; the mistakes that explained one before are tried first."""
 
     def __init__(self, mistakes: Sequence[Mistake] = MISTAKES) -> None:
-        """Know these mistakes, and none as explaining anything yet."""
+        """Try these mistakes."""
         self.mistakes = mistakes
         self.suspects: set[str] = set()
         self.unexplained = 0
@@ -54,48 +54,48 @@ class Diagnosis:
         case: Case,
         dtype: str,
         outputs: Mapping[str, numpy.ndarray],
-        wanted: Sequence[str],
+        compared: Sequence[str],
         profile: str = "standard",
     ) -> list[Mistake]:
-        """The known mistakes whose results these are, conventions first.
+        """Give the known mistakes that have these results, conventions first.
 
         Args:
             case: The case that failed.
-            dtype: Of the run.
-            outputs: What the target gave, by output name.
-            wanted: The outputs that are compared.
-            profile: What the target declares of its precision.
+            dtype: The dtype of the run.
+            outputs: The results of the target, by output name.
+            compared: The names of the outputs that are compared.
+            profile: The profile of precision that the target declares.
         """
         if self._last is None or self._last.case is not case:
             self._last = Predictions(case)
-        compared = _Comparison(self._last, dtype, outputs, wanted, profile)
+        comparison = _Comparison(self._last, dtype, outputs, compared, profile)
         relevant = [mistake for mistake in self.mistakes if can_show(mistake, case)]
         suspected = [mistake for mistake in relevant if mistake.name in self.suspects]
         others = [mistake for mistake in relevant if mistake.name not in self.suspects]
-        found = compared.explaining(suspected)
-        if not found and self.unexplained < PATIENCE:
-            found = compared.explaining(others)
-        self.unexplained += not found
-        self.suspects.update(mistake.name for mistake in found)
-        return sorted(found, key=lambda mistake: mistake.convention is None)
+        mistakes = comparison.explaining(suspected)
+        if not mistakes and self.unexplained < PATIENCE:
+            mistakes = comparison.explaining(others)
+        self.unexplained += not mistakes
+        self.suspects.update(mistake.name for mistake in mistakes)
+        return sorted(mistakes, key=lambda mistake: mistake.convention is None)
 
 
 class _Comparison:
-    """One wrong result beside what was expected and what mistakes give."""
+    """One wrong result, to be compared with the expected values and with the results of mistakes."""
 
     def __init__(
         self,
         predictions: Predictions,
         dtype: str,
         outputs: Mapping[str, numpy.ndarray],
-        wanted: Sequence[str],
+        compared: Sequence[str],
         profile: str,
     ) -> None:
         self.predictions = predictions
         self.case = predictions.case
         self.dtype = dtype
         self.outputs = outputs
-        self.golden = {name: self.case.expected[name] for name in wanted}
+        self.golden = {name: self.case.expected[name] for name in compared}
         self.standard = precision(dtype, profile)
         self.allowed = predictions.allowances(None, dtype, self.standard) or {}
 
@@ -107,15 +107,15 @@ class _Comparison:
 
     def explains(self, mistake: Mistake) -> bool:
         """Tell whether the mistake gives this result, and the specification another one."""
-        given = self.predictions.outputs(mistake, self.dtype)
-        if given is None or not self._alike(given):
+        mistaken = self.predictions.outputs(mistake, self.dtype)
+        if mistaken is None or not self._alike(mistaken):
             return False
-        if self._judge(self.golden, given, self.allowed).passed:
+        if self._judge(self.golden, mistaken, self.allowed).passed:
             return False
         allowed = self.predictions.allowances(mistake, self.dtype, self.standard)
         if allowed is None:
             return False
-        expected = {name: self._expected(golden, given[name], mistake) for name, golden in self.golden.items()}
+        expected = {name: self._expected(golden, mistaken[name], mistake) for name, golden in self.golden.items()}
         allowed = {
             name: self._allowed(name, array, 2 if mistake.native else 1)
             for name, array in allowed.items()
@@ -126,7 +126,7 @@ class _Comparison:
         return self._judge(expected, self.outputs, allowed).passed
 
     def precisions(self, mistakes: Iterable[Mistake]) -> list[Mistake]:
-        """The precisions whose errors are about as large as these, where there is nothing but errors of rounding."""
+        """Give the mistakes of precision with errors of similar size, if the result has only errors of rounding."""
         coarser = unit_roundoff("bfloat16") / self.standard.u_a
         loose = {name: coarser * array for name, array in self.allowed.items()}
         if not self._judge(self.golden, self.outputs, loose).passed:
@@ -135,24 +135,24 @@ class _Comparison:
         return [mistake for mistake in mistakes if 1 / SIMILAR <= used / self._used_by(mistake) <= SIMILAR]
 
     def _used_by(self, mistake: Mistake) -> float:
-        given = self.predictions.outputs(mistake, self.dtype)
-        used = 0.0 if given is None else self._judge(self.golden, given, self.allowed).allowance_used
+        mistaken = self.predictions.outputs(mistake, self.dtype)
+        used = 0.0 if mistaken is None else self._judge(self.golden, mistaken, self.allowed).allowance_used
         return used if used > 1 else numpy.inf
 
-    def _alike(self, given: Mapping[str, numpy.ndarray]) -> bool:
-        """Whether shapes and orders of magnitude are those of the result: a quick look."""
+    def _alike(self, mistaken: Mapping[str, numpy.ndarray]) -> bool:
+        """Compare the shapes and the large differences with the result, which is fast."""
         for name in self.golden:
-            if name not in given or given[name].shape != self.outputs[name].shape:
+            if name not in mistaken or mistaken[name].shape != self.outputs[name].shape:
                 return False
-            a, b = given[name].astype(numpy.float64), self.outputs[name].astype(numpy.float64)
-            both = numpy.isfinite(a) & numpy.isfinite(b)
-            a, b = a[both], b[both]
+            a, b = mistaken[name].astype(numpy.float64), self.outputs[name].astype(numpy.float64)
+            finite = numpy.isfinite(a) & numpy.isfinite(b)
+            a, b = a[finite], b[finite]
             if a.size and not abs(a - b).max() <= CLEARLY_OTHER * max(abs(a).max(), abs(b).max()):
                 return False
         return True
 
     def _allowed(self, name: str, allowed: numpy.ndarray, errors: int) -> numpy.ndarray:
-        """The mistake's allowance; where it has none the specification's, and the largest where that has none."""
+        """Give the allowance of the mistake; where it is not finite, that of the specification or the largest one."""
         finite = [array[numpy.isfinite(array)].max(initial=0.0) for array in (allowed, self.allowed[name])]
         instead = numpy.where(numpy.isfinite(self.allowed[name]), self.allowed[name], max(finite))
         return errors * numpy.where(numpy.isfinite(allowed), allowed, instead)
@@ -165,9 +165,9 @@ class _Comparison:
     ) -> Judgement:
         return judge(self.case, expected, outputs, allowed, self.standard)
 
-    def _expected(self, golden: Expected, given: numpy.ndarray, mistake: Mistake) -> Expected:
-        """The results of a mistake as what must come, at the places that the golden compares."""
-        values = picked(given.astype(numpy.float64), golden)
+    def _expected(self, golden: Expected, mistaken: numpy.ndarray, mistake: Mistake) -> Expected:
+        """Give the results of a mistake as expected values, at the elements that the golden compares."""
+        values = picked(mistaken.astype(numpy.float64), golden)
         kinds = numpy.where(numpy.isnan(values), NAN, numpy.where(numpy.isinf(values), EXACT, FINITE))
         kept = _kinds(golden, values.shape)
         kinds = numpy.where((kept == ANY) | ((kept == NON_FINITE) & (kinds != FINITE)), kept, kinds)
@@ -178,7 +178,7 @@ class _Comparison:
     def _either(
         self, expected: Mapping[str, Expected], allowed: Mapping[str, numpy.ndarray]
     ) -> tuple[dict[str, Expected], dict[str, numpy.ndarray]]:
-        """Take the golden where the result is finite as it is: how far a NaN reaches depends on the tiles."""
+        """Expect the golden where the result is right: how far a NaN reaches depends on the size of tiles."""
         merged, allowances = dict(expected), dict(allowed)
         for name, golden in self.golden.items():
             got = picked(self.outputs[name], golden)
@@ -194,23 +194,23 @@ class _Comparison:
 
 
 def _kinds(expected: Expected, shape: tuple[int, ...]) -> numpy.ndarray:
-    """The kinds of the places of an output; finite where nothing is said."""
+    """Give the kind of each element of an output; without kinds every element is finite."""
     return numpy.full(shape, FINITE, numpy.uint8) if expected.kinds is None else expected.kinds.reshape(shape)
 
 
 def summarise(results: Iterable[Result]) -> list[dict[str, object]]:
-    """Few mistakes that explain together what can be explained, the one that explains most first.
+    """Choose few mistakes that together explain all explained results, the one that explains most first.
 
-    Each is `{"variant", "explains", "clauses"}`, where `explains` counts the results that no mistake before explained.
+    Each is `{"variant", "explains", "clauses"}`; `explains` counts the results that no earlier mistake explained.
     """
     by_name = {mistake.name: mistake for mistake in MISTAKES}
     variants = list(dict.fromkeys(mistake.variant for mistake in MISTAKES))
     left = [{by_name[name].variant for name in result.diagnosis} for result in results if result.diagnosis]
-    found: list[dict[str, object]] = []
+    summary: list[dict[str, object]] = []
     while left:
         counts = Counter(variant for explaining in left for variant in explaining)
-        variant = min(counts, key=lambda one: (-counts[one], variants.index(one)))
+        variant = min(counts, key=lambda name: (-counts[name], variants.index(name)))
         clauses = [clause for mistake in MISTAKES if mistake.variant == variant for clause in mistake.clauses]
-        found.append({"variant": variant, "explains": counts[variant], "clauses": list(dict.fromkeys(clauses))})
+        summary.append({"variant": variant, "explains": counts[variant], "clauses": list(dict.fromkeys(clauses))})
         left = [explaining for explaining in left if variant not in explaining]
-    return found
+    return summary

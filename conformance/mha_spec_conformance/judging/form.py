@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["dtype_clause", "dtype_fault", "expected_dtypes", "form", "form_clauses", "wrong_dtype"]
 
 INTEGERS = ("int32", "int64", "int16", "int8", "uint32", "uint64", "uint16", "uint8")
-"""What the lengths of a cache may be."""
+"""The dtypes that the lengths of a cache may have."""
 
 
 def form(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
-    """What is wrong with the shape of an output, or with a dtype that no convention names; None where nothing is."""
+    """Give the reason why the shape of an output is wrong, or its dtype, unless a convention has that dtype."""
     for name in ask.outputs:
         shape, wanted = tuple(outputs[name].shape), tuple(ask.case.expected[name].shape)
         if shape != wanted:
@@ -31,7 +31,7 @@ def form(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
 
 
 def form_clauses(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> tuple[str, ...]:
-    """The clause that a wrong form breaks: that of shapes, else that of the first dtype that is wrong."""
+    """Give the clause that a wrong form breaks: the clause of shapes, else that of the first wrong dtype."""
     if any(outputs[name].shape != tuple(ask.case.expected[name].shape) for name in ask.outputs):
         return ("MHA-SHAPE-1",)
     name = wrong_dtype(ask, outputs)
@@ -39,12 +39,12 @@ def form_clauses(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> tuple[str, .
 
 
 def dtype_fault(ask: Ask, name: str, outputs: Mapping[str, numpy.ndarray]) -> str:
-    """What is wrong with the dtype of an output."""
+    """Describe the wrong dtype of an output."""
     return f"`{name}` must have dtype={expected_dtypes(ask, name)[0]}, received {dtype_name(outputs[name])}"
 
 
 def dtype_clause(name: str) -> str:
-    """The clause that gives the dtype of an output."""
+    """Give the clause about the dtype of an output."""
     return "MHA-LSE-2" if name == "lse" else "MHA-DTYPE-2" if name.startswith("grad_") else "MHA-DTYPE-1"
 
 
@@ -63,5 +63,5 @@ def expected_dtypes(ask: Ask, name: str) -> tuple[str, ...]:
 
 
 def wrong_dtype(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
-    """The first output whose dtype is not what it must be."""
+    """Name the first output of a wrong dtype."""
     return next((name for name in ask.outputs if dtype_name(outputs[name]) not in expected_dtypes(ask, name)), None)

@@ -1,4 +1,4 @@
-"""What an answer is worth: one outcome for each case and dtype, with the reason in words that a person can act on."""
+"""Judge answers: give each case and dtype one outcome, with a reason that a person can act on."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Judge:
 
     def result(self, ask: Ask, answer: Answer) -> Result:
         """Judge one answer."""
-        judged = self._result(ask, answer)
-        clauses = judged.clauses or tuple(ask.case.clauses)
-        return replace(judged, clauses=clauses, seconds=answer.seconds, deterministic=answer.deterministic)
+        result = self._result(ask, answer)
+        clauses = result.clauses or tuple(ask.case.clauses)
+        return replace(result, clauses=clauses, seconds=answer.seconds, deterministic=answer.deterministic)
 
     def _result(self, ask: Ask, answer: Answer) -> Result:
         if answer.came in ("crash", "timeout", "unsupported"):
@@ -61,83 +61,83 @@ class Judge:
         return self._values(ask, answer)
 
     def _values(self, ask: Ask, answer: Answer) -> Result:
-        standard = precision(ask.dtype, self.claims.profile)
+        run_precision = precision(ask.dtype, self.claims.profile)
         case_bounds = bounds(ask.case.function, ask.case.inputs(ask.dtype), ask.case.options)
-        allowances = case_bounds.allowances(standard)
-        judgement = _compare(ask, answer.outputs, allowances, standard)
+        allowances = case_bounds.allowances(run_precision)
+        judgement = _compare(ask, answer.outputs, allowances, run_precision)
         if judgement.passed:
-            found = Result(ask, "pass", None, judgement.allowance_used, judgement.worst)
+            result = Result(ask, "pass", None, judgement.allowance_used, judgement.worst)
         else:
-            found = self._named(ask, answer.outputs, judgement)
-        if found.outcome == "fail":
-            return found
-        if (fault := self._layout_fault(found, answer, allowances, standard)) is not None:
-            return _spoiled(found, fault, "MHA-PURE-2")
+            result = self._named(ask, answer.outputs, judgement)
+        if result.outcome == "fail":
+            return result
+        if (fault := self._layout_fault(result, answer, allowances, run_precision)) is not None:
+            return _spoiled(result, fault, "MHA-PURE-2")
         if answer.written:
-            return _spoiled(found, f"wrote to its input {', '.join(answer.written)}", "MHA-PURE-1")
+            return _spoiled(result, f"wrote to its input {', '.join(answer.written)}", "MHA-PURE-1")
         if (name := wrong_dtype(ask, answer.outputs)) is not None:
-            return _of_other_dtype(found, name, answer.outputs)
-        if found.outcome == "pass" and "generic" in ask.case.tags:
-            return replace(found, note=_note(ask, answer, case_bounds.deviations(standard)))
-        return found
+            return _of_other_dtype(result, name, answer.outputs)
+        if result.outcome == "pass" and "generic" in ask.case.tags:
+            return replace(result, note=_note(ask, answer, case_bounds.deviations(run_precision)))
+        return result
 
     def _layout_fault(
-        self, found: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray], standard: Precision
+        self, result: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray], run_precision: Precision
     ) -> str | None:
-        """What goes wrong where the inputs lie otherwise in memory."""
+        """Name the first layout of the inputs for which the answer is wrong, and the reason."""
         for layout, outputs in answer.layouts.items():
-            reason = outputs if isinstance(outputs, str) else form(found.ask, outputs)
+            reason = outputs if isinstance(outputs, str) else form(result.ask, outputs)
             if reason is None and not isinstance(outputs, str):
-                reason = self._unlike(found, outputs, _compare(found.ask, outputs, allowances, standard))
+                reason = self._unlike(result, outputs, _compare(result.ask, outputs, allowances, run_precision))
             if reason is not None:
-                plain = "right" if found.outcome == "pass" else str(found.conventions[0])
+                plain = "right" if result.outcome == "pass" else str(result.conventions[0])
                 return f"{plain} for plain inputs, wrong for {layout.replace('_', '-')} ones: {reason}"
         return None
 
-    def _unlike(self, found: Result, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> str | None:
-        """What is wrong with outputs that must be right as those for plain inputs are, or of the same convention."""
-        if found.outcome == "pass" or judgement.passed:
-            return judgement.reason if found.outcome == "pass" else "they follow the specification"
-        ask = found.ask
+    def _unlike(self, result: Result, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> str | None:
+        """Give the reason why outputs for another layout are not judged like those for plain inputs."""
+        if result.outcome == "pass" or judgement.passed:
+            return judgement.reason if result.outcome == "pass" else "they follow the specification"
+        ask = result.ask
         mistakes = self.diagnosis.explain(ask.case, ask.dtype, outputs, ask.outputs, self.claims.profile)
-        same = found.conventions[0] in [mistake.convention for mistake in mistakes]
+        same = result.conventions[0] in [mistake.convention for mistake in mistakes]
         return None if same else judgement.reason
 
     def _named(self, ask: Ask, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> Result:
-        """A wrong result: a deviation where it is another convention, else a failure with the mistakes it matches."""
+        """Give the result of wrong values: a deviation if a convention explains them, else a failure."""
         mistakes = self.diagnosis.explain(ask.case, ask.dtype, outputs, ask.outputs, self.claims.profile)
-        found = Result(
+        result = Result(
             ask, "fail", judgement.reason, judgement.allowance_used, judgement.worst, tuple(m.name for m in mistakes)
         )
         conventions = [mistake.convention for mistake in mistakes if mistake.convention is not None]
         if not conventions:
-            return found
+            return result
         accepted = [convention for convention in conventions if convention in self.accepted]
         convention = (accepted or conventions)[0]
-        return replace(found, outcome="deviation", reason=str(convention), conventions=(convention,))
+        return replace(result, outcome="deviation", reason=str(convention), conventions=(convention,))
 
 
-def _spoiled(found: Result, fault: str, clause: str) -> Result:
-    """A fault that no convention explains, and that none therefore excuses."""
-    return replace(found, outcome="fail", reason=fault, clauses=(clause,), diagnosis=(), conventions=())
+def _spoiled(result: Result, fault: str, clause: str) -> Result:
+    """Give the failure by a fault that no convention explains, so that no accepted convention excuses it."""
+    return replace(result, outcome="fail", reason=fault, clauses=(clause,), diagnosis=(), conventions=())
 
 
-def _of_other_dtype(found: Result, name: str, outputs: Mapping[str, numpy.ndarray]) -> Result:
-    """The same with one convention more; right values of another dtype break a clause of their own."""
-    fault = dtype_fault(found.ask, name, outputs)
+def _of_other_dtype(result: Result, name: str, outputs: Mapping[str, numpy.ndarray]) -> Result:
+    """Add the convention of another output dtype; if the values are right, the clause is that of the dtype."""
+    fault = dtype_fault(result.ask, name, outputs)
     return replace(
-        found,
+        result,
         outcome="deviation",
-        reason=fault if found.reason is None else f"{found.reason}; {fault}",
-        clauses=(dtype_clause(name),) if found.outcome == "pass" else (),
-        conventions=(*found.conventions, Convention("output_dtype", dtype_name(outputs[name]))),
+        reason=fault if result.reason is None else f"{result.reason}; {fault}",
+        clauses=(dtype_clause(name),) if result.outcome == "pass" else (),
+        conventions=(*result.conventions, Convention("output_dtype", dtype_name(outputs[name]))),
     )
 
 
 def _refusal(ask: Ask, answer: Answer) -> Result:
-    """A call that must be refused: by an error of ours, of the right kind, that names the argument."""
-    wanted = ask.case.error or {}
-    kind, argument = {"type": "TypeError", "value": "ValueError"}[wanted["kind"]], wanted["argument"]
+    """Judge a call that must raise an error of mha-spec, of the right kind, that names the argument."""
+    required = ask.case.error or {}
+    kind, argument = {"type": "TypeError", "value": "ValueError"}[required["kind"]], required["argument"]
     expected = f"a MhaSpecError that is a {kind} and names `{argument}`"
     if answer.raised is None:
         return Result(ask, "fail", f"expected {expected}, but the call was answered")
@@ -147,14 +147,14 @@ def _refusal(ask: Ask, answer: Answer) -> Result:
 
 
 def _compare(
-    ask: Ask, outputs: Mapping[str, numpy.ndarray], allowances: Mapping[str, numpy.ndarray], standard: Precision
+    ask: Ask, outputs: Mapping[str, numpy.ndarray], allowances: Mapping[str, numpy.ndarray], run_precision: Precision
 ) -> Judgement:
     expected = {name: ask.case.expected[name] for name in ask.outputs}
-    return judge(ask.case, expected, outputs, allowances, standard)
+    return judge(ask.case, expected, outputs, allowances, run_precision)
 
 
 def _note(ask: Ask, answer: Answer, deviations: Mapping[str, numpy.ndarray]) -> str | None:
-    """What is remarkable about the errors of a generic case, all of them within their allowance (MHA-ACC-2)."""
+    """Say how the errors of a generic case are distributed if they are not independent roundings (MHA-ACC-2)."""
     expected = {name: ask.case.expected[name] for name in ask.outputs}
     notes = ((name, statistics.note) for name, statistics in gate_b(expected, answer.outputs, deviations).items())
     return next((f"`{name}`: {note}" for name, note in notes if note is not None), None)

@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar on a terminal, plain lines elsewhere, and a verdict to act on."""
+"""Print a run: a progress bar on a terminal, plain lines elsewhere, and a verdict to act on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Bar", "console", "print_run"]
 
 MOST_GROUPS = 8
-"""How many kinds of failure are printed in full; the report has them all."""
+"""The number of kinds of failure that are printed in full; the report has all of them."""
 
 MOST_NAMES = 4
 
@@ -40,7 +40,7 @@ COLOURS = {
 
 
 def console() -> Console:
-    """The terminal; where there is none, lines are neither wrapped nor coloured."""
+    """Give the terminal; elsewhere lines are neither wrapped nor coloured."""
     screen = Console(highlight=False, emoji=False)
     if not screen.is_terminal:
         screen = Console(highlight=False, emoji=False, soft_wrap=True)
@@ -48,7 +48,7 @@ def console() -> Console:
 
 
 class Bar:
-    """A progress bar with the number of failures; nothing where there is no terminal."""
+    """A progress bar with the number of failures, on a terminal only."""
 
     def __init__(self, screen: Console, target: str) -> None:
         columns = (
@@ -71,14 +71,14 @@ class Bar:
         self._bar.stop()
 
     def __call__(self, done: int, total: int, failed: int) -> None:
-        """Show how many results have come, and how many of them make the target fail."""
+        """Show the number of results, and of those that make the target fail."""
         self._bar.update(
             self._task, completed=done, total=total, failed=f"[red]{failed} failed[/red]" if failed else ""
         )
 
 
 def print_run(screen: Console, run: Run) -> None:
-    """Print what went wrong, kind by kind, the table of features where something did, and the verdict."""
+    """Print the failures by kind, a table of the features that failed, and the verdict."""
     for note in run.notes:
         _line(screen, f"note: {note}")
     failing = [r for r in run.results if r.outcome in FAILING and r.must]
@@ -101,13 +101,13 @@ def _line(screen: Console, text: str, style: str | None = None) -> None:
 
 
 def _groups(failing: list[Result]) -> list[list[Result]]:
-    """Failures that look like one mistake, the most frequent first; what is excused or unexplained stays apart."""
-    found: defaultdict[tuple[str, object], list[Result]] = defaultdict(list)
+    """Group the failures that look like one mistake, the most frequent first."""
+    groups: defaultdict[tuple[str, object], list[Result]] = defaultdict(list)
     for result in failing:
         named = result.conventions or result.diagnosis[:1]
         raised = None if result.compared else result.reason
-        found[result.outcome, raised or named or result.clauses[:1]].append(result)
-    return sorted(found.values(), key=len, reverse=True)
+        groups[result.outcome, raised or named or result.clauses[:1]].append(result)
+    return sorted(groups.values(), key=len, reverse=True)
 
 
 def _print_group(screen: Console, run: Run, members: list[Result]) -> None:
@@ -131,13 +131,13 @@ def _print_group(screen: Console, run: Run, members: list[Result]) -> None:
 
 
 def _shared(example: Result, members: list[Result]) -> tuple[str, ...]:
-    """What the example looks like and the others of its group do too; all that it looks like where they share none."""
+    """Name the mistakes that explain all members of a group; if there are none, those that explain the example."""
     shared = tuple(name for name in example.diagnosis if all(name in member.diagnosis for member in members))
     return shared or example.diagnosis
 
 
 def details(result: Result) -> list[str]:
-    """Clause, question, answer, the worst place and what the answer looks like."""
+    """Give lines with the clause, the call, the worst element and the mistakes that explain it."""
     first = broken(result)
     lines = [f"{clause}: {sentence}" for clause, sentence in sentences(first)]
     if first and (others := [clause for clause in result.clauses if clause not in first]):
@@ -153,9 +153,9 @@ def details(result: Result) -> list[str]:
 
 
 def broken(result: Result) -> tuple[str, ...]:
-    """The clauses to read first: those of the mistake that the answer looks like, else the first of the case.
+    """Name the clauses to read first: those of the mistake that explains the answer, else the first of the case.
 
-    There are none where nothing came that could be compared: whatever ended the call is no matter of a clause.
+    There are none if no output could be compared, because no clause is about the reason.
     """
     if not result.compared:
         return ()
@@ -166,13 +166,13 @@ def broken(result: Result) -> tuple[str, ...]:
 
 
 def sentences(names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Clauses with their normative sentences."""
+    """Give clauses with their normative sentences."""
     known = clauses()
     return [(name, known[name].sentence) for name in names if name in known]
 
 
 def asked(result: Result) -> str:
-    """The call in one line."""
+    """Write the call in one line."""
     case, arrays = result.ask.case, result.ask.case.inputs(result.ask.dtype)
     shown = [f"{name} {tuple(array.shape)}" for name, array in arrays.items() if name not in result.ask.omitted]
     shown += [f"{name}={value!r}" for name, value in case.options.items() if name not in result.ask.omitted]
@@ -186,15 +186,15 @@ def _place(worst: Worst) -> str:
 
 def _titles(result: Result) -> list[str]:
     by_name = {mistake.name: mistake for mistake in MISTAKES}
-    found = [by_name[name] for name in result.diagnosis[:MOST_NAMES] if name in by_name]
+    mistakes = [by_name[name] for name in result.diagnosis[:MOST_NAMES] if name in by_name]
     return [
         f"{mistake.name}: {mistake.title}" + (f" ({', '.join(mistake.bugs)})" if mistake.bugs else "")
-        for mistake in found
+        for mistake in mistakes
     ]
 
 
 def _print_features(screen: Console, run: Run) -> None:
-    """How each feature did, where anything failed."""
+    """Print the outcomes of each feature that failed."""
     from rich.table import Table
 
     table = Table("feature", *OUTCOMES, box=None, pad_edge=False)
@@ -212,7 +212,7 @@ def _refusals(run: Run) -> Counter[str]:
 
 
 def _remarks(run: Run) -> list[str]:
-    """What does not decide, and is still worth knowing."""
+    """Give remarks that do not decide the verdict."""
     should = [result for result in run.results if not result.must]
     lines = [f"unsupported, {number} times: {reason}" for reason, number in _refusals(run).most_common(MOST_NAMES)]
     if should:
@@ -223,9 +223,9 @@ def _remarks(run: Run) -> list[str]:
         lines.append(
             f"causal diagonal where lengths differ: {run.alignment} (read off; judged where `conventions` says so)"
         )
-    used = [r for r in run.results if r.outcome == "pass" and r.allowance_used is not None]
-    if used:
-        worst = max(used, key=lambda r: r.allowance_used or 0.0)
+    passed = [r for r in run.results if r.outcome == "pass" and r.allowance_used is not None]
+    if passed:
+        worst = max(passed, key=lambda r: r.allowance_used or 0.0)
         lines.append(
             f"largest share of an allowance among what passed: {worst.allowance_used:.2f}"
             f" in {worst.ask.case.id} {worst.ask.dtype}"

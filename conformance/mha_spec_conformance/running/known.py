@@ -1,4 +1,4 @@
-"""Known failures: each with its reason, and strict, so that the file says what is true today and nothing more.
+"""Known failures, each with its reason. An entry that does not fail is an error, so that the file stays true.
 
 The file is TOML, one table for each reason, with the ids of the cases, in every dtype or in one:
 
@@ -29,7 +29,7 @@ __all__ = ["Known", "KnownError", "excuse", "is_open", "read_known", "untrue"]
 
 
 class KnownError(MhaSpecError):
-    """A file of known failures that cannot be read."""
+    """A file of known failures cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Known:
     dtype: str | None = None
 
     def covers(self, result: Result) -> bool:
-        """Whether it speaks of this case and dtype."""
+        """Tell whether the entry is about this case and dtype."""
         return result.ask.case.id == self.id and self.dtype in (None, result.ask.dtype)
 
 
 def excuse(result: Result, accepted: frozenset[Convention], known: Iterable[Known]) -> str | None:
-    """Why a failing result does not count: every convention that it follows is accepted, or it is known."""
+    """Give the reason why a failing result does not count: "accepted" or "known"."""
     if result.conventions and accepted.issuperset(result.conventions):
         return "accepted"
     return "known" if any(entry.covers(result) for entry in known) else None
 
 
 def is_open(result: Result, accepted: frozenset[Convention], known: Iterable[Known]) -> bool:
-    """Whether a result makes the target fail: that of a MUST case, neither accepted nor known."""
+    """Tell whether a result makes the target fail: it is of a MUST case and neither accepted nor known."""
     return result.must and result.outcome in FAILING and excuse(result, accepted, known) is None
 
 
@@ -61,22 +61,24 @@ def read_known(path: Path) -> tuple[Known, ...]:
     """Read a file of known failures.
 
     Raises:
-        KnownError: It is not there, is no TOML, or an entry lacks its id or reason.
+        KnownError: The file does not exist or is not TOML, or an entry has no id or reason.
     """
     try:
-        said = tomllib.loads(path.read_text())
+        tables_by_name = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise KnownError(f"known failures {path}: {error}") from error
-    tables = said.pop("known", None)
-    if said:
-        raise KnownError(f"known failures {path}: there is nothing but [[known]] tables, received {', '.join(said)}")
+    tables = tables_by_name.pop("known", None)
+    if tables_by_name:
+        raise KnownError(
+            f"known failures {path}: there is nothing but [[known]] tables, received {', '.join(tables_by_name)}"
+        )
     if not isinstance(tables, list):
         raise KnownError(f"known failures {path}: there is no [[known]] table with id and reason")
     return tuple(entry for number, table in enumerate(tables, 1) for entry in _entries(path, number, table))
 
 
 def _entries(path: Path, number: int, table: object) -> list[Known]:
-    """One entry for each id of a table, of which `id` may hold one or a list."""
+    """Give one entry for each id of a table; `id` is a string or a list."""
     fields = dict(table) if isinstance(table, dict) else {}
     ids = fields.pop("id", None)
     ids = ids if isinstance(ids, list) else [ids]
@@ -95,7 +97,7 @@ def _entries(path: Path, number: int, table: object) -> list[Known]:
 
 
 def untrue(known: Iterable[Known], results: Iterable[Result], suite: Iterable[str], whole: bool) -> list[str]:
-    """What the file says that is not so: an entry that did not fail, or that matches nothing."""
+    """Describe the entries that did not fail or that match nothing."""
     asked, ids = list(results), set(suite)
     lines: list[str] = []
     for entry in known:

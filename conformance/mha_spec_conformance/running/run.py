@@ -28,7 +28,7 @@ __all__ = ["Run"]
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a run found, and what it was to be measured by."""
+    """The results of a run and the options that decide what counts."""
 
     suite: Suite
     claims: Claims
@@ -48,16 +48,16 @@ class Run:
 
     @cached_property
     def judged(self) -> list[Result]:
-        """The results of what the target did not refuse as unsupported."""
+        """The results that are not `unsupported`."""
         return [result for result in self.results if result.outcome != "unsupported"]
 
     @cached_property
     def musts(self) -> list[Result]:
-        """Those that decide: of MUST cases."""
+        """The judged results of MUST cases, which decide."""
         return [result for result in self.judged if result.must]
 
     def excuse(self, result: Result) -> str | None:
-        """Why a failing result does not count: its conventions are accepted, or it is known."""
+        """Give the reason why a failing result does not count; see `known.excuse`."""
         return excuse(result, self.accepted, self.known)
 
     @cached_property
@@ -86,43 +86,43 @@ class Run:
 
     @cached_property
     def untrue(self) -> list[str]:
-        """Entries of known failures that are not so."""
+        """Descriptions of the entries of known failures that did not fail."""
         return untrue(self.known, self.results, (case.id for case in self.suite.cases), self.complete)
 
     @property
     def status(self) -> int:
-        """0: nothing failed that is not accepted or known, and all required was asked; 1: not; 2: nothing judged.
+        """0: all failures are accepted or known, and all required features were asked; 1: otherwise; 2: nothing judged.
 
-        Only MUST cases decide: where none of them was judged, nothing was.
+        Only MUST cases decide; if none was judged, nothing was.
         """
         if not self.musts:
             return 2
         return int(bool(self.failures or self.missing or self.untrue))
 
     def tally(self, results: Iterable[Result]) -> dict[str, int]:
-        """How many results had each outcome."""
+        """Count the results of each outcome."""
         count = Counter(result.outcome for result in results)
         return {outcome: count[outcome] for outcome in OUTCOMES}
 
     @property
     def summary(self) -> dict[str, int]:
-        """The tally of what counts."""
+        """The tally of the MUST cases."""
         return self.tally(result for result in self.results if result.must)
 
     @property
     def conventions(self) -> dict[str, str]:
-        """The conventions that the target was seen to follow, where they are not the specification's."""
+        """The conventions that the results follow, other than the specification's."""
         seen = dict(pair for result in self.results for pair in result.conventions)
         return seen | ({"causal_alignment": self.alignment} if self.alignment else {})
 
     @cached_property
     def statistics(self) -> list[str]:
-        """Cases whose errors, each within its allowance, are together larger than independent roundings make them."""
+        """Notes on cases whose errors are allowed one by one but too large for independent roundings."""
         return [f"{r.ask.case.id} {r.ask.dtype}: {r.note}" for r in self.results if r.note is not None]
 
     @property
     def verdict(self) -> str:
-        """One sentence; only a complete run without an open failure says "conformant" of the target."""
+        """One sentence; it says "conformant" only after a complete run without an open failure."""
         refused = len(self.results) - len(self.judged)
         parts = [self._head() if self.musts else self._nothing()]
         parts += [f"unsupported: {refused}"] if refused else []
@@ -131,7 +131,7 @@ class Run:
         return "; ".join(parts)
 
     def _nothing(self) -> str:
-        """What was asked instead of anything that decides."""
+        """Say why no judged result decides."""
         reason = next((result.reason for result in self.results if result.outcome == "unsupported"), None)
         if self.judged:
             return f"nothing judged that decides: {len(self.judged)} SHOULD cases and no MUST case"

@@ -1,4 +1,4 @@
-"""A run: load the target, try the smoke cases, ask everything that is claimed, and judge while the target works on."""
+"""Run the suite: load the target, try the smoke cases, ask all that it claims, and judge each answer as it arrives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["NothingToJudge", "Settings", "run"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a target is to be judged."""
+    """The options of a run."""
 
     selection: Selection = field(default_factory=Selection)
     required: tuple[str, ...] = ()
@@ -47,11 +47,11 @@ def run(
     settings: Settings,
     progress: Callable[[int, int, int], None] = lambda done, total, failed: None,
 ) -> Run:
-    """Judge `target`; `progress` is told how many results of how many have come, and how many of them fail.
+    """Judge `target`; `progress` is called with the numbers of results, of questions and of failures.
 
     Raises:
         TargetError: The target cannot be loaded.
-        NothingToJudge: It claims nothing that is selected, or its answers have no form that can be judged.
+        NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
     """
     with Pool(target, settings.jobs, settings.limit) as pool:
         asked = tried_in_every_layout(asks(suite.cases, pool.claims, settings.selection))
@@ -63,13 +63,13 @@ def run(
         notes = try_smoke_cases(suite, pool, judge)
         alignment, unread = _alignment(pool, suite, settings.selection, judge)
         progress(0, len(asked), 0)
-        found, finished = _results(pool, asked, settings, judge, progress)
+        results, finished = _results(pool, asked, settings, judge, progress)
         order = {ask.key: number for number, ask in enumerate(asked)}
         return Run(
             suite=suite,
             claims=pool.claims,
             selection=settings.selection,
-            results=tuple(sorted(found, key=lambda one: order[one.ask.key])),
+            results=tuple(sorted(results, key=lambda result: order[result.ask.key])),
             finished=finished,
             alignment=alignment,
             notes=(*notes, *unread),
@@ -80,7 +80,7 @@ def run(
 
 
 def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
-    """What the target lacks for every case of the selection."""
+    """Give the reason why the target cannot be asked any selected case."""
     if not any(selection.asks_in(dtype) for dtype in claims.dtypes):
         return f"it claims {', '.join(claims.dtypes)}; --dtypes asks {', '.join(selection.dtypes)}"
     functions = dict.fromkeys(case.function for case in suite.cases if selection.takes(case))
@@ -92,22 +92,22 @@ def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
 def _results(
     pool: Pool, asked: list[Ask], settings: Settings, judge: Judge, progress: Callable[[int, int, int], None]
 ) -> tuple[list[Result], bool]:
-    """The results as they come, and whether all came before too many had failed."""
+    """Give the results in the order of the answers, and whether all questions were asked before too many failed."""
     by_key = {ask.key: ask for ask in asked}
-    found: list[Result] = []
+    results: list[Result] = []
     failed = 0
     for question, answer in pool.answers(*_groups(asked)):
-        judged = judge.result(by_key[question.id, question.dtype], answer)
-        found.append(judged)
-        failed += is_open(judged, settings.accepted, settings.known)
-        progress(len(found), len(asked), failed)
+        result = judge.result(by_key[question.id, question.dtype], answer)
+        results.append(result)
+        failed += is_open(result, settings.accepted, settings.known)
+        progress(len(results), len(asked), failed)
         if settings.max_fail is not None and failed >= settings.max_fail:
-            return found, len(found) == len(asked)
-    return found, True
+            return results, len(results) == len(asked)
+    return results, True
 
 
 def _groups(asked: list[Ask]) -> list[Iterator[Question]]:
-    """The questions of each signature, which a compiling framework compiles for once; many of one come first."""
+    """Group the questions by signature, because a framework compiles once for each; the largest group comes first."""
     groups: dict[Hashable, list[Ask]] = {}
     for ask in asked:
         groups.setdefault(ask.case.signature, []).append(ask)
@@ -115,7 +115,7 @@ def _groups(asked: list[Ask]) -> list[Iterator[Question]]:
 
 
 def _alignment(pool: Pool, suite: Suite, selection: Selection, judge: Judge) -> tuple[str | None, tuple[str, ...]]:
-    """Read off where a target without an offset puts its causal diagonal: its name, or notes where it fits none."""
+    """Find the causal alignment of a target without an offset: its name, or a note if no alignment fits."""
     by_id = {ask.case.id: (name, ask) for name, ask in probes(suite.cases, pool.claims, selection).items()}
     outcomes: dict[str, str] = {}
     for question, answer in pool.answers([ask.question() for _, ask in by_id.values()]):

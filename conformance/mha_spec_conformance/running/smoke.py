@@ -1,4 +1,4 @@
-"""The smoke cases: they tell a wrong target file (axes, tuple, dtype, mask polarity) from a wrong attention."""
+"""Ask the smoke cases, which distinguish a wrong target file (axes, tuple, dtype, mask) from a wrong attention."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ TAG = "smoke"
 
 
 class NothingToJudge(MhaSpecError):
-    """The target cannot be judged at all."""
+    """The target cannot be judged."""
 
 
 @dataclass(frozen=True)
 class Smoke:
-    """One smoke case: what was asked, what came, and what it was worth."""
+    """One smoke case: the question, the answer and the result."""
 
     question: Question
     answer: Answer
@@ -39,10 +39,10 @@ class Smoke:
 
 
 def try_smoke_cases(suite: Suite, pool: Pool, judge: Judge) -> tuple[str, ...]:
-    """Ask the smoke cases in the narrowest dtype of float32 and float64 that is claimed; give notes on the target file.
+    """Ask the smoke cases, in float32 if the target claims it; give notes on the target file.
 
     Raises:
-        NothingToJudge: Every one fails by its form, its axes, or the end of the process: the target file is wrong.
+        NothingToJudge: Every answer has a wrong form or wrong axes, or the process ended.
     """
     claims = pool.claims
     dtype = "float32" if "float32" in claims.dtypes else claims.dtypes[0]
@@ -61,7 +61,7 @@ def try_smoke_cases(suite: Suite, pool: Pool, judge: Judge) -> tuple[str, ...]:
 
 
 def _fault(smokes: list[Smoke], pool: Pool) -> str | None:
-    """What is wrong with the target file where nothing that it gives can be judged."""
+    """Describe the fault of the target file if no answer can be compared."""
     first = smokes[0]
     if any(smoke.result.outcome == "pass" for smoke in smokes):
         return None
@@ -79,18 +79,18 @@ def _fault(smokes: list[Smoke], pool: Pool) -> str | None:
 
 
 def _judged(smoke: Smoke) -> bool:
-    """Whether there is an output that can be compared."""
+    """Tell whether an output can be compared."""
     return smoke.answer.came == "returned" and not _shapes(smoke)
 
 
 def _shapes(smoke: Smoke) -> bool:
-    """Whether an output has another shape than it must have."""
+    """Tell whether an output has a wrong shape."""
     expected = smoke.result.ask.case.expected
     return any(tuple(array.shape) != tuple(expected[name].shape) for name, array in smoke.answer.outputs.items())
 
 
 def _axes(smoke: Smoke) -> str:
-    """Spell out a shape whose axes are only in another order."""
+    """Name the order of axes that a wrong shape has."""
     if smoke.answer.came != "returned":
         return ""
     batch, heads, q_len, v_dim = smoke.result.ask.case.expected["output"].shape
@@ -104,7 +104,7 @@ def _axes(smoke: Smoke) -> str:
 
 
 def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
-    """Whether, with as many heads as positions, the output is that of lengths taken for heads and heads for lengths."""
+    """Tell whether the target exchanges heads and lengths, by a call with as many heads as positions."""
     if smoke.question.function != "attention" or smoke.answer.came in ("crash", "timeout"):
         return False
     arrays = {name: smoke.question.arrays[name] for name in ("query", "key", "value")}
@@ -123,7 +123,7 @@ def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
 
 
 def _notes(smokes: Iterable[Smoke]) -> list[str]:
-    """What looks like a slip of the target file, though the rest can be judged."""
+    """Give notes on probable faults of a target file that can be judged."""
     return list(dict.fromkeys(note for smoke in smokes if (note := _note(smoke)) is not None))
 
 

@@ -16,7 +16,7 @@ _SENTENCE = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
 
 
 class SpecificationError(MhaSpecError, ValueError):
-    """SPEC.md holds a clause that cannot be told from the others or has no normative sentence."""
+    """A clause of SPEC.md is malformed, or has the id of another one."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Clause:
     """MUST or SHOULD."""
     title: str
     text: str
-    """What stands below the heading, in Markdown."""
+    """The text below the heading, in Markdown."""
 
     @property
     def sentence(self) -> str:

@@ -1,4 +1,4 @@
-"""What a target claims: plain data that its process sends to the runner."""
+"""The claims of a target: plain data that its process sends to the runner."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 __all__ = ["PROFILES", "Claims"]
 
 PROFILES = ("standard", "strict")
-"""standard: weights and their gradients may be stored in the type of the inputs; strict: in the accumulator's."""
+"""The types in which weights and their gradients are stored: that of the inputs, or that of the accumulator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a target says of itself."""
+    """The functions, keywords, dtypes and conventions that a target declares."""
 
     name: str
     keywords: Mapping[str, tuple[str, ...]]

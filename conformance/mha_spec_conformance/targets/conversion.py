@@ -1,4 +1,4 @@
-"""NumPy arrays to those of the target's library and back, bit for bit: bfloat16, devices and strides included."""
+"""Convert NumPy arrays to those of the library of the target and back, bit for bit, with devices and strides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXCHANGED = {"transposed": (-1, -2), "tokens_first": (1, 2)}
 
 
 class ConversionError(MhaSpecError, TypeError):
-    """Something is not an array that the suite can read or write."""
+    """A value is not an array that the suite can read or write."""
 
 
 def layouts_of(arrays: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""What is asked: a backend by its name, `package.module:function`, or `path/to/file.py[:function]`.
+"""Load a target: a backend by its name, `package.module:function`, or `path/to/file.py[:function]`.
 
-A target claims by its signatures. Beside its functions a module may say `arrays`, `device`, `dtypes`, `features`,
-`profile`, `conventions` and `supports(case)`; whatever it says is checked here, once.
+The signatures of its functions are claims. A module may also declare `arrays`, `device`, `dtypes`, `features`,
+`profile`, `conventions` and `supports(case)`; the declarations are checked here.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "jax": ("jax",
 
 
 class TargetError(MhaSpecError):
-    """A target that cannot be asked: it is not there, does not import, or says something that has no meaning."""
+    """A target cannot be asked: it does not exist, its import fails, or it declares something invalid."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A loaded target: its functions by the specification's names, and what it claims."""
+    """A loaded target: its functions by the names of the specification, and its claims."""
 
     functions: Mapping[str, Callable[..., object]]
     claims: Claims
@@ -64,7 +64,7 @@ def load(name: str) -> Target:
     """Load the target called `name`.
 
     Raises:
-        TargetError: In one line, what is wrong with it.
+        TargetError: The target cannot be asked; the message is one line.
     """
     _extend_path(Path.cwd())
     place, _, function = name.rpartition(":") if _names_function(name) else (name, "", "")
@@ -78,7 +78,7 @@ def _names_function(name: str) -> bool:
 
 
 def _extend_path(folder: Path) -> None:
-    """At the end, so that a target called torch.py does not hide torch."""
+    """Append to the path, at the end, so that a target called torch.py does not hide torch."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
@@ -122,7 +122,7 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def own_line(error: BaseException) -> str | None:
-    """Name the last line of the target's own code in a traceback; where there is none, the last that is not ours."""
+    """Name the last line of the target's code in a traceback, or else the last line outside this package."""
     here = str(Path(__file__).parents[1])
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     frames = [(file, line) for file, line in frames if not file.startswith(("<", here))]
@@ -139,16 +139,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def _functions(module: ModuleType, place: str, function: str) -> dict[str, Callable[..., object]]:
-    """The functions that the module has under the specification's names; `function` is taken as its attention."""
-    found = {name: getattr(module, name) for name in FUNCTIONS if callable(getattr(module, name, None))}
+    """Give the functions that the module has under the names of the specification; `function` is its attention."""
+    functions = {name: getattr(module, name) for name in FUNCTIONS if callable(getattr(module, name, None))}
     if function:
         asked = getattr(module, function, None)
         if not callable(asked):
             raise TargetError(f"{place} has no function {function!r}; {_offer(module)}")
-        found[function if function in FUNCTIONS else "attention"] = asked
-    if not found:
+        functions[function if function in FUNCTIONS else "attention"] = asked
+    if not functions:
         raise TargetError(f"{place} has nothing to ask: no function called attention; {_offer(module)}")
-    return found
+    return functions
 
 
 def _offer(module: ModuleType) -> str:
@@ -162,7 +162,7 @@ def _offer(module: ModuleType) -> str:
 
 def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[..., object]], registered: bool) -> Claims:
     default = name if registered and name in LIBRARIES else "numpy"
-    arrays = _one_of("arrays", _said(module, "arrays", default), LIBRARIES)
+    arrays = _one_of("arrays", _declaration(module, "arrays", default), LIBRARIES)
     device = None if registered else _device(module)
     return Claims(
         name=name,
@@ -170,7 +170,7 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
         dtypes=_dtypes(module, registered),
         arrays=arrays,
         device=device,
-        profile=_one_of("profile", _said(module, "profile", "standard"), PROFILES),
+        profile=_one_of("profile", _declaration(module, "profile", "standard"), PROFILES),
         conventions=_conventions(module),
         registered=registered,
         versions=_versions(arrays, module),
@@ -178,14 +178,14 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
     )
 
 
-def _said(module: ModuleType, name: str, default: object) -> object:
-    """What the target file says under `name`; a submodule or function of a library that is called so says nothing."""
+def _declaration(module: ModuleType, name: str, default: object) -> object:
+    """Give what the module declares as `name`; a submodule or function of that name is not a declaration."""
     value = getattr(module, name, default)
     return default if isinstance(value, types.ModuleType) or callable(value) else value
 
 
 def _keywords(role: str, function: Callable[..., object], declared: tuple[str, ...]) -> tuple[str, ...]:
-    """The keywords that a function takes: by its signature, and by `features` where that does not tell."""
+    """Give the keywords that a function accepts: by its signature, or by `features` if that takes any keyword."""
     from_features = FUNCTIONS[role].keywords_of(declared)
     try:
         signature = inspect.signature(function)
@@ -211,21 +211,21 @@ def _check_operands(role: str, signature: inspect.Signature) -> None:
 
 
 def _declared(module: ModuleType) -> tuple[str, ...]:
-    features = _said(module, "features", ())
+    features = _declaration(module, "features", ())
     if not isinstance(features, (tuple, list)):
         raise TargetError(f'`features` must be a tuple of names, as in ("mask",), received {features!r}')
     return tuple(_one_of("features", feature, FEATURES) for feature in features)
 
 
 def _device(module: ModuleType) -> str | None:
-    device = _said(module, "device", None)
+    device = _declaration(module, "device", None)
     if device is not None and not isinstance(device, str):
         raise TargetError(f'`device` must be a text, as in "cuda:0", received {device!r}')
     return device
 
 
 def _dtypes(module: ModuleType, registered: bool) -> tuple[str, ...]:
-    dtypes = _said(module, "dtypes", FLOATING if registered else ("float64", "float32"))
+    dtypes = _declaration(module, "dtypes", FLOATING if registered else ("float64", "float32"))
     if not isinstance(dtypes, (tuple, list)) or not dtypes:
         raise TargetError(f'`dtypes` must be a tuple of names, as in ("float32",), received {dtypes!r}')
     for dtype in dtypes:
@@ -234,7 +234,7 @@ def _dtypes(module: ModuleType, registered: bool) -> tuple[str, ...]:
 
 
 def _conventions(module: ModuleType) -> dict[str, str]:
-    conventions = _said(module, "conventions", {})
+    conventions = _declaration(module, "conventions", {})
     if not isinstance(conventions, dict):
         raise TargetError(f"`conventions` must be a dict, received {conventions!r}")
     try:
@@ -267,7 +267,7 @@ def _versions(arrays: str, module: ModuleType) -> dict[str, str]:
 
 
 def _hardware(arrays: str, device: str | None) -> str:
-    """Name the device that answers, where the library can tell."""
+    """Name the device that computes, if the library tells."""
     if arrays == "jax":
         import jax
 
