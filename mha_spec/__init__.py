@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .arguments import spells_options
 from .cache import KVCache
 from .errors import ArgumentTypeError, ArgumentValueError, BackendError, MhaSpecError
+from .scalars import plain
 from .selection import backend, backend_for, backend_names, backend_of_numbers, function_for, function_of
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ else:
 
     def alibi_bias(slopes, q_len, kv_len, *, q_offset=None):
         """Positions as a bias, by the backend of the slopes' type; see `mha_spec.reference.alibi_bias`."""
-        chosen = backend_of_numbers() if isinstance(slopes, int) else backend_for(slopes, "slopes")
+        chosen = backend_of_numbers() if isinstance(plain(slopes), int) else backend_for(slopes, "slopes")
         return function_of(chosen, "alibi_bias")(slopes, q_len, kv_len, q_offset=q_offset)
 
 

@@ -147,7 +147,7 @@ LAYER: dict[str, tuple[str, dict[str, Any], type[Exception]]] = {
     "positions-huge": ("rotary_embedding", {"x": operand(1, 1, 2, 4), "positions": [0, HUGE]}, ArgumentTypeError),
     "positions-masked": (
         "rotary_embedding",
-        {"x": operand(1, 1, 2, 4), "positions": numpy.ma.masked_array([0, 1], [0, 1])},
+        {"x": operand(1, 1, 2, 4), "positions": numpy.ma.masked_array([0, 1], mask=[False, True])},
         ArgumentTypeError,
     ),
 }
