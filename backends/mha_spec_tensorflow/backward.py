@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
-from .block import Block, covers, kept, scores, softmax, spread, stacked
+from .block import Block, covers, kept, rows_by, scores, softmax, stacked
 from .loops import Spec, over_entries, over_queries, whole
 from .problem import Operands, finite, sizes_of
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["gradients"]
 
 
-def gradients(problem: Problem, x: Operands, grad_output: Array, grad_lse: Array | None) -> Operands:
+def gradients(problem: Problem, x: Operands, grad_output: Array, grad_lse: Array | None = None) -> Operands:
     """The gradients of the operands, in their shapes and the softmax's type (MHA-VJP-1 to MHA-VJP-6).
 
     Where something that is not finite may be hidden it is 0 here: what it reaches through a visible pair is unspecified
@@ -36,7 +36,7 @@ def gradients(problem: Problem, x: Operands, grad_output: Array, grad_lse: Array
         x = x._replace(query=query, key=key, value=value)
     found = _Backward(problem, x, grad_output, grad_lse).all_blocks()
     if x.sinks is not None:
-        found["sinks"] = tf.reduce_sum(found["sinks"], axis=(0, 3), keepdims=True)
+        found["sinks"] = tf.reduce_sum(found["sinks"], axis=(0, 2), keepdims=True)
     return Operands(found["query"], found["key"], found["value"], found.get("bias"), found.get("sinks"))
 
 
@@ -59,7 +59,7 @@ class _Backward:
             return sums | rows
         specs = {name: Spec(tuple(sizes_of(one)), one.dtype) for name, one in x._asdict().items() if one is not None}
         if x.sinks is not None:
-            specs["sinks"] = Spec((*sizes_of(x.query)[:4], 1), x.query.dtype)
+            specs["sinks"] = Spec((*sizes_of(x.query)[:3], 1), x.query.dtype)
         apart = {"query", "sinks", "bias"} if self._apart else {"query", "sinks"}
         rows = {name: one for name, one in specs.items() if name in apart}
 
@@ -76,7 +76,7 @@ class _Backward:
     @property
     def _apart(self) -> bool:
         """Whether each row of queries has a bias of its own."""
-        return self.x.bias is not None and self.x.bias.shape[3] != 1
+        return self.x.bias is not None and self.x.bias.shape[2] != 1
 
     def _nothing(self, entries: Size) -> Tensors:
         """Sums to which no block has been added."""
@@ -96,11 +96,11 @@ class _Backward:
         found = scores(problem, x, block, slope=problem.softcap is not None)
         soft, keep = softmax(x, found, needs_lse=False), kept(problem, x, block)
         grad_output = block.of_rows(self.grad_output)
-        grad_output = stacked(grad_output if soft.share is None else grad_output * soft.share)
+        grad_output = grad_output if soft.share is None else grad_output * soft.share
         grad_logits, row_dot = self._of_logits(block, found, soft, keep, grad_output)
         dropped = soft.weights if keep is None else soft.weights * keep
         query, key = self._of_scores(block, found, grad_logits)
-        value = tf.matmul(stacked(dropped), grad_output, transpose_a=True)
+        value = self._by_rows(dropped, grad_output)
         parts = {"key": self._placed(block, key, 2), "value": self._placed(block, value, 2)}
         rows = {"query": query} if soft.of_sink is None else {"query": query, "sinks": -soft.of_sink * row_dot}
         if x.bias is not None:
@@ -112,7 +112,7 @@ class _Backward:
     ) -> tuple[Array, Array]:
         """dS = P (dP - D), and D (MHA-VJP-1); what is hidden and too large for its type shows in D."""
         weights, visible = soft.weights, found.visible
-        grad_weights = spread(tf.matmul(grad_output, block.of_keys(self.x.value), transpose_b=True), weights)
+        grad_weights = rows_by(grad_output, block.of_keys(self.x.value), transpose=True)
         grad_weights = grad_weights if keep is None else grad_weights * keep
         row_dot = tf.reduce_sum(weights * grad_weights, axis=-1, keepdims=True)
 
@@ -135,15 +135,19 @@ class _Backward:
             grad_scores *= found.slope
             if found.visible is not None:
                 grad_scores = tf.where(found.visible, grad_scores, tf.zeros((), grad_scores.dtype))
-        rows, query = stacked(grad_scores), block.of_rows(self.x.query)
-        of_query = spread(scale * tf.matmul(rows, block.of_keys(self.x.key)), query)
-        return of_query, tf.matmul(rows, stacked(query * scale), transpose_a=True)
+        of_query = scale * rows_by(grad_scores, block.of_keys(self.x.key))
+        return of_query, self._by_rows(grad_scores, block.of_rows(self.x.query) * scale)
+
+    def _by_rows(self, pairs: Array, rows: Array) -> Array:
+        """The sum over the rows of every head that reads a key/value head (MHA-VJP-4)."""
+        pairs, rows = (stacked(one, self.x.key.shape[1]) for one in (pairs, rows))
+        return tf.matmul(pairs, rows, transpose_a=True)
 
     def _of_bias(self, block: Block, bias: Array, grad_logits: Array) -> Array:
         """dS, summed over the axes on which the bias has 1 (MHA-VJP-5)."""
         axes = [axis for axis, size in enumerate(bias.shape) if size == 1]
         part = tf.reduce_sum(grad_logits, axis=axes, keepdims=True) if axes else grad_logits
-        return part if bias.shape[4] == 1 else self._placed(block, part, 4)
+        return part if bias.shape[3] == 1 else self._placed(block, part, 3)
 
     def _placed(self, block: Block, part: Array, axis: int) -> Array:
         """What the keys of a block give, with 0 for all other keys."""

@@ -1,15 +1,17 @@
 """One block of queries against its stretch of keys: logits, what is visible, and what dropout keeps.
 
-Products see the queries of all heads that share a key/value head as rows of one matrix, (batch, kv_heads, rows, ...);
-everything else sees (batch, kv_heads, group, queries, keys).
+Products see the queries of all heads that share a key/value head as rows of one matrix, (batch, kv_heads, rows, ...),
+so that keys and values are never repeated (MHA-HEAD-1); everything else sees (batch, heads, queries, keys).
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy
 import tensorflow as tf
 
 from .merging import log_add_exp
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from .problem import Operands, Problem, Size
 
-__all__ = ["Block", "Scores", "Softmax", "covers", "kept", "scores", "softmax", "spread", "stacked"]
+__all__ = ["Block", "Scores", "Softmax", "covers", "kept", "rows_by", "scores", "softmax", "stacked"]
 
 
 class Block(NamedTuple):
@@ -39,16 +41,16 @@ class Block(NamedTuple):
     keys: Size
 
     def of_rows(self, array: Array) -> Array:
-        """The rows of this block in (batch, kv_heads, group, q_len, ...)."""
-        return _cut(self._of_entries(array), self.query, self.queries, 3)
+        """The rows of this block in (batch, heads, q_len, ...)."""
+        return _cut(self._of_entries(array), self.query, self.queries, 2)
 
     def of_keys(self, array: Array) -> Array:
         """The keys of this block in (batch, kv_heads, kv_len, size)."""
         return _cut(self._of_entries(array), self.key, self.keys, 2)
 
     def of_pairs(self, array: Array) -> Array:
-        """The pairs of this block in a folded mask or bias, 1 where it broadcasts (MHA-MASK-2)."""
-        places = (0, self.entry, self.entries), (3, self.query, self.queries), (4, self.key, self.keys)
+        """The pairs of this block in a mask or bias, 1 where it broadcasts (MHA-MASK-2)."""
+        places = (0, self.entry, self.entries), (2, self.query, self.queries), (3, self.key, self.keys)
         for axis, start, size in places:
             array = _cut(array, *_within(array, start, size, axis), axis)
         return array
@@ -73,9 +75,12 @@ def _within(array: Array, start: Size, size: Size, axis: int) -> tuple[Size, Siz
 
 def _cut(array: Array, start: Size, size: Size, axis: int) -> Array:
     """A stretch of an axis; all of an axis of size 1, which broadcasts, unless the stretch is known to be empty."""
-    broadcasts = array.shape[axis] == 1 and not (isinstance(size, int) and size == 0)
-    if broadcasts or covers(start, size, array.shape[axis]):
+    empty = isinstance(size, int) and size == 0
+    if (array.shape[axis] == 1 and not empty) or covers(start, size, array.shape[axis]):
         return array
+    start = 0 if empty else start
+    if isinstance(array, numpy.ndarray) and isinstance(start, int) and isinstance(size, int):
+        return array[(slice(None),) * axis + (slice(start, start + size),)]
     starts, sizes = [0] * len(array.shape), [-1] * len(array.shape)
     starts[axis], sizes[axis] = start, size
     part = tf.slice(array, starts, sizes)
@@ -96,41 +101,61 @@ class Scores(NamedTuple):
     slope: Array | None
     """The slope of the soft cap (MHA-VJP-2)."""
 
-
-def stacked(array: Array) -> Array:
-    """(batch, kv_heads, group, queries, size) to (batch, kv_heads, rows, size)."""
-    batch, kv_heads, group, queries, size = sizes_of(array)
-    return tf.reshape(array, (batch, kv_heads, group * queries, size))
+    def shown(self, rows: Array) -> Array:
+        """0 in rows that see nothing (MHA-EMPTY-1)."""
+        return rows if self.seeing is None else tf.where(self.seeing, rows, tf.zeros((), rows.dtype))
 
 
-def spread(array: Array, like: Array) -> Array:
-    """(batch, kv_heads, rows, size) to (batch, kv_heads, group, queries, size), with the axes of `like`."""
-    return tf.reshape(array, (*sizes_of(like)[:4], sizes_of(array)[3]))
+def stacked(array: Array, kv_heads: int) -> Array:
+    """(batch, heads, queries, size) to (batch, kv_heads, rows, size)."""
+    if array.shape[1] == kv_heads:
+        return array
+    batch, heads, queries, size = sizes_of(array)
+    return tf.reshape(array, (batch, kv_heads, heads // kv_heads * queries, size))
+
+
+def rows_by(rows: Array, matrix: Array, *, transpose: bool = False) -> Array:
+    """The product of (batch, heads, queries, size) with a matrix for each key/value head."""
+    product = tf.matmul(stacked(rows, matrix.shape[1]), matrix, transpose_b=transpose)
+    if rows.shape[1] == matrix.shape[1]:
+        return product
+    return tf.reshape(product, (*sizes_of(rows)[:3], sizes_of(product)[3]))
 
 
 def scores(problem: Problem, x: Operands, block: Block, *, slope: bool = False) -> Scores:
     """The scores, capped, then biased, then hidden (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
-    query = block.of_rows(x.query) * problem.scale
-    logits = spread(tf.matmul(stacked(query), block.of_keys(x.key), transpose_b=True), query)
+    logits = rows_by(block.of_rows(x.query) * problem.scale, block.of_keys(x.key), transpose=True)
     of_cap = None
     if problem.softcap is not None:
         tanh = tf.tanh(logits / problem.softcap)
         of_cap = 1 - tanh * tanh if slope else None
         logits = problem.softcap * tanh
-    visible = _visible(problem, x, block)
     if x.bias is not None:
         logits += block.of_pairs(x.bias)
-    some = None if isinstance(block.keys, int) and block.keys else tf.reshape(block.keys > 0, (1, 1, 1, 1, 1))
+    visible = _visible(problem, x, block)
+    seeing = _seeing(visible, block)
     if visible is None:
-        return Scores(logits, None, some, of_cap)
-    seeing = tf.reduce_any(visible, axis=-1, keepdims=True)
-    seeing = seeing if some is None else seeing & some
-    hidden = tf.where(seeing, tf.constant(-math.inf, logits.dtype), tf.zeros((), logits.dtype))
+        return Scores(logits, None, seeing, of_cap)
+    hidden = tf.constant(-math.inf, logits.dtype)
+    if seeing is not None:
+        hidden = tf.where(seeing, hidden, tf.zeros((), logits.dtype))
     return Scores(tf.where(visible, logits, hidden), visible, seeing, of_cap)
 
 
+def _seeing(visible: Array | None, block: Block) -> Array | None:
+    """Which rows see a key; None where it is known that all do."""
+    if isinstance(visible, numpy.ndarray):
+        seeing = visible.any(axis=-1, keepdims=True)
+        return None if seeing.all() else seeing
+    some = None if isinstance(block.keys, int) and block.keys else tf.reshape(block.keys > 0, (1, 1, 1, 1))
+    if visible is None:
+        return some
+    seeing = tf.reduce_any(visible, axis=-1, keepdims=True)
+    return seeing if some is None else seeing & some
+
+
 class Softmax(NamedTuple):
-    """The softmax of a block; all but the weights are (batch, kv_heads, group, queries, 1), or None where not asked."""
+    """The softmax of a block; all but the weights are (batch, heads, queries, 1), or None where not asked."""
 
     weights: Array
     """Those among the keys alone, without the sink."""
@@ -147,10 +172,10 @@ def softmax(x: Operands, found: Scores, *, needs_lse: bool) -> Softmax:
     A row with NaN has nothing else, which XLA leaves out of a maximum (MHA-NAN-1).
     """
     logits, seeing = found.logits, found.seeing
-    weights = spread(tf.nn.softmax(stacked(logits)), logits)
+    weights = tf.nn.softmax(logits)
     if x.sinks is None and not needs_lse:
         return Softmax(weights, None if seeing is None else tf.cast(seeing, weights.dtype), None, None)
-    nan = 0 * tf.reduce_sum(weights[..., :1], axis=-1, keepdims=True)
+    nan = 0 * tf.reduce_sum(weights[:, :, :, :1], axis=-1, keepdims=True)
     largest = tf.reduce_max(weights, axis=-1, keepdims=True) + nan
     lse = tf.reduce_max(logits, axis=-1, keepdims=True) - tf.math.log(largest)
     if x.sinks is None:
@@ -177,7 +202,7 @@ def kept(problem: Problem, x: Operands, block: Block) -> Array | None:
     elif problem.given.dropout_seed is not None:
         entry, query = (tf.cast(place, tf.int64) for place in (block.entry, block.query))
         seed = tf.stack([problem.given.dropout_seed, entry * 2**31 + query])
-        shape = (block.entries, *x.query.shape[1:3], block.queries, block.keys)
+        shape = (block.entries, x.query.shape[1], block.queries, block.keys)
         keep = tf.random.stateless_uniform(shape, seed) >= problem.dropout_rate
     else:
         return None
@@ -185,18 +210,19 @@ def kept(problem: Problem, x: Operands, block: Block) -> Array | None:
 
 
 def _visible(problem: Problem, x: Operands, block: Block) -> Array | None:
-    """Which pairs of a block are visible, broadcastable to its logits; None without a constraint (MHA-MASK-3)."""
-    constraints = list(_constraints(problem, x, block))
-    return reduce(tf.logical_and, constraints) if constraints else None
+    """Which pairs of a block are visible, broadcastable to its logits; None where all are known to be (MHA-MASK-3).
 
-
-def _constraints(problem: Problem, x: Operands, block: Block) -> Iterator[Array]:
-    yield from _of_places(problem, block)
-    given = problem.given
-    if given.mask is not None:
-        yield block.of_pairs(given.mask)
+    It is an array of NumPy where the host knows it.
+    """
+    of_places = reduce(operator.and_, _of_places(problem, block), True)
+    if isinstance(of_places, numpy.ndarray) and block.keys and of_places.all():
+        of_places = True
+    constraints = [] if of_places is True else [of_places]
+    if problem.given.mask is not None:
+        constraints.append(block.of_pairs(problem.given.mask))
     if x.bias is not None:
-        yield block.of_pairs(x.bias) != -math.inf
+        constraints.append(block.of_pairs(x.bias) != -math.inf)
+    return reduce(tf.logical_and, constraints) if constraints else None
 
 
 def _of_places(problem: Problem, block: Block) -> Iterator[Array]:
@@ -205,8 +231,8 @@ def _of_places(problem: Problem, block: Block) -> Iterator[Array]:
     The bounds of a window stand beside the keys, where int32 holds the sum.
     """
     given, known, settled = problem.given, problem.known, problem.known.settled(*block)
-    rows = block.query + tf.range(block.queries)[:, None]
-    keys = block.key + tf.range(block.keys)
+    rows, keys = (_indices(first, count) for first, count in (block[2:4], block[4:]))
+    rows = rows[:, None]
     if known.left is not None and not settled.left:
         yield keys + known.left >= rows + block.of_rows(given.q_offset)
     if known.right is not None and not settled.right:
@@ -217,3 +243,10 @@ def _of_places(problem: Problem, block: Block) -> Iterator[Array]:
         yield keys < block.of_rows(given.kv_lengths)
     for q_ids, kv_ids in () if settled.segments else given.segment_ids:
         yield block.of_pairs(q_ids) == block.of_pairs(kv_ids)
+
+
+def _indices(first: Size, count: Size) -> Array:
+    """Indices in a row: on the host in eager mode, where no graph keeps what is made of them."""
+    if tf.executing_eagerly():
+        return numpy.arange(first, first + count, dtype=numpy.int32)
+    return first + tf.range(count)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
-from .block import Block, kept, scores, softmax, spread, stacked
+from .block import Block, kept, rows_by, scores, softmax
 from .loops import Spec, Tensors, over_entries, over_queries, whole
 from .problem import finite, sizes_of
 
@@ -22,8 +22,8 @@ __all__ = ["attend", "weigh"]
 
 
 def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> Tensors:
-    """Output (batch, kv_heads, group, q_len, v_dim), and lse (batch, kv_heads, group, q_len, 1) where it is asked."""
-    rows, dtype = sizes_of(x.query)[:4], x.query.dtype
+    """Output (batch, heads, q_len, v_dim), and lse (batch, heads, q_len, 1) where it is asked."""
+    rows, dtype = sizes_of(x.query)[:3], x.query.dtype
     like = {"output": Spec((*rows, x.value.shape[3]), dtype)}
     if needs_lse:
         like["lse"] = Spec((*rows, 1), dtype)
@@ -54,17 +54,15 @@ def _product(weights: Array, value: Array, found: Scores) -> Array:
     A value that is not finite and meets a weight of 0 shows in the sum of all; only then is the product taken again,
     of what is finite, with NaN where a visible pair has something else (MHA-POISON-1, MHA-POISON-2, MHA-NAN-2).
     """
-    rows = stacked(weights)
-    if found.visible is None or found.seeing is None:
-        return spread(tf.matmul(rows, value), weights)
-    visible, seeing, zero = found.visible, found.seeing, tf.zeros((), weights.dtype)
-    plain = tf.where(seeing, spread(tf.matmul(rows, value), weights), zero)
+    plain = found.shown(rows_by(weights, value))
+    if found.visible is None:
+        return plain
+    visible = found.visible
 
     def again() -> Array:
-        pairs = stacked(tf.cast(tf.broadcast_to(visible, tf.shape(weights)), weights.dtype))
-        broken = tf.matmul(pairs, tf.cast(~tf.math.is_finite(value), weights.dtype)) > 0
-        total = tf.where(broken, tf.constant(math.nan, weights.dtype), tf.matmul(rows, finite(value)))
-        return tf.where(seeing, spread(total, weights), zero)
+        pairs = tf.cast(tf.broadcast_to(visible, tf.shape(weights)), weights.dtype)
+        broken = rows_by(pairs, tf.cast(~tf.math.is_finite(value), weights.dtype)) > 0
+        return found.shown(tf.where(broken, tf.constant(math.nan, weights.dtype), rows_by(weights, finite(value))))
 
     return tf.cond(tf.math.is_finite(tf.reduce_sum(plain)), lambda: plain, again)
 
@@ -76,6 +74,5 @@ def weigh(problem: Problem, x: Operands) -> Array:
     """
     found = scores(problem, x, whole(x))
     weights, share, _, _ = softmax(x, found, needs_lse=False)
-    if found.seeing is not None:
-        weights = tf.where(found.seeing, weights, tf.zeros((), weights.dtype))
+    weights = found.shown(weights)
     return weights if share is None or x.sinks is None else weights * share

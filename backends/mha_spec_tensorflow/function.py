@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 from tensorflow.python.eager.forwardprop_util import pack_tangents
+from tensorflow.python.eager.record import could_possibly_record
 
 from . import forward
 from .backward import gradients
-from .problem import Operands, folded, problem_of, sizes_of, softmax_dtype, unfolded
+from .problem import Operands, problem_of, sizes_of, softmax_dtype
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -34,8 +35,7 @@ __all__ = ["attention", "vjp", "weights"]
 def attention(a: Arguments, seed: Array | None, *, needs_lse: bool) -> tuple[Array, Array | None]:
     """Output in the query's dtype, and lse in the softmax's where it is asked (MHA-DTYPE-1, MHA-LSE-2)."""
     found = _differentiable(problem_of(a, seed), _operands(a), needs_lse=needs_lse)
-    output = tf.cast(unfolded(found[0]), a.query.dtype)
-    return output, unfolded(found[1])[..., 0] if needs_lse else None
+    return tf.cast(found[0], a.query.dtype), tf.squeeze(found[1], -1) if needs_lse else None
 
 
 def _differentiable(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[Array, ...]:
@@ -43,6 +43,8 @@ def _differentiable(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[
 
     Those are a function of the operands alone, and can be differentiated again.
     """
+    if tf.executing_eagerly() and not could_possibly_record():
+        return tuple(forward.attend(problem, x, needs_lse=needs_lse).values())
     names = [name for name, one in x._asdict().items() if one is not None]
 
     @tf.custom_gradient
@@ -50,8 +52,10 @@ def _differentiable(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[
         operands = x._replace(**dict(zip(names, given, strict=True)))
         found = forward.attend(problem, _unrecorded(operands), needs_lse=needs_lse)
 
-        def pull(grad_output: Array, grad_lse: Array | None = None) -> list[Array]:
-            pulled = gradients(problem, operands, grad_output, grad_lse)
+        def pull(*cotangents: Array) -> list[Array]:
+            for cotangent, result in zip(cotangents, found.values(), strict=True):
+                cotangent.set_shape(result.shape)  # a caller's gradient may be of unknown rank
+            pulled = gradients(problem, operands, *cotangents)
             return [one for one in pulled if one is not None]
 
         return tuple(found.values()), pull
@@ -72,8 +76,8 @@ def _unrecorded(x: Operands) -> Operands:
 def vjp(a: Arguments, grad_output: Array, grad_lse: Array | None) -> Operands:
     """The gradients that a tape gives of `attention`, each in its operand's dtype and shape (MHA-DTYPE-2)."""
     x, dtype = _operands(a), softmax_dtype(a.query)
-    grad_output = folded(tf.cast(grad_output, dtype), a.kv_heads)
-    grad_lse = None if grad_lse is None else folded(tf.cast(grad_lse, dtype), a.kv_heads)[..., None]
+    grad_output = tf.cast(grad_output, dtype)
+    grad_lse = None if grad_lse is None else tf.expand_dims(tf.cast(grad_lse, dtype), -1)
     found = gradients(problem_of(a), x, grad_output, grad_lse)
     if a.bias is not None:
         found = found._replace(bias=_summed(found.bias, a.bias))
@@ -83,16 +87,15 @@ def vjp(a: Arguments, grad_output: Array, grad_lse: Array | None) -> Operands:
 
 def weights(a: Arguments) -> Array:
     """The normalised weights over all keys, before dropout, in the query's dtype (MHA-WEIGHTS-1)."""
-    return tf.cast(unfolded(forward.weigh(problem_of(a), _operands(a))), a.query.dtype)
+    return tf.cast(forward.weigh(problem_of(a), _operands(a)), a.query.dtype)
 
 
 def _summed(gradient: Array, bias: Array) -> Array:
     """The gradient of a bias that was spread, summed over the axes that are 1 when it runs (MHA-DTYPE-2)."""
     if bias.shape.is_fully_defined():
         return gradient
-    spread: Any = unfolded(gradient)
-    reduced: Any = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(bias), s1=tf.shape(spread))
-    return tf.reduce_sum(spread, reduced[0])
+    reduced: Any = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(bias), s1=tf.shape(gradient))
+    return tf.reduce_sum(gradient, reduced[0])
 
 
 def _like(gradient: Array | None, operand: Array | None) -> Array | None:
@@ -104,13 +107,12 @@ def _like(gradient: Array | None, operand: Array | None) -> Array | None:
 
 
 def _operands(a: Arguments) -> Operands:
-    """The operands in the softmax's type, where there were heads with the axes (kv_heads, group)."""
+    """The operands in the softmax's type."""
     dtype = softmax_dtype(a.query)
     query, key, value, bias, sinks = (
         None if one is None else tf.cast(one, dtype) for one in (a.query, a.key, a.value, _spread_bias(a), a.sinks)
     )
-    query, bias = (None if one is None else folded(one, a.kv_heads) for one in (query, bias))
-    sinks = None if sinks is None else tf.reshape(sinks, (1, a.kv_heads, -1, 1, 1))
+    sinks = None if sinks is None else tf.reshape(sinks, (1, -1, 1, 1))
     return Operands(query, key, key if value is None else value, bias, sinks)
 
 

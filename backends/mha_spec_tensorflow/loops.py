@@ -43,7 +43,7 @@ class Spec(NamedTuple):
 
 def whole(x: Operands) -> Block:
     """The call as one block."""
-    batch, _, _, q_len, _ = sizes_of(x.query)
+    batch, _, q_len, _ = sizes_of(x.query)
     return Block(0, batch, 0, q_len, 0, sizes_of(x.key)[2])
 
 
@@ -81,7 +81,7 @@ def over_queries(
     carry: Tensors,
     like: dict[str, Spec],
 ) -> tuple[Tensors, Tensors]:
-    """Work block after block of queries; the arrays of a block have its queries on axis 3."""
+    """Work block after block of queries; the arrays of a block have its queries on axis 2."""
     joined: list[Tensors] = []
     for group in run.groups:
 
@@ -89,11 +89,11 @@ def over_queries(
             query = _place(group.first, index, group.rows)
             return body(carry, Block(entry, run.entries, query, group.rows, group.key(index), group.keys))
 
-        specs = {name: one.sized(0, run.entries).sized(3, group.rows) for name, one in like.items()}
+        specs = {name: one.sized(0, run.entries).sized(2, group.rows) for name, one in like.items()}
         with tf.control_dependencies([*joined[-1].values()] if joined else []):
-            carry, arrays = _repeated(group.count, step, carry, specs, 3)
+            carry, arrays = _repeated(group.count, step, carry, specs, 2)
         joined.append(arrays)
-    return carry, _together(joined, 3)
+    return carry, _together(joined, 2)
 
 
 def _place(first: Size, index: Size, size: Size) -> Size:

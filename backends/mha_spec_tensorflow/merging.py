@@ -41,6 +41,8 @@ def merge(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> tuple
         output = tf.cast(parts[0] + parts[1], output_a.dtype)
 
         def pull(grad_output: Array, grad_lse: Array) -> tuple[Array, ...]:
+            grad_output.set_shape(output.shape)  # a caller's gradient may be of unknown rank
+            grad_lse.set_shape(lse_a.shape)
             return gradients(grad_output, output_a, lse_a, output_b, lse_b, grad_lse)
 
         return (output, tf.cast(tf.squeeze(lse, -1), lse_a.dtype)), pull

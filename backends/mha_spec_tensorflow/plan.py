@@ -37,6 +37,8 @@ SHORTEST_RUN = 64
 """Packed sequences that are shorter on average are compared in blocks, not worked one by one."""
 COST_OF_BLOCK = 2**17
 """How many scores are worked in the time that one more block costs."""
+CAUSAL_BLOCKS = 4
+"""How many blocks causal queries are cut into at least, where that saves more than the blocks cost."""
 BODIES = 8
 """How many blocks of different shapes a graph holds, each written out; of more, the sizes are rounded."""
 WIDEST = 2**30
@@ -338,12 +340,21 @@ def _most(one: Size, other: Size) -> Size:
 
 def _height(known: Known, keys: Size) -> Size:
     """The queries of a block, a power of two; beside a band of keys lie as many in vain as the block is high."""
-    highest = HIGHEST
+    highest = _of_causal(known) if known.band is None else HIGHEST
     if known.band is not None:
         highest = min(HIGHEST, max(LOWEST, known.band))
         keys = _least(keys, highest + known.band)
     wanted = _most(LOWEST, SCORES // known.a.heads // _most(1, keys))
     return _power(_least(highest, wanted), highest)
+
+
+def _of_causal(known: Known) -> int:
+    """The most queries of a block without a left bound: of several blocks, the first ones leave out their last keys."""
+    q_len, kv_len = known.a.q_len, known.a.kv_len
+    if known.right is None or not known.offset or q_len is None or kv_len is None:
+        return HIGHEST
+    saved = known.a.heads * q_len * kv_len * (CAUSAL_BLOCKS - 1) // (2 * CAUSAL_BLOCKS)
+    return max(LOWEST, min(HIGHEST, q_len // CAUSAL_BLOCKS)) if saved > COST_OF_BLOCK * (CAUSAL_BLOCKS - 1) else HIGHEST
 
 
 def _groups(known: Known, bounds: list[range], seen: list[range]) -> tuple[Group, ...]:

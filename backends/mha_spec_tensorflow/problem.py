@@ -1,14 +1,11 @@
-"""One call, prepared: what is fixed, what has a gradient and what has none.
-
-Query heads that share a key/value head have an axis of their own, (batch, kv_heads, group, ...), so that keys and
-values are never repeated (MHA-HEAD-1).
-"""
+"""One call, prepared: what is fixed, what has a gradient and what has none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy
 import tensorflow as tf
 
 from mha_spec.arrays import dtype_name, softmax_dtype_name
@@ -18,14 +15,12 @@ from .plan import Known, as_int64, offset_of, plan_of, unknown_plan
 from .unknown import Size, sizes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
     from .plan import Run
 
-__all__ = ["Given", "Operands", "Problem", "Size", "finite", "folded", "problem_of", "sizes_of", "unfolded"]
+__all__ = ["Given", "Operands", "Problem", "Size", "finite", "problem_of", "sizes_of", "softmax_dtype"]
 
 
 class Operands(NamedTuple):
@@ -39,7 +34,10 @@ class Operands(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What has none: constraints, each broadcastable to (batch, kv_heads, group, q_len, kv_len), and dropout."""
+    """What has none: constraints, each broadcastable to (batch, heads, q_len, kv_len), and dropout.
+
+    Lengths, offsets and ids that the host may read are NumPy arrays.
+    """
 
     mask: Array | None
     q_offset: Array | None
@@ -69,7 +67,7 @@ class Problem:
         """The blocks; sizes in tensors are those of the operands at hand, so that XLA knows them in a gradient too."""
         if self.plan is not None:
             return self.plan
-        batch, _, _, q_len, _ = sizes_of(x.query)
+        batch, _, q_len, _ = sizes_of(x.query)
         return unknown_plan(self.known, batch, q_len, sizes_of(x.key)[2])
 
 
@@ -86,24 +84,25 @@ def problem_of(a: Arguments, seed: Array | None = None) -> Problem:
 
 
 def _given(a: Arguments, known: Known, seed: Array | None) -> Given:
-    mask, dropout_mask = (None if one is None else folded(one, a.kv_heads) for one in (a.mask, a.dropout_mask))
     return Given(
-        mask,
-        _per_entry(0 if a.q_offset is None else a.q_offset),
-        _per_entry(a.q_lengths),
-        _per_entry(a.kv_lengths),
+        a.mask,
+        _per_entry(known.offset, 0 if a.q_offset is None else a.q_offset),
+        _per_entry(known.q_lengths, a.q_lengths),
+        _per_entry(known.kv_lengths, a.kv_lengths),
         _segment_ids(a, known),
-        dropout_mask,
+        a.dropout_mask,
         seed,
     )
 
 
-def _per_entry(value: Array | Sequence[int] | int | None) -> Array | None:
+def _per_entry(known: list[int] | None, value: Array | None) -> Array | None:
     """One number, or one for each batch entry; int32, beyond whose range a length is that of its buffer (MHA-LEN-3)."""
     if value is None:
         return None
-    numbers = tf.clip_by_value(as_int64(value), -(2**31), 2**31 - 1)
-    return tf.reshape(tf.cast(numbers, tf.int32), (-1, 1, 1, 1, 1))
+    limits = -(2**31), 2**31 - 1
+    if known is not None:
+        return numpy.clip(numpy.asarray(known, object), *limits).astype(numpy.int32).reshape(-1, 1, 1, 1)
+    return tf.reshape(tf.cast(tf.clip_by_value(as_int64(value), *limits), tf.int32), (-1, 1, 1, 1))
 
 
 def _segment_ids(a: Arguments, known: Known) -> tuple[tuple[Array, Array], ...]:
@@ -114,9 +113,9 @@ def _segment_ids(a: Arguments, known: Known) -> tuple[tuple[Array, Array], ...]:
     """
     if a.q_segment_ids is None or a.kv_segment_ids is None:
         return ()
-    q_ids, kv_ids = (tf.convert_to_tensor(ids) for ids in known.ids or (a.q_segment_ids, a.kv_segment_ids))
     if known.ids is not None:
-        return (_beside(q_ids, kv_ids),)
+        return (_beside(*known.ids),)
+    q_ids, kv_ids = (tf.convert_to_tensor(ids) for ids in (a.q_segment_ids, a.kv_segment_ids))
     q_low, kv_low = tf.cast(q_ids, tf.int64), tf.cast(kv_ids, tf.int64)
     if q_ids.dtype == kv_ids.dtype or tf.uint64 not in (q_ids.dtype, kv_ids.dtype):
         return (_beside(q_low, kv_low),)
@@ -126,25 +125,12 @@ def _segment_ids(a: Arguments, known: Known) -> tuple[tuple[Array, Array], ...]:
 
 def _beside(of_queries: Array, of_keys: Array) -> tuple[Array, Array]:
     """(batch, q_len) and (batch, kv_len) as arrays of pairs that broadcast."""
-    return of_queries[:, None, None, :, None], of_keys[:, None, None, None, :]
+    return of_queries[:, None, :, None], of_keys[:, None, None, :]
 
 
 def softmax_dtype(query: Array) -> tf.DType:
     """The type of scores and softmax (MHA-SOFTMAX-2)."""
     return tf.as_dtype(softmax_dtype_name(dtype_name(query)))
-
-
-def folded(array: Array, kv_heads: int) -> Array:
-    """(batch, heads, ...) to (batch, kv_heads, group, ...), with heads=1 to (batch, 1, 1, ...)."""
-    batch, heads, *rest = sizes_of(array)
-    kv_heads = min(heads, kv_heads) if isinstance(heads, int) else tf.minimum(heads, kv_heads)
-    return tf.reshape(array, (batch, kv_heads, heads // kv_heads, *rest))
-
-
-def unfolded(array: Array) -> Array:
-    """(batch, kv_heads, group, ...) to (batch, heads, ...)."""
-    batch, kv_heads, group, *rest = sizes_of(array)
-    return tf.reshape(array, (batch, kv_heads * group, *rest))
 
 
 def finite(array: Array) -> Array:
