@@ -7,6 +7,7 @@ chose on purpose, and it tells the author of a failing attention what went wrong
 from __future__ import annotations
 
 from .caching import CACHING
+from .edges import EDGES
 from .gradients import GRADIENTS
 from .ignored import IGNORED
 from .layer import PROJECTIONS
@@ -25,6 +26,7 @@ __all__ = ["MISTAKES", "Compared", "Mistake"]
 MISTAKES: tuple[Mistake, ...] = (
     *IGNORED,
     *VISIBILITY,
+    *EDGES,
     *SCORES,
     *SOFTMAX,
     *VALUES,

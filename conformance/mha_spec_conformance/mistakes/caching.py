@@ -8,6 +8,7 @@ import numpy
 
 from mha_spec import layer_steps
 from mha_spec.layer_checks import Rotary
+from mha_spec.offsets import named_offset
 
 from .layer import layered
 from .mistake import ALIBI, LAYER, MULTI_HEAD, ROTARY
@@ -162,6 +163,14 @@ CACHING = (
         "MHA-CACHE-8",
         within=seeing(kv_lengths=lambda query, key, options: numpy.minimum(options["kv_lengths"], query.shape[2])),
         needs=("cache_lengths",),
+    ),
+    layered(
+        "rotary-lower-right-of-the-buffers",
+        "rotates from the lower right of the buffers, whatever tokens are in use",
+        "MHA-POS-2",
+        "MHA-CACHE-6",
+        offset_of=lambda reading, q_lengths, kv_lengths, query, key: named_offset(reading, None, None, query, key),
+        needs=("rotary", "q_offset"),
     ),
     layered(
         "layer-unchecked",

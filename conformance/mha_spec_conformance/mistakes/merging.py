@@ -10,7 +10,7 @@ import numpy
 from mha_spec import steps
 from mha_spec_conformance.suite.conventions import Convention
 
-from .mistake import MERGE, Mistake, replacing
+from .mistake import MERGE, MERGE_VJP, Mistake, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,22 @@ def without_nan(lse_a: numpy.ndarray, lse_b: numpy.ndarray) -> numpy.ndarray:
     return steps.merge_lse(*(numpy.where(numpy.isnan(lse), -math.inf, lse) for lse in (lse_a, lse_b)))
 
 
+def infinite_as_empty(lse: numpy.ndarray) -> numpy.ndarray:
+    """The lse with -inf for +inf."""
+    return numpy.where(lse == math.inf, -math.inf, lse)
+
+
+def infinite_wins(lse_half: numpy.ndarray, lse: numpy.ndarray) -> numpy.ndarray:
+    """A half of +inf has the share 1, and the other one none."""
+    share = numpy.where(lse_half == math.inf, 1.0, 0.0)
+    return numpy.where(lse == math.inf, share, steps.merge_share(lse_half, lse))
+
+
+def without_lost_halves(lse_half: numpy.ndarray, share: numpy.ndarray, output: numpy.ndarray) -> numpy.ndarray:
+    """Leave out a half whose share is 0."""
+    return numpy.where(share == 0, 0.0, steps.merge_part(lse_half, share, output))
+
+
 def mistake(
     name: str,
     title: str,
@@ -54,6 +70,13 @@ def mistake(
 ) -> Mistake:
     """A mistake of merge_attention."""
     return Mistake(name, title, clauses, replacing(**replaced), functions=MERGE, bugs=bugs, native=native)
+
+
+def of_gradients(
+    name: str, title: str, *clauses: str, needs: tuple[str, ...] = (), **replaced: Callable[..., object]
+) -> Mistake:
+    """A mistake of merge_attention_vjp."""
+    return Mistake(name, title, clauses, replacing(**replaced), functions=MERGE_VJP, needs=needs)
 
 
 MERGING = (
@@ -127,5 +150,78 @@ MERGING = (
         merge_share=lambda lse_half, lse: steps.merge_share(
             numpy.where(numpy.isnan(lse_half), -math.inf, lse_half), lse
         ),
+    ),
+    mistake(
+        "merge-infinity-as-empty",
+        "takes a half whose lse is +inf as empty",
+        "MHA-MERGE-5",
+        bugs=("Dao-AILab/flash-attention#978",),
+        merge_lse=lambda lse_a, lse_b: steps.merge_lse(infinite_as_empty(lse_a), infinite_as_empty(lse_b)),
+        merge_share=lambda lse_half, lse: steps.merge_share(infinite_as_empty(lse_half), lse),
+        merge_part=lambda lse_half, share, output: steps.merge_part(infinite_as_empty(lse_half), share, output),
+    ),
+    mistake(
+        "merge-infinity-wins",
+        "gives all the weight to a half whose lse is +inf",
+        "MHA-MERGE-5",
+        merge_lse=lambda lse_a, lse_b: numpy.where(
+            (lse_a == math.inf) | (lse_b == math.inf), math.inf, steps.merge_lse(lse_a, lse_b)
+        ),
+        merge_share=infinite_wins,
+    ),
+    mistake(
+        "merge-lost-half-left-out",
+        "leaves out a half whose share underflows, and so what is not finite in it",
+        "MHA-MERGE-6",
+        merge_part=without_lost_halves,
+    ),
+    of_gradients(
+        "merge-shares-constant",
+        "takes the shares for constants, so that no gradient of the output reaches an lse",
+        "MHA-MERGE-7",
+        merge_grad_share=lambda lse_a, lse_b, share_a, share_b, row_dot: numpy.zeros_like(row_dot),
+    ),
+    of_gradients(
+        "merge-gradient-through-shares-inverted",
+        "exchanges the signs of what reaches both lse through the shares",
+        "MHA-MERGE-7",
+        merge_grad_share=lambda *given: -steps.merge_grad_share(*given),
+    ),
+    of_gradients(
+        "merge-gradient-of-one-share",
+        "multiplies what reaches an lse through the shares with one share in place of both",
+        "MHA-MERGE-7",
+        merge_grad_share=lambda lse_a, lse_b, share_a, share_b, row_dot: steps.merge_grad_share(
+            lse_a, lse_b, share_a, numpy.ones_like(share_b), row_dot
+        ),
+    ),
+    of_gradients(
+        "merge-gradient-of-one-output",
+        "leaves the output of the other half out of what reaches an lse",
+        "MHA-MERGE-7",
+        merge_row_dot=lambda grad_output, output_a, output_b: steps.merge_row_dot(grad_output, output_a, 0 * output_b),
+    ),
+    of_gradients(
+        "merge-grad-lse-ignored",
+        "ignores the cotangent of the joint lse",
+        "MHA-MERGE-7",
+        needs=("grad_lse",),
+        merge_grad_lse=lambda lse_half, share, grad_lse, grad_share: steps.merge_grad_lse(
+            lse_half, share, None, grad_share
+        ),
+    ),
+    of_gradients(
+        "merge-grad-output-without-shares",
+        "gives each output the whole cotangent of the joint output",
+        "MHA-MERGE-7",
+        merge_grad_output=lambda lse_half, share, grad_output: steps.merge_grad_output(
+            lse_half, numpy.ones_like(share), grad_output
+        ),
+    ),
+    of_gradients(
+        "merge-gradient-of-an-empty-half",
+        "sends gradients through the output of an empty half",
+        "MHA-MERGE-7",
+        merge_grad_share=lambda lse_a, lse_b, share_a, share_b, row_dot: share_a * share_b * row_dot,
     ),
 )

@@ -22,6 +22,7 @@ __all__ = [
     "FORWARD",
     "LAYER",
     "MERGE",
+    "MERGE_VJP",
     "MULTI_HEAD",
     "ROTARY",
     "VJP",
@@ -37,6 +38,7 @@ FORWARD = ("attention", "attention_weights")
 VJP = ("attention_vjp",)
 ATTENTION = (*FORWARD, *VJP)
 MERGE = ("merge_attention",)
+MERGE_VJP = ("merge_attention_vjp",)
 MULTI_HEAD = ("multi_head_attention", "multi_head_attention_and_weights")
 WEIGHTS_OF_LAYER = ("multi_head_attention_weights",)
 LAYER = (*MULTI_HEAD, *WEIGHTS_OF_LAYER)

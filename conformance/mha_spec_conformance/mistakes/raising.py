@@ -5,7 +5,7 @@ from __future__ import annotations
 from mha_spec import checks
 from mha_spec.arguments import OPTIONS
 
-from .mistake import MERGE, VJP, Mistake, replacing, unchecked
+from .mistake import MERGE, MERGE_VJP, VJP, Mistake, replacing, unchecked
 
 __all__ = ["RAISING"]
 
@@ -94,5 +94,12 @@ RAISING = (
         ("MHA-MERGE-4",),
         replacing(check_halves=lambda output_a, lse_a, output_b, lse_b: None),
         functions=MERGE,
+    ),
+    Mistake(
+        "merge-cotangents-unchecked",
+        "takes cotangents of merging of any shape that broadcasts",
+        ("MHA-MERGE-7",),
+        replacing(check_merge_cotangents=lambda grad_output, grad_lse, output: None),
+        functions=MERGE_VJP,
     ),
 )

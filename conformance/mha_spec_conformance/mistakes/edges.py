@@ -1,0 +1,130 @@
+"""Edges decided wrongly: ends of ranges, alignments by name, types that are cut, rows over one key, rows of NaN."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec import steps
+
+from .mistake import Mistake, replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mha_spec.arguments import Arguments
+
+__all__ = ["EDGES"]
+
+
+def summed_in_int32(distance: numpy.ndarray, right: int) -> numpy.ndarray:
+    """j <= p + right, the sum being an int32, which wraps."""
+    keys = numpy.arange(distance.shape[-1])
+    with numpy.errstate(over="ignore"):
+        last = (keys - distance).astype(numpy.int32) + numpy.int32(right)
+    return keys <= last
+
+
+def cut_to_int32(q_ids: numpy.ndarray, kv_ids: numpy.ndarray) -> numpy.ndarray:
+    """Equal in their low 32 bits."""
+    return q_ids.astype(numpy.int32) == kv_ids.astype(numpy.int32)
+
+
+def reading_of(offset: Callable[[Arguments], object]) -> steps.Steps:
+    """Take "lower_right" for another offset."""
+    return replacing(offset_of=lambda a: offset(a) if a.q_offset == "lower_right" else steps.offset_of(a))
+
+
+def exchanged(a: Arguments) -> numpy.ndarray | Sequence[int] | int:
+    """Take each reading for the other one."""
+    if not isinstance(a.q_offset, str):
+        return steps.offset_of(a)
+    return steps.offset_of(replace(a, q_offset="lower_right" if a.q_offset == "upper_left" else "upper_left"))
+
+
+def saturated(bias: numpy.ndarray, query_dtype: str, softmax_dtype: str) -> numpy.ndarray:
+    """The bias in the softmax's type, with the least finite number for what lies below it."""
+    least = float(numpy.finfo(softmax_dtype).min)
+    kept = numpy.where(bias == -math.inf, bias, numpy.maximum(bias.astype(numpy.float64), least))
+    return kept.astype(softmax_dtype)
+
+
+def seen_where_alone(constraints: list[numpy.ndarray]) -> numpy.ndarray:
+    """A lone key is visible whatever hides it."""
+    visible = steps.all_of(constraints)
+    return numpy.ones_like(visible) if visible.shape[-1] == 1 else visible
+
+
+def hidden_weigh_nothing(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Exponentials of which those of hidden pairs are 0, in a row of NaN too."""
+    exponentials, maximum = steps.exponentials(logits)
+    return numpy.where(logits == -math.inf, 0.0, exponentials), maximum
+
+
+def zeros_stay(exponentials: numpy.ndarray, total: numpy.ndarray) -> numpy.ndarray:
+    """Weights that are 0 where the exponential is, whatever the sum."""
+    return numpy.where(exponentials == 0, 0.0, steps.normalise(exponentials, total))
+
+
+EDGES = (
+    Mistake(
+        "window-right-summed-in-int32",
+        "adds the right bound to the position in 32 bits, where the sum wraps",
+        ("MHA-WINDOW-2", "MHA-POS-1"),
+        replacing(see_window_right=summed_in_int32),
+        needs=("window", "q_offset"),
+    ),
+    Mistake(
+        "segment-ids-cut-to-int32",
+        "compares the low 32 bits of segment ids",
+        ("MHA-SEG-1", "MHA-SEG-2"),
+        replacing(see_segments=cut_to_int32),
+        needs=("q_segment_ids",),
+    ),
+    Mistake(
+        "lower-right-of-the-buffers",
+        "takes lower_right for kv_len - q_len, whatever lengths are in use",
+        ("MHA-POS-2",),
+        reading_of(lambda a: a.kv_len - a.q_len),
+        needs=("q_offset",),
+        bugs=("huggingface/transformers PR#30437",),
+    ),
+    Mistake(
+        "lower-right-without-q-lengths",
+        "takes lower_right for the keys in use less q_len, whatever queries are in use",
+        ("MHA-POS-2",),
+        reading_of(lambda a: numpy.asarray(a.kv_len if a.kv_lengths is None else a.kv_lengths) - a.q_len),
+        needs=("q_offset", "q_lengths"),
+    ),
+    Mistake(
+        "readings-exchanged",
+        "takes upper_left for lower_right and the other way round",
+        ("MHA-POS-2",),
+        replacing(offset_of=exchanged),
+        needs=("q_offset",),
+    ),
+    Mistake(
+        "wide-bias-saturated",
+        "takes a bias beyond the range of the softmax's type for its least number, which hides nothing",
+        ("MHA-BIAS-2", "MHA-BIAS-3"),
+        replacing(convert_bias=saturated),
+        needs=("bias",),
+        native=True,
+    ),
+    Mistake(
+        "lone-key-always-seen",
+        "shows a lone key to every row",
+        ("MHA-EMPTY-1", "MHA-MASK-3"),
+        replacing(all_of=seen_where_alone),
+    ),
+    Mistake(
+        "nan-rows-hide",
+        "gives the weight 0 to hidden pairs of rows that see a NaN",
+        ("MHA-NAN-1",),
+        replacing(exponentials=hidden_weigh_nothing, normalise=zeros_stay),
+        functions=("attention_weights",),
+    ),
+)
