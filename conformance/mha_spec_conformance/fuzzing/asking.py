@@ -42,11 +42,12 @@ class Asker:
         self.answer = answer
         self._accepted = accepted
         self._judge = Judge(claims, accepted)
-        self.suspect(None)
+        self.suspect(())
 
     def suspect(self, names: Iterable[str] | None) -> None:
-        """Diagnose with these mistakes alone, which is fast; None: with all that are known."""
-        mistakes = MISTAKES if names is None else [mistake for mistake in MISTAKES if mistake.name in set(names)]
+        """Diagnose with these mistakes and the accepted conventions alone, which is fast; None: with the catalogue."""
+        suspects = None if names is None else set(names)
+        mistakes = [m for m in MISTAKES if suspects is None or m.name in suspects or m.convention in self._accepted]
         self._judge.diagnosis = Diagnosis(mistakes)
 
     def excused(self, result: Result) -> bool:

@@ -67,7 +67,7 @@ def _simplest_first(dtypes: tuple[str, ...]) -> list[str]:
 
 def _sizes(d: Drawing) -> dict[str, int]:
     """Sizes of one attention, off and on the edges of tiles, with at most `MOST_PAIRS` scores."""
-    long = d.rarely()
+    long = d.one_of(*[False] * 7, True)
     lengths = EDGES if long else SMALL
     q_len = d.one_of(*lengths)
     kv_len = q_len if d.often() else d.one_of(*lengths)

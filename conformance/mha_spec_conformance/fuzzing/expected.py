@@ -147,8 +147,7 @@ def _attention(call: Call, rows: Rows) -> Kinds:
 
 def _attention_weights(call: Call, rows: Rows) -> Kinds:
     kinds = _row_kinds(rows)[..., None]
-    hidden = numpy.where((kinds == FINITE) | (kinds == EXACT), EXACT, ANY)
-    return {"weights": numpy.where(rows.visible, kinds, hidden)}
+    return {"weights": numpy.where(~rows.visible & (kinds == FINITE), EXACT, kinds)}
 
 
 def _attention_vjp(call: Call, rows: Rows) -> Kinds:
@@ -206,10 +205,13 @@ def _merge_attention_vjp(call: Call, rows: None) -> Kinds:
     h = Halves(call)
     bad_outputs = h.live & ~numpy.all([numpy.isfinite(output).all(axis=-1) for output in h.outputs], axis=0)
     kinds: Kinds = {}
-    for half, empty in zip("ab", h.empty, strict=True):
-        of_output = numpy.select([h.nan | h.infinite, empty], [ANY, EXACT], FINITE)
-        kinds[f"grad_output_{half}"] = of_output[..., None]
-        kinds[f"grad_lse_{half}"] = numpy.where(bad_outputs, ANY, of_output)
+    for half, other in ("ab", "ba"):
+        for name in ("output", "lse"):
+            cotangent, operand = call.arrays.get(f"grad_{name}"), call.arrays[f"{name}_{half}"]
+            unchanged = EXACT if cotangent is None or cotangent.dtype == operand.dtype else FINITE
+            empty = [h.empty["ab".index(side)] for side in (half, other)]
+            kind = numpy.select([h.nan | h.infinite, empty[0], empty[1]], [ANY, EXACT, unchanged], FINITE)
+            kinds[f"grad_{name}_{half}"] = kind[..., None] if name == "output" else numpy.where(bad_outputs, ANY, kind)
     return kinds
 
 

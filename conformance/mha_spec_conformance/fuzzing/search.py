@@ -37,7 +37,7 @@ __all__ = ["Finding", "Outcome", "Search"]
 CALLS_OF_ROUND = 200
 """Drawn calls between two fresh starts of the generator."""
 
-SHRINKING_SHARE, SHRINKING_SECONDS = 0.25, 30.0
+SHRINKING_SHARE, SHRINKING_SECONDS = 0.25, 20.0
 """The part of the time that shrinking one fault may take, and its upper limit."""
 
 
@@ -82,13 +82,13 @@ class Finding:
     def covers(self, other: Finding) -> bool:
         """Whether the other is most likely the same fault: of one diagnosis or error, or with whatever this needs."""
         mine, its = self.result, other.result
-        if mine.outcome != its.outcome:
+        if mine.compared != its.compared or (not mine.compared and mine.outcome != its.outcome):
             return False
-        if mine.diagnosis and its.diagnosis:
+        if its.diagnosis:
             return bool({*mine.diagnosis} & {*its.diagnosis})
         if mine.outcome == "error":
             return _without_numbers(mine.reason) == _without_numbers(its.reason)
-        return self.needs <= other.needs
+        return not mine.diagnosis and self.needs <= other.needs
 
 
 def _without_numbers(reason: str | None) -> str:
@@ -171,10 +171,10 @@ class Search:
     def _round(self, number: int) -> None:
         """Draw calls until one is wrong; shrink it and keep it."""
         self._smallest = None
+        self.asker.suspect(name for finding in self.outcome.findings for name in finding.result.diagnosis)
         with suppress(Wrong, RoundIsOver, HypothesisException):
             _test(self.calls, self.outcome.seed * 2**32 + number, self._try)()
         if self._smallest is not None:
-            self.asker.suspect(None)
             finding = self._diagnosed(self._smallest)
             self.outcome.findings.append(finding)
             self.found(finding)
@@ -188,7 +188,7 @@ class Search:
                 continue
             if self._smallest is None:
                 self._shrinking_since = time.monotonic()
-                self.asker.suspect(finding.result.diagnosis)
+                self.asker.suspect(())
             if self._smallest is None or finding.call.size <= self._smallest.call.size:
                 self._smallest = finding
             raise Wrong
@@ -229,11 +229,14 @@ class Search:
         first, other = self._smallest.result, finding.result
         if first.outcome == other.outcome == "error":
             return _without_numbers(first.reason) == _without_numbers(other.reason)
-        return first.outcome == other.outcome and bool(first.diagnosis) == bool(other.diagnosis)
+        return first.compared == other.compared and (first.compared or first.outcome == other.outcome)
 
     def _diagnosed(self, finding: Finding) -> Finding:
         """Judge the smallest call once more with every known mistake; keep the judgement where it does not repeat."""
-        result = self.asker.result(finding.call) if self.left > 0 else None
+        if not finding.result.compared:
+            return finding
+        self.asker.suspect(None)
+        result = self.asker.result(finding.call)
         return Finding(finding.call, result) if result is not None and result.outcome in FAILING else finding
 
 

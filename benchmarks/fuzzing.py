@@ -1,0 +1,118 @@
+"""How soon the fuzzer finds each known mistake: random calls and seconds until the first wrong answer.
+
+    python benchmarks/fuzzing.py                          every mistake of the catalogue, a minute each at most
+    python benchmarks/fuzzing.py --seconds 20 --seed 3    another limit, other calls
+    python benchmarks/fuzzing.py causal rotary            the mistakes whose names hold one of these words
+
+The mistaken reference answers in this process, so the figures do not depend on any backend. Seconds are those of the
+processor, drawing and judging included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+from mha_spec.arrays import FLOATING
+from mha_spec_conformance.asking.calls import function_over
+from mha_spec_conformance.asking.worker import answer
+from mha_spec_conformance.fuzzing.asking import Asker
+from mha_spec_conformance.fuzzing.search import Search
+from mha_spec_conformance.judging.result import FAILING
+from mha_spec_conformance.mistakes import MISTAKES
+from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.targets.loading import Target
+
+if TYPE_CHECKING:
+    from mha_spec_conformance.fuzzing.call import Call
+    from mha_spec_conformance.fuzzing.search import Outcome
+    from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.mistakes import Mistake
+
+REFUSALS = ("unchecked", "swallowed", "guessed", "empty-input-refused", "dropout-rate-without-mask-ignored")
+"""Mistakes in refusing illegal calls, which the fuzzer does not draw."""
+
+
+class FirstFault(KeyboardInterrupt):
+    """The first wrong answer; hypothesis hands this class of exceptions on at once."""
+
+
+class Watching(Asker):
+    """Counts the calls and stops at the first wrong answer."""
+
+    calls = 0
+
+    def result(self, call: Call, name: str = "fuzz/call") -> Result | None:
+        """Judge one call."""
+        result = super().result(call, name)
+        self.calls += 1
+        if result is not None and result.outcome in FAILING:
+            raise FirstFault
+        return result
+
+
+class Measured(Search):
+    """A search whose time is that of the processor, so that a loaded machine finds as much as an idle one."""
+
+    def run(self) -> Outcome:
+        """Search from now on."""
+        self._started = time.process_time()
+        return super().run()
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left."""
+        return self._started + self.seconds - time.process_time()
+
+
+def target_of(mistake: Mistake) -> Target:
+    """Give the mistaken reference as a target that claims everything."""
+    claims = Claims(
+        "mha_spec.reference", {name: f.keywords for name, f in FUNCTIONS.items()}, FLOATING, registered=True
+    )
+    return Target({name: function_over(mistake.steps, name) for name in FUNCTIONS}, claims)
+
+
+def first_fault(mistake: Mistake, seed: int, seconds: float) -> tuple[int, float] | None:
+    """Give the calls and seconds until the first wrong answer; None where the time was over before."""
+    target = target_of(mistake)
+    asker = Watching(target.claims, lambda question: answer(target, question))
+    asker.suspect(())
+    start = time.process_time()
+    search = Measured(asker, seed, seconds)
+    try:
+        search.run()
+    except FirstFault:
+        return asker.calls, time.process_time() - start
+    return None
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description="How soon the fuzzer finds each known mistake.")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chosen = [m for m in MISTAKES if not options.words or any(word in m.name for word in options.words)]
+    drawn = [m for m in chosen if not any(word in m.name for word in REFUSALS)]
+    found: dict[str, tuple[int, float]] = {}
+    for mistake in drawn:
+        first = first_fault(mistake, options.seed, options.seconds)
+        shown = "not found" if first is None else f"{first[0]:6d} calls {first[1]:7.1f} s"
+        print(f"{mistake.name:45} {shown}", flush=True)
+        found |= {} if first is None else {mistake.name: first}
+    print(
+        f"{len(found)} of {len(drawn)} found; {len(chosen) - len(drawn)} only refuse illegal calls, which are not drawn"
+    )
+    if found:
+        calls, seconds = zip(*found.values(), strict=True)
+        print(f"median {statistics.median(calls):.0f} calls, {statistics.median(seconds):.1f} s")
+        print(f"nine in ten within {sorted(calls)[int(0.9 * len(calls))]} calls")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The fuzzer: what it draws, what it expects, what it finds, and how it reports it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+from support.subject import Subject
+
+from mha_spec.reference import attention_weights
+from mha_spec_conformance.asking.worker import answer
+from mha_spec_conformance.commands.check import check
+from mha_spec_conformance.commands.fuzz import fuzz
+from mha_spec_conformance.fuzzing.asking import Asker
+from mha_spec_conformance.fuzzing.call import Call, Recipe
+from mha_spec_conformance.fuzzing.expected import NotAdmitted, expect
+from mha_spec_conformance.fuzzing.script import script_of
+from mha_spec_conformance.fuzzing.search import Finding, RoundIsOver, Search
+from mha_spec_conformance.fuzzing.worlds import WORLDS, load_in_world, world_of
+from mha_spec_conformance.judging.compare import EXACT, FINITE
+from mha_spec_conformance.mistakes import MISTAKES
+from mha_spec_conformance.suite.cases import load
+from mha_spec_conformance.targets.conversion import lay_out, layouts_of, same_bits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LONG = 60.0
+"""More seconds than a search needs that stops at its first fault; a quarter of them bounds the shrinking."""
+
+EVERY = 7
+"""Every so many cases of the suite are compared with what the fuzzer expects."""
+
+
+def asker_of(subject: Subject) -> Asker:
+    return Asker(subject.target.claims, lambda question: answer(subject.target, question))
+
+
+def first_finding(subject: Subject, **options: Any) -> Finding:
+    (finding,) = Search(asker_of(subject), 0, LONG, most=1, **options).run().findings
+    return finding
+
+
+def mistaken(name: str) -> Subject:
+    (mistake,) = [mistake for mistake in MISTAKES if mistake.name == name]
+    return Subject.over(mistake.steps)
+
+
+def target_file(folder: Path, body: str) -> str:
+    """Write a target whose attention is the specification's, but for `body`, which sees its arguments."""
+    path = folder / "planted.py"
+    path.write_text(
+        "import os, time\n"
+        "from mha_spec import reference\n\n"
+        "dtypes = ('float32',)\n\n\n"
+        "def attention(query, key, value, *, causal=False, q_offset=None, kv_lengths=None):\n"
+        f"    {body}\n"
+        "    return reference.attention(\n"
+        "        query, key, value, causal=causal, q_offset=q_offset, kv_lengths=kv_lengths\n"
+        "    )\n"
+    )
+    return str(path)
+
+
+WRONG_LENGTHS = "kv_lengths = None if kv_lengths is None else (kv_lengths + 1).clip(0, key.shape[2])"
+
+
+@pytest.mark.parametrize("number", range(EVERY))
+def test_values_and_kinds_are_those_of_the_goldens(number: int) -> None:
+    compared = 0
+    for case in load().cases[number::EVERY]:
+        if case.expect == "error":
+            continue
+        arrays = case.inputs(case.dtypes[0])
+        call: Any = SimpleNamespace(
+            function=case.function, arrays=arrays, options=case.options, dtype=case.dtypes[0], lse=True
+        )
+        try:
+            values, kinds, _ = expect(call)
+        except NotAdmitted:
+            continue
+        for name, golden in case.expected.items():
+            picked = [array[name] for array in (values, kinds)]
+            if golden.rows is not None:
+                width = golden.values.size // max(len(golden.rows), 1)
+                picked = [array.reshape(-1, width)[golden.rows].reshape(golden.values.shape) for array in picked]
+            wanted = numpy.zeros(golden.values.shape) if golden.kinds is None else golden.kinds
+            # A cotangent that comes back unchanged is exact in the dtype of the run, and need not be in narrower ones.
+            returned = (picked[1] == EXACT) if case.function == "merge_attention_vjp" else False
+            assert ((picked[1] == wanted) | (returned & (wanted == FINITE))).all(), (case.id, name)
+            finite = wanted == FINITE
+            assert numpy.allclose(picked[0][finite], golden.values[finite]), (case.id, name)
+            compared += 1
+    assert compared > 100
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mask-polarity-inverted", "window-left-exclusive", "heads-tiled", "cap-slope-missing", "cache-one-slot-late"],
+)
+def test_planted_mistake_is_found_named_and_shrunk(name: str) -> None:
+    finding = first_finding(mistaken(name))
+    assert name in finding.result.diagnosis
+    assert finding.call.size[1] <= 200
+    assert len(finding.call.options) <= 3
+
+
+def test_mistake_is_reported_once() -> None:
+    outcome = Search(asker_of(mistaken("window-left-exclusive")), 1, 30.0).run()
+    assert ["window-left-exclusive" in finding.result.diagnosis for finding in outcome.findings] == [True]
+    assert outcome.status == 1
+
+
+class Recorder:
+    """Stands for an asker that passes everything, and stops the search after some calls."""
+
+    def __init__(self, claims: Any, most: int) -> None:
+        self.claims, self.most = claims, most
+        self.calls: list[Call] = []
+
+    def suspect(self, names: Any) -> None:
+        """Nothing is diagnosed."""
+
+    def result(self, call: Call) -> None:
+        self.calls.append(call)
+        if len(self.calls) == self.most:
+            raise KeyboardInterrupt
+
+
+def drawn(seed: int) -> list[Call]:
+    recorder: Any = Recorder(Subject.over(MISTAKES[0].steps).target.claims, 60)
+    with pytest.raises(KeyboardInterrupt):
+        Search(recorder, seed, LONG).run()
+    return recorder.calls
+
+
+def test_same_seed_draws_the_same_calls() -> None:
+    assert drawn(5) == drawn(5)
+    assert drawn(5) != drawn(6)
+
+
+def test_draws_vary() -> None:
+    calls = drawn(5) + drawn(6) + drawn(7)
+    assert {call.function for call in calls} >= {
+        "attention",
+        "attention_vjp",
+        "multi_head_attention",
+        "merge_attention",
+    }
+    assert {call.dtype for call in calls} == {"float64", "float32", "float16", "bfloat16"}
+    assert any(call.layouts for call in calls)
+    assert any(call.host for call in calls)
+    assert any(call.reused for call in calls)
+    assert any(recipe.marks for call in calls for recipe in call.recipes.values())
+
+
+def test_end_of_the_time_in_the_middle_of_shrinking_keeps_the_fault() -> None:
+    search = Search(asker_of(mistaken("mask-ignored")), 0, LONG, most=1)
+    wrong = search._wrong
+
+    def hurried(call: Call) -> Finding | None:
+        if search._smallest is not None:
+            raise RoundIsOver
+        return wrong(call)
+
+    search._wrong = hurried
+    assert search.run().status == 1
+
+
+@pytest.mark.parametrize("passed", ["right", "wrong"])
+def test_script_reproduces(tmp_path: Path, capsys: pytest.CaptureFixture[str], passed: str) -> None:
+    target = target_file(tmp_path, WRONG_LENGTHS)
+    assert fuzz(target=target, seconds=LONG, max_fail=1) == 1
+    printed = capsys.readouterr().out.splitlines()
+    start = printed.index("  script:")
+    lines = [line[6:] for line in printed[start + 1 : printed.index("", start)]]
+    assert len(lines) <= 40
+    if passed == "right":
+        target_file(tmp_path, "pass")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "\n".join(lines)], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert ("AssertionError" in done.stderr) == (passed == "wrong")
+    assert done.returncode == (1 if passed == "wrong" else 0)
+
+
+def test_saved_case_is_asked_by_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, saved = target_file(tmp_path, WRONG_LENGTHS), tmp_path / "saved"
+    assert fuzz(target=target, seconds=LONG, max_fail=1, folder=saved) == 1
+    assert check(target=target, cases=saved) == 1
+    assert "kv_lengths" in capsys.readouterr().out
+    assert check(target="mha_spec.reference", cases=saved) == 0
+
+
+def test_honest_target_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz(target="mha_spec.reference", seconds=4.0, seed=2) == 0
+    assert "no fault found" in capsys.readouterr().out
+
+
+def test_target_without_answers_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz(target=target_file(tmp_path, "raise NotImplementedError"), seconds=2.0) == 2
+    assert "no call could be judged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        ("time.sleep(60 if causal else 0)", "TIMEOUT"),
+        ("causal and os._exit(3)", "CRASH"),
+        ("causal and 1 / 0", "ERROR"),
+    ],
+)
+def test_target_that_does_not_answer_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], body: str, outcome: str
+) -> None:
+    assert fuzz(target=target_file(tmp_path, body), seconds=20.0, max_fail=1, limit=4.0) == 1
+    printed = capsys.readouterr().out
+    assert outcome in printed
+    assert "causal=True" in printed
+
+
+@pytest.mark.parametrize("layout", layouts_of("numpy"))
+def test_layout_keeps_the_elements(layout: str) -> None:
+    array = numpy.arange(2 * 3 * 5 * 7, dtype="float32").reshape(2, 3, 5, 7)
+    assert same_bits(lay_out(array, layout), array)
+
+
+def test_expanded_array_has_stride_0_where_it_is_constant() -> None:
+    array = numpy.broadcast_to(numpy.arange(5.0)[:, None], (3, 5, 7))
+    assert lay_out(array, "expanded").strides == (0, 8, 0)
+
+
+def overwriting(function: Any) -> Any:
+    """Give a function that returns the same buffer for all results of one shape."""
+    buffers: dict[tuple[Any, ...], numpy.ndarray] = {}
+
+    def call(*operands: Any, **options: Any) -> Any:
+        output = function(*operands, **options)
+        buffer = buffers.setdefault((*output.shape, output.dtype), output)
+        buffer[...] = output
+        return buffer
+
+    return call
+
+
+def test_reused_buffer_is_found() -> None:
+    subject = Subject({"attention_weights": overwriting(attention_weights)})
+    finding = first_finding(subject, functions=("attention_weights",))
+    assert finding.result.clauses == ("MHA-PURE-3",)
+
+
+def strided(function: Any) -> Any:
+    """Give a function that reads an array as if its elements lay one behind the other."""
+
+    def call(query: Any, *operands: Any, **options: Any) -> Any:
+        memory = query if query.base is None else query.base
+        as_if = memory.reshape(-1)[: query.size].reshape(query.shape) if memory.size >= query.size else query
+        return function(as_if, *operands, **options)
+
+    return call
+
+
+def test_ignored_strides_are_found() -> None:
+    finding = first_finding(
+        Subject({"attention_weights": strided(attention_weights)}), functions=("attention_weights",)
+    )
+    assert "query" in finding.call.layouts
+
+
+@pytest.mark.parametrize(
+    ("layout", "expression"), [(layout, "random.standard_normal((2, 3, 5, 4))") for layout in layouts_of("numpy")]
+)
+def test_script_of_every_layout_runs(layout: str, expression: str) -> None:
+    recipes = {name: Recipe(expression, "float32", 3) for name in ("query", "key")}
+    call = Call("attention_weights", "float32", recipes, layouts={"query": layout, "key": layout})
+    result = asker_of(Subject.over(MISTAKES[0].steps)).result(call)
+    assert result is not None
+    names: dict[str, Any] = {}
+    exec(script_of(Finding(call, result), "mha_spec.reference", "numpy"), names)
+    assert names["results"].shape == (2, 3, 5, 5)
+
+
+@pytest.mark.parametrize("target", WORLDS)
+def test_every_world_answers(target: str) -> None:
+    pytest.importorskip(target)
+    for world in WORLDS[target]:
+        loaded = load_in_world(target, world)
+        asker = Asker(loaded.claims, lambda question, loaded=loaded: answer(loaded, question))
+        outcome = Search(asker, 0, 10.0, world=world_of(target, world)).run()
+        assert outcome.judged.total() > 0, world
