@@ -37,7 +37,7 @@ def require_array(label: str, value: object, clause: str, wanted: str = "an arra
         refuse_type(clause, f"`{label}` must be {wanted}, received {type(value).__name__}.")
     storage = storage_of(value)
     if storage is not None:
-        refuse_type(clause, f"`{label}` must be {wanted} that is stored densely, received a {storage} one.")
+        refuse_type(clause, f"`{label}` must be {wanted} that is stored densely, received layout={storage}.")
     return library
 
 

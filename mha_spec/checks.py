@@ -133,7 +133,7 @@ def _alike(query: Array, *others: Array) -> bool:
     if library_of(query) == "numpy":
         return True
     placement, tensors = placement_of(query), (query, *others)
-    return not any(placement_of(one) != placement or storage_of(one) is not None for one in tensors)
+    return not any(placement_of(tensor) != placement or storage_of(tensor) is not None for tensor in tensors)
 
 
 def check_sizes(a: Arguments) -> None:

@@ -39,7 +39,7 @@ def of_torch() -> Make:
         "coo": lambda x: x.to_sparse(),
         "csr": lambda x: x.reshape(-1, x.shape[-1]).to_sparse_csr(),
         "nested": lambda x: torch.nested.nested_tensor(list(x)),
-        "jagged": lambda x: torch.nested.nested_tensor([one.reshape(-1, 1) for one in x], layout=torch.jagged),
+        "jagged": lambda x: torch.nested.nested_tensor([entry.reshape(-1, 1) for entry in x], layout=torch.jagged),
         "dtype": lambda x: x.dtype,
     }
 
@@ -62,7 +62,7 @@ KINDS: dict[str, tuple[Callable[[], Make], tuple[str, ...]]] = {
     "jax": (of_jax, ("bcoo", "description", "abstract", "key")),
 }
 by_kind = pytest.mark.parametrize(
-    ("library", "name"), [(one, name) for one, (_, names) in KINDS.items() for name in names]
+    ("library", "name"), [(library, name) for library, (_, names) in KINDS.items() for name in names]
 )
 
 
@@ -146,7 +146,7 @@ def test_views_and_subclasses_of_torch_are_dense() -> None:
     torch = pytest.importorskip("torch")
     plain = torch.ones(3, 4)
     dense = (plain, plain.T, plain[::2], plain.expand(2, 3, 4), torch.nn.Parameter(plain), plain.to("meta"))
-    assert [storage_of(one) for one in dense] == [None] * 6
+    assert [storage_of(tensor) for tensor in dense] == [None] * 6
     assert storage_of(plain.to_sparse()) == "sparse_coo"
 
 

@@ -44,26 +44,30 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     return reference if request.param == "mha_spec.reference" else mha_spec
 
 
-def derivatives(given: dict[str, numpy.ndarray], grad_output: Any, grad_lse: Any) -> tuple[numpy.ndarray, ...]:
+def derivatives(inputs: dict[str, numpy.ndarray], grad_output: Any, grad_lse: Any) -> tuple[numpy.ndarray, ...]:
     """What torch's autograd makes of the formula in float64."""
     torch = pytest.importorskip("torch")
-    operands = [torch.tensor(given[name].astype("float64"), requires_grad=True) for name in HALVES]
+    operands = [torch.tensor(inputs[name].astype("float64"), requires_grad=True) for name in HALVES]
     output_a, lse_a, output_b, lse_b = operands
     lse = torch.logaddexp(lse_a, lse_b)
     output = torch.exp(lse_a - lse)[..., None] * output_a + torch.exp(lse_b - lse)[..., None] * output_b
-    results, given_to = ([output], [grad_output]) if grad_lse is None else ([output, lse], [grad_output, grad_lse])
-    return tuple(one.numpy() for one in torch.autograd.grad(results, operands, [torch.tensor(g) for g in given_to]))
+    results, cotangents_of = ([output], [grad_output]) if grad_lse is None else ([output, lse], [grad_output, grad_lse])
+    return tuple(
+        array.numpy() for array in torch.autograd.grad(results, operands, [torch.tensor(g) for g in cotangents_of])
+    )
 
 
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_gradients_are_the_derivatives_of_the_formula(module: ModuleType, with_lse: bool) -> None:
-    given = cotangents() if with_lse else {"grad_output": cotangents()["grad_output"], "grad_lse": None}
-    rounded = {name: None if one is None else one.astype("float32") for name, one in given.items()}
-    exact = {name: None if one is None else one.astype("float32").astype("float64") for name, one in given.items()}
+    inputs = cotangents() if with_lse else {"grad_output": cotangents()["grad_output"], "grad_lse": None}
+    rounded = {name: None if array is None else array.astype("float32") for name, array in inputs.items()}
+    exact = {
+        name: None if array is None else array.astype("float32").astype("float64") for name, array in inputs.items()
+    }
     sources = {"float64": halves("float32"), "float32": halves("float32")}
 
     def ours(dtype: str) -> tuple[numpy.ndarray, ...]:
-        operands = {name: one.astype(dtype) for name, one in sources[dtype].items()}
+        operands = {name: array.astype(dtype) for name, array in sources[dtype].items()}
         return module.merge_attention_vjp(**operands, **(exact if dtype == "float64" else rounded))
 
     assert_same(ours, derivatives(halves("float32"), **exact))
@@ -72,17 +76,17 @@ def test_gradients_are_the_derivatives_of_the_formula(module: ModuleType, with_l
 def test_a_mistake_in_a_step_of_the_gradient_shows() -> None:
     right = reference.merge_attention_vjp(**halves(), **cotangents())
     for step in ("merge_grad_output", "merge_row_dot", "merge_grad_share", "merge_grad_lse"):
-        wrong = replace(Steps(), **{step: lambda *given, step=step: 2 * getattr(Steps(), step)(*given)})
-        found = reference.Reference(wrong).merge_attention_vjp(**halves(), **cotangents())
-        assert any(not numpy.allclose(one, other) for one, other in zip(found, right, strict=True)), step
+        wrong = replace(Steps(), **{step: lambda *inputs, step=step: 2 * getattr(Steps(), step)(*inputs)})
+        results = reference.Reference(wrong).merge_attention_vjp(**halves(), **cotangents())
+        assert any(not numpy.allclose(array, other) for array, other in zip(results, right, strict=True)), step
 
 
 @pytest.mark.parametrize("empty", ["a", "b"])
 def test_beside_an_empty_half_the_cotangents_come_back(module: ModuleType, empty: str) -> None:
-    given, other = halves(), "b" if empty == "a" else "a"
-    given[f"lse_{empty}"][:] = -INF
-    given[f"output_{empty}"][:] = NAN
-    gradients = dict(zip(HALVES, module.merge_attention_vjp(**given, **cotangents()), strict=True))
+    inputs, other = halves(), "b" if empty == "a" else "a"
+    inputs[f"lse_{empty}"][:] = -INF
+    inputs[f"output_{empty}"][:] = NAN
+    gradients = dict(zip(HALVES, module.merge_attention_vjp(**inputs, **cotangents()), strict=True))
     assert not gradients[f"output_{empty}"].any()
     assert not gradients[f"lse_{empty}"].any()
     assert_equal(gradients[f"output_{other}"], cotangents()["grad_output"])
@@ -90,14 +94,14 @@ def test_beside_an_empty_half_the_cotangents_come_back(module: ModuleType, empty
 
 
 def test_two_empty_halves_have_no_gradient(module: ModuleType) -> None:
-    given = halves()
+    inputs = halves()
     for name in HALVES:
-        given[name][0] = -INF if name.startswith("lse") else NAN
-    gradients = module.merge_attention_vjp(**given, **cotangents())
+        inputs[name][0] = -INF if name.startswith("lse") else NAN
+    gradients = module.merge_attention_vjp(**inputs, **cotangents())
     beside = module.merge_attention_vjp(**halves(), **cotangents())
-    for one, other in zip(gradients, beside, strict=True):
-        assert not one[0].any()
-        assert_equal(one[1:], other[1:])
+    for array, other in zip(gradients, beside, strict=True):
+        assert not array[0].any()
+        assert_equal(array[1:], other[1:])
 
 
 @pytest.mark.parametrize("output", ["float64", "float32", "float16", "bfloat16"])
@@ -106,11 +110,11 @@ def test_each_gradient_has_the_dtype_of_its_operand(module: ModuleType, output: 
     import ml_dtypes
 
     types = {"bfloat16": ml_dtypes.bfloat16}
-    given = halves("float32")
-    given |= {name: given[name].astype(types.get(output, output)) for name in ("output_a", "output_b")}
-    gradients = module.merge_attention_vjp(**given, **cotangents(types.get(cotangent, cotangent)))
-    assert [dtype_name(one) for one in gradients] == [output, "float32", output, "float32"]
-    assert [one.shape for one in gradients] == [given[name].shape for name in HALVES]
+    inputs = halves("float32")
+    inputs |= {name: inputs[name].astype(types.get(output, output)) for name in ("output_a", "output_b")}
+    gradients = module.merge_attention_vjp(**inputs, **cotangents(types.get(cotangent, cotangent)))
+    assert [dtype_name(array) for array in gradients] == [output, "float32", output, "float32"]
+    assert [array.shape for array in gradients] == [inputs[name].shape for name in HALVES]
 
 
 @pytest.mark.parametrize(
@@ -136,9 +140,9 @@ def test_cotangents_and_halves_fit(
 @pytest.mark.parametrize("beside", [0.5, INF])
 @pytest.mark.parametrize("half", ["a", "b"])
 def test_plus_infinity_beside_another_half_is_nan(module: ModuleType, half: str, beside: float) -> None:
-    given, other = halves(), "b" if half == "a" else "a"
-    given[f"lse_{half}"][0, 1, 2], given[f"lse_{other}"][0, 1, 2] = INF, beside
-    output, lse = module.merge_attention(**given)
+    inputs, other = halves(), "b" if half == "a" else "a"
+    inputs[f"lse_{half}"][0, 1, 2], inputs[f"lse_{other}"][0, 1, 2] = INF, beside
+    output, lse = module.merge_attention(**inputs)
     assert numpy.isnan(lse[0, 1, 2])
     assert numpy.isnan(output[0, 1, 2]).all()
     for result, expected in zip((output, lse), module.merge_attention(**halves()), strict=True):
@@ -148,24 +152,24 @@ def test_plus_infinity_beside_another_half_is_nan(module: ModuleType, half: str,
 
 
 def test_plus_infinity_beside_an_empty_half_is_unchanged(module: ModuleType) -> None:
-    given = halves()
-    given["lse_a"][:], given["lse_b"][:], given["output_b"][:] = INF, -INF, NAN
-    output, lse = module.merge_attention(**given)
-    assert_equal(output, given["output_a"])
-    assert_equal(lse, given["lse_a"])
+    inputs = halves()
+    inputs["lse_a"][:], inputs["lse_b"][:], inputs["output_b"][:] = INF, -INF, NAN
+    output, lse = module.merge_attention(**inputs)
+    assert_equal(output, inputs["output_a"])
+    assert_equal(lse, inputs["lse_a"])
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("distance", [0.0, 30.0, 2000.0])
 def test_what_is_not_finite_shows_whatever_its_share(module: ModuleType, value: float, distance: float) -> None:
-    given = halves()
-    given["lse_b"] = given["lse_a"] + distance
-    given["output_a"][0, 1, 2, 3] = value
-    output, lse = module.merge_attention(**given)
+    inputs = halves()
+    inputs["lse_b"] = inputs["lse_a"] + distance
+    inputs["output_a"][0, 1, 2, 3] = value
+    output, lse = module.merge_attention(**inputs)
     assert not numpy.isfinite(output[0, 1, 2, 3])
     others = numpy.ones((*ROWS, V_DIM), bool)
     others[0, 1, 2, 3] = False
-    finite = given | {"output_a": numpy.where(numpy.isfinite(given["output_a"]), given["output_a"], 0.0)}
+    finite = inputs | {"output_a": numpy.where(numpy.isfinite(inputs["output_a"]), inputs["output_a"], 0.0)}
     expected, expected_lse = module.merge_attention(**finite)
     assert_equal(output[others], expected[others])
     assert_near(lse, expected_lse)

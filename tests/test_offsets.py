@@ -34,18 +34,18 @@ READINGS: dict[str, tuple[dict[str, Any], Any]] = {
 @pytest.mark.parametrize("name", READINGS)
 def test_a_reading_is_the_offset_that_it_names(name: str, seen_by: dict[str, Any]) -> None:
     named, offset = READINGS[name]
-    given = arguments(**named, **seen_by)
-    assert_equal(reference.attention(**given), reference.attention(**given | {"q_offset": offset}))
-    assert not numpy.array_equal(reference.attention(**given), reference.attention(**given | {"q_offset": 1}))
+    inputs = arguments(**named, **seen_by)
+    assert_equal(reference.attention(**inputs), reference.attention(**inputs | {"q_offset": offset}))
+    assert not numpy.array_equal(reference.attention(**inputs), reference.attention(**inputs | {"q_offset": 1}))
 
 
 @pytest.mark.parametrize("library", ["torch", "jax", "array_api_strict"])
 def test_lengths_that_cannot_be_read_are_clamped_before_they_are_subtracted(library: str) -> None:
     xp = pytest.importorskip({"jax": "jax.numpy"}.get(library, library))
-    given = {name: xp.asarray(array) for name, array in arguments(causal=True).items() if name != "causal"}
+    inputs = {name: xp.asarray(array) for name, array in arguments(causal=True).items() if name != "causal"}
     lengths = {"kv_lengths": xp.asarray(numpy.asarray([99, -3], "int8")), "q_lengths": [2, 5]}
-    named = reference.attention(**given, **lengths, causal=True, q_offset="lower_right")
-    assert_equal(named, reference.attention(**given, **lengths, causal=True, q_offset=[KV_LEN - 2, -5]))
+    named = reference.attention(**inputs, **lengths, causal=True, q_offset="lower_right")
+    assert_equal(named, reference.attention(**inputs, **lengths, causal=True, q_offset=[KV_LEN - 2, -5]))
 
 
 def test_an_unknown_name_is_an_error_that_lists_both(attention_module: ModuleType) -> None:
@@ -121,7 +121,7 @@ FAR = 2**30
 )
 def test_positions_hold_at_the_edge_of_their_range(library: str, window: Any, offset: Any) -> None:
     xp = pytest.importorskip({"jax": "jax.numpy"}.get(library, library))
-    given = {name: xp.asarray(array) for name, array in arguments().items()}
+    inputs = {name: xp.asarray(array) for name, array in arguments().items()}
     offsets = offset if isinstance(offset, list) else [offset] * BATCH
     left, right = window
     positions = [[first + i for i in range(Q_LEN)] for first in offsets]
@@ -132,17 +132,17 @@ def test_positions_hold_at_the_edge_of_their_range(library: str, window: Any, of
         ]
         for of_entry in positions
     ]
-    expected = reference.attention(**given, mask=xp.asarray(numpy.asarray(seen)[:, None]))
-    assert_equal(reference.attention(**given, window=window, q_offset=offset), expected)
+    expected = reference.attention(**inputs, mask=xp.asarray(numpy.asarray(seen)[:, None]))
+    assert_equal(reference.attention(**inputs, window=window, q_offset=offset), expected)
 
 
 def test_the_public_face_passes_names_on() -> None:
-    given = {"causal": True, "q_offset": "lower_right"}
+    inputs = {"causal": True, "q_offset": "lower_right"}
     double = {name: operand.astype("float64") for name, operand in arguments().items()}
-    assert_near(mha_spec.attention(**double, **given), reference.attention(**double, **given))
+    assert_near(mha_spec.attention(**double, **inputs), reference.attention(**double, **inputs))
     gradient = operand(BATCH, HEADS, Q_LEN, V_DIM, dtype="float64")
     assert double["key"].shape == (BATCH, KV_HEADS, KV_LEN, QK_DIM)
     assert_near(
-        mha_spec.attention_vjp(gradient, **double, **given)[:3],
-        reference.attention_vjp(gradient, **double, **given)[:3],
+        mha_spec.attention_vjp(gradient, **double, **inputs)[:3],
+        reference.attention_vjp(gradient, **double, **inputs)[:3],
     )

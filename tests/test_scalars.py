@@ -41,8 +41,8 @@ ATTENTION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_takes_scalars_of_numpy(attention_module: ModuleType, name: str) -> None:
     of_numpy, of_python = ATTENTION[name]
-    found = attention_module.attention(**arguments(**of_numpy), return_lse=numpy.True_)
-    assert_equal(found, attention_module.attention(**arguments(**of_python), return_lse=True))
+    results = attention_module.attention(**arguments(**of_numpy), return_lse=numpy.True_)
+    assert_equal(results, attention_module.attention(**arguments(**of_python), return_lse=True))
 
 
 @pytest.mark.parametrize("name", ["reference", "numpy"])
@@ -62,13 +62,13 @@ def test_the_layer_takes_scalars_of_numpy(name: str) -> None:
         module.alibi_bias(6, 3, 5, q_offset=2),
     )
     sizes = (numpy.int64(BATCH), numpy.int8(KV_HEADS), numpy.uint8(KV_LEN), numpy.int32(QK_DIM), numpy.int16(V_DIM))
-    made, expected = (module.empty_cache(*given, like=x) for given in (sizes, map(int, sizes)))
+    made, expected = (module.empty_cache(*inputs, like=x) for inputs in (sizes, map(int, sizes)))
     assert_equal(made[:2], expected[:2])
 
 
 def test_the_settings_of_a_layer_hold_values_of_python() -> None:
-    given: dict[str, Any] = {"kv_heads": numpy.int64(3), "bias": numpy.False_, "norm_epsilon": numpy.float32(0.5)}
-    settings = LayerSettings.of(numpy.int16(12), numpy.int8(6), **given, dropout_rate=numpy.float64(0.25))
+    inputs: dict[str, Any] = {"kv_heads": numpy.int64(3), "bias": numpy.False_, "norm_epsilon": numpy.float32(0.5)}
+    settings = LayerSettings.of(numpy.int16(12), numpy.int8(6), **inputs, dropout_rate=numpy.float64(0.25))
     assert settings == LayerSettings.of(12, 6, kv_heads=3, bias=False, norm_epsilon=0.5, dropout_rate=0.25)
     assert {type(value) for value in settings.arguments.values()} == {int, bool, float, type(None)}
 
@@ -114,8 +114,8 @@ def test_a_value_is_asked_for_by_gradients_and_not_by_weights(attention_module: 
     grad_output = operand(BATCH, HEADS, Q_LEN, V_DIM)
     with pytest.raises(ArgumentTypeError, match="`value` must be an array, received NoneType"):
         attention_module.attention_vjp(grad_output, **arguments(value=None))
-    given = {name: array for name, array in arguments().items() if name != "value"}
-    assert attention_module.attention_weights(**given).shape == (BATCH, HEADS, Q_LEN, KV_LEN)
+    inputs = {name: array for name, array in arguments().items() if name != "value"}
+    assert attention_module.attention_weights(**inputs).shape == (BATCH, HEADS, Q_LEN, KV_LEN)
 
 
 def layer_call(**changed: Any) -> dict[str, Any]:
