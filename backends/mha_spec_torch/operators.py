@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 from mha_spec.arguments import Arguments
 from mha_spec.checks import check_numbers, check_window
 
 from .dropout import Draws, draws_of
-from .paths import backward, forward, weigh_backward
+from .paths import backward, differentiable, forward, weigh_backward
 from .paths import weigh as weigh_by_formula
 from .problem import Problem, readable
 from .tasks import Operands
@@ -71,14 +72,16 @@ def _spelled(a: Arguments) -> list[Any]:
 
 
 def _tensor(value: Tensor | Sequence[int] | int | None, a: Arguments) -> Tensor | None:
-    if value is None or isinstance(value, Tensor):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, Tensor):  # of no axis where torch.jit.trace makes tensors of sizes
+        return value if value.ndim else value.expand(a.batch)
     if isinstance(value, (int, torch.SymInt)):
         return torch.full((a.batch,), value, dtype=torch.int64, device=a.query.device)
     return torch.as_tensor(value, device=a.query.device)
 
 
-def _called(spelled: Sequence[Any]) -> tuple[Problem, Operands]:
+def _called(spelled: Sequence[Any], *, host: bool = True) -> tuple[Problem, Operands]:
     """The problem of an operator's arguments, and a look at the numbers that were open when it was traced."""
     options = dict(zip(NAMES, spelled, strict=True))
     left, right, rows, keys = (options.pop(name) for name in ("left", "right", "row_draws", "key_draws"))
@@ -86,7 +89,7 @@ def _called(spelled: Sequence[Any]) -> tuple[Problem, Operands]:
     a = Arguments(**options, window=window, dropout_key=None if rows is None else Draws(rows, keys))
     check_numbers(a)
     check_window(a)
-    return Problem.of(a, host=readable(a.query)), Operands(*spelled[:OPERANDS])
+    return Problem.of(a, host=host and readable(a.query)), Operands(*spelled[:OPERANDS])
 
 
 def _attend(*spelled: Any) -> tuple[Tensor, Tensor]:
@@ -181,3 +184,12 @@ _register("weigh", f"({SCHEMA}) -> Tensor", _weigh, _weigh_shape)
 _register("weigh_gradients", f"(Tensor grad_weights, {SCHEMA}) -> {FIVE}", _weigh_gradients, _gradient_shapes)
 for _name, _through in (("attend", _through_attend), ("weigh", _through_weigh)):
     torch.library.register_autograd(f"mha_spec_torch::{_name}", _through, setup_context=_keep, lib=_library)
+
+
+# The exporter to ONNX replaces operators that it does not know by what this table has of them.
+_decomposed = {
+    torch.ops.mha_spec_torch.attend.default: lambda *spelled: differentiable(*_called(spelled, host=False)),
+    torch.ops.mha_spec_torch.weigh.default: lambda *spelled: weigh_by_formula(*_called(spelled, host=False)),
+}
+for _operator, _formula in _decomposed.items():
+    register_decomposition(_operator)(_formula)
