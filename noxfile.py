@@ -15,6 +15,14 @@ nox.options.error_on_missing_interpreters = True
 
 PROJECT: dict[str, Any] = nox.project.load_toml("pyproject.toml")
 BACKENDS = [*PROJECT["project"]["entry-points"]["mha_spec.backends"], "mha_spec.reference"]
+WORLDS = (
+    *("numpy", "torch", "jax", "tensorflow"),
+    *("torch --world compile", "torch --world compile-dynamic", "torch --world func-grad", "torch --world vmap"),
+    *("jax --world jit", "jax --world vmap", "jax --world grad"),
+    *("tensorflow --world function", "tensorflow --world function-unknown", "tensorflow --world xla"),
+    "tensorflow --world tape",
+)
+"""The backends in eager mode, then in each of their worlds, as `mha-spec fuzz` takes them."""
 TARGETS = sorted(Path("conformance/targets").glob("*.py"))
 TOOLS = Path(".nox", "environment", "bin").resolve()
 GENERIC = ("backends", "benchmarks", "conformance", "docs", "examples", "generator", "noxfile", "targets", "tests")
@@ -89,6 +97,13 @@ def by_feature(reports: dict[str, dict[str, Any]]) -> list[str]:
             cells.append(f"{counts['pass']} of {asked}" if asked else "not asked")
         lines.append(f"| {feature} | {' | '.join(cells)} |")
     return lines
+
+
+@nox.session(requires=["environment"], venv_backend="none")
+@nox.parametrize("world", WORLDS, ids=[world.replace(" --world ", "-") for world in WORLDS])
+def fuzz(session: nox.Session, world: str) -> None:
+    """Ask a backend random calls, for 15 seconds or as long as `-- --seconds` says."""
+    there(session, "mha-spec", "fuzz", *world.split(), "--seconds", "15", *session.posargs)
 
 
 @nox.session
