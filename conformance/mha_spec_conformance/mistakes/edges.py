@@ -69,6 +69,13 @@ def zeros_stay(exponentials: numpy.ndarray, total: numpy.ndarray) -> numpy.ndarr
     return numpy.where(exponentials == 0, 0.0, steps.normalise(exponentials, total))
 
 
+def scores_of_float16(query: numpy.ndarray, key: numpy.ndarray, scale: float) -> numpy.ndarray:
+    """Scores of a query and a key that count as 0 below the smallest number of float16."""
+    smallest = float(numpy.finfo(numpy.float16).smallest_subnormal)
+    query, key = (numpy.where(abs(operand) < smallest, 0.0, operand) for operand in (query, key))
+    return steps.scores(query, key, scale)
+
+
 EDGES = (
     Mistake(
         "window-right-summed-in-int32",
@@ -126,5 +133,11 @@ EDGES = (
         ("MHA-NAN-1",),
         replacing(exponentials=hidden_weigh_nothing, normalise=zeros_stay),
         functions=("attention_weights",),
+    ),
+    Mistake(
+        "flushed-below-float16",
+        "takes queries and keys below the range of float16 for 0, which are normal numbers of the softmax's type",
+        ("MHA-ACC-3",),
+        replacing(scores=scores_of_float16),
     ),
 )
