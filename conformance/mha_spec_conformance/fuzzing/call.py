@@ -41,11 +41,11 @@ class Recipe:
             array[place] = float(value)
         return array
 
-    def source(self, name: str) -> list[str]:
-        """Give the lines of Python that assign the array to `name`."""
+    @property
+    def source(self) -> str:
+        """Give the Python expression of the array, but for its marks."""
         random = f"numpy.random.default_rng({self.seed})"
-        lines = [f'{name} = numpy.array({self.expression.replace("random.", f"{random}.")}).astype("{self.dtype}")']
-        return lines + [f"{name}[{', '.join(map(str, place))}] = float({value!r})" for place, value in self.marks]
+        return f'numpy.array({self.expression.replace("random.", f"{random}.")}).astype("{self.dtype}")'
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,7 @@ def script_of(finding: Finding, target: str, arrays: str, world: str | None = No
     lines += _import(target, call.function, world)
     lines += [EXPANDED] * ("expanded" in call.layouts.values())
     lines += [TO_LIBRARY[arrays]] if arrays in TO_LIBRARY else []
-    for name, recipe in call.recipes.items():
-        lines += recipe.source(name)
-        lines += _passed(call, name, arrays)
+    lines += [line for name in call.recipes for line in _array(call, name, arrays)]
     lines += _call(finding, arrays)
     return "\n".join(lines)
 
@@ -85,17 +83,20 @@ def _import(target: str, function: str, world: str | None) -> list[str]:
     return ["import sys", f"sys.path.append({folder!r})", f"from {Path(place).stem} import {name} as {function}"]
 
 
-def _passed(call: Call, name: str, arrays: str) -> list[str]:
-    """The lines that bring an array into the form in which the call passes it."""
-    if call.host.get(name) == "list":
-        return [f"{name} = {name}.tolist()"]
-    if call.host.get(name) == "numpy":
-        return []
+def _array(call: Call, name: str, arrays: str) -> list[str]:
+    """The lines that make an array and bring it into the form in which the call passes it."""
+    recipe, host = call.recipes[name], call.host.get(name)
     layout, ndim = call.layouts.get(name), call.arrays[name].ndim
     axes = {"transposed": "-1, -2", "tokens_first": "1, 2"}.get(layout or "", "") if ndim == 4 else "0, -1"
-    lines = [f"{name} = {LAYOUTS[layout].format(x=name, axes=axes)}"] if layout in LAYOUTS and ndim else []
-    lines += [f"{name}.flags.writeable = False"] if layout == "read_only" else []
-    return lines + ([f"{name} = array({name})"] if arrays != "numpy" else [])
+    changes = [f"{name}[{', '.join(map(str, place))}] = float({value!r})" for place, value in recipe.marks]
+    changes += [f"{name} = {LAYOUTS[layout].format(x=name, axes=axes)}"] if layout in LAYOUTS and ndim else []
+    changes += [f"{name}.flags.writeable = False"] if layout == "read_only" else []
+    to_library = "{}" if arrays == "numpy" or host == "numpy" else "array({})"
+    to_library = "{}.tolist()" if host == "list" else to_library
+    if not changes:
+        return [f"{name} = {to_library.format(recipe.source)}"]
+    last = [] if to_library == "{}" else [f"{name} = {to_library.format(name)}"]
+    return [f"{name} = {recipe.source}", *changes, *last]
 
 
 def _arguments(call: Call) -> str:

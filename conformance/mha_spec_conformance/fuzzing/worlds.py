@@ -10,6 +10,8 @@ import pickle
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.targets.loading import Target, load
@@ -92,8 +94,8 @@ def over_batch(functions: Functions, transform: Callable[..., Any]) -> Functions
     def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*operands: Any, **options: Any) -> Any:
             batch = operands[0].shape[0]
-            if batch == 0 or any(isinstance(options.get(f"{side}_lengths"), list) for side in ("q", "kv")):
-                raise NotImplementedError("a batch that cannot be mapped over")
+            if batch == 0 or any(isinstance(value, (list, numpy.ndarray)) for value in options.values()):
+                raise NotImplementedError("an empty batch, or host data, which cannot be mapped over")
             mapped = {
                 n: x[:, None] for n, x in options.items() if n != "sinks" and _is_traced(x) and x.shape[0] == batch
             }
