@@ -216,7 +216,9 @@ class Reference:
         if a.mask is not None:
             constraints.append(steps.see_mask(a.mask))
         if a.bias is not None:
-            constraints.append(steps.see_bias(a.bias))
+            query_dtype = dtype_name(a.query)
+            converted = steps.convert_bias(a.bias, query_dtype, steps.softmax_dtype(query_dtype))
+            constraints.append(steps.see_bias(converted))
         constraints += self._see_positions(a, positions)
         if a.kv_lengths is not None:
             constraints.append(steps.see_kv_lengths(positions, self._integers(a.kv_lengths, positions)))

@@ -333,3 +333,13 @@ def test_what_hides_is_decided_after_the_bias_is_converted(dtype: str) -> None:
     alone = reference.attention_weights(given["query"], given["key"], bias=numpy.full_like(bias, -1e300))
     assert not weights[..., 2].any()
     assert alone.astype("float64").any() != hides
+
+
+def test_a_bias_that_converts_to_minus_infinity_hides_as_one_that_is() -> None:
+    given = {name: array.astype("float32") for name, array in tensors().items()}
+    given["value"][:, :, 2] = given["key"][:, :, 2] = numpy.nan
+    bias = numpy.zeros((1, 1, 1, KV_LEN))
+    bias[..., 2] = -1e300
+    hidden = reference.attention(**given, bias=numpy.where(bias < 0, -numpy.inf, bias))
+    assert numpy.isfinite(hidden).all()
+    assert numpy.array_equal(reference.attention(**given, bias=bias), hidden)
