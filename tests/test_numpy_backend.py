@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec_conformance.judging.bounds import allowances, precision
 from mha_spec_conformance.judging.compare import judge
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
-from mha_spec_numpy import core, dropout, forward, parallel, problem, strip, visibility
+from mha_spec_numpy import anchors, core, dropout, forward, parallel, problem, strip, tiling, visibility
 
 if TYPE_CHECKING:
     import subprocess
@@ -45,12 +46,19 @@ if TYPE_CHECKING:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that every call crosses several, among them some of one row or key."""
+    monkeypatch.setattr(tiling, "STACK", 0)
     monkeypatch.setattr(visibility, "ROWS", 14)
     monkeypatch.setattr(forward, "SCORES", 70)
     monkeypatch.setattr(strip, "SCORES", 70)
     monkeypatch.setattr(strip, "HIGHEST", 10)
     monkeypatch.setattr(strip, "LOWEST", 10)
-    monkeypatch.setattr(problem, "FEWEST_ROWS", 0)
+    monkeypatch.setattr(anchors, "FEWEST_ROWS", 0)
+
+
+@pytest.fixture(params=[1, 2, KV_HEADS, BATCH * KV_HEADS], ids="stacks of {}".format)
+def stacked(small: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:  # noqa: ARG001
+    """Small blocks of one matrix, and of several at once."""
+    monkeypatch.setattr(tiling, "STACK", request.param * HEADS // KV_HEADS * Q_LEN * KV_LEN)
 
 
 @pytest.fixture
@@ -60,7 +68,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     compute = problem.Problem.block
 
     def counted(self: problem.Problem, scaled: Any, tile: Any, keys: range, **options: Any) -> problem.Block:
-        seen.append(tile.rows * len(keys))
+        seen.append(math.prod(tile.folded) * len(keys))
         return compute(self, scaled, tile, keys, **options)
 
     monkeypatch.setattr(problem.Problem, "block", counted)
@@ -82,7 +90,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("stacked")
 @pytest.mark.parametrize("function", OUTPUTS)
 def test_goldens_in_small_blocks(function: str, suite: Suite) -> None:
     cases = [case for case in suite.cases if case.function == function and case.expect == "values"]
@@ -100,7 +108,7 @@ def _judged(case: Case) -> str | None:
     return None if judgement.passed else f"{case.id}: {judgement.reason}"
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("stacked")
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 @pytest.mark.parametrize("function", OUTPUTS)
 def test_options_together(function: str, dtype: str) -> None:
@@ -111,7 +119,7 @@ def test_options_together(function: str, dtype: str) -> None:
         assert_allowed(function, call, got)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("stacked")
 @pytest.mark.parametrize("function", OUTPUTS)
 def test_poison_reaches_what_it_reaches_in_the_reference(function: str) -> None:
     for seed in range(25):
@@ -225,16 +233,23 @@ def test_unseen_blocks_are_skipped(
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
-    """Count the tiles of a call that need no maximum, and all of them."""
-    seen: list[bool] = []
-    small = problem.Problem.small
-    monkeypatch.setattr(problem.Problem, "small", lambda *of: seen.append(small(*of)) or seen[-1])
+def without_anchor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
+    """Count the matrices of a call whose exponentials are taken as they are, and those that are looked at."""
+    monkeypatch.setattr(tiling, "STACK", HEADS // KV_HEADS * KV_LEN**2 * KV_HEADS)
+    looked: list[numpy.ndarray] = []
+    small_matrices = anchors._small_matrices
+
+    def noted(block: problem.Block, factors: tuple[numpy.ndarray, ...]) -> numpy.ndarray | None:
+        small = small_matrices(block, factors)
+        looked.extend([] if small is None else [small])
+        return small
+
+    monkeypatch.setattr(anchors, "_small_matrices", noted)
 
     def count(function: str, call: Mapping[str, Any]) -> tuple[int, int]:
-        seen.clear()
+        looked.clear()
         assert_allowed(function, call, ask(mha_spec_numpy, function, call))
-        return sum(seen), len(seen)
+        return sum(int(small.sum()) for small in looked), sum(small.size for small in looked)
 
     return count
 
@@ -248,36 +263,44 @@ def _with(call: Mapping[str, Any], name: str, number: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("function", OUTPUTS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_small_logits_need_no_maximum(function: str, dtype: str, small_tiles: Callable[..., tuple[int, int]]) -> None:
+def test_small_logits_need_no_anchor(function: str, dtype: str, without_anchor: Callable[..., tuple[int, int]]) -> None:
     call = converted(random_arrays(3), dtype)
-    taken, tiles = small_tiles(function, call)
-    assert taken == tiles == BATCH * KV_HEADS
-    assert small_tiles(function, {**call, "softcap": 1.5}) == (tiles, tiles)
-    assert small_tiles(function, {**call, "scale": 3.0})[0] < tiles
-    assert small_tiles(function, _with(call, "query", 90.0))[0] == tiles - 1
-    assert small_tiles(function, _with(call, "key", 90.0))[0] == tiles - 1
+    matrices = BATCH * KV_HEADS
+    assert without_anchor(function, call) == (matrices, matrices)
+    assert without_anchor(function, {**call, "softcap": 1.5}) == (matrices, matrices)
+    assert without_anchor(function, {**call, "scale": 9.0})[0] < matrices
+    assert without_anchor(function, _with(call, "query", 90.0)) == (matrices - 1, matrices)
+    assert without_anchor(function, _with(call, "key", 90.0)) == (matrices - 1, matrices)
     if function != "attention_weights":
-        assert small_tiles(function, _with(call, "value", 2.0**70))[0] == tiles - 1
+        assert without_anchor(function, _with(call, "value", 2.0**50)) == (matrices - 1, matrices)
+    if function == "attention_vjp":
+        assert without_anchor(function, _with(call, "grad_output", 2.0**50)) == (matrices - 1, matrices)
+
+
+def test_few_rows_have_their_maximum(without_anchor: Callable[..., tuple[int, int]]) -> None:
+    assert without_anchor("attention", random_arrays(3, q_len=31)) == (0, 0)
 
 
 @pytest.mark.parametrize("function", OUTPUTS)
-def test_invisible_pairs_have_no_say_in_whether_a_maximum_is_needed(
-    function: str, small_tiles: Callable[..., tuple[int, int]]
-) -> None:
-    square = random_arrays(3, q_len=KV_LEN)
-    assert small_tiles(function, square)[0] > 0
-    assert small_tiles(function, random_arrays(3, q_len=31))[0] == 0, "too few queries for the lengths to be worthwhile"
+def test_invisible_pairs_have_no_say_in_whether_an_anchor_is_needed(function: str) -> None:
+    call = random_arrays(3, q_len=KV_LEN)
+    large = call | {name: call[name].copy() for name in ("key", "value")}
+    for name in ("key", "value"):
+        large[name][:, :, -2:] = 2.0**50
+    visible = numpy.arange(KV_LEN) < KV_LEN - 2
+    options: dict[str, Any]
     for options in (
-        {"mask": numpy.ones((1, 1, 1, 1), dtype=bool)},
-        {"kv_lengths": [KV_LEN, KV_LEN]},
-        {"q_lengths": [KV_LEN, KV_LEN]},
-        {"causal": True},
-        {"window": (90, 90)},
-        {"bias": numpy.ones((1, 1, 1, 1))},
-        {"sinks": numpy.zeros(HEADS)},
-        {f"{whose}_segment_ids": numpy.zeros((BATCH, KV_LEN), dtype=int) for whose in ("q", "kv")},
+        {"mask": visible[None, None, None]},
+        {"bias": numpy.where(visible, 1.0, -math.inf)[None, None, None]},
+        {"kv_lengths": [KV_LEN - 2, 5]},
+        {"causal": True, "q_offset": -2},
+        {f"{whose}_segment_ids": numpy.tile(seen, (BATCH, 1)) for whose, seen in _segments(visible).items()},
     ):
-        assert small_tiles(function, square | options)[0] == 0
+        assert_same_bits(*(ask(mha_spec_numpy, function, arrays | options) for arrays in (large, call)))
+
+
+def _segments(visible: numpy.ndarray) -> dict[str, numpy.ndarray]:
+    return {"q": numpy.ones(KV_LEN, dtype=int), "kv": visible.astype(int)}
 
 
 def _memory(function: Callable[[], Any]) -> int:
@@ -366,6 +389,7 @@ def test_blas_has_its_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(core, "attend", fail)
+    monkeypatch.setattr(parallel, "SHARED", 0)
     arrays = random_arrays(0)
     with pytest.raises(ZeroDivisionError):
         mha_spec_numpy.attention(arrays["query"], arrays["key"], arrays["value"])
@@ -455,9 +479,13 @@ def test_dropout_key_is_a_seed(key: object, error: type[Exception]) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_bias_below_the_softmax_s_range_leaves_what_is_beside_it() -> None:
+def test_a_bias_that_its_conversion_makes_infinite_hides() -> None:
     call = {name: array.astype("float32") for name, array in random_arrays(5).items() if not name.startswith("grad")}
     bias = numpy.zeros((1, 1, 1, KV_LEN))
     bias[..., : KV_LEN - 1] = -1e300
-    found, expected = (module.attention(**call, bias=bias) for module in (mha_spec_numpy, reference))
-    assert numpy.array_equal(found, expected)
+    got, hidden = (
+        ask(mha_spec_numpy, "attention", {**call, "bias": each})
+        for each in (bias, numpy.where(bias < 0, -math.inf, 0.0))
+    )
+    assert_same_bits(got, hidden)
+    assert_allowed("attention", {**call, "bias": bias}, got)

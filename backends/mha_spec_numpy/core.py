@@ -18,8 +18,8 @@ from .forward import attend
 from .operations import Room
 from .parallel import each
 from .problem import Problem
-from .strip import strips, weigh
-from .tiling import Assembly, heads, tiles
+from .strip import strip_rows, weigh
+from .tiling import Assembly, tiles
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -50,9 +50,10 @@ def attention(
     a = _arguments("attention", query, key, value, **options)
     return_lse = check_flag("return_lse", return_lse)
     problem = Problem.of(a, dropout_of(a))
-    output = Assembly(a, value.shape[3:], problem.query)
-    lse = Assembly(a, (), problem.query) if return_lse else None
-    each(partial(attend, problem, output, lse, Room()), tiles(a, heads(a), problem.visibility.rows), a)
+    rows = (a.batch, a.heads, a.q_len)
+    output = Assembly((*rows, value.shape[3]), problem.query)
+    lse = Assembly(rows, problem.query) if return_lse else None
+    each(partial(attend, problem, output, lse, Room()), tiles(a, problem.visibility.rows), a)
     rounded = steps.round_output(output.whole(), dtype_name(query))
     return rounded if lse is None else (rounded, lse.whole())
 
@@ -67,8 +68,8 @@ def attention_weights(
     """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
     a = _arguments("attention_weights", query, key, None, **options)
     problem = Problem.of(a)
-    weights = Assembly(a, (a.kv_len,), problem.query)
-    each(partial(weigh, problem, weights), strips(a), a)
+    weights = Assembly((a.batch, a.heads, a.q_len, a.kv_len), problem.query)
+    each(partial(weigh, problem, weights), tiles(a, strip_rows(a)), a)
     return steps.round_output(weights.whole(), dtype_name(query))
 
 

@@ -34,17 +34,16 @@ class Dropout:
     kv_len: int
 
     def block(self, tile: Tile, keys: range, xp: Any, device: object) -> Array:
-        """Which weights of a block are kept, (group, queries, keys)."""
+        """Which weights of a block are kept, (entries, heads, queries, keys)."""
         first, last = keys.start // COLUMNS, -(-keys.stop // COLUMNS)
         within = slice(keys.start - first * COLUMNS, keys.stop - first * COLUMNS)
-        kept = [
-            numpy.concatenate(
-                [self._columns(tile.batch * self.heads + head, column, tile.queries) for column in range(first, last)],
-                axis=1,
-            )[:, within]
+        columns = [
+            [self._columns(entry * self.heads + head, column, tile.queries) for column in range(first, last)]
+            for entry in tile.entries
             for head in tile.heads
         ]
-        return xp.asarray(numpy.stack(kept), device=device)
+        kept = numpy.stack([numpy.concatenate(of_head, axis=1)[:, within] for of_head in columns])
+        return xp.asarray(kept.reshape(*tile.unfolded, len(keys)), device=device)
 
     def _columns(self, head: int, column: int, queries: range) -> numpy.ndarray:
         columns = -(-self.kv_len // COLUMNS)

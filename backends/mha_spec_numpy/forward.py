@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from mha_spec import steps
-from mha_spec.arrays import device_of
 
-from .operations import anchor_of, exp, normalised, product, row_sum
-from .tiling import SCORES, part
+from .anchors import anchor_of, finite_anchor
+from .operations import exp, normalised, row_sum
+from .tiling import part
 
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
@@ -19,66 +19,70 @@ if TYPE_CHECKING:
 
 __all__ = ["attend"]
 
+SCORES = 2**18
+"""How many scores a block has at most: 1 MiB in float32, which stays in a core's cache."""
+
 
 class Softmax(NamedTuple):
-    """What the blocks so far have come to: the maximum of each row, and against it the sums; no output by a sink."""
+    """What the blocks so far have come to: the sums of exponentials, and the anchor that was subtracted before exp."""
 
-    maximum: Array
+    anchor: Array | None
+    """None where it is 0 in every row."""
     total: Array
-    output: Array | None
+    sums: Array | None
+    """Of values, each times its exponential after dropout; None where the total is that of a sink alone."""
 
 
 def attend(problem: Problem, output: Assembly, lse: Assembly | None, room: Room, tile: Tile) -> None:
     """Put a tile's output and lse into place; lse costs nothing where it is not asked for."""
-    value = problem.value[tile.batch, tile.kv_head, ...]
-    softmax, scaled = _of_sink(problem, tile), problem.scaled(tile)
-    with_block = _with_block
-    if problem.small(scaled, tile):
-        nothing = problem.xp.zeros_like(softmax.maximum)
-        softmax, with_block = Softmax(nothing, nothing, None), _with_small
+    value, scaled = problem.value[(*tile.matrices, ...)], problem.scaled(tile)
+    softmax, place = _of_sink(problem, tile), output.place(tile)
     for keys in problem.visibility.key_blocks(tile, max(1, SCORES // tile.rows)):
         room.clear()
         block = problem.block(scaled, tile, keys, room=room)
-        softmax = with_block(problem, tile, softmax, block, value[part(keys), :])
-    weighted = softmax.output
-    if weighted is None:
-        weighted = problem.xp.zeros((tile.rows, value.shape[1]), dtype=value.dtype, device=device_of(value))
-    output.put(tile, normalised(weighted, softmax.total))
+        softmax = _with_block(problem, softmax, block, value[..., part(keys), :], place)
+    anchor, total, sums = softmax or Softmax(None, problem.full(tile, 1, 0.0), None)
+    attended = problem.full(tile, value.shape[3], 0.0) if sums is None else normalised(sums, total)
+    if sums is None or sums is not place:
+        output.put(tile.box, attended)
     if lse is not None:
-        lse.put(tile, steps.log_sum_exp(softmax.total, anchor_of(softmax.maximum)))
+        lse.put(tile.box, steps.log_sum_exp(total, 0.0 if anchor is None else anchor))
 
 
-def _of_sink(problem: Problem, tile: Tile) -> Softmax:
+def _of_sink(problem: Problem, tile: Tile) -> Softmax | None:
     """The sink comes first, as a block without a value: it weighs 1 against itself, and 0 where it is none."""
     sink = problem.sink_of(tile)
-    return Softmax(sink, problem.xp.exp(sink - anchor_of(sink)), None)
+    if sink is None:
+        return None
+    anchor = finite_anchor(sink)
+    return Softmax(anchor, problem.xp.exp(sink - anchor), None)
 
 
-def _with_block(problem: Problem, tile: Tile, before: Softmax, block: Block, value: Array) -> Softmax:
-    """One block more, and what came before it against the new maximum."""
-    xp = problem.xp
-    maximum = xp.maximum(before.maximum, xp.max(block.logits, axis=-1, keepdims=True))
-    anchor = anchor_of(maximum)
-    weights = block.logits
-    weights -= anchor
+def _with_block(problem: Problem, before: Softmax | None, block: Block, value: Array, place: Array | None) -> Softmax:
+    """One block more, and what came before it against the new anchor; the first may put its sums into place."""
+    weights, anchor = block.logits, _anchor(problem, before, block, value)
+    if anchor is not None:
+        weights -= anchor
     weights = exp(weights)
-    output = _weighted(problem, tile, block, weights, value)
-    decay = xp.exp(before.maximum - anchor)
-    if before.output is not None:
-        output += before.output * decay
-    return Softmax(maximum, before.total * decay + row_sum(weights), output)
+    total, dropped = row_sum(weights), problem.drop(block.tile, block.keys, weights)
+    if before is None:
+        return Softmax(anchor, total, block.product(dropped, value, place))
+    decay = 1.0 if anchor is None else problem.xp.exp((0.0 if before.anchor is None else before.anchor) - anchor)
+    total = total + before.total * decay
+    if before.sums is None:
+        return Softmax(anchor, total, block.product(dropped, value, place))
+    sums = before.sums
+    if anchor is not None:
+        sums *= decay
+    sums += block.product(dropped, value)
+    return Softmax(anchor, total, sums)
 
 
-def _with_small(problem: Problem, tile: Tile, before: Softmax, block: Block, value: Array) -> Softmax:
-    """One block more of logits that need no maximum: against 0, nothing that came before changes."""
-    weights = exp(block.logits)
-    output = _weighted(problem, tile, block, weights, value)
-    if before.output is not None:
-        output += before.output
-    return Softmax(before.maximum, before.total + row_sum(weights), output)
-
-
-def _weighted(problem: Problem, tile: Tile, block: Block, weights: Array, value: Array) -> Array:
-    """The sum of a block's values, each times its weight after dropout."""
-    dropped = steps.drop(weights, problem.keep(tile, block.keys), problem.a.dropout_rate)
-    return product(dropped, value, block.visible)
+def _anchor(problem: Problem, before: Softmax | None, block: Block, value: Array) -> Array | None:
+    """What a block's exponentials are taken against: no less than what those before were."""
+    anchor = anchor_of(block, value)
+    if before is None or anchor is before.anchor is None:
+        return anchor
+    if before.anchor is None or anchor is None:
+        return problem.xp.maximum(before.anchor if anchor is None else anchor, 0.0)
+    return problem.xp.maximum(before.anchor, anchor)

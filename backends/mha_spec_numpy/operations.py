@@ -12,10 +12,27 @@ import numpy
 from mha_spec import steps
 from mha_spec.arrays import device_of, namespace_of
 
+from .tiling import fold, unfold
+
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
-__all__ = ["Room", "added", "anchor_of", "dense", "exp", "hide", "normalised", "outer", "product", "row_sum", "shown"]
+    from .tiling import Tile
+
+__all__ = [
+    "Room",
+    "added",
+    "dense",
+    "exp",
+    "is_finite",
+    "normalised",
+    "outer",
+    "row_maximum",
+    "row_sum",
+    "shown",
+]
+
+_LEAST = {numpy.dtype(name): numpy.finfo(name).smallest_normal for name in ("float32", "float64")}
 
 
 class Room(local):
@@ -32,20 +49,21 @@ class Room(local):
         """All that was taken may be written over."""
         self._taken = 0
 
-    def take(self, rows: int, columns: int, dtype: numpy.dtype) -> numpy.ndarray:
-        """A matrix with any numbers in it."""
-        index, size = self._taken, rows * columns
+    def take(self, shape: tuple[int, ...], dtype: numpy.dtype) -> numpy.ndarray:
+        """An array with any numbers in it."""
+        index, size = self._taken, math.prod(shape)
         if index == len(self._pieces) or self._pieces[index].size < size:
             self._pieces[index : index + 1] = [numpy.empty(size, dtype)]
         self._taken += 1
-        return self._pieces[index][:size].reshape(rows, columns)
+        return self._pieces[index][:size].reshape(shape)
 
 
 def dense(array: Array, dtype: str) -> Array:
     """Convert to `dtype`, laid out in order: equal numbers then take the same path whatever their strides."""
+    if isinstance(array, numpy.ndarray):
+        return numpy.ascontiguousarray(array, dtype)
     xp: Any = namespace_of(array)
-    converted = xp.astype(array, getattr(xp, dtype), copy=False)
-    return numpy.ascontiguousarray(converted) if isinstance(converted, numpy.ndarray) else converted
+    return xp.astype(array, getattr(xp, dtype), copy=False)
 
 
 def exp(array: Array) -> Array:
@@ -54,51 +72,44 @@ def exp(array: Array) -> Array:
     return numpy.exp(array, out=array) if isinstance(array, numpy.ndarray) else xp.exp(array)
 
 
-def anchor_of(maximum: Array) -> Array:
-    """What is subtracted before exp: the maximum of a row, or 0 where it sees nothing, since -inf - -inf is NaN."""
-    xp: Any = namespace_of(maximum)
-    return xp.where(maximum == -math.inf, 0.0, maximum)
-
-
 def outer(left: Array, right: Array, room: Room | None) -> Array:
-    """Every row of one matrix times every row of another, in memory of `room`."""
-    transposed = namespace_of(right).matrix_transpose(right)
+    """Every row of each matrix times every row of another, in memory of `room`."""
     if room is None or not isinstance(left, numpy.ndarray):
-        return left @ transposed
-    return numpy.matmul(left, transposed, out=room.take(left.shape[0], right.shape[0], left.dtype))
+        return left @ namespace_of(right).matrix_transpose(right)
+    return numpy.matmul(left, right.swapaxes(-1, -2), out=room.take((*left.shape[:-1], right.shape[-2]), left.dtype))
 
 
-def shown(array: Array, visible: Array | None) -> Array:
-    """An array that nobody else needs, with 0 at the pairs that are not visible (MHA-POISON-1, MHA-POISON-2)."""
+def shown(matrices: Array, visible: Array | None, tile: Tile, hidden: float = 0.0) -> Array:
+    """Matrices that nobody else needs, with `hidden` at the pairs that are not visible (MHA-POISON-1, MHA-POISON-2)."""
     if visible is None:
-        return array
-    if isinstance(array, numpy.ndarray):
-        numpy.copyto(array, 0.0, where=~visible)
-        return array
-    return namespace_of(array).where(visible, array, 0.0)
+        return matrices
+    unfolded = unfold(matrices, tile)
+    if isinstance(matrices, numpy.ndarray):
+        numpy.copyto(unfolded, hidden, where=~visible)
+        return matrices
+    return fold(namespace_of(matrices).where(visible, unfolded, hidden), tile)
 
 
 def normalised(sums: Array, total: Array) -> Array:
-    """Sums that nobody else needs, over the sum of their row's exponentials; 0 where that is 0."""
+    """Sums that nobody else needs, over the sum of their row's exponentials; 0 where that is 0, as they are."""
     if isinstance(sums, numpy.ndarray):
-        return numpy.divide(sums, numpy.where(total == 0, 1.0, total), out=sums)
+        return numpy.divide(sums, numpy.maximum(total, _LEAST[total.dtype]), out=sums)
     return steps.normalise(sums, total)
 
 
-def hide(logits: Array, visible: Array) -> Array:
-    """-inf where a pair is not visible, whatever was there, in logits that nobody else needs (MHA-POISON-2)."""
-    if isinstance(logits, numpy.ndarray):
-        numpy.copyto(logits, -math.inf, where=~visible)
-        return logits
-    return steps.hide(logits, visible)
+def row_maximum(array: Array) -> Array:
+    """The largest number of each row, (..., rows, 1)."""
+    if isinstance(array, numpy.ndarray):
+        return numpy.maximum.reduce(array, axis=-1, keepdims=True)
+    return namespace_of(array).max(array, axis=-1, keepdims=True)
 
 
 def row_sum(array: Array) -> Array:
-    """The sum of each row, (rows, 1); a product with ones takes a quarter of the time of `sum`."""
+    """The sum of each row, (..., rows, 1); a product with ones takes a quarter of the time of `sum`."""
     if isinstance(array, numpy.ndarray):
-        return array @ _ones(array.shape[1], array.dtype)
+        return array @ _ones(array.shape[-1], array.dtype)
     xp: Any = namespace_of(array)
-    return array @ xp.ones((array.shape[1], 1), dtype=array.dtype, device=device_of(array))
+    return array @ xp.ones((array.shape[-1], 1), dtype=array.dtype, device=device_of(array))
 
 
 @lru_cache(maxsize=16)
@@ -106,7 +117,7 @@ def _ones(length: int, dtype: numpy.dtype) -> numpy.ndarray:
     return numpy.ones((length, 1), dtype)
 
 
-def added(array: Array, where: tuple[int | slice, ...], block: Array) -> Array:
+def added(array: Array, where: tuple[Any, ...], block: Array) -> Array:
     """Add a block to a part of an array that nobody else holds, and give the array back."""
     if hasattr(array, "at"):
         return array.at[where].add(block)
@@ -114,16 +125,8 @@ def added(array: Array, where: tuple[int | slice, ...], block: Array) -> Array:
     return array
 
 
-def product(weights: Array, values: Array, visible: Array | None) -> Array:
-    """sum_j weights_ij values_jc over visible pairs alone, where invisible ones have weight 0.
-
-    A plain product would carry a value that is not finite through a weight of 0 (MHA-POISON-1, MHA-POISON-2).
-    """
-    if visible is None or _finite(values):
-        return weights @ values
-    return steps.sum_over_visible(weights, values, visible)
-
-
-def _finite(rows: Array) -> bool:
-    """Whether a matrix is known to hold finite numbers alone; what lies on a device is not read."""
-    return isinstance(rows, numpy.ndarray) and bool(numpy.isfinite(rows.sum(axis=0)).all())
+def is_finite(matrices: Array) -> bool:
+    """Whether matrices are known to hold finite numbers alone; what lies on a device is not read."""
+    if not isinstance(matrices, numpy.ndarray):
+        return False
+    return bool(numpy.isfinite(_ones(matrices.shape[-2], matrices.dtype).T @ matrices).all())

@@ -21,6 +21,8 @@ __all__ = ["blas", "each"]
 
 WORTHWHILE = 2**20
 """Below so many scores, starting threads costs more than they save."""
+SHARED, SHARED_VECTOR = 2**18, 2**13
+"""Up to so many multiplications OpenBLAS leaves a product, or one of a matrix and a vector, to one thread."""
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -28,13 +30,19 @@ _Result = TypeVar("_Result")
 
 def each(function: Callable[[_Task], _Result], tasks: Sequence[_Task], a: Arguments) -> list[_Result]:
     """Give the result of each task in order; on NumPy, large work is spread over as many threads as its BLAS has."""
-    if not isinstance(a.query, numpy.ndarray):
+    if not isinstance(a.query, numpy.ndarray) or _is_tiny(a):
         return [function(task) for task in tasks]
     with blas().one_thread() as available:
         threads = min(available, len(tasks))
-        if a.batch * a.heads * a.q_len * a.kv_len < WORTHWHILE:
-            threads = 1
+        if threads <= 1 or a.batch * a.heads * a.q_len * a.kv_len < WORTHWHILE:
+            return [function(task) for task in tasks]
         return _shared(function, tasks, threads)
+
+
+def _is_tiny(a: Arguments) -> bool:
+    """Whether no product of the call is so large that a BLAS would use its threads for it."""
+    rows, size = a.heads // a.kv_heads * a.q_len, max(a.query.shape[3], 1 if a.value is None else a.value.shape[3])
+    return rows * a.kv_len * size <= SHARED and max(rows, size) * a.kv_len <= SHARED_VECTOR
 
 
 def _shared(function: Callable[[_Task], _Result], tasks: Sequence[_Task], threads: int) -> list[_Result]:
@@ -86,21 +94,28 @@ class Blas:
     def __init__(self) -> None:
         from threadpoolctl import ThreadpoolController
 
-        self._controller = ThreadpoolController().select(user_api="blas")
+        self._libraries = ThreadpoolController().select(user_api="blas").lib_controllers
         self._lock = Lock()
 
     @property
     def threads(self) -> int:
         """How many threads a product uses now."""
-        return max((library.num_threads for library in self._controller.lib_controllers), default=1)
+        return max((library.num_threads for library in self._libraries), default=1)
 
     @contextmanager
     def one_thread(self) -> Iterator[int]:
         """Hold the BLAS to one thread, and say how many it had; 1 where it does not obey."""
         with self._lock:
-            before = self.threads
-            with self._controller.limit(limits=1):
-                yield before if self.threads == 1 else 1
+            before = [library.num_threads for library in self._libraries]
+            try:
+                self._set([1] * len(before))
+                yield max(before, default=1) if self.threads == 1 else 1
+            finally:
+                self._set(before)
+
+    def _set(self, threads: list[int]) -> None:
+        for library, number in zip(self._libraries, threads, strict=True):
+            library.set_num_threads(number)
 
 
 @lru_cache(maxsize=1)

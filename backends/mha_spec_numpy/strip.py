@@ -5,16 +5,17 @@ So each exponential and each product is computed once. A strip is lower the more
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 from mha_spec import steps
-from mha_spec.arrays import device_of
 
-from .operations import added, anchor_of, exp, row_sum, shown
-from .tiling import heads, part, tiles
+from .anchors import anchor_of, finite_anchor
+from .operations import added, exp, row_sum, shown
+from .tiling import part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .problem import Block, Problem
     from .tiling import Assembly, Tile
 
-__all__ = ["exponentials", "strips", "weigh"]
+__all__ = ["exponentials", "strip_rows", "weigh"]
 
 SCORES = 5 * 2**16
 """How many scores a block has at most: 640 in each of 512 rows, since rows of 512 meet in the same lines of a cache."""
@@ -33,44 +34,58 @@ LOWEST, HIGHEST = 64, 512
 """Bounds of a strip's rows; below the lowest, matrix products lose their speed."""
 
 
-def strips(a: Arguments, of: list[tuple[int, int]] | None = None) -> list[Tile]:
-    """Cut the queries of every head, or of those named, into tiles whose weights over all keys may be held."""
-    rows = min(HIGHEST, max(LOWEST, STRIP // max(1, a.kv_len)))
-    return tiles(a, heads(a) if of is None else of, rows)
+def strip_rows(a: Arguments) -> int:
+    """How many rows of a matrix make a strip whose weights over all keys may be held."""
+    return min(HIGHEST, max(LOWEST, STRIP // max(1, a.kv_len)))
 
 
 def exponentials(
-    problem: Problem, tile: Tile, *, slope: bool = False, room: Room | None = None
-) -> tuple[list[Block], Array, Array]:
+    problem: Problem, tile: Tile, cotangent: Array | None = None, *, room: Room | None = None
+) -> tuple[list[Block], Array | None, Array]:
     """The blocks of a strip with exponentials for logits, those of the sinks, and the sums.
 
-    Where no maximum is waited for, they are taken as soon as the logits are there, in the core's cache.
+    With a cotangent of its rows the blocks have the slope of the soft cap, too. Where no anchor is needed, exponentials
+    are taken as soon as the logits are there, in the core's cache.
     """
-    length, scaled, sink = max(1, SCORES // tile.rows), problem.scaled(tile), problem.sink_of(tile)
-    cut = problem.visibility.key_blocks(tile, length)
-    blocks: Iterable[Block] = (problem.block(scaled, tile, keys, slope=slope, room=room) for keys in cut)
-    anchor: Array | None = None
-    if not problem.small(scaled, tile):
-        blocks = list(blocks)
-        anchor = _anchor(problem, blocks, sink)
-    of_sink = total = problem.xp.exp(sink if anchor is None else sink - anchor)
-    found: list[Block] = []
-    for block in blocks:
+    scaled, sink = problem.scaled(tile), problem.sink_of(tile)
+    total = problem.full(tile, 1, 0.0)
+    blocks: list[tuple[Block, Array | None]] = []
+    for keys in problem.visibility.key_blocks(tile, max(1, SCORES // tile.rows)):
+        block = problem.block(scaled, tile, keys, slope=cotangent is not None, room=room)
+        factors = () if cotangent is None else (cotangent, problem.value[(*tile.matrices, part(keys), ...)])
+        anchor = anchor_of(block, *factors)
+        if anchor is None:
+            total = total + row_sum(exp(block.logits))
+        blocks.append((block, anchor))
+
+    anchors = [anchor for _, anchor in blocks] + ([] if sink is None else [finite_anchor(sink)])
+    highest = _highest(problem, anchors)
+    if highest is None:
+        return [block for block, _ in blocks], None, total
+    of_sink = None if sink is None else problem.xp.exp(sink - highest)
+    decay = problem.xp.exp(-problem.xp.where(highest < 0.0, 0.0, highest))
+    total = total * decay if of_sink is None else total * decay + of_sink
+    weighed: list[Block] = []
+    for block, anchor in blocks:
         weights = block.logits
-        if anchor is not None:
-            weights -= anchor
-        weights = exp(weights)
-        total = total + row_sum(weights)
-        found.append(block._replace(logits=shown(weights, block.visible)))
-    return found, of_sink, total
+        if anchor is None:
+            weights *= decay
+        else:
+            weights -= highest
+            weights = exp(weights)
+            total = total + row_sum(weights)
+        weighed.append(block._replace(logits=shown(weights, block.visible, tile)))
+    return weighed, of_sink, total
 
 
-def _anchor(problem: Problem, blocks: list[Block], sink: Array) -> Array:
-    """What exponentials are taken against: the maximum of each row, its sink included."""
-    maximum = sink
-    for block in blocks:
-        maximum = problem.xp.maximum(maximum, problem.xp.max(block.logits, axis=-1, keepdims=True))
-    return anchor_of(maximum)
+def _highest(problem: Problem, anchors: Sequence[Array | None]) -> Array | None:
+    """The anchor that serves all blocks, no less than any of theirs; None where that is 0 in every row."""
+    numbers = [anchor for anchor in anchors if anchor is not None]
+    if not numbers:
+        return None
+    if len(numbers) < len(anchors):
+        numbers.append(problem.xp.zeros_like(numbers[0]))
+    return reduce(problem.xp.maximum, numbers)
 
 
 def weigh(problem: Problem, whole: Assembly, tile: Tile) -> None:
@@ -78,7 +93,7 @@ def weigh(problem: Problem, whole: Assembly, tile: Tile) -> None:
     xp = problem.xp
     blocks, _, total = exponentials(problem, tile)
     unseen = xp.where(xp.isnan(total), total, 0.0)
-    weights = xp.zeros((tile.rows, problem.a.kv_len), dtype=total.dtype, device=device_of(total)) + unseen
+    weights = problem.full(tile, problem.a.kv_len, 0.0) + unseen
     for block in blocks:
-        weights = added(weights, (slice(None), part(block.keys)), steps.normalise(block.logits, total))
-    whole.put(tile, weights)
+        weights = added(weights, (..., part(block.keys)), steps.normalise(block.logits, total))
+    whole.put(tile.box, weights)
