@@ -33,23 +33,29 @@ def descriptions() -> Iterator[Description]:
 def _case(label: str, sizes: Sizes, function: str) -> Description:
     inputs, _ = inputs_of(sizes, "generic", {"grad_lse": True} if function == "attention_vjp" else {}, 0, function)
     inputs["bias"] = Input(_bias(sizes), "float64")
+    for name in {"key", "value"} & inputs.keys():
+        values = inputs[name].values.copy()
+        values[:, :, -1] = numpy.nan
+        inputs[name] = Input(values)
     empty = ("MHA-EMPTY-3",) if function == "attention_vjp" else ("MHA-EMPTY-1",)
     return describe(
         f"bias/float64-hides/{label}",
-        "A float64 bias of -1e300 is -inf in float32, and hides.",
+        "A float64 bias of -1e300 is -inf in float32, and hides; it hides NaN in the last key and value from all rows.",
         sizes,
         inputs,
         function=function,
-        clauses=("MHA-BIAS-2", "MHA-BIAS-3", *empty),
-        dtypes=NARROW,
+        clauses=("MHA-BIAS-2", "MHA-BIAS-3", "MHA-POISON-1", *empty),
+        features=("poison",),
+        dtypes=NARROW[:2] if function == "attention_vjp" else NARROW,
         lse=True,
     )
 
 
 def _bias(sizes: Sizes) -> numpy.ndarray:
-    """Rows take turns: all keys hidden, two of three, a bias of full mantissa."""
+    """Rows take turns: all keys hidden, two of three, the last key alone, beside a bias of full mantissa."""
     _, heads, q_len, kv_len = sizes.scores
     head, row, key = numpy.indices((heads, q_len, kv_len))
     ordinary = bell((heads, q_len, kv_len), 2.0**-3, "float64 bias") + 2.0**-40
     turn = (row + head) % 3
-    return numpy.where((turn == 0) | ((turn == 1) & (key % 3 != 0)), BEYOND, ordinary)[None]
+    hidden = (turn == 0) | ((turn == 1) & (key % 3 != 0)) | (key == kv_len - 1)
+    return numpy.where(hidden, BEYOND, ordinary)[None]
