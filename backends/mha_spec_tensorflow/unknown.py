@@ -111,10 +111,11 @@ def sizes_of(array: Array) -> list[Size]:
 
 
 def _tensor_of(value: Any) -> Any:
-    """A variable, of TensorFlow or of Keras, as a tensor; anything else as it is."""
-    if isinstance(value, tf.Tensor) or not (isinstance(value, tf.Variable) or hasattr(value, "__tf_tensor__")):
+    """A variable, of TensorFlow or of Keras, as a tensor; anything else, such as a symbol of Keras, as it is."""
+    if isinstance(value, tf.Tensor) or library_of(value) != "tensorflow":
         return value
-    return tf.convert_to_tensor(value)
+    is_variable = isinstance(value, tf.Variable) or hasattr(value, "__tf_tensor__")
+    return tf.convert_to_tensor(value) if is_variable else value
 
 
 def settled(
@@ -207,9 +208,7 @@ class _Run:
 
     def asserted(self, *, aligned: bool) -> dict[str, Array]:
         """The tensors, each after all assertions and with what is known of its shape."""
-        ranks = [self._of_rank(name) for name, one in self.tensors.items() if one.shape.rank is None]
-        with tf.control_dependencies(ranks):
-            shapes = {name: tf.shape(one) for name, one in self.tensors.items()}
+        shapes = {name: self._shape(name) for name in self.tensors}
         self._complete(shapes)
         with tf.control_dependencies([self._of_lengths(shapes)] if aligned else []):
             checks = [self._of_shape(name, shape) for name, shape in shapes.items()]
@@ -221,6 +220,13 @@ class _Run:
             one.set_shape(self._static(name))
         return after
 
+    def _shape(self, name: str) -> Array:
+        """The sizes of as many axes as the layout has; 0 for those that a tensor of unknown rank lacks."""
+        tensor, rank = self.tensors[name], len(self.layouts[name].sizes)
+        if tensor.shape.rank is not None:
+            return tf.shape(tensor)
+        return tf.concat([tf.shape(tensor), tf.zeros(rank, tf.int32)], 0)[:rank]
+
     def _complete(self, shapes: Mapping[str, Array]) -> None:
         """Take a size that is not known from the first tensor that has it and does not broadcast."""
         for name, shape in shapes.items():
@@ -228,11 +234,6 @@ class _Run:
             for axis, (size, broadcasts) in enumerate(zip(layout.sizes, layout.broadcasts, strict=True)):
                 if not broadcasts and size not in self.sizes:
                     self.sizes[size] = shape[axis]
-
-    def _of_rank(self, name: str) -> Any:
-        layout, rank = self.layouts[name], tf.rank(self.tensors[name])
-        message = f"`{name}` must have rank {len(layout.sizes)}, ({', '.join(layout.sizes)}), received rank="
-        return _assertion(rank == len(layout.sizes), message, rank, layout.clause)
 
     def _of_lengths(self, shapes: Mapping[str, Array]) -> Any:
         axes = {"query": "q_len", "key": "kv_len"}
@@ -244,9 +245,11 @@ class _Run:
         layout = self.layouts[name]
         expected = tf.stack([self.sizes.get(size, 1) for size in layout.sizes])
         fits = (shape == expected) | (tf.constant(layout.broadcasts) & (shape == 1))
+        tensor = self.tensors[name]
+        condition = tf.reduce_all(fits) & (tf.rank(tensor) == len(layout.sizes))
         verb = "broadcast to" if any(layout.broadcasts) else "have shape"
         message = f"`{name}` must {verb} ({', '.join(layout.sizes)})="
-        return _assertion(tf.reduce_all(fits), message, expected, "received shape=", shape, layout.clause)
+        return _assertion(condition, message, expected, "received shape=", tf.shape(tensor), layout.clause)
 
     def _static(self, name: str) -> list[int | None]:
         layout = self.layouts[name]
