@@ -21,7 +21,7 @@ from mha_spec_conformance.fuzzing.call import Call, Recipe
 from mha_spec_conformance.fuzzing.expected import NotAdmitted, expect
 from mha_spec_conformance.fuzzing.script import script_of
 from mha_spec_conformance.fuzzing.search import Finding, RoundIsOver, Search
-from mha_spec_conformance.fuzzing.worlds import WORLDS, load_in_world, world_of
+from mha_spec_conformance.fuzzing.worlds import WORLDS, UnknownWorld, load_in_world, world_of
 from mha_spec_conformance.judging.compare import EXACT, FINITE
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.cases import load
@@ -224,6 +224,10 @@ def test_target_that_does_not_answer_is_reported(
     assert "causal=True" in printed
 
 
+def test_call_that_is_open_at_the_end_of_the_time_is_not_a_fault(tmp_path: Path) -> None:
+    assert fuzz(target=target_file(tmp_path, "time.sleep(60)"), seconds=2.0, limit=60.0) == 2
+
+
 @pytest.mark.parametrize("layout", layouts_of("numpy"))
 def test_layout_keeps_the_elements(layout: str) -> None:
     array = numpy.arange(2 * 3 * 5 * 7, dtype="float32").reshape(2, 3, 5, 7)
@@ -285,11 +289,25 @@ def test_script_of_every_layout_runs(layout: str, expression: str) -> None:
     assert names["results"].shape == (2, 3, 5, 5)
 
 
-@pytest.mark.parametrize("target", WORLDS)
-def test_every_world_answers(target: str) -> None:
+def stop_after_three(outcome: Any) -> None:
+    if outcome.judged.total() == 3:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("target", "world"), [(target, world) for target, worlds in WORLDS.items() for world in worlds]
+)
+def test_every_world_answers(target: str, world: str) -> None:
     pytest.importorskip(target)
-    for world in WORLDS[target]:
-        loaded = load_in_world(target, world)
-        asker = Asker(loaded.claims, lambda question, loaded=loaded: answer(loaded, question))
-        outcome = Search(asker, 0, 10.0, world=world_of(target, world)).run()
-        assert outcome.judged.total() > 0, world
+    loaded = load_in_world(target, world)
+    asker = Asker(loaded.claims, lambda question: answer(loaded, question))
+    functions = ("attention",) if "attention" in loaded.functions else ("attention_vjp",)
+    search = Search(asker, 0, LONG, functions=functions, world=world_of(target, world), progress=stop_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    assert search.outcome.findings == []
+
+
+def test_unknown_world_is_an_error_that_names_those_that_are_known() -> None:
+    with pytest.raises(UnknownWorld, match="torch vmap"):
+        fuzz(target="numpy", seconds=1.0, world="jit")

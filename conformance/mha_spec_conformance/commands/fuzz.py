@@ -15,7 +15,7 @@ from mha_spec_conformance.asking.pool import Pool
 from mha_spec_conformance.fuzzing.asking import Asker
 from mha_spec_conformance.fuzzing.case import case_of, save
 from mha_spec_conformance.fuzzing.script import script_of
-from mha_spec_conformance.fuzzing.search import Search
+from mha_spec_conformance.fuzzing.search import RoundIsOver, Search
 from mha_spec_conformance.fuzzing.worlds import load_in_world, world_of
 from mha_spec_conformance.reporting.terminal import COLOURS, console, details
 from mha_spec_conformance.suite.conventions import parse_convention
@@ -62,7 +62,10 @@ def fuzz(
 
         def answered(question: Question) -> Answer:
             pool.limit = min(limit, max(search.left, LEAST_SECONDS))
-            return next(answer for _, answer in pool.answers([question]))
+            ((_, answer),) = pool.answers([question])
+            if answer.came == "timeout" and pool.limit < limit:
+                raise RoundIsOver
+            return answer
 
         def told(finding: Finding) -> None:
             print_finding(screen, finding, script_of(finding, target, pool.claims.arrays, world))

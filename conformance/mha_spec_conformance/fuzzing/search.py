@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .call import Call
     from .worlds import World
 
-__all__ = ["Finding", "Outcome", "Search"]
+__all__ = ["Finding", "Outcome", "RoundIsOver", "Search"]
 
 CALLS_OF_ROUND = 200
 """Drawn calls between two fresh starts of the generator."""
