@@ -229,7 +229,7 @@ def test_what_is_no_safetensors_file_is_refused_by_name(folder: Path) -> None:
     (folder / name).write_bytes(b"nothing")
     entry = {"sha256": hashlib.sha256(b"nothing").hexdigest(), "bytes": 7}
     _edit_index(folder, lambda index: index["files"].update({name: entry}))
-    with pytest.raises(GoldensError, match=f"^{name}: no safetensors file"):
+    with pytest.raises(GoldensError, match=f"^{name}: the suite cannot read it as a safetensors file"):
         load(folder)
 
 
@@ -244,7 +244,7 @@ def test_what_is_no_json_is_refused(folder: Path) -> None:
     data = (folder / "index.json").read_bytes()[:-20]
     (folder / "index.json").write_bytes(data)
     (folder / "index.json.sha256").write_text(hashlib.sha256(data).hexdigest())
-    with pytest.raises(GoldensError, match=r"^index.json: damaged, no JSON"):
+    with pytest.raises(GoldensError, match=r"^index.json: damaged, it is not JSON"):
         load(folder)
 
 
@@ -296,7 +296,7 @@ def _change_kind(index: dict) -> None:
         (_drop_shape, "'shape'"),
         (_name_another_tensor, "`query` names tensor 0123456789abcdef, which tensors-.* does not have"),
         (_name_other_kinds, "`output` names tensor 0123456789abcdef"),
-        (_name_other_parameters, "case attention/generated names the parameters 01234567, which are not there"),
+        (_name_other_parameters, "case attention/generated names the parameters 01234567, which do not exist"),
         (_change_shape, "`lse` must have shape=.1, 2, 4., its tensor has shape=.1, 2, 3."),
         (_change_kind, "the kind of its generator must be one of bell, contrast, full"),
     ],

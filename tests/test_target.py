@@ -1,4 +1,4 @@
-"""What a target is, what it claims, and what is said of one that cannot be asked."""
+"""A target is loaded, its claims are read, and a target that cannot be judged is described in one line."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def own_path() -> Iterator[None]:
-    """Leave the import path and the modules as they were."""
+def restored_path() -> Iterator[None]:
+    """Restore the import path and the modules after each test."""
     path, modules = list(sys.path), set(sys.modules)
     yield
     sys.path[:] = path
@@ -45,25 +45,25 @@ def test_keywords_of_the_signature_are_claimed(write: Callable[..., str]) -> Non
     assert not claims.registered
 
 
-def test_open_keywords_claim_nothing_unless_features_do(write: Callable[..., str]) -> None:
+def test_open_keywords_claim_only_the_declared_features(write: Callable[..., str]) -> None:
     function = "def attention(query, key, value, **options): ..."
     assert load(write(function)).claims.keywords["attention"] == ()
-    claims = load(write(f"features = ('segments',)\n{function}", "told.py")).claims
+    claims = load(write(f"features = ('segments',)\n{function}", "declared.py")).claims
     assert claims.keywords["attention"] == ("q_segment_ids", "kv_segment_ids")
 
 
-def test_unreadable_signature_claims_what_features_say(write: Callable[..., str]) -> None:
+def test_unreadable_signature_claims_the_declared_features(write: Callable[..., str]) -> None:
     kernel = "class Kernel:\n    __signature__ = 3\n    def __call__(self, q, k, v, mask=None): ...\n"
     text = f"features = ('mask',)\n{kernel}attention = Kernel()"
     assert load(write(text)).claims.keywords["attention"] == ("mask",)
 
 
-def test_one_of_two_keywords_is_not_the_feature(write: Callable[..., str]) -> None:
+def test_feature_needs_all_of_its_keywords(write: Callable[..., str]) -> None:
     claims = load(write("def attention(query, key, value, q_segment_ids=None): ...")).claims
     assert "segments" not in claims.features
 
 
-def test_siblings_are_claimed_by_their_names(write: Callable[..., str]) -> None:
+def test_other_functions_of_the_file_are_claimed_by_their_names(write: Callable[..., str]) -> None:
     path = write("def mine(q, k, v): ...\ndef attention(q, k, v, mask): ...\ndef merge_attention(a, b, c, d): ...")
     target = load(f"{path}:mine")
     assert target.functions["attention"].__name__ == "mine"
@@ -77,7 +77,7 @@ def test_module_and_function_by_name() -> None:
     assert load("shutil:copyfileobj").functions.keys() == {"attention"}
 
 
-def test_file_hides_no_module_of_its_name(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_does_not_hide_the_module_of_its_name(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "graphlib", raising=False)
     path = write("from graphlib import TopologicalSorter\ndef attention(query, key, value): ...", "graphlib.py")
     assert load(path).functions.keys() == {"attention"}
@@ -89,44 +89,44 @@ def test_file_finds_its_neighbours(write: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         (
-            "import nothing_of_that_name",
-            r"does not import: ModuleNotFoundError: No module named 'nothing_of_that_name' \(.*target.py:1\)",
+            "import missing_module",
+            r"does not import: ModuleNotFoundError: No module named 'missing_module' \(.*target.py:1\)",
         ),
         ("x = 1\nraise SystemExit(3)", r"does not import: SystemExit: 3 \(.*target.py:2\)"),
         ("def attention(:", "does not import: SyntaxError"),
-        ("x = 1", "nothing to ask: no function called attention; it defines no function"),
-        ("def sdpa(q, k, v): ...", "nothing to ask.*it has sdpa: name one as TARGET:sdpa"),
+        ("x = 1", "nothing to judge: there is no function called attention; it defines no function"),
+        ("def sdpa(q, k, v): ...", "nothing to judge.*it defines sdpa: choose one as TARGET:sdpa"),
         (
             "arrays = 'cupy'\ndef attention(q, k, v): ...",
-            "`arrays` must be of numpy, torch, jax, tensorflow, received 'cupy'",
+            "`arrays` must be one of numpy, torch, jax, tensorflow, received 'cupy'",
         ),
-        ("dtypes = ('float8',)\ndef attention(q, k, v): ...", "`dtypes` must be of float64, .*received 'float8'"),
+        ("dtypes = ('float8',)\ndef attention(q, k, v): ...", "`dtypes` must be one of float64, .*received 'float8'"),
         ("dtypes = 'float32'\ndef attention(q, k, v): ...", "`dtypes` must be a tuple"),
-        ("device = 3\ndef attention(q, k, v): ...", "`device` must be a text"),
-        ("profile = 'lax'\ndef attention(q, k, v): ...", "`profile` must be of standard, strict, received 'lax'"),
-        ("features = ('masks',)\ndef attention(q, k, v): ...", "`features` must be of .*received 'masks'"),
+        ("device = 3\ndef attention(q, k, v): ...", "`device` must be a string"),
+        ("profile = 'lax'\ndef attention(q, k, v): ...", "`profile` must be one of standard, strict, received 'lax'"),
+        ("features = ('masks',)\ndef attention(q, k, v): ...", "`features` must be one of .*received 'masks'"),
         ("conventions = {'mask': 'x'}\ndef attention(q, k, v): ...", "'mask' is not a convention"),
         ("conventions = {'lse_base': '10'}\ndef attention(q, k, v): ...", "lse_base must be e or 2, received '10'"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(write: Callable[..., str], text: str, says: str) -> None:
-    with pytest.raises(TargetError, match=says) as caught:
+def test_invalid_target_is_described_in_one_line(write: Callable[..., str], text: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message) as caught:
         load(write(text))
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
-        ("nothere", "'nothere' is no backend .*no file and no module"),
+        ("nothere", "'nothere' is not a backend .*, a file or a module"),
         ("folder/none.py", "there is no file folder/none.py"),
-        ("json:none", "json has no function 'none'; it has"),
+        ("json:none", "json has no function 'none'; it defines"),
         ("json.none", "does not import: ModuleNotFoundError"),
     ],
 )
-def test_target_that_is_not_there(name: str, says: str) -> None:
-    with pytest.raises(TargetError, match=says):
+def test_missing_target_is_named(name: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
         load(name)

@@ -1,4 +1,4 @@
-"""One question to one target: whatever the target does becomes an answer."""
+"""Whatever a target does with a question becomes an answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mha_spec_conformance.targets.loading import Target
 
 @pytest.fixture
 def question() -> Question:
-    """Plain attention over small numbers, tried in every layout and twice."""
+    """Give a question about plain attention, which is repeated and asked in every layout."""
     generator = numpy.random.default_rng(3)
     shapes = {"query": (2, 3, 5, 7), "key": (2, 3, 11, 7), "value": (2, 3, 11, 13)}
     arrays = {name: generator.standard_normal(shape).astype(numpy.float32) for name, shape in shapes.items()}
@@ -35,13 +35,13 @@ def question() -> Question:
 
 
 def asked(function: object, question: Question, supports: object = None, name: str = "attention") -> Answer:
-    """The answer of a target that is this function."""
+    """Give the answer of a target that consists of this function."""
     return answer(Target({name: function}, Claims("x", {}, ("float32",)), supports), question)
 
 
 def test_outputs_of_a_right_attention(question: Question) -> None:
     got = asked(reference.attention, question)
-    assert got.came == "returned"
+    assert got.kind == "returned"
     assert got.outputs["output"].shape == (2, 3, 5, 13)
     assert got.outputs["output"].dtype == numpy.float32
     assert got.deterministic is True
@@ -62,15 +62,15 @@ def test_options_and_arrays_are_keywords(question: Question) -> None:
 
 
 @pytest.mark.parametrize("value", [None, [1.0], 3.0, "text", numpy.array([None])])
-def test_what_is_no_array_is_malformed(question: Question, value: object) -> None:
+def test_result_that_is_not_an_array_is_malformed(question: Question, value: object) -> None:
     got = asked(lambda *_: value, question)
-    assert got.came == "malformed"
+    assert got.kind == "malformed"
     assert "`output` must be an array" in got.reason
 
 
 def test_tuple_where_one_array_is_asked(question: Question) -> None:
     got = asked(lambda query, *_: (query, query), question)
-    assert got.came == "malformed"
+    assert got.kind == "malformed"
     assert "a tuple of 2" in got.reason
 
 
@@ -78,11 +78,11 @@ def test_one_array_where_two_are_asked(question: Question) -> None:
     got = asked(
         lambda query, *_, **__: query, replace(question, outputs=("output", "lse"), options={"return_lse": True})
     )
-    assert got.came == "malformed"
+    assert got.kind == "malformed"
     assert "must return (output, lse)" in got.reason
 
 
-def test_gradients_are_named_and_may_lack_what_is_not_asked(question: Question) -> None:
+def test_gradients_are_named_and_those_not_asked_for_may_be_missing(question: Question) -> None:
     asking = replace(
         question,
         function="attention_vjp",
@@ -97,7 +97,7 @@ def test_gradients_are_named_and_may_lack_what_is_not_asked(question: Question) 
         replace(wanted, outputs=("grad_query", "grad_bias")),
         name="attention_vjp",
     )
-    assert lacking.came == "malformed"
+    assert lacking.kind == "malformed"
     assert "`grad_bias`" in lacking.reason
 
 
@@ -111,7 +111,7 @@ def test_inputs_written_to_are_named(question: Question) -> None:
     assert got.layouts == {}
 
 
-def test_layout_that_raises_is_told_from_one_that_is_refused(question: Question) -> None:
+def test_layout_that_raises_is_distinguished_from_an_unsupported_layout(question: Question) -> None:
     def picky(query: numpy.ndarray, *_: numpy.ndarray) -> numpy.ndarray:
         if not query.flags.writeable:
             raise ValueError("read-only")
@@ -120,19 +120,19 @@ def test_layout_that_raises_is_told_from_one_that_is_refused(question: Question)
         return query
 
     got = asked(picky, question)
-    assert got.came == "returned"
+    assert got.kind == "returned"
     assert got.layouts.keys() == {"read_only"}
     assert "ValueError: read-only" in got.layouts["read_only"]
 
 
-def test_runs_that_differ_are_told(question: Question) -> None:
+def test_runs_that_differ_are_reported(question: Question) -> None:
     noise = iter(range(9))
     assert asked(lambda query, *_: query + next(noise), question).deterministic is False
 
 
 def test_exception_has_its_class_message_and_line(question: Question) -> None:
     got = asked(lambda query, *_: query[99], question)
-    assert got.came == "raised"
+    assert got.kind == "raised"
     assert got.raised.classes[:2] == ("IndexError", "LookupError")
     assert str(got.raised).startswith("IndexError: index 99 is out of bounds")
     assert got.raised.where.startswith(f"{os.path.relpath(__file__)}:")
@@ -152,40 +152,42 @@ def test_system_exit_is_an_error(question: Question) -> None:
 
 def test_not_implemented_is_unsupported(question: Question) -> None:
     def refuses(*_: object) -> None:
-        raise NotImplementedError("heads of 64 alone")
+        raise NotImplementedError("only heads of size 64")
 
     got = asked(refuses, question)
-    assert (got.came, got.reason) == ("unsupported", "heads of 64 alone")
+    assert (got.kind, got.reason) == ("unsupported", "only heads of size 64")
 
 
-@pytest.mark.parametrize(("said", "reason"), [("no bfloat16", "no bfloat16"), (False, "supports(case) said no")])
-def test_supports_is_asked_first(question: Question, said: object, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("returned", "reason"), [("no bfloat16", "no bfloat16"), (False, "supports(question) returned False")]
+)
+def test_supports_is_called_first(question: Question, returned: object, reason: str) -> None:
     got = asked(
         lambda *_: pytest.fail("was called"),
         question,
-        supports=lambda case: said if case.shapes["query"][3] == 7 else True,
+        supports=lambda question: returned if question.shapes["query"][3] == 7 else True,
     )
-    assert (got.came, got.reason) == ("unsupported", reason)
+    assert (got.kind, got.reason) == ("unsupported", reason)
 
 
-def test_array_of_another_library_is_noticed(question: Question) -> None:
+def test_array_of_another_library_is_reported(question: Question) -> None:
     torch = pytest.importorskip("torch")
     assert asked(lambda *_: torch.zeros(3), question).foreign == "torch"
 
 
 @pytest.mark.parametrize("dtype", ["complex128", "longdouble"])
-def test_results_of_any_width_come_back(question: Question, dtype: str) -> None:
+def test_results_of_any_width_are_returned(question: Question, dtype: str) -> None:
     got = asked(
         lambda *operands: numpy.asarray(reference.attention(*operands)).astype(dtype), replace(question, repeat=True)
     )
-    assert got.came == "returned"
+    assert got.kind == "returned"
     assert got.outputs["output"].dtype == dtype
 
 
-def test_fault_of_ours_is_not_blamed_on_the_target(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_of_the_suite_is_not_blamed_on_the_target(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*_: object) -> bool:
-        raise KeyError("ours")
+        raise KeyError("suite")
 
     monkeypatch.setattr(worker, "same_bits", fault)
-    with pytest.raises(KeyError, match="ours"):
+    with pytest.raises(KeyError, match="suite"):
         asked(reference.attention, question)

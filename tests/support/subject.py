@@ -39,5 +39,5 @@ class Subject:
 
     def outcome(self, case: Case, dtype: str, *, every_layout: bool = False) -> Result:
         """What the suite says of one answer."""
-        ask = Ask(case, dtype, tuple(case.expected) or ("output",), probed=every_layout)
+        ask = Ask(case, dtype, tuple(case.expected) or ("output",), every_layout=every_layout)
         return self.judge.result(ask, answer(self.target, ask.question()))

@@ -1,1 +1,1 @@
-"""How a target is asked: questions, the calls that they become, and the processes that answer them."""
+"""Ask a target: choose the questions, turn each into calls, and make the calls in other processes."""

@@ -50,10 +50,10 @@ ARGUMENT_OF = {
     **dict.fromkeys((*CACHE, "chunks", "drafts"), "cache"),
     **dict.fromkeys(("q_norm", "k_norm"), "norm_epsilon"),
 }
-"""The argument of the layer that an array or option of a question is a part of, where the names differ."""
+"""The argument of the layer that contains an array or option of a question, if their names differ."""
 
 QUERY_AXES = {"weights": 2}
-"""The axis of queries of an output of the layer; 1 for those that are not named."""
+"""The axis of queries in an output of the layer; it is 1 for an output that is not listed."""
 
 
 class MalformedResult(Exception):
@@ -61,7 +61,7 @@ class MalformedResult(Exception):
 
 
 def function_over(steps: Steps | LayerSteps, name: str) -> Callable[..., Any]:
-    """Give a function of the specification over these steps, of attention or of the layer."""
+    """Give a function of the specification that is composed of these steps, of attention or of the layer."""
     layer, core = (steps, Steps()) if isinstance(steps, LayerSteps) else (LayerSteps(), steps)
     return getattr(Reference(core) if hasattr(Reference, name) else Layer(layer), name)
 
@@ -74,7 +74,7 @@ def keyword_of(function: str, name: str) -> str:
 
 
 def is_parameter(name: str) -> bool:
-    """Tell whether an array is one of `params`; some cases have a name that no layer has."""
+    """Tell whether an array belongs to `params`; some cases use a name that no layer has."""
     return name in AXES or name.startswith(("w_", "b_"))
 
 
@@ -94,7 +94,7 @@ def named(function: str, keywords: Mapping[str, object], returned: object) -> di
     """Give the results of a call by name.
 
     Raises:
-        MalformedResult: The call returned something else than the outputs of the function.
+        MalformedResult: The call did not return the outputs of the function.
     """
     names = FUNCTIONS[function].returned(keywords)
     if len(names) == 1:
@@ -133,7 +133,7 @@ def layer_answers(call: Callable[..., Any], function: str, arguments: Arguments)
 
 
 def _draft(function: str, operands: list[Any]) -> list[Any]:
-    """Give the same operands with other tokens."""
+    """Give the operands with other tokens: the same, negated."""
     names = FUNCTIONS[function].operands
     return [-array if name in TOKENS else array for name, array in zip(names, operands, strict=True)]
 
@@ -163,7 +163,7 @@ def _parts(arguments: Arguments) -> Iterator[dict[str, Any]]:
 
 
 def joined(parts: list[dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:
-    """Join the outputs of a sequence of calls, those of one name along the queries."""
+    """Join the outputs of a sequence of calls by name, along the axis of queries."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: _joined(name, [part[name] for part in parts if name in part]) for name in names}
 

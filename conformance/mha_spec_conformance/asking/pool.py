@@ -1,4 +1,4 @@
-"""Worker processes, which answer questions; a crash or a timeout is an answer too."""
+"""Worker processes, which answer questions; a crash or a timeout is also an answer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ AHEAD = 4
 STARTUP_SECONDS = 300.0
 """Time limit for importing a target, which may import a whole framework."""
 
-
 MEMORY = Path("/dev/shm")
 """A folder in memory for questions and answers, used if it has enough space."""
 
@@ -44,7 +43,7 @@ ENOUGH_MEMORY = 2**28
 
 
 def _fast_folder() -> str | None:
-    """Give the folder for questions and answers; None is the temporary folder of the system."""
+    """Give the folder for questions and answers; None means the temporary folder of the system."""
     usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ENOUGH_MEMORY
     return str(MEMORY) if usable else None
 
@@ -64,11 +63,11 @@ class Worker:
     def start(self) -> None:
         """Start the process, load the target in it, and keep its claims."""
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
+        self.connection, process_end = context.Pipe()
         self.printed = self.folder / "printed"
-        self.process = context.Process(target=serve, args=(theirs, self.target, str(self.printed), self.load))
+        self.process = context.Process(target=serve, args=(process_end, self.target, str(self.printed), self.load))
         self.process.start()
-        theirs.close()
+        process_end.close()
         self.claims = self._claims()
         self.since = time.monotonic()
         self.stopped = False
@@ -113,7 +112,7 @@ class Worker:
                 self.since = time.monotonic()
                 reply: Answer = pickle.loads(path.read_bytes())
                 path.unlink()
-                return _without_our_faults(reply)
+                return _checked(reply)
         except (EOFError, OSError):
             return self._replace(Answer("crash", reason=self._ending(), seconds=time.monotonic() - self.since))
         if time.monotonic() - self.since > limit:
@@ -130,19 +129,19 @@ class Worker:
             self.ask(question)
 
     def forget(self) -> None:
-        """Drop the questions that are held, and stop the process, whose answers would otherwise come later."""
+        """Drop the questions that are held, and stop the process, because its answers would otherwise arrive later."""
         self.group = iter(())
         if self.held:
             self.held.clear()
             self.stop()
 
     def _replace(self, answer: Answer) -> Answer:
-        """Start anew with the questions behind the one that ended the process; without any, when the next one comes."""
+        """Start a new process for the questions that follow; without any, it starts with the next question."""
         self.stop()
-        behind = list(self.held)[1:]
-        if behind:
+        following = list(self.held)[1:]
+        if following:
             self.start()
-        for question in behind:
+        for question in following:
             self._send(question)
         return answer
 
@@ -160,7 +159,7 @@ class Worker:
         return f"the process ended with {how}" + (f"; last printed: {lines[-1][:200]}" if lines else "")
 
     def stop(self) -> None:
-        """Kill the process; the next question starts another one."""
+        """Kill the process; the next question starts another process."""
         self.stopped = True
         self.process.kill()
         self.process.join()
@@ -168,15 +167,15 @@ class Worker:
         self.printed.unlink(missing_ok=True)
 
 
-def _without_our_faults(answer: Answer) -> Answer:
-    """Give the answer back, but raise for a fault of the suite."""
-    if answer.came == "internal":
+def _checked(answer: Answer) -> Answer:
+    """Return the answer, but raise if it reports a fault of the suite."""
+    if answer.kind == "internal":
         raise RuntimeError(answer.reason)
     return answer
 
 
 class Pool:
-    """`jobs` workers of one target; use it as a context manager, which ends all processes."""
+    """Runs `jobs` workers of one target; use it as a context manager, which ends all processes."""
 
     def __init__(
         self, target: str, jobs: int = 1, limit: float = 60.0, load: Callable[[str], Target] = load_target
@@ -215,7 +214,7 @@ class Pool:
         self._folder.cleanup()
 
     def answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
-        """Ask all questions; each comes back with its answer, in the order in which the answers arrive.
+        """Ask all questions; yield each with its answer, in the order in which the answers arrive.
 
         The questions of one group go to one worker, so that its framework compiles once for them. If the caller stops
         early, the remaining answers are dropped.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["LAYOUTS", "Answer", "Question", "Raised"]
 
 LAYOUTS = ("strided", "reversed", "read_only")
-"""How inputs may lie in memory, beside plainly (MHA-PURE-2)."""
+"""The memory layouts, other than the plain one, in which inputs are passed (MHA-PURE-2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Question:
     layouts: tuple[str, ...] = ()
     repeat: bool = False
     placed: Mapping[str, str] = field(default_factory=dict)
-    """The layouts of single arrays; all others lie plainly in memory."""
+    """The layouts of single arrays; all other arrays have the plain layout."""
     reused: bool = False
-    """Whether a second call with other numbers is made, which must leave the results of the first alone."""
+    """If True, a second call with other numbers follows, which must not change the results of the first."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,13 +62,13 @@ class Raised:
 class Answer:
     """The answer to a question.
 
-    `came` is "returned", "raised", "unsupported", "malformed" (the results are not arrays that can be compared),
+    `kind` is "returned", "raised", "unsupported", "malformed" (the results are not arrays that can be compared),
     "crash", "timeout" or "internal" (a fault of the suite); `reason` explains the last five. `written` names the inputs
     that the call wrote to. `layouts` holds, for each other layout of the inputs, the outputs or the error. `foreign` is
     the library of the outputs if it is not that of the inputs.
     """
 
-    came: str
+    kind: str
     outputs: Mapping[str, numpy.ndarray] = field(default_factory=dict)
     reason: str | None = None
     raised: Raised | None = None

@@ -1,4 +1,4 @@
-"""Choose the cases, dtypes and arguments that a target is asked, from its claims and from the selection."""
+"""Choose the cases, dtypes and arguments of a run by the claims of the target and the selection of the user."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Selection:
 
     @property
     def everything(self) -> bool:
-        """Whether the whole suite is selected."""
+        """True if the whole suite is selected."""
         return not self.only and not self.dtypes
 
     def takes(self, case: Case) -> bool:
@@ -55,13 +55,14 @@ def matches(case: Case, pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class Ask:
-    """One case in one dtype, as a target is asked it; `omitted` arguments are not passed."""
+    """One case in one dtype with the outputs that a target can return; `omitted` arguments are not passed."""
 
     case: Case
     dtype: str
     outputs: tuple[str, ...]
     omitted: frozenset[str] = frozenset()
-    probed: bool = False
+    every_layout: bool = False
+    """If True, the call is repeated, and made in every memory layout of its inputs."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -70,7 +71,7 @@ class Ask:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features of the case, without lse if it is not asked for."""
+        """The features of the case, without `lse` if that output is not asked for."""
         return tuple(
             name for name in self.case.features if name != "lse" or "lse" in self.outputs or not self.case.expected
         )
@@ -91,13 +92,13 @@ class Ask:
             features=self.features,
             clauses=tuple(case.clauses),
             tags=tuple(case.tags),
-            layouts=LAYOUTS if self.probed else (),
-            repeat=self.probed,
+            layouts=LAYOUTS if self.every_layout else (),
+            repeat=self.every_layout,
         )
 
 
 def _plain(value: object) -> object:
-    """Give lists, which JSON has, as the tuples that Python calls take."""
+    """Convert a list of JSON to a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -138,10 +139,10 @@ def alignments(case: Case) -> tuple[str, ...]:
         return ()
     arrays = case.inputs(case.dtypes[0])
     q_len, kv_len = arrays["query"].shape[2], arrays["key"].shape[2]
-    given = arrays.get("q_offset", case.options.get("q_offset"))
-    if isinstance(given, str):
-        given = offset_of_reading(given, arrays.get("q_lengths", q_len), arrays.get("kv_lengths", kv_len))
-    offset = numpy.asarray(given, dtype=numpy.int64)
+    q_offset = arrays.get("q_offset", case.options.get("q_offset"))
+    if isinstance(q_offset, str):
+        q_offset = offset_of_reading(q_offset, arrays.get("q_lengths", q_len), arrays.get("kv_lengths", kv_len))
+    offset = numpy.asarray(q_offset, dtype=numpy.int64)
     readings: dict[str, object] = {"upper_left": 0, "lower_right": kv_len - q_len}
     if "kv_lengths" in arrays:
         readings["lower_right_of_kv_lengths"] = arrays["kv_lengths"].astype(numpy.int64) - q_len
@@ -149,7 +150,7 @@ def alignments(case: Case) -> tuple[str, ...]:
 
 
 def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, Ask]:
-    """Give, for a target without an offset, one case for each causal alignment that only this alignment passes."""
+    """Give, for a target without an offset, one ask for each causal alignment that passes only with this alignment."""
     taken = claims.keywords.get("attention", ())
     dtype = next((name for name in claims.dtypes if selection.asks_in(name)), None)
     if "causal" not in taken or "q_offset" in taken or "causal_alignment" in claims.conventions or dtype is None:
@@ -174,5 +175,5 @@ def tried_in_every_layout(asked: Iterable[Ask]) -> list[Ask]:
         new = set(ask.features) - covered
         chosen = bool(new) and ask.case.expect != "error" and ask.case.level == "MUST"
         covered |= new if chosen else set()
-        marked.append(Ask(ask.case, ask.dtype, ask.outputs, ask.omitted, probed=True) if chosen else ask)
+        marked.append(Ask(ask.case, ask.dtype, ask.outputs, ask.omitted, every_layout=True) if chosen else ask)
     return marked

@@ -1,7 +1,7 @@
 """The process of the target: it loads the target, sends its claims, and answers one question after another.
 
 Messages through the pipe are small: the claims or the name of a file. Questions and answers lie in files, so that
-neither side waits for the other to read. The output that the target prints goes to a file as well.
+neither side waits for the other to read. The output that the target prints also goes to a file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mha_spec_conformance.targets.conversion import (
     to_library,
     to_numpy,
 )
-from mha_spec_conformance.targets.loading import Target, TargetError, load, own_line
+from mha_spec_conformance.targets.loading import Target, TargetError, line_in_target, load
 
 from .calls import MalformedResult, arranged, joined, layer_answers, named
 from .question import Answer, Question, Raised
@@ -44,7 +44,7 @@ __all__ = ["answer", "serve"]
 
 
 class Malformed(Exception):
-    """The target returned something else than the arrays that were asked for."""
+    """The target did not return the arrays that were asked for."""
 
 
 class Failed(Exception):
@@ -77,7 +77,7 @@ def serve(connection: Connection, name: str, printed: str, load: Callable[[str],
 
 
 def _print_to(file: str) -> None:
-    """Send all output, that of C code too, to a file, because the terminal shows the report."""
+    """Send all output, including that of C code, to a file, because the terminal shows the report."""
     sys.stdout.flush()
     sys.stderr.flush()
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -86,7 +86,7 @@ def _print_to(file: str) -> None:
 
 
 def _reply(target: Target, question: Question) -> Answer:
-    """The answer, or what went wrong here: that is not to be blamed on the target."""
+    """Answer the question; report an exception of this package as a fault of the suite, not of the target."""
     try:
         return answer(target, question)
     except Exception as error:
@@ -94,7 +94,7 @@ def _reply(target: Target, question: Question) -> Answer:
 
 
 def answer(target: Target, question: Question) -> Answer:
-    """Ask the target one question; everything becomes an answer, unless the target ends the process."""
+    """Ask the target one question; whatever the target does becomes an answer, unless it ends the process."""
     start = time.perf_counter()
     try:
         if (reason := _unsupported(target, question)) is not None:
@@ -111,8 +111,10 @@ def answer(target: Target, question: Question) -> Answer:
 
 
 def _unsupported(target: Target, question: Question) -> str | None:
-    supported = True if target.supports is None else _theirs(target.supports, question)
-    return None if supported is True else supported if isinstance(supported, str) else "supports(case) said no"
+    supported = True if target.supports is None else _guarded(target.supports, question)
+    if supported is True:
+        return None
+    return supported if isinstance(supported, str) else f"supports(question) returned {supported!r}"
 
 
 def _ask(target: Target, question: Question) -> Answer:
@@ -150,7 +152,7 @@ def _layouts(target: Target, question: Question) -> dict[str, Mapping[str, numpy
     return answers
 
 
-def _theirs(function: Callable[..., object], *arguments: object, **keywords: object) -> Array:
+def _guarded(function: Callable[..., object], *arguments: object, **keywords: object) -> Array:
     """Call the target, or its library on its behalf; an exception becomes `Failed`."""
     try:
         return function(*arguments, **keywords)
@@ -159,19 +161,19 @@ def _theirs(function: Callable[..., object], *arguments: object, **keywords: obj
 
 
 def _raised(error: BaseException) -> Raised:
-    return Raised(tuple(cls.__name__ for cls in type(error).__mro__), str(error), own_line(error))
+    return Raised(tuple(cls.__name__ for cls in type(error).__mro__), str(error), line_in_target(error))
 
 
 def _call(
     target: Target, question: Question, layout: str = "plain"
 ) -> tuple[dict[str, numpy.ndarray], tuple[str, ...], str | None, tuple[str, ...]]:
-    """Call once; give the outputs, the inputs written to, the library of foreign outputs, and what a reuse changes."""
+    """Call once; give the outputs, the changed inputs, the library of foreign outputs, and the overwritten outputs."""
     claims = target.claims
     arguments = {
-        name: _theirs(to_library, array, claims.arrays, claims.device, question.placed.get(name, layout))
+        name: _guarded(to_library, array, claims.arrays, claims.device, question.placed.get(name, layout))
         for name, array in question.arrays.items()
     }
-    function = partial(_theirs, target.functions[question.function])
+    function = partial(_guarded, target.functions[question.function])
     parts = _answers(function, question, {**arguments, **question.options})
     read = [{name: _read(name, value) for name, value in part.items()} for part in parts]
     outputs = joined(read)
@@ -205,7 +207,7 @@ def _answers(
 
 
 def _results(function: Callable[..., object], name: str, arguments: Mapping[str, object]) -> Iterator[dict[str, Array]]:
-    """Call the function, as often as the question says, and name the results of each call."""
+    """Call the function as often as the question requires, and name the results of each call."""
     if FUNCTIONS[name].of_layer:
         yield from layer_answers(function, name, arguments)
         return
@@ -222,7 +224,7 @@ def _asked_outputs(question: Question, results: list[dict[str, Array]]) -> list[
 
 def _read(name: str, value: Array) -> numpy.ndarray:
     try:
-        return lay_out(_theirs(to_numpy, value), "plain")
+        return lay_out(_guarded(to_numpy, value), "plain")
     except Failed as failed:
         if isinstance(failed.error, ConversionError):
             raise Malformed(f"`{name}` must be an array: {failed.error}") from None

@@ -63,7 +63,7 @@ def fuzz(
         def answered(question: Question) -> Answer:
             pool.limit = min(limit, max(search.left, LEAST_SECONDS))
             ((_, answer),) = pool.answers([question])
-            if answer.came == "timeout" and pool.limit < limit:
+            if answer.kind == "timeout" and pool.limit < limit:
                 raise RoundIsOver
             return answer
 

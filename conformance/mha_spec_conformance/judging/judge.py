@@ -44,13 +44,13 @@ class Judge:
         return replace(result, clauses=clauses, seconds=answer.seconds, deterministic=answer.deterministic)
 
     def _result(self, ask: Ask, answer: Answer) -> Result:
-        if answer.came in ("crash", "timeout", "unsupported"):
-            return Result(ask, answer.came, answer.reason)
+        if answer.kind in ("crash", "timeout", "unsupported"):
+            return Result(ask, answer.kind, answer.reason)
         if ask.case.expect == "error":
             return _refusal(ask, answer)
-        if answer.came == "raised":
+        if answer.kind == "raised":
             return Result(ask, "error", answer.reason)
-        if answer.came == "malformed":
+        if answer.kind == "malformed":
             return Result(ask, "fail", answer.reason, malformed=True)
         if (reason := form(ask, answer.outputs)) is not None:
             return Result(ask, "fail", reason, clauses=form_clauses(ask, answer.outputs))

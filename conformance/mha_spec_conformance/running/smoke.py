@@ -52,7 +52,7 @@ def try_smoke_cases(suite: Suite, pool: Pool, judge: Judge) -> tuple[str, ...]:
     smokes: list[Smoke] = []
     for question, answer in pool.answers([ask.question() for ask in plain_first]):
         smokes.append(Smoke(question, answer, judge.result(asked[question.id, question.dtype], answer)))
-        if answer.came == "timeout":
+        if answer.kind == "timeout":
             break
     smokes = [smoke for smoke in smokes if smoke.result.outcome != "unsupported"]
     if smokes and (fault := _fault(smokes, pool)) is not None:
@@ -69,9 +69,9 @@ def _fault(smokes: list[Smoke], pool: Pool) -> str | None:
         return "it takes the axes as (batch, length, heads, size): swap axes 1 and 2 in the target file"
     if any(_judged(smoke) for smoke in smokes):
         return None
-    if first.answer.came in ("crash", "timeout"):
+    if first.answer.kind in ("crash", "timeout"):
         return f"the smoke cases end it: {first.answer.reason}"
-    if first.answer.came == "raised":
+    if first.answer.kind == "raised":
         return (
             f"the smoke cases raise {first.answer.reason}; for what it does not take it must raise NotImplementedError"
         )
@@ -80,7 +80,7 @@ def _fault(smokes: list[Smoke], pool: Pool) -> str | None:
 
 def _judged(smoke: Smoke) -> bool:
     """Tell whether an output can be compared."""
-    return smoke.answer.came == "returned" and not _shapes(smoke)
+    return smoke.answer.kind == "returned" and not _shapes(smoke)
 
 
 def _shapes(smoke: Smoke) -> bool:
@@ -91,7 +91,7 @@ def _shapes(smoke: Smoke) -> bool:
 
 def _axes(smoke: Smoke) -> str:
     """Name the order of axes that a wrong shape has."""
-    if smoke.answer.came != "returned":
+    if smoke.answer.kind != "returned":
         return ""
     batch, heads, q_len, v_dim = smoke.result.ask.case.expected["output"].shape
     received = tuple(smoke.answer.outputs["output"].shape)
@@ -105,7 +105,7 @@ def _axes(smoke: Smoke) -> str:
 
 def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
     """Tell whether the target exchanges heads and lengths, by a call with as many heads as positions."""
-    if smoke.question.function != "attention" or smoke.answer.came in ("crash", "timeout"):
+    if smoke.question.function != "attention" or smoke.answer.kind in ("crash", "timeout"):
         return False
     arrays = {name: smoke.question.arrays[name] for name in ("query", "key", "value")}
     size = min(length for array in arrays.values() for length in array.shape[1:3])
@@ -133,6 +133,6 @@ def _note(smoke: Smoke) -> str | None:
         return "it takes True in a mask for hidden: if its own meaning is that, pass ~mask in the target file"
     if "output_dtype" in seen:
         return f"it gives {seen['output_dtype']} for {smoke.question.dtype}: if the target file converts, convert back"
-    if smoke.answer.came == "malformed" or (smoke.answer.came == "returned" and _shapes(smoke)):
+    if smoke.answer.kind == "malformed" or (smoke.answer.kind == "returned" and _shapes(smoke)):
         return f"smoke case {smoke.question.id}: {smoke.result.reason}"
     return None

@@ -1,1 +1,1 @@
-"""What the suite asks: functions, cases with their expected values, clauses and conventions."""
+"""The contents of the suite: functions, cases with their expected values, clauses and conventions."""

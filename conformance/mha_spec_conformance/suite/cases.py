@@ -67,8 +67,8 @@ class GoldensError(MhaSpecError, ValueError):
 class Expected:
     """One expected output, correctly rounded to float64.
 
-    `kinds` is None where every element is finite. `rows` is None where all of them are there; else `values` has the
-    shape (len(rows), last axis), and `rows` holds flat indices over the axes of `shape` but the last (for lse: all).
+    `kinds` is None if every element is finite. `rows` is None if the golden holds all rows; otherwise `values` has the
+    shape (len(rows), last axis), and `rows` holds flat indices over all axes of `shape` except the last (for lse: all).
     """
 
     values: Array
@@ -79,7 +79,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Case:
-    """One question of the suite, with its answer."""
+    """One call that the suite tests, with its expected outputs or error, in each of its dtypes."""
 
     id: str
     title: str
@@ -98,25 +98,25 @@ class Case:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The names of the arrays, without reading them."""
+        """The names of the input arrays, which are not read."""
         return tuple(self._inputs)
 
     def inputs(self, dtype: str) -> dict[str, Array]:
-        """Give the arrays of a run in `dtype`, fresh, by argument name; bfloat16 is that of ml-dtypes.
+        """Give new input arrays for a run in `dtype`, by argument name; bfloat16 is the type of ml-dtypes.
 
         Raises:
-            GoldensError: A generated input is not what the index says.
+            GoldensError: A generated input does not have the sha256 that the index states.
         """
         return {name: self._input(name, entry, dtype) for name, entry in self._inputs.items()}
 
     def dtype_of(self, name: str, dtype: str) -> str:
-        """The dtype that an input has in a run in `dtype`."""
+        """Give the dtype that an input has in a run in `dtype`."""
         stored: str = self._inputs[name]["dtype"]
         return {"case": dtype, "softmax": softmax_dtype_name(dtype)}.get(stored, stored)
 
     def _input(self, name: str, entry: Entry, dtype: str) -> Array:
         wanted = self.dtype_of(name, dtype)
-        values = self._tensors[_place(entry)] if "generator" not in entry else self._generated(name, entry)
+        values = self._tensors[_location(entry)] if "generator" not in entry else self._generated(name, entry)
         with numpy.errstate(all="ignore"):
             return values.astype(ml_dtypes.bfloat16 if wanted == "bfloat16" else numpy.dtype(wanted))
 
@@ -124,31 +124,31 @@ class Case:
         values = generated(entry["shape"], **entry["generator"])
         if hashlib.sha256(values.astype("<f8").tobytes()).hexdigest() != entry["sha256"]:
             raise GoldensError(
-                f"index.json: case {self.id}: the generator of input `{name}` does not give the values of its sha256."
+                f"index.json: case {self.id}: the generator of input `{name}` gives values with another sha256."
             )
         return values
 
     @cached_property
     def expected(self) -> Mapping[str, Expected]:
-        """The expected outputs by name; none where the case must raise."""
+        """The expected outputs by name; empty if the case must raise."""
         return {name: self._expected(entry) for name, entry in self._outputs.items()}
 
     def _expected(self, entry: Entry) -> Expected:
         kinds, rows = (
-            None if entry[name] is None else self._tensors[_place(entry[name])] for name in ("kinds", "rows")
+            None if entry[name] is None else self._tensors[_location(entry[name])] for name in ("kinds", "rows")
         )
-        return Expected(self._tensors[_place(entry)], kinds, rows, tuple(entry["shape"]))
+        return Expected(self._tensors[_location(entry)], kinds, rows, tuple(entry["shape"]))
 
     @property
     def signature(self) -> Hashable:
-        """What a compiling framework compiles for: the function, the shapes and the plain options."""
+        """The key of a compiled program: the function, the shapes and the plain options."""
         shapes = tuple((name, tuple(entry["shape"])) for name, entry in sorted(self._inputs.items()))
         return self.function, shapes, repr(sorted(self.options.items()))
 
 
 @dataclass(frozen=True)
 class Suite:
-    """All cases, of one version."""
+    """All cases of one version of the suite."""
 
     cases: tuple[Case, ...]
     version: str
@@ -157,11 +157,11 @@ class Suite:
 
 
 def load(folder: Path | None = None) -> Suite:
-    """Read and verify the goldens of a folder; those of this package without one.
+    """Read and verify the goldens of a folder, by default those of this package.
 
     Raises:
         GoldensError: A file is missing, damaged or of another version, an id occurs twice, or an entry of the index
-            names what is not there.
+            names a tensor or parameters that do not exist.
     """
     folder = FOLDER if folder is None else Path(folder)
     data = _read(folder, "index.json")
@@ -169,11 +169,13 @@ def load(folder: Path | None = None) -> Suite:
     _verify("index.json", digest, _read(folder, "index.json.sha256").decode(errors="replace").partition(" ")[0])
     index = _parse(data)
     _put_parameters(index)
-    tensors = {place: tensor for name, file in index["files"].items() for place, tensor in _tensors(folder, name, file)}
+    tensors = {
+        location: tensor for name, file in index["files"].items() for location, tensor in _tensors(folder, name, file)
+    }
     try:
         cases = tuple(_case(entry, tensors) for entry in index["cases"])
     except (AttributeError, KeyError, TypeError) as error:
-        raise GoldensError(f"index.json: an entry has not the form of {FORMAT}: {error!r}.") from error
+        raise GoldensError(f"index.json: an entry does not have the form of {FORMAT}: {error!r}.") from error
     _refuse_repeated([case.id for case in cases])
     return Suite(cases, index["suite_version"], index["spec_version"], digest)
 
@@ -198,7 +200,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     try:
         index = json.loads(data)
     except ValueError as error:
-        raise GoldensError(f"index.json: damaged, no JSON: {error}.") from error
+        raise GoldensError(f"index.json: damaged, it is not JSON: {error}.") from error
     for name, wanted in (("format", FORMAT), ("spec_version", SPEC_VERSION)):
         received = index.get(name) if isinstance(index, dict) else None
         if received != wanted:
@@ -218,7 +220,7 @@ def _put_parameters(index: dict[str, Any]) -> None:
     for entry in index["cases"]:
         name = entry.get("parameters")
         if name is not None and name not in sets:
-            raise GoldensError(f"index.json: case {entry.get('id')} names the parameters {name}, which are not there.")
+            raise GoldensError(f"index.json: case {entry.get('id')} names the parameters {name}, which do not exist.")
         if name is not None:
             entry["inputs"] |= sets[name]
 
@@ -233,7 +235,7 @@ def _tensors(folder: Path, name: str, entry: Entry) -> list[tuple[tuple[str, str
     try:
         return [((name, tensor), _array(item)) for tensor, item in deserialize(data)]
     except (SafetensorError, KeyError) as error:
-        raise GoldensError(f"{name}: no safetensors file that the suite can read: {error}.") from error
+        raise GoldensError(f"{name}: the suite cannot read it as a safetensors file: {error}.") from error
 
 
 def _array(item: Mapping[str, Any]) -> Array:
@@ -251,23 +253,37 @@ def _case(entry: Entry, tensors: Tensors) -> Case:
         _check_entry(f"case {name}: `{label}`", item, tensors)
     clauses, features, tags, dtypes = (tuple(entry[key]) for key in ("clauses", "features", "tags", "dtypes"))
     options = {option: _option(option, value) for option, value in entry["options"].items()}
-    own = (entry["title"], entry["function"], clauses, features, entry["level"], tags, dtypes, options, entry["expect"])
-    return Case(name, *own, entry.get("error"), entry["inputs"], entry["outputs"], tensors)
+    return Case(
+        id=name,
+        title=entry["title"],
+        function=entry["function"],
+        clauses=clauses,
+        features=features,
+        level=entry["level"],
+        tags=tags,
+        dtypes=dtypes,
+        options=options,
+        expect=entry["expect"],
+        error=entry.get("error"),
+        _inputs=entry["inputs"],
+        _outputs=entry["outputs"],
+        _tensors=tensors,
+    )
 
 
 def _option(name: str, value: Any) -> Any:
-    """An option as Python has it: a window is a tuple, and what JSON cannot write is {"number": "nan"}."""
+    """Convert an option from JSON: a window becomes a tuple, and {"number": "nan"} a number that JSON lacks."""
     if isinstance(value, dict) and value.keys() == {"number"}:
         return float(value["number"])
     return tuple(value) if name == "window" and isinstance(value, list) else value
 
 
-def _place(entry: Entry) -> tuple[str, str]:
+def _location(entry: Entry) -> tuple[str, str]:
     return entry["file"], entry["tensor"]
 
 
 def _check_entry(label: str, entry: Entry, tensors: Tensors) -> None:
-    """Raise unless the tensors that an entry names are there, in its shape."""
+    """Raise unless the tensors that an entry names exist and have its shape."""
     if "generator" in entry:
         if entry["generator"].get("kind") not in KINDS:
             raise GoldensError(
@@ -277,14 +293,14 @@ def _check_entry(label: str, entry: Entry, tensors: Tensors) -> None:
         return
     named = [entry, *(entry[key] for key in ("kinds", "rows") if entry.get(key) is not None)]
     for item in named:
-        if _place(item) not in tensors:
+        if _location(item) not in tensors:
             raise GoldensError(
                 f"index.json: {label} names tensor {item['tensor']}, which {item['file']} does not have."
             )
-    shape, received = tuple(entry["shape"]), tensors[_place(entry)].shape
+    shape, received = tuple(entry["shape"]), tensors[_location(entry)].shape
     if entry.get("rows") is not None:
         last = shape[len(shape) - len(received) + 1 :]
-        shape = (tensors[_place(entry["rows"])].size, *last)
+        shape = (tensors[_location(entry["rows"])].size, *last)
     if received != shape:
         raise GoldensError(f"index.json: {label} must have shape={shape}, its tensor has shape={received}.")
 

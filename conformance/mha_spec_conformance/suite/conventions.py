@@ -1,4 +1,4 @@
-"""The conventions on which attentions differ: a closed list, with the specification's own variant first."""
+"""The conventions on which implementations differ: a closed list, with the variant of the specification first."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Convention(NamedTuple):
 
 
 class ConventionError(MhaSpecError, ValueError):
-    """A convention or a variant that is not on the list."""
+    """A convention or a variant is not on the list."""
 
 
 def check_convention(name: str, variant: str) -> Convention:
     """Give the convention, or raise a ConventionError that lists the names or variants that exist."""
     if name not in CONVENTIONS:
-        raise ConventionError(f"{name!r} is not a convention; there are {', '.join(CONVENTIONS)}")
+        raise ConventionError(f"{name!r} is not a convention; the conventions are {', '.join(CONVENTIONS)}")
     if variant not in CONVENTIONS[name]:
         raise ConventionError(f"convention {name} must be {' or '.join(CONVENTIONS[name])}, received {variant!r}")
     return Convention(name, variant)

@@ -56,7 +56,7 @@ class Function:
     fewest: int | None = None
     """The number of outputs that must be returned; None is all of them."""
     of_layer: bool = False
-    """Whether the function takes `params`, and may take a cache."""
+    """True if the function takes `params`; such a function may take a cache."""
 
     def returned(self, keywords: Mapping[str, object]) -> tuple[str, ...]:
         """Name the outputs of a call with these keywords."""

@@ -1,6 +1,6 @@
-"""Inputs that the goldens give by seed and kind in place of values; docs/goldens.md has the rule, for any language.
+"""Generate the inputs that the goldens store as a seed and a kind; docs/goldens.md states the rule for any language.
 
-The program that writes the goldens has an implementation of its own. The sha256 in the index proves that both agree.
+The generator of the goldens implements the rule independently. The sha256 in the index proves that both agree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "generated"]
 
 KINDS = ("bell", "contrast", "full")
-"""The kinds of numbers: a bell of small integers, the same with one in sixteen eight times as large, odd integers."""
+"""Kinds of numbers: bell-shaped small integers; the same, but every sixteenth on average eightfold; odd integers."""
 
 
 def generated(shape: Sequence[int], seed: int, kind: str, unit: float, bits: int = 8) -> Array:

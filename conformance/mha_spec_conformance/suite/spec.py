@@ -1,4 +1,4 @@
-"""The specification as data: SPEC.md read into its clauses."""
+"""Read SPEC.md into its clauses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SENTENCE = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
 
 
 class SpecificationError(MhaSpecError, ValueError):
-    """A clause of SPEC.md is malformed, or has the id of another one."""
+    """A clause of SPEC.md is malformed, or repeats the id of another clause."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Clause:
 
     @property
     def sentence(self) -> str:
-        """The normative sentence, on one line."""
+        """The normative sentence on one line."""
         normative = _SENTENCE.match(self.text)
         if normative is None:
             raise SpecificationError(
@@ -42,13 +42,13 @@ class Clause:
 
 
 def specification() -> str:
-    """The text of SPEC.md, as the installed `mha_spec` has it."""
+    """Give the text of the SPEC.md that is installed with `mha_spec`."""
     return files("mha_spec").joinpath("SPEC.md").read_text(encoding="utf-8")
 
 
 @cache
 def clauses() -> dict[str, Clause]:
-    """Every clause of the specification by its id, in the order of SPEC.md."""
+    """Give every clause of the specification by its id, in the order of SPEC.md."""
     return parse(specification())
 
 
@@ -56,9 +56,9 @@ def parse(text: str) -> dict[str, Clause]:
     """Read the clauses of a text in the form of SPEC.md: a heading `### MHA-TOPIC-n (MUST): Title`, then its text.
 
     Raises:
-        SpecificationError: A heading is malformed, or an id stands twice; the message names it.
+        SpecificationError: A heading is malformed, or an id occurs twice; the message names it.
     """
-    found: dict[str, Clause] = {}
+    by_id: dict[str, Clause] = {}
     _, *sections = re.split(r"^(#.*)$", text, flags=re.MULTILINE)
     for heading, body in zip(sections[::2], sections[1::2], strict=True):
         if not heading.startswith("###") and "MHA-" not in heading:
@@ -68,7 +68,7 @@ def parse(text: str) -> dict[str, Clause]:
             raise SpecificationError(
                 f"a clause must be headed `### MHA-TOPIC-n (MUST|SHOULD): Title`, received {heading!r}"
             )
-        if parts["id"] in found:
-            raise SpecificationError(f"a clause id must stand once, received {parts['id']} twice: {heading!r}")
-        found[parts["id"]] = Clause(parts["id"], parts["level"], parts["title"], body.strip("\n"))
-    return found
+        if parts["id"] in by_id:
+            raise SpecificationError(f"a clause id must occur once, received {parts['id']} twice: {heading!r}")
+        by_id[parts["id"]] = Clause(parts["id"], parts["level"], parts["title"], body.strip("\n"))
+    return by_id

@@ -1,1 +1,1 @@
-"""Targets: how an implementation is loaded, what it claims, and how arrays are converted for it."""
+"""Targets: load an implementation, read its claims, and convert arrays to its library and back."""

@@ -1,4 +1,4 @@
-"""The claims of a target: plain data that its process sends to the runner."""
+"""The claims of a target: plain data that the process of the target sends to the runner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["PROFILES", "Claims"]
 
 PROFILES = ("standard", "strict")
-"""The types in which weights and their gradients are stored: that of the inputs, or that of the accumulator."""
+"""Profiles of precision: weights and their gradients have the type of the inputs, or that of the accumulator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Claims:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features that are claimed by having a function or by accepting its keywords."""
+        """The features that the target claims by having a function or by accepting its keywords."""
         features: dict[str, None] = {}
         for name, keywords in self.keywords.items():
             function = FUNCTIONS[name]

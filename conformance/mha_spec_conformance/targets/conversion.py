@@ -1,4 +1,4 @@
-"""Convert NumPy arrays to those of the library of the target and back, bit for bit, with devices and strides."""
+"""Convert NumPy arrays to the library of the target and back, bit for bit, on a device and in a memory layout."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mha_spec.errors import MhaSpecError
 __all__ = ["LIBRARIES", "ConversionError", "lay_out", "layouts_of", "same_bits", "to_library", "to_numpy"]
 
 LIBRARIES = ("numpy", "torch", "jax", "tensorflow")
+"""The array libraries that a target may ask for."""
 
 _EXCHANGED = {"transposed": (-1, -2), "tokens_first": (1, 2)}
-
-"""The array libraries that a target may ask for."""
+"""The axes that a layout exchanges in memory."""
 
 
 class ConversionError(MhaSpecError, TypeError):
@@ -22,13 +22,13 @@ class ConversionError(MhaSpecError, TypeError):
 
 
 def layouts_of(arrays: str) -> tuple[str, ...]:
-    """Name the layouts of memory that arrays of a library can have, beside the plain one."""
+    """Name the memory layouts, other than the plain one, that arrays of a library can have."""
     of_numpy = ("strided", "transposed", "tokens_first", "fortran", "expanded", "reversed", "read_only")
     return {"numpy": of_numpy, "torch": of_numpy[:-2]}.get(arrays, ())
 
 
 def lay_out(array: numpy.ndarray, layout: str) -> numpy.ndarray:
-    """Copy `array` into another layout of memory.
+    """Copy `array` into another memory layout.
 
     "strided" leaves gaps of garbage along the last axis, "transposed" and "tokens_first" exchange the last two axes or
     axes 1 and 2 in memory, "fortran" reverses the order of all axes, "expanded" gives stride 0 to each axis along which
@@ -56,7 +56,7 @@ def lay_out(array: numpy.ndarray, layout: str) -> numpy.ndarray:
 
 
 def _expanded(array: numpy.ndarray) -> numpy.ndarray:
-    """Store one element of each axis along which the array is constant, and let its stride be 0."""
+    """Store one element of each axis along which the array is constant, and give that axis the stride 0."""
     stored = array.copy()
     for axis in range(array.ndim):
         first = stored[(slice(None),) * axis + (slice(0, 1),)]
@@ -74,7 +74,7 @@ def _garbage(dtype: numpy.dtype) -> object:
 
 
 def to_library(array: numpy.ndarray, arrays: str, device: str | None = None, layout: str = "plain") -> Array:
-    """Give `array` as one of the library `arrays`, of the same dtype and values, on `device`."""
+    """Convert `array` to the library `arrays`, with the same dtype and values, on `device`."""
     placed = lay_out(array, layout)
     return {"numpy": _numpy, "torch": _to_torch, "jax": _to_jax, "tensorflow": _to_tensorflow}[arrays](placed, device)
 
@@ -109,7 +109,7 @@ def _to_tensorflow(array: numpy.ndarray, device: str | None) -> Array:
 
 
 def to_numpy(value: Array) -> numpy.ndarray:
-    """Give an array of any known library as NumPy's, of the same dtype and values.
+    """Convert an array of any known library to NumPy, with the same dtype and values.
 
     Raises:
         ConversionError: `value` is not an array.
@@ -126,7 +126,7 @@ def to_numpy(value: Array) -> numpy.ndarray:
 
 def _numbers(array: numpy.ndarray) -> numpy.ndarray:
     if array.dtype.kind in "OSUMm":
-        raise ConversionError(f"an array of dtype={array.dtype} holds no numbers")
+        raise ConversionError(f"an array of dtype={array.dtype} does not hold numbers")
     return array
 
 
@@ -148,7 +148,7 @@ def _describe(value: object) -> str:
 
 
 def same_bits(a: numpy.ndarray, b: numpy.ndarray) -> bool:
-    """Whether two arrays hold the same bits, NaN payloads and signs of zero included."""
+    """Tell whether two arrays hold the same bits, including NaN payloads and signs of zero."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     first, second = (numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8) for array in (a, b))

@@ -1,7 +1,7 @@
 """Load a target: a backend by its name, `package.module:function`, or `path/to/file.py[:function]`.
 
 The signatures of its functions are claims. A module may also declare `arrays`, `device`, `dtypes`, `features`,
-`profile`, `conventions` and `supports(case)`; the declarations are checked here.
+`profile`, `conventions` and `supports(question)`; the declarations are checked here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
 
-__all__ = ["Target", "TargetError", "load", "own_line"]
+__all__ = ["Target", "TargetError", "line_in_target", "load"]
 
 REFERENCE = "mha_spec.reference"
 FEATURES = tuple(
@@ -48,7 +48,7 @@ _DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "jax": ("jax",
 
 
 class TargetError(MhaSpecError):
-    """A target cannot be asked: it does not exist, its import fails, or it declares something invalid."""
+    """A target cannot be judged: it does not exist, its import fails, or one of its declarations is invalid."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def load(name: str) -> Target:
     """Load the target called `name`.
 
     Raises:
-        TargetError: The target cannot be asked; the message is one line.
+        TargetError: The target cannot be judged; the message is one line.
     """
     _extend_path(Path.cwd())
     place, _, function = name.rpartition(":") if _names_function(name) else (name, "", "")
@@ -78,13 +78,13 @@ def _names_function(name: str) -> bool:
 
 
 def _extend_path(folder: Path) -> None:
-    """Append to the path, at the end, so that a target called torch.py does not hide torch."""
+    """Append the folder to the end of the path, so that a target called torch.py does not hide torch."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
 def _backend(name: str) -> ModuleType:
-    """The module of a registered backend."""
+    """Import the module of a registered backend."""
     try:
         return backend(name)
     except BackendError as error:
@@ -96,14 +96,15 @@ def _module(place: str) -> ModuleType:
         if place.endswith(".py") or os.sep in place:
             return _from_file(Path(place))
         if importlib.util.find_spec(place.partition(".")[0]) is None:
-            raise TargetError(f"target {place!r} is no backend ({', '.join(backend_names())}), no file and no module")
+            raise TargetError(f"target {place!r} is not a backend ({', '.join(backend_names())}), a file or a module")
         return importlib.import_module(place)
     except TargetError:
         raise
     except BaseException as error:
-        at = own_line(error)
+        line = line_in_target(error)
+        where = f" ({line})" if line else ""
         raise TargetError(
-            f"target {place} does not import: {type(error).__name__}: {_first_line(error)}{f' ({at})' if at else ''}"
+            f"target {place} does not import: {type(error).__name__}: {_first_line(error)}{where}"
         ) from error
 
 
@@ -121,13 +122,13 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def own_line(error: BaseException) -> str | None:
-    """Name the last line of the target's code in a traceback, or else the last line outside this package."""
+def line_in_target(error: BaseException) -> str | None:
+    """Name the last line of the target's code in a traceback; without one, the last line outside this package."""
     here = str(Path(__file__).parents[1])
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     frames = [(file, line) for file, line in frames if not file.startswith(("<", here))]
-    own = [(file, line) for file, line in frames if not _is_library(file)] or frames
-    return f"{os.path.relpath(own[-1][0])}:{own[-1][1]}" if own else None
+    of_target = [(file, line) for file, line in frames if not _is_library(file)] or frames
+    return f"{os.path.relpath(of_target[-1][0])}:{of_target[-1][1]}" if of_target else None
 
 
 def _is_library(file: str) -> bool:
@@ -139,15 +140,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def _functions(module: ModuleType, place: str, function: str) -> dict[str, Callable[..., object]]:
-    """Give the functions that the module has under the names of the specification; `function` is its attention."""
+    """Give the functions of the module that the specification names; `function` is used as its attention."""
     functions = {name: getattr(module, name) for name in FUNCTIONS if callable(getattr(module, name, None))}
     if function:
-        asked = getattr(module, function, None)
-        if not callable(asked):
+        attention = getattr(module, function, None)
+        if not callable(attention):
             raise TargetError(f"{place} has no function {function!r}; {_offer(module)}")
-        functions[function if function in FUNCTIONS else "attention"] = asked
+        functions[function if function in FUNCTIONS else "attention"] = attention
     if not functions:
-        raise TargetError(f"{place} has nothing to ask: no function called attention; {_offer(module)}")
+        raise TargetError(f"{place} has nothing to judge: there is no function called attention; {_offer(module)}")
     return functions
 
 
@@ -157,7 +158,7 @@ def _offer(module: ModuleType) -> str:
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     ]
-    return f"it has {', '.join(names)}: name one as TARGET:{names[0]}" if names else "it defines no function"
+    return f"it defines {', '.join(names)}: choose one as TARGET:{names[0]}" if names else "it defines no function"
 
 
 def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[..., object]], registered: bool) -> Claims:
@@ -179,13 +180,13 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
 
 
 def _declaration(module: ModuleType, name: str, default: object) -> object:
-    """Give what the module declares as `name`; a submodule or function of that name is not a declaration."""
+    """Give the declaration `name` of the module; a submodule or function of that name is not a declaration."""
     value = getattr(module, name, default)
     return default if isinstance(value, types.ModuleType) or callable(value) else value
 
 
 def _keywords(role: str, function: Callable[..., object], declared: tuple[str, ...]) -> tuple[str, ...]:
-    """Give the keywords that a function accepts: by its signature, or by `features` if that takes any keyword."""
+    """Give the keywords of a signature, and those of `features` if the function takes any keyword."""
     from_features = FUNCTIONS[role].keywords_of(declared)
     try:
         signature = inspect.signature(function)
@@ -220,7 +221,7 @@ def _declared(module: ModuleType) -> tuple[str, ...]:
 def _device(module: ModuleType) -> str | None:
     device = _declaration(module, "device", None)
     if device is not None and not isinstance(device, str):
-        raise TargetError(f'`device` must be a text, as in "cuda:0", received {device!r}')
+        raise TargetError(f'`device` must be a string, as in "cuda:0", received {device!r}')
     return device
 
 
@@ -250,7 +251,7 @@ def _supports(module: ModuleType) -> Callable[[object], object] | None:
 
 def _one_of(label: str, value: object, allowed: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in allowed:
-        raise TargetError(f"`{label}` must be of {', '.join(allowed)}, received {value!r}")
+        raise TargetError(f"`{label}` must be one of {', '.join(allowed)}, received {value!r}")
     return value
 
 
@@ -267,7 +268,7 @@ def _versions(arrays: str, module: ModuleType) -> dict[str, str]:
 
 
 def _hardware(arrays: str, device: str | None) -> str:
-    """Name the device that computes, if the library tells."""
+    """Name the device that computes, as far as its library names it."""
     if arrays == "jax":
         import jax
 
