@@ -14,8 +14,8 @@
 4. In the softmax's type; the formula where the bias needs a gradient.
 5. Those of torch.func, forward mode, and the backward of a backward.
 
-Tasks are what `Visibility.tasks` cuts: queries that share a range of keys. A compiled graph holds
-flash and formula as one operator, which reads what is there when it runs.
+Tasks are what `Visibility.tasks` cuts: queries that share a range of keys. A graph holds flash and formula as one
+operator, and the weights as another; each reads what is there when it runs. See `operators`.
 """
 
 from __future__ import annotations
