@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 import mha_spec_torch
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError, MhaSpecError
 from mha_spec_conformance.targets.conversion import to_numpy
+from mha_spec_torch import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +113,7 @@ def test_strides_do_not_matter_without_options(layout: str) -> None:
 def test_one_row_is_not_copied() -> None:
     """The stride of an axis of one row says nothing: a decoding step takes its query as the projection left it."""
     row = torch.ones(BATCH, 1, HEADS, SIZE).transpose(1, 2)
-    assert mha_spec_torch.native.dense_rows(row) is row
+    assert native.dense_rows(row) is row
 
 
 def test_the_gradient_of_a_wide_bias_is_not_that_of_a_rounded_output() -> None:
