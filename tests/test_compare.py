@@ -1,4 +1,4 @@
-"""The comparison passes what is right and can fail in every branch: kinds, allowances, overflow, sampled rows."""
+"""The comparison passes right results and fails in every branch: kinds, allowances, overflow, sampled rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INF, NOT_A_NUMBER = numpy.inf, numpy.nan
 
 
 @dataclass(frozen=True)
-class Asked:
+class Example:
     id: str = "attention/example/generic-1"
 
 
@@ -37,7 +37,7 @@ def judged(
     stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     outputs = {name: numpy.asarray(got, dtype="float32" if name == "lse" else stored)}
     return judge(
-        Asked(), {name: wanted}, outputs, {name: numpy.asarray(allowed, dtype=numpy.float64)}, precision(dtype)
+        Example(), {name: wanted}, outputs, {name: numpy.asarray(allowed, dtype=numpy.float64)}, precision(dtype)
     )
 
 
@@ -51,7 +51,7 @@ def test_share_of_the_allowance() -> None:
     assert (judgement.worst.expected, judgement.worst.got, judgement.worst.allowance) == (2.0, 2.25, 0.5)
 
 
-def test_all_of_the_allowance_passes_and_a_bit_more_does_not() -> None:
+def test_error_of_the_whole_allowance_passes_and_a_larger_error_fails() -> None:
     assert judged(expected([1.0]), [1.5], [0.5]).passed
     above = judged(expected([1.0]), [float(numpy.nextafter(numpy.float32(1.5), numpy.float32(2)))], [0.5])
     assert not above.passed
@@ -59,7 +59,7 @@ def test_all_of_the_allowance_passes_and_a_bit_more_does_not() -> None:
     assert "times the allowance" in str(above.reason)
 
 
-def test_nothing_allowed_and_nothing_wrong_is_0_and_something_wrong_is_infinite() -> None:
+def test_share_of_an_allowance_of_0_is_0_or_infinite() -> None:
     assert judged(expected([0.0, 3.0]), [-0.0, 3.0], [0.0, 0.0]).allowance_used == 0.0
     wrong = judged(expected([0.0, 3.0]), [0.0, 3.5], [1.0, 0.0])
     assert not wrong.passed
@@ -72,7 +72,7 @@ def test_nothing_allowed_and_nothing_wrong_is_0_and_something_wrong_is_infinite(
 @pytest.mark.parametrize(
     ("wanted", "got"), [(1.0, NOT_A_NUMBER), (NOT_A_NUMBER, 1.0), (1.0, INF), (1.0, -INF), (INF, 1.0)]
 )
-def test_what_is_not_a_number_never_passes_for_one(wanted: float, got: float, dtype: str) -> None:
+def test_nan_and_infinity_never_pass_for_a_number(wanted: float, got: float, dtype: str) -> None:
     judgement = judged(expected([0.0, wanted]), [0.0, got], [1.0, 100.0], dtype)
     assert not judgement.passed
     assert judgement.allowance_used > 1
@@ -105,17 +105,17 @@ def test_kinds(kind: int, value: float, right: list[float], wrong: list[float]) 
         assert judgement.worst.index == (1,)
 
 
-def test_exact_places_speak_before_larger_errors() -> None:
+def test_wrong_exact_element_is_reported_before_larger_errors() -> None:
     judgement = judged(expected([1.0, 0.0], [FINITE, EXACT]), [9.0, 0.125], [0.5, 5.0])
     assert judgement.reason == "`output` at (1,) must be exactly 0, received 0.125"
 
 
 @pytest.mark.parametrize(
-    ("kind", "value", "words"),
+    ("kind", "value", "message"),
     [(NAN, NOT_A_NUMBER, "must be NaN,"), (NON_FINITE, NOT_A_NUMBER, "must be NaN or infinite,")],
 )
-def test_reasons_name_the_kind(kind: int, value: float, words: str) -> None:
-    assert words in str(judged(expected([value], [kind]), [1.5], [1.0]).reason)
+def test_reasons_name_the_kind(kind: int, value: float, message: str) -> None:
+    assert message in str(judged(expected([value], [kind]), [1.5], [1.0]).reason)
 
 
 @pytest.mark.parametrize(
@@ -136,24 +136,24 @@ def test_overflow_at_the_top_of_the_dtype(reference: float, allowed: float, got:
     assert (judgement.allowance_used <= 1) == passes
 
 
-def test_overflow_of_lse_is_that_of_the_softmax() -> None:
+def test_lse_overflows_at_the_threshold_of_the_softmax_dtype() -> None:
     assert not judged(expected([65500.0]), [INF], [30.0], "float16", "lse").passed
 
 
-def test_overflow_of_a_narrower_gradient_is_its_own() -> None:
+def test_narrower_gradient_overflows_at_the_threshold_of_its_dtype() -> None:
     outputs = {"grad_bias": numpy.asarray([INF], dtype=numpy.float16)}
     allowed = {"grad_bias": numpy.asarray([30.0])}
     wanted = {"grad_bias": expected([65500.0])}
-    assert judge(Asked(), wanted, outputs, allowed, precision("float32")).passed
+    assert judge(Example(), wanted, outputs, allowed, precision("float32")).passed
     wide = {"grad_bias": numpy.asarray([INF], dtype=numpy.float32)}
-    assert not judge(Asked(), wanted, wide, allowed, precision("float32")).passed
+    assert not judge(Example(), wanted, wide, allowed, precision("float32")).passed
 
 
 def test_an_allowance_that_is_not_finite_allows_nothing() -> None:
     for allowed in (INF, NOT_A_NUMBER):
         judgement = judged(expected([1.0, 1.0]), [1.0, 1.0], [0.5, allowed])
         assert not judgement.passed
-        assert Asked().id in str(judgement.reason)
+        assert Example().id in str(judgement.reason)
 
 
 def sampled(name: str, shape: tuple[int, ...], rows: Sequence[int]) -> tuple[Expected, numpy.ndarray]:
@@ -166,23 +166,23 @@ def sampled(name: str, shape: tuple[int, ...], rows: Sequence[int]) -> tuple[Exp
 def test_sampled_rows(name: str, shape: tuple[int, ...]) -> None:
     wanted, full = sampled(name, shape, [4, 17])
     allowed = {name: numpy.full(shape, 0.25)}
-    elsewhere, there = full.copy(), full.copy()
-    elsewhere[0, 0, 0] = NOT_A_NUMBER
-    there[1, 0, 2] += 1
-    assert judge(Asked(), {name: wanted}, {name: elsewhere}, allowed, precision("float32")).passed
-    judgement = judge(Asked(), {name: wanted}, {name: there}, allowed, precision("float32"))
+    outside, inside = full.copy(), full.copy()
+    outside[0, 0, 0] = NOT_A_NUMBER
+    inside[1, 0, 2] += 1
+    assert judge(Example(), {name: wanted}, {name: outside}, allowed, precision("float32")).passed
+    judgement = judge(Example(), {name: wanted}, {name: inside}, allowed, precision("float32"))
     assert not judgement.passed
     assert judgement.worst is not None
     assert judgement.worst.index[:3] == (1, 0, 2)
-    assert judgement.worst.got == there[judgement.worst.index]
+    assert judgement.worst.got == inside[judgement.worst.index]
 
 
-def test_allowances_of_sampled_rows_are_their_own() -> None:
+def test_sampled_rows_have_their_own_allowances() -> None:
     wanted, full = sampled("output", (2, 3, 5, 7), [4, 17])
     allowed = numpy.zeros((2, 3, 5, 7))
     allowed[1, 0, 2] = 4.0
     full[1, 0, 2, 3] += 3
-    judgement = judge(Asked(), {"output": wanted}, {"output": full}, {"output": allowed}, precision("float32"))
+    judgement = judge(Example(), {"output": wanted}, {"output": full}, {"output": allowed}, precision("float32"))
     assert judgement.allowance_used == 0.75
 
 
@@ -190,28 +190,28 @@ def test_the_worst_of_several_outputs() -> None:
     wanted = {"output": expected([1.0, 2.0]), "lse": expected([3.0])}
     outputs = {"output": numpy.asarray([1.0, 2.25]), "lse": numpy.asarray([3.375])}
     allowed = {"output": numpy.asarray([0.5, 0.5]), "lse": numpy.asarray([0.5])}
-    judgement = judge(Asked(), wanted, outputs, allowed, precision("float64"))
+    judgement = judge(Example(), wanted, outputs, allowed, precision("float64"))
     assert judgement.passed
     assert judgement.allowance_used == 0.75
     assert judgement.worst is not None
     assert judgement.worst.output == "lse"
 
 
-def test_what_is_missing_or_misshapen_fails() -> None:
+def test_missing_output_or_wrong_shape_fails() -> None:
     wanted, allowed = {"output": expected([1.0, 2.0])}, {"output": numpy.ones(2)}
-    assert not judge(Asked(), wanted, {}, allowed, precision("float32")).passed
+    assert not judge(Example(), wanted, {}, allowed, precision("float32")).passed
     for shape in ((1,), (1, 2), (2, 1)):
-        assert not judge(Asked(), wanted, {"output": numpy.ones(shape)}, allowed, precision("float32")).passed
+        assert not judge(Example(), wanted, {"output": numpy.ones(shape)}, allowed, precision("float32")).passed
 
 
-def test_an_empty_output_passes_with_nothing_used() -> None:
+def test_empty_output_passes_with_a_share_of_0() -> None:
     wanted = Expected(numpy.zeros((2, 0, 3)), None, None, (2, 0, 3))
     outputs, allowed = {"output": numpy.zeros((2, 0, 3), dtype=numpy.float32)}, {"output": numpy.zeros((2, 0, 3))}
-    judgement = judge(Asked(), {"output": wanted}, outputs, allowed, precision("float32"))
+    judgement = judge(Example(), {"output": wanted}, outputs, allowed, precision("float32"))
     assert (judgement.passed, judgement.allowance_used, judgement.worst) == (True, 0.0, None)
 
 
-def test_statistics_count_only_places_with_an_allowance() -> None:
+def test_statistics_count_only_elements_with_an_allowance() -> None:
     wanted = {"output": expected([1.0, 0.0, 2.0, 5.0], [FINITE, EXACT, FINITE, FINITE])}
     outputs, deviations = (
         {"output": numpy.asarray([1.5, 0.0, 2.0, 5.0])},

@@ -1,1 +1,1 @@
-"""What an answer is worth: comparison with the expected values, its outcome, and the mistakes that explain it."""
+"""Judge an answer: compare it with the expected values, give it an outcome, and find the mistakes that explain it."""

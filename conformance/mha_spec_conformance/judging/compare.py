@@ -1,4 +1,4 @@
-"""Comparison of what came with what was expected, place by place: by kind first, then by the allowance."""
+"""Compare the outputs with the expected values, element by element: first by kind, then within the allowance."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ __all__ = [
     "Statistics",
     "Worst",
     "gate_b",
+    "golden_rows",
     "judge",
-    "picked",
 ]
 
 FINITE, EXACT, NAN, NON_FINITE, ANY = range(5)
-"""The kinds of places: within the allowance, equal, NaN, NaN or infinite, not compared."""
+"""Kinds of elements: within the allowance, equal, NaN, NaN or infinite, not compared."""
 
 LARGEST_DEVIATION = 6.0
-"""Gate B: no element lies further from the true value, in standard deviations."""
+"""Gate B: the largest distance of an element from the true value, in standard deviations."""
 
 LARGEST_RMS = 1.25
-"""Gate B: the root mean square over many elements."""
+"""Gate B: the largest root mean square over many elements."""
 
 MANY = 1000
-"""How many elements an output needs for its root mean square to say something."""
+"""The number of elements from which the root mean square of an output is tested."""
 
 
-class Named(Protocol):
-    """What is judged, by the name that a message gives it: a case of the suite, or a random one."""
+class HasId(Protocol):
+    """A case of the suite or a random case, whose id appears in messages."""
 
     @property
     def id(self) -> str:
-        """Its name."""
+        """The id of the case."""
         ...
 
 
 @dataclass(frozen=True)
 class Worst:
-    """The place where an answer is worst, or uses most of its allowance."""
+    """The element that is wrong, or that uses the largest share of its allowance."""
 
     output: str
     index: tuple[int, ...]
@@ -66,7 +66,7 @@ class Worst:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Gate A: whether every element lies within its allowance, and how much of it the worst one used."""
+    """Gate A: the comparison of all elements, and the share of its allowance that the worst element uses."""
 
     passed: bool
     allowance_used: float
@@ -84,7 +84,7 @@ class Statistics:
 
     @property
     def note(self) -> str | None:
-        """What is remarkable about them; None where they are what independent roundings give."""
+        """A remark on errors that are too large for independent roundings, or None."""
         if not self.largest <= LARGEST_DEVIATION:
             return f"the largest of {self.elements} errors is {self.largest:.1f} standard deviations"
         if self.elements >= MANY and not self.rms <= LARGEST_RMS:
@@ -93,8 +93,8 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class _Places:
-    """The compared places of one output, sampled rows picked, as flat arrays in float64."""
+class _Elements:
+    """The compared elements of one output, only the rows that the golden holds, as flat arrays in float64."""
 
     output: str
     expected: numpy.ndarray
@@ -104,79 +104,81 @@ class _Places:
     shape: tuple[int, ...]
     rows: numpy.ndarray | None
 
-    def index(self, place: int) -> tuple[int, ...]:
-        """The index of a flat place in the full output."""
+    def index(self, position: int) -> tuple[int, ...]:
+        """Give the index in the full output of an element at a flat position."""
         if self.rows is not None:
             width = self.expected.size // len(self.rows)
-            row, column = divmod(place, width)
-            place = int(self.rows[row]) * width + column
-        return tuple(int(i) for i in numpy.unravel_index(place, self.shape))
+            row, column = divmod(position, width)
+            position = int(self.rows[row]) * width + column
+        return tuple(int(i) for i in numpy.unravel_index(position, self.shape))
 
-    def at(self, place: int) -> Worst:
-        """What stands at a flat place."""
-        values = (float(x[place]) for x in (self.expected, self.got, self.allowance))
-        return Worst(self.output, self.index(place), *values)
+    def at(self, position: int) -> Worst:
+        """Describe the element at a flat position."""
+        values = (float(x[position]) for x in (self.expected, self.got, self.allowance))
+        return Worst(self.output, self.index(position), *values)
 
 
 def judge(
-    case: Named,
+    case: HasId,
     expected: Mapping[str, Expected],
     outputs: Mapping[str, numpy.ndarray],
     allowances: Mapping[str, numpy.ndarray],
     precision: Precision,
 ) -> Judgement:
-    """Compare every place of every expected output (MHA-ACC-1).
+    """Compare every element of every expected output (MHA-ACC-1).
 
-    Places that must be exact, NaN or non-finite come first. At the others |got - expected| <= allowance; where
-    |expected| + allowance reaches the overflow threshold of the dtype an infinity of that sign is right too. The share
-    of the allowance is 0 where nothing is allowed and nothing is wrong, and infinite where something is. A NaN never
-    passes for a number, nor a number for a NaN.
+    Elements that must be exact, NaN or non-finite are compared first. The others must satisfy
+    |got - expected| <= allowance; if |expected| + allowance reaches the overflow threshold of the dtype, an infinity of
+    the same sign is also right. For an allowance of 0 the share is 0 if the element is right, and infinite if not. A
+    NaN never passes for a number, nor a number for a NaN.
 
     Args:
         case: The case that was asked.
-        expected: What must come, by output name; nothing else is compared.
-        outputs: What came, full arrays.
-        allowances: Of the full outputs.
-        precision: Of the run.
+        expected: The expected outputs by name; other outputs are not compared.
+        outputs: The outputs that were returned, as full arrays.
+        allowances: The allowances of the full outputs.
+        precision: The precision of the run.
     """
-    judged: list[tuple[float, _Places, int]] = []
+    judged: list[tuple[float, _Elements, int]] = []
     for name, wanted in expected.items():
         if name not in outputs:
             return Judgement(False, numpy.inf, None, f"`{name}` is missing")
         if tuple(outputs[name].shape) != tuple(wanted.shape):
             shapes = f"shape={tuple(wanted.shape)}, received shape={outputs[name].shape}"
             return Judgement(False, numpy.inf, None, f"`{name}` must have {shapes}")
-        places = _places(name, wanted, outputs[name], allowances[name])
-        wrong = _wrong_kind(places)
+        elements = _elements(name, wanted, outputs[name], allowances[name])
+        wrong = _wrong_kind(elements)
         if wrong.any():
-            return _refused(case, places, int(numpy.argmax(wrong)), numpy.inf)
-        if places.expected.size:
-            used = _used(places, overflow_threshold(name, outputs[name], precision))
-            judged.append((float(used.max()), places, int(used.argmax())))
+            return _failed(case, elements, int(numpy.argmax(wrong)), numpy.inf)
+        if elements.expected.size:
+            shares = _shares(elements, overflow_threshold(name, outputs[name], precision))
+            judged.append((float(shares.max()), elements, int(shares.argmax())))
     if not judged:
         return Judgement(True, 0.0, None, None)
-    used, places, place = max(judged, key=lambda one: one[0])
-    return Judgement(True, used, places.at(place), None) if used <= 1 else _refused(case, places, place, used)
+    share, elements, position = max(judged, key=lambda output: output[0])
+    if share > 1:
+        return _failed(case, elements, position, share)
+    return Judgement(True, share, elements.at(position), None)
 
 
 def gate_b(
     expected: Mapping[str, Expected], outputs: Mapping[str, numpy.ndarray], deviations: Mapping[str, numpy.ndarray]
 ) -> dict[str, Statistics]:
-    """The statistics of each output over the places that are held to an allowance (MHA-ACC-2)."""
-    found: dict[str, Statistics] = {}
+    """Give the statistics of each output over the elements that have an allowance (MHA-ACC-2)."""
+    statistics: dict[str, Statistics] = {}
     for name, wanted in expected.items():
-        places = _places(name, wanted, outputs[name], deviations[name])
-        free = (places.kinds == FINITE) & (places.allowance > 0)
-        z = (places.got[free] - places.expected[free]) / places.allowance[free]
+        elements = _elements(name, wanted, outputs[name], deviations[name])
+        free = (elements.kinds == FINITE) & (elements.allowance > 0)
+        z = (elements.got[free] - elements.expected[free]) / elements.allowance[free]
         if z.size:
-            found[name] = Statistics(z.size, float(abs(z).max()), float(numpy.sqrt(numpy.mean(z**2))))
-    return found
+            statistics[name] = Statistics(z.size, float(abs(z).max()), float(numpy.sqrt(numpy.mean(z**2))))
+    return statistics
 
 
 def overflow_threshold(name: str, output: numpy.ndarray, precision: Precision) -> float:
-    """From here on a number rounds to infinity, in the type that came or in that of the run, if it is narrower."""
-    own = softmax_dtype_name(precision.dtype) if "lse" in name else precision.dtype
-    return min(_overflow_threshold(dtype) for dtype in (own, output.dtype))
+    """Give the smallest number that rounds to infinity in the dtype of the output or of the run, whichever is less."""
+    expected_dtype = softmax_dtype_name(precision.dtype) if "lse" in name else precision.dtype
+    return min(_overflow_threshold(dtype) for dtype in (expected_dtype, output.dtype))
 
 
 def _overflow_threshold(dtype: str | numpy.dtype) -> float:
@@ -187,45 +189,45 @@ def _overflow_threshold(dtype: str | numpy.dtype) -> float:
     return float(limits.max) + float(limits.max) * unit / (2 - 2 * unit)
 
 
-def _places(name: str, wanted: Expected, output: numpy.ndarray, allowance: numpy.ndarray) -> _Places:
-    got, allowed = (picked(x.astype(numpy.float64), wanted).ravel() for x in (output, allowance))
+def _elements(name: str, wanted: Expected, output: numpy.ndarray, allowance: numpy.ndarray) -> _Elements:
+    got, allowed = (golden_rows(x.astype(numpy.float64), wanted).ravel() for x in (output, allowance))
     values = numpy.ravel(wanted.values)
     kinds = numpy.zeros(values.shape, dtype=numpy.uint8) if wanted.kinds is None else numpy.ravel(wanted.kinds)
-    return _Places(name, values, got, kinds, allowed, tuple(wanted.shape), wanted.rows)
+    return _Elements(name, values, got, kinds, allowed, tuple(wanted.shape), wanted.rows)
 
 
-def picked(output: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
-    """The rows of an output that the golden holds; the output itself where it holds all."""
+def golden_rows(output: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
+    """Give the rows of an output that the golden holds, or the whole output if it holds all rows."""
     if wanted.rows is None:
         return output
     return output.reshape(-1, wanted.values.size // max(len(wanted.rows), 1))[wanted.rows]
 
 
-def _wrong_kind(places: _Places) -> numpy.ndarray:
-    """Where a place that must be exact, NaN or non-finite is not; a kind that nobody defined is never right."""
-    kinds, got = places.kinds, places.got
-    right = [kinds == FINITE, got == places.expected, numpy.isnan(got), ~numpy.isfinite(got), kinds == ANY]
+def _wrong_kind(elements: _Elements) -> numpy.ndarray:
+    """Mark the elements that must be exact, NaN or non-finite and are not; an undefined kind is never right."""
+    kinds, got = elements.kinds, elements.got
+    right = [kinds == FINITE, got == elements.expected, numpy.isnan(got), ~numpy.isfinite(got), kinds == ANY]
     return ~numpy.choose(numpy.minimum(kinds, len(right)), [*right, numpy.zeros(kinds.shape, dtype=bool)])
 
 
-def _used(places: _Places, threshold: float) -> numpy.ndarray:
-    """The share of the allowance that each place uses; what overflowed counts as the overflow threshold."""
-    finite = places.kinds == FINITE
-    overflowed = numpy.isinf(places.got) & numpy.isfinite(threshold)
-    got = numpy.where(overflowed, numpy.copysign(threshold, places.got), places.got)
+def _shares(elements: _Elements, threshold: float) -> numpy.ndarray:
+    """Give the share of the allowance that each element uses; an infinity counts as the overflow threshold."""
+    finite = elements.kinds == FINITE
+    overflowed = numpy.isinf(elements.got) & numpy.isfinite(threshold)
+    got = numpy.where(overflowed, numpy.copysign(threshold, elements.got), elements.got)
     with numpy.errstate(all="ignore"):
-        used = numpy.where(places.got == places.expected, 0.0, abs(got - places.expected) / places.allowance)
-    used = numpy.where(numpy.isnan(used) | ~numpy.isfinite(places.allowance), numpy.inf, used)
-    return numpy.where(finite, used, 0.0)
+        shares = numpy.where(elements.got == elements.expected, 0.0, abs(got - elements.expected) / elements.allowance)
+    shares = numpy.where(numpy.isnan(shares) | ~numpy.isfinite(elements.allowance), numpy.inf, shares)
+    return numpy.where(finite, shares, 0.0)
 
 
-def _refused(case: Named, places: _Places, place: int, used: float) -> Judgement:
-    worst = places.at(place)
-    reason = _reason(case, int(places.kinds[place]), worst, used)
-    return Judgement(False, used, worst, f"`{worst.output}` at {worst.index} {reason}")
+def _failed(case: HasId, elements: _Elements, position: int, share: float) -> Judgement:
+    worst = elements.at(position)
+    reason = _reason(case, int(elements.kinds[position]), worst, share)
+    return Judgement(False, share, worst, f"`{worst.output}` at {worst.index} {reason}")
 
 
-def _reason(case: Named, kind: int, worst: Worst, used: float) -> str:
+def _reason(case: HasId, kind: int, worst: Worst, share: float) -> str:
     if kind == EXACT:
         return f"must be exactly {worst.expected:g}, received {worst.got:g}"
     if kind in (NAN, NON_FINITE):
@@ -237,4 +239,4 @@ def _reason(case: Named, kind: int, worst: Worst, used: float) -> str:
     if worst.allowance == 0:
         return f"must be exactly {worst.expected:.9g}, received {worst.got:.9g}"
     allowed = f"{worst.expected:.9g} within {worst.allowance:.2g}"
-    return f"must be {allowed}, received {worst.got:.9g}, {used:.3g} times the allowance"
+    return f"must be {allowed}, received {worst.got:.9g}, {share:.3g} times the allowance"

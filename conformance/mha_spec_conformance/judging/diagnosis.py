@@ -1,8 +1,8 @@
 """Find the known mistakes that explain a wrong result.
 
 A mistake is named if the result equals that of the mistaken reference, within the allowance of the mistaken reference,
-and if the case distinguishes the mistaken reference from the specification. Several names mean that the case does not
-distinguish the mistakes from each other.
+and if the case distinguishes the mistaken reference from the specification. If several mistakes are named, the case
+does not distinguish them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy
 from mha_spec_conformance.mistakes import MISTAKES, Compared, Mistake
 
 from .bounds import precision, unit_roundoff
-from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, judge, picked
+from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, golden_rows, judge
 from .prediction import Predictions, can_show
 
 if TYPE_CHECKING:
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 __all__ = ["Diagnosis", "summarise"]
 
 CLEARLY_OTHER = 0.25
-"""A result is not compared closely if it differs by this share of its largest number."""
+"""A result that differs by this share of its largest number is not compared further."""
 
 PATIENCE = 50
-"""After so many unexplained failures, only those mistakes are tried that have explained one."""
+"""After this number of unexplained failures, only mistakes that have explained a failure are tried."""
 
 SIMILAR = 4.0
 """Errors of two precisions are of similar size if they differ by at most this factor."""
 
 
 class Diagnosis:
-    """Explains the failures of one target; the mistakes that explained one before are tried first."""
+    """Explains the failures of one target; mistakes that explained an earlier failure are tried first."""
 
     def __init__(self, mistakes: Sequence[Mistake] = MISTAKES) -> None:
-        """Try these mistakes."""
+        """Search among these mistakes."""
         self.mistakes = mistakes
         self.suspects: set[str] = set()
         self.unexplained = 0
@@ -81,7 +81,7 @@ class Diagnosis:
 
 
 class _Comparison:
-    """One wrong result, to be compared with the expected values and with the results of mistakes."""
+    """Compares one wrong result with the expected values and with the results of mistakes."""
 
     def __init__(
         self,
@@ -100,13 +100,13 @@ class _Comparison:
         self.allowed = predictions.allowances(None, dtype, self.standard) or {}
 
     def explaining(self, mistakes: Sequence[Mistake]) -> list[Mistake]:
-        """Give the mistakes that explain the result; mistakes of precision only if no other one does."""
+        """Give the mistakes that explain the result; mistakes of precision only if no other mistake does."""
         by_value = [mistake for mistake in mistakes if mistake.compared is not Compared.BY_SIZE_OF_ERRORS]
         by_errors = [mistake for mistake in mistakes if mistake.compared is Compared.BY_SIZE_OF_ERRORS]
         return [mistake for mistake in by_value if self.explains(mistake)] or self.precisions(by_errors)
 
     def explains(self, mistake: Mistake) -> bool:
-        """Tell whether the mistake gives this result, and the specification another one."""
+        """Tell whether the mistake gives this result, and the specification gives another."""
         mistaken = self.predictions.outputs(mistake, self.dtype)
         if mistaken is None or not self._alike(mistaken):
             return False
@@ -131,13 +131,13 @@ class _Comparison:
         loose = {name: coarser * array for name, array in self.allowed.items()}
         if not self._judge(self.golden, self.outputs, loose).passed:
             return []
-        used = self._judge(self.golden, self.outputs, self.allowed).allowance_used
-        return [mistake for mistake in mistakes if 1 / SIMILAR <= used / self._used_by(mistake) <= SIMILAR]
+        share = self._judge(self.golden, self.outputs, self.allowed).allowance_used
+        return [mistake for mistake in mistakes if 1 / SIMILAR <= share / self._share_of(mistake) <= SIMILAR]
 
-    def _used_by(self, mistake: Mistake) -> float:
+    def _share_of(self, mistake: Mistake) -> float:
         mistaken = self.predictions.outputs(mistake, self.dtype)
-        used = 0.0 if mistaken is None else self._judge(self.golden, mistaken, self.allowed).allowance_used
-        return used if used > 1 else numpy.inf
+        share = 0.0 if mistaken is None else self._judge(self.golden, mistaken, self.allowed).allowance_used
+        return share if share > 1 else numpy.inf
 
     def _alike(self, mistaken: Mapping[str, numpy.ndarray]) -> bool:
         """Compare the shapes and the large differences with the result, which is fast."""
@@ -152,10 +152,10 @@ class _Comparison:
         return True
 
     def _allowed(self, name: str, allowed: numpy.ndarray, errors: int) -> numpy.ndarray:
-        """Give the allowance of the mistake; where it is not finite, that of the specification or the largest one."""
+        """Give the allowance of the mistake; if it is not finite, that of the specification, or else the largest."""
         finite = [array[numpy.isfinite(array)].max(initial=0.0) for array in (allowed, self.allowed[name])]
-        instead = numpy.where(numpy.isfinite(self.allowed[name]), self.allowed[name], max(finite))
-        return errors * numpy.where(numpy.isfinite(allowed), allowed, instead)
+        substitute = numpy.where(numpy.isfinite(self.allowed[name]), self.allowed[name], max(finite))
+        return errors * numpy.where(numpy.isfinite(allowed), allowed, substitute)
 
     def _judge(
         self,
@@ -167,10 +167,11 @@ class _Comparison:
 
     def _expected(self, golden: Expected, mistaken: numpy.ndarray, mistake: Mistake) -> Expected:
         """Give the results of a mistake as expected values, at the elements that the golden compares."""
-        values = picked(mistaken.astype(numpy.float64), golden)
+        values = golden_rows(mistaken.astype(numpy.float64), golden)
         kinds = numpy.where(numpy.isnan(values), NAN, numpy.where(numpy.isinf(values), EXACT, FINITE))
-        kept = _kinds(golden, values.shape)
-        kinds = numpy.where((kept == ANY) | ((kept == NON_FINITE) & (kinds != FINITE)), kept, kinds)
+        golden_kinds = _kinds(golden, values.shape)
+        unspecified = (golden_kinds == ANY) | ((golden_kinds == NON_FINITE) & (kinds != FINITE))
+        kinds = numpy.where(unspecified, golden_kinds, kinds)
         if mistake.compared is Compared.WITHOUT_EMPTY_LSE:
             kinds = numpy.where(golden.values.reshape(values.shape) == -numpy.inf, ANY, kinds)
         return replace(golden, values=values, kinds=kinds.astype(numpy.uint8))
@@ -178,10 +179,10 @@ class _Comparison:
     def _either(
         self, expected: Mapping[str, Expected], allowed: Mapping[str, numpy.ndarray]
     ) -> tuple[dict[str, Expected], dict[str, numpy.ndarray]]:
-        """Expect the golden where the result is right: how far a NaN reaches depends on the size of tiles."""
+        """Expect the golden at right elements, because the reach of a NaN depends on the size of tiles."""
         merged, allowances = dict(expected), dict(allowed)
         for name, golden in self.golden.items():
-            got = picked(self.outputs[name], golden)
+            got = golden_rows(self.outputs[name], golden)
             true = golden.values.reshape(got.shape)
             right = (
                 (numpy.isfinite(got) & numpy.isfinite(true)) | (got == true) | (numpy.isnan(got) & numpy.isnan(true))
@@ -199,9 +200,9 @@ def _kinds(expected: Expected, shape: tuple[int, ...]) -> numpy.ndarray:
 
 
 def summarise(results: Iterable[Result]) -> list[dict[str, object]]:
-    """Choose few mistakes that together explain all explained results, the one that explains most first.
+    """Choose few mistakes that together explain all explained results, in order of the number that each explains.
 
-    Each is `{"variant", "explains", "clauses"}`; `explains` counts the results that no earlier mistake explained.
+    Each entry is `{"variant", "explains", "clauses"}`; `explains` counts the results that no earlier mistake explained.
     """
     by_name = {mistake.name: mistake for mistake in MISTAKES}
     variants = list(dict.fromkeys(mistake.variant for mistake in MISTAKES))

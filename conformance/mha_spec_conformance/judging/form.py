@@ -1,4 +1,4 @@
-"""The form of an answer: the shape and the dtype that each output must have."""
+"""Check the form of an answer: the shape and the dtype that each output must have."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.asking.selection import Ask
 
-__all__ = ["dtype_clause", "dtype_fault", "expected_dtypes", "form", "form_clauses", "wrong_dtype"]
+__all__ = ["dtype_clause", "dtype_fault", "expected_dtypes", "form_clauses", "form_fault", "wrong_dtype"]
 
 INTEGERS = ("int32", "int64", "int16", "int8", "uint32", "uint64", "uint16", "uint8")
 """The dtypes that the lengths of a cache may have."""
 
 
-def form(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
-    """Give the reason why the shape of an output is wrong, or its dtype, unless a convention has that dtype."""
+def form_fault(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
+    """Describe a wrong shape of an output, or a wrong dtype that no convention explains."""
     for name in ask.outputs:
-        shape, wanted = tuple(outputs[name].shape), tuple(ask.case.expected[name].shape)
-        if shape != wanted:
-            return f"`{name}` must have shape={wanted}, received shape={shape}"
+        shape, expected = tuple(outputs[name].shape), tuple(ask.case.expected[name].shape)
+        if shape != expected:
+            return f"`{name}` must have shape={expected}, received shape={shape}"
         if dtype_name(outputs[name]) not in (*expected_dtypes(ask, name), "float32", "float64"):
             return dtype_fault(ask, name, outputs)
     return None
@@ -49,10 +49,10 @@ def dtype_clause(name: str) -> str:
 
 
 def expected_dtypes(ask: Ask, name: str) -> tuple[str, ...]:
-    """The dtypes that an output may have: an lse and the bias of ALiBi have the softmax's, a gradient its operand's.
+    """Give the dtypes that an output may have.
 
-    A merged lse has the dtype of the halves', and the lengths of a cache are integers of any width; everything else
-    has the dtype of the run.
+    An lse and the bias of ALiBi have the dtype of the softmax, a merged lse that of the halves, and a gradient that of
+    its operand. The lengths of a cache are integers of any width. All other outputs have the dtype of the run.
     """
     operand = "lse_a" if name == "lse" else name.removeprefix("grad_")
     if operand != name and operand in ask.case.input_names:
@@ -63,5 +63,5 @@ def expected_dtypes(ask: Ask, name: str) -> tuple[str, ...]:
 
 
 def wrong_dtype(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
-    """Name the first output of a wrong dtype."""
+    """Name the first output that has a wrong dtype."""
     return next((name for name in ask.outputs if dtype_name(outputs[name]) not in expected_dtypes(ask, name)), None)

@@ -11,7 +11,7 @@ from mha_spec_conformance.suite.conventions import Convention
 from .bounds import bounds, precision
 from .compare import gate_b, judge
 from .diagnosis import Diagnosis
-from .form import dtype_clause, dtype_fault, form, form_clauses, wrong_dtype
+from .form import dtype_clause, dtype_fault, form_clauses, form_fault, wrong_dtype
 from .result import Result
 
 if TYPE_CHECKING:
@@ -52,11 +52,13 @@ class Judge:
             return Result(ask, "error", answer.reason)
         if answer.kind == "malformed":
             return Result(ask, "fail", answer.reason, malformed=True)
-        if (reason := form(ask, answer.outputs)) is not None:
+        if (reason := form_fault(ask, answer.outputs)) is not None:
             return Result(ask, "fail", reason, clauses=form_clauses(ask, answer.outputs))
         if self.claims.registered and answer.foreign is not None:
             return Result(
-                ask, "fail", f"an output is an array of {answer.foreign}, the inputs are of {self.claims.arrays}"
+                ask,
+                "fail",
+                f"an output is an array of {answer.foreign}, but the inputs are arrays of {self.claims.arrays}",
             )
         return self._values(ask, answer)
 
@@ -68,15 +70,15 @@ class Judge:
         if judgement.passed:
             result = Result(ask, "pass", None, judgement.allowance_used, judgement.worst)
         else:
-            result = self._named(ask, answer.outputs, judgement)
+            result = self._explained(ask, answer.outputs, judgement)
         if result.outcome == "fail":
             return result
         if (fault := self._layout_fault(result, answer, allowances, run_precision)) is not None:
-            return _spoiled(result, fault, "MHA-PURE-2")
+            return _failed(result, fault, "MHA-PURE-2")
         if answer.written:
-            return _spoiled(result, f"wrote to its input {', '.join(answer.written)}", "MHA-PURE-1")
+            return _failed(result, f"the call wrote to its input {', '.join(answer.written)}", "MHA-PURE-1")
         if (name := wrong_dtype(ask, answer.outputs)) is not None:
-            return _of_other_dtype(result, name, answer.outputs)
+            return _with_dtype(result, name, answer.outputs)
         if result.outcome == "pass" and "generic" in ask.case.tags:
             return replace(result, note=_note(ask, answer, case_bounds.deviations(run_precision)))
         return result
@@ -86,24 +88,26 @@ class Judge:
     ) -> str | None:
         """Name the first layout of the inputs for which the answer is wrong, and the reason."""
         for layout, outputs in answer.layouts.items():
-            reason = outputs if isinstance(outputs, str) else form(result.ask, outputs)
+            reason = outputs if isinstance(outputs, str) else form_fault(result.ask, outputs)
             if reason is None and not isinstance(outputs, str):
                 reason = self._unlike(result, outputs, _compare(result.ask, outputs, allowances, run_precision))
             if reason is not None:
                 plain = "right" if result.outcome == "pass" else str(result.conventions[0])
-                return f"{plain} for plain inputs, wrong for {layout.replace('_', '-')} ones: {reason}"
+                return (
+                    f"the result is {plain} for plain inputs, but wrong for {layout.replace('_', '-')} inputs: {reason}"
+                )
         return None
 
     def _unlike(self, result: Result, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> str | None:
         """Give the reason why outputs for another layout are not judged like those for plain inputs."""
         if result.outcome == "pass" or judgement.passed:
-            return judgement.reason if result.outcome == "pass" else "they follow the specification"
+            return judgement.reason if result.outcome == "pass" else "it follows the specification"
         ask = result.ask
         mistakes = self.diagnosis.explain(ask.case, ask.dtype, outputs, ask.outputs, self.claims.profile)
         same = result.conventions[0] in [mistake.convention for mistake in mistakes]
         return None if same else judgement.reason
 
-    def _named(self, ask: Ask, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> Result:
+    def _explained(self, ask: Ask, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> Result:
         """Give the result of wrong values: a deviation if a convention explains them, else a failure."""
         mistakes = self.diagnosis.explain(ask.case, ask.dtype, outputs, ask.outputs, self.claims.profile)
         result = Result(
@@ -117,12 +121,12 @@ class Judge:
         return replace(result, outcome="deviation", reason=str(convention), conventions=(convention,))
 
 
-def _spoiled(result: Result, fault: str, clause: str) -> Result:
-    """Give the failure by a fault that no convention explains, so that no accepted convention excuses it."""
+def _failed(result: Result, fault: str, clause: str) -> Result:
+    """Give a failure that no convention explains, so that no accepted convention excuses it."""
     return replace(result, outcome="fail", reason=fault, clauses=(clause,), diagnosis=(), conventions=())
 
 
-def _of_other_dtype(result: Result, name: str, outputs: Mapping[str, numpy.ndarray]) -> Result:
+def _with_dtype(result: Result, name: str, outputs: Mapping[str, numpy.ndarray]) -> Result:
     """Add the convention of another output dtype; if the values are right, the clause is that of the dtype."""
     fault = dtype_fault(result.ask, name, outputs)
     return replace(
@@ -135,12 +139,12 @@ def _of_other_dtype(result: Result, name: str, outputs: Mapping[str, numpy.ndarr
 
 
 def _refusal(ask: Ask, answer: Answer) -> Result:
-    """Judge a call that must raise an error of mha-spec, of the right kind, that names the argument."""
+    """Judge a call that must raise an error of mha-spec that has the right kind and names the argument."""
     required = ask.case.error or {}
     kind, argument = {"type": "TypeError", "value": "ValueError"}[required["kind"]], required["argument"]
     expected = f"a MhaSpecError that is a {kind} and names `{argument}`"
     if answer.raised is None:
-        return Result(ask, "fail", f"expected {expected}, but the call was answered")
+        return Result(ask, "fail", f"expected {expected}, but the call returned")
     if not {"MhaSpecError", kind} <= set(answer.raised.classes) or argument not in answer.raised.message:
         return Result(ask, "fail", f"expected {expected}, received {answer.raised}")
     return Result(ask, "pass")
@@ -154,7 +158,7 @@ def _compare(
 
 
 def _note(ask: Ask, answer: Answer, deviations: Mapping[str, numpy.ndarray]) -> str | None:
-    """Say how the errors of a generic case are distributed if they are not independent roundings (MHA-ACC-2)."""
+    """Describe the errors of a generic case that are too large for independent roundings (MHA-ACC-2)."""
     expected = {name: ask.case.expected[name] for name in ask.outputs}
     notes = ((name, statistics.note) for name, statistics in gate_b(expected, answer.outputs, deviations).items())
     return next((f"`{name}`: {note}" for name, note in notes if note is not None), None)

@@ -1,4 +1,4 @@
-"""What each known mistake makes of a case."""
+"""Predict the results of known mistakes on a case."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 __all__ = ["Predictions", "answer", "can_show"]
 
 CANNOT_ANSWER = (ArithmeticError, IndexError, TypeError, ValueError)
-"""What a mistaken reference raises for a case of which its mistake makes no sense."""
+"""The exceptions of a mistaken reference on a case to which the mistake does not apply."""
 
 
 def answer(
     steps: Steps | LayerSteps, function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, object]
 ) -> dict[str, numpy.ndarray]:
-    """What the reference over these steps gives, by output name."""
+    """Give the outputs by name of the reference that is composed of these steps."""
     call = function_over(steps, function)
     if FUNCTIONS[function].of_layer:
         return joined(list(layer_answers(call, function, {**arrays, **options})))
@@ -42,9 +42,9 @@ def answer(
 
 
 def can_show(mistake: Mistake, case: Case) -> bool:
-    """Whether the case asks for what the mistake is about."""
-    given = {*case.options, *case.input_names}
-    return case.function in mistake.functions and given.issuperset(mistake.needs)
+    """Tell whether the case calls a function of the mistake with every argument that the mistake needs."""
+    arguments = {*case.options, *case.input_names}
+    return case.function in mistake.functions and arguments.issuperset(mistake.needs)
 
 
 class Predictions:
@@ -56,19 +56,19 @@ class Predictions:
         self._bounds: dict[tuple[str, str], Bounds | None] = {}
 
     def outputs(self, mistake: Mistake, dtype: str) -> dict[str, numpy.ndarray] | None:
-        """The results of the mistaken reference; None where it raises."""
+        """Give the results of the mistaken reference, or None if it raises."""
         key = mistake.name, dtype if mistake.native else "float64"
         if key not in self._outputs:
             self._outputs[key] = self._answer(mistake, dtype)
         return self._outputs[key]
 
     def allowances(self, mistake: Mistake | None, dtype: str, run: Precision) -> dict[str, numpy.ndarray] | None:
-        """The allowances of a mistake, without one of the specification; None where the mistake cannot be evaluated."""
+        """Give the allowances of a mistake (None: of the specification), or None if it cannot be evaluated."""
         key = "" if mistake is None else mistake.name, dtype
         if key not in self._bounds:
             self._bounds[key] = self._evaluate(SPECIFICATION if mistake is None else mistake.steps, dtype)
-        found = self._bounds[key]
-        return None if found is None else found.allowances(run)
+        case_bounds = self._bounds[key]
+        return None if case_bounds is None else case_bounds.allowances(run)
 
     def _answer(self, mistake: Mistake, dtype: str) -> dict[str, numpy.ndarray] | None:
         arrays = self.case.inputs(dtype)

@@ -37,10 +37,10 @@ class Result:
 
     @property
     def compared(self) -> bool:
-        """Whether there were arrays that a clause could be held against."""
+        """True if the call returned arrays that can be compared, so that a clause can be broken."""
         return not self.malformed and self.outcome not in ("error", "crash", "timeout", "unsupported")
 
     @property
     def must(self) -> bool:
-        """Whether it counts for the exit status."""
+        """True if the result counts for the exit status."""
         return self.ask.case.level == "MUST"
