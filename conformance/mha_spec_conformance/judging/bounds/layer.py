@@ -68,6 +68,7 @@ class Tape:
         """Bind the precision; arrays that no step gave have no error."""
         self._precision, self._dtypes = precision, dtypes
         self._errors: dict[int, tuple[object, Any]] = {}
+        self._depths: dict[int, int] = {}
         taped = ("project", "add_bias", "normalise", "turns", "turn", "append", "attend", "weigh")
         taped += ("merge_heads", "combine", "add_output_bias")
         self.steps = replace(steps, **{name: self._taped(name, getattr(steps, name)) for name in taped})
@@ -92,11 +93,18 @@ class Tape:
         return error + self._precision.u_o * abs(result) + self._precision.w
 
     def _project(self, step: Callable[..., Any], result: Any, x: Any, weight: Any) -> Any:
-        depth = self._precision.u_a * weight.shape[0]
-        return self._rounded(step(self.of(x) + depth * abs(x), abs(weight)), result)
+        return self._sum_of_products(step, result, x, weight, weight.shape[0])
+
+    def _sum_of_products(self, step: Callable[..., Any], result: Any, x: Any, weight: Any, depth: int) -> Any:
+        self._depths[id(result)] = depth
+        return self._rounded(step(self.of(x) + self._precision.u_a * depth * abs(x), abs(weight)), result)
 
     def _add_bias(self, step: Callable[..., Any], result: Any, x: Any, bias: Any) -> Any:
-        return self.of(x) if bias is None else self._rounded(self.of(x), result)
+        """A fused product begins its sum with the bias, which is then part of everything that each addition rounds."""
+        if bias is None:
+            return self.of(x)
+        error = step(self.of(x), self._precision.u_a * self._depths[id(x)] * abs(bias))
+        return self._rounded(error, result)
 
     _add_output_bias = _add_bias
 
@@ -163,8 +171,7 @@ class Tape:
         return step(self.of(x))
 
     def _combine(self, step: Callable[..., Any], result: Any, x: Any, weight: Any) -> Any:
-        depth = self._precision.u_a * weight.shape[0] * weight.shape[1]
-        return self._rounded(step(self.of(x) + depth * abs(x), abs(weight)), result)
+        return self._sum_of_products(step, result, x, weight, weight.shape[0] * weight.shape[1])
 
 
 def _reach(x: Any, turns: Turns, *, interleaved: bool) -> Any:

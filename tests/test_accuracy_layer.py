@@ -1,0 +1,45 @@
+"""The allowance of a layer's projection covers a sum that begins with its bias, as fused matrix products do."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+from layers import LayerProblem, share_of
+
+
+def problem(seed: int) -> LayerProblem:
+    """One token that sees itself alone, whose output is small beside its bias."""
+    rng = numpy.random.default_rng(seed)
+    shapes = {
+        "query": (1, 1, 3),
+        "w_q": (3, 2, 5),
+        "w_k": (3, 2, 5),
+        "w_v": (3, 2, 7),
+        "w_o": (2, 7, 11),
+        "b_o": (11,),
+    }
+    arrays = {name: rng.integers(-4, 5, shape).astype("float32") / 4 for name, shape in shapes.items()}
+    arrays["w_o"] = (rng.standard_normal(shapes["w_o"]) / 1000).astype("float32")
+    arrays |= {"key": arrays["query"], "value": arrays["query"]}
+    return LayerProblem("float32", arrays, {})
+
+
+def fused(p: LayerProblem) -> numpy.ndarray:
+    """Add the products one by one to the bias, in float32: the value of the one token is exact."""
+    heads = numpy.einsum("ble,ehd->blhd", p.arrays["value"], p.arrays["w_v"]).reshape(-1)
+    weight = p.arrays["w_o"].reshape(len(heads), -1)
+    total = p.arrays["b_o"].copy()
+    for component, row in zip(heads, weight, strict=True):
+        total = total + component * row
+    return total[None, None]
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_a_sum_may_begin_with_its_bias(seed: int) -> None:
+    p = problem(seed)
+    assert share_of(p)(fused(p)) <= 1
+
+
+def test_a_bias_that_is_lost_is_refused() -> None:
+    p = problem(0)
+    assert share_of(p)(fused(p) - p.arrays["b_o"]) > 1
