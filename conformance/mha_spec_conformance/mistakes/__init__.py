@@ -1,7 +1,7 @@
-"""The catalogue of known mistakes: the specification with one step replaced, once for each way to go wrong.
+"""The catalogue of known mistakes; each is the specification with one step replaced.
 
-A mistake serves three ends: it proves that the suite has a case for its clauses, it recognises a convention that others
-chose on purpose, and it tells the author of a failing attention what went wrong.
+A mistake proves that the suite has a case for its clauses, recognises a convention that others chose on purpose, and
+tells the author of a failing attention what went wrong.
 """
 
 from __future__ import annotations
@@ -38,4 +38,4 @@ MISTAKES: tuple[Mistake, ...] = (
     *POSITIONS,
     *CACHING,
 )
-"""Every known mistake; conventions are among them."""
+"""Every known mistake, conventions included."""

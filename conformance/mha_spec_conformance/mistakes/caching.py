@@ -1,4 +1,4 @@
-"""Tokens stored, counted or seen wrongly in a cache, and calls of the layer that must be refused."""
+"""Mistakes of the cache: tokens stored, counted or seen wrongly; and layer calls that must raise an error."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy
 from mha_spec import layer_steps
 from mha_spec.layer_checks import Rotary
 from mha_spec.offsets import named_offset
+from mha_spec.reference import attention, attention_weights
 
 from .layer import layered
 from .mistake import ALIBI, LAYER, MULTI_HEAD, ROTARY
@@ -22,7 +23,7 @@ __all__ = ["CACHING"]
 
 
 def stored_at(change: Callable[..., tuple[Any, Any]]) -> Callable[..., numpy.ndarray]:
-    """Store in other slots: `change` makes (start, stop) of them and the buffer."""
+    """Store in other slots: `change` computes (start, stop) from the right ones and the buffer."""
 
     def store(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop: Any) -> numpy.ndarray:
         places = change(numpy.asarray(start), numpy.asarray(stop), buffer)
@@ -32,7 +33,7 @@ def stored_at(change: Callable[..., tuple[Any, Any]]) -> Callable[..., numpy.nda
 
 
 def stored_at_the_end(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop: Any) -> numpy.ndarray:
-    """Push everything back and put the new tokens into the last slots."""
+    """Shift the buffer and store the new tokens in the last slots."""
     return numpy.concatenate([buffer, new], axis=2)[:, :, new.shape[2] :]
 
 
@@ -43,30 +44,30 @@ def stored_in_place(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop:
 
 
 def seeing(**other: Any) -> Within:
-    """Attention that is told something else; a callable is given the query and the key."""
+    """Call attention with other options; a callable computes its option from query, key and options."""
 
     def change(options: dict[str, Any], query: numpy.ndarray, key: numpy.ndarray) -> dict[str, Any]:
-        given = {name: value(query, key, options) if callable(value) else value for name, value in other.items()}
-        return {**options, **given}
+        changed = {name: value(query, key, options) if callable(value) else value for name, value in other.items()}
+        return {**options, **changed}
 
     def attend(query: numpy.ndarray, key: numpy.ndarray, value: numpy.ndarray, **options: Any) -> Any:
-        return layer_steps.attend(query, key, value, **change(options, query, key))
+        return attention(query, key, value, **change(options, query, key))
 
     def weigh(query: numpy.ndarray, key: numpy.ndarray, **options: Any) -> Any:
-        return layer_steps.weigh(query, key, **change(options, query, key))
+        return attention_weights(query, key, **change(options, query, key))
 
     return attend, weigh
 
 
 def window_of_many(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
-    """No window for a single query."""
+    """Return no window for a single query."""
     return None if query.shape[2] == 1 else options.get("window")
 
 
 CACHING = (
     layered(
         "cache-overwritten",
-        "stores new tokens from slot 0 on",
+        "stores new tokens at slot 0",
         "MHA-CACHE-1",
         "MHA-CACHE-2",
         store=stored_at(lambda start, stop, buffer: (0 * start, stop - start)),
@@ -74,14 +75,14 @@ CACHING = (
     ),
     layered(
         "cache-one-slot-late",
-        "leaves a slot free before the new tokens",
+        "leaves an empty slot before the new tokens",
         "MHA-CACHE-1",
         store=stored_at(lambda start, stop, buffer: (start + 1, stop + 1)),
         needs=("cache_lengths", "key"),
     ),
     layered(
         "cache-of-the-first-entry",
-        "stores the tokens of every batch entry where the first has its own",
+        "stores the tokens of every batch entry in the slots of the first",
         "MHA-CACHE-1",
         store=stored_at(lambda start, stop, buffer: (start[:1] + 0 * start, start[:1] + stop - start)),
         needs=("cache_lengths", "key"),
@@ -89,7 +90,7 @@ CACHING = (
     ),
     layered(
         "cache-rolled",
-        "pushes the buffer back for new tokens, full or not",
+        "shifts the buffer for new tokens even if it is not full",
         "MHA-CACHE-1",
         store=stored_at_the_end,
         needs=("cache_lengths", "key"),
@@ -115,7 +116,7 @@ CACHING = (
     ),
     layered(
         "cache-padding-kept",
-        "stores and counts every new token, real or not",
+        "stores and counts padding as new tokens",
         "MHA-CACHE-5",
         new_lengths=lambda lengths, counts, length, like: layer_steps.new_lengths(lengths, None, length, like),
         needs=("cache_lengths", "kv_lengths"),
@@ -131,7 +132,7 @@ CACHING = (
     ),
     layered(
         "cache-causal-upper-left",
-        "puts the queries at position 0, behind whatever the cache holds",
+        "puts the queries at position 0, whatever number of tokens the cache holds",
         "MHA-CACHE-6",
         "MHA-CACHE-2",
         within=seeing(q_offset=0),
@@ -150,7 +151,7 @@ CACHING = (
     ),
     layered(
         "window-lost-in-steps",
-        "drops the window where there is one query",
+        "does not use the window of the layer for a single query",
         "MHA-CACHE-2",
         within=seeing(window=window_of_many),
         needs=("cache_lengths", "window"),
@@ -159,14 +160,14 @@ CACHING = (
     ),
     layered(
         "cache-of-encoder-cut",
-        "sees no more cached keys than there are queries",
+        "sees at most q_len cached keys",
         "MHA-CACHE-8",
         within=seeing(kv_lengths=lambda query, key, options: numpy.minimum(options["kv_lengths"], query.shape[2])),
         needs=("cache_lengths",),
     ),
     layered(
         "rotary-lower-right-of-the-buffers",
-        "rotates from the lower right of the buffers, whatever tokens are in use",
+        "rotates at the lower right of the buffers, whatever the lengths are",
         "MHA-POS-2",
         "MHA-CACHE-6",
         offset_of=lambda reading, q_lengths, kv_lengths, query, key: named_offset(reading, None, None, query, key),
@@ -174,7 +175,7 @@ CACHING = (
     ),
     layered(
         "layer-unchecked",
-        "takes parameters, tokens and caches that do not fit together",
+        "accepts parameters, tokens and caches that do not fit together",
         "MHA-PROJ-4",
         "MHA-NORM-1",
         "MHA-LAYER-2",
@@ -188,7 +189,7 @@ CACHING = (
     ),
     layered(
         "rotary-unchecked",
-        "takes odd sizes and unknown options",
+        "accepts an odd rotary_dim and unknown options of rotary",
         "MHA-ROTARY-6",
         check_rotary=lambda rotary, size: Rotary(**rotary),
         check_positions=lambda x, positions: None,
@@ -196,7 +197,7 @@ CACHING = (
     ),
     layered(
         "alibi-unchecked",
-        "takes slopes of any shape",
+        "accepts slopes of any shape",
         "MHA-ALIBI-3",
         check_alibi=lambda slopes, q_len, kv_len, offset: None,
         check_heads=lambda heads: None,

@@ -1,4 +1,4 @@
-"""Edges decided wrongly: ends of ranges, alignments by name, types that are cut, rows over one key, rows of NaN."""
+"""Mistakes at edges: ends of ranges, named alignments, truncated types, rows over one key, rows of NaN."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["EDGES"]
 
 
 def summed_in_int32(distance: numpy.ndarray, right: int) -> numpy.ndarray:
-    """j <= p + right, the sum being an int32, which wraps."""
+    """Test j <= p + right with the sum in int32, which wraps."""
     keys = numpy.arange(distance.shape[-1])
     with numpy.errstate(over="ignore"):
         last = (keys - distance).astype(numpy.int32) + numpy.int32(right)
@@ -29,48 +29,48 @@ def summed_in_int32(distance: numpy.ndarray, right: int) -> numpy.ndarray:
 
 
 def cut_to_int32(q_ids: numpy.ndarray, kv_ids: numpy.ndarray) -> numpy.ndarray:
-    """Equal in their low 32 bits."""
+    """Compare the low 32 bits of segment ids."""
     return q_ids.astype(numpy.int32) == kv_ids.astype(numpy.int32)
 
 
 def reading_of(offset: Callable[[Arguments], object]) -> steps.Steps:
-    """Take "lower_right" for another offset."""
+    """Replace the offset that "lower_right" means."""
     return replacing(offset_of=lambda a: offset(a) if a.q_offset == "lower_right" else steps.offset_of(a))
 
 
 def exchanged(a: Arguments) -> numpy.ndarray | Sequence[int] | int:
-    """Take each reading for the other one."""
+    """Exchange the meanings of both named alignments."""
     if not isinstance(a.q_offset, str):
         return steps.offset_of(a)
     return steps.offset_of(replace(a, q_offset="lower_right" if a.q_offset == "upper_left" else "upper_left"))
 
 
 def saturated(bias: numpy.ndarray, query_dtype: str, softmax_dtype: str) -> numpy.ndarray:
-    """The bias in the softmax's type, with the least finite number for what lies below it."""
+    """Convert the bias to the softmax's type; a finite number below its range becomes its least finite number."""
     least = float(numpy.finfo(softmax_dtype).min)
     kept = numpy.where(bias == -math.inf, bias, numpy.maximum(bias.astype(numpy.float64), least))
     return kept.astype(softmax_dtype)
 
 
 def seen_where_alone(constraints: list[numpy.ndarray]) -> numpy.ndarray:
-    """A lone key is visible whatever hides it."""
+    """Show the only key of a call, whatever hides it."""
     visible = steps.all_of(constraints)
     return numpy.ones_like(visible) if visible.shape[-1] == 1 else visible
 
 
 def hidden_weigh_nothing(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Exponentials of which those of hidden pairs are 0, in a row of NaN too."""
+    """Return exponentials that are 0 for hidden pairs, even in a row whose maximum is NaN."""
     exponentials, maximum = steps.exponentials(logits)
     return numpy.where(logits == -math.inf, 0.0, exponentials), maximum
 
 
 def zeros_stay(exponentials: numpy.ndarray, total: numpy.ndarray) -> numpy.ndarray:
-    """Weights that are 0 where the exponential is, whatever the sum."""
+    """Return weights that are 0 where the exponential is 0, whatever the sum is."""
     return numpy.where(exponentials == 0, 0.0, steps.normalise(exponentials, total))
 
 
 def scores_of_float16(query: numpy.ndarray, key: numpy.ndarray, scale: float) -> numpy.ndarray:
-    """Scores of a query and a key that count as 0 below the smallest number of float16."""
+    """Compute scores from queries and keys that are flushed to 0 below the smallest number of float16."""
     smallest = float(numpy.finfo(numpy.float16).smallest_subnormal)
     query, key = (numpy.where(abs(operand) < smallest, 0.0, operand) for operand in (query, key))
     return steps.scores(query, key, scale)
@@ -79,21 +79,21 @@ def scores_of_float16(query: numpy.ndarray, key: numpy.ndarray, scale: float) ->
 EDGES = (
     Mistake(
         "window-right-summed-in-int32",
-        "adds the right bound to the position in 32 bits, where the sum wraps",
+        "adds the right side of the window to the position in int32, which wraps",
         ("MHA-WINDOW-2", "MHA-POS-1"),
         replacing(see_window_right=summed_in_int32),
         needs=("window", "q_offset"),
     ),
     Mistake(
         "segment-ids-cut-to-int32",
-        "compares the low 32 bits of segment ids",
+        "compares only the low 32 bits of segment ids",
         ("MHA-SEG-1", "MHA-SEG-2"),
         replacing(see_segments=cut_to_int32),
         needs=("q_segment_ids",),
     ),
     Mistake(
         "lower-right-of-the-buffers",
-        "takes lower_right for kv_len - q_len, whatever lengths are in use",
+        "reads lower_right as kv_len - q_len, whatever kv_lengths and q_lengths are",
         ("MHA-POS-2",),
         reading_of(lambda a: a.kv_len - a.q_len),
         needs=("q_offset",),
@@ -101,21 +101,21 @@ EDGES = (
     ),
     Mistake(
         "lower-right-without-q-lengths",
-        "takes lower_right for the keys in use less q_len, whatever queries are in use",
+        "reads lower_right as kv_lengths - q_len, whatever q_lengths are",
         ("MHA-POS-2",),
         reading_of(lambda a: numpy.asarray(a.kv_len if a.kv_lengths is None else a.kv_lengths) - a.q_len),
         needs=("q_offset", "q_lengths"),
     ),
     Mistake(
         "readings-exchanged",
-        "takes upper_left for lower_right and the other way round",
+        "exchanges the meanings of upper_left and lower_right",
         ("MHA-POS-2",),
         replacing(offset_of=exchanged),
         needs=("q_offset",),
     ),
     Mistake(
         "wide-bias-saturated",
-        "takes a bias beyond the range of the softmax's type for its least number, which hides nothing",
+        "converts a bias below the range of the softmax's type to its least finite number, which hides nothing",
         ("MHA-BIAS-2", "MHA-BIAS-3"),
         replacing(convert_bias=saturated),
         needs=("bias",),
@@ -123,20 +123,20 @@ EDGES = (
     ),
     Mistake(
         "lone-key-always-seen",
-        "shows a lone key to every row",
-        ("MHA-EMPTY-1", "MHA-MASK-3"),
+        "shows a key to every row if there is only one key",
+        ("MHA-EMPTY-1",),
         replacing(all_of=seen_where_alone),
     ),
     Mistake(
         "nan-rows-hide",
-        "gives the weight 0 to hidden pairs of rows that see a NaN",
+        "returns the weight 0 for hidden pairs of a row that sees a NaN",
         ("MHA-NAN-1",),
         replacing(exponentials=hidden_weigh_nothing, normalise=zeros_stay),
         functions=("attention_weights",),
     ),
     Mistake(
         "flushed-below-float16",
-        "takes queries and keys below the range of float16 for 0, which are normal numbers of the softmax's type",
+        "flushes queries and keys to 0 that are below the range of float16 and normal in the softmax's type",
         ("MHA-ACC-3",),
         replacing(scores=scores_of_float16),
     ),

@@ -1,4 +1,4 @@
-"""Arguments that are accepted and then not used."""
+"""Mistakes that accept an argument and do not use it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy
 
 from mha_spec import steps
 
-from .mistake import VJP, Mistake, asking, replacing
+from .mistake import VJP, Mistake, changing, replacing
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -18,12 +18,12 @@ __all__ = ["IGNORED"]
 
 
 def everywhere(array: numpy.ndarray, *others: object) -> numpy.ndarray:
-    """True in the shape of the first array."""
+    """Return True for every element of the first array."""
     return numpy.ones(array.shape, bool)
 
 
 def without_constraints(constraints: list[numpy.ndarray]) -> numpy.ndarray:
-    """The first constraint holds everywhere; the others are those that were asked for."""
+    """Combine only the first constraint, which holds everywhere, and ignore those of the call."""
     return steps.all_of(constraints[:1])
 
 
@@ -37,7 +37,7 @@ def refuse_empty(a: Arguments) -> Arguments:
 IGNORED = (
     Mistake(
         "mask-ignored",
-        "takes a mask and does not use it",
+        "accepts a mask and does not use it",
         ("MHA-MASK-1", "MHA-MASK-3"),
         replacing(see_mask=everywhere),
         needs=("mask",),
@@ -45,22 +45,22 @@ IGNORED = (
     ),
     Mistake(
         "mask-ignored-with-causal",
-        "does not use the mask where causal is set",
+        "does not use the mask if causal=True",
         ("MHA-MASK-3",),
-        asking(lambda a: replace(a, mask=None) if a.causal else a),
+        changing(lambda a: replace(a, mask=None) if a.causal else a),
         needs=("mask", "causal"),
         bugs=("AI-Hypercomputer/maxtext#878",),
     ),
     Mistake(
         "bias-ignored",
-        "takes a bias and does not use it",
+        "accepts a bias and does not use it",
         ("MHA-BIAS-1",),
         replacing(add_bias=lambda scores, bias: scores, see_bias=everywhere),
         needs=("bias",),
     ),
     Mistake(
         "causal-ignored",
-        "takes causal=True and lets every row see the keys after it",
+        "accepts causal=True and lets every row see the keys after it",
         ("MHA-CAUSAL-1",),
         replacing(see_causal=everywhere),
         needs=("causal",),
@@ -68,38 +68,38 @@ IGNORED = (
     ),
     Mistake(
         "causal-ignored-with-mask",
-        "forgets causal where a mask is given",
+        "does not use causal if there is a mask",
         ("MHA-MASK-3", "MHA-CAUSAL-1"),
-        asking(lambda a: replace(a, causal=a.causal and a.mask is None)),
+        changing(lambda a: replace(a, causal=a.causal and a.mask is None)),
         needs=("mask", "causal"),
         bugs=("huggingface/transformers PR#41966",),
     ),
     Mistake(
         "causal-ignored-without-mask",
-        "applies causal only where a mask is given too",
+        "applies causal only if there is a mask",
         ("MHA-CAUSAL-1",),
-        asking(lambda a: replace(a, causal=a.causal and a.mask is not None)),
+        changing(lambda a: replace(a, causal=a.causal and a.mask is not None)),
         needs=("causal",),
         bugs=("facebookresearch/xformers#103",),
     ),
     Mistake(
         "causal-ignored-for-one-query",
-        "skips causal where there is a single query",
+        "does not use causal for a single query",
         ("MHA-CAUSAL-1", "MHA-POS-1"),
-        asking(lambda a: replace(a, causal=a.causal and a.q_len > 1)),
+        changing(lambda a: replace(a, causal=a.causal and a.q_len > 1)),
         needs=("causal",),
         bugs=("microsoft/onnxruntime PR#29050",),
     ),
     Mistake(
         "causal-always",
-        "is causal without being asked",
+        "applies causal although causal=False",
         ("MHA-SOFTMAX-1",),
-        asking(lambda a: replace(a, causal=True)),
+        changing(lambda a: replace(a, causal=True)),
         bugs=("openvinotoolkit/openvino PR#37653", "huggingface/transformers#48172", "sgl-project/sglang PR#35434"),
     ),
     Mistake(
         "window-ignored",
-        "takes a window and lets every row see all keys",
+        "accepts a window and lets every row see all keys",
         ("MHA-WINDOW-1", "MHA-WINDOW-2"),
         replacing(see_window_left=everywhere, see_window_right=everywhere),
         needs=("window",),
@@ -107,17 +107,17 @@ IGNORED = (
     ),
     Mistake(
         "window-ignored-without-mask",
-        "applies the window only where a mask is given too",
+        "applies the window only if there is a mask",
         ("MHA-WINDOW-1", "MHA-WINDOW-2"),
-        asking(lambda a: replace(a, window=None if a.mask is None else a.window)),
+        changing(lambda a: replace(a, window=None if a.mask is None else a.window)),
         needs=("window",),
         bugs=("jax-ml/jax#32300", "unslothai/unsloth PR#8253"),
     ),
     Mistake(
         "window-ignored-for-one-query",
-        "drops the window where there is a single query",
+        "does not use the window for a single query",
         ("MHA-WINDOW-1",),
-        asking(lambda a: replace(a, window=None if a.q_len == 1 else a.window)),
+        changing(lambda a: replace(a, window=None if a.q_len == 1 else a.window)),
         needs=("window",),
         bugs=("karpathy/nanochat#452",),
     ),
@@ -130,7 +130,7 @@ IGNORED = (
     ),
     Mistake(
         "window-right-ignored",
-        "does not use the right side of the window, so that rows see the future",
+        "does not use the right side of the window, so that rows see later keys",
         ("MHA-WINDOW-2",),
         replacing(see_window_right=everywhere),
         needs=("window",),
@@ -161,22 +161,22 @@ IGNORED = (
     ),
     Mistake(
         "segments-ignored-with-mask",
-        "forgets the segments where a mask is given",
+        "does not use the segments if there is a mask",
         ("MHA-SEG-1", "MHA-MASK-3"),
-        asking(lambda a: a if a.mask is None else replace(a, q_segment_ids=None, kv_segment_ids=None)),
+        changing(lambda a: a if a.mask is None else replace(a, q_segment_ids=None, kv_segment_ids=None)),
         needs=("q_segment_ids", "mask"),
         bugs=("huggingface/transformers PR#46634",),
     ),
     Mistake(
         "constraints-ignored",
-        "evaluates every pair, whatever was asked to be hidden",
+        "treats every pair as visible, whatever the constraints hide",
         ("MHA-MASK-3",),
         replacing(all_of=without_constraints),
         bugs=("timeseriesAI/tsai#171",),
     ),
     Mistake(
         "scale-ignored",
-        "uses 1/sqrt(qk_dim) whatever scale is given",
+        "uses 1/sqrt(qk_dim), whatever the scale is",
         ("MHA-SCORE-1",),
         replacing(scale_of=lambda scale, qk_dim: steps.scale_of(None, qk_dim)),
         needs=("scale",),
@@ -184,7 +184,7 @@ IGNORED = (
     ),
     Mistake(
         "softcap-ignored",
-        "takes a softcap and does not use it",
+        "accepts a softcap and does not use it",
         ("MHA-CAP-1",),
         replacing(soft_cap=lambda scores, softcap: scores, cap_slope=lambda scores, softcap: 1.0),
         needs=("softcap",),
@@ -192,7 +192,7 @@ IGNORED = (
     ),
     Mistake(
         "sinks-ignored",
-        "takes sinks and does not use them",
+        "accepts sinks and does not use them",
         ("MHA-SINK-1",),
         replacing(sink_column=lambda sinks, logits: steps.sink_column(None, logits)),
         needs=("sinks",),
@@ -200,35 +200,35 @@ IGNORED = (
     ),
     Mistake(
         "dropout-ignored",
-        "takes a dropout mask and a rate and does not use them",
+        "accepts a dropout mask and a rate and does not use them",
         ("MHA-DROP-1",),
         replacing(drop=lambda x, dropout_mask, rate: x),
         needs=("dropout_mask",),
     ),
     Mistake(
         "dropout-mask-ignored",
-        "rescales by the dropout rate and drops nothing",
+        "divides the weights by 1 - dropout_rate and drops none",
         ("MHA-DROP-1",),
         replacing(drop=lambda x, dropout_mask, rate: x / (1 - rate)),
         needs=("dropout_mask",),
     ),
     Mistake(
         "dropout-rate-ignored",
-        "drops weights and does not rescale the others",
+        "drops weights and does not divide the others by 1 - dropout_rate",
         ("MHA-DROP-1",),
         replacing(drop=lambda x, dropout_mask, rate: steps.drop(x, dropout_mask, 0.0)),
         needs=("dropout_mask", "dropout_rate"),
     ),
     Mistake(
         "dropout-mask-ignored-at-rate-0",
-        "does not use the dropout mask where the rate is 0",
+        "does not use the dropout mask if the rate is 0",
         ("MHA-DROP-2",),
         replacing(drop=lambda x, dropout_mask, rate: steps.drop(x, dropout_mask, rate) if rate else x),
         needs=("dropout_mask",),
     ),
     Mistake(
         "grad-lse-ignored",
-        "gives lse the gradient 0",
+        "ignores grad_lse, as if lse had the gradient 0",
         ("MHA-LSE-3", "MHA-VJP-1"),
         replacing(
             row_dot=lambda weights, grad_weights, visible, grad_lse: steps.row_dot(weights, grad_weights, visible, None)
@@ -240,7 +240,7 @@ IGNORED = (
         "empty-input-refused",
         "refuses a batch, q_len or kv_len of 0",
         ("MHA-SHAPE-2",),
-        asking(refuse_empty),
+        changing(refuse_empty),
         bugs=("pytorch/pytorch#81077", "Dao-AILab/flash-attention PR#2568"),
     ),
 )

@@ -1,4 +1,4 @@
-"""Heads split, projected, normalised or joined wrongly: the layer around attention."""
+"""Mistakes of the layer: heads split, projected, normalised or merged wrongly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy
 
 from mha_spec import layer_steps
 from mha_spec.layer_steps import LayerSteps
-from mha_spec.reference import Reference
+from mha_spec.reference import Reference, attention, attention_weights
 from mha_spec.steps import Steps
 
 from .mistake import LAYER, MULTI_HEAD, WEIGHTS_OF_LAYER, Mistake
@@ -38,14 +38,14 @@ def layered(
     within: Within | None = None,
     **steps: Callable[..., object],
 ) -> Mistake:
-    """A mistake of the layer: its steps with these in place of its own; `within` are attention and weights."""
+    """Return a mistake that replaces steps of the layer; `within` replaces attention and attention_weights."""
     if within is not None:
         steps = {**steps, "attend": within[0], "weigh": within[1]}
     return Mistake(name, title, clauses, replace(LayerSteps(), **steps), needs, functions, bugs=bugs, native=native)
 
 
 def without(*names: str) -> Callable[..., Heads]:
-    """Project as if some of the parameters had not been given."""
+    """Project without the parameters `names`."""
 
     def project_in(a: LayerArguments, steps: LayerSteps) -> Heads:
         params = {name: array for name, array in a.params.items() if name not in names}
@@ -62,17 +62,17 @@ def size_first(x: numpy.ndarray, weight: numpy.ndarray) -> numpy.ndarray:
 
 def split_without_transpose(x: numpy.ndarray, weight: numpy.ndarray) -> numpy.ndarray:
     """Reshape (batch, length, heads * size) to (batch, heads, length, size)."""
-    found = layer_steps.project(x, weight)
-    return found.swapaxes(1, 2).reshape(found.shape)
+    heads = layer_steps.project(x, weight)
+    return heads.swapaxes(1, 2).reshape(heads.shape)
 
 
 def first_head(x: numpy.ndarray, weight: numpy.ndarray) -> numpy.ndarray:
-    """Give every head the weight of the first."""
+    """Project every head with the weight of the first."""
     return layer_steps.project(x, numpy.broadcast_to(weight[:, :1], weight.shape))
 
 
 def exchanged(a: LayerArguments, steps: LayerSteps) -> Heads:
-    """Take keys for values and values for keys, where their shapes allow it."""
+    """Exchange the projections of keys and values."""
     names = {"w_k": "w_v", "w_v": "w_k", "b_k": "b_v", "b_v": "b_k"}
     params = {names.get(name, name): array for name, array in a.params.items()}
     return layer_steps.project_in(replace(a, params=params), steps)
@@ -97,19 +97,19 @@ def bias_of_each_head(x: numpy.ndarray, params: dict[str, numpy.ndarray], steps:
 
 
 def no_bias_for_nothing(x: numpy.ndarray, bias: numpy.ndarray | None) -> numpy.ndarray:
-    """Leave the rows that are 0 at 0."""
+    """Leave rows of zeros unchanged."""
     added = layer_steps.add_output_bias(x, bias)
     return numpy.where((x == 0).all(axis=-1, keepdims=True), x, added)
 
 
 def over(**steps: Callable[..., object]) -> Within:
-    """Attention within the layer with other steps."""
+    """Return attention and attention_weights of the reference with other steps."""
     reference = Reference(replace(Steps(), **steps))
     return reference.attention, reference.attention_weights
 
 
 def scaled_by_all_heads(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Scale by the size of all heads together where no scale is given."""
+    """Use the size of all heads together in the default scale."""
 
     def call(query: numpy.ndarray, *operands: numpy.ndarray, **options: Any) -> Any:
         if options.get("scale") is None:
@@ -141,17 +141,17 @@ def epsilon_outside(x: numpy.ndarray, gain: numpy.ndarray, epsilon: float) -> nu
 
 
 def normalised(a: LayerArguments, x: numpy.ndarray | None, name: str) -> numpy.ndarray | None:
-    """Normalise where the gain is there."""
+    """Normalise if the layer has this norm."""
     gain = a.params.get(f"{name}_norm")
     return x if x is None or gain is None else layer_steps.normalise(x, gain, a.norm_epsilon)
 
 
 def bias_after_norm(a: LayerArguments, steps: LayerSteps) -> Heads:
-    """Normalise what is projected, and then add the bias."""
+    """Normalise the projections, and then add the biases."""
     q, k, v = without("b_q", "b_k")(a, steps)
-    heads = {"q": normalised(a, q, "q"), "k": normalised(a, k, "k")}
-    found = {name: x if x is None else layer_steps.add_bias(x, a.params.get(f"b_{name}")) for name, x in heads.items()}
-    return found["q"], found["k"], v
+    heads = {name: normalised(a, x, name) for name, x in (("q", q), ("k", k))}
+    q, k = (x if x is None else layer_steps.add_bias(x, a.params.get(f"b_{name}")) for name, x in heads.items())
+    return q, k, v
 
 
 def values_too(a: LayerArguments, steps: LayerSteps) -> Heads:
@@ -163,13 +163,13 @@ def values_too(a: LayerArguments, steps: LayerSteps) -> Heads:
 
 
 class LateNorm:
-    """Norms that wait for the rotation."""
+    """Norms that are applied after the rotation."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[numpy.ndarray, float]] = []
 
     def keep(self, x: numpy.ndarray, gain: numpy.ndarray, epsilon: float) -> numpy.ndarray:
-        """Remember the norm, and leave the heads as they are."""
+        """Remember the norm, and return the heads unchanged."""
         self._waiting = [*self._waiting[-1:], (gain, epsilon)]
         return x
 
@@ -190,21 +190,21 @@ PROJECTIONS = (
     ),
     layered(
         "heads-split-without-transpose",
-        "splits heads by a reshape that leaves the axes where they are, so that heads mix tokens",
+        "splits heads by a reshape without exchanging the axes, so that heads mix tokens",
         "MHA-PROJ-1",
         project=split_without_transpose,
         bugs=("onnx/onnx#7118", "reczoo/FuxiCTR#30", "tinygrad/tinygrad PR#14025"),
     ),
     layered(
         "heads-project-alike",
-        "gives every head the projection of the first",
+        "projects every head with the weight of the first",
         "MHA-PROJ-1",
         project=first_head,
         bugs=("MarcoMeter/episodic-transformer-memory-ppo PR#22",),
     ),
     layered(
         "keys-and-values-exchanged",
-        "reads packed projections in another order, keys for values",
+        "exchanges the projections of keys and values",
         "MHA-PROJ-1",
         "MHA-LAYER-1",
         project_in=exchanged,
@@ -245,7 +245,7 @@ PROJECTIONS = (
     ),
     layered(
         "output-bias-of-each-head",
-        "adds b_o once for every head",
+        "adds b_o once per head",
         "MHA-PROJ-3",
         project_out=bias_of_each_head,
         needs=("b_o",),
@@ -253,7 +253,7 @@ PROJECTIONS = (
     ),
     layered(
         "empty-row-without-output-bias",
-        "gives 0 in place of b_o where a token sees nothing",
+        "returns 0 instead of b_o for an empty row",
         "MHA-LAYER-5",
         add_output_bias=no_bias_for_nothing,
         needs=("b_o",),
@@ -261,7 +261,7 @@ PROJECTIONS = (
     ),
     layered(
         "heads-merged-without-transpose",
-        "merges heads by a reshape that leaves the axes where they are, so that tokens mix",
+        "merges heads by a reshape without exchanging the axes, so that tokens mix",
         "MHA-PROJ-3",
         merge_heads=merge_without_transpose,
         functions=MULTI_HEAD,
@@ -280,25 +280,25 @@ PROJECTIONS = (
     ),
     layered(
         "layer-groups-tiled",
-        "tiles the key/value heads of the layer",
+        "lets query head h read key/value head h % kv_heads in the layer",
         "MHA-LAYER-1",
         within=over(repeat_heads=lambda x, heads: numpy.tile(x, (1, heads // x.shape[1], 1, 1))),
         bugs=("onnx/onnx#7274",),
     ),
     layered(
         "layer-scale-of-all-heads",
-        "scales by the size of all heads together",
+        "scales by 1/sqrt(heads * qk_dim) in the layer",
         "MHA-LAYER-1",
-        attend=scaled_by_all_heads(layer_steps.attend),
-        weigh=scaled_by_all_heads(layer_steps.weigh),
+        attend=scaled_by_all_heads(attention),
+        weigh=scaled_by_all_heads(attention_weights),
         bugs=("karpathy/ng-video-lecture#6",),
     ),
     layered(
         "weights-averaged-over-heads",
-        "gives the mean of the heads' weights for each of them",
+        "returns the mean of the weights over heads for every head",
         "MHA-LAYER-4",
         weigh=lambda query, key, **options: numpy.broadcast_to(
-            layer_steps.weigh(query, key, **options).mean(axis=1, keepdims=True),
+            attention_weights(query, key, **options).mean(axis=1, keepdims=True),
             (*query.shape[:3], key.shape[2]),
         ),
         functions=WEIGHTS_OF_LAYER,
@@ -306,7 +306,7 @@ PROJECTIONS = (
     ),
     layered(
         "norm-ignored",
-        "takes q_norm and k_norm and does not use them",
+        "accepts q_norm and k_norm and does not use them",
         "MHA-NORM-1",
         "MHA-NORM-2",
         normalise=lambda x, gain, epsilon: x,
@@ -321,21 +321,21 @@ PROJECTIONS = (
     ),
     layered(
         "norm-gain-plus-one",
-        "multiplies with 1 + gain",
+        "multiplies by 1 + gain",
         "MHA-NORM-1",
         normalise=lambda x, gain, epsilon: layer_steps.normalise(x, 1 + gain, epsilon),
         needs=("q_norm",),
     ),
     layered(
         "norm-subtracts-the-mean",
-        "takes layer normalisation for that of the root mean square",
+        "subtracts the mean first, as in layer normalisation",
         "MHA-NORM-1",
         normalise=layer_norm,
         needs=("q_norm",),
     ),
     layered(
         "norm-over-all-heads",
-        "takes the mean square over all heads of a token",
+        "computes the mean square over all heads of a token",
         "MHA-NORM-1",
         normalise=over_all_heads,
         needs=("q_norm",),
@@ -343,21 +343,21 @@ PROJECTIONS = (
     ),
     layered(
         "norm-euclidean",
-        "divides by the length of a head's vector in place of its root mean square",
+        "divides by the Euclidean norm of a head's vector instead of its root mean square",
         "MHA-NORM-1",
         normalise=euclidean,
         needs=("q_norm",),
     ),
     layered(
         "norm-epsilon-ignored",
-        "uses an epsilon of its own",
+        "uses a fixed epsilon, whatever norm_epsilon is",
         "MHA-NORM-1",
         normalise=lambda x, gain, epsilon: layer_steps.normalise(x, gain, 1e-6),
         needs=("norm_epsilon",),
     ),
     layered(
         "norm-epsilon-outside-the-root",
-        "adds epsilon to the root mean square",
+        "adds epsilon to the root instead of the mean square",
         "MHA-NORM-1",
         normalise=epsilon_outside,
         needs=("norm_epsilon",),
@@ -373,7 +373,7 @@ PROJECTIONS = (
     ),
     layered(
         "norm-after-rotation",
-        "rotates first and normalises then",
+        "normalises after the rotation",
         "MHA-NORM-2",
         "MHA-LAYER-1",
         normalise=LATE.keep,
@@ -383,7 +383,7 @@ PROJECTIONS = (
     ),
     layered(
         "norm-of-values",
-        "normalises the values as well",
+        "also normalises the values",
         "MHA-NORM-2",
         project_in=values_too,
         needs=("k_norm",),

@@ -1,4 +1,4 @@
-"""Two halves of a softmax joined wrongly."""
+"""Mistakes in merging two halves of a softmax."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ __all__ = ["MERGING"]
 
 
 def in_base_2(lse_a: numpy.ndarray, lse_b: numpy.ndarray) -> numpy.ndarray:
-    """log2(2^a + 2^b)."""
+    """Return log2(2^a + 2^b)."""
     return steps.merge_lse(lse_a * math.log(2), lse_b * math.log(2)) / math.log(2)
 
 
 def share_in_base_2(lse_half: numpy.ndarray, lse: numpy.ndarray) -> numpy.ndarray:
-    """2^(a - lse)."""
+    """Return 2^(a - lse)."""
     return steps.merge_share(lse_half * math.log(2), lse * math.log(2))
 
 
 def without_maximum(lse_a: numpy.ndarray, lse_b: numpy.ndarray) -> numpy.ndarray:
-    """ln(exp a + exp b) as written, which overflows and underflows."""
+    """Return ln(exp a + exp b) without a maximum, which overflows and underflows."""
     return numpy.log(numpy.exp(lse_a) + numpy.exp(lse_b))
 
 
 def from_plain_maximum(lse_a: numpy.ndarray, lse_b: numpy.ndarray) -> numpy.ndarray:
-    """m + ln(exp(a - m) + exp(b - m)), NaN where m is -inf."""
+    """Return m + ln(exp(a - m) + exp(b - m)), which is NaN where m is -inf."""
     maximum = numpy.maximum(lse_a, lse_b)
     return maximum + numpy.log(numpy.exp(lse_a - maximum) + numpy.exp(lse_b - maximum))
 
 
 def without_nan(lse_a: numpy.ndarray, lse_b: numpy.ndarray) -> numpy.ndarray:
-    """Take a NaN as an empty half."""
+    """Treat a half with a NaN lse as empty."""
     return steps.merge_lse(*(numpy.where(numpy.isnan(lse), -math.inf, lse) for lse in (lse_a, lse_b)))
 
 
 def infinite_as_empty(lse: numpy.ndarray) -> numpy.ndarray:
-    """The lse with -inf for +inf."""
+    """Replace +inf by -inf."""
     return numpy.where(lse == math.inf, -math.inf, lse)
 
 
 def infinite_wins(lse_half: numpy.ndarray, lse: numpy.ndarray) -> numpy.ndarray:
-    """A half of +inf has the share 1, and the other one none."""
+    """Give a half with an lse of +inf the share 1, and the other half the share 0."""
     share = numpy.where(lse_half == math.inf, 1.0, 0.0)
     return numpy.where(lse == math.inf, share, steps.merge_share(lse_half, lse))
 
@@ -68,21 +68,21 @@ def mistake(
     native: bool = False,
     **replaced: Callable[..., object],
 ) -> Mistake:
-    """A mistake of merge_attention."""
+    """Return a mistake of merge_attention."""
     return Mistake(name, title, clauses, replacing(**replaced), functions=MERGE, bugs=bugs, native=native)
 
 
 def of_gradients(
     name: str, title: str, *clauses: str, needs: tuple[str, ...] = (), **replaced: Callable[..., object]
 ) -> Mistake:
-    """A mistake of merge_attention_vjp."""
+    """Return a mistake of merge_attention_vjp."""
     return Mistake(name, title, clauses, replacing(**replaced), functions=MERGE_VJP, needs=needs)
 
 
 MERGING = (
     Mistake(
         "merge-base-2",
-        "takes the lse of the halves as logarithms to base 2",
+        "reads the lse of the halves as logarithms to base 2",
         ("MHA-MERGE-1",),
         replacing(merge_lse=in_base_2, merge_share=share_in_base_2),
         functions=MERGE,
@@ -91,25 +91,25 @@ MERGING = (
     ),
     mistake(
         "merge-shares-exchanged",
-        "weights each half with the share of the other",
+        "multiplies each half by the share of the other",
         "MHA-MERGE-1",
         merge_share=lambda lse_half, lse: 1 - steps.merge_share(lse_half, lse),
     ),
     mistake(
         "merge-shares-equal",
-        "takes the mean of the halves",
+        "returns the mean of the halves",
         "MHA-MERGE-1",
         merge_share=lambda lse_half, lse: 0.5 + 0 * steps.merge_share(lse_half, lse),
     ),
     mistake(
         "merge-shares-missing",
-        "adds the halves without weights",
+        "adds the halves without multiplying by their shares",
         "MHA-MERGE-1",
         merge_part=lambda lse_half, share, output: steps.merge_part(lse_half, 1 + 0 * share, output),
     ),
     mistake(
         "merge-lse-of-the-larger",
-        "gives the larger lse in place of their log-sum-exp",
+        "returns the larger lse instead of their log-sum-exp",
         "MHA-MERGE-1",
         merge_lse=numpy.maximum,
     ),
@@ -122,14 +122,14 @@ MERGING = (
     ),
     mistake(
         "merge-without-maximum",
-        "takes exp of each lse as it is, which overflows",
+        "computes exp of each lse without subtracting the maximum, which overflows",
         "MHA-MERGE-1",
         merge_lse=without_maximum,
         native=True,
     ),
     mistake(
         "merge-of-two-empty-nan",
-        "gives NaN for two halves that see nothing",
+        "returns NaN for two empty halves",
         "MHA-MERGE-3",
         merge_lse=from_plain_maximum,
         merge_share=lambda lse_half, lse: numpy.exp(lse_half - lse),
@@ -138,13 +138,13 @@ MERGING = (
     ),
     mistake(
         "merge-empty-half-leaks",
-        "multiplies the output of an empty half with 0, so that a NaN there stays",
+        "multiplies the output of an empty half by 0, so that a NaN in it remains",
         "MHA-MERGE-2",
         merge_part=lambda lse_half, share, output: share * output,
     ),
     mistake(
         "merge-nan-scrubbed",
-        "takes a half whose lse is NaN as empty",
+        "treats a half with a NaN lse as empty",
         "MHA-MERGE-3",
         merge_lse=without_nan,
         merge_share=lambda lse_half, lse: steps.merge_share(
@@ -153,7 +153,7 @@ MERGING = (
     ),
     mistake(
         "merge-infinity-as-empty",
-        "takes a half whose lse is +inf as empty",
+        "treats a half with an lse of +inf as empty",
         "MHA-MERGE-5",
         bugs=("Dao-AILab/flash-attention#978",),
         merge_lse=lambda lse_a, lse_b: steps.merge_lse(infinite_as_empty(lse_a), infinite_as_empty(lse_b)),
@@ -162,7 +162,7 @@ MERGING = (
     ),
     mistake(
         "merge-infinity-wins",
-        "gives all the weight to a half whose lse is +inf",
+        "gives a half with an lse of +inf the share 1",
         "MHA-MERGE-5",
         merge_lse=lambda lse_a, lse_b: numpy.where(
             (lse_a == math.inf) | (lse_b == math.inf), math.inf, steps.merge_lse(lse_a, lse_b)
@@ -171,25 +171,25 @@ MERGING = (
     ),
     mistake(
         "merge-lost-half-left-out",
-        "leaves out a half whose share underflows, and so what is not finite in it",
+        "leaves out a half whose share underflows to 0, so that a NaN in it is lost",
         "MHA-MERGE-6",
         merge_part=without_lost_halves,
     ),
     of_gradients(
         "merge-shares-constant",
-        "takes the shares for constants, so that no gradient of the output reaches an lse",
+        "treats the shares as constants, so that grad_output does not reach the gradients of lse",
         "MHA-MERGE-7",
         merge_grad_share=lambda lse_a, lse_b, share_a, share_b, row_dot: numpy.zeros_like(row_dot),
     ),
     of_gradients(
         "merge-gradient-through-shares-inverted",
-        "exchanges the signs of what reaches both lse through the shares",
+        "inverts the sign of the gradient of lse through the shares",
         "MHA-MERGE-7",
-        merge_grad_share=lambda *given: -steps.merge_grad_share(*given),
+        merge_grad_share=lambda *operands: -steps.merge_grad_share(*operands),
     ),
     of_gradients(
         "merge-gradient-of-one-share",
-        "multiplies what reaches an lse through the shares with one share in place of both",
+        "multiplies the gradient of lse through the shares by only one share",
         "MHA-MERGE-7",
         merge_grad_share=lambda lse_a, lse_b, share_a, share_b, row_dot: steps.merge_grad_share(
             lse_a, lse_b, share_a, numpy.ones_like(share_b), row_dot
@@ -197,13 +197,13 @@ MERGING = (
     ),
     of_gradients(
         "merge-gradient-of-one-output",
-        "leaves the output of the other half out of what reaches an lse",
+        "uses output_a instead of output_a - output_b in the gradients of lse",
         "MHA-MERGE-7",
         merge_row_dot=lambda grad_output, output_a, output_b: steps.merge_row_dot(grad_output, output_a, 0 * output_b),
     ),
     of_gradients(
         "merge-grad-lse-ignored",
-        "ignores the cotangent of the joint lse",
+        "ignores grad_lse in the gradients of merging",
         "MHA-MERGE-7",
         needs=("grad_lse",),
         merge_grad_lse=lambda lse_half, share, grad_lse, grad_share: steps.merge_grad_lse(
@@ -212,7 +212,7 @@ MERGING = (
     ),
     of_gradients(
         "merge-grad-output-without-shares",
-        "gives each output the whole cotangent of the joint output",
+        "returns grad_output as the gradient of each output without multiplying by its share",
         "MHA-MERGE-7",
         merge_grad_output=lambda lse_half, share, grad_output: steps.merge_grad_output(
             lse_half, numpy.ones_like(share), grad_output
@@ -220,7 +220,7 @@ MERGING = (
     ),
     of_gradients(
         "merge-gradient-of-an-empty-half",
-        "sends gradients through the output of an empty half",
+        "computes gradients of lse from the output of an empty half",
         "MHA-MERGE-7",
         merge_grad_share=lambda lse_a, lse_b, share_a, share_b, row_dot: share_a * share_b * row_dot,
     ),

@@ -1,4 +1,4 @@
-"""What a known mistake is: the specification with one of its steps replaced."""
+"""A known mistake: the specification with one of its steps replaced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "WEIGHTS_OF_LAYER",
     "Compared",
     "Mistake",
-    "asking",
+    "changing",
     "replacing",
     "unchecked",
 ]
@@ -51,17 +51,17 @@ class Compared(Enum):
 
     BY_VALUE = "every element equals that of the mistake within its allowance"
     BY_SIZE_OF_ERRORS = "the errors are about as large as those of the mistake"
-    WHERE_NOT_FINITE = "a right element counts too, because the reach of a NaN depends on the size of tiles"
+    WHERE_NOT_FINITE = "a correct element counts too, because the size of tiles decides how far a NaN spreads"
     WITHOUT_EMPTY_LSE = "an lse of -inf is not compared, because the mistake may keep it"
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One way in which attentions go wrong, as a reference that goes wrong in that way.
+    """One way in which an attention can be wrong, as steps of the reference that are wrong in the same way.
 
-    It can show only in a call of one of `functions` with all of `needs`. `native` marks a mistake that depends on the
-    type of the run: in rounding, in overflow, or in the dtype of a result. A `convention` is a choice that others made
-    on purpose. `compared` says how a wrong result is recognised as this mistake.
+    The mistake can show only in a call of one of `functions` that passes all of `needs`. `native` marks a mistake that
+    depends on the dtype of the run: in rounding, in overflow, or in the dtype of a result. `convention` names a choice
+    that others made on purpose. `compared` says how a wrong result is recognised as this mistake.
     """
 
     name: str
@@ -77,21 +77,21 @@ class Mistake:
 
     @property
     def variant(self) -> str:
-        """How reports name it: `convention=variant` for a convention, else its own name."""
+        """Return the name in reports: `convention=variant` for a convention, else the name of the mistake."""
         return self.name if self.convention is None else str(self.convention)
 
 
 def replacing(**steps: Callable[..., object]) -> Steps:
-    """The specification's steps with these in place of its own."""
+    """Return the specification's steps, some of them replaced."""
     return replace(Steps(), **steps)
 
 
-def asking(change: Callable[[Arguments], Arguments], **steps: Callable[..., object]) -> Steps:
-    """Steps that check the arguments as they should, and then answer for the arguments that `change` makes of them."""
+def changing(change: Callable[[Arguments], Arguments], **steps: Callable[..., object]) -> Steps:
+    """Return steps that check the arguments, and then compute with the arguments that `change` returns."""
     return replacing(check=lambda a: change(checks.check(a)), **steps)
 
 
 def unchecked(check: Callable[[Arguments], None]) -> Steps:
-    """The specification's steps without one of its checks."""
-    remaining = tuple(one for one in checks.CHECKS if one is not check)
+    """Return the specification's steps without one of its checks."""
+    remaining = tuple(kept for kept in checks.CHECKS if kept is not check)
     return replacing(check=lambda a: checks.check(a, remaining))

@@ -1,4 +1,4 @@
-"""Less precision than the accuracy rule supposes."""
+"""Mistakes in precision: less than the accuracy rule assumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy
 from mha_spec import steps
 from mha_spec_conformance.suite.conventions import Convention
 
-from .mistake import Compared, Mistake, replacing
+from .mistake import ATTENTION, Compared, Mistake, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +18,7 @@ __all__ = ["PRECISION"]
 
 
 def to_bits(x: numpy.ndarray, bits: int) -> numpy.ndarray:
-    """Round to numbers of so many significant bits."""
+    """Round to this number of significant bits."""
     mantissa, exponent = numpy.frexp(x)
     return numpy.ldexp(numpy.round(mantissa * 2.0**bits), exponent - bits).astype(x.dtype)
 
@@ -29,13 +29,13 @@ def to_half(x: numpy.ndarray) -> numpy.ndarray:
 
 
 def half_exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Logits and their exponentials in 16 bits."""
+    """Round the logits and their exponentials to float16."""
     exponentials, maximum = steps.exponentials(to_half(logits))
     return to_half(exponentials), maximum
 
 
 def half_sum(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
-    """Add the products up in float16, 16 keys at a time."""
+    """Sum the products in float16, 16 keys at a time."""
     total = numpy.zeros((*weights.shape[:-1], values.shape[-1]), weights.dtype)
     for first in range(0, weights.shape[-1], 16):
         tile = slice(first, first + 16)
@@ -44,7 +44,7 @@ def half_sum(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarr
 
 
 def cap_with(tanh: Callable[[numpy.ndarray], numpy.ndarray]) -> steps.Steps:
-    """The soft cap and its slope with another tanh."""
+    """Return steps whose soft cap and its slope use another tanh."""
     return replacing(
         soft_cap=lambda scores, softcap: scores if softcap is None else softcap * tanh(scores / softcap),
         cap_slope=lambda scores, softcap: 1.0 if softcap is None else 1.0 - tanh(scores / softcap) ** 2,
@@ -52,10 +52,13 @@ def cap_with(tanh: Callable[[numpy.ndarray], numpy.ndarray]) -> steps.Steps:
 
 
 def mistake(
-    variant: str, title: str, made: steps.Steps, needs: tuple[str, ...] = (), functions: tuple[str, ...] = ()
+    variant: str,
+    title: str,
+    made: steps.Steps,
+    needs: tuple[str, ...] = (),
+    functions: tuple[str, ...] = ATTENTION,
 ) -> Mistake:
-    """A result of less precision, a convention by itself."""
-    own = {"functions": functions} if functions else {}
+    """Return a mistake that is a convention of lower precision."""
     return Mistake(
         f"precision-{variant.replace('_', '-')}",
         title,
@@ -65,14 +68,14 @@ def mistake(
         convention=Convention("precision", variant),
         compared=Compared.BY_SIZE_OF_ERRORS,
         native=True,
-        **own,
+        functions=functions,
     )
 
 
 PRECISION = (
     Mistake(
         "softmax-in-16-bits",
-        "takes the softmax in 16 bits",
+        "computes the softmax in 16 bits",
         ("MHA-SOFTMAX-2",),
         replacing(exponentials=half_exponentials),
         convention=Convention("precision", "half_scores"),
@@ -81,7 +84,7 @@ PRECISION = (
     ),
     Mistake(
         "division-approximate",
-        "divides by the sum with a relative error of 2^-18, the same everywhere",
+        "divides by the sum with a relative error of 2^-18, the same in every element",
         ("MHA-ACC-2",),
         replacing(
             normalise=lambda exponentials, total: (
@@ -107,7 +110,7 @@ PRECISION = (
     ),
     mistake(
         "half_sums",
-        "adds up in 16 bits",
+        "sums the weighted values in 16 bits",
         replacing(sum_over_visible=half_sum),
         functions=("attention",),
     ),
@@ -119,7 +122,7 @@ PRECISION = (
     ),
     mistake(
         "approximate_tanh",
-        "takes tanh to 11 significant bits",
+        "computes tanh to 11 significant bits",
         cap_with(lambda x: to_bits(numpy.tanh(x), 11)),
         needs=("softcap",),
     ),

@@ -1,4 +1,4 @@
-"""Calls without a single meaning that are answered all the same."""
+"""Mistakes that return a result for a call that must raise an error."""
 
 from __future__ import annotations
 
@@ -12,92 +12,92 @@ __all__ = ["RAISING"]
 RAISING = (
     Mistake(
         "options-unknown-swallowed",
-        "takes any keyword and does not use those that it does not know",
+        "accepts any keyword and ignores the unknown ones",
         ("MHA-ARG-1",),
         replacing(check_options=lambda options, function: {name: options[name] for name in options if name in OPTIONS}),
         bugs=("flashinfer-ai/flashinfer#1193", "sgl-project/sglang#33915"),
     ),
     Mistake(
         "tensors-unchecked",
-        "takes query, key and value of any rank and of different dtypes",
+        "accepts query, key and value of any rank and of different dtypes",
         ("MHA-SHAPE-3",),
         unchecked(checks.check_tensors),
     ),
     Mistake(
         "sizes-unchecked",
-        "takes sizes that do not fit together",
+        "accepts sizes that do not fit together",
         ("MHA-SHAPE-2", "MHA-SHAPE-3", "MHA-HEAD-2"),
         unchecked(checks.check_sizes),
     ),
     Mistake(
         "numbers-unchecked",
-        "takes scale, softcap and dropout_rate out of their ranges",
+        "accepts scale, softcap and dropout_rate outside their ranges",
         ("MHA-ARG-2",),
         unchecked(checks.check_numbers),
     ),
     Mistake(
         "window-unchecked",
-        "takes a window that is no pair of counts",
+        "accepts a window that is not a pair of counts",
         ("MHA-ARG-3",),
         unchecked(checks.check_window),
     ),
     Mistake(
         "masks-unchecked",
-        "takes masks and biases of any dtype and of any shape that broadcasts",
+        "accepts masks and biases of any dtype and of any shape that broadcasts",
         ("MHA-MASK-1", "MHA-MASK-2", "MHA-BIAS-1", "MHA-DROP-1"),
         unchecked(checks.check_pairwise),
         bugs=("pytorch/pytorch#21518",),
     ),
     Mistake(
         "sinks-unchecked",
-        "takes sinks of any shape that broadcasts",
+        "accepts sinks of any shape that broadcasts",
         ("MHA-SINK-1",),
         unchecked(checks.check_sinks),
     ),
     Mistake(
         "lengths-unchecked",
-        "takes lengths beyond the buffer and below 0",
+        "accepts lengths beyond the buffer and below 0",
         ("MHA-LEN-3",),
         unchecked(checks.check_lengths),
         bugs=("facebookresearch/xformers#1122",),
     ),
     Mistake(
         "segments-unchecked",
-        "takes segments of the queries without those of the keys",
+        "accepts segment ids of the queries without those of the keys",
         ("MHA-SEG-1",),
         unchecked(checks.check_segments),
     ),
     Mistake(
         "alignment-guessed",
-        "puts the causal diagonal at the upper left where it is not said",
+        "puts the causal diagonal at the upper left if q_offset is missing and ambiguous",
         ("MHA-POS-2",),
         unchecked(checks.check_alignment),
         bugs=("pytorch/pytorch#108108", "NVIDIA/cudnn-frontend PR#493"),
     ),
     Mistake(
         "cotangents-unchecked",
-        "takes a grad_output or grad_lse of any shape that broadcasts",
+        "accepts a grad_output or grad_lse of any shape that broadcasts",
         ("MHA-VJP-7",),
         replacing(check_cotangents=lambda a, grad_output, grad_lse: None),
         functions=VJP,
     ),
     Mistake(
         "dropout-rate-without-mask-ignored",
-        "takes a dropout rate without a mask and drops nothing",
+        "accepts a dropout rate without a dropout mask and drops nothing",
         ("MHA-DROP-4",),
         replacing(check_dropout_mask=lambda a: None),
         needs=("dropout_rate",),
     ),
     Mistake(
         "merge-unchecked",
-        "takes halves of any shapes that broadcast",
+        "accepts halves of any shapes that broadcast",
         ("MHA-MERGE-4",),
         replacing(check_halves=lambda output_a, lse_a, output_b, lse_b: None),
         functions=MERGE,
     ),
     Mistake(
         "merge-cotangents-unchecked",
-        "takes cotangents of merging of any shape that broadcasts",
+        "accepts cotangents of any shape that broadcasts to the merged result",
         ("MHA-MERGE-7",),
         replacing(check_merge_cotangents=lambda grad_output, grad_lse, output: None),
         functions=MERGE_VJP,

@@ -1,4 +1,4 @@
-"""Vectors turned wrongly, and biases that fall wrongly with the distance."""
+"""Mistakes in rotary embedding and ALiBi."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TURNING = (*LAYER, *ROTARY)
 
 
 def other_pairs(x: numpy.ndarray, turns: Turns, interleaved: bool) -> numpy.ndarray:
-    """Take halves for neighbours and neighbours for halves."""
+    """Exchange both pairings."""
     return layer_steps.turn(x, turns, not interleaved)
 
 
 def mixed_pairs(x: numpy.ndarray, turns: Turns, interleaved: bool) -> numpy.ndarray:
-    """Turn halves by the angles of neighbours: component c by angle c // 2."""
+    """Rotate the pairs of the half pairing by the angles of the interleaved pairing: component c by angle c // 2."""
     pairs = turns[0].shape[-1]
     turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
     half = numpy.concatenate([-turned[..., pairs:], turned[..., :pairs]], axis=-1)
@@ -37,41 +37,41 @@ def mixed_pairs(x: numpy.ndarray, turns: Turns, interleaved: bool) -> numpy.ndar
 
 
 def last_components(x: numpy.ndarray, turns: Turns, interleaved: bool) -> numpy.ndarray:
-    """Turn the last components in place of the first."""
+    """Rotate the last components instead of the first."""
     start = x.shape[-1] - 2 * turns[0].shape[-1]
     return numpy.concatenate([x[..., :start], layer_steps.turn(x[..., start:], turns, interleaved)], axis=-1)
 
 
 def of_the_whole_size(rotary: dict[str, Any], size: int) -> Rotary:
-    """Frequencies of the size in place of rotary_dim: base^(-2i / size)."""
-    found = layer_checks.check_rotary(rotary, size)
-    return found._replace(base=found.base ** ((found.rotary_dim or size) / size))
+    """Use the frequencies of the whole size instead of rotary_dim: base^(-2i / size)."""
+    checked = layer_checks.check_rotary(rotary, size)
+    return checked._replace(base=checked.base ** ((checked.rotary_dim or size) / size))
 
 
 def at(change: Any) -> Any:
-    """The turns of other positions."""
+    """Compute the turns at other positions."""
     return lambda positions, frequencies, like: layer_steps.turns(change(numpy.asarray(positions)), frequencies, like)
 
 
 def narrow_turns(positions: Any, frequencies: numpy.ndarray, like: numpy.ndarray) -> Turns:
-    """Angles in the dtype of the vectors."""
+    """Compute the angles in the dtype of the vectors."""
     angles = numpy.asarray(positions).astype(like.dtype)[..., None] * frequencies.astype(like.dtype)
     cosine, sine = numpy.cos(angles), numpy.sin(angles)
     return (cosine[:, None], sine[:, None]) if cosine.ndim == 3 else (cosine, sine)
 
 
 def plain_slopes(heads: int, dtype: str) -> numpy.ndarray:
-    """2^(-8 (h + 1) / heads) for any number of heads."""
+    """Return 2^(-8 (h + 1) / heads) for any number of heads."""
     return (2.0 ** (-8 * (numpy.arange(heads) + 1) / heads)).astype(dtype)
 
 
 def slopes_from_one(heads: int, dtype: str) -> numpy.ndarray:
-    """2^(-8 h / heads)."""
+    """Return 2^(-8 h / heads)."""
     return (layer_steps.slopes(heads, "float64") * 2.0 ** (8 / 2 ** (heads.bit_length() - 1))).astype(dtype)
 
 
 def signed(offset: Any, q_len: int, kv_len: int, like: Any, steps: Any) -> numpy.ndarray:
-    """p - j, negative behind the query."""
+    """Return p - j, which is negative for keys after the query."""
     rows = numpy.reshape(offset, (-1, 1, 1, 1)) + numpy.arange(q_len)[:, None]
     return rows - numpy.arange(kv_len)
 
@@ -79,7 +79,7 @@ def signed(offset: Any, q_len: int, kv_len: int, like: Any, steps: Any) -> numpy
 POSITIONS = (
     layered(
         "rotary-ignored",
-        "takes rotary and does not rotate",
+        "accepts rotary and does not rotate",
         "MHA-ROTARY-1",
         "MHA-LAYER-1",
         turn=lambda x, turns, interleaved: x,
@@ -87,7 +87,7 @@ POSITIONS = (
     ),
     layered(
         "rotary-pairing-exchanged",
-        "rotates neighbours where halves are the pairs, and halves where neighbours are",
+        "exchanges the pairings of interleaved=True and interleaved=False",
         "MHA-ROTARY-1",
         "MHA-ROTARY-2",
         turn=other_pairs,
@@ -96,7 +96,7 @@ POSITIONS = (
     ),
     layered(
         "rotary-interleaved-ignored",
-        "rotates halves, whatever interleaved says",
+        "uses the pairing of interleaved=False, whatever interleaved is",
         "MHA-ROTARY-2",
         turn=lambda x, turns, interleaved: layer_steps.turn(x, turns, False),
         functions=TURNING,
@@ -104,7 +104,7 @@ POSITIONS = (
     ),
     layered(
         "rotary-always-interleaved",
-        "rotates neighbours, whatever interleaved says",
+        "uses the pairing of interleaved=True, whatever interleaved is",
         "MHA-ROTARY-1",
         turn=lambda x, turns, interleaved: layer_steps.turn(x, turns, True),
         functions=TURNING,
@@ -112,7 +112,7 @@ POSITIONS = (
     ),
     layered(
         "rotary-angles-of-the-other-pairing",
-        "turns halves by the angles of neighbours",
+        "uses the pairing of interleaved=False with the angles of interleaved=True",
         "MHA-ROTARY-1",
         turn=mixed_pairs,
         functions=TURNING,
@@ -120,28 +120,28 @@ POSITIONS = (
     ),
     layered(
         "rotary-sine-inverted",
-        "turns the other way round",
+        "rotates in the opposite direction",
         "MHA-ROTARY-1",
         turn=lambda x, turns, interleaved: layer_steps.turn(x, (turns[0], -turns[1]), interleaved),
         functions=ROTARY,
     ),
     layered(
         "rotary-base-ignored",
-        "uses the base 10000, whatever is given",
+        "uses the base 10000, whatever base is",
         "MHA-ROTARY-1",
         frequencies=lambda base, rotary_dim: layer_steps.frequencies(10000.0, rotary_dim),
         functions=TURNING,
     ),
     layered(
         "rotary-exponent-halved",
-        "turns pair i by base^(-i / rotary_dim)",
+        "rotates pair i at the frequency base^(-i / rotary_dim)",
         "MHA-ROTARY-1",
         frequencies=lambda base, rotary_dim: numpy.sqrt(layer_steps.frequencies(base, rotary_dim)),
         functions=TURNING,
     ),
     layered(
         "rotary-frequencies-of-the-whole-size",
-        "takes the frequencies of the size where a part is rotated",
+        "computes the frequencies from the whole size instead of rotary_dim",
         "MHA-ROTARY-3",
         check_rotary=of_the_whole_size,
         functions=TURNING,
@@ -149,7 +149,7 @@ POSITIONS = (
     ),
     layered(
         "rotary-dim-ignored",
-        "rotates every component",
+        "rotates every component, whatever rotary_dim is",
         "MHA-ROTARY-3",
         check_rotary=lambda rotary, size: layer_checks.check_rotary(rotary, size)._replace(rotary_dim=None),
         functions=TURNING,
@@ -157,7 +157,7 @@ POSITIONS = (
     ),
     layered(
         "rotary-of-the-last-components",
-        "rotates the last components where a part is rotated",
+        "rotates the last rotary_dim components instead of the first",
         "MHA-ROTARY-3",
         turn=last_components,
         functions=TURNING,
@@ -171,7 +171,7 @@ POSITIONS = (
     ),
     layered(
         "rotary-positions-never-negative",
-        "takes negative positions as 0",
+        "treats negative positions as 0",
         "MHA-ROTARY-4",
         turns=at(lambda positions: numpy.maximum(positions, 0)),
         functions=TURNING,
@@ -179,7 +179,7 @@ POSITIONS = (
     ),
     layered(
         "rotary-positions-whole",
-        "cuts positions to whole numbers",
+        "rounds positions down to whole numbers",
         "MHA-ROTARY-4",
         turns=at(numpy.floor),
         functions=ROTARY,
@@ -194,7 +194,7 @@ POSITIONS = (
     ),
     layered(
         "rotary-offset-ignored",
-        "rotates queries and new keys from position 0 on",
+        "rotates queries and new keys as if the first had position 0",
         "MHA-ROTARY-4",
         "MHA-CACHE-2",
         positions=lambda offset, length, like: layer_steps.positions(0, length, like),
@@ -220,7 +220,7 @@ POSITIONS = (
     ),
     layered(
         "alibi-slopes-plain",
-        "takes 2^(-8 (h + 1) / heads) for every number of heads",
+        "returns the slopes 2^(-8 (h + 1) / heads) for every number of heads",
         "MHA-ALIBI-1",
         slopes=plain_slopes,
         functions=ALIBI[:1],
@@ -228,7 +228,7 @@ POSITIONS = (
     ),
     layered(
         "alibi-slopes-from-one",
-        "gives head 0 the slope 1",
+        "returns the slope 1 for head 0",
         "MHA-ALIBI-1",
         slopes=slopes_from_one,
         functions=ALIBI[:1],
@@ -236,7 +236,7 @@ POSITIONS = (
     ),
     layered(
         "alibi-sign-inverted",
-        "lets the bias rise with the distance",
+        "returns a bias that grows with the distance",
         "MHA-ALIBI-2",
         alibi=lambda slopes, distances: -layer_steps.alibi(slopes, distances),
         functions=ALIBI[1:],
@@ -244,14 +244,14 @@ POSITIONS = (
     ),
     layered(
         "alibi-distance-signed",
-        "takes p - j for the distance, so that later keys gain",
+        "uses p - j as the distance, so that keys after the query have a positive bias",
         "MHA-ALIBI-2",
         distances=signed,
         functions=ALIBI[1:],
     ),
     layered(
         "alibi-offset-ignored",
-        "takes distances from the upper left",
+        "computes distances at the upper left, whatever q_offset is",
         "MHA-ALIBI-2",
         distances=lambda offset, *rest: layer_steps.distances(0 * numpy.asarray(offset), *rest),
         functions=ALIBI[1:],
@@ -259,7 +259,7 @@ POSITIONS = (
     ),
     layered(
         "alibi-in-the-dtype-of-the-slopes",
-        "gives the bias in 16 bits",
+        "returns the bias in the dtype of the slopes",
         "MHA-ALIBI-3",
         alibi=lambda slopes, distances: layer_steps.alibi(slopes, distances).astype(dtype_name(slopes)),
         functions=ALIBI[1:],

@@ -1,4 +1,4 @@
-"""Scores computed wrongly: heads, layout, sizes, scale, soft cap and bias."""
+"""Mistakes in the scores: heads, layout, sizes, scale, soft cap and bias."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mha_spec.reference import Reference
 from mha_spec_conformance.suite.conventions import Convention
 
 from .ignored import everywhere
-from .mistake import FORWARD, Mistake, asking, replacing
+from .mistake import FORWARD, Mistake, changing, replacing
 from .visibility import first_along
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["SCORES"]
 
 TILE = 64
-"""The tile of the mistakes that speak of tiles: the size at which most kernels take another."""
+"""The size of a tile in these mistakes; most kernels use this size."""
 
 
 def reading_heads(index: Callable[[numpy.ndarray, int, int], numpy.ndarray]) -> steps.Steps:
-    """Query head h reads key/value head index(h, heads, kv_heads), forward and backward."""
+    """Let query head h read key/value head index(h, heads, kv_heads), forward and backward."""
 
     def repeat(x: numpy.ndarray, heads: int) -> numpy.ndarray:
         return x[:, index(numpy.arange(heads), heads, x.shape[1])]
@@ -46,33 +46,33 @@ def length_before_heads(a: Arguments) -> Arguments:
 
 
 def merged_by_reshape(x: numpy.ndarray, dtype: str) -> numpy.ndarray:
-    """The output with its heads merged by a reshape that forgets to exchange the axes."""
+    """Merge the heads of the output by a reshape without exchanging the axes."""
     return steps.round_output(x.swapaxes(1, 2).reshape(x.shape), dtype)
 
 
 def scaled_by(scale: Callable[[Arguments], float]) -> steps.Steps:
-    """The default scale is scale(a)."""
-    return asking(lambda a: replace(a, scale=scale(a)) if a.scale is None else a)
+    """Use scale(a) as the default scale."""
+    return changing(lambda a: replace(a, scale=scale(a)) if a.scale is None else a)
 
 
 def first_components(x: numpy.ndarray, size: int) -> numpy.ndarray:
-    """The first `size` components, the others 0."""
+    """Keep the first `size` components and set the others to 0."""
     return numpy.where(numpy.arange(x.shape[3]) < size, x, 0).astype(x.dtype)
 
 
 def first_keys(constraints: list[numpy.ndarray], count: Callable[[int], int]) -> numpy.ndarray:
-    """What is visible, less the keys from count(kv_len) on."""
+    """Hide the keys from count(kv_len) on."""
     visible = steps.all_of(constraints)
     return visible & (numpy.arange(visible.shape[3]) < count(visible.shape[3]))
 
 
 def whole_tiles(kv_len: int) -> int:
-    """The keys that lie in whole tiles, or all where there is none."""
+    """Return the number of keys in whole tiles, or of all keys if they do not fill one tile."""
     return kv_len // TILE * TILE or kv_len
 
 
 def scaled_bias(a: Arguments) -> Arguments:
-    """Multiply the bias with the scale."""
+    """Multiply the bias by the scale."""
     return a if a.bias is None else replace(a, bias=a.bias * steps.scale_of(a.scale, a.query.shape[3]))
 
 
@@ -82,26 +82,26 @@ def bias_of_columns(a: Arguments) -> Arguments:
 
 
 def folded_into_bias(a: Arguments) -> Arguments:
-    """Give every constraint as a bias of -inf."""
+    """Express every constraint as a bias of -inf."""
     bias = numpy.where(Reference().visible(a), 0.0 if a.bias is None else a.bias, -math.inf)
     constraints = dict.fromkeys(("mask", "window", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids"))
     return replace(a, **constraints, causal=False, bias=numpy.broadcast_to(bias, (a.batch, a.heads, a.q_len, a.kv_len)))
 
 
 def cap_after_bias(
-    scores: numpy.ndarray, softcap: float | None, bias: numpy.ndarray | None, own: steps.Steps
+    scores: numpy.ndarray, softcap: float | None, bias: numpy.ndarray | None, made: steps.Steps
 ) -> numpy.ndarray:
     """Add the bias first, then cap."""
-    return own.soft_cap(own.add_bias(scores, bias), softcap)
+    return made.soft_cap(made.add_bias(scores, bias), softcap)
 
 
 def cap_as_clip(scores: numpy.ndarray, softcap: float | None) -> numpy.ndarray:
-    """Cut scores off at the cap."""
+    """Clip the scores to the cap."""
     return scores if softcap is None else numpy.clip(scores, -softcap, softcap)
 
 
 def tanh_of_exponentials(scores: numpy.ndarray, softcap: float | None) -> numpy.ndarray:
-    """Take tanh as (e^x - e^-x) / (e^x + e^-x)."""
+    """Compute tanh as (e^x - e^-x) / (e^x + e^-x)."""
     if softcap is None:
         return scores
     up, down = numpy.exp(scores / softcap), numpy.exp(-scores / softcap)
@@ -111,7 +111,7 @@ def tanh_of_exponentials(scores: numpy.ndarray, softcap: float | None) -> numpy.
 HEADS = (
     Mistake(
         "heads-tiled",
-        "query head h reads key/value head h % kv_heads",
+        "lets query head h read key/value head h % kv_heads",
         ("MHA-HEAD-1",),
         reading_heads(lambda head, heads, kv_heads: head % kv_heads),
         convention=Convention("group_order", "tile"),
@@ -119,21 +119,21 @@ HEADS = (
     ),
     Mistake(
         "heads-divided-by-kv-heads",
-        "query head h reads key/value head h // kv_heads",
+        "lets query head h read key/value head h // kv_heads",
         ("MHA-HEAD-1",),
         reading_heads(lambda head, heads, kv_heads: head // kv_heads % kv_heads),
         bugs=("HazyResearch/HipKittens PR#22", "PSAL-POSTECH/ONNXim#33"),
     ),
     Mistake(
         "heads-not-divided",
-        "query head h reads key/value head h, the last one past the end",
+        "lets query head h read key/value head h, and the last head past the end",
         ("MHA-HEAD-1",),
         reading_heads(lambda head, heads, kv_heads: numpy.minimum(head, kv_heads - 1)),
         bugs=("NVIDIA/TensorRT-LLM PR#6538",),
     ),
     Mistake(
         "heads-read-the-first",
-        "every query head reads key/value head 0",
+        "lets every query head read key/value head 0",
         ("MHA-HEAD-1",),
         reading_heads(lambda head, heads, kv_heads: 0 * head),
     ),
@@ -141,7 +141,7 @@ HEADS = (
         "length-before-heads",
         "reads the axes as (batch, length, heads, size)",
         ("MHA-SHAPE-1",),
-        asking(length_before_heads, round_output=lambda x, dtype: steps.round_output(x.swapaxes(1, 2), dtype)),
+        changing(length_before_heads, round_output=lambda x, dtype: steps.round_output(x.swapaxes(1, 2), dtype)),
         functions=("attention",),
         bugs=("pytorch/opacus PR#825", "pytorch/pytorch#67651"),
     ),
@@ -157,7 +157,7 @@ HEADS = (
         "value-past-qk-dim-dropped",
         "drops the components of value past qk_dim",
         ("MHA-SHAPE-1",),
-        asking(lambda a: a if a.value is None else replace(a, value=first_components(a.value, a.query.shape[3]))),
+        changing(lambda a: a if a.value is None else replace(a, value=first_components(a.value, a.query.shape[3]))),
         functions=("attention", "attention_vjp"),
         bugs=("pytorch/pytorch#176767",),
     ),
@@ -165,11 +165,11 @@ HEADS = (
         "size-past-64-dropped",
         "drops the components of query and key past 64",
         ("MHA-SHAPE-1", "MHA-SCORE-1"),
-        asking(lambda a: replace(a, query=first_components(a.query, TILE), key=first_components(a.key, TILE))),
+        changing(lambda a: replace(a, query=first_components(a.query, TILE), key=first_components(a.key, TILE))),
     ),
     Mistake(
         "keys-past-64-dropped",
-        "reads the first 64 keys",
+        "reads only the first 64 keys",
         ("MHA-SHAPE-1", "MHA-SOFTMAX-1"),
         replacing(all_of=lambda constraints: first_keys(constraints, lambda kv_len: TILE)),
     ),
@@ -191,41 +191,41 @@ HEADS = (
 SCALES = (
     Mistake(
         "scale-missing",
-        "uses the scale 1 where none is given",
+        "uses the scale 1 if scale is None",
         ("MHA-SCORE-2",),
         scaled_by(lambda a: 1.0),
         bugs=("flexflow/flexflow-train#467",),
     ),
     Mistake(
         "scale-one",
-        "uses the scale 1 whatever is given",
+        "uses the scale 1, whatever the scale is",
         ("MHA-SCORE-1", "MHA-SCORE-2"),
         replacing(scale_of=lambda scale, qk_dim: 1.0),
         bugs=("flexflow/flexflow-train#467",),
     ),
     Mistake(
         "scale-of-qk-dim-itself",
-        "uses 1/qk_dim for 1/sqrt(qk_dim)",
+        "uses the scale 1/qk_dim instead of 1/sqrt(qk_dim)",
         ("MHA-SCORE-2",),
         scaled_by(lambda a: 1 / a.query.shape[3]),
     ),
     Mistake(
         "scale-multiplied",
-        "multiplies with sqrt(qk_dim) where it should divide",
+        "multiplies by sqrt(qk_dim) instead of dividing",
         ("MHA-SCORE-2",),
         scaled_by(lambda a: math.sqrt(a.query.shape[3])),
         bugs=("AI-Hypercomputer/maxtext#1370",),
     ),
     Mistake(
         "scale-of-all-heads",
-        "uses 1/sqrt(heads * qk_dim)",
+        "uses the scale 1/sqrt(heads * qk_dim)",
         ("MHA-SCORE-2",),
         scaled_by(lambda a: 1 / math.sqrt(a.heads * a.query.shape[3])),
         bugs=("karpathy/ng-video-lecture PR#6", "rezazad68/TMUnet#13"),
     ),
     Mistake(
         "scale-of-v-dim",
-        "uses 1/sqrt(v_dim)",
+        "uses the scale 1/sqrt(v_dim)",
         ("MHA-SCORE-2", "MHA-SHAPE-1"),
         scaled_by(lambda a: 1 / math.sqrt(a.query.shape[3] if a.value is None else a.value.shape[3])),
         functions=("attention", "attention_vjp"),
@@ -233,20 +233,20 @@ SCALES = (
     ),
     Mistake(
         "scale-of-padded-size",
-        "takes the scale from qk_dim rounded up to a multiple of 8",
+        "computes the scale from qk_dim rounded up to a multiple of 8",
         ("MHA-SCORE-2",),
         scaled_by(lambda a: 1 / math.sqrt(-(-a.query.shape[3] // 8) * 8)),
         bugs=("intel/ipex-llm PR#12619",),
     ),
     Mistake(
         "scale-twice",
-        "multiplies both query and key with the scale",
+        "multiplies both query and key by the scale",
         ("MHA-SCORE-1",),
         replacing(scores=lambda query, key, scale: steps.scores(query, key, scale) * scale),
     ),
     Mistake(
         "scale-of-0-default",
-        "takes a scale of 0 as none given",
+        "treats a scale of 0 as None",
         ("MHA-SCORE-3",),
         replacing(scale_of=lambda scale, qk_dim: steps.scale_of(scale or None, qk_dim)),
         needs=("scale",),
@@ -266,7 +266,7 @@ SCALES = (
     ),
     Mistake(
         "scores-clipped",
-        "cuts scores off at 50 in magnitude",
+        "clips the scores to 50 in magnitude",
         ("MHA-SCORE-1",),
         replacing(scores=lambda query, key, scale: numpy.clip(steps.scores(query, key, scale), -50, 50)),
     ),
@@ -287,7 +287,7 @@ CAPS = (
         "cap-after-mask",
         "caps hidden pairs too, so that -inf becomes -softcap",
         ("MHA-CAP-2",),
-        asking(folded_into_bias, see_bias=everywhere, logits=cap_after_bias),
+        changing(folded_into_bias, see_bias=everywhere, logits=cap_after_bias),
         needs=("softcap",),
         functions=FORWARD,
         bugs=("onnx/onnx#7865", "ggml-org/llama.cpp PR#29034"),
@@ -296,7 +296,7 @@ CAPS = (
         "cap-before-scale",
         "caps the scores before they are scaled",
         ("MHA-CAP-1",),
-        asking(
+        changing(
             lambda a: (
                 a if a.softcap is None else replace(a, softcap=a.softcap * steps.scale_of(a.scale, a.query.shape[3]))
             )
@@ -305,14 +305,14 @@ CAPS = (
     ),
     Mistake(
         "cap-without-factor",
-        "gives tanh(S / softcap) without the factor softcap",
+        "leaves the factor softcap out of softcap * tanh(S / softcap)",
         ("MHA-CAP-1",),
         replacing(soft_cap=lambda scores, softcap: scores if softcap is None else numpy.tanh(scores / softcap)),
         needs=("softcap",),
     ),
     Mistake(
         "cap-as-clip",
-        "cuts scores off at the cap",
+        "clips the scores to the cap instead of applying tanh",
         ("MHA-CAP-1",),
         replacing(
             soft_cap=cap_as_clip, cap_slope=lambda scores, softcap: 1.0 if softcap is None else abs(scores) < softcap
@@ -321,7 +321,7 @@ CAPS = (
     ),
     Mistake(
         "cap-overflows",
-        "takes tanh from exponentials that overflow",
+        "computes tanh from exponentials that overflow",
         ("MHA-CAP-1",),
         replacing(soft_cap=tanh_of_exponentials),
         needs=("softcap",),
@@ -333,15 +333,15 @@ CAPS = (
 BIASES = (
     Mistake(
         "bias-scaled",
-        "multiplies the bias with the scale",
+        "multiplies the bias by the scale",
         ("MHA-BIAS-1",),
-        asking(scaled_bias),
+        changing(scaled_bias),
         needs=("bias",),
         bugs=("tenstorrent/tt-metal PR#42891",),
     ),
     Mistake(
         "bias-subtracted",
-        "subtracts the bias",
+        "subtracts the bias instead of adding it",
         ("MHA-BIAS-1",),
         replacing(add_bias=lambda scores, bias: scores if bias is None else scores - bias),
         needs=("bias",),
@@ -350,7 +350,7 @@ BIASES = (
     ),
     Mistake(
         "bias-as-keep-mask",
-        "takes a bias other than 0 as visible and does not add it",
+        "treats a bias other than 0 as a mask that shows the pair, and does not add it",
         ("MHA-BIAS-1",),
         replacing(add_bias=lambda scores, bias: scores, see_bias=lambda bias: bias != 0),
         needs=("bias",),
@@ -358,7 +358,7 @@ BIASES = (
     ),
     Mistake(
         "bias-as-hide-mask",
-        "takes a bias other than 0 as hidden and does not add it",
+        "treats a bias other than 0 as a mask that hides the pair, and does not add it",
         ("MHA-BIAS-1",),
         replacing(add_bias=lambda scores, bias: scores, see_bias=lambda bias: bias == 0),
         needs=("bias",),
@@ -382,7 +382,7 @@ BIASES = (
         "bias-of-the-last-query",
         "uses the bias of the last query for all",
         ("MHA-BIAS-1",),
-        asking(bias_of_columns),
+        changing(bias_of_columns),
         needs=("bias",),
         bugs=("keras-team/keras-hub#2861",),
     ),
@@ -401,7 +401,7 @@ BIASES = (
     ),
     Mistake(
         "finite-bias-hides",
-        "takes a bias below -1e4 as hidden",
+        "hides the pairs with a bias below -1e4",
         ("MHA-BIAS-3",),
         replacing(see_bias=lambda bias: bias > -1e4),
         needs=("bias",),
@@ -409,7 +409,7 @@ BIASES = (
     ),
     Mistake(
         "infinite-bias-shown",
-        "adds a bias of -inf to what lies there, so that a NaN stays",
+        "adds a bias of -inf without hiding the pair, so that a NaN remains",
         ("MHA-BIAS-3",),
         replacing(see_bias=everywhere),
         needs=("bias",),

@@ -1,4 +1,4 @@
-"""The softmax computed wrongly: fills, maxima, rows that see nothing, sinks and log-sum-exp."""
+"""Mistakes in the softmax: fills, maxima, empty rows, sinks and log-sum-exp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy
 from mha_spec import steps
 from mha_spec_conformance.suite.conventions import Convention
 
-from .mistake import FORWARD, VJP, Compared, Mistake, asking, replacing
+from .mistake import FORWARD, VJP, Compared, Mistake, changing, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ TILE = 64
 
 
 def keep_hidden_weights(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
-    """sum_j weights_ij values_jc over all pairs; at hidden ones, what is not finite counts 0."""
+    """Compute sum_j weights_ij values_jc over all pairs; a hidden value that is not finite counts as 0."""
     hidden = numpy.where(visible, 0.0, weights) @ numpy.where(numpy.isfinite(values), values, 0.0)
     return steps.sum_over_visible(weights, values, visible) + hidden
 
@@ -32,41 +32,41 @@ def keep_hidden_weights(weights: numpy.ndarray, values: numpy.ndarray, visible: 
 def dot_of_all(
     weights: numpy.ndarray, grad_weights: numpy.ndarray, visible: numpy.ndarray, grad_lse: numpy.ndarray | None
 ) -> numpy.ndarray:
-    """D over all pairs, hidden ones too."""
+    """Compute D over all pairs, hidden pairs included."""
     products = weights * numpy.where(visible | numpy.isfinite(grad_weights), grad_weights, 0.0)
     dot = products.sum(axis=-1, keepdims=True)
     return dot if grad_lse is None else dot - grad_lse
 
 
 def grad_value_of_all(dropped: numpy.ndarray, grad_output: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
-    """dV over all pairs, hidden ones too."""
+    """Compute dV over all pairs, hidden pairs included."""
     return keep_hidden_weights(dropped.swapaxes(-1, -2), grad_output, visible.swapaxes(-1, -2))
 
 
 def unguarded(**others: Callable[..., object]) -> steps.Steps:
-    """Whatever weight a hidden pair has, it is used."""
+    """Use the weight of a hidden pair, whatever it is."""
     return replacing(sum_over_visible=keep_hidden_weights, row_dot=dot_of_all, grad_value=grad_value_of_all, **others)
 
 
 def filling(value: float) -> steps.Steps:
-    """A hidden pair has the finite logit `value`, and whatever weight comes of it."""
+    """Give a hidden pair the finite logit `value`, and use the weight that results."""
     return unguarded(hide=lambda logits, visible: numpy.where(visible, logits, value))
 
 
 def uniform_where_empty(exponentials: numpy.ndarray, total: numpy.ndarray) -> numpy.ndarray:
-    """The weights, and the same weight for all keys in a row that sees none and has no sink."""
+    """Return the weights, uniform over all keys in an empty row."""
     keys = numpy.arange(exponentials.shape[-1]) < exponentials.shape[-1] - 1
     return numpy.where(total == 0, keys / max(exponentials.shape[-1] - 1, 1), steps.normalise(exponentials, total))
 
 
 def plain_exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """exp(s - m), where m is -inf for a row that sees nothing."""
+    """Return exp(s - m), where m is -inf for an empty row."""
     maximum = logits.max(axis=-1, keepdims=True)
     return numpy.exp(logits - maximum), maximum
 
 
 def exponentials_from(logits: numpy.ndarray, maximum: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """exp(s - m) for a given m."""
+    """Return exp(s - m) for this maximum m."""
     maximum = numpy.broadcast_to(numpy.where(maximum == -math.inf, 0.0, maximum), (*logits.shape[:-1], 1)).astype(
         logits.dtype
     )
@@ -74,12 +74,12 @@ def exponentials_from(logits: numpy.ndarray, maximum: numpy.ndarray) -> tuple[nu
 
 
 def floored_maximum(logits: numpy.ndarray, floor: float) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """exp(s - m) with m at least `floor`."""
+    """Return exp(s - m) with m at least `floor`."""
     return exponentials_from(logits, numpy.maximum(logits.max(axis=-1, keepdims=True), floor))
 
 
 def never_rescaled(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """exp(s - m) with m the largest logit up to the tile of the key, earlier tiles never corrected."""
+    """Return exp(s - m) with m the largest logit up to the tile of the key; earlier tiles are not corrected."""
     starts = numpy.arange(0, logits.shape[-1], TILE)
     running = numpy.maximum.accumulate(numpy.maximum.reduceat(logits, starts, axis=-1), axis=-1)
     running = numpy.repeat(numpy.where(running == -math.inf, 0.0, running), TILE, axis=-1)[..., : logits.shape[-1]]
@@ -87,7 +87,7 @@ def never_rescaled(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]
 
 
 def without_last_key(exponentials: numpy.ndarray) -> numpy.ndarray:
-    """The exponentials of all keys but the last, and of the sink."""
+    """Return the exponentials of all keys but the last, and of the sink."""
     return numpy.concatenate([exponentials[..., :-2], exponentials[..., -1:]], axis=-1)
 
 
@@ -97,35 +97,35 @@ def over_queries(exponentials: numpy.ndarray, total: numpy.ndarray) -> numpy.nda
 
 
 def padded_with_zeros(sinks: numpy.ndarray | None, logits: numpy.ndarray) -> numpy.ndarray:
-    """The sink column with the weight of the keys, scored 0, that fill up the last tile."""
+    """Add the padding of the last tile, as keys of score 0, to the sink column."""
     padding = -logits.shape[-1] % TILE
     column = steps.sink_column(sinks, logits)
     return numpy.logaddexp(column, math.log(padding)) if padding else column
 
 
 def counted_twice(sinks: numpy.ndarray | None, logits: numpy.ndarray) -> numpy.ndarray:
-    """The sink column with each sink counted twice."""
+    """Return the sink column with each sink counted twice."""
     return steps.sink_column(sinks, logits) + math.log(2)
 
 
 def only_with_keys(sinks: numpy.ndarray | None, logits: numpy.ndarray) -> numpy.ndarray:
-    """The sink column, without its sink where the row sees no key."""
+    """Return the sink column, without the sink in rows that see no key."""
     seen = (logits != -math.inf).any(axis=-1, keepdims=True)
     return numpy.where(seen, steps.sink_column(sinks, logits), -math.inf)
 
 
 def outside_the_maximum(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """exp(s - m) with m over the keys alone, so that a large sink overflows."""
+    """Return exp(s - m) with m over the keys alone, so that a large sink overflows."""
     return exponentials_from(logits, logits[..., :-1].max(axis=-1, keepdims=True, initial=-math.inf))
 
 
 def with_sinks(a: Arguments, sinks: numpy.ndarray | None) -> Arguments:
-    """The same call with other sinks, where it has some."""
+    """Replace the sinks of a call that has some."""
     return a if a.sinks is None else replace(a, sinks=sinks)
 
 
 def lse_where_empty(value: float) -> steps.Steps:
-    """lse is `value` for a row that sees nothing."""
+    """Give an empty row the lse `value`."""
     return replacing(
         log_sum_exp=lambda total, maximum: numpy.where(total == 0, value, steps.log_sum_exp(total, maximum))
     )
@@ -135,7 +135,7 @@ FILLS = (
     *(
         Mistake(
             f"fill-of-{slug}",
-            f"gives a hidden pair the logit {value:g} in place of leaving it out",
+            f"gives a hidden pair the logit {value:g} instead of leaving it out",
             ("MHA-EMPTY-1", "MHA-MASK-3"),
             filling(value),
             bugs=bugs,
@@ -150,7 +150,7 @@ FILLS = (
     ),
     Mistake(
         "empty-row-mean",
-        "gives the mean of the values for a row that sees nothing, as a large negative fill does",
+        "returns the mean of the values for an empty row, as a large negative fill does",
         ("MHA-EMPTY-1", "MHA-EMPTY-3"),
         unguarded(normalise=uniform_where_empty),
         convention=Convention("fully_masked_row", "mean_of_values"),
@@ -164,7 +164,7 @@ FILLS = (
     ),
     Mistake(
         "empty-row-nan",
-        "gives NaN for a row that sees nothing",
+        "returns NaN for an empty row",
         ("MHA-EMPTY-1", "MHA-EMPTY-3"),
         unguarded(exponentials=plain_exponentials, normalise=lambda exponentials, total: exponentials / total),
         convention=Convention("fully_masked_row", "nan"),
@@ -173,7 +173,7 @@ FILLS = (
     ),
     Mistake(
         "empty-row-nan-gradient",
-        "gives 0 for a row that sees nothing, and NaN for its query gradient",
+        "returns 0 for an empty row, and NaN for its query gradient",
         ("MHA-EMPTY-3",),
         replacing(
             grad_query=lambda grad_scores, key, visible, scale: numpy.where(
@@ -188,7 +188,7 @@ FILLS = (
 SUMS = (
     Mistake(
         "maximum-not-subtracted",
-        "takes exp of the logits as they are, which overflows",
+        "computes exp of the logits without subtracting the maximum, which overflows",
         ("MHA-SOFTMAX-1",),
         replacing(exponentials=lambda logits: exponentials_from(logits, numpy.zeros((1, 1, 1, 1)))),
         bugs=("NVIDIA/FasterTransformer#43",),
@@ -196,21 +196,21 @@ SUMS = (
     ),
     Mistake(
         "maximum-at-least-minus-1e4",
-        "starts the maximum at -1e4, so that rows of smaller logits are 0",
+        "starts the maximum at -1e4, so that rows with smaller logits are 0",
         ("MHA-SOFTMAX-1",),
         replacing(exponentials=lambda logits: floored_maximum(logits, -1e4)),
         bugs=("tracel-ai/burn PR#4697",),
     ),
     Mistake(
         "maximum-at-least-minus-5e4",
-        "starts the maximum at -5e4, so that rows of smaller logits are 0",
+        "starts the maximum at -5e4, so that rows with smaller logits are 0",
         ("MHA-SOFTMAX-1",),
         replacing(exponentials=lambda logits: floored_maximum(logits, -5e4)),
         bugs=("flashinfer-ai/flashinfer#4267",),
     ),
     Mistake(
         "maximum-of-the-head",
-        "subtracts one maximum for all rows of a head, so that rows of small logits underflow",
+        "subtracts the same maximum in all rows of a head, so that rows with small logits underflow",
         ("MHA-SOFTMAX-1",),
         replacing(
             exponentials=lambda logits: exponentials_from(
@@ -221,7 +221,7 @@ SUMS = (
     ),
     Mistake(
         "maximum-of-the-batch",
-        "subtracts one maximum for all batch entries, so that one of them can spoil another",
+        "subtracts the same maximum in all batch entries, so that an entry changes the results of another",
         ("MHA-PURE-3", "MHA-SOFTMAX-1"),
         replacing(
             exponentials=lambda logits: exponentials_from(
@@ -257,7 +257,7 @@ SUMS = (
     ),
     Mistake(
         "softmax-over-queries",
-        "normalises over the queries in place of the keys",
+        "normalises over the queries instead of the keys",
         ("MHA-SOFTMAX-1",),
         replacing(
             exponentials=lambda logits: exponentials_from(
@@ -271,7 +271,7 @@ SUMS = (
     ),
     Mistake(
         "weights-not-normalised",
-        "does not divide by the sum",
+        "does not divide the exponentials by their sum",
         ("MHA-SOFTMAX-1", "MHA-WEIGHTS-1"),
         replacing(normalise=lambda exponentials, total: exponentials),
     ),
@@ -280,9 +280,9 @@ SUMS = (
 SINKS = (
     Mistake(
         "sinks-scaled",
-        "multiplies the sinks with the scale",
+        "multiplies the sinks by the scale",
         ("MHA-SINK-2",),
-        asking(
+        changing(
             lambda a: with_sinks(
                 a, a.sinks * steps.scale_of(a.scale, a.query.shape[3]) if a.sinks is not None else None
             )
@@ -292,9 +292,9 @@ SINKS = (
     ),
     Mistake(
         "sinks-capped",
-        "caps the sinks",
+        "applies the soft cap to the sinks",
         ("MHA-SINK-2",),
-        asking(
+        changing(
             lambda a: (
                 a if a.sinks is None or a.softcap is None else replace(a, sinks=steps.soft_cap(a.sinks, a.softcap))
             )
@@ -311,7 +311,7 @@ SINKS = (
     ),
     Mistake(
         "sinks-need-a-key",
-        "does not count the sink in a row that sees no key",
+        "leaves the sink out of rows that see no key",
         ("MHA-EMPTY-2", "MHA-SINK-2"),
         replacing(sink_column=only_with_keys),
         needs=("sinks",),
@@ -321,7 +321,7 @@ SINKS = (
         "sinks-by-kv-head",
         "reads sink h // group for query head h",
         ("MHA-SINK-1",),
-        asking(
+        changing(
             lambda a: (
                 a if a.sinks is None else replace(a, sinks=a.sinks[numpy.arange(a.heads) // (a.heads // a.kv_heads)])
             )
@@ -331,7 +331,7 @@ SINKS = (
     ),
     Mistake(
         "weights-without-the-sink",
-        "divides the weights by the sum over the keys alone, so that a row sums to 1 in spite of its sink",
+        "leaves the sink out of the sum, so that the weights of a row sum to 1",
         ("MHA-WEIGHTS-1", "MHA-SINK-1"),
         replacing(
             normalise=lambda exponentials, total: steps.normalise(
@@ -344,19 +344,19 @@ SINKS = (
         "sinks-of-the-first-head",
         "uses the sink of the first head for all",
         ("MHA-SINK-1",),
-        asking(lambda a: a if a.sinks is None else replace(a, sinks=a.sinks[0 * numpy.arange(a.heads)])),
+        changing(lambda a: a if a.sinks is None else replace(a, sinks=a.sinks[0 * numpy.arange(a.heads)])),
         needs=("sinks",),
     ),
     Mistake(
         "sinks-subtracted",
-        "takes the sink with the wrong sign",
+        "inverts the sign of the sinks",
         ("MHA-SINK-1",),
-        asking(lambda a: a if a.sinks is None else replace(a, sinks=-a.sinks)),
+        changing(lambda a: a if a.sinks is None else replace(a, sinks=-a.sinks)),
         needs=("sinks",),
     ),
     Mistake(
         "sinks-outside-the-maximum",
-        "leaves the sink out of the maximum, so that a large one overflows",
+        "leaves the sink out of the maximum, so that a large sink overflows",
         ("MHA-SINK-1",),
         replacing(exponentials=outside_the_maximum),
         needs=("sinks",),
@@ -365,7 +365,7 @@ SINKS = (
     ),
     Mistake(
         "sinks-infinite-nan",
-        "gives NaN for a sink of -inf",
+        "returns NaN for a sink of -inf",
         ("MHA-SINK-2",),
         replacing(
             sink_column=lambda sinks, logits: numpy.where(
@@ -379,7 +379,7 @@ SINKS = (
 LSE = (
     Mistake(
         "lse-base-2",
-        "gives lse in base 2",
+        "returns lse in base 2",
         ("MHA-LSE-1",),
         replacing(log_sum_exp=lambda total, maximum: steps.log_sum_exp(total, maximum) / math.log(2)),
         functions=("attention",),
@@ -388,14 +388,14 @@ LSE = (
     ),
     Mistake(
         "lse-without-maximum",
-        "gives ln(sum) without adding the maximum",
+        "returns ln(sum) as lse without adding the maximum",
         ("MHA-LSE-1",),
         replacing(log_sum_exp=lambda total, maximum: steps.log_sum_exp(total, 0 * maximum)),
         functions=("attention",),
     ),
     Mistake(
         "lse-maximum-alone",
-        "gives the maximum in place of lse",
+        "returns the maximum as lse",
         ("MHA-LSE-1",),
         replacing(log_sum_exp=lambda total, maximum: numpy.where(total == 0, -math.inf, maximum)),
         functions=("attention",),
@@ -413,7 +413,7 @@ LSE = (
     ),
     Mistake(
         "lse-empty-0",
-        "gives lse 0 for a row that sees nothing",
+        "returns 0 as lse for an empty row",
         ("MHA-EMPTY-2",),
         lse_where_empty(0.0),
         functions=("attention",),
@@ -421,7 +421,7 @@ LSE = (
     ),
     Mistake(
         "lse-empty-plus-infinity",
-        "gives lse +inf for a row that sees nothing",
+        "returns +inf as lse for an empty row",
         ("MHA-EMPTY-2",),
         lse_where_empty(math.inf),
         functions=("attention",),
@@ -430,7 +430,7 @@ LSE = (
     ),
     Mistake(
         "lse-empty-finite",
-        "gives a large negative lse for a row that sees nothing",
+        "returns a large negative lse for an empty row",
         ("MHA-EMPTY-2",),
         lse_where_empty(-1e30),
         functions=("attention",),

@@ -1,4 +1,4 @@
-"""What comes after the softmax done wrongly: dropout, values, hidden NaN, visible NaN, dtypes, memory."""
+"""Mistakes after the softmax: dropout, values, hidden NaN, visible NaN, dtypes, memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy
 from mha_spec import steps
 from mha_spec_conformance.suite.conventions import Convention
 
-from .mistake import VJP, Compared, Mistake, asking, replacing
+from .mistake import VJP, Compared, Mistake, changing, replacing
 from .visibility import first_along
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["VALUES"]
 
 
 def dropped_before_softmax(a: Arguments) -> Arguments:
-    """Hide the dropped pairs, so that the softmax is over those that are kept."""
+    """Hide the dropped pairs, so that the softmax is over the kept pairs."""
     if a.dropout_mask is None:
         return a
     return replace(
@@ -34,32 +34,32 @@ def dropped_before_softmax(a: Arguments) -> Arguments:
 
 
 def renormalised(x: numpy.ndarray, dropout_mask: numpy.ndarray | None, rate: float) -> numpy.ndarray:
-    """Weights that sum to 1 again after dropout."""
+    """Normalise the weights again after dropout."""
     kept = steps.drop(x, dropout_mask, 0.0)
     return kept if dropout_mask is None else steps.normalise(kept, kept.sum(axis=-1, keepdims=True))
 
 
 def plain_product(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
-    """weights @ values, where a weight of 0 times NaN is NaN."""
+    """Return weights @ values, where a weight of 0 times NaN is NaN."""
     return weights @ values
 
 
 def plain_dot(
     weights: numpy.ndarray, grad_weights: numpy.ndarray, visible: numpy.ndarray, grad_lse: numpy.ndarray | None
 ) -> numpy.ndarray:
-    """D without a look at what is visible."""
+    """Compute D without leaving out hidden pairs."""
     dot = (weights * grad_weights).sum(axis=-1, keepdims=True)
     return dot if grad_lse is None else dot - grad_lse
 
 
 def tile_product(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
-    """weights @ values, less the values that no row sees."""
-    used = visible.swapaxes(-1, -2).any(axis=-1, keepdims=True)
-    return weights @ numpy.where(used, values, 0.0)
+    """Return weights @ values without the values that no row sees."""
+    seen = visible.swapaxes(-1, -2).any(axis=-1, keepdims=True)
+    return weights @ numpy.where(seen, values, 0.0)
 
 
 def leaking(product: Callable[..., numpy.ndarray], **others: Callable[..., object]) -> steps.Steps:
-    """Take every sum over pairs with `product`."""
+    """Compute every sum over pairs with `product`."""
     return replacing(
         sum_over_visible=product,
         grad_query=lambda grad_scores, key, visible, scale: scale * product(grad_scores, key, visible),
@@ -74,12 +74,12 @@ def leaking(product: Callable[..., numpy.ndarray], **others: Callable[..., objec
 
 
 def added_mask(logits: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
-    """Hide by adding -inf, which leaves a NaN where it was."""
+    """Hide a pair by adding -inf, which keeps a NaN."""
     return logits + numpy.where(visible, 0.0, -math.inf)
 
 
 def scrubbed(x: numpy.ndarray, dtype: str) -> numpy.ndarray:
-    """The output with 0 in place of what is not finite."""
+    """Replace the elements of the output that are not finite by 0."""
     return steps.round_output(numpy.where(numpy.isfinite(x), x, 0.0).astype(x.dtype), dtype)
 
 
@@ -94,18 +94,18 @@ def of_finite_values(weights: numpy.ndarray, values: numpy.ndarray, visible: num
 
 
 def whole_value(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
-    """Spoil every component of the output for a value that is not finite in one."""
+    """Make every component NaN of a value that has a component that is not finite."""
     finite = numpy.isfinite(values).all(axis=-1, keepdims=True)
     return steps.sum_over_visible(weights, numpy.where(finite, values, math.nan), visible)
 
 
 def hide_nan(logits: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
-    """Take a NaN among the logits as hidden."""
+    """Hide a pair with a NaN logit."""
     return steps.hide(logits, visible & ~numpy.isnan(logits))
 
 
 def scaled_in_place(a: Arguments) -> Arguments:
-    """Multiply the query with the scale where it lies."""
+    """Multiply the query by the scale in its own memory."""
     a.query *= a.query.dtype.type(steps.scale_of(a.scale, a.query.shape[3]))
     return replace(a, scale=1.0)
 
@@ -126,7 +126,7 @@ def _contiguous(x: numpy.ndarray) -> numpy.ndarray:
 DROPOUT = (
     Mistake(
         "dropout-mask-inverted",
-        "drops what the dropout mask keeps",
+        "drops the weights that the dropout mask keeps, and keeps the others",
         ("MHA-DROP-1",),
         replacing(
             drop=lambda x, dropout_mask, rate: steps.drop(x, None if dropout_mask is None else ~dropout_mask, rate)
@@ -135,7 +135,7 @@ DROPOUT = (
     ),
     Mistake(
         "dropout-scaled-by-rate",
-        "multiplies kept weights with the rate in place of dividing by 1 - rate",
+        "multiplies kept weights by the rate instead of dividing by 1 - rate",
         ("MHA-DROP-1",),
         replacing(drop=lambda x, dropout_mask, rate: steps.drop(x, dropout_mask, 0.0) * rate),
         needs=("dropout_mask", "dropout_rate"),
@@ -143,7 +143,7 @@ DROPOUT = (
     ),
     Mistake(
         "dropout-divided-by-rate",
-        "divides kept weights by the rate",
+        "divides kept weights by the rate instead of 1 - rate",
         ("MHA-DROP-1",),
         replacing(drop=lambda x, dropout_mask, rate: steps.drop(x, dropout_mask, 0.0) / (rate or 1)),
         needs=("dropout_mask", "dropout_rate"),
@@ -151,7 +151,7 @@ DROPOUT = (
     ),
     Mistake(
         "dropout-renormalised",
-        "makes the kept weights sum to 1 again",
+        "normalises the kept weights again, so that they sum to 1",
         ("MHA-DROP-1",),
         replacing(drop=renormalised),
         needs=("dropout_mask",),
@@ -159,9 +159,9 @@ DROPOUT = (
     ),
     Mistake(
         "dropout-before-softmax",
-        "drops before the softmax, so that weights and lse are those of the kept pairs",
+        "applies dropout before the softmax, so that weights and lse are those of the kept pairs",
         ("MHA-DROP-3",),
-        asking(dropped_before_softmax),
+        changing(dropped_before_softmax),
         needs=("dropout_mask",),
     ),
     Mistake(
@@ -183,7 +183,7 @@ DROPOUT = (
 NONFINITE = (
     Mistake(
         "nan-reaches-its-tile",
-        "multiplies with 0 what a row may not see and another one does, so that a NaN there reaches both",
+        "multiplies a hidden value by 0 if another row sees it, so that a NaN in the value reaches both rows",
         ("MHA-POISON-2",),
         leaking(tile_product),
         convention=Convention("nonfinite", "reaches_tile"),
@@ -192,7 +192,7 @@ NONFINITE = (
     ),
     Mistake(
         "hidden-nan-leaks",
-        "multiplies hidden values with 0, so that a NaN in storage that no row uses reaches the output",
+        "multiplies hidden values by 0, so that a NaN in a value that no row sees reaches the output",
         ("MHA-POISON-1",),
         leaking(plain_product, row_dot=plain_dot),
         convention=Convention("nonfinite", "leaks"),
@@ -201,7 +201,7 @@ NONFINITE = (
     ),
     Mistake(
         "hidden-key-leaks",
-        "hides by adding -inf, so that a NaN in a hidden key stays",
+        "hides a pair by adding -inf, so that a NaN in a hidden key remains",
         ("MHA-POISON-1",),
         replacing(hide=added_mask),
         convention=Convention("nonfinite", "leaks"),
@@ -210,7 +210,7 @@ NONFINITE = (
     ),
     Mistake(
         "nan-scrubbed",
-        "gives 0 in place of NaN",
+        "returns 0 instead of NaN",
         ("MHA-NAN-1", "MHA-NAN-2"),
         replacing(round_output=scrubbed),
         convention=Convention("nonfinite", "scrubbed"),
@@ -219,13 +219,13 @@ NONFINITE = (
     ),
     Mistake(
         "nan-score-hidden",
-        "takes a NaN score as hidden",
+        "hides the pairs with a NaN score",
         ("MHA-NAN-1",),
         replacing(hide=hide_nan),
     ),
     Mistake(
         "value-of-weight-0-skipped",
-        "skips the values whose weight is 0, so that a NaN there is not seen",
+        "skips the visible values of weight 0, so that a NaN in them is lost",
         ("MHA-NAN-2",),
         replacing(sum_over_visible=where_weighted),
         functions=("attention",),
@@ -233,14 +233,14 @@ NONFINITE = (
     ),
     Mistake(
         "nonfinite-value-skipped",
-        "takes a value that is not finite as 0",
+        "replaces a value that is not finite by 0",
         ("MHA-NAN-2",),
         replacing(sum_over_visible=of_finite_values),
         functions=("attention",),
     ),
     Mistake(
         "nan-component-spoils-value",
-        "gives NaN in every component for a value that is NaN in one",
+        "returns NaN in every component if one component of a value is NaN",
         ("MHA-NAN-2",),
         replacing(sum_over_visible=whole_value),
         functions=("attention",),
@@ -251,7 +251,7 @@ RESULTS = (
     *(
         Mistake(
             f"output-{dtype}",
-            f"gives results in {dtype}, whatever the dtype of the query",
+            f"returns {dtype}, whatever the dtype of the query",
             ("MHA-DTYPE-1", "MHA-DTYPE-2"),
             replacing(round_output=lambda x, name, dtype=dtype: x.astype(dtype)),
             convention=Convention("output_dtype", dtype),
@@ -262,7 +262,7 @@ RESULTS = (
     ),
     Mistake(
         "input-scaled-in-place",
-        "multiplies the query with the scale where it lies",
+        "multiplies the query by the scale in the caller's array",
         ("MHA-PURE-1",),
         replacing(check=lambda a: scaled_in_place(steps.check(a))),
         bugs=("pytorch/pytorch#109072",),
@@ -271,12 +271,12 @@ RESULTS = (
         "strides-ignored",
         "reads strided inputs as if they were contiguous",
         ("MHA-PURE-2",),
-        asking(read_as_contiguous),
+        changing(read_as_contiguous),
         bugs=("pytorch/pytorch#112577", "pytorch/pytorch PR#187506", "uxlfoundation/oneDNN PR#4618"),
     ),
     Mistake(
         "key-gradient-unset-without-queries",
-        "leaves the gradients of key and value unset where there is no query",
+        "leaves the gradients of key and value uninitialised if q_len is 0",
         ("MHA-SHAPE-2",),
         replacing(
             grad_key=lambda grad_scores, query, visible, scale: (

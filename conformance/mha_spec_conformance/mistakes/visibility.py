@@ -1,4 +1,4 @@
-"""Visibility decided wrongly: polarity, off by one, inverted, another alignment, another index."""
+"""Mistakes in visibility: wrong polarity, bounds off by one, another alignment, another index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy
 from mha_spec import steps
 from mha_spec_conformance.suite.conventions import Convention
 
-from .mistake import Mistake, asking, replacing
+from .mistake import Mistake, changing, replacing
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -20,16 +20,16 @@ __all__ = ["VISIBILITY", "first_along"]
 
 
 def first_along(name: str, axis: int) -> steps.Steps:
-    """Read the argument `name` as if its first entry along `axis` held for all."""
+    """Use the first entry of the argument `name` along `axis` for every entry."""
 
     def change(a: Arguments) -> Arguments:
         return replace(a, **{name: numpy.take(getattr(a, name), [0], axis)}) if getattr(a, name) is not None else a
 
-    return asking(change)
+    return changing(change)
 
 
 def as_bias(mask: numpy.ndarray, a: Arguments) -> numpy.ndarray:
-    """The boolean mask as numbers 0 and 1, added to the bias."""
+    """Add the boolean mask to the bias, as the numbers 0 and 1."""
     return mask.astype(float) + (0 if a.bias is None else a.bias)
 
 
@@ -47,7 +47,7 @@ def head_before_batch(a: Arguments) -> Arguments:
 
 
 def with_query_stride(a: Arguments) -> Arguments:
-    """Read a mask without a query axis with a stride over queries, so that row i gets what follows in memory."""
+    """Give a mask without a query axis a stride over queries, so that row i reads past the mask of its batch entry."""
     if a.mask is None or a.mask.shape[2] != 1:
         return a
     rows = a.mask.reshape(-1, a.mask.shape[3])
@@ -56,18 +56,18 @@ def with_query_stride(a: Arguments) -> Arguments:
 
 
 def transposed(mask: numpy.ndarray) -> numpy.ndarray:
-    """The mask with queries and keys exchanged, where it is square or a padding of the keys."""
+    """Exchange queries and keys of a mask that is square or a padding of the keys."""
     rows, columns = mask.shape[2:]
     return mask.swapaxes(2, 3) if rows in (1, columns) else mask
 
 
 def padding_of_queries(a: Arguments) -> Arguments:
-    """Hide the rows of padded positions in place of the keys."""
+    """Hide the rows of padded positions instead of the keys."""
     return a if a.mask is None or a.q_len != a.kv_len else replace(a, mask=transposed(a.mask))
 
 
 def restarting_positions(a: Arguments) -> Arguments:
-    """Count the positions of each segment from its own first query and first key."""
+    """Count the positions of each segment from its first query and its first key."""
     if a.q_segment_ids is None or not a.positional:
         return a
     queries, keys = numpy.asarray(a.q_segment_ids), numpy.asarray(a.kv_segment_ids)
@@ -81,12 +81,8 @@ def restarting_positions(a: Arguments) -> Arguments:
 
 
 def any_of(constraints: list[numpy.ndarray]) -> numpy.ndarray:
-    """A pair is visible where any of the constraints that were given holds."""
-    given = constraints[1:] or constraints
-    visible = given[0]
-    for constraint in given[1:]:
-        visible = visible | constraint
-    return visible
+    """Show a pair if any constraint of the call holds; the first constraint, which always holds, is left out."""
+    return numpy.any(numpy.stack(numpy.broadcast_arrays(*(constraints[1:] or constraints))), axis=0)
 
 
 VISIBILITY = (
@@ -103,7 +99,7 @@ VISIBILITY = (
         "mask-added",
         "adds the boolean mask to the scores as 0 and 1",
         ("MHA-MASK-1",),
-        asking(mask_as_bias),
+        changing(mask_as_bias),
         needs=("mask",),
         bugs=("huggingface/diffusers#14342", "huggingface/transformers PR#41443"),
     ),
@@ -111,7 +107,7 @@ VISIBILITY = (
         "mask-transposed",
         "exchanges queries and keys in the mask",
         ("MHA-MASK-1", "MHA-MASK-2"),
-        asking(padding_of_queries),
+        changing(padding_of_queries),
         needs=("mask",),
         bugs=("hyunwoongko/transformer PR#40",),
     ),
@@ -138,9 +134,9 @@ VISIBILITY = (
     ),
     Mistake(
         "mask-head-before-batch",
-        "reads a mask without a head axis as if it had one",
+        "reads a mask without a head axis at the indices of a mask that has one",
         ("MHA-MASK-2",),
-        asking(head_before_batch),
+        changing(head_before_batch),
         needs=("mask",),
         bugs=(
             "tenstorrent/tt-metal#39946",
@@ -151,15 +147,15 @@ VISIBILITY = (
     ),
     Mistake(
         "mask-with-query-stride",
-        "reads a mask without a query axis as if it had one, and runs into the next rows",
+        "reads a mask without a query axis with a stride over queries, so that it reads rows of other batch entries",
         ("MHA-MASK-2",),
-        asking(with_query_stride),
+        changing(with_query_stride),
         needs=("mask",),
         bugs=("pytorch/pytorch PR#184180", "openvinotoolkit/openvino PR#30758"),
     ),
     Mistake(
         "constraints-joined-with-or",
-        "shows a pair where any one of the constraints allows it",
+        "shows a pair if any one of the constraints allows it",
         ("MHA-MASK-3",),
         replacing(all_of=any_of),
     ),
@@ -194,7 +190,7 @@ VISIBILITY = (
     ),
     Mistake(
         "offset-ignored",
-        "puts the causal diagonal at the upper left, whatever offset is given",
+        "puts the causal diagonal at the upper left, whatever q_offset is",
         ("MHA-POS-1", "MHA-POS-2"),
         replacing(check=lambda a: steps.check(replace(a, q_offset=0)) if a.positional else steps.check(a)),
         convention=Convention("causal_alignment", "upper_left"),
@@ -231,13 +227,13 @@ VISIBILITY = (
     ),
     Mistake(
         "offset-plus-one",
-        "puts the queries one position too late",
+        "counts the positions of the queries one too high",
         ("MHA-POS-1",),
         replacing(query_positions=lambda offset, q_len: steps.query_positions(offset + 1, q_len)),
     ),
     Mistake(
         "offset-minus-one",
-        "puts the queries one position too early",
+        "counts the positions of the queries one too low",
         ("MHA-POS-1",),
         replacing(query_positions=lambda offset, q_len: steps.query_positions(offset - 1, q_len)),
     ),
@@ -250,7 +246,7 @@ VISIBILITY = (
     ),
     Mistake(
         "offset-never-negative",
-        "takes a negative offset as 0",
+        "treats a negative offset as 0",
         ("MHA-POS-1",),
         replacing(query_positions=lambda offset, q_len: steps.query_positions(numpy.maximum(offset, 0), q_len)),
         needs=("q_offset",),
@@ -275,7 +271,7 @@ VISIBILITY = (
     ),
     Mistake(
         "window-left-plus-one",
-        "shows one key more to the left of the window",
+        "shows one key too many at the left end of the window",
         ("MHA-WINDOW-1",),
         replacing(see_window_left=lambda distance, left: distance >= -left - 1),
         needs=("window",),
@@ -283,7 +279,7 @@ VISIBILITY = (
     ),
     Mistake(
         "window-left-inverted",
-        "takes the sign of the left side of the window the wrong way round",
+        "inverts the sign of the left side of the window",
         ("MHA-WINDOW-1",),
         replacing(see_window_left=lambda distance, left: distance >= left),
         needs=("window",),
@@ -298,14 +294,14 @@ VISIBILITY = (
     ),
     Mistake(
         "window-right-plus-one",
-        "shows one key more to the right of the window",
+        "shows one key too many at the right end of the window",
         ("MHA-WINDOW-2",),
         replacing(see_window_right=lambda distance, right: distance <= right + 1),
         needs=("window",),
     ),
     Mistake(
         "window-right-inverted",
-        "takes the sign of the right side of the window the wrong way round",
+        "inverts the sign of the right side of the window",
         ("MHA-WINDOW-2",),
         replacing(see_window_right=lambda distance, right: distance <= -right),
         needs=("window",),
@@ -314,22 +310,22 @@ VISIBILITY = (
         "window-sides-exchanged",
         "exchanges the left and the right side of the window",
         ("MHA-WINDOW-1", "MHA-WINDOW-2"),
-        asking(lambda a: a if a.window is None else replace(a, window=tuple(reversed(a.window)))),
+        changing(lambda a: a if a.window is None else replace(a, window=tuple(reversed(a.window)))),
         needs=("window",),
     ),
     Mistake(
         "window-of-0-unbounded",
-        "takes a side of 0 as no bound",
+        "treats a window side of 0 as unbounded",
         ("MHA-WINDOW-1", "MHA-WINDOW-2"),
-        asking(lambda a: a if a.window is None else replace(a, window=tuple(side or None for side in a.window))),
+        changing(lambda a: a if a.window is None else replace(a, window=tuple(side or None for side in a.window))),
         needs=("window",),
         bugs=("unslothai/unsloth PR#8253",),
     ),
     Mistake(
         "window-unbounded-of-0",
-        "takes a side without bound as 0, so that a window to the left is causal",
+        "treats an unbounded window side as 0, so that a window to the left is causal",
         ("MHA-WINDOW-2", "MHA-WINDOW-1"),
-        asking(lambda a: a if a.window is None else replace(a, window=tuple(side or 0 for side in a.window))),
+        changing(lambda a: a if a.window is None else replace(a, window=tuple(side or 0 for side in a.window))),
         needs=("window",),
         bugs=("NVIDIA/TransformerEngine#629",),
     ),
@@ -372,7 +368,7 @@ VISIBILITY = (
     ),
     Mistake(
         "kv-lengths-of-0-full",
-        "takes a kv_length of 0 as no limit",
+        "treats a kv_length of 0 as unlimited",
         ("MHA-LEN-1", "MHA-EMPTY-1"),
         replacing(see_kv_lengths=lambda positions, lengths: (positions < lengths) | (lengths == 0)),
         needs=("kv_lengths",),
@@ -394,7 +390,7 @@ VISIBILITY = (
     ),
     Mistake(
         "q-lengths-inverted",
-        "computes the rows past q_lengths and none of the others",
+        "computes the rows past q_lengths and not those before",
         ("MHA-LEN-2",),
         replacing(see_q_lengths=lambda indices, lengths: indices >= lengths),
         needs=("q_lengths",),
@@ -408,14 +404,14 @@ VISIBILITY = (
     ),
     Mistake(
         "segments-inverted",
-        "shows what lies in another segment and hides its own",
+        "shows the keys of other segments and hides those of the same segment",
         ("MHA-SEG-1",),
         replacing(see_segments=lambda q_ids, kv_ids: q_ids != kv_ids),
         needs=("q_segment_ids",),
     ),
     Mistake(
         "segments-before-shown",
-        "shows the segments of smaller ids too",
+        "also shows segments of smaller ids",
         ("MHA-SEG-1",),
         replacing(see_segments=lambda q_ids, kv_ids: q_ids >= kv_ids),
         needs=("q_segment_ids",),
@@ -423,14 +419,14 @@ VISIBILITY = (
     ),
     Mistake(
         "segment-0-hidden",
-        "takes the segment id 0 as padding",
+        "treats the segment id 0 as padding",
         ("MHA-SEG-2",),
         replacing(see_segments=lambda q_ids, kv_ids: (q_ids == kv_ids) & (q_ids != 0)),
         needs=("q_segment_ids",),
     ),
     Mistake(
         "negative-segment-hidden",
-        "takes negative segment ids as padding",
+        "treats negative segment ids as padding",
         ("MHA-SEG-2",),
         replacing(see_segments=lambda q_ids, kv_ids: (q_ids == kv_ids) & (q_ids >= 0)),
         needs=("q_segment_ids",),
@@ -439,7 +435,7 @@ VISIBILITY = (
         "segments-restart-positions",
         "counts the positions of causal and window from the start of each segment",
         ("MHA-SEG-2",),
-        asking(restarting_positions),
+        changing(restarting_positions),
         needs=("q_segment_ids",),
     ),
 )
