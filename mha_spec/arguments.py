@@ -24,6 +24,7 @@ __all__ = [
     "NoOptions",
     "Options",
     "WeightOptions",
+    "decorate_method",
     "offset_of_reading",
     "options_of",
     "spells_options",
@@ -174,6 +175,13 @@ def options_of(function: str) -> tuple[str, ...]:
 def offset_of_reading(reading: str, q_length: Any, kv_length: Any) -> Any:
     """Give the q_offset that a reading names, of the lengths in use, integers or arrays of them (MHA-POS-2)."""
     return kv_length - q_length if reading == LOWER_RIGHT else 0
+
+
+def decorate_method(decorator: Callable[[_Function], _Function], method: _Function) -> _Function:
+    """Decorate a bound method; functools.wraps alone would copy the signature that has `self`."""
+    function = decorator(method)
+    vars(function)["__signature__"] = inspect.signature(method)
+    return function
 
 
 def spells_options(function: _Function) -> _Function:

@@ -16,6 +16,8 @@ import numpy
 from . import layer_checks
 from .arguments import DROPOUT_OPTIONS
 from .arrays import Array, device_of, dtype_name, host_integers, library_of, namespace_of, softmax_dtype_name
+from .attention_reference import attention as attend
+from .attention_reference import attention_weights as weigh
 from .cache import KVCache
 from .offsets import named_offset
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from .layer_checks import LayerArguments, Rotary
 
 __all__ = ["LayerSteps", "narrow", "slope_values", "widen"]
+
+
+NARROW = ("int8", "uint8", "int16", "uint16")
 
 
 def widen(x: Array) -> Array:
@@ -137,9 +142,15 @@ def new_lengths(
     if before is not None and more is not None:
         return numpy.array([one + other for one, other in zip(before, more, strict=True)], dtype=numpy.int32)
     xp = namespace_of(like)
-    given = [lengths] if counts is None else [lengths, counts]
-    old, *new = (xp.asarray(one, device=device_of(like)) for one in given)
-    return old + (xp.astype(xp.clip(new[0], 0, length), old.dtype) if new else length)
+    old = _as_integers(lengths, like)
+    return old + (length if counts is None else xp.astype(xp.clip(_as_integers(counts, like), 0, length), old.dtype))
+
+
+def _as_integers(lengths: Array | Sequence[int], like: Array) -> Array:
+    """Give integers as an array of a type of at least 32 bits, whose sums do not wrap."""
+    xp = namespace_of(like)
+    array = xp.asarray(lengths, device=device_of(like))
+    return xp.astype(array, xp.int32) if dtype_name(array) in NARROW else array
 
 
 def store(buffer: Array, new: Array, start: Array | Sequence[int], stop: Array) -> Array:
@@ -173,20 +184,6 @@ def empty_cache(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
     xp = namespace_of(like)
     key, value = (xp.zeros(shape, dtype=like.dtype, device=device_of(like)) for shape in shapes)
     return KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
-
-
-def attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
-    """The specification's attention."""
-    from .reference import attention
-
-    return attention(query, key, value, **options)
-
-
-def weigh(query: Array, key: Array, **options: Any) -> Array:
-    """The specification's attention_weights."""
-    from .reference import attention_weights
-
-    return attention_weights(query, key, **options)
 
 
 def attend_and_weigh(query: Array, key: Array, value: Array, steps: LayerSteps, **options: Any) -> tuple[Array, Array]:

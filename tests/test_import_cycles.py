@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
     Graph = Mapping[str, set[str]]
 
-PACKAGES = ("mha_spec_conformance",)
+PACKAGES = (
+    "mha_spec",
+    "mha_spec_conformance",
+    "mha_spec_jax",
+    "mha_spec_numpy",
+    "mha_spec_tensorflow",
+    "mha_spec_torch",
+)
 
 
 def _modules(package: str) -> dict[str, Path]:
