@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and its exit status."""
+"""The command line: its output, its report and its exit status."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def mha_spec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def starter(tmp_path: Path, mha_spec: Command) -> Path:
-    """A target file as `mha-spec new` writes it."""
+    """Write a target file with `mha-spec new`."""
     path = tmp_path / "mine.py"
     status, out, _ = mha_spec("new", path)
     assert (status, out) == (0, f"wrote {path}; judge it with: mha-spec check {path}\n")
@@ -80,11 +80,11 @@ def test_starter_is_conformant_on_what_it_claims(mha_spec: Command, starter: Pat
     assert "softcap" not in report["features"]
 
 
-def test_file_that_is_there_is_not_overwritten(mha_spec: Command, starter: Path) -> None:
+def test_existing_file_is_not_overwritten(mha_spec: Command, starter: Path) -> None:
     text = starter.read_text()
     status, _, err = mha_spec("new", starter)
     assert status == 2
-    assert err == f"mha-spec: {starter} exists already; name another file\n"
+    assert err == f"mha-spec: {starter} already exists; choose another name\n"
     assert starter.read_text() == text
 
 
@@ -122,7 +122,7 @@ def test_failure_can_be_acted_on(mha_spec: Command, starter: Path) -> None:
     status, out, _ = mha_spec("check", starter, *SMOKE)
     assert status == 1
     assert "FAIL  attention/smoke/" in out
-    assert "asked: attention(query (2, 3, 5, 11), key (2, 3, 7, 11), value (2, 3, 7, 11)" in out
+    assert "Call: attention(query (2, 3, 5, 11), key (2, 3, 7, 11), value (2, 3, 7, 11)" in out
     assert "times the allowance" in out
     assert "MHA-SCORE-2: " in out
     assert "conformant" not in out.splitlines()[-1]
@@ -140,33 +140,33 @@ def test_accept_require_and_known(mha_spec: Command, starter: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        (("check", "nothere"), "is no backend"),
+        (("check", "nothere"), "is not a backend"),
         (("check", "numpy", "--only", "nothing/like/it"), "--only nothing/like/it matches none of"),
         (
             ("check", "numpy", "--dtypes", "float8"),
-            "--dtypes must be of float64, float32, float16, bfloat16, received 'float8'",
+            "--dtypes must be one of float64, float32, float16, bfloat16, received 'float8'",
         ),
-        (("check", "numpy", "--require", "masks"), "--require must be of "),
+        (("check", "numpy", "--require", "masks"), "--require must be one of "),
         (("check", "numpy", "--accept", "mask"), "a convention is written CONVENTION=VARIANT"),
         (("check", "numpy", "--accept", "mask_polarity=x"), "must be true_attends or true_hides, received 'x'"),
         (("check", "numpy", "--known", "none.toml"), "known failures none.toml: "),
         (("check", "numpy", "--json", "no/such/folder.json"), "there is no folder no/such"),
-        (("spec", "MHA-MASK-99"), "there is no clause 'MHA-MASK-99'; there are MHA-MASK"),
+        (("spec", "MHA-MASK-99"), "there is no clause 'MHA-MASK-99'; similar ids are MHA-MASK"),
         (
             ("explain", "attention/smoke/plane"),
-            "no case is called 'attention/smoke/plane'; there are attention/smoke/plain",
+            "there is no case 'attention/smoke/plane'; similar ids are attention/smoke/plain",
         ),
         (("explain", "attention/smoke/plain", "--dtype", "float8"), "is asked in float64"),
         (("cases", "nothing/like/it"), "no case matches"),
     ],
 )
-def test_mistake_of_the_user_is_one_line(mha_spec: Command, arguments: tuple[str, ...], says: str) -> None:
+def test_error_of_the_user_is_one_line(mha_spec: Command, arguments: tuple[str, ...], message: str) -> None:
     status, out, err = mha_spec(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("mha-spec: ")
-    assert says in err
+    assert message in err
     assert len(err.splitlines()) == 1
 
 
@@ -183,7 +183,7 @@ def test_mistake_of_the_user_is_one_line(mha_spec: Command, arguments: tuple[str
         "",
     ],
 )
-def test_file_of_known_failures_that_says_nothing(mha_spec: Command, tmp_path: Path, text: str) -> None:
+def test_invalid_file_of_known_failures_is_refused(mha_spec: Command, tmp_path: Path, text: str) -> None:
     path = tmp_path / "known.toml"
     path.write_text(text)
     status, _, err = mha_spec("check", "numpy", "--known", path)
@@ -191,7 +191,7 @@ def test_file_of_known_failures_that_says_nothing(mha_spec: Command, tmp_path: P
     assert err.startswith(f"mha-spec: known failures {path}: ")
 
 
-def test_damaged_goldens_are_not_judged_by(mha_spec: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_goldens_are_refused(mha_spec: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mha_spec_conformance.suite import cases
 
     monkeypatch.setattr(cases, "FOLDER", tmp_path)
@@ -209,7 +209,7 @@ def test_spec_cases_and_backends_are_listed(mha_spec: Command) -> None:
     assert all(line.startswith("attention/smoke/") for line in listed[:-1])
 
 
-def test_explained_case_can_be_asked_without_the_suite(mha_spec: Command, tmp_path: Path) -> None:
+def test_snippet_of_a_case_runs_without_the_suite(mha_spec: Command, tmp_path: Path) -> None:
     file = tmp_path / "case.npz"
     status, out, _ = mha_spec("explain", "attention/smoke/mask-polarity", "--save", file)
     assert status == 0
@@ -246,40 +246,40 @@ def test_help_loads_neither_cases_nor_frameworks(python: Callable[..., subproces
     assert done.stdout.split() == ["True", "False", "False", "False"], done.stderr
 
 
-def test_fault_of_ours_is_one_line(mha_spec: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_error_is_one_line(mha_spec: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     from mha_spec_conformance.commands import check as checking
 
     def fault(**_: object) -> int:
         raise KeyError("lost\nkey")
 
     monkeypatch.setattr(checking, "check", fault)
-    says = "mha-spec: internal error: KeyError: 'lost\\nkey'; please report\n"
-    assert mha_spec("check", "numpy") == (2, "", says)
+    message = "mha-spec: internal error: KeyError: 'lost\\nkey'; please report it\n"
+    assert mha_spec("check", "numpy") == (2, "", message)
     monkeypatch.setenv("MHA_SPEC_TRACEBACK", "1")
     status, _, err = mha_spec("check", "numpy")
     assert status == 2
     assert err.startswith("Traceback ")
-    assert err.endswith(says)
+    assert err.endswith(message)
 
 
-def test_run_that_judges_nothing_leaves_no_report(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
+def test_report_is_removed_if_nothing_is_judged(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     assert mha_spec("check", starter, *SMOKE, "--json", report)[0] == 0
     assert json.loads(report.read_text())["status"] == 0
-    starter.write_text(starter.read_text() + "\n\ndef supports(case):\n    return 'not today'\n")
+    starter.write_text(starter.read_text() + "\n\ndef supports(question):\n    return 'not today'\n")
     status, out, err = mha_spec("check", starter, *SMOKE, "--json", report)
     assert (status, out) == (2, "")
     assert "refused all 4 questions as unsupported: not today" in err
     assert not report.exists()
 
 
-def test_untrue_known_failure_is_in_the_report(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
+def test_stale_known_failure_is_in_the_report(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
     known, report = tmp_path / "known.toml", tmp_path / "report.json"
     known.write_text('[[known]]\nid = "attention/smoke/plain"\nreason = "none"\n')
     assert mha_spec("check", starter, *SMOKE, "--known", known, "--json", report)[0] == 1
-    said = json.loads(report.read_text())
-    assert said["status"] == 1
-    assert any("attention/smoke/plain did not fail" in note for note in said["notes"])
+    written = json.loads(report.read_text())
+    assert written["status"] == 1
+    assert any("attention/smoke/plain did not fail" in note for note in written["notes"])
 
 
 def test_every_pattern_must_match(mha_spec: Command) -> None:
@@ -288,10 +288,10 @@ def test_every_pattern_must_match(mha_spec: Command) -> None:
     assert "--only attention/smoek/ matches none of" in err
 
 
-def test_what_ended_the_call_is_headed_by_no_clause(mha_spec: Command, starter: Path) -> None:
+def test_exception_of_the_target_is_printed_without_a_clause(mha_spec: Command, starter: Path) -> None:
     starter.write_text(starter.read_text().replace("visible &= mask", "raise KeyError(':fire: [bold]')"))
     _, out, _ = mha_spec("check", starter, *SMOKE)
     assert "ERROR  attention/smoke/mask-polarity" in out
     assert "MHA-MASK-1: " not in out
-    assert "cites also" not in out
+    assert "The case also cites" not in out
     assert ":fire: [bold]" in out

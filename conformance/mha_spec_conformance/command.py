@@ -1,4 +1,4 @@
-"""The `mha-spec` script; without the libraries of the `conformance` extra it says what to install."""
+"""The `mha-spec` script; if a package of the `conformance` extra is missing, it names the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ REQUIRED_TO_FUZZ = ("hypothesis",)
 
 
 def main() -> None:
-    """Run the command line, or say in one line what to install."""
+    """Run the command line, or exit with the packages to install."""
     required = REQUIRED + REQUIRED_TO_FUZZ if sys.argv[1:2] == ["fuzz"] else REQUIRED
     missing = [name for name in required if find_spec(name) is None]
     if missing:

@@ -1,1 +1,1 @@
-"""The commands of `mha-spec`: options in, text and an exit status out."""
+"""The commands of `mha-spec`: each takes options and gives text and an exit status."""

@@ -41,7 +41,7 @@ def check(
     limit: float = 60.0,
     cases: Path | None = None,
 ) -> int:
-    """Judge a target, print the verdict, write the report; give the exit status."""
+    """Judge a target, print the verdict, write the report, and give the exit status."""
     suite = load(cases)
     settings = Settings(
         selection=_selection(suite, only, dtypes),
@@ -53,13 +53,13 @@ def check(
         limit=limit,
     )
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise UsageError(f"--json {json}: it is a folder, or there is no folder {json.parent}")
+        raise UsageError(f"--json {json}: this is a folder, or there is no folder {json.parent}")
     if json is not None:
         _remove_old(json)
     screen = console()
     with Bar(screen, target) as bar:
         result = run(target, suite, settings, bar)
-    if not result.musts:
+    if not result.deciding:
         raise NothingToJudge(f"target {target}: {result.verdict}")
     if json is not None:
         write_json(result, json)
@@ -68,7 +68,7 @@ def check(
 
 
 def _remove_old(report: Path) -> None:
-    """Remove the report of an earlier run, so that it is not taken for that of this run; keep devices and links."""
+    """Remove the report of an earlier run, so that it is not mistaken for this one; keep devices and links."""
     if report.is_file() and not report.is_symlink():
         report.unlink()
 
@@ -88,5 +88,5 @@ def _features(suite: Suite) -> tuple[str, ...]:
 def _among(option: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if name not in allowed:
-            raise UsageError(f"{option} must be of {', '.join(allowed)}, received {name!r}")
+            raise UsageError(f"{option} must be one of {', '.join(allowed)}, received {name!r}")
     return names

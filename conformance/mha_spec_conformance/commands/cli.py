@@ -1,4 +1,4 @@
-"""The command line. Frameworks, goldens and the terminal's library come in only where a command needs them."""
+"""The command line. A command imports frameworks, goldens and the library of the terminal only if it needs them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="mha-spec",
-    help="Multi-head attention: what it means, and whether an implementation does it.",
+    help="Read the specification of multi-head attention, and judge implementations by it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -27,11 +27,11 @@ NOT_JUDGED = 2
 INTERRUPTED = 130
 
 TRACEBACK = "MHA_SPEC_TRACEBACK"
-"""The environment variable that asks, with 1, for the traceback of an internal error."""
+"""The environment variable that, if it is 1, prints the traceback of an internal error."""
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user, and one of ours, is one line on stderr and exit status 2."""
+    """Run the command line; an error of the user or of the suite is one line on stderr and exit status 2."""
     try:
         app()
     except MhaSpecError as error:
@@ -45,11 +45,11 @@ def main() -> None:
 
 
 def _report(error: Exception) -> None:
-    """Say that the fault is ours, with the traceback where it is asked for."""
+    """Print an internal error in one line, after its traceback if the environment asks for that."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    print(f"mha-spec: internal error: {said}; please report", file=sys.stderr)
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    print(f"mha-spec: internal error: {message}; please report it", file=sys.stderr)
 
 
 def _names(values: list[str] | None) -> tuple[str, ...]:
@@ -62,25 +62,25 @@ def check(
     target: Annotated[str, typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")],
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Cases whose id matches this pattern or holds it, or that cite this clause."),
+        typer.Option(help="Ask only cases whose id matches or contains this pattern, or that cite this clause."),
     ] = None,
     require: Annotated[
-        list[str] | None, typer.Option(help="Features that must have been asked, as in mask,causal.")
+        list[str] | None, typer.Option(help="Fail if one of these features was not asked, as in mask,causal.")
     ] = None,
     accept: Annotated[
-        list[str] | None, typer.Option(help="A deviation that is meant, as in mask_polarity=true_hides.")
+        list[str] | None, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")
     ] = None,
     known: Annotated[
         Path | None, typer.Option(help="TOML file of known failures: [[known]] with id and reason.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
-    max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after so many failures.")] = None,
+    max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after this number of failures.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
-    dtypes: Annotated[list[str] | None, typer.Option(help="Only these dtypes, as in float32,float16.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one case may take.")] = 60.0,
-    cases: Annotated[Path | None, typer.Option(help="Ask the cases of this folder, as `fuzz --save` writes.")] = None,
+    dtypes: Annotated[list[str] | None, typer.Option(help="Ask only in these dtypes, as in float32,float16.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of one case in seconds.")] = 60.0,
+    cases: Annotated[Path | None, typer.Option(help="Ask the cases in this folder (see `fuzz --save`).")] = None,
 ) -> None:
-    """Judge a target: 0 = all that was asked passed, 1 = not, 2 = it could not be judged."""
+    """Judge a target. The exit status is 0 if every case passed, 1 if not, and 2 if the target cannot be judged."""
     from . import check as checking
 
     try:
@@ -106,20 +106,20 @@ def check(
 @app.command()
 def fuzz(
     target: Annotated[str, typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")],
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to search.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time of the search in seconds.")] = 60.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same calls.")] = 0,
     world: Annotated[
-        str | None, typer.Option(help="How a backend of ours is called, as in jit, vmap, compile, function.")
+        str | None, typer.Option(help="Call a registered backend in this way: jit, vmap, compile, function, ...")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only these functions, as in attention,attention_vjp.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Call only these functions, as in attention.")] = None,
     accept: Annotated[
-        list[str] | None, typer.Option(help="A deviation that is meant, as in mask_polarity=true_hides.")
+        list[str] | None, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the faults as cases to this folder.")] = None,
-    max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after so many faults.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one call may take.")] = 60.0,
+    max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after this number of faults.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of one call in seconds.")] = 60.0,
 ) -> None:
-    """Ask a target random calls: 0 = no fault was found, 1 = some were, 2 = it could not be judged."""
+    """Ask a target random calls. The exit status is 0 if no fault was found, 1 if one was, and 2 if none was judged."""
     from . import fuzz as fuzzing
 
     try:
@@ -151,11 +151,11 @@ def new(file: Annotated[Path, typer.Argument(help="The file to write, as in my_a
 
 @app.command()
 def explain(
-    case: Annotated[str, typer.Argument(help="The id of a case, as `mha-spec cases` lists them.")],
+    case: Annotated[str, typer.Argument(help="The id of a case; `mha-spec cases` lists all ids.")],
     dtype: Annotated[str | None, typer.Option(help="The dtype of the inputs.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write inputs and expected outputs to this .npz file.")] = None,
 ) -> None:
-    """Show a case in formula and numbers, and how to ask it without the suite."""
+    """Show the formula and the numbers of a case, and how to call it without the suite."""
     from .explain import explain as explanation
 
     print(explanation(case, dtype, save))
@@ -163,17 +163,17 @@ def explain(
 
 @app.command()
 def spec(
-    clause: Annotated[str | None, typer.Argument(help="One clause, as in MHA-MASK-1; without, a list of all.")] = None,
+    clause: Annotated[str | None, typer.Argument(help="A clause, as in MHA-MASK-1.")] = None,
 ) -> None:
-    """Print a clause of the specification."""
+    """Print a clause of the specification, or list all clauses."""
     from . import listing
 
-    print(listing.one_clause(clause) if clause else listing.all_clauses())
+    print(listing.clause_text(clause) if clause else listing.all_clauses())
 
 
 @app.command()
 def backends() -> None:
-    """List the backends: origin, versions, and what each supports or how to install what it needs."""
+    """List the backends: origin, versions, and the features of each, or the packages that it needs."""
     from . import listing
 
     print(listing.all_backends())
@@ -181,7 +181,10 @@ def backends() -> None:
 
 @app.command()
 def cases(
-    pattern: Annotated[str | None, typer.Argument(help="Ids that match this pattern or hold it, or a clause.")] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Argument(help="List only cases whose id matches or contains this pattern, or that cite this clause."),
+    ] = None,
 ) -> None:
     """List the cases: id, level and title."""
     from . import listing

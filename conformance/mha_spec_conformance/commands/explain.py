@@ -1,4 +1,4 @@
-"""`mha-spec explain CASE`: one case in formula and numbers, and how to ask it without the suite."""
+"""`mha-spec explain CASE`: the formula and the numbers of a case, and how to call it without the suite."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 SMALL = 64
-"""Arrays up to so many elements are printed whole, and written out in the snippet."""
+"""The largest number of elements of an array that is printed whole and written out in the snippet."""
 
 WIDEST_GRID = 64
 
@@ -41,28 +41,28 @@ FORMULAS = {
     ),
     "multi_head_attention": (
         "q, k, v = rotate(norm(query w_q + b_q)), rotate(norm(key w_k + b_k)), value w_v + b_v\n"
-        "k, v = those of the cache and behind them these\n"
+        "k, v = the keys and values of the cache, followed by these\n"
         "output = sum_h attention(q, k, v)[h] w_o[h] + b_o"
     ),
-    "multi_head_attention_and_weights": "output and weights, as multi_head_attention and multi_head_attention_weights",
+    "multi_head_attention_and_weights": "output as multi_head_attention, weights as multi_head_attention_weights",
     "multi_head_attention_weights": (
         "q, k = rotate(norm(query w_q + b_q)), rotate(norm(key w_k + b_k))\nweights = attention_weights(q, k)"
     ),
     "rotary_embedding": "a = position * base^(-2i / rotary_dim); u' = u cos a - v sin a, v' = v cos a + u sin a",
-    "alibi_slopes": "slope[h] = 2^(-8 (h + 1) / heads) where heads is a power of two",
+    "alibi_slopes": "slope[h] = 2^(-8 (h + 1) / heads) if heads is a power of two",
     "alibi_bias": "bias = -slope[h] |q_offset[b] + i - j|",
 }
-"""The functions beside attention: what each computes, with all that may be left out."""
+"""The formulas of the functions other than attention, with every optional part."""
 
 
 def explain(name: str, dtype: str | None = None, save: Path | None = None) -> str:
     """Explain the case called `name`.
 
     Raises:
-        UnknownName: No case is called so.
+        UnknownName: No case has this id.
         MhaSpecError: The case is not asked in `dtype`.
     """
-    case = _find(name)
+    case = _case_called(name)
     dtype = dtype or ("float32" if "float32" in case.dtypes else case.dtypes[0])
     if dtype not in case.dtypes:
         raise MhaSpecError(f"case {case.id} is asked in {', '.join(case.dtypes)}, not in {dtype}")
@@ -81,15 +81,15 @@ def explain(name: str, dtype: str | None = None, save: Path | None = None) -> st
     return "\n\n".join(part for part in parts if part)
 
 
-def _find(name: str) -> Case:
+def _case_called(name: str) -> Case:
     cases = {case.id: case for case in load().cases}
     if name not in cases:
         from difflib import get_close_matches
 
         near = get_close_matches(name, list(cases), 3) or [other for other in cases if name in other][:3]
         raise UnknownName(
-            f"no case is called {name!r}"
-            + (f"; there are {', '.join(near)}" if near else "; `mha-spec cases` lists all")
+            f"there is no case {name!r}"
+            + (f"; similar ids are {', '.join(near)}" if near else "; `mha-spec cases` lists all")
         )
     return cases[name]
 
@@ -97,12 +97,12 @@ def _find(name: str) -> Case:
 def _clauses(case: Case) -> str:
     from mha_spec_conformance.suite.spec import clauses
 
-    known = clauses()
-    return "\n".join(f"{name}: {known[name].sentence}" for name in case.clauses if name in known)
+    by_id = clauses()
+    return "\n".join(f"{name}: {by_id[name].sentence}" for name in case.clauses if name in by_id)
 
 
 def _formula(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
-    """What is computed, with the options of this case and no others."""
+    """Write the formula with only the options of this case."""
     if case.function in FORMULAS:
         return FORMULAS[case.function]
     options = case.options
@@ -127,24 +127,24 @@ def _formula(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
 
 
 def _constraints(case: Case, inputs: Mapping[str, numpy.ndarray]) -> list[str]:
-    """Where a pair (i, j) is visible, in the words of this case."""
-    options, found = case.options, []
+    """Write the conditions under which a pair (i, j) is visible in this case."""
+    options, conditions = case.options, []
     left, right = (
         tuple(options.get("window") or (None, None))
         if isinstance(options.get("window"), (list, tuple))
         else (None, None)
     )
     offset = "q_offset[b]" if "q_offset" in inputs else options.get("q_offset", 0)
-    found += ["mask"] if "mask" in inputs else []
-    found += ["bias > -inf"] if "bias" in inputs else []
-    found += ["j <= p"] if options.get("causal") is True else []
-    found += [f"p - {left} <= j"] if left is not None else []
-    found += [f"j <= p + {right}"] if right is not None else []
-    found += ["j < kv_lengths[b]"] if "kv_lengths" in inputs else []
-    found += ["i < q_lengths[b]"] if "q_lengths" in inputs else []
-    found += ["q_segment_ids[b, i] = kv_segment_ids[b, j]"] if "q_segment_ids" in inputs else []
-    position = f"; query i is at p = {offset} + i" if any("p" in part.split() for part in found) else ""
-    return [f"visible: {' and '.join(found)}{position}"] if found else []
+    conditions += ["mask"] if "mask" in inputs else []
+    conditions += ["bias > -inf"] if "bias" in inputs else []
+    conditions += ["j <= p"] if options.get("causal") is True else []
+    conditions += [f"p - {left} <= j"] if left is not None else []
+    conditions += [f"j <= p + {right}"] if right is not None else []
+    conditions += ["j < kv_lengths[b]"] if "kv_lengths" in inputs else []
+    conditions += ["i < q_lengths[b]"] if "q_lengths" in inputs else []
+    conditions += ["q_segment_ids[b, i] = kv_segment_ids[b, j]"] if "q_segment_ids" in inputs else []
+    position = f"; query i is at p = {offset} + i" if any("p" in part.split() for part in conditions) else ""
+    return [f"visible: {' and '.join(conditions)}{position}"] if conditions else []
 
 
 def _arguments(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
@@ -156,7 +156,7 @@ def _arguments(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
 
 
 def _numbers(array: numpy.ndarray) -> str:
-    """The numbers of a small array; of a large one the first matrix."""
+    """Write the numbers of a small array, or those of the first matrix of a large array."""
     wide = _exact(array)
     if wide.size <= SMALL or wide.ndim < 3:
         return numpy.array2string(wide, precision=9, threshold=SMALL, edgeitems=3, max_line_width=100)
@@ -166,7 +166,7 @@ def _numbers(array: numpy.ndarray) -> str:
 
 
 def _visibility(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
-    """The grid of one (batch, head): that in which most constraints differ from "everything is visible"."""
+    """Draw the visible pairs of the batch entry and head with the most hidden pairs."""
     if case.function in FORMULAS or case.expect == "error":
         return ""
     named = {name: _exact(array) for name, array in inputs.items() if name in ("query", "key", "value", *OPTIONS)}
@@ -179,7 +179,7 @@ def _visibility(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
     grids = numpy.broadcast_to(Reference().visible(a), (batch, heads, q_len, kv_len))
     hidden = (~grids).sum(axis=(2, 3))
     if not hidden.any():
-        return "visible: every key from every query"
+        return "every query sees every key"
     entry, head = numpy.unravel_index(int(hidden.argmax()), hidden.shape)
     rows = [f"{i:>4} " + " ".join("#" if seen else "." for seen in row) for i, row in enumerate(grids[entry, head])]
     return "\n".join([f"visible (#) in batch entry {entry}, head {head}: query i down, key j across", *rows])
@@ -205,7 +205,7 @@ def _sampled(expected: Expected) -> str:
 
 
 def _save(case: Case, inputs: Mapping[str, numpy.ndarray], path: Path) -> None:
-    """Write inputs, bfloat16 as the float32 that it is exactly, and expected values to an .npz file."""
+    """Write inputs and expected values to an .npz file; bfloat16 becomes float32, which is exact."""
     wide = {
         name: array.astype(numpy.float32) if array.dtype == ml_dtypes.bfloat16 else array
         for name, array in inputs.items()
@@ -217,7 +217,7 @@ def _save(case: Case, inputs: Mapping[str, numpy.ndarray], path: Path) -> None:
 
 
 def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None) -> str:
-    """Python that asks the case with NumPy alone."""
+    """Write Python code that calls the function of the case; it needs only NumPy."""
     large = any(array.size > SMALL for array in inputs.values())
     file = str(save) if save is not None else "case.npz"
     head = ["import numpy"]
@@ -245,7 +245,7 @@ def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None)
 
 
 def _layer_snippet(case: Case, head: list[str]) -> str:
-    """The call of a layer: its parameters in a mapping, a cache as three arrays; chunks are calls one after another."""
+    """Write the call of a layer: the parameters are a mapping, and a cache is three arrays."""
     names = case.input_names
     shown = [name for name in names if is_parameter(name)]
     parameters = ", ".join(f'"{name}": {name}' for name in shown)
@@ -254,17 +254,17 @@ def _layer_snippet(case: Case, head: list[str]) -> str:
     words += [f"cache=KVCache({', '.join(CACHE)})"] if CACHE[0] in names else []
     operands = [name if name in names else "None" for name in FUNCTIONS[case.function].operands[:-1]]
     call = f"{case.function}({', '.join([*operands, 'params', *words])})"
-    head += [f"# in calls over {case.options['chunks']} tokens one after another"] if "chunks" in case.options else []
+    head += [f"# in consecutive calls over {case.options['chunks']} tokens"] if "chunks" in case.options else []
     body = "\n".join([*head, f"params = {{{parameters}}}", f"print({call})"])
     return "without the suite:\n" + textwrap.indent(body, "    ")
 
 
 def _back(array: numpy.ndarray) -> str:
-    return "  # bfloat16, held as float32" if array.dtype == ml_dtypes.bfloat16 else ""
+    return "  # bfloat16, stored as float32" if array.dtype == ml_dtypes.bfloat16 else ""
 
 
 def _literal(array: numpy.ndarray) -> str:
-    """An expression that gives the array, bit for bit."""
+    """Write an expression that gives the array bit for bit."""
     name = dtype_name(array)
     values = array.astype(numpy.float64) if name in FLOATING else array
     text = repr(values.tolist()).replace("nan", "numpy.nan").replace("inf", "numpy.inf")

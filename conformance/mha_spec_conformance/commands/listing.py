@@ -14,25 +14,25 @@ from mha_spec_conformance.targets.loading import load as load_target
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["UnknownName", "all_backends", "all_cases", "all_clauses", "one_clause"]
+__all__ = ["UnknownName", "all_backends", "all_cases", "all_clauses", "clause_text"]
 
 
 class UnknownName(MhaSpecError):
-    """No clause or case has that name."""
+    """No clause or case has the name."""
 
 
-def one_clause(name: str) -> str:
+def clause_text(name: str) -> str:
     """Give the text of one clause."""
     from mha_spec_conformance.suite.spec import clauses
 
-    known = clauses()
-    if name.upper() not in known:
-        near = get_close_matches(name.upper(), list(known), 3)
+    by_id = clauses()
+    if name.upper() not in by_id:
+        near = get_close_matches(name.upper(), list(by_id), 3)
         raise UnknownName(
             f"there is no clause {name!r}"
-            + (f"; there are {', '.join(near)}" if near else "; `mha-spec spec` lists all")
+            + (f"; similar ids are {', '.join(near)}" if near else "; `mha-spec spec` lists all")
         )
-    clause = known[name.upper()]
+    clause = by_id[name.upper()]
     return f"{clause.id}  {clause.level}  {clause.title}\n\n{clause.text.strip()}"
 
 

@@ -1,4 +1,4 @@
-"""`mha-spec new FILE`: a target file to start from, which runs as it is."""
+"""`mha-spec new FILE`: write a complete target file to start from."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ __all__ = ["FileExists", "write_starter"]
 
 
 class FileExists(MhaSpecError):
-    """The file exists; it is not overwritten."""
+    """The file exists and is not overwritten, or it cannot be written."""
 
 
 STARTER = '''"""An attention to be judged: mha-spec check {name}
 
-Replace the body of `attention` by a call of yours. What it takes is what it is asked: add a keyword to be asked that
-feature (bias, q_offset, window, q_lengths, kv_lengths, q_segment_ids and kv_segment_ids, scale, softcap, sinks,
-dropout_mask and dropout_rate, return_lse), remove one not to be. `mha-spec spec` says what each of them means.
+Replace the body of `attention` by a call of your implementation. The suite tests only the features that the signature
+accepts: add a keyword (bias, q_offset, window, q_lengths, kv_lengths, q_segment_ids and kv_segment_ids, scale, softcap,
+sinks, dropout_mask and dropout_rate, return_lse) to have it tested, or remove a keyword. `mha-spec spec` lists the
+clauses that define each feature.
 """
 
 import numpy
 
-arrays = "numpy"  # the library of what comes in and goes out: "numpy", "torch", "jax" or "tensorflow"
+arrays = "numpy"  # the library of arguments and results: "numpy", "torch", "jax" or "tensorflow"
 dtypes = ("float64", "float32")  # also "float16" and "bfloat16"
-# device = "cuda"                             where arrays of torch, jax or tensorflow are put
-# conventions = {{"causal_alignment": "lower_right"}}   where lengths differ and there is no q_offset to say it
+# device = "cuda"                             the device of arrays of torch, jax or tensorflow
+# conventions = {{"causal_alignment": "lower_right"}}   the diagonal, if there is no q_offset
 
 
 def attention(query, key, value, *, mask=None, causal=False):
@@ -36,7 +37,7 @@ def attention(query, key, value, *, mask=None, causal=False):
     batch, heads, q_len, qk_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     if causal and q_len != kv_len:
-        raise NotImplementedError("causal attention of unequal lengths")  # `unsupported`: it counts neither way
+        raise NotImplementedError("causal attention of unequal lengths")  # reported as unsupported, not as a failure
     key = numpy.repeat(key, heads // kv_heads, axis=1)
     value = numpy.repeat(value, heads // kv_heads, axis=1)
 
@@ -52,7 +53,7 @@ def attention(query, key, value, *, mask=None, causal=False):
     total = numpy.sum(weights, axis=3, keepdims=True)
     weights = weights / numpy.where(total == 0, 1, total)  # a row that sees no key gives 0
 
-    # 0 * NaN is NaN: what a value holds that a row does not see must not reach it, what it sees must
+    # 0 * NaN is NaN: a NaN in a value must reach the rows that see it, and no other row
     output = weights @ numpy.where(numpy.isfinite(value), value, 0)
     seen = visible.astype(query.dtype) @ (~numpy.isfinite(value)).astype(query.dtype)
     return numpy.where(seen > 0, numpy.nan, output).astype(query.dtype)
@@ -60,7 +61,7 @@ def attention(query, key, value, *, mask=None, causal=False):
 
 
 def write_starter(path: Path) -> None:
-    """Write the starter to a file that does not exist yet.
+    """Write the starter to a new file.
 
     Raises:
         FileExists: The file exists or cannot be written.
@@ -69,6 +70,6 @@ def write_starter(path: Path) -> None:
         with path.open("x") as file:
             file.write(STARTER.format(name=path))
     except FileExistsError as error:
-        raise FileExists(f"{path} exists already; name another file") from error
+        raise FileExists(f"{path} already exists; choose another name") from error
     except OSError as error:
         raise FileExists(f"{path} cannot be written: {error.strerror}") from error

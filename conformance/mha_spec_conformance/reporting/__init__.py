@@ -1,1 +1,1 @@
-"""How the results of a run are shown: on the terminal and as a JSON file."""
+"""Report a run, on the terminal and as a JSON file."""

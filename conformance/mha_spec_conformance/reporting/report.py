@@ -1,4 +1,4 @@
-"""The report of a run as a JSON file."""
+"""Write the report of a run as a JSON file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def as_json(run: Run) -> dict[str, object]:
         "features": {name: run.tally(r for r in musts if name in r.ask.features) for name in sorted(features)},
         "conventions": run.conventions,
         "diagnosis": diagnosis.summarise(run.results),
-        "notes": [*run.notes, *run.statistics, *run.untrue],
+        "notes": [*run.notes, *run.statistics, *run.stale],
         "cases": [_case(result) for result in run.results],
     }
 
@@ -92,7 +92,7 @@ def _case(result: Result) -> dict[str, object]:
 
 
 def _number(value: float | None) -> float | str | None:
-    """JSON has no NaN and no infinity: they are written as text."""
+    """Convert a number for JSON, which has neither NaN nor infinity: these become strings."""
     return None if value is None else float(value) if math.isfinite(value) else str(float(value))
 
 

@@ -1,4 +1,4 @@
-"""Print a run: a progress bar on a terminal, plain lines elsewhere, and a verdict to act on."""
+"""Print a run: its failures by kind, each with an example and the clause that it breaks, and the verdict."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from mha_spec_conformance.judging.compare import Worst
     from mha_spec_conformance.running.run import Run
 
-__all__ = ["Bar", "console", "print_run"]
+__all__ = ["COLOURS", "Bar", "console", "details", "print_run"]
 
 MOST_GROUPS = 8
-"""The number of kinds of failure that are printed in full; the report has all of them."""
+"""The number of kinds of failure that are printed; the JSON report has all of them."""
 
 MOST_NAMES = 4
 
@@ -40,7 +40,7 @@ COLOURS = {
 
 
 def console() -> Console:
-    """Give the terminal; elsewhere lines are neither wrapped nor coloured."""
+    """Give the console; if it is not a terminal, lines are neither wrapped nor coloured."""
     screen = Console(highlight=False, emoji=False)
     if not screen.is_terminal:
         screen = Console(highlight=False, emoji=False, soft_wrap=True)
@@ -48,7 +48,7 @@ def console() -> Console:
 
 
 class Bar:
-    """A progress bar with the number of failures, on a terminal only."""
+    """Shows a progress bar with the number of failures; it shows nothing if the console is not a terminal."""
 
     def __init__(self, screen: Console, target: str) -> None:
         columns = (
@@ -71,7 +71,7 @@ class Bar:
         self._bar.stop()
 
     def __call__(self, done: int, total: int, failed: int) -> None:
-        """Show the number of results, and of those that make the target fail."""
+        """Show the numbers of results and of failures."""
         self._bar.update(
             self._task, completed=done, total=total, failed=f"[red]{failed} failed[/red]" if failed else ""
         )
@@ -80,14 +80,15 @@ class Bar:
 def print_run(screen: Console, run: Run) -> None:
     """Print the failures by kind, a table of the features that failed, and the verdict."""
     for note in run.notes:
-        _line(screen, f"note: {note}")
+        _line(screen, f"Note: {note}.")
     failing = [r for r in run.results if r.outcome in FAILING and r.must]
     groups = _groups(failing)
     for members in groups[:MOST_GROUPS]:
         _print_group(screen, run, members)
     if len(groups) > MOST_GROUPS:
         hidden = sum(len(members) for members in groups[MOST_GROUPS:])
-        _line(screen, f"and {hidden} more in {len(groups) - MOST_GROUPS} other kinds; --json FILE writes them all\n")
+        kinds = len(groups) - MOST_GROUPS
+        _line(screen, f"{hidden} failures of {kinds} other kinds are not shown; --json FILE writes all failures.\n")
     if failing:
         _print_features(screen, run)
     for line in _remarks(run):
@@ -101,17 +102,17 @@ def _line(screen: Console, text: str, style: str | None = None) -> None:
 
 
 def _groups(failing: list[Result]) -> list[list[Result]]:
-    """Group the failures that look like one mistake, the most frequent first."""
+    """Group the failures that have the same probable cause, the largest group first."""
     groups: defaultdict[tuple[str, object], list[Result]] = defaultdict(list)
     for result in failing:
-        named = result.conventions or result.diagnosis[:1]
-        raised = None if result.compared else result.reason
-        groups[result.outcome, raised or named or result.clauses[:1]].append(result)
+        mistake = result.conventions or result.diagnosis[:1]
+        error = None if result.compared else result.reason
+        groups[result.outcome, error or mistake or result.clauses[:1]].append(result)
     return sorted(groups.values(), key=len, reverse=True)
 
 
 def _print_group(screen: Console, run: Run, members: list[Result]) -> None:
-    """One example in full, and the names of the others."""
+    """Print one example in full, and the ids of other cases."""
     example = min(
         members, key=lambda r: (r.ask.dtype != "float32", sum(a.size for a in r.ask.case.inputs(r.ask.dtype).values()))
     )
@@ -119,43 +120,43 @@ def _print_group(screen: Console, run: Run, members: list[Result]) -> None:
     label = example.outcome.upper() + (f" ({excuse})" if excuse else "")
     screen.print(
         f"[bold {COLOURS[example.outcome]}]{label}[/]  {escape(example.ask.case.id)}  {example.ask.dtype}"
-        + f"  ({len(members)} like it)" * (len(members) > 1)
+        + f"  (1 of {len(members)} similar results)" * (len(members) > 1)
     )
     for line in details(replace(example, diagnosis=_shared(example, members))):
         _line(screen, f"  {line}")
     others = dict.fromkeys(r.ask.case.id for r in members if r.ask.case.id != example.ask.case.id)
     if others:
         more = f" and {len(others) - MOST_NAMES} more" if len(others) > MOST_NAMES else ""
-        _line(screen, f"  also: {', '.join(list(others)[:MOST_NAMES])}{more}")
+        _line(screen, f"  Other cases: {', '.join(list(others)[:MOST_NAMES])}{more}")
     _line(screen, "")
 
 
 def _shared(example: Result, members: list[Result]) -> tuple[str, ...]:
-    """Name the mistakes that explain all members of a group; if there are none, those that explain the example."""
+    """Name the mistakes that explain all members of a group; without any, those that explain the example."""
     shared = tuple(name for name in example.diagnosis if all(name in member.diagnosis for member in members))
     return shared or example.diagnosis
 
 
 def details(result: Result) -> list[str]:
-    """Give lines with the clause, the call, the worst element and the mistakes that explain it."""
+    """Describe a result in lines: the clause, the call, the worst element and the mistakes that explain it."""
     first = broken(result)
     lines = [f"{clause}: {sentence}" for clause, sentence in sentences(first)]
     if first and (others := [clause for clause in result.clauses if clause not in first]):
-        lines.append(f"cites also {', '.join(others)}")
-    lines.append(f"asked: {asked(result)}")
+        lines.append(f"The case also cites {', '.join(others)}.")
+    lines.append(f"Call: {call_of(result)}")
     wrong_value = result.conventions and result.worst is not None and (result.allowance_used or 0.0) > 1
-    lines.append(f"came:  {_place(result.worst) if wrong_value and result.worst else result.reason}")
+    lines.append(f"Result: {_element(result.worst) if wrong_value and result.worst else result.reason}")
     if result.conventions:
         accepting = " ".join(f"--accept {convention}" for convention in result.conventions)
-        lines.append(f"this is another known convention; if you intend it, pass {accepting}")
-    lines += [f"looks like: {name}" for name in _titles(result)]
-    return [*lines, f"see:   mha-spec explain {result.ask.case.id}"]
+        lines.append(f"This is another known convention; if you intend it, pass {accepting}")
+    lines += [f"It looks like the mistake {mistake}." for mistake in _mistakes(result)]
+    return [*lines, f"To see the case in numbers, run: mha-spec explain {result.ask.case.id}"]
 
 
 def broken(result: Result) -> tuple[str, ...]:
     """Name the clauses to read first: those of the mistake that explains the answer, else the first of the case.
 
-    There are none if no output could be compared, because no clause is about the reason.
+    If no output could be compared, the failure breaks no particular clause, and none is named.
     """
     if not result.compared:
         return ()
@@ -171,7 +172,7 @@ def sentences(names: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(name, known[name].sentence) for name in names if name in known]
 
 
-def asked(result: Result) -> str:
+def call_of(result: Result) -> str:
     """Write the call in one line."""
     case, arrays = result.ask.case, result.ask.case.inputs(result.ask.dtype)
     shown = [f"{name} {tuple(array.shape)}" for name, array in arrays.items() if name not in result.ask.omitted]
@@ -179,22 +180,22 @@ def asked(result: Result) -> str:
     return f"{case.function}({', '.join(shown)}) in {result.ask.dtype}"
 
 
-def _place(worst: Worst) -> str:
+def _element(worst: Worst) -> str:
     index = ", ".join(str(i) for i in worst.index)
     return f"{worst.output}[{index}] = {worst.got:.9g}, expected {worst.expected:.9g}, allowance {worst.allowance:.2g}"
 
 
-def _titles(result: Result) -> list[str]:
+def _mistakes(result: Result) -> list[str]:
     by_name = {mistake.name: mistake for mistake in MISTAKES}
     mistakes = [by_name[name] for name in result.diagnosis[:MOST_NAMES] if name in by_name]
     return [
-        f"{mistake.name}: {mistake.title}" + (f" ({', '.join(mistake.bugs)})" if mistake.bugs else "")
+        f"{mistake.name}, which {mistake.title}" + (f" ({', '.join(mistake.bugs)})" if mistake.bugs else "")
         for mistake in mistakes
     ]
 
 
 def _print_features(screen: Console, run: Run) -> None:
-    """Print the outcomes of each feature that failed."""
+    """Print a table of outcomes by feature, for the features that failed."""
     from rich.table import Table
 
     table = Table("feature", *OUTCOMES, box=None, pad_edge=False)
@@ -207,34 +208,36 @@ def _print_features(screen: Console, run: Run) -> None:
         screen.print()
 
 
-def _refusals(run: Run) -> Counter[str]:
+def _unsupported(run: Run) -> Counter[str]:
+    """Count the unsupported questions by reason."""
     return Counter(result.reason or "" for result in run.results if result.outcome == "unsupported")
 
 
 def _remarks(run: Run) -> list[str]:
-    """Give remarks that do not decide the verdict."""
+    """Give remarks; only those about stale known failures count for the verdict."""
     should = [result for result in run.results if not result.must]
-    lines = [f"unsupported, {number} times: {reason}" for reason, number in _refusals(run).most_common(MOST_NAMES)]
+    refusals = _unsupported(run).most_common(MOST_NAMES)
+    lines = [f"Unsupported, {number} times: {reason}" for reason, number in refusals]
     if should:
         tally = run.tally(should)
         counted = ", ".join(f"{number} {outcome}" for outcome, number in tally.items() if number)
-        lines.append(f"SHOULD cases, which do not count: {counted}")
+        lines.append(f"SHOULD cases do not count for the verdict: {counted}.")
     if run.alignment is not None:
         lines.append(
-            f"causal diagonal where lengths differ: {run.alignment} (read off; judged where `conventions` says so)"
+            f"The causal alignment of the target is {run.alignment}; declare it in `conventions` to have it judged."
         )
     passed = [r for r in run.results if r.outcome == "pass" and r.allowance_used is not None]
     if passed:
         worst = max(passed, key=lambda r: r.allowance_used or 0.0)
         lines.append(
-            f"largest share of an allowance among what passed: {worst.allowance_used:.2f}"
-            f" in {worst.ask.case.id} {worst.ask.dtype}"
+            f"The results that passed use at most {worst.allowance_used:.2f} of their allowance,"
+            f" in {worst.ask.case.id} {worst.ask.dtype}."
         )
     if run.statistics:
         lines.append(
-            "errors larger than independent roundings make them (SHOULD, MHA-ACC-2): "
-            f"{len(run.statistics)} cases, as {run.statistics[0]}"
+            f"In {len(run.statistics)} cases the errors are too large for independent roundings (SHOULD, MHA-ACC-2), "
+            f"for example {run.statistics[0]}."
         )
     if any(result.deterministic is False for result in run.results):
-        lines.append("two runs of one call do not agree to the bit")
-    return lines + run.untrue
+        lines.append("Two runs of the same call give different bits.")
+    return lines + run.stale

@@ -1,1 +1,1 @@
-"""A run: ask a target everything that it claims, judge the answers, and count the results."""
+"""Run the suite: ask a target all that it claims, judge the answers, and count the results."""

@@ -1,4 +1,4 @@
-"""Known failures, each with its reason. An entry that does not fail is an error, so that the file stays true.
+"""Read known failures, each with its reason. An entry that does not fail is an error, so that no entry becomes stale.
 
 The file is TOML, one table for each reason, with the ids of the cases, in every dtype or in one:
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.conventions import Convention
 
-__all__ = ["Known", "KnownError", "excuse", "is_open", "read_known", "untrue"]
+__all__ = ["Known", "KnownError", "excuse", "is_open", "read_known", "stale_entries"]
 
 
 class KnownError(MhaSpecError):
@@ -70,10 +70,10 @@ def read_known(path: Path) -> tuple[Known, ...]:
     tables = tables_by_name.pop("known", None)
     if tables_by_name:
         raise KnownError(
-            f"known failures {path}: there is nothing but [[known]] tables, received {', '.join(tables_by_name)}"
+            f"known failures {path}: the file may have only [[known]] tables, received {', '.join(tables_by_name)}"
         )
     if not isinstance(tables, list):
-        raise KnownError(f"known failures {path}: there is no [[known]] table with id and reason")
+        raise KnownError(f"known failures {path}: the file must have a [[known]] table with id and reason")
     return tuple(entry for number, table in enumerate(tables, 1) for entry in _entries(path, number, table))
 
 
@@ -90,21 +90,21 @@ def _entries(path: Path, number: int, table: object) -> list[Known]:
         )
     if fields.get("dtype", FLOATING[0]) not in FLOATING:
         raise KnownError(
-            f"known failures {path}: the dtype of entry {number} must be of {', '.join(FLOATING)}, "
+            f"known failures {path}: the dtype of entry {number} must be one of {', '.join(FLOATING)}, "
             f"received {fields['dtype']!r}"
         )
     return [Known(id=name, **fields) for name in ids]
 
 
-def untrue(known: Iterable[Known], results: Iterable[Result], suite: Iterable[str], whole: bool) -> list[str]:
-    """Describe the entries that did not fail or that match nothing."""
+def stale_entries(known: Iterable[Known], results: Iterable[Result], suite: Iterable[str], whole: bool) -> list[str]:
+    """Describe the entries that did not fail or that match no result; `whole` is True after a complete run."""
     asked, ids = list(results), set(suite)
     lines: list[str] = []
     for entry in known:
         covered = [result for result in asked if entry.covers(result)]
         where = entry.id + (f" in {entry.dtype}" if entry.dtype else "")
         if entry.id not in ids:
-            lines.append(f"known failure {where} is no case of the suite: remove it from the file")
+            lines.append(f"known failure {where} is not a case of the suite: remove it from the file")
         elif covered and not any(result.outcome in FAILING for result in covered):
             lines.append(f"known failure {where} did not fail ({covered[0].outcome}): remove it from the file")
         elif not covered and whole:

@@ -1,4 +1,4 @@
-"""One run of the suite against one target: its results, what counts, and the verdict."""
+"""One run of the suite against one target: its results, the failures that count, and the verdict."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.judging.result import FAILING, OUTCOMES
 
-from .known import excuse, is_open, untrue
+from .known import excuse, is_open, stale_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,7 +28,7 @@ __all__ = ["Run"]
 
 @dataclass(frozen=True)
 class Run:
-    """The results of a run and the options that decide what counts."""
+    """The results of a run, and the options that decide which failures count."""
 
     suite: Suite
     claims: Claims
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether everything that the target claims was asked."""
+        """True if everything that the target claims was asked."""
         return self.finished and self.selection.everything
 
     @cached_property
@@ -52,8 +52,8 @@ class Run:
         return [result for result in self.results if result.outcome != "unsupported"]
 
     @cached_property
-    def musts(self) -> list[Result]:
-        """The judged results of MUST cases, which decide."""
+    def deciding(self) -> list[Result]:
+        """The judged results of MUST cases, which decide the verdict."""
         return [result for result in self.judged if result.must]
 
     def excuse(self, result: Result) -> str | None:
@@ -62,12 +62,12 @@ class Run:
 
     @cached_property
     def failures(self) -> list[Result]:
-        """The results that make the target fail: of MUST cases, neither accepted nor known."""
+        """The failing results of MUST cases that are neither accepted nor known."""
         return [result for result in self.results if is_open(result, self.accepted, self.known)]
 
     @cached_property
     def asked_features(self) -> tuple[str, ...]:
-        """The features of which at least one case was judged, in the order of the suite."""
+        """The features with at least one judged case, in the order of the suite."""
         return tuple(dict.fromkeys(feature for result in self.judged for feature in result.ask.features))
 
     @cached_property
@@ -85,19 +85,20 @@ class Run:
         return tuple(name for name in self.required if name in self.not_asked or not self.judged)
 
     @cached_property
-    def untrue(self) -> list[str]:
+    def stale(self) -> list[str]:
         """Descriptions of the entries of known failures that did not fail."""
-        return untrue(self.known, self.results, (case.id for case in self.suite.cases), self.complete)
+        return stale_entries(self.known, self.results, (case.id for case in self.suite.cases), self.complete)
 
     @property
     def status(self) -> int:
-        """0: all failures are accepted or known, and all required features were asked; 1: otherwise; 2: nothing judged.
+        """The exit status: 2 if no MUST case was judged, 1 if the target fails, else 0.
 
-        Only MUST cases decide; if none was judged, nothing was.
+        A target fails if a failure is neither accepted nor known, a required feature was not asked, or an entry of the
+        known failures is stale.
         """
-        if not self.musts:
+        if not self.deciding:
             return 2
-        return int(bool(self.failures or self.missing or self.untrue))
+        return int(bool(self.failures or self.missing or self.stale))
 
     def tally(self, results: Iterable[Result]) -> dict[str, int]:
         """Count the results of each outcome."""
@@ -111,49 +112,45 @@ class Run:
 
     @property
     def conventions(self) -> dict[str, str]:
-        """The conventions that the results follow, other than the specification's."""
+        """The conventions of the results that differ from the specification."""
         seen = dict(pair for result in self.results for pair in result.conventions)
         return seen | ({"causal_alignment": self.alignment} if self.alignment else {})
 
     @cached_property
     def statistics(self) -> list[str]:
-        """Notes on cases whose errors are allowed one by one but too large for independent roundings."""
+        """Notes on cases whose errors are all allowed, but too large for independent roundings."""
         return [f"{r.ask.case.id} {r.ask.dtype}: {r.note}" for r in self.results if r.note is not None]
 
     @property
     def verdict(self) -> str:
-        """One sentence; it says "conformant" only after a complete run without an open failure."""
-        refused = len(self.results) - len(self.judged)
-        parts = [self._head() if self.musts else self._nothing()]
-        parts += [f"unsupported: {refused}"] if refused else []
+        """One sentence; it begins with "conformant" only after a complete run without an open failure."""
+        unsupported = len(self.results) - len(self.judged)
+        parts = [self._decision() if self.deciding else self._without_decision()]
+        parts += [f"unsupported: {unsupported}"] if unsupported else []
         parts += [f"not asked: {', '.join(self.not_asked)}"] if self.not_asked and self.complete else []
         parts += [f"required but not asked: {', '.join(self.missing)}"] if self.missing else []
         return "; ".join(parts)
 
-    def _nothing(self) -> str:
-        """Say why no judged result decides."""
+    def _without_decision(self) -> str:
+        """Give the reason why no MUST case was judged."""
         reason = next((result.reason for result in self.results if result.outcome == "unsupported"), None)
         if self.judged:
-            return f"nothing judged that decides: {len(self.judged)} SHOULD cases and no MUST case"
-        return f"nothing judged: the target refused all {len(self.results)} questions as unsupported: {reason}"
+            return f"no MUST case was judged, only {len(self.judged)} SHOULD cases"
+        return f"no case was judged: the target refused all {len(self.results)} questions as unsupported: {reason}"
 
-    def _head(self) -> str:
-        passed, total = sum(result.outcome == "pass" for result in self.musts), len(self.musts)
-        failing = [result for result in self.musts if result.outcome in FAILING]
+    def _decision(self) -> str:
+        passed, total = sum(result.outcome == "pass" for result in self.deciding), len(self.deciding)
+        failing = [result for result in self.deciding if result.outcome in FAILING]
         excused = Counter(self.excuse(result) for result in failing)
         details = [f"{excused[kind]} {kind}" for kind in ("accepted", "known") if excused[kind]]
-        count = f"{passed} of {total}" + "".join(f", {detail}" for detail in details)
+        count = ", ".join([f"{passed} of {total} passed", *details])
         if not self.complete:
-            return (
-                f"partial run: {count} passed"
-                if passed == total
-                else f"partial run: {count}, {len(self.failures)} failed"
-            )
+            return f"partial run: {count}" + (f", {len(self.failures)} failed" if passed < total else "")
         if self.failures or excused["known"]:
             features = dict.fromkeys(f for r in failing if self.excuse(r) != "accepted" for f in r.ask.features)
             return f"not conformant on {', '.join(features)} ({count}, {len(self.failures)} failed)"
         accepting = sorted({str(c) for result in self.judged for c in self.accepted.intersection(result.conventions)})
-        features = dict.fromkeys(feature for result in self.musts for feature in result.ask.features)
+        features = dict.fromkeys(feature for result in self.deciding for feature in result.ask.features)
         return f"conformant on {', '.join(features)} ({count})" + (
             f", accepting {', '.join(accepting)}" if accepting else ""
         )

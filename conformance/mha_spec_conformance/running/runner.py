@@ -1,4 +1,4 @@
-"""Run the suite: load the target, try the smoke cases, ask all that it claims, and judge each answer as it arrives."""
+"""Run the suite: load the target, try the smoke cases, ask all that it claims, and judge each answer on arrival."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def run(
         asked = tried_in_every_layout(asks(suite.cases, pool.claims, settings.selection))
         if not asked:
             raise NothingToJudge(
-                f"target {target} has nothing to ask: {_why_nothing(suite, pool.claims, settings.selection)}"
+                f"target {target} has nothing to judge: {_why_nothing(suite, pool.claims, settings.selection)}"
             )
         judge = Judge(pool.claims, settings.accepted)
         notes = try_smoke_cases(suite, pool, judge)
-        alignment, unread = _alignment(pool, suite, settings.selection, judge)
+        alignment, alignment_note = _alignment(pool, suite, settings.selection, judge)
         progress(0, len(asked), 0)
         results, finished = _results(pool, asked, settings, judge, progress)
         order = {ask.key: number for number, ask in enumerate(asked)}
@@ -72,7 +72,7 @@ def run(
             results=tuple(sorted(results, key=lambda result: order[result.ask.key])),
             finished=finished,
             alignment=alignment,
-            notes=(*notes, *unread),
+            notes=(*notes, *alignment_note),
             required=settings.required,
             accepted=settings.accepted,
             known=settings.known,
@@ -85,8 +85,8 @@ def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
         return f"it claims {', '.join(claims.dtypes)}; --dtypes asks {', '.join(selection.dtypes)}"
     functions = dict.fromkeys(case.function for case in suite.cases if selection.takes(case))
     if not functions.keys() & claims.keywords.keys():
-        return f"it has no {', '.join(functions)}"
-    return "no case of the selection has only what it claims"
+        return f"it does not define {', '.join(functions)}"
+    return "every selected case needs a feature that it does not claim"
 
 
 def _results(
@@ -125,4 +125,4 @@ def _alignment(pool: Pool, suite: Suite, selection: Selection, judge: Judge) -> 
     fitting = next((name for name in tried if outcomes[name] == "pass"), None)
     if fitting is not None or not tried:
         return fitting, ()
-    return None, (f"causal diagonal where lengths differ: none of {', '.join(tried)}",)
+    return None, (f"the causal alignment of the target is none of {', '.join(tried)}",)

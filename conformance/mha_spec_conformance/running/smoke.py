@@ -39,7 +39,7 @@ class Smoke:
 
 
 def try_smoke_cases(suite: Suite, pool: Pool, judge: Judge) -> tuple[str, ...]:
-    """Ask the smoke cases, in float32 if the target claims it; give notes on the target file.
+    """Ask the smoke cases, in float32 if the target claims it, and give notes on the target file.
 
     Raises:
         NothingToJudge: Every answer has a wrong form or wrong axes, or the process ended.
@@ -66,14 +66,15 @@ def _fault(smokes: list[Smoke], pool: Pool) -> str | None:
     if any(smoke.result.outcome == "pass" for smoke in smokes):
         return None
     if _takes_lengths_first(first, pool):
-        return "it takes the axes as (batch, length, heads, size): swap axes 1 and 2 in the target file"
+        return "the target takes the axes as (batch, length, heads, size): swap axes 1 and 2 in the target file"
     if any(_judged(smoke) for smoke in smokes):
         return None
     if first.answer.kind in ("crash", "timeout"):
-        return f"the smoke cases end it: {first.answer.reason}"
+        return f"the smoke cases end its process: {first.answer.reason}"
     if first.answer.kind == "raised":
         return (
-            f"the smoke cases raise {first.answer.reason}; for what it does not take it must raise NotImplementedError"
+            f"the smoke cases raise {first.answer.reason}; "
+            "for arguments that it does not support the target must raise NotImplementedError"
         )
     return f"{first.result.reason}{_axes(first)}"
 
@@ -100,7 +101,7 @@ def _axes(smoke: Smoke) -> str:
         (batch, heads, v_dim, q_len): "(batch, heads, v_dim, q_len)",
         (batch, q_len, heads * v_dim): "(batch, q_len, heads * v_dim)",
     }
-    return f": that is {orders[received]}; turn it round in the target file" if received in orders else ""
+    return f": the axes are {orders[received]}; permute them in the target file" if received in orders else ""
 
 
 def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
@@ -128,11 +129,12 @@ def _notes(smokes: Iterable[Smoke]) -> list[str]:
 
 
 def _note(smoke: Smoke) -> str | None:
-    seen = dict(smoke.result.conventions)
-    if seen.get("mask_polarity") == "true_hides":
-        return "it takes True in a mask for hidden: if its own meaning is that, pass ~mask in the target file"
-    if "output_dtype" in seen:
-        return f"it gives {seen['output_dtype']} for {smoke.question.dtype}: if the target file converts, convert back"
+    conventions = dict(smoke.result.conventions)
+    if conventions.get("mask_polarity") == "true_hides":
+        return "the target hides the pairs that a mask marks True: if it means that, pass ~mask in the target file"
+    if "output_dtype" in conventions:
+        dtypes = f"{conventions['output_dtype']} for {smoke.question.dtype}"
+        return f"the target returns {dtypes}: if the target file converts, convert back"
     if smoke.answer.kind == "malformed" or (smoke.answer.kind == "returned" and _shapes(smoke)):
         return f"smoke case {smoke.question.id}: {smoke.result.reason}"
     return None
