@@ -213,12 +213,12 @@ class _Run:
         with tf.control_dependencies([self._of_lengths(shapes)] if aligned else []):
             checks = [self._of_shape(name, shape) for name, shape in shapes.items()]
         with tf.control_dependencies(checks):
-            # A tensor that is given twice stays one tensor, of which the layer takes one product.
-            unique = {id(one): tf.identity(one) for one in self.tensors.values()}
-        after = {name: unique[id(one)] for name, one in self.tensors.items()}
-        for name, one in after.items():
-            one.set_shape(self._static(name))
-        return after
+            # A tensor that is passed twice stays one tensor, of which the layer takes one product.
+            unique = {id(tensor): _after_checks(tensor, shapes[name]) for name, tensor in self.tensors.items()}
+        checked = {name: unique[id(tensor)] for name, tensor in self.tensors.items()}
+        for name, tensor in checked.items():
+            tensor.set_shape(self._static(name))
+        return checked
 
     def _shape(self, name: str) -> Array:
         """The sizes of as many axes as the layout has; 0 for those that a tensor of unknown rank lacks."""
@@ -258,6 +258,15 @@ class _Run:
             number if number is not None or broadcasts or not isinstance(self.sizes[size], int) else self.sizes[size]
             for size, broadcasts, number in known
         ]
+
+
+def _after_checks(tensor: Array, shape: Array) -> Array:
+    """The tensor, computed after the assertions that are control dependencies here.
+
+    Grappler infers a rank from every consumer of a tensor, through tf.identity too, and replaces tf.rank by it. A
+    comparison of the rank would thus always hold, were a tensor of unknown rank not separated from its consumers.
+    """
+    return tf.reshape(tensor, shape) if tensor.shape.rank is None else tf.identity(tensor)
 
 
 def _assertion(condition: Array, *data: Any) -> Any:
