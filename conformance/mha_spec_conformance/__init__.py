@@ -1,12 +1,13 @@
 """The conformance suite of mha-spec.
 
-A case passes through the folders in this order, and each imports only those before it:
+A case passes through the folders in this order, and each folder imports only earlier ones:
 
 - `suite`: the functions, the cases with their expected values, the clauses and the conventions;
-- `targets`: loading an implementation, its claims, and conversion of arrays to its library;
-- `asking` and `mistakes`: the calls and the processes that make them; known mistakes;
-- `judging`: comparison under the accuracy rule (`bounds`), outcomes, and diagnosis;
-- `running`: asking everything that a target claims, and counting the results;
-- `reporting` and `fuzzing`: reports of a run; random calls;
+- `targets`: load an implementation, read its claims, and convert arrays to its library;
+- `asking`: make asks of cases, and questions of asks, which the process of the target answers;
+- `mistakes`: the known mistakes, each a reference with one step replaced;
+- `judging`: compare answers under the accuracy rule (`bounds`), and diagnose wrong answers;
+- `running`: ask everything that a target claims, and count the results;
+- `reporting` and `fuzzing`: report a run; make random calls;
 - `commands`: the commands of `mha-spec`.
 """
