@@ -142,6 +142,12 @@ class Arguments:
         """Whether a constraint speaks of positions, so that the causal diagonal must be known."""
         return self.causal or self.bounded_window is not None
 
+    @property
+    def bounds(self) -> tuple[int | None, int | None]:
+        """The bounds (left, right) of a key's distance; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
+        left, right = self.window or (None, None)
+        return left, 0 if self.causal else right
+
 
 OPTIONS = tuple(field.name for field in fields(Arguments) if field.name not in {"query", "key", "value", "function"})
 """The names of all options, in the order of the signature."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 
 from mha_spec import layer_steps
-from mha_spec.arguments import spells_options
+from mha_spec.arguments import decorate_method
 from mha_spec.arrays import host_integers
 from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer, alibi_bias, alibi_slopes, rotary_embedding
@@ -16,12 +16,8 @@ from mha_spec.layer_steps import LayerSteps
 from .core import attention, attention_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Unpack
+    from collections.abc import Sequence
 
-    from jaxtyping import Float
-
-    from mha_spec.arguments import Options, WeightOptions
     from mha_spec.arrays import Array
 
 __all__ = [
@@ -62,61 +58,10 @@ def append(
 
 _LAYER = Layer(LayerSteps(attend=attention, weigh=attention_weights, empty_cache=empty, append=append))
 
+_quiet = numpy.errstate(all="ignore")
+
+multi_head_attention = decorate_method(_quiet, _LAYER.multi_head_attention)
+multi_head_attention_and_weights = decorate_method(_quiet, _LAYER.multi_head_attention_and_weights)
+multi_head_attention_weights = decorate_method(_quiet, _LAYER.multi_head_attention_weights)
 empty_cache = _LAYER.empty_cache
 append_cache = _LAYER.append_cache
-
-
-@spells_options
-@numpy.errstate(all="ignore")
-def multi_head_attention(
-    query: Float[Array, "batch q_len embed"],
-    key: Float[Array, "batch kv_len k_embed"] | None,
-    value: Float[Array, "batch kv_len v_embed"] | None,
-    params: Mapping[str, Array],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[Options],
-) -> Array | tuple[Array, KVCache]:
-    """The layer over attention block by block; see `mha_spec.reference.multi_head_attention`."""
-    return _LAYER.multi_head_attention(
-        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
-    )
-
-
-@spells_options
-@numpy.errstate(all="ignore")
-def multi_head_attention_and_weights(
-    query: Float[Array, "batch q_len embed"],
-    key: Float[Array, "batch kv_len k_embed"] | None,
-    value: Float[Array, "batch kv_len v_embed"] | None,
-    params: Mapping[str, Array],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[Options],
-) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
-    """Output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
-    return _LAYER.multi_head_attention_and_weights(
-        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
-    )
-
-
-@spells_options
-@numpy.errstate(all="ignore")
-def multi_head_attention_weights(
-    query: Float[Array, "batch q_len embed"],
-    key: Float[Array, "batch kv_len k_embed"] | None,
-    params: Mapping[str, Array],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[WeightOptions],
-) -> Float[Array, "batch heads q_len kv_len"]:
-    """The weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
-    return _LAYER.multi_head_attention_weights(
-        query, key, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
-    )

@@ -9,7 +9,7 @@ import numpy
 import tensorflow as tf
 
 from mha_spec import layer_checks, layer_steps
-from mha_spec.arguments import spells_options
+from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
 from mha_spec.cache import KVCache
 from mha_spec.checks import check_library
@@ -22,11 +22,9 @@ from .unknown import ALIBI, APPENDED, LAYER, POSITIONS, ROTATED, settled, sizes_
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Unpack
 
     from jaxtyping import Float, Int
 
-    from mha_spec.arguments import Options, WeightOptions
     from mha_spec.arrays import Array
     from mha_spec.layer_checks import LayerArguments
 
@@ -244,10 +242,16 @@ _LAYER = Layer(
     )
 )
 
-empty_cache = tf.autograph.experimental.do_not_convert(_LAYER.empty_cache)
+_unconverted = tf.autograph.experimental.do_not_convert
+
+multi_head_attention = decorate_method(_unconverted, _LAYER.multi_head_attention)
+multi_head_attention_and_weights = decorate_method(_unconverted, _LAYER.multi_head_attention_and_weights)
+multi_head_attention_weights = decorate_method(_unconverted, _LAYER.multi_head_attention_weights)
+alibi_slopes = _LAYER.alibi_slopes
+empty_cache = decorate_method(_unconverted, _LAYER.empty_cache)
 
 
-@tf.autograph.experimental.do_not_convert
+@_unconverted
 def append_cache(
     cache: KVCache,
     key: Float[tf.Tensor, "batch kv_heads length qk_dim"],
@@ -262,66 +266,7 @@ def append_cache(
     return _LAYER.append_cache(settled_cache, tensors["key"], tensors["value"], tensors["lengths"])
 
 
-@spells_options
-@tf.autograph.experimental.do_not_convert
-def multi_head_attention(
-    query: Float[tf.Tensor, "batch q_len embed"],
-    key: Float[tf.Tensor, "batch kv_len k_embed"] | None,
-    value: Float[tf.Tensor, "batch kv_len v_embed"] | None,
-    params: Mapping[str, tf.Tensor],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[Options],
-) -> tf.Tensor | tuple[tf.Tensor, KVCache]:
-    """The layer over this backend's attention; see `mha_spec.reference.multi_head_attention`.
-
-    In a tf.function a cache whose lengths are a tensor is one graph for every step of decoding.
-    """
-    return _LAYER.multi_head_attention(
-        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
-    )
-
-
-@spells_options
-@tf.autograph.experimental.do_not_convert
-def multi_head_attention_and_weights(
-    query: Float[tf.Tensor, "batch q_len embed"],
-    key: Float[tf.Tensor, "batch kv_len k_embed"] | None,
-    value: Float[tf.Tensor, "batch kv_len v_embed"] | None,
-    params: Mapping[str, tf.Tensor],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[Options],
-) -> tuple[tf.Tensor, tf.Tensor] | tuple[tf.Tensor, tf.Tensor, KVCache]:
-    """Output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
-    return _LAYER.multi_head_attention_and_weights(
-        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
-    )
-
-
-@spells_options
-@tf.autograph.experimental.do_not_convert
-def multi_head_attention_weights(
-    query: Float[tf.Tensor, "batch q_len embed"],
-    key: Float[tf.Tensor, "batch kv_len k_embed"] | None,
-    params: Mapping[str, tf.Tensor],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[WeightOptions],
-) -> Float[tf.Tensor, "batch heads q_len kv_len"]:
-    """The weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
-    return _LAYER.multi_head_attention_weights(
-        query, key, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
-    )
-
-
-@tf.autograph.experimental.do_not_convert
+@_unconverted
 def rotary_embedding(
     x: Float[tf.Tensor, "batch heads length size"],
     positions: tf.Tensor | Sequence[float] | numpy.ndarray,
@@ -352,12 +297,7 @@ def _settled_rotation(x: Array, positions: Array) -> tuple[Array, Array]:
     return tensors["x"], tensors["positions"]
 
 
-def alibi_slopes(heads: int, *, dtype: str = "float32") -> Float[tf.Tensor, "heads"]:
-    """The slopes of attention with linear biases; see `mha_spec.reference.alibi_slopes`."""
-    return _LAYER.alibi_slopes(heads, dtype=dtype)
-
-
-@tf.autograph.experimental.do_not_convert
+@_unconverted
 def alibi_bias(
     slopes: Float[tf.Tensor, "heads"] | int,
     q_len: int,

@@ -8,7 +8,7 @@ are and how large they are is in tensors; XLA compiles them, since no size diffe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import host_integers
+from mha_spec.constraints import equal_entries, key_range, segment_keys, segment_runs, trimmed
 
 from .unknown import sizes_of
 
@@ -97,10 +98,9 @@ class Known:
     """What the host knows of a call's constraints; None for what must not be read."""
 
     def __init__(self, a: Arguments) -> None:
-        """Read what may be read; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
+        """Read what may be read."""
         self.a = a
-        left, right = a.bounded_window or (None, None)
-        self.left, self.right = left, 0 if a.causal else right
+        self.left, self.right = a.bounds
         self.offset = self._numbers(0 if a.q_offset is None else a.q_offset)
         self.q_lengths, self.kv_lengths = self._numbers(a.q_lengths), self._numbers(a.kv_lengths)
         self.ids = _numbered(_read(a.q_segment_ids), _read(a.kv_segment_ids))
@@ -122,29 +122,12 @@ class Known:
 
     def seen(self, entries: range, queries: range) -> range:
         """The keys between the first and the last that some of the queries see, as far as the host knows."""
-        start, stop = 0, self.a.kv_len
-        offset, q_lengths, kv_lengths = (_of(one, entries) for one in (self.offset, self.q_lengths, self.kv_lengths))
-        if offset and self.left is not None:
-            start = max(start, min(offset) + queries[0] - self.left)
-        if offset and self.right is not None:
-            stop = min(stop, max(offset) + queries[-1] + self.right + 1)
-        if kv_lengths:
-            stop = min(stop, max(kv_lengths))
-        if q_lengths and max(q_lengths) <= queries[0]:
-            stop = 0
-        stop = max(stop, 0)
-        return self._seen_by_segments(entries, queries, range(min(start, stop), stop))
-
-    def _seen_by_segments(self, entries: range, queries: range, keys: range) -> range:
+        host_data = (_of(numbers, entries) for numbers in (self.offset, self.q_lengths, self.kv_lengths))
+        keys = range(*key_range((self.left, self.right), queries, self.a.kv_len, *host_data))
         if self.ids is None:
             return keys
-        q_ids, kv_ids = self.ids
-        seen = numpy.zeros(len(keys), bool)
-        for entry in entries:
-            ids = numpy.unique(q_ids[entry, queries.start : queries.stop])
-            seen |= numpy.isin(kv_ids[entry, keys.start : keys.stop], ids)
-        used = numpy.flatnonzero(seen)
-        return keys[int(used[0]) : int(used[-1]) + 1] if used.size else range(0)
+        q_ids, kv_ids = (ids[entries.start : entries.stop] for ids in self.ids)
+        return trimmed(keys, segment_keys(q_ids[:, queries.start : queries.stop], kv_ids[:, keys.start : keys.stop]))
 
     def settled(self, *block: object) -> Settled:
         """Which constraints hide nothing in a block, given by its first entry and their number, queries, and keys."""
@@ -172,25 +155,13 @@ class Known:
 
     def alike(self) -> list[range]:
         """Consecutive batch entries that have the same constraints."""
-        lists = [one for one in (self.offset, self.q_lengths, self.kv_lengths) if one]
-        starts = [
-            entry
-            for entry in range(1, self.batch)
-            if any(one[entry] != one[entry - 1] for one in lists)
-            or any((one[entry] != one[entry - 1]).any() for one in self.ids or ())
-        ]
-        return [range(*ends) for ends in pairwise([0, *starts, self.batch])]
+        numbers = [numbers for numbers in (self.offset, self.q_lengths, self.kv_lengths) if numbers]
+        return [range(*ends) for ends in equal_entries(self.batch, [*numbers, *(self.ids or ())])]
 
     def stretches(self, entries: range) -> list[range]:
         """Cut queries where their segment ends, unless the segments are too short for that."""
-        queries = range(self.a.q_len)
-        if self.ids is None:
-            return [queries]
-        ids = self.ids[0][entries[0]]
-        starts = numpy.flatnonzero(ids[1:] != ids[:-1]) + 1
-        if len(starts) * SHORTEST_RUN > len(queries):
-            return [queries]
-        return [range(*ends) for ends in pairwise([0, *starts.tolist(), len(queries)])]
+        runs = None if self.ids is None else segment_runs(self.ids[0][entries[0]], SHORTEST_RUN)
+        return [range(self.a.q_len)] if runs is None else [range(*ends) for ends in runs]
 
 
 def _read(value: Array) -> Array:
