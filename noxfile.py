@@ -1,4 +1,4 @@
-"""Every check of this repository: `nox` runs them all, `nox -s NAME` one of them."""
+"""Every check of this repository: `nox` runs all of them, and `nox -s NAME` runs one."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def group(name: str) -> list[str]:
 
 @nox.session(default=False)
 def environment(session: nox.Session) -> None:
-    """The wheel, every framework and every tool, installed once for the sessions that need them all."""
+    """Install the wheel, every framework and every tool once, for the sessions that need all of them."""
     session.install(".[conformance]", *group("dev"))
 
 
-def there(session: nox.Session, tool: str, *arguments: str) -> None:
-    """Run a tool of `environment`."""
+def run_tool(session: nox.Session, tool: str, *arguments: str) -> None:
+    """Run a tool that the session `environment` has installed."""
     session.run(str(TOOLS / tool), *arguments, external=True)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, format, and the arrows between the packages."""
+    """Check the style, the format, and the directions of imports between the packages."""
     session.install("--editable", ".", *group("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -55,20 +55,20 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(requires=["environment"], venv_backend="none")
 def typecheck(session: nox.Session) -> None:
-    """Types, strictly in mha_spec."""
-    there(session, "pyright", "--pythonpath", str(TOOLS / "python"))
+    """Check the types, strictly in mha_spec."""
+    run_tool(session, "pyright", "--pythonpath", str(TOOLS / "python"))
 
 
 @nox.session(requires=["environment"], venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """The project's own tests, against the wheel."""
-    there(session, "pytest", *(session.posargs or ["--numprocesses", "2", "--dist", "loadfile"]))
+    """Run the project's tests against the wheel."""
+    run_tool(session, "pytest", *(session.posargs or ["--numprocesses", "2", "--dist", "loadfile"]))
 
 
 @nox.session
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def conformance(session: nox.Session, backend: str) -> None:
-    """The whole suite, asked of a backend and of the reference."""
+    """Judge each backend and the reference by the whole suite."""
     framework = [requirement for requirement in group("frameworks") if requirement.startswith(backend)]
     session.install(".[conformance]", *framework)
     session.run("mha-spec", "check", backend, "--jobs", "2", *session.posargs)
@@ -76,17 +76,17 @@ def conformance(session: nox.Session, backend: str) -> None:
 
 @nox.session(requires=["environment"], venv_backend="none")
 def targets(session: nox.Session) -> None:
-    """Attentions that others wrote: each deviates exactly as its *.known.toml says and why."""
+    """Judge the attentions of other libraries: each must deviate exactly as its *.known.toml states."""
     reports: dict[str, dict[str, Any]] = {}
     for target in TARGETS:
         known, report = str(target.with_suffix(".known.toml")), Path(session.create_tmp(), "report.json").resolve()
-        there(session, "mha-spec", "check", str(target), "--known", known, "--json", str(report))
+        run_tool(session, "mha-spec", "check", str(target), "--known", known, "--json", str(report))
         reports[target.stem] = json.loads(report.read_text())
-    session.log("by feature: passed of asked\n" + "\n".join(by_feature(reports)))
+    session.log("cases passed out of cases asked, by feature\n" + "\n".join(by_feature(reports)))
 
 
 def by_feature(reports: dict[str, dict[str, Any]]) -> list[str]:
-    """Make the lines of the README's table: for each feature and target, what passed of what was asked."""
+    """Make the lines of the table in docs/targets.md: for each feature and target, cases passed out of cases asked."""
     features = list(dict.fromkeys(feature for report in reports.values() for feature in report["features"]))
     lines = [f"| feature | {' | '.join(reports)} |", "| --- |" + " --- |" * len(reports)]
     for feature in features:
@@ -94,7 +94,7 @@ def by_feature(reports: dict[str, dict[str, Any]]) -> list[str]:
         for report in reports.values():
             counts = report["features"].get(feature, {})
             asked = sum(number for outcome, number in counts.items() if outcome != "unsupported")
-            cells.append(f"{counts['pass']} of {asked}" if asked else "not asked")
+            cells.append(f"{counts['pass']} of {asked}" if asked else "")
         lines.append(f"| {feature} | {' | '.join(cells)} |")
     return lines
 
@@ -103,12 +103,12 @@ def by_feature(reports: dict[str, dict[str, Any]]) -> list[str]:
 @nox.parametrize("world", WORLDS, ids=[world.replace(" --world ", "-") for world in WORLDS])
 def fuzz(session: nox.Session, world: str) -> None:
     """Ask a backend random calls, for 15 seconds or as long as `-- --seconds` says."""
-    there(session, "mha-spec", "fuzz", *world.split(), "--seconds", "15", *session.posargs)
+    run_tool(session, "mha-spec", "fuzz", *world.split(), "--seconds", "15", *session.posargs)
 
 
 @nox.session
 def goldens(session: nox.Session) -> None:
-    """The expected values once more, where no mha_spec is installed: not a bit may differ."""
+    """Generate the expected values again without mha_spec installed: no bit may differ."""
     session.install(*group("generator"))
     session.run("python", "-P", "-c", "import importlib.util as i; assert i.find_spec('mha_spec') is None")
     session.run("python", "conformance/generator/generate.py", "--check")
@@ -116,13 +116,13 @@ def goldens(session: nox.Session) -> None:
 
 @nox.session(requires=["environment"], venv_backend="none")
 def accuracy(session: nox.Session) -> None:
-    """The accuracy rule once more: honest implementations stay within it, dishonest ones do not."""
-    there(session, "python", "conformance/accuracy/honest.py", *session.posargs)
+    """Validate the accuracy rule: correct implementations stay within it, and planted errors exceed it."""
+    run_tool(session, "python", "conformance/accuracy/honest.py", *session.posargs)
 
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """The wheel alone, in a fresh environment outside the tree: it says what the tree says."""
+    """Install the wheel alone in a fresh environment, outside the tree: it must give the results of the tree."""
     session.install("build", "--editable", ".[conformance]")
     folder = Path(session.create_tmp()).resolve()
     session.run("python", "-m", "build", "--outdir", str(folder / "dist"), silent=True)
@@ -135,18 +135,18 @@ def wheel(session: nox.Session) -> None:
     specification = Path("mha_spec/SPEC.md").read_text()
     with session.chdir(folder):
 
-        def said(*command: str) -> str:
+        def output_of(*command: str) -> str:
             return str(session.run(*command, external=True, silent=True))
 
         def summary(program: str) -> object:
             session.run(program, "check", "numpy", "--only", "attention/causal*", "--json", "short.json", external=True)
             return json.loads(Path("short.json").read_text())["summary"]
 
-        if said(str(fresh / "python"), "-c", names).strip() != "[]":
-            session.error("the wheel brings generic names")
-        if said(str(fresh / "python"), "-c", text) != specification:
+        if output_of(str(fresh / "python"), "-c", names).strip() != "[]":
+            session.error("the wheel installs packages with generic names")
+        if output_of(str(fresh / "python"), "-c", text) != specification:
             session.error("SPEC.md of the wheel is not that of the tree")
-        if said("mha-spec", "cases") != said(str(fresh / "mha-spec"), "cases"):
+        if output_of("mha-spec", "cases") != output_of(str(fresh / "mha-spec"), "cases"):
             session.error("the cases of the wheel are not those of the tree")
         if summary("mha-spec") != summary(str(fresh / "mha-spec")):
             session.error("a check from the wheel does not give what it gives in the tree")

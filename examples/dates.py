@@ -2,8 +2,9 @@
 
     python examples/dates.py
 
-"wednesday 3 mar 2021" becomes "2021-03-03". Trains, judges itself on days that it has never seen, translates those
-once more by NumPy, JAX and TensorFlow with the same weights, and draws what the decoder looked at: `dates.png`.
+"wednesday 3 mar 2021" becomes "2021-03-03". The program trains the model, tests it on days that were held out,
+translates them again with the same weights on NumPy, JAX and TensorFlow, and draws where the decoder looked:
+`dates.png`.
 """
 
 from __future__ import annotations
@@ -28,45 +29,45 @@ HELD_OUT = 2000
 EMBED, HEADS, FEED, BLOCKS = 64, 4, 128, 2
 BATCH = 64
 RATE = 3e-3
-"""The highest learning rate: it rises to this in the first tenth of the steps and falls as a cosine."""
+"""The highest learning rate, reached after a tenth of the steps; it then falls as a cosine."""
 
 console = Console()
 
 
 def each(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Put every array of nested parameters through `function`."""
+    """Apply `function` to every array of nested parameters."""
     if isinstance(tree, dict):
-        return {name: each(one, function) for name, one in tree.items()}
-    return type(tree)(each(one, function) for one in tree) if isinstance(tree, (list, tuple)) else function(tree)
+        return {name: each(branch, function) for name, branch in tree.items()}
+    return type(tree)(each(branch, function) for branch in tree) if isinstance(tree, (list, tuple)) else function(tree)
 
 
 def leaves(tree: Any) -> list[Any]:
-    """Every array of nested parameters."""
-    found: list[Any] = []
-    each(tree, found.append)
-    return found
+    """List every array of nested parameters."""
+    arrays: list[Any] = []
+    each(tree, arrays.append)
+    return arrays
 
 
 def read(params: dict[str, Any], batch: Pairs) -> tuple[torch.Tensor, transformer.Memory]:
-    """What the decoder is given in training: the embedded target, one place later, and the encoder's states."""
-    source, lengths, target = (torch.from_numpy(one) for one in batch)
+    """Give the decoder's inputs in training: the embedded target, shifted by one, and the encoder's states."""
+    source, lengths, target = (torch.from_numpy(array) for array in batch)
     memory = transformer.encode(params, transformer.embed(params, source), lengths)
     before = torch.cat([torch.full_like(target[:, :1], BEGIN), target[:, :-1]], dim=1)
     return transformer.embed(params, before), memory
 
 
 def loss(params: dict[str, Any], batch: Pairs) -> torch.Tensor:
-    """The mean cross-entropy of each symbol, given those before it."""
-    found = transformer.logits(params, transformer.decode(params, *read(params, batch)))
-    return torch.nn.functional.cross_entropy(found.flatten(0, 1), torch.from_numpy(batch.target).flatten().long())
+    """Give the mean cross-entropy of each symbol after the symbols before it."""
+    scores = transformer.logits(params, transformer.decode(params, *read(params, batch)))
+    return torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.from_numpy(batch.target).flatten().long())
 
 
 def train(steps: int) -> dict[str, Any]:
-    """Learn from days drawn at random, each written in a way drawn at random."""
+    """Train on random days, each written in a random format."""
     rng = numpy.random.default_rng(SEED)
     days, _ = split(SEED, HELD_OUT)
     first = transformer.initial(rng, len(SYMBOLS), EMBED, HEADS, FEED, BLOCKS)
-    params = each(first, lambda one: torch.from_numpy(one).requires_grad_())
+    params = each(first, lambda array: torch.from_numpy(array).requires_grad_())
     optimizer = torch.optim.Adam(leaves(params), betas=(0.9, 0.98), eps=1e-9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     for _ in track(range(steps), "training", console=console):
@@ -74,28 +75,28 @@ def train(steps: int) -> dict[str, Any]:
         loss(params, pairs(days, rng, BATCH)).backward()
         optimizer.step()
         schedule.step()
-    return each(params, lambda one: one.detach().numpy())
+    return each(params, lambda tensor: tensor.detach().numpy())
 
 
 def on_numpy(array: numpy.ndarray) -> Any:
-    """NumPy's own."""
+    """Give the NumPy array itself."""
     return array
 
 
 def on_torch(array: numpy.ndarray) -> Any:
-    """A tensor of PyTorch."""
+    """Convert to a tensor of PyTorch."""
     return torch.from_numpy(array)
 
 
 def on_jax(array: numpy.ndarray) -> Any:
-    """An array of JAX."""
+    """Convert to an array of JAX."""
     import jax.numpy
 
     return jax.numpy.asarray(array)
 
 
 def on_tensorflow(array: numpy.ndarray) -> Any:
-    """A tensor of TensorFlow."""
+    """Convert to a tensor of TensorFlow."""
     import tensorflow
 
     return tensorflow.convert_to_tensor(array)
@@ -105,25 +106,25 @@ BACKENDS = {"torch": on_torch, "numpy": on_numpy, "jax": on_jax, "tensorflow": o
 
 
 def translate(params: dict[str, Any], asked: Pairs, convert: Callable[[numpy.ndarray], Any]) -> numpy.ndarray:
-    """Translate by the backend of the arrays that `convert` gives."""
+    """Translate with the backend of the arrays that `convert` makes."""
     source, lengths = convert(asked.source), convert(asked.source_lengths)
     return transformer.greedy(each(params, convert), source, lengths, BEGIN, TARGET_LENGTH)
 
 
 def draw(params: dict[str, Any], asked: Pairs, path: Path) -> None:
-    """Draw where each written character looked: the heads of the last block's cross attention, side by side."""
+    """Draw the cross-attention of the last block, one picture for each head: where each written character looked."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
-    first = Pairs(*(one[:1] for one in asked))
+    first = Pairs(*(array[:1] for array in asked))
     written, iso = spell(first.source[0]), spell(first.target[0])
     tensors = each(params, torch.from_numpy)
     weights = transformer.cross_weights(tensors, *read(tensors, first))[0, :, :, : len(written)].numpy()
     figure, axes = pyplot.subplots(1, len(weights), figsize=(4 * len(weights), 3), sharey=True, layout="constrained")
-    for head, (axis, of_head) in enumerate(zip(axes, weights, strict=True)):
-        axis.imshow(of_head, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for head, (axis, head_weights) in enumerate(zip(axes, weights, strict=True)):
+        axis.imshow(head_weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axis.set_xticks(range(len(written)), list(written))
         axis.set_yticks(range(len(iso)), list(iso))
         axis.set_title(f"head {head}")
@@ -131,23 +132,23 @@ def draw(params: dict[str, Any], asked: Pairs, path: Path) -> None:
 
 
 def main(steps: int = 1000, picture: Path = Path("dates.png")) -> None:
-    """Train, judge, translate on every backend, draw."""
-    begun = time.perf_counter()
+    """Train, test, translate on every backend, and draw."""
+    start = time.perf_counter()
     torch.manual_seed(SEED)
     params = train(steps)
     _, unseen = split(SEED, HELD_OUT)
     asked = pairs(unseen, numpy.random.default_rng(SEED + 1))
-    found = {name: translate(params, asked, convert) for name, convert in BACKENDS.items()}
-    right = (found["torch"] == asked.target).all(axis=1)
+    translated = {name: translate(params, asked, convert) for name, convert in BACKENDS.items()}
+    right = (translated["torch"] == asked.target).all(axis=1)
     for row in range(5):
-        console.print(f"{spell(asked.source[row]):>26}  ->  {spell(found['torch'][row])}", highlight=False)
+        console.print(f"{spell(asked.source[row]):>26}  ->  {spell(translated['torch'][row])}", highlight=False)
     console.print(f"{right.sum()} of {right.size} unseen days exact: {right.mean():.2%}")
-    for name, numbers in found.items():
-        same = (numbers == found["torch"]).all(axis=1)
-        console.print(f"{name}: {same.sum()} of {same.size} as PyTorch translates them")
+    for name, numbers in translated.items():
+        same = (numbers == translated["torch"]).all(axis=1)
+        console.print(f"{name}: {same.sum()} of {same.size} translated as on PyTorch")
     draw(params, asked, picture)
-    console.print(f"{picture}: what the decoder looked at; {time.perf_counter() - begun:.0f} s in all")
-    if right.mean() <= 0.99 or any((numbers != found["torch"]).any() for numbers in found.values()):
+    console.print(f"{picture}: shows where the decoder looked; {time.perf_counter() - start:.0f} s in total")
+    if right.mean() <= 0.99 or any((numbers != translated["torch"]).any() for numbers in translated.values()):
         raise typer.Exit(1)
 
 

@@ -1,6 +1,7 @@
-"""Dates as people write them, and as ISO 8601 does: the sentences of `dates.py`.
+"""The sentences of `dates.py`: dates as people write them, and in ISO 8601.
 
-Every way of writing names one day: slashes put the month first, dots the day, and two digits mean 1970 to 2069.
+Each format names exactly one day: with slashes the month comes first, with dots the day, and a year of two digits lies
+between 1970 and 2069.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ WAYS: tuple[Callable[[date], str], ...] = (
 
 
 class Pairs(NamedTuple):
-    """Sentences as numbers: what was written, (count, source length), how much of it is, (count,), and its ISO form."""
+    """Sentences as numbers: the written dates (count, source length), their lengths (count,), and their ISO forms."""
 
     source: numpy.ndarray
     source_lengths: numpy.ndarray
@@ -57,7 +58,7 @@ class Pairs(NamedTuple):
 
 
 def split(seed: int, held_out: int) -> tuple[list[date], list[date]]:
-    """Part the days of a century in those to learn from and `held_out` others, which are never seen before."""
+    """Split the days of a century into days to train on and `held_out` other days to test on."""
     days = [FIRST + timedelta(number) for number in range((LAST - FIRST).days + 1)]
     order = numpy.random.default_rng(seed).permutation(len(days))
     shuffled = [days[number] for number in order]
@@ -65,7 +66,7 @@ def split(seed: int, held_out: int) -> tuple[list[date], list[date]]:
 
 
 def pairs(days: Sequence[date], rng: numpy.random.Generator, count: int | None = None) -> Pairs:
-    """Write `count` days drawn from `days`, or each of them once, in a way drawn for each."""
+    """Write `count` random days of `days`, or each day once, each in a random format."""
     chosen = days if count is None else [days[number] for number in rng.integers(len(days), size=count)]
     ways = rng.integers(len(WAYS), size=len(chosen))
     written = [WAYS[way](day).lower() for day, way in zip(chosen, ways, strict=True)]
@@ -81,5 +82,5 @@ def _numbers(text: str) -> list[int]:
 
 
 def spell(numbers: Sequence[int]) -> str:
-    """Give the sentence that `numbers` stand for."""
+    """Give the sentence that `numbers` encode."""
     return "".join(SYMBOLS[number] for number in numbers)

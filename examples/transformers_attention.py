@@ -1,4 +1,4 @@
-"""mha_spec as the attention of the models of Hugging Face transformers.
+"""Use mha_spec as the attention of the models of Hugging Face transformers.
 
     import transformers_attention
     from transformers import AutoModelForCausalLM
@@ -6,10 +6,10 @@
     transformers_attention.register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="mha_spec")
 
-or `model.set_attn_implementation("mha_spec")`. Grouped heads, caches, generation, left padding, sliding windows, the
-softcap of Gemma, the sinks of gpt-oss, the position bias of T5, dropout in training, and the weights of a call with
-`output_attentions=True`. Different from "eager" in two places: a padded query that sees no key gives 0, where "eager"
-gives the mean of all values; and weights are those before dropout.
+or `model.set_attn_implementation("mha_spec")`. It covers grouped heads, caches, generation, left padding, sliding
+windows, the soft cap of Gemma, the sinks of gpt-oss, the position bias of T5, dropout in training, and weights with
+`output_attentions=True`. It differs from "eager" in two ways: a padded query that sees no key gives 0, and not the
+mean of all values; and the weights are those before dropout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PYTORCH = mha_spec.backend("torch")
 
 
 def register() -> None:
-    """Make "mha_spec" a name for `attn_implementation`; its masks are booleans, True where a query may attend."""
+    """Register the name "mha_spec" for `attn_implementation`; its masks are boolean, True = may attend."""
     AttentionInterface.register("mha_spec", attention)
     AttentionMaskInterface.register("mha_spec", sdpa_mask)
 
@@ -52,22 +52,22 @@ def attention(
     output_attentions: bool | None = None,
     **_others: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers calls it.
+    """Compute attention with the arguments that transformers passes.
 
     Args:
-        module: The layer that calls.
+        module: The layer that calls this function.
         query: (batch, heads, q_len, qk_dim).
         key: (batch, kv_heads, kv_len, qk_dim).
         value: (batch, kv_heads, kv_len, v_dim).
-        attention_mask: (batch, 1 or heads, q_len, kv_len), booleans, or numbers that are added to the scores. None
-            where `is_causal` says it all: query i stands at the place of key i, but a single one is the newest.
-        scaling: By what scores are multiplied, 1 / sqrt(qk_dim) unless given.
-        dropout: The rate, 0 in evaluation.
-        is_causal: The module's own `is_causal` unless given.
-        softcap: Scores are bent to softcap * tanh(score / softcap).
-        position_bias: (1 or batch, heads, q_len, kv_len), added to the scores.
-        s_aux: (heads,), one more logit for each head, which takes weight and gives no value.
-        output_attentions: Whether to give the weights.
+        attention_mask: (batch, 1 or heads, q_len, kv_len), boolean, or numbers that are added to the scores. With
+            None, `is_causal` decides: query i sits at the position of key i, and a single query is the newest token.
+        scaling: The factor of the scores, 1 / sqrt(qk_dim) by default.
+        dropout: The dropout rate, 0 in evaluation.
+        is_causal: By default the attribute `is_causal` of the module.
+        softcap: Each score becomes softcap * tanh(score / softcap).
+        position_bias: (1 or batch, heads, q_len, kv_len), which is added to the scores.
+        s_aux: (heads,), the sinks: one more logit for each head, which takes weight and gives no value.
+        output_attentions: True returns the weights as well.
 
     Returns:
         The output, (batch, q_len, heads, v_dim), and the weights, (batch, heads, q_len, kv_len), or None.
