@@ -1,7 +1,7 @@
-"""Attention for JAX: the meaning of `mha_spec.reference`, block by block under `jit`, with gradients in closed form.
+"""Attention for JAX: `mha_spec.reference` computed in blocks under `jit`, with gradients in closed form.
 
-The table in `native` says which path a call takes. Arrays of jax are never read: numbers, sequences and NumPy arrays of
-lengths, offsets and segment ids tell which keys need no work, and a program is compiled for each shape of what is left.
+The table in `native` lists the paths. Arrays of JAX are never read. Lengths, offsets and segment ids that are Python or
+NumPy values select the keys to work on, and a program is compiled for each shape of that selection.
 """
 
 from mha_spec.cache import KVCache

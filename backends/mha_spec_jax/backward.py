@@ -1,4 +1,4 @@
-"""The gradients in closed form, from the output and lse of the forward pass, block by block in memory of O(length)."""
+"""The gradients in closed form, from output and lse of the forward pass, in blocks with memory of O(length)."""
 
 from __future__ import annotations
 
@@ -6,38 +6,44 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
-from .block import contract, kept, logits, over_blocks, shown
+from .block import contract, dropout_factor, hide, logits, over_blocks
 from .problem import Operands, anchor_of, finite
 
 if TYPE_CHECKING:
     from jax import Array
 
     from .block import Block
-    from .problem import Given, Problem
+    from .problem import Constraints, Problem
 
 __all__ = ["gradients"]
 
 
 def gradients(
-    problem: Problem, x: Operands, given: Given, output: Array, lse: Array, grad_output: Array, grad_lse: Array
+    problem: Problem,
+    x: Operands,
+    constraints: Constraints,
+    output: Array,
+    lse: Array,
+    grad_output: Array,
+    grad_lse: Array,
 ) -> Operands:
-    """The gradients of the operands, in their shapes and the softmax's type (MHA-VJP-1 to MHA-VJP-6).
+    """Give the gradients of the operands, in their shapes and the softmax's type (MHA-VJP-1 to MHA-VJP-6).
 
-    A row that sees nothing has output 0, which keeps whatever its grad_output holds from D (MHA-EMPTY-3, MHA-POISON-1).
+    An empty row has output 0, so that nothing of its grad_output reaches D (MHA-EMPTY-3, MHA-POISON-1).
     """
-    reaching = jnp.where(jnp.isfinite(grad_output) | (output != 0), grad_output, 0.0)
-    row_dot = jnp.sum(reaching * output, axis=-1) - grad_lse
+    relevant = jnp.where(jnp.isfinite(grad_output) | (output != 0), grad_output, 0.0)
+    row_dot = jnp.sum(relevant * output, axis=-1) - grad_lse
     lse = anchor_of(lse)
-    work = _Backward(problem, x, given, lse, row_dot, grad_output)
+    work = _Backward(problem, x, constraints, lse, row_dot, grad_output)
     zeros = _transposed(jnp.zeros_like(x.key)), _transposed(jnp.zeros_like(x.value))
     sums = _Sums(*zeros, None if x.bias is None else jnp.zeros_like(x.bias))
-    sums, query = over_blocks(problem, x, given, work.block, sums)
-    sinks = None if x.sinks is None else _of_sinks(x.sinks, lse, row_dot)
+    sums, query = over_blocks(problem, x, constraints, work.block, sums)
+    sinks = None if x.sinks is None else _sink_gradient(x.sinks, lse, row_dot)
     return Operands(query, _transposed(sums.key), _transposed(sums.value), sums.bias, sinks)
 
 
 class _Sums(NamedTuple):
-    """Gradients to which every block adds; the first two are (size, keys), which is fastest for a CPU's products."""
+    """Gradients to which every block adds; key and value are (size, keys), for which products on a CPU are fastest."""
 
     key: Array
     value: Array
@@ -45,20 +51,20 @@ class _Sums(NamedTuple):
 
 
 class _Backward:
-    """What the blocks have in common: operands, and rows cleaned of what would pass through a weight of 0."""
+    """The inputs of every block, with zeros for non-finite numbers, which a weight of 0 would not stop."""
 
     def __init__(
-        self, problem: Problem, x: Operands, given: Given, lse: Array, row_dot: Array, grad_output: Array
+        self, problem: Problem, x: Operands, constraints: Constraints, lse: Array, row_dot: Array, grad_output: Array
     ) -> None:
-        self.problem, self.x, self.given = problem, x, given
+        self.problem, self.x, self.constraints = problem, x, constraints
         self.lse, self.row_dot, self.grad_output = lse, row_dot, grad_output
         self.clean_query, self.clean_key, self.clean_grad = x.query, x.key, grad_output
         if problem.excludes:
             self.clean_query, self.clean_key, self.clean_grad = finite(x.query), finite(x.key), finite(grad_output)
 
     def block(self, sums: _Sums, block: Block) -> tuple[_Sums, Array]:
-        """Add what a block gives to the sums; give the gradient of its queries."""
-        dropped, grad_logits, grad_scores = self._of_logits(block)
+        """Add the gradients of a block to the sums, and give the gradient of its queries."""
+        dropped, grad_logits, grad_scores = self._block_gradients(block)
         of_key = contract("bkqd,bkqm->bkdm", block.of_rows(self.clean_query), grad_scores)
         of_value = contract("bkqd,bkqm->bkdm", block.of_rows(self.clean_grad), dropped)
         sums = _Sums(
@@ -68,25 +74,25 @@ class _Backward:
         )
         return sums, contract("bkqm,bkmd->bkqd", grad_scores, block.of_keys(self.clean_key))
 
-    def _of_logits(self, block: Block) -> tuple[Array, Array, Array]:
-        """The dropped weights, dS = P (dP - D), and dS times scale and slope of the cap (MHA-VJP-1, MHA-VJP-2)."""
-        problem, x, given = self.problem, self.x, self.given
-        values, visible, slope = logits(problem, x, given, block, slope=True)
-        weights = shown(jnp.exp(values - block.of_rows(self.lse)[..., None]), visible)
+    def _block_gradients(self, block: Block) -> tuple[Array, Array, Array]:
+        """Give the dropped weights, dS = P (dP - D), and dS times scale and slope of the cap (MHA-VJP-1, MHA-VJP-2)."""
+        problem, x, constraints = self.problem, self.x, self.constraints
+        values, visible, slope = logits(problem, x, constraints, block, slope=True)
+        weights = hide(jnp.exp(values - block.of_rows(self.lse)[..., None]), visible)
         grad_weights = contract("bkqd,bkmd->bkqm", block.of_rows(self.grad_output), block.of_keys(x.value))
-        dropped, keep = weights, kept(problem, x, given, block)
+        dropped, keep = weights, dropout_factor(problem, x, constraints, block)
         if keep is not None:
             dropped, grad_weights = weights * keep, grad_weights * keep
-        grad_logits = shown(weights * (grad_weights - block.of_rows(self.row_dot)[..., None]), visible)
+        grad_logits = hide(weights * (grad_weights - block.of_rows(self.row_dot)[..., None]), visible)
         grad_scores = problem.scale * grad_logits
-        return dropped, grad_logits, grad_scores if slope is None else shown(grad_scores * slope, visible)
+        return dropped, grad_logits, grad_scores if slope is None else hide(grad_scores * slope, visible)
 
 
 def _transposed(array: Array) -> Array:
     return jnp.swapaxes(array, 2, 3)
 
 
-def _of_sinks(sinks: Array, lse: Array, row_dot: Array) -> Array:
-    """-sum over batch and rows of P_sink D (MHA-VJP-6)."""
+def _sink_gradient(sinks: Array, lse: Array, row_dot: Array) -> Array:
+    """Give -sum over batch and rows of P_sink D (MHA-VJP-6)."""
     weights = jnp.exp(sinks - lse)
     return -jnp.sum(jnp.where(weights == 0, 0.0, weights * row_dot), axis=(0, 3), keepdims=True)

@@ -1,7 +1,7 @@
-"""One block of queries against its stretch of keys: logits, what is visible, and what dropout keeps.
+"""Logits, visibility and dropout of one block of queries over its stretch of keys.
 
-The rows of a block are its queries of one head after those of another, for all heads that share a key/value head: as
-matrices of four axes, (batch, kv_heads, rows, keys), products and softmax are what XLA fuses best.
+The query heads that share a key/value head are stacked along the rows of a block, because XLA fuses products and
+softmax best for arrays of four axes, (batch, kv_heads, rows, keys).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from jax import Array
 
     from .plan import Group
-    from .problem import Given, Operands, Problem
+    from .problem import Constraints, Operands, Problem
 
-__all__ = ["Block", "Logits", "contract", "kept", "logits", "over_blocks", "shown", "visible_in"]
+__all__ = ["Block", "Logits", "contract", "dropout_factor", "hide", "logits", "over_blocks", "visibility"]
 
 
 class Block(NamedTuple):
-    """Consecutive queries and keys, of some key/value heads or of all; where they begin may be traced."""
+    """Consecutive queries and keys of some or all key/value heads; their first indices may be traced."""
 
     query: Array | int
     queries: int
@@ -34,29 +34,29 @@ class Block(NamedTuple):
     keys: int
     group: int
     head: tuple[Array, Array] | None = None
-    """A batch entry and its first key/value head; None for all of them."""
+    """A batch entry and the first key/value head of the block; None for all entries and heads."""
     heads: int = 1
-    """How many key/value heads of the entry."""
+    """The number of key/value heads, where `head` is not None."""
 
     @property
     def rows(self) -> int:
-        """Number of rows, those of all heads of a group counted."""
+        """The number of rows, over all query heads of a group."""
         return self.group * self.queries
 
     def of_head(self, array: Array) -> Array:
-        """The part of this block's heads in (batch, kv_heads, ...), 1 where it broadcasts."""
+        """Cut the heads of this block from (batch, kv_heads, ...); an axis of size 1 broadcasts."""
         return array if self.head is None else _cut(_cut(array, self.head[0], 1, 0), self.head[1], self.heads, 1)
 
     def of_rows(self, array: Array) -> Array:
-        """The rows of this block in (batch, kv_heads, group, q_len, ...), one below another."""
+        """Cut the queries of this block from (batch, kv_heads, group, q_len, ...), and stack them to rows."""
         return _stacked(_cut(self.of_head(array), self.query, self.queries, 3))
 
     def of_keys(self, array: Array) -> Array:
-        """The keys of this block in (batch, kv_heads, kv_len, size)."""
+        """Cut the keys of this block from (batch, kv_heads, kv_len, size)."""
         return _cut(self.of_head(array), self.key, self.keys, 2)
 
     def of_pairs(self, array: Array) -> Array:
-        """The pairs of this block in a folded mask or bias, 1 where it broadcasts (MHA-MASK-2)."""
+        """Cut the pairs of this block from a folded mask or bias; an axis of size 1 broadcasts (MHA-MASK-2)."""
         array = _cut(_cut(self.of_head(array), self.query, self.queries, 3), self.key, self.keys, 4)
         batch, kv_heads, group, queries, keys = array.shape
         if (group, queries) != (1, 1):
@@ -64,15 +64,15 @@ class Block(NamedTuple):
         return _stacked(array)
 
     def apart(self, array: Array) -> Array:
-        """(batch, kv_heads, rows, ...) to (batch, kv_heads, group, queries, ...)."""
+        """Reshape (batch, kv_heads, rows, ...) to (batch, kv_heads, group, queries, ...)."""
         return array.reshape(*array.shape[:2], self.group, self.queries, *array.shape[3:])
 
     def added_to_keys(self, total: Array, part: Array) -> Array:
-        """Add to `total` (batch, kv_heads, size, kv_len) what the keys of this block give."""
+        """Add the part of this block's keys to `total`, (batch, kv_heads, size, kv_len)."""
         return _added(total, part, (*(self.head or (0, 0)), 0, self.key))
 
     def added_to_pairs(self, total: Array, part: Array) -> Array:
-        """Add to a folded `total` what the pairs of this block give, summed where it has 1 (MHA-VJP-5)."""
+        """Add the part of this block's pairs to a folded `total`, summed over its axes of size 1 (MHA-VJP-5)."""
         part = self.apart(part)
         axes = tuple(axis for axis in range(5) if total.shape[axis] == 1 and part.shape[axis] != 1)
         starts = (*(self.head or (0, 0)), 0, self.query, self.key)
@@ -96,48 +96,48 @@ def _added(total: Array, part: Array, at: tuple[Array | int, ...]) -> Array:
 
 
 class Logits(NamedTuple):
-    """The logits of a block, -inf where a pair is invisible."""
+    """The logits of a block, -inf at hidden pairs."""
 
     values: Array
     visible: Array | None
-    """Broadcastable to the logits; None where all pairs are visible."""
+    """Broadcasts to the logits; None where all pairs are visible."""
     slope: Array | None
-    """The slope of the soft cap (MHA-VJP-2)."""
+    """The derivative of the soft cap (MHA-VJP-2)."""
 
 
 def contract(axes: str, a: Array, b: Array) -> Array:
-    """einsum in the operands' full precision, which accelerators would cut."""
+    """Compute einsum in the full precision of the operands, which accelerators reduce by default."""
     return jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST)
 
 
-def logits(problem: Problem, x: Operands, given: Given, block: Block, *, slope: bool = False) -> Logits:
-    """The scores, capped, then biased, then hidden (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
+def logits(problem: Problem, x: Operands, constraints: Constraints, block: Block, *, slope: bool = False) -> Logits:
+    """Cap the scores, add the bias, hide pairs (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
     values = problem.scale * contract("bkqd,bkmd->bkqm", block.of_rows(x.query), block.of_keys(x.key))
-    of_cap = None
+    cap_slope = None
     if problem.softcap is not None:
         tanh = jnp.tanh(values / problem.softcap)
-        of_cap = 1 - tanh**2 if slope else None
+        cap_slope = 1 - tanh**2 if slope else None
         values = problem.softcap * tanh
-    visible = visible_in(problem, x, given, block)
+    visible = visibility(problem, x, constraints, block)
     if x.bias is not None:
         values = values + block.of_pairs(x.bias)
-    return Logits(shown(values, visible, -math.inf), visible, of_cap)
+    return Logits(hide(values, visible, -math.inf), visible, cap_slope)
 
 
-def shown(values: Array, visible: Array | None, otherwise: float = 0.0) -> Array:
-    """The values at visible pairs, and something else where a pair is invisible."""
-    return values if visible is None else jnp.where(visible, values, otherwise)
+def hide(values: Array, visible: Array | None, fill: float = 0.0) -> Array:
+    """Replace the values at hidden pairs."""
+    return values if visible is None else jnp.where(visible, values, fill)
 
 
-def kept(problem: Problem, x: Operands, given: Given, block: Block) -> Array | None:
-    """By what dropout multiplies the weights of a block; None without dropout (MHA-DROP-1, MHA-DROP-2).
+def dropout_factor(problem: Problem, x: Operands, constraints: Constraints, block: Block) -> Array | None:
+    """Give the factor of the weights of a block, None without dropout (MHA-DROP-1, MHA-DROP-2).
 
-    A mask that is drawn depends on the key and on where the block lies, so that it can be drawn again.
+    A random mask depends on the key and on the position of the block alone, so that the backward pass draws it again.
     """
-    if given.dropout_mask is not None:
-        keep = block.of_pairs(given.dropout_mask)
-    elif given.dropout_key is not None:
-        key = given.dropout_key
+    if constraints.dropout_mask is not None:
+        keep = block.of_pairs(constraints.dropout_mask)
+    elif constraints.dropout_key is not None:
+        key = constraints.dropout_key
         for place in (block.query, *(block.head or ())):
             key = jax.random.fold_in(key, place)
         heads = x.query.shape[:2] if block.head is None else (1, block.heads)
@@ -147,62 +147,67 @@ def kept(problem: Problem, x: Operands, given: Given, block: Block) -> Array | N
     return keep.astype(x.query.dtype) / (1 - problem.dropout_rate)
 
 
-def visible_in(problem: Problem, x: Operands, given: Given, block: Block) -> Array | None:
-    """Which pairs of a block are visible, broadcastable to its logits; None without a constraint (MHA-MASK-3)."""
-    constraints = list(_constraints(problem, x, given, block))
-    return reduce(jnp.logical_and, constraints) if constraints else None
+def visibility(problem: Problem, x: Operands, constraints: Constraints, block: Block) -> Array | None:
+    """Mark the visible pairs of a block, broadcastable to its logits; None without a constraint (MHA-MASK-3)."""
+    conditions = list(_conditions(problem, x, constraints, block))
+    return reduce(jnp.logical_and, conditions) if conditions else None
 
 
-def _constraints(problem: Problem, x: Operands, given: Given, block: Block) -> Iterator[Array]:
+def _conditions(problem: Problem, x: Operands, constraints: Constraints, block: Block) -> Iterator[Array]:
     rows = jnp.tile(block.query + lax.iota(jnp.int32, block.queries), block.group)[:, None]
     keys = block.key + lax.iota(jnp.int32, block.keys)
-    positions = rows if given.q_offset is None else rows + _per_entry(given.q_offset, block)
+    positions = rows if constraints.q_offset is None else rows + _for_each_entry(constraints.q_offset, block)
     distance = keys - positions  # A bound of 2^30 added to a position could pass the range of int32 (MHA-WINDOW-2).
     if problem.left is not None:
         yield distance >= -problem.left
     if problem.right is not None:
         yield distance <= problem.right
-    if given.q_lengths is not None:
-        yield rows < _per_entry(given.q_lengths, block)
-    if given.kv_lengths is not None:
-        yield keys < _per_entry(given.kv_lengths, block)
-    for q_ids, kv_ids in zip(given.q_segment_ids, given.kv_segment_ids, strict=True):
+    if constraints.q_lengths is not None:
+        yield rows < _for_each_entry(constraints.q_lengths, block)
+    if constraints.kv_lengths is not None:
+        yield keys < _for_each_entry(constraints.kv_lengths, block)
+    for q_ids, kv_ids in zip(constraints.q_segment_ids, constraints.kv_segment_ids, strict=True):
         yield block.of_pairs(q_ids) == block.of_pairs(kv_ids)
-    if given.mask is not None:
-        yield block.of_pairs(given.mask)
+    if constraints.mask is not None:
+        yield block.of_pairs(constraints.mask)
     if x.bias is not None:
         yield block.of_pairs(x.bias) != -math.inf
 
 
-def _per_entry(numbers: Array, block: Block) -> Array:
-    """One number, or one for each batch entry, beside the logits."""
+def _for_each_entry(numbers: Array, block: Block) -> Array:
+    """Reshape one number, or one for each batch entry, to broadcast to the logits."""
     return block.of_head(jnp.asarray(numbers).astype(jnp.int32).reshape(-1, 1, 1, 1))
 
 
-def over_blocks(problem: Problem, x: Operands, given: Given, body: Callable, carry: object = None) -> tuple:
-    """Work block after block: `body(carry, block)` gives the new carry, and arrays of (batch, kv_heads, rows, ...).
+def over_blocks(problem: Problem, x: Operands, constraints: Constraints, body: Callable, carry: object = None) -> tuple:
+    """Run `body(carry, block)`, which gives a new carry and arrays (batch, kv_heads, rows, ...), on every block.
 
     Returns:
         The last carry, and the arrays of all blocks joined to (batch, kv_heads, group, q_len, ...).
     """
-    at_once = problem.plan.heads
-    if at_once is None:
-        return _over_queries(problem, x, given, body, carry, None)
+    heads = problem.plan.heads
+    if heads is None:
+        return _over_queries(problem, x, constraints, body, carry, None)
     batch, kv_heads = x.query.shape[:2]
 
     def step(carry: object, head: tuple[Array, Array]) -> tuple:
-        return _over_queries(problem, x, given, body, carry, head)
+        return _over_queries(problem, x, constraints, body, carry, head)
 
-    entries, firsts = jnp.indices((batch, kv_heads // at_once), jnp.int32)
-    carry, arrays = lax.scan(step, carry, (entries.reshape(-1), at_once * firsts.reshape(-1)))
+    entries, firsts = jnp.indices((batch, kv_heads // heads), jnp.int32)
+    carry, arrays = lax.scan(step, carry, (entries.reshape(-1), heads * firsts.reshape(-1)))
     return carry, jax.tree.map(lambda array: array.reshape(batch, kv_heads, *array.shape[3:]), arrays)
 
 
 def _over_queries(
-    problem: Problem, x: Operands, given: Given, body: Callable, carry: object, head: tuple[Array, Array] | None
+    problem: Problem,
+    x: Operands,
+    constraints: Constraints,
+    body: Callable,
+    carry: object,
+    head: tuple[Array, Array] | None,
 ) -> tuple:
     joined = []
-    for group, starts in zip(problem.plan.groups, given.stretches, strict=True):
+    for group, starts in zip(problem.plan.groups, constraints.stretches, strict=True):
 
         def step(carry: object, at: tuple, group: Group = group) -> tuple:
             start = 0 if group.from_zero else at[1]
@@ -221,6 +226,6 @@ def _over_queries(
 
 
 def _joined(stacked: Array) -> Array:
-    """(blocks, batch, kv_heads, group, queries, ...) to (batch, kv_heads, group, blocks * queries, ...)."""
+    """Join (blocks, batch, kv_heads, group, queries, ...) to (batch, kv_heads, group, blocks * queries, ...)."""
     moved = jnp.moveaxis(stacked, 0, 3)
     return moved.reshape(*moved.shape[:3], -1, *moved.shape[5:])

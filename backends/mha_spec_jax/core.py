@@ -1,4 +1,4 @@
-"""The functions of attention for JAX: the native call where it has this meaning, else blocks."""
+"""The functions of attention for JAX, by cuDNN where its meaning is the same, else in blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mha_spec.checks import (
 from mha_spec.scalars import check_flag
 
 from . import function, native
-from .devices import check_devices
+from .checks import check_devices
 from .dropout import key_of
 from .merging import Halves, merge, merge_vjp
 from .problem import problem_of, with_offset
@@ -43,15 +43,15 @@ def attention(
     return_lse: bool = False,
     **options: Unpack[Options],
 ) -> Array | tuple[Array, Array]:
-    """Attention over blocks of queries; see `mha_spec.reference.attention`.
+    """Compute attention in blocks of queries; see `mha_spec.reference.attention`.
 
-    `dropout_key` is a key of jax.random, and must be given where a mask has to be drawn. Forward-mode differentiation
-    raises ArgumentTypeError.
+    `dropout_key` is a key of jax.random, required where a mask must be drawn. Forward-mode differentiation raises
+    ArgumentTypeError.
     """
     a = _arguments("attention", query, key, value, **options)
     return_lse = check_flag("return_lse", return_lse)
     dropout_key = key_of(a)
-    if not return_lse and native.answers(a):
+    if not return_lse and native.supports(a):
         return native.attention(a)
     output, lse = function.attention(*problem_of(a, dropout_key))
     return (output, lse) if return_lse else output
@@ -63,7 +63,7 @@ def attention_weights(
     key: Float[Array, "batch kv_heads kv_len qk_dim"],
     **options: Unpack[WeightOptions],
 ) -> Float[Array, "batch heads q_len kv_len"]:
-    """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
+    """Compute the normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
     a = _arguments("attention_weights", query, key, None, **options)
     return function.weights(*problem_of(a))
 
@@ -78,7 +78,7 @@ def attention_vjp(
     grad_lse: Float[Array, "batch heads q_len"] | None = None,
     **options: Unpack[Options],
 ) -> Gradients:
-    """The gradients that jax takes of `attention`; see `mha_spec.reference.attention_vjp`."""
+    """Compute the gradients of `attention`, as jax.vjp does; see `mha_spec.reference.attention_vjp`."""
     a = _arguments("attention_vjp", query, key, value, **options)
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
@@ -94,7 +94,7 @@ def merge_attention(
     lse_b: Float[Array, "batch heads q_len"],
     **options: Unpack[NoOptions],
 ) -> tuple[Float[Array, "batch heads q_len v_dim"], Float[Array, "batch heads q_len"]]:
-    """Two halves of one softmax, differentiable in both modes; see `mha_spec.reference.merge_attention`."""
+    """Merge two halves of a softmax, differentiable in both modes; see `mha_spec.reference.merge_attention`."""
     refuse_unknown(options, "merge_attention")
     return merge(_halves(output_a, lse_a, output_b, lse_b))
 
@@ -110,7 +110,7 @@ def merge_attention_vjp(
     grad_lse: Float[Array, "batch heads q_len"] | None = None,
     **options: Unpack[NoOptions],
 ) -> MergeGradients:
-    """The gradients that jax takes of `merge_attention`; see `mha_spec.reference.merge_attention_vjp`."""
+    """Compute the gradients of `merge_attention`, as jax.vjp does; see `mha_spec.reference.merge_attention_vjp`."""
     refuse_unknown(options, "merge_attention_vjp")
     halves = _halves(output_a, lse_a, output_b, lse_b)
     check_merge_cotangents(grad_output, grad_lse, output_a)

@@ -1,4 +1,4 @@
-"""Random dropout: the key of jax from which masks are drawn."""
+"""Checks of the random key from which dropout masks are drawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["key_of"]
 
 
 def key_of(a: Arguments) -> jax.Array | None:
-    """The key of a call that has a mask to draw, else None; jax has no global generator (MHA-DROP-4)."""
+    """Give the key of a call that draws a mask, else None; JAX has no global generator (MHA-DROP-4)."""
     if a.dropout_rate == 0 or a.dropout_mask is not None:
         return None
     received = f"received dropout_key={a.dropout_key!r}"
@@ -24,7 +24,9 @@ def key_of(a: Arguments) -> jax.Array | None:
         message = f"`dropout_key` must be a key of jax.random with dropout_rate={a.dropout_rate} and no dropout_mask"
         raise ArgumentValueError(f"{message}, {received}. jax has no global generator. [MHA-DROP-4]")
     if not isinstance(a.dropout_key, jax.Array) or not _is_key(a.dropout_key):
-        raise ArgumentTypeError(f"`dropout_key` must be one key, as jax.random.key(0) gives, {received}. [MHA-DROP-4]")
+        raise ArgumentTypeError(
+            f"`dropout_key` must be a single key such as jax.random.key(0), {received}. [MHA-DROP-4]"
+        )
     return a.dropout_key
 
 

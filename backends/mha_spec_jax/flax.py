@@ -1,4 +1,4 @@
-"""The layer as a `flax.nnx` module; imported by who has flax: `from mha_spec_jax.flax import MultiHeadAttention`."""
+"""The layer as a `flax.nnx` module, in a module of its own because flax is optional."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["MultiHeadAttention"]
 
 
 class MultiHeadAttention(nnx.Module, LayerObject):
-    """Multi-head attention with parameters of its own; see `mha_spec.reference.multi_head_attention`.
+    """Multi-head attention with its parameters; see `mha_spec.reference.multi_head_attention`.
 
-    The parameters are `nnx.Param`s called as there. `dropout_rate` holds after `train()`, with keys of the stream
-    `dropout` of `rngs`, until `eval()`; a new layer is in training, as flax's own are.
+    The parameters are `nnx.Param`s under the names of `params`. `dropout_rate` applies between `train()` and `eval()`,
+    with keys of the stream `dropout` of `rngs`; a new layer is in training, as the layers of flax are.
     """
 
     functions = layer
@@ -57,7 +57,7 @@ class MultiHeadAttention(nnx.Module, LayerObject):
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> Array | tuple[Array, KVCache]:
-        """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        """Attend from the query to the key, by default the query itself; the value is by default the key."""
         return self.attend(query, key, value, cache=cache, **options)
 
     def _in_training(self, options: Options) -> Options:
@@ -68,9 +68,9 @@ class MultiHeadAttention(nnx.Module, LayerObject):
 
     @property
     def params(self) -> dict[str, Array]:
-        """The arrays of the parameters by name, as `multi_head_attention` takes them."""
+        """The arrays of the parameters by name, for `multi_head_attention`."""
         return {name: getattr(self, name)[...] for name in self.settings.shapes()}
 
     def __repr__(self) -> str:
-        """The settings that differ from the defaults; `nnx.display` shows the parameters."""
+        """Spell the settings that differ from the defaults; `nnx.display` shows the parameters."""
         return LayerObject.__repr__(self)

@@ -1,4 +1,4 @@
-"""The forward pass: the softmax of each block of queries over its whole stretch of keys."""
+"""The forward pass: a softmax of each block of queries over its whole stretch of keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import lax
 
-from .block import contract, kept, logits, over_blocks, visible_in
+from .block import contract, dropout_factor, logits, over_blocks, visibility
 from .plan import are_known, coarse
 from .problem import anchor_of, finite
 
@@ -17,44 +17,44 @@ if TYPE_CHECKING:
     from jax import Array
 
     from .block import Block
-    from .problem import Given, Operands, Problem
+    from .problem import Constraints, Operands, Problem
 
 __all__ = ["attend", "softmax"]
 
 
 FEW = 2**16
-"""With so few scores values are always cleaned: a second program for when they must be takes long to compile."""
+"""Up to this number of scores values are always cleaned, because a second, conditional program compiles slowly."""
 
 
-def attend(problem: Problem, x: Operands, given: Given) -> tuple[Array, Array]:
-    """Output (batch, kv_heads, group, q_len, v_dim) and lse (batch, kv_heads, group, q_len).
+def attend(problem: Problem, x: Operands, constraints: Constraints) -> tuple[Array, Array]:
+    """Compute output (batch, kv_heads, group, q_len, v_dim) and lse (batch, kv_heads, group, q_len).
 
-    A value that is not finite and meets a weight of 0 shows in the output's sum; only then is the output worked again
-    from clean values (MHA-POISON-1, MHA-POISON-2).
+    A non-finite value makes the sum of the output non-finite, even at a weight of 0; only then is the output computed
+    again from clean values (MHA-POISON-1, MHA-POISON-2).
     """
     if not problem.excludes:
-        return _attend(problem, x, given, clean=False)
+        return _attend(problem, x, constraints, clean=False)
     scores = math.prod(x.query.shape[:4]) * x.key.shape[2]
     if are_known(scores) and scores <= FEW:
-        return _attend(problem, x, given, clean=True)
-    output, lse = _attend(problem, x, given, clean=False)
-    return lax.cond(jnp.isfinite(jnp.sum(output)), lambda: output, lambda: _again(problem, x, given)), lse
+        return _attend(problem, x, constraints, clean=True)
+    output, lse = _attend(problem, x, constraints, clean=False)
+    return lax.cond(jnp.isfinite(jnp.sum(output)), lambda: output, lambda: _recompute(problem, x, constraints)), lse
 
 
-def _again(problem: Problem, x: Operands, given: Given) -> Array:
-    """The output from clean values; drawn dropout has to see the very blocks in which it was drawn."""
-    if given.dropout_key is None:
+def _recompute(problem: Problem, x: Operands, constraints: Constraints) -> Array:
+    """Compute the output from clean values; random dropout needs the same blocks again, which its masks depend on."""
+    if constraints.dropout_key is None:
         problem = replace(problem, plan=coarse(problem.plan, x.key.shape[2]))
-        given = given._replace(stretches=(None,) * len(problem.plan.groups))
-    return _attend(problem, x, given, clean=True)[0]
+        constraints = constraints._replace(stretches=(None,) * len(problem.plan.groups))
+    return _attend(problem, x, constraints, clean=True)[0]
 
 
-def softmax(problem: Problem, x: Operands, given: Given, block: Block) -> tuple[Array, Array, Array]:
-    """exp(logits - anchor) of a block, their sum with the sink's, and lse.
+def softmax(problem: Problem, x: Operands, constraints: Constraints, block: Block) -> tuple[Array, Array, Array]:
+    """Compute exp(logits - anchor) of a block, its sum including the sink, and lse.
 
-    A row that sees nothing has sum 1 and lse -inf (MHA-EMPTY-1, MHA-EMPTY-2).
+    An empty row has sum 1 and lse -inf (MHA-EMPTY-1, MHA-EMPTY-2).
     """
-    values, _, _ = logits(problem, x, given, block)
+    values, _, _ = logits(problem, x, constraints, block)
     sinks = None if x.sinks is None else block.of_rows(jnp.broadcast_to(x.sinks, x.query.shape[:4]))
     maximum = jnp.max(lax.stop_gradient(values), axis=-1, initial=-math.inf)
     if sinks is not None:
@@ -67,21 +67,21 @@ def softmax(problem: Problem, x: Operands, given: Given, block: Block) -> tuple[
     return exponentials, jnp.where(total == 0, 1.0, total), anchor + jnp.log(total)
 
 
-def _attend(problem: Problem, x: Operands, given: Given, *, clean: bool) -> tuple[Array, Array]:
+def _attend(problem: Problem, x: Operands, constraints: Constraints, *, clean: bool) -> tuple[Array, Array]:
     def body(_: None, block: Block) -> tuple[None, tuple[Array, Array]]:
-        exponentials, total, lse = softmax(problem, x, given, block)
-        keep = kept(problem, x, given, block)
+        exponentials, total, lse = softmax(problem, x, constraints, block)
+        keep = dropout_factor(problem, x, constraints, block)
         dropped = exponentials if keep is None else exponentials * keep
         output = contract("bkqm,bkmd->bkqd", dropped, block.of_keys(value)) / total[..., None]
-        return None, (_marked(problem, x, given, block, output) if clean else output, lse)
+        return None, (_marked(problem, x, constraints, block, output) if clean else output, lse)
 
     value = finite(x.value) if clean else x.value
-    return over_blocks(problem, x, given, body)[1]
+    return over_blocks(problem, x, constraints, body)[1]
 
 
-def _marked(problem: Problem, x: Operands, given: Given, block: Block, output: Array) -> Array:
-    """NaN where a visible pair has a value that is not finite (MHA-NAN-2)."""
-    visible = visible_in(problem, x, given, block)
+def _marked(problem: Problem, x: Operands, constraints: Constraints, block: Block, output: Array) -> Array:
+    """Set NaN where a visible pair has a non-finite value (MHA-NAN-2)."""
+    visible = visibility(problem, x, constraints, block)
     if visible is None:
         return output
     visible = jnp.broadcast_to(visible, (*output.shape[:3], block.keys)).astype(output.dtype)

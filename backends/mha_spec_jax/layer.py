@@ -1,4 +1,4 @@
-"""The layer for JAX: the specification's order, every step of it an operation that can be traced."""
+"""The layer for JAX: the shared order of steps, each of which can be traced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from mha_spec.arrays import host_integers, softmax_dtype_name
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
+from .checks import check_alibi, check_append, check_layer, check_positions
 from .core import attention, attention_weights
+from .problem import offset_of
 from .rotary import positions, turns
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ __all__ = [
 
 
 def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Array, Array | None, Array | None]:
-    """Query, key and value of each head (MHA-PROJ-1, MHA-PROJ-2)."""
+    """Project query, key and value to heads (MHA-PROJ-1, MHA-PROJ-2)."""
     names = a.params.keys() & {"w_q", "w_k", "w_v", "b_q", "b_k", "b_v"}
     return _projected(a.query, a.key, a.value, {name: a.params[name] for name in sorted(names)})
 
@@ -64,7 +66,7 @@ def _split(x: Array, name: str, params: Mapping[str, Array]) -> Array:
 
 
 def project_out(x: Array, params: Mapping[str, Array], _: LayerSteps) -> Array:
-    """The heads side by side, one product, the bias (MHA-PROJ-3)."""
+    """Concatenate the heads, multiply them by the output weight, add the bias (MHA-PROJ-3)."""
     return _combined(x, params["w_o"], params.get("b_o"))
 
 
@@ -76,16 +78,17 @@ def _combined(x: Array, weight: Array, bias: Array | None) -> Array:
 
 
 def _product(x: Array, weight: Array) -> Array:
-    """A linear map, summed in the softmax's type."""
+    """Multiply in the softmax's type."""
     wide = jnp.dtype(softmax_dtype_name(x.dtype.name))
-    found = jnp.matmul(x.astype(wide), weight.astype(wide), precision=jax.lax.Precision.HIGHEST)
-    return found.astype(x.dtype)
+    product = jnp.matmul(x.astype(wide), weight.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    return product.astype(x.dtype)
 
 
 def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
-    """A buffer with new tokens at start[b] <= j < stop[b], and no other slot changed (MHA-CACHE-1, MHA-CACHE-4).
+    """Write new tokens at start[b] <= j < stop[b], and change no other slot (MHA-CACHE-1, MHA-CACHE-4).
 
-    `dynamic_update_slice` moves a start that leaves no room, over tokens that are there: it serves known starts alone.
+    `dynamic_update_slice` moves a start that is too near the end, which would overwrite old tokens, so it serves only
+    starts that the host knows.
     """
     first = _common_start(start, stop, new.shape[2])
     if first is not None:
@@ -102,7 +105,7 @@ def _scattered(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
 
 
 def _common_start(start: Integers, stop: Integers, length: int) -> int | None:
-    """Where the tokens of every batch entry begin, if the host knows, and knows that all of them are real."""
+    """Give the slot of the first token if it is the same for all entries, on the host, and every token is real."""
     before, after = host_integers(start), host_integers(stop)
     if not before or not after or {*before} != {before[0]} or {*after} != {before[0] + length}:
         return None
@@ -110,8 +113,14 @@ def _common_start(start: Integers, stop: Integers, length: int) -> int | None:
 
 
 def slopes(heads: int, dtype: str) -> Array:
-    """The slopes of all heads (MHA-ALIBI-1)."""
+    """Give the slopes of all heads (MHA-ALIBI-1)."""
     return jnp.asarray(slope_values(heads), dtype=dtype)
+
+
+def distances(offset: Integers | int, q_len: int, kv_len: int, like: Array, _: LayerSteps) -> Array:
+    """Give |p - j|, integers (q_len, kv_len) or (batch, 1, q_len, kv_len); sizes may be symbolic (MHA-ALIBI-2)."""
+    apart = jnp.abs(positions(offset, q_len, like)[..., None] - jnp.arange(kv_len, dtype=jnp.int32))
+    return apart[:, None, :, :] if apart.ndim == 3 else apart
 
 
 normalise = jax.jit(layer_steps.normalise, static_argnums=2)
@@ -120,8 +129,13 @@ turn = jax.jit(layer_steps.turn, static_argnums=2)
 
 _LAYER = Layer(
     LayerSteps(
+        check=check_layer,
+        check_positions=check_positions,
+        check_append=check_append,
+        check_alibi=check_alibi,
         project_in=project_in,
         normalise=normalise,
+        offset_of=offset_of,
         positions=positions,
         turns=turns,
         turn=turn,
@@ -130,6 +144,7 @@ _LAYER = Layer(
         weigh=attention_weights,
         project_out=project_out,
         slopes=slopes,
+        distances=distances,
     )
 )
 
@@ -149,9 +164,9 @@ def multi_head_attention(
     cache: KVCache | None = None,
     **options: Unpack[Options],
 ) -> Array | tuple[Array, KVCache]:
-    """The layer over this backend's attention; see `mha_spec.reference.multi_head_attention`.
+    """Compute the layer with this backend's attention; see `mha_spec.reference.multi_head_attention`.
 
-    Traced lengths of a cache are never read: one program serves every step of decoding.
+    Lengths of a cache in arrays of JAX are never read, so that a single program serves every step of decoding.
     """
     return _LAYER.multi_head_attention(
         query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
@@ -170,7 +185,7 @@ def multi_head_attention_and_weights(
     cache: KVCache | None = None,
     **options: Unpack[Options],
 ) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
-    """Output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
+    """Compute output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
     return _LAYER.multi_head_attention_and_weights(
         query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
     )
@@ -187,7 +202,7 @@ def multi_head_attention_weights(
     cache: KVCache | None = None,
     **options: Unpack[WeightOptions],
 ) -> Float[Array, "batch heads q_len kv_len"]:
-    """The weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
+    """Compute the weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
     return _LAYER.multi_head_attention_weights(
         query, key, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
     )
@@ -201,12 +216,12 @@ def rotary_embedding(
     interleaved: bool = False,
     rotary_dim: int | None = None,
 ) -> Float[Array, "batch heads length size"]:
-    """Positions as rotations; see `mha_spec.reference.rotary_embedding`."""
+    """Rotate pairs of components by their position; see `mha_spec.reference.rotary_embedding`."""
     return _LAYER.rotary_embedding(x, positions, base=base, interleaved=interleaved, rotary_dim=rotary_dim)
 
 
 def alibi_slopes(heads: int, *, dtype: str = "float32") -> Float[Array, "heads"]:
-    """The slopes of attention with linear biases; see `mha_spec.reference.alibi_slopes`."""
+    """Give the slopes of attention with linear biases; see `mha_spec.reference.alibi_slopes`."""
     return _LAYER.alibi_slopes(heads, dtype=dtype)
 
 
@@ -217,5 +232,5 @@ def alibi_bias(
     *,
     q_offset: Int[Array, "batch"] | Sequence[int] | int | None = None,
 ) -> Float[Array, "batch* heads q_len kv_len"]:
-    """Positions as a bias; see `mha_spec.reference.alibi_bias`."""
+    """Give the bias that falls linearly with the distance; see `mha_spec.reference.alibi_bias`."""
     return _LAYER.alibi_bias(slopes, q_len, kv_len, q_offset=q_offset)

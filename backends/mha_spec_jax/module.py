@@ -1,4 +1,4 @@
-"""The layer as a pytree: parameters that `jax.grad` and optimizers walk, and a pure call."""
+"""The layer as a pytree, for `jax.grad`, `jax.jit` and optimizers."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ __all__ = ["MultiHeadAttention", "initial"]
 
 
 def initial(settings: LayerSettings, key: Array, dtype: DTypeLike) -> dict[str, Array]:
-    """Parameters by name: weights from Xavier's uniform distribution, biases 0, gains 1."""
+    """Draw parameters by name: weights from Xavier's uniform distribution, biases 0, gains 1."""
     shapes = settings.shapes()
     keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
-    found: dict[str, Array] = {}
+    params: dict[str, Array] = {}
     for name, shape in shapes.items():
         bound = settings.initial_bound(name)
         if bound is None:
-            found[name] = jax.numpy.full(shape, float(name.endswith("_norm")), dtype)
+            params[name] = jax.numpy.full(shape, float(name.endswith("_norm")), dtype)
         else:
-            found[name] = jax.random.uniform(keys[name], shape, dtype, -bound, bound)
-    return found
+            params[name] = jax.random.uniform(keys[name], shape, dtype, -bound, bound)
+    return params
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class MultiHeadAttention(LayerObject):
-    """Multi-head attention with parameters of its own; see `mha_spec.reference.multi_head_attention`.
+    """Multi-head attention with its parameters; see `mha_spec.reference.multi_head_attention`.
 
-    A pytree whose leaves are `params`: it can be an argument of jitted and differentiated functions, and what
-    `jax.grad` gives of it is one, too. `dropout_rate` holds in calls that are given a `dropout_key`.
+    A pytree whose leaves are `params`: it can be an argument of jitted and differentiated functions, and its gradient
+    has the same class. `dropout_rate` applies to calls with a `dropout_key`.
     """
 
     functions = layer
@@ -64,7 +64,7 @@ class MultiHeadAttention(LayerObject):
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> Array | tuple[Array, KVCache]:
-        """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        """Attend from the query to the key, by default the query itself; the value is by default the key."""
         return self.attend(query, key, value, cache=cache, **options)
 
     def _in_training(self, options: Options) -> Options:
@@ -73,22 +73,22 @@ class MultiHeadAttention(LayerObject):
         return options
 
     def replace(self, **params: Array) -> Self:
-        """The same layer with other parameters in place of those of these names."""
+        """Give the same layer with some parameters replaced."""
         return self.tree_unflatten(self.settings, (self.params | params,))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], LayerSettings]:
-        """The parameters, and what is fixed, which can be compared and hashed."""
+        """Give the parameters as children, and the settings, which can be compared and hashed."""
         return ((jax.tree_util.GetAttrKey("params"), self.params),), self.settings
 
     @classmethod
     def tree_unflatten(cls, settings: LayerSettings, children: tuple[Any, ...]) -> Self:
-        """The layer of parameters and what is fixed."""
-        made = object.__new__(cls)
-        made.settings, (made.params,) = settings, children
-        return made
+        """Make a layer of settings and parameters."""
+        layer = object.__new__(cls)
+        layer.settings, (layer.params,) = settings, children
+        return layer
 
 
-# Exported programs may take and give the types of ours.
+# Exported programs can have these types as arguments and results.
 jax.export.register_namedtuple_serialization(KVCache, serialized_name="mha_spec.KVCache")
 jax.export.register_pytree_node_serialization(
     MultiHeadAttention,

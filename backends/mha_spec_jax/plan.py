@@ -1,7 +1,7 @@
-"""The order of the work: blocks of queries, and for each the stretch of keys outside of which it sees nothing.
+"""The plan of a call: blocks of queries, each with the stretch of keys that contains all keys it can see.
 
-What is known when a call is traced (sizes, windows, offsets and lengths on the host) decides the blocks. Programs are
-compiled for the sizes alone, and sizes of stretches are rounded, so that a new offset seldom compiles a new program.
+Sizes, windows, and offsets and lengths on the host decide the blocks when a call is traced. Programs are compiled for
+the sizes of stretches alone, which are rounded, so that a new offset seldom compiles a new program.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Plan", "Stretches", "are_known", "coarse", "plan_of"]
 
 SCORES = 2**20
-"""How many scores a block holds at most on a CPU, as long as its queries keep within the bounds: 4 MiB in float32."""
+"""The largest number of scores of a block on a CPU, within the bounds of its queries: 4 MiB in float32."""
 ACCELERATED = 2**7
-"""How many times as many on an accelerator, whose many units one head cannot keep busy."""
+"""The factor of SCORES on an accelerator, which a single head cannot keep busy."""
 LOWEST, HIGHEST = 64, 512
-"""Bounds of a block's queries."""
+"""The bounds of the number of queries in a block."""
 TRIANGLE = 4
-"""How many blocks a triangle is cut into where that makes them large enough: each is a program to compile."""
+"""The number of blocks of a large triangle; more of them would skip more scores, but each adds code to compile."""
 SIZES = 4
-"""How many sizes a stretch of keys can have."""
+"""The number of sizes that a stretch of keys can have."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive blocks of one shape."""
+    """Consecutive blocks of the same shape."""
 
     first: int
     count: int
@@ -53,11 +53,11 @@ class Plan:
 
     groups: tuple[Group, ...]
     heads: int | None
-    """How many key/value heads of an entry are worked at once; None for those of all entries."""
+    """The number of key/value heads of an entry in a block; None for all heads of all entries."""
 
 
 Stretches = tuple[numpy.ndarray | None, ...]
-"""For each group the first key of each block, or None where all are 0."""
+"""For each group, the first key of each block, or None where all are 0."""
 
 
 class _Block(NamedTuple):
@@ -68,7 +68,7 @@ class _Block(NamedTuple):
 
 
 def plan_of(a: Arguments) -> tuple[Plan, Stretches]:
-    """Cut a call into blocks, and group those that have one shape; symbolic sizes, as of jax.export, are not cut."""
+    """Cut a call into blocks, and group blocks of the same shape; a call of symbolic sizes is a single block."""
     if not are_known(a.batch, a.heads, a.q_len, a.kv_len):
         return Plan((Group(0, 1, a.q_len, a.kv_len, from_zero=True),), None), (None,)
     if a.q_len == 0:
@@ -84,14 +84,14 @@ def plan_of(a: Arguments) -> tuple[Plan, Stretches]:
 
 
 def are_known(*sizes: object) -> bool:
-    """Whether no size is symbolic, so that sizes can be compared."""
+    """Tell whether no size is symbolic, so that sizes can be compared."""
     return all(isinstance(size, int) for size in sizes)
 
 
 def coarse(plan: Plan, kv_len: int) -> Plan:
-    """The same blocks with every key, in as few groups as they have heights: a program that is soon compiled."""
-    alike = (list(run) for _, run in groupby(plan.groups, lambda group: group.rows))
-    groups = (Group(run[0].first, sum(one.count for one in run), run[0].rows, kv_len, from_zero=True) for run in alike)
+    """Give the same blocks with every key, in a group for each height, which compiles quickly."""
+    runs = (list(run) for _, run in groupby(plan.groups, lambda group: group.rows))
+    groups = (Group(run[0].first, sum(part.count for part in run), run[0].rows, kv_len, from_zero=True) for run in runs)
     return Plan(tuple(groups), plan.heads)
 
 
@@ -100,9 +100,9 @@ def _shape(block: _Block) -> tuple[int, int, bool]:
 
 
 def _height(a: Arguments) -> tuple[int, int | None]:
-    """The queries of a block, a power of two, and how many key/value heads are worked at once.
+    """Give the number of queries of a block, a power of two, and the number of its key/value heads.
 
-    Beside a band of keys lie as many in vain as the block is high, and beside the diagonal of a triangle half as many.
+    The taller a block, the more hidden scores it computes outside the band of a window or above a causal diagonal.
     """
     highest, keys, band = HIGHEST, a.kv_len, _band(a)
     if band is not None:
@@ -113,19 +113,19 @@ def _height(a: Arguments) -> tuple[int, int | None]:
     scores = SCORES if jax.default_backend() == "cpu" else SCORES * ACCELERATED
     apart = a.batch * a.kv_heads > 1 and a.batch * a.heads * min(a.q_len, highest) * keys > scores
     group = a.heads // a.kv_heads
-    wanted = min(highest, max(LOWEST, scores // max(1, (group if apart else a.batch * a.heads) * keys)))
-    height = 1 << (wanted.bit_length() - 1)
-    return height, _at_once(a.kv_heads, scores // 2 // (group * min(a.q_len, height) * keys)) if apart else None
+    limit = min(highest, max(LOWEST, scores // max(1, (group if apart else a.batch * a.heads) * keys)))
+    height = 1 << (limit.bit_length() - 1)
+    return height, _heads_at_once(a.kv_heads, scores // 2 // (group * min(a.q_len, height) * keys)) if apart else None
 
 
-def _at_once(heads: int, most: int) -> int:
-    """The largest part of the heads that is not above `most`."""
+def _heads_at_once(heads: int, most: int) -> int:
+    """Give the largest divisor of the number of heads that is at most `most`."""
     return max((part for part in range(1, most + 1) if heads % part == 0), default=1)
 
 
 def _blocks(a: Arguments, rows: int) -> list[_Block]:
     blocks = [range(first, min(first + rows, a.q_len)) for first in range(0, a.q_len, rows)]
-    bounds = [_seen(a, block) for block in blocks]
+    bounds = [_visible_keys(a, block) for block in blocks]
     sizes, band = [len(keys) for keys in bounds], _band(a)
     if band is not None:
         sizes = [max(rows + band, *sizes)] * len(sizes)
@@ -139,7 +139,7 @@ def _blocks(a: Arguments, rows: int) -> list[_Block]:
 
 
 def _window(a: Arguments) -> tuple[int | None, int | None]:
-    """Causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
+    """Give the bounds of the window; causal is (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
     left, right = a.bounded_window or (None, None)
     return left, 0 if a.causal else right
 
@@ -149,19 +149,19 @@ def _offset(a: Arguments) -> Array | Sequence[int] | int:
 
 
 def _band(a: Arguments) -> int | None:
-    """How many keys one row sees, less one, where a window bounds both sides."""
+    """Give the number of keys that a row sees, less 1, where a window bounds both sides."""
     left, right = _window(a)
     return None if left is None or right is None else left + right
 
 
 def _rounded(size: int, a: Arguments) -> int:
-    """A part of all keys, smaller for segments, which have one size: of others each size is a program."""
+    """Round the size of a stretch up, finely for segments alone: stretches of other sizes compile other programs."""
     unit = max(LOWEST, -(-a.kv_len // (SIZES if a.q_segment_ids is None else SIZES**2)))
     return min(a.kv_len, size if _band(a) is not None else max(1, -(-size // unit)) * unit)
 
 
-def _seen(a: Arguments, queries: range) -> range:
-    """The keys between the first and the last that some of the queries see, as far as the host knows."""
+def _visible_keys(a: Arguments, queries: range) -> range:
+    """Give the range of keys that the queries can see, from what the host knows."""
     left, right = _window(a)
     start, stop = 0, a.kv_len
     offsets = host_integers(_offset(a))
@@ -169,20 +169,22 @@ def _seen(a: Arguments, queries: range) -> range:
         start = max(start, min(offsets) + queries[0] - left)
     if offsets and right is not None:
         stop = min(stop, max(offsets) + queries[-1] + right + 1)
-    kv_lengths, q_lengths = (None if given is None else host_integers(given) for given in (a.kv_lengths, a.q_lengths))
+    kv_lengths, q_lengths = (
+        None if lengths is None else host_integers(lengths) for lengths in (a.kv_lengths, a.q_lengths)
+    )
     if kv_lengths:
         stop = min(stop, max(kv_lengths))
     if q_lengths and max(q_lengths) <= queries[0]:
         stop = 0
     stop = max(stop, 0)
-    return _seen_by_segments(a, queries, range(min(start, stop), stop))
+    return _visible_by_segments(a, queries, range(min(start, stop), stop))
 
 
-def _seen_by_segments(a: Arguments, queries: range, keys: range) -> range:
+def _visible_by_segments(a: Arguments, queries: range, keys: range) -> range:
     if not (isinstance(a.q_segment_ids, numpy.ndarray) and isinstance(a.kv_segment_ids, numpy.ndarray)):
         return keys
     seen = numpy.zeros(len(keys), bool)
     for q_ids, kv_ids in zip(a.q_segment_ids, a.kv_segment_ids, strict=True):
         seen |= numpy.isin(kv_ids[keys.start : keys.stop], q_ids[queries.start : queries.stop])
-    used = numpy.flatnonzero(seen)
-    return keys[int(used[0]) : int(used[-1]) + 1] if used.size else range(0)
+    indices = numpy.flatnonzero(seen)
+    return keys[int(indices[0]) : int(indices[-1]) + 1] if indices.size else range(0)

@@ -1,7 +1,7 @@
-"""One call as compiled programs see it: what is fixed when they are traced, and the arrays that come in.
+"""A call as the arguments of a compiled program: constants, arrays with a gradient, and arrays without.
 
-Query heads that share a key/value head have an axis of their own, (batch, kv_heads, group, ...), so that keys and
-values are never repeated (MHA-HEAD-1).
+Query heads that share a key/value head are a separate axis, (batch, kv_heads, group, ...), so that keys and values are
+never repeated (MHA-HEAD-1).
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array as AnyArray
 
+    Integers = Array | Sequence[int]
+
 __all__ = [
-    "Given",
+    "Constraints",
     "Operands",
     "Problem",
     "anchor_of",
     "finite",
     "folded",
+    "offset_of",
     "problem_of",
     "softmax_dtype",
     "unfold",
@@ -44,7 +47,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Problem:
-    """What is fixed when a program is traced."""
+    """The constants of a program."""
 
     scale: float
     softcap: float | None
@@ -52,12 +55,12 @@ class Problem:
     right: int | None
     dropout_rate: float
     excludes: bool
-    """Whether some pair may be invisible, or some row see nothing."""
+    """Whether a pair can be hidden, or a row empty."""
     plan: Plan
 
 
 class Operands(NamedTuple):
-    """What has a gradient."""
+    """The arrays with a gradient."""
 
     query: Array
     key: Array
@@ -66,32 +69,32 @@ class Operands(NamedTuple):
     sinks: Array | None
 
 
-class Given(NamedTuple):
-    """What has none: constraints, dropout, and where the stretches of keys begin."""
+class Constraints(NamedTuple):
+    """The arrays without a gradient: constraints, dropout, and the first keys of stretches."""
 
     mask: Array | None
     q_offset: AnyArray | None
     q_lengths: AnyArray | None
     kv_lengths: AnyArray | None
     q_segment_ids: tuple[Array, ...]
-    """Arrays that all have to agree with those of a key for the pair to be visible; none without segments."""
+    """The digits of the ids; a pair is visible where all digits are equal. Empty without segments."""
     kv_segment_ids: tuple[Array, ...]
     dropout_mask: Array | None
     dropout_key: Array | None
     stretches: Stretches
 
 
-def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem, Operands, Given]:
-    """Take a call apart; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
+def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem, Operands, Constraints]:
+    """Split the arguments of a call; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
     left, right = a.bounded_window or (None, None)
     right = 0 if a.causal else right
-    constraints = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.q_segment_ids, left, right)
-    excludes = a.kv_len == 0 or any(one is not None for one in constraints)
+    hiding = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.q_segment_ids, left, right)
+    excludes = a.kv_len == 0 or any(argument is not None for argument in hiding)
     plan, stretches = plan_of(a)
     scale = float(scale_of(a.scale, a.query.shape[3]))
     softcap = None if a.softcap is None else float(a.softcap)
     problem = Problem(scale, softcap, left, right, float(a.dropout_rate), excludes, plan)
-    given = Given(
+    constraints = Constraints(
         a.mask,
         _integers(a.q_offset),
         _integers(a.q_lengths),
@@ -101,20 +104,28 @@ def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem,
         dropout_key,
         stretches,
     )
-    return problem, Operands(a.query, a.key, a.key if a.value is None else a.value, a.bias, a.sinks), given
+    return problem, Operands(a.query, a.key, a.key if a.value is None else a.value, a.bias, a.sinks), constraints
 
 
 def with_offset(a: Arguments) -> Arguments:
-    """A call whose offset is no name: host data where the lengths that it speaks of are, else an array (MHA-POS-2)."""
-    if not isinstance(a.q_offset, str):
-        return a
-    q_length, kv_length = _length(a.q_lengths, a.q_len), _length(a.kv_lengths, a.kv_len)
-    a.q_offset = offset_of_reading(a.q_offset, q_length, kv_length)
+    """Replace the name of an alignment by the offset that it means (MHA-POS-2)."""
+    if isinstance(a.q_offset, str):
+        a.q_offset = offset_of(a.q_offset, a.q_lengths, a.kv_lengths, a.query, a.key)
     return a
 
 
-def _length(lengths: Array | Sequence[int] | None, size: int) -> Array | numpy.ndarray | int:
-    """How many of the buffer are in use."""
+def offset_of(
+    name: str, q_lengths: Integers | None, kv_lengths: Integers | None, query: Array, key: Array
+) -> Array | numpy.ndarray | int:
+    """Give the offset that the name of an alignment means: host data where the lengths are, else an array.
+
+    The third axis of query and key is that of queries and keys; lengths beyond it act clamped (MHA-LEN-3).
+    """
+    return offset_of_reading(name, _length(q_lengths, query.shape[2]), _length(kv_lengths, key.shape[2]))
+
+
+def _length(lengths: Integers | None, size: int) -> Array | numpy.ndarray | int:
+    """Give how much of a buffer is in use."""
     if lengths is None:
         return size if are_known(size) else jnp.asarray(size, jnp.int32)
     return _bounded(lengths, size) if isinstance(lengths, jax.Array) else numpy.asarray(lengths, numpy.int32)
@@ -125,62 +136,61 @@ def softmax_dtype(query: Array) -> str:
     return softmax_dtype_name(dtype_name(query))
 
 
-def _integers(value: Array | Sequence[int] | int | None) -> Array | numpy.ndarray | None:
-    """Host integers as int32, in whose range they were found to be; arrays of jax as they are."""
+def _integers(value: Integers | int | str | None) -> Array | numpy.ndarray | None:
+    """Convert host integers to int32, whose range they were checked against; return arrays of JAX unchanged."""
     if value is None or isinstance(value, jax.Array):
         return value
     return numpy.asarray(value, numpy.int32)
 
 
 def _segment_ids(a: Arguments) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """The ids of queries and of keys in arrays that can be compared (MHA-SEG-1)."""
+    """Give the ids of queries and of keys as digits that can be compared (MHA-SEG-1)."""
     if a.q_segment_ids is None or a.kv_segment_ids is None:
         return (), ()
     q_ids, kv_ids = zip(*segment_ids(a.q_segment_ids, a.kv_segment_ids, a.query), strict=True)
     return q_ids, kv_ids
 
 
-def folded(x: Operands, given: Given) -> tuple[Operands, Given]:
-    """Give everything that has heads the axes (kv_heads, group) for them; segment ids have them as a mask has."""
+def folded(x: Operands, constraints: Constraints) -> tuple[Operands, Constraints]:
+    """Split the axis of heads into (kv_heads, group), and shape segment ids as a mask."""
     kv_heads = x.key.shape[1]
-    pairs = (x.bias, given.mask, given.dropout_mask)
-    bias, mask, dropout_mask = (None if one is None else fold(one, kv_heads) for one in pairs)
+    arrays = (x.bias, constraints.mask, constraints.dropout_mask)
+    bias, mask, dropout_mask = (None if array is None else fold(array, kv_heads) for array in arrays)
     sinks = None if x.sinks is None else x.sinks.reshape(1, kv_heads, -1, 1)
-    q_ids = tuple(ids[:, None, None, :, None] for ids in given.q_segment_ids)
-    kv_ids = tuple(ids[:, None, None, None, :] for ids in given.kv_segment_ids)
-    q_lengths, kv_lengths = _bounded(given.q_lengths, x.query.shape[2]), _bounded(given.kv_lengths, x.key.shape[2])
+    q_ids = tuple(ids[:, None, None, :, None] for ids in constraints.q_segment_ids)
+    kv_ids = tuple(ids[:, None, None, None, :] for ids in constraints.kv_segment_ids)
+    q_lengths = None if constraints.q_lengths is None else _bounded(constraints.q_lengths, x.query.shape[2])
+    kv_lengths = None if constraints.kv_lengths is None else _bounded(constraints.kv_lengths, x.key.shape[2])
     x = x._replace(query=fold(x.query, kv_heads), bias=bias, sinks=sinks)
-    given = given._replace(mask=mask, dropout_mask=dropout_mask, q_lengths=q_lengths, kv_lengths=kv_lengths)
-    return x, given._replace(q_segment_ids=q_ids, kv_segment_ids=kv_ids)
+    constraints = constraints._replace(mask=mask, dropout_mask=dropout_mask, q_lengths=q_lengths, kv_lengths=kv_lengths)
+    return x, constraints._replace(q_segment_ids=q_ids, kv_segment_ids=kv_ids)
 
 
 def fold(array: Array, kv_heads: int) -> Array:
-    """(batch, heads, ...) to (batch, kv_heads, group, ...), with heads=1 to (batch, 1, 1, ...)."""
+    """Reshape (batch, heads, ...) to (batch, kv_heads, group, ...), heads=1 to (batch, 1, 1, ...)."""
     batch, heads, *rest = array.shape
     return array.reshape(batch, min(heads, kv_heads), heads // min(heads, kv_heads), *rest)
 
 
 def unfold(array: Array) -> Array:
-    """(batch, kv_heads, group, ...) to (batch, heads, ...)."""
+    """Reshape (batch, kv_heads, group, ...) to (batch, heads, ...)."""
     batch, kv_heads, group, *rest = array.shape
     return array.reshape(batch, kv_heads * group, *rest)
 
 
-def _bounded(lengths: Array | numpy.ndarray | None, largest: int) -> Array | None:
-    """A length beyond the buffer is the buffer's, a negative one 0 (MHA-LEN-3); int32 whatever the type was."""
-    if lengths is None:
-        return None
+def _bounded(lengths: Array | numpy.ndarray, largest: int) -> Array:
+    """Clamp lengths to the buffer, and convert them to int32 (MHA-LEN-3)."""
     lengths = jnp.asarray(lengths)
-    if jnp.iinfo(lengths.dtype).bits < 32:  # The size of the buffer may be no number of a narrow type.
+    if jnp.iinfo(lengths.dtype).bits < 32:  # A narrow type may not hold the size of the buffer.
         lengths = lengths.astype(jnp.int32)
     return jnp.clip(lengths, 0, jnp.asarray(largest, lengths.dtype)).astype(jnp.int32)
 
 
 def anchor_of(maximum: Array) -> Array:
-    """What is subtracted before exp: the maximum, or 0 in a row that sees nothing (MHA-EMPTY-1)."""
+    """Give the number that is subtracted before exp: the maximum, or 0 in an empty row (MHA-EMPTY-1)."""
     return jnp.where(maximum == -math.inf, 0.0, maximum)
 
 
 def finite(array: Array) -> Array:
-    """0 for every number that is not finite, so that a weight of 0 hides it (MHA-POISON-2)."""
+    """Set non-finite numbers to 0, so that a weight of 0 hides them (MHA-POISON-2)."""
     return jnp.where(jnp.isfinite(array), array, 0.0)

@@ -1,4 +1,4 @@
-"""Derivatives that there are not are refused by errors of ours, where jax would raise some that name its internals."""
+"""Errors for unsupported derivatives, where those of JAX would name its internals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mha_spec.errors import ArgumentTypeError
 if TYPE_CHECKING:
     from jax import Array
 
-__all__ = ["once", "reverse_only"]
+__all__ = ["differentiable_once", "reverse_only"]
 
 
 def _refuse_forward(*_: object, **__: object) -> NoReturn:
@@ -22,7 +22,7 @@ def _refuse_forward(*_: object, **__: object) -> NoReturn:
 
 
 _tangent = Primitive("mha_spec_tangent")
-"""The identity on tangents: it can be transposed, which is reverse mode, and not evaluated, which is forward mode."""
+"""The identity on tangents: reverse mode transposes it, and forward mode, which evaluates it, raises."""
 _tangent.def_impl(_refuse_forward)
 _tangent.def_abstract_eval(lambda tangent: tangent)
 ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
@@ -30,7 +30,7 @@ batching.primitive_batchers[_tangent] = _refuse_forward
 mlir.register_lowering(_tangent, _refuse_forward)
 
 _reverse_only = Primitive("mha_spec_reverse_only")
-"""The identity, whose tangent is the above."""
+"""The identity with `_tangent` as its derivative."""
 _reverse_only.def_impl(lambda array: array)
 _reverse_only.def_abstract_eval(lambda array: array)
 ad.defjvp(_reverse_only, lambda tangent, _: _tangent.bind(tangent))
@@ -39,17 +39,17 @@ mlir.register_lowering(_reverse_only, lambda _, array: [array])
 
 
 def reverse_only(array: Array) -> Array:
-    """The identity, which has a gradient and no forward derivative."""
+    """Return the array, differentiable in reverse mode alone."""
     return _reverse_only.bind(array)
 
 
 @jax.custom_jvp
-def once(array: Array) -> Array:
-    """The identity in a backward pass that has itself no derivative."""
+def differentiable_once(array: Array) -> Array:
+    """Return an array of a backward pass that cannot be differentiated again."""
     return array
 
 
-@once.defjvp
+@differentiable_once.defjvp
 def _refuse_second(*_: object) -> NoReturn:
     fix = "Use return_lse=True, whose kernel has them."
     raise ArgumentTypeError(f"attention of mha_spec_jax by cuDNN has no second derivatives. {fix}")

@@ -1,7 +1,7 @@
-"""The angles of rotary positions in arrays of jax, as right in float32 as those that float64 gives on the host.
+"""Angles of rotary positions in arrays of JAX, in float32 as accurate as float64 on the host.
 
-An angle is worth no more than its part of a whole turn. With turns counted in units of 2^-32, that part of an integer
-times a frequency is a product of integers modulo 2^32, which hardware gives exactly.
+Only the fraction of a whole turn matters. In units of 2^-32 turns, the fraction of position * frequency is a product of
+integers modulo 2^32, which hardware computes exactly.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 __all__ = ["positions", "turns"]
 
 UNITS = 2.0**32
-"""How many units a turn has."""
+"""The number of units in a turn."""
 
 
 def positions(offset: Array | Sequence[int] | int, length: int, like: Array) -> Array | numpy.ndarray:
-    """Token i sits at offset + i (MHA-POS-1); int32, whatever the type of an offset in an array of jax."""
+    """Give the position of token i, offset + i, as int32 where the host does not know it (MHA-POS-1)."""
     if host_integers(offset) is not None and are_known(length):
         return layer_steps.positions(offset, length, like)
     return jnp.asarray(offset, jnp.int32)[..., None] + jnp.arange(length, dtype=jnp.int32)
 
 
 def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: Array) -> tuple[Array, Array]:
-    """Cosine and sine of position * frequency in the softmax's type (MHA-ROTARY-5)."""
+    """Compute cosine and sine of position * frequency in the softmax's type (MHA-ROTARY-5)."""
     if not isinstance(positions, jax.Array) or softmax_dtype_name(like.dtype.name) == "float64":
         return layer_steps.turns(positions, frequencies, like)
     units, rest = numpy.divmod(numpy.remainder(frequencies / (2 * math.pi), 1.0) * UNITS, 1.0)
-    return _turns(positions, units.astype(numpy.uint32), *(one.astype(numpy.float32) for one in (rest, frequencies)))
+    return _turns(positions, units.astype(numpy.uint32), rest.astype(numpy.float32), frequencies.astype(numpy.float32))
 
 
 @jax.jit
 def _turns(
     positions: Array, units: numpy.ndarray, rest: numpy.ndarray, frequencies: numpy.ndarray
 ) -> tuple[Array, Array]:
-    """Cosine and sine of a frequency given in units, the rest of a unit, and in radians."""
+    """Compute cosine and sine; a frequency has whole units, the rest of a unit, and its value in radians."""
     positions = positions[..., None]
     whole, fraction = positions, None
     if jnp.issubdtype(positions.dtype, jnp.floating):
