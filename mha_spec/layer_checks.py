@@ -406,10 +406,12 @@ def _check_room(cache: KVCache, length: int | None, counts: Array | Sequence[int
 
 def _check_alignment(a: LayerArguments) -> None:
     """Rotation needs to know where queries and keys are, as causal and windows do (MHA-LAYER-6)."""
-    offset = a.options.get("q_offset")
-    check_offset(offset, a.query)
+    offset, kv_lengths = a.options.get("q_offset"), a.options.get("kv_lengths")
+    if isinstance(check_offset(offset, a.query), str):  # Rotation reads the lengths before attention checks them.
+        check_entries("q_lengths", a.options.get("q_lengths"), a.query, 0, a.query.shape[1], "q_len")
+        if a.cache is None and a.key is not None:
+            check_entries("kv_lengths", kv_lengths, a.query, 0, a.key.shape[1], "kv_len")
     if a.rotary is not None and a.cache is None and a.key is not None and offset is None:
-        kv_lengths = a.options.get("kv_lengths")
         refuse_ambiguity(f"rotary={dict(a.rotary)}", a.query.shape[1], a.key.shape[1], kv_lengths)
 
 
