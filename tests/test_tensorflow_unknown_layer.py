@@ -1,0 +1,158 @@
+"""mha_spec_tensorflow's layer and cache where a trace does not know the sizes: each is compared when the graph runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+import tensorflow as tf
+from support.comparisons import assert_near
+from support.numbers import numbers
+
+import mha_spec_tensorflow
+from mha_spec_tensorflow.unknown import APPENDED, ATTENTION, LAYER, Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SIZES = {
+    "batch": 2, "heads": 6, "kv_heads": 3, "q_len": 5, "kv_len": 7, "length": 5, "qk_dim": 4, "v_dim": 13,
+    "embed": 17, "k_embed": 19, "v_embed": 23, "out": 29, "capacity": 11,
+}  # fmt: skip
+KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
+"""The sizes that a trace must know."""
+OPERANDS = ("query", "key", "value", "q_offset", "kv_lengths")
+CROSS = {name: layout for name, layout in LAYER.items() if name in OPERANDS or name.startswith("params")}
+INTEGERS = ("q_offset", "kv_lengths", "lengths", "cache.lengths")
+
+
+def array(name: str, shape: list[int]) -> tf.Tensor:
+    """An argument of the layer or of append_cache, of any shape."""
+    return tf.ones(shape, tf.int32) if name in INTEGERS else tf.constant(numbers(*shape))
+
+
+def shapes(layouts: Mapping[str, Layout]) -> dict[str, list[int]]:
+    """The right shape of each argument."""
+    return {name: [SIZES[size] for size in layout.sizes] for name, layout in layouts.items()}
+
+
+def tensors(layouts: Mapping[str, Layout], **changed: list[int]) -> dict[str, tf.Tensor]:
+    """The arguments, some of them in other shapes."""
+    return {name: array(name, shape) for name, shape in (shapes(layouts) | changed).items()}
+
+
+def parameters(arguments: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return {name[8:-2]: tensor for name, tensor in arguments.items() if name.startswith("params")}
+
+
+def called(arguments: dict[str, tf.Tensor]) -> Any:
+    """The layer with a key of other tokens."""
+    operands = {name: arguments[name] for name in OPERANDS}
+    return mha_spec_tensorflow.multi_head_attention(**operands, params=parameters(arguments), causal=True, rotary={})
+
+
+def appended(arguments: dict[str, tf.Tensor]) -> Any:
+    """The buffers of a cache after an append."""
+    fields = ("key", "value", "lengths")
+    cache = mha_spec_tensorflow.KVCache(*(arguments[f"cache.{name}"] for name in fields))
+    after = mha_spec_tensorflow.append_cache(cache, *(arguments[name] for name in fields))
+    return [after.key, after.value]
+
+
+def graph_of(call: Any, layouts: Mapping[str, Layout]) -> Any:
+    """A graph that knows no size but those that it must know."""
+    specs = {
+        name: tf.TensorSpec([SIZES[size] if size in KNOWN else None for size in layout.sizes], array(name, [1]).dtype)
+        for name, layout in layouts.items()
+    }
+    return tf.function(call, input_signature=[specs], autograph=False)
+
+
+@pytest.fixture(scope="module")
+def layer() -> Any:
+    return graph_of(called, CROSS)
+
+
+@pytest.fixture(scope="module")
+def append() -> Any:
+    return graph_of(appended, APPENDED)
+
+
+def unknown_axes(layouts: Mapping[str, Layout]) -> list[tuple[str, int]]:
+    """The axes of whose size the graph knows nothing, and that something else has too."""
+    sizes = [size for layout in layouts.values() for size in layout.sizes]
+    return [
+        (name, axis)
+        for name, layout in layouts.items()
+        for axis, size in enumerate(layout.sizes)
+        if size not in KNOWN and sizes.count(size) > 1
+    ]
+
+
+def test_shapes_that_fit_are_accepted(layer: Any, append: Any) -> None:
+    assert_near(layer(tensors(CROSS)), called(tensors(CROSS)))
+    assert_near(append(tensors(APPENDED)), appended(tensors(APPENDED)))
+
+
+@pytest.mark.parametrize(("name", "axis"), unknown_axes(CROSS))
+def test_each_axis_of_each_argument_of_the_layer_is_compared_when_it_runs(layer: Any, name: str, axis: int) -> None:
+    for size in (1, shapes(CROSS)[name][axis] + 2):
+        wrong = shapes(CROSS)[name]
+        wrong[axis] = size
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"must have shape.*MHA-"):
+            layer(tensors(CROSS, **{name: wrong}))
+
+
+@pytest.mark.parametrize(("name", "axis"), unknown_axes(APPENDED))
+def test_each_axis_of_each_argument_of_an_append_is_compared_when_it_runs(append: Any, name: str, axis: int) -> None:
+    for size in (1, shapes(APPENDED)[name][axis] + 2):
+        wrong = shapes(APPENDED)[name]
+        wrong[axis] = size
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"must have shape.*MHA-"):
+            append(tensors(APPENDED, **{name: wrong}))
+
+
+def test_a_cache_of_unknown_sizes_has_the_output_of_one_of_known_sizes() -> None:
+    """One graph decodes at every batch and capacity, and the key is as long as the query."""
+    layouts = {name: LAYER[name] for name in LAYER if name in ("query", "key", "value") or "." in name or "[" in name}
+    layouts |= {
+        "key": Layout("batch q_len k_embed", "MHA-LAYER-2"),
+        "value": Layout("batch q_len v_embed", "MHA-LAYER-2"),
+    }
+
+    def decoded(arguments: dict[str, tf.Tensor]) -> Any:
+        cache = mha_spec_tensorflow.KVCache(*(arguments[f"cache.{name}"] for name in ("key", "value", "lengths")))
+        operands = {name: arguments[name] for name in ("query", "key", "value")}
+        output, after = mha_spec_tensorflow.multi_head_attention(
+            **operands, params=parameters(arguments), cache=cache, causal=True, q_offset="lower_right"
+        )
+        return [output, after.key, after.value]
+
+    arguments = tensors(layouts)
+    assert_near(graph_of(decoded, layouts)(arguments), decoded(arguments))
+
+
+RANKS = [name for name, layout in ATTENTION.items() if name not in ("query", "key", "value")]
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_a_rank_that_a_trace_does_not_know_is_compared_when_it_runs(name: str) -> None:
+    """The message is ours, whatever the operation that would fail next."""
+    sizes = shapes(ATTENTION)
+    given = {label: tf.constant(numbers(*sizes[label])) for label in ("query", "key", "value", "grad_output")}
+    if "segment" in name:
+        given |= {label: tf.ones(sizes[label], tf.int32) for label in ("q_segment_ids", "kv_segment_ids")}
+    integers = name in INTEGERS or "segment" in name or name == "q_lengths"
+    dtype = tf.bool if "mask" in name else tf.int32 if integers else tf.float64
+    right = tf.cast(numpy.ones(sizes[name]), dtype)
+
+    def called(tensor: tf.Tensor) -> Any:
+        gradients = mha_spec_tensorflow.attention_vjp(**given | {name: tensor})
+        return [gradient for gradient in gradients if gradient is not None]
+
+    call = tf.function(called, input_signature=[tf.TensorSpec(None, dtype)], autograph=False)
+    assert_near(call(right), called(right))
+    for wrong in (right[0], right[..., None], right[None], tf.reshape(right, [-1])[0]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=rf"`{name}` must (have shape|broadcast to).*MHA-"):
+            call(wrong)
