@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from mha_spec import layer_checks, layer_steps
-from mha_spec.arguments import spells_options
+from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, softmax_dtype_name
 from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer
@@ -22,12 +23,10 @@ from .paths import autocasts
 from .symbols import entries, example, is_open, traced
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Unpack
+    from collections.abc import Callable, Mapping, Sequence
 
     from jaxtyping import Float, Int
 
-    from mha_spec.arguments import Options, WeightOptions
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Tensor | Sequence[int]
@@ -44,6 +43,7 @@ __all__ = [
 ]
 
 _BUFFERS = HighWater()
+_Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
 def check(a: LayerArguments) -> LayerArguments:
@@ -277,74 +277,32 @@ _LAYER = Layer(
     )
 )
 
-empty_cache = _LAYER.empty_cache
 
+def _in_one_node(method: _Method) -> _Method:
+    """Call a method of the layer; inside a compiled graph the call is one node."""
+    name = method.__name__
 
-@spells_options
-def multi_head_attention(
-    query: Float[Tensor, "batch q_len embed"],
-    key: Float[Tensor, "batch kv_len k_embed"] | None,
-    value: Float[Tensor, "batch kv_len v_embed"] | None,
-    params: Mapping[str, Tensor],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[Options],
-) -> Tensor | tuple[Tensor, KVCache]:
-    """The layer over torch's own operations; see `mha_spec.reference.multi_head_attention`.
+    @wraps(method)
+    def function(*operands: Any, cache: KVCache | None = None, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _in_graph(name, operands, _unread(cache), keywords)
+        return method(*operands, cache=cache, **keywords)
 
-    Compiled, a cache with lengths in a tensor is one graph for every step of decoding.
-    """
-    given = {"rotary": rotary, "norm_epsilon": norm_epsilon, **options}
-    return _answer("multi_head_attention", (query, key, value, params), cache, given)
-
-
-@spells_options
-def multi_head_attention_and_weights(
-    query: Float[Tensor, "batch q_len embed"],
-    key: Float[Tensor, "batch kv_len k_embed"] | None,
-    value: Float[Tensor, "batch kv_len v_embed"] | None,
-    params: Mapping[str, Tensor],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[Options],
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, KVCache]:
-    """Output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
-    given = {"rotary": rotary, "norm_epsilon": norm_epsilon, **options}
-    return _answer("multi_head_attention_and_weights", (query, key, value, params), cache, given)
-
-
-@spells_options
-def multi_head_attention_weights(
-    query: Float[Tensor, "batch q_len embed"],
-    key: Float[Tensor, "batch kv_len k_embed"] | None,
-    params: Mapping[str, Tensor],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[WeightOptions],
-) -> Float[Tensor, "batch heads q_len kv_len"]:
-    """The weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
-    given = {"rotary": rotary, "norm_epsilon": norm_epsilon, **options}
-    return _answer("multi_head_attention_weights", (query, key, params), cache, given)
-
-
-def _answer(function: str, operands: tuple[Any, ...], cache: KVCache | None, given: dict[str, Any]) -> Any:
-    """A function of the layer; inside a compiled graph it is one node."""
-    if torch.compiler.is_compiling():
-        return _in_graph(function, operands, _unread(cache), given)
-    return getattr(_LAYER, function)(*operands, cache=cache, **given)
+    return cast("_Method", function)
 
 
 @torch.compiler.allow_in_graph
-def _in_graph(function: str, operands: tuple[Any, ...], cache: KVCache | None, given: dict[str, Any]) -> Any:
-    given = {name: _in_tensor(name, one, operands[0]) for name, one in given.items()}
-    settings = {name: _fixed(given[name]) for name in ("rotary", "norm_epsilon")}
-    return getattr(_LAYER, function)(*operands, cache=cache, **given | settings)
+def _in_graph(name: str, operands: tuple[Any, ...], cache: KVCache | None, keywords: dict[str, Any]) -> Any:
+    query = operands[0] if operands else keywords["query"]
+    keywords = {keyword: _in_tensor(keyword, value, query) for keyword, value in keywords.items()}
+    settings = {keyword: _fixed(keywords[keyword]) for keyword in ("rotary", "norm_epsilon") if keyword in keywords}
+    return getattr(_LAYER, name)(*operands, cache=cache, **keywords | settings)
+
+
+multi_head_attention = decorate_method(_in_one_node, _LAYER.multi_head_attention)
+multi_head_attention_and_weights = decorate_method(_in_one_node, _LAYER.multi_head_attention_and_weights)
+multi_head_attention_weights = decorate_method(_in_one_node, _LAYER.multi_head_attention_weights)
+empty_cache = _LAYER.empty_cache
 
 
 def _in_tensor(name: str, value: Any, query: Tensor) -> Any:
