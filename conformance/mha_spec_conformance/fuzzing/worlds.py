@@ -195,21 +195,32 @@ def tensorflow_function(functions: Functions, **options: Any) -> Functions:
     return over_arrays(functions, lambda call: tensorflow.function(call, **options))
 
 
+KNOWN_AXES = {4: (1, 3), 3: (2,)}
+"""The axes, by rank, that hold heads and sizes: the backend asks that these are known when a call is traced."""
+
+
 def tensorflow_unknown(functions: Functions) -> Functions:
-    """Trace with `tf.function` once for all sizes: every axis is unknown."""
+    """Trace with `tf.function` once for all batches and lengths, which stay unknown."""
     import tensorflow as tf
 
     def specified(value: Any) -> Any:
-        return tf.TensorSpec([None] * len(value.shape), value.dtype)
+        known = KNOWN_AXES.get(len(value.shape), ())
+        return tf.TensorSpec([size if axis in known else None for axis, size in enumerate(value.shape)], value.dtype)
+
+    def signature_of(value: Any) -> Any:
+        """Describe an argument; the parameters of a layer, a mapping, have no batch and no length."""
+        describe = tf.TensorSpec.from_tensor if isinstance(value, dict) else specified
+        return tf.nest.map_structure(describe, value)
 
     def transform(call: Any) -> Any:
         traced: dict[str, Any] = {}
 
-        def run(*arguments: Any) -> Any:
-            signature = tf.nest.map_structure(specified, arguments)
+        def run(operands: Any, arrays: Any) -> Any:
+            described = {name: signature_of(array) for name, array in arrays.items()}
+            signature = (tuple(signature_of(operand) for operand in operands), described)
             if repr(signature) not in traced:
                 traced[repr(signature)] = tf.function(call, input_signature=signature)
-            return traced[repr(signature)](*arguments)
+            return traced[repr(signature)](operands, arrays)
 
         return run
 
