@@ -26,7 +26,7 @@ pytest.register_assert_rewrite("support")
 
 @pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run code in a fresh interpreter, with further environment variables, away from the tree."""
+    """Run code in a new interpreter with further environment variables; the source tree is not on its path."""
 
     def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MHA_SPEC", "PYTHON"))}
@@ -40,13 +40,13 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(params=["mha_spec.reference", "mha_spec_numpy", "mha_spec"])
 def attention_module(request: pytest.FixtureRequest) -> ModuleType:
-    """The specification's functions: as the reference, a backend, and the public face have them."""
+    """Give the functions of the specification: of the reference, of a backend, and of the public module."""
     return importlib.import_module(request.param)
 
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    """What torch's own compiler warns of is not ours."""
+    """Ignore warnings; the compiler of torch raises some about its own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -54,7 +54,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def double() -> Iterator[None]:
-    """Float64 is asked for in JAX."""
+    """Enable float64 in JAX."""
     import jax
 
     with jax.enable_x64(True):
@@ -63,7 +63,7 @@ def double() -> Iterator[None]:
 
 @pytest.fixture
 def unoptimized() -> Iterator[None]:
-    """A program of XLA that runs once is not worth optimizing."""
+    """Disable most optimizations of XLA, because a program that runs once does not repay them."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
@@ -73,7 +73,7 @@ def unoptimized() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ask_oracle() -> Callable[..., dict[str, Answer]]:
-    """Give the goldens' expected values of a function, its arrays by name and its plain options."""
+    """Compute expected values as the goldens do, for a function, its arrays by name and its options."""
     from description import Description, Input
     from oracle import expect
 
@@ -88,7 +88,7 @@ def ask_oracle() -> Callable[..., dict[str, Answer]]:
 
 @pytest.fixture(scope="session")
 def suite() -> Suite:
-    """The cases of the suite."""
+    """Load the suite."""
     from mha_spec_conformance.suite.cases import load
 
     return load()
@@ -96,7 +96,7 @@ def suite() -> Suite:
 
 @pytest.fixture(scope="session")
 def smallest_first(suite: Suite) -> tuple[Case, ...]:
-    """The cases of the suite by the size of their inputs."""
+    """Give the cases of the suite in order of the size of their inputs."""
     return tuple(
         sorted(suite.cases, key=lambda case: sum(array.size for array in case.inputs(case.dtypes[0]).values()))
     )
@@ -104,9 +104,10 @@ def smallest_first(suite: Suite) -> tuple[Case, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Bounded:
-    """A number, and how far from it any other evaluation may lie that rounds to `unit` after every operation.
+    """A number with a bound on the error of any evaluation that rounds to `unit` after every operation.
 
-    Sums may be taken in any order: n terms are n roundings deep. Functions may be wrong by 4 units in the last place.
+    Sums may be taken in any order, so a sum of n terms counts n roundings. Functions may be wrong by 4 units in the
+    last place.
     """
 
     value: float
@@ -134,18 +135,18 @@ class Bounded:
 
 
 def total(terms: Iterable[Bounded]) -> Bounded:
-    """The sum of numbers in any order."""
-    given = list(terms)
-    magnitude = math.fsum(abs(one.value) + one.error for one in given)
-    unit = given[0].unit if given else 0.0
-    error = math.fsum(one.error for one in given) + len(given) * unit * magnitude
-    return Bounded(math.fsum(one.value for one in given), error, unit)
+    """Add numbers in any order."""
+    terms = list(terms)
+    magnitude = math.fsum(abs(term.value) + term.error for term in terms)
+    unit = terms[0].unit if terms else 0.0
+    error = math.fsum(term.error for term in terms) + len(terms) * unit * magnitude
+    return Bounded(math.fsum(term.value for term in terms), error, unit)
 
 
 class LayerByLoops:
-    """The layer, written a second time: number by number, with a bound of the error of each.
+    """The layer, written a second time: number by number, each with a bound on its error.
 
-    Every operation rounds to `unit`, and what lies between the steps of the layer to `stored` as well.
+    Every operation rounds to `unit`, and the results of the steps of the layer are also rounded to `stored`.
     """
 
     def __init__(
@@ -160,24 +161,26 @@ class LayerByLoops:
         return Bounded(x.value, x.error + self.stored * (abs(x.value) + x.error), self.unit)
 
     def head(self, token: numpy.ndarray, name: str, head: int) -> list[Bounded]:
-        """One head of one token: projected, then biased."""
+        """Project a token to a head, and add the bias."""
         weight, bias = self.params[f"w_{name}"], self.params.get(f"b_{name}")
-        found = []
+        components = []
         for c in range(weight.shape[2]):
             terms = [self.number(token[e]) * self.number(weight[e, head, c]) for e in range(weight.shape[0])]
-            one = self.store(total(terms))
-            found.append(one if bias is None else self.store(total([one, self.number(bias[head, c])])))
-        return found
+            component = self.store(total(terms))
+            if bias is not None:
+                component = self.store(total([component, self.number(bias[head, c])]))
+            components.append(component)
+        return components
 
     def normalised(self, x: list[Bounded], name: str, epsilon: float) -> list[Bounded]:
         gain = self.params.get(name)
         if gain is None:
             return x
-        mean = total(one * one for one in x) / self.number(len(x))
+        mean = total(u * u for u in x) / self.number(len(x))
         root = total([mean, self.number(epsilon)]).root()
-        return [self.store(one / root * self.number(gain[c])) for c, one in enumerate(x)]
+        return [self.store(u / root * self.number(gain[c])) for c, u in enumerate(x)]
 
-    def turned(
+    def rotated(
         self,
         x: list[Bounded],
         position: float,
@@ -186,9 +189,9 @@ class LayerByLoops:
         interleaved: bool = False,
         rotary_dim: int | None = None,
     ) -> list[Bounded]:
-        """One head of one token, its pairs turned one after another."""
+        """Rotate the pairs of a head of a token."""
         size = len(x) if rotary_dim is None else rotary_dim
-        found = list(x)
+        rotated = list(x)
         for i in range(size // 2):
             first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + size // 2)
             angle = position * base ** (-2 * i / size)
@@ -196,24 +199,24 @@ class LayerByLoops:
             cosine, sine, minus = (
                 Bounded(turn, error, self.unit) for turn in (math.cos(angle), math.sin(angle), -math.sin(angle))
             )
-            found[first] = self.store(total([x[first] * cosine, x[second] * minus]))
-            found[second] = self.store(total([x[second] * cosine, x[first] * sine]))
-        return found
+            rotated[first] = self.store(total([x[first] * cosine, x[second] * minus]))
+            rotated[second] = self.store(total([x[second] * cosine, x[first] * sine]))
+        return rotated
 
     def weights(
         self, q: list[Bounded], keys: Sequence[list[Bounded]], bias: Sequence[float], sink: float | None
     ) -> list[Bounded]:
-        """The weights of one row over the keys that it sees."""
+        """Compute the weights of a row over the keys that it sees."""
         scale = self.number(1.0) / self.number(len(q)).root()
         logits = [
-            total([total(one * other for one, other in zip(q, key, strict=True)) * scale, self.number(b)])
+            total([total(u * v for u, v in zip(q, key, strict=True)) * scale, self.number(b)])
             for key, b in zip(keys, bias, strict=True)
         ]
         sinks = [] if sink is None else [self.number(sink)]
-        anchor = max(one.value for one in logits + sinks) if logits else 0.0
-        exponentials = [one.exp(anchor) for one in logits + sinks]
-        whole = total(exponentials)
-        return [one / whole for one in exponentials[: len(logits)]]
+        anchor = max(logit.value for logit in logits + sinks) if logits else 0.0
+        exponentials = [logit.exp(anchor) for logit in logits + sinks]
+        denominator = total(exponentials)
+        return [exponential / denominator for exponential in exponentials[: len(logits)]]
 
     def __call__(
         self,
@@ -228,7 +231,7 @@ class LayerByLoops:
         q_positions: numpy.ndarray | None = None,
         norm_epsilon: float = 1e-6,
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """The output and its errors; `visible` and `bias` are (batch, heads, q_len, kv_len)."""
+        """Compute the output and its errors; `visible` and `bias` are (batch, heads, q_len, kv_len)."""
         batch, heads, q_len, kv_len = visible.shape
         group, v_dim, out = heads // self.params["w_k"].shape[1], *self.params["w_o"].shape[1:]
         attended = numpy.empty((batch, q_len, heads, v_dim), dtype=object)
@@ -236,13 +239,13 @@ class LayerByLoops:
             keys, values = (
                 [self.head(x[b, j], name, h // group) for j in range(kv_len)] for name, x in (("k", key), ("v", value))
             )
-            keys = [self.normalised(one, "k_norm", norm_epsilon) for one in keys]
+            keys = [self.normalised(k, "k_norm", norm_epsilon) for k in keys]
             if rotary is not None:
-                keys = [self.turned(one, j, **rotary) for j, one in enumerate(keys)]
+                keys = [self.rotated(k, j, **rotary) for j, k in enumerate(keys)]
             for i in range(q_len):
                 q = self.normalised(self.head(query[b, i], "q", h), "q_norm", norm_epsilon)
                 if rotary is not None:
-                    q = self.turned(q, i if q_positions is None else q_positions[b, i], **rotary)
+                    q = self.rotated(q, i if q_positions is None else q_positions[b, i], **rotary)
                 seen = [j for j in range(kv_len) if visible[b, h, i, j]]
                 added = [0.0 if bias is None else bias[b, h, i, j] for j in seen]
                 weights = self.weights(q, [keys[j] for j in seen], added, None if sinks is None else sinks[h])
@@ -252,20 +255,20 @@ class LayerByLoops:
         return self.projected(attended, out)
 
     def projected(self, attended: numpy.ndarray, out: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """All heads of each token, projected and biased."""
+        """Project all heads of each token to the output, and add the bias."""
         batch, q_len, heads, v_dim = attended.shape
         output, error = numpy.zeros((2, batch, q_len, out))
         for b, i, o in numpy.ndindex(output.shape):
             weight = self.params["w_o"][:, :, o]
             terms = [attended[b, i, h, c] * self.number(weight[h, c]) for h, c in numpy.ndindex(heads, v_dim)]
-            found = self.store(total(terms))
+            component = self.store(total(terms))
             if "b_o" in self.params:
-                found = self.store(total([found, self.number(self.params["b_o"][o])]))
-            output[b, i, o], error[b, i, o] = found.value, found.error
+                component = self.store(total([component, self.number(self.params["b_o"][o])]))
+            output[b, i, o], error[b, i, o] = component.value, component.error
         return output, error
 
 
 @pytest.fixture
 def layer_by_loops() -> type[LayerByLoops]:
-    """The layer written a second time, with bounds."""
+    """Give the layer that is written a second time, with bounds."""
     return LayerByLoops

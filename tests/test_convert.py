@@ -1,4 +1,4 @@
-"""Arrays go to the target's library and come back bit for bit."""
+"""Arrays are converted to the library of the target and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sample(dtype: str, shape: tuple[int, ...]) -> numpy.ndarray:
 
 @pytest.fixture
 def wide_jax() -> Iterator[None]:
-    """Give JAX its 64-bit types, for one test."""
+    """Enable the 64-bit types of JAX for the test."""
     if find_spec("jax") is None:
         yield
         return
@@ -51,16 +51,16 @@ def wide_jax() -> Iterator[None]:
 @pytest.mark.usefixtures("wide_jax")
 @pytest.mark.parametrize("arrays", ["numpy", "torch", "jax", "tensorflow"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_there_and_back(arrays: str, dtype: str) -> None:
+def test_round_trip_keeps_every_bit(arrays: str, dtype: str) -> None:
     for shape in SHAPES:
         array = sample(dtype, shape)
-        there = to_library(array, arrays)
-        assert library_of(there) == arrays
-        assert dtype_name(there) == dtype
-        assert tuple(there.shape) == shape
-        back = to_numpy(there)
-        assert back.dtype == array.dtype
-        assert same_bits(back, array)
+        converted = to_library(array, arrays)
+        assert library_of(converted) == arrays
+        assert dtype_name(converted) == dtype
+        assert tuple(converted.shape) == shape
+        returned = to_numpy(converted)
+        assert returned.dtype == array.dtype
+        assert same_bits(returned, array)
 
 
 @pytest.mark.parametrize("arrays", ["numpy", "torch"])
@@ -71,7 +71,7 @@ def test_layouts_hold_the_same_values(arrays: str, dtype: str) -> None:
         assert same_bits(to_numpy(to_library(array, arrays, layout=layout)), array)
 
 
-def test_layouts_are_what_they_say() -> None:
+def test_layouts_have_the_strides_of_their_names() -> None:
     array = sample("float32", (2, 3, 5, 7))
     assert all(stride < 0 for stride in lay_out(array, "reversed").strides)
     assert lay_out(array, "strided").strides[-1] == 2 * array.itemsize
@@ -82,7 +82,7 @@ def test_layouts_are_what_they_say() -> None:
     assert not numpy.shares_memory(plain, array)
 
 
-def test_bits_differ_where_a_sign_of_zero_or_a_dtype_does() -> None:
+def test_sign_of_zero_and_dtype_make_bits_differ() -> None:
     zero = numpy.zeros(3, dtype=numpy.float32)
     assert same_bits(zero, zero.copy())
     assert not same_bits(zero, -zero)
@@ -91,11 +91,11 @@ def test_bits_differ_where_a_sign_of_zero_or_a_dtype_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "says"),
+    ("value", "message"),
     [(None, "return"), ([1.0], "a list of 1"), ((), "a tuple of 0"), ("x", "type str"), (1.0, "type float")],
 )
-def test_what_is_no_array_is_refused(value: object, says: str) -> None:
-    with pytest.raises(ConversionError, match=says):
+def test_value_that_is_not_an_array_is_refused(value: object, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
         to_numpy(value)
 
 

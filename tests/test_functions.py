@@ -1,3 +1,5 @@
+"""The table of functions agrees with the reference, and the layer can be asked for output and weights."""
+
 from __future__ import annotations
 
 import inspect
@@ -16,7 +18,7 @@ from mha_spec_conformance.suite.functions import FUNCTIONS, Function
 if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Case, Suite
 
-BOTH = "multi_head_attention_and_weights"
+OUTPUT_AND_WEIGHTS = "multi_head_attention_and_weights"
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=lambda function: function.name)
@@ -35,8 +37,8 @@ def test_keywords_of_features_and_of_optional_outputs_are_accepted() -> None:
         assert set(function.optional) <= set(function.outputs)
 
 
-def asked_for_weights_too(case: Case) -> Case:
-    """A case of multi_head_attention as one of multi_head_attention_and_weights; the reference gives the weights."""
+def with_weights(case: Case) -> Case:
+    """Turn a case of multi_head_attention into one that also asks for the weights, which the reference computes."""
     arguments = case.inputs("float64") | dict(case.options)
     params = {name: arguments.pop(name) for name in list(arguments) if name.startswith(("w_", "b_"))}
     operands = [arguments.pop(name, None) for name in ("query", "key", "value")]
@@ -44,7 +46,7 @@ def asked_for_weights_too(case: Case) -> Case:
     entry = {"file": "computed", "tensor": case.id, "kinds": None, "rows": None, "shape": weights.shape}
     return replace(
         case,
-        function=BOTH,
+        function=OUTPUT_AND_WEIGHTS,
         _outputs=case._outputs | {"weights": entry},
         _tensors=case._tensors | {("computed", case.id): weights},
     )
@@ -52,9 +54,9 @@ def asked_for_weights_too(case: Case) -> Case:
 
 @pytest.fixture(scope="module")
 def case(suite: Suite) -> Case:
-    """A case of the layer without options."""
+    """Give a case of the layer without options."""
     plain = (case for case in suite.cases if case.function == "multi_head_attention" and case.expect == "values")
-    return asked_for_weights_too(next(case for case in plain if set(case.expected) == {"output"} and not case.options))
+    return with_weights(next(case for case in plain if set(case.expected) == {"output"} and not case.options))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
@@ -82,4 +84,4 @@ def test_another_number_of_results_is_malformed(case: Case, count: int) -> None:
 
     result = Subject(dict.fromkeys(FUNCTIONS, call)).outcome(case, "float32")
     assert result.malformed
-    assert result.reason == f"{BOTH} must return (output, weights), received a tuple of {count}"
+    assert result.reason == f"{OUTPUT_AND_WEIGHTS} must return (output, weights), received a tuple of {count}"

@@ -98,7 +98,7 @@ def test_file_finds_its_neighbours(write: Callable[..., str]) -> None:
         ("x = 1\nraise SystemExit(3)", r"does not import: SystemExit: 3 \(.*target.py:2\)"),
         ("def attention(:", "does not import: SyntaxError"),
         ("x = 1", "nothing to judge: there is no function called attention; it defines no function"),
-        ("def sdpa(q, k, v): ...", "nothing to judge.*it defines sdpa: choose one as TARGET:sdpa"),
+        ("def sdpa(q, k, v): ...", "nothing to judge.*it defines sdpa: choose a function as TARGET:sdpa"),
         (
             "arrays = 'cupy'\ndef attention(q, k, v): ...",
             "`arrays` must be one of numpy, torch, jax, tensorflow, received 'cupy'",

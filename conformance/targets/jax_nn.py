@@ -1,7 +1,7 @@
-"""JAX's `jax.nn.dot_product_attention`, jitted, as it is.
+"""JAX's `jax.nn.dot_product_attention` under `jax.jit`, unchanged.
 
-Its axes are (batch, length, heads, size); the causal diagonal is at the upper left. Of float64 it makes a softmax in
-float32, and float16 it refuses on the CPU.
+Its axes are (batch, length, heads, size), and its causal diagonal begins at the upper left. For float64 it computes the
+softmax in float32, and on the CPU it refuses float16.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def attention(
     scale=None,
     return_lse=False,
 ):
-    """Ask jax.nn, which picks its implementation by itself."""
+    """Call jax.nn, which chooses its implementation."""
     if query.shape[3] != value.shape[3]:
-        raise NotImplementedError("query, key and value have one head size")
+        raise NotImplementedError("query, key and value must have the same head size")
     if window is not None and None in window:
-        raise NotImplementedError("local_window_size bounds both sides")
+        raise NotImplementedError("local_window_size must bound both sides")
     result = jax.nn.dot_product_attention(
         query.swapaxes(1, 2),
         key.swapaxes(1, 2),
@@ -61,7 +61,7 @@ def attention(
 
 
 def attention_vjp(grad_output, query, key, value, *, bias=None, grad_lse=None, **options):
-    """The gradients that jax.vjp gives, through lse as well where its cotangent is given."""
+    """Give the gradients of jax.vjp, also through lse if its cotangent is passed."""
 
     def forward(query, key, value, *bias):
         return attention(query, key, value, bias=bias[0] if bias else None, return_lse=grad_lse is not None, **options)

@@ -1,7 +1,8 @@
-"""ONNX Runtime's `Attention` on the CPU, as it is: a model of one node for each signature, built in memory.
+"""ONNX Runtime's `Attention` on the CPU, unchanged: for each signature a model of a single node is built in memory.
 
-Mask and bias are one input there, `attn_mask`; kv_lengths are `nonpad_kv_seqlen`, and move the causal diagonal. Its
-float16 keeps scores and weights in 16 bits; float64 has no kernel, and its expansion a scale in float32.
+Mask and bias are the same input, `attn_mask`; kv_lengths are `nonpad_kv_seqlen`, which also move the causal diagonal.
+In float16 it keeps scores and weights in 16 bits. It has no kernel for float64, and its expansion computes the scale
+in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ features = ("mask", "bias", "causal", "window", "kv_lengths", "scale", "softcap"
 conventions = {"causal_alignment": "upper_left"}
 
 WITHOUT_WINDOWS, WITH_WINDOWS = 24, 25
-"""The opsets: windows came with 25, for which ONNX Runtime 1.32 has no kernel and runs ONNX's expansion of the node."""
+"""The opsets: 25 added windows; ONNX Runtime 1.32 has no kernel for it, and runs ONNX's expansion of the node."""
 
 TYPES = {
     "bool": TensorProto.BOOL,
@@ -31,7 +32,7 @@ QUIET = 4
 
 @cache
 def session(inputs, outputs, attributes):
-    """Build and load the model whose inputs have these names and dtypes; unnamed ones are left out."""
+    """Build and load the model whose inputs have these names and dtypes; other inputs are omitted."""
     opset = WITH_WINDOWS if "left_window_size" in dict(attributes) else WITHOUT_WINDOWS
     dtype = dict(inputs)["Q"]
     names = [name if name in dict(inputs) else "" for name in INPUTS]
@@ -50,12 +51,12 @@ def session(inputs, outputs, attributes):
 
 
 def attention(query, key, value, **options):
-    """Ask for the output."""
+    """Compute the output."""
     return run({"Q": query, "K": key, "V": value}, ("Y",), **options)[0]
 
 
 def attention_weights(query, key, **options):
-    """Ask for the scores after the softmax, beside an output that nobody wants."""
+    """Compute the scores after the softmax; the node also has an output, which is ignored."""
     outputs = ("Y", "", "", "qk_matmul_output")
     return run({"Q": query, "K": key, "V": key}, outputs, qk_matmul_output_mode=3, **options)[1]
 
@@ -73,9 +74,9 @@ def run(
     softcap=None,
     qk_matmul_output_mode=None,
 ):
-    """Give the outputs of the node for the options that it has."""
+    """Run the node with the options that it supports."""
     if mask is not None and bias is not None:
-        raise NotImplementedError("attn_mask is either boolean or floating, not both")
+        raise NotImplementedError("attn_mask is either boolean or floating-point, not both")
     if mask is not None or bias is not None:
         feed["attn_mask"] = bias if mask is None else mask
     if kv_lengths is not None:
@@ -90,5 +91,5 @@ def run(
         "softcap": softcap,
     }
     signature = tuple((name, array.dtype.name) for name, array in feed.items())
-    given = tuple((name, value) for name, value in attributes.items() if value is not None)
-    return session(signature, outputs, given).run(None, feed)
+    passed = tuple((name, value) for name, value in attributes.items() if value is not None)
+    return session(signature, outputs, passed).run(None, feed)

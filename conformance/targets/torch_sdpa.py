@@ -1,6 +1,6 @@
-"""PyTorch's `torch.nn.functional.scaled_dot_product_attention`, as it is.
+"""PyTorch's `torch.nn.functional.scaled_dot_product_attention`, unchanged.
 
-Mask and bias are one argument there, `attn_mask`; the causal diagonal is at the upper left.
+Mask and bias are the same argument, `attn_mask`; the causal diagonal begins at the upper left.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ conventions = {"causal_alignment": "upper_left"}
 
 
 def attention(query, key, value, *, mask=None, bias=None, causal=False, scale=None):
-    """Ask SDPA, which picks its kernel by itself."""
+    """Call SDPA, which chooses its kernel."""
     if mask is not None and bias is not None:
-        raise NotImplementedError("attn_mask is either boolean or floating, not both")
+        raise NotImplementedError("attn_mask is either boolean or floating-point, not both")
     return scaled_dot_product_attention(
         query,
         key,
@@ -29,7 +29,7 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, scale=No
 
 
 def attention_vjp(grad_output, query, key, value, *, mask=None, bias=None, causal=False, scale=None):
-    """The gradients that autograd gives."""
+    """Give the gradients of autograd."""
     operands = [None if x is None else x.detach().requires_grad_() for x in (query, key, value, bias)]
     query, key, value, bias = operands
     output = attention(query, key, value, mask=mask, bias=bias, causal=causal, scale=scale)

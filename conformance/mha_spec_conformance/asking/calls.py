@@ -79,7 +79,7 @@ def is_parameter(name: str) -> bool:
 
 
 def arranged(function: str, arguments: Arguments) -> tuple[list[Any], dict[str, Any]]:
-    """Give the operands and keywords of one call."""
+    """Give the operands and keywords of a call."""
     keywords = dict(arguments)
     if FUNCTIONS[function].of_layer:
         keywords["params"] = {name: keywords.pop(name) for name in list(keywords) if is_parameter(name)}

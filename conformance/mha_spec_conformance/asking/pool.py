@@ -87,7 +87,7 @@ class Worker:
         raise TargetError(str(received))
 
     def ask(self, question: Question) -> None:
-        """Send one more question."""
+        """Send a question; start the process if it is not running."""
         if self.stopped:
             self.start()
         if not self.held:
@@ -216,8 +216,8 @@ class Pool:
     def answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
         """Ask all questions; yield each with its answer, in the order in which the answers arrive.
 
-        The questions of one group go to one worker, so that its framework compiles once for them. If the caller stops
-        early, the remaining answers are dropped.
+        The questions of a group go to the same worker, so that its framework compiles once for them. The remaining
+        answers are dropped if the caller stops early.
         """
         try:
             yield from self._answers(iter(groups))

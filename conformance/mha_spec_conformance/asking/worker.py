@@ -1,4 +1,4 @@
-"""The process of the target: it loads the target, sends its claims, and answers one question after another.
+"""The process of the target: it loads the target, sends its claims, and answers questions until the runner ends.
 
 Messages through the pipe are small: the claims or the name of a file. Questions and answers lie in files, so that
 neither side waits for the other to read. The output that the target prints also goes to a file.
@@ -94,7 +94,7 @@ def _reply(target: Target, question: Question) -> Answer:
 
 
 def answer(target: Target, question: Question) -> Answer:
-    """Ask the target one question; whatever the target does becomes an answer, unless it ends the process."""
+    """Ask the target the question; whatever the target does becomes an answer, unless it ends the process."""
     start = time.perf_counter()
     try:
         if (reason := _unsupported(target, question)) is not None:

@@ -31,7 +31,7 @@ TRACEBACK = "MHA_SPEC_TRACEBACK"
 
 
 def main() -> None:
-    """Run the command line; an error of the user or of the suite is one line on stderr and exit status 2."""
+    """Run the command line; an error of the user or of the suite is a line on stderr and exit status 2."""
     try:
         app()
     except MhaSpecError as error:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _report(error: Exception) -> None:
-    """Print an internal error in one line, after its traceback if the environment asks for that."""
+    """Print an internal error in a line, after its traceback if the environment asks for that."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     message = " ".join(f"{type(error).__name__}: {error}".split())
@@ -77,7 +77,7 @@ def check(
     max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after this number of failures.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
     dtypes: Annotated[list[str] | None, typer.Option(help="Ask only in these dtypes, as in float32,float16.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of one case in seconds.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of a case in seconds.")] = 60.0,
     cases: Annotated[Path | None, typer.Option(help="Ask the cases in this folder (see `fuzz --save`).")] = None,
 ) -> None:
     """Judge a target. The exit status is 0 if every case passed, 1 if not, and 2 if the target cannot be judged."""
@@ -117,9 +117,9 @@ def fuzz(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the faults as cases to this folder.")] = None,
     max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after this number of faults.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of one call in seconds.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of a call in seconds.")] = 60.0,
 ) -> None:
-    """Ask a target random calls. The exit status is 0 if no fault was found, 1 if one was, and 2 if none was judged."""
+    """Ask a target random calls. The exit status is 0 without a fault, 1 with a fault, and 2 if no call was judged."""
     from . import fuzz as fuzzing
 
     try:

@@ -1,4 +1,4 @@
-"""`mha-spec fuzz`: options in, random calls until the time is over, exit status out."""
+"""`mha-spec fuzz`: make random calls until the time is over, and print the faults."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["fuzz"]
 
 LEAST_SECONDS = 1.0
-"""A call that begins at the very end still gets this time."""
+"""The least time limit of a call, however little time is left."""
 
 SECONDS_BETWEEN_LINES = 60.0
-"""How often a line tells the progress where there is no terminal."""
+"""The time between two lines of progress, if the console is not a terminal."""
 
 
 def fuzz(
@@ -67,12 +67,12 @@ def fuzz(
                 raise RoundIsOver
             return answer
 
-        def told(finding: Finding) -> None:
+        def report(finding: Finding) -> None:
             print_finding(screen, finding, script_of(finding, target, pool.claims.arrays, world))
 
         asker = Asker(pool.claims, answered, frozenset(parse_convention(text) for text in accepted))
         search = Search(
-            asker, seed, seconds, functions=functions, world=entered, most=max_fail, progress=clock, found=told
+            asker, seed, seconds, functions=functions, world=entered, most=max_fail, progress=clock, found=report
         )
         outcome = search.run()
     if folder is not None and outcome.findings:
@@ -83,7 +83,7 @@ def fuzz(
 
 
 class Clock:
-    """A progress bar over the time on a terminal, and a line now and then elsewhere."""
+    """Shows a progress bar over the time on a terminal, and otherwise prints a line from time to time."""
 
     def __init__(self, screen: Console, seconds: float) -> None:
         self._screen = screen
@@ -103,7 +103,7 @@ class Clock:
         self._bar.stop()
 
     def __call__(self, outcome: Outcome) -> None:
-        """Show how many calls have been judged, and how many faults found."""
+        """Show the numbers of judged calls and of faults."""
         text = f"{outcome.judged.total()} calls, {len(outcome.findings)} faults"
         self._bar.update(self._task, completed=outcome.seconds, text=text)
         if not self._screen.is_terminal and outcome.seconds >= self._next_line:
@@ -112,7 +112,7 @@ class Clock:
 
 
 def print_finding(screen: Console, finding: Finding, script: str) -> None:
-    """Print a fault as `check` prints a failure, with a script that shows it again."""
+    """Print a fault as `check` prints a failure, with a script that reproduces it."""
     result, call = finding.result, finding.call
     label = f"[bold {COLOURS[result.outcome]}]{result.outcome.upper()}[/]"
     screen.print(f"{label}  {escape(call.function)}  {call.dtype}")
@@ -133,7 +133,8 @@ def print_summary(screen: Console, name: str, outcome: Outcome) -> None:
     if outcome.unsupported:
         screen.print(f"unsupported: {outcome.unsupported} calls", markup=False)
     if outcome.should:
-        screen.print(f"SHOULD (MHA-POISON-2), which does not count: {outcome.should} calls failed", markup=False)
+        should = f"{outcome.should} calls failed a SHOULD clause, which does not count (MHA-POISON-2)"
+        screen.print(should, markup=False)
     verdict = {0: "no fault found", 1: f"{len(outcome.findings)} faults", 2: "no call could be judged"}[outcome.status]
     colour = "green" if outcome.status == 0 else "red"
     figures = f"{outcome.judged.total()} calls in {outcome.seconds:.0f} s, seed {outcome.seed}"

@@ -22,7 +22,7 @@ class UnknownName(MhaSpecError):
 
 
 def clause_text(name: str) -> str:
-    """Give the text of one clause."""
+    """Give the text of a clause."""
     from mha_spec_conformance.suite.spec import clauses
 
     by_id = clauses()

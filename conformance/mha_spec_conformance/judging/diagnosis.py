@@ -40,7 +40,7 @@ SIMILAR = 4.0
 
 
 class Diagnosis:
-    """Explains the failures of one target; mistakes that explained an earlier failure are tried first."""
+    """Explains the failures of a target; mistakes that explained an earlier failure are tried first."""
 
     def __init__(self, mistakes: Sequence[Mistake] = MISTAKES) -> None:
         """Search among these mistakes."""
@@ -81,7 +81,7 @@ class Diagnosis:
 
 
 class _Comparison:
-    """Compares one wrong result with the expected values and with the results of mistakes."""
+    """Compares a wrong result with the expected values and with the results of mistakes."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Judge answers: give each case and dtype one outcome, with a reason that a person can act on."""
+"""Judge answers: give each case and dtype an outcome, with a reason that a user can act on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Judge"]
 
 
 class Judge:
-    """Judges the answers of one target, and remembers which mistakes have explained its failures."""
+    """Judges the answers of a target, and remembers which mistakes have explained its failures."""
 
     def __init__(self, claims: Claims, accepted: frozenset[Convention] = frozenset()) -> None:
         self.claims = claims
@@ -38,7 +38,7 @@ class Judge:
         self.diagnosis = Diagnosis()
 
     def result(self, ask: Ask, answer: Answer) -> Result:
-        """Judge one answer."""
+        """Judge an answer."""
         result = self._result(ask, answer)
         clauses = result.clauses or tuple(ask.case.clauses)
         return replace(result, clauses=clauses, seconds=answer.seconds, deterministic=answer.deterministic)

@@ -1,4 +1,4 @@
-"""The outcome of one case in one dtype."""
+"""The outcome of a case in a dtype."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAILING = frozenset({"fail", "deviation", "error", "crash", "timeout"})
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one case in one dtype."""
+    """The outcome of a case in a dtype."""
 
     ask: Ask
     outcome: str

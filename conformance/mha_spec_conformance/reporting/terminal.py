@@ -112,7 +112,7 @@ def _groups(failing: list[Result]) -> list[list[Result]]:
 
 
 def _print_group(screen: Console, run: Run, members: list[Result]) -> None:
-    """Print one example in full, and the ids of other cases."""
+    """Print an example in full, and the ids of other cases."""
     example = min(
         members, key=lambda r: (r.ask.dtype != "float32", sum(a.size for a in r.ask.case.inputs(r.ask.dtype).values()))
     )
@@ -168,12 +168,12 @@ def broken(result: Result) -> tuple[str, ...]:
 
 def sentences(names: tuple[str, ...]) -> list[tuple[str, str]]:
     """Give clauses with their normative sentences."""
-    known = clauses()
-    return [(name, known[name].sentence) for name in names if name in known]
+    by_id = clauses()
+    return [(name, by_id[name].sentence) for name in names if name in by_id]
 
 
 def call_of(result: Result) -> str:
-    """Write the call in one line."""
+    """Write the call in a line."""
     case, arrays = result.ask.case, result.ask.case.inputs(result.ask.dtype)
     shown = [f"{name} {tuple(array.shape)}" for name, array in arrays.items() if name not in result.ask.omitted]
     shown += [f"{name}={value!r}" for name, value in case.options.items() if name not in result.ask.omitted]

@@ -1,6 +1,6 @@
 """Read known failures, each with its reason. An entry that does not fail is an error, so that no entry becomes stale.
 
-The file is TOML, one table for each reason, with the ids of the cases, in every dtype or in one:
+The file is TOML, one table for each reason, with the ids of the cases, in every dtype or only in `dtype`:
 
     [[known]]
     reason = "MHA-SOFTMAX-2: scores are kept in float16, issue 12"
@@ -78,7 +78,7 @@ def read_known(path: Path) -> tuple[Known, ...]:
 
 
 def _entries(path: Path, number: int, table: object) -> list[Known]:
-    """Give one entry for each id of a table; `id` is a string or a list."""
+    """Give an entry for each id of a table; `id` is a string or a list."""
     fields = dict(table) if isinstance(table, dict) else {}
     ids = fields.pop("id", None)
     ids = ids if isinstance(ids, list) else [ids]

@@ -1,4 +1,4 @@
-"""One run of the suite against one target: its results, the failures that count, and the verdict."""
+"""A run of the suite against a target: its results, the failures that count, and the verdict."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Run:
 
     @cached_property
     def asked_features(self) -> tuple[str, ...]:
-        """The features with at least one judged case, in the order of the suite."""
+        """The features that a judged case has, in the order of the suite."""
         return tuple(dict.fromkeys(feature for result in self.judged for feature in result.ask.features))
 
     @cached_property

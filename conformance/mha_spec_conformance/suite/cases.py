@@ -148,7 +148,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """All cases of one version of the suite."""
+    """All cases of a version of the suite."""
 
     cases: tuple[Case, ...]
     version: str

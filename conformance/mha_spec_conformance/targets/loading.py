@@ -158,7 +158,9 @@ def _offer(module: ModuleType) -> str:
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     ]
-    return f"it defines {', '.join(names)}: choose one as TARGET:{names[0]}" if names else "it defines no function"
+    if not names:
+        return "it defines no function"
+    return f"it defines {', '.join(names)}: choose a function as TARGET:{names[0]}"
 
 
 def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[..., object]], registered: bool) -> Claims:
