@@ -146,7 +146,7 @@ def test_without_contents(options: dict[str, Any]) -> None:
     assert (output.device.type, output.shape, lse.shape) == ("meta", (2, 4, 5, 8), (2, 4, 5))
     assert [one.shape for one in torch.autograd.grad(output, leaves, output)] == [one.shape for one in given]
     assert weights_of(*leaves[:2]).shape == (2, 4, 5, 19)
-    layer = mha_spec_torch.MultiHeadAttention(EMBED, 5, kv_heads=1, device="meta")
+    layer = mha_spec_torch.MultiHeadAttention(EMBED, 5, kv_heads=1, qk_dim=4, device="meta")
     x = torch.empty(BATCH, 3, EMBED, device="meta")
     assert layer(x, causal=True).shape == x.shape
     step, cache = layer(x, cache=layer.empty_cache(BATCH, 7))
