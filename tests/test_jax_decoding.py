@@ -143,6 +143,18 @@ def test_tokens_beyond_a_full_cache_are_dropped_and_counted() -> None:
     assert numpy.array_equal(full.lengths, [15, 10])
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+def test_lengths_of_narrow_types_do_not_wrap(dtype: str) -> None:
+    cache = empty_cache(BATCH, KV_HEADS, 300, QK_DIM, V_DIM, like=jnp.zeros(1))
+    key, value = heads(200)
+    for counts in (None, jnp.asarray([100, 120], dtype)):
+        added = [200, 200] if counts is None else [100, 120]
+        after = append_cache(cache._replace(lengths=jnp.asarray([100, 3], dtype)), key, value, counts)
+        expected = append_cache(cache._replace(lengths=[100, 3]), key, value, added)
+        assert after.lengths.tolist() == expected.lengths.tolist()
+        assert_equal(after[:2], expected[:2])
+
+
 def test_known_and_traced_starts_store_the_same() -> None:
     buffer, traced = jnp.zeros((BATCH, KV_HEADS, LENGTH, QK_DIM)), jax.jit(store)
     new = numpy.asarray(heads(3)[0])

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy
 import pytest
 from jax.experimental import sparse
-from support.jax_world import operands
+from support.jax_world import operands, tokens
 
 import mha_spec_jax
-from mha_spec.errors import ArgumentTypeError
+from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,16 @@ def test_sparse_arrays_are_refused() -> None:
             mha_spec_jax.attention(*given)
     with pytest.raises(ArgumentTypeError, match="`bias`"):
         mha_spec_jax.attention(query, key, value, bias=sparse.BCOO.fromdense(jnp.ones((1, 1, 5, 5))))
+
+
+@pytest.mark.parametrize(
+    "lengths", [{"kv_lengths": [10**400, 2]}, {"kv_lengths": ["a", 2]}, {"q_lengths": [2.5, 1]}], ids=str
+)
+def test_a_layer_checks_lengths_before_it_rotates_by_them(lengths: Any) -> None:
+    layer = mha_spec_jax.MultiHeadAttention(12, 3, key=jax.random.key(0), rotary={})
+    x = tokens(5, 12).astype("float32")
+    with pytest.raises((ArgumentTypeError, ArgumentValueError), match=f"`{next(iter(lengths))}` must"):
+        layer(x, causal=True, q_offset="lower_right", **lengths)
 
 
 DEVICES = """
@@ -105,7 +115,7 @@ for pair in zip(names, names[1:] + names[:1]):
     refused(lambda: layer.replace(**params).attention_weights(x))
 refused(lambda: lone(x, cache=cache(layer)._replace(lengths=away[2])))
 refused(lambda: lone(x, q_offset=away[2]))
-refused(lambda: J.append_cache(cache(lone), half, half, away[2]))
+refused(lambda: J.append_cache(jax.device_put(cache(layer), devices[1]), half, half, away[2]))
 refused(lambda: J.append_cache(cache(layer)._replace(lengths=away[1]), half, half, away[2]))
 refused(lambda: J.rotary_embedding(jax.device_put(q, devices[2]), jnp.arange(3, device=devices[1])))
 refused(lambda: J.alibi_bias(jax.device_put(jnp.ones(2), devices[2]), 3, 3, q_offset=away[1]))
