@@ -1,4 +1,4 @@
-"""The accuracy rule: honest implementations are within it, small mistakes are not, hidden storage enters nowhere."""
+"""The accuracy rule: honest implementations are within it, small mistakes are not, and hidden data change no bound."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = {"softcap": 3.0, "dropout_rate": 0.25}
 
 
 def question(function: str, seed: int = 3) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
-    """Every option at once; query 2 of batch entry 0 sees no key, key 4 is seen by no row, key 6 by some."""
+    """Return a call with every option; query 2 of batch entry 0 sees no key, no row sees key 4, some see key 6."""
     rng = numpy.random.default_rng(seed)
     scores = (BATCH, HEADS, Q_LEN, KV_LEN)
     x: dict[str, numpy.ndarray] = {
@@ -58,32 +58,31 @@ def question(function: str, seed: int = 3) -> tuple[dict[str, numpy.ndarray], di
 
 def answer(function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> dict[str, numpy.ndarray]:
     more = {"return_lse": True} if function == "attention" else {}
-    given = getattr(reference, function)(**arrays, **options, **more)
-    return dict(
-        zip(bounds(function, arrays, options).values, given if isinstance(given, tuple) else (given,), strict=True)
-    )
+    results = getattr(reference, function)(**arrays, **options, **more)
+    results = results if isinstance(results, tuple) else (results,)
+    return dict(zip(bounds(function, arrays, options).values, results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_honest_implementations_are_within_the_allowance(dtype: str) -> None:
-    found = trials.tally(dtype, 7_000, 12, 3, ())
-    assert found.refused == []
-    assert len(found.runs) == 17
-    assert all(0 < used <= 1 for used in found.used.values())
-    assert max(found.largest.values()) <= LARGEST_DEVIATION
-    assert max(found.rms.values()) <= LARGEST_RMS
+    tally = trials.tally(dtype, 7_000, 12, 3, ())
+    assert tally.refused == []
+    assert len(tally.runs) == 17
+    assert all(0 < share <= 1 for share in tally.used.values())
+    assert max(tally.largest.values()) <= LARGEST_DEVIATION
+    assert max(tally.rms.values()) <= LARGEST_RMS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(
     "name", ["scale_too_large", "key_dropped", "half_scores", "half_row_sum", "half_accumulator", "honest"]
 )
-def test_small_mistakes_are_not(name: str, dtype: str) -> None:
-    used = planted.deviation(dtype, getattr(planted, name), 0)
-    assert (max(used.values()) > 1) == (name != "honest")
+def test_small_mistakes_exceed_the_allowance(name: str, dtype: str) -> None:
+    shares = planted.deviation(dtype, getattr(planted, name), 0)
+    assert (max(shares.values()) > 1) == (name != "honest")
 
 
-def test_the_script_tries_what_the_test_tries() -> None:
+def test_the_script_plants_the_same_mistakes_as_the_test() -> None:
     assert {mistake.__name__ for mistake in planted.MISTAKES.values()} == {
         "scale_too_large",
         "key_dropped",
@@ -152,13 +151,13 @@ def test_nothing_is_allowed_where_results_are_exact() -> None:
     assert (backward["grad_value"][:, :, 4] == 0).all()
     assert (backward["grad_bias"][..., 4] == 0).all()
     assert backward["grad_sinks"][1] == 0
-    used = numpy.delete(backward["grad_key"], 4, axis=2)
-    assert (used > 0).all()
+    visible_keys = numpy.delete(backward["grad_key"], 4, axis=2)
+    assert (visible_keys > 0).all()
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 3e38])
-def test_storage_that_no_pair_uses_enters_nowhere(function: str, poison: float) -> None:
+def test_data_that_no_pair_reads_change_no_bound(function: str, poison: float) -> None:
     arrays, options = question(function)
     poisoned = {name: array.copy() for name, array in arrays.items()}
     for name, place in {"query": (0, slice(None), 2), "grad_output": (0, slice(None), 2)}.items():
@@ -175,7 +174,7 @@ def test_storage_that_no_pair_uses_enters_nowhere(function: str, poison: float) 
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 3e38])
-def test_what_some_rows_see_enters_their_bounds_alone(poison: float) -> None:
+def test_data_that_some_rows_see_change_only_their_bounds(poison: float) -> None:
     arrays, options = question("attention")
     poisoned = {name: array.copy() for name, array in arrays.items()}
     poisoned["value"][:, :, 6] = poison
@@ -228,9 +227,9 @@ def test_precisions_do_not_disturb_each_other() -> None:
     arrays, options = question("attention_vjp")
     shared = bounds("attention_vjp", arrays, options)
     for dtype in (*FLOATING, *FLOATING):
-        own = allowances("attention_vjp", arrays, options, precision(dtype))
+        alone = allowances("attention_vjp", arrays, options, precision(dtype))
         for name, allowed in shared.allowances(precision(dtype)).items():
-            assert numpy.array_equal(allowed, own[name])
+            assert numpy.array_equal(allowed, alone[name])
 
 
 def test_strict_allows_less_where_weights_are_stored() -> None:
@@ -279,7 +278,7 @@ def halves(lse_a: float, lse_b: float) -> dict[str, numpy.ndarray]:
 
 
 @pytest.mark.parametrize(("lse_a", "lse_b"), [(-math.inf, 0.5), (0.5, -math.inf), (-math.inf, -math.inf)])
-def test_a_merge_with_an_empty_half_is_exact_whatever_it_holds(lse_a: float, lse_b: float) -> None:
+def test_a_merge_with_an_empty_half_is_exact_even_if_it_holds_nan(lse_a: float, lse_b: float) -> None:
     arrays = halves(lse_a, lse_b)
     for name in ("output_a", "output_b"):
         if numpy.isneginf(arrays[name.replace("output", "lse")]).all():

@@ -1,4 +1,4 @@
-"""The formulas of the accuracy rule, written a second time: one row at a time, over the keys that it sees."""
+"""The formulas of the accuracy rule, written again: row by row, over the keys that each row sees."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ GROUP = HEADS // KV_HEADS
 CAP, RATE = 3.0, 0.25
 
 HALF_THE_DIGITS = 2.0**-26
-"""sum w (v - o)^2 by three products keeps half the digits of float64, whatever the data."""
+"""Relative error of sum w (v - o)^2 by three products, which keeps half the digits of float64."""
 
 Index = tuple[int, ...]
 
 
 def question() -> dict[str, numpy.ndarray]:
-    """Every option at once; query 2 of batch entry 0 sees no key, key 4 is seen by no row."""
+    """Return a call with every option; query 2 of batch entry 0 sees no key, and no row sees key 4."""
     rng = numpy.random.default_rng(11)
     x: dict[str, numpy.ndarray] = {
         "query": rng.standard_normal((BATCH, HEADS, Q_LEN, QK_DIM)),
@@ -48,7 +48,7 @@ def question() -> dict[str, numpy.ndarray]:
 
 @dataclass
 class Row:
-    """One query row that sees the keys `keys`, with every quantity of the formulas."""
+    """One row that sees the keys `keys`, with every quantity of the formulas."""
 
     index: Index
     keys: list[int]
@@ -133,11 +133,11 @@ class Row:
 PRECISIONS = [precision(dtype) for dtype in FLOATING]
 PRECISIONS.append(replace(precision("float32"), f=2.0**-12))
 NAMES = [*FLOATING, "float32 that flushes much"]
-"""The terms of what is flushed are seen where that is much."""
+"""The last precision flushes so much that the terms of flushed numbers matter."""
 
 
 def rows(p: Precision) -> Iterator[Row]:
-    """Every row of the question in float64."""
+    """Yield every row of the call in float64."""
     arrays = question()
     x = {name: array.astype(numpy.float64) for name, array in arrays.items()}
     for b, h, i in numpy.ndindex(BATCH, HEADS, Q_LEN):
@@ -161,8 +161,8 @@ def test_forward(p: Precision) -> None:
 @pytest.mark.parametrize("p", PRECISIONS, ids=NAMES)
 def test_weights(p: Precision) -> None:
     arrays = question()
-    given = {name: arrays[name] for name in ("query", "key", "mask", "bias", "sinks")}
-    allowed = allowances("attention_weights", given, {"softcap": CAP}, p)["weights"]
+    forward = {name: arrays[name] for name in ("query", "key", "mask", "bias", "sinks")}
+    allowed = allowances("attention_weights", forward, {"softcap": CAP}, p)["weights"]
     pairs = ((row, zip(row.keys, row.weight_error(), strict=True)) for row in rows(p))
     compare(allowed, {(*row.index, j): error for row, errors in pairs for j, error in errors})
 
@@ -183,13 +183,13 @@ def test_gradients_of_query_key_and_value(p: Precision) -> None:
             rounded = (p.u_o + 2 * p.u_a) * abs(scale * row.dX @ row.k[:, c])
             flushed = p.f * (1 + scale) * (sum(abs(row.dX) + abs(row.k[:, c])) + 2 * KV_LEN + 1)
             query[b, h, i, c] = scale * (spread @ abs(row.k[:, c]) + shared) + rounded + p.w + flushed
-        own = row.C + row.weights * row.dD * (row.slope + row.dL)
-        own = own + (p.u_a * (n_q + 1) + p.u_o * partial) * abs(row.dX)
+        by_key = row.C + row.weights * row.dD * (row.slope + row.dL)
+        by_key = by_key + (p.u_a * (n_q + 1) + p.u_o * partial) * abs(row.dX)
         dropped = row.weights * row.kept
         kept = dropped * (row.rho + p.u_p + 2 * p.u_a + p.u_a * n_q + p.u_o * partial)
         for place, j in enumerate(row.keys):
             for c in range(QK_DIM):
-                key[b, h // GROUP, j, c] += scale * own[place] * abs(row.q[c])
+                key[b, h // GROUP, j, c] += scale * by_key[place] * abs(row.q[c])
                 key[b, h // GROUP, j, c] += p.f * (1 + scale) * (abs(row.dX[place]) + abs(row.q[c]))
                 sums["key", b, h // GROUP, j, c] += scale * row.dX[place] * row.q[c]
             for c in range(V_DIM):
@@ -229,7 +229,7 @@ def test_gradients_of_bias_and_sinks(p: Precision) -> None:
 
 @dataclass
 class Merged:
-    """One row of two halves, with the quantities that both functions of merging share."""
+    """One row of two halves, with the quantities that merging and its gradients share."""
 
     row: Mapping[str, numpy.ndarray]
     p: Precision
@@ -258,13 +258,13 @@ class Merged:
     def through_shares_error(self, half: str) -> float:
         p, x, depth = self.p, self.row, len(self.row["grad_output"])
         t = abs(self.a * self.b * float(x["grad_output"] @ (x["output_a"] - x["output_b"])))
-        share, from_both, from_one = getattr(self, half), 0.0, 0.0
+        share, from_halves, from_joint = getattr(self, half), 0.0, 0.0
         for c, gradient in enumerate(abs(x["grad_output"])):
-            o_a, o_b, own = (abs(x[name][c]) for name in ("output_a", "output_b", f"output_{half}"))
-            from_both += self.a * self.b * p.u_a * (depth + 4) * gradient * (o_a + o_b)
-            summed = p.u_a * (depth + 4) * (own + self.a * o_a + self.b * o_b)
-            from_one += share * gradient * (self.output_error(c) + summed)
-        return max(from_both + (2 * self.r + 4 * p.u_a) * t, from_one + (self.r + 4 * p.u_a) * t)
+            o_a, o_b, o_x = (abs(x[name][c]) for name in ("output_a", "output_b", f"output_{half}"))
+            from_halves += self.a * self.b * p.u_a * (depth + 4) * gradient * (o_a + o_b)
+            summed = p.u_a * (depth + 4) * (o_x + self.a * o_a + self.b * o_b)
+            from_joint += share * gradient * (self.output_error(c) + summed)
+        return max(from_halves + (2 * self.r + 4 * p.u_a) * t, from_joint + (self.r + 4 * p.u_a) * t)
 
     def grad_lse_error(self, half: str) -> float:
         p, x, share = self.p, self.row, getattr(self, half)
@@ -278,7 +278,7 @@ class Merged:
 
 
 def halves(dtype_of_lse: str) -> dict[str, numpy.ndarray]:
-    """Two halves and their cotangents."""
+    """Return two halves and their cotangents."""
     rng = numpy.random.default_rng(13)
     outputs = {name: rng.standard_normal((2, 3, 5, 7)) for name in ("output_a", "output_b", "grad_output")}
     lses = {name: 3 * rng.standard_normal((2, 3, 5)) for name in ("lse_a", "lse_b", "grad_lse")}
@@ -287,7 +287,7 @@ def halves(dtype_of_lse: str) -> dict[str, numpy.ndarray]:
 
 
 def merged_rows(arrays: Mapping[str, numpy.ndarray], p: Precision, u_l: float) -> Iterator[tuple[Index, Merged]]:
-    """Every row in float64."""
+    """Yield every row in float64."""
     wide = {name: array.astype(numpy.float64) for name, array in arrays.items()}
     for index in numpy.ndindex(2, 3, 5):
         yield index, Merged({name: array[index] for name, array in wide.items()}, p, u_l)
@@ -304,11 +304,11 @@ def test_merge(dtype: str, dtype_of_lse: str, flushed: float | None) -> None:
     p, arrays = precision(dtype), halves(dtype_of_lse)
     p = p if flushed is None else replace(p, f=flushed)
     u_l = max(p.u_a, UNITS[dtype_of_lse])
-    given = {name: array for name, array in arrays.items() if not name.startswith("grad_")}
-    allowed = allowances("merge_attention", given, {}, p)
-    rows_of_both = list(merged_rows(arrays, p, u_l))
-    compare(allowed["lse"], {index: row.lse_error() for index, row in rows_of_both})
-    compare(allowed["output"], {(*index, c): row.output_error(c) for index, row in rows_of_both for c in range(7)})
+    operands = {name: array for name, array in arrays.items() if not name.startswith("grad_")}
+    allowed = allowances("merge_attention", operands, {}, p)
+    merged = list(merged_rows(arrays, p, u_l))
+    compare(allowed["lse"], {index: row.lse_error() for index, row in merged})
+    compare(allowed["output"], {(*index, c): row.output_error(c) for index, row in merged for c in range(7)})
 
 
 @pytest.mark.parametrize(("dtype", "dtype_of_lse"), TYPES_OF_LSE)
@@ -318,16 +318,16 @@ def test_gradients_of_merge(dtype: str, dtype_of_lse: str, flushed: float | None
     p = p if flushed is None else replace(p, f=flushed)
     u_l = max(p.u_a, UNITS[dtype_of_lse])
     allowed = allowances("merge_attention_vjp", arrays, {}, p)
-    rows_of_both = list(merged_rows(arrays, p, u_l))
+    merged = list(merged_rows(arrays, p, u_l))
     for half in "ab":
-        shares = [(index, row, getattr(row, half)) for index, row in rows_of_both]
+        shares = [(index, row, getattr(row, half)) for index, row in merged]
         errors = {(*index, c): row.grad_output_error(share, c) for index, row, share in shares for c in range(7)}
         compare(allowed[f"grad_output_{half}"], errors)
-        compare(allowed[f"grad_lse_{half}"], {index: row.grad_lse_error(half) for index, row in rows_of_both})
+        compare(allowed[f"grad_lse_{half}"], {index: row.grad_lse_error(half) for index, row in merged})
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
-def test_gradients_beside_an_empty_half_are_cotangents_that_are_rounded(dtype: str) -> None:
+def test_gradients_are_rounded_cotangents_if_the_other_half_is_empty(dtype: str) -> None:
     p, arrays = precision(dtype), halves("float64" if dtype == "float64" else "float32")
     arrays["lse_a"] = numpy.full_like(arrays["lse_a"], -math.inf)
     allowed = allowances("merge_attention_vjp", arrays, {}, p)

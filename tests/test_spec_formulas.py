@@ -1,6 +1,6 @@
-"""The formulas of MHA-ACC-1 and MHA-ACC-2, transcribed from SPEC.md term by term: the suite computes the same.
+"""The formulas of MHA-ACC-1 and MHA-ACC-2, transcribed term by term from SPEC.md, compared with those of the suite.
 
-Letters are those of SPEC.md. Axes are b, h, i, j and c; quantities of a row keep a j of size 1.
+The letters are those of SPEC.md. Axes are b, h, i, j and c; quantities of a row keep a j of size 1.
 """
 
 # ruff: noqa: E741, N806 - the letters are those of SPEC.md
@@ -20,11 +20,11 @@ from mha_spec_conformance.judging.bounds import allowances, deviations, precisio
 BATCH, HEADS, GROUP, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
 KV_HEADS = HEADS // GROUP
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float32 that flushes much")
-"""The terms of what is flushed are seen where that is much."""
+"""The last precision flushes so much that the terms of flushed numbers matter."""
 
 
 def precision_of(dtype, profile="standard"):
-    """The precision of a dtype, or one that flushes all below 2^-12."""
+    """Return the precision of a dtype, or one that flushes everything below 2^-12."""
     p = precision(dtype.partition(" ")[0], profile)
     return replace(p, f=2.0**-12) if " " in dtype else p
 
@@ -34,29 +34,29 @@ def sum_j(x):
 
 
 def over_keys(x, y):
-    """sum_j x[i,j] y[j,c]."""
+    """Compute sum_j x[i,j] y[j,c]."""
     return numpy.einsum("bhij,bhjc->bhic", x, y)
 
 
 def over_rows(x, y):
-    """sum_i x[i,j] y[i,c], over the group."""
+    """Compute sum_i x[i,j] y[i,c], summed over the group."""
     by_head = numpy.einsum("bhij,bhic->bhjc", x, y)
     return by_head.reshape(BATCH, KV_HEADS, GROUP, *by_head.shape[2:]).sum(axis=2)
 
 
 def pairs(x, y):
-    """sum_c x[i,c] y[j,c]."""
+    """Compute sum_c x[i,c] y[j,c]."""
     return numpy.einsum("bhic,bhjc->bhij", x, y)
 
 
 def both_sums(x, y):
-    """sum_c x[i,c] + y[j,c], of magnitudes."""
+    """Compute sum_c |x[i,c]| + |y[j,c]|."""
     return abs(x).sum(axis=-1)[..., :, None] + abs(y).sum(axis=-1)[..., None, :]
 
 
 @pytest.fixture(scope="module", params=["plain", "everything", "wide bias"])
 def call(request):
-    """A call of attention_vjp with all sizes different, some rows empty, bias and sinks in float64, and its options."""
+    """Return a call of attention_vjp with different sizes, some empty rows, and bias and sinks in float64."""
     random = numpy.random.default_rng(7)
     normal = random.standard_normal
     arrays = {
@@ -80,7 +80,7 @@ def call(request):
 
 @pytest.fixture(scope="module")
 def case(call):
-    """The quantities of the case, as the order of the steps and the section on gradients name them."""
+    """Compute the quantities of the case, with the names of SPEC.md."""
     a, c = call.arrays, SimpleNamespace(softcap=call.options.get("softcap"), scale=call.options["scale"])
     c.Q, c.dO = a["query"], a["grad_output"]
     c.K, c.V = (numpy.repeat(a[name], GROUP, axis=1) for name in ("key", "value"))
@@ -125,7 +125,7 @@ def case(call):
 
 
 def largest(c, p, wider):
-    """E of every result, MHA-ACC-1."""
+    """Compute E of every result, MHA-ACC-1."""
     u_a, u_p, u_dP, u_o, u_l, w, e_exp, e_tanh = p.u_a, p.u_p, p.u_dp, p.u_o, p.u_l, p.w, p.e_x, p.e_t
     u_b, w_b, r, f = u_a, w, 2 * u_a * c.dropout, p.f
     E = {}
@@ -189,7 +189,7 @@ def largest(c, p, wider):
 
 
 def variance(c, p, slope):
-    """U of every result, MHA-ACC-2."""
+    """Compute U of every result, MHA-ACC-2."""
     u_a, u_p, u_dP, u_o, u_l, w, e_exp, e_tanh = p.u_a, p.u_p, p.u_dp, p.u_o, p.u_l, p.w, p.e_x, p.e_t
     u_b, w_b = u_a, w
     U = {}
@@ -252,7 +252,7 @@ def variance(c, p, slope):
 
 
 def asked(call, function):
-    """The arrays and options of the call that a function takes."""
+    """Return the arrays and options of the call that a function accepts."""
     without = {"attention": {"grad_output", "grad_lse"}, "attention_vjp": set()}
     without["attention_weights"] = without["attention"] | {"value", "dropout_mask"}
     arrays = {name: array for name, array in call.arrays.items() if name not in without[function]}
@@ -276,7 +276,7 @@ def test_the_suite_computes_the_formulas(call, case, function, dtype, profile):
 
 
 def halves_of(random):
-    """Two halves, some of them empty, and their cotangents."""
+    """Return two halves with some empty rows, and their cotangents."""
     lse_a, lse_b, grad_lse = random.standard_normal((3, BATCH, HEADS, Q_LEN)) * 3
     lse_a[0, 0], lse_b[0, :2] = -numpy.inf, -numpy.inf
     output_a, output_b, grad_output = random.standard_normal((3, BATCH, HEADS, Q_LEN, V_DIM))
@@ -285,7 +285,7 @@ def halves_of(random):
 
 
 def merged(c, p):
-    """The quantities of merging that all of its formulas share; rs, M and outputs are 0 beside an empty half."""
+    """Compute the quantities that all formulas of merging share; rs, M and outputs are 0 if a half is empty."""
     m, halves = SimpleNamespace(), c.halves
     u_a, u_l, u_o, w, e = p.u_a, p.u_l, p.u_o, p.w, 8 * p.u_a
     m.lse_a, m.lse_b = halves["lse_a"][..., None], halves["lse_b"][..., None]

@@ -1,7 +1,7 @@
-"""The attentions of PyTorch and JAX as honest implementations, and a plain formula of each under its own autodiff.
+"""Honest implementations: the attentions of PyTorch and JAX, and the formula of attention under the autodiff of each.
 
-Left out, for a reason that the rule states: PyTorch's CPU flash backward in 16 bits adds block after block into tensors
-of 16 bits, which is one rounding for each block; jax.nn in float64 takes its softmax in float32.
+Two are left out, because the rule excludes them: PyTorch's CPU flash backward in 16 bits accumulates blocks in tensors
+of 16 bits, which rounds once per block; jax.nn in float64 computes its softmax in float32.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ torch.set_num_threads(1)
 
 
 def to_torch(array: numpy.ndarray) -> torch.Tensor:
-    """A tensor with the values and dtype of the array."""
+    """Convert an array to a tensor of the same dtype."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(numpy.uint16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
 
 
 def from_torch(tensor: torch.Tensor) -> numpy.ndarray:
-    """An array with the values and dtype of the tensor."""
+    """Convert a tensor to an array of the same dtype."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
@@ -44,21 +44,21 @@ def from_torch(tensor: torch.Tensor) -> numpy.ndarray:
 
 
 class Framework:
-    """One implementation of somebody else's: which problems it takes, its forward pass and its gradients."""
+    """An implementation of another project: the problems that it supports, its forward pass and its gradients."""
 
     name: str
     profile = "standard"
 
     def supports(self, problem: Problem) -> bool:
-        """Whether it can be asked this problem."""
+        """Return True if the implementation supports the problem."""
         raise NotImplementedError
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """Output, and lse where it gives one."""
+        """Return the output, and lse if the implementation returns it."""
         raise NotImplementedError
 
     def backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """The gradients; none where it has no honest ones."""
+        """Return the gradients, or none if they are less precise than the rule assumes."""
         raise NotImplementedError
 
 
@@ -67,27 +67,27 @@ def _gradient(leaf: torch.Tensor) -> numpy.ndarray:
 
 
 def every_row_sees(problem: Problem) -> bool:
-    """Whether no row is empty: frameworks differ on those, and not in accuracy."""
+    """Return True if no row is empty; frameworks differ on empty rows, which is not about accuracy."""
     return bool(problem.visible.any(axis=-1).all())
 
 
 class TorchMath(Framework):
-    """The unfused attention of PyTorch, and its autograd."""
+    """The unfused attention of PyTorch, with its autograd."""
 
     name = "torch SDPA math"
     profile = "strict"
 
     def supports(self, problem: Problem) -> bool:
-        """It has no cap, no sink and no cotangent of lse."""
-        given = {*problem.arrays, *problem.options}
-        return every_row_sees(problem) and not given & {"softcap", "sinks", "grad_lse"}
+        """Return True without soft cap, sinks and a cotangent of lse."""
+        names = {*problem.arrays, *problem.options}
+        return every_row_sees(problem) and not names & {"softcap", "sinks", "grad_lse"}
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """The output."""
+        """Return the output."""
         return {"output": from_torch(self._output(problem, self._leaves(problem)))}
 
     def backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """The gradients of query, key and value."""
+        """Return the gradients of query, key and value."""
         leaves = self._leaves(problem)
         for name in ("query", "key", "value"):
             leaves[name].requires_grad_()
@@ -111,7 +111,7 @@ class TorchMath(Framework):
 
 
 def _float_mask(problem: Problem) -> torch.Tensor | None:
-    """Mask and bias as what PyTorch's kernels add; without a bias in the query's type, as PyTorch converts a mask."""
+    """Combine mask and bias into PyTorch's additive mask, in the query's dtype if there is no bias."""
     if problem.visible.all() and "bias" not in problem.arrays:
         return None
     bias = numpy.where(problem.visible, problem.working("bias") if "bias" in problem.arrays else 0, -numpy.inf)
@@ -120,22 +120,22 @@ def _float_mask(problem: Problem) -> torch.Tensor | None:
 
 
 class TorchFlash(TorchMath):
-    """The fused CPU kernel of PyTorch with its lse, and its backward where that accumulates in the softmax's type."""
+    """The fused CPU kernel of PyTorch with its lse, and its backward if that accumulates in the softmax's type."""
 
     name = "torch SDPA flash"
     profile = "standard"
 
     def supports(self, problem: Problem) -> bool:
-        """It has no dropout, and takes key and value heads repeated."""
+        """Return True without dropout."""
         return super().supports(problem) and "dropout_mask" not in problem.arrays
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """Output and lse."""
+        """Return output and lse."""
         output, lse = self._flash(problem, self._repeated(problem))
         return {"output": from_torch(output), "lse": from_torch(lse)}
 
     def backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """The gradients of query, key and value, but in 16 bits."""
+        """Return the gradients of query, key and value; none in 16 bits or for grouped heads."""
         if problem.dtype in ("float16", "bfloat16") or problem.group > 1:
             return {}
         tensors = self._repeated(problem)
@@ -163,32 +163,32 @@ class TorchFlash(TorchMath):
 
 
 class TorchFormula(TorchMath):
-    """The formula in the softmax's type under PyTorch's autograd, every option of it."""
+    """The formula with every option, in the softmax's type, under PyTorch's autograd."""
 
     name = "torch formula"
     profile = "strict"
 
     def supports(self, problem: Problem) -> bool:
-        """Everything but rows that see nothing."""
+        """Return True if no row is empty."""
         return every_row_sees(problem)
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """Output and lse."""
-        output, lse = self._both(problem, self._leaves(problem))
+        """Return output and lse."""
+        output, lse = self._output_and_lse(problem, self._leaves(problem))
         return {"output": from_torch(output), "lse": from_torch(lse)}
 
     def backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """Every gradient."""
+        """Return every gradient."""
         leaves = self._leaves(problem)
         names = [name for name in ("query", "key", "value", "bias", "sinks") if name in leaves]
         for name in names:
             leaves[name].requires_grad_()
-        output, lse = self._both(problem, leaves)
+        output, lse = self._output_and_lse(problem, leaves)
         cotangents = [leaves["grad_output"], leaves.get("grad_lse", torch.zeros_like(lse))]
         torch.autograd.backward([output, lse], cotangents)
         return {f"grad_{name}": _gradient(leaves[name]) for name in names}
 
-    def _both(self, problem: Problem, x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _output_and_lse(self, problem: Problem, x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         work = torch.float64 if problem.dtype == "float64" else torch.float32
         key, value = (x[name].to(work).repeat_interleave(problem.group, dim=1) for name in ("key", "value"))
         logits = problem.scale * (x["query"].to(work) @ key.mT)
@@ -207,12 +207,12 @@ class TorchFormula(TorchMath):
 
 
 class JaxNN(Framework):
-    """jax.nn.dot_product_attention by XLA; jitted but for float16, which its CPU compiler does not take."""
+    """jax.nn.dot_product_attention by XLA; jitted except in float16, which XLA's CPU compiler does not support."""
 
     name = "jax.nn attention"
 
     def supports(self, problem: Problem) -> bool:
-        """Mask and bias alone, and not float64; one length, so that little is compiled."""
+        """Return True for mask and bias alone, not in float64, at one pair of lengths, so that little is compiled."""
         extra = problem.options or problem.arrays.keys() & {"sinks", "grad_lse", "dropout_mask"}
         return (
             problem.dtype != "float64"
@@ -222,12 +222,12 @@ class JaxNN(Framework):
         )
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """The output."""
+        """Return the output."""
         output = _jax_nn(problem.dtype != "float16", False)(*self._operands(problem), None)
         return {"output": numpy.asarray(output).swapaxes(1, 2)}
 
     def backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """The gradients of query, key and value, through JAX's autodiff."""
+        """Return the gradients of query, key and value, by JAX's autodiff."""
         gradient = jnp.asarray(problem.arrays["grad_output"].swapaxes(1, 2))
         gradients = _jax_nn(problem.dtype != "float16", True)(*self._operands(problem), gradient)
         names = ("grad_query", "grad_key", "grad_value")
@@ -251,30 +251,30 @@ def _jax_nn(compiled: bool, gradients: bool) -> Callable[..., Any]:
 
 
 class JaxFormula(Framework):
-    """The formula in the softmax's type, jitted, under JAX's autodiff, every option of it."""
+    """The formula with every option, in the softmax's type, jitted, under JAX's autodiff."""
 
     name = "jax formula, jit"
     profile = "strict"
 
     def supports(self, problem: Problem) -> bool:
-        """Everything but rows that see nothing; one length and two shapes of bias, so that little is compiled."""
+        """Return True for one pair of lengths and two shapes of bias, so that little is compiled."""
         bias = problem.arrays.get("bias")
         return (
             every_row_sees(problem) and problem.visible.shape[2:] == (7, 131) and (bias is None or bias.shape[2] == 7)
         )
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """Output and lse."""
+        """Return output and lse."""
         output, lse = _compiled(False)(*self._operands(problem))
         return {"output": numpy.asarray(output), "lse": numpy.asarray(lse)}
 
     def backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """Every gradient."""
+        """Return every gradient."""
         gradients = _compiled(True)(*self._operands(problem))
         return {f"grad_{name}": numpy.asarray(x) for name, x in gradients.items() if name in problem.arrays}
 
     def _operands(self, problem: Problem) -> tuple[Arrays, Arrays, tuple[numpy.ndarray, ...]]:
-        """Differentiated, other and cotangent arrays; what is not given is made up, so that little is compiled."""
+        """Return differentiated, other and cotangent arrays; absent ones are neutral, so that little is compiled."""
         arrays, work = problem.arrays, problem.work
         shape = problem.visible.shape
         leaves = {name: arrays[name] for name in ("query", "key", "value")}
@@ -290,7 +290,7 @@ class JaxFormula(Framework):
 
 @cache
 def _compiled(gradients: bool) -> Callable[..., Any]:
-    def both(leaves: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def output_and_lse(leaves: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         work = fixed["kept"].dtype
         group = leaves["query"].shape[1] // leaves["key"].shape[1]
         key, value = (jnp.repeat(leaves[name].astype(work), group, axis=1) for name in ("key", "value"))
@@ -304,11 +304,11 @@ def _compiled(gradients: bool) -> Callable[..., Any]:
         weights = jax.nn.softmax(logits, axis=-1)[..., : key.shape[2]] * fixed["kept"]
         return (weights @ value).astype(leaves["query"].dtype), jax.nn.logsumexp(logits, axis=-1)
 
-    def pulled(leaves: dict[str, jax.Array], fixed: dict[str, jax.Array], cotangents: tuple[jax.Array, ...]) -> Any:
-        _, pull = jax.vjp(lambda given: both(given, fixed), leaves)
+    def vjp(leaves: dict[str, jax.Array], fixed: dict[str, jax.Array], cotangents: tuple[jax.Array, ...]) -> Any:
+        _, pull = jax.vjp(lambda differentiated: output_and_lse(differentiated, fixed), leaves)
         return pull(tuple(cotangents))[0]
 
-    return jax.jit(pulled if gradients else lambda leaves, fixed, cotangents: both(leaves, fixed))
+    return jax.jit(vjp if gradients else lambda leaves, fixed, cotangents: output_and_lse(leaves, fixed))
 
 
 FRAMEWORKS: tuple[Framework, ...] = (TorchMath(), TorchFlash(), TorchFormula(), JaxNN(), JaxFormula())

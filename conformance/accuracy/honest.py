@@ -2,9 +2,9 @@
 
     python conformance/accuracy/honest.py [--problems 500]
 
-Prints, for each dtype and output, the largest share of the allowance that any honest implementation used and its
-largest error in standard deviations, then by how much planted mistakes exceed theirs. Exit status 1 if an honest one
-exceeds its allowance, or a mistake in float32 or float16 does not.
+The program prints, for each dtype and output, the largest share of the allowance that an honest implementation uses and
+its largest error in standard deviations, then by how much planted mistakes exceed their allowances. The exit status is
+1 if an honest implementation exceeds its allowance, or if a mistake in float32 or float16 does not.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from layers import LayerTally
 
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-"""One thread for each process, and no notes of PyTorch on its testing functions."""
+"""One thread per process, and no warnings of PyTorch about its private functions."""
 
 
 def trials_of(dtype: str, first: int, count: int, each: int) -> Tally:
-    """Run the trials of one dtype, in a process of its own, which compiles each formula once."""
+    """Run the trials of one dtype in a separate process, so that each formula is compiled once."""
     from frameworks import FRAMEWORKS
 
     return tally(dtype, first, count, each, FRAMEWORKS)
@@ -57,8 +57,9 @@ def main(
     console, started, total = Console(width=120), time.monotonic(), Tally()
     os.environ.update(ENVIRONMENT)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for found in pool.map(trials_of, FLOATING, *([value] * len(FLOATING) for value in (seed, problems, each))):
-            total.add(found)
+        for part in pool.map(trials_of, FLOATING, *([value] * len(FLOATING) for value in (seed, problems, each))):
+            total.add(part)
+        # Layers are not tried in float64, because the goldens judge it.
         of_layers = list(pool.map(layers_of, FLOATING[1:], [seed] * 3, [layers] * 3))
     console.print(outputs_table(total), implementations_table(total))
     table, overlooked = mistakes_table()
@@ -77,7 +78,7 @@ def main(
 
 
 def outputs_table(total: Tally) -> Table:
-    """By dtype and output: the share of the allowance, and the error in standard deviations on generic data."""
+    """Show by dtype and output the share of the allowance, and the error on generic data in standard deviations."""
     columns = ("dtype", "output", "elements", "largest share", "largest |z|", "largest rms z")
     table = Table(*columns, title="Honest, by output")
     for key in total.used:
@@ -88,38 +89,39 @@ def outputs_table(total: Tally) -> Table:
 
 
 def implementations_table(total: Tally) -> Table:
-    """By implementation and dtype: answers and the largest share of the allowance."""
+    """Show by implementation and dtype the number of answers and the largest share of the allowance."""
     problems = [f"{dtype}, {total.problems[dtype]} problems" for dtype in FLOATING]
     table = Table("implementation", *problems, title="Honest, by implementation: answers, largest share in its profile")
     for name in dict.fromkeys(name for _, name in total.runs):
         cells = [(total.runs[dtype, name], total.used_by.get((dtype, name), 0.0)) for dtype in FLOATING]
-        table.add_row(name, *(f"{runs}, {used:.3f}" if runs else "" for runs, used in cells))
+        table.add_row(name, *(f"{runs}, {share:.3f}" if runs else "" for runs, share in cells))
     return table
 
 
 def layers_tables(tally: LayerTally) -> tuple[Table, Table]:
-    """The layers: the largest share of the allowance of each implementation, and the least of each planted mistake."""
+    """Show for layers the largest share of each honest implementation, and the least of each planted mistake."""
     tables: list[Table] = []
-    for title, found in (("Honest layers: largest share", tally.used), ("Planted in layers: least share", tally.least)):
+    titles = {"Honest layers: largest share": tally.used, "Planted in layers: least share": tally.least}
+    for title, shares in titles.items():
         table = Table("layer", *FLOATING[1:], title=title)
-        for name in dict.fromkeys(name for _, name in found):
-            table.add_row(name, *(f"{found[dtype, name]:.3g}" for dtype in FLOATING[1:]))
+        for name in dict.fromkeys(name for _, name in shares):
+            table.add_row(name, *(f"{shares[dtype, name]:.3g}" for dtype in FLOATING[1:]))
         tables.append(table)
     return tables[0], tables[1]
 
 
 def mistakes_table() -> tuple[Table, list[str]]:
-    """By planted mistake and dtype: the least that any seed exceeds the allowance by, and what is overlooked."""
+    """Show by planted mistake and dtype the least share of any seed, and list the mistakes that stay allowed."""
     dtypes = ("float32", "float16", "bfloat16")
     table = Table("planted", *dtypes, title=f"Planted mistakes: share of the allowance, least of {planted.SEEDS} seeds")
     overlooked: list[str] = []
     for name, mistake in {"none": planted.honest, **planted.MISTAKES}.items():
         cells: list[str] = []
         for dtype in dtypes:
-            used = [planted.deviation(dtype, mistake, seed) for seed in range(planted.SEEDS)]
-            least = {output: min(one[output] for one in used) for output in used[0]}
+            trials = [planted.deviation(dtype, mistake, seed) for seed in range(planted.SEEDS)]
+            least = {output: min(shares[output] for shares in trials) for output in trials[0]}
             cells.append(", ".join(f"{output} {share:.3g}" for output, share in least.items()))
-            if name != "none" and dtype in planted.REFUSED_IN and min(max(one.values()) for one in used) <= 1:
+            if name != "none" and dtype in planted.REFUSED_IN and min(max(used.values()) for used in trials) <= 1:
                 overlooked.append(f"{name} is within the allowance in {dtype}")
         table.add_row(name, *cells)
     return table, overlooked

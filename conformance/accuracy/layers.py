@@ -1,4 +1,4 @@
-"""Honest ways to compute a layer, and small errors of layers that the accuracy rule must refuse."""
+"""Honest ways to compute a layer, and small mistakes of layers that the accuracy rule must refuse."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ from mha_spec_conformance.suite.cases import Expected
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["DTYPES", "HONEST", "PLANTED", "LayerTally", "try_layers"]
-
-DTYPES = ("float32", "float16", "bfloat16")
-"""What is tried; the goldens themselves judge float64."""
+__all__ = ["LayerProblem", "LayerTally", "share_of", "try_layers"]
 
 REFUSED_IN = ("float32", "float16")
-"""Where every planted mistake must be seen."""
+"""Dtypes in which every planted mistake must exceed the allowance."""
 
 SHAPES = (
     (2, 13, 24, 4, 2, 8, 6, 10),
@@ -38,7 +35,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """One self-attention, causal, the arrays as stored in the dtype of the run."""
+    """One causal self-attention, with its arrays stored in the dtype of the run."""
 
     dtype: str
     arrays: Mapping[str, numpy.ndarray]
@@ -46,21 +43,21 @@ class LayerProblem:
 
     @property
     def id(self) -> str:
-        """Its name in a message."""
+        """The name of the problem in messages."""
         return f"{self.dtype}, layer {self.arrays['w_q'].shape}, {', '.join(self.options)}"
 
     @property
-    def turned(self) -> dict[str, Any]:
+    def rotation(self) -> dict[str, Any]:
         """The options of the rotation."""
         return {"base": 10000.0, "interleaved": False, **self.options.get("rotary", {})}
 
     def working(self, name: str) -> numpy.ndarray:
-        """An input in float32."""
+        """Convert an input to float32."""
         return self.arrays[name].astype(numpy.float32)
 
 
 def draw_layer(rng: numpy.random.Generator, dtype: str) -> LayerProblem:
-    """Draw sizes, weights that keep the size of a vector, and biases, norms and a rotation now and then."""
+    """Draw sizes, weights that keep the size of vectors, and sometimes biases, norms and a rotation."""
     batch, length, embed, heads, kv_heads, qk_dim, v_dim, out = SHAPES[rng.choice(len(SHAPES))]
     shapes = {"q": (heads, qk_dim), "k": (kv_heads, qk_dim), "v": (kv_heads, v_dim)}
     contrast = {"q": float(rng.choice([1, 1, 4])), "k": 1.0, "v": 1.0}
@@ -83,7 +80,7 @@ def draw_layer(rng: numpy.random.Generator, dtype: str) -> LayerProblem:
 
 @dataclass(frozen=True)
 class Plain:
-    """The layer in NumPy, in float32; what is `stored` between steps is rounded to the dtype or is not."""
+    """The layer in NumPy, in float32; if `stored`, the result of each step is rounded to the dtype."""
 
     stored: bool = True
     scale: float = 1.0
@@ -92,7 +89,7 @@ class Plain:
     narrow_sums: bool = False
 
     def __call__(self, p: LayerProblem) -> numpy.ndarray:
-        """The output."""
+        """Return the output."""
         q, k, v = (self._heads(p, side) for side in "qkv")
         group = q.shape[1] // k.shape[1]
         k, v = (numpy.repeat(x, group, axis=1) for x in (k, v))
@@ -102,10 +99,10 @@ class Plain:
         weights = self._store(p, powers / powers.sum(axis=-1, keepdims=True))
         attended = self._store(p, weights @ v).swapaxes(1, 2)
         flat = attended.reshape(*attended.shape[:2], -1)
-        found = self._store(p, self._product(p, flat, p.working("w_o").reshape(flat.shape[2], -1)))
+        output = self._store(p, self._product(p, flat, p.working("w_o").reshape(flat.shape[2], -1)))
         if "b_o" in p.arrays and self.forgotten != "b_o":
-            found = found + p.working("b_o")
-        return found.astype(p.arrays["query"].dtype)
+            output = output + p.working("b_o")
+        return output.astype(p.arrays["query"].dtype)
 
     def _store(self, p: LayerProblem, x: numpy.ndarray) -> numpy.ndarray:
         return x.astype(p.arrays["query"].dtype).astype(numpy.float32) if self.stored else x
@@ -129,41 +126,42 @@ class Plain:
         if f"{side}_norm" in p.arrays:
             root = numpy.sqrt((x * x).mean(axis=-1, keepdims=True) + numpy.float32(1e-6))
             x = self._store(p, x / root * p.working(f"{side}_norm"))
-        return x if side == "v" or "rotary" not in p.options else self._store(p, self._turned(p, x))
+        return x if side == "v" or "rotary" not in p.options else self._store(p, self.rotate(p, x))
 
-    def _turned(self, p: LayerProblem, x: numpy.ndarray) -> numpy.ndarray:
+    def rotate(self, p: LayerProblem, x: numpy.ndarray) -> numpy.ndarray:
+        """Rotate heads, by the pairing of the problem or by the other one."""
         pairs = x.shape[3] // 2
-        frequencies = 1 / numpy.float32(p.turned["base"]) ** (numpy.arange(pairs, dtype=numpy.float32) / pairs)
+        frequencies = 1 / numpy.float32(p.rotation["base"]) ** (numpy.arange(pairs, dtype=numpy.float32) / pairs)
         angles = numpy.arange(x.shape[2], dtype=numpy.float32)[:, None] * frequencies
         cosine, sine = numpy.cos(angles), numpy.sin(angles)
-        neighbours = p.turned["interleaved"] != self.other_pairs
+        neighbours = p.rotation["interleaved"] != self.other_pairs
         a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else (x[..., :pairs], x[..., pairs:])
-        both = (a * cosine - b * sine, b * cosine + a * sine)
-        return numpy.stack(both, axis=-1).reshape(x.shape) if neighbours else numpy.concatenate(both, axis=-1)
+        parts = (a * cosine - b * sine, b * cosine + a * sine)
+        return numpy.stack(parts, axis=-1).reshape(x.shape) if neighbours else numpy.concatenate(parts, axis=-1)
 
 
 def by_torch(p: LayerProblem) -> numpy.ndarray:
-    """PyTorch in the dtype itself: linear maps, its norm, a rotation by complex numbers, its attention."""
+    """Compute the layer with PyTorch in the dtype: linear maps, its norm, a rotation by complex numbers, SDPA."""
     x = {name: to_torch(array) for name, array in p.arrays.items()}
 
     def heads(side: str) -> torch.Tensor:
-        found = torch.einsum("ble,ehd->bhld", x["query"], x[f"w_{side}"])
-        found = found + x[f"b_{side}"][:, None] if f"b_{side}" in x else found
+        y = torch.einsum("ble,ehd->bhld", x["query"], x[f"w_{side}"])
+        y = y + x[f"b_{side}"][:, None] if f"b_{side}" in x else y
         if f"{side}_norm" in x:
-            found = torch.nn.functional.rms_norm(found, found.shape[3:], x[f"{side}_norm"], 1e-6)
-        return found if side == "v" or "rotary" not in p.options else _turned_by_torch(p, found)
+            y = torch.nn.functional.rms_norm(y, y.shape[3:], x[f"{side}_norm"], 1e-6)
+        return y if side == "v" or "rotary" not in p.options else _rotated_by_torch(p, y)
 
     q, k, v = (heads(side) for side in "qkv")
     attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    found = torch.einsum("bhlc,hco->blo", attended, x["w_o"])
-    return from_torch(found + x["b_o"] if "b_o" in x else found)
+    output = torch.einsum("bhlc,hco->blo", attended, x["w_o"])
+    return from_torch(output + x["b_o"] if "b_o" in x else output)
 
 
-def _turned_by_torch(p: LayerProblem, x: torch.Tensor) -> torch.Tensor:
+def _rotated_by_torch(p: LayerProblem, x: torch.Tensor) -> torch.Tensor:
     pairs = x.shape[3] // 2
-    frequencies = torch.exp(torch.arange(pairs) * (-torch.log(torch.tensor(p.turned["base"])) / pairs))
+    frequencies = torch.exp(torch.arange(pairs) * (-torch.log(torch.tensor(p.rotation["base"])) / pairs))
     turns = torch.polar(torch.ones(()), torch.outer(torch.arange(x.shape[2]).float(), frequencies))
-    if p.turned["interleaved"]:
+    if p.rotation["interleaved"]:
         turned = torch.view_as_complex(x.float().reshape(*x.shape[:3], pairs, 2)) * turns
         return torch.view_as_real(turned).reshape(x.shape).to(x.dtype)
     turned = torch.complex(x[..., :pairs].float(), x[..., pairs:].float()) * turns
@@ -171,28 +169,28 @@ def _turned_by_torch(p: LayerProblem, x: torch.Tensor) -> torch.Tensor:
 
 
 def by_jax(p: LayerProblem) -> numpy.ndarray:
-    """JAX, sums in float32, rounded after each map."""
+    """Compute the layer with JAX, with sums in float32, rounded after each map."""
     x = {name: jnp.asarray(array) for name, array in p.arrays.items()}
     dtype, wide = x["query"].dtype, jnp.float32
 
     def heads(side: str) -> Any:
-        found = jnp.einsum("ble,ehd->bhld", x["query"].astype(wide), x[f"w_{side}"].astype(wide)).astype(dtype)
-        found = found + x[f"b_{side}"][:, None] if f"b_{side}" in x else found
+        y = jnp.einsum("ble,ehd->bhld", x["query"].astype(wide), x[f"w_{side}"].astype(wide)).astype(dtype)
+        y = y + x[f"b_{side}"][:, None] if f"b_{side}" in x else y
         if f"{side}_norm" in x:
-            square = jnp.mean(found.astype(wide) ** 2, axis=-1, keepdims=True)
-            found = (found * jnp.reciprocal(jnp.sqrt(square + 1e-6)) * x[f"{side}_norm"]).astype(dtype)
+            square = jnp.mean(y.astype(wide) ** 2, axis=-1, keepdims=True)
+            y = (y * jnp.reciprocal(jnp.sqrt(square + 1e-6)) * x[f"{side}_norm"]).astype(dtype)
         if side == "v" or "rotary" not in p.options:
-            return found.astype(wide)
-        return jnp.asarray(Plain()._turned(p, numpy.asarray(found.astype(wide)))).astype(dtype).astype(wide)
+            return y.astype(wide)
+        return jnp.asarray(Plain().rotate(p, numpy.asarray(y.astype(wide)))).astype(dtype).astype(wide)
 
     q, k, v = (heads(side) for side in "qkv")
-    k, v = (jnp.repeat(one, q.shape[1] // k.shape[1], axis=1) for one in (k, v))
+    k, v = (jnp.repeat(y, q.shape[1] // k.shape[1], axis=1) for y in (k, v))
     scores = jnp.einsum("bhid,bhjd->bhij", q, k) / jnp.sqrt(jnp.asarray(q.shape[3], wide))
     scores = jnp.where(jnp.tri(scores.shape[2], dtype=bool), scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     attended = jnp.einsum("bhij,bhjc->bhic", weights / weights.sum(axis=-1, keepdims=True), v).astype(dtype)
-    found = jnp.einsum("bhic,hco->bio", attended.astype(wide), x["w_o"].astype(wide)).astype(dtype)
-    return numpy.asarray(found + x["b_o"] if "b_o" in x else found)
+    output = jnp.einsum("bhic,hco->bio", attended.astype(wide), x["w_o"].astype(wide)).astype(dtype)
+    return numpy.asarray(output + x["b_o"] if "b_o" in x else output)
 
 
 HONEST: dict[str, Callable[[LayerProblem], numpy.ndarray]] = {
@@ -213,7 +211,7 @@ PLANTED: dict[str, tuple[str, Callable[[LayerProblem], numpy.ndarray]]] = {
 
 @dataclass
 class LayerTally:
-    """The largest share of the allowance of each implementation, the least of each mistake, and who was refused."""
+    """The largest share of the allowance of each implementation, the least of each mistake, and the refusals."""
 
     used: dict[tuple[str, str], float] = field(default_factory=dict)
     least: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -221,7 +219,7 @@ class LayerTally:
     refused: list[str] = field(default_factory=list)
 
     def add(self, other: LayerTally) -> None:
-        """Join the tally of another dtype."""
+        """Add the tally of another dtype."""
         self.used |= other.used
         self.least |= other.least
         self.answers.update(other.answers)
@@ -229,13 +227,13 @@ class LayerTally:
 
     @property
     def overlooked(self) -> list[str]:
-        """The planted mistakes that some problem does not show where it must."""
+        """The planted mistakes that stayed within an allowance which they must exceed."""
         lost = [key for key, used in self.least.items() if used <= 1 and key[0] in REFUSED_IN]
         return [f"{name} is within the allowance of a layer in {dtype}" for dtype, name in lost]
 
 
 def try_layers(dtype: str, first: int, count: int) -> LayerTally:
-    """Ask every implementation `count` random problems of a dtype, and plant the mistakes in five that show them."""
+    """Ask every implementation `count` random problems of a dtype, and plant each mistake in five problems."""
     tally = LayerTally()
     for number in range(first, first + count):
         p = draw_layer(numpy.random.default_rng([number, *dtype.encode()]), dtype)
@@ -254,7 +252,7 @@ def try_layers(dtype: str, first: int, count: int) -> LayerTally:
 
 
 def planted_problem(seed: int, dtype: str, kind: str) -> LayerProblem:
-    """One small head: as it is, or with a bias and a rotation, or whose values are long sums of terms of one sign."""
+    """Draw one small head, "turned" with a bias and a rotation, or "wide" with values that are long positive sums."""
     rng = numpy.random.default_rng(seed)
     embed, heads, size = 1024 if kind == "wide" else 8, 1, 4 if kind == "turned" else 2
     x = {"query": rng.standard_normal((1, 64, embed))}
@@ -272,7 +270,7 @@ def planted_problem(seed: int, dtype: str, kind: str) -> LayerProblem:
 
 
 def share_of(p: LayerProblem) -> Callable[[numpy.ndarray], float]:
-    """How much of the allowance an output uses."""
+    """Return a function that computes the share of the allowance that an output uses."""
     case = bounds("multi_head_attention", p.arrays, p.options)
     allowances = case.allowances(precision(p.dtype))
     expected = {"output": Expected(case.values["output"], None, None, case.values["output"].shape)}

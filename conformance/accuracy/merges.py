@@ -1,4 +1,4 @@
-"""Honest ways to join two halves of one softmax, and to send the gradients of the result back into them."""
+"""Honest ways to merge two halves of one softmax, and to compute the gradients of merging."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPE = (2, 3, 17, 19)
 
 @dataclass(frozen=True)
 class MergeProblem:
-    """Two halves, as stored in the dtype of the run."""
+    """Two halves and the cotangents of their result, stored in the dtype of the run."""
 
     dtype: str
     arrays: Mapping[str, numpy.ndarray]
@@ -27,7 +27,7 @@ class MergeProblem:
 
     @property
     def id(self) -> str:
-        """Its name in a message."""
+        """The name of the problem in messages."""
         return f"{self.dtype}, merge"
 
     @property
@@ -36,7 +36,7 @@ class MergeProblem:
         return numpy.float64 if self.dtype == "float64" else numpy.float32
 
     def half(self, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Output and lse of one half; an empty half has the output 0, whatever it holds."""
+        """Return output and lse of one half; the output of an empty half is replaced by 0."""
         lse = self.arrays[f"lse_{name}"][..., None]
         return numpy.where(lse == -numpy.inf, 0, self.arrays[f"output_{name}"].astype(self.work)), lse
 
@@ -52,23 +52,23 @@ class MergeProblem:
 
     @property
     def grad_lse(self) -> numpy.ndarray:
-        """The cotangent of lse, with a last axis of 1; 0 where there is none."""
-        given = self.cotangents.get("grad_lse")
-        return numpy.zeros((*SHAPE[:3], 1), self.work) if given is None else given.astype(self.work)[..., None]
+        """The cotangent of lse, with a last axis of 1; 0 if there is none."""
+        grad_lse = self.cotangents.get("grad_lse")
+        return numpy.zeros((*SHAPE[:3], 1), self.work) if grad_lse is None else grad_lse.astype(self.work)[..., None]
 
     def gradients(self, **parts: numpy.ndarray) -> dict[str, numpy.ndarray]:
-        """Give the gradients their dtypes; an empty half has none, and leaves the cotangents to the other one."""
+        """Convert gradients to their dtypes; those of an empty half are 0, and the other half gets the cotangents."""
         empty = {name: self.arrays[f"lse_{name}"][..., None] == -numpy.inf for name in "ab"}
-        found: dict[str, numpy.ndarray] = {}
+        gradients: dict[str, numpy.ndarray] = {}
         for name, other in (("a", "b"), ("b", "a")):
             for part, whole in (("output", self.grad_output), ("lse", self.grad_lse)):
                 gradient = numpy.where(empty[other], whole, parts[f"{part}_{name}"])
                 gradient = numpy.where(empty[name], 0, gradient).astype(self.arrays[f"{part}_{name}"].dtype)
-                found[f"grad_{part}_{name}"] = gradient if part == "output" else gradient[..., 0]
-        return found
+                gradients[f"grad_{part}_{name}"] = gradient if part == "output" else gradient[..., 0]
+        return gradients
 
     def results(self, output: numpy.ndarray, lse: numpy.ndarray) -> dict[str, numpy.ndarray]:
-        """Give the results their dtypes; where a half is empty the other is passed on unchanged."""
+        """Convert results to their dtypes; if a half is empty, the result is the other half."""
         (output_a, lse_a), (output_b, lse_b) = self.half("a"), self.half("b")
         for kept, empty in (((output_a, lse_a), lse_b), ((output_b, lse_b), lse_a)):
             output = numpy.where(empty == -numpy.inf, kept[0], output)
@@ -77,7 +77,7 @@ class MergeProblem:
 
 
 def draw_merge(rng: numpy.random.Generator, dtype: str) -> MergeProblem:
-    """Draw two halves whose weights differ a little or a lot, now and then one of them empty."""
+    """Draw two halves whose shares differ a little or a lot; some rows of each half are empty."""
     stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     wide = "float64" if dtype == "float64" else "float32"
     lse_a = rng.standard_normal(SHAPE[:3]) * rng.choice([1, 10, 1000])
@@ -91,15 +91,15 @@ def draw_merge(rng: numpy.random.Generator, dtype: str) -> MergeProblem:
         "output_b": rng.standard_normal(SHAPE).astype(stored),
         "lse_b": lse_b.astype(wide),
     }
-    wider = [each for each in ("float64", "float32", stored) if each != "float64" or rng.random() < 0.5]
-    grad_output = rng.standard_normal(SHAPE).astype(wider[rng.integers(len(wider))])
+    choices = [choice for choice in ("float64", "float32", stored) if choice != "float64" or rng.random() < 0.5]
+    grad_output = rng.standard_normal(SHAPE).astype(choices[rng.integers(len(choices))])
     grad_lse = {"grad_lse": rng.standard_normal(SHAPE[:3]).astype(wide)} if rng.random() < 0.7 else {}
     return MergeProblem(dtype, arrays, {"grad_output": grad_output, **grad_lse})
 
 
 @numpy.errstate(all="ignore")
 def by_exponentials(problem: MergeProblem) -> dict[str, numpy.ndarray]:
-    """lse by logaddexp, each half times exp(lse_half - lse)."""
+    """Merge with lse by logaddexp, each half multiplied by exp(lse_half - lse)."""
     (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
     lse = numpy.logaddexp(lse_a, lse_b)
     return problem.results(numpy.exp(lse_a - lse) * output_a + numpy.exp(lse_b - lse) * output_b, lse)
@@ -107,7 +107,7 @@ def by_exponentials(problem: MergeProblem) -> dict[str, numpy.ndarray]:
 
 @numpy.errstate(all="ignore")
 def by_maximum(problem: MergeProblem) -> dict[str, numpy.ndarray]:
-    """Exponentials under the larger lse, divided by their sum at the end."""
+    """Merge with exponentials relative to the larger lse, divided by their sum at the end."""
     (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
     maximum = numpy.maximum(lse_a, lse_b)
     share_a, share_b = numpy.exp(lse_a - maximum), numpy.exp(lse_b - maximum)
@@ -117,7 +117,7 @@ def by_maximum(problem: MergeProblem) -> dict[str, numpy.ndarray]:
 
 @numpy.errstate(all="ignore")
 def by_interpolation(problem: MergeProblem) -> dict[str, numpy.ndarray]:
-    """output_a - sigmoid(lse_b - lse_a) * (output_a - output_b), as ring attention does it."""
+    """Merge as output_a - sigmoid(lse_b - lse_a) * (output_a - output_b), as ring attention does."""
     (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
     share = 1 / (1 + numpy.exp(lse_a - lse_b))
     lse = lse_a + numpy.log1p(numpy.exp(-abs(lse_a - lse_b))) + numpy.maximum(lse_b - lse_a, 0)
@@ -137,7 +137,7 @@ def _sum(x: numpy.ndarray) -> numpy.ndarray:
 
 @numpy.errstate(all="ignore")
 def in_closed_form(problem: MergeProblem) -> dict[str, numpy.ndarray]:
-    """The formulas of MHA-MERGE-7, with each share from the joint lse."""
+    """Compute the formulas of MHA-MERGE-7, with each share from the joint lse."""
     (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
     lse = numpy.logaddexp(lse_a, lse_b)
     return _from_shares(problem, numpy.exp(lse_a - lse), numpy.exp(lse_b - lse), output_a - output_b)
@@ -145,7 +145,7 @@ def in_closed_form(problem: MergeProblem) -> dict[str, numpy.ndarray]:
 
 @numpy.errstate(all="ignore")
 def by_two_sigmoids(problem: MergeProblem) -> dict[str, numpy.ndarray]:
-    """The same with each share as a sigmoid of the difference."""
+    """Compute the formulas of MHA-MERGE-7, with each share as a sigmoid of the difference."""
     (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
     shares = 1 / (1 + numpy.exp(lse_b - lse_a)), 1 / (1 + numpy.exp(lse_a - lse_b))
     return _from_shares(problem, *shares, output_a - output_b)
@@ -153,7 +153,7 @@ def by_two_sigmoids(problem: MergeProblem) -> dict[str, numpy.ndarray]:
 
 @numpy.errstate(all="ignore")
 def through_interpolation(problem: MergeProblem) -> dict[str, numpy.ndarray]:
-    """What differentiates `by_interpolation`: the share of half a is 1 less that of half b."""
+    """Differentiate `by_interpolation`: the share of half a is 1 minus that of half b."""
     (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
     share = 1 / (1 + numpy.exp(lse_a - lse_b))
     return _from_shares(problem, 1 - share, share, output_a - output_b)
@@ -169,7 +169,7 @@ def _from_shares(
 
 @numpy.errstate(all="ignore")
 def through_exponentials(problem: MergeProblem) -> dict[str, numpy.ndarray]:
-    """What differentiates `by_exponentials`: each share has a gradient, and what they have in common goes to lse."""
+    """Differentiate `by_exponentials`: each share has a gradient, and both contribute to that of lse."""
     (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
     lse, grad_output = numpy.logaddexp(lse_a, lse_b), problem.grad_output
     a, b = numpy.exp(lse_a - lse), numpy.exp(lse_b - lse)
@@ -185,7 +185,7 @@ def through_exponentials(problem: MergeProblem) -> dict[str, numpy.ndarray]:
 
 @numpy.errstate(all="ignore")
 def through_maximum(problem: MergeProblem) -> dict[str, numpy.ndarray]:
-    """What differentiates `by_maximum`, the maximum included, whose gradient cancels but for roundings."""
+    """Differentiate `by_maximum`, including the maximum, whose gradient cancels except for roundings."""
     (output_a, lse_a), (output_b, lse_b) = problem.half("a"), problem.half("b")
     maximum, grad_output = numpy.maximum(lse_a, lse_b), problem.grad_output
     power_a, power_b = numpy.exp(lse_a - maximum), numpy.exp(lse_b - maximum)

@@ -1,4 +1,4 @@
-"""Planted mistakes that the accuracy rule must refuse in float32 and float16: small errors of real kernels."""
+"""Planted mistakes, small errors of real kernels, that the accuracy rule must refuse in float32 and float16."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 __all__ = ["MISTAKES", "REFUSED_IN", "SEEDS", "deviation"]
 
 REFUSED_IN = ("float32", "float16")
-"""Where every one of them must be seen; bfloat16 is printed beside them."""
+"""Dtypes in which every planted mistake must exceed the allowance; bfloat16 is only printed."""
 
 SEEDS = 5
 SHAPE = (1, 2, 64, 1024, 64)
 """(batch, heads, q_len, kv_len, qk_dim = v_dim)."""
 
 CONTRAST = 4.0
-"""Deviation of the logits: what trained models have, and flat weights would hide."""
+"""Deviation of the logits, as in trained models; nearly uniform weights would hide the mistakes."""
 
 
 def half(dtype: str) -> Any:
-    """The type of 16 bits beside a dtype."""
+    """Return the 16-bit dtype that is used with a dtype."""
     return ml_dtypes.bfloat16 if dtype == "bfloat16" else numpy.float16
 
 
 def problem(dtype: str, seed: int) -> Problem:
-    """One forward call over 1024 keys."""
+    """Draw one forward call over 1024 keys."""
     rng = numpy.random.default_rng(seed)
     batch, heads, q_len, kv_len, size = SHAPE
     x = {
@@ -49,39 +49,39 @@ def problem(dtype: str, seed: int) -> Problem:
 
 
 def honest(p: Problem) -> dict[str, numpy.ndarray]:
-    """No mistake, for comparison."""
+    """Compute without a mistake, for comparison."""
     return Variant("honest", tile=64).forward(p)
 
 
 def scale_too_large(p: Problem) -> dict[str, numpy.ndarray]:
-    """The scale is 1 % too large."""
+    """Use a scale that is 1 % too large."""
     return honest(Problem(p.dtype, p.regime, p.arrays, {"scale": 1.01 * p.scale}, p.visible))
 
 
 def key_dropped(p: Problem) -> dict[str, numpy.ndarray]:
-    """The last of 1024 keys is not looked at."""
+    """Do not read the last of 1024 keys."""
     visible = p.visible.copy()
     visible[..., -1] = False
     return honest(Problem(p.dtype, p.regime, p.arrays, p.options, visible))
 
 
 def half_scores(p: Problem) -> dict[str, numpy.ndarray]:
-    """Scores are rounded to 16 bits before the softmax."""
+    """Round the scores to 16 bits before the softmax."""
     return _blocks(p, scores=half(p.dtype))
 
 
 def half_row_sum(p: Problem) -> dict[str, numpy.ndarray]:
-    """The sum of exponentials is kept in 16 bits from one block of 16 keys to the next."""
+    """Keep the sum of exponentials in 16 bits between blocks of 16 keys."""
     return _blocks(p, total=half(p.dtype))
 
 
 def half_accumulator(p: Problem) -> dict[str, numpy.ndarray]:
-    """The weighted sum of values is kept in 16 bits from one block of 16 keys to the next."""
+    """Keep the weighted sum of values in 16 bits between blocks of 16 keys."""
     return _blocks(p, output=half(p.dtype))
 
 
 def _blocks(p: Problem, *, scores: Any = None, total: Any = None, output: Any = None) -> dict[str, numpy.ndarray]:
-    """An online softmax whose scores, row sum or accumulator are rounded to a type."""
+    """Compute an online softmax whose scores, row sum or accumulator are rounded to a dtype."""
     query, key, value = (p.working(name) for name in ("query", "key", "value"))
     logits = _rounded(p.work(p.scale) * (query @ key.swapaxes(-1, -2)), scores)
     maximum = numpy.full((*logits.shape[:3], 1), -numpy.inf, p.work)
@@ -112,7 +112,7 @@ MISTAKES: dict[str, Callable[[Problem], dict[str, numpy.ndarray]]] = {
 
 
 def deviation(dtype: str, mistake: Callable[[Problem], dict[str, numpy.ndarray]], seed: int) -> dict[str, float]:
-    """How many times the allowance of each output the mistake's answer uses."""
+    """Return the share of the allowance that each output of a mistake uses."""
     p = problem(dtype, seed)
     case = bounds("attention", p.arrays, p.options)
     allowances, outputs = case.allowances(precision(dtype)), mistake(p)

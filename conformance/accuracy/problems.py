@@ -1,4 +1,4 @@
-"""Random problems on which honest implementations are tried: regimes of data, shapes and options."""
+"""Random problems for honest implementations: regimes of data, shapes and options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHAPES = (
 """(batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim)."""
 
 BIAS_SHAPES = ((1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 0, 1), (1, 0, 1, 0), (0, 0, 0, 0))
-"""Which axes of the scores a bias has."""
+"""The axes of the scores that a bias has; the others have size 1."""
 
 STRUCTURED = ("constant_value", "uniform_weights")
 """Regimes whose roundings are not independent of each other, so that statistics do not apply."""
@@ -38,7 +38,7 @@ STRUCTURED = ("constant_value", "uniform_weights")
 
 @dataclass(frozen=True)
 class Problem:
-    """One call with its cotangents, the arrays as stored in the dtype of the run."""
+    """One call with its cotangents, its arrays stored in the dtype of the run."""
 
     dtype: str
     regime: str
@@ -48,14 +48,14 @@ class Problem:
 
     @property
     def id(self) -> str:
-        """Its name in a message."""
+        """The name of the problem in messages."""
         tensors = ("query", "key", "value", "grad_output")
         options = [name for name in (*self.arrays, *self.options) if name not in tensors]
         return f"{self.dtype}, {self.regime}, scores {self.visible.shape}, {', '.join(options) or 'plain'}"
 
     @property
     def generic(self) -> bool:
-        """Whether its roundings are independent of each other."""
+        """True if the roundings are independent of each other."""
         return self.regime not in STRUCTURED
 
     @property
@@ -70,38 +70,38 @@ class Problem:
 
     @property
     def group(self) -> int:
-        """How many query heads read one key/value head."""
+        """Number of query heads that read the same key/value head."""
         return self.arrays["query"].shape[1] // self.arrays["key"].shape[1]
 
     @cached_property
     def kept(self) -> numpy.ndarray | None:
-        """What dropout multiplies each weight with, in the type of the softmax."""
+        """The factor that dropout multiplies each weight by, in the type of the softmax."""
         if "dropout_mask" not in self.arrays:
             return None
         return self.arrays["dropout_mask"] * self.work(1 / (1 - self.options.get("dropout_rate", 0.0)))
 
     def working(self, name: str) -> Array:
-        """An input in the type of the softmax, heads of key and value repeated; None where it is not given."""
+        """Convert an input to the type of the softmax, with heads of key and value repeated; None if it is absent."""
         if name not in self.arrays:
             return None
         array = self.arrays[name].astype(self.work)
         return numpy.repeat(array, self.group, axis=1) if name in ("key", "value") else array
 
     def forward_arrays(self) -> dict[str, numpy.ndarray]:
-        """The inputs of the forward call."""
+        """Return the inputs of the forward call."""
         return {name: array for name, array in self.arrays.items() if not name.startswith("grad_")}
 
     def weight_arrays(self) -> dict[str, numpy.ndarray]:
-        """The inputs of attention_weights."""
+        """Return the inputs of attention_weights."""
         return {name: x for name, x in self.forward_arrays().items() if name not in ("value", "dropout_mask")}
 
     def weight_options(self) -> dict[str, float]:
-        """The options of attention_weights."""
+        """Return the options of attention_weights."""
         return {name: value for name, value in self.options.items() if name != "dropout_rate"}
 
 
 def _normal(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
-    """Standard normal data: logits of deviation 1."""
+    """Keep standard normal data: logits of deviation 1."""
 
 
 def _contrast(factor: float) -> Callable[..., None]:
@@ -162,7 +162,7 @@ REGIMES: dict[str, Callable[..., None]] = {
 
 
 def draw(rng: numpy.random.Generator, dtype: str, *, plain: bool = False) -> Problem:
-    """Draw one problem: a regime, a shape, and, unless `plain`, each option with probability about a third."""
+    """Draw a regime and a shape, and, unless `plain`, each option with a probability of about a third."""
     batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim = SHAPES[rng.choice(len(SHAPES))]
     regime = str(rng.choice(list(REGIMES)))
     scores = (batch, heads, q_len, kv_len)
@@ -199,7 +199,7 @@ def draw(rng: numpy.random.Generator, dtype: str, *, plain: bool = False) -> Pro
 
 
 def _visible(rng: numpy.random.Generator, scores: tuple[int, ...]) -> numpy.ndarray:
-    """Causal, padding, or random visibility; some of it with rows that see nothing."""
+    """Draw causal, padding, or random visibility, sometimes with empty rows."""
     batch, _, q_len, kv_len = scores
     kind = rng.choice(["causal", "padding", "random"])
     if kind == "causal":
@@ -213,6 +213,6 @@ def _visible(rng: numpy.random.Generator, scores: tuple[int, ...]) -> numpy.ndar
 
 
 def overflows(values: Mapping[str, numpy.ndarray], dtype: str) -> bool:
-    """Whether a gradient comes near the largest number of the dtype, so that a case would not be admitted in it."""
+    """Return True if a value is too near the largest number of the dtype for a case to be admitted."""
     largest = precision(dtype).largest / 4
     return any(abs(array).max(initial=0.0) > largest for array in values.values())

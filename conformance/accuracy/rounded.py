@@ -1,7 +1,7 @@
-"""An attention layer by its definition in float64, with a bound of what float32 may make of each number.
+"""An attention layer by its definition in float64, with a bound of the error of each number in float32.
 
-Written for layers that others wrote: nothing of mha_spec computes here, every step is one einsum of NumPy, and the
-bound is carried along. Each operation adds its own roundings, in any order of its sums, to the errors that came in.
+It judges layers of other projects, so that nothing of mha_spec computes here: every step is one einsum of NumPy with a
+bound of its error. Each operation adds its roundings, in any order of its sums, to the errors of its operands.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ if TYPE_CHECKING:
 
     Array = numpy.ndarray
 
-__all__ = ["Rounded", "attended"]
+__all__ = ["attended"]
 
 UNIT = unit_roundoff("float32") + unit_roundoff("float64")
-"""The layers compute in float32, and what they are compared with in float64."""
+"""The layers compute in float32; the values that they are compared with are computed in float64."""
 
 ELEMENTARY = precision("float32").e_x
-"""What exp, sine, cosine and powers may be wrong by, relatively."""
+"""Allowed relative error of exp, sine, cosine and powers."""
 
 
 def gamma(roundings: int) -> float:
-    """Relative error of so many roundings one after the other."""
+    """Return the relative error of this number of roundings in sequence."""
     return roundings * UNIT / (1 - roundings * UNIT)
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Values, and how far those of an implementation may be from them."""
+    """Values, and the largest errors of an implementation's values."""
 
     value: Array
     error: Array
 
     @classmethod
     def exact(cls, array: Any) -> Rounded:
-        """Numbers that an implementation is given as they are."""
+        """Return values without an error, such as inputs."""
         value = to_numpy(array).astype(numpy.float64)
         return cls(value, numpy.zeros_like(value))
 
     @property
     def largest(self) -> Array:
-        """What an implementation may have at most, in magnitude."""
+        """The largest magnitude that a value of an implementation can have."""
         return abs(self.value) + self.error
 
     def repeated(self, group: int) -> Rounded:
-        """Each head of key or value once for every query head of its group."""
+        """Repeat each head of key or value for every query head of its group."""
         return Rounded(self.value.repeat(group, axis=1), self.error.repeat(group, axis=1))
 
     def for_each_position(self) -> Rounded:
-        """A vector for each head, (heads, size), as (heads, 1, size)."""
+        """Reshape a vector for each head, (heads, size), to (heads, 1, size)."""
         return Rounded(self.value[:, None, :], self.error[:, None, :])
 
     def einsum(self, subscripts: str, other: Rounded, roundings: int = 0) -> Rounded:
-        """A sum of products, in any order."""
+        """Compute sums of products, in any order."""
         operands, result = subscripts.split("->")
         sizes = dict(zip(operands.replace(",", ""), self.value.shape + other.value.shape, strict=True))
         terms = math.prod(size for letter, size in sizes.items() if letter not in result)
@@ -75,7 +75,7 @@ class Rounded:
         return Rounded(self.value + other.value, self.error + other.error + gamma(1) * (self.largest + other.largest))
 
     def softmax(self, visible: Array) -> Rounded:
-        """Weights over the visible keys, whose scores may all be shifted by their largest."""
+        """Compute weights over the visible keys; scores may be shifted by their maximum."""
         shifted = numpy.where(
             visible, self.value - self.value.max(-1, where=visible, initial=-numpy.inf, keepdims=True), 0
         )
@@ -89,7 +89,7 @@ class Rounded:
         return Rounded(weights, weights * ((1 + relative) / (1 - summed) * (1 + gamma(2)) - 1))
 
     def normalised(self, gain: Rounded, epsilon: float) -> Rounded:
-        """RMS normalisation: the root moves by no more than the root mean square of the error."""
+        """Divide by the root mean square, whose error is at most the root mean square of the errors."""
         root = numpy.sqrt((self.value**2).mean(-1, keepdims=True) + epsilon)
         moved = numpy.sqrt((self.error**2).mean(-1, keepdims=True))
         steps = gamma(self.value.shape[-1] + 8)
@@ -97,7 +97,7 @@ class Rounded:
         return Rounded(value * gain.value, (largest - abs(value)) * abs(gain.value) + gamma(1) * largest * gain.largest)
 
     def rotated(self, base: float = 10000.0, interleaved: bool = False, rotary_dim: int | None = None) -> Rounded:
-        """Turn the first rotary_dim components, pair i by position / base^(2i/rotary_dim); the axes stay."""
+        """Rotate the first rotary_dim components, pair i by position / base^(2i/rotary_dim)."""
         length, size = self.value.shape[-2:]
         turned = size if rotary_dim is None else rotary_dim
         angles = numpy.arange(length)[:, None] * base ** (-numpy.arange(0, turned, 2) / turned)
@@ -128,7 +128,7 @@ def attended(
     rotary: Mapping[str, Any] | None = None,
     norm_epsilon: float = 1e-6,
 ) -> Rounded:
-    """What a layer gives: projections, norms, rotation, softmax over the visible keys, output projection."""
+    """Compute a layer: projections, norms, rotation, softmax over the visible keys, output projection."""
     known = {name: Rounded.exact(array) for name, array in params.items()}
     queries = placed(projected(known, "q", query), known.get("q_norm"), norm_epsilon, rotary)
     keys = placed(projected(known, "k", key), known.get("k_norm"), norm_epsilon, rotary)
@@ -146,12 +146,12 @@ def attended(
 
 
 def projected(known: Mapping[str, Rounded], name: str, sequence: Array) -> Rounded:
-    """The heads of query, key or value: (batch, heads, length, size)."""
+    """Project a sequence to the heads of query, key or value, (batch, heads, length, size)."""
     heads = Rounded.exact(sequence).einsum("ble,ehd->bhld", known[f"w_{name}"])
     return heads + known[f"b_{name}"].for_each_position() if f"b_{name}" in known else heads
 
 
 def placed(heads: Rounded, gain: Rounded | None, epsilon: float, rotary: Mapping[str, Any] | None) -> Rounded:
-    """Heads of query or key, normalised where there is a gain and turned where there is a rotation."""
+    """Normalise heads if there is a gain, and rotate them if there is a rotation."""
     heads = heads if gain is None else heads.normalised(gain, epsilon)
     return heads if rotary is None else heads.rotated(**rotary)

@@ -1,4 +1,4 @@
-"""Trials of the accuracy rule: random problems through honest implementations, judged as the suite judges."""
+"""Trials of the accuracy rule: honest implementations compute random problems, and are judged as in the suite."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ WIDER = replace(
     check_merge_cotangents=lambda *cotangents: None,
     softmax_dtype=lambda name: "longdouble",
 )
-"""The specification in extended precision, whose results are what float64 is judged by."""
+"""The specification in extended precision; results in float64 are compared with it."""
 
 MANY = 1000
-"""Elements that make a root mean square worth printing."""
+"""Least number of elements for which a root mean square is printed."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Tally:
     """The largest shares of the allowance and the largest errors in standard deviations, by dtype, output and name."""
 
     runs: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Problems that an implementation answered, by dtype and implementation."""
+    """Number of problems that an implementation answered, by dtype and implementation."""
     problems: Counter[str] = field(default_factory=Counter)
     elements: Counter[tuple[str, str]] = field(default_factory=Counter)
     used: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Tally:
     refused: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
-        """Join the tally of another part of the trials."""
+        """Add the tally of another part of the trials."""
         for name in ("runs", "problems", "elements"):
             getattr(self, name).update(getattr(other, name))
         for name in ("used", "used_by", "largest", "rms"):
@@ -71,13 +71,13 @@ class Tally:
 
 
 def raise_to(table: dict[tuple[str, str], float], key: tuple[str, str], value: float) -> None:
-    """Keep the larger of what the table has and the value."""
+    """Raise the entry of a table to at least the value."""
     table[key] = max(table.get(key, 0.0), value)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """One problem with what is expected of it and its bounds."""
+    """One problem with its expected values and its bounds."""
 
     problem: Problem | MergeProblem
     function: str
@@ -94,7 +94,7 @@ class Judge:
 
     @cached_property
     def _by_profile(self) -> dict[str, tuple[Arrays, Arrays]]:
-        """Allowances and, where statistics apply, deviations."""
+        """Allowances and, if statistics apply, deviations."""
         rules = {profile: precision(self.problem.dtype, profile) for profile in PROFILES}
         generic = self.problem.generic
         return {
@@ -103,7 +103,7 @@ class Judge:
         }
 
     def add(self, name: str, profile: str, outputs: Arrays, tally: Tally) -> None:
-        """Judge one answer by the rule of its profile and note it in the tally."""
+        """Judge one answer by the rule of its profile and record it in the tally."""
         dtype = self.problem.dtype
         allowances, deviations = self._by_profile[profile]
         tally.runs[dtype, name] += 1
@@ -122,7 +122,7 @@ class Judge:
 
 
 def wider(function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> dict[str, numpy.ndarray]:
-    """The results in extended precision, rounded to float64 once."""
+    """Compute the results in extended precision, rounded once to float64."""
     call, more = getattr(Reference(WIDER), function), dict.fromkeys(FUNCTIONS[function].optional.values(), True)
     if "merge" in FUNCTIONS[function].features:
         arrays = {name: array.astype(numpy.longdouble) for name, array in arrays.items()}
@@ -133,7 +133,7 @@ def wider(function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[s
 
 
 def judges(problem: Problem) -> Iterator[Judge]:
-    """The calls that one problem makes: forward, weights where there is no dropout, and gradients where they fit."""
+    """Yield the calls of a problem: forward, weights without dropout, and gradients unless they overflow."""
     yield Judge.of(problem, "attention", problem.forward_arrays(), problem.options)
     if "dropout_mask" not in problem.arrays:
         yield Judge.of(problem, "attention_weights", problem.weight_arrays(), problem.options)
@@ -143,25 +143,29 @@ def judges(problem: Problem) -> Iterator[Judge]:
 
 
 def tally(dtype: str, first: int, count: int, each: int, frameworks: Sequence[Framework]) -> Tally:
-    """Try `count` random problems, each on `each` variants in turn and on every framework that takes it."""
-    found = Tally()
+    """Try `count` random problems, each on `each` variants in turn and on every framework that supports it."""
+    result = Tally()
     for number in range(first, first + count):
         rng = numpy.random.default_rng([number, *dtype.encode()])
         problem = draw(rng, dtype, plain=number % 4 == 0)
-        found.problems[dtype] += 1
-        chosen = [with_form(VARIANTS[(number * each + i) % len(VARIANTS)], number + i) for i in range(each)]
-        for judge_of in judges(problem):
-            for variant in chosen:
-                judge_of.add(variant.name, variant.profile, variant.answer(judge_of.function, problem), found)
-            for framework in frameworks if judge_of.function != "attention_weights" else ():
+        result.problems[dtype] += 1
+        variants = [with_form(VARIANTS[(number * each + i) % len(VARIANTS)], number + i) for i in range(each)]
+        for call in judges(problem):
+            for variant in variants:
+                call.add(variant.name, variant.profile, variant.answer(call.function, problem), result)
+            for framework in frameworks if call.function != "attention_weights" else ():
                 if framework.supports(problem):
-                    answer = framework.forward if judge_of.function == "attention" else framework.backward
-                    judge_of.add(framework.name, framework.profile, answer(problem), found)
-        merge = draw_merge(rng, dtype)
-        judge_of = Judge.of(merge, "merge_attention", merge.arrays, {})
-        for name, form in MERGES.items():
-            judge_of.add(f"merge by {name}", "strict", form(merge), found)
-        judge_of = Judge.of(merge, "merge_attention_vjp", merge.backward_arrays, {})
-        for name, form in MERGE_GRADIENTS.items():
-            judge_of.add(f"merge gradients by {name}", "strict", form(merge), found)
-    return found
+                    answer = framework.forward if call.function == "attention" else framework.backward
+                    call.add(framework.name, framework.profile, answer(problem), result)
+        try_merges(draw_merge(rng, dtype), result)
+    return result
+
+
+def try_merges(problem: MergeProblem, result: Tally) -> None:
+    """Try every way to merge two halves, and every way to compute the gradients."""
+    call = Judge.of(problem, "merge_attention", problem.arrays, {})
+    for name, form in MERGES.items():
+        call.add(f"merge by {name}", "strict", form(problem), result)
+    call = Judge.of(problem, "merge_attention_vjp", problem.backward_arrays, {})
+    for name, form in MERGE_GRADIENTS.items():
+        call.add(f"merge gradients by {name}", "strict", form(problem), result)

@@ -1,8 +1,8 @@
 """Honest implementations of attention in NumPy: different orders, tiles and forms of the same mathematics.
 
-All keep scores, softmax and sums in float32 (float64 for float64) and round results to the dtype of the inputs; those
-that `store` round the weights and the gradients of weights and logits to it on the way, as kernels do that feed them to
-matrix units.
+All keep scores, softmax and sums in float32 (float64 for float64) and round results to the dtype of the inputs.
+Variants that `store` also round the weights and the gradients of weights and logits to this dtype, as kernels do that
+pass them to matrix units.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["FORMS", "VARIANTS", "Variant"]
 
 
 def natural(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """a @ b as BLAS sums it."""
+    """Compute a @ b in the order of BLAS."""
     return a @ b
 
 
 def reversed_order(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """a @ b from the last term to the first."""
+    """Compute a @ b from the last term to the first."""
     return a[..., ::-1] @ b[..., ::-1, :]
 
 
 def chunked(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """a @ b in chunks of 32 terms, added one after another."""
+    """Compute a @ b in chunks of 32 terms, added in sequence."""
     total = numpy.zeros((*a.shape[:-1], b.shape[-1]), dtype=a.dtype)
     for start in range(0, a.shape[-1], 32):
         total = total + a[..., start : start + 32] @ b[..., start : start + 32, :]
@@ -40,7 +40,7 @@ def chunked(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
 
 
 def pairwise(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """a @ b as a tree over halves."""
+    """Compute a @ b as a tree over halves."""
     size = a.shape[-1]
     if size <= 8:
         return a @ b
@@ -48,7 +48,7 @@ def pairwise(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
 
 
 def sequential(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """a @ b one term after another, each product rounded: the deepest sum there is."""
+    """Compute a @ b term after term, with each product rounded: the deepest possible sum."""
     total = numpy.zeros((*a.shape[:-1], b.shape[-1]), dtype=a.dtype)
     for index in range(a.shape[-1]):
         total = total + a[..., index, None] * b[..., index, None, :]
@@ -56,13 +56,13 @@ def sequential(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
 
 
 def tanh_of_exp(x: numpy.ndarray) -> numpy.ndarray:
-    """The hyperbolic tangent as (1 - e) / (1 + e) with e = exp(-2|x|)."""
+    """Compute tanh as (1 - e) / (1 + e) with e = exp(-2|x|)."""
     e = numpy.exp(-2 * abs(x))
     return numpy.copysign((1 - e) / (1 + e), x)
 
 
 def tanh_of_sigmoid(x: numpy.ndarray) -> numpy.ndarray:
-    """The hyperbolic tangent as 2 sigmoid(2x) - 1."""
+    """Compute tanh as 2 sigmoid(2x) - 1."""
     return 2 / (1 + numpy.exp(-2 * x)) - 1
 
 
@@ -75,31 +75,31 @@ class Variant:
     """Keys in one block of an online softmax; None holds whole rows."""
     product: Callable[[numpy.ndarray, numpy.ndarray], numpy.ndarray] = natural
     store: bool = True
-    """Whether weights, dP and dS are rounded to the dtype of the inputs."""
+    """Round weights, dP and dS to the dtype of the inputs."""
     tanh: Callable[[numpy.ndarray], numpy.ndarray] = numpy.tanh
     sink: str = "column"
     """column: one more logit; after: added to the finished sum; factor: output * sigmoid(lse - sink)."""
     normalise_first: bool = False
-    """Whether weights are divided by their sum before they meet the values."""
+    """Divide weights by their sum before they are multiplied by the values."""
     scale_first: bool = False
-    """Whether the scale multiplies the query in place of the scores."""
+    """Multiply the query by the scale instead of the scores."""
     dot: str = "output"
-    """Where D comes from: the stored output, or the weights."""
+    """output: compute D from the stored output; weights: from the weights."""
     split_group: bool = False
-    """Whether gradients of key and value are rounded before they are summed over the group."""
+    """Round gradients of key and value before they are summed over the group."""
 
     @property
     def profile(self) -> str:
-        """The precision that it works in."""
+        """The precision of the variant."""
         return "standard" if self.store else "strict"
 
     def answer(self, function: str, problem: Problem) -> dict[str, numpy.ndarray]:
-        """The results of one function."""
+        """Compute the results of one function."""
         functions = {"attention": self.forward, "attention_weights": self.weights, "attention_vjp": self.backward}
         return functions[function](problem)
 
     def forward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """Output and lse."""
+        """Compute output and lse."""
         with numpy.errstate(all="ignore"):
             maximum, total, output = self._accumulate(problem)
             if self.normalise_first:
@@ -112,7 +112,7 @@ class Variant:
         return {"output": output.astype(problem.arrays["query"].dtype), "lse": lse[..., 0]}
 
     def weights(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """The weights, rebuilt from lse as a second pass does."""
+        """Compute the weights from lse, as in a second pass."""
         with numpy.errstate(all="ignore"):
             logits = self._logits(problem)[0]
             _, lse = self._finish(problem, *self._accumulate(problem))
@@ -120,7 +120,7 @@ class Variant:
         return {"weights": weights.astype(problem.arrays["query"].dtype)}
 
     def backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
-        """The gradients, in closed form from output and lse of the forward pass."""
+        """Compute the gradients in closed form from output and lse of the forward pass."""
         with numpy.errstate(all="ignore"):
             return self._backward(problem)
 
@@ -128,7 +128,7 @@ class Variant:
         return numpy.exp(logits - numpy.where(lse == -numpy.inf, 0, lse).astype(problem.work))
 
     def _logits(self, problem: Problem) -> tuple[numpy.ndarray, numpy.ndarray | None]:
-        """The logits, -inf where a pair is not visible, and the hyperbolic tangent of the soft cap."""
+        """Return the logits, -inf for hidden pairs, and the tanh of the soft cap."""
         query, key = problem.working("query"), problem.working("key").swapaxes(-1, -2)
         scale = problem.work(problem.scale)
         scores = self.product(query * scale, key) if self.scale_first else scale * self.product(query, key)
@@ -142,7 +142,7 @@ class Variant:
         return numpy.where(problem.visible, scores, -numpy.inf), tanh
 
     def _accumulate(self, problem: Problem) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """Maximum, sum of exponentials and weighted values over the keys, block by block."""
+        """Accumulate maximum, sum of exponentials and weighted values over the keys, block by block."""
         logits, value = self._logits(problem)[0], problem.working("value")
         maximum = numpy.full((*logits.shape[:3], 1), -numpy.inf, dtype=problem.work)
         if "sinks" in problem.arrays and self.sink == "column":
@@ -168,7 +168,7 @@ class Variant:
     def _finish(
         self, problem: Problem, maximum: numpy.ndarray, total: numpy.ndarray, output: numpy.ndarray
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Divide by the sum, with the sink in it."""
+        """Divide by the sum, with the sink included."""
         anchor = numpy.where(maximum == -numpy.inf, 0, maximum).astype(problem.work)
         sinks = problem.working("sinks")
         if sinks is not None and self.sink != "factor":
@@ -252,10 +252,10 @@ VARIANTS = (
 )
 
 FORMS = tuple(product((numpy.tanh, tanh_of_exp, tanh_of_sigmoid), ("column", "after", "factor")))
-"""The forms of soft cap and sink, each of which goes with every variant."""
+"""The forms of soft cap and sink; every variant is tried with each."""
 
 
 def with_form(variant: Variant, form: int) -> Variant:
-    """The variant with one of the forms."""
+    """Return the variant with a form of soft cap and sink."""
     tanh, sink = FORMS[form % len(FORMS)]
     return replace(variant, tanh=tanh, sink=sink)

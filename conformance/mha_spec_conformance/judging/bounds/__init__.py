@@ -1,4 +1,4 @@
-"""The accuracy rule: the largest error that a right implementation can make in each element of a result."""
+"""The accuracy rule: the largest error that a correct implementation can make in each element of a result."""
 
 from __future__ import annotations
 

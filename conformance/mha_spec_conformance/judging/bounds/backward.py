@@ -1,7 +1,8 @@
 """Error bounds of the gradients.
 
-Letters as in the formulas: P the weights, dP and dS the gradients of weights and logits, D the dot product of a row, dX
-the gradient of the scores before the soft cap, rho the relative error of weights rebuilt from lse, eta the error of dP.
+The letters are those of the formulas: P the weights, dP and dS the gradients of weights and logits, D the dot product
+of a row, dX the gradient of the scores before the soft cap, rho the relative error of weights rebuilt from lse, eta the
+error of dP.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["BackwardBounds"]
 
 
 class GradientEvaluation(Evaluation):
-    """One call of attention_vjp in float64; hidden pairs are 0 here too."""
+    """One call of attention_vjp in float64; its matrices are 0 at hidden pairs too."""
 
     def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
         """Run the steps of the reference, forward and backward."""
@@ -62,34 +63,34 @@ class GradientEvaluation(Evaluation):
 
     @property
     def group(self) -> int:
-        """How many query heads read one key/value head."""
+        """Number of query heads that read the same key/value head."""
         return self.arguments.heads // self.arguments.kv_heads
 
     @property
     def q_depth(self) -> int:
-        """How many rows add up to the gradient of a key: those of every head of its group."""
+        """Number of rows in the sum of a key's gradient: the rows of every head of its group."""
         return self.arguments.q_len * self.group
 
     def over_rows(self, weights: numpy.ndarray, values: numpy.ndarray) -> numpy.ndarray:
-        """sum_i weights_ij values_ic, summed over the group."""
+        """Compute sum_i weights_ij values_ic, summed over the group."""
         return self.steps.sum_group(weighted_sum(weights.swapaxes(-1, -2), values), self.arguments.kv_heads)
 
     @cached_property
     def read(self) -> numpy.ndarray:
-        """Which keys some row sees, (batch, kv_heads, kv_len, 1)."""
+        """True for keys that some row sees, (batch, kv_heads, kv_len, 1)."""
         return self.over_rows(self.indicator, self.ones) > 0
 
     @property
     def ones(self) -> numpy.ndarray:
-        """A column of ones, one for each row: what a sum over rows counts with."""
+        """A column of ones, which counts rows in a sum over rows."""
         return numpy.ones((*self.pairs.shape[:3], 1))
 
     def over_pairs(self, matrix: numpy.ndarray) -> numpy.ndarray:
-        """The sum over the pairs to which one element of the bias belongs."""
+        """Sum a matrix over the pairs that read the same element of the bias."""
         return self.steps.grad_bias(matrix, self.arrays["bias"].shape)
 
     def gradient_precision(self, operand: str, precision: Precision) -> tuple[float, float]:
-        """Unit roundoff and underflow of a gradient that takes its operand's dtype."""
+        """Return unit roundoff and underflow of a gradient that has the dtype of its operand."""
         dtype = self.dtypes[operand]
         return max(unit_roundoff(dtype), precision.u_a), max(underflow(dtype), precision.w)
 
@@ -98,7 +99,7 @@ class BackwardErrors:
     """The largest errors of the gradients in one precision."""
 
     def __init__(self, evaluation: GradientEvaluation, precision: Precision) -> None:
-        """Bind both; each error is computed when it is asked for."""
+        """Keep both; each error is computed at its first use."""
         self.evaluation = evaluation
         self.precision = precision
         self.forward = ForwardErrors(evaluation, precision)
@@ -112,14 +113,14 @@ class BackwardErrors:
 
     @cached_property
     def sink_weights(self) -> numpy.ndarray | float:
-        """rho_z: the same of the weight of the sink."""
+        """rho_z: the relative error of the sink's weight, rebuilt from lse."""
         e, p = self.evaluation, self.precision
         sinks = abs(e.finite_sinks)
         return numpy.expm1(self.forward.sink + self.forward.lse + p.u_a * (sinks + abs(e.lse)) + p.e_x)
 
     @cached_property
     def grad_weights(self) -> numpy.ndarray:
-        """eta_ij: the error of dP, a product of v_dim terms that may be stored."""
+        """eta_ij: the error of dP, a sum of v_dim products that may be stored."""
         e, p = self.evaluation, self.precision
         product = e.seen(abs(e.grad_output) @ abs(e.value).swapaxes(-1, -2))
         stored = p.u_dp + 2 * p.u_a * (e.kept is not None)
@@ -131,7 +132,7 @@ class BackwardErrors:
 
     @cached_property
     def row_dot(self) -> numpy.ndarray:
-        """The error of D, taken from the stored output or from P and dP."""
+        """The error of D, computed from the stored output or from P and dP, whichever error is larger."""
         e, p = self.evaluation, self.precision
         gradient = numpy.where(e.rows, abs(e.grad_output), 0.0)
         product = p.u_a * e.value.shape[-1] * abs(e.output)
@@ -146,7 +147,7 @@ class BackwardErrors:
 
     @cached_property
     def grad_logits(self) -> numpy.ndarray:
-        """F_ij: the error of dS but for that of D, which a whole row shares."""
+        """F_ij: the error of dS without the error of D, which is the same in the whole row."""
         e, p = self.evaluation, self.precision
         difference = abs(e.grad_weights - e.row_dot)
         error = e.weights * ((self.weights + 2 * p.u_a) * difference + self.grad_weights)
@@ -163,13 +164,13 @@ class BackwardErrors:
 
     @cached_property
     def grad_scores(self) -> numpy.ndarray:
-        """C_ij: the error of dX but for that of D; the underflow of a stored dX does not shrink with the slope."""
+        """C_ij: the error of dX without the error of D; the slope does not scale the underflow of a stored dX."""
         e, p = self.evaluation, self.precision
         error = self.grad_logits * (e.cap_slope + self.cap_slope) + abs(e.grad_logits) * self.cap_slope
         return e.seen(error + p.w)
 
     def grad_query(self) -> numpy.ndarray:
-        """The error of the gradient of the query."""
+        """Return the error of the query's gradient."""
         e, p = self.evaluation, self.precision
         summed = self.grad_scores + p.u_a * (e.arguments.kv_len + 1) * abs(e.grad_scores)
         shared = self.row_dot * abs(weighted_sum(e.weights * e.cap_slope, e.trace.key))
@@ -180,7 +181,7 @@ class BackwardErrors:
         return numpy.where(e.rows, error + rounded + p.w + flushed, 0.0)
 
     def grad_key(self) -> numpy.ndarray:
-        """The error of the gradient of the key; each head of a group may be rounded, or underflow, before the sum."""
+        """Return the error of the key's gradient; the gradient of each head of a group may be rounded first."""
         e, p = self.evaluation, self.precision
         partial = p.u_a * (e.q_depth + 1) + p.u_o * (e.group - 1)
         shared = e.seen(e.weights * self.row_dot * (e.cap_slope + self.cap_slope))
@@ -192,7 +193,7 @@ class BackwardErrors:
         return numpy.where(e.read, error + rounded + p.w * e.group + flushed, 0.0)
 
     def grad_value(self) -> numpy.ndarray:
-        """The error of the gradient of the value."""
+        """Return the error of the value's gradient."""
         e, p = self.evaluation, self.precision
         gradient = abs(e.grad_output)
         stored = p.u_p + 2 * p.u_a * (e.kept is not None)
@@ -204,7 +205,7 @@ class BackwardErrors:
         return numpy.where(e.read, error + p.w * (e.group + lost) + flushed, 0.0)
 
     def grad_bias(self) -> numpy.ndarray:
-        """The error of the gradient of the bias."""
+        """Return the error of the bias's gradient."""
         e, p = self.evaluation, self.precision
         roundoff, lost = e.gradient_precision("bias", p)
         values = e.values["grad_bias"]
@@ -214,7 +215,7 @@ class BackwardErrors:
         return numpy.where(e.over_pairs(e.indicator) > 0, error + p.f * terms, 0.0)
 
     def grad_sinks(self) -> numpy.ndarray:
-        """The error of the gradient of the sinks."""
+        """Return the error of the sinks' gradient."""
         e, p = self.evaluation, self.precision
         roundoff, lost = e.gradient_precision("sinks", p)
         size = abs(e.row_dot)
@@ -226,23 +227,23 @@ class BackwardErrors:
 
 
 class BackwardVariances:
-    """The variances of the same errors, each rounding independent of the others."""
+    """The variances of the same errors, if all roundings are independent."""
 
     def __init__(self, evaluation: GradientEvaluation, precision: Precision) -> None:
-        """Bind both."""
+        """Keep both."""
         self.evaluation = evaluation
         self.precision = precision
         self.forward = ForwardVariances(evaluation, precision, ForwardErrors(evaluation, precision))
 
     @cached_property
     def weights(self) -> numpy.ndarray:
-        """Of weights rebuilt from scores and lse, relative to them."""
+        """The variance of weights rebuilt from scores and lse, relative to them."""
         e, p = self.evaluation, self.precision
         return e.seen(self.forward.score + self.forward.lse + p.u_a**2 * (e.logits**2 + e.lse**2) / 3 + p.e_x**2)
 
     @cached_property
     def grad_weights(self) -> numpy.ndarray:
-        """Of dP."""
+        """The variance of dP."""
         e, p = self.evaluation, self.precision
         squares = e.keep(e.keep(e.seen(e.grad_output**2 @ (e.value**2).swapaxes(-1, -2))))
         size = e.value.shape[-1]
@@ -251,7 +252,7 @@ class BackwardVariances:
 
     @cached_property
     def row_dot(self) -> numpy.ndarray:
-        """Of D."""
+        """The variance of D."""
         e, p = self.evaluation, self.precision
         gradient = numpy.where(e.rows, e.grad_output, 0.0)
         dot = e.row_dot + e.grad_lse
@@ -267,7 +268,7 @@ class BackwardVariances:
 
     @cached_property
     def grad_logits(self) -> numpy.ndarray:
-        """Of dS but for the share of D."""
+        """The variance of dS without that of D."""
         e, p = self.evaluation, self.precision
         difference = e.grad_weights - e.row_dot
         variance = e.weights**2 * ((self.weights + p.u_a**2) * difference**2 + self.grad_weights)
@@ -275,13 +276,13 @@ class BackwardVariances:
 
     @cached_property
     def grad_scores(self) -> numpy.ndarray:
-        """Of dX but for the share of D."""
+        """The variance of dX without that of D."""
         e, p, cap = self.evaluation, self.precision, self.evaluation.arguments.softcap
         slope = 0.0 if cap is None else 4 * (e.capped / cap) ** 2 * self.forward.capped / cap**2 + 3 * p.u_a**2
         return e.seen(self.grad_logits * e.cap_slope**2 + e.grad_logits**2 * slope + p.w**2)
 
     def grad_query(self) -> numpy.ndarray:
-        """Of the gradient of the query."""
+        """Return the variance of the query's gradient."""
         e, p = self.evaluation, self.precision
         depth = e.arguments.kv_len
         summed = self.grad_scores + p.u_a**2 * depth / 6 * e.grad_scores**2
@@ -291,7 +292,7 @@ class BackwardVariances:
         return numpy.where(e.rows, variance + rounded + p.w**2, 0.0)
 
     def grad_key(self) -> numpy.ndarray:
-        """Of the gradient of the key."""
+        """Return the variance of the key's gradient."""
         e, p = self.evaluation, self.precision
         shared = e.seen((e.weights * e.cap_slope) ** 2 * self.row_dot)
         summed = self.grad_scores + shared + self._partial() / 6 * e.grad_scores**2
@@ -300,7 +301,7 @@ class BackwardVariances:
         return numpy.where(e.read, variance + rounded + (p.w * e.group) ** 2, 0.0)
 
     def grad_value(self) -> numpy.ndarray:
-        """Of the gradient of the value."""
+        """Return the variance of the value's gradient."""
         e, p = self.evaluation, self.precision
         squares = e.grad_output**2
         variance = e.over_rows(e.dropped**2 * (self.weights + p.u_p**2 / 3 + self._partial() / 6), squares)
@@ -309,7 +310,7 @@ class BackwardVariances:
         return numpy.where(e.read, variance + rounded + (p.w * (e.group + lost)) ** 2, 0.0)
 
     def grad_bias(self) -> numpy.ndarray:
-        """Of the gradient of the bias."""
+        """Return the variance of the bias's gradient."""
         e, p = self.evaluation, self.precision
         roundoff, lost = e.gradient_precision("bias", p)
         values = e.values["grad_bias"]
@@ -323,7 +324,7 @@ class BackwardVariances:
         return numpy.where(e.over_pairs(e.indicator) > 0, variance, 0.0)
 
     def grad_sinks(self) -> numpy.ndarray:
-        """Of the gradient of the sinks."""
+        """Return the variance of the sinks' gradient."""
         e, p = self.evaluation, self.precision
         roundoff, lost = e.gradient_precision("sinks", p)
         terms = e.arguments.batch * e.arguments.q_len
@@ -343,7 +344,7 @@ class BackwardVariances:
 
 
 class BackwardBounds:
-    """Bounds of `attention_vjp`: the gradients of query, key, value, and of bias and sinks where given."""
+    """Bounds of `attention_vjp`: the gradients of query, key, value, and of bias and sinks if the call has them."""
 
     @numpy.errstate(all="ignore")
     def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
@@ -353,12 +354,12 @@ class BackwardBounds:
 
     @numpy.errstate(all="ignore")
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """The largest error of each element."""
+        """Return the largest error of each element."""
         errors = BackwardErrors(self._evaluation, precision)
         return {name: getattr(errors, name)() for name in self.values}
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """One standard deviation of the error of each element."""
+        """Return one standard deviation of the error of each element."""
         variances = BackwardVariances(self._evaluation, precision)
         return {name: numpy.sqrt(getattr(variances, name)()) for name in self.values}

@@ -1,4 +1,4 @@
-"""Attention evaluated in float64 with everything that its error bounds need."""
+"""Attention evaluated in float64, with the quantities that its error bounds use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Evaluation", "as_float64", "in_float64", "weighted_sum"]
 
 
 def as_float64(array: numpy.ndarray) -> numpy.ndarray:
-    """Convert floating data of any width; masks, lengths and ids stay as they are."""
+    """Convert floating data to float64; masks, lengths and ids keep their dtype."""
     return array.astype(numpy.float64) if dtype_name(array) in FLOATING else array
 
 
 def in_float64(arrays: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-    """Convert the arrays of a call; beyond the range of the softmax's type a bias is infinite (MHA-BIAS-2)."""
+    """Convert the arrays of a call; a bias beyond the range of the softmax's type becomes infinite (MHA-BIAS-2)."""
     converted = {name: as_float64(array) for name, array in arrays.items()}
     if "bias" in arrays and "query" in arrays:
         with numpy.errstate(over="ignore"):
@@ -34,17 +34,17 @@ def in_float64(arrays: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
 
 
 def weighted_sum(weights: numpy.ndarray, values: numpy.ndarray) -> numpy.ndarray:
-    """sum_j weights_ij values_jc, where a value of weight 0 adds nothing whatever it holds."""
+    """Compute sum_j weights_ij values_jc; a value of weight 0 adds nothing, even if it is not finite."""
     if numpy.isfinite(values).all():
         return weights @ values
     return sum_over_visible(weights, values, weights != 0)
 
 
 class Evaluation:
-    """One call of attention in float64; every matrix over (i, j) is 0 at pairs that are not visible.
+    """One call of attention in float64; every matrix over (i, j) is 0 at hidden pairs.
 
-    Axes are (batch, heads, q_len, kv_len) throughout, heads of key and value repeated; row quantities keep a last axis
-    of 1. What the hidden storage holds, NaN and infinities too, enters nowhere.
+    The axes are (batch, heads, q_len, kv_len), with the heads of key and value repeated; quantities of a row keep a
+    last axis of 1. Hidden keys and values affect nothing, even if they are not finite.
     """
 
     def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
@@ -53,8 +53,8 @@ class Evaluation:
         self.dtypes = {name: dtype_name(array) for name, array in arrays.items()}
         self.arrays = in_float64(arrays)
         function = "attention" if "value" in self.arrays else "attention_weights"
-        given: dict[str, Any] = {"value": None, **self.arrays, **options, "function": function}
-        self.arguments = steps.check(Arguments(**given))
+        arguments: dict[str, Any] = {"value": None, **self.arrays, **options, "function": function}
+        self.arguments = steps.check(Arguments(**arguments))
         self.trace = Reference(steps).trace(self.arguments)
         self.value: Array = self.trace.value
         self.pairs = self.trace.visible | (self.trace.weights > 0)
@@ -65,7 +65,7 @@ class Evaluation:
         self.logits = self.seen(numpy.where(hidden == -numpy.inf, 0.0, hidden))
 
     def seen(self, matrix: numpy.ndarray | float) -> numpy.ndarray:
-        """The matrix over (i, j) with 0 at pairs that are not visible."""
+        """Set a matrix over (i, j) to 0 at hidden pairs."""
         return numpy.where(self.pairs, matrix, 0.0)
 
     @cached_property
@@ -75,14 +75,14 @@ class Evaluation:
 
     @cached_property
     def operand_sizes(self) -> numpy.ndarray:
-        """sum_c |q_ic| + |k_jc|: by how much a score moves where a factor of each of its products is flushed."""
+        """sum_c |q_ic| + |k_jc|: the change of a score, per flushed amount, if a factor of each product is flushed."""
         t = self.trace
         query, key = (numpy.sum(abs(array), axis=-1) for array in (t.query, t.key))
         return self.seen(query[..., :, None] + key[..., None, :])
 
     @cached_property
     def reach(self) -> numpy.ndarray:
-        """|scale| sum_c |q_ic| |k_jc|: the size of what is added up to a score."""
+        """|scale| sum_c |q_ic| |k_jc|: the sum of the sizes of the terms of a score."""
         t = self.trace
         return self.seen(abs(t.scale) * (abs(t.query) @ abs(t.key).swapaxes(-1, -2)))
 
@@ -93,33 +93,33 @@ class Evaluation:
 
     @cached_property
     def sinks(self) -> numpy.ndarray | None:
-        """The sinks, (1, heads, 1, 1); None where no head has one."""
+        """The sinks, (1, heads, 1, 1); None if no head has a sink."""
         sinks = self.arguments.sinks
         return None if sinks is None or (sinks == -numpy.inf).all() else sinks.reshape(1, -1, 1, 1)
 
     @cached_property
     def finite_sinks(self) -> numpy.ndarray | float:
-        """The sinks, with 0 for a head that has none."""
+        """The sinks, with 0 for a head without a sink."""
         return 0.0 if self.sinks is None else numpy.where(self.sinks == -numpy.inf, 0.0, self.sinks)
 
     @property
     def depth(self) -> int:
-        """How many terms a row adds up: its keys, seen or not, and the sink."""
+        """Number of terms in the sum of a row: its keys, visible or not, and the sink."""
         return self.arguments.kv_len + (self.sinks is not None)
 
     @cached_property
     def sink_weights(self) -> numpy.ndarray:
-        """The weight that the sink takes in each row."""
+        """The weight of the sink in each row."""
         return self.trace.sink_weights
 
     @cached_property
     def lse(self) -> numpy.ndarray:
-        """The log-sum-exp of each row; 0 for a row that has neither a key nor a sink."""
+        """The log-sum-exp of each row; 0 for a row that has neither a visible key nor a sink."""
         return numpy.where(self.trace.lse == -numpy.inf, 0.0, self.trace.lse)
 
     @cached_property
     def maximum(self) -> numpy.ndarray:
-        """The largest logit of each row, the sink included; 0 for a row that has none."""
+        """The largest logit of each row, the sink included; 0 for a row that has neither a visible key nor a sink."""
         logits = numpy.where(self.pairs, self.logits, -numpy.inf)
         largest = numpy.max(logits, axis=-1, keepdims=True, initial=-numpy.inf)
         if self.sinks is not None:
@@ -133,14 +133,14 @@ class Evaluation:
 
     @cached_property
     def kept(self) -> numpy.ndarray | None:
-        """What dropout multiplies each weight with, dropout_mask / (1 - dropout_rate); None without dropout."""
+        """The factor of each weight, dropout_mask / (1 - dropout_rate); None without dropout."""
         a = self.arguments
         if a.dropout_mask is None:
             return None
         return self.seen(self.steps.drop(numpy.ones_like(self.weights), a.dropout_mask, a.dropout_rate))
 
     def keep(self, matrix: numpy.ndarray) -> numpy.ndarray:
-        """The matrix after dropout."""
+        """Apply dropout to a matrix."""
         return matrix if self.kept is None else matrix * self.kept
 
     @cached_property
@@ -161,22 +161,22 @@ class Evaluation:
 
     @cached_property
     def underflow_sum(self) -> numpy.ndarray:
-        """How many underflows an output element may hold: sum_j |v_jc| / l + 1, over visible keys alone."""
+        """Number of underflows in an element of the output: sum_j |v_jc| / l + 1 over visible keys."""
         return self.value_sum / self.total + 1
 
     @cached_property
     def value_sum(self) -> numpy.ndarray:
-        """sum_j |v_jc| over visible keys, dropout on v."""
+        """sum_j |v_jc| over visible keys, with dropout applied to v."""
         return weighted_sum(self.keep(self.indicator), abs(self.value))
 
     @cached_property
     def flushed_sum(self) -> numpy.ndarray:
-        """By how much an output moves where each factor of its products may be flushed, and each product."""
+        """The change of an output, per flushed amount, if each product and each of its factors is flushed."""
         counts = numpy.sum(self.dropped + 2 * self.keep(self.indicator), axis=-1, keepdims=True)
         return counts + self.value_sum + 2
 
     def spread(self, weights: numpy.ndarray, sink_weights: numpy.ndarray | float) -> numpy.ndarray:
-        """sum_j weights_ij (v_jc - o_ic)^2, dropout on v, and sink_weights_i o_ic^2, by three products."""
+        """Compute sum_j weights_ij (v_jc - o_ic)^2 + sink_weights_i o_ic^2, with dropout on v, by three products."""
         value, dropped = self.value, self.keep(weights)
         squares = weighted_sum(self.keep(dropped), value**2) - 2 * self.output * weighted_sum(dropped, value)
         total = numpy.sum(weights, axis=-1, keepdims=True) + sink_weights

@@ -1,7 +1,7 @@
 """Error bounds of output, log-sum-exp and weights.
 
-Letters as in the formulas: s the logits, P the weights, m and l the maximum and the sum of exponentials of a row, z the
-sink, sigma the absolute error of a logit together with the relative error of its exponential.
+The letters are those of the formulas: s the logits, P the weights, m and l the maximum and the sum of exponentials of a
+row, z the sink, sigma the absolute error of a logit plus the relative error of its exponential.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["ForwardBounds", "ForwardErrors", "ForwardVariances", "WeightBounds"]
 
 
 class ForwardErrors:
-    """The largest errors of one evaluation in one precision; sums of n terms are n roundings deep."""
+    """The largest errors of an evaluation in a precision; a sum of n terms counts as n roundings."""
 
     def __init__(self, evaluation: Evaluation, precision: Precision) -> None:
-        """Bind both; each error is computed when it is asked for."""
+        """Keep both; each error is computed at its first use."""
         self.evaluation = evaluation
         self.precision = precision
 
@@ -43,7 +43,7 @@ class ForwardErrors:
 
     @cached_property
     def product(self) -> numpy.ndarray:
-        """The error of scale * q.k: of its roundings, and of what is flushed (MHA-ACC-3)."""
+        """The error of scale * q.k: of its roundings, and of flushed factors and products (MHA-ACC-3)."""
         e, p, size = self.evaluation, self.precision, self.evaluation.trace.query.shape[-1]
         flushed = p.f * (1 + abs(e.trace.scale)) * e.seen(e.operand_sizes + 2 * size + 2)
         return p.u_a * (size + 3) * e.reach + flushed
@@ -58,7 +58,7 @@ class ForwardErrors:
 
     @cached_property
     def before_cap(self) -> numpy.ndarray:
-        """The error of x = scale * q.k where it enters the soft cap."""
+        """The error of x = scale * q.k as the argument of the soft cap."""
         return self.product + 2 * self.precision.u_a * abs(self.evaluation.scores)
 
     @cached_property
@@ -71,7 +71,7 @@ class ForwardErrors:
 
     @cached_property
     def sink(self) -> numpy.ndarray | float:
-        """sigma_z: the sink within the maximum, as one more column, or as a factor after the softmax."""
+        """sigma_z: the error of a sink in the maximum, as a further column, or as a factor after the softmax."""
         e, p = self.evaluation, self.precision
         if e.sinks is None:
             return 0.0
@@ -80,7 +80,7 @@ class ForwardErrors:
 
     @cached_property
     def guard(self) -> numpy.ndarray:
-        """G = exp(2 max_j sigma_ij) over keys that take weight: what the first order leaves out."""
+        """G = exp(2 max_j sigma_ij) over keys of nonzero weight: a factor for the terms beyond the first order."""
         e = self.evaluation
         taking = numpy.where(e.weights > 0, self.score, 0.0)
         return numpy.exp(2 * numpy.max(taking, axis=-1, keepdims=True, initial=0.0))
@@ -93,7 +93,7 @@ class ForwardErrors:
 
     @cached_property
     def lse(self) -> numpy.ndarray:
-        """The error of lse; a row that sees no key gives its sink back."""
+        """The error of lse; in a row that sees no key, lse is the sink."""
         e, p = self.evaluation, self.precision
         stored = (p.u_a + p.u_l) * abs(e.lse)
         summed = self.guard * self.mean + p.u_a * (e.depth + 5) + stored + p.u_a * abs(e.maximum)
@@ -101,7 +101,7 @@ class ForwardErrors:
 
     @cached_property
     def output(self) -> numpy.ndarray:
-        """The error of the output: of the weights (by Cauchy and Schwarz), of storing them, of sums, of rounding."""
+        """The error of the output: of the weights (by Cauchy-Schwarz), of storing them, of the sums, of rounding."""
         e, p = self.evaluation, self.precision
         spread = e.spread(e.weights * self.score, e.sink_weights * self.sink)
         size = abs(e.output)
@@ -119,17 +119,17 @@ class ForwardErrors:
 
 
 class ForwardVariances:
-    """The variances of the same errors, each rounding independent of the others."""
+    """The variances of the same errors, if all roundings are independent."""
 
     def __init__(self, evaluation: Evaluation, precision: Precision, errors: ForwardErrors) -> None:
-        """Bind the evaluation and the largest errors, whose slope is used again."""
+        """Keep the evaluation and the largest errors, whose slope the variances use."""
         self.evaluation = evaluation
         self.precision = precision
         self.errors = errors
 
     @cached_property
     def capped(self) -> numpy.ndarray:
-        """Of scale * q.k after the soft cap."""
+        """The variance of scale * q.k after the soft cap."""
         e, p, cap = self.evaluation, self.precision, self.evaluation.arguments.softcap
         size = e.trace.query.shape[-1]
         squares = e.seen(e.trace.scale**2 * (e.trace.query**2 @ (e.trace.key**2).swapaxes(-1, -2)))
@@ -141,13 +141,13 @@ class ForwardVariances:
 
     @cached_property
     def score(self) -> numpy.ndarray:
-        """Of logit and exponential."""
+        """The variance of a logit, plus the relative variance of its exponential."""
         e, p = self.evaluation, self.precision
         return e.seen(self.capped + p.u_a**2 * (4 * e.logits**2 + e.maximum**2) / 3 + p.e_x**2)
 
     @cached_property
     def sink(self) -> numpy.ndarray | float:
-        """Of the sink's weight."""
+        """The variance of the sink's weight, relative to it."""
         e, p = self.evaluation, self.precision
         if e.sinks is None:
             return 0.0
@@ -156,21 +156,21 @@ class ForwardVariances:
 
     @cached_property
     def mean(self) -> numpy.ndarray:
-        """Of the sum of exponentials, relative to it; an error of exp is the same at every key."""
+        """The variance of the sum of exponentials, relative to it; the error of exp may be equal at every key."""
         e, p = self.evaluation, self.precision
         independent = numpy.sum(e.weights**2 * self.score, axis=-1, keepdims=True) + e.sink_weights**2 * self.sink
         return independent + p.e_x**2 + p.u_a**2 * (e.depth / 9 + 4)
 
     @cached_property
     def lse(self) -> numpy.ndarray:
-        """Of lse."""
+        """The variance of lse."""
         e, p = self.evaluation, self.precision
         stored = (p.u_a**2 + p.u_l**2) * e.lse**2 / 3
         return numpy.where(e.rows, self.mean + stored + p.u_a**2 * e.maximum**2 / 3, stored)
 
     @cached_property
     def output(self) -> numpy.ndarray:
-        """Of the output."""
+        """The variance of the output."""
         e, p = self.evaluation, self.precision
         squared = e.weights**2
         dropped_squares = weighted_sum(e.dropped**2, e.value**2)
@@ -182,7 +182,7 @@ class ForwardVariances:
 
     @cached_property
     def weights(self) -> numpy.ndarray:
-        """Of the weights."""
+        """The variance of the weights."""
         e, p = self.evaluation, self.precision
         return e.seen(e.weights**2 * (self.score + self.mean + p.u_o**2 / 3) + p.w**2)
 
@@ -198,13 +198,13 @@ class ForwardBounds:
 
     @numpy.errstate(all="ignore")
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """The largest error of each element."""
+        """Return the largest error of each element."""
         errors = ForwardErrors(self._evaluation, precision)
         return {"output": errors.output, "lse": errors.lse[..., 0]}
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """One standard deviation of the error of each element."""
+        """Return one standard deviation of the error of each element."""
         variances = ForwardVariances(self._evaluation, precision, ForwardErrors(self._evaluation, precision))
         return {"output": numpy.sqrt(variances.output), "lse": numpy.sqrt(variances.lse)[..., 0]}
 
@@ -220,11 +220,11 @@ class WeightBounds:
 
     @numpy.errstate(all="ignore")
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """The largest error of each element."""
+        """Return the largest error of each element."""
         return {"weights": ForwardErrors(self._evaluation, precision).weights}
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """One standard deviation of the error of each element."""
+        """Return one standard deviation of the error of each element."""
         errors = ForwardErrors(self._evaluation, precision)
         return {"weights": numpy.sqrt(ForwardVariances(self._evaluation, precision, errors).weights)}

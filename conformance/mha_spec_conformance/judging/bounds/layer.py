@@ -1,8 +1,8 @@
-"""Error bounds of the layer: each step adds its own roundings to those that came in.
+"""Error bounds of the layer: each step adds its roundings to the errors of its operands.
 
-The layer runs in float64 over the specification's steps; beside each array that a step gives, a tape keeps the error
-that the array may have in the precision of the run. Attention's own bounds take the errors of query and key as further
-errors of the scores, and that of the value through the weights.
+The layer runs the specification's steps in float64. For each array that a step returns, `StepErrors` keeps the error
+that the array may have in the precision of the run. The bounds of attention treat the errors of query and key as
+further errors of the scores, and the weights average the errors of the value.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 __all__ = ["AlibiBounds", "LayerBounds"]
 
 ERROR_OF_POWER = 8
-"""What a power of two may be wrong by, in unit roundoffs of the accumulator."""
+"""Allowed relative error of a power of two, in unit roundoffs of the accumulator."""
 
 
 class AttentionErrors(ForwardErrors):
-    """The errors of attention over a query, key and value that have errors themselves."""
+    """The errors of attention whose query, key and value have errors."""
 
     def __init__(self, evaluation: Evaluation, precision: Precision, *operands: numpy.ndarray) -> None:
-        """Bind the errors of query, key and value; heads of key and value are repeated as they are."""
+        """Keep the errors of query, key and value, with the heads of key and value repeated."""
         super().__init__(evaluation, precision)
         heads = evaluation.arguments.heads
         self._query, self._key, self._value = (evaluation.steps.repeat_heads(error, heads) for error in operands)
@@ -56,40 +56,44 @@ class AttentionErrors(ForwardErrors):
 
     @cached_property
     def output(self) -> numpy.ndarray:
-        """The error of the output, with that of the values that it is a mean of."""
+        """The error of the output, with that of the values, of which it is a weighted mean."""
         e = self.evaluation
         return super().output + numpy.where(e.rows, self.guard * weighted_sum(e.dropped, self._value), 0.0)
 
 
-class Tape:
-    """The steps of the layer with an error beside each array: `steps` are they, `of` gives the error of an array."""
+class StepErrors:
+    """Steps of the layer that record the error of each array that they return.
+
+    A layer runs with `steps`; then `of` returns the error of an array. Errors are kept by identity of the array.
+    """
 
     def __init__(self, steps: LayerSteps, precision: Precision, dtypes: Mapping[str, str]) -> None:
-        """Bind the precision; arrays that no step gave have no error."""
+        """Wrap the steps; arrays that no step returned have the error 0."""
         self._precision, self._dtypes = precision, dtypes
         self._errors: dict[int, tuple[object, Any]] = {}
         self._depths: dict[int, int] = {}
-        taped = ("project", "add_bias", "normalise", "turns", "turn", "append", "attend", "weigh")
-        taped += ("merge_heads", "combine", "add_output_bias")
-        self.steps = replace(steps, **{name: self._taped(name, getattr(steps, name)) for name in taped})
+        names = ("project", "add_bias", "normalise", "turns", "turn", "append", "attend", "weigh")
+        names += ("merge_heads", "combine", "add_output_bias")
+        self.steps = replace(steps, **{name: self._recording(name, getattr(steps, name)) for name in names})
 
     def of(self, array: object) -> Any:
-        """The error of an array."""
+        """Return the error of an array."""
         kept = self._errors.get(id(array))
         return numpy.zeros_like(array) if kept is None else kept[1]
 
-    def _taped(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
-        def taped(*arguments: Any, **options: Any) -> Any:
+    def _recording(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def recording(*arguments: Any, **options: Any) -> Any:
             result = step(*arguments, **options)
-            own = getattr(self, f"_{name}")(step, result, *arguments, **options)
-            for array, error in zip(result, own, strict=False) if isinstance(result, tuple) else ((result, own),):
+            errors = getattr(self, f"_{name}")(step, result, *arguments, **options)
+            for array, error in zip(result, errors, strict=False) if isinstance(result, tuple) else ((result, errors),):
+                # The array is kept too, because its id could be reused after it is freed.
                 self._errors[id(array)] = array, error
             return result
 
-        return taped
+        return recording
 
     def _rounded(self, error: numpy.ndarray, result: numpy.ndarray) -> numpy.ndarray:
-        """The error after the result has been stored in the type of the run."""
+        """Add the error of storing the result in the dtype of the run."""
         return error + self._precision.u_o * abs(result) + self._precision.w
 
     def _project(self, step: Callable[..., Any], result: Any, x: Any, weight: Any) -> Any:
@@ -109,7 +113,7 @@ class Tape:
     _add_output_bias = _add_bias
 
     def _normalise(self, step: Callable[..., Any], result: Any, x: Any, gain: Any, epsilon: float) -> Any:
-        """x / rms(x): the rms between those of the smallest and of the largest vector that x may be."""
+        """Bound x / rms(x) with the rms of the smallest and of the largest vector that x may be."""
         error, size = self.of(x), abs(x)
 
         def inverse(vector: numpy.ndarray) -> numpy.ndarray:
@@ -117,17 +121,17 @@ class Tape:
 
         factor, most, least = inverse(x), inverse(numpy.maximum(size - error, 0)), inverse(size + error)
         moved = error * most + size * numpy.maximum(most - factor, factor - least)
-        own = (self._precision.u_a * (x.shape[-1] / 2 + 8) + self._precision.u_o) * abs(result)
-        return self._rounded(abs(gain) * moved + own, result)
+        roundings = (self._precision.u_a * (x.shape[-1] / 2 + 8) + self._precision.u_o) * abs(result)
+        return self._rounded(abs(gain) * moved + roundings, result)
 
     def _turns(self, step: Callable[..., Any], result: Any, positions: Any, frequencies: Any, like: Any) -> Turns:
-        """The error of cosine and sine: of the angle, whose frequency is a power, and of the functions themselves."""
+        """Bound the error of cosine and sine: of the angle, whose frequency is a power, and of the functions."""
         p = self._precision
         angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
         angle = p.u_a * abs(angles) * (10 + abs(numpy.log(frequencies)))
         angle = angle[:, None] if result[0].ndim == 4 else angle
-        own = angle**2 / 2 + p.e_x
-        cosine, sine = (numpy.minimum(abs(other) * angle + own, 2.0) for other in reversed(result))
+        second_order = angle**2 / 2 + p.e_x
+        cosine, sine = (numpy.minimum(abs(other) * angle + second_order, 2.0) for other in reversed(result))
         return cosine, sine
 
     def _turn(self, step: Callable[..., Any], result: Any, x: Any, turns: Turns, interleaved: bool) -> Any:
@@ -148,7 +152,7 @@ class Tape:
         counts: Any,
         steps: LayerSteps,
     ) -> Any:
-        """What is stored keeps the error that it came with."""
+        """Store the errors in the same slots as the arrays, because storing does not round."""
         errors = KVCache(self.of(cache.key), self.of(cache.value), cache.lengths)
         new = step(errors, self.of(key), None if value is None else self.of(value), counts, steps)
         return new.key, new.value
@@ -175,13 +179,13 @@ class Tape:
 
 
 def _reach(x: Any, turns: Turns, *, interleaved: bool) -> Any:
-    """|a| |cosine| + |b| |sine| in both components of each pair, of which a rotation subtracts one."""
+    """Compute |a| |cosine| + |b| |sine| for both components of each pair."""
     cosine, sine = turns
     return numpy.maximum(turn(x, (cosine, sine), interleaved), turn(x, (cosine, -sine), interleaved))
 
 
 class LayerBounds:
-    """Bounds of the functions of the layer; a sequence of calls is evaluated as one."""
+    """Bounds of the functions of the layer; a sequence of calls is one evaluation."""
 
     @numpy.errstate(all="ignore")
     def __init__(
@@ -202,13 +206,13 @@ class LayerBounds:
 
     @numpy.errstate(all="ignore")
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """The largest error of each element."""
-        tape = Tape(self._steps, precision, self._dtypes)
-        answers = self._answers(tape.steps)
-        return joined([{name: tape.of(array) for name, array in part.items()} for part in answers])
+        """Return the largest error of each element."""
+        errors = StepErrors(self._steps, precision, self._dtypes)
+        answers = self._answers(errors.steps)
+        return joined([{name: errors.of(array) for name, array in part.items()} for part in answers])
 
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """None: the rounding of one projection moves many scores at once, so the errors are not independent."""
+        """Return nothing: a rounding in a projection moves many scores, so that errors are not independent."""
         return {}
 
 
@@ -223,13 +227,13 @@ class AlibiBounds:
         if function == "alibi_slopes":
             self.values = {"slopes": layer.alibi_slopes(**options, dtype="float64")}
         else:
-            given = {name: as_float64(array) for name, array in arrays.items()}
-            self.values = {"bias": layer.alibi_bias(**given, **options)}
+            wide = {name: as_float64(array) for name, array in arrays.items()}
+            self.values = {"bias": layer.alibi_bias(**wide, **options)}
 
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """The largest error of each element."""
+        """Return the largest error of each element."""
         return {name: ERROR_OF_POWER * precision.u_a * abs(array) for name, array in self.values.items()}
 
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """None."""
+        """Return nothing."""
         return {}

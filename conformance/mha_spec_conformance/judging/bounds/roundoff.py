@@ -1,4 +1,4 @@
-"""What an implementation is supposed to work in: one unit roundoff for each place where it rounds."""
+"""The precision that the rule assumes: a unit roundoff for each place where an implementation rounds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mha_spec_conformance.targets.claims import PROFILES
 __all__ = ["Precision", "precision", "underflow", "unit_roundoff"]
 
 ERROR_OF_EXP = 8
-"""What exp and tanh may be wrong by, in unit roundoffs of the accumulator: 4 ulp."""
+"""Allowed relative error of exp and tanh, in unit roundoffs of the accumulator: 4 ulp."""
 
 ERROR_OF_FAST_EXP = 2.0**-13
-"""The same where the inputs have 16 bits: exponentials that are good to half a unit of float16 are honest there."""
+"""Allowed relative error of exp and tanh with 16-bit inputs, where kernels use exponentials of float16's accuracy."""
 
 SUBNORMAL_ROUNDING = 2.0**-25
-"""Rounding among the subnormal numbers of float16, which no library flushes."""
+"""Absolute rounding error of subnormal float16 numbers, which no library flushes to 0."""
 
 FLUSHED_NORMALS = 16
-"""In the other types all below so many smallest normal numbers may be flushed to 0: XLA's exp does it at 4e-37."""
+"""In other dtypes, results below this multiple of the smallest normal number may be 0: XLA's exp is 0 below 4e-37."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,26 @@ class Precision:
     w: float
     """Absolute error of one underflow."""
     f: float
-    """Smallest normal number of the accumulator: what is smaller may be flushed to 0, in inputs and in products."""
+    """Smallest normal number of the accumulator: smaller inputs and products may be flushed to 0."""
     largest: float
     """Largest finite number of the dtype."""
 
 
 @lru_cache
 def unit_roundoff(dtype: str) -> float:
-    """Half the distance from 1 to the next number of the dtype."""
+    """Return half the distance from 1 to the next number of the dtype."""
     return float(ml_dtypes.finfo(dtype).eps) / 2
 
 
 @lru_cache
 def underflow(dtype: str) -> float:
-    """The absolute error of a result that is too small for the normal numbers of the dtype."""
+    """Return the absolute error of a result below the normal numbers of the dtype."""
     return SUBNORMAL_ROUNDING if dtype == "float16" else FLUSHED_NORMALS * float(ml_dtypes.finfo(dtype).smallest_normal)
 
 
 @lru_cache
 def precision(dtype: str, profile: str = "standard") -> Precision:
-    """The precision of a run in `dtype`; the accumulator is float64 for float64, else float32 (MHA-SOFTMAX-2)."""
+    """Return the precision of a run in `dtype`; only float64 has a float64 accumulator (MHA-SOFTMAX-2)."""
     if profile not in PROFILES:
         raise ArgumentValueError(f"`profile` must be one of {', '.join(PROFILES)}, received profile={profile!r}.")
     u_in, u_a = unit_roundoff(dtype), unit_roundoff(softmax_dtype_name(dtype))

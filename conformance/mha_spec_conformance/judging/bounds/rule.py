@@ -1,8 +1,8 @@
-"""The accuracy rule: how far each element of a result may lie from its true value, computed from the case itself.
+"""The accuracy rule: the allowed error of each element of a result, computed from the case itself.
 
-No tolerance is chosen by hand. An allowance is a bound of the rounding errors of an implementation that keeps products,
-sums and softmax in the accumulator's type and rounds weights and results to the type of the inputs. It follows from the
-inputs as stored, evaluated in float64; `nox -s accuracy` validates it against honest implementations.
+No tolerance is chosen by hand. An allowance bounds the rounding errors of an implementation that keeps products, sums
+and softmax in the accumulator's type and rounds weights and results to the dtype of the inputs. It is computed from the
+stored inputs in float64; `nox -s accuracy` validates it against correct implementations.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ SPECIFICATION = Steps()
 
 
 class Bounds(Protocol):
-    """One case evaluated in float64, from which its bounds follow in any precision."""
+    """One case evaluated in float64, from which its bounds in any precision are computed."""
 
     values: dict[str, numpy.ndarray]
-    """The results themselves in float64, by output name."""
+    """The results in float64, by name of the output."""
 
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """The largest error of each element: gate A, with sums of linear depth; 0 where the result is exact."""
+        """Return the largest error of each element (gate A: sums of linear depth); 0 where the result is exact."""
         ...
 
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """One standard deviation of the error of each element: gate B, with independent roundings."""
+        """Return one standard deviation of the error of each element (gate B: independent roundings)."""
         ...
 
 
@@ -68,13 +68,13 @@ def bounds(
     options: Mapping[str, Any],
     steps: Steps | LayerSteps = SPECIFICATION,
 ) -> Bounds:
-    """Evaluate one case in float64; its bounds in every precision share that work.
+    """Evaluate one case in float64; the bounds in every precision share this work.
 
     Args:
-        function: A function of the specification, by its name.
-        arrays: The array inputs of the case by name, as stored.
-        options: Its other options.
-        steps: The specification's, or those of a mistake whose own allowance is asked for.
+        function: The name of a function of the specification.
+        arrays: The stored array inputs of the case, by name.
+        options: The other options of the case.
+        steps: The steps of the specification, or of the mistake whose results are bounded.
     """
     return _BOUNDS[function](arrays, options, steps)
 
@@ -86,7 +86,7 @@ def allowances(
     precision: Precision,
     steps: Steps | LayerSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
-    """The allowance of each element of each output of one case; see `bounds`."""
+    """Return the allowance of each element of each output of one case; see `bounds`."""
     return bounds(function, arrays, options, steps).allowances(precision)
 
 
@@ -97,5 +97,5 @@ def deviations(
     precision: Precision,
     steps: Steps | LayerSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
-    """One standard deviation of the error of each element of each output of one case; see `bounds`."""
+    """Return one standard deviation of the error of each element of each output of one case; see `bounds`."""
     return bounds(function, arrays, options, steps).deviations(precision)
