@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -25,26 +26,26 @@ if TYPE_CHECKING:
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Case, Suite
 
-TOLD_OTHERWISE = {
+REPORTED_WITHOUT_COMPARISON = {
     "alibi-in-the-dtype-of-the-slopes": "the report names the dtype",
     "bias-gradient-unbroadcast": "the report names the shape",
     "empty-input-refused": "the report has the exception",
     "input-scaled-in-place": "the report names the input that was written to",
-    "output-float32": "a deviation by the dtype that came",
-    "output-float64": "a deviation by the dtype that came",
+    "output-float32": "the report names the deviation by the dtype of the result",
+    "output-float64": "the report names the deviation by the dtype of the result",
     "strides-ignored": "the report names the layout for which the result is wrong",
 }
-"""Mistakes that the report tells without comparing values."""
+"""Mistakes that the report explains without comparing values."""
 
 LAYER_INPUTS = {*AXES, "key", "value", "rotary", "norm_epsilon", "cache_lengths"}
-"""What a mistake of the layer may need beside the options of attention."""
+"""Arguments of the layer, besides the options of attention, that a mistake may need."""
 
 WITHOUT_A_MISTAKE = {"precision": ("strict",)}
-"""Variants that are more than the specification asks for."""
+"""Variants that are stricter than the specification."""
 
 
 def failures(mistake: Mistake, cases: tuple[Case, ...]) -> Iterator[Result]:
-    """What the suite says where the mistake shows: the cases of its clauses first, one dtype of each."""
+    """Yield the results that do not pass because of the mistake, first for cases of its clauses, one dtype per case."""
     subject = Subject.over(mistake.steps)
     relevant = [case for case in cases if can_show(mistake, case)]
     for case in sorted(relevant, key=lambda case: not set(case.clauses) & set(mistake.clauses)):
@@ -60,10 +61,10 @@ def test_mistake_is_caught_and_named(mistake: Mistake, smallest_first: tuple[Cas
     caught = failures(mistake, smallest_first)
     first = next(caught, None)
     assert first is not None, "no case fails"
-    if mistake.name in TOLD_OTHERWISE or first.ask.case.expect == "error":
+    if mistake.name in REPORTED_WITHOUT_COMPARISON or first.ask.case.expect == "error":
         assert first.reason
         assert not first.diagnosis
-    if mistake.name in TOLD_OTHERWISE or mistake in RAISING:
+    if mistake.name in REPORTED_WITHOUT_COMPARISON or mistake in RAISING:
         return
     compared = (result for result in itertools.chain([first], caught) if result.allowance_used is not None)
     for result in itertools.islice(compared, 2):
@@ -72,8 +73,8 @@ def test_mistake_is_caught_and_named(mistake: Mistake, smallest_first: tuple[Cas
         )
 
 
-def test_mistakes_have_allowances_for_what_is_asked(suite: Suite) -> None:
-    """Also where a mistake makes a bias out of a mask."""
+def test_mistakes_have_allowances_for_the_outputs_of_the_case(suite: Suite) -> None:
+    """Allowances exist even if a mistake turns a mask into a bias."""
     case = next(case for case in suite.cases if case.id == "attention_vjp/mask/generic-1")
     predictions, run = Predictions(case), precision("float32")
     for mistake in MISTAKES:
@@ -81,13 +82,13 @@ def test_mistakes_have_allowances_for_what_is_asked(suite: Suite) -> None:
         assert allowed is None or allowed.keys() == case.expected.keys(), mistake.name
 
 
-def test_names_are_unique_and_titles_say_what_the_target_does() -> None:
+def test_names_and_titles_are_unique_and_titles_begin_with_a_verb() -> None:
     assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES) >= 70
     assert len({mistake.title for mistake in MISTAKES}) == len(MISTAKES)
-    assert all(mistake.title[0].islower() or mistake.title.startswith("S") for mistake in MISTAKES)
+    assert all(re.match("[a-z]+s ", mistake.title) for mistake in MISTAKES)
 
 
-def test_mistakes_speak_of_what_there_is() -> None:
+def test_mistakes_name_only_known_clauses_functions_and_arguments() -> None:
     for mistake in MISTAKES:
         assert mistake.clauses
         assert set(mistake.clauses) <= set(clauses())
@@ -98,26 +99,26 @@ def test_mistakes_speak_of_what_there_is() -> None:
 
 def test_every_variant_of_every_convention_has_a_mistake() -> None:
     made = {mistake.convention for mistake in MISTAKES if mistake.convention is not None}
-    for name, (own, *others) in CONVENTIONS.items():
-        assert (name, own) not in made or name == "causal_alignment"
+    for name, (default, *others) in CONVENTIONS.items():
+        assert (name, default) not in made or name == "causal_alignment"
         assert {(name, variant) for variant in others if variant not in WITHOUT_A_MISTAKE.get(name, ())} <= made
 
 
 def test_every_step_is_replaced_by_some_mistake() -> None:
-    own = Steps()
+    default = Steps()
     replaced = {
         field.name
         for mistake in MISTAKES
         for field in fields(Steps)
-        if isinstance(mistake.steps, Steps) and getattr(mistake.steps, field.name) is not getattr(own, field.name)
+        if isinstance(mistake.steps, Steps) and getattr(mistake.steps, field.name) is not getattr(default, field.name)
     }
     assert {field.name for field in fields(Steps)} - replaced == {"softmax_dtype"}
 
 
 def test_every_step_of_the_layer_is_replaced_by_some_mistake() -> None:
-    own, names = LayerSteps(), {field.name for field in fields(LayerSteps)}
+    default, names = LayerSteps(), {field.name for field in fields(LayerSteps)}
     of_layer = [mistake.steps for mistake in MISTAKES if isinstance(mistake.steps, LayerSteps)]
-    replaced = {name for name in names for steps in of_layer if getattr(steps, name) is not getattr(own, name)}
+    replaced = {name for name in names for steps in of_layer if getattr(steps, name) is not getattr(default, name)}
     assert names - replaced == {"add_bias", "attend_and_weigh", "check_append", "empty_cache"}
 
 

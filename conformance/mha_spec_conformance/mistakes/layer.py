@@ -383,7 +383,7 @@ PROJECTIONS = (
     ),
     layered(
         "norm-of-values",
-        "also normalises the values",
+        "normalises the values too",
         "MHA-NORM-2",
         project_in=values_too,
         needs=("k_norm",),

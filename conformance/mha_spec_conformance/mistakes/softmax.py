@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mha_spec.arguments import Arguments
 
-__all__ = ["SOFTMAX", "keep_hidden_weights", "unguarded"]
+__all__ = ["SOFTMAX"]
 
 TILE = 64
 

@@ -411,7 +411,7 @@ VISIBILITY = (
     ),
     Mistake(
         "segments-before-shown",
-        "also shows segments of smaller ids",
+        "shows the segments of smaller ids too",
         ("MHA-SEG-1",),
         replacing(see_segments=lambda q_ids, kv_ids: q_ids >= kv_ids),
         needs=("q_segment_ids",),
