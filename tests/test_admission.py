@@ -1,4 +1,4 @@
-"""Each case of the suite must be able to fail: null answers, forgotten arguments and vacuous allowances are refused."""
+"""Each case of the suite must be able to fail: null answers, unused arguments and vacuous allowances are refused."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ OUTPUTS = {
     "merge_attention_vjp": ("grad_output_a", "grad_lse_a", "grad_output_b", "grad_lse_b"),
 }
 LARGEST_SHARE = 1 / 8
-"""The median allowance may be at most this share of the median magnitude, or the case sees too little."""
+"""The largest share of the median magnitude that the median allowance may be; else a case detects too little."""
 
 FARTHEST = 2**30
-"""Offsets and bounds of windows end here."""
+"""The largest magnitude of offsets and window bounds."""
 
 POSITIONAL = {"q_offset", "left of window", "right of window"}
-"""What need not matter at the ends of its range: a bound beyond every key hides none, unless a sum overflows."""
+"""Arguments that need not matter at the ends of their range: a bound beyond every key hides none."""
 
 NUMERIC = {"scale", "softcap", "bias", "sinks", "dropout_rate", "dropout_mask"}
-"""What must matter in 16-bit types too: all else is a matter of which pairs are visible."""
+"""Arguments that must matter in 16-bit types too; the others decide which pairs are visible."""
 
 OPTIONS = {
     "mask", "bias", "causal", "offset", "window", "q_lengths", "kv_lengths", "segments",
@@ -59,7 +59,7 @@ HEAD_SIZES = (64, 128)
 
 
 def ask(function: str, arrays: Arrays, options: Options) -> Outputs:
-    """What the reference answers, every output by its name."""
+    """Return the outputs of the reference by name."""
     if function not in OUTPUTS:
         return prediction.answer(Steps(), function, arrays, options)
     more = {"return_lse": True} if function == "attention" else {}
@@ -69,7 +69,7 @@ def ask(function: str, arrays: Arrays, options: Options) -> Outputs:
 
 
 class Admission:
-    """One case with all that decides on it: its question in float64 and its allowances in every dtype."""
+    """The admission of one case: its inputs, the reference's answer, and the allowances in every dtype."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -82,11 +82,11 @@ class Admission:
         self.allowances = {dtype: evaluated.allowances(run) for dtype, run in self.precisions.items()}
 
     def passes(self, outputs: Outputs, dtype: str) -> bool:
-        """Whether an answer would be accepted in `dtype`."""
+        """Return True if an answer would be accepted in `dtype`."""
         return compare.judge(self.case, self.expected, outputs, self.allowances[dtype], self.precisions[dtype]).passed
 
     def violations(self) -> Iterator[str]:
-        """Everything that is wrong with the case."""
+        """Yield the reasons to refuse the case."""
         if not self.passes(self.answer, self.case.dtypes[0]):
             yield "the reference does not pass it"
         for dtype in self.case.dtypes:
@@ -95,7 +95,7 @@ class Admission:
         yield from self._arguments_that_do_not_matter()
 
     def _finite_places(self, dtype: str) -> Iterator[tuple[str, numpy.ndarray, numpy.ndarray]]:
-        """Expected values and allowances at the places of each output that are compared within an allowance."""
+        """Yield the expected values and allowances of the finite elements of each output."""
         for name, expected in self.expected.items():
             allowed = numpy.broadcast_to(self.allowances[dtype][name], expected.shape)
             if expected.rows is not None:
@@ -117,7 +117,7 @@ class Admission:
                 continue
             median, middle = float(numpy.median(allowed[places])), float(numpy.median(abs(expected[places])))
             if median > LARGEST_SHARE * middle:
-                yield f"{dtype}: the median allowance of {name}, {median:.2g}, is too large beside {middle:.2g}"
+                yield f"{dtype}: the median allowance of {name}, {median:.2g}, is too large compared with {middle:.2g}"
             if name != "lse" and abs(expected).max() > largest:
                 yield f"{dtype}: {name} exceeds a quarter of the largest number"
 
@@ -142,7 +142,7 @@ class Admission:
 
 
 def null_answers(function: str, arrays: Arrays, zeros: Outputs) -> Iterator[tuple[str, Outputs]]:
-    """Answers of somebody who computed nothing."""
+    """Yield answers that need no attention, and that must not pass."""
     yield "an answer of zeros", zeros
     if function not in OUTPUTS:
         yield from layer_null_answers(function, arrays, zeros)
@@ -182,14 +182,14 @@ _TENSORS = ("query", "key", "value", "grad_output", "output_a", "output_b")
 
 
 def changes(arrays: Arrays, options: Options) -> Iterator[tuple[str, Arrays, Options]]:
-    """The question with one argument left out or another; of those of one name one must give another answer."""
+    """Yield calls with one argument omitted or changed; of the calls of a name, at least one must change the answer."""
     for names in _LEFT_OUT:
         if names[0] in arrays or names[0] in options:
             yield names[0], without(arrays, *names), without(options, *names)
     if options.get("dropout_rate"):
         yield "dropout_rate", arrays, without(options, "dropout_rate")
     for name in tensors_that_matter(arrays, options):
-        yield name, {**arrays, name: 1.25 * arrays[name] + 0.25}, options
+        yield name, {**arrays, name: _moved_values(arrays[name])}, options
     for name in {"lse_a", "lse_b"} & arrays.keys():
         yield name, {**arrays, name: arrays[name] + 0.5}, options
     for step in (-1, 1):
@@ -197,7 +197,7 @@ def changes(arrays: Arrays, options: Options) -> Iterator[tuple[str, Arrays, Opt
 
 
 def tensors_that_matter(arrays: Arrays, options: Options) -> list[str]:
-    """All, but where the other factor of the scores is 0, one key has the weight 1, or nothing is visible or there."""
+    """Name the tensors that must matter: not those multiplied by 0, behind a weight of 1, or without a visible pair."""
     if any(0 in array.shape for array in arrays.values()) or ("mask" in arrays and not arrays["mask"].any()):
         return []
     blind = set[str]()
@@ -211,13 +211,13 @@ def tensors_that_matter(arrays: Arrays, options: Options) -> list[str]:
 
 
 def _is_weighed_alone(arrays: Arrays, *, weights: bool) -> bool:
-    """Whether one key has the weight 1 wherever it is seen, in a case of weights or else of gradients."""
+    """Return True if the only key has the weight 1 in each row that sees it, in a case of weights or of gradients."""
     alone = "key" in arrays and arrays["key"].shape[2] == 1 and "sinks" not in arrays
     return alone and ("value" not in arrays if weights else "grad_output" in arrays)
 
 
 def layer_null_answers(function: str, arrays: Arrays, zeros: Outputs) -> Iterator[tuple[str, Outputs]]:
-    """The same of the layer: no attention, no rotation, no slope."""
+    """Yield answers of the layer without attention, rotation or slopes."""
     if "output" in zeros and "b_o" in arrays:
         yield "the bias of the output", {**zeros, "output": zeros["output"] + arrays["b_o"]}
     if "weights" in zeros:
@@ -229,7 +229,7 @@ def layer_null_answers(function: str, arrays: Arrays, zeros: Outputs) -> Iterato
 
 
 def layer_changes(arrays: Arrays, options: Options) -> Iterator[tuple[str, Arrays, Options]]:
-    """The same of the layer; parameters are left out where they may be, and the chunks of a sequence do not matter."""
+    """Yield changed calls of the layer; optional parameters are omitted, and the chunks of a sequence do not matter."""
     shown = {name: array for name, array in arrays.items() if name not in ("query", "key", "value")}
     tokens = {name: arrays[name] for name in ("query", "key", "value") if name in arrays}
     heads = {name: array[:, None] for name, array in tokens.items()}
@@ -240,7 +240,7 @@ def layer_changes(arrays: Arrays, options: Options) -> Iterator[tuple[str, Array
         if name.startswith(("b_", "q_norm", "k_norm")) and name in arrays:
             yield name, without(arrays, name), options
         elif name in arrays:
-            yield name, {**arrays, name: 1.25 * arrays[name] + 0.25}, options
+            yield name, {**arrays, name: _moved_values(arrays[name])}, options
     if "positions" in arrays:
         yield "positions", {**arrays, "positions": arrays["positions"] + 1}, options
     if "cache_lengths" in arrays:
@@ -253,10 +253,15 @@ def layer_changes(arrays: Arrays, options: Options) -> Iterator[tuple[str, Array
     yield from _turned_otherwise(arrays, options)
 
 
-def layer_tensors_that_matter(arrays: Arrays) -> list[str]:
-    """All, but a cache of nothing, values where weights are asked for, and what projects keys that are not there.
+def _moved_values(array: numpy.ndarray) -> numpy.ndarray:
+    """Change every value and keep the dtype, which NumPy promotes for bfloat16."""
+    return (1.25 * array + 0.25).astype(array.dtype)
 
-    The weight of a lone token is 1, whatever its query and key.
+
+def layer_tensors_that_matter(arrays: Arrays) -> list[str]:
+    """Name the tensors that must matter: not those of an empty cache, of values of weights, or of absent keys.
+
+    If there is only one token, its weight is 1, so that query and key do not matter.
     """
     blind = set[str]()
     if "cache_lengths" in arrays and not arrays["cache_lengths"].any():
@@ -272,7 +277,7 @@ def layer_tensors_that_matter(arrays: Arrays) -> list[str]:
 
 
 def _turned_otherwise(arrays: Arrays, options: Options) -> Iterator[tuple[str, Arrays, Options]]:
-    """The question without its rotation, or with each of its options left out."""
+    """Yield calls without the rotation, or without each of its options."""
     if "rotary" in options:
         yield "rotary", arrays, without(options, "rotary")
     for name in ("base", "interleaved", "rotary_dim"):
@@ -283,7 +288,7 @@ def _turned_otherwise(arrays: Arrays, options: Options) -> Iterator[tuple[str, A
 
 
 def _moved(arrays: Arrays, options: Options, step: int) -> Iterator[tuple[str, Arrays, Options]]:
-    """The question with each length, offset and bound of a window one more or one less."""
+    """Yield calls with each length, offset and window bound changed by 1."""
     for name, tensor in (("q_lengths", "query"), ("kv_lengths", "key")):
         if name in arrays:
             yield name, {**arrays, name: numpy.clip(arrays[name] + step, 0, arrays[tensor].shape[2])}, options
@@ -303,24 +308,24 @@ def _moved(arrays: Arrays, options: Options, step: int) -> Iterator[tuple[str, A
 
 
 def without(mapping: Mapping[str, Item], *names: str) -> dict[str, Item]:
-    """The mapping less some names."""
+    """Return the mapping without some names."""
     return {name: value for name, value in mapping.items() if name not in names}
 
 
 def with_values(suite: cases.Suite) -> list[Case]:
-    """The cases that have an answer."""
+    """Return the cases with expected values."""
     return [case for case in suite.cases if case.expect == "values"]
 
 
 def test_every_case_can_fail(suite: cases.Suite) -> None:
-    """Allowances are finite and small, null answers fail, each argument matters."""
+    """Allowances are finite and small, null answers fail, and each argument matters."""
     with numpy.errstate(all="ignore"):
         refused = [f"{case.id}: {reason}" for case in with_values(suite) for reason in Admission(case).violations()]
     assert not refused, f"{len(refused)} reasons to refuse a case:\n" + "\n".join(refused)
 
 
 def test_the_suite_is_large_and_its_signatures_are_few(suite: cases.Suite) -> None:
-    """What must raise is not counted: it raises before anything is compiled."""
+    """Cases of errors are not counted, because nothing is compiled for them."""
     core = [case for case in with_values(suite) if case.function in ("attention", "attention_vjp")]
     assert len(core) >= 600
     assert sum(case.function == "attention_vjp" for case in core) >= 200
@@ -330,14 +335,14 @@ def test_the_suite_is_large_and_its_signatures_are_few(suite: cases.Suite) -> No
 
 
 def test_smoke_cases_are_few_and_ask_for_little(suite: cases.Suite) -> None:
-    """They tell a wrong target file from a wrong attention."""
+    """Smoke cases distinguish a wrong target file from a wrong attention."""
     smoke = [case for case in suite.cases if "smoke" in case.tags]
     assert 3 <= len(smoke) <= 5
     assert {feature for case in smoke for feature in case.features} <= {"core", "mask", "lse"}
 
 
 def test_every_clause_is_cited_twice(suite: cases.Suite) -> None:
-    """And no case cites a clause that is not in the specification; arrays of two libraries are no plain data."""
+    """No case cites an unknown clause either; goldens cannot hold arrays of two libraries, as MHA-ARG-4 needs."""
     cited = Counter(clause for case in suite.cases for clause in case.clauses)
     known = spec.clauses()
     assert not cited.keys() - known.keys()
@@ -345,28 +350,28 @@ def test_every_clause_is_cited_twice(suite: cases.Suite) -> None:
 
 
 def test_every_feature_is_asked_at_64_and_at_128(suite: cases.Suite) -> None:
-    """Some kernels take no other head sizes."""
-    found: set[tuple[str, int]] = set()
+    """Some kernels support no other head sizes."""
+    asked: set[tuple[str, int]] = set()
     for case in with_values(suite):
         shapes = {name: array.shape for name, array in case.inputs("float64").items()}
         sizes = {shapes[name][-1] for name in _sized(case) if name in shapes}
         if sizes <= set(HEAD_SIZES):
-            found |= {(feature, size) for feature in case.features for size in sizes}
+            asked |= {(feature, size) for feature in case.features for size in sizes}
     assert {feature for case in suite.cases for feature in case.features} == FEATURES | LAYER_FEATURES
-    missing = {(feature, size) for feature in FEATURES - {"errors"} for size in HEAD_SIZES} - found
+    missing = {(feature, size) for feature in FEATURES - {"errors"} for size in HEAD_SIZES} - asked
     assert not missing
-    assert {("projection", 64), ("rotary", 64), ("cache", 64)} <= found
+    assert {("projection", 64), ("rotary", 64), ("cache", 64)} <= asked
 
 
 def _sized(case: Case) -> tuple[str, ...]:
-    """The inputs whose last axis is the size of a head."""
+    """Name the inputs whose last axis is the size of a head."""
     if case.function.startswith("multi_head"):
         return ("w_q", "w_v")
     return ("query", "value", "output_a", "x")
 
 
 def test_every_pair_of_options_is_asked(suite: cases.Suite) -> None:
-    """Options that meet are where most mistakes are made; a case with all of them together does not count."""
+    """Most mistakes are in combinations of options; a case with all options together does not count."""
     asked = [OPTIONS & set(case.features) for case in with_values(suite)]
     few = [together for together in asked if together < OPTIONS]
     missing = [pair for pair in combinations(sorted(OPTIONS), 2) if not any(together >= set(pair) for together in few)]
@@ -375,7 +380,7 @@ def test_every_pair_of_options_is_asked(suite: cases.Suite) -> None:
 
 @pytest.fixture
 def admission(suite: cases.Suite) -> Admission:
-    """An admission to tamper with."""
+    """Return an admission that a test can change."""
     return Admission(next(case for case in suite.cases if case.id == "attention/smoke/mask-polarity"))
 
 
