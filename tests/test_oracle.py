@@ -1,4 +1,4 @@
-"""The expected values against arithmetic that a person can follow, and against sixty digits of another kind."""
+"""The expected values compared with arithmetic that a person can follow, and with decimals of sixty digits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALLEST = 2.0**-1074
 LARGEST = float(numpy.finfo(numpy.float64).max)
 
 
-# Rounding: a value is given only where it is proven.
+# Rounding: a value is returned only if it is proven.
 
 
 def _ball(value: Fraction | int, radius: Fraction | int = 0) -> arb:
@@ -96,7 +96,7 @@ def test_rounding_agrees_with_fractions(seed: int) -> None:
             assert nearest(_ball(number)) == float(number)
 
 
-def test_what_does_not_resolve_is_refused_by_name() -> None:
+def test_an_element_that_does_not_resolve_is_refused_by_name() -> None:
     wide = numpy.asarray([[arb(1), arb(1, 0.1)]], dtype=object)
     with pytest.raises(Refused, match=r"^case/name: output\[0, 1\] does not resolve at 4096 bits$"):
         rounded("case/name", lambda: {"output": wide}, {"output": numpy.asarray([[True, True]])})
@@ -125,11 +125,11 @@ def test_products_are_exact() -> None:
         assert table[i][j] * Fraction(2) ** exponent == sum(Fraction(x) * Fraction(y) for x, y in pairs)
 
 
-# What a person can compute.
+# Values that a person can compute.
 
 
 def test_equal_scores_give_the_mean_of_coded_values(ask_oracle: Oracle) -> None:
-    """Values tell batch, head and key: with scores 0, each output names the head that its query head reads."""
+    """The values encode batch, head and key, so that each output shows the key/value head that its query head reads."""
     batch, heads, kv_heads, q_len, kv_len = 2, 6, 2, 3, 7
     value = numpy.arange(batch)[:, None, None] * 1000 + numpy.arange(kv_heads)[:, None] * 100 + numpy.arange(kv_len)
     arrays = {
@@ -146,7 +146,7 @@ def test_equal_scores_give_the_mean_of_coded_values(ask_oracle: Oracle) -> None:
 @pytest.mark.parametrize("options", [{"scale": 0.3}, {}, {"softcap": 0.7}])
 @pytest.mark.parametrize("visible", range(1, 8))
 def test_ties_are_exact(visible: int, options: dict[str, float], ask_oracle: Oracle) -> None:
-    """Keys of one score: the mean of their values, rounded once, with ties to even."""
+    """Keys of equal scores: the output is the mean of their values, rounded once, with ties to even."""
     value = numpy.asarray([1.0, 1 + 2.0**-52, -3.0, 0.1, 7.0, 1e-300, 1e5])
     arrays = {
         "query": numpy.full((1, 1, 1, 1), 3.0),
@@ -178,7 +178,7 @@ def test_scores_that_tie_through_bias_are_exact(ask_oracle: Oracle) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"softcap": 5.0}, {"dropout_rate": 0.1}])
 def test_gradients_that_cancel_are_zero(options: dict[str, float], ask_oracle: Oracle) -> None:
-    """Constant values give dS = 0; constant keys give dQ = 0, which no single term is."""
+    """Constant values give dS = 0; constant keys give dQ = 0, although no term of the sum is 0."""
     arrays = {
         "query": multiples(1, 1, 3, 2),
         "key": multiples(1, 1, 5, 2, seed=1),
@@ -194,7 +194,7 @@ def test_gradients_that_cancel_are_zero(options: dict[str, float], ask_oracle: O
     assert same_keys["grad_query"].kinds is None
 
 
-def test_weights_far_below_the_smallest_number_are_rounded_to_it_or_to_zero(ask_oracle: Oracle) -> None:
+def test_tiny_weights_are_rounded_to_the_smallest_number_or_to_zero(ask_oracle: Oracle) -> None:
     arrays = {
         "query": numpy.ones((1, 1, 1, 1)),
         "key": numpy.asarray([0.0, -744.0, -744.5, -746.0]).reshape(1, 1, 4, 1),
@@ -208,7 +208,7 @@ def test_weights_far_below_the_smallest_number_are_rounded_to_it_or_to_zero(ask_
 
 
 def _logit(a: Mapping[str, Any], options: Mapping[str, Any], b: int, h: int, i: int, j: int) -> Decimal | None:
-    """The logit of a pair, None where it is invisible."""
+    """Return the logit of a pair, or None if it is hidden."""
     query, key = a["query"], a["key"]
     g = h * len(key[b]) // len(query[b])
     if not a["mask"][i][j] or (options.get("causal") and j > i + options["q_offset"]):
@@ -223,7 +223,7 @@ def _logit(a: Mapping[str, Any], options: Mapping[str, Any], b: int, h: int, i: 
 
 
 def _row(a: Mapping[str, Any], options: Mapping[str, Any], b: int, h: int, i: int) -> tuple[list[Decimal], Decimal]:
-    """Output and lse of one row."""
+    """Compute output and lse of one row."""
     value = a["value"][b][h * len(a["key"][b]) // len(a["query"][b])]
     powers = {j: logit.exp() for j in range(len(value)) if (logit := _logit(a, options, b, h, i, j)) is not None}
     total = sum(powers.values(), a["sinks"][h].exp())
@@ -234,7 +234,7 @@ def _row(a: Mapping[str, Any], options: Mapping[str, Any], b: int, h: int, i: in
 
 
 def _objective(a: Mapping[str, Any], options: Mapping[str, Any]) -> Decimal:
-    """<grad_output, output> + <grad_lse, lse>, whose derivatives are the gradients."""
+    """Compute <grad_output, output> + <grad_lse, lse>, whose derivatives are the gradients."""
     total = Decimal(0)
     for b, h, i in _places(a):
         output, lse = _row(a, options, b, h, i)
@@ -331,7 +331,7 @@ def test_merging_agrees_with_sixty_digits(ask_oracle: Oracle) -> None:
                 assert answers["output"].values[0, h, i, c] == float(sum(parts) / sum(powers))
 
 
-def test_whole_attention_is_its_merged_halves(ask_oracle: Oracle) -> None:
+def test_merging_halves_of_the_keys_gives_attention_over_all_keys(ask_oracle: Oracle) -> None:
     arrays = {
         "query": multiples(1, 1, 2, 3),
         "key": multiples(1, 1, 4, 3, seed=1),
@@ -376,12 +376,12 @@ def test_gradients_of_merging_agree_with_sixty_digits(ask_oracle: Oracle) -> Non
 
 
 def test_gradients_of_merging_are_the_derivatives_of_merging(ask_oracle: Oracle) -> None:
-    """The change of the results along each operand, weighted with the cotangents, at a step of 2^-20."""
+    """Compare with the change of the results along each operand, weighted by the cotangents, at a step of 2^-20."""
     arrays = {name: multiples(1, 1, 2, 3, seed=n) for n, name in enumerate(("output_a", "output_b"))}
     arrays |= {name: multiples(1, 1, 2, seed=n) for n, name in enumerate(("lse_a", "lse_b"), 2)}
     cotangents = {"output": multiples(1, 1, 2, 3, seed=5), "lse": multiples(1, 1, 2, seed=6)}
-    given = {f"grad_{name}": array for name, array in cotangents.items()}
-    gradients = ask_oracle("merge_attention_vjp", arrays | given)
+    by_name = {f"grad_{name}": array for name, array in cotangents.items()}
+    gradients = ask_oracle("merge_attention_vjp", arrays | by_name)
     step = 2.0**-20
 
     def moved(name: str, place: tuple[int, ...], by: float) -> float:
@@ -396,10 +396,10 @@ def test_gradients_of_merging_are_the_derivatives_of_merging(ask_oracle: Oracle)
             assert math.isclose(gradients[f"grad_{name}"].values[place], slope, rel_tol=1e-7, abs_tol=1e-7)
 
 
-# Rows that are stored where an output is large.
+# Sampled rows of large outputs.
 
 
-def test_sampled_rows_hold_both_ends_and_the_tile_borders() -> None:
+def test_sampled_rows_include_both_ends_and_the_borders_of_tiles() -> None:
     rows = sample((2, 3, 300), 11)
     assert rows is not None
     assert rows.dtype == numpy.int32
@@ -414,7 +414,7 @@ def test_sampled_rows_hold_both_ends_and_the_tile_borders() -> None:
 
 
 @pytest.mark.parametrize("function", ["attention", "attention_vjp", "attention_weights", "merge_attention"])
-def test_sampled_answers_are_those_of_the_whole(function: str, ask_oracle: Oracle) -> None:
+def test_sampled_answers_equal_rows_of_the_whole_answer(function: str, ask_oracle: Oracle) -> None:
     query, key = multiples(1, 2, 19, 2), multiples(1, 2, 19, 2, seed=1)
     arrays = {"query": query, "key": key, "value": key, "grad_output": query}
     if function == "merge_attention":

@@ -1,4 +1,4 @@
-"""Which pairs the oracle of the goldens takes for visible, and how it says that elements are to be compared."""
+"""The oracle of the goldens: visibility of pairs, and kinds of elements, which say how each is compared."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 NAN, INFINITY = math.nan, math.inf
 
 
-# Which pairs are visible.
+# Visibility of pairs.
 
 
-def _picture(q_len: int, kv_len: int, **given: Any) -> list[str]:
-    """Rows of a batch entry's head: x where a pair is visible."""
+def _picture(q_len: int, kv_len: int, **constraints: Any) -> list[str]:
+    """Draw the rows of one head of batch entry 1, with x for visible pairs."""
     arrays = {"query": numpy.zeros((2, 2, q_len, 1)), "key": numpy.zeros((2, 1, kv_len, 1))}
-    arrays |= {name: x for name, x in given.items() if isinstance(x, numpy.ndarray)}
-    options = {name: x for name, x in given.items() if not isinstance(x, numpy.ndarray)}
+    arrays |= {name: x for name, x in constraints.items() if isinstance(x, numpy.ndarray)}
+    options = {name: x for name, x in constraints.items() if not isinstance(x, numpy.ndarray)}
     inputs = {name: Input(array) for name, array in arrays.items()}
     question = Question(Description("case", "", "attention_weights", (), (), inputs, options, dtypes=("float64",)))
     return ["".join(".x"[question.sees(1, 1, i, j)] for j in range(kv_len)) for i in range(q_len)]
 
 
 @pytest.mark.parametrize(
-    ("given", "picture"),
+    ("constraints", "picture"),
     [
         ({}, ["xxxxx", "xxxxx", "xxxxx"]),
         ({"causal": True, "q_offset": 0}, ["x....", "xx...", "xxx.."]),
@@ -88,8 +88,8 @@ def _picture(q_len: int, kv_len: int, **given: Any) -> list[str]:
         ),
     ],
 )
-def test_visibility_is_as_drawn(given: dict[str, Any], picture: list[str]) -> None:
-    assert _picture(3, 5, **given) == picture
+def test_visibility_is_as_drawn(constraints: dict[str, Any], picture: list[str]) -> None:
+    assert _picture(3, 5, **constraints) == picture
 
 
 def _hidden_by_bias(value: float, *dtypes: str) -> bool:
@@ -109,17 +109,17 @@ def test_a_bias_hides_where_it_is_minus_infinity_in_the_type_of_the_softmax() ->
     assert not _hidden_by_bias(1e300, "float16")
 
 
-def test_a_bias_that_hides_in_one_type_of_the_softmax_alone_is_refused_in_both() -> None:
+def test_a_bias_that_hides_only_in_float32_is_refused_for_a_case_with_float64() -> None:
     with pytest.raises(Refused, match="finite in float64 and infinite in float32"):
         _hidden_by_bias(-1e300, "float64", "float32")
 
 
-# How elements are to be compared.
+# Kinds of elements.
 
 
 @pytest.fixture
 def arrays() -> dict[str, numpy.ndarray]:
-    """Two heads of one key/value head; causal makes query 0 see key 0 alone."""
+    """Return two heads of one key/value head; with causal, query 0 sees only key 0."""
     return {
         "query": multiples(1, 2, 2, 2, seed=1),
         "key": multiples(1, 1, 2, 2, seed=2),
@@ -142,7 +142,7 @@ FORWARD = [
 
 
 @pytest.mark.parametrize(("name", "place", "value", "output", "lse"), FORWARD)
-def test_kinds_of_rows_that_see_what_is_not_finite(
+def test_kinds_of_rows_that_see_numbers_that_are_not_finite(
     name: str,
     place: tuple[int, ...],
     value: float,
@@ -168,7 +168,7 @@ def test_kinds_of_rows_that_see_what_is_not_finite(
 )
 @pytest.mark.parametrize("value", [NAN, INFINITY])
 @pytest.mark.parametrize("function", ["attention", "attention_vjp"])
-def test_what_no_pair_reads_reaches_nothing(
+def test_data_that_no_pair_reads_change_no_result(
     function: str, name: str, place: tuple[int, ...], value: float, arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
 ) -> None:
     arrays |= {"grad_output": multiples(1, 2, 2, 2, seed=4)} if function == "attention_vjp" else {}
@@ -203,7 +203,7 @@ def test_rows_that_see_nothing(arrays: dict[str, numpy.ndarray], ask_oracle: Ora
     assert kinds_of(ask_oracle("attention", arrays)["lse"]) == [[[4, 4], [4, 4]]]
 
 
-def test_a_row_that_is_all_dropped_is_not_empty(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
+def test_a_row_whose_weights_are_all_dropped_is_not_empty(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
     answers = ask_oracle("attention", arrays | {"dropout_mask": numpy.zeros((1, 1, 1, 1), bool)}, dropout_rate=0.5)
     assert answers["output"].kinds is None
     assert not answers["output"].values.any()
@@ -211,7 +211,7 @@ def test_a_row_that_is_all_dropped_is_not_empty(arrays: dict[str, numpy.ndarray]
 
 
 GRADIENTS = [
-    # causal: key 1 is seen by query 1 alone; what query 1 of head 0 contributes to is anything
+    # With causal, only query 1 sees key 1; a gradient with a contribution of query 1 of head 0 may be anything.
     ("query", (0, 0, 1, 0), NAN, {"query": [[0, 4], [0, 0]], "key": [4, 4], "value": [4, 4], "sinks": [4, 0]}),
     (
         "grad_output",
@@ -250,7 +250,7 @@ def test_kinds_of_gradients(
     assert kinds_of(answers["grad_bias"]) == [[[[rows[0], 1], [rows[1], rows[1]]]]]
 
 
-def test_grad_lse_that_is_not_finite_spoils_without_a_sink_too(
+def test_a_grad_lse_that_is_not_finite_makes_gradients_unspecified_without_sinks_too(
     arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
 ) -> None:
     arrays |= {"grad_output": multiples(1, 2, 2, 2, seed=4), "grad_lse": numpy.asarray([[[0.0, 1.0], [NAN, 1.0]]])}
@@ -259,9 +259,7 @@ def test_grad_lse_that_is_not_finite_spoils_without_a_sink_too(
     assert kinds_of(answers["grad_key"]) == [[[[4, 4], [0, 0]]]]
 
 
-def test_gradients_to_which_nothing_contributes_are_exactly_zero(
-    arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
-) -> None:
+def test_gradients_without_contributions_are_exactly_zero(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
     arrays |= {"grad_output": multiples(1, 2, 2, 2, seed=4), "sinks": numpy.asarray([0.5, -INFINITY])}
     arrays["bias"] = numpy.asarray([[[[0.5, -INFINITY]]]])
     arrays["mask"] = numpy.asarray([[[[True], [False]]]])
@@ -277,7 +275,9 @@ def test_gradients_to_which_nothing_contributes_are_exactly_zero(
         assert not answer.values[numpy.asarray(kinds_of(answer)) == 1].any()
 
 
-def test_an_empty_row_moves_its_sink_by_grad_lse_alone(arrays: dict[str, numpy.ndarray], ask_oracle: Oracle) -> None:
+def test_an_empty_row_contributes_to_its_sink_only_through_grad_lse(
+    arrays: dict[str, numpy.ndarray], ask_oracle: Oracle
+) -> None:
     arrays |= {"grad_output": numpy.full((1, 2, 2, 2), NAN), "sinks": numpy.asarray([0.5, -INFINITY])}
     arrays |= {"grad_lse": numpy.asarray([[[0.25, 3.0], [7.0, 9.0]]]), "mask": numpy.zeros((1, 1, 1, 1), bool)}
     sinks = ask_oracle("attention_vjp", arrays)["grad_sinks"]
@@ -314,7 +314,7 @@ def test_merging_of_halves(
     assert [numpy.asarray(kinds_of(answers[name])).item() for name in ("output", "lse")] == list(kinds)
 
 
-def test_a_half_that_is_empty_may_hold_anything_and_one_that_is_not_spoils_its_component(ask_oracle: Oracle) -> None:
+def test_an_empty_half_may_hold_nan_and_any_other_half_makes_its_component_not_finite(ask_oracle: Oracle) -> None:
     arrays = {"output_a": numpy.asarray([[[[NAN, 2.0]]]]), "output_b": numpy.asarray([[[[3.0, INFINITY]]]])}
     arrays |= {"lse_a": numpy.asarray([[[-INFINITY]]]), "lse_b": numpy.asarray([[[0.5]]])}
     assert ask_oracle("merge_attention", arrays)["output"].values.ravel().tolist() == [3.0, INFINITY]

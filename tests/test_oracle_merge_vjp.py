@@ -1,4 +1,4 @@
-"""How the oracle says that the gradients of merging are to be compared."""
+"""The oracle of the goldens: kinds and exact values of the gradients of merging."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ NAN, INFINITY = math.nan, math.inf
 
 
 def _ask(
-    oracle: Oracle, lses: tuple[float, float], outputs: tuple[float, float] = (2.0, 3.0), **given: float
+    oracle: Oracle, lses: tuple[float, float], outputs: tuple[float, float] = (2.0, 3.0), **cotangents: float
 ) -> dict[str, tuple[Any, Any]]:
-    """Value and kind of each gradient of one row of one component, by operand."""
-    arrays: dict[str, numpy.ndarray] = {"grad_output": numpy.full((1, 1, 1, 1), given.pop("grad_output", 0.75))}
+    """Return value and kind of each gradient of one row of one component, by operand."""
+    arrays: dict[str, numpy.ndarray] = {"grad_output": numpy.full((1, 1, 1, 1), cotangents.pop("grad_output", 0.75))}
     for half, lse, output in zip("ab", lses, outputs, strict=True):
         arrays |= {f"output_{half}": numpy.full((1, 1, 1, 1), output), f"lse_{half}": numpy.full((1, 1, 1), lse)}
-    arrays |= {name: numpy.full((1, 1, 1), value) for name, value in given.items()}
+    arrays |= {name: numpy.full((1, 1, 1), value) for name, value in cotangents.items()}
     answers = oracle("merge_attention_vjp", arrays)
     return {
         name.removeprefix("grad_"): (answer.values.item(), numpy.asarray(kinds_of(answer)).item())
@@ -41,7 +41,7 @@ def test_an_empty_half_has_gradients_of_zero_and_the_other_the_cotangents(ask_or
     assert gradients == {"output_a": (0.75, 1), "lse_a": (0, 1), "output_b": (0, 1), "lse_b": (0, 1)}
 
 
-def test_a_cotangent_that_its_operand_rounds_is_held_to_an_allowance(ask_oracle: Oracle) -> None:
+def test_a_cotangent_that_is_rounded_to_its_operand_is_compared_within_an_allowance(ask_oracle: Oracle) -> None:
     gradients = _ask(ask_oracle, (-INFINITY, 5.0), grad_output=0.1, grad_lse=0.3)
     assert gradients == {"output_a": (0, 1), "lse_a": (0, 1), "output_b": (0.1, 0), "lse_b": (0.3, 0)}
 
@@ -52,7 +52,7 @@ def test_two_empty_halves_have_gradients_of_zero(ask_oracle: Oracle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lses", "given"),
+    ("lses", "cotangents"),
     [
         ((NAN, 0.5), {}),
         ((0.5, INFINITY), {}),
@@ -60,13 +60,13 @@ def test_two_empty_halves_have_gradients_of_zero(ask_oracle: Oracle) -> None:
         ((0.5, 1.5), {"grad_lse": NAN}),
     ],
 )
-def test_rows_without_gradients_may_have_any(
-    lses: tuple[float, float], given: dict[str, float], ask_oracle: Oracle
+def test_gradients_of_rows_with_unspecified_gradients_are_not_compared(
+    lses: tuple[float, float], cotangents: dict[str, float], ask_oracle: Oracle
 ) -> None:
-    assert {kind for _, kind in _ask(ask_oracle, lses, **given).values()} == {4}
+    assert {kind for _, kind in _ask(ask_oracle, lses, **cotangents).values()} == {4}
 
 
-def test_an_output_that_is_not_finite_spoils_the_gradients_of_the_lse_alone(ask_oracle: Oracle) -> None:
+def test_an_output_that_is_not_finite_affects_only_the_gradients_of_lse(ask_oracle: Oracle) -> None:
     gradients = _ask(ask_oracle, (0.5, 0.5), (NAN, 3.0))
     assert {name: kind for name, (_, kind) in gradients.items()} == {
         "output_a": 0,

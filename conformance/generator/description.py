@@ -1,4 +1,4 @@
-"""What a case is before its answer is known: the question, in exact numbers."""
+"""A case without its expected values: the question, in exact numbers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ALL_DTYPES = ("float64", "float32", "float16", "bfloat16")
 class Input:
     """One array of a case.
 
-    `values` are float64, bool or integers. `dtype` says what a run makes of them: "case" is the dtype of the run and
-    needs values that bfloat16 and float16 hold exactly (for full-mantissa cases: that the case's own dtypes hold);
-    "softmax" is float64 in a float64 run, else float32; any other name is that dtype in every run. With `generator`
-    the index holds the seed and kind in place of the values.
+    `values` are float64, bool or integers. `dtype` names the dtype that a run converts them to: "case" is the dtype of
+    the run, so that the values must be exact in every dtype of the case; "softmax" is float64 in a float64 run, else
+    float32; any other name is this dtype in every run. With a `generator`, the index stores the seed and kind instead
+    of the values.
     """
 
     values: numpy.ndarray
@@ -30,7 +30,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Description:
-    """One case without its expected values; of its outputs those in `outputs` are compared, all where none is named."""
+    """One case without its expected values; only the outputs named in `outputs` are compared, or all if it is empty."""
 
     id: str
     title: str

@@ -1,10 +1,11 @@
-"""Write the goldens, or prove that they are what this program writes.
+"""Write the goldens, or prove that they are the files that this program writes.
 
     python conformance/generator/generate.py                    write mha_spec_conformance/goldens
-    python conformance/generator/generate.py --check            exit status 1 and the first difference, if there is one
+    python conformance/generator/generate.py --check            exit with 1 and print the first difference, if any
     python conformance/generator/generate.py --only 'attention/causal*' --output some/folder
 
-Needs numpy, ml-dtypes, safetensors and python-flint, and nothing of mha-spec: no golden is made by what it checks.
+The program needs numpy, ml-dtypes, safetensors and python-flint. It imports nothing of mha-spec, so that no golden is
+computed by the code that it checks.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ LAYER = {
     "multi_head_attention_weights",
     "rotary_embedding",
 }
-"""The functions whose cases have a file of their own."""
+"""Functions whose tensors are stored in a separate file."""
 PARAMETERS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "q_norm", "k_norm")
-"""The inputs of layers that many cases share."""
+"""Inputs of the layer that many cases share."""
 FLOATING = {numpy.dtype(dtype).name: dtype for dtype in NARROW_FIRST}
 
 
 def answer(description: Description) -> dict[str, Answer] | str:
-    """The expected values of a case, or why it is not admitted."""
+    """Return the expected values of a case, or the reason why it is not admitted."""
     try:
         for name, item in description.inputs.items():
             check_input(description, name, item)
@@ -64,7 +65,7 @@ def answer(description: Description) -> dict[str, Answer] | str:
 
 
 def check_input(description: Description, name: str, item: Input) -> None:
-    """Raise Refused unless a run in each of the case's dtypes is given the very numbers that the values are."""
+    """Raise Refused unless the values are exact in each dtype of the case."""
     values = numpy.asarray(item.values)
     if item.generator is not None and not numpy.array_equal(generate(values.shape, **item.generator), values):
         raise Refused(f"{description.id}: the generator of `{name}` does not give its values")
@@ -76,7 +77,7 @@ def check_input(description: Description, name: str, item: Input) -> None:
 
 
 def write_case(description: Description, answers: Mapping[str, Answer], tensors: Tensors) -> dict[str, Any]:
-    """The entry of a case in the index, its arrays put among the tensors."""
+    """Store the arrays of a case and return its entry in the index."""
     keep = partial(tensors.add, layer=description.function in LAYER)
     entry = {name: getattr(description, name) for name in ("id", "title", "function", "clauses", "features", "level")}
     return entry | {
@@ -91,14 +92,14 @@ def write_case(description: Description, answers: Mapping[str, Answer], tensors:
 
 
 def plain(value: Any) -> Any:
-    """An option as JSON has it; NaN and infinities, which JSON has not, as {"number": "nan"}."""
+    """Return an option as JSON; NaN and infinities, which JSON lacks, become {"number": "nan"}."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"number": str(value)}
     return value
 
 
 def write_input(item: Input, keep: Keep) -> dict[str, Any]:
-    """The entry of an input: its tensor, or its generator with the sha256 of the float64 values."""
+    """Return the entry of an input: its tensor, or its generator with the sha256 of the float64 values."""
     values = numpy.asarray(item.values)
     entry = {"shape": values.shape, "dtype": item.dtype}
     if item.generator is None:
@@ -108,7 +109,7 @@ def write_input(item: Input, keep: Keep) -> dict[str, Any]:
 
 
 def write_output(item: Answer, keep: Keep) -> dict[str, Any]:
-    """The entry of an expected output; its kinds and rows lie in the file of their own."""
+    """Return the entry of an expected output, whose values, kinds and rows are tensors."""
     entry: dict[str, Any] = {"shape": item.shape} | keep(item.values)
     for name, array in (("kinds", item.kinds), ("rows", item.rows)):
         entry[name] = None if array is None else keep(array)
@@ -116,7 +117,7 @@ def write_output(item: Answer, keep: Keep) -> dict[str, Any]:
 
 
 def build(cases: Sequence[Description], processes: int = 1) -> tuple[dict[str, bytes], list[str]]:
-    """The files by name, and the refusals."""
+    """Return the files by name, and the refusals."""
     repeated = {case.id for case in cases if sum(other.id == case.id for other in cases) > 1}
     refusals = [f"{name}: two cases have this id" for name in sorted(repeated)]
     ordered = sorted(cases, key=lambda case: case.id)
@@ -126,11 +127,11 @@ def build(cases: Sequence[Description], processes: int = 1) -> tuple[dict[str, b
         with Pool(processes) as pool:
             answers = pool.map(answer, ordered, chunksize=8)
     tensors, entries = Tensors(), []
-    for case, found in zip(ordered, answers, strict=True):
-        if isinstance(found, str):
-            refusals.append(found)
+    for case, outputs in zip(ordered, answers, strict=True):
+        if isinstance(outputs, str):
+            refusals.append(outputs)
         else:
-            entries.append(write_case(case, found, tensors))
+            entries.append(write_case(case, outputs, tensors))
     files = tensors.files()
     index = write_index(entries, files, share_parameters(entries))
     digest = f"{hashlib.sha256(index).hexdigest()}  index.json\n"
@@ -138,21 +139,21 @@ def build(cases: Sequence[Description], processes: int = 1) -> tuple[dict[str, b
 
 
 def share_parameters(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Take the parameters of layers out of the inputs of their cases, which name a set of them in their place."""
+    """Move the parameters of layers from the inputs of their cases to sets, which the cases name."""
     sets: dict[str, Any] = {}
     for entry in entries:
         inputs: dict[str, Any] = entry["inputs"]
-        own = {name: inputs.pop(name) for name in PARAMETERS if name in inputs}
-        if own:
-            entry["parameters"] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
-            sets[entry["parameters"]] = own
+        parameters = {name: inputs.pop(name) for name in PARAMETERS if name in inputs}
+        if parameters:
+            entry["parameters"] = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
+            sets[entry["parameters"]] = parameters
     return dict(sorted(sets.items()))
 
 
 def write_index(
     entries: Iterable[Mapping[str, Any]], files: Mapping[str, bytes], parameters: Mapping[str, Any]
 ) -> bytes:
-    """The index, one case to a line."""
+    """Write the index, with one case per line."""
     dump = partial(json.dumps, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
     head = {"format": FORMAT, "spec_version": SPEC_VERSION, "suite_version": SUITE_VERSION, "files": sums}
@@ -163,7 +164,7 @@ def write_index(
 
 
 def difference(folder: Path, files: Mapping[str, bytes]) -> str | None:
-    """The first difference between a folder and what it should hold, or None."""
+    """Describe the first difference between a folder and the files that it should hold, or return None."""
     present = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
     if present == files:
         return None
@@ -179,7 +180,7 @@ def difference(folder: Path, files: Mapping[str, bytes]) -> str | None:
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put the files into the folder, and take goldens out of it that are none any more."""
+    """Write the files into the folder, and delete goldens that are not among them."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name not in files and path.name.startswith(("tensors-", "layer-", "index.json")):
@@ -190,13 +191,17 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def main() -> int:
     """Run the command line; see the module."""
-    parser = argparse.ArgumentParser(description="Write the goldens, or prove that they are what this program writes.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 names the first difference")
+    parser = argparse.ArgumentParser(
+        description="Write the goldens, or prove that they are the files that this program writes."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 and print the first difference, if any"
+    )
     parser.add_argument("--only", metavar="PATTERN", help="only cases whose id matches; needs --output")
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER")
     options = parser.parse_args()
     if options.only and options.output == FOLDER:
-        parser.error("`--only` would leave the suite with a part of its cases: give --output=FOLDER as well")
+        parser.error("`--only` would delete the other cases of the suite: pass --output=FOLDER too")
     cases = [case for case in descriptions() if fnmatch.fnmatchcase(case.id, options.only or "*")]
     files, refusals = build(cases, os.cpu_count() or 1)
     problem = problem_of(files, refusals)
@@ -212,10 +217,10 @@ def main() -> int:
 
 
 def problem_of(files: Mapping[str, bytes], refusals: Sequence[str]) -> str | None:
-    """Why these files must not be the goldens, or None."""
+    """Return the reason why these files must not become the goldens, or None."""
     foreign = sorted(name for name in sys.modules if name.startswith("mha_spec"))
     if foreign:
-        return f"The generator must not see what it checks, yet {', '.join(foreign)} got imported."
+        return f"The generator must not import the code that it checks, but {', '.join(foreign)} is imported."
     if refusals:
         return "\n".join(["Not admitted:", *refusals])
     total = sum(map(len, files.values()))

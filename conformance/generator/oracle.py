@@ -1,7 +1,8 @@
-"""The expected values of a case: by ball arithmetic, correctly rounded to float64, and proven so.
+"""The expected values of a case, computed in ball arithmetic and proven to be correctly rounded to float64.
 
-Shares no code with the implementations that it checks. Visibility is decided per pair in plain integers, products are
-exact, and what remains is evaluated in balls at rising precision until both ends of each ball round to one float64.
+The oracle shares no code with the implementations that it checks. It decides visibility per pair in plain integers,
+computes products exactly, and evaluates everything else in balls, at rising precision until both ends of each ball
+round to the same float64.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _WHOLE: dict[str, Callable[[Description], dict[str, Marked]]] = {
     "multi_head_attention_weights": multi_head_attention_weights,
     "rotary_embedding": rotary_embedding,
 }
-"""The functions that are evaluated as a whole, not row by row."""
+"""Functions that are evaluated as a whole, not row by row."""
 
 TILE_BORDERS = tuple(2**n for n in range(4, 13))
 
@@ -46,8 +47,8 @@ TILE_BORDERS = tuple(2**n for n in range(4, 13))
 class Answer:
     """One expected output.
 
-    `values` has the full shape, or (len(rows), last axis) where `rows` holds flat indices over the axes but the last
-    (over all axes for lse). `kinds` has the shape of `values`; None where every element is finite.
+    `values` has the full shape, or (len(rows), last axis) if `rows` holds flat indices over all axes except the last
+    (over all axes for lse). `kinds` has the shape of `values`, or is None if every element is finite.
     """
 
     values: numpy.ndarray
@@ -57,10 +58,10 @@ class Answer:
 
 
 def expect(description: Description) -> dict[str, Answer]:
-    """Give the expected outputs of a case by name; none for a case that must raise.
+    """Return the expected outputs of a case by name; none for a case that must raise an error.
 
     Raises:
-        Refused: Some element cannot be proven.
+        Refused: An element cannot be proven.
     """
     if description.error is not None:
         return {}
@@ -109,10 +110,10 @@ def _answer(marked: Marked, rows: numpy.ndarray | None, shape: tuple[int, ...]) 
 
 
 def sample(lead: tuple[int, ...], count: int | None) -> numpy.ndarray | None:
-    """Choose rows of the axes `lead`, whose last is the length; None where all of them are no more than `count`.
+    """Choose rows of the axes `lead`, of which the last is the length; return None if there are at most `count` rows.
 
-    `count` rows spread evenly, first and last included, and the two rows at each power of two from 16 on, each in
-    another of the leading entries.
+    The choice is `count` rows at equal distances, including the first and the last, and the two rows at each power of
+    two from 16 on, where tiles of kernels end; each pair is in another leading entry.
     """
     total = math.prod(lead)
     if count is None or total <= count:

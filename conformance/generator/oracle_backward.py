@@ -23,7 +23,7 @@ __all__ = ["attention_vjp"]
 
 
 def attention_vjp(question: Question, rows: Sequence[Row]) -> dict[str, Marked]:
-    """Gradients of query, key, value, bias and sinks from all rows, each of its operand's shape."""
+    """Compute the gradients of query, key, value, bias and sinks, each in the shape of its operand."""
     kinds = _kinds(question, rows)
     gradients = Gradients(question, rows)
     finite = {name: kind == FINITE_VALUE for name, kind in kinds.items()}
@@ -39,11 +39,11 @@ def _shapes(question: Question) -> dict[str, tuple[int, ...]]:
 
 
 def _kinds(question: Question, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
-    """An element to which nothing contributes is exactly 0, one to which an unspecified row contributes is anything."""
+    """Mark elements without a contribution as exactly 0, and elements with an unspecified one as not compared."""
     kinds = {name: numpy.full(shape, EXACT, dtype=numpy.uint8) for name, shape in _shapes(question).items()}
     for row in rows:
         b, h, i = row.batch, row.head, row.index
-        kind = FINITE_VALUE if is_right(question, row) else ANY
+        kind = FINITE_VALUE if is_specified(question, row) else ANY
         if row.state != EMPTY:
             kinds["grad_query"][b, h, i] = kind
         places: list[tuple[str, tuple[int, ...]]] = [("grad_key", (b, h // question.group, j)) for j in row.keys]
@@ -53,25 +53,25 @@ def _kinds(question: Question, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
         if _moves_sink(question, row, kind):
             places.append(("grad_sinks", (h,)))
         for name, place in places:
-            _spoil(kinds[name], place, kind)
+            _mark(kinds[name], place, kind)
     return kinds
 
 
-def _spoil(kinds: numpy.ndarray, place: tuple[int, ...], kind: int) -> None:
-    """One contribution turns exact into finite; one that is unspecified turns all into that."""
+def _mark(kinds: numpy.ndarray, place: tuple[int, ...], kind: int) -> None:
+    """Mark a contribution of this kind: ANY is kept, and everything else is replaced."""
     if not (kinds[place] == ANY).any():
         kinds[place] = kind
 
 
 def _moves_sink(question: Question, row: Row, kind: int) -> bool:
-    """Whether the row contributes to the gradient of its head's sink; an empty row does by grad_lse alone."""
+    """Return True if the row contributes to the gradient of its sink; an empty row does only through grad_lse."""
     if not question.has_sinks or (row.state == EMPTY and question.grad_lse is None):
         return False
     return kind == ANY or has_weight(question.sinks[row.head])
 
 
-def is_right(question: Question, row: Row) -> bool:
-    """Whether what the row contributes to gradients is specified."""
+def is_specified(question: Question, row: Row) -> bool:
+    """Return True if the contribution of the row to the gradients is specified."""
     place = row.batch, row.head, row.index
     if question.grad_lse is not None and not math.isfinite(question.grad_lse[place]):
         return row.state == EMPTY and not has_weight(question.sinks[row.head])
@@ -86,9 +86,9 @@ def is_right(question: Question, row: Row) -> bool:
 
 @dataclass(frozen=True)
 class RowGradient:
-    """What one row contributes: dX per visible key times `divisor`, l^2 (1 - rate); dS; and that of the sink.
+    """The contributions of one row: dX of each visible key times `divisor`, l^2 (1 - rate); dS; and that of the sink.
 
-    Divisions come last, so that a quotient that a float64 holds is exact.
+    Divisions come last, so that a quotient that float64 can hold is exact.
     """
 
     numerators: list[arb]
@@ -103,7 +103,7 @@ class Gradients:
 
     def __init__(self, question: Question, rows: Sequence[Row]) -> None:
         self.question = question
-        self.groups = by_head(row for row in rows if is_right(question, row))
+        self.groups = by_head(row for row in rows if is_specified(question, row))
         self.scores = Scores(question, rows)
         self.grad_weights = {
             (b, h): exact_product(question.grad_output[b, h], question.value[b, h // question.group])
@@ -111,7 +111,7 @@ class Gradients:
         }
 
     def evaluate(self) -> dict[str, numpy.ndarray]:
-        """Balls of every gradient."""
+        """Evaluate every gradient in balls."""
         totals = {name: numpy.full(shape, arb(0), dtype=object) for name, shape in _shapes(self.question).items()}
         for (b, h), rows in self.groups.items():
             evaluated = [row for row in rows if row.keys or has_weight(self.question.sinks[h])]
@@ -121,9 +121,9 @@ class Gradients:
         return totals
 
     def _row(self, row: Row) -> RowGradient:
-        """dS_j = e_j (l dP_j - sum_k e_k dP_k + l g) / l^2, with dP taken from that of the largest score, exactly.
+        """Compute dS_j = e_j (l dP_j - sum_k e_k dP_k + l g) / l^2, with dP minus that of the largest score, exactly.
 
-        The sink is a key whose dP is 0. Where all dP are equal, or one key is all there is, dS is exactly 0.
+        The sink is a key whose dP is 0. If all dP are equal, or if there is only one key, dS is exactly 0.
         """
         q = self.question
         e = self.scores.exponentials(row)
@@ -177,7 +177,7 @@ class Gradients:
 
 
 def spread(kv_len: int, row: Row, terms: Sequence[arb]) -> list[arb]:
-    """Terms of the visible keys at their places among all keys, 0 where invisible."""
+    """Place the terms of visible keys among all keys, with 0 for hidden keys."""
     line = [arb(0)] * kv_len
     for j, term in zip(row.keys, terms, strict=True):
         line[j] = term

@@ -1,8 +1,8 @@
-"""Numbers that are proven: exact integers, balls that hold the true value, and their rounding to float64.
+"""Proven numbers: exact integers, balls that contain the true value, and their rounding to float64.
 
-A ball (`arb`, of python-flint) is a midpoint and a radius. Every operation on balls gives a ball that holds the result
-for all numbers of its operands, so that a value is known to be correctly rounded where both ends of its ball round to
-the same float64. Operations on exact numbers whose result fits the precision are exact, radius 0.
+A ball (`arb`, of python-flint) is a midpoint and a radius. Every operation on balls returns a ball that contains the
+results for all numbers in its operands, so that a value is correctly rounded if both ends of its ball round to the same
+float64. Operations on exact numbers whose result fits the precision are exact, with radius 0.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ __all__ = ["PRECISIONS", "Refused", "exact_product", "nearest", "product", "roun
 PRECISIONS = (128, 384, 1408, 4096)
 """Bits of the balls, raised until every element resolves.
 
-A number that is 0 by cancellation resolves at 1408 bits: its ball lies within 2**-1075, which rounds to 0.
+A number that is 0 by cancellation resolves at 1408 bits, because its ball is within 2**-1075, which rounds to 0.
 """
 
 
 class Refused(Exception):
-    """A case whose expected values cannot be proven: it is not admitted."""
+    """The expected values of a case cannot be proven, so that it is not admitted."""
 
 
 def nearest(ball: arb) -> float | None:
-    """Round a ball to the float64 nearest to the true value, +0 for zeros; None where the ball does not decide it."""
+    """Round a ball to the float64 nearest to the true value, with +0 for zeros; None if the ball is too wide."""
     if not ball.is_finite():
         return None
     low, high = _nearest_of_exact(ball.lower()), _nearest_of_exact(ball.upper())
@@ -38,7 +38,7 @@ def nearest(ball: arb) -> float | None:
 
 
 def _nearest_of_exact(number: arb) -> float:
-    """Round mantissa * 2**exponent: Python's division of integers is correctly rounded, subnormal results included."""
+    """Round mantissa * 2**exponent; Python's division of integers rounds correctly, even to subnormal numbers."""
     mantissa, exponent = (int(part) for part in number.man_exp())
     magnitude = mantissa.bit_length() + exponent
     if mantissa == 0 or magnitude < -1080:
@@ -54,7 +54,7 @@ def _nearest_of_exact(number: arb) -> float:
 def rounded(
     name: str, evaluate: Callable[[], Mapping[str, numpy.ndarray]], finite: Mapping[str, numpy.ndarray]
 ) -> dict[str, numpy.ndarray]:
-    """Evaluate arrays of balls at rising precision until every element marked `finite` is proven; NaN at the others.
+    """Evaluate arrays of balls at rising precision until every element marked `finite` is proven; others are NaN.
 
     Raises:
         Refused: An element does not resolve at the highest precision; the message names case, output and index.
@@ -87,9 +87,9 @@ def _first_unresolved(arrays: Mapping[str, numpy.ndarray], finite: Mapping[str, 
 
 
 def exact_product(left: numpy.ndarray, right: numpy.ndarray) -> tuple[list[list[int]], int]:
-    """Multiply the rows of `left` by the rows of `right`, (n, d) and (m, d), exactly: integers and one exponent of two.
+    """Multiply the rows of `left` by the rows of `right`, (n, d) and (m, d), exactly: integers and an exponent of two.
 
-    Elements that are not finite count as 0; whoever reads a product knows which rows hold them.
+    Elements that are not finite count as 0; callers know the rows that contain them.
     """
     (a, exponent_a), (b, exponent_b) = _integers(left), _integers(right)
     if 0 in (*left.shape, *right.shape):

@@ -23,7 +23,7 @@ KIND_OF_ROW = {EMPTY: EXACT, FINITE: FINITE_VALUE, NAN: NAN_VALUE, UNSPECIFIED: 
 
 
 def attention(question: Question, rows: Sequence[Row]) -> dict[str, Marked]:
-    """Output and lse of the rows: arrays (rows, v_dim) and (rows,)."""
+    """Compute output and lse of the rows: arrays (rows, v_dim) and (rows,)."""
     kinds = {"output": _output_kinds(question, rows), "lse": _lse_kinds(question, rows)}
     scores = Scores(question, rows)
     values = rounded(
@@ -48,7 +48,7 @@ def _lse_kinds(question: Question, rows: Sequence[Row]) -> numpy.ndarray:
 
 
 def _evaluate(scores: Scores, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
-    """Balls of output = sum_j e_j kept_j v_j / (sum_j e_j (1 - rate)) and of lse."""
+    """Evaluate output = sum_j e_j kept_j v_j / (sum_j e_j (1 - rate)) and lse in balls."""
     question = scores.question
     place = {(row.batch, row.head, row.index): n for n, row in enumerate(rows)}
     output = numpy.full((len(rows), question.value.shape[3]), arb(0), dtype=object)
@@ -66,7 +66,7 @@ def _evaluate(scores: Scores, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
 
 
 def spread_kept(question: Question, row: Row, terms: Sequence[arb]) -> list[arb]:
-    """Terms of the visible keys at their places among all keys, 0 where invisible or dropped."""
+    """Place the terms of visible keys among all keys, with 0 for hidden or dropped keys."""
     line = [arb(0)] * question.kv_len
     for j, term in zip(row.keys, terms, strict=True):
         if question.kept(row.batch, row.head, row.index, j):
@@ -75,7 +75,7 @@ def spread_kept(question: Question, row: Row, terms: Sequence[arb]) -> list[arb]
 
 
 def attention_weights(question: Question, rows: Sequence[Row]) -> dict[str, Marked]:
-    """Weights of the rows: an array (rows, kv_len)."""
+    """Compute the weights of the rows: an array (rows, kv_len)."""
     kinds = _weight_kinds(question, rows)
     scores = Scores(question, rows)
     values = rounded(

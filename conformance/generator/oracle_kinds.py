@@ -1,4 +1,4 @@
-"""How each element of an answer is to be compared."""
+"""The kinds of elements of an answer, which say how each is compared."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class Marked:
 
     @classmethod
     def fill(cls, values: numpy.ndarray, kinds: numpy.ndarray, exact: float) -> Marked:
-        """Put `exact` where a value is known without arithmetic, and NaN where there is none."""
+        """Set exact elements to `exact`, and elements without a finite value to NaN."""
         values = numpy.where(kinds == EXACT, exact, numpy.where(kinds == FINITE_VALUE, values, math.nan))
         return cls(values, kinds)

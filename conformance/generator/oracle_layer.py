@@ -1,6 +1,6 @@
-"""Expected results of multi_head_attention: projections, norms, rotation, cache and attention, all of it in balls.
+"""Expected results of multi_head_attention: projections, norms, rotation, cache and attention in balls.
 
-Nothing is rounded on the way. Which keys a row sees is decided by the rules of plain attention over the buffer.
+No intermediate result is rounded. The rules of plain attention decide the keys that a row sees in the buffer.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Layer:
         self.rows = [self.question.row(b, h, i) for b, h, i in places]
 
     def _per_entry(self, name: str, absent: int) -> list[int]:
-        given = self.arrays[name] if name in self.arrays else self.options.get(name, absent)
-        return numpy.broadcast_to(given, (self.batch,)).tolist()
+        value = self.arrays[name] if name in self.arrays else self.options.get(name, absent)
+        return numpy.broadcast_to(value, (self.batch,)).tolist()
 
     def _inner(self, description: Description) -> dict[str, Input]:
-        """The question of the attention within: constraints over the whole buffer, and no numbers."""
+        """Return the inputs of the attention in the layer: constraints over the whole buffer, and zeros."""
         kept = {name: item for name, item in description.inputs.items() if name not in ("query", "key", "value")}
         kept["query"] = Input(numpy.zeros((self.batch, self.heads, self.q_len, self.qk_dim)))
         kept["key"] = Input(numpy.zeros((self.batch, self.kv_heads, self.buffer, self.qk_dim)))
@@ -60,7 +60,7 @@ class Layer:
         return kept
 
     def projected(self, side: str, source: str, positions: list[range] | None) -> numpy.ndarray:
-        """Balls (batch, heads, length, size): project, add the bias, normalise, rotate."""
+        """Project, add the bias, normalise, rotate: balls (batch, heads, length, size)."""
         tokens, weight = as_balls(self.arrays[source]), as_balls(self.arrays[f"w_{side}"])
         x = numpy.tensordot(tokens, weight, axes=1)
         if f"b_{side}" in self.arrays:
@@ -74,7 +74,7 @@ class Layer:
         return Rotation(x.shape[3], **rotary).rotate(x, positions)
 
     def _normalised(self, x: numpy.ndarray, gain: numpy.ndarray) -> numpy.ndarray:
-        """x / sqrt(mean x^2 + epsilon) * gain, over the components of each head."""
+        """Compute x / sqrt(mean x^2 + epsilon) * gain over the components of each head."""
         epsilon = arb(self.options.get("norm_epsilon", 1e-6))
         result = x.copy()
         for place in numpy.ndindex(*x.shape[:3]):
@@ -83,11 +83,11 @@ class Layer:
         return result
 
     def positions(self, first: Iterable[int], length: int) -> list[range]:
-        """The positions of each batch entry."""
+        """Return the positions of each batch entry."""
         return [range(start, start + length) for start in first]
 
     def stored(self, side: str, source: str, *, rotated: bool) -> numpy.ndarray:
-        """The buffer (batch, kv_heads, length, size) after the new tokens have been put behind the old ones."""
+        """Return the buffer (batch, kv_heads, length, size) with the new tokens stored after the old ones."""
         old = self.arrays.get(f"cache_{source}")
         places = self.positions(self.old, self.new_len) if rotated else None
         new = self.projected(side, source, places) if self.new_len else None
@@ -101,7 +101,7 @@ class Layer:
         return buffer
 
     def kinds_of_buffer(self, source: str) -> numpy.ndarray:
-        """What was there stays exactly, what is new is computed, what is behind it is nobody's."""
+        """Mark old tokens as exact, new tokens as computed, and the rest of the buffer as not compared."""
         kinds = numpy.full(self.arrays[f"cache_{source}"].shape, ANY, dtype=numpy.uint8)
         for b in range(self.batch):
             kinds[b, :, : self.lengths[b]] = FINITE_VALUE
@@ -110,7 +110,7 @@ class Layer:
 
 
 class BallScores(Scores):
-    """Scores whose products are balls: a term names one by its number, and number 0 is the product 0."""
+    """Scores whose products are balls: a term names a product by its index, and index 0 is the product 0."""
 
     def __init__(self, layer: Layer, query: numpy.ndarray, key: numpy.ndarray) -> None:
         self.question = layer.question
@@ -136,20 +136,20 @@ class BallScores(Scores):
 
 
 def _weights(layer: Layer, key: numpy.ndarray) -> dict[tuple[int, int, int], dict[int, arb]]:
-    """The weights of each row that sees something, by key, before dropout."""
+    """Compute the weights of each row that is not empty, by key, before dropout."""
     query = layer.projected("q", "query", layer.positions(layer.question.q_offset, layer.q_len))
     scores = BallScores(layer, query, key)
-    found: dict[tuple[int, int, int], dict[int, arb]] = {}
+    weights: dict[tuple[int, int, int], dict[int, arb]] = {}
     for row in layer.rows:
         if row.state != EMPTY:
             e = scores.exponentials(row)
             powers = zip(row.keys, e.keys, strict=True)
-            found[row.batch, row.head, row.index] = {j: power / e.total for j, power in powers}
-    return found
+            weights[row.batch, row.head, row.index] = {j: power / e.total for j, power in powers}
+    return weights
 
 
 def _attended(layer: Layer, row: Row, weights: dict[int, arb], value: numpy.ndarray) -> numpy.ndarray:
-    """The sum of the values that the row sees, after dropout."""
+    """Sum the values that the row sees, after dropout."""
     values = value[row.batch, row.head // layer.question.group]
     kept = 1 - arb(layer.question.dropout_rate)
     result = as_balls(numpy.zeros(values.shape[1]))
@@ -174,7 +174,7 @@ def _evaluate(layer: Layer) -> dict[str, numpy.ndarray]:
 
 
 def multi_head_attention(description: Description) -> dict[str, Marked]:
-    """The output (batch, q_len, out); with a cache also its arrays and lengths."""
+    """Compute the output (batch, q_len, out), and with a cache its arrays and lengths."""
     layer = Layer(description)
     empty = numpy.array([row.state == EMPTY for row in layer.rows]).reshape(layer.batch, layer.heads, layer.q_len)
     out = layer.arrays["w_o"].shape[2]
@@ -195,7 +195,7 @@ def multi_head_attention(description: Description) -> dict[str, Marked]:
 
 
 def multi_head_attention_weights(description: Description) -> dict[str, Marked]:
-    """The weights of each head, (batch, heads, q_len, kv_len or capacity)."""
+    """Compute the weights of each head, (batch, heads, q_len, kv_len or capacity)."""
     layer = Layer(description)
     shape = (layer.batch, layer.heads, layer.q_len, layer.buffer)
     kinds = numpy.full(shape, EXACT, dtype=numpy.uint8)

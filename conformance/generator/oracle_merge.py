@@ -17,13 +17,13 @@ __all__ = ["merge_attention"]
 
 
 def merge_attention(description: Description) -> dict[str, Marked]:
-    """Output and lse of two halves of one softmax, in the halves' shapes."""
+    """Compute output and lse of two halves of one softmax, in the shapes of the halves."""
     arrays = {name: numpy.asarray(item.values, dtype=numpy.float64) for name, item in description.inputs.items()}
     output = Marked(numpy.zeros(arrays["output_a"].shape), numpy.zeros(arrays["output_a"].shape, dtype=numpy.uint8))
     lse = Marked(numpy.zeros(arrays["lse_a"].shape), numpy.zeros(arrays["lse_a"].shape, dtype=numpy.uint8))
     for place in numpy.ndindex(*lse.values.shape):
         halves = [(float(arrays[f"lse_{half}"][place]), arrays[f"output_{half}"][place]) for half in "ab"]
-        _settle(lse, output, place, halves)
+        _mark_row(lse, output, place, halves)
     finite = {"output": output.kinds == FINITE_VALUE, "lse": lse.kinds == FINITE_VALUE}
     values = rounded(description.id, lambda: _evaluate(arrays, finite["lse"]), finite)
     for name, marked in (("output", output), ("lse", lse)):
@@ -31,8 +31,8 @@ def merge_attention(description: Description) -> dict[str, Marked]:
     return {"output": output, "lse": lse}
 
 
-def _settle(lse: Marked, output: Marked, place: tuple[int, ...], halves: list[tuple[float, numpy.ndarray]]) -> None:
-    """Decide what needs no arithmetic: an lse of NaN or -inf, or of +inf beside another half; infinite outputs."""
+def _mark_row(lse: Marked, output: Marked, place: tuple[int, ...], halves: list[tuple[float, numpy.ndarray]]) -> None:
+    """Mark the kinds of a row, and set the values that need no arithmetic: those of empty or infinite halves."""
     live = [(half, values) for half, values in halves if half != -math.inf]
     if any(math.isnan(half) or (half == math.inf and len(live) == 2) for half, _ in live):
         _put(lse, place, math.nan, NAN_VALUE)
@@ -57,7 +57,7 @@ def _put(marked: Marked, place: tuple[int, ...], value: float | numpy.ndarray, k
 
 
 def _evaluate(arrays: dict[str, numpy.ndarray], finite: numpy.ndarray) -> dict[str, numpy.ndarray]:
-    """lse = m + ln(e_a + e_b) and output = (e_a o_a + e_b o_b) / (e_a + e_b), with e = exp(lse - m)."""
+    """Compute lse = m + ln(e_a + e_b) and output = (e_a o_a + e_b o_b) / (e_a + e_b), with e = exp(lse - m)."""
     lse = numpy.full(finite.shape, arb(0), dtype=object)
     output = numpy.full(arrays["output_a"].shape, arb(0), dtype=object)
     for place in zip(*numpy.nonzero(finite), strict=True):

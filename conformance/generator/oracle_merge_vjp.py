@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 __all__ = ["merge_attention_vjp"]
 
 SOFTMAX = numpy.float32
-"""The narrowest type that an lse has in the cases."""
+"""The narrowest type of lse in the cases."""
 
 
 def merge_attention_vjp(description: Description) -> dict[str, Marked]:
-    """Gradients of both outputs and both lse, in the halves' shapes."""
+    """Compute the gradients of both outputs and both lse, in the shapes of the halves."""
     arrays = {name: numpy.asarray(item.values, dtype=numpy.float64) for name, item in description.inputs.items()}
     arrays.setdefault("grad_lse", numpy.zeros(arrays["lse_a"].shape))
     results = {f"grad_{name}": _zeros(arrays[name].shape) for name in ("output_a", "lse_a", "output_b", "lse_b")}
     rows = [Row(arrays, place) for place in numpy.ndindex(*arrays["lse_a"].shape)]
     for row in rows:
-        row.settle(results)
+        row.mark(results)
     finite = {name: marked.kinds == FINITE_VALUE for name, marked in results.items()}
     evaluated = [row for row in rows if row.is_specified and row.live]
     values = rounded(description.id, lambda: _evaluate(evaluated, results), finite)
@@ -38,7 +38,7 @@ def merge_attention_vjp(description: Description) -> dict[str, Marked]:
 
 
 def _zeros(shape: tuple[int, ...]) -> Marked:
-    """All exactly 0, until a row says otherwise."""
+    """Return a result that is exactly 0 until rows are marked."""
     return Marked(numpy.zeros(shape), numpy.full(shape, EXACT, dtype=numpy.uint8))
 
 
@@ -50,7 +50,7 @@ class Row:
     place: tuple[int, ...]
 
     def of(self, name: str) -> numpy.ndarray:
-        """The row of one array: a vector of an output, a number of an lse."""
+        """Return the row of one array: a vector of an output, a number of an lse."""
         return self.arrays[name][self.place]
 
     @property
@@ -65,12 +65,12 @@ class Row:
 
     @property
     def is_specified(self) -> bool:
-        """Whether the row has gradients: both lse are numbers or -inf, and the cotangents are finite."""
+        """True if the gradients are specified: both lse are numbers or -inf, and the cotangents are finite."""
         cotangents = numpy.isfinite(self.of("grad_output")).all() and numpy.isfinite(self.of("grad_lse"))
         return bool(cotangents) and all(lse < math.inf for lse in self.lses.values())
 
-    def settle(self, results: dict[str, Marked]) -> None:
-        """Decide the kinds, and the values that need no arithmetic: an empty half leaves all to the other one."""
+    def mark(self, results: dict[str, Marked]) -> None:
+        """Mark the kinds, and set the values without arithmetic: if a half is empty, the other gets the cotangents."""
         outputs_are_finite = all(numpy.isfinite(self.of(f"output_{half}")).all() for half in "ab")
         for half in "ab" if not self.is_specified else self.live:
             grad_output, grad_lse = results[f"grad_output_{half}"], results[f"grad_lse_{half}"]
@@ -85,10 +85,10 @@ class Row:
                 _pass_on(grad_lse, self.place, self.of("grad_lse"), (SOFTMAX,))
 
     def balls(self) -> dict[str, numpy.ndarray | arb]:
-        """d output_x = x dO, d lse_a = a g + t, d lse_b = b g - t, t = a b sum_c dO (o_a - o_b); divisions come last.
+        """Compute d output_x = x dO, d lse_a = a g + t, d lse_b = b g - t, with t = a b sum_c dO (o_a - o_b).
 
-        An empty half has the power 0. What an output holds that is not finite counts as 0: it belongs to an empty half,
-        or the gradients that it reaches are not specified.
+        Divisions come last. An empty half has the power 0. A component that is not finite counts as 0: it belongs to an
+        empty half, or the gradients that depend on it are not specified.
         """
         largest = max(self.lses.values())
         power = {half: (arb(lse) - arb(largest)).exp() for half, lse in self.lses.items()}
@@ -115,13 +115,13 @@ def _put(marked: Marked, place: tuple[int, ...], value: float | numpy.ndarray, k
 
 
 def _pass_on(marked: Marked, place: tuple[int, ...], values: numpy.ndarray, narrow: tuple[type, ...]) -> None:
-    """A cotangent comes back unchanged, exactly where the narrow types of its operand hold it."""
+    """Set a gradient to its cotangent, which is exact if the narrow types of the operand hold it."""
     held = [all(holds(dtype, numpy.asarray(x)) for dtype in narrow) for x in numpy.ravel(values)]
     _put(marked, place, values + 0.0, numpy.where(numpy.reshape(held, values.shape), EXACT, FINITE_VALUE))
 
 
 def _evaluate(rows: list[Row], results: dict[str, Marked]) -> dict[str, numpy.ndarray]:
-    """Balls of every gradient of these rows."""
+    """Evaluate every gradient of these rows in balls."""
     balls = {name: numpy.full(marked.values.shape, arb(0), dtype=object) for name, marked in results.items()}
     for row in rows:
         for name, ball in row.balls().items():

@@ -1,4 +1,4 @@
-"""Expected results of what turns positions into numbers: rotary embedding and ALiBi."""
+"""Expected results of rotary embedding and ALiBi."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
     from description import Description
 
-__all__ = ["Rotation", "alibi_bias", "alibi_slopes", "as_balls", "rotary_embedding", "settled"]
+__all__ = ["Rotation", "alibi_bias", "alibi_slopes", "as_balls", "rotary_embedding"]
 
 as_balls: Callable[[numpy.ndarray], numpy.ndarray] = numpy.vectorize(arb, otypes=[object])
-"""Floats as balls of radius 0."""
+"""Convert floats to balls of radius 0."""
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """How vectors of some size are rotated."""
+    """The rotation of vectors of some size."""
 
     size: int
     base: float = 10000.0
@@ -33,16 +33,16 @@ class Rotation:
 
     @property
     def rotated(self) -> int:
-        """How many components take part; the others pass."""
+        """Number of components that are rotated; the others are unchanged."""
         return self.size if self.rotary_dim is None else self.rotary_dim
 
     def pairs(self) -> list[tuple[int, int]]:
-        """The components of each pair: neighbours where interleaved, else one of either half."""
+        """Return the components of each pair: neighbours if interleaved, else one of each half."""
         half = self.rotated // 2
         return [(2 * n, 2 * n + 1) if self.interleaved else (n, n + half) for n in range(half)]
 
     def angle(self, position: float, pair: int) -> arb:
-        """position * base^(-2 pair / rotary_dim)."""
+        """Return position * base^(-2 pair / rotary_dim)."""
         return arb(position) * (arb(self.base).log() * arb(-2 * pair) / arb(self.rotated)).exp()
 
     def rotate(self, x: numpy.ndarray, positions: Sequence[Sequence[float]]) -> numpy.ndarray:
@@ -57,8 +57,8 @@ class Rotation:
         return result
 
 
-def settled(name: str, evaluate: Callable[[], Mapping[str, numpy.ndarray]]) -> dict[str, Marked]:
-    """Round balls of which every one is a finite number."""
+def _rounded_finite(name: str, evaluate: Callable[[], Mapping[str, numpy.ndarray]]) -> dict[str, Marked]:
+    """Round balls that are all finite numbers."""
     finite = {output: numpy.ones(balls.shape, dtype=bool) for output, balls in evaluate().items()}
     values = rounded(name, evaluate, finite)
     return {
@@ -68,42 +68,44 @@ def settled(name: str, evaluate: Callable[[], Mapping[str, numpy.ndarray]]) -> d
 
 
 def rotary_embedding(description: Description) -> dict[str, Marked]:
-    """The rotated vectors, (batch, heads, length, size)."""
+    """Compute the rotated vectors, (batch, heads, length, size)."""
     arrays = {name: numpy.asarray(item.values) for name, item in description.inputs.items()}
     x = arrays["x"]
     positions = numpy.broadcast_to(arrays["positions"], (x.shape[0], x.shape[2])).tolist()
     rotation = Rotation(x.shape[3], **description.options)
-    turned = settled(description.id, lambda: {"output": rotation.rotate(as_balls(x), positions)})["output"]
+    turned = _rounded_finite(description.id, lambda: {"output": rotation.rotate(as_balls(x), positions)})["output"]
     turned.kinds[..., rotation.rotated :] = EXACT
     return {"output": turned}
 
 
 def slopes(heads: int) -> list[arb]:
-    """2^(-8 (h+1) / heads) for a power of two; else those of the power below, then every other of the power above."""
+    """Return 2^(-8 (h+1) / heads) for a power of two; else those of the power below, then every other of the next."""
     power = 1 << (heads.bit_length() - 1)
     first = [arb(2) ** (arb(-8 * (h + 1)) / arb(power)) for h in range(power)]
     return first if power == heads else first + slopes(2 * power)[0::2][: heads - power]
 
 
 def alibi_slopes(description: Description) -> dict[str, Marked]:
-    """The slope of each head, (heads,)."""
+    """Compute the slope of each head, (heads,)."""
     heads: int = description.options["heads"]
-    return settled(description.id, lambda: {"slopes": numpy.array(slopes(heads), dtype=object)})
+    return _rounded_finite(description.id, lambda: {"slopes": numpy.array(slopes(heads), dtype=object)})
 
 
 def alibi_bias(description: Description) -> dict[str, Marked]:
-    """-slope |p - j|, (1 or batch, heads, q_len, kv_len)."""
+    """Compute -slope |p - j|, (1 or batch, heads, q_len, kv_len)."""
     options: Mapping[str, Any] = description.options
-    given = description.inputs["q_offset"].values if "q_offset" in description.inputs else options.get("q_offset", 0)
-    if isinstance(given, str):
-        given = offsets_of_reading(given, [options["q_len"]], [options["kv_len"]])
-    offsets = numpy.reshape(given, (-1, 1, 1, 1))
+    offset = description.inputs["q_offset"].values if "q_offset" in description.inputs else options.get("q_offset", 0)
+    if isinstance(offset, str):
+        offset = offsets_of_reading(offset, [options["q_len"]], [options["kv_len"]])
+    offsets = numpy.reshape(offset, (-1, 1, 1, 1))
     rows, keys = numpy.arange(options["q_len"])[:, None], numpy.arange(options["kv_len"])
     distance = as_balls(numpy.abs(offsets + rows - keys).astype(numpy.float64))
 
     def evaluate() -> dict[str, numpy.ndarray]:
-        own = as_balls(description.inputs["slopes"].values) if "slopes" in description.inputs else None
-        each = numpy.array(slopes(options["heads"]), dtype=object) if own is None else own
-        return {"bias": -each.reshape(1, -1, 1, 1) * distance}
+        if "slopes" in description.inputs:
+            by_head = as_balls(description.inputs["slopes"].values)
+        else:
+            by_head = numpy.array(slopes(options["heads"]), dtype=object)
+        return {"bias": -by_head.reshape(1, -1, 1, 1) * distance}
 
-    return settled(description.id, evaluate)
+    return _rounded_finite(description.id, evaluate)

@@ -1,4 +1,4 @@
-"""The softmax of a row in balls: scores subtracted exactly, then exponentials, their sum and lse."""
+"""The softmax of a row in balls: exact differences of scores, then exponentials, their sum and lse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Exponentials", "Scores", "by_head"]
 class Exponentials:
     """A row's exp(s - s_anchor) over its visible keys and for its sink, their sum, and lse.
 
-    `anchor` is the place in the row's keys of the largest score; the number of keys where the sink is larger.
+    `anchor` is the index of the largest score among the keys of the row, or the number of keys if the sink is larger.
     """
 
     keys: list[arb]
@@ -40,10 +40,10 @@ def by_head(rows: Iterable[Row]) -> dict[tuple[int, int], list[Row]]:
 
 
 class Scores:
-    """The scores of some rows: exact products q.k once, and balls at whatever precision is current.
+    """The scores of some rows: exact products q.k, computed once, and balls at the current precision.
 
-    A score is a pair (x, bias), x being the integer product; a sink is the pair (0, sink), since neither scale nor cap
-    moves 0. Equal pairs have difference 0, exactly, and share one exponential.
+    A score is a pair (x, bias), where x is the integer product; a sink is the pair (0, sink), because neither scale nor
+    cap changes 0. The difference of equal pairs is exactly 0, and they share an exponential.
     """
 
     def __init__(self, question: Question, rows: Iterable[Row]) -> None:
@@ -56,12 +56,12 @@ class Scores:
                 self._products[b, h, row.index] = line, exponent
 
     def scale(self) -> arb:
-        """The scale, exact where it was given."""
+        """Return the scale, which is exact unless it is the default."""
         q = self.question
         return 1 / arb(q.qk_dim).sqrt() if q.scale is None else arb(q.scale)
 
     def exponentials(self, row: Row) -> Exponentials:
-        """The exponentials of a finite row; of an empty row with a sink, that of the sink alone."""
+        """Return the exponentials of a finite row, or that of the sink of an empty row."""
         q = self.question
         line, exponent = self._products[row.batch, row.head, row.index]
         unit = self.scale() * power_of_two(exponent)
@@ -71,12 +71,12 @@ class Scores:
         largest = max(scores, key=lambda term: float(scores[term]))
         powers = {term: self._difference(term, largest, unit).exp() for term in scores}
         keys = [powers[term] for term in terms[:-1]]
-        of_sink = powers[terms[-1]] if has_weight(sink) else arb(0)
-        total = sum(keys, of_sink)
-        return Exponentials(keys, of_sink, total, scores[largest] + total.log(), terms.index(largest))
+        sink_power = powers[terms[-1]] if has_weight(sink) else arb(0)
+        total = sum(keys, sink_power)
+        return Exponentials(keys, sink_power, total, scores[largest] + total.log(), terms.index(largest))
 
     def slopes(self, row: Row) -> list[arb] | None:
-        """The slope of the soft cap at each visible key, 1 - tanh^2 = sech^2; None without a cap."""
+        """Return the slope of the soft cap at each visible key, 1 - tanh^2 = sech^2; None without a cap."""
         if self.question.softcap is None:
             return None
         line, exponent = self._products[row.batch, row.head, row.index]
@@ -101,15 +101,15 @@ class Scores:
 
 
 def has_weight(sink: float) -> bool:
-    """Whether there is a sink: -inf is none."""
+    """Return True unless the sink is -inf, which means that there is none."""
     return sink != float("-inf")
 
 
 def is_evaluated(row: Row, sink: float) -> bool:
-    """Whether the row has numbers at all: it is finite, or empty but for its sink."""
+    """Return True if the row has an exponential: it is finite, or it is empty and has a sink."""
     return row.state == FINITE or (row.state == EMPTY and has_weight(sink))
 
 
 def power_of_two(exponent: int) -> arb:
-    """2**exponent, exact."""
+    """Return 2**exponent exactly."""
     return arb((fmpz(1), fmpz(exponent)))

@@ -1,4 +1,4 @@
-"""Which pairs are visible, decided one pair at a time in plain integers, and what a row of them is worth."""
+"""Visibility, decided per pair in plain integers, and the state of each row."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 __all__ = ["EMPTY", "FINITE", "NAN", "UNSPECIFIED", "Pairwise", "Question", "Row", "offsets_of_reading"]
 
 EMPTY, FINITE, NAN, UNSPECIFIED = "empty", "finite", "nan", "unspecified"
-"""What a row is: it sees nothing; all it sees is finite; it sees a NaN; it sees what has no specified result."""
+"""States of a row: it sees nothing; it sees only finite numbers; it sees a NaN; its result is not specified."""
 
 
 def offsets_of_reading(reading: str, q_lengths: Sequence[int], kv_lengths: Sequence[int]) -> list[int]:
-    """The offset of each batch entry by the name of an alignment, from the queries and keys that are in use."""
+    """Return the offset of each batch entry for a named alignment, from the lengths of queries and keys in use."""
     if reading == "upper_left":
         return [0] * len(q_lengths)
     return [keys - queries for queries, keys in zip(q_lengths, kv_lengths, strict=True)]
 
 
 def in_softmax_type(bias: numpy.ndarray, description: Description) -> numpy.ndarray:
-    """The bias with an infinity where the softmax's type, float32 or float64, holds no number as large.
+    """Replace biases beyond the range of the softmax's type, float32 or float64, by infinities.
 
     Raises:
-        Refused: The case is asked in dtypes of both types, and the answer would be another in each.
+        Refused: The case is asked in dtypes of both types, and their answers would differ.
     """
     with numpy.errstate(over="ignore"):
         narrow = bias.astype(numpy.float32)
@@ -46,7 +46,7 @@ def in_softmax_type(bias: numpy.ndarray, description: Description) -> numpy.ndar
 
 
 class Pairwise:
-    """An array that broadcasts to (batch, heads, q_len, kv_len), read at one pair; `absent` where there is none."""
+    """An array that broadcasts to (batch, heads, q_len, kv_len), read at one pair; `absent` if there is no array."""
 
     def __init__(self, array: numpy.ndarray | None, absent: bool | float) -> None:
         values = numpy.full((1, 1, 1, 1), absent) if array is None else array
@@ -54,18 +54,18 @@ class Pairwise:
         self._values = values.tolist()
 
     def place(self, b: int, h: int, i: int, j: int) -> tuple[int, ...]:
-        """The element that the pair reads."""
+        """Return the index of the element that the pair reads."""
         return tuple(0 if size == 1 else index for size, index in zip(self.shape, (b, h, i, j), strict=True))
 
     def __call__(self, b: int, h: int, i: int, j: int) -> Any:
-        """The element's value."""
+        """Return the value of the element."""
         x, y, z, w = self.place(b, h, i, j)
         return self._values[x][y][z][w]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One query of one head: where it is, the keys that it sees, and what it is."""
+    """One query of one head: its place, the keys that it sees, and its state."""
 
     batch: int
     head: int
@@ -75,7 +75,7 @@ class Row:
 
 
 class Question:
-    """The arrays and options of one attention, and the rules that need no arithmetic."""
+    """The arrays and options of one attention, and the rules without arithmetic."""
 
     def __init__(self, description: Description) -> None:
         arrays = {name: numpy.asarray(item.values) for name, item in description.inputs.items()}
@@ -101,8 +101,8 @@ class Question:
 
     def _read_constraints(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> None:
         def per_entry(name: str, absent: int) -> list[int]:
-            given = arrays.get(name, options.get(name))
-            return numpy.broadcast_to(numpy.asarray(absent if given is None else given), (self.batch,)).tolist()
+            value = arrays.get(name, options.get(name))
+            return numpy.broadcast_to(numpy.asarray(absent if value is None else value), (self.batch,)).tolist()
 
         self.causal = options.get("causal", False)
         self.left, self.right = options.get("window") or (None, None)
@@ -126,7 +126,7 @@ class Question:
         ]
 
     def sees(self, b: int, h: int, i: int, j: int) -> bool:
-        """Whether query i of head h of batch entry b may attend to key j."""
+        """Return True if query i of head h of batch entry b may attend to key j."""
         position = self.q_offset[b] + i
         if i >= self.q_lengths[b] or j >= self.kv_lengths[b]:
             return False
@@ -141,7 +141,7 @@ class Question:
         return bool(self.mask(b, h, i, j)) and self.bias(b, h, i, j) != -math.inf
 
     def row(self, b: int, h: int, i: int) -> Row:
-        """The row of query i, with the keys that it sees."""
+        """Return the row of query i, with the keys that it sees."""
         keys = tuple(j for j in range(self.kv_len) if self.sees(b, h, i, j))
         return Row(b, h, i, keys, self._state(b, h, i, keys))
 
@@ -159,11 +159,11 @@ class Question:
         return FINITE
 
     def non_finite_columns(self, row: Row) -> set[int]:
-        """The components in which some value that the row sees is NaN or infinite."""
+        """Return the components in which a value that the row sees is NaN or infinite."""
         columns = self.value_columns[row.batch][row.head // self.group]
         return {c for j in row.keys for c in columns[j]}
 
 
 def _holds(predicate: numpy.ufunc, x: numpy.ndarray) -> list[Any]:
-    """Whether each vector of the last axis has such an element, as nested lists."""
+    """Test each vector of the last axis for an element with the property, as nested lists."""
     return numpy.any(predicate(x), axis=-1).tolist()

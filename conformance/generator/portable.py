@@ -44,7 +44,7 @@ _SECOND = numpy.uint64(0x94D049BB133111EB)
 
 
 def words(count: int, seed: int) -> numpy.ndarray:
-    """Give the first `count` 64-bit words of the counter that starts at `seed`."""
+    """Return the first `count` 64-bit words of the counter that starts at `seed`."""
     z = numpy.uint64(seed) + numpy.arange(1, count + 1, dtype=numpy.uint64) * _GOLDEN_RATIO
     z = (z ^ (z >> numpy.uint64(30))) * _FIRST
     z = (z ^ (z >> numpy.uint64(27))) * _SECOND
@@ -52,7 +52,7 @@ def words(count: int, seed: int) -> numpy.ndarray:
 
 
 def generate(shape: Sequence[int], seed: int, kind: str, unit: float, bits: int = 8) -> numpy.ndarray:
-    """Give the float64 array of one generator entry; `bits` is read by the kind "full" alone."""
+    """Return the float64 array of one generator entry; only the kind "full" uses `bits`."""
     z = words(math.prod(shape), seed)
     integers = {"bell": _bell, "contrast": _contrast, "full": lambda z: _full(z, bits)}[kind](z)
     return (integers * unit).reshape(tuple(shape))

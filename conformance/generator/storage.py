@@ -1,4 +1,4 @@
-"""How arrays lie in the files: in the smallest type that holds them exactly, each content once, named by what it is."""
+"""Storage of arrays: in the smallest type that holds them exactly, each content once, named by its hash."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NARROW_FIRST = (ml_dtypes.bfloat16, numpy.float16, numpy.float32, numpy.float64)
 
 
 def holds(dtype: type, values: numpy.ndarray) -> bool:
-    """Whether a floating type holds every value exactly, the sign of zero included."""
+    """Return True if a floating type holds every value exactly, including the sign of zero."""
     with numpy.errstate(over="ignore"):
         back = values.astype(dtype).astype(numpy.float64)
     equal = (back == values) & (numpy.signbit(back) == numpy.signbit(values))
@@ -38,16 +38,16 @@ def smallest(values: numpy.ndarray) -> numpy.ndarray:
 
 
 class Tensors:
-    """The tensors of all cases by content: a tensor's name begins its sha256, its first digit names the file.
+    """The tensors of all cases by content: a tensor is named by the start of its sha256, its file by the first digit.
 
-    Those of the layer lie in one file of their own, under shorter names.
+    Tensors of the layer are in a separate file, with shorter names.
     """
 
     def __init__(self) -> None:
         self._files: dict[str, dict[str, numpy.ndarray]] = {}
 
     def add(self, array: numpy.ndarray, *, layer: bool = False) -> dict[str, str]:
-        """Keep an array and give the entry that refers to it."""
+        """Keep an array and return the entry that refers to it."""
         array = numpy.require(array, requirements="C")
         label = f"{array.dtype.name}{list(array.shape)}".encode()
         name = hashlib.sha256(label + array.tobytes()).hexdigest()[: 8 if layer else 16]
@@ -56,7 +56,7 @@ class Tensors:
         return {"file": file, "tensor": name}
 
     def files(self) -> dict[str, bytes]:
-        """The bytes of each file, which depend on nothing but the tensors."""
+        """Return the bytes of each file, which depend only on the tensors."""
         return {
             file: save(self._sorted(tensors.items()), {"format": FORMAT})
             for file, tensors in sorted(self._files.items())

@@ -75,6 +75,6 @@ THEMES = (
 
 
 def descriptions() -> Iterator[Description]:
-    """Every case, the smoke cases first, in an order that never changes."""
+    """Yield every case, smoke cases first, in a fixed order."""
     for theme in THEMES:
         yield from theme.descriptions()

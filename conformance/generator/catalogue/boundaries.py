@@ -1,4 +1,4 @@
-"""Positions at the ends of their range, 2^30: sums of an offset, an index and a bound that an int32 does not hold."""
+"""Positions at the ends of their range, 2^30: sums of an offset, an index and a bound that overflow int32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FAR = 2**30
 SMALL = ("float64", "float32", "float16")
-"""Where gradients cancel, bfloat16 holds too little of them."""
+"""Gradients that cancel are too inaccurate in bfloat16."""
 
 QUESTIONS: dict[str, dict[str, Any]] = {
     "right": {"window": (None, FAR), "q_offset": (FAR, 1 - FAR)},
@@ -33,11 +33,11 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True, "q_offset": (FAR, -1)},
     "causal-in-a-window": {"causal": True, "window": (FAR, None), "q_offset": (FAR, 1 - FAR)},
 }
-"""Everything is visible, some pairs are, or none."""
+"""Options by name, for which all pairs, some or none are visible."""
 
 
 def descriptions() -> Iterator[Description]:
-    """Bounds and offsets of 2^30, for all entries and for each; some of them in weights and gradients too."""
+    """Yield bounds and offsets of 2^30, for all entries and for each, some with weights and gradients too."""
     for name, question in QUESTIONS.items():
         yield _case(name, PRIME, question, "attention", "")
     for name in ("both", "integer"):

@@ -1,4 +1,4 @@
-"""Every shape that a mask and a bias may have, sixteen each; `pairs` holds more of them without the other."""
+"""Every shape of a mask and of a bias, sixteen each; `pairs` has more cases with only one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def descriptions() -> Iterator[Description]:
-    """A mask of each shape beside a bias of just the axes that the mask lacks; a mask of one element hides all."""
+    """Yield a mask of each shape with a bias of the axes that the mask lacks; a mask of one element hides all."""
     for mask, bias in zip(PAIRWISE_AXES, reversed(PAIRWISE_AXES), strict=True):
         variants = [("generic", 0), ("coded", 1), ("levels", 3)] if "k" in mask else [("generic", 0), ("random", 1)]
         spec = {"mask": mask} if mask == "1111" else {"mask": mask, "bias": bias}

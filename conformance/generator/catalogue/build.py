@@ -1,4 +1,4 @@
-"""From sizes, a flavour of data and a spec of options to one `Description`, with the clauses and features it shows."""
+"""Cases from sizes, a flavour of data and a spec of options, with the clauses and features that follow from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["describe", "inputs_of", "vary"]
 
 LARGE = 4096
-"""Keys of more elements than this are not stored but generated, where their flavour allows."""
+"""Keys with more elements than this are generated instead of stored, if their flavour allows it."""
 
 _OPTION_CLAUSES = {
     "mask": ("MHA-MASK-1",),
@@ -49,7 +49,7 @@ _VISIBILITY = ("mask", "causal", "window", "q_lengths", "kv_lengths", "q_segment
 def inputs_of(
     sizes: Sizes, flavour: str, spec: Spec, variant: int, function: str = "attention"
 ) -> tuple[dict[str, Input], dict[str, Any]]:
-    """The inputs and plain options of one case."""
+    """Return the inputs and plain options of one case."""
     more, options = options_of(sizes, spec, variant)
     if function == "attention_vjp":
         names, arrays = ("grad_output", "query", "key", "value"), leaning(sizes, flavour)
@@ -81,9 +81,10 @@ def describe(
     lse: bool | None = None,
     sampled_rows: int | None = None,
 ) -> Description:
-    """One case; clauses and features that follow from what is given are added to those that are named."""
+    """Describe one case; clauses and features that follow from its inputs and options are added."""
     options = options or {}
     identity = f"{function}/{name}"
+    # Three cases of four compare lse; the checksum chooses them, so that the choice depends only on the id.
     with_lse = zlib.crc32(identity.encode()) % 4 != 0 if lse is None else lse
     return Description(
         id=identity,
@@ -110,7 +111,7 @@ def vary(
     function: str = "attention",
     **more: Any,
 ) -> Iterator[Description]:
-    """One case for each (flavour of data, variant of options) over the same sizes and plain options."""
+    """Yield one case per (flavour of data, variant of options), with the same sizes and plain options."""
     for flavour, variant in variants:
         inputs, options = inputs_of(sizes, flavour, spec, variant, function)
         tags = ("generic",) if flavour in ("generic", "random", "steep") else ("structured",)
@@ -136,9 +137,9 @@ def _merged(*groups: Iterable[str]) -> tuple[str, ...]:
 
 
 def _features(function: str, sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[str, Any]) -> list[str]:
-    given = [name for name in (*inputs, *options) if name in {*_OPTION_CLAUSES, "window"}]
+    names = [name for name in (*inputs, *options) if name in {*_OPTION_CLAUSES, "window"}]
     features = [_FUNCTION_FEATURE[function]] if function in _FUNCTION_FEATURE else []
-    features += [_FEATURE_OF.get(name, name) for name in given]
+    features += [_FEATURE_OF.get(name, name) for name in names]
     if not features:
         features.append("core")
     if sizes.heads != sizes.kv_heads:

@@ -1,4 +1,4 @@
-"""The layer over a cache: tokens one at a time, in chunks and at once, ragged, and beside stale entries."""
+"""The layer with a cache: tokens one at a time, in chunks and at once, of different lengths, and with stale entries."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CHUNKS: dict[str, list[int] | None] = {
     "prefill-then-steps": [4, 1, 1],
     "drafts": [2, 3, 1],
 }
-"""Into which calls six tokens are split; with drafts, each cache is continued with other tokens as well."""
+"""The splits of six tokens into calls; with drafts, each cache is also continued with other tokens."""
 
 CAUSAL = {"causal": True}
 LAW = ("MHA-CACHE-2",)
 
 
 def descriptions() -> Iterator[Description]:
-    """Steps, chunks, ragged chunks, encoder keys, constraints over the buffer; the law; the end of the buffer."""
+    """Yield steps, chunks, chunks of different lengths, encoder keys, constraints, sequences, and a full buffer."""
     yield from _steps()
     yield from _constraints()
     yield from _weights()

@@ -1,4 +1,4 @@
-"""Plain attention: every size that a kernel treats apart, and every range of logits."""
+"""Plain attention: every size that kernels treat separately, and every range of logits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LONG = {
 
 
 def descriptions() -> Iterator[Description]:
-    """Ordinary sizes, empty ones, long ones."""
+    """Yield ordinary sizes, empty sizes and long sequences."""
     flavours = (
         "generic",
         "random",
@@ -86,7 +86,7 @@ def descriptions() -> Iterator[Description]:
 
 
 def _lse(sizes: Sizes) -> bool | None:
-    """One key has the weight 1: without the lse there is nothing to see."""
+    """Compare lse for one key, whose weight is always 1; else leave the choice to `describe`."""
     return True if sizes.kv_len == 1 else None
 
 

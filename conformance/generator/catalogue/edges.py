@@ -1,4 +1,4 @@
-"""Gradients at the edges, over the specs of `gradients`: garbage, rows that see nothing, lone cotangents."""
+"""Gradients at the edges, with the specs of `gradients`: garbage, empty rows, single cotangents."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     Inputs = dict[str, Input]
 
 LARGE = (57344.0, -57344.0, 49152.0)
-"""Finite, and exact in every dtype; a score made of them is beyond the range of float16, and its exp of any."""
+"""Garbage that is finite and exact in every dtype; its scores exceed float16, and their exponentials every dtype."""
 
 POISONED = {("random", 2), ("random", 3)}
-"""What `gradients` poisons itself."""
+"""Specs that `gradients` poisons already."""
 
 SMALL = ("float64", "float32", "float16")
-"""Where what remains of the sums is small, bfloat16 holds too little of it."""
+"""Gradients that nearly cancel are too inaccurate in bfloat16."""
 
 SPEC_OF_NAME = {name_of(spec): (sizes, spec) for sizes, spec, _ in SPECS}
 
 
 class Edge(NamedTuple):
-    """One case of a spec of `gradients`, with some of its inputs changed."""
+    """A case of a spec of `gradients`, with some of its inputs changed."""
 
     spec: str
     label: str
@@ -44,7 +44,7 @@ class Edge(NamedTuple):
     dtypes: tuple[str, ...] = ALL_DTYPES
 
     def description(self) -> Description:
-        """The case."""
+        """Describe the case."""
         sizes, spec = SPEC_OF_NAME[self.spec]
         inputs, options = inputs_of(sizes, self.flavour, spec, self.variant, FUNCTION)
         return describe(
@@ -60,7 +60,7 @@ class Edge(NamedTuple):
 
 
 def descriptions() -> Iterator[Description]:
-    """Garbage beside the cases whose answer it must not change, then single contents."""
+    """Yield cases with garbage that must not change the results, then cases of single contents."""
     yield from _garbage()
     yield from _seen_by_some()
     yield from _garbage_beside_nothing()
@@ -69,7 +69,7 @@ def descriptions() -> Iterator[Description]:
 
 
 def _garbage() -> Iterator[Description]:
-    """The cases of `gradients` once more, with garbage where no pair reads: not a number of the answer may change."""
+    """Yield the cases of `gradients` with garbage that no pair reads, which must not change any result."""
     titles = {
         "not-finite": (GARBAGE, "NaN and infinities in storage that no pair uses reach no gradient."),
         "large": (LARGE, "Large numbers in storage that no pair uses, whose scores overflow, reach no gradient."),
@@ -84,7 +84,7 @@ def _garbage() -> Iterator[Description]:
                 if label == "large" and flavour != "generic":
                     continue
                 spoilt = poisoned(sizes, inputs, options, garbage)
-                if all(spoilt[key] is given for key, given in inputs.items() if key != "bias"):
+                if all(spoilt[key] is item for key, item in inputs.items() if key != "bias"):
                     continue
                 yield describe(
                     f"poison/{name}/{label}-{flavour}-{variant + 1}",
@@ -123,7 +123,7 @@ def _seen_by_some() -> Iterator[Description]:
 
 
 def _garbage_beside_nothing() -> Iterator[Description]:
-    """Where there are no keys, or no queries, all that there is lies unused."""
+    """Yield cases without keys, or without queries, in which no input is read."""
     for name, filled in (("no-keys", ("query", "grad_output")), ("no-queries", ("key", "value"))):
         sizes = OTHER_SIZES[name]
         inputs, options = inputs_of(sizes, "generic", {}, 0, FUNCTION)
@@ -141,12 +141,12 @@ def _garbage_beside_nothing() -> Iterator[Description]:
         )
 
 
-def _resized(given: Input, numbers: tuple[float, ...]) -> Input:
-    return Input(numpy.resize(numbers, given.values.shape), given.dtype)
+def _resized(item: Input, numbers: tuple[float, ...]) -> Input:
+    return Input(numpy.resize(numbers, item.values.shape), item.dtype)
 
 
 def _where(name: str, *places: Any, to: Any) -> Callable[[Inputs], Inputs]:
-    """Set places of one input, each an index."""
+    """Set elements of one input, each named by an index."""
 
     def change(inputs: Inputs) -> Inputs:
         values = inputs[name].values.copy()
@@ -158,7 +158,7 @@ def _where(name: str, *places: Any, to: Any) -> Callable[[Inputs], Inputs]:
 
 
 def _alone(name: str, *places: Any) -> Callable[[Inputs], Inputs]:
-    """Keep one input at some places, and 0 elsewhere."""
+    """Keep one input at some places, and set it to 0 elsewhere."""
 
     def change(inputs: Inputs) -> Inputs:
         values = numpy.zeros_like(inputs[name].values)
@@ -174,7 +174,7 @@ def _integers(**values: Any) -> Callable[[Inputs], Inputs]:
 
 
 def _hidden_and_spoilt(inputs: Inputs) -> Inputs:
-    """In the second batch entry nothing is visible, and all is garbage."""
+    """Hide every pair of the second batch entry, and fill the entry with garbage."""
     changed = _where("mask", 1, to=False)(inputs)
     for name in ("query", "key", "value", "grad_output"):
         values = inputs[name].values.copy()
@@ -185,7 +185,7 @@ def _hidden_and_spoilt(inputs: Inputs) -> Inputs:
 
 EVERY = slice(None)
 ONE_HEAD = (EVERY, slice(2, 3))
-"""The last head of the first group: read at its place it is of kv head 0, tiled of another."""
+"""The last head of the first group: it reads kv head 0, or another one if groups are tiled."""
 
 _EDGES = (
     Edge(

@@ -1,4 +1,4 @@
-"""Questions without an answer: each must raise an error that names the argument, in every backend alike."""
+"""Calls that must raise an error that names the argument, in every backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = Sizes(2, 4, 2, 3, 5, 7, 11)
 
 
 def descriptions() -> Iterator[Description]:
-    """Options out of range, inputs that do not fit, and functions with more to check than attention."""
+    """Yield options out of range, inputs that do not fit, and errors of the other functions."""
     for name, argument, kind, clause, options in _OPTIONS:
         yield _refused(name, argument, kind, clause, {}, options)
     for name, argument, kind, clause, change in _INPUTS:
@@ -51,14 +51,14 @@ def _refused(
 
 
 def _without_an_operand() -> Iterator[Description]:
-    """None for an array: a function that takes it for an option that was not given answers something else."""
+    """Yield None for each array, which a function may confuse with an absent option."""
     operands = {"attention": ("query", "key", "value"), "attention_vjp": ("value",), "attention_weights": ("key",)}
     for function, names in operands.items():
         inputs, _ = inputs_of(SIZES, "generic", {}, 0, function)
         for name in names:
-            given = {label: item for label, item in inputs.items() if label != name}
+            others = {label: item for label, item in inputs.items() if label != name}
             identity = f"{function}/error/{name.replace('_', '-')}-none"
-            yield _error(identity, name, "type", "MHA-SHAPE-1", given, {name: None}, function)
+            yield _error(identity, name, "type", "MHA-SHAPE-1", others, {name: None}, function)
 
 
 def _error(

@@ -1,4 +1,4 @@
-"""Contents that ordinary data never have: biases that round, rows that lie low or see nothing, excess of sinks."""
+"""Contents that ordinary data never have: biases that round, rows of low logits, empty rows, dominant sinks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from .sizes import Sizes
 
 LOW = -59904.0
-"""Below every fill that masks in place of -inf; float16 and bfloat16 hold it exactly."""
+"""A bias below every finite fill that kernels use instead of -inf; float16 and bfloat16 hold it exactly."""
 
 
 def descriptions() -> Iterator[Description]:
-    """At both head sizes: biases, empty rows, sinks, dropout; then rows that two constraints empty together."""
+    """Yield biases, empty rows, sinks and dropout at both head sizes, then rows that only two constraints empty."""
     for size, table in ((64, AT_64), (128, AT_128)):
         specs = {name: spec for name, spec, _, _ in table}
         sizes = head_size(size)
@@ -176,7 +176,7 @@ _CHANGES: tuple[tuple[str, str, str, Callable[[Any, Any], dict[str, Input]], tup
 
 
 def _emptied_together() -> Iterator[Description]:
-    """Rows that neither constraint empties alone."""
+    """Yield rows that two constraints empty together, but neither alone."""
     row, key = numpy.indices((SQUARE.q_len, SQUARE.kv_len))
     above = numpy.broadcast_to(numpy.where(row == 3, key > 3, key != row), (2, 1, 7, 7))
     inputs, options = inputs_of(SQUARE, "generic", SQUARES[0], 0)

@@ -1,4 +1,4 @@
-"""Sinks far above and far below the scores of their rows: lse is the larger of both, to the last digit."""
+"""Sinks far above and far below the scores of their rows: lse is the larger of both in every digit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from .sizes import Sizes
 
 FILLS = (-1e3, -1e4, -1e9, -1e30)
-"""What hides in other libraries, and is a score like any other here."""
+"""Biases that other libraries use to hide a pair; here they are ordinary scores."""
 
 LABELS = {"prime": PRIME, "size-64": head_size(64), "size-128": head_size(128)}
 
 
 def descriptions() -> Iterator[Description]:
-    """Rows whose biases lie far below their sink, and scores that lie far above one sink and about another."""
+    """Yield rows with biases far below their sink, and scores far above some sinks and near others."""
     for label, sizes in LABELS.items():
         for fill in FILLS if label == "prime" else FILLS[2:3]:
             yield _below(f"sinks/above-bias/{fill:g}/{label}", sizes, fill, "attention")
@@ -36,7 +36,7 @@ def descriptions() -> Iterator[Description]:
 
 
 def _below(name: str, sizes: Sizes, fill: float, function: str) -> Description:
-    """Half of the rows have biases of `fill` alone; every head has a sink of another size."""
+    """Give half of the rows only biases of `fill`, and every head another sink."""
     inputs, _ = inputs_of(sizes, "generic", {"bias": "1hqk", "grad_lse": True}, 0, function)
     if function != "attention_vjp":
         del inputs["grad_lse"]
@@ -56,7 +56,7 @@ def _below(name: str, sizes: Sizes, fill: float, function: str) -> Description:
 
 
 def _at_a_distance(flavour: str, near: float) -> Description:
-    """Sinks near 0 in every other head, and near the scores in the rest."""
+    """Give every other head a sink near 0, and the others a sink near the scores."""
     inputs, _ = inputs_of(PRIME, flavour, {}, 0)
     inputs["sinks"] = Input(numpy.resize([2.5, near], PRIME.heads))
     return describe(

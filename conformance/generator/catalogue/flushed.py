@@ -1,4 +1,4 @@
-"""Numbers below the smallest normal one, in inputs and in products, which a large scale makes large again."""
+"""Subnormal numbers, in inputs and in products, which a large scale makes ordinary again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from description import Description
 
 MAIN = 6
-"""The first components make the score; the others are so small that they may count as 0."""
+"""Number of components that make the score; the others are so small that they may be flushed to 0."""
 
 
 class Units(NamedTuple):
-    """The units of the components of query and key, as exponents of two, and that of the scale."""
+    """The units of the components of query and key and of the scale, as exponents of two."""
 
     scale: int
     query: int
@@ -55,7 +55,7 @@ QUESTIONS: dict[str, tuple[str, Units, tuple[str, ...]]] = {
 
 
 def descriptions() -> Iterator[Description]:
-    """Outputs, weights and gradients; the scores are of ordinary size."""
+    """Yield outputs, weights and gradients; the scores have ordinary sizes."""
     for name, (title, units, dtypes) in QUESTIONS.items():
         yield _case(name, title, units, dtypes, "attention")
         yield _case(name, title, units, dtypes[:2], "attention_vjp")

@@ -1,4 +1,4 @@
-"""Gradients: every option, every reduction, rows that see nothing, poison; the cotangents are never uniform."""
+"""Gradients: every option, every reduction, empty rows, poison; the cotangents are never uniform."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("coded", "far"), ("float64", "float32", "float16")),
     **dict.fromkeys(("steep", "levels", "low"), ("float64", "float32")),
 }
-"""Where weights are nearly 0 or 1, or terms of either sign sum up, 16 bits hold too little of a gradient."""
+"""Gradients with weights near 0 or 1, or with sums that cancel, are too inaccurate in 16 bits."""
 
 COARSE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -63,7 +63,7 @@ COARSE: dict[str, tuple[str, ...]] = {
     ),
     "bias+sinks/steep-3": ("float64",),
 }
-"""Single cases of which the same is true."""
+"""Single cases whose gradients are too inaccurate in 16 bits."""
 
 SPECS: tuple[tuple[Sizes, dict[str, Any], Any], ...] = (
     (PRIME, {}, PLAIN),
@@ -92,7 +92,7 @@ OTHER_SIZES = {
 
 
 def descriptions() -> Iterator[Description]:
-    """Options, sizes, then the rows and queries that make naive formulas break."""
+    """Yield options, sizes, then rows and queries for which naive formulas fail."""
     for sizes, spec, variants in SPECS:
         yield from _varied(name_of(spec), sizes, spec, variants)
     for name, sizes in OTHER_SIZES.items():
@@ -108,7 +108,7 @@ def descriptions() -> Iterator[Description]:
 def _varied(
     name: str, sizes: Sizes, spec: dict[str, Any], variants: Any, clauses: tuple[str, ...] = ()
 ) -> Iterator[Description]:
-    """One case for each variant, in the dtypes in which its gradients are larger than their allowances."""
+    """Yield one case per variant, in the dtypes in which its gradients exceed their allowances."""
     for flavour, variant in variants:
         tags = {"tags": ("structured", "cancellation")} if flavour == "low" else {}
         dtypes = dtypes_of(name, flavour, variant)
@@ -118,12 +118,12 @@ def _varied(
 
 
 def dtypes_of(name: str, flavour: str, variant: int) -> tuple[str, ...]:
-    """The dtypes in which the gradients of a case are larger than their allowances."""
+    """Return the dtypes in which the gradients of a case exceed their allowances."""
     return COARSE.get(f"{name}/{flavour}-{variant + 1}", DTYPES.get(flavour, ALL_DTYPES))
 
 
 def name_of(spec: dict[str, Any]) -> str:
-    """What the ids call a spec."""
+    """Return the name of a spec in ids."""
     return "everything" if len(spec) > 10 else "+".join(spec) or "plain"
 
 
@@ -133,7 +133,7 @@ def _poison() -> Iterator[Description]:
             name = name_of(spec)
             inputs, options = inputs_of(sizes, "random", spec, variant, FUNCTION)
             spoilt = poisoned(sizes, inputs, options)
-            if all(spoilt[key] is given for key, given in inputs.items() if key != "bias"):
+            if all(spoilt[key] is item for key, item in inputs.items() if key != "bias"):
                 continue
             title = "Garbage in rows that see nothing and keys that nobody sees reaches no gradient."
             yield describe(
@@ -151,7 +151,7 @@ def _poison() -> Iterator[Description]:
 
 
 def _flat_softcap() -> Iterator[Description]:
-    """Where a query is 0 the cap has slope 1; a tanh built from the magnitude alone has slope 0 there."""
+    """Yield queries of zeros, where the cap has slope 1, but a tanh of the magnitude would have slope 0."""
     for variant in (0, 1):
         inputs, options = inputs_of(PRIME, "generic", {"softcap": 2.0}, variant, FUNCTION)
         query = inputs["query"].values.copy()

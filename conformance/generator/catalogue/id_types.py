@@ -1,4 +1,4 @@
-"""Segment ids of two integer types, which are equal where their values are, and never because one was cut to fit."""
+"""Segment ids of two integer types, which are equal only if their values are, not after a conversion."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PAIRS: dict[str, tuple[str, tuple[int, ...], str, tuple[int, ...]]] = {
     "uint64-int64": ("uint64", (2**63 - 1, 2**32, 3), "int64", (-1, 3, 2**32)),
     "int16-uint16": ("int16", (-2, 3, 2), "uint16", (65534, 3, 2)),
 }
-"""The types of the ids of queries and keys, and the ids that they take turns with."""
+"""The types of the ids of queries and keys, and the ids that alternate."""
 
 
 def descriptions() -> Iterator[Description]:
-    """Ids that a conversion to the narrower or to the signed type would make equal."""
+    """Yield ids that a conversion to the narrower or to the signed type would make equal."""
     for name in PAIRS:
         yield _case(name, "prime", PRIME, "attention")
     for function in ("attention_weights", "attention_vjp"):

@@ -1,4 +1,4 @@
-"""Keys that end one past a tile of a blocked kernel, of which the last tile is hidden, from all rows or from most."""
+"""One key after the last whole tile of a blocked kernel, which is hidden from all rows or from most."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GARBAGE = (numpy.nan, numpy.inf)
 
 
 def descriptions() -> Iterator[Description]:
-    """Each constraint that can hide the last key, which holds NaN or infinity, at each length."""
+    """Yield each constraint that can hide the last key, which is NaN or infinite, at each length."""
     for kv_len in LENGTHS:
         sizes = Sizes(2, 2, 1, 3, kv_len, 16, 16)
         for cause, (more, options) in _causes(sizes).items():
@@ -32,7 +32,7 @@ def descriptions() -> Iterator[Description]:
 
 
 def _causes(sizes: Sizes) -> dict[str, tuple[dict[str, Input], dict[str, Any]]]:
-    """The constraints by name; each hides the last key from every row."""
+    """Return the constraints by name; each hides the last key from every row."""
     last = sizes.kv_len - 1
     keys = numpy.arange(sizes.kv_len).reshape(1, 1, 1, -1)
     entries = numpy.array([last, 0]).reshape(2, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""From sizes, parameters and a spec of options to cases of the layer, with the clauses and features that they show."""
+"""Cases of the layer from sizes, parameters and a spec of options, with the clauses and features that follow."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["FLAVOURS", "LAYER", "WEIGHTS", "cached", "describe_layer", "vary_lay
 
 LAYER, WEIGHTS = "multi_head_attention", "multi_head_attention_weights"
 FLAVOURS = ("one", "two", "three", "four")
-"""Random data, each other than the rest."""
+"""Names of different random data."""
 
 OF_VALUES = ("value", "w_v", "w_o", "b_v", "b_o")
-"""What the weights need not."""
+"""Inputs that the weights do not depend on."""
 
 _OPTION_FEATURES = {"q_offset": "offset", "q_segment_ids": "segments", "dropout_mask": "dropout"}
 _OPTION_NAMES = (
@@ -44,7 +44,7 @@ def vary_layer(
     function: str = LAYER,
     **options: Any,
 ) -> Iterator[Description]:
-    """One case for each variant: other data, and other contents of the options that `spec` asks for."""
+    """Yield one case per variant: other data, and other contents of the options in `spec`."""
     for variant in variants:
         more, plain = options_of(sizes.attention, spec or {}, variant)
         flavour = FLAVOURS[variant]
@@ -57,16 +57,16 @@ def vary_layer(
 def cached(
     sizes: LayerSizes, flavour: str, lengths: Sequence[int], *, garbage: float | None = None
 ) -> dict[str, Input]:
-    """A cache that holds so many tokens of each batch entry; behind them lies other data, or `garbage`."""
-    found: dict[str, Input] = {}
+    """Return a cache with this number of tokens per batch entry, followed by other data or `garbage`."""
+    buffers: dict[str, Input] = {}
     for name, shape, centre in zip(("cache_key", "cache_value"), sizes.caches, (0.0, 1.25), strict=True):
         array = bell(shape, 2.0**-4, name, flavour) + centre
         if garbage is not None:
             array[:, :, :] = numpy.where(
                 numpy.arange(shape[2])[:, None] >= numpy.reshape(lengths, (-1, 1, 1, 1)), garbage, array
             )
-        found[name] = Input(array)
-    return {**found, "cache_lengths": integers(lengths)}
+        buffers[name] = Input(array)
+    return {**buffers, "cache_lengths": integers(lengths)}
 
 
 def describe_layer(
@@ -81,7 +81,7 @@ def describe_layer(
     tags: Sequence[str] = ("structured",),
     dtypes: tuple[str, ...] = ALL_DTYPES,
 ) -> Description:
-    """One case; clauses and features that follow from what is given are added to those that are named."""
+    """Describe one case; clauses and features that follow from its inputs and options are added."""
     if function == WEIGHTS:
         inputs = {label: item for label, item in inputs.items() if label not in OF_VALUES}
     return Description(
@@ -100,7 +100,7 @@ def describe_layer(
 
 
 def _features(inputs: Mapping[str, Input], options: Mapping[str, Any], function: str) -> list[str]:
-    found = ["projection", *(["weights"] if function == WEIGHTS else [])]
+    features = ["projection", *(["weights"] if function == WEIGHTS else [])]
     for feature, holds in {
         "cross": "key" in inputs and inputs["key"].values.shape[2] != inputs["query"].values.shape[2],
         "groups": inputs["w_q"].values.shape[1] != inputs["w_k"].values.shape[1],
@@ -108,9 +108,9 @@ def _features(inputs: Mapping[str, Input], options: Mapping[str, Any], function:
         "norm": any(name in inputs for name in NORMS),
         "cache": "cache_lengths" in inputs,
     }.items():
-        found += [feature] if holds else []
-    given = [name for name in _OPTION_NAMES if name in inputs or name in options]
-    return [*found, *(_OPTION_FEATURES.get(name, name) for name in given)]
+        features += [feature] if holds else []
+    names = [name for name in _OPTION_NAMES if name in inputs or name in options]
+    return [*features, *(_OPTION_FEATURES.get(name, name) for name in names)]
 
 
 def _clauses(inputs: Mapping[str, Input], options: Mapping[str, Any]) -> list[str]:

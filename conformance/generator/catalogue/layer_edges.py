@@ -1,4 +1,4 @@
-"""The layer where attention alone has edges: one token of memory, alignments by name, positions past a million."""
+"""Edges of the layer: one token of memory, named alignments, positions past a million."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAR = 1_000_003
 
 
 def descriptions() -> Iterator[Description]:
-    """Memories of one token, then readings without a cache and with one, then far positions."""
+    """Yield memories of one token, then named alignments without and with a cache, then far positions."""
     yield from _one_token()
     for reading in READINGS:
         yield from _readings(reading)
@@ -41,7 +41,7 @@ def _one_token() -> Iterator[Description]:
 
 
 def _readings(reading: str) -> Iterator[Description]:
-    """Rotated and causal, over tokens of which some are padding."""
+    """Yield named alignments with rotation and causal, over tokens of which some are padding."""
     title = f"Positions from the {reading.replace('_', ' ')} of what is in use, rotated and causal."
     more: dict[str, Any] = {"q_offset": reading, "rotary": {}, "clauses": ("MHA-POS-2", "MHA-ROTARY-4")}
     for lengths in ({}, {"q_lengths": (2, 3), "kv_lengths": (5, 2)}):
@@ -56,7 +56,7 @@ def _readings(reading: str) -> Iterator[Description]:
 
 
 def _readings_with_a_cache(reading: str) -> Iterator[Description]:
-    """Of three new tokens some are real: the keys in use are those that the new cache holds."""
+    """Yield named alignments with a cache, where some of three new tokens are padding."""
     title = f"Positions from the {reading.replace('_', ' ')} of what the new cache holds."
     for label, real in (("whole", None), ("ragged", (3, 1)))[: 1 if reading == "upper_left" else 2]:
         cache = cached(CHUNK, "two", (2, 4))

@@ -1,4 +1,4 @@
-"""Questions to the layer without an answer: each must raise an error that names the argument."""
+"""Calls of the layer that must raise an error that names the argument."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def descriptions() -> Iterator[Description]:
-    """Parameters, options, tokens, caches, and the functions beside the layer."""
+    """Yield errors in parameters, options, tokens and caches, and of rotary_embedding and ALiBi."""
     layer = {**tokens(CROSS, "one"), **parameters(CROSS)}
     for name, argument, kind, clause, change, options in _LAYER:
         yield _refused(LAYER, name, argument, kind, clause, _changed(layer, change), options)

@@ -1,7 +1,7 @@
-"""The sizes of the layer's cases, and the tokens and parameters of each: exact in bfloat16 and float16.
+"""The sizes of the layer's cases, with tokens and parameters that are exact in bfloat16 and float16.
 
-Values and output projections lean to one side, so that a sum over heads and components keeps its size beside the
-allowance of 16-bit types; queries and keys do not, so that weights tell them apart.
+Values and output projections have a mean other than 0, so that a sum over heads and components is large compared with
+the allowance of 16-bit types. Queries and keys have the mean 0, so that the weights differ.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["BIASES", "NORMS", "LayerSizes", "parameters", "tokens"]
 BIASES = ("b_q", "b_k", "b_v", "b_o")
 NORMS = ("q_norm", "k_norm")
 CENTRE = 0.75
-"""About what the tokens are spread."""
+"""The means of the tokens."""
 
 
 class LayerSizes(NamedTuple):
-    """The sizes of one call; `capacity` is 0 where there is no cache."""
+    """The sizes of one call; `capacity` is 0 without a cache."""
 
     batch: int
     q_len: int
@@ -42,12 +42,12 @@ class LayerSizes(NamedTuple):
 
     @property
     def itself(self) -> bool:
-        """Whether queries, keys and values may be the same tokens."""
+        """True if queries, keys and values may be the same tokens."""
         return self.q_len == self.kv_len and self.embed == self.k_embed == self.v_embed
 
     @property
     def attention(self) -> Sizes:
-        """The sizes of the attention within, over the whole buffer where there is a cache."""
+        """The sizes of the attention in the layer, over the whole buffer if there is a cache."""
         keys = self.capacity or self.kv_len
         return Sizes(self.batch, self.heads, self.kv_heads, self.q_len, keys, self.qk_dim, self.v_dim)
 
@@ -70,7 +70,7 @@ LARGE_CHUNK = LARGE._replace(capacity=5)
 
 
 def tokens(sizes: LayerSizes, flavour: str) -> dict[str, Input]:
-    """Query, key and value: one array in self-attention, and the query alone where no key is new."""
+    """Return query, key and value: one array in self-attention, and only the query if there are no new keys."""
     query = bell((sizes.batch, sizes.q_len, sizes.embed), 2.0**-4, "tokens", flavour) + CENTRE
     if sizes.kv_len == 0:
         return {"query": Input(query)}
@@ -82,7 +82,7 @@ def tokens(sizes: LayerSizes, flavour: str) -> dict[str, Input]:
 
 
 def parameters(sizes: LayerSizes, names: tuple[str, ...] = ()) -> dict[str, Input]:
-    """The four weights, and the biases and gains that are named; the same for every case of these sizes."""
+    """Return the four weights and the named biases and gains; they are the same in every case of these sizes."""
     s = sizes
     shapes = {
         "w_q": (s.embed, s.heads, s.qk_dim),
@@ -96,8 +96,8 @@ def parameters(sizes: LayerSizes, names: tuple[str, ...] = ()) -> dict[str, Inpu
         "q_norm": (s.qk_dim,),
         "k_norm": (s.qk_dim,),
     }
-    given = [name for name in shapes if name.startswith("w_") or name in names]
-    return {name: Input(_parameter(name, shapes[name])) for name in given}
+    chosen = [name for name in shapes if name.startswith("w_") or name in names]
+    return {name: Input(_parameter(name, shapes[name])) for name in chosen}
 
 
 def _parameter(name: str, shape: tuple[int, ...]) -> numpy.ndarray:

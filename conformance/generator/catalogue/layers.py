@@ -16,7 +16,7 @@ CAUSAL = {"causal": True}
 
 
 def descriptions() -> Iterator[Description]:
-    """Projections, rotation and norm, options of the attention within, and the weights of each head."""
+    """Yield projections, rotation and norm, options of attention, and the weights of each head."""
     yield from _projections()
     yield from _rotations()
     yield from _options()

@@ -1,4 +1,4 @@
-"""merge_attention_vjp: cotangents of the joined result, sent back into halves of unlike weight, some of them empty."""
+"""merge_attention_vjp: gradients of halves with unlike shares, some of them empty."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SHARED = (
     *("unlike", "unlike-swapped", "equal", "far-apart", "low", "high", "one-empty", "one-empty-garbage", "both-empty"),
     *("nan", "infinite", "infinite-beside-empty", "underflow", "underflow-garbage", "lse-float32"),
 )
-"""The relations of the halves that merging knows and whose gradients are asked for."""
+"""Relations of the halves in `merges` whose gradients are asked for."""
 
 COARSE = ("far-apart", "underflow", "underflow-garbage")
-"""Relations that leave so little of the gradients of an lse that bfloat16 cannot hold it."""
+"""Relations for which the gradients of lse are too inaccurate in bfloat16."""
 
 
 def descriptions() -> Iterator[Description]:
-    """Each relation of the two halves at three shapes, then what only gradients have: their cotangents."""
+    """Yield each relation of the halves at three shapes, then cases of the cotangents."""
     for label, shape in SHAPES.items():
         for name in SHARED:
             title, clauses, change = RELATIONS[name]
@@ -48,7 +48,7 @@ def _case(
 
 
 def _cotangents(shape: tuple[int, ...]) -> Inputs:
-    """One pattern over the components plus what is the row's own, so that a sum over components keeps its size."""
+    """Return a pattern over the components plus smaller data of each row, so that sums over components stay large."""
     pattern = bell(shape[-1:], 2.0**-4, "merged cotangent")
     grad_output = bell(shape, 2.0**-5, "grad of merged output") + pattern
     return {"grad_output": Input(grad_output), "grad_lse": Input(bell(shape[:-1], 2.0**-3, "grad of lse"), "softmax")}
@@ -59,7 +59,7 @@ def _without_grad_lse(inputs: Inputs) -> Inputs:
 
 
 def _in_dtype(dtype: str) -> Callable[[Inputs], Inputs]:
-    """A cotangent of one dtype in every run; a wide one has digits that a narrow operand rounds."""
+    """Return a cotangent of one dtype in every run; a wide one has digits that a narrow operand rounds."""
 
     def change(inputs: Inputs) -> Inputs:
         values = inputs["grad_output"].values + {"float64": 2.0**-40, "float32": 2.0**-19}.get(dtype, 0.0)
@@ -69,7 +69,7 @@ def _in_dtype(dtype: str) -> Callable[[Inputs], Inputs]:
 
 
 def _wide_beside_empty(inputs: Inputs) -> Inputs:
-    """Float64 cotangents of both results, of which the operands of an empty half's neighbour round their own."""
+    """Yield float64 cotangents of both results, which are rounded if the other half is empty."""
     arrays = {name: item.values for name, item in inputs.items() if not name.startswith("grad_")}
     emptied = halves_of("one-empty", one_empty(numpy.nan)(arrays))
     cotangents = {name: Input(inputs[name].values + 2.0**-40, "float64") for name in ("grad_output", "grad_lse")}
@@ -77,7 +77,7 @@ def _wide_beside_empty(inputs: Inputs) -> Inputs:
 
 
 def _alone(name: str) -> Callable[[Inputs], Inputs]:
-    """Only this cotangent in every other row."""
+    """Yield cases with only this cotangent in every other row."""
 
     def change(inputs: Inputs) -> Inputs:
         other = "grad_lse" if name == "grad_output" else "grad_output"

@@ -1,6 +1,6 @@
-"""merge_attention: two halves of one softmax, of unlike weight, of which one or both may be empty.
+"""merge_attention: two halves of one softmax, with unlike shares, of which one or both may be empty.
 
-The relations of the halves are those of the gradients as well; see `merge_gradients`.
+`merge_gradients` uses the same relations of the halves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FEATURES = {"merge_attention": ("merge",), "merge_attention_vjp": ("merge", "vjp
 
 
 def descriptions() -> Iterator[Description]:
-    """Each relation of the two halves at three shapes."""
+    """Yield each relation of the two halves at three shapes."""
     for label, shape in SHAPES.items():
         for name, (title, clauses, change) in RELATIONS.items():
             inputs = halves_of(name, change(halves(shape)))
@@ -42,7 +42,7 @@ def describe_merge(
     inputs: dict[str, Input],
     dtypes: tuple[str, ...] = ALL_DTYPES,
 ) -> Description:
-    """One case of merging or of its gradients; those of unlike halves are random data."""
+    """Describe one case of merging or of its gradients."""
     return Description(
         id=f"{function}/{name}",
         title=title,
@@ -56,13 +56,13 @@ def describe_merge(
 
 
 def halves_of(name: str, arrays: Halves) -> dict[str, Input]:
-    """The halves of a relation as inputs; an lse has the softmax's type but where the relation names another."""
+    """Return the halves of a relation as inputs; an lse has the softmax's type unless the relation names another."""
     type_of_lse = "float32" if name == "lse-float32" else "softmax"
     return {part: Input(array, type_of_lse if part.startswith("lse") else "case") for part, array in arrays.items()}
 
 
 def halves(shape: tuple[int, ...]) -> Halves:
-    """Two halves of random data, of which the second weighs more."""
+    """Return two halves of random data, of which the second has the larger share."""
     return {
         "output_a": bell(shape, 2.0**-3, "output a"),
         "lse_a": bell(shape[:-1], 2.0**-3, "lse a"),
@@ -93,7 +93,7 @@ def _shifted(by: float) -> Callable[[Halves], Halves]:
 
 
 def one_empty(garbage: float) -> Callable[[Halves], Halves]:
-    """Every third row lacks half a, every third half b; an empty half holds garbage."""
+    """Empty half a of every third row and half b of every third row; an empty half holds garbage."""
 
     def change(h: Halves) -> Halves:
         empty = {"a": _every(h["lse_a"], 3), "b": _every(h["lse_b"], 3, 1)}
@@ -139,7 +139,7 @@ def _equal(h: Halves) -> Halves:
 
 
 def _infinite(beside_empty: bool) -> Callable[[Halves], Halves]:
-    """+inf in half a of every third row and in half b of every third; the other half is empty, or it is not."""
+    """Set lse to +inf in half a of every third row and in half b of every third; the other half may be empty."""
 
     def change(h: Halves) -> Halves:
         lses = {"lse_a": h["lse_a"].copy(), "lse_b": h["lse_b"].copy()}
@@ -154,13 +154,13 @@ def _infinite(beside_empty: bool) -> Callable[[Halves], Halves]:
 
 
 def _underflow(h: Halves) -> Halves:
-    """Every other row lies so far below its other half that its share is less than any float64."""
+    """Lower the lse of every other row so far that its share underflows in float64."""
     where = _every(h["lse_a"], 2)
     return {**h, "lse_a": numpy.where(where, h["lse_a"] - 1000.0, h["lse_a"])}
 
 
 def _underflow_garbage(h: Halves) -> Halves:
-    """In such a row, and in one whose share is ordinary, some components are not finite."""
+    """Make some components infinite or NaN, in a row whose share underflows and in an ordinary row."""
     far = _underflow(h)
     output_a, output_b = h["output_a"].copy(), h["output_b"].copy()
     output_a[:, 0, :, 1] = numpy.nan

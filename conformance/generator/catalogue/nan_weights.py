@@ -1,4 +1,4 @@
-"""Weights of rows that see a NaN: all of them are NaN, those of hidden pairs too."""
+"""Weights of rows that see a NaN: all are NaN, those of hidden pairs too."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPECS: dict[str, tuple[Sizes, Spec]] = {
 
 
 def descriptions() -> Iterator[Description]:
-    """A NaN in one query of each batch entry, under each constraint; then one in a key, and in the bias of a pair."""
+    """Yield a NaN in one query of each batch entry, under each constraint; then in a key, and in a bias."""
     for name, (sizes, spec) in SPECS.items():
         yield _case(f"query-nan/{name}", sizes, spec, "query", (slice(None), 1, 2, 1), "in a query")
     for name in ("causal", "mask"):

@@ -1,7 +1,7 @@
 """The contents of the options: for each option a few variants, from ordinary to extreme.
 
 A case names its options in a `Spec`: {"mask": "b1qk", "causal": True, "window": (2, None), "dropout": (0.25, "bhqk")}.
-Pairwise options name the axes that they have, integers and sinks are asked for by True.
+Pairwise options name their axes; integer options and sinks have the value True.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ VARIANTS = {
     "sinks": ("ordinary", "some -inf", "one large, one far below", "negative", *["ordinary"] * 2),
     "dropout": ("most kept", "most dropped", "a row dropped", "a key dropped", *["most kept"] * 2),
 }
-"""What the variants of each option hold, in words; the makers below say it in numbers."""
+"""The contents of the variants of each option in words, for titles; the makers below create them."""
 
 
 def bits(shape: tuple[int, ...], share: float, *names: object) -> numpy.ndarray:
-    """Booleans of which about `share` are True."""
+    """Return booleans of which about `share` are True."""
     high = words(int(numpy.prod(shape)), seed_of(*shape, *names)) >> numpy.uint64(56)
     return (high < numpy.uint64(round(256 * share))).reshape(shape)
 
 
 def integers(values: ArrayLike) -> Input:
-    """An integer input."""
+    """Return an int32 input."""
     return Input(numpy.asarray(values, dtype="int32"), "int32")
 
 
 def options_of(sizes: Sizes, spec: Spec, variant: int) -> tuple[dict[str, Input], dict[str, Any]]:
-    """The array inputs and the plain options that a spec asks for, in their given variant."""
+    """Return the array inputs and the plain options of a spec, in one variant."""
     inputs: dict[str, Input] = {}
     plain = {name: spec[name] for name in PLAIN if name in spec}
     for name, make in _MAKERS.items():
@@ -74,12 +74,12 @@ def options_of(sizes: Sizes, spec: Spec, variant: int) -> tuple[dict[str, Input]
 
 
 def words_for(spec: Spec, variant: int) -> str:
-    """Say a spec in words: what is given, and what its contents are."""
-    said = [_said(name, value, variant) for name, value in spec.items() if name != "grad_lse"]
-    return "; ".join([*said, *(["a cotangent of the lse"] if spec.get("grad_lse") else [])])
+    """Describe a spec in words: its options and their contents."""
+    phrases = [_phrase(name, value, variant) for name, value in spec.items() if name != "grad_lse"]
+    return "; ".join([*phrases, *(["a cotangent of the lse"] if spec.get("grad_lse") else [])])
 
 
-def _said(name: str, value: Any, variant: int) -> str:
+def _phrase(name: str, value: Any, variant: int) -> str:
     if name == "dropout":
         rate, axes = value
         return f"dropout at rate {rate} of shape ({', '.join(axes)}): {VARIANTS[name][variant]}"
@@ -107,7 +107,7 @@ def _mask(sizes: Sizes, axes: str, variant: int) -> dict[str, Input]:
 
 
 def _clear_a_row(pairs: numpy.ndarray) -> None:
-    """Set one row to False: that in the middle, or where the rows share one, that of the last head or batch entry."""
+    """Set the row in the middle to False, or that of the last head or batch entry if rows share a mask."""
     if pairs.shape[2] > 1:
         pairs[..., pairs.shape[2] // 2, :] = False
     elif pairs.shape[0] * pairs.shape[1] > 1:
@@ -131,7 +131,7 @@ def _cycle(rows: Sequence[Sequence[int]], sizes: Sizes, variant: int) -> list[in
 
 
 def _offsets(sizes: Sizes, kv_lengths: Input | None, variant: int) -> Input:
-    """The lower right is that of the kv_lengths where they are given."""
+    """Return offsets; those of the variant "lower right" follow kv_lengths, if the case has them."""
     end = sizes.kv_len - sizes.q_len
     if variant == 1 and kv_lengths is not None:
         return integers(kv_lengths.values - sizes.q_len)

@@ -1,7 +1,7 @@
 """Options together: every pair of options in at least one case, most in several, and everything at once.
 
-Nine options that need no positions meet pairwise in twelve triples (the lines of an affine plane of order three, so
-that each pair lies in exactly one); causal, window and offset then meet each of them.
+Nine options without positions are combined in twelve triples, the lines of an affine plane of order three, so that each
+pair of options is in exactly one triple; causal, window and offset are then combined with each option.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 def descriptions() -> Iterator[Description]:
-    """Triples, pairs, the positional options, everything."""
+    """Yield triples, pairs, positional options, and all options together."""
     groups: tuple[tuple[Sizes, tuple[dict[str, Any], ...]], ...] = (
         (EQUAL, TRIPLES),
         (EQUAL, PAIRS),

@@ -1,4 +1,4 @@
-"""NaN and infinities: where no pair is visible they reach nothing, where one is they reach exactly what sees them."""
+"""NaN and infinities: hidden ones reach no result, and visible ones exactly the results of the rows that see them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HIDING = {"mask", "bias", "causal", "window", "q_lengths", "kv_lengths", "segmen
 def poisoned(
     sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[str, Any], garbage: tuple[float, ...] = GARBAGE
 ) -> dict[str, Input]:
-    """Spoil what no pair uses: keys and values nobody sees, queries and cotangents of rows that see nothing."""
+    """Poison what no pair reads: keys and values that no row sees, queries and cotangents of empty rows."""
     visible = visible_pairs(sizes, inputs, options)
     grouped = visible.reshape(sizes.batch, sizes.kv_heads, -1, sizes.q_len, sizes.kv_len)
     unseen, blind = numpy.asarray(~grouped.any(axis=(2, 3))), numpy.asarray(~visible.any(axis=-1))
@@ -41,14 +41,14 @@ def poisoned(
     return {**inputs, **replaced, **_poisoned_bias(inputs, visible, garbage[:2])}
 
 
-def _filled(given: Input, where: numpy.ndarray, garbage: tuple[float, ...]) -> Input:
-    values = given.values.copy()
+def _filled(item: Input, where: numpy.ndarray, garbage: tuple[float, ...]) -> Input:
+    values = item.values.copy()
     values[where] = numpy.resize(garbage, int(where.sum()))[:, None]
-    return Input(values, given.dtype)
+    return Input(values, item.dtype)
 
 
 def _poisoned_bias(inputs: Mapping[str, Input], visible: numpy.ndarray, garbage: tuple[float, ...]) -> dict[str, Input]:
-    """Fill with garbage each bias element whose pairs are all hidden by something else."""
+    """Fill each bias element with garbage whose pairs are all hidden by other constraints."""
     if "bias" not in inputs:
         return {}
     values = inputs["bias"].values.copy()
@@ -59,7 +59,7 @@ def _poisoned_bias(inputs: Mapping[str, Input], visible: numpy.ndarray, garbage:
 
 
 def half_poisoned(sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[str, Any]) -> dict[str, Input] | None:
-    """Spoil a key and a value that some rows of the batch entry see and others, which see something, do not."""
+    """Poison a key and a value that some rows of the batch entry see and other rows, not empty, do not see."""
     visible = visible_pairs(sizes, inputs, options)
     grouped = visible.reshape(sizes.batch, sizes.kv_heads, -1, sizes.kv_len)
     rows_that_see = grouped.sum(axis=2)
@@ -77,7 +77,7 @@ def half_poisoned(sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[st
 
 
 def descriptions() -> Iterator[Description]:
-    """Poison under every option that hides, then NaN and infinities in plain sight."""
+    """Yield poison under every option that hides, then visible NaN and infinities."""
     for name, sizes, spec, variant in _questions():
         inputs, options = inputs_of(sizes, "random", spec, variant)
         if any(

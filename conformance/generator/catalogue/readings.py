@@ -1,4 +1,4 @@
-"""Alignments by their names: "upper_left", and "lower_right" of the queries and keys that are in use."""
+"""Named alignments: "upper_left", and "lower_right" of the queries and keys in use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .sizes import Sizes
 
 SMALL = ("float64", "float32", "float16")
-"""Where gradients cancel, bfloat16 holds too little of them."""
+"""Gradients that cancel are too inaccurate in bfloat16."""
 
 READINGS = ("upper_left", "lower_right")
 LENGTHS: dict[str, dict[str, tuple[int, int]]] = {
@@ -27,13 +27,13 @@ LENGTHS: dict[str, dict[str, tuple[int, int]]] = {
     "q_lengths": {"q_lengths": (3, 5)},
     "q_lengths+kv_lengths": {"q_lengths": (4, 2), "kv_lengths": (3, 7)},
 }
-"""What is in use of five queries and seven keys."""
+"""Lengths in use of five queries and seven keys."""
 
 POSITIONAL: dict[str, dict[str, Any]] = {"causal": {"causal": True}, "window": {"window": (2, 1)}}
 
 
 def descriptions() -> Iterator[Description]:
-    """Each name with each kind of lengths, then the sizes and functions of which there is more to say."""
+    """Yield each name with each kind of lengths, then further sizes and functions."""
     for reading in READINGS:
         for label, lengths in LENGTHS.items():
             yield _case(f"causal/{reading}", label, PRIME, reading, lengths, POSITIONAL["causal"])

@@ -1,4 +1,4 @@
-"""rotary_embedding and ALiBi by themselves."""
+"""rotary_embedding, alibi_slopes and alibi_bias."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ),
 }
 FARTHEST = 2**30
-"""The largest offset; the bias there is beyond float16."""
+"""The largest offset, at which the bias exceeds the range of float16."""
 
 HEADS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 40)
 
 
 def descriptions() -> Iterator[Description]:
-    """Each way to rotate at each kind of positions, one line of them and one for each batch entry; ALiBi."""
+    """Yield each rotation at each kind of positions, shared or per batch entry, then ALiBi."""
     for name, (title, options, clauses) in OPTIONS.items():
         for label, (words, positions) in POSITIONS.items():
             if label != "million":

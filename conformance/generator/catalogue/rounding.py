@@ -1,4 +1,4 @@
-"""Full-mantissa data of each dtype, which round at every step: the cases that measure accuracy."""
+"""Data that use the full mantissa of each dtype, so that every step rounds: the cases that measure accuracy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUESTIONS: tuple[tuple[str, str, dict[str, Any], tuple[float, ...]], ...] = (
 
 
 def descriptions() -> Iterator[Description]:
-    """Logits of growing spread in each dtype, forward and backward, at 307 keys."""
+    """Yield logits of growing spread in each dtype, forward and backward, over 307 keys."""
     for dtype in BITS:
         for function, name, spec, spreads in QUESTIONS:
             for spread in spreads:
@@ -50,7 +50,7 @@ def descriptions() -> Iterator[Description]:
 
 
 def _tags(dtype: str, function: str) -> tuple[str, ...]:
-    """In 16 bits the sums over 307 keys of terms of either sign cancel to less than eight allowances."""
+    """Tag gradients in 16 bits, where sums over 307 keys cancel to less than eight allowances."""
     return ("generic", "cancellation") if function == "attention_vjp" and BITS[dtype] < 24 else ("generic",)
 
 
@@ -63,7 +63,7 @@ def _inputs(dtype: str, function: str, spec: dict[str, Any], spread: float) -> t
 
 
 def _full(name: str, shape: tuple[int, ...], dtype: str, reach: float) -> Input:
-    """Uniform numbers of magnitude below `reach`, every one of which uses the last bit of `dtype`."""
+    """Return uniform numbers of magnitude below `reach` that all use the last bit of `dtype`."""
     bits = BITS[dtype]
     generator = {"seed": seed_of(name, *shape, dtype, reach), "kind": "full", "unit": reach * 2.0**-bits, "bits": bits}
     return Input(generate(shape, **generator), "case", generator)

@@ -1,4 +1,4 @@
-"""One key, which some rows do not see: reductions over a single element, which compilers simplify away."""
+"""A single key that some rows do not see: reductions over one element, which compilers remove."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SIZES = {
     "size-128": Sizes(2, 2, 1, 5, 1, 128, 128),
 }
 WITH_SINKS = ("mask", "kv_lengths")
-"""The causes that are asked with a sink as well."""
+"""Causes that are also asked with sinks."""
 
 ONE_QUERY = Sizes(3, 4, 2, 1, 1, 7, 3)
 ROWS = numpy.array([True, False, True, True, False, False, True, False, True, True])
-"""Which rows of the two batch entries see the key."""
+"""True for rows of the two batch entries that see the key."""
 
 
 def descriptions() -> Iterator[Description]:
-    """Each constraint leaves some rows no key: outputs with their lse, weights, gradients, with a sink and without."""
+    """Yield each constraint that hides the key: outputs with lse, weights and gradients, with and without sinks."""
     for cause, (inputs, options) in _causes().items():
         for spec in ({}, {"sinks": True})[: 2 if cause in WITH_SINKS else 1]:
             yield _case(cause, "prime", "attention", inputs, options, spec)
@@ -43,7 +43,7 @@ def descriptions() -> Iterator[Description]:
 
 
 def _causes() -> dict[str, tuple[dict[str, Input], dict[str, Any]]]:
-    """The constraints by name, as inputs and options."""
+    """Return the constraints by name, as inputs and options."""
     seen = ROWS.reshape(2, 1, 5, 1)
     ids = numpy.where(ROWS.reshape(2, 5), 4, -4)
     return {
@@ -61,9 +61,9 @@ def _case(
     cause: str, label: str, function: str, more: dict[str, Input], options: dict[str, Any], spec: dict[str, Any]
 ) -> Description:
     inputs, _ = inputs_of(SIZES[label], "generic", spec, 0, function)
-    beside = "".join(f"+{name}" for name in spec)
+    suffix = "".join(f"+{name}" for name in spec)
     return describe(
-        f"one-key/{cause}{beside}/{label}",
+        f"one-key/{cause}{suffix}/{label}",
         f"One key, which {cause} hides from some rows.",
         SIZES[label],
         {**inputs, **more},
@@ -74,7 +74,7 @@ def _case(
 
 
 def _one_query() -> Iterator[Description]:
-    """One query and one key in each batch entry, of which the middle one has none."""
+    """Yield one query and one key per batch entry; the key of the middle entry is not in use."""
     for function, spec in (("attention", {}), ("attention_weights", {}), ("attention_vjp", {"grad_lse": True})):
         inputs, _ = inputs_of(ONE_QUERY, "generic", spec, 0, function)
         yield describe(

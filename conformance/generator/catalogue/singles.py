@@ -1,4 +1,4 @@
-"""Every option alone, at the head sizes 64 and 128 and at prime ones."""
+"""Each option alone, at the head sizes 64 and 128 and at prime sizes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SCALES = (0.0, 3.0)
 
 
 def descriptions() -> Iterator[Description]:
-    """Each option at 64 and 128; then windows, scales and softcaps of every sort."""
+    """Yield each option at 64 and 128, then further windows, scales, softcaps and offsets."""
     for size, table in ((64, AT_64), (128, AT_128)):
         for name, spec, square, variants in table:
             yield from vary(f"{name}/size-{size}", head_size(size, square=square), spec, variants)

@@ -1,4 +1,4 @@
-"""The sizes that the cases share: few, so that a framework that compiles for each of them stays fast."""
+"""The sizes that cases share: few, because frameworks compile for each of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
         return (self.batch, self.heads, self.q_len, self.kv_len)
 
     def pairwise(self, axes: str) -> tuple[int, ...]:
-        """Shape that broadcasts to the scores: "1h1k" has 1 for batch and queries."""
+        """Return a shape that broadcasts to the scores: "1h1k" has 1 for batch and queries."""
         return tuple(1 if axis == "1" else size for axis, size in zip(axes, self.scores, strict=True))
 
 
@@ -54,7 +54,7 @@ SQUARE = Sizes(2, 6, 2, 7, 7, 11, 11)
 
 
 def head_size(size: int, *, square: bool = False) -> Sizes:
-    """Sizes for kernels that take no head sizes but 64 or 128: at 64 every head has its keys, at 128 two share them."""
+    """Return sizes for kernels that only support head sizes 64 and 128; at 128 two query heads share a key head."""
     return Sizes(2, 2, 2 if size == 64 else 1, 5 if square else 3, 5, size, size)
 
 

@@ -1,4 +1,4 @@
-"""The first questions, which tell a wrong target file from a wrong attention."""
+"""The first cases, which distinguish a wrong target file from a wrong attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAGS = ("smoke", "generic")
 
 
 def descriptions() -> Iterator[Description]:
-    """One array comes back, of the query's dtype; heads come before positions; True = may attend."""
+    """Yield cases of the basic conventions: one result in the query's dtype, heads before positions, True = visible."""
     inputs, _ = inputs_of(SMOKE, "generic", {}, 0)
     yield describe(
         "smoke/plain",

@@ -1,4 +1,4 @@
-"""Query, key and value of the cases: exact in bfloat16 and float16, each flavour made to show other mistakes."""
+"""Query, key and value of the cases: exact in bfloat16 and float16; each flavour shows other mistakes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ FLAVOURS = {
     "falling": "logits that fall along the keys",
     "far": "a few outliers eight times as large as the rest",
 }
-"""What each flavour of data is, in words."""
+"""The flavours of data, in words for titles."""
 
 
 CENTRES = {"coded": 8, "levels": 4, "low": 4, "lowest": 4, "high": 4}
-"""About what the values of a flavour are spread around; a gradient sees only how they differ."""
+"""The means of the values of a flavour; gradients depend only on their differences."""
 
 
 _GENERATED = {
@@ -47,26 +47,26 @@ _GENERATED = {
 
 
 def seed_of(*parts: object) -> int:
-    """A seed that depends on nothing but what it names."""
+    """Return a seed that depends only on the parts."""
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
 def bell(shape: tuple[int, ...], unit: float, *names: object) -> numpy.ndarray:
-    """Roughly normal multiples of `unit`, of deviation 13 units."""
+    """Return roughly normal multiples of `unit`, with a deviation of 13 units."""
     return generate(shape, seed_of(*shape, *names), "bell", unit)
 
 
 @cache
 def tensors(sizes: Sizes, flavour: str) -> tuple[numpy.ndarray, ...]:
-    """Query, key and value of one flavour; the same arrays for every case that asks."""
+    """Return query, key and value of one flavour; the arrays are shared between cases."""
     return _MAKERS[flavour](sizes)
 
 
 @cache
 def leaning(sizes: Sizes, flavour: str) -> tuple[numpy.ndarray, ...]:
-    """A cotangent, query, key and value whose gradients do not cancel in the sum over rows.
+    """Return a cotangent, query, key and value whose gradients do not cancel in the sum over rows.
 
-    The cotangent is one pattern over the components plus what is the row's own; ordinary queries lean to one side.
+    The cotangent is a pattern over the components plus smaller data of each row; ordinary queries have a mean of 1.5.
     """
     query, key, value = tensors(sizes, flavour)
     value = value - CENTRES.get(flavour, 0)
@@ -76,7 +76,7 @@ def leaning(sizes: Sizes, flavour: str) -> tuple[numpy.ndarray, ...]:
 
 
 def generators(sizes: Sizes, flavour: str) -> tuple[dict[str, Any], ...] | None:
-    """What generates query, key and value of a flavour that is nothing but generated."""
+    """Return the generators of query, key and value, or None if the flavour also changes generated data."""
     if flavour not in _GENERATED:
         return None
     shapes = {"query": sizes.query, "key": sizes.key, "value": sizes.value}
@@ -94,7 +94,7 @@ def _generic(sizes: Sizes, flavour: str = "generic") -> tuple[numpy.ndarray, ...
 
 
 def _coded(sizes: Sizes) -> tuple[numpy.ndarray, ...]:
-    """The values are positive: the mean over many of them keeps its size."""
+    """Return positive values, so that their mean over many keys stays large."""
     query, key, _ = _generic(sizes)
     query = query / 4
     batch, head, position, component = numpy.indices(sizes.value)
@@ -117,14 +117,14 @@ def _far(sizes: Sizes) -> tuple[numpy.ndarray, ...]:
 def _with_component(
     sizes: Sizes, query_component: numpy.ndarray | float, key_component: numpy.ndarray | float
 ) -> tuple[numpy.ndarray, ...]:
-    """Generic data whose first component is replaced, so that it shifts the logits; the values are not centred."""
+    """Replace the first component of generic data, to shift the logits; the values have a mean other than 0."""
     query, key, value = (array.copy() for array in _generic(sizes))
     query[..., 0], key[..., 0] = query_component, key_component
     return query, key, value + CENTRES["low"]
 
 
 def _shifted(logit: float) -> Callable[[Sizes], tuple[numpy.ndarray, ...]]:
-    """All logits near `logit` at the default scale, by a component that every query and key have in common."""
+    """Place all logits near `logit` at the default scale, by a component that all queries and keys share."""
 
     def make(sizes: Sizes) -> tuple[numpy.ndarray, ...]:
         common = 240.0
@@ -140,7 +140,7 @@ def _levels(sizes: Sizes) -> tuple[numpy.ndarray, ...]:
 
 
 def _slope(sign: int) -> Callable[[Sizes], tuple[numpy.ndarray, ...]]:
-    """Logits that climb by 16 over every two keys (every key of a short sequence half a step more or less)."""
+    """Make logits rise or fall by 16 every two keys."""
 
     def make(sizes: Sizes) -> tuple[numpy.ndarray, ...]:
         query_component = 2.0 ** round(math.log2(8 * math.sqrt(sizes.qk_dim)))

@@ -1,4 +1,4 @@
-"""Options at lengths that cross the tiles of blocked kernels, and never fill the last one."""
+"""Options at lengths that cross the tiles of blocked kernels and do not fill the last tile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPECS: tuple[dict[str, Any], ...] = (
 
 
 def descriptions() -> Iterator[Description]:
-    """What blocked kernels skip, and what they must carry from tile to tile."""
+    """Yield cases of tiles that kernels skip, and of state that they must carry from tile to tile."""
     for spec in SPECS:
         variants = [("generic", 0), ("coded", 1), ("falling", 2), ("random", 3)]
         yield from vary(f"{'+'.join(spec)}/lengths-67-131", TILES, spec, variants, sampled_rows=60)

@@ -1,4 +1,4 @@
-"""Which pairs are visible: what the catalogue must know to place poison and to cite the clauses on empty rows."""
+"""Visibility of pairs, from which the catalogue places poison and cites the clauses about empty rows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["visible_pairs"]
 
 
 def visible_pairs(sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[str, Any]) -> numpy.ndarray:
-    """Give the pairs that every constraint lets be seen, (batch, heads, q_len, kv_len)."""
-    arrays = {name: given.values for name, given in inputs.items()}
+    """Return True for pairs that every constraint shows, (batch, heads, q_len, kv_len)."""
+    arrays = {name: item.values for name, item in inputs.items()}
     row, key = numpy.arange(sizes.q_len)[:, None], numpy.arange(sizes.kv_len)
     visible = numpy.ones(sizes.scores, dtype=bool)
     if "mask" in arrays:
@@ -35,12 +35,12 @@ def visible_pairs(sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[st
 
 
 def _offset(sizes: Sizes, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> numpy.ndarray:
-    """The offset of each batch entry, (batch or 1, 1, 1, 1)."""
-    given = arrays.get("q_offset", options.get("q_offset", 0))
-    if isinstance(given, str):
+    """Return the offset of each batch entry, (batch or 1, 1, 1, 1)."""
+    offset = arrays.get("q_offset", options.get("q_offset", 0))
+    if isinstance(offset, str):
         queries, keys = arrays.get("q_lengths", sizes.q_len), arrays.get("kv_lengths", sizes.kv_len)
-        given = keys - queries if given == "lower_right" else 0
-    return numpy.asarray(given).reshape(-1, 1, 1, 1)
+        offset = keys - queries if offset == "lower_right" else 0
+    return numpy.asarray(offset).reshape(-1, 1, 1, 1)
 
 
 def _near(distance: numpy.ndarray, options: Mapping[str, Any]) -> numpy.ndarray:

@@ -1,4 +1,4 @@
-"""attention_weights: the weights before dropout, 0 where a pair is not visible."""
+"""attention_weights: the weights before dropout, 0 for hidden pairs."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ SPECS: tuple[tuple[str, Sizes, dict[str, Any], Any], ...] = (
 
 
 def descriptions() -> Iterator[Description]:
-    """Plain at every head size, then with every option but dropout."""
+    """Yield plain weights at every head size, then with every option except dropout."""
     for name, sizes, spec, variants in SPECS:
         yield from vary(name, sizes, spec, variants, function="attention_weights", clauses=("MHA-WEIGHTS-1",))

@@ -1,4 +1,4 @@
-"""A float64 bias whose least numbers are -inf in float32, and hide where that is the softmax's type."""
+"""A float64 bias whose lowest numbers are -inf in float32, so that they hide if this is the softmax's type."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 NARROW = ("float32", "float16", "bfloat16")
 BEYOND = -1e300
-"""Below all float32."""
+"""A bias below the range of float32."""
 
 
 def descriptions() -> Iterator[Description]:
-    """Rows of which such a bias hides all keys, some, and none."""
+    """Yield rows in which such a bias hides all keys, some, and none."""
     for label, sizes in (("prime", PRIME), ("size-64", head_size(64)), ("size-128", head_size(128))):
         for function in ("attention", "attention_weights", "attention_vjp") if label == "prime" else ("attention",):
             yield _case(label, sizes, function)
@@ -52,7 +52,7 @@ def _case(label: str, sizes: Sizes, function: str) -> Description:
 
 
 def _bias(sizes: Sizes) -> numpy.ndarray:
-    """Rows take turns: all keys hidden, two of three, the last key alone, beside a bias of full mantissa."""
+    """Alternate rows with all keys hidden, two of three, and the last key alone, over a bias of full mantissa."""
     _, heads, q_len, kv_len = sizes.scores
     head, row, key = numpy.indices((heads, q_len, kv_len))
     ordinary = bell((heads, q_len, kv_len), 2.0**-3, "float64 bias") + 2.0**-40
