@@ -39,8 +39,8 @@ GENERATOR = {"seed": 5, "kind": "bell", "unit": 0.125}
 def _describe(name: str, function: str = "attention", **inputs: Input) -> Description:
     query = Input(numpy.arange(-15.0, 15).reshape(1, 2, 3, 5) / 8)
     key = Input(numpy.arange(-35.0, 35).reshape(1, 2, 7, 5) / 16)
-    given = {"query": query, "key": key, "value": key, **inputs}
-    return Description(f"{function}/{name}", "A case.", function, ("MHA-SCORE-1",), ("core",), given)
+    tensors = {"query": query, "key": key, "value": key}
+    return Description(f"{function}/{name}", "A case.", function, ("MHA-SCORE-1",), ("core",), {**tensors, **inputs})
 
 
 def _handful() -> list[Description]:
@@ -73,7 +73,7 @@ def folder(files: dict[str, bytes], tmp_path: Path) -> Path:
 
 
 def _edit_index(folder: Path, edit: Callable[[dict], object]) -> None:
-    """Change the index, and its sha256 with it."""
+    """Change the index and its sha256."""
     index = json.loads((folder / "index.json").read_bytes())
     edit(index)
     data = json.dumps(index).encode()
@@ -84,7 +84,7 @@ def _edit_index(folder: Path, edit: Callable[[dict], object]) -> None:
 # The stored goldens.
 
 
-def test_there_are_enough_cases_in_few_bytes(suite: Suite) -> None:
+def test_the_suite_has_many_cases_in_few_bytes(suite: Suite) -> None:
     folder = cases.FOLDER
     assert len(suite.cases) >= 600
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 14_000_000
@@ -96,7 +96,7 @@ def test_signatures_are_few(suite: Suite) -> None:
 
 
 def test_signatures_of_the_layer_are_few(suite: Suite) -> None:
-    """They have a limit of their own; nothing is compiled for slopes, which take no array."""
+    """alibi_slopes is not counted, because it has no array input, so that nothing is compiled for it."""
     cases = [case for case in suite.cases if case.expect == "values" and case.function in LAYER]
     assert len({case.signature for case in cases if case.function != "alibi_slopes"}) <= 60
 
@@ -123,12 +123,10 @@ def test_a_sample_of_the_goldens_is_what_the_generator_writes(suite: Suite) -> N
         for name, answer in answers.items():
             expected = case.expected[name]
             assert expected.shape == answer.shape
-            for mine, its in (
-                (expected.values, answer.values),
-                (expected.kinds, answer.kinds),
-                (expected.rows, answer.rows),
-            ):
-                numpy.testing.assert_array_equal(mine, its, err_msg=f"{case.id} {name}", strict=True)
+            for part in ("values", "kinds", "rows"):
+                numpy.testing.assert_array_equal(
+                    getattr(expected, part), getattr(answer, part), err_msg=f"{case.id} {name} {part}", strict=True
+                )
 
 
 def test_every_input_is_exact_in_every_dtype(suite: Suite) -> None:
@@ -150,7 +148,7 @@ def test_no_expected_value_is_a_negative_zero(suite: Suite) -> None:
 # The loader.
 
 
-def test_what_is_written_is_read(folder: Path, files: dict[str, bytes]) -> None:
+def test_the_loader_reads_what_the_generator_writes(folder: Path, files: dict[str, bytes]) -> None:
     suite = load(folder)
     assert suite.goldens_sha256 == hashlib.sha256(files["index.json"]).hexdigest()
     assert [case.id for case in suite.cases] == sorted(description.id for description in _handful())
@@ -189,7 +187,7 @@ def test_inputs_are_fresh_and_goldens_cannot_be_written_to(folder: Path) -> None
         next(iter(case.expected.values())).values[:] = 7
 
 
-def test_sampled_rows_are_those_of_the_whole(folder: Path) -> None:
+def test_sampled_rows_equal_those_of_the_whole_output(folder: Path) -> None:
     by_id = {case.id: case for case in load(folder).cases}
     whole, sampled = by_id["attention/plain"].expected["output"], by_id["attention/sampled"].expected["output"]
     assert sampled.rows is not None
@@ -224,7 +222,7 @@ def test_a_truncated_file_is_refused_by_name(folder: Path, files: dict[str, byte
             load(folder)
 
 
-def test_what_is_no_safetensors_file_is_refused_by_name(folder: Path) -> None:
+def test_a_file_that_is_not_safetensors_is_refused_by_name(folder: Path) -> None:
     name = next(folder.glob("tensors-*")).name
     (folder / name).write_bytes(b"nothing")
     entry = {"sha256": hashlib.sha256(b"nothing").hexdigest(), "bytes": 7}
@@ -240,7 +238,7 @@ def test_another_version_is_refused(member: str, value: str, folder: Path) -> No
         load(folder)
 
 
-def test_what_is_no_json_is_refused(folder: Path) -> None:
+def test_an_index_that_is_not_json_is_refused(folder: Path) -> None:
     data = (folder / "index.json").read_bytes()[:-20]
     (folder / "index.json").write_bytes(data)
     (folder / "index.json.sha256").write_text(hashlib.sha256(data).hexdigest())
@@ -317,7 +315,7 @@ def test_a_generator_that_gives_other_values_is_refused(folder: Path) -> None:
 # The program that writes them.
 
 
-def test_the_bytes_depend_on_nothing_but_the_cases(files: dict[str, bytes]) -> None:
+def test_the_bytes_depend_only_on_the_cases(files: dict[str, bytes]) -> None:
     again, _ = generate.build(_handful()[::-1])
     assert again == files
 
@@ -374,11 +372,11 @@ def test_an_input_that_a_run_cannot_hold_is_refused(item: Input, message: str) -
     assert refusal == f"attention/plain: {message}"
 
 
-def test_the_generator_notices_what_it_must_not_see() -> None:
+def test_the_generator_notices_imports_of_the_code_that_it_checks() -> None:
     assert "mha_spec_conformance.suite.cases" in str(generate.problem_of({}, []))
 
 
-def test_the_generator_brings_nothing_of_mha_spec() -> None:
+def test_the_generator_imports_nothing_of_mha_spec() -> None:
     hidden = "import sys; sys.modules['mha_spec'] = sys.modules['mha_spec_conformance'] = None"
     code = f"{hidden}; sys.path.insert(0, {str(REPOSITORY / 'conformance' / 'generator')!r}); import generate"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=60)
@@ -392,7 +390,7 @@ def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "at most 14000000" in str(generate.problem_of({"a": bytes(14_000_001)}, []))
 
 
-# Generated inputs: three programs that know nothing of each other.
+# Generated inputs: three independent programs.
 
 SETTINGS = [
     (kind, bits, seed)
@@ -412,13 +410,13 @@ def test_writer_and_reader_generate_the_same(kind: str, bits: int, seed: int) ->
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_the_c_program_of_the_format_document_generates_the_same(tmp_path: Path) -> None:
     document = (REPOSITORY / "docs" / "goldens.md").read_text()
-    found = re.search(r"```c\n(.*?)```", document, re.DOTALL)
-    assert found
+    program = re.search(r"```c\n(.*?)```", document, re.DOTALL)
+    assert program
     calls = "".join(
         f"for (n = 0; n < 67; n++) printf(\"%a\\n\", element({seed}u, n, '{kind[0]}', 0.25, {bits}));"
         for kind, bits, seed in SETTINGS
     )
-    source = f"#include <stdio.h>\n{found[1]}\nint main(void) {{ uint64_t n; {calls} return 0; }}"
+    source = f"#include <stdio.h>\n{program[1]}\nint main(void) {{ uint64_t n; {calls} return 0; }}"
     (tmp_path / "element.c").write_text(source)
     subprocess.run(["cc", "-Wall", "-Werror", "-o", tmp_path / "element", tmp_path / "element.c"], check=True)
     printed = subprocess.run([tmp_path / "element"], capture_output=True, text=True, check=True).stdout
