@@ -8,7 +8,7 @@ from layers import LayerProblem, share_of
 
 
 def problem(seed: int) -> LayerProblem:
-    """One token that sees itself alone, whose output is small beside its bias."""
+    """Return a layer over one token, whose output is small compared with its bias."""
     rng = numpy.random.default_rng(seed)
     shapes = {
         "query": (1, 1, 3),
@@ -25,7 +25,7 @@ def problem(seed: int) -> LayerProblem:
 
 
 def fused(p: LayerProblem) -> numpy.ndarray:
-    """Add the products one by one to the bias, in float32: the value of the one token is exact."""
+    """Add the products one by one to the bias, in float32; the value of the token is exact, because its weight is 1."""
     heads = numpy.einsum("ble,ehd->blhd", p.arrays["value"], p.arrays["w_v"]).reshape(-1)
     weight = p.arrays["w_o"].reshape(len(heads), -1)
     total = p.arrays["b_o"].copy()
@@ -40,6 +40,6 @@ def test_a_sum_may_begin_with_its_bias(seed: int) -> None:
     assert share_of(p)(fused(p)) <= 1
 
 
-def test_a_bias_that_is_lost_is_refused() -> None:
+def test_an_output_without_its_bias_is_refused() -> None:
     p = problem(0)
     assert share_of(p)(fused(p) - p.arrays["b_o"]) > 1
