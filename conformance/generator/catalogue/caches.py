@@ -46,7 +46,7 @@ def _case(
     sizes: LayerSizes,
     variant: int,
     lengths: Sequence[int],
-    given: Sequence[str] = (),
+    optional: Sequence[str] = (),
     spec: Mapping[str, Any] | None = None,
     *,
     inputs: Mapping[str, Input] | None = None,
@@ -59,7 +59,7 @@ def _case(
     flavour = FLAVOURS[variant]
     more, plain = options_of(sizes.attention, spec or {}, variant)
     cache = cached(sizes, flavour, lengths, garbage=garbage)
-    every = {**tokens(sizes, flavour), **parameters(sizes, tuple(given)), **more, **cache, **(inputs or {})}
+    every = {**tokens(sizes, flavour), **parameters(sizes, tuple(optional)), **more, **cache, **(inputs or {})}
     return describe_layer(name, title, every, {**plain, **options}, clauses=clauses, outputs=outputs, function=function)
 
 
@@ -116,8 +116,8 @@ def _law() -> Iterator[Description]:
             more: dict[str, Any] = {"rotary": {}, "clauses": LAW}
             more |= {} if chunks is None else {"chunks": chunks}
             more |= {"drafts": True, "clauses": ("MHA-CACHE-3",)} if name == "drafts" else {}
-            given = ("b_q", "b_k", *NORMS)
-            yield _case(f"cache/{name}/{variant + 1}", title, WHOLE, variant, lengths, given, CAUSAL, **more)
+            optional = ("b_q", "b_k", *NORMS)
+            yield _case(f"cache/{name}/{variant + 1}", title, WHOLE, variant, lengths, optional, CAUSAL, **more)
         for name in ("at-once", "one-by-one"):
             title = f"Six tokens under a window, soft cap and sinks, {name.replace('-', ' ')}."
             spec = {"window": (2, 0), "softcap": 3.0, "sinks": True}

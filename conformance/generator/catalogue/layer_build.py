@@ -36,7 +36,7 @@ def vary_layer(
     name: str,
     title: str,
     sizes: LayerSizes,
-    given: Sequence[str] = (),
+    optional: Sequence[str] = (),
     spec: Mapping[str, Any] | None = None,
     *,
     variants: Sequence[int] = (0, 1, 2, 3),
@@ -48,7 +48,7 @@ def vary_layer(
     for variant in variants:
         more, plain = options_of(sizes.attention, spec or {}, variant)
         flavour = FLAVOURS[variant]
-        inputs = {**tokens(sizes, flavour), **parameters(sizes, tuple(given)), **more}
+        inputs = {**tokens(sizes, flavour), **parameters(sizes, tuple(optional)), **more}
         yield describe_layer(
             f"{name}/{variant + 1}", title, inputs, {**plain, **options}, clauses=clauses, function=function
         )

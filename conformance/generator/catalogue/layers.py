@@ -41,9 +41,9 @@ def _rotations() -> Iterator[Description]:
     spec = {"offset": True, "causal": True}
     yield from vary_layer("offset", "Queries sit at an offset, keys do not.", CROSS, ("b_k",), spec, rotary={})
     yield from vary_layer("size-64", "Heads of size 64.", LARGE, (), CAUSAL, rotary={}, variants=(0, 1, 2))
-    given = ("b_q", "b_k", *NORMS)
+    optional = ("b_q", "b_k", *NORMS)
     order = ("MHA-LAYER-1",)
-    yield from vary_layer("norm", "Normalised after the bias.", SELF, given, clauses=order)
+    yield from vary_layer("norm", "Normalised after the bias.", SELF, optional, clauses=order)
     title = "Normalised with an epsilon that counts, then rotated."
     more = {"rotary": {"base": 500.0}, "norm_epsilon": 0.25}
     yield from vary_layer("norm+rotary", title, CROSS, NORMS, {"offset": 4}, clauses=order, **more)
