@@ -1,4 +1,4 @@
-"""mha_spec_numpy where the suite does not look: cut into small blocks, in other libraries, in memory, bit by bit."""
+"""Tests of mha_spec_numpy beyond the suite: small blocks, other libraries, memory, threads and equal bits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that every call crosses several, among them some of one row or key."""
+    """Make blocks so small that every call has several, some of them with one row or one key."""
     monkeypatch.setattr(tiling, "STACK", 0)
     monkeypatch.setattr(visibility, "ROWS", 14)
     monkeypatch.setattr(forward, "SCORES", 70)
@@ -57,36 +57,36 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[1, 2, KV_HEADS, BATCH * KV_HEADS], ids="stacks of {}".format)
 def stacked(small: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:  # noqa: ARG001
-    """Small blocks of one matrix, and of several at once."""
+    """Make blocks small, each with one matrix or with several."""
     monkeypatch.setattr(tiling, "STACK", request.param * HEADS // KV_HEADS * Q_LEN * KV_LEN)
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Count the scores that a call computes."""
-    seen: list[int] = []
+    scores: list[int] = []
     compute = problem.Problem.block
 
-    def counted(self: problem.Problem, scaled: Any, tile: Any, keys: range, **options: Any) -> problem.Block:
-        seen.append(math.prod(tile.folded) * len(keys))
-        return compute(self, scaled, tile, keys, **options)
+    def counted(self: problem.Problem, scaled: Any, tile: Any, keys: range, *scratch: Any, **slope: Any) -> Any:
+        scores.append(math.prod(tile.folded) * len(keys))
+        return compute(self, scaled, tile, keys, *scratch, **slope)
 
     monkeypatch.setattr(problem.Problem, "block", counted)
 
     def count(function: Callable[..., Any], *arrays: numpy.ndarray, **options: Any) -> int:
-        seen.clear()
+        scores.clear()
         function(*arrays, **options)
-        return sum(seen)
+        return sum(scores)
 
     return count
 
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads, however small the work and however few the cores."""
+    """Use two threads for every call, whatever its size and the number of cores."""
     monkeypatch.setattr(parallel, "WORTHWHILE", 0)
     with threadpool_limits(2, user_api="blas"):
-        assert parallel.blas().threads == 2, "no BLAS obeys: these tests would say nothing"
+        assert parallel.blas().threads == 2, "these tests need a BLAS whose threads can be limited"
         yield
 
 
@@ -121,14 +121,14 @@ def test_options_together(function: str, dtype: str) -> None:
 
 @pytest.mark.usefixtures("stacked")
 @pytest.mark.parametrize("function", OUTPUTS)
-def test_poison_reaches_what_it_reaches_in_the_reference(function: str) -> None:
+def test_nan_reaches_the_same_results_as_in_the_reference(function: str) -> None:
     for seed in range(25):
         clean = random_call(seed)
         random, call = numpy.random.default_rng(seed), dict(clean)
         for name in ("query", "key", "value", "grad_output"):
             call[name] = clean[name].copy()
             call[name][random.random(call[name].shape[:-1]) < 0.05] = numpy.nan
-        got, wanted, unpoisoned = (ask(*asked) for asked in _thrice(function, call, clean))
+        got, wanted, unpoisoned = (ask(*arguments) for arguments in _thrice(function, call, clean))
         for name, value in got.items():
             right = ~numpy.isnan(wanted[name])
             assert not numpy.isnan(value[right]).any(), name
@@ -155,10 +155,10 @@ def test_other_libraries(function: str, library: str, request: pytest.FixtureReq
     for seed in (2,) if compiles_each_shape else range(6):
         call = converted(random_call(seed, q_len=35, kv_len=42), "float32")
         host = {"q_lengths", "kv_lengths"} if seed % 2 else set()
-        theirs = {name: _in_library(value, library) if name not in host else value for name, value in call.items()}
-        got = ask(mha_spec_numpy, function, theirs)
+        in_library = {name: _in_library(value, library) if name not in host else value for name, value in call.items()}
+        got = ask(mha_spec_numpy, function, in_library)
         for value in got.values():
-            assert namespace_of(value) is namespace_of(theirs["query"])
+            assert namespace_of(value) is namespace_of(in_library["query"])
             assert dtype_name(value) == "float32"
         assert_allowed(function, call, {name: to_numpy(value) for name, value in got.items()})
 
@@ -187,13 +187,13 @@ def test_arrays_of_other_libraries_are_never_read(function: str) -> None:
 
 @pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 0, 0)])
 @pytest.mark.parametrize("function", OUTPUTS)
-def test_nothing_to_do(function: str, batch: int, q_len: int, kv_len: int) -> None:
+def test_sizes_of_zero(function: str, batch: int, q_len: int, kv_len: int) -> None:
     for seed in range(8):
         call = random_call(seed, batch=batch, q_len=q_len, kv_len=kv_len)
         assert_allowed(function, call, ask(mha_spec_numpy, function, call))
 
 
-def test_merging_is_the_references() -> None:
+def test_merging_is_that_of_the_reference() -> None:
     assert mha_spec_numpy.merge_attention is reference.merge_attention
 
 
@@ -223,39 +223,38 @@ def test_unseen_blocks_are_skipped(
     function: str, options: dict[str, Any], share: float, computed: Callable[..., int]
 ) -> None:
     arrays = random_arrays(0, q_len=KV_LEN)
-    asked = [
-        arrays[name] for name in (["grad_output"] if function == "attention_vjp" else []) + ["query", "key", "value"]
-    ]
-    ask_for = getattr(mha_spec_numpy, function)
+    names = [*(["grad_output"] if function == "attention_vjp" else []), "query", "key", "value"]
+    operands = [arrays[name] for name in names]
+    call = getattr(mha_spec_numpy, function)
     pairs = BATCH * HEADS * KV_LEN**2
-    assert computed(ask_for, *asked) == pairs
-    assert computed(ask_for, *asked, **options) <= share * pairs
+    assert computed(call, *operands) == pairs
+    assert computed(call, *operands, **options) <= share * pairs
 
 
 @pytest.fixture
 def without_anchor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
-    """Count the matrices of a call whose exponentials are taken as they are, and those that are looked at."""
+    """Count the matrices of a call that need no anchor, and those whose range is computed."""
     monkeypatch.setattr(tiling, "STACK", HEADS // KV_HEADS * KV_LEN**2 * KV_HEADS)
-    looked: list[numpy.ndarray] = []
+    ranges: list[numpy.ndarray] = []
     small_matrices = anchors._small_matrices
 
     def noted(block: problem.Block, factors: tuple[numpy.ndarray, ...]) -> numpy.ndarray | None:
         small = small_matrices(block, factors)
-        looked.extend([] if small is None else [small])
+        ranges.extend([] if small is None else [small])
         return small
 
     monkeypatch.setattr(anchors, "_small_matrices", noted)
 
     def count(function: str, call: Mapping[str, Any]) -> tuple[int, int]:
-        looked.clear()
+        ranges.clear()
         assert_allowed(function, call, ask(mha_spec_numpy, function, call))
-        return sum(int(small.sum()) for small in looked), sum(small.size for small in looked)
+        return sum(int(small.sum()) for small in ranges), sum(small.size for small in ranges)
 
     return count
 
 
 def _with(call: Mapping[str, Any], name: str, number: float) -> dict[str, Any]:
-    """A call with one vector, of the first batch entry and head, of another number."""
+    """Give a call in which one vector of the first batch entry and head holds another number."""
     array = call[name].copy()
     array[0, 0, 3] = number
     return {**call, name: array}
@@ -277,12 +276,12 @@ def test_small_logits_need_no_anchor(function: str, dtype: str, without_anchor: 
         assert without_anchor(function, _with(call, "grad_output", 2.0**50)) == (matrices - 1, matrices)
 
 
-def test_few_rows_have_their_maximum(without_anchor: Callable[..., tuple[int, int]]) -> None:
+def test_few_rows_use_their_maximum(without_anchor: Callable[..., tuple[int, int]]) -> None:
     assert without_anchor("attention", random_arrays(3, q_len=31)) == (0, 0)
 
 
 @pytest.mark.parametrize("function", OUTPUTS)
-def test_invisible_pairs_have_no_say_in_whether_an_anchor_is_needed(function: str) -> None:
+def test_invisible_pairs_do_not_decide_about_the_anchor(function: str) -> None:
     call = random_arrays(3, q_len=KV_LEN)
     large = call | {name: call[name].copy() for name in ("key", "value")}
     for name in ("key", "value"):
@@ -294,7 +293,7 @@ def test_invisible_pairs_have_no_say_in_whether_an_anchor_is_needed(function: st
         {"bias": numpy.where(visible, 1.0, -math.inf)[None, None, None]},
         {"kv_lengths": [KV_LEN - 2, 5]},
         {"causal": True, "q_offset": -2},
-        {f"{whose}_segment_ids": numpy.tile(seen, (BATCH, 1)) for whose, seen in _segments(visible).items()},
+        {f"{side}_segment_ids": numpy.tile(ids, (BATCH, 1)) for side, ids in _segments(visible).items()},
     ):
         assert_same_bits(*(ask(mha_spec_numpy, function, arrays | options) for arrays in (large, call)))
 
@@ -315,7 +314,7 @@ def _memory(function: Callable[[], Any]) -> int:
 def _plain(
     query: numpy.ndarray, key: numpy.ndarray, value: numpy.ndarray, lengths: int, ids: numpy.ndarray, window: int
 ) -> numpy.ndarray:
-    """The formula as one writes it with care for memory: one array of scores, worked in place, and one mask."""
+    """Compute the formula with little memory: a single array of scores, which is overwritten, and a single mask."""
     positions = numpy.arange(key.shape[0], dtype=numpy.int32)
     visible = positions <= positions[:, None]
     visible &= positions >= positions[:, None] - window
@@ -381,7 +380,7 @@ def test_batch_entries_do_not_depend_on_one_another(
 
 
 @pytest.mark.usefixtures("threads")
-def test_blas_has_its_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threads_of_the_blas_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     during: list[int] = []
 
     def fail(*_: object) -> None:
@@ -423,7 +422,7 @@ def test_calls_from_many_threads() -> None:
 
 
 def _drawn(key: int, rate: float, q_len: int, kv_len: int) -> numpy.ndarray:
-    """The mask that a seed draws: with equal weights and one-hot values the output is it."""
+    """Give the mask that a seed draws, which is the output of equal weights and one-hot values."""
     query, identity = numpy.zeros((BATCH, HEADS, q_len, 1)), numpy.eye(kv_len)
     value = numpy.broadcast_to(identity, (BATCH, KV_HEADS, kv_len, kv_len))
     keys = numpy.zeros((BATCH, KV_HEADS, kv_len, 1))
@@ -448,31 +447,31 @@ def test_drawn_dropout_does_not_depend_on_blocks(request: pytest.FixtureRequest)
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_drawn_dropout_keeps_its_share_independently(rate: float) -> None:
-    """7 standard deviations are passed by chance less than once in 10^11, by one of these 15 counts once in 10^9."""
+    """A count is off by 7 standard deviations once in 10^11 times by chance, one of these 15 once in 10^9."""
     mask = _drawn(5, rate, 61, 509)
     count, keep = mask.size, 1 - rate
     limit = 7 * numpy.sqrt(count * keep * (1 - keep))
     assert abs(mask.sum() - count * keep) <= limit
     for axis, distance in ((1, 1), (2, 1), (3, 1), (3, dropout.COLUMNS)):
-        both = mask & numpy.roll(mask, distance, axis=axis)
+        pairs = mask & numpy.roll(mask, distance, axis=axis)
         share = keep**2
-        assert abs(both.sum() - count * share) <= 7 * numpy.sqrt(count * share * (1 + 2 * keep - 3 * share))
+        assert abs(pairs.sum() - count * share) <= 7 * numpy.sqrt(count * share * (1 + 2 * keep - 3 * share))
 
 
-def test_no_key_is_numpys_own_generator() -> None:
+def test_without_a_key_the_seed_is_drawn_from_numpy() -> None:
     arrays = random_arrays(0)
-    asked = {"query": arrays["query"], "key": arrays["key"], "value": arrays["value"], "dropout_rate": 0.5}
+    call = {"query": arrays["query"], "key": arrays["key"], "value": arrays["value"], "dropout_rate": 0.5}
     numpy.random.seed(3)  # noqa: NPY002 - the global generator is what is tested
-    first, second = (mha_spec_numpy.attention(**asked) for _ in range(2))
+    first, second = (mha_spec_numpy.attention(**call) for _ in range(2))
     numpy.random.seed(3)  # noqa: NPY002
-    assert numpy.array_equal(first, mha_spec_numpy.attention(**asked))
+    assert numpy.array_equal(first, mha_spec_numpy.attention(**call))
     assert not numpy.array_equal(first, second)
 
 
 @pytest.mark.parametrize(
     ("key", "error"), [(0.5, ArgumentTypeError), (True, ArgumentTypeError), (-1, ArgumentValueError)]
 )
-def test_dropout_key_is_a_seed(key: object, error: type[Exception]) -> None:
+def test_a_dropout_key_that_is_no_seed_is_refused(key: object, error: type[Exception]) -> None:
     arrays = random_arrays(0)
     with pytest.raises(error, match=r"`dropout_key` must be .* received dropout_key="):
         mha_spec_numpy.attention(arrays["query"], arrays["key"], arrays["value"], dropout_rate=0.1, dropout_key=key)
@@ -484,8 +483,8 @@ def test_a_bias_that_its_conversion_makes_infinite_hides() -> None:
     bias = numpy.zeros((1, 1, 1, KV_LEN))
     bias[..., : KV_LEN - 1] = -1e300
     got, hidden = (
-        ask(mha_spec_numpy, "attention", {**call, "bias": each})
-        for each in (bias, numpy.where(bias < 0, -math.inf, 0.0))
+        ask(mha_spec_numpy, "attention", {**call, "bias": finite_or_infinite})
+        for finite_or_infinite in (bias, numpy.where(bias < 0, -math.inf, 0.0))
     )
     assert_same_bits(got, hidden)
     assert_allowed("attention", {**call, "bias": bias}, got)

@@ -1,7 +1,7 @@
-"""Attention block by block, and the layer around it, for NumPy and every other library of the Python array API.
+"""Attention in blocks, and the layer around it, for NumPy and every other library of the Python array API.
 
-The meaning is that of `mha_spec.reference`, poison in invisible pairs included; scores and masks of q_len x kv_len are
-never held, and blocks that none of their queries can see are skipped. Dropout is drawn from an integer seed.
+Results are those of `mha_spec.reference`, also where invisible pairs hold NaN. No array of q_len x kv_len is made, and
+blocks that no query sees are skipped. Dropout is drawn from an integer seed.
 """
 
 from mha_spec.cache import KVCache

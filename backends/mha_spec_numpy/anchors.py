@@ -1,4 +1,4 @@
-"""What is subtracted from logits before exp: any number will do that keeps the exponentials of a row within range."""
+"""Anchors, which are subtracted from logits before exp: any number serves that keeps the exponentials within range."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["anchor_of", "finite_anchor"]
 
 SMALL = 16.0
-"""Exponentials of logits up to this are between 2^-24 and 2^24: they need no anchor beside factors up to `LARGEST`."""
+"""Logits up to this have exponentials from 2^-24 to 2^24, which need no anchor if their factors are up to `LARGEST`."""
 LARGEST = 2.0**40
-"""Products of two such factors and 2^24, summed, overflow nowhere; what underflows beside them is at most the smallest
-normal number of float32."""
+"""Sums of products of 2^24 and two such factors do not overflow float32, and a product that underflows is too small to
+change a row by more than the smallest normal number."""
 FEWEST_ROWS = 64
-"""Below so many rows, to look at the factors costs more than a maximum of each row."""
+"""With fewer rows than this, the maximum of each row costs less than the range of the factors."""
 
 
 def anchor_of(block: Block, *factors: Array) -> Array | None:
-    """The maximum of each row, as a finite number; 0 in matrices of small logits, and None where all are such.
+    """Give the maximum of each row, made finite, but 0 in matrices of small logits, and None where all are small.
 
-    `factors` are what exponentials are multiplied with. Nothing invisible has a say: where a pair is hidden, every row
-    has its maximum.
+    The exponentials are multiplied with `factors`, which must be small, too.
     """
+    # An invisible pair must not decide about the anchor: where there is one, every row has its maximum (MHA-POISON-1).
     small = _small_matrices(block, factors)
     if small is not None and small.all():
         return None
@@ -43,7 +43,7 @@ def anchor_of(block: Block, *factors: Array) -> Array | None:
 
 
 def finite_anchor(maximum: Array) -> Array:
-    """A maximum, or the lowest number where it is -inf, since -inf - -inf is NaN."""
+    """Give a maximum, or the lowest finite number where it is -inf, since -inf - -inf is NaN."""
     if isinstance(maximum, numpy.ndarray):
         return numpy.maximum(maximum, _LOWEST[maximum.dtype])
     xp: Any = namespace_of(maximum)
@@ -54,7 +54,7 @@ _LOWEST = {numpy.dtype(name): numpy.finfo(name).min for name in ("float32", "flo
 
 
 def _small_matrices(block: Block, factors: tuple[Array, ...]) -> numpy.ndarray | None:
-    """Which matrices have small logits and factors, (entries, kv_heads, 1, 1); None where that is not looked at."""
+    """Tell which matrices have small logits and factors, (entries, kv_heads, 1, 1); None where it is not computed."""
     if not isinstance(block.logits, numpy.ndarray) or block.visible is not None or block.tile.rows < FEWEST_ROWS:
         return None
     small = _within(block.logits, SMALL)
@@ -64,6 +64,9 @@ def _small_matrices(block: Block, factors: tuple[Array, ...]) -> numpy.ndarray |
 
 
 def _within(matrices: numpy.ndarray, limit: float) -> numpy.ndarray:
-    """Which matrices have numbers from -limit to limit alone, NaN aside: it makes NaN of what it meets in any case."""
+    """Tell which matrices hold only numbers from -limit to limit.
+
+    NaN is ignored, since every sum that it enters is NaN with and without an anchor.
+    """
     above = numpy.fmax.reduce(matrices, axis=(-2, -1), keepdims=True) > limit
     return ~(above | (numpy.fmin.reduce(matrices, axis=(-2, -1), keepdims=True) < -limit))

@@ -1,4 +1,4 @@
-"""The gradients: strip by strip of queries, each strip against every key that it can see."""
+"""The gradients, computed for one strip of queries after another, each against every key that it sees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mha_spec import steps
 from mha_spec.arrays import device_of, dtype_name
 
-from .operations import Room, added, dense, outer, shown
+from .operations import Scratch, added, dense, outer, shown
 from .parallel import each
 from .strip import exponentials, strip_rows
 from .tiling import Assembly, cut, part, rows_of, stacks, unfold
@@ -26,30 +26,32 @@ __all__ = ["gradients"]
 
 @dataclass(slots=True)
 class StackGradients:
-    """What the strips of one stack have given so far, in the softmax's type."""
+    """The sums of the gradients of one stack over its strips, in the softmax's type."""
 
     key: Array
     """(entries, kv_heads, kv_len, qk_dim)."""
     value: Array
     """(entries, kv_heads, kv_len, v_dim)."""
     bias: Array | None
-    """(entries, heads, q_len, kv_len), 1 for each axis along which the bias is broadcast."""
+    """(entries, heads, q_len, kv_len), with size 1 along the axes on which the bias is broadcast."""
     sinks: Array | None
     """(heads,)."""
 
 
 def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> Gradients:
-    """The gradients of query, key, value, bias and sinks, each of its operand's dtype and shape (MHA-DTYPE-2)."""
+    """Give the gradients of query, key, value, bias and sinks in their dtypes and shapes (MHA-DTYPE-2)."""
     a, like = problem.a, problem.query
     grad_output = dense(grad_output, dtype_name(like))
     grad_lse = None if grad_lse is None else dense(grad_lse, dtype_name(like))[..., None]
     assemblies = [Assembly(tuple(operand.shape), like) for operand in (a.query, a.key, a.value)]
-    of_stack = partial(_gradients_of_stack, problem, grad_output, grad_lse, assemblies, Room())
-    parts = each(of_stack, stacks(a), a)
-    of_query, of_key, of_value = (steps.round_output(whole.whole(), dtype_name(a.query)) for whole in assemblies)
-    of_bias = None if a.bias is None else steps.round_output(_grad_bias(problem, parts), dtype_name(a.bias))
-    of_sinks = None if a.sinks is None else steps.round_output(_grad_sinks(problem, parts), dtype_name(a.sinks))
-    return of_query, of_key, of_value, of_bias, of_sinks
+    compute = partial(_gradients_of_stack, problem, grad_output, grad_lse, assemblies)
+    sums = each(compute, stacks(a), a)
+    grad_query, grad_key, grad_value = (
+        steps.round_output(assembly.whole(), dtype_name(a.query)) for assembly in assemblies
+    )
+    grad_bias = None if a.bias is None else steps.round_output(_grad_bias(problem, sums), dtype_name(a.bias))
+    grad_sinks = None if a.sinks is None else steps.round_output(_grad_sinks(problem, sums), dtype_name(a.sinks))
+    return grad_query, grad_key, grad_value, grad_bias, grad_sinks
 
 
 def _gradients_of_stack(
@@ -57,32 +59,30 @@ def _gradients_of_stack(
     grad_output: Array,
     grad_lse: Array | None,
     assemblies: list[Assembly],
-    room: Room,
     stack: Tile,
+    scratch: Scratch,
 ) -> StackGradients:
-    """Put the gradients of query, key and value into place, and give those of bias and sinks."""
+    """Write the gradients of query, key and value of a stack, and give those of bias and sinks."""
     grad_query, grad_key, grad_value = assemblies
-    gradients = _nothing(problem, stack)
+    gradients = _zeros(problem, stack)
     for tile in cut(stack, strip_rows(problem.a)):
-        room.clear()
+        scratch.clear()
         cotangent = rows_of(grad_output, tile)
-        blocks, of_sink, total = exponentials(problem, tile, cotangent, room=room)
+        blocks, sink_exponentials, total = exponentials(problem, tile, scratch, cotangent)
         share = steps.normalise(problem.xp.ones_like(total), total)
-        shared = cotangent * share
-        weighed, row_dot = _through_values(problem, tile, blocks, shared, gradients, room)
+        grad_weights, row_dot = _through_values(problem, tile, blocks, cotangent * share, gradients, scratch)
         if grad_lse is not None:
             row_dot = row_dot - rows_of(grad_lse, tile)
-        of_query = _through_scores(problem, tile, weighed, row_dot * share, gradients)
-        grad_query.put(tile.box, of_query)
-        if of_sink is not None:
-            gradients.sinks += steps.grad_sinks(unfold(of_sink * share, tile), unfold(row_dot, tile))
+        grad_query.put(tile.box, _through_scores(problem, tile, grad_weights, row_dot * share, gradients))
+        if sink_exponentials is not None:
+            gradients.sinks += steps.grad_sinks(unfold(sink_exponentials * share, tile), unfold(row_dot, tile))
     grad_key.put(stack.matrices, gradients.key)
     grad_value.put(stack.matrices, gradients.value)
     return gradients
 
 
-def _nothing(problem: Problem, stack: Tile) -> StackGradients:
-    """The gradients of a stack before any of its queries."""
+def _zeros(problem: Problem, stack: Tile) -> StackGradients:
+    """Give zeros in the shapes of a stack's gradients."""
     a, xp, like = problem.a, problem.xp, problem.query
     key, value = (xp.zeros_like(operand[(*stack.matrices, ...)]) for operand in (problem.key, problem.value))
     bias = sinks = None
@@ -95,36 +95,42 @@ def _nothing(problem: Problem, stack: Tile) -> StackGradients:
 
 
 def _through_values(
-    problem: Problem, tile: Tile, blocks: list[Block], shared: Array, gradients: StackGradients, room: Room
+    problem: Problem, tile: Tile, blocks: list[Block], shared: Array, gradients: StackGradients, scratch: Scratch
 ) -> tuple[list[tuple[Block, Array]], Array]:
     """Add dV; give each block with its dP, and D, the sum of P dP over the keys (MHA-VJP-1, MHA-VJP-3).
 
-    Blocks hold exponentials: what divides them, the sum of their row, `shared` = dO / sum has taken, and so has dP.
+    The blocks hold exponentials, which are not divided by the sums of their rows: `shared`, dO / sum, is divided
+    instead, because it is smaller.
     """
     xp, value = problem.xp, problem.value[(*tile.matrices, ...)]
     row_dot = problem.full(tile, 1, 0.0)
-    weighed: list[tuple[Block, Array]] = []
+    blocks_and_gradients: list[tuple[Block, Array]] = []
     for block in blocks:
         keys, weights = part(block.keys), block.logits
-        grad_weights = outer(shared, value[..., keys, :], room)
+        grad_weights = outer(shared, value[..., keys, :], scratch)
         grad_weights = shown(problem.drop(tile, block.keys, grad_weights), block.visible, tile)
         row_dot += xp.vecdot(weights, grad_weights)[..., None]
-        of_value = block.transposed_product(problem.drop(tile, block.keys, weights), shared)
-        gradients.value = added(gradients.value, (..., keys, slice(None)), of_value)
-        weighed.append((block, grad_weights))
-    return weighed, row_dot
+        grad_value = block.transposed_product(problem.drop(tile, block.keys, weights), shared)
+        gradients.value = added(gradients.value, (..., keys, slice(None)), grad_value)
+        blocks_and_gradients.append((block, grad_weights))
+    return blocks_and_gradients, row_dot
 
 
 def _through_scores(
-    problem: Problem, tile: Tile, weighed: list[tuple[Block, Array]], row_dot: Array, gradients: StackGradients
+    problem: Problem,
+    tile: Tile,
+    blocks_and_gradients: list[tuple[Block, Array]],
+    row_dot: Array,
+    gradients: StackGradients,
 ) -> Array:
-    """Add dK and dbias of dS = P (dP - D), and give dQ (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5).
+    """Add dK and dbias from dS = P (dP - D), and give dQ (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5).
 
-    The sum by which P is divided is in dP and `row_dot`. The last blocks come first: they are still in the cache.
+    dP and `row_dot` are divided by the sums of the rows, so that the exponentials stand for P.
     """
     query, key = problem.scaled(tile), problem.key[(*tile.matrices, ...)]
     grad_query = problem.xp.zeros_like(query)
-    for block, grad_weights in reversed(weighed):
+    # The last blocks come first, because they are still in the core's cache.
+    for block, grad_weights in reversed(blocks_and_gradients):
         keys, grad_logits = part(block.keys), grad_weights
         grad_logits -= row_dot
         grad_logits *= block.logits
@@ -135,36 +141,36 @@ def _through_scores(
         if problem.a.softcap is not None:
             grad_scores = shown(grad_logits * block.cap_slope, block.visible, block.tile)
         grad_query += block.product(grad_scores, key[..., keys, :])
-        of_key = block.transposed_product(grad_scores, query)
-        gradients.key = added(gradients.key, (..., keys, slice(None)), of_key)
+        grad_key = block.transposed_product(grad_scores, query)
+        gradients.key = added(gradients.key, (..., keys, slice(None)), grad_key)
     return problem.scale * grad_query
 
 
 def _with_block(grad_bias: Array, block: Block, grad_logits: Array) -> Array:
-    """Add to a bias gradient what a block gives, summed over the axes along which the bias is broadcast (MHA-VJP-5)."""
-    of_block = steps.grad_bias(unfold(grad_logits, block.tile), grad_bias.shape)
+    """Add a block's dS to the gradient of the bias, summed over the axes on which the bias is broadcast (MHA-VJP-5)."""
+    block_gradient = steps.grad_bias(unfold(grad_logits, block.tile), grad_bias.shape)
     queries, keys = (
-        slice(None) if size == 1 else part(place)
-        for place, size in zip((block.tile.queries, block.keys), grad_bias.shape[2:], strict=True)
+        slice(None) if size == 1 else part(indices)
+        for indices, size in zip((block.tile.queries, block.keys), grad_bias.shape[2:], strict=True)
     )
-    return added(grad_bias, (slice(None), slice(None), queries, keys), of_block)
+    return added(grad_bias, (slice(None), slice(None), queries, keys), block_gradient)
 
 
-def _grad_bias(problem: Problem, parts: list[StackGradients]) -> Array:
-    """Sum what the stacks give to the gradient of the bias, in their order."""
+def _grad_bias(problem: Problem, sums: list[StackGradients]) -> Array:
+    """Add up the bias gradients of the stacks."""
     bias: Array = problem.a.bias
     like = problem.query
     whole = problem.xp.zeros(tuple(bias.shape), dtype=like.dtype, device=device_of(like))
-    for stack, gradients in zip(stacks(problem.a), parts, strict=True):
+    for stack, gradients in zip(stacks(problem.a), sums, strict=True):
         entries = part(stack.entries) if bias.shape[0] > 1 else slice(None)
         heads = part(stack.heads) if bias.shape[1] > 1 else slice(None)
         whole = added(whole, (entries, heads, slice(None), slice(None)), gradients.bias)
     return whole
 
 
-def _grad_sinks(problem: Problem, parts: list[StackGradients]) -> Array:
-    """Sum what the stacks give to the gradient of the sinks, in their order."""
+def _grad_sinks(problem: Problem, sums: list[StackGradients]) -> Array:
+    """Add up the sink gradients of the stacks."""
     whole = problem.xp.zeros_like(problem.sinks)
-    for stack, gradients in zip(stacks(problem.a), parts, strict=True):
+    for stack, gradients in zip(stacks(problem.a), sums, strict=True):
         whole = added(whole, (part(stack.heads),), gradients.sinks)
     return whole

@@ -1,4 +1,4 @@
-"""The functions of attention over blocks: what a call is cut into, and what its blocks are put together to."""
+"""The functions of attention: each cuts a call into tiles, computes them, and assembles the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from mha_spec.checks import check, check_cotangents, check_dropout_mask, check_f
 from .backward import gradients
 from .dropout import dropout_of
 from .forward import attend
-from .operations import Room
 from .parallel import each
 from .problem import Problem
 from .strip import strip_rows, weigh
@@ -43,9 +42,9 @@ def attention(
     return_lse: bool = False,
     **options: Unpack[Options],
 ) -> Array | tuple[Array, Array]:
-    """Attention with an online softmax over blocks of keys; see `mha_spec.reference.attention`.
+    """Compute attention with an online softmax over blocks of keys; see `mha_spec.reference.attention`.
 
-    `dropout_key` is an integer seed; None takes one from `numpy.random`.
+    `dropout_key` is an integer seed; None draws a seed from `numpy.random`.
     """
     a = _arguments("attention", query, key, value, **options)
     return_lse = check_flag("return_lse", return_lse)
@@ -53,7 +52,7 @@ def attention(
     rows = (a.batch, a.heads, a.q_len)
     output = Assembly((*rows, value.shape[3]), problem.query)
     lse = Assembly(rows, problem.query) if return_lse else None
-    each(partial(attend, problem, output, lse, Room()), tiles(a, problem.visibility.rows), a)
+    each(partial(attend, problem, output, lse), tiles(a, problem.visibility.rows), a)
     rounded = steps.round_output(output.whole(), dtype_name(query))
     return rounded if lse is None else (rounded, lse.whole())
 
@@ -65,7 +64,7 @@ def attention_weights(
     key: Float[Array, "batch kv_heads kv_len qk_dim"],
     **options: Unpack[WeightOptions],
 ) -> Float[Array, "batch heads q_len kv_len"]:
-    """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
+    """Compute the normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
     a = _arguments("attention_weights", query, key, None, **options)
     problem = Problem.of(a)
     weights = Assembly((a.batch, a.heads, a.q_len, a.kv_len), problem.query)
@@ -84,7 +83,7 @@ def attention_vjp(
     grad_lse: Float[Array, "batch heads q_len"] | None = None,
     **options: Unpack[Options],
 ) -> Gradients:
-    """The gradients in closed form, strip by strip of queries; see `mha_spec.reference.attention_vjp`."""
+    """Compute the gradients in closed form, strip by strip of queries; see `mha_spec.reference.attention_vjp`."""
     a = _arguments("attention_vjp", query, key, value, **options)
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)

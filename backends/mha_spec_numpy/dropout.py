@@ -1,4 +1,4 @@
-"""Random dropout: a mask that depends on the seed and on where a pair lies, not on how the work is cut into blocks."""
+"""Random dropout, whose mask depends on the seed and on the indices of a pair, not on how a call is cut into blocks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["Dropout", "dropout_of"]
 
 COLUMNS = 256
-"""Keys whose draws for one query lie side by side in the stream."""
+"""How many keys have adjacent draws, for one query, in the stream."""
 DRAWS_PER_STEP = 8
-"""32-bit draws that one step of Philox's counter gives."""
+"""How many draws of 32 bits a step of Philox's counter gives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """Which weights a seed keeps: pair (b, h, i, j) has its own place in the stream of a counter-based generator."""
+    """The draws of one call: each pair (b, h, i, j) has a fixed place in the stream of a counter-based generator."""
 
     seed: int
     rate: float
@@ -34,7 +34,7 @@ class Dropout:
     kv_len: int
 
     def block(self, tile: Tile, keys: range, xp: Any, device: object) -> Array:
-        """Which weights of a block are kept, (entries, heads, queries, keys)."""
+        """Tell which weights of a block are kept, (entries, heads, queries, keys)."""
         first, last = keys.start // COLUMNS, -(-keys.stop // COLUMNS)
         within = slice(keys.start - first * COLUMNS, keys.stop - first * COLUMNS)
         columns = [
@@ -42,7 +42,7 @@ class Dropout:
             for entry in tile.entries
             for head in tile.heads
         ]
-        kept = numpy.stack([numpy.concatenate(of_head, axis=1)[:, within] for of_head in columns])
+        kept = numpy.stack([numpy.concatenate(blocks, axis=1)[:, within] for blocks in columns])
         return xp.asarray(kept.reshape(*tile.unfolded, len(keys)), device=device)
 
     def _columns(self, head: int, column: int, queries: range) -> numpy.ndarray:
@@ -50,11 +50,12 @@ class Dropout:
         row = (head * columns + column) * self.q_len + queries.start
         stream = numpy.random.Philox(self.seed).advance(row * (COLUMNS // DRAWS_PER_STEP))
         draws = stream.random_raw(len(queries) * COLUMNS // 2).view(numpy.uint32)
+        # Comparing whole numbers of 32 bits keeps a weight with a probability within 2^-32 of 1 - rate (MHA-DROP-4).
         return (draws >= self.rate * 2.0**32).reshape(len(queries), COLUMNS)
 
 
 def dropout_of(a: Arguments) -> Dropout | None:
-    """The dropout that a call has to draw, or None where it has a mask or none is asked (MHA-DROP-4)."""
+    """Give the dropout that a call has to draw, or None where it has a mask or a rate of 0 (MHA-DROP-4)."""
     if a.dropout_rate == 0 or a.dropout_mask is not None:
         return None
     return Dropout(_seed(a.dropout_key), a.dropout_rate, a.heads, a.q_len, a.kv_len)

@@ -1,4 +1,4 @@
-"""The forward pass: one tile of queries after another, block by block of their keys, with an online softmax."""
+"""The forward pass: an online softmax over the blocks of keys of one tile of queries after another."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from .tiling import part
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
-    from .operations import Room
+    from .operations import Scratch
     from .problem import Block, Problem
     from .tiling import Assembly, Tile
 
 __all__ = ["attend"]
 
 SCORES = 2**18
-"""How many scores a block has at most: 1 MiB in float32, which stays in a core's cache."""
+"""The largest number of scores in a block: 1 MiB in float32, which stays in a core's cache."""
 
 
 class Softmax(NamedTuple):
-    """What the blocks so far have come to: the sums of exponentials, and the anchor that was subtracted before exp."""
+    """The state after some blocks: the sums of exponentials, and the anchor that was subtracted before exp."""
 
     anchor: Array | None
-    """None where it is 0 in every row."""
+    """None if it is 0 in every row."""
     total: Array
     sums: Array | None
-    """Of values, each times its exponential after dropout; None where the total is that of a sink alone."""
+    """Sums of values, each times its exponential after dropout; None if only a sink has been added."""
 
 
-def attend(problem: Problem, output: Assembly, lse: Assembly | None, room: Room, tile: Tile) -> None:
-    """Put a tile's output and lse into place; lse costs nothing where it is not asked for."""
+def attend(problem: Problem, output: Assembly, lse: Assembly | None, tile: Tile, scratch: Scratch) -> None:
+    """Write a tile's output, and its lse if it is asked for."""
     value, scaled = problem.value[(*tile.matrices, ...)], problem.scaled(tile)
     softmax, place = _of_sink(problem, tile), output.place(tile)
     for keys in problem.visibility.key_blocks(tile, max(1, SCORES // tile.rows)):
-        room.clear()
-        block = problem.block(scaled, tile, keys, room=room)
+        scratch.clear()
+        block = problem.block(scaled, tile, keys, scratch)
         softmax = _with_block(problem, softmax, block, value[..., part(keys), :], place)
     anchor, total, sums = softmax or Softmax(None, problem.full(tile, 1, 0.0), None)
     attended = problem.full(tile, value.shape[3], 0.0) if sums is None else normalised(sums, total)
@@ -50,7 +50,7 @@ def attend(problem: Problem, output: Assembly, lse: Assembly | None, room: Room,
 
 
 def _of_sink(problem: Problem, tile: Tile) -> Softmax | None:
-    """The sink comes first, as a block without a value: it weighs 1 against itself, and 0 where it is none."""
+    """Give the state after the sink, a block without a value; the exponential of a sink of -inf is 0 (MHA-SINK-2)."""
     sink = problem.sink_of(tile)
     if sink is None:
         return None
@@ -59,7 +59,7 @@ def _of_sink(problem: Problem, tile: Tile) -> Softmax | None:
 
 
 def _with_block(problem: Problem, before: Softmax | None, block: Block, value: Array, place: Array | None) -> Softmax:
-    """One block more, and what came before it against the new anchor; the first may put its sums into place."""
+    """Give the state after a further block; the first block writes its sums into `place` if there is one."""
     weights, anchor = block.logits, _anchor(problem, before, block, value)
     if anchor is not None:
         weights -= anchor
@@ -79,7 +79,7 @@ def _with_block(problem: Problem, before: Softmax | None, block: Block, value: A
 
 
 def _anchor(problem: Problem, before: Softmax | None, block: Block, value: Array) -> Array | None:
-    """What a block's exponentials are taken against: no less than what those before were."""
+    """Give the anchor after a further block, which is no less than that before it."""
     anchor = anchor_of(block, value)
     if before is None or anchor is before.anchor is None:
         return anchor

@@ -21,10 +21,10 @@ __all__ = ["MultiHeadAttention"]
 
 
 class MultiHeadAttention(LayerObject):
-    """Multi-head attention with parameters of its own; see `mha_spec.reference.multi_head_attention`.
+    """Multi-head attention that holds its parameters; see `mha_spec.reference.multi_head_attention`.
 
-    Weights begin as Xavier's uniform distribution, biases at 0, gains at 1. `params` holds them by name. `dropout_rate`
-    holds where `training` is True, unless a call says another.
+    Weights start from Xavier's uniform distribution, biases at 0, gains at 1. `params` holds them by name. The
+    `dropout_rate` applies only while `training` is True; a call may override it.
     """
 
     functions = layer
@@ -53,7 +53,7 @@ class MultiHeadAttention(LayerObject):
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> Array | tuple[Array, KVCache]:
-        """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        """Attend from the query to the key, by default the query; the value is by default the key."""
         return self.attend(query, key, value, cache=cache, **options)
 
     def _in_training(self, options: Options) -> Options:

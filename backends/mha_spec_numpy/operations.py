@@ -1,10 +1,9 @@
-"""The few operations that NumPy can do in place, and libraries whose arrays never change cannot."""
+"""Operations that NumPy does in place, and that libraries with immutable arrays do not."""
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from threading import local
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -18,12 +17,14 @@ if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
     from .tiling import Tile
+    from .visibility import VisiblePairs
 
 __all__ = [
-    "Room",
+    "Scratch",
     "added",
     "dense",
     "exp",
+    "hide",
     "is_finite",
     "normalised",
     "outer",
@@ -32,13 +33,14 @@ __all__ = [
     "shown",
 ]
 
-_LEAST = {numpy.dtype(name): numpy.finfo(name).smallest_normal for name in ("float32", "float64")}
+_SMALLEST_NORMAL = {numpy.dtype(name): numpy.finfo(name).smallest_normal for name in ("float32", "float64")}
 
 
-class Room(local):
-    """Memory for the blocks of a strip, and then for those of the next: fresh memory costs as much time as a product.
+class Scratch:
+    """Memory that one thread reuses for the blocks of tile after tile.
 
-    Each thread has its own. It is NumPy's alone; arrays of other libraries never change.
+    The first write to new memory costs as much time as a matrix product, because the system clears its pages. Only
+    NumPy's arrays are written into it.
     """
 
     def __init__(self) -> None:
@@ -46,11 +48,11 @@ class Room(local):
         self._taken = 0
 
     def clear(self) -> None:
-        """All that was taken may be written over."""
+        """Let every array that was taken be overwritten."""
         self._taken = 0
 
     def take(self, shape: tuple[int, ...], dtype: numpy.dtype) -> numpy.ndarray:
-        """An array with any numbers in it."""
+        """Give an uninitialised array."""
         index, size = self._taken, math.prod(shape)
         if index == len(self._pieces) or self._pieces[index].size < size:
             self._pieces[index : index + 1] = [numpy.empty(size, dtype)]
@@ -59,7 +61,7 @@ class Room(local):
 
 
 def dense(array: Array, dtype: str) -> Array:
-    """Convert to `dtype`, laid out in order: equal numbers then take the same path whatever their strides."""
+    """Convert to `dtype` and contiguous memory, so that equal numbers give the same bits whatever their strides."""
     if isinstance(array, numpy.ndarray):
         return numpy.ascontiguousarray(array, dtype)
     xp: Any = namespace_of(array)
@@ -67,45 +69,63 @@ def dense(array: Array, dtype: str) -> Array:
 
 
 def exp(array: Array) -> Array:
-    """exp of an array that nobody else needs any more."""
+    """Overwrite an array with its exponentials."""
     xp: Any = namespace_of(array)
     return numpy.exp(array, out=array) if isinstance(array, numpy.ndarray) else xp.exp(array)
 
 
-def outer(left: Array, right: Array, room: Room | None) -> Array:
-    """Every row of each matrix times every row of another, in memory of `room`."""
-    if room is None or not isinstance(left, numpy.ndarray):
+def outer(left: Array, right: Array, scratch: Scratch) -> Array:
+    """Multiply every row of each matrix with every row of another, into `scratch` on NumPy."""
+    if not isinstance(left, numpy.ndarray):
         return left @ namespace_of(right).matrix_transpose(right)
-    return numpy.matmul(left, right.swapaxes(-1, -2), out=room.take((*left.shape[:-1], right.shape[-2]), left.dtype))
+    return numpy.matmul(left, right.swapaxes(-1, -2), out=scratch.take((*left.shape[:-1], right.shape[-2]), left.dtype))
 
 
-def shown(matrices: Array, visible: Array | None, tile: Tile, hidden: float = 0.0) -> Array:
-    """Matrices that nobody else needs, with `hidden` at the pairs that are not visible (MHA-POISON-1, MHA-POISON-2)."""
+def hide(logits: Array, visible: VisiblePairs | None, tile: Tile) -> Array:
+    """Overwrite invisible pairs with -inf, whatever they hold (MHA-POISON-1, MHA-POISON-2).
+
+    On NumPy a NaN at a visible pair becomes inf, and either makes NaN of every weight of its row.
+    """
+    if visible is None:
+        return logits
+    unfolded = unfold(logits, tile)
+    if isinstance(logits, numpy.ndarray):
+        numpy.fmin(unfolded, visible.ceiling, out=unfolded)
+        return logits
+    return fold(namespace_of(logits).where(visible.pairs, unfolded, -math.inf), tile)
+
+
+def shown(matrices: Array, visible: VisiblePairs | None, tile: Tile) -> Array:
+    """Overwrite invisible pairs with 0, whatever they hold (MHA-POISON-1, MHA-POISON-2)."""
     if visible is None:
         return matrices
     unfolded = unfold(matrices, tile)
     if isinstance(matrices, numpy.ndarray):
-        numpy.copyto(unfolded, hidden, where=~visible)
+        numpy.copyto(unfolded, 0.0, where=~visible.pairs)
         return matrices
-    return fold(namespace_of(matrices).where(visible, unfolded, hidden), tile)
+    return fold(namespace_of(matrices).where(visible.pairs, unfolded, 0.0), tile)
 
 
 def normalised(sums: Array, total: Array) -> Array:
-    """Sums that nobody else needs, over the sum of their row's exponentials; 0 where that is 0, as they are."""
+    """Overwrite sums with their quotient by the sum of their row's exponentials; it is 0 in an empty row.
+
+    Products with the reciprocal take half the time of quotients.
+    """
     if isinstance(sums, numpy.ndarray):
-        return numpy.divide(sums, numpy.maximum(total, _LEAST[total.dtype]), out=sums)
+        sums *= 1.0 / numpy.maximum(total, _SMALLEST_NORMAL[total.dtype])
+        return sums
     return steps.normalise(sums, total)
 
 
 def row_maximum(array: Array) -> Array:
-    """The largest number of each row, (..., rows, 1)."""
+    """Give the largest number of each row, (..., rows, 1)."""
     if isinstance(array, numpy.ndarray):
         return numpy.maximum.reduce(array, axis=-1, keepdims=True)
     return namespace_of(array).max(array, axis=-1, keepdims=True)
 
 
 def row_sum(array: Array) -> Array:
-    """The sum of each row, (..., rows, 1); a product with ones takes a quarter of the time of `sum`."""
+    """Give the sum of each row, (..., rows, 1); a product with ones takes a quarter of the time of `sum`."""
     if isinstance(array, numpy.ndarray):
         return array @ _ones(array.shape[-1], array.dtype)
     xp: Any = namespace_of(array)
@@ -118,7 +138,7 @@ def _ones(length: int, dtype: numpy.dtype) -> numpy.ndarray:
 
 
 def added(array: Array, where: tuple[Any, ...], block: Array) -> Array:
-    """Add a block to a part of an array that nobody else holds, and give the array back."""
+    """Add a block to a part of an array, in place if possible, and give the array."""
     if hasattr(array, "at"):
         return array.at[where].add(block)
     array[where] += block
@@ -126,7 +146,7 @@ def added(array: Array, where: tuple[Any, ...], block: Array) -> Array:
 
 
 def is_finite(matrices: Array) -> bool:
-    """Whether matrices are known to hold finite numbers alone; what lies on a device is not read."""
+    """Return True if all numbers are known to be finite; arrays on a device are not read."""
     if not isinstance(matrices, numpy.ndarray):
         return False
     return bool(numpy.isfinite(_ones(matrices.shape[-2], matrices.dtype).T @ matrices).all())

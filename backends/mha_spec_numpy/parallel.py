@@ -1,4 +1,4 @@
-"""Work spread over the cores: NumPy's matrix products use all of them, its other operations only one."""
+"""Threads: NumPy's matrix products use every core, but its other operations use only one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy
 
+from .operations import Scratch
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -20,40 +22,49 @@ if TYPE_CHECKING:
 __all__ = ["blas", "each"]
 
 WORTHWHILE = 2**20
-"""Below so many scores, starting threads costs more than they save."""
+"""With fewer scores than this, threads cost more than they save."""
 SHARED, SHARED_VECTOR = 2**18, 2**13
-"""Up to so many multiplications OpenBLAS leaves a product, or one of a matrix and a vector, to one thread."""
+"""OpenBLAS computes a product of up to so many multiplications, or one with a vector, in a single thread."""
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
 
-def each(function: Callable[[_Task], _Result], tasks: Sequence[_Task], a: Arguments) -> list[_Result]:
-    """Give the result of each task in order; on NumPy, large work is spread over as many threads as its BLAS has."""
+def each(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task], a: Arguments) -> list[_Result]:
+    """Give the result of each task in order; on NumPy, large work is spread over as many threads as its BLAS has.
+
+    Each thread has its own scratch memory.
+    """
     if not isinstance(a.query, numpy.ndarray) or _is_tiny(a):
-        return [function(task) for task in tasks]
+        return _in_turn(function, tasks)
     with blas().one_thread() as available:
         threads = min(available, len(tasks))
         if threads <= 1 or a.batch * a.heads * a.q_len * a.kv_len < WORTHWHILE:
-            return [function(task) for task in tasks]
+            return _in_turn(function, tasks)
         return _shared(function, tasks, threads)
 
 
+def _in_turn(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task]) -> list[_Result]:
+    scratch = Scratch()
+    return [function(task, scratch) for task in tasks]
+
+
 def _is_tiny(a: Arguments) -> bool:
-    """Whether no product of the call is so large that a BLAS would use its threads for it."""
+    """Return True if every product of the call is so small that the BLAS computes it in one thread."""
     rows, size = a.heads // a.kv_heads * a.q_len, max(a.query.shape[3], 1 if a.value is None else a.value.shape[3])
     return rows * a.kv_len * size <= SHARED and max(rows, size) * a.kv_len <= SHARED_VECTOR
 
 
-def _shared(function: Callable[[_Task], _Result], tasks: Sequence[_Task], threads: int) -> list[_Result]:
-    """The caller's thread and others take one task after another; an error ends the work of all."""
-    waiting, found = deque(enumerate(tasks)), {}
+def _shared(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task], threads: int) -> list[_Result]:
+    """Let the caller's thread and others take one task after another; an error in any of them ends all."""
+    waiting, results = deque(enumerate(tasks)), {}
 
     def work() -> None:
+        scratch = Scratch()
         try:
             with numpy.errstate(all="ignore"):
                 for index, task in _taken(waiting):
-                    found[index] = function(task)
+                    results[index] = function(task, scratch)
         finally:
             waiting.clear()
 
@@ -66,11 +77,11 @@ def _shared(function: Callable[[_Task], _Result], tasks: Sequence[_Task], thread
         wait(others)
     for other in others:
         other.result()
-    return [found[index] for index in range(len(tasks))]
+    return [results[index] for index in range(len(tasks))]
 
 
 def _taken(waiting: deque[_Task]) -> Iterator[_Task]:
-    """What is left, to whoever asks first."""
+    """Take tasks until none is left; several threads may do so at the same time."""
     while waiting:
         try:
             yield waiting.popleft()
@@ -80,15 +91,15 @@ def _taken(waiting: deque[_Task]) -> Iterator[_Task]:
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    """The threads beside the caller's, kept from call to call; one is started when there is work for it."""
+    """Give the threads that help the caller's; they are started on demand and kept from call to call."""
     return ThreadPoolExecutor(os.cpu_count(), "mha_spec_numpy")
 
 
 class Blas:
-    """NumPy's BLAS, held to one thread while a call is at work, and calls to one at a time.
+    """NumPy's BLAS, which is limited to one thread during a call; only one call at a time does so.
 
-    Two products at once, each with all threads, hinder each other; and a product rounds otherwise with another number
-    of threads, so that a batch entry would depend on the others (MHA-PURE-3).
+    Concurrent products that each use all threads slow each other down. The number of threads also changes how a product
+    rounds, so that a batch entry would depend on the others (MHA-PURE-3).
     """
 
     def __init__(self) -> None:
@@ -99,12 +110,12 @@ class Blas:
 
     @property
     def threads(self) -> int:
-        """How many threads a product uses now."""
+        """How many threads a product uses."""
         return max((library.num_threads for library in self._libraries), default=1)
 
     @contextmanager
     def one_thread(self) -> Iterator[int]:
-        """Hold the BLAS to one thread, and say how many it had; 1 where it does not obey."""
+        """Limit the BLAS to one thread, and yield how many it had, or 1 if it cannot be limited."""
         with self._lock:
             before = [library.num_threads for library in self._libraries]
             try:
@@ -125,7 +136,7 @@ def blas() -> Blas:
 
 
 def _forget() -> None:
-    """A forked process has neither the threads nor a lock that one of them held."""
+    """Drop the threads, which a forked process does not have, and a lock that one of them may have held."""
     _pool.cache_clear()
     blas.cache_clear()
 

@@ -1,8 +1,7 @@
-"""One call, prepared: operands in the softmax's type, and the logits of any block of it."""
+"""The operands of a call in the softmax's type, and the logits of any of its blocks."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy
 from mha_spec import steps
 from mha_spec.arrays import device_of, dtype_name, namespace_of, softmax_dtype_name
 
-from .operations import dense, is_finite, outer, shown
+from .operations import dense, hide, is_finite, outer
 from .tiling import cut_pairs, fold, part, rows_of, unfold
 from .visibility import Visibility
 
@@ -20,8 +19,9 @@ if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
     from .dropout import Dropout
-    from .operations import Room
+    from .operations import Scratch
     from .tiling import Tile
+    from .visibility import VisiblePairs
 
 __all__ = ["Block", "Problem"]
 
@@ -32,21 +32,19 @@ class Block(NamedTuple):
     tile: Tile
     keys: range
     logits: Array
-    visible: Array | None
-    """Broadcastable to (entries, heads, queries, keys), or None where all pairs are visible."""
+    visible: VisiblePairs | None
+    """None where all pairs are visible."""
     cap_slope: Array | float
 
     def product(self, weights: Array, values: Array, place: Array | None = None) -> Array:
-        """sum_j weights_ij values_jc over visible pairs alone, where invisible ones have weight 0; maybe in `place`.
-
-        A plain product would carry a value that is not finite through a weight of 0 (MHA-POISON-1, MHA-POISON-2).
-        """
+        """Compute sum_j weights_ij values_jc over visible pairs, into `place` if possible; invisible weights are 0."""
+        # In a plain product, an infinite value at an invisible pair would make NaN of its weight 0 (MHA-POISON-1).
         if self.visible is None or is_finite(values):
             return weights @ values if place is None else numpy.matmul(weights, values, out=place)
         return steps.sum_over_visible(weights, values, self._visible_pairs())
 
     def transposed_product(self, weights: Array, rows: Array) -> Array:
-        """sum_i weights_ij rows_ic over visible pairs alone, where invisible ones have weight 0."""
+        """Compute sum_i weights_ij rows_ic over visible pairs; invisible weights are 0."""
         xp: Any = namespace_of(weights)
         weights = xp.matrix_transpose(weights)
         if self.visible is None or is_finite(rows):
@@ -55,7 +53,8 @@ class Block(NamedTuple):
 
     def _visible_pairs(self) -> Array:
         xp: Any = namespace_of(self.logits)
-        return fold(xp.broadcast_to(self.visible, (*self.tile.unfolded, len(self.keys))), self.tile)
+        pairs = None if self.visible is None else self.visible.pairs
+        return fold(xp.broadcast_to(pairs, (*self.tile.unfolded, len(self.keys))), self.tile)
 
 
 @dataclass(slots=True)
@@ -75,7 +74,7 @@ class Problem:
 
     @classmethod
     def of(cls, a: Arguments, dropout: Dropout | None = None) -> Problem:
-        """Convert the operands of a call; what is already as needed is not copied."""
+        """Convert the operands of a call; an operand of the right type and layout is not copied."""
         dtype = softmax_dtype_name(dtype_name(a.query))
         scale = steps.scale_of(a.scale, a.query.shape[3])
         query, key = dense(a.query, dtype), dense(a.key, dtype)
@@ -83,12 +82,12 @@ class Problem:
         return cls(a, namespace_of(query), query, key, value, sinks, scale, Visibility(a), dropout)
 
     def scaled(self, tile: Tile) -> Array:
-        """The queries of a tile, (entries, kv_heads, rows, qk_dim), times the scale."""
+        """Give the queries of a tile, (entries, kv_heads, rows, qk_dim), times the scale."""
         return rows_of(self.query, tile) * self.scale
 
-    def block(self, scaled: Array, tile: Tile, keys: range, *, slope: bool = False, room: Room | None = None) -> Block:
-        """The logits of a tile against a block of keys, and with `slope` that of the soft cap (MHA-VJP-2)."""
-        scores = outer(scaled, self.key[(*tile.matrices, part(keys), ...)], room)
+    def block(self, scaled: Array, tile: Tile, keys: range, scratch: Scratch, *, slope: bool = False) -> Block:
+        """Compute the logits of a tile and a block of keys, and with `slope` the slope of the soft cap (MHA-VJP-2)."""
+        scores = outer(scaled, self.key[(*tile.matrices, part(keys), ...)], scratch)
         logits = steps.soft_cap(scores, self.a.softcap)
         cap_slope = steps.cap_slope(scores, self.a.softcap) if slope else 1.0
         bias = None
@@ -96,10 +95,10 @@ class Problem:
             bias = self.xp.astype(cut_pairs(self.a.bias, tile, keys), logits.dtype)
             logits = fold(steps.add_bias(unfold(logits, tile), bias), tile)
         visible = self.visibility.visible(tile, keys, bias)
-        return Block(tile, keys, shown(logits, visible, tile, -math.inf), visible, cap_slope)
+        return Block(tile, keys, hide(logits, visible, tile), visible, cap_slope)
 
     def sink_of(self, tile: Tile) -> Array | None:
-        """The sink of each row, (entries, kv_heads, rows, 1); -inf is none (MHA-SINK-1, MHA-SINK-2)."""
+        """Give the sink of each row, (entries, kv_heads, rows, 1); None without sinks (MHA-SINK-1)."""
         if self.sinks is None:
             return None
         xp = self.xp
@@ -107,12 +106,12 @@ class Problem:
         return fold(xp.broadcast_to(sinks, (*tile.unfolded, 1)), tile)
 
     def full(self, tile: Tile, columns: int, number: float) -> Array:
-        """Matrices of one number for a tile."""
+        """Give matrices filled with `number` for the rows of a tile."""
         shape = (*tile.folded, columns)
         return self.xp.full(shape, number, dtype=self.query.dtype, device=device_of(self.query))
 
     def drop(self, tile: Tile, keys: range, weights: Array) -> Array:
-        """Numbers of each pair after dropout, or as they are without one (MHA-DROP-1, MHA-DROP-2)."""
+        """Apply dropout, if there is any, to one number for each pair (MHA-DROP-1, MHA-DROP-2)."""
         if self.a.dropout_mask is not None:
             kept = cut_pairs(self.a.dropout_mask, tile, keys)
         elif self.dropout is not None:

@@ -1,6 +1,7 @@
-"""What needs normalised weights: a strip of queries is held against every key that it can see.
+"""Strips of queries with their weights over all keys, for the weights and the gradients.
 
-So each exponential and each product is computed once. A strip is lower the more keys there are.
+A strip holds every exponential of its rows, so that each is computed once. The more keys there are, the fewer rows a
+strip has.
 """
 
 from __future__ import annotations
@@ -20,41 +21,41 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
-    from .operations import Room
+    from .operations import Scratch
     from .problem import Block, Problem
     from .tiling import Assembly, Tile
 
 __all__ = ["exponentials", "strip_rows", "weigh"]
 
 SCORES = 5 * 2**16
-"""How many scores a block has at most: 640 in each of 512 rows, since rows of 512 meet in the same lines of a cache."""
+"""The largest number of scores in a block: 640 in each of 512 rows, since 512 would make the rows share cache lines."""
 STRIP = 2**21
-"""How many scores a strip has, 8 MiB in float32, as long as its rows keep within the bounds."""
+"""How many scores a strip has, 8 MiB in float32, unless the bounds of its rows demand another number."""
 LOWEST, HIGHEST = 64, 512
-"""Bounds of a strip's rows; below the lowest, matrix products lose their speed."""
+"""Bounds of a strip's rows; matrix products with fewer rows than the lowest are slow."""
 
 
 def strip_rows(a: Arguments) -> int:
-    """How many rows of a matrix make a strip whose weights over all keys may be held."""
+    """Give the number of rows of a strip."""
     return min(HIGHEST, max(LOWEST, STRIP // max(1, a.kv_len)))
 
 
 def exponentials(
-    problem: Problem, tile: Tile, cotangent: Array | None = None, *, room: Room | None = None
+    problem: Problem, tile: Tile, scratch: Scratch, cotangent: Array | None = None
 ) -> tuple[list[Block], Array | None, Array]:
-    """The blocks of a strip with exponentials for logits, those of the sinks, and the sums.
+    """Give the blocks of a strip with exponentials as logits, the exponentials of the sinks, and the sums of the rows.
 
-    With a cotangent of its rows the blocks have the slope of the soft cap, too. Where no anchor is needed, exponentials
-    are taken as soon as the logits are there, in the core's cache.
+    With the cotangent of the strip's rows, the blocks also have the slope of the soft cap.
     """
     scaled, sink = problem.scaled(tile), problem.sink_of(tile)
     total = problem.full(tile, 1, 0.0)
     blocks: list[tuple[Block, Array | None]] = []
     for keys in problem.visibility.key_blocks(tile, max(1, SCORES // tile.rows)):
-        block = problem.block(scaled, tile, keys, slope=cotangent is not None, room=room)
+        block = problem.block(scaled, tile, keys, scratch, slope=cotangent is not None)
         factors = () if cotangent is None else (cotangent, problem.value[(*tile.matrices, part(keys), ...)])
         anchor = anchor_of(block, *factors)
         if anchor is None:
+            # The logits are still in the core's cache, so that exp takes less time than after the last block.
             total = total + row_sum(exp(block.logits))
         blocks.append((block, anchor))
 
@@ -79,7 +80,7 @@ def exponentials(
 
 
 def _highest(problem: Problem, anchors: Sequence[Array | None]) -> Array | None:
-    """The anchor that serves all blocks, no less than any of theirs; None where that is 0 in every row."""
+    """Give the highest anchor of all blocks, or None if it is 0 in every row."""
     numbers = [anchor for anchor in anchors if anchor is not None]
     if not numbers:
         return None
@@ -88,10 +89,11 @@ def _highest(problem: Problem, anchors: Sequence[Array | None]) -> Array | None:
     return reduce(problem.xp.maximum, numbers)
 
 
-def weigh(problem: Problem, whole: Assembly, tile: Tile) -> None:
-    """Put a tile's weights over all keys into place; 0 at invisible pairs, NaN in a row of NaN."""
+def weigh(problem: Problem, whole: Assembly, tile: Tile, scratch: Scratch) -> None:
+    """Write a tile's weights over all keys: 0 at invisible pairs, but NaN in a row whose sum is NaN."""
     xp = problem.xp
-    blocks, _, total = exponentials(problem, tile)
+    scratch.clear()
+    blocks, _, total = exponentials(problem, tile, scratch)
     unseen = xp.where(xp.isnan(total), total, 0.0)
     weights = problem.full(tile, problem.a.kv_len, 0.0) + unseen
     for block in blocks:

@@ -1,4 +1,4 @@
-"""The pieces in which a call is worked: boxes of batch entries, heads and queries, against a block of keys."""
+"""The pieces of a call: tiles, which are boxes of batch entries, heads and queries, and blocks of keys."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = [
 ]
 
 ROWS = 512
-"""How many rows a matrix has at most."""
+"""The largest number of rows of a matrix."""
 STACK = 2**16
-"""How many scores the matrices of a stack have together: an operation on a stack costs microseconds, however small,
-so that small matrices are worked together, as long as they stay in a core's cache."""
+"""How many scores the matrices of a stack have together. Every operation costs some microseconds however small its
+arrays are, so that small matrices are stacked as long as they stay in a core's cache."""
 
 
 @dataclass(slots=True)
 class Tile:
-    """Some queries of some batch entries, of every head that reads some key/value heads: a box of the call.
+    """A box of the call: some queries, in some batch entries, of all heads that read some key/value heads.
 
-    It is worked as a stack of matrices, (entries, kv_heads, rows, size): the heads that read one key/value head lie one
-    under another as rows of one matrix, so that keys and values are never repeated (MHA-HEAD-1).
+    It is computed as a stack of matrices (entries, kv_heads, rows, size). The rows of a matrix are the queries of every
+    head that reads one key/value head, so that keys and values are never repeated (MHA-HEAD-1).
     """
 
     entries: range
@@ -49,13 +49,13 @@ class Tile:
     group: int
     queries: range
     folded: tuple[int, int, int] = field(init=False)
-    """The shape of the stack of matrices, but for their columns."""
+    """The shape of the stack of matrices without their columns: (entries, kv_heads, rows)."""
     unfolded: tuple[int, int, int] = field(init=False)
-    """The same with a head on an axis of its own: (entries, heads, queries)."""
+    """The same with heads and queries on separate axes: (entries, heads, queries)."""
     box: tuple[slice, slice, slice] = field(init=False)
-    """Where the tile lies in what has the axes (batch, heads, q_len)."""
+    """The index of the tile in an array with the axes (batch, heads, q_len)."""
     matrices: tuple[slice, slice] = field(init=False)
-    """Where its keys and values lie in what has the axes (batch, kv_heads)."""
+    """The index of its keys and values in an array with the axes (batch, kv_heads)."""
 
     def __post_init__(self) -> None:
         entries, kv_heads, queries = len(self.entries), len(self.kv_heads), len(self.queries)
@@ -71,15 +71,15 @@ class Tile:
 
     @property
     def rows(self) -> int:
-        """Number of rows of one matrix."""
+        """The number of rows of each matrix."""
         return self.folded[2]
 
 
 class Assembly:
-    """An array that comes box by box.
+    """A result that is written box by box.
 
-    NumPy's is written where it belongs at once, from any thread, so that it is fresh memory only once. Arrays of other
-    libraries may never change: their boxes come in order, and are joined in the end.
+    In an array of NumPy, each thread writes its boxes directly. Arrays of other libraries may be immutable: their boxes
+    are kept, in the order of the tiles, and joined at the end.
     """
 
     def __init__(self, shape: tuple[int, ...], like: Array) -> None:
@@ -88,15 +88,16 @@ class Assembly:
         self._whole = numpy.empty(shape, like.dtype) if isinstance(like, numpy.ndarray) else None
 
     def place(self, tile: Tile) -> Array | None:
-        """Where the matrices of a tile belong, to be written directly; None where they must be put."""
+        """Give the memory of a tile's matrices, or None where `put` must write them."""
         if self._whole is None:
             return None
         place = self._whole[tile.box]
+        # Only then is `place` in the order of the matrices, so that folding it does not copy it.
         adjacent = tile.group == 1 or len(tile.queries) == self._shape[2]
         return fold(place, tile) if adjacent else None
 
     def put(self, box: tuple[slice, ...], array: Array) -> None:
-        """Take what belongs in a box of the first axes, in any shape."""
+        """Write a box of the first axes from an array of any shape."""
         if self._whole is not None:
             place = self._whole[box]
             place[...] = array.reshape(place.shape)
@@ -106,7 +107,7 @@ class Assembly:
             self._parts.append((box, xp.reshape(array, shape)))
 
     def whole(self) -> Array:
-        """What all boxes gave, zeros where there was none."""
+        """Give the whole result, or zeros if no box was written."""
         if self._whole is not None:
             return self._whole
         if self._parts:
@@ -116,7 +117,7 @@ class Assembly:
 
 
 def _joined(parts: list[tuple[tuple[slice, ...], Array]], axis: int) -> Array:
-    """Join boxes that differ in this axis and those behind it alone."""
+    """Join boxes that differ only in this axis and later ones."""
     box, array = parts[0]
     if axis == len(box):
         return array
@@ -126,17 +127,17 @@ def _joined(parts: list[tuple[tuple[slice, ...], Array]], axis: int) -> Array:
 
 
 def stack_size(a: Arguments) -> int:
-    """How many key/value heads are worked together, whatever batch entry they belong to."""
+    """Give the number of matrices in a stack."""
     return max(1, STACK // max(1, a.heads // a.kv_heads * a.q_len * a.kv_len))
 
 
 def stacks(a: Arguments) -> list[Tile]:
-    """Cut a call into tiles of all queries: heads of one batch entry, or all heads of several."""
+    """Cut a call into tiles of all queries, each with heads of one batch entry or all heads of several."""
     return _boxes(a, [range(a.q_len)])
 
 
 def tiles(a: Arguments, rows: int) -> list[Tile]:
-    """Cut a call into tiles whose matrices have at most so many rows, those of a stack one after another."""
+    """Cut a call into tiles whose matrices have at most `rows` rows; tiles of the same heads are consecutive."""
     return _boxes(a, blocks(range(a.q_len), max(1, rows // (a.heads // a.kv_heads))))
 
 
@@ -148,41 +149,43 @@ def _boxes(a: Arguments, queries: list[range]) -> list[Tile]:
 
 
 def cut(stack: Tile, rows: int) -> list[Tile]:
-    """Cut the queries of a stack so that no matrix has more than so many rows."""
+    """Cut the queries of a stack into tiles whose matrices have at most `rows` rows."""
     queries = blocks(stack.queries, max(1, rows // stack.group))
     return [Tile(stack.entries, stack.kv_heads, stack.group, block) for block in queries]
 
 
 def blocks(indices: range, length: int) -> list[range]:
     """Cut consecutive indices into blocks of `length`, the last one shorter."""
+    if 0 < len(indices) <= length:
+        return [indices]
     return [indices[first : first + length] for first in range(0, len(indices), length)]
 
 
 def part(indices: range) -> slice:
-    """Say consecutive indices as a slice."""
+    """Give the slice of consecutive indices."""
     return slice(indices.start, indices.stop)
 
 
 def cut_pairs(array: Array, tile: Tile, keys: range) -> Array:
-    """Cut from a mask or a bias what speaks of a block: (entries, heads, queries, keys), 1 where it broadcasts."""
-    wanted = (tile.entries, tile.heads, tile.queries, keys)
+    """Cut a mask or a bias to a block, (entries, heads, queries, keys), with size 1 where it broadcasts."""
+    block = (tile.entries, tile.heads, tile.queries, keys)
     return array[
-        tuple(part(index) if size > 1 else slice(None) for index, size in zip(wanted, array.shape, strict=True))
+        tuple(part(index) if size > 1 else slice(None) for index, size in zip(block, array.shape, strict=True))
     ]
 
 
 def rows_of(array: Array, tile: Tile) -> Array:
-    """Cut from (batch, heads, q_len, size) the matrices of a tile, (entries, kv_heads, rows, size)."""
+    """Cut an array (batch, heads, q_len, size) to the matrices of a tile, (entries, kv_heads, rows, size)."""
     return fold(array[(*tile.box, ...)], tile)
 
 
 def fold(array: Array, tile: Tile) -> Array:
-    """Lay the heads of a group one under another: (entries, heads, queries, size) to matrices of a tile."""
+    """Reshape (entries, heads, queries, size) to the matrices of a tile."""
     return _reshaped(array, (*tile.folded, array.shape[3]))
 
 
 def unfold(matrices: Array, tile: Tile) -> Array:
-    """Give rows back their heads: (entries, heads, queries, size)."""
+    """Reshape the matrices of a tile to (entries, heads, queries, size)."""
     return _reshaped(matrices, (*tile.unfolded, matrices.shape[3]))
 
 
