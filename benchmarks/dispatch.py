@@ -1,8 +1,8 @@
-"""What `mha_spec.attention` adds to a call of the backend, the look for mixed libraries included.
+"""Measure the time that `mha_spec.attention` adds to a call of the backend, including the test for mixed libraries.
 
-The look at dtype, rank and device of the three tensors, which any backend must take, is shown apart.
+The checks of dtype, rank and device of the three tensors, which every backend must make, are printed separately.
 
-Run it with `python -P benchmarks/dispatch.py`: least times of many short runs. It prints and does not fail.
+Run `python -P benchmarks/dispatch.py`. It prints the minima of many short runs, and never fails.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ RUNS = 400
 
 
 def microseconds(function: Callable[[], object]) -> float:
-    """The least time of a call, over many runs."""
+    """Give the least time of a call, over many runs."""
     return min(timeit.repeat(function, number=CALLS, repeat=RUNS)) / CALLS * 1e6
 
 
 def idle() -> ModuleType:
-    """A backend that does nothing."""
+    """Make a backend that does nothing."""
 
     def attention(query: object, key: object, value: object, *, return_lse: bool = False, **options: object) -> None:
         """Do nothing."""
@@ -44,19 +44,19 @@ def idle() -> ModuleType:
 
 
 def tensors() -> dict[str, object]:
-    """One small tensor of each library that is installed."""
+    """Make a small tensor of each library that is installed."""
     x = numpy.zeros((1, 1, 1, 1), dtype=numpy.float32)
     makers = {"torch": "torch", "jax": "jax.numpy", "tensorflow": "tensorflow"}
-    found: dict[str, object] = {"numpy": x}
+    arrays: dict[str, object] = {"numpy": x}
     for name, module in makers.items():
         if find_spec(name) is not None:
             library = import_module(module)
-            found[name] = (library.convert_to_tensor if name == "tensorflow" else library.asarray)(x)
-    return found
+            arrays[name] = (library.convert_to_tensor if name == "tensorflow" else library.asarray)(x)
+    return arrays
 
 
 def main() -> None:
-    """Print both for every library; a first call has found out which library the class belongs to."""
+    """Print the times of every library, whose class has been looked up before."""
     backend, nothing = idle(), microseconds(lambda: None)
     for name, x in tensors().items():
         selection._BACKEND_OF_CLASS[type(x)] = backend

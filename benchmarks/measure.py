@@ -1,7 +1,7 @@
-"""Times of several functions in one process, taken in turns, so that a slow moment of the machine meets all of them.
+"""Measure the times of several functions in turns, so that a slow moment of the machine affects all of them.
 
-In its turn a function is called twice, and the second call is timed: memory that another gave back to the system, and
-caches that it filled, are not what is measured.
+In each turn a function is called twice, and only the second call is timed: the first call restores the memory and the
+caches that another function took.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 __all__ = ["medians", "ratio", "report"]
 
 LEAST, MOST = 7, 201
-"""Bounds of the turns."""
+"""Bounds of the number of turns."""
 
 
 def medians(functions: Mapping[str, Callable[[], object]], seconds: float = 6.0) -> dict[str, float]:
-    """The median time of each function in seconds, over as many turns as fit in `seconds`; the first turn warms up."""
+    """Give the median time of each function in seconds, of the turns that fit in `seconds`; the first turn warms up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     for turn in range(MOST + 1):
         for name, function in functions.items():
-            taken = _timed(function, time.perf_counter)
+            elapsed = _timed(function, time.perf_counter)
             if turn > 0:
-                times[name].append(taken)
+                times[name].append(elapsed)
         if turn >= LEAST and time.perf_counter() > end:
             break
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: statistics.median(elapsed) for name, elapsed in times.items()}
 
 
 def ratio(
@@ -40,17 +40,17 @@ def ratio(
     clock: Callable[[], float] = time.perf_counter,
     middle: Callable[[Iterable[float]], float] = statistics.median,
 ) -> tuple[float, float, float]:
-    """The median of the ratios of two functions' times in turn, and the median of each in ms; two turns warm up.
+    """Give the median ratio of two functions' times, and the median time of each in ms; two turns warm up.
 
-    With `min` as the `middle`, the least instead of the median.
+    `middle=min` gives minima instead of medians.
     """
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(pairs) < LEAST:
         pairs.append((_timed(ours, clock), _timed(theirs, clock)))
     pairs = pairs[2:]
-    mine, other = (middle(times) * 1000 for times in zip(*pairs, strict=True))
-    return middle(a / b for a, b in pairs), mine, other
+    our_time, their_time = (middle(times) * 1000 for times in zip(*pairs, strict=True))
+    return middle(our / their for our, their in pairs), our_time, their_time
 
 
 def _timed(function: Callable[[], object], clock: Callable[[], float]) -> float:
@@ -61,9 +61,9 @@ def _timed(function: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def report(name: str, limit: float | None, measured: tuple[float, float, float]) -> bool:
-    """Print a row; whether it is within its limit."""
-    found, mine, other = measured
-    good = limit is None or found <= limit
+    """Print a row; return True if it is within its limit."""
+    quotient, our_time, their_time = measured
+    good = limit is None or quotient <= limit
     bound = "" if limit is None else f"  limit {limit:.2f} {'ok' if good else 'EXCEEDED'}"
-    print(f"{name:50s} {mine:9.3f} ms against {other:9.3f} ms: {found:5.2f}{bound}", flush=True)
+    print(f"{name:50s} {our_time:9.3f} ms against {their_time:9.3f} ms: {quotient:5.2f}{bound}", flush=True)
     return good

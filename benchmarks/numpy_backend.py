@@ -1,8 +1,8 @@
-"""mha_spec_numpy against the plain formula, against itself, and against this machine's float32 matrix product.
+"""Compare mha_spec_numpy with the plain formula, with itself, and with this machine's float32 matrix product.
 
-Run it with `OPENBLAS_THREAD_TIMEOUT=4 python benchmarks/numpy_backend.py`, on a machine that does nothing else: ratios
-of interleaved medians, each with its limit. It prints and does not fail. The variable sends OpenBLAS' threads to sleep
-at once; by default they go on spinning for 100 ms after a product, and take a core from whatever is measured next.
+Run `OPENBLAS_THREAD_TIMEOUT=4 python benchmarks/numpy_backend.py` on an idle machine. It prints ratios of interleaved
+medians, each with its limit, and never fails. The variable sends OpenBLAS' threads to sleep at once; by default they
+spin for 100 ms after a product, and take a core from the next measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MATRIX = 2048
 def plain(
     query: numpy.ndarray, key: numpy.ndarray, value: numpy.ndarray, mask: numpy.ndarray | None = None
 ) -> numpy.ndarray:
-    """The formula in its best form: scale and division on the small arrays, one array of scores, worked in place."""
+    """Compute the formula at its best: scale and divide the small arrays, and hold a single array of scores."""
     scores = (query * numpy.float32(1 / math.sqrt(query.shape[-1]))) @ key.swapaxes(-1, -2)
     if mask is not None:
         scores = numpy.where(mask, scores, numpy.float32(-math.inf))
@@ -37,18 +37,18 @@ def plain(
 
 
 def arrays(*shape: int) -> list[numpy.ndarray]:
-    """Query, key, value and a cotangent of standard normal numbers."""
+    """Draw query, key, value and a cotangent of standard normal numbers."""
     random = numpy.random.default_rng(7)
     return [random.standard_normal(shape, dtype=numpy.float32) for _ in range(4)]
 
 
-def line(name: str, got: float, limit: str) -> None:
-    """Print one figure beside its limit."""
-    print(f"  {name:<44} {got:6.2f}   {limit}")
+def line(name: str, figure: float, limit: str) -> None:
+    """Print a figure and its limit."""
+    print(f"  {name:<44} {figure:6.2f}   {limit}")
 
 
 def square(*shape: int, faster: float) -> None:
-    """Forward and backward over equal lengths, no constraint but causal."""
+    """Measure forward, causal forward and backward at equal lengths."""
     query, key, value, cotangent = arrays(*shape)
     matrix = numpy.ones((MATRIX, MATRIX), dtype=numpy.float32)
     functions: dict[str, Callable[[], object]] = {
@@ -63,13 +63,13 @@ def square(*shape: int, faster: float) -> None:
     rate = 4 * batch * heads * length**2 * size / time["forward"]
     print(f"{shape}: " + ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in time.items()))
     line("times faster than the plain formula", time["plain"] / time["forward"], f">= {faster}")
-    line("of the rate of a matrix product", rate / (2 * MATRIX**3 / time["product"]), ">= 0.50 at length 4096")
+    line("rate, as a share of a matrix product's", rate / (2 * MATRIX**3 / time["product"]), ">= 0.50 at length 4096")
     line("causal, times faster than full", time["forward"] / time["causal"], ">= 1.7 at length 4096")
     line("backward, in forwards", time["backward"] / time["forward"], "<= 2.6")
 
 
 def window(*shape: int) -> None:
-    """A window of 257 keys against all of them."""
+    """Measure a window of 257 keys against all keys."""
     query, key, value, _ = arrays(*shape)
     functions: dict[str, Callable[[], object]] = {
         "full": lambda: mha_spec_numpy.attention(query, key, value),

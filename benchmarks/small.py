@@ -1,8 +1,8 @@
-"""Small calls, whose cost is mostly fixed: each backend beside its peer in microseconds, with the limit of each row.
+"""Compare small calls of each backend, whose cost is mostly fixed, with those of its peer.
 
-Run it with `python benchmarks/small.py numpy|torch|jax|tensorflow`; a row past its limit fails the run. Every call has
-8 heads of 64 unless its name says another shape, in float32. The time is the median of calls in turns with the peer's;
-with `--least` it is the least, for a machine which others use.
+Run `python benchmarks/small.py numpy|torch|jax|tensorflow`; a row past its limit fails the run. Every call is in
+float32 and has 8 heads of 64 unless its name gives another shape. Calls alternate with the peer's, and the times are
+medians in microseconds; with `--least` they are minima, for a machine that other processes use.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ HEADS, SIZE = 8, 64
 
 @dataclass(frozen=True)
 class Limit:
-    """Our time may be `times` that of the peer and `more` microseconds."""
+    """The greatest time allowed: `times` that of the peer plus `more` microseconds."""
 
     times: float
     more: float = 0.0
 
     def holds(self, ours: float, peer: float) -> bool:
-        """Whether our microseconds are within the limit."""
+        """Return True if our microseconds are within the limit."""
         return ours <= self.times * peer + self.more
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Row:
-    """One call and what it is compared with."""
+    """A call and its peer."""
 
     call: str
     peer: str
@@ -52,19 +52,19 @@ class Row:
 
 
 def operands(q_len: int, kv_len: int, heads: int = HEADS) -> list[numpy.ndarray]:
-    """Query, key and value of standard normal numbers."""
+    """Draw query, key and value of standard normal numbers."""
     generator = numpy.random.default_rng(7)
     lengths = (q_len, kv_len, kv_len)
     return [generator.standard_normal((1, heads, length, SIZE), dtype=numpy.float32) for length in lengths]
 
 
 def lower_triangle(q_len: int, kv_len: int) -> numpy.ndarray:
-    """The causal mask whose last query sees every key, (1, 1, q_len, kv_len), True = may attend."""
+    """Make the causal mask whose last query sees every key, (1, 1, q_len, kv_len), True = may attend."""
     return numpy.tri(q_len, kv_len, kv_len - q_len, dtype=bool)[None, None]
 
 
 def numpy_rows() -> Iterator[Row]:
-    """NumPy against the plain formula, and against itself without a constraint."""
+    """Compare NumPy with the plain formula, and with itself without a constraint."""
     from numpy_backend import plain
 
     from mha_spec_numpy import attention
@@ -87,7 +87,7 @@ def numpy_rows() -> Iterator[Row]:
 
 
 def torch_rows() -> Iterator[Row]:
-    """PyTorch against its scaled_dot_product_attention."""
+    """Compare PyTorch with its scaled_dot_product_attention."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -120,7 +120,7 @@ def torch_rows() -> Iterator[Row]:
 
 
 def jax_rows() -> Iterator[Row]:
-    """JAX against itself without a constraint."""
+    """Compare JAX with itself without a constraint."""
     import jax
     import jax.numpy as jnp
 
@@ -133,7 +133,7 @@ def jax_rows() -> Iterator[Row]:
 
 
 def tensorflow_rows() -> Iterator[Row]:
-    """TensorFlow, eager, against Keras, and against itself without a constraint."""
+    """Compare eager TensorFlow with Keras, and TensorFlow with itself without a constraint."""
     import keras
     import tensorflow as tf
 
@@ -156,7 +156,7 @@ ROWS = {"numpy": numpy_rows, "torch": torch_rows, "jax": jax_rows, "tensorflow":
 
 
 def measured(table: Table, row: Row, middle: Callable[[Iterable[float]], float]) -> bool:
-    """Add a row to the table; whether it is within its limit."""
+    """Add a row to the table; return True if it is within its limit."""
     *_, ours, peer = (milliseconds * 1000 for milliseconds in ratio(row.ours, row.theirs, 2.0, middle=middle))
     good = row.limit.holds(ours, peer)
     times = (f"{ours:.0f}", f"{peer:.0f}", f"{ours - peer:+.0f}", f"{ours / peer:.2f}")
@@ -165,7 +165,7 @@ def measured(table: Table, row: Row, middle: Callable[[Iterable[float]], float])
 
 
 def main() -> None:
-    """Print the table of the backend named."""
+    """Print the table of the backend that the command line names."""
     names = [name for name in sys.argv[1:] if name != "--least"]
     if len(names) != 1 or names[0] not in ROWS:
         sys.exit(f"small.py: name one backend, {', '.join(ROWS)}")
