@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 attention: Callable[..., Any] = mha_spec_jax.attention
 NATIVE = {"encoder": (1.0, 1.0), "long": (1 / 3, 1 / 1.8)}
-"""At most these parts of the time of jax.nn, forward and with the backward."""
+"""The largest ratios to the time of jax.nn, forward, and forward with backward."""
 FORMULA = 1 / 0.97
 
 
 def direct(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    """Einsum, softmax, einsum; heads that share keys are grouped, which is faster than to repeat the keys."""
+    """Compute the formula; query heads that share keys are grouped, which is faster than repeating the keys."""
     batch, heads, length, size = query.shape
     if heads == key.shape[1]:
         scores = jnp.einsum("bhqd,bhkd->bhqk", query, key) * size**-0.5
@@ -41,46 +41,46 @@ def direct(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
 
 
 def native(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    """The attention of jax.nn, whose axes are (batch, length, heads, size)."""
+    """Call jax.nn, whose axes are (batch, length, heads, size)."""
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     return jnp.swapaxes(jax.nn.dot_product_attention(query, key, value, mask=mask), 1, 2)
 
 
 def trained(function: Callable[..., Array]) -> Callable[..., object]:
-    """Forward and backward."""
+    """Compile forward and backward."""
     return jax.jit(jax.grad(lambda operands, *rest: jnp.sum(function(*operands, *rest) ** 2)))
 
 
 def called(function: Callable[..., object], *operands: object) -> Callable[[], object]:
-    """A call that ends when its result is there."""
+    """Make a call that waits for its result."""
     return lambda: jax.block_until_ready(function(*operands))
 
 
 def compare(name: str, setting: Setting) -> bool:
-    """Every row of one setting."""
-    operands = [jnp.asarray(one) for one in setting.operands()]
+    """Measure every row of a setting."""
+    operands = [jnp.asarray(array) for array in setting.operands()]
     mask = None if setting.visible is None else jnp.asarray(setting.visible)
     ours, good = partial(attention, **setting.options(jnp.asarray)), True
-    for other, limits in ((native, NATIVE.get(name)), (direct, (FORMULA, FORMULA))):
+    for rival, limits in ((native, NATIVE.get(name)), (direct, (FORMULA, FORMULA))):
         if limits is None:
             continue
-        measured = ratio(called(jax.jit(ours), *operands), called(jax.jit(other), *operands, mask))
-        good &= report(f"{name}, forward, {other.__name__}", limits[0], measured)
+        measured = ratio(called(jax.jit(ours), *operands), called(jax.jit(rival), *operands, mask))
+        good &= report(f"{name}, forward, {rival.__name__}", limits[0], measured)
         if not setting.step:
-            measured = ratio(called(trained(ours), operands), called(trained(other), operands, mask))
-            good &= report(f"{name}, forward and backward, {other.__name__}", limits[1], measured)
+            measured = ratio(called(trained(ours), operands), called(trained(rival), operands, mask))
+            good &= report(f"{name}, forward and backward, {rival.__name__}", limits[1], measured)
     return good
 
 
 def memory() -> bool:
-    """What forward and backward hold beside inputs and outputs grows with the length, not with its square."""
+    """Check that the temporary memory of forward and backward grows with the length, not with its square."""
     held = [temporary(length) for length in (4096, 8192, 16384)]
-    print(f"memory at 4096, 8192, 16384: {', '.join(f'{one / 2**20:.0f} MiB' for one in held)}")
+    print(f"memory at 4096, 8192, 16384: {', '.join(f'{size / 2**20:.0f} MiB' for size in held)}")
     return held[2] < 2.5 * held[1]
 
 
 def temporary(length: int) -> int:
-    """Bytes held by a causal training step of 8 heads of 64."""
+    """Give the bytes of temporary memory of a causal training step with 8 heads of 64."""
     shape = jax.ShapeDtypeStruct((1, 8, length, 64), jnp.float32)
     program: Any = trained(partial(attention, causal=True))
     return program.lower([shape] * 3).compile().memory_analysis().temp_size_in_bytes

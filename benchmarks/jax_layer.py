@@ -29,31 +29,34 @@ if TYPE_CHECKING:
 
 BATCH, LENGTH, EMBED, HEADS, CAPACITY = 2, 512, 512, 8, 1024
 LIMIT, MEAN_LIMIT = 1 / 0.97, 1 / 1.15
-"""What one row may take of the other's time, and what all may on the geometric mean."""
+"""The largest ratio of a row, and the largest geometric mean of all rows."""
 LINEAR = ("query_proj", "key_proj", "value_proj", "output_proj")
 
 
 def report(name: str, limit: float, measured: tuple[float, float, float]) -> float:
     """Print a row, and give its ratio."""
-    found, mine, other = measured
-    verdict = "ok" if found <= limit else "EXCEEDED"
-    print(f"{name:45s} {mine:9.3f} ms against {other:9.3f} ms: {found:5.2f}  limit {limit:.2f} {verdict}", flush=True)
-    return found
+    measured_ratio, mine, rival = measured
+    verdict = "ok" if measured_ratio <= limit else "EXCEEDED"
+    print(
+        f"{name:45s} {mine:9.3f} ms against {rival:9.3f} ms: {measured_ratio:5.2f}  limit {limit:.2f} {verdict}",
+        flush=True,
+    )
+    return measured_ratio
 
 
 def processor_time(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float, float]:
-    """The ratio of two functions' times and both in ms, until their results are there."""
+    """Give the ratio of the times of two functions, and their times in ms, until their results are ready."""
     runs = (lambda: jax.block_until_ready(ours()), lambda: jax.block_until_ready(theirs()))
     return ratio(*runs, clock=time.process_time)
 
 
 def trained(call: Callable[..., Array]) -> Callable[..., Any]:
-    """Gradients of parameters and tokens."""
+    """Compile the gradients of parameters and tokens."""
     return jax.jit(jax.grad(lambda params, x: jnp.sum(call(params, x) ** 2), argnums=(0, 1)))
 
 
 def of_nnx() -> tuple[Callable[..., Array], Any, dict[str, Array]]:
-    """flax's layer as a pure function, its state, and its weights as ours."""
+    """Give the layer of flax as a pure function, its state, and its weights in our layout."""
     layer = nnx.MultiHeadAttention(HEADS, EMBED, decode=False, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
     params = load_weights(nnx.to_pure_dict(state), "flax_nnx")
@@ -61,7 +64,7 @@ def of_nnx() -> tuple[Callable[..., Array], Any, dict[str, Array]]:
 
 
 def of_equinox() -> tuple[Callable[..., Array], Any, dict[str, Array]]:
-    """equinox' layer as a function of itself, and its weights as ours."""
+    """Give the layer of equinox as a pure function, its arrays, and its weights in our layout."""
     names = ("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias")
     layer = equinox.nn.MultiheadAttention(HEADS, EMBED, **dict.fromkeys(names, True), key=jax.random.key(0))
     arrays, fixed = equinox.partition(layer, equinox.is_array)
@@ -69,30 +72,30 @@ def of_equinox() -> tuple[Callable[..., Array], Any, dict[str, Array]]:
 
     def call(arrays: Any, x: Array) -> Array:
         whole = equinox.combine(arrays, fixed)
-        return jax.vmap(lambda one: whole(one, one, one))(x)
+        return jax.vmap(lambda tokens: whole(tokens, tokens, tokens))(x)
 
     return call, arrays, load_weights(state, "equinox", heads=HEADS)
 
 
 def whole_sequences() -> list[float]:
-    """Self-attention, forward, and forward with backward."""
+    """Measure self-attention, forward, and forward with backward."""
     x = jnp.asarray(numpy.random.default_rng(7).standard_normal((BATCH, LENGTH, EMBED)), jnp.float32)
-    found: list[float] = []
+    ratios: list[float] = []
 
     def ours(params: dict[str, Array], x: Array) -> Any:
         return mha_spec_jax.multi_head_attention(x, x, x, params)
 
-    for made in (of_nnx, of_equinox):
-        call, state, params = made()
-        name = made.__name__.removeprefix("of_")
+    for make in (of_nnx, of_equinox):
+        call, state, params = make()
+        name = make.__name__.removeprefix("of_")
         for kind, compiled in (("forward", jax.jit), ("forward and backward", trained)):
             mine, theirs = partial(compiled(ours), params, x), partial(compiled(call), state, x)
-            found.append(report(f"{name}, {kind}", LIMIT, processor_time(mine, theirs)))
-    return found
+            ratios.append(report(f"{name}, {kind}", LIMIT, processor_time(mine, theirs)))
+    return ratios
 
 
 def decode_step() -> float:
-    """One token behind half of the capacity, against `decode=True`, both with their cache given and given back."""
+    """Measure a token at half of the capacity against `decode=True`; both take and return their cache."""
     layer = nnx.MultiHeadAttention(HEADS, EMBED, decode=True, rngs=nnx.Rngs(0))
     layer.init_cache((BATCH, CAPACITY, EMBED), jnp.float32)
     params = load_weights(nnx.to_pure_dict(nnx.state(layer, nnx.Param)), "flax_nnx")
@@ -117,11 +120,11 @@ def decode_step() -> float:
 
 def main() -> None:
     """Print every row and the mean."""
-    found = whole_sequences()
-    mean = math.exp(statistics.mean(map(math.log, found)))
+    ratios = whole_sequences()
+    mean = math.exp(statistics.mean(map(math.log, ratios)))
     step = decode_step()
     print(f"geometric mean: {1 / mean:.2f}x")
-    sys.exit(max(found) > LIMIT or mean > MEAN_LIMIT or step > 1)
+    sys.exit(max(ratios) > LIMIT or mean > MEAN_LIMIT or step > 1)
 
 
 if __name__ == "__main__":

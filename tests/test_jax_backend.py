@@ -1,4 +1,4 @@
-"""mha_spec_jax in the worlds of JAX: each judged by the goldens."""
+"""mha_spec_jax under the transformations of JAX, compared with the goldens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def answered(call: Callable[..., Any] = attention, **arguments: Any) -> Answer:
-    """Output and lse of a case of attention."""
+    """Give output and lse of a case of attention."""
     output, lse = call(**arguments, return_lse=True)
     return {"output": output, "lse": lse}
 
@@ -44,16 +44,16 @@ def answered(call: Callable[..., Any] = attention, **arguments: Any) -> Answer:
 def differentiated(
     call: Callable[..., Any] = attention, *, grad_output: Array, grad_lse: Array | None = None, **arguments: Any
 ) -> Answer:
-    """The gradients that JAX takes of the forward."""
+    """Give the gradients that jax.vjp takes of attention."""
     leaves = {name: arguments.pop(name) for name in DIFFERENTIABLE if name in arguments}
     (_, lse), pull = jax.vjp(lambda leaves: call(**leaves, **arguments, return_lse=True), leaves)
-    (found,) = pull((grad_output, jnp.zeros_like(lse) if grad_lse is None else grad_lse))
-    return {f"grad_{name}": gradient for name, gradient in found.items()}
+    (results,) = pull((grad_output, jnp.zeros_like(lse) if grad_lse is None else grad_lse))
+    return {f"grad_{name}": gradient for name, gradient in results.items()}
 
 
 @pytest.fixture(params=[1, 2**40], ids=["head by head", "all heads at once"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut every call, however small, into blocks, and look at its output before values are cleaned."""
+    """Cut every call into blocks, and check its output before values are cleaned."""
     monkeypatch.setattr(plan, "SCORES", request.param)
     monkeypatch.setattr(plan, "LOWEST", 2)
     monkeypatch.setattr(plan, "HIGHEST", 2)
@@ -110,26 +110,26 @@ def test_checkpoint() -> None:
         arrays, rest = parted(arguments)
         return jax.checkpoint(lambda arrays: attention(**arrays, **rest))(arrays)
 
-    asked = compiled(jax.jit, partial(differentiated, again))
-    assert not failures("jax", alike("attention_vjp", 12), asked, "float32")
+    compiled_call = compiled(jax.jit, partial(differentiated, again))
+    assert not failures("jax", alike("attention_vjp", 12), compiled_call, "float32")
 
 
 def each_entry(call: Callable[..., Answer], **arguments: Any) -> Answer:
-    """Ask about each batch entry apart, under vmap; what all entries share is not mapped."""
+    """Call each batch entry under vmap; arrays that all entries share are not mapped."""
     (arrays, rest), batch = parted(arguments), arguments["query"].shape[0]
     shared = {name: array for name, array in arrays.items() if name == "sinks" or (array.shape[0] == 1 and batch > 1)}
     mapped = {name: array for name, array in arrays.items() if name not in shared}
 
-    def one(mapped: Answer) -> Answer:
+    def single_entry(mapped: Answer) -> Answer:
         return call(**{name: array[None] for name, array in mapped.items()}, **shared, **rest)
 
-    found = jax.vmap(one)(mapped)
-    return {name: array.reshape(batch, *array.shape[2:]) for name, array in found.items()}
+    results = jax.vmap(single_entry)(mapped)
+    return {name: array.reshape(batch, *array.shape[2:]) for name, array in results.items()}
 
 
 def test_vmap() -> None:
-    asked = compiled(jax.jit, partial(each_entry, answered))
-    assert not failures("jax", alike("attention"), asked, "float32")
+    compiled_call = compiled(jax.jit, partial(each_entry, answered))
+    assert not failures("jax", alike("attention"), compiled_call, "float32")
 
 
 def test_vmap_of_grad() -> None:
@@ -140,15 +140,15 @@ def test_vmap_of_grad() -> None:
 def test_grad_of_vmap() -> None:
     def mapped(*, return_lse: bool, **arguments: Any) -> Any:
         assert return_lse
-        found = each_entry(answered, **arguments)
-        return found["output"], found["lse"]
+        results = each_entry(answered, **arguments)
+        return results["output"], results["lse"]
 
-    asked = compiled(jax.jit, partial(differentiated, mapped))
-    assert not failures("jax", alike("attention_vjp", 12), asked, "float32")
+    compiled_call = compiled(jax.jit, partial(differentiated, mapped))
+    assert not failures("jax", alike("attention_vjp", 12), compiled_call, "float32")
 
 
 @pytest.mark.usefixtures("unoptimized")
-def test_what_lies_on_the_host_says_the_same() -> None:
+def test_integers_on_the_host_give_the_same_results() -> None:
     some = [case for case in alike("attention") if names(case).intersection(PER_ENTRY)]
     assert not failures("jax", some, answered, "float32", host=PER_ENTRY)
 
@@ -168,7 +168,7 @@ def test_merge_under_jit() -> None:
 
 
 def everything() -> Answer:
-    """Every option that is an array without a gradient, and every number."""
+    """Give every option that is a number or an array without a gradient."""
     generator = numpy.random.default_rng(SEED)
     return {
         "mask": jnp.asarray(generator.random((2, 6, 5, 7)) < 0.8),
@@ -191,11 +191,11 @@ def test_second_derivatives() -> None:
     leaves = [*operands(), *(jnp.asarray(generator.standard_normal(shape)) for shape in ((2, 1, 5, 7), (6,)))]
 
     @jax.jit
-    def both(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> Any:
+    def output_and_lse_sums(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> Any:
         output, lse = attention(query, key, value, bias=bias, sinks=sinks, **everything(), return_lse=True)
         return jnp.sum(output**3), jnp.sum(jnp.sin(lse))
 
-    check_grads(both, leaves, order=2, modes=["rev"])
+    check_grads(output_and_lse_sums, leaves, order=2, modes=["rev"])
 
 
 @pytest.mark.usefixtures("unoptimized")
@@ -235,7 +235,7 @@ HEAD_BY_HEAD = pytest.mark.parametrize("cut", [1], indirect=True)
 @pytest.mark.usefixtures("cut", "unoptimized")
 @pytest.mark.parametrize("offset", [-9, 4, 40])
 @pytest.mark.parametrize("constraint", [{"causal": True}, {"window": (2, None)}, {"window": (1, 2)}], ids=str)
-def test_an_offset_on_the_host_says_what_a_traced_one_says(offset: int, constraint: Answer) -> None:
+def test_an_offset_on_the_host_gives_the_same_output_as_a_traced_offset(offset: int, constraint: Answer) -> None:
     query, key, value = operands(6, 9)
     host = attention(query, key, value, q_offset=offset, **constraint)
     traced = attention(query, key, value, q_offset=jnp.asarray([offset, offset]), **constraint)
@@ -245,7 +245,7 @@ def test_an_offset_on_the_host_says_what_a_traced_one_says(offset: int, constrai
 
 
 @pytest.mark.usefixtures("unoptimized")
-def test_lengths_beyond_the_buffer_and_of_small_types() -> None:
+def test_lengths_beyond_the_buffer_and_of_narrow_types_are_clamped() -> None:
     query, key, value = operands(5, 300)
     whole = attention(query, key, value, kv_lengths=jnp.asarray([300, 300]))
     for lengths in (jnp.asarray([300, 2**40]), jnp.asarray([2**63, 301], jnp.uint64)):
@@ -263,17 +263,17 @@ def test_arguments_are_checked_while_traced() -> None:
         jax.jit(lambda scale: attention(query, key, value, scale=scale))(0.5)
 
 
-def drawn(key: jax.Array, rate: float, shape: tuple[int, int, int, int] = (1, 2, 300, 500)) -> jax.Array:
-    """Which weights a key keeps: with equal scores and values of 1, their share in each row."""
+def kept_counts(key: jax.Array, rate: float, shape: tuple[int, int, int, int] = (1, 2, 300, 500)) -> jax.Array:
+    """Count the weights of each row that dropout keeps, by equal scores and values of 1."""
     query, keys, value = (jnp.zeros((*shape[:2], length, 1), jnp.float32) for length in (shape[2], shape[3], shape[3]))
     kept = attention(query, keys, value + 1, dropout_rate=rate, dropout_key=key)
     return jnp.round(kept[..., 0] * shape[3] * (1 - rate))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_dropout_keeps_as_many_as_it_says(rate: float) -> None:
-    """7 standard deviations: a false alarm in 1 of 10^11 runs."""
-    kept = drawn(jax.random.key(SEED), rate)
+def test_dropout_keeps_the_expected_number_of_weights(rate: float) -> None:
+    """The bound is 7 standard deviations, a false alarm in 1 of 10^11 runs."""
+    kept = kept_counts(jax.random.key(SEED), rate)
     number = kept.size * 500
     assert abs(float(kept.sum()) - number * (1 - rate)) < 7 * math.sqrt(number * rate * (1 - rate))
     variance = float(jnp.var(kept - 500 * (1 - rate)))
@@ -281,7 +281,7 @@ def test_dropout_keeps_as_many_as_it_says(rate: float) -> None:
 
 
 @pytest.mark.usefixtures("cut", "unoptimized")
-def test_every_block_draws_afresh() -> None:
+def test_every_block_draws_another_mask() -> None:
     query, keys = jnp.zeros((1, 2, 4, 1)), jnp.zeros((1, 2, 100, 1))
     value = jnp.broadcast_to(jnp.eye(100), (1, 2, 100, 100))
     kept = attention(query, keys, value, dropout_rate=0.5, dropout_key=jax.random.key(SEED)) != 0
@@ -289,17 +289,17 @@ def test_every_block_draws_afresh() -> None:
 
 
 def test_dropout_depends_on_its_key_alone() -> None:
-    one, same, other = (drawn(jax.random.key(seed), 0.5) for seed in (SEED, SEED, SEED + 1))
-    assert (one == same).all()
-    assert (one != other).any()
-    assert (drawn(jax.random.PRNGKey(SEED), 0.5) == drawn(jax.random.PRNGKey(SEED), 0.5)).all()
+    first, same, other = (kept_counts(jax.random.key(seed), 0.5) for seed in (SEED, SEED, SEED + 1))
+    assert (first == same).all()
+    assert (first != other).any()
+    assert (kept_counts(jax.random.PRNGKey(SEED), 0.5) == kept_counts(jax.random.PRNGKey(SEED), 0.5)).all()
 
 
 TWO_OF_FOUR_HEADS = pytest.mark.parametrize("cut", [30], indirect=True)
 
 
 def four_heads() -> dict[str, numpy.ndarray]:
-    """Operands and cotangents of 3 x 4 heads, each with a mask, a bias and a sink of its own."""
+    """Give operands and cotangents of 3 x 4 heads with different masks, biases and sinks."""
     generator = numpy.random.default_rng(SEED)
     shapes = {"query": (3, 4, 5, 11), "key": (3, 4, 3, 11), "value": (3, 4, 3, 13), "bias": (3, 4, 5, 3), "sinks": (4,)}
     shapes |= {"grad_output": (3, 4, 5, 13), "grad_lse": (3, 4, 5)}
@@ -311,12 +311,12 @@ def four_heads() -> dict[str, numpy.ndarray]:
 @pytest.mark.usefixtures("cut", "unoptimized")
 def test_two_of_four_heads_at_once() -> None:
     arrays = four_heads()
-    found = jax.jit(differentiated)(**{name: jnp.asarray(array) for name, array in arrays.items()})
+    results = jax.jit(differentiated)(**{name: jnp.asarray(array) for name, array in arrays.items()})
     expected = mha_spec.reference.attention_vjp(**arrays)
     allowed = allowances("attention_vjp", arrays, {}, precision("float64"))
     assert plan.plan_of(Arguments(*(arrays[name] for name in DIFFERENTIABLE[:3])))[0].heads == 2
     for name, gradient in zip(DIFFERENTIABLE, expected, strict=True):
-        assert (numpy.abs(found[f"grad_{name}"] - gradient) <= 2 * allowed[f"grad_{name}"]).all()
+        assert (numpy.abs(results[f"grad_{name}"] - gradient) <= 2 * allowed[f"grad_{name}"]).all()
 
 
 @pytest.mark.parametrize("cut", [1, 30], indirect=True)
@@ -332,13 +332,13 @@ def test_dropout_needs_a_key() -> None:
     query, key, value = operands()
     with pytest.raises(ArgumentValueError, match="no global generator"):
         attention(query, key, value, dropout_rate=0.1)
-    with pytest.raises(ArgumentTypeError, match="must be one key"):
+    with pytest.raises(ArgumentTypeError, match="must be a single key"):
         attention(query, key, value, dropout_rate=0.1, dropout_key=3)
     assert (attention(query, key, value, dropout_rate=0.0) == attention(query, key, value)).all()
 
 
 @pytest.mark.usefixtures("unoptimized")
-def test_weights_have_gradients_beside_storage_that_no_pair_uses() -> None:
+def test_weights_have_gradients_where_unused_storage_is_nan() -> None:
     query, key, _ = operands()
     lengths = {"kv_lengths": jnp.asarray([6, 5]), "q_lengths": jnp.asarray([5, 4])}
 
@@ -347,4 +347,4 @@ def test_weights_have_gradients_beside_storage_that_no_pair_uses() -> None:
 
     clean = jax.grad(total, (0, 1))(query, key)
     poisoned = jax.grad(total, (0, 1))(query.at[1, :, 4].set(math.nan), key.at[:, :, 6].set(math.nan))
-    assert all((one == other).all() for one, other in zip(clean, poisoned, strict=True))
+    assert all((first == other).all() for first, other in zip(clean, poisoned, strict=True))

@@ -1,4 +1,4 @@
-"""JAX's layer with a cache: decoding in any steps, compiled or not, is one call."""
+"""The layer of JAX with a cache: decoding in any steps, compiled or not, equals a single call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("double", "unoptimized")
 
 
 @pytest.mark.parametrize(("steps", "compiled"), [("token by token", False), ("chunks", True), ("at once", True)])
-def test_decoding_in_any_steps_is_one_call(steps: str, compiled: bool) -> None:
+def test_decoding_in_any_steps_equals_a_single_call(steps: str, compiled: bool) -> None:
     layer, x = sized(qk_norm=True, rotary={}), tokens()
 
     def call(layer: Any, part: Array, cache: KVCache) -> tuple[Array, Array, KVCache]:
@@ -35,10 +35,10 @@ def test_decoding_in_any_steps_is_one_call(steps: str, compiled: bool) -> None:
     step = jax.jit(call) if compiled else call
 
     def ours(dtype: str) -> list[Array]:
-        own, cache = floats(layer, dtype), floats(layer, dtype).empty_cache(BATCH, LENGTH + 2)
+        converted, cache = floats(layer, dtype), floats(layer, dtype).empty_cache(BATCH, LENGTH + 2)
         outputs, weights = [], []
         for part in parts(x.astype(dtype), STEPS[steps]):
-            output, seen, cache = step(own, part, cache)
+            output, seen, cache = step(converted, part, cache)
             outputs.append(output)
             weights.append(seen)
         assert isinstance(cache.lengths, jax.Array if compiled else numpy.ndarray)
@@ -48,7 +48,7 @@ def test_decoding_in_any_steps_is_one_call(steps: str, compiled: bool) -> None:
     assert_same(ours, [layer(x, causal=True), layer.attention_weights(x, causal=True)])
 
 
-def test_one_program_serves_every_step() -> None:
+def test_a_single_program_serves_every_step() -> None:
     layer, x = sized(rotary={}), tokens()
     traces = []
 
@@ -87,34 +87,34 @@ def test_gradients_go_through_a_cache() -> None:
 
 
 @pytest.mark.parametrize("host", [True, False], ids=["host", "array"])
-def test_entries_of_other_lengths_decode_each_for_itself(host: bool) -> None:
-    layer, x, given = sized(rotary={}), tokens(7), [3, 5]
-    lengths = given if host else jnp.asarray(given)
+def test_entries_of_different_lengths_decode_independently(host: bool) -> None:
+    layer, x, new_counts = sized(rotary={}), tokens(7), [3, 5]
+    lengths = new_counts if host else jnp.asarray(new_counts)
     begun = layer.empty_cache(BATCH, LENGTH)
     begun = begun if host else begun._replace(lengths=jnp.asarray(begun.lengths))
     _, cache = layer(x.at[0, 3:].set(jnp.nan)[:, :5], causal=True, cache=begun, kv_lengths=lengths)
 
     def ours(dtype: str) -> list[Array]:
-        own, found = floats((layer, cache), dtype)
-        output, after = own(x[:, 5:].astype(dtype), causal=True, cache=found)
+        converted, converted_cache = floats((layer, cache), dtype)
+        output, after = converted(x[:, 5:].astype(dtype), causal=True, cache=converted_cache)
         assert numpy.array_equal(after.lengths, [5, 7])
         return [output]
 
     alone = [
         layer(jnp.concatenate([x[b : b + 1, :length], x[b : b + 1, 5:]], 1), causal=True)[:, length:]
-        for b, length in enumerate(given)
+        for b, length in enumerate(new_counts)
     ]
     assert_same(ours, [jnp.concatenate(alone)])
 
 
-def test_an_old_cache_reads_as_before() -> None:
+def test_an_old_cache_does_not_change() -> None:
     caches = [empty_cache(BATCH, KV_HEADS, LENGTH, QK_DIM, V_DIM, like=jnp.zeros(1))]
     for seed in range(3):
         key, value = heads(2, seed)
         caches.append(append_cache(caches[-1], key, value, [1, 2]))
     seen = [jnp.array(cache.key) for cache in caches]
     key, value = heads(3, seed=9)
-    branch, expected = (one.append_cache(caches[1], key, value) for one in (mha_spec_jax, reference))
+    branch, expected = (module.append_cache(caches[1], key, value) for module in (mha_spec_jax, reference))
     assert_equal([cache.key for cache in caches], seen)
     assert_equal(branch, expected)
 
@@ -122,7 +122,7 @@ def test_an_old_cache_reads_as_before() -> None:
 def test_a_full_cache_is_an_error_on_the_host() -> None:
     layer = sized()
     _, cache = layer(tokens(8), cache=layer.empty_cache(BATCH, LENGTH))
-    before = jax.tree.map(lambda one: one.copy(), cache)
+    before = jax.tree.map(lambda array: array.copy(), cache)
     with pytest.raises(ArgumentValueError, match=f"capacity={LENGTH}"):
         layer(tokens(4), cache=cache)
     assert_equal(cache, before)
@@ -151,7 +151,7 @@ def test_lengths_of_narrow_types_do_not_wrap(dtype: str) -> None:
         added = [200, 200] if counts is None else [100, 120]
         after = append_cache(cache._replace(lengths=jnp.asarray([100, 3], dtype)), key, value, counts)
         expected = append_cache(cache._replace(lengths=[100, 3]), key, value, added)
-        assert after.lengths.tolist() == expected.lengths.tolist()
+        assert numpy.array_equal(after.lengths, expected.lengths)
         assert_equal(after[:2], expected[:2])
 
 
@@ -172,6 +172,6 @@ def test_known_and_traced_starts_store_the_same() -> None:
 def test_keys_cached_before_serve_cross_attention() -> None:
     layer, x, key, value = sized(**CROSS), tokens(), tokens(8, 3), tokens(8, 17)
     _, cache = layer(x[:, :1], key, value, cache=layer.empty_cache(BATCH, 8), q_offset=0)
-    found, after = mha_spec_jax.multi_head_attention(x, None, None, layer.params, cache=cache, q_offset=0)
-    assert_near(found, layer(x, key, value))
+    output, after = mha_spec_jax.multi_head_attention(x, None, None, layer.params, cache=cache, q_offset=0)
+    assert_near(output, layer(x, key, value))
     assert numpy.array_equal(after.lengths, cache.lengths)

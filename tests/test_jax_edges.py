@@ -1,4 +1,4 @@
-"""mha_spec_jax at the edges: one key, no query, far positions, ids of other types, symbolic sizes, merging."""
+"""Edge cases of mha_spec_jax: a single key, no query, far positions, types of ids, symbolic sizes, merging."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ UNIT = 2.0**-24
 """The unit roundoff of float32."""
 
 
-def asked(function: str, call: Call, *, compiled: bool) -> dict[str, numpy.ndarray]:
-    """The outputs of a function by name, of arrays that are traced or not; host data stays on the host."""
+def outputs_of(function: str, call: Call, *, compiled: bool) -> dict[str, numpy.ndarray]:
+    """Give the outputs of a function by name, for arrays that are traced or not; host data stays on the host."""
     arrays = {
         name: jnp.asarray(value)
         for name, value in call.items()
@@ -48,17 +48,17 @@ def asked(function: str, call: Call, *, compiled: bool) -> dict[str, numpy.ndarr
 
 
 def assert_right(call: Call, *, compiled: bool) -> None:
-    """Every function answers as the specification does."""
+    """Check that every function agrees with the specification."""
     single = {
         name: value.astype("float32") if isinstance(value, numpy.ndarray) and value.dtype.kind == "f" else value
         for name, value in call.items()
     }
     for function in FUNCTIONS:
-        assert_allowed(function, single, asked(function, single, compiled=compiled))
+        assert_allowed(function, single, outputs_of(function, single, compiled=compiled))
 
 
 def hidden(kv_len: int, q_len: int) -> dict[str, Call]:
-    """Ways to hide every key from some or all rows of two batch entries."""
+    """Give the ways to hide every key from some or all rows of two batch entries."""
     nothing = numpy.zeros((2, 1, q_len, kv_len), bool)
     return {
         "kv_lengths": {"kv_lengths": numpy.asarray([0, kv_len])},
@@ -95,7 +95,7 @@ def test_an_empty_row_over_one_key_under_vmap() -> None:
     assert jnp.isfinite(lse[1]).all()
 
 
-def test_blocks_that_see_one_key_or_none() -> None:
+def test_blocks_that_see_a_single_key_or_none() -> None:
     call = random_arrays(SEED, q_len=131, kv_len=3) | {"causal": True, "q_offset": -128}
     assert_right(call, compiled=True)
 
@@ -137,8 +137,8 @@ def test_no_entry_and_no_key(sizes: dict[str, int]) -> None:
     ids=str,
 )
 def test_positions_and_windows_of_two_to_the_thirtieth(window: Any, offset: Any) -> None:
-    given = numpy.asarray(offset) if isinstance(offset, list) else offset
-    call = random_arrays(SEED, q_len=7, kv_len=5) | {"window": window, "q_offset": given}
+    offsets = numpy.asarray(offset) if isinstance(offset, list) else offset
+    call = random_arrays(SEED, q_len=7, kv_len=5) | {"window": window, "q_offset": offsets}
     assert_right(call, compiled=isinstance(offset, list))
 
 
@@ -172,7 +172,7 @@ def test_ids_are_compared_by_value(name: str, double: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32", "float32"])
 def test_far_positions_on_a_device_turn_as_those_on_the_host(dtype: str) -> None:
-    """The bound is that of MHA-ROTARY-5 for the part of a turn that is left of an angle."""
+    """The bound is that of MHA-ROTARY-5 for the fraction of a turn."""
     frequencies = 10000.0 ** (numpy.arange(0, 64, 2) / -64)
     positions = numpy.asarray([0, 1, 255, 65537, 1_000_003, 2**24 - 1] + ([] if dtype == "float32" else [FAR]))
     angles = positions[:, None] * frequencies
@@ -211,21 +211,23 @@ def test_offsets_of_narrow_types_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("traced", [False, True], ids=["host", "traced"])
 @pytest.mark.parametrize("reading", ["upper_left", "lower_right"])
-def test_names_of_readings(reading: str, traced: bool) -> None:
+def test_named_alignments(reading: str, traced: bool) -> None:
     for lengths in ({}, {"kv_lengths": [9, 3]}, {"q_lengths": [2, 4]}, {"kv_lengths": [9, 3], "q_lengths": [2, 4]}):
-        given = {name: numpy.asarray(value) for name, value in lengths.items()}
-        call = random_arrays(SEED, q_len=5, kv_len=9) | given | {"causal": True, "q_offset": reading}
+        inputs = {name: numpy.asarray(value) for name, value in lengths.items()}
+        call = random_arrays(SEED, q_len=5, kv_len=9) | inputs | {"causal": True, "q_offset": reading}
         assert_right(call, compiled=traced)
 
 
-def test_a_name_of_a_reading_speaks_of_clamped_lengths() -> None:
+def test_a_named_alignment_uses_clamped_lengths() -> None:
     query, key, value = operands(5, 9, "float32")
     beyond = {"kv_lengths": jnp.asarray([12, 9]), "q_lengths": jnp.asarray([-1, 7])}
     within = {"kv_lengths": jnp.asarray([9, 9]), "q_lengths": jnp.asarray([0, 5])}
     named, plain = ({"q_offset": "lower_right"}, {"q_offset": jnp.asarray([9, 4])})
 
     def attended(lengths: Call, offset: Call) -> jax.Array:
-        return jax.jit(lambda given: mha_spec_jax.attention(query, key, value, causal=True, **given, **offset))(lengths)
+        return jax.jit(lambda lengths: mha_spec_jax.attention(query, key, value, causal=True, **lengths, **offset))(
+            lengths
+        )
 
     assert_equal(attended(beyond, named), attended(within, plain))
     with pytest.raises(ArgumentValueError, match="lower_right"):
@@ -236,7 +238,7 @@ def test_a_name_of_a_reading_speaks_of_clamped_lengths() -> None:
 
 
 def halves(dtype: str = "float64") -> list[jax.Array]:
-    """Two halves: some rows of either empty, with an output that is not finite, and one of both."""
+    """Give two halves: some rows of each are empty and have a non-finite output, and some rows of both are empty."""
     random = numpy.random.default_rng(SEED)
     shape = (2, 3, 5, 7)
     output_a, output_b = random.standard_normal(shape), random.standard_normal(shape)
@@ -248,7 +250,7 @@ def halves(dtype: str = "float64") -> list[jax.Array]:
 
 
 def cotangents(dtype: str = "float64") -> tuple[jax.Array, jax.Array]:
-    """Cotangents of output and lse, NaN in a row of which one half is empty."""
+    """Give cotangents of output and lse."""
     random = numpy.random.default_rng(SEED + 1)
     grad_output = random.standard_normal((2, 3, 5, 7))
     return jnp.asarray(grad_output, dtype), jnp.asarray(random.standard_normal((2, 3, 5)), dtype)
@@ -258,15 +260,15 @@ def cotangents(dtype: str = "float64") -> tuple[jax.Array, jax.Array]:
 @pytest.mark.parametrize("world", ["vjp", "jit of vjp", "vmap", "call"])
 def test_gradients_of_merging(world: str) -> None:
     def ours(dtype: str) -> Any:
-        given, (grad_output, grad_lse) = halves(dtype), cotangents(dtype)
+        inputs, (grad_output, grad_lse) = halves(dtype), cotangents(dtype)
         if world == "call":
-            return mha_spec_jax.merge_attention_vjp(grad_output, *given, grad_lse=grad_lse)
+            return mha_spec_jax.merge_attention_vjp(grad_output, *inputs, grad_lse=grad_lse)
         if world == "vmap":
-            return jax.vmap(pulled)(*(x[:, None] for x in (grad_output, grad_lse, *given)))
-        return (jax.jit(pulled) if world == "jit of vjp" else pulled)(grad_output, grad_lse, *given)
+            return jax.vmap(pulled)(*(x[:, None] for x in (grad_output, grad_lse, *inputs)))
+        return (jax.jit(pulled) if world == "jit of vjp" else pulled)(grad_output, grad_lse, *inputs)
 
-    def pulled(grad_output: jax.Array, grad_lse: jax.Array, *given: jax.Array) -> Any:
-        return jax.vjp(mha_spec_jax.merge_attention, *given)[1]((grad_output, grad_lse))
+    def pulled(grad_output: jax.Array, grad_lse: jax.Array, *inputs: jax.Array) -> Any:
+        return jax.vjp(mha_spec_jax.merge_attention, *inputs)[1]((grad_output, grad_lse))
 
     grad_output, grad_lse = map(numpy.asarray, cotangents())
     expected = mha_spec.reference.merge_attention_vjp(grad_output, *map(numpy.asarray, halves()), grad_lse=grad_lse)
@@ -275,7 +277,7 @@ def test_gradients_of_merging(world: str) -> None:
 
 
 @pytest.mark.usefixtures("double")
-def test_an_empty_half_has_no_gradient_and_the_other_has_them_unchanged() -> None:
+def test_an_empty_half_has_no_gradient_and_the_other_half_the_cotangents() -> None:
     grad_output, grad_lse = cotangents()
     grad_output = grad_output.at[1, 1].set(math.nan)
     of_output_a, of_lse_a, of_output_b, of_lse_b = mha_spec_jax.merge_attention_vjp(
@@ -298,7 +300,7 @@ def test_merging_has_derivatives_of_both_modes_and_orders() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "constants"])
-def test_what_is_not_finite_in_merging(compiled: bool) -> None:
+def test_merging_of_non_finite_halves(compiled: bool) -> None:
     output = jnp.ones((1, 1, 4, 2))
     lse_a = jnp.asarray([[[math.inf, math.inf, math.nan, 300.0]]])
     lse_b = jnp.asarray([[[0.5, -math.inf, -math.inf, -300.0]]])
@@ -307,20 +309,20 @@ def test_what_is_not_finite_in_merging(compiled: bool) -> None:
     def merged() -> Any:
         return mha_spec_jax.merge_attention(output, lse_a, broken, lse_b)
 
-    found, lse = (jax.jit(merged) if compiled else merged)()
-    assert jnp.isnan(found[0, 0, 0]).all()
+    mixed, lse = (jax.jit(merged) if compiled else merged)()
+    assert jnp.isnan(mixed[0, 0, 0]).all()
     assert jnp.isnan(lse[0, 0, 0])
-    assert_equal((found[0, 0, 1], lse[0, 0, 1]), (output[0, 0, 1], lse_a[0, 0, 1]))
+    assert_equal((mixed[0, 0, 1], lse[0, 0, 1]), (output[0, 0, 1], lse_a[0, 0, 1]))
     assert jnp.isnan(lse[0, 0, 2])
-    assert (found[0, 0, 3, 0], lse[0, 0, 3]) == (1, 300)
-    assert not jnp.isfinite(found[0, 0, 3, 1])
+    assert (mixed[0, 0, 3, 0], lse[0, 0, 3]) == (1, 300)
+    assert not jnp.isfinite(mixed[0, 0, 3, 1])
 
 
 # Symbolic sizes.
 
 
 def exported(call: Callable[..., Any], *shapes: tuple[str, str]) -> Callable[..., Any]:
-    """A call that was traced for every size, and went through bytes."""
+    """Export a call for every size, serialize it and load it again."""
     scope = jax.export.SymbolicScope()
     arguments = [
         jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), jnp.dtype(dtype)) for shape, dtype in shapes
@@ -362,24 +364,24 @@ def test_sizes_may_be_symbolic(name: str) -> None:
     random = numpy.random.default_rng(SEED)
     for b, n, m in ((2, 3, 7), (1, 7, 1)):
         sizes = {"b": b, "n": n, "m": m}
-        given = []
+        inputs = []
         for shape, dtype in (*OPERANDS, *more):
             size = [sizes[axis] if axis in sizes else int(axis) for axis in shape.split(", ")]
             values = random.standard_normal(size) if dtype == "float32" else random.integers(0, min(n, m) + 1, size)
-            given.append(jnp.asarray(values, dtype))
-        described = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(call, *given))]
-        found, expected = jax.tree.leaves(program(*given)), jax.tree.leaves(call(*given))
-        assert [(x.shape, x.dtype) for x in found] == described
-        for one, other in zip(found, expected, strict=True):
-            finite = jnp.isfinite(other)
-            assert_equal(jnp.where(finite, 0.0, one), jnp.where(finite, 0.0, other))
-            scale = float(jnp.abs(jnp.where(finite, other, 0.0)).max())
-            assert float(jnp.abs(jnp.where(finite, one - other, 0.0)).max()) <= 1000 * UNIT * max(scale, 1.0)
+            inputs.append(jnp.asarray(values, dtype))
+        described = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(call, *inputs))]
+        results, expected = jax.tree.leaves(program(*inputs)), jax.tree.leaves(call(*inputs))
+        assert [(x.shape, x.dtype) for x in results] == described
+        for result, wanted in zip(results, expected, strict=True):
+            finite = jnp.isfinite(wanted)
+            assert_equal(jnp.where(finite, 0.0, result), jnp.where(finite, 0.0, wanted))
+            scale = float(jnp.abs(jnp.where(finite, wanted, 0.0)).max())
+            assert float(jnp.abs(jnp.where(finite, result - wanted, 0.0)).max()) <= 1000 * UNIT * max(scale, 1.0)
 
 
 @pytest.mark.parametrize("offset", ["upper_left", "lower_right", 3, [1, 4], None], ids=str)
-def test_alibi_has_symbolic_sizes(offset: Any) -> None:
-    """Query and key have one size where the offset is missing."""
+def test_alibi_accepts_symbolic_sizes(offset: Any) -> None:
+    """Query and key have the same size where the offset is None."""
     keys = 1 if offset is None else 2
 
     def call(*arrays: jax.Array) -> jax.Array:
@@ -395,7 +397,7 @@ def test_alibi_of_two_symbolic_sizes_needs_an_offset() -> None:
         exported(lambda q, k: mha_spec_jax.alibi_bias(3, *q.shape, *k.shape), ("n", "float32"), ("m", "float32"))
 
 
-def test_an_exported_layer_takes_and_gives_a_cache() -> None:
+def test_an_exported_layer_accepts_and_returns_a_cache() -> None:
     layer = mha_spec_jax.MultiHeadAttention(12, 3, key=jax.random.key(0), rotary={})
 
     def call(layer: Any, x: jax.Array, cache: KVCache) -> Any:

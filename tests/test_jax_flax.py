@@ -22,10 +22,10 @@ pytestmark = pytest.mark.usefixtures("double", "unoptimized")
 
 
 def module_of(**options: Any) -> Any:
-    """The layer of `sized` as a module of nnx."""
-    given: dict[str, Any] = SIZES | options
-    module = mha_spec_jax.flax.MultiHeadAttention(EMBED, HEADS, rngs=nnx.Rngs(0), param_dtype="float64", **given)
-    nnx.update(module, nnx.State({name: nnx.Param(one) for name, one in sized(**options).params.items()}))
+    """Make the layer of `sized` as a module of nnx."""
+    arguments: dict[str, Any] = SIZES | options
+    module = mha_spec_jax.flax.MultiHeadAttention(EMBED, HEADS, rngs=nnx.Rngs(0), param_dtype="float64", **arguments)
+    nnx.update(module, nnx.State({name: nnx.Param(array) for name, array in sized(**options).params.items()}))
     return module
 
 
@@ -33,19 +33,19 @@ def module_call(module: Any, x: Array) -> Array:
     return module(x)
 
 
-def test_the_module_is_the_tree() -> None:
+def test_the_module_equals_the_pytree() -> None:
     options: dict[str, Any] = {"qk_norm": True, "rotary": {"base": 5.0}, "norm_epsilon": 0.5}
     module, tree, x = module_of(**options), sized(**options), tokens()
     assert_equal(module(x, causal=True), tree(x, causal=True))
     assert_equal(module.attention_weights(x, causal=True), tree.attention_weights(x, causal=True))
-    caches = [one.empty_cache(BATCH, 12) for one in (module, tree)]
+    caches = [layer.empty_cache(BATCH, 12) for layer in (module, tree)]
     assert_equal(module(x, cache=caches[0]), tree(x, cache=caches[1]))
 
 
 def test_the_state_of_the_module_is_its_parameters() -> None:
     module, x = module_of(qk_norm=True), tokens()
     state = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    assert {name: one.shape for name, one in state.items()} == module.settings.shapes()
+    assert {name: array.shape for name, array in state.items()} == module.settings.shapes()
     graph, held = nnx.split(module)
     assert_equal(nnx.merge(graph, held)(x), module(x))
     assert_equal(jax.jit(lambda held, x: nnx.merge(graph, held)(x))(held, x), nnx.jit(module_call)(module, x))
@@ -56,18 +56,18 @@ def test_the_state_of_the_module_is_its_parameters() -> None:
     assert_equal(fresh(x), module(x))
 
 
-def test_gradients_of_the_module_are_those_of_the_tree() -> None:
+def test_gradients_of_the_module_equal_those_of_the_pytree() -> None:
     module, tree, x = module_of(), sized(), tokens()
-    found = nnx.to_pure_dict(nnx.jit(nnx.grad(lambda module: jnp.sum(module(x) ** 2)))(module))
+    gradients = nnx.to_pure_dict(nnx.jit(nnx.grad(lambda module: jnp.sum(module(x) ** 2)))(module))
     expected = jax.jit(jax.grad(lambda tree: jnp.sum(tree(x) ** 2)))(tree).params
-    assert found.keys() == expected.keys()
-    for name, one in expected.items():
+    assert gradients.keys() == expected.keys()
+    for name, array in expected.items():
         if name != "b_k":
-            assert_near(found[name], one)
-    assert jnp.abs(found["b_k"]).max() < jnp.finfo(jnp.float32).eps * jnp.abs(found["b_q"]).max()
+            assert_near(gradients[name], array)
+    assert jnp.abs(gradients["b_k"]).max() < jnp.finfo(jnp.float32).eps * jnp.abs(gradients["b_q"]).max()
 
 
-def test_dropout_of_the_module_is_for_training() -> None:
+def test_the_module_drops_weights_in_training_alone() -> None:
     module, plain, x = module_of(dropout_rate=0.5), module_of(), tokens()
     call = nnx.jit(module_call)
     assert not numpy.array_equal(module(x), module(x))

@@ -1,6 +1,6 @@
-"""The layers of flax and equinox as judges of ours: same weights, same outputs, weights and gradients.
+"""The layers of flax and equinox as judges: with the same parameters, outputs, weights and gradients are equal.
 
-What means something else there stands in docs/judges.md; each of its rows is seen here.
+docs/judges.md lists the differences in meaning; a test here shows each of them.
 """
 
 from __future__ import annotations
@@ -41,35 +41,35 @@ def numbers(*shape: int, seed: int = 5) -> Array:
     return jnp.asarray(plain_numbers(*shape, seed=seed))
 
 
-def pulled(call: Callable[..., list[Array]], *given: Any) -> tuple[Any, ...]:
-    """The outputs of a function, and the gradients that the first of them gives."""
-    outputs, pull = jax.vjp(call, *given)
+def pulled(call: Callable[..., list[Array]], *arguments: Any) -> tuple[Any, ...]:
+    """Give the outputs of a function, and the gradients of the first output."""
+    outputs, pull = jax.vjp(call, *arguments)
     first, *rest = outputs
     cotangent = jnp.asarray(uneven(first.shape), first.dtype)
     return outputs, *pull([cotangent, *map(jnp.zeros_like, rest)])
 
 
 Judge = tuple["Callable[..., list[Array]]", dict[str, Any], str]
-"""Their outputs as a function of their weights and the inputs, the weights by name, and the layout of these."""
+"""A function of parameters and inputs, the parameters by name, and their layout."""
 
 
 def filled(tree: Any) -> Any:
-    """The arrays of another's layer, with numbers in all of them."""
-    return jax.tree.map(lambda one: numbers(*one.shape, seed=one.size) / 2, tree)
+    """Fill the arrays of a layer with numbers."""
+    return jax.tree.map(lambda array: numbers(*array.shape, seed=array.size) / 2, tree)
 
 
 def nnx_layer(**options: Any) -> nnx.MultiHeadAttention:
-    given: dict[str, Any] = {"decode": False, "out_features": 13} | options
-    return nnx.MultiHeadAttention(6, 9, 24, param_dtype="float64", rngs=nnx.Rngs(0), **given)
+    arguments: dict[str, Any] = {"decode": False, "out_features": 13} | options
+    return nnx.MultiHeadAttention(6, 9, 24, param_dtype="float64", rngs=nnx.Rngs(0), **arguments)
 
 
 def of_nnx(mask: Array | None = None, **options: Any) -> Judge:
-    """`flax.nnx.MultiHeadAttention`, whose weights are those that it sows."""
+    """Make a `flax.nnx.MultiHeadAttention`, which sows its weights."""
     graph, params, rest = nnx.split(nnx_layer(**options), nnx.Param, ...)
 
     def call(state: dict[str, Any], *x: Array) -> list[Array]:
-        own = nnx.State(jax.tree.map(nnx.Param, state))
-        layer = nnx.capture(nnx.merge(graph, own, rest), nnx.Intermediate)
+        restored = nnx.State(jax.tree.map(nnx.Param, state))
+        layer = nnx.capture(nnx.merge(graph, restored, rest), nnx.Intermediate)
         output, seen = layer(*x, mask=mask, sow_weights=True)
         return [output, *jax.tree.leaves(nnx.to_pure_dict(seen))]
 
@@ -77,12 +77,12 @@ def of_nnx(mask: Array | None = None, **options: Any) -> Judge:
 
 
 def linen_layer(**options: Any) -> flax.linen.MultiHeadDotProductAttention:
-    given: dict[str, Any] = {"qkv_features": 24, "out_features": 13, "param_dtype": "float64"}
-    return flax.linen.MultiHeadDotProductAttention(6, **given | options)
+    arguments: dict[str, Any] = {"qkv_features": 24, "out_features": 13, "param_dtype": "float64"}
+    return flax.linen.MultiHeadDotProductAttention(6, **arguments | options)
 
 
 def of_linen(mask: Array | None = None, **options: Any) -> Judge:
-    """`flax.linen.MultiHeadDotProductAttention`, whose weights are those that it sows."""
+    """Make a `flax.linen.MultiHeadDotProductAttention`, which sows its weights."""
     layer = linen_layer(**options)
     params = layer.init(jax.random.key(0), jnp.zeros((1, 1, 9)))["params"]
 
@@ -98,26 +98,26 @@ EQUINOX = ("query_proj", "key_proj", "value_proj", "output_proj")
 
 
 def of_equinox(mask: Array | None = None, theta: float | None = None, **options: Any) -> Judge:
-    """`equinox.nn.MultiheadAttention`, which knows no batch and gives no weights."""
-    given: dict[str, Any] = {"qk_size": 4, "vo_size": 4, "output_size": 13, "dtype": "float64"} | options
-    layer = equinox.nn.MultiheadAttention(6, 9, **given, key=jax.random.key(0))
+    """Make an `equinox.nn.MultiheadAttention`, which has no batch axis and returns no weights."""
+    arguments: dict[str, Any] = {"qk_size": 4, "vo_size": 4, "output_size": 13, "dtype": "float64"} | options
+    layer = equinox.nn.MultiheadAttention(6, 9, **arguments, key=jax.random.key(0))
     linear = {name: getattr(layer, name) for name in EQUINOX}
-    state = {f"{name}.weight": one.weight for name, one in linear.items()}
-    state |= {f"{name}.bias": one.bias for name, one in linear.items() if one.bias is not None}
+    state = {f"{name}.weight": module.weight for name, module in linear.items()}
+    state |= {f"{name}.bias": module.bias for name, module in linear.items() if module.bias is not None}
     turn = equinox.nn.RotaryPositionalEmbedding(4, theta or 1.0, jnp.float64)
 
     def process_heads(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        query, key = (jax.vmap(turn, 1, 1)(one) for one in (query, key))
+        query, key = (jax.vmap(turn, 1, 1)(array) for array in (query, key))
         return query, key, value
 
     def call(state: dict[str, Array], *x: Array) -> list[Array]:
         def parts(layer: equinox.nn.MultiheadAttention) -> list[Array]:
-            return [getattr(getattr(layer, name), kind) for name, kind in (one.split(".") for one in state)]
+            return [getattr(getattr(layer, name), kind) for name, kind in (label.split(".") for label in state)]
 
         whole = equinox.tree_at(parts, layer, list(state.values()))
         process = None if theta is None else process_heads
-        one = partial(whole, mask=None if mask is None else mask[0], process_heads=process)
-        return [jax.vmap(one)(*x)]
+        single_entry = partial(whole, mask=None if mask is None else mask[0], process_heads=process)
+        return [jax.vmap(single_entry)(*x)]
 
     return call, filled(state), "equinox"
 
@@ -154,7 +154,7 @@ SHARED: dict[str, tuple[Callable[[], Judge], tuple[int, int], Callable[[], Optio
 def own_gradients(
     params: dict[str, Array], x: list[Array], mask: Array | None = None, base: float | None = None, **options: Any
 ) -> tuple[list[Array], dict[str, Array], list[Array]]:
-    """Our output and weights, and the gradients of params and inputs, one program for all judges."""
+    """Give our output and weights, and the gradients of params and inputs, in one program for all judges."""
     rotary = None if base is None else {"base": base}
 
     def call(params: dict[str, Array], x: list[Array]) -> list[Array]:
@@ -165,9 +165,9 @@ def own_gradients(
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_layers_of_others_have_the_same_outputs_weights_and_gradients(name: str) -> None:
-    made, sizes, options_of = SHARED[name]
-    (call, state, layout), options = made(), options_of()
+def test_layers_of_other_libraries_have_the_same_outputs_weights_and_gradients(name: str) -> None:
+    make, sizes, options_of = SHARED[name]
+    (call, state, layout), options = make(), options_of()
     inputs = [tokens(5, 9), tokens(8, sizes[0]), tokens(8, sizes[1], seed=6)]
 
     def theirs(state: dict[str, Any], x: list[Array]) -> list[Array]:
@@ -176,9 +176,9 @@ def test_layers_of_others_have_the_same_outputs_weights_and_gradients(name: str)
     outputs, *expected = jax.jit(partial(pulled, theirs))(state, inputs)
 
     def ours(dtype: str) -> list[Any]:
-        given = floats((load_weights(state, layout, heads=6), inputs), dtype)
-        found, params, x = own_gradients(*given, **options)
-        return [found[: len(outputs)], save_weights(params, layout), x]
+        arguments = floats((load_weights(state, layout, heads=6), inputs), dtype)
+        our_outputs, params, x = own_gradients(*arguments, **options)
+        return [our_outputs[: len(outputs)], save_weights(params, layout), x]
 
     assert_same(ours, [outputs, *expected])
 
@@ -208,22 +208,22 @@ def test_decoding_of_flax_gives_the_same_tokens(linen: bool) -> None:
     expected = jnp.moveaxis(jax.lax.scan(step, held, jnp.moveaxis(x, 1, 0))[1], 0, 1)
 
     def ours(dtype: str) -> list[Array]:
-        params, given = load_weights(floats(state, dtype), layout), x.astype(dtype)
-        cache = KVCache.empty(BATCH, 6, 5, 4, like=given)
+        params, converted = load_weights(floats(state, dtype), layout), x.astype(dtype)
+        cache = KVCache.empty(BATCH, 6, 5, 4, like=converted)
 
-        def own(cache: KVCache, token: Array) -> tuple[KVCache, Array]:
+        def step(cache: KVCache, token: Array) -> tuple[KVCache, Array]:
             output, cache = multi_head_attention(*[token[:, None]] * 3, params, cache=cache, causal=True)
             return cache, output[:, 0]
 
         cache = cache._replace(lengths=jnp.asarray(cache.lengths))
-        return [jnp.moveaxis(jax.lax.scan(own, cache, jnp.moveaxis(given, 1, 0))[1], 0, 1)]
+        return [jnp.moveaxis(jax.lax.scan(step, cache, jnp.moveaxis(converted, 1, 0))[1], 0, 1)]
 
     assert_same(ours, [expected])
 
 
-def different(one: Array, other: Array) -> bool:
-    """By more than float32 would lose."""
-    return bool(jnp.abs(one - other).max() > jnp.finfo(jnp.float32).eps * jnp.abs(other).max())
+def different(actual: Array, other: Array) -> bool:
+    """Tell whether arrays differ by more than the rounding of float32."""
+    return bool(jnp.abs(actual - other).max() > jnp.finfo(jnp.float32).eps * jnp.abs(other).max())
 
 
 def test_a_row_without_keys_is_a_mean_in_flax_and_equinox() -> None:
@@ -286,7 +286,7 @@ def test_nnx_computes_the_softmax_of_float64_in_float32() -> None:
     assert jnp.abs(module(x) - exact).max() > 1000 * jnp.abs(seen - exact).max()
 
 
-def test_equinox_needs_a_key_for_dropout_and_knows_no_batch() -> None:
+def test_equinox_needs_a_key_for_dropout_and_has_no_batch_axis() -> None:
     layer = equinox.nn.MultiheadAttention(6, 6, dropout_p=0.5, key=jax.random.key(0))
     x = numbers(5, 6)
     with pytest.raises(RuntimeError, match="key"):

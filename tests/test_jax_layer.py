@@ -1,4 +1,4 @@
-"""The layer of JAX as a pytree, and how the layers of both classes begin."""
+"""The layer of JAX as a pytree, and the initial parameters of both classes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_layer_is_a_pytree_of_its_parameters() -> None:
     options: dict[str, Any] = {"qk_norm": True, "dropout_rate": 0.25}
     layer = sized(rotary={"base": 5.0, "interleaved": True}, **options)
     leaves, structure = jax.tree.flatten(layer)
-    assert all(one is layer.params[name] for one, name in zip(leaves, sorted(AXES), strict=True))
+    assert all(array is layer.params[name] for array, name in zip(leaves, sorted(AXES), strict=True))
     again = jax.tree.unflatten(structure, leaves)
     assert (repr(again), again.settings) == (repr(layer), layer.settings)
     assert_equal(again(tokens()), layer(tokens()))
@@ -46,7 +46,7 @@ def test_the_layer_is_a_pytree_of_its_parameters() -> None:
     assert paths == {f".params['{name}']" for name in AXES}
 
 
-def test_a_step_of_training_is_a_map_of_trees() -> None:
+def test_a_training_step_maps_over_pytrees() -> None:
     layer, x, goal = sized(), tokens(), jnp.asarray(numbers(BATCH, LENGTH, OUT))
 
     @jax.jit
@@ -55,40 +55,40 @@ def test_a_step_of_training_is_a_map_of_trees() -> None:
 
     gradient = jax.grad(loss)(layer)
     assert isinstance(gradient, MultiHeadAttention)
-    assert loss(jax.tree.map(lambda one, slope: one - 0.01 * slope, layer, gradient)) < loss(layer)
+    assert loss(jax.tree.map(lambda array, slope: array - 0.01 * slope, layer, gradient)) < loss(layer)
 
 
-def test_other_parameters_in_place() -> None:
+def test_parameters_can_be_replaced() -> None:
     layer, x = sized(), tokens()
     moved = layer.replace(b_o=layer.params["b_o"] + 1)
     assert_equal(moved.params["w_q"], layer.params["w_q"])
     assert_near(moved(x), layer(x) + 1)
 
 
-def test_the_object_is_the_function_with_its_parameters() -> None:
+def test_the_object_calls_the_function_with_its_parameters() -> None:
     layer = sized(qk_norm=True, rotary={"base": 5.0}, norm_epsilon=0.5)
     x, key = tokens(), tokens(5, seed=7)
-    given: dict[str, Any] = {"q_offset": 3, "causal": True}
-    options = {"rotary": {"base": 5.0}, "norm_epsilon": 0.5, **given}
-    assert_equal(layer(x, key, **given), mha_spec.multi_head_attention(x, key, key, layer.params, **options))
+    call_options: dict[str, Any] = {"q_offset": 3, "causal": True}
+    options = {"rotary": {"base": 5.0}, "norm_epsilon": 0.5, **call_options}
+    assert_equal(layer(x, key, **call_options), mha_spec.multi_head_attention(x, key, key, layer.params, **options))
     expected = mha_spec.multi_head_attention_weights(x, key, layer.params, **options)
-    assert_equal(layer.attention_weights(x, key, **given), expected)
+    assert_equal(layer.attention_weights(x, key, **call_options), expected)
     assert_equal(layer(x), layer(x, x, x))
 
 
-def test_parameters_go_out_and_in(tmp_path: Path) -> None:
+def test_parameters_can_be_saved_and_loaded(tmp_path: Path) -> None:
     layer, other = sized(qk_norm=True), sized(qk_norm=True, dropout_rate=0.5)
-    other = jax.tree.map(lambda one: 2 * one, other)
-    arrays = {name: numpy.asarray(one) for name, one in layer.params.items()}
+    other = jax.tree.map(lambda array: 2 * array, other)
+    arrays = {name: numpy.asarray(array) for name, array in layer.params.items()}
     write_safetensors(tmp_path / "layer.safetensors", arrays)
-    found = read_safetensors(tmp_path / "layer.safetensors")
-    loaded = other.replace(**{name: jnp.asarray(one) for name, one in found.items()})
+    loaded_arrays = read_safetensors(tmp_path / "layer.safetensors")
+    loaded = other.replace(**{name: jnp.asarray(array) for name, array in loaded_arrays.items()})
     assert_equal(loaded(tokens()), layer(tokens()))
     copied = pickle.loads(pickle.dumps(layer))
     assert_equal(copied(tokens()), layer(tokens()))
 
 
-def test_dropout_holds_with_a_key() -> None:
+def test_dropout_applies_with_a_key() -> None:
     layer, x = sized(dropout_rate=0.5), tokens()
     keys = jax.random.split(jax.random.key(1), 2)
     dropped = [layer(x, dropout_key=key) for key in (*keys, keys[0])]
@@ -104,18 +104,18 @@ def test_dropout_holds_with_a_key() -> None:
 
 
 def new_layers(**options: Any) -> list[tuple[Any, dict[str, Array]]]:
-    """A layer of each class, and its parameters."""
+    """Make a layer of each class, and give its parameters."""
     tree = MultiHeadAttention(64, 4, key=jax.random.key(3), **options)
     module = mha_spec_jax.flax.MultiHeadAttention(64, 4, rngs=nnx.Rngs(3), **options)
     return [(tree, tree.params), (module, module.params)]
 
 
-def test_weights_begin_as_in_the_paper() -> None:
+def test_initial_weights_are_those_of_the_paper() -> None:
     for _, params in new_layers(qk_dim=24, out=96, qk_norm=True):
-        assert_drawn_as_in_the_paper({name: numpy.asarray(one) for name, one in params.items()})
+        assert_drawn_as_in_the_paper({name: numpy.asarray(array) for name, array in params.items()})
 
 
-def test_a_layer_says_what_it_is() -> None:
+def test_the_repr_names_the_settings() -> None:
     expected = "MultiHeadAttention(embed=64, heads=4, kv_heads=2, rotary={'base': 5.0}, dropout_rate=0.1)"
     for layer, _ in new_layers(kv_heads=2, rotary={"base": 5.0}, dropout_rate=0.1):
         assert repr(layer) == expected

@@ -1,4 +1,4 @@
-"""The functions of JAX's layer: judged by the goldens and by the reference, in the worlds of JAX."""
+"""The layer functions of JAX under its transformations, compared with the goldens and the reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_goldens_with_numbers_on_the_host() -> None:
 
 
 def of_parameters(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A call of which tokens and parameters alone are arguments of the compiled program."""
+    """Compile a call whose traced arguments are its tokens and parameters alone."""
     return lambda *operands, **keywords: jax.jit(partial(call, **keywords))(*operands)
 
 
@@ -45,39 +45,43 @@ def test_goldens_in_other_dtypes() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_outputs_gradients_and_weights_are_those_of_the_reference(name: str) -> None:
-    options, made = OPTIONS[name]
-    layer, given = sized(**options), made()
+def test_outputs_gradients_and_weights_equal_those_of_the_reference(name: str) -> None:
+    options, make = OPTIONS[name]
+    layer, call_options = sized(**options), make()
     inputs = [tokens(3), tokens(8, options.get("k_embed", EMBED)), tokens(8, options.get("v_embed", EMBED), seed=6)]
-    arrays = {name: jnp.asarray(one) for name, one in given.items() if isinstance(one, numpy.ndarray)}
+    arrays = {name: jnp.asarray(array) for name, array in call_options.items() if isinstance(array, numpy.ndarray)}
 
     def ours(dtype: str) -> list[Array]:
-        own, x, held = floats((layer, inputs, arrays), dtype)
+        converted, x, held = floats((layer, inputs, arrays), dtype)
 
-        def call(own: Any, *x: Array) -> tuple[Array, Array]:
-            return own(*x, **given | held), own.attention_weights(*x[:2], **of_weights(given | held))
+        def call(converted: Any, *x: Array) -> tuple[Array, Array]:
+            return converted(*x, **call_options | held), converted.attention_weights(
+                *x[:2], **of_weights(call_options | held)
+            )
 
-        return jax.jit(partial(with_gradients, call))(own, *x)
+        return jax.jit(partial(with_gradients, call))(converted, *x)
 
-    params = {name: numpy.asarray(one) for name, one in layer.params.items()}
+    params = {name: numpy.asarray(array) for name, array in layer.params.items()}
     fixed = {name: options[name] for name in ("rotary", "norm_epsilon") if name in options}
-    expected = by_reference(params, [numpy.asarray(one) for one in inputs], **fixed, **given)
-    assert_same(ours, [jnp.asarray(one) for one in expected])
+    expected = by_reference(params, [numpy.asarray(array) for array in inputs], **fixed, **call_options)
+    assert_same(ours, [jnp.asarray(array) for array in expected])
 
 
-def test_linear_biases_are_those_of_the_reference() -> None:
+def test_linear_biases_equal_those_of_the_reference() -> None:
     for heads in (1, 5, 8, 12):
         slopes = mha_spec_jax.alibi_slopes(heads, dtype="float64")
         expected = reference.alibi_slopes(heads, dtype="float64")
         assert_equal(slopes, jnp.asarray(expected))
         for offset in (2, [1, -4], jnp.asarray([1, -4])):
-            asked = jax.jit(lambda slopes, offset=offset: mha_spec_jax.alibi_bias(slopes, 3, 7, q_offset=offset))
+            compiled_bias = jax.jit(
+                lambda slopes, offset=offset: mha_spec_jax.alibi_bias(slopes, 3, 7, q_offset=offset)
+            )
             host = offset if isinstance(offset, int) else numpy.asarray(offset)
-            assert_equal(asked(slopes), jnp.asarray(reference.alibi_bias(expected, 3, 7, q_offset=host)))
+            assert_equal(compiled_bias(slopes), jnp.asarray(reference.alibi_bias(expected, 3, 7, q_offset=host)))
 
 
 def test_layers_and_caches_side_by_side_under_vmap() -> None:
-    layers = [sized(rotary={}), jax.tree.map(lambda one: -one / 2, sized(rotary={}))]
+    layers = [sized(rotary={}), jax.tree.map(lambda array: -array / 2, sized(rotary={}))]
     x = jnp.stack([tokens(4), tokens(4, seed=6)])
 
     def call(layer: Any, x: Array) -> tuple[Array, Array]:
@@ -87,5 +91,5 @@ def test_layers_and_caches_side_by_side_under_vmap() -> None:
 
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *layers)
     mapped, alone = jax.jit(jax.vmap(call))(stacked, x), jax.jit(call)
-    for number, one in enumerate(layers):
-        assert_near([both[number] for both in mapped], alone(one, x[number]))
+    for number, layer in enumerate(layers):
+        assert_near([output[number] for output in mapped], alone(layer, x[number]))

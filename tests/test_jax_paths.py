@@ -1,4 +1,4 @@
-"""Which path a call of mha_spec_jax takes, and into which blocks it is cut."""
+"""The path of a call of mha_spec_jax, and its blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEED = 20261123
 
 
 def steps(function: Callable[..., object], *operands: jax.Array) -> str:
-    """What jax traces of a call."""
+    """Spell the operations that JAX traces of a call."""
     return str(jax.make_jaxpr(function)(*operands))
 
 
@@ -53,7 +53,7 @@ def test_the_path_of_weights() -> None:
     )
 
 
-def test_blocks_are_as_many_as_the_scores_ask() -> None:
+def test_large_calls_have_more_than_one_block() -> None:
     def is_looped(length: int) -> bool:
         query = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
         return "scan[" in str(jax.make_jaxpr(lambda query: attention(query, query, query))(query))
@@ -63,32 +63,32 @@ def test_blocks_are_as_many_as_the_scores_ask() -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
-    """What cuDNN is asked on a machine that seems to have it; XLA's kernel stands for it."""
-    found: list[Answer] = []
+def cudnn_calls(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+    """Record the calls of cuDNN, which XLA's kernel replaces, as if the machine had it."""
+    calls: list[Answer] = []
     kernel = jax.nn.dot_product_attention
 
-    def asked(*operands: jax.Array, implementation: str, **options: Any) -> jax.Array:
-        found.append(options | {"implementation": implementation})
+    def record(*operands: jax.Array, implementation: str, **options: Any) -> jax.Array:
+        calls.append(options | {"implementation": implementation})
         return kernel(*operands, **options)
 
     monkeypatch.setattr(native, "has_kernel", lambda _: True)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", asked)
-    return found
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    return calls
 
 
 def half(size: int = 16, kv_len: int = 8, v_dim: int = 16) -> list[jax.Array]:
-    """Query, key and value of bfloat16, 4 heads over 2."""
+    """Give query, key and value of bfloat16, 4 heads over 2."""
     generator = numpy.random.default_rng(SEED)
     shapes = ((2, 4, 8, size), (2, 2, kv_len, size), (2, 2, kv_len, v_dim))
     return [jnp.asarray(generator.standard_normal(shape), jnp.bfloat16) for shape in shapes]
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "scale": 0.5}])
-def test_cudnn_is_asked(asked: list[Answer], options: Answer) -> None:
+def test_cudnn_is_called(cudnn_calls: list[Answer], options: Answer) -> None:
     jax.eval_shape(lambda *x: attention(*x, **options), *half())
     same = {"scale": options.get("scale"), "is_causal": options.get("causal", False)}
-    assert asked == [{"implementation": "cudnn", **same}]
+    assert cudnn_calls == [{"implementation": "cudnn", **same}]
 
 
 @pytest.mark.parametrize(
@@ -106,29 +106,29 @@ def test_cudnn_is_asked(asked: list[Answer], options: Answer) -> None:
         ({"size": 136, "v_dim": 136}, {}),
     ],
 )
-def test_cudnn_is_not_asked_what_it_would_not_answer(
-    asked: list[Answer], sizes: dict[str, int], options: Answer
+def test_cudnn_is_not_called_with_unsupported_options(
+    cudnn_calls: list[Answer], sizes: dict[str, int], options: Answer
 ) -> None:
     key = jax.random.key(SEED)
     jax.eval_shape(lambda *x: attention(*x, **options, dropout_key=key), *half(**sizes))
-    jax.eval_shape(attention, *(one.astype(jnp.float32) for one in half()))
-    assert not asked
+    jax.eval_shape(attention, *(operand.astype(jnp.float32) for operand in half()))
+    assert not cudnn_calls
 
 
-def test_cudnn_is_not_asked_where_there_is_none() -> None:
+def test_cudnn_is_not_called_where_it_is_missing() -> None:
     assert not native.has_kernel(half()[0])
     jax.jit(lambda query: attention(query, query, query))(half()[0])
 
 
-@pytest.mark.usefixtures("asked")
-def test_what_cudnn_answers_is_given() -> None:
+@pytest.mark.usefixtures("cudnn_calls")
+def test_the_output_of_cudnn_is_returned() -> None:
     query, key, value = half()
 
     def ours(query: jax.Array) -> jax.Array:
         return attention(query, key, value, causal=True)
 
     def theirs(query: jax.Array) -> jax.Array:
-        moved = (jnp.swapaxes(one, 1, 2) for one in (query, key, value))
+        moved = (jnp.swapaxes(operand, 1, 2) for operand in (query, key, value))
         output = jax.nn.dot_product_attention(*moved, is_causal=True, scale=None, implementation="xla")
         return jnp.swapaxes(output, 1, 2)
 
@@ -152,20 +152,20 @@ def test_memory_grows_with_the_length() -> None:
     assert temporary(16384) < 2 * 16384 * 16384
 
 
-def test_a_window_leaves_keys_out() -> None:
+def test_a_window_skips_keys() -> None:
     query = jnp.zeros((1, 8, 4096, 64), jnp.float32)
-    found, _ = plan.plan_of(Arguments(query, query, query, window=(256, 0)))
-    assert sum(group.count * group.rows * group.keys for group in found.groups) < 0.2 * 4096**2
+    cut, _ = plan.plan_of(Arguments(query, query, query, window=(256, 0)))
+    assert sum(group.count * group.rows * group.keys for group in cut.groups) < 0.2 * 4096**2
 
 
-def test_segments_on_the_host_leave_keys_out() -> None:
+def test_segments_on_the_host_skip_keys() -> None:
     query = jnp.zeros((1, 8, 4096, 64), jnp.float32)
     ids = numpy.arange(4096)[None] // 256
-    found, _ = plan.plan_of(Arguments(query, query, query, q_segment_ids=ids, kv_segment_ids=ids))
-    assert sum(group.count * group.rows * group.keys for group in found.groups) < 0.2 * 4096**2
+    cut, _ = plan.plan_of(Arguments(query, query, query, q_segment_ids=ids, kv_segment_ids=ids))
+    assert sum(group.count * group.rows * group.keys for group in cut.groups) < 0.2 * 4096**2
 
 
-def test_as_many_heads_at_once_as_half_a_block_holds() -> None:
+def test_a_block_has_as_many_heads_as_fill_half_of_it() -> None:
     def heads(batch: int, heads: int, length: int) -> int | None:
         query = jnp.zeros((batch, heads, length, 8), jnp.float32)
         return plan.plan_of(Arguments(query, query, query))[0].heads

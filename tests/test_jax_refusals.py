@@ -1,4 +1,4 @@
-"""What mha_spec_jax refuses: values that are not floating arrays of JAX, and arrays on different devices."""
+"""mha_spec_jax refuses values that are not floating arrays of JAX, and arrays on different devices."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     ids=lambda wrong: f"{type(wrong).__name__} {getattr(wrong, 'dtype', '')}",
 )
 @pytest.mark.parametrize("place", range(3))
-def test_what_is_no_floating_array_of_jax_is_refused(wrong: Any, place: int) -> None:
-    given: list[Any] = operands(5, 5, "float32")
-    given[place] = wrong
+def test_values_that_are_not_floating_arrays_of_jax_are_refused(wrong: Any, place: int) -> None:
+    arguments: list[Any] = operands(5, 5, "float32")
+    arguments[place] = wrong
     with pytest.raises(ArgumentTypeError):
-        mha_spec_jax.attention(*given)
+        mha_spec_jax.attention(*arguments)
 
 
 def test_sparse_arrays_are_refused() -> None:
     query, key, value = operands(5, 5, "float32")
     for index in range(3):
-        given: list[Any] = [query, key, value]
-        given[index] = sparse.BCOO.fromdense(given[index])
+        arguments: list[Any] = [query, key, value]
+        arguments[index] = sparse.BCOO.fromdense(arguments[index])
         with pytest.raises(ArgumentTypeError, match="must be"):
-            mha_spec_jax.attention(*given)
+            mha_spec_jax.attention(*arguments)
     with pytest.raises(ArgumentTypeError, match="`bias`"):
         mha_spec_jax.attention(query, key, value, bias=sparse.BCOO.fromdense(jnp.ones((1, 1, 5, 5))))
 
@@ -77,7 +77,7 @@ cache = lambda layer: layer.empty_cache(4, 7)
 """
 
 TOGETHER = """
-near = lambda one, other: numpy.testing.assert_allclose(numpy.asarray(one), numpy.asarray(other), rtol=1e-5, atol=1e-6)
+near = lambda actual, wanted: numpy.testing.assert_allclose(*map(numpy.asarray, (actual, wanted)), rtol=1e-5, atol=1e-6)
 plain = J.attention(q, q, q, bias=bias, kv_lengths=[1, 2, 3, 0])
 near(J.attention(put(q, "b"), put(q), q, bias=put(bias), kv_lengths=put(lengths, "b")), plain)
 near(J.attention(put(q, "b"), put(q, "b", None), put(q, None), bias=bias, kv_lengths=put(lengths)), plain)
