@@ -1,4 +1,4 @@
-"""One drawn call, asked and judged: the same question, answer and judgement as `mha-spec check` has."""
+"""Ask and judge a drawn call, with the same questions, answers and judgements as `mha-spec check`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Asker"]
 
 STRICT = ("numpy", "mha_spec.reference")
-"""The targets for which hidden pairs of a used operand are a MUST (MHA-POISON-2)."""
+"""The targets for which MHA-POISON-2 is a MUST."""
 
 
 class Asker:
@@ -45,17 +45,17 @@ class Asker:
         self.suspect(())
 
     def suspect(self, names: Iterable[str] | None) -> None:
-        """Diagnose with these mistakes and the accepted conventions alone, which is fast; None: with the catalogue."""
+        """Diagnose only with these mistakes and the accepted conventions, which is fast; None means all mistakes."""
         suspects = None if names is None else set(names)
         mistakes = [m for m in MISTAKES if suspects is None or m.name in suspects or m.convention in self._accepted]
         self._judge.diagnosis = Diagnosis(mistakes)
 
     def excused(self, result: Result) -> bool:
-        """Whether every convention that a wrong answer follows is accepted."""
+        """Tell whether every convention that a wrong answer follows is accepted."""
         return bool(result.conventions) and self._accepted.issuperset(result.conventions)
 
     def result(self, call: Call, name: str = "fuzz/call") -> Result | None:
-        """Judge the target's answer to a call; None where the target does not claim it or nobody can be asked it."""
+        """Judge the answer to a call; None if the target does not claim the call, or no target can be asked it."""
         try:
             case = case_of(call, name)
         except NotAdmitted:

@@ -1,4 +1,4 @@
-"""One drawn call as plain data: NumPy expressions for its arrays, and Python values for everything else."""
+"""A drawn call as plain data: NumPy expressions for its arrays, and Python values for everything else."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ class Recipe:
 
     @property
     def source(self) -> str:
-        """Give the Python expression of the array, but for its marks."""
+        """Give the Python expression of the array without its marks."""
         random = f"numpy.random.default_rng({self.seed})"
         return f'numpy.array({self.expression.replace("random.", f"{random}.")}).astype("{self.dtype}")'
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of one function of the specification in one dtype.
+    """A call of a function of the specification in a dtype.
 
     Attributes:
         function: The function, by its name.
         dtype: The dtype of the run.
         recipes: The arrays by argument name.
         options: The Python arguments by name.
-        lse: Whether the log-sum-exp is asked for as well.
+        lse: True if the call also returns the log-sum-exp.
         host: Names of arrays that are passed as host data, with their form: "list" or "numpy".
-        layouts: Names of arrays that do not lie plainly in memory, with their layout.
-        reused: Whether a second call with other numbers must leave the results of the first alone.
+        layouts: Names of arrays that do not have the plain memory layout, with their layout.
+        reused: True if a second call with other numbers follows, which must not change the results of the first.
     """
 
     function: str
@@ -79,7 +79,7 @@ class Call:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Give the number of arguments and of elements: the smaller call shows a fault better."""
+        """Give the numbers of arguments and of elements; a smaller call shows a fault better."""
         names = len(self.recipes) + len(self.options) + len(self.host) + len(self.layouts) + self.reused + self.lse
         return names, sum(array.size for array in self.arrays.values())
 

@@ -1,4 +1,4 @@
-"""A drawn call as a case of the suite, so that everything that judges, names and prints a case serves it too."""
+"""Convert a drawn call to a case of the suite, which is then judged, named and printed like any other case."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CLAUSES = {
     "q_norm": "MHA-NORM-1",
     "cache_key": "MHA-CACHE-1",
 }
-"""The clause that a function or an argument is about."""
+"""The clause that defines a function or an argument."""
 
 
 def case_of(call: Call, name: str) -> Case:

@@ -1,4 +1,4 @@
-"""What is drawn: calls over the whole option space, of what a target claims and of nothing else."""
+"""Draw calls over the whole option space that a target claims."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["calls"]
 SMALL = (1, 2, 3, 5, 7, 0, 8, 11, 13)
 EDGES = (1, 4, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513, 1025)
 MOST_PAIRS = 2**16
-"""The largest number of scores of one call: the reference holds all of them in float64."""
+"""The largest number of scores of a call, because the reference stores all of them in float64."""
 
 WEIGHTS = {
     "attention": 6,
@@ -39,15 +39,15 @@ WEIGHTS = {
     "alibi_slopes": 1,
     "alibi_bias": 1,
 }
-"""How often each function is drawn."""
+"""The relative frequency of each function."""
 
 
 def calls(claims: Claims, functions: tuple[str, ...] = ()) -> st.SearchStrategy[Call]:
     """Give a strategy of calls that a target claims to answer.
 
     Args:
-        claims: What the target says of itself.
-        functions: The functions to draw; all that are claimed where empty.
+        claims: The claims of the target.
+        functions: The functions to draw; if empty, all that the target claims.
     """
     names = [name for name in DRAWERS if name in claims.keywords and (not functions or name in functions)]
     weighted = [name for name in names for _ in range(WEIGHTS[name])]
@@ -66,7 +66,7 @@ def _simplest_first(dtypes: tuple[str, ...]) -> list[str]:
 
 
 def _sizes(d: Drawing) -> dict[str, int]:
-    """Sizes of one attention, off and on the edges of tiles, with at most `MOST_PAIRS` scores."""
+    """Draw the sizes of an attention, some on the edges of tiles, with at most `MOST_PAIRS` scores."""
     long = d.one_of(*[False] * 7, True)
     lengths = EDGES if long else SMALL
     q_len = d.one_of(*lengths)
@@ -112,7 +112,7 @@ def draw_attention(d: Drawing) -> Call:
 
 
 def draw_options(d: Drawing, sizes: dict[str, int]) -> None:
-    """Draw each option that the target takes, each one present now and then."""
+    """Draw the options that the target takes; each option is present in some calls."""
     batch, heads, q_len, kv_len = (sizes[name] for name in ("batch", "heads", "q_len", "kv_len"))
 
     scores = (batch, heads, q_len, kv_len)
@@ -136,7 +136,7 @@ def draw_options(d: Drawing, sizes: dict[str, int]) -> None:
 
 
 def draw_positions(d: Drawing, batch: int, q_len: int, kv_len: int) -> None:
-    """Draw what looks at positions, with an offset wherever the diagonal would be ambiguous (MHA-POS-2)."""
+    """Draw the options that depend on positions, with an offset if the diagonal would be ambiguous (MHA-POS-2)."""
     lengths = d.takes("kv_lengths")
     if lengths:
         d.integers("kv_lengths", [d.length(kv_len) for _ in range(batch)])
@@ -156,7 +156,7 @@ def draw_positions(d: Drawing, batch: int, q_len: int, kv_len: int) -> None:
 
 
 def draw_merge(d: Drawing) -> Call:
-    """Draw two halves of one softmax, some of them empty, not finite or never written, and maybe their cotangents."""
+    """Draw two halves of a softmax, some rows empty or not finite, and for the gradients their cotangents."""
     rows = (d.one_of(1, 2, 0), d.one_of(1, 2, 3), d.one_of(*SMALL))
     v_dim, dtype = d.one_of(4, 1, 3, 8, 17, 64), softmax_dtype_name(d.dtype)
     for half in "ab":
@@ -178,7 +178,7 @@ def draw_merge(d: Drawing) -> Call:
 
 
 def _passed(d: Drawing, call: Call) -> Call:
-    """Draw how the arrays are passed: as host data, in another layout of memory, in buffers that are used again."""
+    """Draw how the arrays are passed: as host data, in another memory layout, or before a second call."""
     host: dict[str, str] = {}
     layouts: dict[str, str] = {}
     if d.claims.registered and d.rarely():

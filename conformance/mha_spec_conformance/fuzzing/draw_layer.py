@@ -1,4 +1,4 @@
-"""Drawn calls of the layer and of positions: projections, norms, rotation, caches, sequences of calls, ALiBi."""
+"""Draw calls of the layer and of positions: projections, norms, rotation, caches, sequences of calls, ALiBi."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OF_WEIGHTS = ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm")
 
 
 def draw_layer(d: Drawing) -> Call:
-    """Draw a call of the layer, or a sequence of calls over one cache."""
+    """Draw a call of the layer, or a sequence of calls that continue a cache."""
     weights = d.function == "multi_head_attention_weights"
     cached = d.takes("cache")
     sizes = _sizes(d)
@@ -106,7 +106,7 @@ def _rotary(d: Drawing, size: int) -> dict[str, Any]:
 
 
 def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) -> None:
-    """Draw the options of attention; a mask, a bias and the ids of keys speak of every slot of a cache."""
+    """Draw the options of attention; with a cache, a mask, a bias and the ids of keys cover all of its slots."""
     batch, heads, q_len = sizes["batch"], sizes["heads"], sizes["q_len"]
     kv_len = sizes.get("buffer", sizes["kv_len"])
 
@@ -140,7 +140,7 @@ def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) 
 
 
 def _offset(d: Drawing, batch: int, q_len: int, kv_len: int, *, cached: bool) -> None:
-    """Draw an offset where the diagonal would be ambiguous, and now and then elsewhere (MHA-LAYER-6)."""
+    """Draw an offset if the diagonal would be ambiguous, and sometimes otherwise (MHA-LAYER-6)."""
     looks = {"causal", "window", "rotary"} & d.options.keys()
     ambiguous = looks and not cached and (q_len != kv_len or "kv_lengths" in d.recipes)
     if "q_offset" in d.keywords and (ambiguous or d.takes("q_offset")):

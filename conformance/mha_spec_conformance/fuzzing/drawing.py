@@ -1,4 +1,4 @@
-"""The choices of one drawn call, simplest first, so that shrinking takes what a person would."""
+"""Draw the arguments of a call; the simplest choice is first, because shrinking prefers it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SINKS = (
 
 
 class Drawing:
-    """The arrays and options drawn so far, and the choices that draw more of them."""
+    """The arrays and options of a call that are drawn so far, with methods that draw more."""
 
     def __init__(self, draw: Callable[..., Any], claims: Claims, function: str, dtype: str) -> None:
         self._draw = draw
@@ -69,7 +69,7 @@ class Drawing:
         self._share = self.one_of(2, 1, 4)
 
     def one_of(self, *choices: Any) -> Any:
-        """Choose one value; the first is the simplest."""
+        """Choose a value; the first is the simplest."""
         return self._draw(st.sampled_from(choices))
 
     def below(self, size: int) -> int:
@@ -77,15 +77,15 @@ class Drawing:
         return self._draw(st.integers(0, size - 1))
 
     def often(self) -> bool:
-        """Choose between no and yes, evenly."""
+        """Return True with probability 1/2."""
         return self._draw(st.booleans())
 
     def rarely(self) -> bool:
-        """Choose between no and yes, yes one time in four."""
+        """Return True with probability 1/4."""
         return self.one_of(False, False, False, True)
 
     def takes(self, *keywords: str) -> bool:
-        """Whether the target takes the keywords, and the call is to have them."""
+        """Choose whether the call has the keywords; return False if the target does not take them."""
         return self.keywords.issuperset(keywords) and self._draw(st.integers(0, 9)) >= 10 - self._share
 
     @property
@@ -98,11 +98,11 @@ class Drawing:
         self.recipes[name] = Recipe(expression, dtype, self.seed)
 
     def floats(self, name: str, shape: Sequence[int], regime: str, *, dtype: str | None = None) -> None:
-        """Draw a floating array of one of the regimes."""
+        """Draw a floating array of a regime."""
         self.array(name, self.one_of(*REGIMES[regime]).format(shape=tuple(shape)), dtype or self.dtype)
 
     def other_dtype(self) -> str:
-        """Choose the dtype of the run, or sometimes another one."""
+        """Choose the dtype of the run, or sometimes another dtype."""
         return self.one_of(*FLOATING) if self.claims.registered and self.rarely() else self.dtype
 
     def mark(self, name: str, place: tuple[int, ...], value: str) -> None:
@@ -111,17 +111,17 @@ class Drawing:
         self.recipes[name] = replace(recipe, marks=(*recipe.marks, (place, value)))
 
     def pairwise(self, scores: tuple[int, ...], expression: str) -> str:
-        """Draw an expression that broadcasts to the scores, now and then broadcast to them already."""
+        """Draw an expression that broadcasts to the scores; sometimes it already has their shape, with strides of 0."""
         shape = tuple(size if self.often() else 1 for size in scores)
         drawn = expression.format(shape=shape)
         return f"numpy.broadcast_to({drawn}, {scores})" if shape != scores and self.rarely() else drawn
 
     def mask(self, name: str, scores: tuple[int, ...], share: float) -> None:
-        """Draw a boolean mask of which so large a share is True."""
+        """Draw a boolean mask with this share of True."""
         self.array(name, self.pairwise(scores, f"random.random({{shape}}) < {share}"), "bool")
 
     def bias(self, scores: tuple[int, ...]) -> None:
-        """Draw a bias, -inf and very low numbers among it."""
+        """Draw a bias; some elements are -inf or very low."""
         softmax = softmax_dtype_name(self.dtype)
         dtype = self.one_of(softmax, self.dtype, self.other_dtype())
         choices = BIASES if dtype != "float16" else (*BIASES[:2], BIASES[3])
@@ -148,11 +148,11 @@ class Drawing:
 
     @property
     def aligned(self) -> bool:
-        """Whether the target declares where its causal diagonal lies."""
+        """True if the target declares its causal alignment."""
         return "causal_alignment" in self.claims.conventions
 
     def offset(self, batch: int, q_len: int, kv_len: int) -> None:
-        """Draw an offset, one for all batch entries or one for each."""
+        """Draw an offset, the same for all batch entries or a separate offset for each."""
         choices = (0, 1, -1, kv_len - q_len, 5, -q_len, kv_len, 2**30 - 3, -(2**30))
         if self.often():
             readings = ("lower_right", "upper_left") if self.claims.registered else ()
@@ -161,6 +161,6 @@ class Drawing:
             self.integers("q_offset", [self.one_of(*choices) for _ in range(batch)])
 
     def declared_offset(self, q_len: int, kv_len: int) -> None:
-        """Keep the offset that a target without `q_offset` takes for granted; the ask leaves it out again."""
+        """Keep the offset that a target without `q_offset` implies; the ask omits it again."""
         reading = self.claims.conventions["causal_alignment"]
         self.options["q_offset"] = 0 if reading == "upper_left" else kv_len - q_len

@@ -1,7 +1,7 @@
-"""The expected results of a drawn call: values of the reference in float64, and the kind of every place.
+"""Compute the expected results of a drawn call: the values of the reference in float64, and the kind of every element.
 
-Kinds follow from visibility and from where the inputs are not finite, as the goldens have them (SPEC.md, "How results
-are compared" and "Limits").
+The kinds are those of the goldens (SPEC.md, "How results are compared" and "Limits"). They follow from the visible
+pairs and from the elements of the inputs that are not finite.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Kinds = dict[str, Array]
 
 
 class NotAdmitted(Exception):
-    """The call is not one that a correct implementation can be asked: some intermediate value leaves its dtype."""
+    """No implementation can be asked the call, because an intermediate value exceeds the range of its dtype."""
 
 
 class Rows:
-    """What each row of an attention sees, as boolean arrays over (batch, heads, q_len) and over pairs."""
+    """The properties of rows and pairs of an attention: boolean arrays over (batch, heads, q_len) and over pairs."""
 
     def __init__(self, arrays: Mapping[str, Array], options: Mapping[str, Any], dtype: str) -> None:
         forward = {name: array for name, array in arrays.items() if not name.startswith("grad_")}
@@ -48,13 +48,13 @@ class Rows:
         self.group = self.arguments.heads // self.arguments.kv_heads
 
     def _vectors(self, name: str, test: Any) -> Array:
-        """Whether each vector of an array passes the test somewhere; heads of key and value are repeated."""
+        """Mark the vectors with an element that passes the test; heads of key and value are repeated."""
         array = self.evaluation.arrays[name] if name in self.evaluation.arrays else self.arrays[name].astype("float64")
         passed = test(array).any(axis=-1)
         return numpy.repeat(passed, self.group, axis=1) if name in ("key", "value") else passed
 
     def _pairs(self, name: str, test: Any) -> Array:
-        """Whether each pair has an element of a broadcast array that passes the test."""
+        """Mark the pairs whose element of a broadcast array passes the test."""
         array = self.evaluation.arrays.get(name)
         return numpy.zeros_like(self.visible) if array is None else numpy.broadcast_to(test(array), self.visible.shape)
 
@@ -92,13 +92,13 @@ class Rows:
         return self.seeing & ~self.unspecified & ~self.nan
 
     def over_group(self, pairs: Array) -> Array:
-        """Whether any row of any head of a group has such a pair with a key, over (batch, kv_heads, kv_len)."""
+        """Mark the keys that have such a pair in any head of their group, over (batch, kv_heads, kv_len)."""
         batch, _, _, kv_len = pairs.shape
         return pairs.any(axis=-2).reshape(batch, self.arguments.kv_heads, self.group, kv_len).any(axis=2)
 
     @property
     def has_sink(self) -> Array:
-        """Whether each head has a sink, over (1, heads, 1)."""
+        """The heads that have a sink, over (1, heads, 1)."""
         sinks = self.arguments.sinks
         heads = numpy.zeros(self.arguments.heads, bool) if sinks is None else sinks != -numpy.inf
         return heads[None, :, None]
@@ -111,18 +111,18 @@ class Rows:
 
     @cached_property
     def hidden_reach(self) -> bool:
-        """Whether a non-finite operand that some pair uses has hidden pairs as well: a SHOULD (MHA-POISON-2)."""
+        """True if a non-finite operand has visible and hidden pairs, which is a SHOULD (MHA-POISON-2)."""
         used = numpy.repeat(self.over_group(self.visible), self.group, axis=1)[:, :, None, :]
         hidden = ~self.visible & self.seeing[..., None] & used
         bad = numpy.zeros_like(hidden)
         for name in ("key", "value"):
             if name in self.arrays:
                 bad = bad | self._vectors(name, _not_finite)[:, :, None, :]
-        found = (hidden & (bad | self._pairs("bias", _poison))).any()
+        reached = (hidden & (bad | self._pairs("bias", _poison))).any()
         if "grad_output" in self.arrays:
             rows = self._vectors("query", _not_finite) | self._vectors("grad_output", _not_finite)
-            found = found or (hidden & rows[..., None]).any()
-        return bool(found)
+            reached = reached or (hidden & rows[..., None]).any()
+        return bool(reached)
 
 
 def _not_finite(array: Array) -> Array:
@@ -162,23 +162,23 @@ def _attention_vjp(call: Call, rows: Rows) -> Kinds:
         return numpy.select([bad, good], [ANY, FINITE], EXACT)
 
     of_key = kinds(rows.over_group(good), rows.over_group(bad))[..., None]
-    found = {
+    by_name = {
         "grad_query": kinds(good.any(axis=-1), bad.any(axis=-1))[..., None],
         "grad_key": of_key,
         "grad_value": of_key,
     }
     if "bias" in rows.arrays:
         axes = tuple(axis for axis, size in enumerate(rows.arrays["bias"].shape) if size == 1)
-        found["grad_bias"] = kinds(good.any(axis=axes, keepdims=True), bad.any(axis=axes, keepdims=True))
+        by_name["grad_bias"] = kinds(good.any(axis=axes, keepdims=True), bad.any(axis=axes, keepdims=True))
     if "sinks" in rows.arrays:
         moved = rows.seeing | ("grad_lse" in rows.arrays)
         good_rows, bad_rows = moved & right & rows.has_sink, moved & ~right
-        found["grad_sinks"] = kinds(good_rows.any(axis=(0, 2)), bad_rows.any(axis=(0, 2)))
-    return found
+        by_name["grad_sinks"] = kinds(good_rows.any(axis=(0, 2)), bad_rows.any(axis=(0, 2)))
+    return by_name
 
 
 class Halves:
-    """The rows of two halves of one softmax: what their lse and outputs are."""
+    """The properties of the rows of two halves that are merged."""
 
     def __init__(self, call: Call) -> None:
         lse_a, lse_b = (call.arrays[f"lse_{half}"].astype("float64") for half in "ab")
@@ -190,7 +190,7 @@ class Halves:
 
 
 def _merge_attention(call: Call, rows: None) -> Kinds:
-    """A NaN lse, or +inf beside a half that is not empty, is NaN; an empty half leaves the other one unchanged."""
+    """Give NaN for a NaN lse, or for +inf merged with a half that is not empty; an empty half changes nothing."""
     h = Halves(call)
     lse = numpy.select([h.nan | (h.infinite & h.live), ~h.live], [NAN, EXACT], FINITE)
     other = numpy.where(h.empty[0][..., None], h.outputs[1], h.outputs[0])

@@ -1,4 +1,4 @@
-"""NaN and infinities in visible and in hidden places of a drawn call."""
+"""Put NaN and infinities into the operands of a drawn call, in visible and in hidden pairs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPERANDS = ("query", "key", "value", "grad_output", "bias")
 
 
 def poisoned(d: Drawing, call: Call) -> Call:
-    """Put up to three non-finite numbers into the operands: where no pair uses them, or anywhere."""
+    """Put up to three non-finite numbers into the operands, either only where no pair uses them, or anywhere."""
     free = _unused(call) if d.often() else None
     names = [name for name in OPERANDS if name in call.recipes and call.arrays[name].size]
     if not (names if free is None else free):
@@ -33,13 +33,13 @@ def poisoned(d: Drawing, call: Call) -> Call:
 
 
 def _anywhere(d: Drawing, call: Call, names: list[str]) -> tuple[str, tuple[int, ...]]:
-    """One element of one operand."""
+    """Choose an element of an operand."""
     name = d.one_of(*names)
     return name, tuple(d.below(size) for size in call.arrays[name].shape)
 
 
 def _unused(call: Call) -> list[tuple[str, tuple[int, ...]]]:
-    """The vectors that no visible pair uses (MHA-POISON-1)."""
+    """List the vectors that no visible pair uses (MHA-POISON-1)."""
     rows = Rows(call.arrays, call.options, call.dtype)
     used = rows.over_group(rows.visible)
     free = {"key": ~used, "value": ~used, "query": ~rows.seeing, "grad_output": ~rows.seeing}

@@ -1,4 +1,4 @@
-"""A reproduction script: NumPy, the import of the target, the call, and what it must give at the worst place."""
+"""Write a script that reproduces a fault: the imports, the arrays, the call, and an assertion on the worst element."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYOUTS = {
     "reversed": "numpy.flip(numpy.flip({x}).copy())",
     "expanded": "expanded({x})",
 }
-"""NumPy expressions of the same array in another layout of memory."""
+"""NumPy expressions of the same array in another memory layout."""
 
 EXPANDED = """\
 def expanded(x):
@@ -84,7 +84,7 @@ def _import(target: str, function: str, world: str | None) -> list[str]:
 
 
 def _array(call: Call, name: str, arrays: str) -> list[str]:
-    """The lines that make an array and bring it into the form in which the call passes it."""
+    """Write the lines that make an array and convert it to the form in which the call passes it."""
     recipe, host = call.recipes[name], call.host.get(name)
     layout, ndim = call.layouts.get(name), call.arrays[name].ndim
     axes = {"transposed": "-1, -2", "tokens_first": "1, 2"}.get(layout or "", "") if ndim == 4 else "0, -1"
@@ -100,7 +100,7 @@ def _array(call: Call, name: str, arrays: str) -> list[str]:
 
 
 def _arguments(call: Call) -> str:
-    """The arguments of the call as Python."""
+    """Write the arguments of the call."""
     words: dict[str, str] = {name: name for name in call.recipes} | {n: repr(v) for n, v in call.options.items()}
     words.pop("chunks", None)
     words.pop("drafts", None)
@@ -122,9 +122,9 @@ def _call(finding: Finding, arrays: str) -> list[str]:
     worst = result.worst
     if worst is None or result.outcome not in ("fail", "deviation"):
         return [*lines, f"print(results)  # {' '.join((result.reason or '').split())[:90]}"]
-    place = _index_of(call, worst.output)
-    picked = f"results[{place}]" if place is not None else "results"
-    got = TO_NUMPY.get(arrays, 'numpy.asarray({x}).astype("float64")').format(x=picked)
+    index = _index_of(call, worst.output)
+    output = f"results[{index}]" if index is not None else "results"
+    got = TO_NUMPY.get(arrays, 'numpy.asarray({x}).astype("float64")').format(x=output)
     lines += [f"got = {got}[{', '.join(map(str, worst.index)) or '()'}]"]
     kind, expected = finding.kind, worst.expected
     wanted = {NAN: "NaN", FINITE: f"{expected!r} within {worst.allowance:.3g}", EXACT: f"exactly {expected!r}"}
@@ -145,10 +145,12 @@ def _number(value: float) -> str:
 
 def _chunks(call: Call) -> list[str]:
     chunks = call.options.get("chunks")
-    return [] if chunks is None else [f"the suite makes calls over {chunks} tokens, one after another, over one cache"]
+    if chunks is None:
+        return []
+    return [f"the suite makes consecutive calls over {chunks} tokens, each with the cache of the previous call"]
 
 
 def _index_of(call: Call, output: str) -> int | None:
-    """The place of an output among those that the function returns; None where it returns one alone."""
+    """Give the index of an output in the returned tuple, or None if the function returns a single array."""
     outputs = FUNCTIONS[call.function].returned({"return_lse": call.lse, "cache": CACHE[0] in call.recipes})
     return outputs.index(output) if len(outputs) > 1 and output in outputs else None

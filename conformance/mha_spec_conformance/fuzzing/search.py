@@ -1,7 +1,6 @@
-"""The search: rounds of drawn calls until the time is over, each fault shrunk and reported once.
+"""Search for wrong answers: draw calls in rounds until the time is over, and shrink and report each fault once.
 
-Hypothesis draws and shrinks. What it found is kept here, so that the end of the time, in the middle of shrinking too,
-loses nothing.
+Hypothesis draws and shrinks. This module keeps the faults, so that none is lost if the time ends during shrinking.
 """
 
 from __future__ import annotations
@@ -35,34 +34,33 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "Outcome", "RoundIsOver", "Search"]
 
 CALLS_OF_ROUND = 200
-"""Drawn calls between two fresh starts of the generator."""
+"""The number of calls of a round; each round starts the generator again."""
 
 SHRINKING_SHARE, SHRINKING_SECONDS = 0.25, 20.0
-"""The part of the time that shrinking one fault may take, and its upper limit."""
-
+"""The share of the time that shrinking a fault may take, and its upper limit."""
 
 HEALTH_CHECKS: Any = tuple(HealthCheck)
-"""What hypothesis checks of tests: a search is slow and draws much on purpose."""
+"""The checks of hypothesis that are disabled, because a search is slow and draws large data on purpose."""
 
 
 class Wrong(Exception):
-    """A call that the target answers wrongly."""
+    """The target answered the call wrongly."""
 
 
 class RoundIsOver(KeyboardInterrupt):
-    """No time is left for the round: the one exception class that hypothesis hands on at once."""
+    """The round has no time left. Hypothesis re-raises a KeyboardInterrupt at once, but no other exception."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault: the smallest call that shows it, and how its answer was judged."""
+    """A fault: the smallest call that shows it, and the result of that call."""
 
     call: Call
     result: Result
 
     @property
     def needs(self) -> frozenset[str]:
-        """Give what the smallest call has and a simpler call has not."""
+        """Name the properties by which the smallest call differs from the simplest one."""
         call = self.call
         dtype = () if call.dtype == "float32" else (call.dtype,)
         passed = (f"{form} {name}" for passed in (call.host, call.layouts) for name, form in passed.items())
@@ -73,22 +71,22 @@ class Finding:
 
     @property
     def kind(self) -> int:
-        """Give the kind of the place where the answer is worst."""
+        """Give the kind of the worst element."""
         worst = self.result.worst
         assert worst is not None
         kinds = self.result.ask.case.expected[worst.output].kinds
         return 0 if kinds is None else int(kinds[worst.index])
 
     def covers(self, other: Finding) -> bool:
-        """Whether the other is most likely the same fault: of one diagnosis or error, or with whatever this needs."""
-        mine, its = self.result, other.result
-        if mine.compared != its.compared or (not mine.compared and mine.outcome != its.outcome):
+        """Tell whether the other fault is probably the same: same diagnosis, same error, or at least the same needs."""
+        a, b = self.result, other.result
+        if a.compared != b.compared or (not a.compared and a.outcome != b.outcome):
             return False
-        if its.diagnosis:
-            return bool({*mine.diagnosis} & {*its.diagnosis})
-        if mine.outcome == "error":
-            return _without_numbers(mine.reason) == _without_numbers(its.reason)
-        return not mine.diagnosis and self.needs <= other.needs
+        if b.diagnosis:
+            return bool({*a.diagnosis} & {*b.diagnosis})
+        if a.outcome == "error":
+            return _without_numbers(a.reason) == _without_numbers(b.reason)
+        return not a.diagnosis and self.needs <= other.needs
 
 
 def _without_numbers(reason: str | None) -> str:
@@ -97,25 +95,25 @@ def _without_numbers(reason: str | None) -> str:
 
 @dataclass
 class Outcome:
-    """What a search has seen so far."""
+    """The results of a search so far."""
 
     seed: int
     judged: Counter[tuple[str, str]] = field(default_factory=Counter)
     """The judged calls by function and dtype."""
     unsupported: int = 0
     should: int = 0
-    """Failing calls of which the specification demands nothing (SHOULD)."""
+    """The number of failing calls that break only a SHOULD clause."""
     findings: list[Finding] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def status(self) -> int:
-        """The exit status: 0 nothing found, 1 something found, 2 nothing judged."""
+        """The exit status: 0 without a fault, 1 with faults, 2 if no call was judged."""
         return 1 if self.findings else 0 if self.judged else 2
 
 
 class Search:
-    """A search for wrong answers of one target."""
+    """Searches for wrong answers of a target."""
 
     def __init__(
         self,
@@ -132,14 +130,14 @@ class Search:
         """Prepare a search.
 
         Args:
-            asker: Asks and judges.
+            asker: Asks the target and judges its answers.
             seed: The same seed draws the same calls.
-            seconds: How long to search.
-            functions: The functions to draw; all that the target claims where empty.
-            world: Where the target runs: how many calls share a compilation, and whether their numbers differ.
-            most: The number of faults after which to stop.
-            progress: Is told after each call what has been seen.
-            found: Is told each fault, shrunk.
+            seconds: The time of the search.
+            functions: The functions to draw; if empty, all that the target claims.
+            world: The world in which the target runs.
+            most: The number of faults after which the search stops.
+            progress: Called after each call with the results so far.
+            found: Called with each fault after it is shrunk.
         """
         self.asker = asker
         self.outcome = Outcome(seed)
@@ -155,11 +153,11 @@ class Search:
 
     @property
     def left(self) -> float:
-        """The seconds that are left."""
+        """The remaining time in seconds."""
         return self._start + self.seconds - time.monotonic()
 
     def run(self) -> Outcome:
-        """Search until the time is over or `most` faults are found."""
+        """Search until the time is over, or until `most` faults are kept."""
         self._start = time.monotonic()
         number = 0
         while self.left > 0 and (self.most is None or len(self.outcome.findings) < self.most):
@@ -169,7 +167,7 @@ class Search:
         return self.outcome
 
     def _round(self, number: int) -> None:
-        """Draw calls until one is wrong; shrink it and keep it."""
+        """Draw calls until an answer is wrong; then shrink the call and keep the fault."""
         self._smallest = None
         self.asker.suspect(name for finding in self.outcome.findings for name in finding.result.diagnosis)
         with suppress(Wrong, RoundIsOver, HypothesisException):
@@ -180,7 +178,7 @@ class Search:
             self.found(finding)
 
     def _try(self, drawn: Call) -> None:
-        """Ask a drawn call; raise where it is wrong and, while shrinking, wrong in the same way."""
+        """Ask a drawn call; raise if the answer is wrong and, while shrinking, wrong in the same way."""
         self._check_time()
         for call in self._variants(drawn):
             finding = self._wrong(call)
@@ -194,7 +192,7 @@ class Search:
             raise Wrong
 
     def _variants(self, drawn: Call) -> Iterator[Call]:
-        """The calls that share shapes and options with a drawn one, and so a compilation."""
+        """Give the calls that have the shapes and options of the drawn call, so that they share its compilation."""
         count, numbers = (1, False) if self.world is None else (self.world.reuse, self.world.numbers)
         return (drawn.varied(step, numbers=numbers) for step in range(count))
 
@@ -205,7 +203,7 @@ class Search:
             raise RoundIsOver
 
     def _wrong(self, call: Call) -> Finding | None:
-        """Ask one call; give the fault, unless it is found already or another than the one that is shrunk."""
+        """Ask a call; give its fault, unless that is already kept or differs from the fault that is shrunk."""
         result = self.asker.result(call)
         if result is None or result.outcome == "unsupported":
             self.outcome.unsupported += result is not None
@@ -224,7 +222,7 @@ class Search:
         return None if any(known.covers(finding) for known in self.outcome.findings) else finding
 
     def _is_pursued(self, finding: Finding) -> bool:
-        """Whether a call that is tried while shrinking shows the fault that is shrunk."""
+        """Tell whether a call that is tried while shrinking shows the fault that is shrunk."""
         assert self._smallest is not None
         first, other = self._smallest.result, finding.result
         if first.outcome == other.outcome == "error":
@@ -232,7 +230,7 @@ class Search:
         return first.compared == other.compared and (first.compared or first.outcome == other.outcome)
 
     def _diagnosed(self, finding: Finding) -> Finding:
-        """Judge the smallest call once more with every known mistake; keep the judgement where it does not repeat."""
+        """Judge the smallest call again with every known mistake; keep the first result if the fault does not recur."""
         if not finding.result.compared:
             return finding
         self.asker.suspect(None)

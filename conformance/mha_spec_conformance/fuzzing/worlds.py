@@ -33,7 +33,7 @@ class UnknownWorld(MhaSpecError):
 
 @dataclass(frozen=True)
 class World:
-    """What a world makes of the functions, how many calls share one compilation, and whether their numbers differ."""
+    """A transformation of functions, the number of calls that share a compilation, and whether their numbers differ."""
 
     enter: Callable[[Functions], Functions]
     reuse: int = 1
@@ -61,15 +61,15 @@ def world_of(name: str, world: str) -> World:
 
 
 def _is_traced(value: object) -> bool:
-    """Whether an argument is an array of a framework, or a cache of such arrays."""
+    """Tell whether an argument is an array of a framework, or a cache of such arrays."""
     members = value if isinstance(value, tuple) else (value,)
     return any(library_of(member) not in (None, "numpy") for member in members)
 
 
 def over_arrays(functions: Functions, transform: Callable[..., Any], *, with_numbers: bool = False) -> Functions:
-    """Transform each function as one of its arrays alone; each choice of the other arguments is transformed once.
+    """Transform each function as a function of its arrays, once for each choice of the other arguments.
 
-    `transform` is given a function of the operands and of a dictionary of options. `with_numbers` leaves the Python
+    `transform` receives a function of the operands and of a dictionary of options. `with_numbers` leaves the Python
     values among the options to the transformation.
     """
     transformed: dict[bytes, Any] = {}
@@ -89,7 +89,7 @@ def over_arrays(functions: Functions, transform: Callable[..., Any], *, with_num
 
 
 def over_batch(functions: Functions, transform: Callable[..., Any]) -> Functions:
-    """Call attention once for each batch entry, all at once; `transform` maps over the first axis."""
+    """Call attention for each batch entry, all in a single transformed call; `transform` maps over the first axis."""
 
     def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*operands: Any, **options: Any) -> Any:
@@ -112,8 +112,8 @@ def over_batch(functions: Functions, transform: Callable[..., Any]) -> Functions
 def by_autodiff(functions: Functions, vjp: Callable[..., Any]) -> Functions:
     """Answer attention_vjp with the gradients of attention that the framework takes.
 
-    `vjp` is given a function of a dictionary of arrays, the dictionary, and a function that makes the cotangents from
-    the outputs; it gives a dictionary of gradients.
+    `vjp` receives a function of a dictionary of arrays, the dictionary, and a function that makes the cotangents from
+    the outputs; it returns a dictionary of gradients.
     """
 
     def attention_vjp(grad_output: Any, query: Any, key: Any, value: Any, **options: Any) -> Any:
@@ -259,4 +259,4 @@ WORLDS: dict[str, dict[str, World]] = {
         "tape": World(tensorflow_tape),
     },
 }
-"""The worlds of each of our backends by name."""
+"""The worlds of each registered backend by name."""
