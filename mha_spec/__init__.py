@@ -1,8 +1,7 @@
-"""The specification of multi-head attention: one call, with one meaning, on every array library.
+"""The specification of multi-head attention: one call with one meaning on every array library.
 
-`attention` and its siblings, and the layer around them, `multi_head_attention` and its siblings, are answered by the
-backend of the query's array type; `mha_spec.reference` holds the same names as SPEC.md writes them. Importing this
-imports no framework.
+The backend of the query's array type computes the functions of attention and of the layer around it;
+`mha_spec.reference` holds the same functions as SPEC.md writes them. Importing this package imports no framework.
 """
 
 from __future__ import annotations
@@ -33,61 +32,61 @@ else:
 
     @spells_options
     def attention(query, key, value, *, return_lse=False, **options):
-        """Scaled dot-product attention, by the backend of the query's type; see `mha_spec.reference.attention`."""
+        """Compute scaled dot-product attention with the query's backend; see `mha_spec.reference.attention`."""
         return function_for("attention", query)(query, key, value, return_lse=return_lse, **options)
 
     @spells_options
     def attention_weights(query, key, **options):
-        """The normalised weights, by the backend of the query's type; see `mha_spec.reference.attention_weights`."""
+        """Compute the normalised weights with the query's backend; see `mha_spec.reference.attention_weights`."""
         return function_for("attention_weights", query)(query, key, **options)
 
     @spells_options
     def attention_vjp(grad_output, query, key, value, *, grad_lse=None, **options):
-        """The gradients, by the backend of the query's array type; see `mha_spec.reference.attention_vjp`."""
+        """Compute the gradients with the query's backend; see `mha_spec.reference.attention_vjp`."""
         return function_for("attention_vjp", query)(grad_output, query, key, value, grad_lse=grad_lse, **options)
 
     @spells_options
     def merge_attention(output_a, lse_a, output_b, lse_b, **options):
-        """Two halves of one softmax, by the backend of the type; see `mha_spec.reference.merge_attention`."""
+        """Join two halves of one softmax with the operands' backend; see `mha_spec.reference.merge_attention`."""
         return function_for("merge_attention", output_a, "output_a")(output_a, lse_a, output_b, lse_b, **options)
 
     @spells_options
     def merge_attention_vjp(grad_output, output_a, lse_a, output_b, lse_b, *, grad_lse=None, **options):
-        """The gradients of merging, by the backend of the type; see `mha_spec.reference.merge_attention_vjp`."""
+        """Compute the gradients of merging with the operands' backend; see `mha_spec.reference.merge_attention_vjp`."""
         function = function_for("merge_attention_vjp", output_a, "output_a")
         return function(grad_output, output_a, lse_a, output_b, lse_b, grad_lse=grad_lse, **options)
 
     @spells_options
     def multi_head_attention(query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
-        """The layer, by the backend of the query's type; see `mha_spec.reference.multi_head_attention`."""
-        own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
-        return function_for("multi_head_attention", query)(query, key, value, params, **own, **options)
+        """Compute the layer with the query's backend; see `mha_spec.reference.multi_head_attention`."""
+        settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
+        return function_for("multi_head_attention", query)(query, key, value, params, **settings, **options)
 
     @spells_options
     def multi_head_attention_and_weights(
         query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options
     ):
-        """Output and weights, by the backend of the type; see `mha_spec.reference.multi_head_attention_and_weights`."""
-        own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
-        return function_for("multi_head_attention_and_weights", query)(query, key, value, params, **own, **options)
+        """Compute output and weights; see `mha_spec.reference.multi_head_attention_and_weights`."""
+        settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
+        return function_for("multi_head_attention_and_weights", query)(query, key, value, params, **settings, **options)
 
     @spells_options
     def multi_head_attention_weights(query, key, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
-        """Its weights, by the backend of the query's type; see `mha_spec.reference.multi_head_attention_weights`."""
-        own = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
-        return function_for("multi_head_attention_weights", query)(query, key, params, **own, **options)
+        """Compute the layer's weights; see `mha_spec.reference.multi_head_attention_weights`."""
+        settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
+        return function_for("multi_head_attention_weights", query)(query, key, params, **settings, **options)
 
     def rotary_embedding(x, positions, *, base=10000.0, interleaved=False, rotary_dim=None):
-        """Positions as rotations, by the backend of the type; see `mha_spec.reference.rotary_embedding`."""
-        own = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
-        return function_for("rotary_embedding", x, "x")(x, positions, **own)
+        """Rotate by positions with the operands' backend; see `mha_spec.reference.rotary_embedding`."""
+        settings = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
+        return function_for("rotary_embedding", x, "x")(x, positions, **settings)
 
     def alibi_slopes(heads, *, dtype="float32"):
-        """The slopes of linear biases, NumPy's unless a backend is fixed; see `mha_spec.reference.alibi_slopes`."""
+        """Compute slopes with the fixed backend or NumPy; see `mha_spec.reference.alibi_slopes`."""
         return function_of(backend_of_numbers(), "alibi_slopes")(heads, dtype=dtype)
 
     def alibi_bias(slopes, q_len, kv_len, *, q_offset=None):
-        """Positions as a bias, by the backend of the slopes' type; see `mha_spec.reference.alibi_bias`."""
+        """Compute the bias with the slopes' backend; see `mha_spec.reference.alibi_bias`."""
         chosen = backend_of_numbers() if isinstance(plain(slopes), int) else backend_for(slopes, "slopes")
         return function_of(chosen, "alibi_bias")(slopes, q_len, kv_len, q_offset=q_offset)
 
@@ -115,4 +114,4 @@ __all__ = [
 ]
 
 SPEC_VERSION = "1.1"
-"""The version of SPEC.md; a clause never changes its meaning within one."""
+"""The version of SPEC.md; no clause changes its meaning within a version."""

@@ -1,4 +1,4 @@
-"""The arguments of one attention call: what each option is, and how a function spells them all."""
+"""The arguments of one attention call, and the signatures that name them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class WeightOptions(TypedDict, total=False):
-    """The options that shape the weights, each None or False unless given; axes marked `*` may be 1 and broadcast."""
+    """The options that shape the weights, by default None or False; axes marked `*` may be 1 and broadcast."""
 
     mask: Bool[Array, "batch* heads* q_len* kv_len*"] | None
     """True = may attend, as in torch SDPA, jax.nn and ONNX; in torch's MultiheadAttention True hides (MHA-MASK-1)."""
@@ -41,49 +41,49 @@ class WeightOptions(TypedDict, total=False):
     causal: bool
     """Key j is seen from position p where j <= p (MHA-CAUSAL-1)."""
     q_offset: Int[Array, "batch"] | Sequence[int] | int | str | None
-    """Position of query 0, or "upper_left" (0) or "lower_right" (kv_lengths - q_lengths, each the whole length where it
-    is not given); needed where causal or window meet unequal lengths (MHA-POS-1, MHA-POS-2)."""
+    """Position of query 0, or "upper_left" (0) or "lower_right" (kv_lengths - q_lengths, by default kv_len and q_len);
+    required where causal or window meet unequal lengths (MHA-POS-1, MHA-POS-2)."""
     window: tuple[int | None, int | None] | None
     """(left, right), both inclusive, in positions: -left <= j - p <= right (MHA-WINDOW-1, MHA-WINDOW-2)."""
     q_lengths: Int[Array, "batch"] | Sequence[int] | None
     """Rows at or past q_lengths[b] see nothing (MHA-LEN-2)."""
     kv_lengths: Int[Array, "batch"] | Sequence[int] | None
-    """Keys at or past kv_lengths[b] are not there (MHA-LEN-1)."""
+    """Keys at or past kv_lengths[b] are invisible (MHA-LEN-1)."""
     q_segment_ids: Int[Array, "batch q_len"] | None
     """Packed sequences: equal ids see each other (MHA-SEG-1)."""
     kv_segment_ids: Int[Array, "batch kv_len"] | None
-    """The ids of the keys; both arrays or none (MHA-SEG-1)."""
+    """The ids of the keys; required with q_segment_ids (MHA-SEG-1)."""
     scale: float | None
-    """1/sqrt(qk_dim) unless given (MHA-SCORE-2)."""
+    """1/sqrt(qk_dim) by default (MHA-SCORE-2)."""
     softcap: float | None
     """softcap * tanh(scores / softcap), before bias and mask (MHA-CAP-1, MHA-CAP-2)."""
     sinks: Float[Array, "heads"] | None
-    """One more logit per query head, which takes weight and gives no value (MHA-SINK-1)."""
+    """One more logit per query head, which takes weight and has no value (MHA-SINK-1)."""
 
 
 class Options(WeightOptions, total=False):
-    """Every option of attention."""
+    """All options of attention."""
 
     dropout_rate: float
     """Kept weights are divided by 1 - dropout_rate (MHA-DROP-1)."""
     dropout_mask: Bool[Array, "batch* heads* q_len* kv_len*"] | None
     """True = keep; applies at rate 0 too (MHA-DROP-2)."""
     dropout_key: Any
-    """What a backend draws a mask from where none is given (MHA-DROP-4)."""
+    """The random state from which a backend draws a missing dropout_mask (MHA-DROP-4)."""
 
 
 class NoOptions(TypedDict):
-    """What merging has: a keyword that it is given is one too many (MHA-ARG-1)."""
+    """The options of merge_attention, which accepts no keyword (MHA-ARG-1)."""
 
 
 @dataclass(slots=True)
 class Arguments:
-    """One attention call: the three tensors and every option, as the caller gave them."""
+    """The three tensors and all options of one attention call."""
 
     query: Array
     key: Array
     value: Array
-    """None for the functions of weights alone, which need none."""
+    """None for the functions of weights only, which need no value."""
     mask: Array | None = None
     bias: Array | None = None
     causal: bool = False
@@ -104,7 +104,7 @@ class Arguments:
 
     @property
     def weighs(self) -> bool:
-        """Whether weights alone are asked for, which need no value."""
+        """True for the functions of weights only, which need no value."""
         return self.function in WEIGHT_FUNCTIONS
 
     @property
@@ -139,7 +139,7 @@ class Arguments:
 
     @property
     def positional(self) -> bool:
-        """Whether a constraint speaks of positions, so that the causal diagonal must be known."""
+        """True if a constraint compares positions, so that the causal diagonal must be known."""
         return self.causal or self.bounded_window is not None
 
     @property
@@ -153,18 +153,18 @@ OPTIONS = tuple(field.name for field in fields(Arguments) if field.name not in {
 """The names of all options, in the order of the signature."""
 
 WEIGHT_FUNCTIONS = ("attention_weights", "multi_head_attention_weights")
-"""The functions that give weights alone."""
+"""The functions that return weights only."""
 
 DROPOUT_OPTIONS = ("dropout_rate", "dropout_mask", "dropout_key")
-"""The options that the functions of weights do not have."""
+"""The options that functions of weights do not have."""
 
 WEIGHT_OPTIONS = tuple(name for name in OPTIONS if name not in DROPOUT_OPTIONS)
-"""The options that they have."""
+"""The options that functions of weights have."""
 
 UPPER_LEFT, LOWER_RIGHT = "upper_left", "lower_right"
 
 READINGS = (UPPER_LEFT, LOWER_RIGHT)
-"""The names that q_offset may be given by (MHA-POS-2)."""
+"""The alignments that q_offset may name (MHA-POS-2)."""
 
 MERGING_FUNCTIONS = ("merge_attention", "merge_attention_vjp")
 
@@ -179,7 +179,7 @@ def options_of(function: str) -> tuple[str, ...]:
 
 
 def offset_of_reading(reading: str, q_length: Any, kv_length: Any) -> Any:
-    """Give the q_offset that a reading names, of the lengths in use, integers or arrays of them (MHA-POS-2)."""
+    """Compute the q_offset that a reading names from the lengths in use, integers or arrays (MHA-POS-2)."""
     return kv_length - q_length if reading == LOWER_RIGHT else 0
 
 
@@ -193,13 +193,13 @@ def decorate_method(decorator: Callable[[_Function], _Function], method: _Functi
 def spells_options(function: _Function) -> _Function:
     """Give a function that takes `**options` the signature that names each of them, with its default."""
     signature = inspect.signature(function)
-    own = list(signature.parameters.values())
+    parameters = list(signature.parameters.values())
     options = [
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
         for field in fields(Arguments)
         if field.name in options_of(function.__name__)
     ]
-    positional = [parameter for parameter in own if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    keyword = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    positional = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    keyword = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     vars(function)["__signature__"] = signature.replace(parameters=[*positional, *options, *keyword])
     return function

@@ -1,10 +1,10 @@
-"""What every check of an array asks: its library, its storage, its device, its dtype and its shape."""
+"""Checks of the library, storage, device, dtype and shape of an array."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
-from .arrays import FLOATING, Array, dtype_name, library_of, placement_of, storage_of
+from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, placement_of, storage_of
 from .errors import refuse_type, refuse_value
 from .scalars import is_integer, plain, shown
 
@@ -26,12 +26,12 @@ FLOATING_NAMES = ", ".join(FLOATING)
 
 
 def shape_of(array: Array) -> tuple[int, ...]:
-    """Give the shape as a tuple."""
+    """Return the shape as a tuple."""
     return tuple(array.shape)
 
 
 def require_array(label: str, value: object, clause: str, wanted: str = "an array") -> str:
-    """Give the library of an argument that must be an array of any library, stored densely."""
+    """Require a dense array of any library, and return the name of its library."""
     library = library_of(value)
     if library is None:
         refuse_type(clause, f"`{label}` must be {wanted}, received {type(value).__name__}.")
@@ -42,17 +42,19 @@ def require_array(label: str, value: object, clause: str, wanted: str = "an arra
 
 
 def check_library(library: str, value: object, label: str = "query") -> None:
-    """Raise unless an argument is an array of the library of the backend that was called by name (MHA-ARG-4)."""
+    """Require an array of the library of a backend that the user called directly (MHA-ARG-4)."""
     if require_array(label, value, "MHA-ARG-4", f"an array of {library}") != library:
         refuse_type(
             "MHA-ARG-4",
-            f"`{label}` must be an array of {library}, whose backend was called, received an array of "
+            f"`{label}` must be an array of {library}, since its backend was called, received an array of "
             f"{library_of(value)}. Convert it, or call mha_spec, which chooses the backend by the type.",
         )
 
 
 def check_alike(label: str, value: object, like: Array, other: str, clause: str, wanted: str = "an array") -> None:
-    """Raise unless an argument is an array of the library and on the device of another one (MHA-ARG-4)."""
+    """Require an array of the library and on the device of another argument (MHA-ARG-4)."""
+    if lies_with(value, like):
+        return
     library = library_of(like)
     if require_array(label, value, clause, wanted) != library:
         refuse_type(
@@ -64,7 +66,7 @@ def check_alike(label: str, value: object, like: Array, other: str, clause: str,
 
 
 def check_same_device(label: str, array: Array, other: str, like: Array) -> None:
-    """Raise where both arrays have a device, and not the same (MHA-ARG-4)."""
+    """Refuse two arrays that are placed on different devices (MHA-ARG-4)."""
     expected, received = placement_of(like), placement_of(array)
     if expected != received and None not in (expected, received):
         refuse_value(
@@ -73,7 +75,7 @@ def check_same_device(label: str, array: Array, other: str, like: Array) -> None
 
 
 def check_floating(label: str, array: Array, clause: str) -> str:
-    """Give the dtype of an array that must be floating."""
+    """Require a floating array, and return the name of its dtype."""
     name = dtype_name(array)
     if name not in FLOATING:
         refuse_type(clause, f"`{label}` must have a dtype of {FLOATING_NAMES}, received dtype={name}.")
@@ -81,22 +83,26 @@ def check_floating(label: str, array: Array, clause: str) -> str:
 
 
 def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
-    """Whether a value is a sequence of Python."""
+    """Tell whether a value is a list or a tuple."""
     return isinstance(value, (list, tuple))
 
 
 def check_integers(label: str, value: object, query: Array, shape: tuple[int, ...], axes: str, clause: str) -> None:
-    """Raise unless a value holds integers of a shape: a sequence, an array of NumPy, or one of the query's library."""
-    wanted = f"integers of shape {axes}={shape}"
-    if is_sequence(value) and len(shape) == 1 and all(is_integer(plain(entry)) for entry in value):
-        received = (len(value),)
-    elif library_of(value) is None:
-        refuse_type(clause, f"`{label}` must hold {wanted}, received {label}={shown(value)}.")
+    """Require integers of a shape in a sequence, a NumPy array or an array of the query's library."""
+    library = library_of(value)
+    if library is None:
+        if not is_sequence(value) or len(shape) != 1 or not all(is_integer(plain(entry)) for entry in value):
+            _refuse_integers(label, f"{label}={shown(value)}", shape, axes, clause)
+        received: tuple[int, ...] = (len(value),)
     else:
-        if library_of(value) != "numpy":
+        if library != "numpy":
             check_alike(label, value, query, "query", clause)
         if not dtype_name(value).startswith(("int", "uint")):
-            refuse_type(clause, f"`{label}` must hold {wanted}, received dtype={dtype_name(value)}.")
+            _refuse_integers(label, f"dtype={dtype_name(value)}", shape, axes, clause)
         received = shape_of(value)
     if received != shape:
         refuse_value(clause, f"`{label}` must have shape {axes}={shape}, received shape={received}.")
+
+
+def _refuse_integers(label: str, received: str, shape: tuple[int, ...], axes: str, clause: str) -> NoReturn:
+    refuse_type(clause, f"`{label}` must hold integers of shape {axes}={shape}, received {received}.")

@@ -1,4 +1,4 @@
-"""What is known of an array without importing its library."""
+"""Facts about an array that need no import of its library."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ __all__ = [
     "dtype_name",
     "host_integers",
     "library_of",
+    "lies_with",
     "namespace_of",
     "placement_of",
     "segment_ids",
     "softmax_dtype_name",
+    "storage_of",
 ]
 
 Array: TypeAlias = Any
@@ -42,8 +44,8 @@ _NAME_OF_DTYPE: dict[tuple[type, object], str] = {}
 def _library_of_class(cls: type) -> str | None:
     """Name the array library of a class or of a user's subclass: the package of its first base that has a dtype.
 
-    Descriptions of arrays, which cannot be computed with, and arrays that do not hold an element for every index have
-    none; nor has a masked array of NumPy: what it hides would be seen.
+    The result is None for descriptions of arrays, which do not compute, for arrays that do not hold an element for
+    every index, and for masked arrays of NumPy, since attention would see the elements that they hide.
     """
     if any(base.__module__.startswith("numpy.ma") for base in cls.__mro__):
         return None
@@ -57,12 +59,12 @@ def _library_of_class(cls: type) -> str | None:
 
 
 def library_of(value: object) -> str | None:
-    """Name the library of an array ("numpy", "torch", "jax", "tensorflow", ...), or give None for what is no array."""
+    """Name the library of an array ("numpy", "torch", "jax", ...); None for a value that is not an array."""
     return _library_of_class(type(value))
 
 
 def storage_of(array: Array) -> str | None:
-    """Say how an array of PyTorch is stored where that is not densely, which its class does not tell; else None."""
+    """Name the storage of a PyTorch tensor that is not dense, which its class does not show; None for all others."""
     if library_of(array) != "torch":
         return None
     return "nested" if array.is_nested else _name_of_layout(array.layout)
@@ -75,10 +77,10 @@ def _name_of_layout(layout: object) -> str | None:
 
 
 def namespace_of(array: object) -> Any:
-    """Give the Python array API namespace of `array`, wrapped by array-api-compat where its library needs it.
+    """Return the Python array API namespace of `array`, wrapped by array-api-compat where its library needs it.
 
     Raises:
-        ArgumentTypeError: Its library has none.
+        ArgumentTypeError: The library of `array` has no namespace.
     """
     namespace = _NAMESPACE_OF_CLASS.get(type(array))
     if namespace is None:
@@ -89,7 +91,7 @@ def namespace_of(array: object) -> Any:
         except TypeError:
             refuse_type(
                 "MHA-ARG-4",
-                f"Arrays must be of a library of the Python array API or one with a backend of its own, "
+                f"Arrays must be of a library of the Python array API or of a library that has a backend, "
                 f"received {type(array).__name__} of {library_of(array)}.",
             )
         _NAMESPACE_OF_CLASS[type(array)] = namespace
@@ -97,36 +99,52 @@ def namespace_of(array: object) -> Any:
 
 
 def device_of(array: Array) -> Any:
-    """Give the device on which arrays beside `array` are made; None, the default one, for a traced array.
+    """Return the device for new arrays that are combined with `array`; None, the default, for a traced array.
 
-    Arrays of jax that are made without a device follow those that they meet, whichever devices these are spread over.
+    New arrays of jax need no device: an uncommitted array moves to the devices of the arrays that it is combined with.
     """
     return None if library_of(array) == "jax" else getattr(array, "device", None) or None
 
 
 def placement_of(array: Array) -> Any:
-    """Give what arrays of one call must have in common, their device; None for an array that goes with every other.
+    """Return the device of an array, which all arrays of a call must share; None for an array that can be moved.
 
-    For jax it is all its devices in their order, over which arrays may be spread in different ways; an array that is
-    traced, or not committed to a device, goes with every other.
+    For jax it is the tuple of all devices over which the array is spread; jax moves an array that is traced or not
+    committed to a device.
     """
     if library_of(array) != "jax":
         return getattr(array, "device", None) or None
     sharding = getattr(array, "sharding", None)
-    return tuple(sharding.devices_indices_map(array.shape)) if sharding is not None and array.committed else None
+    return _devices_of(sharding, array.shape) if sharding is not None and array.committed else None
+
+
+@lru_cache(maxsize=1024)
+def _devices_of(sharding: Any, shape: tuple[int, ...]) -> tuple[object, ...]:
+    return tuple(sharding.devices_indices_map(shape))
+
+
+def lies_with(array: Array, like: Array) -> bool:
+    """Tell quickly whether an array has the class, storage and device of a dense one; False leaves the reason open."""
+    if type(array) is not type(like):
+        return False
+    library = library_of(like)
+    if library == "torch":
+        return array.device == like.device and array.layout == like.layout and not array.is_nested
+    return library == "numpy" or (library is not None and placement_of(array) == placement_of(like))
 
 
 def dtype_name(array: Array) -> str:
-    """Spell the dtype of an array of any library in one way: "float32", "bfloat16", "bool", "int64".
+    """Name the dtype of an array of any library: "float32", "bfloat16", "bool", "int64".
 
-    `isdtype` of the array API cannot be asked: it raises on the bfloat16 of ml-dtypes.
+    `isdtype` of the array API does not serve: it raises for the bfloat16 of ml-dtypes.
     """
     dtype: object = array.dtype
-    found = _NAME_OF_DTYPE.get((type(dtype), dtype))
-    if found is None:
-        name = getattr(dtype, "name", None)
-        found = _NAME_OF_DTYPE[type(dtype), dtype] = name if isinstance(name, str) else str(dtype).rpartition(".")[2]
-    return found
+    name = _NAME_OF_DTYPE.get((type(dtype), dtype))
+    if name is None:
+        attribute = getattr(dtype, "name", None)
+        name = attribute if isinstance(attribute, str) else str(dtype).rpartition(".")[2]
+        _NAME_OF_DTYPE[type(dtype), dtype] = name
+    return name
 
 
 def softmax_dtype_name(name: str) -> str:
@@ -135,7 +153,7 @@ def softmax_dtype_name(name: str) -> str:
 
 
 def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
-    """Read integers on the host (a number, a sequence, a NumPy array); None for arrays that must not be read."""
+    """Read integers on the host: a number, a sequence or a NumPy array; None for arrays that must not be read."""
     if isinstance(value, int):
         return [value]
     if isinstance(value, (list, tuple)):
@@ -148,10 +166,10 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
 
 
 def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> list[tuple[Array, Array]]:
-    """Give pairs of arrays, for queries and for keys, that agree, all of them, exactly where ids are equal by value.
+    """Return pairs of arrays, for queries and keys, that are all equal exactly where the ids are equal by value.
 
-    They are of the library of `like` and on its device. NumPy compares any two of its types by value, so its ids are
-    numbered afresh for another library; ids of two other types become two digits, since no type may hold both.
+    They have the library and the device of `like`. NumPy compares any two of its types by value, so its ids are
+    renumbered for another library; ids of two other types are split into two digits, since no type may hold both.
     """
     libraries = library_of(q_ids), library_of(kv_ids)
     if libraries == ("numpy", "numpy"):
@@ -162,7 +180,7 @@ def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> list[tuple[Array, A
 
 
 def _numbered(q_ids: numpy.ndarray, kv_ids: numpy.ndarray, like: Array) -> tuple[Array, Array]:
-    """Give ids of NumPy as small numbers in the library of `like`."""
+    """Renumber ids of NumPy from 0 on, in the library of `like`."""
     held = numpy.result_type(q_ids, kv_ids)
     exact = held if held.kind in "iu" else numpy.dtype(object)  # Of int64 and uint64 NumPy makes float64.
     ids = numpy.concatenate([q_ids.reshape(-1).astype(exact), kv_ids.reshape(-1).astype(exact)])
@@ -172,7 +190,7 @@ def _numbered(q_ids: numpy.ndarray, kv_ids: numpy.ndarray, like: Array) -> tuple
 
 
 def _digits(ids: Array, like: Array) -> tuple[Array, Array]:
-    """Give the low and the high digit of ids to the base of the default integers of `like`; the low one has a sign."""
+    """Split ids into a signed low and a high digit, whose base is the range of the default integers of `like`."""
     xp = namespace_of(like)
     integers = xp.arange(0, device=device_of(like)).dtype
     if not isinstance(ids, numpy.ndarray):

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Gradients = tuple[Array, Array, Array, Array | None, Array | None]
-"""Gradients of query, key, value, bias and sinks; None for a bias or sinks that were not given."""
+"""Gradients of query, key, value, bias and sinks; None for a bias or sinks that the call does not have."""
 
 MergeGradients = tuple[Array, Array, Array, Array]
 """Gradients of output_a, lse_a, output_b and lse_b."""
@@ -344,7 +344,7 @@ class Reference:
         return Trace(query, key, value, scale, scores, visible, logits, weights[..., :-1], weights[..., -1:], lse)
 
     def visible(self, a: Arguments) -> Array:
-        """Which pairs are visible: boolean, broadcastable to (batch, heads, q_len, kv_len)."""
+        """Tell which pairs are visible: boolean, broadcastable to (batch, heads, q_len, kv_len)."""
         xp, steps, device = namespace_of(a.query), self.steps, device_of(a.query)
         indices = xp.arange(a.q_len, device=device)
         positions = xp.arange(a.kv_len, device=device)

@@ -1,4 +1,4 @@
-"""The key/value cache: what decoding keeps of the tokens that were there before."""
+"""The key/value cache of decoding."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["HighWater", "KVCache"]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, in buffers of a fixed capacity, and how many of them there are.
+    """Keys and values of the tokens so far, in buffers of a fixed capacity, and the number of tokens.
 
-    A value: appending gives a new cache, and this one still reads as before (MHA-CACHE-3). As a named tuple it passes
-    through `jax.jit`, `torch.compile` and `tf.function` as its three arrays. Only positions below `lengths` are read.
+    A cache is immutable: appending returns a new one (MHA-CACHE-3). As a named tuple it passes through `jax.jit`,
+    `torch.compile` and `tf.function` as its three arrays. Only positions below `lengths` are read.
     """
 
     key: Float[Array, "batch kv_heads capacity qk_dim"]
     """Normalised and rotated, as attention reads them."""
     value: Float[Array, "batch kv_heads capacity v_dim"]
     lengths: Int[Array, "batch"] | Sequence[int]
-    """Tokens of each batch entry. Host data is checked for overflow; an array that must not be read is not."""
+    """The number of tokens of each batch entry; only host data is checked against the capacity."""
 
     @classmethod
     def empty(
         cls, batch: int, kv_heads: int, capacity: int, qk_dim: int, v_dim: int | None = None, *, like: Array
     ) -> KVCache:
-        """A cache without tokens, with the library, dtype and device of the array `like`; v_dim None is qk_dim."""
+        """Make a cache without tokens, with the library, dtype and device of `like`; v_dim is qk_dim by default."""
         return _function_for("empty_cache", like, "like")(batch, kv_heads, capacity, qk_dim, v_dim, like=like)
 
     def append(
@@ -44,7 +44,7 @@ class KVCache(NamedTuple):
         value: Float[Array, "batch kv_heads length v_dim"],
         lengths: Int[Array, "batch"] | Sequence[int] | None = None,
     ) -> KVCache:
-        """Put new tokens behind those of each batch entry; see `mha_spec.reference.append_cache`."""
+        """Append new tokens to those of each batch entry; see `mha_spec.reference.append_cache`."""
         return _function_for("append_cache", self.key, "cache")(self, key, value, lengths)
 
     @property
@@ -54,28 +54,31 @@ class KVCache(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Number of tokens that each batch entry has room for."""
+        """The most tokens that a batch entry can hold."""
         return self.key.shape[2]
 
     def __repr__(self) -> str:
-        """Shapes in place of contents."""
+        """Show shapes, not contents."""
         key, value = (tuple(getattr(buffer, "shape", ())) for buffer in (self.key, self.value))
         return f"KVCache(key={key}, value={value}, lengths={self.lengths!r})"
 
 
 def _function_for(name: str, array: Array, label: str) -> Callable[..., KVCache]:
-    """Give a function of the backend of an array; one that is fixed at import is loaded there, and imports this."""
+    """Return a function of the backend of an array.
+
+    The import is late because `selection` may load a backend, which imports this module.
+    """
     from .selection import function_for
 
     return function_for(name, array, label)
 
 
 class HighWater:
-    """How far the buffers of caches are in use, so that an eager backend need not copy them for every token.
+    """High-water marks of cache buffers, with which an eager backend appends tokens without copying.
 
-    Several caches may share one pair of buffers, each showing as much of it as its lengths say. A token may be written
-    in place only beyond what any of them shows: where the lengths of the cache are the mark of its buffers. A pair that
-    has no mark is somebody else's, and is copied first.
+    Several caches may share one pair of buffers, of which each reads as much as its lengths say. A token may be written
+    in place only past the end of every cache that shares the buffers, that is, when the lengths of this cache equal
+    their high-water mark. Buffers without a mark were not made here and are copied first.
     """
 
     def __init__(self) -> None:
@@ -83,7 +86,7 @@ class HighWater:
         self._lock = Lock()
 
     def claim(self, cache: KVCache, start: list[int], stop: list[int]) -> bool:
-        """Whether the buffers of `cache` may be written from its lengths `start` to `stop`, which moves their mark."""
+        """Move the mark from `start`, the lengths of `cache`, to `stop`; True if the tokens between may be written."""
         pair = (id(cache.key), id(cache.value))
         with self._lock:
             if self._marks.get(pair) != start:
@@ -91,8 +94,8 @@ class HighWater:
             self._marks[pair] = stop
             return True
 
-    def own(self, cache: KVCache) -> KVCache:
-        """Put the mark of fresh buffers, which nobody else holds, at the lengths of their cache."""
+    def register(self, cache: KVCache) -> KVCache:
+        """Set the mark of new buffers, which no other cache shares, to the lengths of their cache."""
         pair = (id(cache.key), id(cache.value))
         self._marks[pair] = host_integers(cache.lengths) or []
         for buffer in (cache.key, cache.value):

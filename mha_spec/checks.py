@@ -1,8 +1,8 @@
-"""The validation that the reference and every backend share.
+"""The checks of arguments that the reference and every backend share.
 
-Each check is a small function that cites its clause; `CHECKS` lists them in the order in which they speak. A check
-looks at Python values, shapes and dtypes, and at the contents of host data (numbers, sequences, NumPy arrays); it never
-reads an array of another library, which may be traced or lie on a device (MHA-LEN-3).
+Each check is a small function that cites its clause; `CHECKS` lists them in the order in which they run. A check looks
+at Python values, shapes and dtypes, and at the contents of host data (numbers, sequences, NumPy arrays); it never reads
+an array of another library, which may be traced or lie on a device (MHA-LEN-3).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .array_checks import (
     require_array,
     shape_of,
 )
-from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, placement_of, softmax_dtype_name, storage_of
+from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, lies_with, softmax_dtype_name, storage_of
 from .errors import refuse_type, refuse_value
 from .scalars import as_float, check_flag, check_number, is_integer, plain, shown
 
@@ -68,11 +68,11 @@ OWN_KEYWORDS = {
     "multi_head_attention_and_weights": LAYER_KEYWORDS,
     "multi_head_attention_weights": LAYER_KEYWORDS,
 }
-"""What a function may have been meant to get beside the options that it shares."""
+"""The arguments of each function that are not options, for hints about misspelt keywords."""
 
 
 def refuse_unknown(options: Mapping[str, object], function: str = "attention") -> None:
-    """Raise for a keyword that `function` does not have, with the nearest name that exists (MHA-ARG-1, MHA-DROP-3)."""
+    """Refuse a keyword that `function` does not have, and suggest the nearest one (MHA-ARG-1, MHA-DROP-3)."""
     known = options_of(function)
     for name in options:
         if name in known:
@@ -87,7 +87,7 @@ def refuse_unknown(options: Mapping[str, object], function: str = "attention") -
 
 
 def check_tensors(a: Arguments) -> None:
-    """Query, key and value are rank-4 arrays of one library, one floating dtype and one device (MHA-SHAPE-3)."""
+    """Require rank-4 arrays of one library, one floating dtype and one device (MHA-SHAPE-3)."""
     tensors: dict[str, Array] = {"query": a.query, "key": a.key}
     if a.value is not None or not a.weighs:
         tensors["value"] = a.value
@@ -115,29 +115,22 @@ def check_tensors(a: Arguments) -> None:
 
 
 def of_one_class(first: Array, *others: Array) -> bool:
-    """Whether all are dense arrays of one class, and so of one library (MHA-ARG-4)."""
-    for other in others:
-        if type(other) is not type(first):
-            return False
-    return library_of(first) is not None
+    """Tell whether all are arrays of one class, and so of one library (MHA-ARG-4)."""
+    return library_of(first) is not None and all(type(other) is type(first) for other in others)
 
 
 def _alike(query: Array, *others: Array) -> bool:
-    """Whether one look is enough: dense arrays of one class, dtype and device, and of rank 4."""
-    if not of_one_class(query, *others) or query.ndim != 4 or dtype_name(query) not in FLOATING:
+    """Tell quickly that all are dense rank-4 arrays of one class, dtype and device."""
+    if library_of(query) is None or query.ndim != 4 or dtype_name(query) not in FLOATING:
+        return False
+    if storage_of(query) is not None:
         return False
     dtype = query.dtype
-    for other in others:
-        if other.dtype != dtype or other.ndim != 4:
-            return False
-    if library_of(query) == "numpy":
-        return True
-    placement, tensors = placement_of(query), (query, *others)
-    return not any(placement_of(tensor) != placement or storage_of(tensor) is not None for tensor in tensors)
+    return all(lies_with(other, query) and other.dtype == dtype and other.ndim == 4 for other in others)
 
 
 def check_sizes(a: Arguments) -> None:
-    """Batch, kv_heads, kv_len and qk_dim agree, and heads is a multiple of kv_heads (MHA-SHAPE-3, MHA-HEAD-2)."""
+    """Require equal sizes of shared axes, and heads that are a multiple of kv_heads (MHA-SHAPE-3, MHA-HEAD-2)."""
     q, k = shape_of(a.query), shape_of(a.key)
     v = None if a.value is None else shape_of(a.value)
     if k[0] != q[0]:
@@ -175,7 +168,7 @@ def _refuse_size_of_zero(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, .
 
 
 def check_numbers(a: Arguments) -> None:
-    """Scale, softcap, causal and dropout_rate are Python values in their range (MHA-ARG-2)."""
+    """Require Python values in their range for causal, scale, softcap and dropout_rate (MHA-ARG-2)."""
     a.causal = check_flag("causal", a.causal)
     if a.scale is not None:
         a.scale = _scale(a)
@@ -200,13 +193,13 @@ def _softcap(a: Arguments) -> float:
         refuse_value(
             "MHA-ARG-2",
             f"`softcap` must be finite, {smallest:.2g}<=softcap<={largest:.2g}, the normal numbers of the softmax's "
-            f"type, received softcap={shown(softcap)}. None is no cap.",
+            f"type, received softcap={shown(softcap)}. None means no cap.",
         )
     return as_float(softcap)
 
 
 def check_rate(rate: object) -> float:
-    """Give the Python number that dropout_rate is, in its range (MHA-ARG-2)."""
+    """Require a dropout_rate in its range, and return it as a Python number (MHA-ARG-2)."""
     number = check_number("dropout_rate", rate)
     if not 0 <= number < 1:
         refuse_value(
@@ -220,7 +213,7 @@ def _range(a: Arguments) -> tuple[float, float]:
 
 
 def check_window(a: Arguments) -> None:
-    """A window is a pair (left, right) of counts of positions, each None or 0..2^30 (MHA-ARG-3)."""
+    """Require a pair (left, right) of numbers of positions, each None or 0..2^30 (MHA-ARG-3)."""
     if a.window is None:
         return
     if not is_sequence(a.window) or len(a.window) != 2:
@@ -247,7 +240,7 @@ def _bound(side: str, bound: object) -> int | None:
 
 
 def check_pairwise(a: Arguments) -> None:
-    """Mask, dropout_mask and bias have rank 4 and broadcast to the scores; the masks are boolean (MHA-MASK-2)."""
+    """Require rank 4 and axes that broadcast to the scores; masks are boolean (MHA-MASK-2, MHA-BIAS-1)."""
     if a.mask is not None:
         _check_pairwise(a, "mask", a.mask, "MHA-MASK-2")
     if a.dropout_mask is not None:
@@ -259,14 +252,19 @@ def check_pairwise(a: Arguments) -> None:
 def _check_pairwise(a: Arguments, label: str, array: Array, clause: str) -> None:
     check_alike(label, array, a.query, "query", clause, "an array of rank 4")
     _check_pairwise_dtype(label, dtype_name(array))
-    scores, shape = (*shape_of(a.query)[:3], a.kv_len), shape_of(array)
-    # A size that is not known when a call is traced, None, is compared when it runs.
-    if len(shape) != 4 or any(size not in (1, None, full) for size, full in zip(shape, scores, strict=True)):
+    (batch, heads, q_len, _), shape = a.query.shape, shape_of(array)
+    scores = (batch, heads, q_len, a.kv_len)
+    if len(shape) != 4 or not all(map(_broadcasts, shape, scores)):
         refuse_value(
             clause,
             f"`{label}` must have rank 4 and broadcast to (batch, heads, q_len, kv_len)={scores}, "
             f"received shape={shape}. Missing axes are not added: reshape it first.",
         )
+
+
+def _broadcasts(size: int | None, full: int | None) -> bool:
+    """Tell whether an axis broadcasts; a size that a trace does not know, None, is compared when the call runs."""
+    return size == full or size == 1 or size is None
 
 
 def _check_pairwise_dtype(label: str, name: str) -> None:
@@ -288,7 +286,7 @@ def _check_pairwise_dtype(label: str, name: str) -> None:
 
 
 def check_sinks(a: Arguments) -> None:
-    """Sinks are one floating logit per query head (MHA-SINK-1)."""
+    """Require one floating logit for each query head (MHA-SINK-1)."""
     if a.sinks is None:
         return
     check_alike("sinks", a.sinks, a.query, "query", "MHA-SINK-1")
@@ -300,7 +298,7 @@ def check_sinks(a: Arguments) -> None:
 
 
 def check_lengths(a: Arguments) -> None:
-    """Lengths and offsets are integers, one per batch entry; values on the host are within their range (MHA-LEN-3)."""
+    """Require integer lengths and offsets for each batch entry; host data is within its range (MHA-LEN-3)."""
     if a.q_lengths is not None:
         check_entries("q_lengths", a.q_lengths, a.query, 0, a.q_len, "q_len")
     if a.kv_lengths is not None:
@@ -310,7 +308,7 @@ def check_lengths(a: Arguments) -> None:
 
 
 def check_offset(offset: object, query: Array) -> Array | Sequence[int] | int | str | None:
-    """Give an offset: one integer, one for each batch entry, or the name of a reading (MHA-POS-1, MHA-POS-2)."""
+    """Require one integer, one for each batch entry, or the name of a reading (MHA-POS-1, MHA-POS-2)."""
     held = plain(offset)
     if isinstance(held, str):
         if held not in READINGS:
@@ -324,9 +322,9 @@ def check_offset(offset: object, query: Array) -> Array | Sequence[int] | int | 
 
 
 def check_entries(label: str, value: object, query: Array, low: int, high: int | None, high_name: str) -> None:
-    """One integer for each batch entry of `query`, within its range where it is host data (MHA-LEN-3).
+    """Require an integer for each batch entry of `query`, within its range where it is host data (MHA-LEN-3).
 
-    A size that is not known when a call is traced, None, bounds nothing.
+    A limit of None is a size that a trace does not know, and is not checked.
     """
     if value is None:
         return
@@ -342,7 +340,7 @@ def _check_position(label: str, number: int, low: int, high: int | None, high_na
 
 
 def check_segments(a: Arguments) -> None:
-    """Segment ids are integers for queries and for keys, both or none (MHA-SEG-1)."""
+    """Require integer segment ids for both queries and keys, or for neither (MHA-SEG-1)."""
     if a.q_segment_ids is None and a.kv_segment_ids is None:
         return
     if a.q_segment_ids is None or a.kv_segment_ids is None:
@@ -357,13 +355,13 @@ def check_segments(a: Arguments) -> None:
 
 
 def check_alignment(a: Arguments) -> None:
-    """Where positions matter and lengths differ, the causal diagonal must be said, never guessed (MHA-POS-2)."""
+    """Require q_offset where a constraint compares positions and lengths differ (MHA-POS-2)."""
     if a.q_offset is None and a.positional:
         refuse_ambiguity("causal=True" if a.causal else f"window={a.window}", a.q_len, a.kv_len, a.kv_lengths)
 
 
 def refuse_ambiguity(user: str, q_len: int, kv_len: int, kv_lengths: Array | Sequence[int] | None) -> None:
-    """Raise unless the positions that `user` speaks of are known without an offset (MHA-POS-2)."""
+    """Refuse a missing offset unless the lengths are equal; `user` is the argument that needs positions (MHA-POS-2)."""
     if q_len == kv_len and kv_lengths is None:
         return
     readings = ['q_offset="upper_left" (0, as PyTorch and JAX)']
@@ -395,18 +393,18 @@ CHECKS: tuple[Callable[[Arguments], None], ...] = (
 
 
 def check(a: Arguments, checks: Iterable[Callable[[Arguments], None]] = CHECKS) -> Arguments:
-    """Raise ArgumentValueError or ArgumentTypeError for the first thing wrong with `a`, else give it back.
+    """Raise ArgumentValueError or ArgumentTypeError for the first error in `a`, else return it.
 
-    Each check leaves Python's values where scalars of NumPy were: a float64 among them would widen a float32 result
-    (MHA-ARG-2, MHA-SOFTMAX-2).
+    The checks replace NumPy scalars by Python values, since a float64 scalar would widen a float32 result (MHA-ARG-2,
+    MHA-SOFTMAX-2).
     """
-    for check_one in checks:
-        check_one(a)
+    for run in checks:
+        run(a)
     return a
 
 
 def check_dropout_mask(a: Arguments) -> None:
-    """Raise where a mask would have to be drawn: the reference and attention_vjp draw nothing (MHA-DROP-4)."""
+    """Require dropout_mask with a dropout_rate: the reference and attention_vjp draw no mask (MHA-DROP-4)."""
     if a.dropout_rate > 0 and a.dropout_mask is None:
         refuse_value(
             "MHA-DROP-4",
@@ -416,7 +414,7 @@ def check_dropout_mask(a: Arguments) -> None:
 
 
 def check_cotangents(a: Arguments, grad_output: Array, grad_lse: Array | None) -> None:
-    """Raise unless grad_output is a floating array of the output's shape, and grad_lse of that of lse (MHA-VJP-7)."""
+    """Require floating cotangents of the shapes of the output and of lse (MHA-VJP-7)."""
     rows = shape_of(a.query)[:3]
     _check_result("MHA-VJP-7", "grad_output", grad_output, "query", a.query, (*rows, a.value.shape[3]))
     if grad_lse is not None:
@@ -424,7 +422,7 @@ def check_cotangents(a: Arguments, grad_output: Array, grad_lse: Array | None) -
 
 
 def check_merge_cotangents(grad_output: Array, grad_lse: Array | None, output_a: Array) -> None:
-    """Raise unless the cotangents of merging are floating arrays of the shapes of its results (MHA-MERGE-7)."""
+    """Require floating cotangents of the shapes of the merged output and lse (MHA-MERGE-7)."""
     shape = shape_of(output_a)
     _check_result("MHA-MERGE-7", "grad_output", grad_output, "output_a", output_a, shape)
     if grad_lse is not None:
@@ -432,7 +430,7 @@ def check_merge_cotangents(grad_output: Array, grad_lse: Array | None, output_a:
 
 
 def check_halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> None:
-    """Raise unless both halves are floating arrays of fitting shapes, and of the dtypes of half a (MHA-MERGE-4)."""
+    """Require halves of floating arrays with equal shapes and dtypes (MHA-MERGE-4)."""
     require_array("output_a", output_a, "MHA-MERGE-4")
     if output_a.ndim != 4:
         refuse_value(
@@ -453,7 +451,7 @@ def check_halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -
 
 
 def _check_result(clause: str, label: str, array: Array, other: str, like: Array, shape: tuple[int, ...]) -> None:
-    """An array that is a result, or the cotangent of one, is floating, of a shape, and of the library of another."""
+    """Require a floating array of a shape, and of the library and device of `like`."""
     check_alike(label, array, like, other, clause)
     check_floating(label, array, clause)
     if shape_of(array) != shape:

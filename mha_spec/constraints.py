@@ -1,4 +1,4 @@
-"""What a backend can conclude about visibility from host data, before it computes anything.
+"""Conclusions about visibility that a backend draws from host data before it computes anything.
 
 A list of integers has one for each batch entry in question; None stands for data that must not be read (MHA-LEN-3),
 from which nothing follows.

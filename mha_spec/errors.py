@@ -1,4 +1,4 @@
-"""What goes wrong on the user's side, under one base class."""
+"""The errors that mha-spec raises, under one base class."""
 
 from typing import NoReturn
 
@@ -8,26 +8,26 @@ __all__ = ["ArgumentTypeError", "ArgumentValueError", "BackendError", "MhaSpecEr
 class MhaSpecError(Exception):
     """Base class of every error that mha-spec raises for a mistake of its user."""
 
-    __init__ = Exception.__init__  # AutoGraph raises again under its own class what has this very one
+    __init__ = Exception.__init__  # AutoGraph keeps the class of errors with exactly this constructor.
 
 
 class ArgumentValueError(MhaSpecError, ValueError):
-    """An argument has the right kind and a wrong value: a shape, a range, a combination."""
+    """An argument has the right type and a wrong value: a shape, a range, a combination."""
 
 
 class ArgumentTypeError(MhaSpecError, TypeError):
-    """An argument is of a wrong kind: a float where a boolean array is meant, an unknown keyword."""
+    """An argument has a wrong type, such as a float array for a mask, or a keyword is unknown."""
 
 
 class BackendError(MhaSpecError, ValueError):
-    """A backend was asked for that is unknown, not installed, ambiguous or broken."""
+    """The requested backend is unknown, not installed, ambiguous or broken."""
 
 
 def refuse_value(clause: str, message: str) -> NoReturn:
-    """Raise ArgumentValueError with a message and the clause that it rests on."""
+    """Raise ArgumentValueError with a message that cites a clause."""
     raise ArgumentValueError(f"{message} [{clause}]")
 
 
 def refuse_type(clause: str, message: str) -> NoReturn:
-    """Raise ArgumentTypeError with a message and the clause that it rests on."""
+    """Raise ArgumentTypeError with a message that cites a clause."""
     raise ArgumentTypeError(f"{message} [{clause}]")

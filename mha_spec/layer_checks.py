@@ -1,7 +1,7 @@
-"""The validation that the layer of every backend shares; what it hands to attention is checked there, once.
+"""The checks of the layer that every backend shares; `mha_spec.checks` then checks the arguments of its attention.
 
-As in `mha_spec.checks`, each check cites its clause, looks at Python values, shapes and dtypes, and reads contents of
-host data alone. Sizes that a traced shape does not know (None) fit everything.
+As in `mha_spec.checks`, each check cites its clause, looks at Python values, shapes and dtypes, and reads the contents
+of host data only. A size that a traced shape does not know, None, fits every size.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import numpy
 
 from .arguments import WEIGHT_FUNCTIONS
-from .array_checks import check_floating, is_sequence, require_array
-from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, placement_of, storage_of
+from .array_checks import check_alike, check_floating, is_sequence, require_array
+from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, storage_of
 from .cache import KVCache
 from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
-from .errors import ArgumentTypeError, ArgumentValueError, refuse_type, refuse_value
+from .errors import refuse_type, refuse_value
 from .parameters import AXES, REQUIRED
 from .scalars import check_flag, check_integer, check_number, is_integer, plain, shown
 
@@ -36,6 +36,7 @@ __all__ = [
     "check_like",
     "check_positions",
     "check_rotary",
+    "check_rotary_dim",
     "check_slope_dtype",
     "empty_shapes",
 ]
@@ -47,16 +48,16 @@ class Rotary(NamedTuple):
     base: float = 10000.0
     interleaved: bool = False
     rotary_dim: int | None = None
-    """Components that turn, from the first on; None is all of them."""
+    """The number of components that turn, from the first on; None turns all."""
 
     def given(self) -> dict[str, Any]:
-        """The options that differ from the defaults."""
+        """Return the options that differ from the defaults."""
         return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
 
 @dataclass(slots=True)
 class LayerArguments:
-    """One call of the layer, as the caller gave it."""
+    """The arguments of one call of the layer."""
 
     function: str
     query: Array
@@ -67,18 +68,18 @@ class LayerArguments:
     norm_epsilon: float
     cache: KVCache | None
     options: dict[str, Any]
-    """The options of attention that were given."""
+    """The options of attention that the call has."""
     rotation: Rotary | None = None
-    """What `check` makes of `rotary`."""
+    """`rotary` with its defaults, which `check` sets."""
 
     @property
     def weighs(self) -> bool:
-        """Whether the weights are asked for, which need no values."""
+        """True for the functions of weights only, which need no values."""
         return self.function in WEIGHT_FUNCTIONS
 
 
 def check(a: LayerArguments) -> LayerArguments:
-    """Raise ArgumentValueError or ArgumentTypeError for the first thing wrong with `a`, else give it back."""
+    """Raise for the first error in `a`, else return it."""
     refuse_unknown(a.options, a.function)
     _check_operands(a)
     _check_params(a)
@@ -88,124 +89,119 @@ def check(a: LayerArguments) -> LayerArguments:
     if a.cache is not None:
         _check_cache(a, a.cache)
     elif a.key is None:
-        raise ArgumentValueError(
+        refuse_value(
+            "MHA-LAYER-3",
             "`key` must be given where there is no cache, received key=None. "
-            "Self-attention takes the query as its key and value. [MHA-LAYER-3]"
+            "Self-attention takes the query as its key and value.",
         )
     _check_alignment(a)
     return a
 
 
 def _check_operands(a: LayerArguments) -> None:
-    """Query, key and value are rank-3 arrays of one library, dtype, device and batch (MHA-LAYER-2)."""
+    """Require rank-3 arrays of one library, dtype, device and batch (MHA-LAYER-2)."""
     _check_array("query", a.query, "(batch, q_len, embed)")
     if dtype_name(a.query) not in FLOATING:
-        raise ArgumentTypeError(
-            f"`query` must have a dtype of {', '.join(FLOATING)}, received dtype={dtype_name(a.query)}. [MHA-LAYER-2]"
+        refuse_type(
+            "MHA-LAYER-2", f"`query` must have a dtype of {', '.join(FLOATING)}, received dtype={dtype_name(a.query)}."
         )
     if not a.weighs and (a.key is None) != (a.value is None):
-        missing, given = ("key", "value") if a.key is None else ("value", "key")
-        raise ArgumentValueError(f"`{missing}` must be given with `{given}`, received {missing}=None. [MHA-LAYER-3]")
+        missing, present = ("key", "value") if a.key is None else ("value", "key")
+        refuse_value("MHA-LAYER-3", f"`{missing}` must be given with `{present}`, received {missing}=None.")
     for label, array in (("key", a.key), ("value", a.value)):
         if array is None or array is a.query:
             continue
         _check_array(label, array, f"(batch, kv_len, {label[0]}_embed)")
-        _check_like(label, array, a.query, "MHA-LAYER-2")
+        _check_like(label, array, a.query, "query", "MHA-LAYER-2")
         if _differ(array.shape[0], a.query.shape[0]):
-            raise ArgumentValueError(
+            refuse_value(
+                "MHA-LAYER-2",
                 f"`{label}` must have the batch of `query`, batch={a.query.shape[0]}, "
-                f"received batch={array.shape[0]} in shape={tuple(array.shape)}. [MHA-LAYER-2]"
+                f"received batch={array.shape[0]} in shape={tuple(array.shape)}.",
             )
     if a.key is not None and a.value is not None and _differ(a.value.shape[1], a.key.shape[1]):
-        raise ArgumentValueError(
+        refuse_value(
+            "MHA-LAYER-2",
             f"`value` must have the kv_len of `key`, kv_len={a.key.shape[1]}, "
-            f"received kv_len={a.value.shape[1]} in shape={tuple(a.value.shape)}. [MHA-LAYER-2]"
+            f"received kv_len={a.value.shape[1]} in shape={tuple(a.value.shape)}.",
         )
 
 
 def _check_array(label: str, array: Array, axes: str) -> None:
     require_array(label, array, "MHA-LAYER-2")
     if len(array.shape) != 3:
-        raise ArgumentValueError(
+        refuse_value(
+            "MHA-LAYER-2",
             f"`{label}` must have rank 3, {axes}, received shape={tuple(array.shape)}. "
-            "Heads are split by the projections. [MHA-LAYER-2]"
+            "Heads are split by the projections.",
         )
 
 
-def _check_like(label: str, array: Array, query: Array, clause: str) -> None:
-    """An array is of the dtype of `query`, which a clause asks, and of its library and device (MHA-ARG-4)."""
-    library = library_of(query)
-    if require_array(label, array, "MHA-ARG-4", f"an array of {library}") != library:
-        raise ArgumentTypeError(
-            f"`{label}` must be an array of {library}, as `query` is, received an array of {library_of(array)}. "
-            "Convert one of them first. [MHA-ARG-4]"
-        )
-    if array.dtype != query.dtype:
-        raise ArgumentTypeError(
-            f"`{label}` must have the dtype of `query`, dtype={dtype_name(query)}, "
-            f"received dtype={dtype_name(array)}. Convert one of them first: the layer never promotes. [{clause}]"
-        )
-    expected, received = placement_of(query), placement_of(array)
-    if received != expected and None not in (expected, received):
-        raise ArgumentValueError(
-            f"`{label}` must be on the device of `query`, device={expected}, received device={received}. [MHA-ARG-4]"
+def _check_like(label: str, array: Array, like: Array, other: str, clause: str) -> None:
+    """Require the dtype of another array, which `clause` asks, and its library and device (MHA-ARG-4)."""
+    check_alike(label, array, like, other, "MHA-ARG-4")
+    if array.dtype != like.dtype:
+        refuse_type(
+            clause,
+            f"`{label}` must have the dtype of `{other}`, dtype={dtype_name(like)}, "
+            f"received dtype={dtype_name(array)}. Convert one of them first: the layer never promotes.",
         )
 
 
-def _differ(one: int | None, other: int | None) -> bool:
-    return one != other and one is not None and other is not None
+def _differ(size: int | None, other: int | None) -> bool:
+    return size != other and size is not None and other is not None
 
 
 def _fit(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    """Whether a shape is as expected, where None is any size."""
+    """Tell whether a shape is the expected one, in which None is any size."""
     if shape == expected:
         return True
     return len(shape) == len(expected) and not any(map(_differ, shape, expected))
 
 
 def _check_params(a: LayerArguments) -> None:
-    """Every parameter has a known name, the shape that the others leave it, and the query's dtype (MHA-PROJ-4)."""
+    """Require known names, shapes that agree with each other, and the query's dtype (MHA-PROJ-4)."""
     if not _is_mapping(a.params):
-        raise ArgumentTypeError(
-            f"`params` must be a mapping of names to arrays, received {type(a.params).__name__}. [MHA-PROJ-4]"
-        )
+        refuse_type("MHA-PROJ-4", f"`params` must be a mapping of names to arrays, received {type(a.params).__name__}.")
     required = REQUIRED[:2] if a.weighs else REQUIRED
     missing = [name for name in required if name not in a.params]
     unknown = [repr(name) for name in a.params if name not in AXES]
     if missing or unknown:
         optional = [name for name in AXES if name not in required]
-        raise ArgumentValueError(
+        refuse_value(
+            "MHA-PROJ-4",
             f"`params` must hold {', '.join(required)}, and may hold {', '.join(optional)}, received "
-            f"missing={', '.join(missing) or None}, unknown={', '.join(unknown) or None}. [MHA-PROJ-4]"
+            f"missing={', '.join(missing) or None}, unknown={', '.join(unknown) or None}.",
         )
     sizes = {"embed": a.query.shape[2]}
     if a.key is not None:
         sizes["k_embed"] = a.key.shape[2]
     if a.value is not None:
         sizes["v_embed"] = a.value.shape[2]
-    for name in _one_of_each_kind(a.params):
-        _check_like(f"params[{name!r}]", a.params[name], a.query, "MHA-PROJ-4")
+    for name in _distinct(a.params):
+        _check_like(f"params[{name!r}]", a.params[name], a.query, "query", "MHA-PROJ-4")
     for name, axes in AXES.items():
         if name in a.params:
             _check_sizes(name, axes, a.params[name].shape, sizes)
     if sizes["heads"] % sizes["kv_heads"]:
-        raise ArgumentValueError(
+        refuse_value(
+            "MHA-HEAD-2",
             f"`params` must have heads that are a multiple of kv_heads={sizes['kv_heads']}, "
-            f"received heads={sizes['heads']} in w_q. [MHA-HEAD-2]"
+            f"received heads={sizes['heads']} in w_q.",
         )
 
 
-def _one_of_each_kind(params: Mapping[str, Array]) -> Iterable[str]:
-    """The first name of each class, dtype and device that there is among parameters."""
+def _distinct(params: Mapping[str, Array]) -> Iterable[str]:
+    """Name the first parameter of each class, dtype, device and storage: one check serves all that are alike."""
     kinds: dict[Any, str] = {}
-    for name, one in params.items():
-        kind: Any = (type(one), getattr(one, "dtype", None), getattr(one, "device", None), storage_of(one))
+    for name, array in params.items():
+        kind: Any = (type(array), getattr(array, "dtype", None), getattr(array, "device", None), storage_of(array))
         kinds.setdefault(kind, name)
     return kinds.values()
 
 
 def _check_sizes(name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    """A parameter has the sizes that are known of its axes, and tells the others."""
+    """Require the known sizes of a parameter's axes, and learn the unknown ones from it."""
     fits = len(shape) == len(axes)
     learned: dict[str, int] = {}
     for axis, size in zip(axes, shape, strict=True) if fits else ():
@@ -216,9 +212,10 @@ def _check_sizes(name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes
             fits = False
     if not fits:
         expected = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
-        raise ArgumentValueError(
+        refuse_value(
+            "MHA-PROJ-4",
             f"`params[{name!r}]` must have shape ({', '.join(axes)})=({expected}), each size>=1, "
-            f"received shape={tuple(shape)}. [MHA-PROJ-4]"
+            f"received shape={tuple(shape)}.",
         )
     sizes.update(learned)
 
@@ -231,7 +228,7 @@ LARGEST = sys.float_info.max
 
 
 def check_epsilon(epsilon: object) -> float:
-    """Give the Python number that epsilon is, finite and >= 0 (MHA-NORM-1)."""
+    """Return epsilon as a Python number; it is finite and >= 0 (MHA-NORM-1)."""
     number = check_number("norm_epsilon", epsilon, "MHA-NORM-1")
     if not 0 <= number <= LARGEST:
         refuse_value(
@@ -242,32 +239,36 @@ def check_epsilon(epsilon: object) -> float:
 
 
 def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
-    """Give the options of rotary_embedding with their defaults, for vectors of `size` components (MHA-ROTARY-6)."""
+    """Return the options of rotary_embedding with defaults, for vectors of `size` components (MHA-ROTARY-6)."""
     if not _is_mapping(rotary):
-        raise ArgumentTypeError(
+        refuse_type(
+            "MHA-ROTARY-6",
             "`rotary` must be a mapping of the options of rotary_embedding, {} for the defaults, "
-            f"received {shown(rotary)} of type {type(rotary).__name__}. None is no rotation. [MHA-ROTARY-6]"
+            f"received {shown(rotary)} of type {type(rotary).__name__}. None means no rotation.",
         )
     for name in rotary:
         if name not in Rotary._fields:
-            raise ArgumentTypeError(
-                f"`rotary` must hold options of rotary_embedding, {', '.join(Rotary._fields)}, "
-                f"received {name!r}. [MHA-ROTARY-6]"
+            refuse_type(
+                "MHA-ROTARY-6",
+                f"`rotary` must hold options of rotary_embedding, {', '.join(Rotary._fields)}, received {name!r}.",
             )
     base, interleaved, rotary_dim = (rotary.get(name, Rotary._field_defaults[name]) for name in Rotary._fields)
     base = check_number("base", base, "MHA-ROTARY-6")
     interleaved = check_flag("interleaved", interleaved, "MHA-ROTARY-6")
     if not 0 < base <= LARGEST:
         refuse_value("MHA-ROTARY-6", f"`base` must be finite and base>0, received base={shown(base)}.")
-    return Rotary(base, interleaved, _rotary_dim(plain(rotary_dim), size))
+    return Rotary(base, interleaved, check_rotary_dim(rotary_dim, size))
 
 
-def _rotary_dim(rotary_dim: object, size: int) -> int | None:
+def check_rotary_dim(rotary_dim: object, size: int) -> int | None:
+    """Return the number of components that turn in vectors of `size`, or None for all (MHA-ROTARY-6)."""
+    rotary_dim = plain(rotary_dim)
     if rotary_dim is None:
         if size % 2:
-            raise ArgumentValueError(
+            refuse_value(
+                "MHA-ROTARY-6",
                 f"`rotary_dim` must be given for vectors of an odd size, received size={size}, rotary_dim=None: "
-                f"components turn in pairs. rotary_dim={size - 1} leaves the last one as it is. [MHA-ROTARY-6]"
+                f"components turn in pairs. rotary_dim={size - 1} leaves the last one unchanged.",
             )
         return None
     if not is_integer(rotary_dim):
@@ -283,33 +284,35 @@ def _rotary_dim(rotary_dim: object, size: int) -> int | None:
 
 
 def check_positions(x: Array, positions: Array) -> None:
-    """x is a floating array of rank 4, and positions are numbers, one for each token (MHA-ROTARY-4, MHA-ROTARY-6)."""
+    """Require a floating x of rank 4 and a position, a number, for each token (MHA-ROTARY-4, MHA-ROTARY-6)."""
     library = require_array("x", x, "MHA-ROTARY-6")
     check_floating("x", x, "MHA-ROTARY-6")
     if len(x.shape) != 4:
-        raise ArgumentValueError(
-            f"`x` must have rank 4, (batch, heads, length, size), received shape={tuple(x.shape)}. [MHA-ROTARY-6]"
+        refuse_value(
+            "MHA-ROTARY-6", f"`x` must have rank 4, (batch, heads, length, size), received shape={tuple(x.shape)}."
         )
     array = _of_numbers(positions) if library_of(positions) is None else positions
     if require_array("positions", array, "MHA-ROTARY-6") not in ("numpy", library):
-        raise ArgumentTypeError(
+        refuse_type(
+            "MHA-ARG-4",
             f"`positions` must be numbers on the host or an array of {library}, as `x` is, "
-            f"received an array of {library_of(positions)}. [MHA-ARG-4]"
+            f"received an array of {library_of(positions)}.",
         )
     kind = dtype_name(array)
     if kind not in FLOATING and not kind.startswith(("int", "uint")):
-        raise ArgumentTypeError(f"`positions` must be integers or floats, received dtype={kind}. [MHA-ROTARY-6]")
+        refuse_type("MHA-ROTARY-6", f"`positions` must be integers or floats, received dtype={kind}.")
     batch, _, length, _ = x.shape
     shape = tuple(array.shape)
     if len(shape) not in (1, 2) or any(_differ(*pair) for pair in zip(shape[::-1], (length, batch), strict=False)):
-        raise ArgumentValueError(
+        refuse_value(
+            "MHA-ROTARY-6",
             f"`positions` must have shape (length,)={(length,)} or (batch, length)={(batch, length)}, "
-            f"received shape={shape}. [MHA-ROTARY-6]"
+            f"received shape={shape}.",
         )
 
 
 def _of_numbers(positions: object) -> numpy.ndarray:
-    """Positions in a sequence, in a sequence of sequences of one length, or one alone, whose shape is wrong."""
+    """Convert a sequence of positions, or of sequences of one length; a lone number has the wrong shape later."""
     rows = list(positions) if _is_series(positions) else [positions]
     rows = [list(row) for row in rows if _is_series(row)] or [rows]
     even = {len(row) for row in rows} == {len(rows[0])}
@@ -330,59 +333,61 @@ def _is_series(value: object) -> TypeGuard[Sequence[object]]:
 
 
 def _check_cache(a: LayerArguments, cache: KVCache) -> None:
-    """A cache is of the query's library, dtype, device and batch, and of the sizes of the parameters (MHA-CACHE-7)."""
+    """Require the query's library, dtype, device and batch, and the sizes of the parameters (MHA-CACHE-7)."""
     _, kv_heads, qk_dim = a.params["w_k"].shape
     v_dim = None if a.weighs else a.params["w_v"].shape[2]
-    _check_buffers(cache, a.query, (a.query.shape[0], kv_heads, None, qk_dim), v_dim)
+    _check_buffers(cache, a.query, "query", (a.query.shape[0], kv_heads, None, qk_dim), v_dim)
     kv_lengths = a.options.get("kv_lengths")
     if a.key is not None:
         check_entries("kv_lengths", kv_lengths, a.query, 0, a.key.shape[1], "kv_len")
         _check_room(cache, a.key.shape[1], kv_lengths)
     elif kv_lengths is not None:
-        raise ArgumentValueError(
-            "`kv_lengths` must be None where key=None: with a cache it counts the new keys, and its own lengths say "
-            f"how many it holds; received kv_lengths={kv_lengths!r}. [MHA-CACHE-8]"
+        refuse_value(
+            "MHA-CACHE-8",
+            "`kv_lengths` must be None where key=None: with a cache it counts the new keys, "
+            f"received kv_lengths={shown(kv_lengths)}. The lengths of the cache count those that it holds.",
         )
 
 
 def check_append(
     cache: KVCache, key: Array, value: Array, counts: Array | Sequence[int] | None, label: str = "lengths"
 ) -> None:
-    """New tokens fit their cache, which has room for them (MHA-CACHE-4, MHA-CACHE-7)."""
+    """Require new tokens that fit the shapes and the capacity of their cache (MHA-CACHE-4, MHA-CACHE-7)."""
     for name, array in (("key", key), ("value", value)):
         require_array(name, array, "MHA-CACHE-7")
         if len(array.shape) != 4:
-            raise ArgumentValueError(
-                f"`{name}` must have rank 4, (batch, kv_heads, length, size), received shape={tuple(array.shape)}. "
-                "[MHA-CACHE-7]"
+            refuse_value(
+                "MHA-CACHE-7",
+                f"`{name}` must have rank 4, (batch, kv_heads, length, size), received shape={tuple(array.shape)}.",
             )
-    _check_like("value", value, key, "MHA-CACHE-7")
+    _check_like("value", value, key, "key", "MHA-CACHE-7")
     batch, kv_heads, length, qk_dim = key.shape
     if not _fit(tuple(value.shape[:3]), tuple(key.shape[:3])):
-        raise ArgumentValueError(
+        refuse_value(
+            "MHA-CACHE-7",
             f"`value` must agree with `key` in (batch, kv_heads, length)={tuple(key.shape[:3])}, "
-            f"received shape={tuple(value.shape)}. [MHA-CACHE-7]"
+            f"received shape={tuple(value.shape)}.",
         )
-    _check_buffers(cache, key, (batch, kv_heads, None, qk_dim), value.shape[3])
+    _check_buffers(cache, key, "key", (batch, kv_heads, None, qk_dim), value.shape[3])
     check_entries(label, counts, key, 0, length, "length")
     _check_room(cache, length, counts)
 
 
-def _check_buffers(cache: object, like: Array, shape: tuple[int | None, ...], v_dim: int | None) -> None:
+def _check_buffers(cache: object, like: Array, other: str, shape: tuple[int | None, ...], v_dim: int | None) -> None:
     if not isinstance(cache, KVCache):
-        raise ArgumentTypeError(
-            f"`cache` must be a KVCache, received {type(cache).__name__}. KVCache.empty makes one. [MHA-CACHE-7]"
+        refuse_type(
+            "MHA-CACHE-7", f"`cache` must be a KVCache, received {type(cache).__name__}. KVCache.empty makes one."
         )
     capacity = None
-    for name, buffer, size in (("key", cache.key, shape[3]), ("value", cache.value, v_dim)):
-        _check_like(f"cache.{name}", buffer, like, "MHA-CACHE-7")
-        received, expected = tuple(buffer.shape), (*shape[:2], capacity, size)
+    for name, buffer, last in (("key", cache.key, shape[3]), ("value", cache.value, v_dim)):
+        _check_like(f"cache.{name}", buffer, like, other, "MHA-CACHE-7")
+        received, expected = tuple(buffer.shape), (*shape[:2], capacity, last)
         if not _fit(received, expected):
             axes = ("batch", "kv_heads", "capacity", "qk_dim" if name == "key" else "v_dim")
-            fitting = ", ".join(str(axis if one is None else one) for axis, one in zip(axes, expected, strict=True))
-            raise ArgumentValueError(
-                f"`cache.{name}` must have shape ({', '.join(axes)})=({fitting}), received shape={received}. "
-                "[MHA-CACHE-7]"
+            fitting = ", ".join(str(axis if size is None else size) for axis, size in zip(axes, expected, strict=True))
+            refuse_value(
+                "MHA-CACHE-7",
+                f"`cache.{name}` must have shape ({', '.join(axes)})=({fitting}), received shape={received}.",
             )
         capacity = received[2]
     if cache.lengths is None:
@@ -391,21 +396,22 @@ def _check_buffers(cache: object, like: Array, shape: tuple[int | None, ...], v_
 
 
 def _check_room(cache: KVCache, length: int | None, counts: Array | Sequence[int] | None) -> None:
-    """Where lengths are host data, new tokens that do not fit are an error, and nothing is stored (MHA-CACHE-4)."""
+    """Refuse more tokens than the cache has room for, where its lengths are host data (MHA-CACHE-4)."""
     before = host_integers(cache.lengths)
     lengths = None if length is None else [length] * len(before or ())
     more = lengths if counts is None else host_integers(counts)
     if before is None or more is None:
         return
-    if max([one + other for one, other in zip(before, more, strict=True)], default=0) > cache.capacity:
-        raise ArgumentValueError(
+    if max([length + count for length, count in zip(before, more, strict=True)], default=0) > cache.capacity:
+        refuse_value(
+            "MHA-CACHE-4",
             f"`cache` must have room for the new tokens, capacity={cache.capacity}, received lengths={before} and "
-            f"{more} more. Nothing was stored; a cache that is made larger holds them. [MHA-CACHE-4]"
+            f"{more} more. Nothing was stored. Make the cache with a larger capacity.",
         )
 
 
 def _check_alignment(a: LayerArguments) -> None:
-    """Rotation needs to know where queries and keys are, as causal and windows do (MHA-LAYER-6)."""
+    """Require known positions of queries and keys for a rotation (MHA-LAYER-6)."""
     offset, kv_lengths = a.options.get("q_offset"), a.options.get("kv_lengths")
     if isinstance(check_offset(offset, a.query), str):  # Rotation reads the lengths before attention checks them.
         check_entries("q_lengths", a.options.get("q_lengths"), a.query, 0, a.query.shape[1], "q_len")
@@ -416,12 +422,12 @@ def _check_alignment(a: LayerArguments) -> None:
 
 
 def check_heads(heads: object, label: str = "heads") -> None:
-    """A number of heads is an integer >= 1 (MHA-ALIBI-3)."""
+    """Require an integer number of heads >= 1 (MHA-ALIBI-3)."""
     check_integer(label, heads, 1, "MHA-ALIBI-3")
 
 
 def check_slope_dtype(dtype: object) -> None:
-    """Slopes are float32 or float64, by name (MHA-ALIBI-3)."""
+    """Require "float32" or "float64" (MHA-ALIBI-3)."""
     if not isinstance(dtype, str):
         refuse_type(
             "MHA-ALIBI-3",
@@ -435,32 +441,34 @@ SLOPE_DTYPES = ("float32", "float64")
 
 
 def check_alibi(slopes: Any, q_len: int, kv_len: int, offset: Array | Sequence[int] | int | str | None) -> None:
-    """Slopes are a number of heads or an array (heads,), and positions are known (MHA-ALIBI-3, MHA-POS-2)."""
+    """Require a number of heads or slopes (heads,), and known positions (MHA-ALIBI-3, MHA-POS-2)."""
     library = library_of(slopes)
     if library is None:
         check_heads(slopes, "slopes")
     elif require_array("slopes", slopes, "MHA-ALIBI-3") and (
         len(slopes.shape) != 1 or dtype_name(slopes) not in FLOATING
     ):
-        raise ArgumentValueError(
+        refuse_value(
+            "MHA-ALIBI-3",
             f"`slopes` must be a number of heads or a floating array of shape (heads,), "
-            f"received dtype={dtype_name(slopes)}, shape={tuple(slopes.shape)}. [MHA-ALIBI-3]"
+            f"received dtype={dtype_name(slopes)}, shape={tuple(slopes.shape)}.",
         )
     check_integer("q_len", q_len, 0, "MHA-ALIBI-3")
     check_integer("kv_len", kv_len, 0, "MHA-ALIBI-3")
     if offset is None:
         refuse_ambiguity("alibi_bias", q_len, kv_len, None)
     elif library is not None and library_of(offset) not in (None, "numpy", library):
-        raise ArgumentTypeError(
+        refuse_type(
+            "MHA-ARG-4",
             f"`q_offset` must be integers on the host or an array of {library}, as `slopes` is, "
-            f"received an array of {library_of(offset)}. [MHA-ARG-4]"
+            f"received an array of {library_of(offset)}.",
         )
     else:
         check_offset(offset, _of_as_many_entries(offset))
 
 
 def _of_as_many_entries(offset: Any) -> Array:
-    """An array with a batch entry for each offset, which alone says how many there are."""
+    """Return an array that has a batch entry for each offset, as `check_offset` compares them."""
     if library_of(offset) is None:
         return numpy.empty(len(offset) if is_sequence(offset) else 1)
     require_array("q_offset", offset, "MHA-LEN-3")
@@ -472,7 +480,7 @@ def _of_as_many_entries(offset: Any) -> Array:
 def empty_shapes(
     batch: int, kv_heads: int, capacity: int, qk_dim: int, v_dim: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Give the shapes of the buffers of a cache, whose sizes are integers (MHA-CACHE-7)."""
+    """Return the shapes of the buffers of a cache; its sizes are integers (MHA-CACHE-7)."""
     sizes = {"batch": (batch, 0), "kv_heads": (kv_heads, 1), "capacity": (capacity, 0), "qk_dim": (qk_dim, 1)}
     first = [check_integer(name, size, least, "MHA-CACHE-7") for name, (size, least) in sizes.items()]
     last = first[3] if v_dim is None else check_integer("v_dim", v_dim, 1, "MHA-CACHE-7")
@@ -480,6 +488,6 @@ def empty_shapes(
 
 
 def check_like(like: object) -> None:
-    """The array that a cache resembles is a floating one (MHA-CACHE-7)."""
+    """Require a floating array, whose library, dtype and device a cache takes (MHA-CACHE-7)."""
     require_array("like", like, "MHA-CACHE-7")
     check_floating("like", like, "MHA-CACHE-7")

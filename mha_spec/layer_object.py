@@ -1,6 +1,6 @@
-"""What the layer of every backend is as an object: its settings, and the calls around its attention.
+"""The layer as an object: its settings, and methods that pass them to the functions of the layer.
 
-A backend's `MultiHeadAttention` adds what its framework has of its own: how parameters are held and when dropout is on.
+A backend's `MultiHeadAttention` adds the parts that depend on its framework: storage of parameters and training mode.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 from .checks import check_rate
-from .errors import ArgumentTypeError, ArgumentValueError, refuse_type
+from .errors import refuse_type, refuse_value
 from .layer_checks import Rotary, check_epsilon, check_rotary
 from .parameters import AXES, REQUIRED
 from .scalars import check_flag, check_integer
@@ -29,35 +29,35 @@ __all__ = ["LayerObject", "LayerOptions", "LayerSettings", "spells_layer_options
 
 
 class LayerOptions(TypedDict, total=False):
-    """What a layer is made with beside embed and heads."""
+    """The options of a layer, which embed and heads precede."""
 
     kv_heads: int | None
-    """heads unless given (MHA-HEAD-2)."""
+    """heads by default (MHA-HEAD-2)."""
     qk_dim: int | None
-    """embed // heads unless given."""
+    """embed // heads by default."""
     v_dim: int | None
-    """qk_dim unless given."""
+    """qk_dim by default."""
     k_embed: int | None
-    """embed unless given (MHA-LAYER-3)."""
+    """embed by default (MHA-LAYER-3)."""
     v_embed: int | None
-    """embed unless given (MHA-LAYER-3)."""
+    """embed by default (MHA-LAYER-3)."""
     out: int | None
-    """embed unless given."""
+    """embed by default."""
     bias: bool
-    """Whether the layer has b_q, b_k, b_v and b_o; True unless given (MHA-PROJ-2, MHA-PROJ-3)."""
+    """True adds b_q, b_k, b_v and b_o; the default (MHA-PROJ-2, MHA-PROJ-3)."""
     qk_norm: bool
-    """Whether it has q_norm and k_norm; False unless given (MHA-NORM-1)."""
+    """True adds q_norm and k_norm; False by default (MHA-NORM-1)."""
     rotary: Mapping[str, Any] | None
-    """The options of rotary_embedding, {} for its defaults; None is no rotation (MHA-ROTARY-4)."""
+    """The options of rotary_embedding, {} for its defaults; None, the default, means no rotation (MHA-ROTARY-4)."""
     norm_epsilon: float
-    """1e-6 unless given (MHA-NORM-1)."""
+    """1e-6 by default (MHA-NORM-1)."""
     dropout_rate: float
-    """0 unless given; holds in training alone (MHA-DROP-1)."""
+    """0 by default; applies in training only (MHA-DROP-1)."""
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What one layer is: its sizes, which of the optional parameters it has, and what a call of it means."""
+    """The sizes of a layer, its optional parameters, and the options of its calls."""
 
     embed: int
     heads: int
@@ -75,11 +75,11 @@ class LayerSettings:
 
     @classmethod
     def of(cls, embed: int, heads: int, **options: Unpack[LayerOptions]) -> LayerSettings:
-        """Fill in what was not given; see `LayerOptions`.
+        """Make settings from options and their defaults; see `LayerOptions`.
 
         Raises:
-            ArgumentValueError, ArgumentTypeError: A size is no integer >= 1, heads is no multiple of kv_heads, or does
-                not divide embed where qk_dim is not given, or another option is unknown or out of its range.
+            ArgumentValueError, ArgumentTypeError: A size is not an integer >= 1, heads is not a multiple of kv_heads
+                or, without qk_dim, does not divide embed, or another option is unknown or out of its range.
         """
         every = _checked({"embed": embed, "heads": heads, **options})
         embed, heads = every.pop("embed"), every.pop("heads")
@@ -87,24 +87,24 @@ class LayerSettings:
         settings = _default_sizes(embed, heads, chosen.get("qk_dim") or _even_share(embed, heads)) | chosen
         if "rotary" in chosen:
             settings["rotary"] = check_rotary(chosen["rotary"], settings["qk_dim"])
-        made = cls(embed, heads, **settings)
-        if heads % made.kv_heads:
-            raise ArgumentValueError(
-                f"`heads` must be a multiple of kv_heads={made.kv_heads}, received heads={heads}. [MHA-HEAD-2]"
+        layer = cls(embed, heads, **settings)
+        if heads % layer.kv_heads:
+            refuse_value(
+                "MHA-HEAD-2", f"`heads` must be a multiple of kv_heads={layer.kv_heads}, received heads={heads}."
             )
-        return made
+        return layer
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter that the layer has, by name."""
+        """Return the shape of each parameter of the layer by its name."""
         names = REQUIRED + (("b_q", "b_k", "b_v", "b_o") if self.bias else ())
         names += ("q_norm", "k_norm") if self.qk_norm else ()
         return {name: tuple(getattr(self, axis) for axis in AXES[name]) for name in names}
 
     def initial_bound(self, name: str) -> float | None:
-        """The bound b of Xavier's uniform distribution on [-b, b] for a weight; None for a bias or a gain.
+        """Return the bound b of Xavier's uniform distribution on [-b, b] for a weight; None for a bias or a gain.
 
-        b = sqrt(6 / (fan_in + fan_out)) over the matrix (in, heads * size) that the weight is, as in the paper's own
-        code. Biases begin at 0, gains at 1.
+        b = sqrt(6 / (fan_in + fan_out)) for the matrix (in, heads * size) of the weight, as in the code of Vaswani et
+        al. Biases start at 0, gains at 1.
         """
         if name not in REQUIRED:
             return None
@@ -114,11 +114,11 @@ class LayerSettings:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The keywords that make these settings, embed and heads among them: plain data."""
+        """The keywords that make these settings, with embed and heads, as plain data."""
         return asdict(self) | {"rotary": None if self.rotary is None else self.rotary.given()}
 
     def __str__(self) -> str:
-        """The keywords, less those that are the defaults: `embed=10, heads=5, kv_heads=1`."""
+        """Show the keywords that differ from the defaults: `embed=10, heads=5, kv_heads=1`."""
         share = self.embed // self.heads if self.embed % self.heads == 0 else None
         default = {field.name: field.default for field in fields(self)}
         default |= _default_sizes(self.embed, self.heads, share) | {"v_dim": self.qk_dim}
@@ -126,7 +126,7 @@ class LayerSettings:
 
 
 MAY_BE_NONE = ("kv_heads", "qk_dim", "v_dim", "k_embed", "v_embed", "out", "rotary")
-"""The options that say by None that they were not given."""
+"""The options for which None means the default."""
 
 
 def _default_sizes(embed: int, heads: int, qk_dim: int | None) -> dict[str, Any]:
@@ -136,15 +136,15 @@ def _default_sizes(embed: int, heads: int, qk_dim: int | None) -> dict[str, Any]
 
 def _even_share(embed: int, heads: int) -> int:
     if embed % heads:
-        raise ArgumentValueError(
-            f"`embed` must be a multiple of heads={heads}, received embed={embed}. "
-            "Or give qk_dim, the size of one head. [MHA-PROJ-4]"
+        refuse_value(
+            "MHA-PROJ-4",
+            f"`embed` must be a multiple of heads={heads}, received embed={embed}. Or pass qk_dim, the size of a head.",
         )
     return embed // heads
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, each checked by itself, with Python's values in place of NumPy's scalars."""
+    """Check each option, and return all with Python values for NumPy scalars."""
     known = [field.name for field in fields(LayerSettings)]
     for name in options:
         if name not in known:
@@ -175,16 +175,16 @@ def spells_layer_options(init: _Init) -> _Init:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default[name])
         for name in LayerOptions.__annotations__
     ]
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    vars(init)["__signature__"] = signature.replace(parameters=[*own, *options])
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    vars(init)["__signature__"] = signature.replace(parameters=[*named, *options])
     return init
 
 
 class LayerObject:
-    """The calls of a layer that holds its own parameters; see `mha_spec.reference.multi_head_attention`."""
+    """The methods of a layer that holds its parameters; see `mha_spec.reference.multi_head_attention`."""
 
     functions: ClassVar[ModuleType]
-    """The backend's functions of the layer."""
+    """The module of the backend's functions of the layer."""
     settings: LayerSettings
     params: Any
     """The parameters by name, as `multi_head_attention` takes them."""
@@ -198,7 +198,7 @@ class LayerObject:
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> Any:
-        """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        """Attend from the query to the key, by default the query, and its value, by default the key."""
         key = query if key is None else key
         value = key if value is None else value
         options = self._in_training(options)
@@ -207,7 +207,7 @@ class LayerObject:
     def attention_weights(
         self, query: Array, key: Array | None = None, *, cache: KVCache | None = None, **options: Unpack[WeightOptions]
     ) -> Array:
-        """The weights of every head, (batch, heads, q_len, kv_len), before dropout (MHA-LAYER-4)."""
+        """Return the weights of every head, (batch, heads, q_len, kv_len), before dropout (MHA-LAYER-4)."""
         key = query if key is None else key
         return self.functions.multi_head_attention_weights(query, key, self.params, cache=cache, **self._all(options))
 
@@ -220,40 +220,41 @@ class LayerObject:
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> tuple[Any, ...]:
-        """The output and the weights of every head before dropout, and with a cache the new one (MHA-LAYER-4)."""
+        """Return the output, the weights before dropout and, with a cache, the new one (MHA-LAYER-4)."""
         key = query if key is None else key
         value = key if value is None else value
-        of_call = self._all(self._in_training(options))
-        return self.functions.multi_head_attention_and_weights(query, key, value, self.params, cache=cache, **of_call)
+        keywords = self._all(self._in_training(options))
+        return self.functions.multi_head_attention_and_weights(query, key, value, self.params, cache=cache, **keywords)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of this layer's sizes without tokens."""
-        of = self.settings
-        return self.functions.empty_cache(batch, of.kv_heads, capacity, of.qk_dim, of.v_dim, like=self._like)
+        """Make a cache of this layer's sizes without tokens."""
+        sizes = self.settings
+        return self.functions.empty_cache(batch, sizes.kv_heads, capacity, sizes.qk_dim, sizes.v_dim, like=self._like)
 
     def __repr__(self) -> str:
-        """The settings that differ from the defaults."""
+        """Show the settings that differ from the defaults."""
         return f"{type(self).__name__}({self.settings})"
 
     def _in_training(self, options: Options) -> Options:
-        """The options of a call with the dropout that the layer's state adds."""
+        """Return the options of a call with the dropout of the layer's state."""
         return options
 
     def _all(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a call, and what the settings say of every call."""
+        """Return the options of a call with those that the settings fix."""
         rotary = self.settings.rotary
         fixed: dict[str, Any] = {
             "rotary": None if rotary is None else rotary.given(),
             "norm_epsilon": self.settings.norm_epsilon,
         }
         for name in fixed.keys() & options.keys():
-            raise ArgumentTypeError(
+            refuse_type(
+                "MHA-ARG-1",
                 f"`{name}` is a setting of the layer, {name}={fixed[name]!r}, received {name}={options[name]!r} "
-                "in a call. Make another layer, or call multi_head_attention with its params. [MHA-ARG-1]"
+                "in a call. Make another layer, or call multi_head_attention with its params.",
             )
         return {**fixed, **options}
 
     @property
     def _like(self) -> Array:
-        """An array of the dtype and device that a cache has."""
+        """An array that has the dtype and device of a cache."""
         return self.params["w_k"]

@@ -1,8 +1,8 @@
 """The steps of the layer, one small function for each, in the order in which the specification takes them.
 
 As in `mha_spec.steps`, every function works on any library of the Python array API, cites the clauses that it
-implements, and is a field of `LayerSteps`, where it can be replaced by name: by a backend with what its library does
-best, by the conformance suite with a mistake. Arrays come and go in the query's dtype, unless a step says otherwise.
+implements, and is a field of `LayerSteps`, where it can be replaced by name: by a backend with a faster operation, by
+the conformance suite with a mistake. Arguments and results have the query's dtype, unless a step says otherwise.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ NARROW = ("int8", "uint8", "int16", "uint16")
 
 
 def widen(x: Array) -> Array:
-    """The array in the softmax's type: float32 for 16- and 32-bit arrays, float64 for float64 (MHA-SOFTMAX-2)."""
+    """Convert an array to the softmax's type, float64 for float64, else float32 (MHA-SOFTMAX-2)."""
     xp = namespace_of(x)
     return xp.astype(x, getattr(xp, softmax_dtype_name(dtype_name(x))), copy=False)
 
 
 def narrow(x: Array, like: Array) -> Array:
-    """The array in the dtype of another."""
+    """Convert an array to the dtype of another."""
     return namespace_of(x).astype(x, like.dtype, copy=False)
 
 
@@ -58,7 +58,7 @@ def add_bias(x: Array, bias: Array | None) -> Array:
 
 
 def project_in(a: LayerArguments, steps: LayerSteps) -> tuple[Array, Array | None, Array | None]:
-    """Query, key and value of each head; None for what is not given (MHA-PROJ-1, MHA-PROJ-2, MHA-LAYER-3)."""
+    """Project query, key and value to heads; a missing one stays None (MHA-PROJ-1, MHA-PROJ-2, MHA-LAYER-3)."""
     operands = (("q", a.query), ("k", a.key), ("v", a.value))
     q, k, v = (
         None if x is None else steps.add_bias(steps.project(x, a.params[f"w_{name}"]), a.params.get(f"b_{name}"))
@@ -68,7 +68,7 @@ def project_in(a: LayerArguments, steps: LayerSteps) -> tuple[Array, Array | Non
 
 
 def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
-    """Each head's vector over its root mean square, times a gain for each component (MHA-NORM-1)."""
+    """Divide each head's vector by its root mean square, and multiply by a gain per component (MHA-NORM-1)."""
     if gain is None:
         return x
     xp, wide = namespace_of(x), widen(x)
@@ -91,9 +91,9 @@ def positions(offset: Array, length: int, like: Array) -> Array:
 @lru_cache(maxsize=256)
 def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:
     """Pair i turns by base^(-2i / rotary_dim) for each position, in float64 on the host (MHA-ROTARY-1)."""
-    found = float(base) ** (numpy.arange(0, rotary_dim, 2) / -rotary_dim)
-    found.flags.writeable = False
-    return found
+    values = float(base) ** (numpy.arange(0, rotary_dim, 2) / -rotary_dim)
+    values.flags.writeable = False  # The cache returns the same array to every caller.
+    return values
 
 
 def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: Array) -> tuple[Array, Array]:
@@ -114,7 +114,7 @@ def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: 
 
 
 def turn(x: Array, turns: tuple[Array, Array], interleaved: bool) -> Array:
-    """Turn each pair of components as a complex number; those beyond the pairs stay (MHA-ROTARY-1 to MHA-ROTARY-3).
+    """Turn each pair of components as a complex number; the others are unchanged (MHA-ROTARY-1 to MHA-ROTARY-3).
 
     Pair i is (i, i + pairs), or (2i, 2i + 1) interleaved.
     """
@@ -125,22 +125,23 @@ def turn(x: Array, turns: tuple[Array, Array], interleaved: bool) -> Array:
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
         first, second = turned[..., :pairs], turned[..., pairs:]
-    both = (first * cosine - second * sine, second * cosine + first * sine)
-    joined = xp.reshape(xp.stack(both, axis=-1), turned.shape) if interleaved else xp.concat(both, axis=-1)
+    pair = (first * cosine - second * sine, second * cosine + first * sine)
+    joined = xp.reshape(xp.stack(pair, axis=-1), turned.shape) if interleaved else xp.concat(pair, axis=-1)
     return xp.concat([narrow(joined, x), rest], axis=-1) if rest.shape[-1] else narrow(joined, x)
 
 
 def new_lengths(
     lengths: Array | Sequence[int], counts: Array | Sequence[int] | None, length: int, like: Array
 ) -> Array:
-    """The tokens of each batch entry after an append of `length`, of which the first counts[b] are (MHA-CACHE-5).
+    """Count the tokens of each batch entry after an append of `length`, of which counts[b] are real (MHA-CACHE-5).
 
-    A NumPy array where both are host data, else one of the library of `like`, whose counts act clamped (MHA-LEN-3).
+    The result is a NumPy array where both are host data, else an array of the library of `like`, whose counts are
+    clamped (MHA-LEN-3).
     """
     before = host_integers(lengths)
     more = [length] * len(before or ()) if counts is None else host_integers(counts)
     if before is not None and more is not None:
-        return numpy.array([one + other for one, other in zip(before, more, strict=True)], dtype=numpy.int32)
+        return numpy.array([old + new for old, new in zip(before, more, strict=True)], dtype=numpy.int32)
     xp = namespace_of(like)
     old = _as_integers(lengths, like)
     return old + (length if counts is None else xp.astype(xp.clip(_as_integers(counts, like), 0, length), old.dtype))
@@ -154,7 +155,7 @@ def _as_integers(lengths: Array | Sequence[int], like: Array) -> Array:
 
 
 def store(buffer: Array, new: Array, start: Array | Sequence[int], stop: Array) -> Array:
-    """A buffer with new tokens at start[b] <= j < stop[b] of each batch entry, and no other slot changed (MHA-CACHE-1).
+    """Write new tokens to the slots start[b] <= j < stop[b] of each batch entry of a buffer (MHA-CACHE-1).
 
     A token beyond the capacity is dropped (MHA-CACHE-4).
     """
@@ -163,7 +164,7 @@ def store(buffer: Array, new: Array, start: Array | Sequence[int], stop: Array) 
     if 0 in (batch, capacity, new.shape[2]):
         return buffer
     slots = xp.arange(capacity, device=device)
-    start, stop = (xp.reshape(xp.astype(xp.asarray(one, device=device), slots.dtype), (-1, 1)) for one in (start, stop))
+    start, stop = (xp.reshape(xp.astype(xp.asarray(end, device=device), slots.dtype), (-1, 1)) for end in (start, stop))
     taken = xp.clip(slots - start, 0, new.shape[2] - 1)
     moved = xp.stack([xp.take(new[b, ...], taken[b, ...], axis=1) for b in range(batch)])
     written = (slots >= start) & (slots < stop)
@@ -173,27 +174,27 @@ def store(buffer: Array, new: Array, start: Array | Sequence[int], stop: Array) 
 def append(
     cache: KVCache, key: Array, value: Array | None, counts: Array | Sequence[int] | None, steps: LayerSteps
 ) -> KVCache:
-    """A cache with new tokens behind those of each batch entry; without a value, that buffer stays (MHA-CACHE-1)."""
+    """Append new tokens to each batch entry; without a value, its buffer is unchanged (MHA-CACHE-1)."""
     stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
     stored = cache.value if value is None else steps.store(cache.value, value, cache.lengths, stop)
     return KVCache(steps.store(cache.key, key, cache.lengths, stop), stored, stop)
 
 
 def empty_cache(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
-    """Buffers of zeros, and lengths of 0 on the host."""
+    """Make buffers of zeros, and lengths of 0 on the host."""
     xp = namespace_of(like)
     key, value = (xp.zeros(shape, dtype=like.dtype, device=device_of(like)) for shape in shapes)
     return KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
 
 
 def attend_and_weigh(query: Array, key: Array, value: Array, steps: LayerSteps, **options: Any) -> tuple[Array, Array]:
-    """Both, of which the weights know no dropout (MHA-LAYER-4)."""
-    of_weights = {name: one for name, one in options.items() if name not in DROPOUT_OPTIONS}
-    return steps.attend(query, key, value, **options), steps.weigh(query, key, **of_weights)
+    """Compute the output, and the weights before dropout (MHA-LAYER-4)."""
+    weight_options = {name: value for name, value in options.items() if name not in DROPOUT_OPTIONS}
+    return steps.attend(query, key, value, **options), steps.weigh(query, key, **weight_options)
 
 
 def merge_heads(x: Array) -> Array:
-    """The outputs of a token's heads side by side, in their order: (batch, q_len, heads, v_dim) (MHA-PROJ-3)."""
+    """Join the outputs of a token's heads in their order: (batch, q_len, heads, v_dim) (MHA-PROJ-3)."""
     return namespace_of(x).permute_dims(x, (0, 2, 1, 3))
 
 
@@ -219,21 +220,21 @@ def project_out(x: Array, params: Mapping[str, Array], steps: LayerSteps) -> Arr
 def slope_values(heads: int) -> list[float]:
     """2^(-8 (h + 1) / heads), and between powers of two every other slope of twice as many (MHA-ALIBI-1)."""
     power = 2 ** (heads.bit_length() - 1)
-    own = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    first = [2 ** (-8 * (head + 1) / power) for head in range(power)]
     between = [2 ** (-8 * (2 * head + 1) / (2 * power)) for head in range(heads - power)]
-    return own + between
+    return first + between
 
 
 def slopes(heads: int, dtype: str) -> Array:
-    """The slopes of all heads, in an array of the library (MHA-ALIBI-1)."""
+    """Return the slopes of all heads in an array of the library (MHA-ALIBI-1)."""
     return numpy.asarray(slope_values(heads), dtype=dtype)
 
 
 def distances(offset: Array | Sequence[int] | int, q_len: int, kv_len: int, like: Array, steps: LayerSteps) -> Array:
     """|p - j|, integers (q_len, kv_len) or (batch, 1, q_len, kv_len) (MHA-ALIBI-2)."""
-    found = steps.positions(offset, q_len, like)
-    xp = namespace_of(found)
-    apart = xp.abs(found[..., None] - xp.arange(kv_len, dtype=found.dtype, device=device_of(found)))
+    queries = steps.positions(offset, q_len, like)
+    xp = namespace_of(queries)
+    apart = xp.abs(queries[..., None] - xp.arange(kv_len, dtype=queries.dtype, device=device_of(queries)))
     return namespace_of(like).asarray(apart[:, None, :, :] if apart.ndim == 3 else apart, device=device_of(like))
 
 
@@ -245,7 +246,7 @@ def alibi(slopes: Array, distances: Array) -> Array:
 
 @dataclass(frozen=True)
 class LayerSteps:
-    """Every step by its name: the layer as a value, of which one step can be replaced."""
+    """The steps of the layer by name; `dataclasses.replace` exchanges single steps."""
 
     check: Callable[..., LayerArguments] = layer_checks.check
     check_rotary: Callable[..., Rotary] = layer_checks.check_rotary

@@ -1,4 +1,4 @@
-"""Where query 0 sits when an alignment is given by its name, of the lengths in use (MHA-POS-2)."""
+"""The position of query 0 where q_offset is the name of an alignment (MHA-POS-2)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def named_offset(
     query: Array,
     key: Array,
 ) -> Array | int:
-    """Give the offset that a reading names, for each batch entry where there are lengths.
+    """Compute the offset that a reading names: one for all batch entries, or with lengths one for each.
 
-    It is host data where the lengths are, else an array of the library of the query; lengths that cannot be read act
-    clamped (MHA-LEN-3). The third axis of query and key is that of queries and keys.
+    It is host data where the lengths are, else an array of the library of the query; lengths that cannot be read are
+    clamped (MHA-LEN-3). The third axes of query and key are the queries and the keys.
     """
     on_host = all(lengths is None or host_integers(lengths) is not None for lengths in (q_lengths, kv_lengths))
     clamp = _clamp_on_host if on_host else _clamp

@@ -19,4 +19,4 @@ AXES = {
 """The axes of every parameter (MHA-PROJ-1, MHA-PROJ-2, MHA-PROJ-3, MHA-NORM-1)."""
 
 REQUIRED = ("w_q", "w_k", "w_v", "w_o")
-"""The parameters that a layer cannot be without."""
+"""The parameters that every layer has."""

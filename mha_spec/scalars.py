@@ -16,39 +16,41 @@ from .errors import refuse_type, refuse_value
 __all__ = ["as_float", "check_flag", "check_integer", "check_number", "is_integer", "is_number", "plain", "shown"]
 
 LONGEST = 80
-"""How many characters of a value a message shows."""
+"""The most characters of a value that a message shows."""
 
 _SYMBOLIC = {"SymInt": int, "SymFloat": float}
 
 
 def plain(value: Any) -> Any:
-    """Give the Python value that a scalar of NumPy holds, and anything else as it is."""
+    """Return the Python value that a NumPy scalar holds, and any other value unchanged."""
     if not isinstance(value, numpy.generic):
         return value
     held: object = cast("Any", value).item()
-    return float(cast("float", held)) if isinstance(held, numpy.floating) else held  # longdouble holds itself
+    return (
+        float(cast("float", held)) if isinstance(held, numpy.floating) else held
+    )  # item() of a longdouble is a longdouble.
 
 
 @lru_cache(maxsize=1024)
 def _kind_of(cls: type) -> type | None:
-    """Name what the values of a class count as: int, float, or neither; a bool is no number."""
+    """Return int or float for a class whose values count as such; a bool is not a number."""
     if cls.__module__.partition(".")[0] == "torch":
         return _SYMBOLIC.get(cls.__name__)
     return next((kind for kind in (int, float) if issubclass(cls, kind) and not issubclass(cls, bool)), None)
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether a value is a Python integer."""
+    """Tell whether a value is a Python integer."""
     return _kind_of(type(value)) is int
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a Python number."""
+    """Tell whether a value is a Python number."""
     return _kind_of(type(value)) is not None
 
 
 def check_flag(label: str, value: object, clause: str = "MHA-ARG-2") -> bool:
-    """Give the Python bool of a flag (MHA-ARG-2)."""
+    """Require True or False, and return it as a Python bool (MHA-ARG-2)."""
     if value is True or value is False:
         return value
     held = plain(value)
@@ -58,7 +60,7 @@ def check_flag(label: str, value: object, clause: str = "MHA-ARG-2") -> bool:
 
 
 def check_number(label: str, value: object, clause: str = "MHA-ARG-2") -> float:
-    """Give the Python number of an argument; an integer may be beyond every float (MHA-ARG-2)."""
+    """Require a number, and return it as a Python number; an integer may exceed every float (MHA-ARG-2)."""
     held = plain(value)
     if not is_number(held):
         refuse_type(clause, f"`{label}` must be a Python number, received {_named(label, value)}.")
@@ -66,7 +68,7 @@ def check_number(label: str, value: object, clause: str = "MHA-ARG-2") -> float:
 
 
 def check_integer(label: str, value: object, least: int, clause: str) -> int:
-    """Give the Python integer of an argument that is at least `least`."""
+    """Require an integer that is at least `least`, and return it as a Python integer."""
     held = plain(value)
     if not is_integer(held):
         refuse_type(clause, f"`{label}` must be an integer, received {_named(label, value)}.")
@@ -76,12 +78,12 @@ def check_integer(label: str, value: object, least: int, clause: str) -> int:
 
 
 def as_float(value: float) -> float:
-    """Give a number of Python as a float; a symbolic one stays symbolic."""
+    """Convert a Python integer to a float; a symbolic number stays symbolic."""
     return float(value) if type(value) is int else value
 
 
 def shown(value: object) -> str:
-    """Spell a value that a message speaks of, in one line of bounded length."""
+    """Format a value for a message, in one line of bounded length."""
     try:
         spelled = repr(value)
     except ValueError:  # an integer of more than 4300 digits

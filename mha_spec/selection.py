@@ -1,8 +1,8 @@
-"""Which backend answers: that of the query's array type, or the one that MHA_SPEC_BACKEND fixed at import.
+"""The choice of a backend by the query's array type, unless MHA_SPEC_BACKEND fixes one at import.
 
-Backends are found through the entry-point group `mha_spec.backends` (name -> module), ours like anybody's, and loaded
-one at a time, on first use. A backend answers for the array library whose name it carries; `numpy` answers for every
-library of the Python array API that has no backend of its own.
+All backends, including ours, are registered in the entry-point group `mha_spec.backends` (name -> module), and each is
+loaded on first use. A backend serves the array library of the same name; `numpy` serves every library of the Python
+array API without a backend.
 """
 
 from __future__ import annotations
@@ -42,49 +42,49 @@ DEFAULT = "numpy"
 def _entry_points() -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points
 
-    found: dict[str, EntryPoint] = {}
+    points: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
-        known = found.setdefault(point.name, point)
+        known = points.setdefault(point.name, point)
         if known.value != point.value:
             raise BackendError(
                 f"two backends are called {point.name!r}: {known.value} and {point.value}; uninstall one of them"
             )
-    return found
+    return points
 
 
 def backend_names() -> tuple[str, ...]:
-    """Name every backend that is registered, whether or not its framework is installed."""
+    """Return the names of all registered backends, also of those without an installed framework."""
     return tuple(sorted(_entry_points()))
 
 
 def backend_origin(name: str) -> tuple[str, str]:
-    """Give the module of a registered backend, and the distribution that brings it with its version."""
+    """Return the module of a registered backend, and its distribution with its version."""
     point = _entry_points()[name]
     return point.value, "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
 
 
 def install_command(name: str) -> str | None:
-    """Say how to install what a registered backend needs: the extra of that name, where its distribution has one."""
+    """Return the command that installs the framework of a backend, if its distribution has an extra of that name."""
     distribution = _entry_points()[name].dist
     extras = () if distribution is None else distribution.metadata.get_all("Provides-Extra") or ()
     return f"pip install '{distribution.name}[{name}]'" if distribution is not None and name in extras else None
 
 
 def _offer() -> str:
-    """Every backend, and what to install for those whose library is not there."""
+    """List every backend, with the command that installs a missing library."""
     from importlib.util import find_spec
 
     commands = {name: install_command(name) for name in backend_names()}
-    offered = [
+    backends = [
         f"{name} (not installed: {command})" if command and find_spec(name) is None else name
         for name, command in commands.items()
     ]
-    return f"there are {', '.join(offered) or 'none'}"
+    return f"the backends are {', '.join(backends) or 'none'}"
 
 
 @cache
 def backend(name: str) -> ModuleType:
-    """Give the backend called `name`, loading it.
+    """Load and return the backend called `name`.
 
     Raises:
         BackendError: No backend has that name, or its framework is not installed, or it does not import.
@@ -106,7 +106,7 @@ def backend(name: str) -> ModuleType:
 
 
 def _fixed(name: str | None) -> ModuleType | None:
-    """The backend that the environment fixes, or None where it says nothing."""
+    """Load the backend that the environment variable names; None where it is not set."""
     try:
         return None if name is None else backend(name)
     except BackendError as error:
@@ -135,23 +135,23 @@ _BACKEND_OF_CLASS: dict[type, ModuleType] = {}
 
 
 def backend_for(array: object, label: str = "query") -> ModuleType:
-    """Give the backend that answers for `array`, the argument called `label`."""
-    found = _BACKEND_OF_CLASS.get(type(array))
-    if found is None:
-        found = _BACKEND_OF_CLASS[type(array)] = _backend_of(library_of(array), type(array).__name__, label)
-    return found
+    """Return the backend of `array`, the argument called `label`."""
+    module = _BACKEND_OF_CLASS.get(type(array))
+    if module is None:
+        module = _BACKEND_OF_CLASS[type(array)] = _backend_of(library_of(array), type(array).__name__, label)
+    return module
 
 
 def function_for(name: str, array: object, label: str = "query") -> Callable[..., Any]:
-    """Give a function of the backend that answers for `array`, the argument called `label`."""
+    """Return a function of the backend of `array`, the argument called `label`."""
     return function_of(backend_for(array, label), name)
 
 
 def function_of(module: ModuleType, name: str) -> Callable[..., Any]:
-    """Give a function of a backend, which need not have them all.
+    """Return a function of a backend.
 
     Raises:
-        BackendError: It has none of that name.
+        BackendError: The backend does not have the function.
     """
     try:
         return getattr(module, name)
@@ -160,5 +160,5 @@ def function_of(module: ModuleType, name: str) -> Callable[..., Any]:
 
 
 def backend_of_numbers() -> ModuleType:
-    """Give the backend that answers where no array says which: the one that is fixed, else NumPy's."""
+    """Return the backend for calls without an array: the fixed one, else NumPy's."""
     return backend(DEFAULT) if _FIXED is None else _FIXED

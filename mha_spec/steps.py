@@ -2,7 +2,7 @@
 
 Every function works on any library of the Python array API, cites the clauses that it implements, and is a field of
 `Steps`, where it can be replaced by name: `dataclasses.replace(Steps(), see_mask=lambda mask: ~mask)` is the
-specification with one mistake in it. Scores have the axes (batch, heads, q_len, kv_len) throughout.
+specification with one mistake. Scores have the axes (batch, heads, q_len, kv_len) throughout.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def repeat_heads(x: Array, heads: int) -> Array:
 
 
 def scale_of(scale: float | None, qk_dim: int) -> float:
-    """The scale is 1/sqrt(qk_dim) unless given; 0 and negative ones mean what they say (MHA-SCORE-2, MHA-SCORE-3)."""
+    """The scale is 1/sqrt(qk_dim) by default; 0 and negative scales are valid (MHA-SCORE-2, MHA-SCORE-3)."""
     return 1 / math.sqrt(qk_dim) if scale is None else scale
 
 
@@ -73,14 +73,14 @@ def add_bias(scores: Array, bias: Array | None) -> Array:
 
 
 def logits(scores: Array, softcap: float | None, bias: Array | None, steps: Steps) -> Array:
-    """Cap first, then bias; what may be seen is decided apart from both (MHA-CAP-2)."""
+    """Cap first, then add the bias; both leave visibility unchanged (MHA-CAP-2)."""
     return steps.add_bias(steps.soft_cap(scores, softcap), bias)
 
 
 def offset_of(a: Arguments) -> Array | Sequence[int] | int:
-    """Query 0 of batch entry b sits at q_offset[b]; without one lengths agree, and it is 0 (MHA-POS-1, MHA-POS-2).
+    """Query 0 of batch entry b sits at q_offset[b], by default 0 (MHA-POS-1, MHA-POS-2).
 
-    A reading speaks of the lengths in use, which act clamped where they cannot be read (MHA-LEN-3).
+    A named alignment uses the lengths in use, clamped where they cannot be read (MHA-LEN-3).
     """
     if not isinstance(a.q_offset, str):
         return 0 if a.q_offset is None else a.q_offset
@@ -135,7 +135,7 @@ def see_segments(q_segment_ids: Array, kv_segment_ids: Array) -> Array:
 
 
 def all_of(constraints: Sequence[Array]) -> Array:
-    """A pair is visible where every constraint that was given holds (MHA-MASK-3)."""
+    """A pair is visible where every constraint holds (MHA-MASK-3)."""
     visible = constraints[0]
     for constraint in constraints[1:]:
         visible = visible & constraint
@@ -143,12 +143,12 @@ def all_of(constraints: Sequence[Array]) -> Array:
 
 
 def hide(logits: Array, visible: Array) -> Array:
-    """An invisible pair is not evaluated: its logit is -inf, whatever was there (MHA-POISON-1, MHA-POISON-2)."""
+    """Set the logit of an invisible pair to -inf, whatever it is (MHA-POISON-1, MHA-POISON-2)."""
     return namespace_of(logits).where(visible, logits, -math.inf)
 
 
 def sink_column(sinks: Array | None, logits: Array) -> Array:
-    """One more logit per query head, not scaled, capped, biased or masked; -inf is none (MHA-SINK-1, MHA-SINK-2)."""
+    """One more logit per query head, never scaled, capped, biased or masked; -inf without (MHA-SINK-1, MHA-SINK-2)."""
     xp = namespace_of(logits)
     shape = (*logits.shape[:3], 1)
     if sinks is None:
@@ -159,7 +159,7 @@ def sink_column(sinks: Array | None, logits: Array) -> Array:
 def exponentials(logits: Array) -> tuple[Array, Array]:
     """exp(s - m), with m the largest logit of the row itself, and m (MHA-SOFTMAX-1, MHA-PURE-3).
 
-    m is 0 for a row that sees nothing, and NaN for one that sees a NaN, which no step scrubs (MHA-NAN-1).
+    m is 0 for a row that sees nothing, and NaN for one that sees a NaN, which no step removes (MHA-NAN-1).
     """
     xp = namespace_of(logits)
     maximum = xp.max(logits, axis=-1, keepdims=True)
@@ -192,9 +192,9 @@ def drop(x: Array, dropout_mask: Array | None, rate: float) -> Array:
 
 
 def sum_over_visible(weights: Array, values: Array, visible: Array) -> Array:
-    """sum_j weights_ij values_jc over visible pairs (i, j) alone; a non-finite value in one of them makes it NaN.
+    """sum_j weights_ij values_jc over visible pairs (i, j) only; it is NaN if a value in a visible pair is not finite.
 
-    A plain product would let a NaN through an invisible pair, since 0 * NaN is NaN (MHA-POISON-1, MHA-POISON-2,
+    A plain product would spread a NaN of invisible pairs, since 0 * NaN is NaN (MHA-POISON-1, MHA-POISON-2,
     MHA-NAN-2).
     """
     xp = namespace_of(weights)
@@ -278,17 +278,17 @@ def grad_sinks(sink_weights: Array, row_dot: Array) -> Array:
 def merge_lse(lse_a: Array, lse_b: Array) -> Array:
     """lse = ln(exp lse_a + exp lse_b); two empty halves give -inf (MHA-MERGE-1, MHA-MERGE-3).
 
-    A NaN gives NaN, and so does +inf beside a half that is not empty (MHA-MERGE-3, MHA-MERGE-5).
+    A NaN gives NaN, and so does +inf where the other half is not empty (MHA-MERGE-3, MHA-MERGE-5).
     """
     xp = namespace_of(lse_a)
     maximum = xp.maximum(lse_a, lse_b)
     anchor = xp.where(maximum == -math.inf, 0.0, maximum)
-    both = log_sum_exp(xp.exp(lse_a - anchor) + xp.exp(lse_b - anchor), anchor)
-    return xp.where(lse_a == -math.inf, lse_b, xp.where(lse_b == -math.inf, lse_a, both))
+    joined = log_sum_exp(xp.exp(lse_a - anchor) + xp.exp(lse_b - anchor), anchor)
+    return xp.where(lse_a == -math.inf, lse_b, xp.where(lse_b == -math.inf, lse_a, joined))
 
 
 def merge_share(lse_half: Array, lse: Array) -> Array:
-    """The share of one half, exp(lse_half - lse); 1 beside an empty half (MHA-MERGE-1, MHA-MERGE-2)."""
+    """The share of one half, exp(lse_half - lse); 1 if the other is empty (MHA-MERGE-1, MHA-MERGE-2)."""
     xp = namespace_of(lse)
     return xp.where(lse_half == lse, 1.0, xp.exp(lse_half - lse))
 
@@ -296,7 +296,7 @@ def merge_share(lse_half: Array, lse: Array) -> Array:
 def merge_part(lse_half: Array, share: Array, output: Array) -> Array:
     """share * output; an empty half adds nothing, whatever its output holds (MHA-MERGE-2).
 
-    What is not finite stays so even where its share is 0, since 0 * inf is NaN (MHA-MERGE-6).
+    A non-finite output stays non-finite even where its share is 0, since 0 * inf is NaN (MHA-MERGE-6).
     """
     return namespace_of(output).where(lse_half == -math.inf, 0.0, share * output)
 
@@ -307,12 +307,12 @@ def merge_grad_output(lse_half: Array, share: Array, grad_output: Array) -> Arra
 
 
 def merge_row_dot(grad_output: Array, output_a: Array, output_b: Array) -> Array:
-    """sum_c dO (output_a - output_b): by how much the loss changes with the share of half a (MHA-MERGE-7)."""
+    """sum_c dO (output_a - output_b), the change of the loss with the share of half a (MHA-MERGE-7)."""
     return namespace_of(grad_output).sum(grad_output * (output_a - output_b), axis=-1)
 
 
 def merge_grad_share(lse_a: Array, lse_b: Array, share_a: Array, share_b: Array, row_dot: Array) -> Array:
-    """t = a b sum_c dO (output_a - output_b), 0 beside an empty half, whose output counts for nothing (MHA-MERGE-7)."""
+    """t = a b sum_c dO (output_a - output_b); 0 if a half is empty, whatever its output holds (MHA-MERGE-7)."""
     empty = (lse_a == -math.inf) | (lse_b == -math.inf)
     return namespace_of(row_dot).where(empty, 0.0, share_a * share_b * row_dot)
 
@@ -324,18 +324,18 @@ def merge_grad_lse(lse_half: Array, share: Array, grad_lse: Array | None, grad_s
 
 
 def _dtype_of(xp: object, name: str) -> object:
-    """Find the dtype called `name`; NumPy knows bfloat16 only through ml-dtypes."""
-    found = getattr(xp, name, None)
-    if found is None:
+    """Return the dtype called `name`; NumPy has bfloat16 only through ml-dtypes."""
+    dtype = getattr(xp, name, None)
+    if dtype is None:
         import ml_dtypes
 
-        found = getattr(ml_dtypes, name)
-    return found
+        dtype = getattr(ml_dtypes, name)
+    return dtype
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Every step by its name: the specification as a value, of which one step can be replaced."""
+    """The steps of attention by name; `dataclasses.replace` exchanges single steps."""
 
     check_options: Callable[..., Options] = check_options
     check: Callable[..., Arguments] = check

@@ -41,6 +41,7 @@ import mha_spec
 
 class Array:
     dtype = "float32"
+    __mul__ = None
 
 Array.__module__ = "{library}.core"
 print(mha_spec.attention(Array(), Array(), Array()))
@@ -84,7 +85,7 @@ def test_what_is_no_array_is_refused(value: object) -> None:
 
 
 def test_unknown_name_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(mha_spec.BackendError, match=r"no backend is called 'nunpy'; there are .*numpy"):
+    with pytest.raises(mha_spec.BackendError, match=r"no backend is called 'nunpy'; the backends are .*numpy"):
         mha_spec.backend("nunpy")
 
 
@@ -178,7 +179,7 @@ def test_backends_are_listed_with_what_they_support(python: Python, plugin: Call
 
 def test_the_environment_names_what_there_is_and_what_to_install(python: Python, plugin: Callable[..., str]) -> None:
     folder = plugin("lacking", "mha_lacking", "import framework_that_is_not_there", extra="lacking")
-    offered = r"there are .*lacking \(not installed: pip install 'mha_lacking\[lacking\]'\).*numpy"
+    offered = r"the backends are .*lacking \(not installed: pip install 'mha_lacking\[lacking\]'\).*numpy"
     line = _last_line(python("import mha_spec", PYTHONPATH=folder, MHA_SPEC_BACKEND="lacking"))
     assert "MHA_SPEC_BACKEND='lacking': backend 'lacking' needs framework_that_is_not_there" in line
     assert re.search(offered, line), line
@@ -193,7 +194,7 @@ x = numpy.ones((1, 1, 1, 1))
 print(mha_spec.attention(x, x, x).item())
 """
     done = python(code)
-    assert done.stdout.strip() == "1.1", done.stderr
+    assert done.stdout.strip() == "1.0", done.stderr
 
 
 def test_a_backend_can_be_had_by_name_beside_the_one_that_is_fixed(python: Python, plugin: Callable[..., str]) -> None:
@@ -216,6 +217,7 @@ import mha_spec
 from mha_spec.selection import backend_for
 class Array:
     dtype = "float32"
+    __mul__ = None
 Array.__module__ = "tinygrad.core"
 print(backend_for(Array()) is mha_spec.backend("numpy"))
 """

@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     ),
     "heads no integer": (lambda: load_weights(LLAMA, "llama", heads=6.0), ArgumentTypeError, ("heads=6.0",)),
     "heads a boolean": (lambda: load_weights(LLAMA, "llama", heads=True), ArgumentTypeError, ("heads=True",)),
-    "no head": (lambda: load_weights(LLAMA, "llama", heads=0), ArgumentValueError, ("at least 1", "heads=0")),
+    "no head": (lambda: load_weights(LLAMA, "llama", heads=0), ArgumentValueError, (">=1", "heads=0")),
     "heads that do not divide": (
         lambda: load_weights(under("x", LLAMA), "llama", heads=7, prefix="x"),
         ArgumentValueError,
@@ -267,12 +267,12 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
         ("arrays of one library", "v_proj.weight of torch"),
     ),
     "rotary_dim odd": (lambda: half_split_pairs(PARAMS, rotary_dim=3), ArgumentValueError, ("even", "rotary_dim=3")),
-    "rotary_dim too large": (lambda: interleaved_pairs(PARAMS, rotary_dim=12), ArgumentValueError, ("<=10", "=12")),
+    "rotary_dim too large": (lambda: interleaved_pairs(PARAMS, rotary_dim=12), ArgumentValueError, ("size=10", "=12")),
     "rotary_dim no integer": (lambda: half_split_pairs(PARAMS, rotary_dim="4"), ArgumentTypeError, ("rotary_dim='4'",)),
     "qk_dim odd": (
         lambda: half_split_pairs(PARAMS | {"w_q": numpy.zeros((11, 6, 5))}),
         ArgumentValueError,
-        ("`qk_dim` must be even", "received qk_dim=5"),
+        ("`rotary_dim` must be given", "size=5"),
     ),
     "pairs of an unknown name": (
         lambda: half_split_pairs(LLAMA),

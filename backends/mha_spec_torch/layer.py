@@ -167,7 +167,7 @@ def empty(shapes: Sequence[tuple[int, ...]], like: Tensor) -> KVCache:
     dtype = _autocast(like.new_empty(0)).dtype if autocasts(like.device.type) else like.dtype
     key, value = (torch.zeros(shape, dtype=dtype, device=like.device) for shape in shapes)
     cache = KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
-    return _BUFFERS.own(cache) if _writable(key, value) else cache
+    return _BUFFERS.register(cache) if _writable(key, value) else cache
 
 
 def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers | None, steps: LayerSteps) -> KVCache:
@@ -180,7 +180,7 @@ def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers |
     new = KVCache(cache.key, cache.value, stop) if shared else KVCache(cache.key.clone(), cache.value.clone(), stop)
     _write(new.key.data, key, *ranges)
     _write(new.value.data, value, *ranges)
-    return new if shared else _BUFFERS.own(new)
+    return new if shared else _BUFFERS.register(new)
 
 
 def _write(buffer: Tensor, tokens: Tensor, start: list[int], stop: list[int]) -> None:

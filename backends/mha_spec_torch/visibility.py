@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import reduce
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -17,6 +16,7 @@ import torch
 
 from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import host_integers
+from mha_spec.constraints import distances, equal_entries, key_range, segment_keys, segment_runs, trimmed
 
 from .symbols import surely
 from .tasks import Span, Task, blocks
@@ -35,6 +35,8 @@ SHORTEST_RUN = 16
 """Packed sequences that are shorter on average are compared in blocks, not worked one by one."""
 ROWS = (64, 512)
 """Bounds of the queries that share a range of keys under a window."""
+COST_OF_CUT = 2**12
+"""How many scores are worked in the time that cutting a call costs."""
 COST_OF_TASK = 2**18
 """How many scores are worked in the time that one more task costs."""
 
@@ -68,10 +70,9 @@ class Visibility:
     """The constraints of one call."""
 
     def __init__(self, a: Arguments, dtype: torch.dtype, *, host: bool) -> None:
-        """Read what may be read; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
+        """Read what may be read."""
         self.a, self.dtype, self.device = a, dtype, a.query.device
-        left, right = a.bounded_window or (None, None)
-        self.left, self.right = left, 0 if a.causal else right
+        self.left, self.right = a.bounds
         self.offset = PerEntry(0 if a.q_offset is None else a.q_offset, host=host)
         self.q_lengths = None if a.q_lengths is None else PerEntry(a.q_lengths, host=host)
         self.kv_lengths = None if a.kv_lengths is None else PerEntry(a.kv_lengths, host=host)
@@ -85,7 +86,7 @@ class Visibility:
         whole = self.whole
         if not whole.pairs:
             return []
-        if not (self.a.positional or self._per_entry):
+        if whole.pairs <= COST_OF_CUT or not (self.a.positional or self._per_entry):
             return [whole]
         groups = self._alike()
         if whole.pairs <= COST_OF_TASK * (len(groups) - 1):
@@ -129,13 +130,7 @@ class Visibility:
         given = [one.numbers for one in (self.offset, self.q_lengths, self.kv_lengths) if one is not None]
         numbers = [one for one in given if one is not None and len(one) > 1]
         ids = [one for one in (self.q_ids, self.kv_ids) if isinstance(one, numpy.ndarray)]
-        starts = [
-            entry
-            for entry in range(1, self.a.batch)
-            if any(one[entry] != one[entry - 1] for one in numbers)
-            or any((one[entry] != one[entry - 1]).any() for one in ids)
-        ]
-        return [Span(*ends) for ends in pairwise([0, *starts, self.a.batch])]
+        return [Span(*ends) for ends in equal_entries(self.a.batch, [*numbers, *ids])]
 
     def _of_entries(self, batch: Span) -> Iterator[Task]:
         """The tasks of batch entries that have the same constraints; a row that sees no key is in none."""
@@ -153,27 +148,19 @@ class Visibility:
         """Cut queries where their segment ends, unless the segments are too short for that."""
         if not queries.size or not isinstance(self.q_ids, numpy.ndarray):
             return [queries] if queries.size else []
-        ids = self.q_ids[entry, queries.slice]
-        starts = numpy.flatnonzero(ids[1:] != ids[:-1]) + 1
-        if len(starts) * SHORTEST_RUN > queries.size:
-            return blocks(queries, ROWS[0])
-        return [Span(*ends) for ends in pairwise([0, *starts.tolist(), queries.size])]
+        runs = segment_runs(self.q_ids[entry, queries.slice], SHORTEST_RUN)
+        return blocks(queries, ROWS[0]) if runs is None else [Span(*ends) for ends in runs]
 
     def _keys(self, batch: Span, queries: Span) -> Span:
         """The keys between the first and the last that some of the queries see."""
-        offset = _common(self.offset.known(batch))
-        kv_length = None if self.kv_lengths is None else _common(self.kv_lengths.known(batch))
-        start, stop = 0, self.a.kv_len if kv_length is None else min(kv_length, self.a.kv_len)
-        if offset is not None and self.left is not None:
-            start = max(start, offset + queries.start - self.left)
-        if offset is not None and self.right is not None:
-            stop = min(stop, offset + queries.last + self.right + 1)
-        keys = Span(start, max(start, stop))
+        kv_lengths = None if self.kv_lengths is None else self.kv_lengths.known(batch)
+        offsets, bounds = self.offset.known(batch), (self.left, self.right)
+        keys = Span(*key_range(bounds, queries, self.a.kv_len, offsets, kv_lengths=kv_lengths))
         if not isinstance(self.q_ids, numpy.ndarray) or not isinstance(self.kv_ids, numpy.ndarray):
             return keys
-        ids = numpy.unique(self.q_ids[batch.start, queries.slice])
-        used = numpy.flatnonzero(numpy.isin(self.kv_ids[batch.start, keys.slice], ids))
-        return Span(start + int(used[0]), start + int(used[-1]) + 1) if used.size else Span(0, 0)
+        first = slice(batch.start, batch.start + 1)
+        seen = trimmed(range(*keys), segment_keys(self.q_ids[first, queries.slice], self.kv_ids[first, keys.slice]))
+        return Span(seen.start, seen.stop)
 
     def _needs_no_cut(self, batch: Span, queries: Span, keys: Span) -> bool:
         task = Task(batch, Span(0, 1), 1, queries, keys)
@@ -203,8 +190,7 @@ class Visibility:
         known = self.offset.known(task.batch)
         if known is None:
             return False
-        nearest = task.keys.start - max(known) - task.queries.last
-        farthest = task.keys.last - min(known) - task.queries.start
+        nearest, farthest = distances(known, task.queries, task.keys)
         return (self.left is None or surely(-self.left <= nearest)) and (
             self.right is None or surely(farthest <= self.right)
         )

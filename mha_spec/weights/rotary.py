@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mha_spec.errors import ArgumentValueError
+from mha_spec.layer_checks import check_rotary_dim
 from mha_spec.parameters import AXES, REQUIRED
 
 from .names import Expected
 from .operations import Operations, mapping_of, operations_of, shape_of
-from .sizes import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,17 +58,10 @@ def _reorder(name: str, array: Array, rotary_dim: int | None, operations: Operat
     shape = shape_of(array)
     if len(shape) != len(AXES[name]):
         raise ArgumentValueError(f"`{name}` must have shape=({', '.join(AXES[name])}), received shape={shape}.")
-    turned = _checked(rotary_dim, shape[-1])
+    turned = check_rotary_dim(rotary_dim, shape[-1]) or shape[-1]
     pairs = (turned // 2, 2) if to_halves else (2, turned // 2)
     last = len(shape) - 1
     first = operations.reshape(array[..., :turned], (*shape[:-1], *pairs))
     first = operations.transpose(first, (*range(last), last + 1, last))
     first = operations.reshape(first, (*shape[:-1], turned))
     return first if turned == shape[-1] else operations.join([first, array[..., turned:]], axis=last)
-
-
-def _checked(rotary_dim: int | None, qk_dim: int) -> int:
-    label, turned = ("qk_dim", qk_dim) if rotary_dim is None else ("rotary_dim", whole_number("rotary_dim", rotary_dim))
-    if turned % 2 or not 2 <= turned <= qk_dim:
-        raise ArgumentValueError(f"`{label}` must be even and 2<={label}<={qk_dim}, received {label}={turned}.")
-    return turned

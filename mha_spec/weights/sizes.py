@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
-import numpy
-
-from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec.errors import ArgumentValueError
+from mha_spec.scalars import check_integer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     Sum = list[list[str]]
 
-__all__ = ["Sizes", "axes_of", "merged_axis", "whole_number"]
+__all__ = ["Sizes", "axes_of", "merged_axis"]
 
 
 def axes_of(pattern: str) -> Sum:
@@ -35,17 +34,6 @@ def _sums(patterns: Sequence[str]) -> list[Sum]:
     return [[part[index] for part in (parts if index == joined else parts[:1])] for index in range(len(parts[0]))]
 
 
-def whole_number(argument: str, value: object) -> int:
-    """Give an argument that must be an integer as one of Python."""
-    if not _is_integer(value):
-        raise ArgumentTypeError(f"`{argument}` must be an integer, received {argument}={value!r}.")
-    return int(value)
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, (int, numpy.integer)) and not isinstance(value, bool)
-
-
 class Sizes:
     """Sizes by axis, with what told each; `same` names the axes that are another one by definition."""
 
@@ -58,9 +46,7 @@ class Sizes:
                 self._give(axis, size)
 
     def _give(self, axis: str, given: object) -> None:
-        size = whole_number(axis, given)
-        if size < 1:
-            raise ArgumentValueError(f"`{axis}` must be at least 1, received {axis}={size}.")
+        size = check_integer(axis, given, 1, "MHA-PROJ-4")
         name = self._name(axis)
         if self._sizes.setdefault(name, size) != size:
             raise ArgumentValueError(
