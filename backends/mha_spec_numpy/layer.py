@@ -1,4 +1,4 @@
-"""The layer for NumPy and every other library of the Python array API: the specification's steps, this attention."""
+"""The layer for NumPy and every other library of the Python array API: the attention of this backend in its steps."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _BUFFERS = HighWater()
 
 
 def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
-    """Buffers of zeros, written in place as long as nobody else shows what is written."""
+    """Make buffers of zeros; on NumPy, tokens are appended in place as long as no other cache would change."""
     cache = layer_steps.empty_cache(shapes, like)
-    return _BUFFERS.own(cache) if isinstance(cache.key, numpy.ndarray) else cache
+    return _BUFFERS.register(cache) if isinstance(cache.key, numpy.ndarray) else cache
 
 
 def append(
     cache: KVCache, key: Array, value: Array | None, counts: Array | Sequence[int] | None, steps: LayerSteps
 ) -> KVCache:
-    """New tokens behind those that are there, in place where that changes no other cache (MHA-CACHE-1, MHA-CACHE-3)."""
+    """Append tokens to a cache, in place where that changes no other cache (MHA-CACHE-1, MHA-CACHE-3)."""
     if value is None or not isinstance(cache.key, numpy.ndarray):
         return layer_steps.append(cache, key, value, counts, steps)
     stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
@@ -53,7 +53,7 @@ def append(
     for entry, (first, last) in enumerate(zip(*ranges, strict=True)):
         new.key[entry, :, first:last] = key[entry, :, : last - first]
         new.value[entry, :, first:last] = value[entry, :, : last - first]
-    return new if shared else _BUFFERS.own(new)
+    return new if shared else _BUFFERS.register(new)
 
 
 _LAYER = Layer(LayerSteps(attend=attention, weigh=attention_weights, empty_cache=empty, append=append))
