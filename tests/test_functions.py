@@ -41,8 +41,8 @@ def with_weights(case: Case) -> Case:
     """Turn a case of multi_head_attention into one that also asks for the weights, which the reference computes."""
     arguments = case.inputs("float64") | dict(case.options)
     params = {name: arguments.pop(name) for name in list(arguments) if name.startswith(("w_", "b_"))}
-    operands = [arguments.pop(name, None) for name in ("query", "key", "value")]
-    _, weights = reference.multi_head_attention_and_weights(*operands, params, **arguments)
+    query, key, value = (arguments.pop(name, None) for name in ("query", "key", "value"))
+    _, weights = reference.multi_head_attention_and_weights(query, key, value, params, **arguments)
     entry = {"file": "computed", "tensor": case.id, "kinds": None, "rows": None, "shape": weights.shape}
     return replace(
         case,
