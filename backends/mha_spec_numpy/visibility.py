@@ -7,7 +7,7 @@ may be traced or lie on a device: they are compared, never read (MHA-LEN-3).
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Visibility", "VisiblePairs"]
 
-BANDS = 4
-"""How many bands a call keeps for tiles to come."""
+BANDS = 3
+"""How many bands of NumPy are kept for the tiles and calls to come."""
 
 
 class VisiblePairs:
@@ -38,7 +38,8 @@ class VisiblePairs:
     def __init__(self, pairs: Array, *, shared: bool = False) -> None:
         self.pairs = pairs
         """Boolean, broadcastable to (entries, heads, queries, keys)."""
-        self._ceiling = _ceiling_of(pairs) if shared and isinstance(pairs, numpy.ndarray) else None
+        self._shared = shared
+        self._ceiling: numpy.ndarray | None = None
 
     @property
     def ceiling(self) -> numpy.ndarray:
@@ -46,11 +47,12 @@ class VisiblePairs:
 
         A minimum with it takes a third of the time of a copy under a mask.
         """
-        return _ceiling_of(self.pairs) if self._ceiling is None else self._ceiling
-
-
-def _ceiling_of(pairs: numpy.ndarray) -> numpy.ndarray:
-    return (pairs - numpy.float32(0.5)) * numpy.float32(math.inf)
+        if self._ceiling is not None:
+            return self._ceiling
+        ceiling = (self.pairs - numpy.float32(0.5)) * numpy.float32(math.inf)
+        if self._shared:
+            self._ceiling = ceiling
+        return ceiling
 
 
 class PerEntry:
@@ -90,7 +92,6 @@ class Visibility:
         )
         self.whole = not self.positional and a.mask is a.q_lengths is a.kv_lengths is a.q_segment_ids is None
         """True if every row sees every key unless a bias hides it."""
-        self._bands: dict[tuple[int, int, int], VisiblePairs] = {}
 
     @cached_property
     def offset(self) -> PerEntry:
@@ -178,26 +179,10 @@ class Visibility:
             if seen_before and (self.right is None or farthest <= self.right):
                 return None
         shift = keys.start - tile.queries.start - self.offset.get(tile.entries, self.a.query)
-        if not isinstance(shift, int):
-            return VisiblePairs(self._seen_from(shift, tile, keys))
-        place = shift, len(tile.queries), len(keys)
-        band = self._bands.get(place)
-        if band is None:
-            if len(self._bands) == BANDS:
-                self._bands.clear()
-            band = self._bands[place] = VisiblePairs(self._seen_from(shift, tile, keys), shared=True)
-        return band
-
-    def _seen_from(self, shift: Array | int, tile: Tile, keys: range) -> Array:
-        """Compare the distances of a block with the window's bounds; `shift` is the distance of its first pair."""
-        # Indices count from the block's first pair, so that int32 holds every distance (MHA-POS-1).
-        distance = self._indices(range(len(keys))) - (self._indices(range(len(tile.queries)))[:, None] - shift)
-        constraints: list[Array] = []
-        if self.left is not None:
-            constraints.append(steps.see_window_left(distance, self.left))
-        if self.right is not None:
-            constraints.append(steps.see_window_right(distance, self.right))
-        return steps.all_of(constraints)
+        bounds, sizes = (self.left, self.right), (len(tile.queries), len(keys))
+        if isinstance(shift, int) and isinstance(self.a.query, numpy.ndarray):
+            return _shared_band(bounds, shift, sizes)
+        return VisiblePairs(_pairs_within(bounds, shift, *map(self._indices, map(range, sizes))))
 
     def _see_lengths(self, tile: Tile, keys: range) -> Iterator[Array]:
         like = self.a.query
@@ -222,3 +207,22 @@ class Visibility:
         """Give consecutive integers in int32, which is computed twice as fast as int64."""
         xp: Any = namespace_of(self.a.query)
         return xp.arange(indices.start, indices.stop, dtype=xp.int32, device=device_of(self.a.query))
+
+
+@lru_cache(maxsize=BANDS)
+def _shared_band(bounds: tuple[int | None, int | None], shift: int, sizes: tuple[int, int]) -> VisiblePairs:
+    queries, keys = (numpy.arange(size, dtype=numpy.int32) for size in sizes)
+    return VisiblePairs(_pairs_within(bounds, shift, queries, keys), shared=True)
+
+
+def _pairs_within(bounds: tuple[int | None, int | None], shift: Array | int, queries: Array, keys: Array) -> Array:
+    """Compare the distances of a block with the window's bounds; `shift` is the distance of its first pair."""
+    # Indices count from the block's first pair, so that int32 holds every distance (MHA-POS-1).
+    distance = keys - (queries[:, None] - shift)
+    left, right = bounds
+    constraints: list[Array] = []
+    if left is not None:
+        constraints.append(steps.see_window_left(distance, left))
+    if right is not None:
+        constraints.append(steps.see_window_right(distance, right))
+    return steps.all_of(constraints)
