@@ -368,7 +368,7 @@ class Layer:
         q = self.steps.turn(q, turns, rotary.interleaved)
         if k is None or a.key is None:
             return q, None
-        if offset is not start or a.query.shape[1] != a.key.shape[1]:
+        if offset is not start or not _equally_long(a.query, a.key):
             turns = self._turns(self.steps.positions(start, a.key.shape[1], k), rotary, k)
         return q, self.steps.turn(k, turns, rotary.interleaved)
 
@@ -387,6 +387,11 @@ class Layer:
 
     def _output(self, a: LayerArguments, attended: Array) -> Array:
         return self.steps.project_out(attended, a.params, self.steps)
+
+
+def _equally_long(query: Array, key: Array) -> bool:
+    """Return True if query and key are known to have the same length, which TensorFlow may not know in a trace."""
+    return query is key or (query.shape[1] is not None and query.shape[1] == key.shape[1])
 
 
 _LAYER = Layer()

@@ -129,7 +129,7 @@ def test_an_old_cache_reads_as_before() -> None:
         caches.append(append_cache(caches[-1], *heads(2, seed), [1, 2]))
     seen = [tf.constant(cache.key.numpy().copy()) for cache in caches]
     branch = append_cache(caches[1], *heads(3, seed=9))
-    held = KVCache(*(numpy.asarray(one) for one in caches[1]))
+    held = KVCache(*(numpy.asarray(buffer) for buffer in caches[1]))
     key, value, lengths = reference.append_cache(held, *layers.heads(3, seed=9))
     assert_equal([cache.key for cache in caches], seen)
     assert_equal(branch, [tf.constant(key), tf.constant(value), lengths])

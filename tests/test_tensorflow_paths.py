@@ -1,4 +1,4 @@
-"""Which path a call of mha_spec_tensorflow takes, what it holds in memory, and what it refuses."""
+"""Calls of mha_spec_tensorflow take the right path, hold little memory, and refuse bad arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ gradient_of: Callable[..., Any] = tf.GradientTape.gradient
 def graph_of(call: Callable[..., Any], *specs: tf.TensorSpec) -> tuple[set[str], int]:
     """The operations of a traced call and of all functions in it, and the size of its largest tensor."""
     definition = tf.function(call).get_concrete_function(*specs).graph.as_graph_def(add_shapes=True)
-    nodes = [*definition.node, *(node for one in definition.library.function for node in one.node_def)]
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
     shapes = [shape for node in nodes for shape in node.attr["_output_shapes"].list.shape]
     return {node.op for node in nodes}, max(math.prod(axis.size for axis in shape.dim) for shape in shapes)
 
@@ -69,17 +69,17 @@ def test_a_tape_keeps_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         return weights
 
     monkeypatch.setattr(tf.nn, "softmax", watch)
-    given = operands()
+    arrays = operands()
     with tf.GradientTape() as tape:
-        tape.watch(given)
-        output = attention(*given)
+        tape.watch(arrays)
+        output = attention(*arrays)
     assert made
-    assert all(one() is None for one in made)
-    assert gradient_of(tape, output, given)[0].shape == given[0].shape
+    assert all(reference() is None for reference in made)
+    assert gradient_of(tape, output, arrays)[0].shape == arrays[0].shape
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
-    """The arguments of each call of a function of `forward`."""
+    """Record the arguments of each call of a function of `forward`."""
     real, seen = getattr(forward, name), []
 
     def watch(*arguments: Any, **options: Any) -> Any:
@@ -90,7 +90,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]
     return seen
 
 
-def test_what_can_be_read_leaves_out_what_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_keys_are_left_out_where_the_constraints_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watched(monkeypatch, "_attend")
     query, key, value = (tf.zeros((1, 2, 2048, 8)) for _ in range(3))
     ids = tf.range(2048)[None] // 256
@@ -101,7 +101,7 @@ def test_what_can_be_read_leaves_out_what_is_not_seen(monkeypatch: pytest.Monkey
     assert {block.keys for _, _, block in seen} == {512}
 
 
-def test_what_is_hidden_is_worked_again_only_when_it_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_product_is_computed_again_only_if_it_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     again = watched(monkeypatch, "finite")
     query, key, value = operands()
     mask = numpy.ones((1, 1, 32, 32), dtype=bool)
@@ -116,32 +116,32 @@ def test_what_is_hidden_is_worked_again_only_when_it_is_not_finite(monkeypatch: 
     assert numpy.isnan(output[0, :2, 1:]).all()
 
 
-def test_the_public_function_is_this_one() -> None:
+def test_the_public_function_calls_this_backend() -> None:
     query, key, value = operands(dtype="float64")
-    found = tf.function(lambda query: mha_spec.attention(query, key, value, kv_lengths=tf.constant([3, 32])))(query)
-    assert_near(found, attention(query, key, value, kv_lengths=[3, 32]))
+    call = tf.function(lambda query: mha_spec.attention(query, key, value, kv_lengths=tf.constant([3, 32])))
+    assert_near(call(query), attention(query, key, value, kv_lengths=[3, 32]))
 
 
-def test_options_that_are_none_are_not_given() -> None:
-    given = operands()
+def test_an_option_of_none_is_the_default() -> None:
+    arrays = operands()
     without = {name: None for name in OPTIONS if name not in {"causal", "dropout_rate"}}
-    assert (attention(*given, **without).numpy() == attention(*given).numpy()).all()
+    assert (attention(*arrays, **without).numpy() == attention(*arrays).numpy()).all()
 
 
-def test_errors_are_ours() -> None:
+def test_a_missing_offset_is_refused() -> None:
     query, key, value = operands(q_len=3)
     with pytest.raises(MhaSpecError, match="q_offset"):
         attention(query, key, value, causal=True)
 
 
 @pytest.mark.parametrize(("axis", "name"), [(1, "heads"), (3, "qk_dim")])
-def test_what_must_be_known_is_named(axis: int, name: str) -> None:
+def test_a_size_that_must_be_known_is_named(axis: int, name: str) -> None:
     sizes = [None if index == axis else size for index, size in enumerate((2, 4, 7, 8))]
     with pytest.raises(ArgumentValueError, match=f"`query` must have a known {name}"):
         tf.function(attention).get_concrete_function(*[tf.TensorSpec(sizes)] * 3)
 
 
-def test_a_diagonal_rests_on_lengths_that_turn_out_to_be_equal() -> None:
+def test_lengths_of_a_diagonal_are_compared_when_it_runs() -> None:
     call = tf.function(lambda query, key: attention(query, key, key, causal=True), input_signature=specs(None)[:2])
     assert call(tf.zeros((1, 1, 5, 8)), tf.zeros((1, 1, 5, 8))).shape == (1, 1, 5, 8)
     with pytest.raises(tf.errors.InvalidArgumentError, match="diagonal is ambiguous"):

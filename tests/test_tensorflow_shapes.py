@@ -1,4 +1,4 @@
-"""mha_spec_tensorflow and shapes that a trace does not know: each is compared when the graph runs, or told before."""
+"""mha_spec_tensorflow compares shapes that a trace does not know when the graph runs."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ STATIC = ("heads", "kv_heads", "qk_dim", "v_dim")
 
 
 def array(name: str, shape: list[int]) -> tf.Tensor:
-    """An argument of attention with a shape, which may be a wrong one."""
+    """Create an argument of attention with any shape."""
     if name in INTEGERS:
         return tf.ones(shape, tf.int32)
     return tf.constant(numbers(*shape) > -1 if name in MASKS else numbers(*shape).astype("float32"))
 
 
 def shapes(layouts: Any = ATTENTION) -> dict[str, list[int]]:
-    """The right shape of each argument."""
+    """Return the right shape of each argument."""
     return {name: [SIZES[size] for size in layout.sizes] for name, layout in layouts.items()}
 
 
 def differentiated(tensors: Arrays) -> Any:
-    """The gradients of attention with every array that it takes."""
+    """Compute the gradients of attention with every array that it takes."""
     cotangents = {name: tensors[name] for name in COTANGENTS}
     rest = {name: tensor for name, tensor in tensors.items() if name not in COTANGENTS}
     gradients = mha_spec_tensorflow.attention_vjp(**cotangents, **rest, causal=True)
@@ -49,22 +49,24 @@ def differentiated(tensors: Arrays) -> Any:
 
 
 def merged(tensors: Arrays) -> Any:
-    """Both functions of merging."""
+    """Call both functions of merging."""
     halves = {name: tensor for name, tensor in tensors.items() if name not in COTANGENTS}
     return [*mha_spec_tensorflow.merge_attention(**halves), *mha_spec_tensorflow.merge_attention_vjp(**tensors)]
 
 
 def traced(call: Callable[..., Any], tensors: Arrays, known: Callable[[str, int], bool], **options: Any) -> Any:
-    """A graph of a call, which knows some axes of the tensors alone."""
+    """Trace a call that knows only some axes of the tensors."""
     specs = {
-        name: tf.TensorSpec([size if known(name, axis) else None for axis, size in enumerate(one.shape)], one.dtype)
-        for name, one in tensors.items()
+        name: tf.TensorSpec(
+            [size if known(name, axis) else None for axis, size in enumerate(tensor.shape)], tensor.dtype
+        )
+        for name, tensor in tensors.items()
     }
     return tf.function(call, input_signature=[specs], autograph=False, **options)
 
 
 def heads_and_sizes(layouts: Any) -> Callable[[str, int], bool]:
-    """Whether an axis is one that attention must know, of the operands alone."""
+    """Return a predicate that is True for the axes of the operands that attention must know."""
     return lambda name, axis: name in ("query", "key", "value") and layouts[name].sizes[axis] in STATIC
 
 
@@ -83,12 +85,12 @@ def graph_of_merging() -> Any:
 
 def test_shapes_that_fit_are_accepted(graph: Any, graph_of_merging: Any) -> None:
     tensors = {name: array(name, shape) for name, shape in shapes().items()}
-    for found, expected in zip(graph(tensors), differentiated(tensors), strict=True):
-        assert found.shape == expected.shape
-        assert numpy.allclose(found, expected, atol=1e-4)
+    for result, expected in zip(graph(tensors), differentiated(tensors), strict=True):
+        assert result.shape == expected.shape
+        assert numpy.allclose(result, expected, atol=1e-4)
     halves = {name: array(name, shape) for name, shape in shapes(HALVES).items()}
-    for found, expected in zip(graph_of_merging(halves), merged(halves), strict=True):
-        assert_equal(found, expected)
+    for result, expected in zip(graph_of_merging(halves), merged(halves), strict=True):
+        assert_equal(result, expected)
 
 
 @pytest.mark.parametrize(("name", "axis"), AXES)
@@ -109,9 +111,9 @@ def test_an_axis_that_may_broadcast_may_be_1(graph: Any, name: str, axis: int) -
     narrow = shapes()
     narrow[name][axis] = 1
     tensors = {label: array(label, shape) for label, shape in narrow.items()}
-    for found, expected in zip(graph(tensors), differentiated(tensors), strict=True):
-        assert found.shape == expected.shape
-        assert numpy.allclose(found, expected, atol=1e-4)
+    for result, expected in zip(graph(tensors), differentiated(tensors), strict=True):
+        assert result.shape == expected.shape
+        assert numpy.allclose(result, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, layout in ATTENTION.items() if not any(layout.broadcasts)])
@@ -144,18 +146,18 @@ def test_a_rank_that_is_not_known_is_compared_when_it_runs() -> None:
             call(wrong)
 
 
-def test_xla_compiles_what_it_does_not_compare() -> None:
+def test_xla_compiles_a_call_of_unknown_sizes() -> None:
     tensors = {name: array(name, shape) for name, shape in shapes().items()}
     compiled = traced(differentiated, tensors, heads_and_sizes(ATTENTION), jit_compile=True)
-    for found, expected in zip(compiled(tensors), differentiated(tensors), strict=True):
-        assert numpy.allclose(found, expected, atol=1e-4)
+    for result, expected in zip(compiled(tensors), differentiated(tensors), strict=True):
+        assert numpy.allclose(result, expected, atol=1e-4)
 
 
 def test_a_size_that_one_argument_knows_is_that_of_all() -> None:
     tensors = {name: array(name, shapes()[name]) for name in ("query", "key", "value")}
 
-    def call(given: Arrays) -> Any:
-        return mha_spec_tensorflow.attention(**given, kv_lengths=[3, 7], q_lengths=numpy.asarray([5, 2]))
+    def call(arrays: Arrays) -> Any:
+        return mha_spec_tensorflow.attention(**arrays, kv_lengths=[3, 7], q_lengths=numpy.asarray([5, 2]))
 
     function = traced(call, tensors, lambda name, axis: axis == 3 or (name, axis) in {("query", 1), ("value", 1)})
     assert function.get_concrete_function().structured_outputs.shape.as_list() == [2, 6, None, 13]
@@ -171,17 +173,17 @@ def test_readings_of_the_offset(reading: str, lengths: tuple[str, ...], on_the_h
         {"q_lengths": [2, 9], "kv_lengths": [9, 4]} if not on_the_host else {"q_lengths": [2, 5], "kv_lengths": [7, 4]}
     )
     options = {name: values[name] if on_the_host else tf.constant(values[name]) for name in lengths}
-    used = {"q_lengths": [2, 5], "kv_lengths": [7, 4]}
+    clamped = {"q_lengths": [2, 5], "kv_lengths": [7, 4]}
     q_len, kv_len = (
-        used[name] if name in lengths else [size] * 2 for name, size in (("q_lengths", 5), ("kv_lengths", 7))
+        clamped[name] if name in lengths else [size] * 2 for name, size in (("q_lengths", 5), ("kv_lengths", 7))
     )
     offset = (
         [0, 0] if reading == "upper_left" else [keys - queries for queries, keys in zip(q_len, kv_len, strict=True)]
     )
     tensors = {name: tf.cast(array(name, shapes()[name]), tf.float64) for name in ("query", "key", "value")}
 
-    def call(given: Arrays) -> Any:
-        return mha_spec_tensorflow.attention(**given, **options, causal=True, q_offset=reading)
+    def call(arrays: Arrays) -> Any:
+        return mha_spec_tensorflow.attention(**arrays, **options, causal=True, q_offset=reading)
 
     expected = mha_spec_tensorflow.attention(**tensors, **options, causal=True, q_offset=offset)
     assert_near(call(tensors), expected)
@@ -209,7 +211,8 @@ def test_variables_are_tensors_and_symbols_of_keras_are_refused() -> None:
     for variable in (tf.Variable(query), keras.Variable(query, dtype="float64")):
         assert_equal(mha_spec_tensorflow.attention(variable, variable, variable), expected)
     symbol: Any = keras.Input((2, 3, 4))
-    for wrong in (symbol, tf.sparse.from_dense(query), tf.RaggedTensor.from_tensor(query), numpy.asarray(query), None):
+    ragged: Any = tf.ragged.constant([[[[1.0]]]])
+    for wrong in (symbol, tf.sparse.from_dense(query), ragged, numpy.asarray(query), None):
         for place in range(3):
             operands = [wrong if index == place else query for index in range(3)]
             with pytest.raises(ArgumentTypeError):
@@ -221,17 +224,18 @@ def test_variables_are_tensors_and_symbols_of_keras_are_refused() -> None:
 )
 @pytest.mark.parametrize("as_tensors", [True, False])
 def test_segment_ids_are_equal_by_value(dtypes: tuple[str, str], as_tensors: bool) -> None:
-    """Ids of different types, of which some are equal in their last bits, or as floats of 64 bits, alone."""
+    """Some ids of different types are equal only in their last bits, or only as floats of 64 bits."""
     top, exact = (2**64, 2**53) if "64" in dtypes[0] else (2**32, 2**24)
     values = {"uint": [[top - 1, exact + 1, 3]], "int": [[-1, exact, 3]]}
-    both = [numpy.asarray(values[dtype.rstrip("0123456789")], dtype) for dtype in dtypes]
-    q_ids, kv_ids = both
+    q_ids, kv_ids = (numpy.asarray(values[dtype.rstrip("0123456789")], dtype) for dtype in dtypes)
     seen = [[int(q) == int(k) for k in kv_ids[0]] for q in q_ids[0]]
     query = tf.ones((1, 1, 3, 4))
-    q_given, kv_given = (tf.constant(ids) if as_tensors else ids for ids in both)
+    q_segment_ids, kv_segment_ids = (tf.constant(ids) if as_tensors else ids for ids in (q_ids, kv_ids))
 
     def call(query: tf.Tensor) -> tf.Tensor:
-        return mha_spec_tensorflow.attention_weights(query, query, q_segment_ids=q_given, kv_segment_ids=kv_given)
+        return mha_spec_tensorflow.attention_weights(
+            query, query, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids
+        )
 
     for ask in (call, tf.function(call, autograph=False)):
         assert (numpy.asarray(ask(query)[0, 0]) > 0).tolist() == seen
@@ -251,10 +255,11 @@ def test_a_sink_far_from_the_scores_keeps_its_lse(dtype: str, fill: float) -> No
     low = fill < 0
     assert dtype_name(output) == dtype
     assert (lse.numpy() == (numpy.asarray([2.5, 0.5])[:, None] if low else numpy.float32(fill))).all()
-    assert tape.gradient(total, sinks).numpy().tolist() == [3.0 * low] * 2
+    gradient: Any = tape.gradient(total, sinks)
+    assert gradient.numpy().tolist() == [3.0 * low] * 2
 
 
-def test_a_row_of_nan_has_no_weight_but_nan() -> None:
+def test_every_weight_of_a_row_of_nan_is_nan() -> None:
     query = numpy.ones((1, 1, 3, 2))
     query[0, 0, 1] = numpy.nan
     weights = mha_spec_tensorflow.attention_weights(tf.constant(query), tf.ones((1, 1, 3, 2), tf.float64), causal=True)

@@ -125,12 +125,32 @@ def test_a_cache_of_unknown_sizes_has_the_output_of_one_of_known_sizes() -> None
         cache = mha_spec_tensorflow.KVCache(*(arguments[f"cache.{name}"] for name in ("key", "value", "lengths")))
         operands = {name: arguments[name] for name in ("query", "key", "value")}
         output, after = mha_spec_tensorflow.multi_head_attention(
-            **operands, params=parameters(arguments), cache=cache, causal=True, q_offset="lower_right"
+            **operands, params=parameters(arguments), cache=cache, causal=True, q_offset="lower_right", rotary={}
         )
         return [output, after.key, after.value]
 
     arguments = tensors(layouts)
     assert_near(graph_of(decoded, layouts)(arguments), decoded(arguments))
+
+
+@pytest.mark.parametrize("reading", ["upper_left", "lower_right"])
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_a_named_offset_of_a_rotation(reading: str, with_lengths: bool) -> None:
+    """The rotation has the positions that the name means, whether or not the trace knows the sizes (MHA-POS-2)."""
+    layouts = {name: layout for name, layout in CROSS.items() if name not in ("q_offset", "kv_lengths")}
+    lengths = {"kv_lengths": tf.constant([4, 9])} if with_lengths else {}
+    kv_lengths = [4, 7] if with_lengths else [7, 7]
+    offset = [0, 0] if reading == "upper_left" else [length - SIZES["q_len"] for length in kv_lengths]
+
+    def called(arguments: dict[str, tf.Tensor], q_offset: Any = reading) -> Any:
+        operands = {name: arguments[name] for name in ("query", "key", "value")}
+        options: dict[str, Any] = {"causal": True, "rotary": {}, "q_offset": q_offset, **lengths}
+        return mha_spec_tensorflow.multi_head_attention(**operands, params=parameters(arguments), **options)
+
+    arguments = tensors(layouts)
+    expected = called(arguments, offset)
+    for call in (called, graph_of(called, layouts), tf.function(called, autograph=False)):
+        assert_near(call(arguments), expected)
 
 
 RANKS = [name for name, layout in ATTENTION.items() if name not in ("query", "key", "value")]

@@ -1,6 +1,7 @@
-"""Attention for TensorFlow: the meaning of `mha_spec.reference`, in blocks of queries, with gradients in closed form.
+"""Attention for TensorFlow as `mha_spec.reference` defines it, in blocks of queries, with gradients in closed form.
 
-The table in `function` says which path a call takes.
+The table in `function` shows which path a call takes. `tf.function(jit_compile=True)` drops assertions: shapes that are
+unknown when a call is traced are then not compared.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The layer's class comes on first use, since it brings Keras."""
+    """Import the layer's class on first use, since it imports Keras."""
     if name == "MultiHeadAttention":
         from .module import MultiHeadAttention
 

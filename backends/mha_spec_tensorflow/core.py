@@ -1,4 +1,4 @@
-"""The functions of attention for TensorFlow, over blocks of queries."""
+"""The functions of attention for TensorFlow, which compute blocks of queries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mha_spec.checks import (
 
 from . import function, merging
 from .dropout import seed_of
-from .unknown import ATTENTION, HALVES, settled
+from .unknown import ATTENTION, HALVES, KNOWN, with_known_shapes
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from mha_spec.reference import Gradients
 
 __all__ = ["attention", "attention_vjp", "attention_weights", "merge_attention", "merge_attention_vjp"]
-
-KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
-"""The sizes that a trace must know."""
 
 
 @spells_options
@@ -47,9 +44,9 @@ def attention(
     return_lse: bool = False,
     **options: Unpack[Options],
 ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
-    """Attention over blocks of queries; see `mha_spec.reference.attention`.
+    """Compute attention over blocks of queries; see `mha_spec.reference.attention`.
 
-    `dropout_key` is an int, or one in a tensor; None is TensorFlow's global generator.
+    `dropout_key` is an int or a scalar integer tensor; None takes a seed from TensorFlow's global generator.
     """
     refuse_unknown(options, "attention")
     needs_lse = check_flag("return_lse", return_lse)
@@ -65,7 +62,7 @@ def attention_weights(
     key: Float[tf.Tensor, "batch kv_heads kv_len qk_dim"],
     **options: Unpack[WeightOptions],
 ) -> Float[tf.Tensor, "batch heads q_len kv_len"]:
-    """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
+    """Compute the normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
     refuse_unknown(options, "attention_weights")
     return function.weights(_checked("attention_weights", {"query": query, "key": key, "value": None, **options})[0])
 
@@ -81,7 +78,7 @@ def attention_vjp(
     grad_lse: Float[tf.Tensor, "batch heads q_len"] | None = None,
     **options: Unpack[Options],
 ) -> Gradients:
-    """The gradients that a tape gives of `attention`; see `mha_spec.reference.attention_vjp`."""
+    """Compute the gradients of `attention` as a tape does; see `mha_spec.reference.attention_vjp`."""
     refuse_unknown(options, "attention_vjp")
     cotangents = {"grad_output": grad_output, "grad_lse": grad_lse}
     a, grad_output, grad_lse = _checked(
@@ -102,9 +99,9 @@ def merge_attention(
     lse_b: Float[tf.Tensor, "batch heads q_len"],
     **options: Unpack[NoOptions],
 ) -> tuple[Float[tf.Tensor, "batch heads q_len v_dim"], Float[tf.Tensor, "batch heads q_len"]]:
-    """Two halves of one softmax; see `mha_spec.reference.merge_attention`."""
+    """Merge two halves of one softmax; see `mha_spec.reference.merge_attention`."""
     refuse_unknown(options, "merge_attention")
-    halves = settled(HALVES, {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b})
+    halves = with_known_shapes(HALVES, {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b})
     check_library("tensorflow", halves["output_a"], "output_a")
     check_halves(**halves)
     return merging.merge(**halves)
@@ -122,10 +119,10 @@ def merge_attention_vjp(
     grad_lse: Float[tf.Tensor, "batch heads q_len"] | None = None,
     **options: Unpack[NoOptions],
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The gradients that a tape gives of `merge_attention`; see `mha_spec.reference.merge_attention_vjp`."""
+    """Compute the gradients of `merge_attention` as a tape does; see `mha_spec.reference.merge_attention_vjp`."""
     refuse_unknown(options, "merge_attention_vjp")
     halves = {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b}
-    halves = settled(HALVES, halves | {"grad_output": grad_output, "grad_lse": grad_lse})
+    halves = with_known_shapes(HALVES, halves | {"grad_output": grad_output, "grad_lse": grad_lse})
     grad_output, grad_lse = halves.pop("grad_output"), halves.pop("grad_lse")
     check_library("tensorflow", halves["output_a"], "output_a")
     check_halves(**halves)
@@ -134,16 +131,16 @@ def merge_attention_vjp(
 
 
 def _checked(name: str, options: dict[str, Any], others: dict[str, Any] | None = None) -> tuple[Any, ...]:
-    """The arguments of a call of attention, checked, and other tensors whose shapes depend on theirs."""
+    """Check the arguments of a call of attention; return them and other tensors that depend on their shapes."""
     others = others or {}
-    tensors = settled(ATTENTION, options | others, KNOWN, aligned=_must_be_aligned(options))
+    tensors = with_known_shapes(ATTENTION, options | others, KNOWN, aligned=_must_be_aligned(options))
     rest = [tensors.pop(label) for label in others]
     check_library("tensorflow", tensors["query"])
     return check(Arguments(**tensors, function=name)), *rest
 
 
 def _must_be_aligned(options: dict[str, Any]) -> bool:
-    """Whether q_len and kv_len must be equal, since positions matter and no offset is given (MHA-POS-2)."""
+    """Return True if q_len and kv_len must be equal, since positions matter and no offset was passed (MHA-POS-2)."""
     causal, window = options.get("causal"), options.get("window")
     bounded = isinstance(window, (list, tuple)) and any(bound is not None for bound in window)
     positional = bounded or (isinstance(causal, (bool, numpy.bool)) and bool(causal))

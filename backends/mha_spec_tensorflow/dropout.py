@@ -1,4 +1,4 @@
-"""Random dropout: the seed from which masks are drawn."""
+"""Read the seed of random dropout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["seed_of"]
 
 
 def seed_of(a: Arguments) -> Array | None:
-    """The seed of a call that has a mask to draw, else None (MHA-DROP-4)."""
+    """Return the seed of a call that draws a dropout mask, else None (MHA-DROP-4)."""
     if a.dropout_rate == 0 or a.dropout_mask is not None:
         return None
     key = a.dropout_key
@@ -26,8 +26,10 @@ def seed_of(a: Arguments) -> Array | None:
         return tf.random.uniform((), maxval=2**62, dtype=tf.int64)
     if not _is_seed(key):
         received = f"received dropout_key={shown(key)} of type {type(key).__name__}"
-        fix = "None is TensorFlow's global generator."
-        raise ArgumentTypeError(f"`dropout_key` must be an int, or one in a tensor, {received}. {fix} [MHA-DROP-4]")
+        fix = "None takes a seed from TensorFlow's global generator."
+        raise ArgumentTypeError(
+            f"`dropout_key` must be an int or a scalar integer tensor, {received}. {fix} [MHA-DROP-4]"
+        )
     if not tf.is_tensor(key) and not -(2**63) <= key < 2**63:
         raise ArgumentValueError(
             f"`dropout_key` must be in -2**63<=dropout_key<2**63, received {shown(key)}. [MHA-DROP-4]"

@@ -1,4 +1,4 @@
-"""The forward pass: the softmax of each block of queries over its whole stretch of keys."""
+"""The forward pass computes the softmax of each block of queries over its whole range of keys."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["attend", "weigh"]
 
 
 def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> Tensors:
-    """Output (batch, heads, q_len, v_dim), and lse (batch, heads, q_len, 1) where it is asked."""
+    """Compute the output (batch, heads, q_len, v_dim) and, if it is needed, the lse (batch, heads, q_len, 1)."""
     rows, dtype = sizes_of(x.query)[:3], x.query.dtype
     like = {"output": Spec((*rows, x.value.shape[3]), dtype)}
     if needs_lse:
@@ -39,40 +39,42 @@ def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> Tensors:
 
 
 def _attend(problem: Problem, x: Operands, block: Block, *, needs_lse: bool) -> Tensors:
-    found = scores(problem, x, block)
-    weights, share, _, lse = softmax(x, found, needs_lse=needs_lse)
+    block_scores = scores(problem, x, block)
+    weights, share, _, lse = softmax(x, block_scores, needs_lse=needs_lse)
     keep = kept(problem, x, block)
-    output = _product(weights if keep is None else weights * keep, block.of_keys(x.value), found)
+    output = _product(weights if keep is None else weights * keep, block.of_keys(x.value), block_scores)
     if x.sinks is not None:
         output *= share
     return {"output": output, "lse": lse} if needs_lse else {"output": output}
 
 
-def _product(weights: Array, value: Array, found: Scores) -> Array:
-    """sum_j weights_ij value_jc over visible pairs alone.
+def _product(weights: Array, value: Array, block_scores: Scores) -> Array:
+    """Compute sum_j weights_ij value_jc over visible pairs only.
 
-    A value that is not finite and meets a weight of 0 shows in the sum of all; only then is the product taken again,
-    of what is finite, with NaN where a visible pair has something else (MHA-POISON-1, MHA-POISON-2, MHA-NAN-2).
+    A value that is not finite makes the sum of the product not finite, even where its weight is 0. Only then is the
+    product computed again, from the finite values, with NaN where a visible pair has another value
+    (MHA-POISON-1, MHA-POISON-2, MHA-NAN-2).
     """
-    plain = found.shown(rows_by(weights, value))
-    if found.visible is None:
+    plain = block_scores.zero_unless_seeing(rows_by(weights, value))
+    if block_scores.visible is None:
         return plain
-    visible = found.visible
+    visible = block_scores.visible
 
     def again() -> Array:
         pairs = tf.cast(tf.broadcast_to(visible, tf.shape(weights)), weights.dtype)
-        broken = rows_by(pairs, tf.cast(~tf.math.is_finite(value), weights.dtype)) > 0
-        return found.shown(tf.where(broken, tf.constant(math.nan, weights.dtype), rows_by(weights, finite(value))))
+        not_finite = rows_by(pairs, tf.cast(~tf.math.is_finite(value), weights.dtype)) > 0
+        product = tf.where(not_finite, tf.constant(math.nan, weights.dtype), rows_by(weights, finite(value)))
+        return block_scores.zero_unless_seeing(product)
 
     return tf.cond(tf.math.is_finite(tf.reduce_sum(plain)), lambda: plain, again)
 
 
 def weigh(problem: Problem, x: Operands) -> Array:
-    """The normalised weights of the whole call, before dropout (MHA-WEIGHTS-1).
+    """Compute the normalised weights of the whole call, before dropout (MHA-WEIGHTS-1).
 
-    A logit of -inf gives a weight of 0, but NaN in a row with NaN, at its hidden pairs too (MHA-NAN-1).
+    A logit of -inf has the weight 0; in a row with NaN every weight is NaN, at hidden pairs too (MHA-NAN-1).
     """
-    found = scores(problem, x, whole(x))
-    weights, share, _, _ = softmax(x, found, needs_lse=False)
-    weights = found.shown(weights)
+    all_scores = scores(problem, x, whole(x))
+    weights, share, _, _ = softmax(x, all_scores, needs_lse=False)
+    weights = all_scores.zero_unless_seeing(weights)
     return weights if share is None or x.sinks is None else weights * share

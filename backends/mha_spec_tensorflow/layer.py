@@ -1,4 +1,4 @@
-"""The layer for TensorFlow: the specification's order, every step of it in operations that can be traced."""
+"""The layer for TensorFlow: the specification's steps in its order, in operations that can be traced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
 from .core import attention, attention_weights
-from .unknown import ALIBI, APPENDED, LAYER, POSITIONS, ROTATED, settled, sizes_of
+from .plan import offset_of
+from .unknown import ALIBI, APPENDED, KNOWN, LAYER, POSITIONS, ROTATED, sizes_of, with_known_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,17 +43,13 @@ __all__ = [
 ]
 
 
-KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
-"""The sizes that a trace must know."""
-
-
 def check(a: LayerArguments) -> LayerArguments:
-    """The arguments of a layer, each with all that is known of its shape, checked."""
-    params = {f"params[{name!r}]": one for name, one in a.params.items()} if isinstance(a.params, Mapping) else {}
-    options = {name: one for name, one in a.options.items() if name in LAYER}
-    alone = a.cache is None and a.key is not None and not options.keys() & {"q_offset", "kv_lengths"}
+    """Check the arguments of the layer, after each tensor has all that is known of its shape."""
+    params = {f"params[{name!r}]": array for name, array in a.params.items()} if isinstance(a.params, Mapping) else {}
+    options = {name: value for name, value in a.options.items() if name in LAYER}
+    without_offset = a.cache is None and a.key is not None and not options.keys() & {"q_offset", "kv_lengths"}
     operands = {"query": a.query, "key": a.key, "value": a.value, **params, **options, **_of_cache(a.cache)}
-    tensors = settled(LAYER, operands, KNOWN, aligned=a.rotary is not None and alone)
+    tensors = with_known_shapes(LAYER, operands, KNOWN, aligned=a.rotary is not None and without_offset)
     a.query, a.key, a.value = (tensors[name] for name in ("query", "key", "value"))
     a.params = {name: tensors[f"params[{name!r}]"] for name in a.params} if params else a.params
     a.options |= {name: tensors[name] for name in options}
@@ -68,28 +65,28 @@ def _of_cache(cache: KVCache | None) -> dict[str, Any]:
 
 
 def _cache_of(tensors: Mapping[str, Any], cache: KVCache | None) -> KVCache | None:
-    """The cache with its settled buffers; what is no cache, and is refused, as it is."""
+    """Return the cache with the checked buffers; return anything else, which a later check refuses, unchanged."""
     return KVCache(*(tensors[name] for name in _of_cache(cache))) if isinstance(cache, KVCache) else cache
 
 
 def widen(x: Array) -> Array:
-    """The tensor in the softmax's type (MHA-SOFTMAX-2)."""
+    """Convert a tensor to the softmax's type (MHA-SOFTMAX-2)."""
     return tf.cast(x, softmax_dtype_name(dtype_name(x)))
 
 
 def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Array, Array | None, Array | None]:
-    """Query, key and value of each head; those made of one tensor by one product (MHA-PROJ-1, MHA-PROJ-2)."""
+    """Project query, key and value; projections of the same tensor are one product (MHA-PROJ-1, MHA-PROJ-2)."""
     operands = {"q": a.query, "k": a.key, "v": a.value}
-    found: dict[str, Array | None] = dict.fromkeys(operands)
+    projections: dict[str, Array | None] = dict.fromkeys(operands)
     for x in operands.values():
-        names = [name for name, one in operands.items() if one is x]
-        if x is not None and found[names[0]] is None:
-            found |= zip(names, _projected(x, a.params, names), strict=True)
-    return found["q"], found["k"], found["v"]
+        names = [name for name, operand in operands.items() if operand is x]
+        if x is not None and projections[names[0]] is None:
+            projections |= zip(names, _projected(x, a.params, names), strict=True)
+    return projections["q"], projections["k"], projections["v"]
 
 
 def _projected(x: Array, params: Mapping[str, Array], names: list[str]) -> list[Array]:
-    """Linear maps of one tensor, summed in the softmax's type; the bias is added while heads lie side by side."""
+    """Compute linear maps of one tensor, summed in the softmax's type; the bias is added before heads are split."""
     (batch, length, embed), weights = sizes_of(x), [widen(params[f"w_{name}"]) for name in names]
     shapes = [(weight.shape[1], weight.shape[2]) for weight in weights]
     sizes = [heads * size for heads, size in shapes]
@@ -97,9 +94,8 @@ def _projected(x: Array, params: Mapping[str, Array], names: list[str]) -> list[
     rows = tf.matmul(tf.reshape(widen(x), (-1, embed)), tf.concat(flat, axis=1))
     biases = [params.get(f"b_{name}") for name in names]
     if any(bias is not None for bias in biases):
-        rows = tf.nn.bias_add(
-            rows, tf.concat([_flat_bias(*one) for one in zip(biases, sizes, weights, strict=True)], 0)
-        )
+        flat_biases = [_flat_bias(*triple) for triple in zip(biases, sizes, weights, strict=True)]
+        rows = tf.nn.bias_add(rows, tf.concat(flat_biases, 0))
     parts = (
         tf.reshape(part, (batch, length, *shape)) for part, shape in zip(tf.split(rows, sizes, 1), shapes, strict=True)
     )
@@ -111,7 +107,7 @@ def _flat_bias(bias: Array | None, size: int, like: Array) -> Array:
 
 
 def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
-    """Each head's vector over its root mean square, in the softmax's type (MHA-NORM-1)."""
+    """Divide each head's vector by its root mean square, in the softmax's type (MHA-NORM-1)."""
     if gain is None:
         return x
     wide = widen(x)
@@ -120,30 +116,39 @@ def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
 
 
 def positions(offset: Integers | int, length: int | None, like: Array) -> numpy.ndarray | Array:
-    """Token i of batch entry b sits at offset[b] + i; an array of NumPy where both are known (MHA-POS-1)."""
+    """Return the positions offset[b] + i, as an array of NumPy if offset and length are known (MHA-POS-1)."""
     if host_integers(offset) is not None and length is not None:
         return layer_steps.positions(offset, length, like)
     offset = tf.convert_to_tensor(offset)
     return offset[..., None] + tf.range(sizes_of(like)[2] if length is None else length, dtype=offset.dtype)
 
 
+def named_offset(
+    reading: str, q_lengths: Integers | None, kv_lengths: Integers | None, query: Array, key: Array
+) -> Integers | int:
+    """Return the offset that an alignment names, as an integer, or as one for each batch entry (MHA-POS-2)."""
+    offset = offset_of(reading, q_lengths, kv_lengths, query, key)
+    is_scalar = isinstance(offset, tf.Tensor) and offset.shape.rank == 0
+    return tf.fill(sizes_of(query)[:1], offset) if is_scalar else offset
+
+
 def turns(
     positions: Array | Sequence[float] | numpy.ndarray, frequencies: numpy.ndarray, like: Array
 ) -> tuple[Array, Array]:
-    """Cosine and sine of position * frequency in the softmax's type; the product is one of float64 (MHA-ROTARY-5)."""
+    """Compute cosine and sine of position * frequency in the softmax's type, the product in float64 (MHA-ROTARY-5)."""
     dtype = softmax_dtype_name(dtype_name(like))
     if library_of(positions) in (None, "numpy"):
         angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
-        found = [tf.constant(turn, dtype) for turn in (numpy.cos(angles), numpy.sin(angles))]
+        pair = [tf.constant(turn, dtype) for turn in (numpy.cos(angles), numpy.sin(angles))]
     else:
         angles = tf.expand_dims(tf.cast(positions, tf.float64), -1) * tf.constant(frequencies)
-        found = [tf.cast(turn, dtype) for turn in (tf.cos(angles), tf.sin(angles))]
-    cosine, sine = (turn[:, None] if turn.shape.rank == 3 else turn for turn in found)
+        pair = [tf.cast(turn, dtype) for turn in (tf.cos(angles), tf.sin(angles))]
+    cosine, sine = (turn[:, None] if turn.shape.rank == 3 else turn for turn in pair)
     return cosine, sine
 
 
 def turn(x: Array, turns: tuple[Array, Array], interleaved: bool) -> Array:
-    """Turn each pair of components; those beyond the pairs stay (MHA-ROTARY-1 to MHA-ROTARY-3)."""
+    """Rotate each pair of components; the others are unchanged (MHA-ROTARY-1 to MHA-ROTARY-3)."""
     cosine, sine = turns
     pairs = cosine.shape[-1]
     turned, rest = widen(x[..., : 2 * pairs]), x[..., 2 * pairs :]
@@ -151,16 +156,16 @@ def turn(x: Array, turns: tuple[Array, Array], interleaved: bool) -> Array:
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
         first, second = turned[..., :pairs], turned[..., pairs:]
-    both = (first * cosine - second * sine, second * cosine + first * sine)
-    joined = tf.reshape(tf.stack(both, axis=-1), sizes_of(turned)) if interleaved else tf.concat(both, axis=-1)
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    joined = tf.reshape(tf.stack(rotated, axis=-1), sizes_of(turned)) if interleaved else tf.concat(rotated, axis=-1)
     joined = tf.cast(joined, x.dtype)
     return tf.concat([joined, rest], axis=-1) if rest.shape[-1] else joined
 
 
 def new_lengths(lengths: Integers, counts: Integers | None, length: int | None, like: Array) -> numpy.ndarray | Array:
-    """The tokens of each batch entry after an append, of which the first counts[b] are real (MHA-CACHE-5)."""
-    given = [lengths] if counts is None else [lengths, counts]
-    if length is not None and all(host_integers(one) is not None for one in given):
+    """Return the number of tokens of each batch entry after an append of counts[b] real tokens (MHA-CACHE-5)."""
+    integers = [lengths] if counts is None else [lengths, counts]
+    if length is not None and all(host_integers(numbers) is not None for numbers in integers):
         return layer_steps.new_lengths(lengths, counts, length, like)
     before, size = tf.convert_to_tensor(lengths), sizes_of(like)[2]
     if counts is None:
@@ -169,53 +174,53 @@ def new_lengths(lengths: Integers, counts: Integers | None, length: int | None, 
 
 
 def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
-    """A buffer with new tokens at start[b] <= j < stop[b], and no other slot changed (MHA-CACHE-1, MHA-CACHE-4)."""
+    """Write new tokens to the slots start[b] <= j < stop[b] of a new buffer (MHA-CACHE-1, MHA-CACHE-4)."""
     if 0 in (buffer.shape[0], buffer.shape[2], new.shape[2]):
         return buffer
     slots = tf.range(sizes_of(buffer)[2])
-    start, stop = (tf.cast(one, tf.int32)[:, None] for one in (start, stop))
+    start, stop = (tf.cast(bound, tf.int32)[:, None] for bound in (start, stop))
     taken = tf.clip_by_value(slots - start, 0, sizes_of(new)[2] - 1)
     written = tf.logical_and(slots >= start, slots < stop)
     return tf.where(written[:, None, :, None], tf.gather(new, taken, axis=2, batch_dims=1), buffer)
 
 
 def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
-    """Buffers of zeros, and lengths of 0 on the host."""
+    """Create buffers of zeros, and lengths of 0 on the host."""
     key, value = (tf.zeros(shape, like.dtype) for shape in shapes)
     return KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
 
 
 def merge_heads(x: Array) -> Array:
-    """The outputs of a token's heads side by side, in their order (MHA-PROJ-3)."""
+    """Place the outputs of a token's heads next to each other, in their order (MHA-PROJ-3)."""
     return tf.transpose(x, (0, 2, 1, 3))
 
 
 def combine(x: Array, weight: Array) -> Array:
-    """The output is a linear map of all heads, summed in the softmax's type (MHA-PROJ-3)."""
+    """Compute the linear map of all heads, summed in the softmax's type (MHA-PROJ-3)."""
     batch, length, heads, size = sizes_of(x)
     flat = tf.matmul(tf.reshape(widen(x), (-1, heads * size)), tf.reshape(widen(weight), (heads * size, -1)))
     return tf.cast(tf.reshape(flat, (batch, length, sizes_of(weight)[2])), x.dtype)
 
 
 def add_output_bias(x: Array, bias: Array | None) -> Array:
-    """The output's bias is added once, to empty rows too (MHA-PROJ-3, MHA-LAYER-5)."""
+    """Add the output's bias, to empty rows too (MHA-PROJ-3, MHA-LAYER-5)."""
     return x if bias is None else tf.cast(tf.nn.bias_add(widen(x), widen(bias)), x.dtype)
 
 
 def slopes(heads: int, dtype: str) -> Array:
-    """The slopes of all heads (MHA-ALIBI-1)."""
+    """Return the slopes of all heads (MHA-ALIBI-1)."""
     return tf.constant(slope_values(heads), dtype)
 
 
 def distances(offset: Integers | int, q_len: int, kv_len: int, like: Array, steps: LayerSteps) -> Array:
-    """|p - j|, integers (q_len, kv_len) or (batch, 1, q_len, kv_len) (MHA-ALIBI-2)."""
-    found = tf.convert_to_tensor(steps.positions(offset, q_len, like))
-    apart = tf.abs(tf.expand_dims(found, -1) - tf.range(kv_len, dtype=found.dtype))
-    return apart[:, None] if apart.shape.rank == 3 else apart
+    """Compute |p - j|, integers (q_len, kv_len) or (batch, 1, q_len, kv_len) (MHA-ALIBI-2)."""
+    q_positions = tf.convert_to_tensor(steps.positions(offset, q_len, like))
+    distance = tf.abs(tf.expand_dims(q_positions, -1) - tf.range(kv_len, dtype=q_positions.dtype))
+    return distance[:, None] if distance.shape.rank == 3 else distance
 
 
 def alibi(slopes: Array, distances: Array) -> Array:
-    """-slope[h] * |p - j|, (batch or 1, heads, q_len, kv_len) in the softmax's type (MHA-ALIBI-2, MHA-ALIBI-3)."""
+    """Compute -slope[h] * |p - j|, (batch or 1, heads, q_len, kv_len), as MHA-ALIBI-2 and MHA-ALIBI-3 say."""
     wide = widen(slopes)
     return tf.reshape(-wide, (1, -1, 1, 1)) * tf.cast(distances, wide.dtype)
 
@@ -226,6 +231,7 @@ _LAYER = Layer(
         project_in=project_in,
         normalise=normalise,
         positions=positions,
+        offset_of=named_offset,
         turns=turns,
         turn=turn,
         empty_cache=empty,
@@ -258,12 +264,12 @@ def append_cache(
     value: Float[tf.Tensor, "batch kv_heads length v_dim"],
     lengths: Int[tf.Tensor, "batch"] | Sequence[int] | None = None,
 ) -> KVCache:
-    """A new cache with new tokens behind those of each batch entry; see `mha_spec.reference.append_cache`."""
+    """Return a new cache with new tokens after those of each batch entry; see `mha_spec.reference.append_cache`."""
     operands = {"key": key, "value": value, "lengths": lengths, **_of_cache(cache)}
-    tensors = settled(APPENDED, operands, ("kv_heads", "qk_dim", "v_dim"))
-    settled_cache: Any = _cache_of(tensors, cache)
+    tensors = with_known_shapes(APPENDED, operands, ("kv_heads", "qk_dim", "v_dim"))
+    checked_cache: Any = _cache_of(tensors, cache)
     check_library("tensorflow", tensors["key"], "key")
-    return _LAYER.append_cache(settled_cache, tensors["key"], tensors["value"], tensors["lengths"])
+    return _LAYER.append_cache(checked_cache, tensors["key"], tensors["value"], tensors["lengths"])
 
 
 @_unconverted
@@ -275,25 +281,25 @@ def rotary_embedding(
     interleaved: bool = False,
     rotary_dim: int | None = None,
 ) -> Float[tf.Tensor, "batch heads length size"]:
-    """Positions as rotations; see `mha_spec.reference.rotary_embedding`."""
-    x, positions = _settled_rotation(x, positions)
+    """Encode positions as rotations; see `mha_spec.reference.rotary_embedding`."""
+    x, positions = _rotation_with_known_shapes(x, positions)
     return _LAYER.rotary_embedding(x, positions, base=base, interleaved=interleaved, rotary_dim=rotary_dim)
 
 
-def _settled_rotation(x: Array, positions: Array) -> tuple[Array, Array]:
-    """x and its positions, whose rank decides what their axes are, with what is known of their shapes."""
-    tensors = settled({"x": ROTATED}, {"x": x, "positions": positions}, ("size",))
+def _rotation_with_known_shapes(x: Array, positions: Array) -> tuple[Array, Array]:
+    """Return x and its positions, whose rank determines their axes, with all that is known of their shapes."""
+    tensors = with_known_shapes({"x": ROTATED}, {"x": x, "positions": positions}, ("size",))
     x, positions = tensors["x"], tensors["positions"]
     check_library("tensorflow", x, "x")
     if tf.executing_eagerly():
         return x, positions
     if tf.is_tensor(positions) and positions.shape.rank is None:
-        fix = "received shape=<unknown>. Say it with tf.ensure_shape."
+        fix = "received shape=<unknown>. Set it with tf.ensure_shape."
         refuse_value("MHA-ROTARY-6", f"`positions` must have a known rank when they are traced, {fix}")
     layer_checks.check_positions(x, positions)
-    held = positions if library_of(positions) else numpy.asarray(positions)
-    layouts = {"x": ROTATED, "positions": POSITIONS[len(held.shape) - 1]}
-    tensors = settled(layouts, {"x": x, "positions": held})
+    array = positions if library_of(positions) else numpy.asarray(positions)
+    layouts = {"x": ROTATED, "positions": POSITIONS[len(array.shape) - 1]}
+    tensors = with_known_shapes(layouts, {"x": x, "positions": array})
     return tensors["x"], tensors["positions"]
 
 
@@ -305,6 +311,6 @@ def alibi_bias(
     *,
     q_offset: Int[tf.Tensor, "batch"] | Sequence[int] | int | None = None,
 ) -> Float[tf.Tensor, "batch* heads q_len kv_len"]:
-    """Positions as a bias; see `mha_spec.reference.alibi_bias`."""
-    tensors = settled(ALIBI, {"slopes": slopes, "q_offset": q_offset})
+    """Encode positions as a bias; see `mha_spec.reference.alibi_bias`."""
+    tensors = with_known_shapes(ALIBI, {"slopes": slopes, "q_offset": q_offset})
     return _LAYER.alibi_bias(tensors["slopes"], q_len, kv_len, q_offset=tensors["q_offset"])

@@ -29,30 +29,33 @@ __all__ = ["MultiHeadAttention"]
 
 
 COUNTS = ("q_offset", "q_lengths", "kv_lengths")
-"""Options that say more where the host can read them."""
+"""Options that stay on the host where they are host data."""
 
 
 @dataclass(frozen=True)
 class OnTheHost:
-    """A cache whose lengths the host can read, in a form that Keras leaves alone: of NumPy arrays it makes tensors."""
+    """A cache with lengths on the host, hidden from Keras, which would convert its NumPy arrays to tensors."""
 
     cache: KVCache
 
 
-def _spelt(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Name every option but `mask`: Keras takes tensors in a mapping for one argument, and `mask` for padding."""
+def _with_signature(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Name every option but `mask` in the signature.
+
+    Keras takes the tensors of `**options` for one argument, and `mask` for a padding mask of its own.
+    """
     signature = inspect.signature(spells_options(call))
-    parameters = [one for name, one in signature.parameters.items() if name != "mask"]
+    parameters = [parameter for name, parameter in signature.parameters.items() if name != "mask"]
     vars(call)["__signature__"] = signature.replace(parameters=parameters)
     return call
 
 
 @keras.saving.register_keras_serializable("mha_spec")
 class MultiHeadAttention(keras.layers.Layer, LayerObject):
-    """Multi-head attention with parameters of its own; see `mha_spec.reference.multi_head_attention`.
+    """Multi-head attention with its parameters; see `mha_spec.reference.multi_head_attention`.
 
-    The parameters are variables called as there. `dropout_rate` holds where `training` is True. Under a policy of mixed
-    precision the parameters stay in float32 and the call is computed in the policy's type.
+    The parameters are variables with the same names. `dropout_rate` applies if `training` is True. Under a policy of
+    mixed precision the parameters stay in float32 and the call is computed in the policy's type.
     """
 
     functions = layer
@@ -72,8 +75,8 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
     ) -> None:
         if keras.backend.backend() != "tensorflow":
             raise BackendError(
-                f"this layer is one of TensorFlow, and Keras runs on {keras.backend.backend()}: "
-                "set KERAS_BACKEND=tensorflow, or take the layer of that backend"
+                f"This layer needs Keras on TensorFlow, and Keras runs on {keras.backend.backend()}. "
+                "Set KERAS_BACKEND=tensorflow, or use the layer of that backend."
             )
         super().__init__(
             trainable=trainable, name=name, dtype=dtype, autocast=autocast, activity_regularizer=activity_regularizer
@@ -85,7 +88,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         self.built = True
 
     def __call__(self, *operands: Any, **keywords: Any) -> Any:
-        """See `call`; what the host can read stays there, and `mask` goes by the name that it has in Keras."""
+        """Call the layer; see `call`. Host data stays on the host, and `mask` gets the name that it has in Keras."""
         for name in COUNTS:
             if isinstance(keywords.get(name), numpy.ndarray):
                 keywords[name] = keywords[name].tolist()
@@ -96,7 +99,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
             keywords["cache"] = OnTheHost(cache)
         return super().__call__(*operands, **keywords)
 
-    @_spelt
+    @_with_signature
     def call(
         self,
         query: tf.Tensor,
@@ -108,7 +111,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         training: bool | None = None,
         **options: Unpack[Options],
     ) -> tf.Tensor | tuple[tf.Tensor, KVCache]:
-        """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        """Attend from the query to the key, by default the query, and to the value, by default the key."""
         cache = cache.cache if isinstance(cache, OnTheHost) else cache
         options["mask"] = attention_mask
         if training and self.seed_generator is not None and "dropout_rate" not in options:
@@ -124,7 +127,10 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         cache: KVCache | None = None,
         **options: Unpack[WeightOptions],
     ) -> tf.Tensor:
-        """The weights of every head, (batch, heads, q_len, kv_len), before dropout; Keras has `weights` for its own."""
+        """Compute the weights of every head, (batch, heads, q_len, kv_len), before dropout.
+
+        The name is not `weights`, which Keras uses for the variables.
+        """
         return super().attention_weights(self._cast(query), self._cast(key), cache=cache, **options)
 
     def output_and_weights(
@@ -136,12 +142,12 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> tuple[Any, ...]:
-        """The output and the weights of every head, and with a cache the new one; dropout only where it is given."""
-        operands = (self._cast(one) for one in (query, key, value))
+        """Compute the output, the weights of every head and, with a cache, the new cache; dropout is an option only."""
+        operands = (self._cast(x) for x in (query, key, value))
         return super().output_and_weights(*operands, cache=cache, **options)
 
     def _cast(self, x: tf.Tensor | None) -> Any:
-        """A tensor in the type that the layer computes in, as Keras casts the operands of `call`."""
+        """Convert a tensor to the type that the layer computes in, as Keras casts the operands of `call`."""
         return x if x is None or not self.autocast else keras.ops.cast(x, self.compute_dtype)
 
     @property
@@ -150,11 +156,11 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         return {name: keras.ops.cast(getattr(self, name), self.compute_dtype) for name in self.settings.shapes()}
 
     def get_config(self) -> dict[str, Any]:
-        """What makes this layer again."""
+        """Return the configuration from which `from_config` creates an equal layer."""
         return super().get_config() | self.settings.arguments
 
     def __repr__(self) -> str:
-        """The settings that differ from the defaults."""
+        """Show the settings that differ from the defaults."""
         return LayerObject.__repr__(self)
 
     @property
@@ -162,7 +168,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         return keras.ops.zeros((), self.compute_dtype)
 
     def _next_key(self, generator: keras.random.SeedGenerator) -> Any:
-        """The seed and the count of calls, of 32 bits each, as one number."""
+        """Return the seed and the number of calls, of 32 bits each, as one integer."""
         state: Any = keras.ops.cast(generator.next(), "int64")
         seed, count = state[0], state[1]
         return seed * 2**32 + count

@@ -1,8 +1,8 @@
-"""The order of the work: blocks of queries, and for each the stretch of keys outside of which it sees nothing.
+"""Cut a call into blocks of queries, each with the range of keys outside of which it sees none.
 
-Numbers, sequences, NumPy arrays and, in eager mode, tensors on the CPU are read. What is traced or lies on an
-accelerator is compared, never read (MHA-LEN-3). Where a size is not known when a call is traced, how many blocks there
-are and how large they are is in tensors; XLA compiles them, since no size differs between the rounds of a loop.
+Numbers, sequences, NumPy arrays and, in eager mode, tensors on the CPU are read. Tensors that are traced or lie on an
+accelerator are compared, never read (MHA-LEN-3). Where a size is unknown when a call is traced, tensors hold the number
+and the sizes of the blocks; XLA compiles them, since no size differs between the steps of a loop.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Known", "Run", "as_int64", "offset_of", "plan_of", "unknown_plan"]
 
 SCORES = 2**23
-"""How many scores a block holds at most, as long as its queries keep within the bounds: 32 MiB in float32."""
+"""The most scores of a block, unless the least number of queries has more: 32 MiB in float32."""
 LOWEST, HIGHEST = 64, 512
-"""Bounds of a block's queries."""
+"""The least and the most queries of a block."""
 SHORTEST_RUN = 64
-"""Packed sequences that are shorter on average are compared in blocks, not worked one by one."""
+"""Packed sequences that are shorter on average share blocks; longer ones have separate blocks."""
 COST_OF_BLOCK = 2**17
-"""How many scores are worked in the time that one more block costs."""
+"""The number of scores that take the time of starting a block."""
 CAUSAL_BLOCKS = 4
-"""How many blocks causal queries are cut into at least, where that saves more than the blocks cost."""
+"""The least number of blocks of causal queries, where cutting saves more than the blocks cost."""
 BODIES = 8
-"""How many blocks of different shapes a graph holds, each written out; of more, the sizes are rounded."""
+"""The most shapes of blocks in a graph, which holds the operations for each; if there are more, sizes are rounded."""
 WIDEST = 2**30
-"""A stretch of keys that is as wide is every one, and its width plus a block's is an int32."""
+"""A range of this width has all keys, and its width plus a block's fits into int32."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Group:
     keys: Size
     count: Size
     starts: tuple[int, ...] | Array | None
-    """For each block the first key of its stretch; None where all begin with the first of all keys."""
+    """The first key of each block's range; None if all ranges begin at key 0."""
 
     def key(self, index: Size) -> Size:
-        """The first key of a block's stretch."""
+        """Return the first key of a block's range."""
         if self.starts is None:
             return 0
         return self.starts[index] if isinstance(index, int) else tf.gather(self.starts, index)
@@ -66,7 +66,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive batch entries with the same blocks, `count` times `entries` of them."""
+    """`count` times `entries` consecutive batch entries with the same blocks."""
 
     first: int
     count: Size
@@ -75,17 +75,17 @@ class Run:
 
     @property
     def scores(self) -> Size:
-        """How many pairs of one head are worked."""
-        return self.count * self.entries * sum(one.count * one.rows * one.keys for one in self.groups)
+        """The number of pairs of one head that are computed."""
+        return self.count * self.entries * sum(group.count * group.rows * group.keys for group in self.groups)
 
     @property
     def blocks(self) -> Size:
-        """Number of blocks."""
-        return self.count * sum(one.count for one in self.groups)
+        """The number of blocks."""
+        return self.count * sum(group.count for group in self.groups)
 
 
-class Settled(NamedTuple):
-    """Which constraints are known to hide nothing in a block."""
+class Inactive(NamedTuple):
+    """For each constraint, True if it is known to hide no pair of a block."""
 
     left: bool = False
     right: bool = False
@@ -95,33 +95,33 @@ class Settled(NamedTuple):
 
 
 class Known:
-    """What the host knows of a call's constraints; None for what must not be read."""
+    """The constraints of a call as far as the host knows them; None for arrays that must not be read."""
 
     def __init__(self, a: Arguments) -> None:
-        """Read what may be read."""
+        """Read the constraints that may be read."""
         self.a = a
         self.left, self.right = a.bounds
         self.offset = self._numbers(0 if a.q_offset is None else a.q_offset)
         self.q_lengths, self.kv_lengths = self._numbers(a.q_lengths), self._numbers(a.kv_lengths)
         self.ids = _numbered(_read(a.q_segment_ids), _read(a.kv_segment_ids))
-        """The segment ids of queries and of keys, numbered afresh."""
+        """The segment ids of queries and of keys, renumbered from 0."""
 
     def _numbers(self, value: Array | Sequence[int] | int | None) -> list[int] | None:
-        found = None if value is None else host_integers(_read(value))
-        return found * self.batch if isinstance(value, int) and found else found
+        numbers = None if value is None else host_integers(_read(value))
+        return numbers * self.batch if isinstance(value, int) and numbers else numbers
 
     @property
     def batch(self) -> int:
-        """Number of batch entries; where it is not known all are one."""
+        """The number of batch entries; 1 if it is unknown, for all entries are then treated alike."""
         return 1 if self.a.batch is None else self.a.batch
 
     @property
     def band(self) -> int | None:
-        """How many keys one row sees, less one, where a window bounds both sides."""
+        """The number of keys that a row sees, minus 1, if a window bounds both sides."""
         return None if self.left is None or self.right is None else min(self.left + self.right, WIDEST)
 
     def seen(self, entries: range, queries: range) -> range:
-        """The keys between the first and the last that some of the queries see, as far as the host knows."""
+        """Return the keys from the first to the last that the queries see, as far as the host knows."""
         host_data = (_of(numbers, entries) for numbers in (self.offset, self.q_lengths, self.kv_lengths))
         keys = range(*key_range((self.left, self.right), queries, self.a.kv_len, *host_data))
         if self.ids is None:
@@ -129,14 +129,15 @@ class Known:
         q_ids, kv_ids = (ids[entries.start : entries.stop] for ids in self.ids)
         return trimmed(keys, segment_keys(q_ids[:, queries.start : queries.stop], kv_ids[:, keys.start : keys.stop]))
 
-    def settled(self, *block: object) -> Settled:
-        """Which constraints hide nothing in a block, given by its first entry and their number, queries, and keys."""
-        places = [one for one in block if isinstance(one, int)]
+    def inactive(self, *block: object) -> Inactive:
+        """Return the constraints that hide no pair of a block: the first index and the number of each of its axes."""
+        places = [place for place in block if isinstance(place, int)]
         if len(places) != len(block) or 0 in places[1::2]:
-            return Settled()
+            return Inactive()
         entries, queries, keys = (range(places[at], places[at] + places[at + 1]) for at in (0, 2, 4))
-        offset, q_lengths, kv_lengths = (_of(one, entries) for one in (self.offset, self.q_lengths, self.kv_lengths))
-        return Settled(
+        host_data = (_of(numbers, entries) for numbers in (self.offset, self.q_lengths, self.kv_lengths))
+        offset, q_lengths, kv_lengths = host_data
+        return Inactive(
             bool(offset) and self.left is not None and keys[0] >= max(offset) + queries[-1] - self.left,
             bool(offset) and self.right is not None and keys[-1] <= min(offset) + queries[0] + self.right,
             bool(q_lengths) and queries[-1] < min(q_lengths),
@@ -147,47 +148,54 @@ class Known:
     def _one_segment(self, entries: range, queries: range, keys: range) -> bool:
         if self.ids is None or len(entries) > 1:
             return False
-        q_ids, kv_ids = (one[entries[0]] for one in self.ids)
+        q_ids, kv_ids = (ids[entries[0]] for ids in self.ids)
         first = q_ids[queries[0]]
         return bool(
             (q_ids[queries.start : queries.stop] == first).all() and (kv_ids[keys.start : keys.stop] == first).all()
         )
 
-    def alike(self) -> list[range]:
-        """Consecutive batch entries that have the same constraints."""
+    def equal_entries(self) -> list[range]:
+        """Return ranges of consecutive batch entries that have the same constraints."""
         numbers = [numbers for numbers in (self.offset, self.q_lengths, self.kv_lengths) if numbers]
         return [range(*ends) for ends in equal_entries(self.batch, [*numbers, *(self.ids or ())])]
 
-    def stretches(self, entries: range) -> list[range]:
-        """Cut queries where their segment ends, unless the segments are too short for that."""
+    def cut_at_segments(self, entries: range) -> list[range]:
+        """Cut the queries where a segment ends, unless the segments are too short for that."""
         runs = None if self.ids is None else segment_runs(self.ids[0][entries[0]], SHORTEST_RUN)
         return [range(self.a.q_len)] if runs is None else [range(*ends) for ends in runs]
 
 
 def _read(value: Array) -> Array:
-    """A tensor on the CPU as NumPy's, in eager mode; anything else as it is."""
+    """Convert a tensor on the CPU to NumPy in eager mode; return anything else unchanged."""
     if not tf.is_tensor(value) or not tf.executing_eagerly() or "CPU" not in value.device:
         return value
     return value.numpy()
 
 
 def as_int64(value: Array | Sequence[int] | int) -> Array:
-    """Integers of any type as int64; those that it does not hold are the largest one."""
+    """Convert integers of any type to int64; larger numbers become the largest int64."""
     numbers = tf.convert_to_tensor(value)
     wide = tf.cast(numbers, tf.int64)
     return tf.where(wide < 0, tf.int64.max, wide) if numbers.dtype == tf.uint64 else wide
 
 
-def offset_of(a: Arguments) -> Array | Sequence[int] | int | None:
-    """The position of query 0, which may be given by the name of a reading (MHA-POS-2)."""
-    if not isinstance(a.q_offset, str):
-        return a.q_offset
-    lengths = _in_use(a.q_lengths, sizes_of(a.query)[2]), _in_use(a.kv_lengths, sizes_of(a.key)[2])
-    return offset_of_reading(a.q_offset, *lengths)
+def offset_of(
+    reading: str,
+    q_lengths: Array | Sequence[int] | None,
+    kv_lengths: Array | Sequence[int] | None,
+    query: Array,
+    key: Array,
+) -> Array | int:
+    """Return the position of query 0 from the name of an alignment (MHA-POS-2).
+
+    It is a scalar tensor if there are no lengths and a size is unknown.
+    """
+    lengths = _clamped(q_lengths, sizes_of(query)[2]), _clamped(kv_lengths, sizes_of(key)[2])
+    return offset_of_reading(reading, *lengths)
 
 
-def _in_use(lengths: Array | Sequence[int] | None, size: Size) -> Array | int:
-    """Lengths from 0 to the size of their axis, which no lengths mean; int64, on the host where that is possible."""
+def _clamped(lengths: Array | Sequence[int] | None, size: Size) -> Array | int:
+    """Clamp lengths to 0 and the size of their axis, the default; int64, on the host where that is possible."""
     if isinstance(size, int):
         if lengths is None:
             return size
@@ -199,7 +207,7 @@ def _in_use(lengths: Array | Sequence[int] | None, size: Size) -> Array | int:
 
 
 def _numbered(q_ids: Array | None, kv_ids: Array | None) -> tuple[numpy.ndarray, numpy.ndarray] | None:
-    """Segment ids of NumPy as small numbers of one type, equal where the ids are equal by value (MHA-SEG-1)."""
+    """Renumber segment ids of NumPy in one type; numbers are equal where the ids are equal by value (MHA-SEG-1)."""
     if not (isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray)):
         return None
     common = numpy.result_type(q_ids, kv_ids)
@@ -214,9 +222,9 @@ def _of(numbers: list[int] | None, entries: range) -> list[int] | None:
 
 
 def plan_of(known: Known) -> tuple[Run, ...]:
-    """Cut a call whose sizes are known into blocks, leaving out what is not seen where that saves time."""
+    """Cut a call of known sizes into blocks; treat batch entries separately where that saves time."""
     whole = _plan(known, [range(known.batch)])
-    exact = _plan(known, known.alike())
+    exact = _plan(known, known.equal_entries())
     bodies = sum(len(run.groups) for run in exact)
     if not tf.executing_eagerly() and bodies > BODIES:
         exact = whole
@@ -225,9 +233,9 @@ def plan_of(known: Known) -> tuple[Run, ...]:
 
 
 def unknown_plan(known: Known, batch: Size, q_len: Size, kv_len: Size) -> tuple[Run, ...]:
-    """Cut a call into blocks where some size is in a tensor.
+    """Cut a call into blocks where a tensor holds a size.
 
-    Where that is the batch alone it is cut if the entries are worked one by one, for the sake of graphs without a loop.
+    If only the batch is unknown, the graph has no loop over the entries unless a block holds only one of them.
     """
     if not (isinstance(q_len, int) and isinstance(kv_len, int)):
         return (_run(known, 0, batch, _unknown_groups(known, q_len, kv_len)),)
@@ -237,30 +245,30 @@ def unknown_plan(known: Known, batch: Size, q_len: Size, kv_len: Size) -> tuple[
 
 
 def _plan(known: Known, runs: list[range]) -> tuple[Run, ...]:
-    return tuple(_run(known, one.start, len(one), _known_groups(known, one)) for one in runs if one)
+    return tuple(_run(known, run.start, len(run), _known_groups(known, run)) for run in runs if run)
 
 
 def _run(known: Known, first: int, entries: Size, groups: tuple[Group, ...]) -> Run:
-    """As many entries at once as a block may hold, the same number each time."""
+    """Compute as many entries at once as a block may hold, the same number in each step."""
     together = _divisor(entries, _together(known, groups))
     return Run(first, entries // together, together, groups)
 
 
 def _together(known: Known, groups: tuple[Group, ...]) -> Size:
-    """How many entries a block may hold."""
-    sizes = [one.rows * one.keys for one in groups]
-    largest = max(sizes) if all(isinstance(one, int) for one in sizes) else sizes[0]
+    """Return the number of entries that a block may hold."""
+    sizes = [group.rows * group.keys for group in groups]
+    largest = max(sizes) if all(isinstance(size, int) for size in sizes) else sizes[0]
     return _most(1, SCORES // known.a.heads // _most(1, largest))
 
 
 def _known_groups(known: Known, entries: range) -> tuple[Group, ...]:
     rows = _height(known, known.a.kv_len)
-    bounds = [block for run in known.stretches(entries) for block in _blocks(run, rows)]
+    bounds = [block for run in known.cut_at_segments(entries) for block in _blocks(run, rows)]
     return _groups(known, bounds, [known.seen(entries, block) for block in bounds])
 
 
 def _unknown_groups(known: Known, q_len: Size, kv_len: Size) -> tuple[Group, ...]:
-    """Blocks of one shape, and one of the queries that are left."""
+    """Return blocks of one shape, and a last block of the remaining queries."""
     if isinstance(q_len, int) and q_len <= LOWEST:
         return (_unknown_group(known, kv_len, 0, q_len, 1),)
     rows = _least(_most(1, q_len), _height(known, kv_len))
@@ -271,7 +279,7 @@ def _unknown_groups(known: Known, q_len: Size, kv_len: Size) -> tuple[Group, ...
 
 
 def _unknown_group(known: Known, kv_len: Size, first: Size, rows: Size, count: Size) -> Group:
-    """Every key, or under a window the stretch that the offsets of all entries leave."""
+    """Return blocks with all keys or, under a window, with the range that the offsets of all entries leave."""
     if known.band is None or not known.offset:
         return Group(first, rows, kv_len, count, None)
     keys = _least(kv_len, rows + min(known.band + max(known.offset) - min(known.offset), WIDEST))
@@ -284,34 +292,37 @@ def _blocks(indices: range, length: int) -> list[range]:
 
 
 def _divisor(number: Size, largest: Size) -> Size:
-    """The largest divisor that is at most `largest`, or 1."""
+    """Return the largest divisor that is at most `largest`, or 1."""
     if isinstance(number, int) and number == 1:
         return 1
     if isinstance(number, int) and isinstance(largest, int):
-        return next(one for one in range(max(1, min(number, largest)), 0, -1) if number % one == 0)
+        return next(divisor for divisor in range(max(1, min(number, largest)), 0, -1) if number % divisor == 0)
     numbers = tf.range(1, _most(1, number) + 1)
     return tf.reduce_max(tf.where((number % numbers == 0) & (numbers <= largest), numbers, 1))
 
 
 def _power(number: Size, highest: int) -> Size:
-    """The largest power of two that is at most `number`, which is at most `highest`."""
+    """Return the largest power of two that is at most `number`, which is at most `highest`."""
     if isinstance(number, int):
         return 1 << (number.bit_length() - 1)
     powers = tf.constant([1 << exponent for exponent in range(highest.bit_length())])
     return tf.reduce_max(tf.where(powers <= number, powers, 1))
 
 
-def _least(one: Size, other: Size) -> Size:
-    return min(one, other) if isinstance(one, int) and isinstance(other, int) else tf.minimum(one, other)
+def _least(first: Size, second: Size) -> Size:
+    return min(first, second) if isinstance(first, int) and isinstance(second, int) else tf.minimum(first, second)
 
 
-def _most(one: Size, other: Size) -> Size:
-    return max(one, other) if isinstance(one, int) and isinstance(other, int) else tf.maximum(one, other)
+def _most(first: Size, second: Size) -> Size:
+    return max(first, second) if isinstance(first, int) and isinstance(second, int) else tf.maximum(first, second)
 
 
 def _height(known: Known, keys: Size) -> Size:
-    """The queries of a block, a power of two; beside a band of keys lie as many in vain as the block is high."""
-    highest = _of_causal(known) if known.band is None else HIGHEST
+    """Return the number of queries of a block, a power of two.
+
+    Under a window, the number of hidden keys in a block's range grows with the number of its queries.
+    """
+    highest = _highest_without_left_bound(known) if known.band is None else HIGHEST
     if known.band is not None:
         highest = min(HIGHEST, max(LOWEST, known.band))
         keys = _least(keys, highest + known.band)
@@ -319,8 +330,8 @@ def _height(known: Known, keys: Size) -> Size:
     return _power(_least(highest, wanted), highest)
 
 
-def _of_causal(known: Known) -> int:
-    """The most queries of a block without a left bound: of several blocks, the first ones leave out their last keys."""
+def _highest_without_left_bound(known: Known) -> int:
+    """Return the most queries of a block without a left bound: with more blocks, the first blocks skip more keys."""
     q_len, kv_len = known.a.q_len, known.a.kv_len
     if known.right is None or not known.offset or q_len is None or kv_len is None:
         return HIGHEST
@@ -329,14 +340,14 @@ def _of_causal(known: Known) -> int:
 
 
 def _groups(known: Known, bounds: list[range], seen: list[range]) -> tuple[Group, ...]:
-    """Group blocks of one shape: under a window the stretches are made equal, and in a graph rounded where many."""
+    """Group blocks of one shape; a window makes all widths equal, and a graph with many shapes rounds them."""
     if known.band is not None and known.ids is None:
         seen = _widened(seen, [max(map(len, seen), default=0)] * len(seen), known.a.kv_len)
-    groups = _alike(bounds, seen)
+    groups = _grouped(bounds, seen)
     if len(groups) <= BODIES or tf.executing_eagerly():
         return groups
     unit = max(1, -(-known.a.kv_len // BODIES))
-    return _alike(bounds, _widened(seen, [-(-len(keys) // unit) * unit for keys in seen], known.a.kv_len))
+    return _grouped(bounds, _widened(seen, [-(-len(keys) // unit) * unit for keys in seen], known.a.kv_len))
 
 
 def _widened(seen: list[range], sizes: list[int], kv_len: int) -> list[range]:
@@ -344,10 +355,11 @@ def _widened(seen: list[range], sizes: list[int], kv_len: int) -> list[range]:
     return [range(start, min(start + size, kv_len)) for start, size in zip(starts, sizes, strict=True)]
 
 
-def _alike(bounds: list[range], seen: list[range]) -> tuple[Group, ...]:
-    found: list[Group] = []
-    for (rows, keys), run in groupby(zip(bounds, seen, strict=True), lambda both: (len(both[0]), len(both[1]))):
+def _grouped(bounds: list[range], seen: list[range]) -> tuple[Group, ...]:
+    groups: list[Group] = []
+    blocks = zip(bounds, seen, strict=True)
+    for (rows, width), run in groupby(blocks, lambda block: (len(block[0]), len(block[1]))):
         same = list(run)
-        starts = tuple(stretch.start for _, stretch in same)
-        found.append(Group(same[0][0].start, rows, keys, len(same), starts if any(starts) else None))
-    return tuple(found)
+        starts = tuple(keys.start for _, keys in same)
+        groups.append(Group(same[0][0].start, rows, width, len(same), starts if any(starts) else None))
+    return tuple(groups)

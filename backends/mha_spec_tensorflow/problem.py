@@ -1,4 +1,4 @@
-"""One call, prepared: what is fixed, what has a gradient and what has none."""
+"""Prepare one call: its options, its operands with gradients, and its arrays without."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from .plan import Run
 
-__all__ = ["Given", "Operands", "Problem", "Size", "finite", "problem_of", "sizes_of", "softmax_dtype"]
+__all__ = ["Constants", "Operands", "Problem", "Size", "finite", "problem_of", "sizes_of", "softmax_dtype"]
 
 
 class Operands(NamedTuple):
-    """What has a gradient."""
+    """The arrays that have a gradient."""
 
     query: Array
     key: Array
@@ -33,8 +33,8 @@ class Operands(NamedTuple):
     sinks: Array | None
 
 
-class Given(NamedTuple):
-    """What has none: constraints, each broadcastable to (batch, heads, q_len, kv_len), and dropout.
+class Constants(NamedTuple):
+    """The arrays without a gradient: constraints, each broadcastable to (batch, heads, q_len, kv_len), and dropout.
 
     Lengths, offsets and ids that the host may read are NumPy arrays.
     """
@@ -44,27 +44,27 @@ class Given(NamedTuple):
     q_lengths: Array | None
     kv_lengths: Array | None
     segment_ids: tuple[tuple[Array, Array], ...]
-    """Pairs of integers for queries and keys, all of which agree in one segment."""
+    """Pairs of integers for queries and keys; ids are equal where all pairs are."""
     dropout_mask: Array | None
     dropout_seed: Array | None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The options of one call, without the operands that have gradients."""
+    """The options and constants of one call, without its operands."""
 
     scale: float
     softcap: float | None
     dropout_rate: float
     known: Known
-    given: Given
+    constants: Constants
     excludes: bool
-    """Whether some pair may be invisible."""
+    """True if a pair may be invisible."""
     plan: tuple[Run, ...] | None
-    """The blocks, none where there is nothing to cut; None where a size is not known."""
+    """The blocks, of which an empty call has none; None if a size is unknown."""
 
     def runs(self, x: Operands) -> tuple[Run, ...]:
-        """The blocks; sizes in tensors are those of the operands at hand, so that XLA knows them in a gradient too."""
+        """Return the blocks; unknown sizes are read from the operands, so that XLA knows them in a gradient too."""
         if self.plan is not None:
             return self.plan
         batch, _, q_len, _ = sizes_of(x.query)
@@ -73,18 +73,19 @@ class Problem:
 
 def problem_of(a: Arguments, seed: Array | None = None) -> Problem:
     """Read the options of a call."""
-    a = replace(a, q_offset=offset_of(a))
+    if isinstance(a.q_offset, str):
+        a = replace(a, q_offset=offset_of(a.q_offset, a.q_lengths, a.kv_lengths, a.query, a.key))
     known = Known(a)
     constraints = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.q_segment_ids, known.left, known.right)
-    excludes = any(one is not None for one in constraints)
+    excludes = any(constraint is not None for constraint in constraints)
     sizes = a.batch, a.q_len, a.kv_len
     plan = () if 0 in sizes[:2] else None if None in sizes else plan_of(known)
     scale, softcap = float(scale_of(a.scale, a.query.shape[3])), None if a.softcap is None else float(a.softcap)
-    return Problem(scale, softcap, float(a.dropout_rate), known, _given(a, known, seed), excludes, plan)
+    return Problem(scale, softcap, float(a.dropout_rate), known, _constants(a, known, seed), excludes, plan)
 
 
-def _given(a: Arguments, known: Known, seed: Array | None) -> Given:
-    return Given(
+def _constants(a: Arguments, known: Known, seed: Array | None) -> Constants:
+    return Constants(
         a.mask,
         _per_entry(known.offset, 0 if a.q_offset is None else a.q_offset),
         _per_entry(known.q_lengths, a.q_lengths),
@@ -96,7 +97,7 @@ def _given(a: Arguments, known: Known, seed: Array | None) -> Given:
 
 
 def _per_entry(known: list[int] | None, value: Array | None) -> Array | None:
-    """One number, or one for each batch entry; int32, beyond whose range a length is that of its buffer (MHA-LEN-3)."""
+    """Return a number for all entries or for each, as int32: a larger length means the whole buffer (MHA-LEN-3)."""
     if value is None:
         return None
     limits = -(2**31), 2**31 - 1
@@ -106,33 +107,33 @@ def _per_entry(known: list[int] | None, value: Array | None) -> Array | None:
 
 
 def _segment_ids(a: Arguments, known: Known) -> tuple[tuple[Array, Array], ...]:
-    """Pairs of integers for queries and keys, all of which agree where the ids are equal by value (MHA-SEG-1).
+    """Return pairs of integers for queries and keys, all equal where the ids are equal by value (MHA-SEG-1).
 
-    Ids that the host read are small. Of others, a number beyond int64 becomes a negative one, which the second pair
-    tells from the negative numbers of another type.
+    Ids that the host has read are small. Of other ids, a number beyond int64 becomes negative, and the second pair
+    distinguishes it from the negative numbers of another type.
     """
     if a.q_segment_ids is None or a.kv_segment_ids is None:
         return ()
     if known.ids is not None:
-        return (_beside(*known.ids),)
+        return (_broadcastable(*known.ids),)
     q_ids, kv_ids = (tf.convert_to_tensor(ids) for ids in (a.q_segment_ids, a.kv_segment_ids))
     q_low, kv_low = tf.cast(q_ids, tf.int64), tf.cast(kv_ids, tf.int64)
     if q_ids.dtype == kv_ids.dtype or tf.uint64 not in (q_ids.dtype, kv_ids.dtype):
-        return (_beside(q_low, kv_low),)
+        return (_broadcastable(q_low, kv_low),)
     beyond = ((low < 0) & ids.dtype.is_unsigned for low, ids in ((q_low, q_ids), (kv_low, kv_ids)))
-    return _beside(q_low, kv_low), _beside(*beyond)
+    return _broadcastable(q_low, kv_low), _broadcastable(*beyond)
 
 
-def _beside(of_queries: Array, of_keys: Array) -> tuple[Array, Array]:
-    """(batch, q_len) and (batch, kv_len) as arrays of pairs that broadcast."""
-    return of_queries[:, None, :, None], of_keys[:, None, None, :]
+def _broadcastable(q_ids: Array, kv_ids: Array) -> tuple[Array, Array]:
+    """Reshape (batch, q_len) and (batch, kv_len) so that they broadcast to (batch, 1, q_len, kv_len)."""
+    return q_ids[:, None, :, None], kv_ids[:, None, None, :]
 
 
 def softmax_dtype(query: Array) -> tf.DType:
-    """The type of scores and softmax (MHA-SOFTMAX-2)."""
+    """Return the type of scores and softmax (MHA-SOFTMAX-2)."""
     return tf.as_dtype(softmax_dtype_name(dtype_name(query)))
 
 
 def finite(array: Array) -> Array:
-    """0 for every number that is not finite, so that a weight of 0 hides it (MHA-POISON-2)."""
+    """Replace every number that is not finite by 0, so that a weight of 0 hides it (MHA-POISON-2)."""
     return tf.where(tf.math.is_finite(array), array, tf.zeros((), array.dtype))

@@ -1,7 +1,7 @@
 """Shapes that are not fully known when a call is traced.
 
-The tables say which size each axis of each argument has. A size that one argument is known to have holds for all of
-them; what remains unknown is compared when the graph runs, by assertions on which every result depends. They raise
+The tables name the size of each axis of each argument. A size that is known from one argument holds for all of them;
+unknown sizes are compared when the graph runs, by assertions on which every result depends. They raise
 `tf.errors.InvalidArgumentError` with the message of the check and its clause. XLA drops assertions: under
 `jit_compile=True` a shape is refused only where it is known when the call is traced.
 """
@@ -21,14 +21,26 @@ if TYPE_CHECKING:
 
     from mha_spec.arrays import Array
 
-__all__ = ["ALIBI", "APPENDED", "ATTENTION", "HALVES", "LAYER", "POSITIONS", "ROTATED", "Size", "settled", "sizes_of"]
+__all__ = [
+    "ALIBI",
+    "APPENDED",
+    "ATTENTION",
+    "HALVES",
+    "KNOWN",
+    "LAYER",
+    "POSITIONS",
+    "ROTATED",
+    "Size",
+    "sizes_of",
+    "with_known_shapes",
+]
 
 Size: TypeAlias = "int | Array"
-"""A size that is known, or a scalar tensor that holds it."""
+"""A known size, or a scalar tensor that holds it."""
 
 
 class Layout(NamedTuple):
-    """The axes of an argument, and the clause that demands them; an axis marked `*` may be 1 and broadcast."""
+    """The axes of an argument, and the clause that demands them; an axis marked `*` may have size 1 and broadcast."""
 
     axes: str
     clause: str
@@ -40,9 +52,12 @@ class Layout(NamedTuple):
 
     @property
     def broadcasts(self) -> list[bool]:
-        """Which axes may be 1."""
+        """For each axis, True if it may broadcast."""
         return [axis.endswith("*") for axis in self.axes.split()]
 
+
+KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
+"""The sizes that a trace must know."""
 
 _PAIRS, _ROWS = "batch* heads* q_len* kv_len*", "batch heads q_len"
 _PER_ENTRY = dict.fromkeys(("q_offset", "q_lengths", "kv_lengths"), Layout("batch", "MHA-LEN-3"))
@@ -84,7 +99,7 @@ LAYER = {
     **{f"params[{name!r}]": Layout(" ".join(axes), "MHA-PROJ-4") for name, axes in AXES.items()},
     **_CACHE,
 }
-"""The arguments of the layer that do not reach attention as they are."""
+"""The arguments of the layer, without those that it passes on to attention unchanged."""
 
 APPENDED = {
     "key": Layout("batch kv_heads length qk_dim", "MHA-CACHE-7"),
@@ -102,35 +117,35 @@ POSITIONS = (Layout("length", "MHA-ROTARY-6"), Layout("batch length", "MHA-ROTAR
 
 
 def sizes_of(array: Array) -> list[Size]:
-    """The size of each axis: a number where it is known, else a scalar tensor."""
+    """Return the size of each axis: a number where it is known, else a scalar tensor."""
     known = array.shape.as_list()
     if None not in known:
         return known
-    found = tf.shape(array)
-    return [found[axis] if size is None else size for axis, size in enumerate(known)]
+    shape = tf.shape(array)
+    return [shape[axis] if size is None else size for axis, size in enumerate(known)]
 
 
 def _tensor_of(value: Any) -> Any:
-    """A variable, of TensorFlow or of Keras, as a tensor; anything else, such as a symbol of Keras, as it is."""
+    """Convert a variable of TensorFlow or Keras to a tensor; return anything else, as a symbol of Keras, unchanged."""
     if isinstance(value, tf.Tensor) or library_of(value) != "tensorflow":
         return value
     is_variable = isinstance(value, tf.Variable) or hasattr(value, "__tf_tensor__")
     return tf.convert_to_tensor(value) if is_variable else value
 
 
-def settled(
+def with_known_shapes(
     layouts: Mapping[str, Layout], arguments: Mapping[str, Any], known: Iterable[str] = (), *, aligned: bool = False
 ) -> dict[str, Any]:
-    """The arguments, with variables as tensors, and each with all that is known of its shape.
+    """Return the arguments, with variables as tensors, and each tensor with all that is known of its shape.
 
     Args:
-        layouts: The axes of the arguments; one without a layout is left as it is.
-        arguments: Any values by name.
+        layouts: The axes of the arguments; an argument without a layout is returned unchanged.
+        arguments: Values of any kind by name.
         known: The sizes that must be known when a call is traced.
-        aligned: Whether q_len and kv_len must be equal (MHA-POS-2).
+        aligned: True if q_len and kv_len must be equal (MHA-POS-2).
 
     Raises:
-        ArgumentValueError: A size that must be known is not.
+        ArgumentValueError: A size that must be known is unknown.
     """
     values = {name: _tensor_of(value) for name, value in arguments.items()}
     if tf.executing_eagerly() or not any(map(_is_open, values.values())):
@@ -139,10 +154,10 @@ def settled(
     shapes = {name: shape for name, shape in shapes.items() if shape is not None}
     sizes = _known_sizes(layouts, shapes)
     if aligned:
-        sizes = _of_equal_lengths(sizes)
+        sizes = _with_equal_lengths(sizes)
     for name, shape in shapes.items():
         _refuse_unknown_sizes(name, layouts[name], shape, sizes, known)
-    return values | _Run(layouts, values, shapes, sizes).asserted(aligned=aligned)
+    return values | _Assertions(layouts, values, shapes, sizes).checked(aligned=aligned)
 
 
 def _is_open(value: Any) -> bool:
@@ -150,7 +165,7 @@ def _is_open(value: Any) -> bool:
 
 
 def _shape(layout: Layout, value: Any) -> list[int | None] | None:
-    """What is known of a shape of the rank that the layout has; None for another rank or another kind of value."""
+    """Return what is known of a shape; None for another rank than the layout's or another kind of value."""
     shape: list[int | None]
     if isinstance(value, tf.Tensor):
         shape = [None] * len(layout.sizes) if value.shape.rank is None else value.shape.as_list()
@@ -164,7 +179,7 @@ def _shape(layout: Layout, value: Any) -> list[int | None] | None:
 
 
 def _known_sizes(layouts: Mapping[str, Layout], shapes: Mapping[str, list[int | None]]) -> dict[str, int]:
-    """The first number that is known of each size; 1 says nothing of an axis that may broadcast."""
+    """Return the first known number of each size; a 1 on an axis that may broadcast says nothing."""
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         layout = layouts[name]
@@ -174,8 +189,8 @@ def _known_sizes(layouts: Mapping[str, Layout], shapes: Mapping[str, list[int | 
     return sizes
 
 
-def _of_equal_lengths(sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes, where q_len and kv_len are one size."""
+def _with_equal_lengths(sizes: dict[str, int]) -> dict[str, int]:
+    """Return the sizes with the same q_len and kv_len, if one of them is known."""
     length = sizes.get("q_len", sizes.get("kv_len"))
     return sizes if length is None else {"q_len": length, "kv_len": length} | sizes
 
@@ -188,12 +203,12 @@ def _refuse_unknown_sizes(
             refuse_value(
                 layout.clause,
                 f"`{name}` must have a known {size} when it is traced, received shape={tuple(shape)}. "
-                "Say it with tf.ensure_shape.",
+                "Set it with tf.ensure_shape.",
             )
 
 
-class _Run:
-    """The assertions about one call when its graph runs."""
+class _Assertions:
+    """The assertions that compare the shapes of one call when its graph runs."""
 
     def __init__(
         self,
@@ -206,12 +221,12 @@ class _Run:
         self.tensors = {name: values[name] for name in shapes if isinstance(values[name], tf.Tensor)}
         self.sizes: dict[str, Size] = {**sizes}
 
-    def asserted(self, *, aligned: bool) -> dict[str, Array]:
-        """The tensors, each after all assertions and with what is known of its shape."""
+    def checked(self, *, aligned: bool) -> dict[str, Array]:
+        """Return the tensors, each computed after all assertions and with what is known of its shape."""
         shapes = {name: self._shape(name) for name in self.tensors}
         self._complete(shapes)
-        with tf.control_dependencies([self._of_lengths(shapes)] if aligned else []):
-            checks = [self._of_shape(name, shape) for name, shape in shapes.items()]
+        with tf.control_dependencies([self._check_lengths(shapes)] if aligned else []):
+            checks = [self._check_shape(name, shape) for name, shape in shapes.items()]
         with tf.control_dependencies(checks):
             # A tensor that is passed twice stays one tensor, of which the layer takes one product.
             unique = {id(tensor): _after_checks(tensor, shapes[name]) for name, tensor in self.tensors.items()}
@@ -221,27 +236,27 @@ class _Run:
         return checked
 
     def _shape(self, name: str) -> Array:
-        """The sizes of as many axes as the layout has; 0 for those that a tensor of unknown rank lacks."""
+        """Return the sizes of as many axes as the layout has; 0 for an axis that a tensor of unknown rank lacks."""
         tensor, rank = self.tensors[name], len(self.layouts[name].sizes)
         if tensor.shape.rank is not None:
             return tf.shape(tensor)
         return tf.concat([tf.shape(tensor), tf.zeros(rank, tf.int32)], 0)[:rank]
 
     def _complete(self, shapes: Mapping[str, Array]) -> None:
-        """Take a size that is not known from the first tensor that has it and does not broadcast."""
+        """Take an unknown size from the first tensor that has it on an axis that does not broadcast."""
         for name, shape in shapes.items():
             layout = self.layouts[name]
             for axis, (size, broadcasts) in enumerate(zip(layout.sizes, layout.broadcasts, strict=True)):
                 if not broadcasts and size not in self.sizes:
                     self.sizes[size] = shape[axis]
 
-    def _of_lengths(self, shapes: Mapping[str, Array]) -> Any:
+    def _check_lengths(self, shapes: Mapping[str, Array]) -> Any:
         axes = {"query": "q_len", "key": "kv_len"}
         lengths = tf.stack([shapes[name][self.layouts[name].sizes.index(size)] for name, size in axes.items()])
         message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. Received "
         return _assertion(lengths[0] == lengths[1], f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
 
-    def _of_shape(self, name: str, shape: Array) -> Any:
+    def _check_shape(self, name: str, shape: Array) -> Any:
         layout = self.layouts[name]
         expected = tf.stack([self.sizes.get(size, 1) for size in layout.sizes])
         fits = (shape == expected) | (tf.constant(layout.broadcasts) & (shape == 1))
@@ -253,10 +268,10 @@ class _Run:
 
     def _static(self, name: str) -> list[int | None]:
         layout = self.layouts[name]
-        known = zip(layout.sizes, layout.broadcasts, self.shapes[name], strict=True)
+        axes = zip(layout.sizes, layout.broadcasts, self.shapes[name], strict=True)
         return [
             number if number is not None or broadcasts or not isinstance(self.sizes[size], int) else self.sizes[size]
-            for size, broadcasts, number in known
+            for size, broadcasts, number in axes
         ]
 
 

@@ -1,4 +1,4 @@
-"""Layers, tokens and gradients in the tensors of TensorFlow."""
+"""Create layers, tokens and gradients as tensors of TensorFlow."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ __all__ = ["cut_into_blocks", "floats", "heads", "operands", "sized", "tensors",
 
 
 def sized(dtype: str = "float64", **options: Any) -> Any:
-    """A layer in which every size is another, with numbers in every parameter."""
+    """Create a layer of which all sizes differ, with numbers in every parameter."""
     layer = MultiHeadAttention(layers.EMBED, layers.HEADS, dtype=dtype, **layers.SIZES | options)
-    found = layers.parameters({one.name: tuple(one.shape) for one in layer.trainable_weights})
+    params = layers.parameters({variable.name: tuple(variable.shape) for variable in layer.trainable_weights})
     for variable in layer.trainable_weights:
-        variable.assign(found[variable.name])
+        variable.assign(params[variable.name])
     return layer
 
 
 def tokens(length: int = layers.LENGTH, size: int = layers.EMBED, seed: int = 5) -> tf.Tensor:
-    """Tokens of normal numbers."""
+    """Create tokens of normal numbers."""
     return tf.constant(layers.tokens(length, size, seed))
 
 
-def heads(length: int, seed: int = 5) -> list[tf.Tensor]:
-    """Keys and values for a cache."""
-    return [tf.constant(one) for one in layers.heads(length, seed)]
+def heads(length: int, seed: int = 5) -> tuple[tf.Tensor, tf.Tensor]:
+    """Create keys and values for a cache."""
+    key, value = layers.heads(length, seed)
+    return tf.constant(key), tf.constant(value)
 
 
 def operands(q_len: int = 32, kv_len: int = 32, dtype: str = "float32") -> list[tf.Tensor]:
-    """Query, key and value of a call of attention, 2 x 4 heads over 2."""
+    """Create query, key and value of a call of attention with 4 heads and 2 key/value heads."""
     shapes = (2, 4, q_len, 8), (2, 2, kv_len, 8), (2, 2, kv_len, 8)
     return [tf.constant(numbers(*shape, seed=place), dtype) for place, shape in enumerate(shapes)]
 
@@ -52,31 +53,31 @@ def cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tensors(tree: Any) -> Any:
-    """Arrays of NumPy as tensors, everything else as it is."""
+    """Convert arrays of NumPy to tensors; leave everything else unchanged."""
     if isinstance(tree, dict):
-        return {name: tensors(one) for name, one in tree.items()}
+        return {name: tensors(branch) for name, branch in tree.items()}
     return tf.constant(tree) if isinstance(tree, numpy.ndarray) else tree
 
 
 def floats(tree: Any, dtype: str) -> Any:
-    """Tensors of floats in another dtype, everything else as it is."""
+    """Convert tensors of floats to another dtype; leave everything else unchanged."""
 
-    def converted(one: Any) -> Any:
-        return tf.cast(one, dtype) if tf.is_tensor(one) and one.dtype.is_floating else one
+    def converted(leaf: Any) -> Any:
+        return tf.cast(leaf, dtype) if tf.is_tensor(leaf) and leaf.dtype.is_floating else leaf
 
     return tf.nest.map_structure(converted, tree)
 
 
-def with_gradients(call: Callable[[], Any], given: Any) -> list[tf.Tensor]:
-    """What a function gives, and the gradients of a sum in which every element counts differently."""
+def with_gradients(call: Callable[[], Any], inputs: Any) -> list[tf.Tensor]:
+    """Return the results of a function, and the gradients of a sum that weighs every element differently."""
     with tf.GradientTape() as tape:
-        tape.watch(given)
+        tape.watch(inputs)
         outputs = tf.nest.flatten(call())
-        total = tf.add_n([tf.reduce_sum(one * _uneven(one)) for one in outputs])
-    return [*outputs, *map(tf.convert_to_tensor, tape.gradient(total, tf.nest.flatten(given)))]
+        total = tf.add_n([tf.reduce_sum(output * _uneven(output)) for output in outputs])
+    return [*outputs, *map(tf.convert_to_tensor, tape.gradient(total, tf.nest.flatten(inputs)))]
 
 
-def _uneven(one: tf.Tensor) -> tf.Tensor:
-    """As `layers.uneven`, of a size that may not be known."""
-    steps = tf.linspace(tf.constant(-1, tf.float64), tf.constant(2, tf.float64), tf.size(one))
-    return tf.reshape(tf.cast(steps, one.dtype), tf.shape(one))
+def _uneven(output: tf.Tensor) -> tf.Tensor:
+    """Return the weights of `layers.uneven` for a tensor whose size may be unknown."""
+    steps = tf.linspace(tf.constant(-1, tf.float64), tf.constant(2, tf.float64), tf.size(output))
+    return tf.reshape(tf.cast(steps, output.dtype), tf.shape(output))
