@@ -312,6 +312,17 @@ def test_what_is_hidden_sends_a_task_to_the_formula_only_when_it_is_not_finite()
     assert "aten::bmm" in ran(query, key, value, mask=mask)
 
 
+@pytest.mark.parametrize("size", [math.nan, 1e30])
+def test_few_keys_go_to_the_kernel_unless_a_score_may_be_nan(size: float) -> None:
+    query, key, value = operands(kv_len=5)
+    options: list[dict[str, Any]] = [{}, {"kv_lengths": [3, 4]}]
+    for given in options:
+        assert "aten::bmm" not in ran(query, key, value, **given)
+    query[0, 1, 2], key[0, 0, 0] = size, 1e30
+    for given in options:
+        assert attention(query, key, value, **given)[0, 1, 2].isnan().all()
+
+
 def test_tasks_leave_out_what_is_not_seen() -> None:
     query, key, value = (torch.randn(1, 2, 4096, 16) for _ in range(3))
     ids = torch.arange(4096)[None] // 256

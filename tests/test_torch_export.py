@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 import pytest
@@ -12,13 +12,15 @@ from support.layers import EMBED
 from support.torch_world import sized, tokens
 from torch.export import Dim, export
 
-from mha_spec_torch import attention
+import mha_spec_torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
 
+attention: Callable[..., Any] = mha_spec_torch.attention
 SIZES = (2, 5), (3, 17), (7, 2)
 """Batch and length of each call of a program; the first are the sizes at which it is traced."""
 

@@ -23,7 +23,7 @@ from . import fused, operators, paths
 from .dropout import drawn
 from .function import Attention, gradients, transformed
 from .merging import merge, merge_gradients
-from .native import FEWEST_KEYS, dense_rows
+from .native import dense_rows, keeps_nan
 from .problem import Problem, readable
 from .symbols import checked, entries, is_open, traced
 from .tasks import Operands
@@ -73,7 +73,7 @@ def _attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     a = _arguments("attention", query, key, value, options)
     if not return_lse and not transformed():
-        if options.keys() <= {"scale"} and _direct(a.query, a.key, a.value):
+        if options.keys() <= {"scale"} and _direct(a.query, a.key, a.value, a.scale):
             return _native(a.query, a.key, a.value, a.scale)
         if fused.takes(a):
             return _fused(a)
@@ -83,20 +83,21 @@ def _attention(
 
 def attention_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """Attention without options, of tensors that are known to fit: a layer has made them."""
-    if not transformed() and _direct(query, key, value):
+    if not transformed() and _direct(query, key, value, None):
         return _native(query, key, value, None)
     return attention(query, key, value)
 
 
-def _direct(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _direct(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
     """Whether a call without options but scale is exactly torch's own on the CPU: see `paths`.
 
     Its backward sums 16-bit gradients in 16 bit, its lse is hidden, and a few keys scrub NaN.
     """
     if not query.is_cpu or traced(query) or _needs_gradient(query, key, value):
         return False
-    fits = query.shape[3] == value.shape[3] and value.shape[2] >= FEWEST_KEYS
-    return fits and 0 not in query.shape and 0 not in value.shape
+    if query.shape[3] != value.shape[3] or 0 in query.shape or 0 in value.shape:
+        return False
+    return keeps_nan(query, key, 1.0 if scale is None else scale)
 
 
 def _native(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -16,10 +16,23 @@ if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["FEWEST_KEYS", "attend", "gradients"]
+__all__ = ["attend", "dense_rows", "gradients", "keeps_nan"]
 
 FEWEST_KEYS = 16
 """With fewer keys the kernel gives 0 for a query of NaN (MHA-NAN-1)."""
+LARGEST_SCORE = 1e38
+VISIBLE, HIDDEN = torch.tensor(0.0, device="cpu"), torch.tensor(-math.inf, device="cpu")
+
+
+def keeps_nan(query: torch.Tensor, key: torch.Tensor, scale: float) -> bool:
+    """Tell whether the kernel gives NaN wherever a score is NaN: it has enough keys, or no score can be NaN.
+
+    No score is larger than the norms of all queries and of all keys, multiplied.
+    """
+    if key.shape[2] >= FEWEST_KEYS:
+        return True
+    norms = torch.linalg.vector_norm(query).item() * torch.linalg.vector_norm(key).item()
+    return norms * max(1.0, abs(scale)) < LARGEST_SCORE
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +81,7 @@ def gradients(
     With o and lse that include the sink, the kernel's formula is that of attention with a sink. A column of 1 in O and
     of -grad_lse in dO makes its rowsum(dO O) the D of MHA-VJP-1.
     """
-    causal, _, mask = _constraints(problem, task, x)
+    causal, visible, mask = _constraints(problem, task, x)
     query, key, value = (one.to(problem.dtype) for one in x[:3])
     output, grad_output = output.to(problem.dtype), grad_output.to(problem.dtype)
     size = max(query.shape[3], value.shape[3] + (grad_lse is not None))
@@ -76,7 +89,7 @@ def gradients(
         output = torch.cat([output, torch.ones_like(lse, dtype=output.dtype)[..., None]], dim=-1)
         grad_output = torch.cat([grad_output, -grad_lse.to(problem.dtype)[..., None]], dim=-1)
     wide = [_widened(one, size) for one in (grad_output, query, key, value, output)]
-    lse = torch.where(lse == -math.inf, 0.0, lse)
+    lse = lse if visible is None else torch.where(lse == -math.inf, 0.0, lse)
     of_query, of_key, of_value = _backward(*wide, lse, 0.0, causal, attn_mask=mask, scale=problem.scale)
     qk_dim, v_dim = query.shape[3], value.shape[3]
     return of_query[..., :qk_dim], of_key[..., :qk_dim], of_value[..., :v_dim], causal or mask is not None
@@ -92,7 +105,7 @@ def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch
     visible = problem.visibility.visible(task, x.bias)
     if visible is None:
         return False, None, None
-    return False, visible, torch.where(visible, 0.0 if x.bias is None else x.bias, -math.inf).to(problem.dtype)
+    return False, visible, torch.where(visible, VISIBLE if x.bias is None else x.bias, HIDDEN).to(problem.dtype)
 
 
 def _any_key(visible: torch.Tensor) -> torch.Tensor:

@@ -186,8 +186,8 @@ for _name, _through in (("attend", _through_attend), ("weigh", _through_weigh)):
     torch.library.register_autograd(f"mha_spec_torch::{_name}", _through, setup_context=_keep, lib=_library)
 
 
-# The exporter to ONNX replaces operators that it does not know by their entries in the table of decompositions. A tracer
-# with open sizes takes the shapes from there, too, which fixes sizes, unless the table of metas has an entry.
+# The exporter to ONNX replaces operators that it does not know by their entries in the table of decompositions. A
+# tracer with open sizes takes the shapes from there, too, which fixes sizes, unless the table of metas has an entry.
 _decomposed = {
     "attend": (_attend_shapes, lambda *spelled: differentiable(*_called(spelled, host=False))),
     "weigh": (_weigh_shape, lambda *spelled: weigh_by_formula(*_called(spelled, host=False))),

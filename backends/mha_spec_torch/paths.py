@@ -4,13 +4,13 @@
 | --- | --- | --- | --- |
 | direct | CPU, see (1) | `scaled_dot_product_attention` | - |
 | fused | CUDA, see (2) | `scaled_dot_product_attention` | its own |
-| flash | CPU, each task of 16 keys or more, see (3) | aten's CPU flash kernel | its backward, see (4) |
+| flash | CPU, see (3) | aten's CPU flash kernel | its backward, see (4) |
 | formula | everything else; a flash task that met a NaN or an infinity | `formula.attend` | `formula.gradients` |
 | differentiable | transforms, see (5); weights, with an output or not | the formula at once | that of its operations |
 
-1. No option but scale, 16 keys or more, v_dim = qk_dim, no gradient, no lse, not compiled.
+1. No option but scale, v_dim = qk_dim, no gradient, no lse, not compiled, and the condition on keys of (3).
 2. No option but a positive scale and those that hide pairs, no lse: see `fused`.
-3. No softcap and no dropout.
+3. No softcap and no dropout; 16 keys or more, or norms that let no score be NaN.
 4. In the softmax's type; the formula where the bias needs a gradient.
 5. Those of torch.func, forward mode, and the backward of a backward.
 
@@ -41,7 +41,6 @@ __all__ = [
     "both",
     "differentiable",
     "forward",
-    "takes_flash",
     "used",
     "weigh",
     "weigh_backward",
@@ -110,16 +109,19 @@ def autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def takes_flash(problem: Problem, task: Task) -> bool:
-    """Whether a task goes to the native kernel."""
-    return problem.host and problem.softcap is None and not problem.drops and task.keys.size >= native.FEWEST_KEYS
+def takes_flash(problem: Problem, x: Operands) -> bool:
+    """Tell whether a task with these operands goes to the native kernel."""
+    if not problem.host or problem.softcap is not None or problem.drops:
+        return False
+    scale = problem.scale if x.bias is None else math.inf  # A bias may be NaN.
+    return native.keeps_nan(x.query, x.key, scale)
 
 
 @without_autocast
 def forward(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
     """The output in the query's dtype, its axes in the order of the kernel's, and lse where it is needed."""
     parts = [part for task in problem.visibility.tasks() for part in _of_task(problem, task, x, needs_lse=needs_lse)]
-    if len(parts) == 1 and parts[0][0].is_whole:
+    if len(parts) == 1 and parts[0][0].has_rows_of(problem.visibility.whole):
         _, output, lse = parts[0]
         return output.to(x.query.dtype), lse
     batch, heads, q_len, _ = x.query.shape
@@ -134,7 +136,8 @@ def forward(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Te
 
 def _of_task(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> list[tuple[Task, torch.Tensor, Any]]:
     """Output and lse of each piece of a task: by the kernel it is one piece."""
-    results = _by_flash(problem, task, x.cut(task), needs_lse=needs_lse) if takes_flash(problem, task) else None
+    of_task = x.cut(task)
+    results = _by_flash(problem, task, of_task, needs_lse=needs_lse) if takes_flash(problem, of_task) else None
     if results is not None:
         return [(task, *results)]
     return [(piece, *formula.attend(problem, piece, x.cut(piece), needs_lse=needs_lse)) for piece in pieces(task)]
@@ -203,8 +206,9 @@ def _gradients(problem: Problem, x: Operands, rows: Rows, *, of_bias: bool) -> t
     """
     sums, row_dot = None, None if x.sinks is None else _row_dot(problem, rows)
     for task in problem.visibility.tasks():
-        flash = takes_flash(problem, task) and not of_bias
-        part = _through_flash(problem, task, x.cut(task), rows.cut(task)) if flash else None
+        of_task = x.cut(task)
+        flash = not of_bias and takes_flash(problem, of_task)
+        part = _through_flash(problem, task, of_task, rows.cut(task)) if flash else None
         if part is not None and x.bias is None and task.is_whole:
             return part, row_dot
         sums = Sums.of(problem, x) if sums is None else sums

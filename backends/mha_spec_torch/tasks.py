@@ -92,6 +92,10 @@ class Task:
         """Number of scores."""
         return self.batch.size * self.kv_heads.size * self.group * self.queries.size * self.keys.size
 
+    def has_rows_of(self, other: Task) -> bool:
+        """Tell whether both tasks have the same rows."""
+        return (self.batch, self.kv_heads, self.queries) == (other.batch, other.kv_heads, other.queries)
+
     def of_rows(self, array: torch.Tensor) -> torch.Tensor:
         """The rows of this task in (batch, heads, q_len, ...)."""
         return array if self.is_whole else array[self.batch.slice, self.heads.slice, self.queries.slice]
