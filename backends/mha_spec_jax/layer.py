@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from mha_spec import layer_steps
-from mha_spec.arguments import spells_options
 from mha_spec.arrays import host_integers, softmax_dtype_name
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
@@ -20,14 +19,9 @@ from .rotary import positions, turns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Unpack
 
-    import numpy
     from jax import Array
-    from jaxtyping import Float, Int
 
-    from mha_spec.arguments import Options, WeightOptions
-    from mha_spec.cache import KVCache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int]
@@ -148,89 +142,11 @@ _LAYER = Layer(
     )
 )
 
+multi_head_attention = _LAYER.multi_head_attention
+multi_head_attention_and_weights = _LAYER.multi_head_attention_and_weights
+multi_head_attention_weights = _LAYER.multi_head_attention_weights
+rotary_embedding = _LAYER.rotary_embedding
+alibi_slopes = _LAYER.alibi_slopes
+alibi_bias = _LAYER.alibi_bias
 empty_cache = _LAYER.empty_cache
 append_cache = _LAYER.append_cache
-
-
-@spells_options
-def multi_head_attention(
-    query: Float[Array, "batch q_len embed"],
-    key: Float[Array, "batch kv_len k_embed"] | None,
-    value: Float[Array, "batch kv_len v_embed"] | None,
-    params: Mapping[str, Array],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[Options],
-) -> Array | tuple[Array, KVCache]:
-    """Compute the layer with this backend's attention; see `mha_spec.reference.multi_head_attention`.
-
-    Lengths of a cache in arrays of JAX are never read, so that a single program serves every step of decoding.
-    """
-    return _LAYER.multi_head_attention(
-        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
-    )
-
-
-@spells_options
-def multi_head_attention_and_weights(
-    query: Float[Array, "batch q_len embed"],
-    key: Float[Array, "batch kv_len k_embed"] | None,
-    value: Float[Array, "batch kv_len v_embed"] | None,
-    params: Mapping[str, Array],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[Options],
-) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
-    """Compute output and weights of every head; see `mha_spec.reference.multi_head_attention_and_weights`."""
-    return _LAYER.multi_head_attention_and_weights(
-        query, key, value, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
-    )
-
-
-@spells_options
-def multi_head_attention_weights(
-    query: Float[Array, "batch q_len embed"],
-    key: Float[Array, "batch kv_len k_embed"] | None,
-    params: Mapping[str, Array],
-    *,
-    rotary: Mapping[str, Any] | None = None,
-    norm_epsilon: float = 1e-6,
-    cache: KVCache | None = None,
-    **options: Unpack[WeightOptions],
-) -> Float[Array, "batch heads q_len kv_len"]:
-    """Compute the weights of every head; see `mha_spec.reference.multi_head_attention_weights`."""
-    return _LAYER.multi_head_attention_weights(
-        query, key, params, rotary=rotary, norm_epsilon=norm_epsilon, cache=cache, **options
-    )
-
-
-def rotary_embedding(
-    x: Float[Array, "batch heads length size"],
-    positions: Array | Sequence[float] | numpy.ndarray,
-    *,
-    base: float = 10000.0,
-    interleaved: bool = False,
-    rotary_dim: int | None = None,
-) -> Float[Array, "batch heads length size"]:
-    """Rotate pairs of components by their position; see `mha_spec.reference.rotary_embedding`."""
-    return _LAYER.rotary_embedding(x, positions, base=base, interleaved=interleaved, rotary_dim=rotary_dim)
-
-
-def alibi_slopes(heads: int, *, dtype: str = "float32") -> Float[Array, "heads"]:
-    """Give the slopes of attention with linear biases; see `mha_spec.reference.alibi_slopes`."""
-    return _LAYER.alibi_slopes(heads, dtype=dtype)
-
-
-def alibi_bias(
-    slopes: Float[Array, "heads"] | int,
-    q_len: int,
-    kv_len: int,
-    *,
-    q_offset: Int[Array, "batch"] | Sequence[int] | int | None = None,
-) -> Float[Array, "batch* heads q_len kv_len"]:
-    """Give the bias that falls linearly with the distance; see `mha_spec.reference.alibi_bias`."""
-    return _LAYER.alibi_bias(slopes, q_len, kv_len, q_offset=q_offset)

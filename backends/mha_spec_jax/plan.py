@@ -14,6 +14,7 @@ import jax
 import numpy
 
 from mha_spec.arrays import host_integers
+from mha_spec.constraints import key_range, segment_keys, trimmed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +109,7 @@ def _height(a: Arguments) -> tuple[int, int | None]:
     if band is not None:
         highest = min(HIGHEST, max(LOWEST, band // 2))
         keys = min(a.kv_len, highest + band)
-    elif _window(a) != (None, None) and host_integers(_offset(a)) is not None:
+    elif a.bounds != (None, None) and host_integers(_offset(a)) is not None:
         highest = min(HIGHEST, max(2 * LOWEST, a.q_len // TRIANGLE))
     scores = SCORES if jax.default_backend() == "cpu" else SCORES * ACCELERATED
     apart = a.batch * a.kv_heads > 1 and a.batch * a.heads * min(a.q_len, highest) * keys > scores
@@ -138,19 +139,13 @@ def _blocks(a: Arguments, rows: int) -> list[_Block]:
     ]
 
 
-def _window(a: Arguments) -> tuple[int | None, int | None]:
-    """Give the bounds of the window; causal is (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
-    left, right = a.bounded_window or (None, None)
-    return left, 0 if a.causal else right
-
-
 def _offset(a: Arguments) -> Array | Sequence[int] | int:
     return 0 if a.q_offset is None else a.q_offset
 
 
 def _band(a: Arguments) -> int | None:
     """Give the number of keys that a row sees, less 1, where a window bounds both sides."""
-    left, right = _window(a)
+    left, right = a.bounds
     return None if left is None or right is None else left + right
 
 
@@ -162,29 +157,11 @@ def _rounded(size: int, a: Arguments) -> int:
 
 def _visible_keys(a: Arguments, queries: range) -> range:
     """Give the range of keys that the queries can see, from what the host knows."""
-    left, right = _window(a)
-    start, stop = 0, a.kv_len
-    offsets = host_integers(_offset(a))
-    if offsets and left is not None:
-        start = max(start, min(offsets) + queries[0] - left)
-    if offsets and right is not None:
-        stop = min(stop, max(offsets) + queries[-1] + right + 1)
-    kv_lengths, q_lengths = (
-        None if lengths is None else host_integers(lengths) for lengths in (a.kv_lengths, a.q_lengths)
+    offsets, q_lengths, kv_lengths = (
+        None if numbers is None else host_integers(numbers) for numbers in (_offset(a), a.q_lengths, a.kv_lengths)
     )
-    if kv_lengths:
-        stop = min(stop, max(kv_lengths))
-    if q_lengths and max(q_lengths) <= queries[0]:
-        stop = 0
-    stop = max(stop, 0)
-    return _visible_by_segments(a, queries, range(min(start, stop), stop))
-
-
-def _visible_by_segments(a: Arguments, queries: range, keys: range) -> range:
+    keys = range(*key_range(a.bounds, queries, a.kv_len, offsets, q_lengths, kv_lengths))
     if not (isinstance(a.q_segment_ids, numpy.ndarray) and isinstance(a.kv_segment_ids, numpy.ndarray)):
         return keys
-    seen = numpy.zeros(len(keys), bool)
-    for q_ids, kv_ids in zip(a.q_segment_ids, a.kv_segment_ids, strict=True):
-        seen |= numpy.isin(kv_ids[keys.start : keys.stop], q_ids[queries.start : queries.stop])
-    indices = numpy.flatnonzero(seen)
-    return keys[int(indices[0]) : int(indices[-1]) + 1] if indices.size else range(0)
+    q_ids, kv_ids = a.q_segment_ids[:, queries.start : queries.stop], a.kv_segment_ids[:, keys.start : keys.stop]
+    return trimmed(keys, segment_keys(q_ids, kv_ids))

@@ -85,9 +85,8 @@ class Constraints(NamedTuple):
 
 
 def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem, Operands, Constraints]:
-    """Split the arguments of a call; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
-    left, right = a.bounded_window or (None, None)
-    right = 0 if a.causal else right
+    """Split the arguments of a call."""
+    left, right = a.bounds
     hiding = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.q_segment_ids, left, right)
     excludes = a.kv_len == 0 or any(argument is not None for argument in hiding)
     plan, stretches = plan_of(a)

@@ -22,7 +22,7 @@ __all__ = ["layouts", "load_weights", "save_weights"]
 
 
 def layouts() -> Mapping[str, Layout]:
-    """Give every layout by its name; its `options` are what multi_head_attention must be given beside the params."""
+    """Return every layout by its name; multi_head_attention needs its `options` and the params."""
     return LAYOUTS
 
 
@@ -46,12 +46,12 @@ def load_weights(
 
     Returns:
         w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim), w_o (heads, v_dim,
-        out) and those of b_q, b_k, b_v, b_o, q_norm, k_norm that there are; each in its own dtype, library and device.
+        out) and the present ones of b_q, b_k, b_v, b_o, q_norm, k_norm; each keeps its dtype, library and device.
 
     Raises:
         ArgumentValueError: A name is missing, unknown or without a place in params (all are listed); a shape does not
             fit (both are named); the layout is unknown.
-        ArgumentTypeError: Something is no array, or of another library than the rest.
+        ArgumentTypeError: A value is not an array, or the arrays are of several libraries.
     """
     table = _table(layout)
     tensors = own_tensors(state, table, prefix)
@@ -82,7 +82,7 @@ def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: s
     Raises:
         ArgumentValueError: The layout has no place for a param, or needs one that is missing (all are listed), or has
             as one axis what differs here; a shape does not fit (both are named).
-        ArgumentTypeError: Something is no array, or of another library than the rest.
+        ArgumentTypeError: A value is not an array, or the arrays are of several libraries.
     """
     table = _table(layout)
     _check_params(params, table)

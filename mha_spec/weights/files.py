@@ -40,7 +40,7 @@ def read_safetensors(path: str | PathLike[str], *, prefix: str = "") -> dict[str
         prefix: Only names that begin with it are read; they stay whole.
 
     Raises:
-        ArgumentValueError: The file is not there, or is no safetensors file, or is damaged.
+        ArgumentValueError: The file is missing, damaged or not a safetensors file.
         MhaSpecError: safetensors or ml-dtypes is not installed.
     """
     safetensors = _safetensors()
@@ -57,12 +57,12 @@ def write_safetensors(
     """Write arrays of any library by their names, bit for bit; names of nested dictionaries are joined by "/".
 
     Args:
-        path: The file; what was there is replaced.
+        path: The file, which is replaced if it exists.
         state: The arrays by name.
         metadata: Text for the file's header; transformers wants {"format": "pt"}.
 
     Raises:
-        ArgumentTypeError: Something is no array.
+        ArgumentTypeError: A value is not an array.
         ArgumentValueError: The file cannot be written, or the format does not name a dtype.
         MhaSpecError: safetensors or ml-dtypes is not installed.
     """

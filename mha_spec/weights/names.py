@@ -1,4 +1,4 @@
-"""Which names a layout expects, which are there, and an error that lists both sides."""
+"""The names that a layout expects, and the errors for missing and unknown ones."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LONGEST_LIST = 16
 
 
 NEAR = 0.75
-"""How like another a name must be to be taken for it misspelt, by difflib."""
+"""The similarity, by difflib, from which on a name counts as a misspelt one."""
 
 
 class Expected:
-    """The names that must be there, and the groups of those that may."""
+    """The required names, and the groups of optional names."""
 
     def __init__(self, names: Iterable[str], optional: Sequence[Collection[str]]) -> None:
         self._names = tuple(names)
@@ -42,7 +42,7 @@ class Expected:
         return [name for name in given if name not in self._names]
 
     def fits(self, given: Collection[str]) -> bool:
-        """Whether no name is missing and none unknown."""
+        """Tell whether no name is missing and none unknown."""
         return not self.missing(given) and not self.unknown(given)
 
     def refuse(self, given: Collection[str], heading: str) -> NoReturn:
@@ -69,7 +69,7 @@ def _listed(names: Sequence[str], optional: Collection[str] = ()) -> str:
 
 
 def flat(state: Mapping[str, Array], separator: str) -> dict[str, Array]:
-    """Give dictionaries of dictionaries as one, with joined names."""
+    """Flatten dictionaries of dictionaries to a single one with joined names."""
     found: dict[str, Array] = {}
     for name, value in state.items():
         if is_mapping(value):
@@ -138,7 +138,7 @@ def _in_order(arrays: Sequence[Array], layout: Layout, prefix: str) -> dict[str,
 
 
 def _hint(everything: Mapping[str, Array], own: Collection[str], layout: Layout) -> str:
-    """Say where else the layer may be, or whose names these are."""
+    """Suggest another prefix or another layout that fits the names."""
     fitting = [name for name, other in LAYOUTS.items() if Expected(other.tensors, other.optional).fits(own)]
     if fitting and own:
         return f" Those there are of layout {' or '.join(map(repr, fitting))}."

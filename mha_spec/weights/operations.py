@@ -26,22 +26,22 @@ class Operations:
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[str, Array]]:
-    """Whether a value is a mapping, which those of states and params have names for keys."""
+    """Tell whether a value is a mapping; those of states and params have names for keys."""
     return isinstance(value, Mapping)
 
 
 def mapping_of(value: object, argument: str) -> Mapping[str, Array]:
-    """Give an argument that must be a mapping."""
+    """Require a mapping, and return it."""
     if not is_mapping(value):
         raise ArgumentTypeError(f"`{argument}` must be a mapping of names to arrays, received {type(value).__name__}.")
     return value
 
 
 def operations_of(arrays: Mapping[str, object], argument: str) -> Operations:
-    """Give the operations of the library of all `arrays`.
+    """Return the operations of the library of all `arrays`.
 
     Raises:
-        ArgumentTypeError: `arrays` is no mapping, or something in it is not an array, or they are of several libraries.
+        ArgumentTypeError: `arrays` is not a mapping of arrays of one library.
     """
     first, library = "", None
     for name, array in mapping_of(arrays, argument).items():
@@ -53,7 +53,7 @@ def operations_of(arrays: Mapping[str, object], argument: str) -> Operations:
                 f"`{argument}` must hold arrays of one library, received {first} of {library} and {name} of "
                 f"{library_of(array)}."
             )
-    if library == "tensorflow":  # which has no namespace of the array API, and is loaded where its tensors are
+    if library == "tensorflow":  # It has no namespace of the array API, and is loaded if one of its tensors exists.
         tensorflow = sys.modules["tensorflow"]
         return Operations(tensorflow.reshape, tensorflow.transpose, tensorflow.concat)
     try:
@@ -67,5 +67,5 @@ def operations_of(arrays: Mapping[str, object], argument: str) -> Operations:
 
 
 def shape_of(array: Array) -> tuple[int, ...]:
-    """Give the shape of an array of any library as integers."""
+    """Return the shape of an array of any library as integers."""
     return tuple(int(size) for size in array.shape)

@@ -24,7 +24,7 @@ _ROTATED = ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm")
 def half_split_pairs(params: Mapping[str, Array], *, rotary_dim: int | None = None) -> dict[str, Array]:
     """Make params for pairs (i, i + rotary_dim/2) from params for pairs (2i, 2i + 1).
 
-    Queries and keys come out in another order, the same for both, so that with `rotary={}` the layer gives what it gave
+    Queries and keys are reordered in the same way, so that with `rotary={}` the layer gives the result that it gave
     with `rotary={"interleaved": True}`. Meta's Llama has interleaved pairs, its Hugging Face form half-split ones.
 
     Args:
@@ -33,7 +33,7 @@ def half_split_pairs(params: Mapping[str, Array], *, rotary_dim: int | None = No
 
     Raises:
         ArgumentValueError: rotary_dim, or qk_dim without it, is odd or out of range; a name is missing or unknown.
-        ArgumentTypeError: Something is no array.
+        ArgumentTypeError: A value is not an array.
     """
     return _reordered(params, rotary_dim, to_halves=True)
 

@@ -1,4 +1,4 @@
-"""How others name and shape the weights of an attention layer: one table for each."""
+"""The names and shapes of the weights in other libraries' attention layers, in a table for each."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ __all__ = ["LAYOUTS", "Layout"]
 
 @dataclass(frozen=True)
 class Layout:
-    """The names and axes of one library's attention layer, beside those of `params`.
+    """The names and axes of a library's attention layer, and the `params` that they hold.
 
     An axis is one of those of `mha_spec.parameters.AXES`, or several of them merged, joined by `*`, the outermost
     first. Where one tensor holds several params, they follow each other along their merged axis.
     """
 
     describes: str
-    """Whose layer it is."""
+    """The layer that the layout describes."""
     tensors: Mapping[str, Mapping[str, str]]
     """For each name, in the library's order, the params that it holds and the axes of each."""
     optional: tuple[tuple[str, ...], ...] = ()
     """Names that may be absent: those of one group all together."""
     same: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Axes that are here another axis by definition: no kv_heads beside heads, no v_dim beside qk_dim."""
+    """Axes that always equal another axis in this layout, such as kv_heads and heads."""
     options: Mapping[str, object] = field(default_factory=dict[str, object])
     """Options that multi_head_attention must be given to mean what this layer always means."""
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Names whose weights have no place in params, and why."""
+    """Names of weights that params cannot hold, with the reason."""
     apart: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Names that stand among the layer's and are left alone, and what they are."""
+    """Names within the layer that are ignored, with their meaning."""
     separator: str = "."
-    """What stands between the parts of a name."""
+    """The separator of the parts of a name."""
     nested: bool = False
-    """Whether the library keeps its state in dictionaries of dictionaries."""
+    """True if the library keeps its state in dictionaries of dictionaries."""
     ordered: bool = False
-    """Whether the library also gives its weights as a list, in the order of `tensors`."""
+    """True if the library also returns its weights as a list, in the order of `tensors`."""
     by_kv_head: tuple[str, ...] = ()
     """Fused tensors that alternate: the queries, the key and the value of kv head 0, then those of kv head 1, ..."""
 
@@ -370,4 +370,4 @@ LAYOUTS = MappingProxyType(
         "megatron": _MEGATRON,
     }
 )
-"""Every layout by its name."""
+"""All layouts by name."""
