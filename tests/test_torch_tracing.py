@@ -128,7 +128,9 @@ def as_list(tree: Any) -> list[Any]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_traced_by_torch_script() -> None:
     given = operands(5, 19)
-    traced = torch.jit.trace(lambda q, k, v: attention(q, k, v, window=(4, 2), q_offset="lower_right"), tuple(given))
+    traced: Any = torch.jit.trace(
+        lambda q, k, v: attention(q, k, v, window=(4, 2), q_offset="lower_right"), tuple(given)
+    )
     assert_equal(traced(*given), attention(*given, window=(4, 2), q_offset="lower_right"))
 
 
