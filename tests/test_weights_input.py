@@ -146,12 +146,12 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "another layout": (
         lambda: load_weights(LLAMA, "torch", heads=6),
         ArgumentValueError,
-        ("Those there are of layout 'llama'", "missing: in_proj_weight", "unknown: q_proj.weight"),
+        ("These names are of layout 'llama'", "missing: in_proj_weight", "unknown: q_proj.weight"),
     ),
     "a bias that Whisper has not": (
         lambda: load_weights(save_weights(params_of(layouts()["bart"]), "bart"), "whisper", heads=6),
         ArgumentValueError,
-        ("Those there are of layout 'bart'", "unknown: k_proj.bias\n"),
+        ("These names are of layout 'bart'", "unknown: k_proj.bias\n"),
     ),
     "groups that do not divide in a fused tensor": (
         lambda: load_weights(zeros(query_key_value__weight=(140, 11), dense__weight=(11, 60)), "falcon", heads=6),

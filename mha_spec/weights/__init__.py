@@ -1,7 +1,7 @@
-"""The weights of others as `params`, and back: names, axes, fused and transposed tensors, rotary pairs, files.
+"""Convert weights of other libraries to `params` and back: names, axes, fused tensors, rotary pairs and files.
 
-Nothing is computed: arrays of any library are renamed, split, joined, reshaped and transposed, so that what is loaded
-and saved again is the same, bit for bit. What the layer of each library looks like is data, one table in `layouts()`.
+Nothing is computed: arrays of any library are renamed, split, joined, reshaped and transposed, so that weights that
+are loaded and saved again are the same to the bit. The layer of each library is described by a table in `layouts()`.
 """
 
 from __future__ import annotations

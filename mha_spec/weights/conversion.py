@@ -22,7 +22,7 @@ __all__ = ["layouts", "load_weights", "save_weights"]
 
 
 def layouts() -> Mapping[str, Layout]:
-    """Return every layout by its name; multi_head_attention needs its `options` and the params."""
+    """Return every layout by its name; pass its `options` to multi_head_attention with the params."""
     return LAYOUTS
 
 
@@ -38,15 +38,17 @@ def load_weights(
 
     Args:
         state: The arrays by name, flat or nested, of one layer or of a whole model; for Keras also `get_weights()`. An
-            array of params shares the memory of the state's where the library reshapes without a copy.
-        layout: One of `layouts()`, or a Layout of one's own.
-        heads: Needed where the layout merges heads and sizes in one axis; else it must agree.
-        kv_heads: Needed where the shapes leave it open; else it must agree.
-        prefix: What the layer's names begin with, such as "layers.0.self_attn"; other names are ignored, none under it.
+            array of params shares memory with its array in `state` where the library reshapes without a copy.
+        layout: The name of one of `layouts()`, or a Layout.
+        heads: Required where the layout merges heads and sizes in one axis; elsewhere it must agree with the shapes.
+        kv_heads: Required where the shapes leave it open; elsewhere it must agree with the shapes.
+        prefix: The beginning of the layer's names, such as "layers.0.self_attn"; names without it are ignored, and
+            every name with it must be known.
 
     Returns:
         w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim), w_o (heads, v_dim,
-        out) and the present ones of b_q, b_k, b_v, b_o, q_norm, k_norm; each keeps its dtype, library and device.
+        out), and those of b_q, b_k, b_v, b_o, q_norm and k_norm that the state has; dtypes, library and device are
+        unchanged.
 
     Raises:
         ArgumentValueError: A name is missing, unknown or without a place in params (all are listed); a shape does not
@@ -68,20 +70,20 @@ def load_weights(
 
 
 def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: str = "") -> dict[str, Array]:
-    """Give `params` by the names and in the axes of another library's attention layer: load_weights back again.
+    """Convert `params` to the names and axes of another library's attention layer, the inverse of load_weights.
 
     Args:
         params: As load_weights gives them.
-        layout: One of `layouts()`, or a Layout of one's own.
-        prefix: What the names shall begin with.
+        layout: The name of one of `layouts()`, or a Layout.
+        prefix: The beginning of every name.
 
     Returns:
         The arrays by name, in the library's own order (`list(state.values())` is what Keras' set_weights takes), nested
         where the library nests.
 
     Raises:
-        ArgumentValueError: The layout has no place for a param, or needs one that is missing (all are listed), or has
-            as one axis what differs here; a shape does not fit (both are named).
+        ArgumentValueError: The layout has no place for a param, or needs a missing one (all are listed), or has one
+            size for axes that differ here; a shape does not fit (both are named).
         ArgumentTypeError: A value is not an array, or the arrays are of several libraries.
     """
     table = _table(layout)
@@ -124,7 +126,7 @@ def _check_params(params: Mapping[str, Array], table: Layout) -> None:
 def _taken_apart(
     tensor: Array, parts: Mapping[str, str], sizes: Sizes, operations: Operations, *, by_kv_head: bool
 ) -> dict[str, Array]:
-    """Cut a tensor into its params: along the merged axis, or within each kv head of that axis."""
+    """Split a tensor into its params: along the merged axis, or within each kv head of that axis."""
     joined, start = merged_axis(list(parts.values())), 0
     blocks = sizes["kv_heads"] if by_kv_head else 1
     shape = shape_of(tensor)

@@ -21,7 +21,7 @@ __all__ = ["read_safetensors", "write_safetensors"]
 
 
 def _safetensors() -> Any:
-    """Give the package safetensors; with ml-dtypes there, it knows bfloat16 by its name."""
+    """Import safetensors; it needs ml-dtypes to find the dtype bfloat16 by name."""
     try:
         for name in ("ml_dtypes", "safetensors.numpy"):
             import_module(name)
@@ -37,7 +37,7 @@ def read_safetensors(path: str | PathLike[str], *, prefix: str = "") -> dict[str
 
     Args:
         path: The file.
-        prefix: Only names that begin with it are read; they stay whole.
+        prefix: Only arrays whose names begin with it are read; the names keep it.
 
     Raises:
         ArgumentValueError: The file is missing, damaged or not a safetensors file.
@@ -75,7 +75,7 @@ def write_safetensors(
 
 
 def _on_host(name: str, array: Array) -> numpy.ndarray:
-    """Give an array of any library as a contiguous one of NumPy; torch does so for all but bfloat16."""
+    """Convert an array of any library to a contiguous NumPy array; torch converts every dtype but bfloat16."""
     library = library_of(array)
     if library is None:
         raise ArgumentTypeError(f"`state` must hold arrays, received {name}={type(array).__name__}.")

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["Expected", "flat", "nested", "own_tensors"]
 
 LONGEST_LIST = 16
-"""An error names at most so many of the names that are there."""
-
+"""The largest number of names that an error lists."""
 
 NEAR = 0.75
-"""The similarity, by difflib, from which on a name counts as a misspelt one."""
+"""The least similarity, by difflib, of a name to the name that it misspells."""
 
 
 class Expected:
@@ -32,28 +31,28 @@ class Expected:
         self._names = tuple(names)
         self._optional = optional
 
-    def missing(self, given: Collection[str]) -> list[str]:
-        """Name what must be there beside `given`, and is not."""
-        absent = {name for group in self._optional if not set(group) & set(given) for name in group}
-        return [name for name in self._names if name not in given and name not in absent]
+    def missing(self, names: Collection[str]) -> list[str]:
+        """Give the names that `names` lacks; if it has a name of an optional group, it needs the whole group."""
+        not_needed = {name for group in self._optional if not set(group) & set(names) for name in group}
+        return [name for name in self._names if name not in names and name not in not_needed]
 
-    def unknown(self, given: Collection[str]) -> list[str]:
-        """Name what is there and is not expected."""
-        return [name for name in given if name not in self._names]
+    def unknown(self, names: Collection[str]) -> list[str]:
+        """Give the names that are not expected."""
+        return [name for name in names if name not in self._names]
 
-    def fits(self, given: Collection[str]) -> bool:
-        """Tell whether no name is missing and none unknown."""
-        return not self.missing(given) and not self.unknown(given)
+    def fits(self, names: Collection[str]) -> bool:
+        """Tell whether no name is missing and none is unknown."""
+        return not self.missing(names) and not self.unknown(names)
 
-    def refuse(self, given: Collection[str], heading: str) -> NoReturn:
-        """Raise for names that do not fit, listing both sides."""
-        missing, unknown = self.missing(given), self.unknown(given)
+    def refuse(self, names: Collection[str], heading: str) -> NoReturn:
+        """Raise an error that lists the missing, the unknown, the expected and the present names."""
+        missing, unknown = self.missing(names), self.unknown(names)
         optional = {name for group in self._optional for name in group}
         lines = [heading, *(f"  missing: {name}{_nearest(name, unknown)}" for name in missing)]
-        # A name that is present was not misspelt, so only an absent one can be what an unknown name was meant to be.
-        absent = [name for name in self._names if name not in given]
+        # An unknown name can be a misspelling only of a name that is absent.
+        absent = [name for name in self._names if name not in names]
         lines += [f"  unknown: {name}{_nearest(name, absent)}" for name in unknown[:LONGEST_LIST]]
-        lines += [f"  expected: {_listed(self._names, optional)}", f"  there: {_listed(sorted(given))}"]
+        lines += [f"  expected: {_listed(self._names, optional)}", f"  there: {_listed(sorted(names))}"]
         raise ArgumentValueError("\n".join(lines))
 
 
@@ -63,61 +62,61 @@ def _nearest(name: str, others: Sequence[str]) -> str:
 
 
 def _listed(names: Sequence[str], optional: Collection[str] = ()) -> str:
-    spelt = [f"[{name}]" if name in optional else name for name in names]
-    more = [f"and {len(spelt) - LONGEST_LIST} more"] if len(spelt) > LONGEST_LIST else []
-    return ", ".join([*spelt[:LONGEST_LIST], *more]) or "nothing"
+    labels = [f"[{name}]" if name in optional else name for name in names]
+    more = [f"and {len(labels) - LONGEST_LIST} more"] if len(labels) > LONGEST_LIST else []
+    return ", ".join([*labels[:LONGEST_LIST], *more]) or "nothing"
 
 
 def flat(state: Mapping[str, Array], separator: str) -> dict[str, Array]:
-    """Flatten dictionaries of dictionaries to a single one with joined names."""
-    found: dict[str, Array] = {}
+    """Flatten nested dictionaries to a single dictionary with joined names."""
+    arrays: dict[str, Array] = {}
     for name, value in state.items():
         if is_mapping(value):
-            found |= {f"{name}{separator}{key}": array for key, array in flat(value, separator).items()}
+            arrays |= {f"{name}{separator}{key}": array for key, array in flat(value, separator).items()}
         else:
-            found[str(name)] = value
-    return found
+            arrays[str(name)] = value
+    return arrays
 
 
 def nested(state: Mapping[str, Array], separator: str) -> dict[str, Array]:
-    """Give joined names as dictionaries of dictionaries."""
-    found: dict[str, Array] = {}
+    """Split joined names, and give nested dictionaries."""
+    root: dict[str, Array] = {}
     for name, array in state.items():
         *folders, last = name.split(separator)
-        place = found
+        parent = root
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = array
-    return found
+            parent = parent.setdefault(folder, {})
+        parent[last] = array
+    return root
 
 
 def own_tensors(state: Mapping[str, Array] | Sequence[Array], layout: Layout, prefix: str) -> dict[str, Array]:
-    """Give the tensors of one layer of `state` by the layout's names.
+    """Give the tensors of the layer of `state` under `prefix`, by the names of the layout.
 
     Raises:
         ArgumentTypeError: The state is neither a mapping nor, where the layout has an order, a list.
-        ArgumentValueError: Names are missing or unknown, or hold what params has no place for.
+        ArgumentValueError: A name is missing, unknown, or that of a weight that params cannot hold.
     """
     if isinstance(state, (list, tuple)) and layout.ordered:
         return _in_order(state, layout, prefix)
     everything = flat(mapping_of(state, "state"), layout.separator)
     head = beginning(prefix, layout)
-    given = {name.removeprefix(head): array for name, array in everything.items() if name.startswith(head)}
-    for name in given:
+    in_layer = {name.removeprefix(head): array for name, array in everything.items() if name.startswith(head)}
+    for name in in_layer:
         if name in layout.refused:
             raise ArgumentValueError(f"`{head}{name}` cannot be loaded: {layout.refused[name]}.")
-    own = {name: array for name, array in given.items() if name not in layout.apart}
+    tensors = {name: array for name, array in in_layer.items() if name not in layout.apart}
     expected = Expected(layout.tensors, layout.optional)
-    if not expected.fits(own):
+    if not expected.fits(tensors):
         where = f"under {head!r}" if head else "and no others without a prefix"
         expected.refuse(
-            own, f"`state` must hold the names of {layout.describes} {where}.{_hint(everything, own, layout)}"
+            tensors, f"`state` must hold the names of {layout.describes} {where}.{_hint(everything, tensors, layout)}"
         )
-    return own
+    return tensors
 
 
 def beginning(prefix: object, layout: Layout) -> str:
-    """Give what every name of the layer begins with: the prefix and one separator, or nothing."""
+    """Give the beginning of every name of the layer: the prefix and a separator, or nothing."""
     if not isinstance(prefix, str):
         raise ArgumentTypeError(f"`prefix` must be a string, received prefix={prefix!r}.")
     return f"{prefix.removesuffix(layout.separator)}{layout.separator}" if prefix else ""
@@ -137,17 +136,17 @@ def _in_order(arrays: Sequence[Array], layout: Layout, prefix: str) -> dict[str,
     )
 
 
-def _hint(everything: Mapping[str, Array], own: Collection[str], layout: Layout) -> str:
+def _hint(everything: Mapping[str, Array], tensors: Collection[str], layout: Layout) -> str:
     """Suggest another prefix or another layout that fits the names."""
-    fitting = [name for name, other in LAYOUTS.items() if Expected(other.tensors, other.optional).fits(own)]
-    if fitting and own:
-        return f" Those there are of layout {' or '.join(map(repr, fitting))}."
-    if set(own) & set(layout.tensors):
+    fitting = [name for name, other in LAYOUTS.items() if Expected(other.tensors, other.optional).fits(tensors)]
+    if fitting and tensors:
+        return f" These names are of layout {' or '.join(map(repr, fitting))}."
+    if set(tensors) & set(layout.tensors):
         return ""
     expected = Expected(layout.tensors, layout.optional)
     first = next(iter(layout.tensors))
     ends = [name.removesuffix(first) for name in everything if name.endswith(layout.separator + first)]
-    found = [
+    prefixes = [
         end for end in ends if not expected.missing([n.removeprefix(end) for n in everything if n.startswith(end)])
     ]
-    return f" Such a layer is under {_listed([repr(end) for end in found])}." if found else ""
+    return f" Such a layer is under {_listed([repr(end) for end in prefixes])}." if prefixes else ""

@@ -1,4 +1,4 @@
-"""The few operations on arrays that moving weights takes, whatever their library."""
+"""The operations on arrays that converting weights needs, for every array library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Operations:
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[str, Array]]:
-    """Tell whether a value is a mapping; those of states and params have names for keys."""
+    """Tell whether a value is a mapping; a type checker may then assume names as keys, which states and params have."""
     return isinstance(value, Mapping)
 
 
@@ -53,7 +53,7 @@ def operations_of(arrays: Mapping[str, object], argument: str) -> Operations:
                 f"`{argument}` must hold arrays of one library, received {first} of {library} and {name} of "
                 f"{library_of(array)}."
             )
-    if library == "tensorflow":  # It has no namespace of the array API, and is loaded if one of its tensors exists.
+    if library == "tensorflow":  # It has no array API namespace; it is loaded, since a tensor exists.
         tensorflow = sys.modules["tensorflow"]
         return Operations(tensorflow.reshape, tensorflow.transpose, tensorflow.concat)
     try:

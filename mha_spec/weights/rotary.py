@@ -1,4 +1,4 @@
-"""The two orders of the pairs that a rotary embedding turns, and the params of one as those of the other."""
+"""The two orders of the pairs that a rotary embedding turns, and the conversion of params between them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def half_split_pairs(params: Mapping[str, Array], *, rotary_dim: int | None = No
     """Make params for pairs (i, i + rotary_dim/2) from params for pairs (2i, 2i + 1).
 
     Queries and keys are reordered in the same way, so that with `rotary={}` the layer gives the result that it gave
-    with `rotary={"interleaved": True}`. Meta's Llama has interleaved pairs, its Hugging Face form half-split ones.
+    with `rotary={"interleaved": True}`. Meta's Llama has interleaved pairs, Hugging Face's half-split pairs.
 
     Args:
         params: As load_weights gives them; w_q, w_k, b_q, b_k, q_norm and k_norm are reordered along qk_dim.
-        rotary_dim: How many components of each head turn; None is all of qk_dim.
+        rotary_dim: The number of components of each head that turn; None is all of qk_dim.
 
     Raises:
         ArgumentValueError: rotary_dim, or qk_dim without it, is odd or out of range; a name is missing or unknown.
@@ -39,7 +39,7 @@ def half_split_pairs(params: Mapping[str, Array], *, rotary_dim: int | None = No
 
 
 def interleaved_pairs(params: Mapping[str, Array], *, rotary_dim: int | None = None) -> dict[str, Array]:
-    """Make params for pairs (2i, 2i + 1) from params for pairs (i, i + rotary_dim/2): `half_split_pairs` undone."""
+    """Make params for pairs (2i, 2i + 1) from params for pairs (i, i + rotary_dim/2); see `half_split_pairs`."""
     return _reordered(params, rotary_dim, to_halves=False)
 
 

@@ -1,4 +1,4 @@
-"""The sizes of a layer's axes, read off the shapes of its tensors one by one."""
+"""The sizes of a layer's axes, read from the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ def axes_of(pattern: str) -> Sum:
 
 
 def merged_axis(patterns: Sequence[str]) -> int:
-    """Give the axis along which the parts of a fused tensor follow each other: the merged one."""
+    """Give the axis along which a fused tensor joins its parts: the first that merges several axes, else axis 0."""
     return next((index for index, axis in enumerate(axes_of(patterns[0])) if len(axis) > 1), 0)
 
 
 def _sums(patterns: Sequence[str]) -> list[Sum]:
-    """Give each axis of a tensor as a sum of products: the parts' products where they are joined, else one product."""
+    """Give each axis of a tensor as a sum of products: a product for each part where they are joined, else one."""
     parts = [axes_of(pattern) for pattern in patterns]
     joined = merged_axis(patterns)
     return [[part[index] for part in (parts if index == joined else parts[:1])] for index in range(len(parts[0]))]
 
 
 class Sizes:
-    """Sizes by axis, with what told each; `same` names the axes that are another one by definition."""
+    """The size of each axis, and the tensor or argument that it is from; `equal` maps axes to axes of equal size."""
 
-    def __init__(self, same: Mapping[str, str], **given: int | None) -> None:
-        self._same = same
+    def __init__(self, equal: Mapping[str, str], **arguments: int | None) -> None:
+        self._equal = equal
         self._sizes: dict[str, int] = {}
         self._sources: dict[str, str] = {}
-        for axis, size in given.items():
+        for axis, size in arguments.items():
             if size is not None:
-                self._give(axis, size)
+                self._set(axis, size)
 
-    def _give(self, axis: str, given: object) -> None:
-        size = check_integer(axis, given, 1, "MHA-PROJ-4")
+    def _set(self, axis: str, argument: object) -> None:
+        size = check_integer(axis, argument, 1, "MHA-PROJ-4")
         name = self._name(axis)
         if self._sizes.setdefault(name, size) != size:
             raise ArgumentValueError(
@@ -63,9 +63,9 @@ class Sizes:
         return prod(self[axis] for axis in axes)
 
     def fit_all(self, tensors: Mapping[str, tuple[Sequence[str], tuple[int, ...]]]) -> None:
-        """Read the sizes off the patterns and the shape of every tensor, those first that leave nothing open.
+        """Read the sizes from the patterns and the shape of every tensor, first of those that leave no size open.
 
-        A fused tensor whose number of kv heads is open waits until another tensor has told the size of a head.
+        A fused tensor whose number of kv heads is open waits until the size of a head is known from another tensor.
         """
         waiting = dict(tensors)
         while waiting:
@@ -80,11 +80,11 @@ class Sizes:
         return {name for name in map(self._name, chain(*terms)) if name not in self._sizes}
 
     def fit(self, name: str, patterns: Sequence[str], shape: tuple[int, ...]) -> None:
-        """Read the sizes of the axes of a tensor off its shape.
+        """Read the sizes of the axes of a tensor from its shape.
 
         Raises:
-            ArgumentValueError: The shape is not one of these axes, or contradicts what others told, or leaves open what
-                the number of heads is.
+            ArgumentValueError: The shape does not have these axes, contradicts another size, or leaves the number of
+                heads open.
         """
         sums = _sums(patterns)
         fits = len(shape) == len(sums) and all(
@@ -102,7 +102,7 @@ class Sizes:
             )
 
     def _solve(self, name: str, terms: Sum, size: int) -> bool:
-        """Find the one size that is not known, in which the sum is linear; False where none is right."""
+        """Solve the sum, which is linear, for the only unknown size; return False if there is no solution."""
         named = [[self._name(axis) for axis in term] for term in terms]
         unknown = self._unknown(terms)
         if len(unknown) > 1:
@@ -123,7 +123,7 @@ class Sizes:
 
     def _message(self, name: str, sums: Sequence[Sum], shape: tuple[int, ...]) -> str:
         named = [[[self._name(axis) for axis in term] for term in terms] for terms in sums]
-        spelt = ", ".join("+".join("*".join(term) for term in terms) for terms in named)
+        symbolic = ", ".join("+".join("*".join(term) for term in terms) for terms in named)
         filled = ", ".join(self._filled(terms) for terms in named)
         axes = dict.fromkeys(chain(*chain(*named)))
         known = [
@@ -131,11 +131,11 @@ class Sizes:
             for axis in axes
             if self._sources.get(axis, name) != name
         ]
-        same = dict.fromkeys(axis for axis in chain(*chain(*sums)) if axis in self._same)
-        known += [f"{axis}={self._same[axis]} in this layout" for axis in same]
+        equal = dict.fromkeys(axis for axis in chain(*chain(*sums)) if axis in self._equal)
+        known += [f"{axis}={self._equal[axis]} in this layout" for axis in equal]
         return (
-            f"`{name}` must have shape=({spelt}){f'=({filled})' if filled != spelt else ''}, received shape={shape}"
-            f"{', with ' if known else ''}{', '.join(known)}."
+            f"`{name}` must have shape=({symbolic}){f'=({filled})' if filled != symbolic else ''}, "
+            f"received shape={shape}{', with ' if known else ''}{', '.join(known)}."
         )
 
     def _filled(self, terms: Sum) -> str:
@@ -144,4 +144,4 @@ class Sizes:
         return "+".join("*".join(str(self._sizes.get(axis, axis)) for axis in term) for term in terms)
 
     def _name(self, axis: str) -> str:
-        return self._same.get(axis, axis)
+        return self._equal.get(axis, axis)

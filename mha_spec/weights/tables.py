@@ -18,7 +18,7 @@ __all__ = ["LAYOUTS", "Layout"]
 class Layout:
     """The names and axes of a library's attention layer, and the `params` that they hold.
 
-    An axis is one of those of `mha_spec.parameters.AXES`, or several of them merged, joined by `*`, the outermost
+    An axis is a name in `mha_spec.parameters.AXES`, or several names joined by `*`, which are merged, the outermost
     first. Where one tensor holds several params, they follow each other along their merged axis.
     """
 
@@ -27,11 +27,11 @@ class Layout:
     tensors: Mapping[str, Mapping[str, str]]
     """For each name, in the library's order, the params that it holds and the axes of each."""
     optional: tuple[tuple[str, ...], ...] = ()
-    """Names that may be absent: those of one group all together."""
+    """Groups of names; a group may be absent as a whole."""
     same: Mapping[str, str] = field(default_factory=dict[str, str])
     """Axes that always equal another axis in this layout, such as kv_heads and heads."""
     options: Mapping[str, object] = field(default_factory=dict[str, object])
-    """Options that multi_head_attention must be given to mean what this layer always means."""
+    """Options with which multi_head_attention computes this layer."""
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     """Names of weights that params cannot hold, with the reason."""
     apart: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -85,7 +85,7 @@ def _unmerged(param: str) -> dict[str, str]:
 
 
 _TORCH_REFUSED = {
-    name: f"add_bias_kv appends a learned {tensor} to the sequence, which is no parameter of a projection: append it "
+    name: f"add_bias_kv appends a learned {tensor} to the sequence, and params has only projections: append it "
     f"to the projected {tensor} yourself"
     for name, tensor in {"bias_k": "key", "bias_v": "value"}.items()
 }
