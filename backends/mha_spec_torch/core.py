@@ -1,4 +1,4 @@
-"""The functions of attention for PyTorch: which of the paths a call takes, and what autograd and tracers see of it."""
+"""Attention for PyTorch: choose the path of each call, and show autograd and tracers a function they can handle."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def attention(
     return_lse: bool = False,
     **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention by native kernels where they have this meaning; see `mha_spec.reference.attention`.
+    """Compute attention, by native kernels where they have the same meaning; see `mha_spec.reference.attention`.
 
-    `dropout_key` is a torch.Generator; None is torch's own. Under autocast the three tensors take its type first.
+    `dropout_key` is a torch.Generator; None selects torch's default. Under autocast the three tensors are cast first.
     """
     return _attention(query, key, value, return_lse, options)
 
@@ -72,6 +72,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:
     a = _arguments("attention", query, key, value, options)
+    return_lse = check_flag("return_lse", return_lse)
     if not return_lse and not transformed():
         if options.keys() <= {"scale"} and _direct(a.query, a.key, a.value, a.scale):
             return _native(a.query, a.key, a.value, a.scale)
@@ -82,16 +83,16 @@ def _attention(
 
 
 def attention_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention without options, of tensors that are known to fit: a layer has made them."""
+    """Compute attention without options; the shapes are not checked, because the layer made the tensors."""
     if not transformed() and _direct(query, key, value, None):
         return _native(query, key, value, None)
     return attention(query, key, value)
 
 
 def _direct(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
-    """Whether a call without options but scale is exactly torch's own on the CPU: see `paths`.
+    """Tell whether torch's own function gives exactly this meaning on the CPU, without options except scale.
 
-    Its backward sums 16-bit gradients in 16 bit, its lse is hidden, and a few keys scrub NaN.
+    Its backward sums 16-bit gradients in 16 bit, it returns no lse, and with few keys it drops NaN. See `paths`.
     """
     if not query.is_cpu or traced(query) or _needs_gradient(query, key, value):
         return False
@@ -114,7 +115,7 @@ def _fused(a: Arguments) -> Tensor:
 
 
 def _needs_gradient(*operands: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands)
+    return torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
 
 
 def _attend(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:
@@ -135,7 +136,7 @@ def attention_weights(
     key: Float[Tensor, "batch kv_heads kv_len qk_dim"],
     **options: Unpack[WeightOptions],
 ) -> Float[Tensor, "batch heads q_len kv_len"]:
-    """The normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
+    """Compute the normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
     return _weights(query, key, options)
 
 
@@ -150,15 +151,15 @@ def _weights(query: Tensor, key: Tensor, options: WeightOptions) -> Tensor:
 def attention_and_weights(
     query: Tensor, key: Tensor, value: Tensor, **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]:
-    """The output and the weights, one from the other, for the layer that is asked for both."""
+    """Compute the output from the weights and return both, for the layer that needs both."""
     a = drawn(_arguments("attention", query, key, value, options))
     if traced(query) and not transformed():
         return operators.attend(a)[0], operators.weigh(a)
-    return paths.both(_of_formula(a), Operands(a.query, a.key, a.value, a.bias, a.sinks))
+    return paths.output_and_weights(_of_formula(a), Operands(a.query, a.key, a.value, a.bias, a.sinks))
 
 
 def _of_formula(a: Arguments) -> Problem:
-    """A call for the formula alone; where autograd goes through, what is not finite must stay out of its products."""
+    """Prepare a call for the formula alone; under autograd, non-finite values must stay out of its products."""
     problem = Problem.of(a, host=readable(a.query) and not traced(a.query) and not transformed())
     if _needs_gradient(a.query, a.key, a.value, a.bias, a.sinks) and not problem.finite(a.query, a.key):
         return Problem.of(a, host=False)
@@ -175,7 +176,7 @@ def attention_vjp(
     grad_lse: Float[Tensor, "batch heads q_len"] | None = None,
     **options: Unpack[Options],
 ) -> Gradients:
-    """The gradients that autograd gives of `attention`; see `mha_spec.reference.attention_vjp`."""
+    """Compute the gradients of `attention`, those of autograd; see `mha_spec.reference.attention_vjp`."""
     return _vjp(grad_output, query, key, value, grad_lse, options)
 
 
@@ -188,15 +189,15 @@ def _vjp(
     check_dropout_mask(a)
     x = Operands(a.query, a.key, a.value, a.bias, a.sinks)
     if transformed() or _needs_gradient(*x, grad_output, grad_lse):
-        return _spelled(gradients(a, x, grad_output, grad_lse))
+        return _as_tuple(gradients(a, x, grad_output, grad_lse))
     if traced(query):
-        return _spelled(operators.gradients(a, grad_output, grad_lse))
+        return _as_tuple(operators.gradients(a, grad_output, grad_lse))
     problem = Problem.of(a, host=readable(query))
     output, lse = paths.forward(problem, x, needs_lse=True)
-    return _spelled(paths.backward(problem, x, output, lse, grad_output, grad_lse, of_bias=a.bias is not None))
+    return _as_tuple(paths.backward(problem, x, output, lse, grad_output, grad_lse, needs_bias=a.bias is not None))
 
 
-def _spelled(x: Operands) -> Gradients:
+def _as_tuple(x: Operands) -> Gradients:
     return x.query, x.key, x.value, x.bias, x.sinks
 
 
@@ -208,7 +209,7 @@ def merge_attention(
     lse_b: Float[Tensor, "batch heads q_len"],
     **options: Unpack[NoOptions],
 ) -> tuple[Float[Tensor, "batch heads q_len v_dim"], Float[Tensor, "batch heads q_len"]]:
-    """Two halves of one softmax; see `mha_spec.reference.merge_attention`."""
+    """Merge two halves of a softmax; see `mha_spec.reference.merge_attention`."""
     return _merged((output_a, lse_a, output_b, lse_b), options)
 
 
@@ -230,7 +231,7 @@ def merge_attention_vjp(
     grad_lse: Float[Tensor, "batch heads q_len"] | None = None,
     **options: Unpack[NoOptions],
 ) -> MergeGradients:
-    """The gradients that autograd gives of `merge_attention`; see `mha_spec.reference.merge_attention_vjp`."""
+    """Compute the gradients of `merge_attention`, those of autograd; see `mha_spec.reference.merge_attention_vjp`."""
     return _merge_vjp(grad_output, grad_lse, (output_a, lse_a, output_b, lse_b), options)
 
 
@@ -248,7 +249,7 @@ def _check_halves(halves: Halves) -> None:
 
 
 def _arguments(function: str, query: Tensor, key: Tensor, value: Tensor | None, options: WeightOptions) -> Arguments:
-    """The arguments of a call, checked, with a named offset as the integers that it stands for."""
+    """Check the arguments of a call, and replace a named offset by its integers."""
     refuse_unknown(options, function)
     check_library("torch", query)
     a = Arguments(query, key, value, function=function, **options)
@@ -260,19 +261,19 @@ def _arguments(function: str, query: Tensor, key: Tensor, value: Tensor | None, 
 
 
 def _with_tensors(a: Arguments) -> Arguments:
-    """Arguments in which a sequence that holds a symbol is a tensor, which is not read."""
-    lists = {name: getattr(a, name) for name in ("q_offset", "q_lengths", "kv_lengths")}
-    found = {name: entries(one, a.query.device) for name, one in lists.items() if is_open(one)}
-    return replace(a, **found) if found else a
+    """Replace each sequence that holds a symbol by a tensor, because tensors are never read here."""
+    options = {name: getattr(a, name) for name in ("q_offset", "q_lengths", "kv_lengths")}
+    tensors = {name: entries(value, a.query.device) for name, value in options.items() if is_open(value)}
+    return replace(a, **tensors) if tensors else a
 
 
 def _autocast(a: Arguments) -> Arguments:
-    """Give query, key and value the type of autocast, which leaves float64 as it is."""
+    """Cast query, key and value to the type of autocast, which leaves float64 unchanged."""
     dtype = torch.get_autocast_dtype(a.query.device.type)
     tensors = {name: getattr(a, name) for name in ("query", "key", "value")}
     cast: dict[str, Any] = {
-        name: one.to(dtype)
-        for name, one in tensors.items()
-        if one is not None and one.is_floating_point() and one.dtype != torch.float64
+        name: tensor.to(dtype)
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
     }
     return replace(a, **cast)
