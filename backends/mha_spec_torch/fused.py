@@ -1,8 +1,8 @@
-"""Attention on CUDA by torch's own choice among its kernels, where that has exactly the asked meaning.
+"""Attention on CUDA by the kernel that torch chooses, for calls to which its kernels give exactly the same meaning.
 
-Nothing is read, so that nothing waits for the device. What the kernels do with a row that sees nothing differs, and a
-NaN in storage that nobody sees comes through: rows and keys without a pair are replaced by 0, an empty row may see all,
-and its output is replaced by 0 (MHA-EMPTY-1, MHA-EMPTY-3, MHA-POISON-1).
+No tensor is read, so that nothing waits for the device. The kernels differ on a row that sees no key, and let a NaN in
+unused storage through. Therefore rows and keys without a visible pair are set to 0, an empty row is shown all keys, and
+its output is then set to 0 (MHA-EMPTY-1, MHA-EMPTY-3, MHA-POISON-1).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .function import gradients
-from .paths import used, without_autocast
+from .paths import without_autocast, without_unused
 from .tasks import Operands
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ __all__ = ["Fused", "attend", "operands_of", "takes"]
 
 
 def takes(a: Arguments) -> bool:
-    """Whether a call goes to these kernels: one that hides pairs, or has no option, and a positive scale.
+    """Tell whether these kernels take a call: its only options hide pairs or are a positive scale.
 
-    Some of them round a bias to the query's dtype, or scale after the maximum.
+    Some kernels round a bias to the query's dtype, or scale after the maximum.
     """
     if not on_cuda(a.query) or 0 in a.query.shape or 0 in a.key.shape:
         return False
@@ -36,31 +36,31 @@ def takes(a: Arguments) -> bool:
 
 
 def operands_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Operands:
-    """The operands of these kernels, without bias and sinks."""
+    """Return operands without bias and sinks."""
     return Operands(query, key, value, None, None)
 
 
 def on_cuda(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies where these kernels are."""
+    """Tell whether a tensor is on a device that has these kernels."""
     return tensor.is_cuda
 
 
 @without_autocast
 def attend(problem: Problem, x: Operands) -> torch.Tensor:
-    """The output by differentiable operations, the kernel's backward among them."""
+    """Compute the output by differentiable operations, one of which is the kernel."""
     visibility = problem.visibility
     whole = visibility.whole
     causal = len(whole.queries) == len(whole.keys) and visibility.diagonal(whole)
     visible = None if causal else visibility.visible(whole)
     if visible is None:
         return _native(x, None, scale=problem.scale, causal=causal)
-    x, rows = used(x, visible)
+    x, rows = without_unused(x, visible)
     output = _native(x, visible | ~visible.any(-1, keepdim=True), scale=problem.scale, causal=False)
     return torch.where(rows, output, 0.0)
 
 
 def _native(x: Operands, mask: torch.Tensor | None, *, scale: float, causal: bool) -> torch.Tensor:
-    """torch's own; of its kernels only one knows groups of heads, and that without a mask and in 16 bit."""
+    """Call torch's function; only one of its kernels has groups of heads, and only without a mask and in 16 bit."""
     query, key, value = x[:3]
     group = query.shape[1] // key.shape[1]
     if not causal and (mask is None or mask.shape[1] == mask.shape[2] == 1):
@@ -69,18 +69,19 @@ def _native(x: Operands, mask: torch.Tensor | None, *, scale: float, causal: boo
         return output.reshape(*query.shape[:3], value.shape[3])
     grouped = group > 1 and causal and query.dtype in {torch.float16, torch.bfloat16}
     if group > 1 and not grouped:
-        key, value = (one.repeat_interleave(group, 1) for one in (key, value))
+        key, value = (operand.repeat_interleave(group, 1) for operand in (key, value))
     return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 class Fused(torch.autograd.Function):
-    """The output of a prepared call, with the kernel's own backward and what lies beyond it."""
+    """The output of a prepared call, with the kernel's backward and derivatives of higher order."""
 
     @staticmethod
     def forward(ctx: Any, a: Arguments, problem: Problem, *operands: torch.Tensor) -> torch.Tensor:
-        """Keep the kernel's own graph."""
+        """Keep the graph that autograd records of the kernel."""
         leaves = [
-            one.detach().requires_grad_(needed) for one, needed in zip(operands, ctx.needs_input_grad[2:], strict=True)
+            operand.detach().requires_grad_(needed)
+            for operand, needed in zip(operands, ctx.needs_input_grad[2:], strict=True)
         ]
         with torch.enable_grad():
             output = attend(problem, operands_of(*leaves))
@@ -90,11 +91,11 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        """Walk that graph; where the gradient's own gradient may be asked, that of differentiable operations."""
+        """Differentiate that graph; if the gradient must be differentiable too, use differentiable operations."""
         if torch.is_grad_enabled():
-            found = gradients(ctx.a, operands_of(*ctx.saved_tensors), grad_outputs[0], None)[:3]
-            needed = ctx.needs_input_grad[2:]
-            return None, None, *(one if wanted else None for one, wanted in zip(found, needed, strict=True))
-        asked = [one for one in ctx.leaves if one.requires_grad]
-        given = iter(torch.autograd.grad(ctx.output, asked, grad_outputs[0], retain_graph=True))
-        return None, None, *(next(given) if one.requires_grad else None for one in ctx.leaves)
+            results = gradients(ctx.a, operands_of(*ctx.saved_tensors), grad_outputs[0], None)[:3]
+            needed = zip(results, ctx.needs_input_grad[2:], strict=True)
+            return None, None, *(gradient if is_needed else None for gradient, is_needed in needed)
+        leaves = [leaf for leaf in ctx.leaves if leaf.requires_grad]
+        results = iter(torch.autograd.grad(ctx.output, leaves, grad_outputs[0], retain_graph=True))
+        return None, None, *(next(results) if leaf.requires_grad else None for leaf in ctx.leaves)

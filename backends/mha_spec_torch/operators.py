@@ -1,7 +1,7 @@
-"""The passes as operators, so that a graph holds each as one node, in which no branch looks at a size or a number.
+"""The passes as operators: a graph holds each as a single node, so that no branch on a size or number is traced.
 
-Whatever may change between two calls of one graph is an argument: tensors, the bounds of a window, and numbers as
-scalars, since a `float` would fix the value that a tracer left open. Lengths, offsets and ids are tensors.
+Whatever may change between two calls of a graph is an argument: tensors, the bounds of a window, and numbers. Numbers
+are scalars, because a `float` would fix a value that a tracer left open. Lengths, offsets and ids are tensors.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ SCHEMA = ", ".join(
     ]
 )
 OPERANDS = 5
-"""How many arguments have gradients; the options follow."""
+"""The number of arguments that have gradients; the options follow."""
 NAMES = tuple(argument.split()[1] for argument in SCHEMA.split(", "))
 
 _library = torch.library.Library("mha_spec_torch", "DEF")
 
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
-    """Output and lse of a call, as one operator."""
+    """Output and lse of a call, as a single operator."""
     return torch.ops.mha_spec_torch.attend(*_spelled(a))
 
 
 def weigh(a: Arguments) -> Tensor:
-    """The weights of a call, as one operator."""
+    """The weights of a call, as a single operator."""
     return torch.ops.mha_spec_torch.weigh(*_spelled(a))
 
 
@@ -74,7 +74,7 @@ def _spelled(a: Arguments) -> list[Any]:
 def _tensor(value: Tensor | Sequence[int] | int | None, a: Arguments) -> Tensor | None:
     if value is None:
         return None
-    if isinstance(value, Tensor):  # of no axis where torch.jit.trace makes tensors of sizes
+    if isinstance(value, Tensor):  # torch.jit.trace turns sizes into tensors without axes
         return value if value.ndim else value.expand(a.batch)
     if isinstance(value, (int, torch.SymInt)):
         return torch.full((a.batch,), value, dtype=torch.int64, device=a.query.device)
@@ -82,7 +82,7 @@ def _tensor(value: Tensor | Sequence[int] | int | None, a: Arguments) -> Tensor 
 
 
 def _called(spelled: Sequence[Any], *, host: bool = True) -> tuple[Problem, Operands]:
-    """The problem of an operator's arguments, and a look at the numbers that were open when it was traced."""
+    """Prepare an operator's arguments, and check the numbers that were open when it was traced."""
     options = dict(zip(NAMES, spelled, strict=True))
     left, right, rows, keys = (options.pop(name) for name in ("left", "right", "row_draws", "key_draws"))
     window = None if left is None and right is None else (left, right)
@@ -100,15 +100,15 @@ def _attend(*spelled: Any) -> tuple[Tensor, Tensor]:
 
 def _attend_shapes(*spelled: Any) -> tuple[Tensor, Tensor]:
     query, value = spelled[0], spelled[2]
-    of_softmax = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(query.shape[:3], dtype=of_softmax)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(query.shape[:3], dtype=dtype)
 
 
 def _gradients(
     grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor, of_bias: bool, *spelled: Any
 ) -> tuple[Tensor, ...]:
     problem, x = _called(spelled)
-    return _filled(x, backward(problem, x, output, lse, grad_output, grad_lse, of_bias=of_bias))
+    return _filled(x, backward(problem, x, output, lse, grad_output, grad_lse, needs_bias=of_bias))
 
 
 def _weigh(*spelled: Any) -> Tensor:
@@ -126,7 +126,7 @@ def _weigh_gradients(grad_weights: Tensor, *spelled: Any) -> tuple[Tensor, ...]:
 
 
 def _filled(x: Operands, results: Operands) -> tuple[Tensor, ...]:
-    """The gradients, an empty tensor for an operand that is not given: an operator has none that is None."""
+    """Replace a gradient of None by an empty tensor, because an operator cannot return None."""
     return tuple(x.query.new_empty(0) if result is None else result.contiguous() for result in results)
 
 
@@ -147,7 +147,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor] | Ten
 
 
 def _kept(ctx: Any, results: int) -> tuple[Sequence[Tensor], list[Any]]:
-    """What the forward gave, and its arguments."""
+    """Return the results of the forward, and its arguments."""
     tensors = iter(ctx.saved_tensors[results:])
     arguments = zip(ctx.spelled, ctx.tensors, strict=True)
     return ctx.saved_tensors[:results], [next(tensors) if is_tensor else other for other, is_tensor in arguments]
@@ -165,8 +165,8 @@ def _through_weigh(ctx: Any, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _needed(ctx: Any, results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients that are asked for, and None for every option."""
-    operands = (result if ctx.needs_input_grad[place] else None for place, result in enumerate(results))
+    """Keep the gradients that autograd needs; every option has None."""
+    operands = (result if ctx.needs_input_grad[index] else None for index, result in enumerate(results))
     return *operands, *[None] * (len(NAMES) - OPERANDS)
 
 

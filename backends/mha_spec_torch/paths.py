@@ -1,12 +1,12 @@
-"""Which path a call takes, and the two passes that walk it task by task.
+"""The paths that a call can take, and the two passes that work it task by task.
 
 | path | taken where | forward | backward |
 | --- | --- | --- | --- |
 | direct | CPU, see (1) | `scaled_dot_product_attention` | - |
-| fused | CUDA, see (2) | `scaled_dot_product_attention` | its own |
+| fused | CUDA, see (2) | `scaled_dot_product_attention` | the kernel's |
 | flash | CPU, see (3) | aten's CPU flash kernel | its backward, see (4) |
-| formula | everything else; a flash task that met a NaN or an infinity | `formula.attend` | `formula.gradients` |
-| differentiable | transforms, see (5); weights, with an output or not | the formula at once | that of its operations |
+| formula | all others; flash tasks with a NaN or an infinity | `formula.attend` | `formula.gradients` |
+| differentiable | transforms, see (5); attention weights | the formula, not cut into tasks | its operations' |
 
 1. No option but scale, v_dim = qk_dim, no gradient, no lse, not compiled, and the condition on keys of (3).
 2. No option but a positive scale and those that hide pairs, no lse: see `fused`.
@@ -14,8 +14,8 @@
 4. In the softmax's type; the formula where the bias needs a gradient.
 5. Those of torch.func, forward mode, and the backward of a backward.
 
-Tasks are what `Visibility.tasks` cuts: queries that share a range of keys. A graph holds flash and formula as one
-operator, and the weights as another; each reads what is there when it runs. See `operators`.
+`Visibility.tasks` cuts a call into tasks: queries that share a range of keys. In a graph, flash and formula are a
+single operator, and the weights are another; an operator chooses its path when it runs. See `operators`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
 __all__ = [
     "autocasts",
     "backward",
-    "both",
     "differentiable",
     "forward",
-    "used",
+    "output_and_weights",
     "weigh",
     "weigh_backward",
     "without_autocast",
+    "without_unused",
 ]
 
 _Result = TypeVar("_Result")
 
 
 class Rows(NamedTuple):
-    """What the backward reads of each row: the results and their cotangents."""
+    """The results and their cotangents, which the backward reads row by row."""
 
     output: torch.Tensor
     lse: torch.Tensor
@@ -78,7 +78,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, x: Operands) -> Sums:
-        """The sum over no task."""
+        """Return zeros, to which the tasks are added."""
         return cls(*x.each(lambda operand: torch.zeros_like(operand, dtype=problem.dtype))[:4])
 
     def add(self, task: Task, part: Sums | formula.Gradients) -> None:
@@ -92,7 +92,7 @@ class Sums(NamedTuple):
 
 
 def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Run a pass in the types that it chose itself."""
+    """Switch autocast off for a pass, which chooses its own types."""
 
     @wraps(function)
     def inner(problem: Problem, x: Operands, *arguments: object, **options: object) -> _Result:
@@ -105,7 +105,7 @@ def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device, some of which do not know it."""
+    """Tell whether autocast is on for a type of device; some types do not support it."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
@@ -119,7 +119,7 @@ def takes_flash(problem: Problem, x: Operands) -> bool:
 
 @without_autocast
 def forward(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
-    """The output in the query's dtype, its axes in the order of the kernel's, and lse where it is needed."""
+    """Return the output in the query's dtype, with the kernel's memory layout, and lse if it is needed."""
     parts = [part for task in problem.visibility.tasks() for part in _of_task(problem, task, x, needs_lse=needs_lse)]
     if len(parts) == 1 and parts[0][0].has_rows_of(problem.visibility.whole):
         _, output, lse = parts[0]
@@ -135,7 +135,7 @@ def forward(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Te
 
 
 def _of_task(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> list[tuple[Task, torch.Tensor, Any]]:
-    """Output and lse of each piece of a task: by the kernel it is one piece."""
+    """Return output and lse of each piece of a task; the kernel takes the task whole."""
     of_task = x.cut(task)
     results = _by_flash(problem, task, of_task, needs_lse=needs_lse) if takes_flash(problem, of_task) else None
     if results is not None:
@@ -146,13 +146,13 @@ def _of_task(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> l
 def _by_flash(
     problem: Problem, task: Task, x: Operands, *, needs_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Output and lse by the kernel; None where something that is not finite may have come through a hidden pair."""
+    """Return output and lse by the kernel, or None if a non-finite value may have passed a hidden pair."""
     output, lse, hides = native.attend(problem, task, x, needs_lse=needs_lse or x.sinks is not None)
     return None if hides and not problem.finite(output) else (output, lse)
 
 
 def _empty_lse(problem: Problem, x: Operands) -> torch.Tensor:
-    """The lse of rows that see nothing: -inf, or the sink (MHA-EMPTY-2)."""
+    """Return the lse of rows that see no key: -inf, or the sink (MHA-EMPTY-2)."""
     rows = x.query.shape[:3]
     if x.sinks is None:
         return x.query.new_full(rows, -math.inf, dtype=problem.dtype)
@@ -168,17 +168,17 @@ def backward(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None,
     *,
-    of_bias: bool,
+    needs_bias: bool,
 ) -> Operands:
-    """The gradients, each of its operand's dtype and shape (MHA-DTYPE-2)."""
+    """Return the gradients, each in the dtype and shape of its operand (MHA-DTYPE-2)."""
     rows = Rows(output, lse, grad_output, grad_lse)
-    sums, row_dot = _gradients(problem, x, rows, of_bias=of_bias)
+    sums, row_dot = _gradients(problem, x, rows, needs_bias=needs_bias)
     return _rounded(x, sums, None if row_dot is None or x.sinks is None else _of_sinks(x.sinks, lse, row_dot))
 
 
 @without_autocast
 def weigh_backward(problem: Problem, x: Operands, grad_weights: torch.Tensor) -> Operands:
-    """The gradients of the weights alone, of which the one of the value is 0."""
+    """Return the gradients of `weigh`; the gradient of the value is 0."""
     sums, lse = Sums.of(problem, x), _empty_lse(problem, x)
     row_dot = torch.zeros_like(lse)
     for task in problem.visibility.tasks():
@@ -194,20 +194,20 @@ def weigh_backward(problem: Problem, x: Operands, grad_weights: torch.Tensor) ->
 
 
 def _rounded(x: Operands, sums: Sums, of_sinks: torch.Tensor | None) -> Operands:
-    """Each gradient in its operand's dtype (MHA-DTYPE-2)."""
+    """Convert each gradient to the dtype of its operand (MHA-DTYPE-2)."""
     gradients = iter([gradient for gradient in (*sums, of_sinks) if gradient is not None])
     return x.each(lambda operand: next(gradients).to(operand.dtype))
 
 
-def _gradients(problem: Problem, x: Operands, rows: Rows, *, of_bias: bool) -> tuple[Sums, torch.Tensor | None]:
-    """The gradients of query, key, value and bias, 0 for a bias whose gradient is not asked, and D where sinks need it.
+def _gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -> tuple[Sums, torch.Tensor | None]:
+    """Return the gradients of query, key, value and bias (0 for a bias that needs none), and D if sinks need it.
 
-    The formula has D from the weights in the softmax's type, nearer than from an output of 16 bit.
+    The formula computes D from the weights in the softmax's type, which is more accurate than a 16-bit output.
     """
     sums, row_dot = None, None if x.sinks is None else _row_dot(problem, rows)
     for task in problem.visibility.tasks():
         of_task = x.cut(task)
-        flash = not of_bias and takes_flash(problem, of_task)
+        flash = not needs_bias and takes_flash(problem, of_task)
         part = _through_flash(problem, task, of_task, rows.cut(task)) if flash else None
         if part is not None and x.bias is None and task.is_whole:
             return part, row_dot
@@ -225,13 +225,13 @@ def _gradients(problem: Problem, x: Operands, rows: Rows, *, of_bias: bool) -> t
 
 
 def _through_flash(problem: Problem, task: Task, x: Operands, rows: Rows) -> Sums | None:
-    """dQ, dK and dV by the kernel; None where something that is not finite may have come through a hidden pair."""
+    """Return dQ, dK and dV by the kernel, or None if a non-finite value may have passed a hidden pair."""
     query, key, value, hides = native.gradients(problem, task, x, *rows)
     return None if hides and not problem.finite(query, key, value) else Sums(query, key, value, None)
 
 
 def _row_dot(problem: Problem, rows: Rows) -> torch.Tensor:
-    """rowsum(dO O) - grad_lse; a row of zeros gives 0 whatever dO holds, since it may see nothing (MHA-EMPTY-3)."""
+    """rowsum(dO O) - grad_lse; a row of zeros, which may see no key, gives 0 whatever dO holds (MHA-EMPTY-3)."""
     output = rows.output.to(problem.dtype)
     dot = torch.where(output == 0, 0.0, output * rows.grad_output.to(problem.dtype)).sum(-1)
     return dot if rows.grad_lse is None else dot - rows.grad_lse.to(problem.dtype)
@@ -245,29 +245,30 @@ def _of_sinks(sinks: torch.Tensor, lse: torch.Tensor, row_dot: torch.Tensor) -> 
 
 @without_autocast
 def differentiable(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and lse by differentiable operations alone.
+    """Compute output and lse by differentiable operations alone.
 
-    Storage that no pair uses is replaced by 0, since the gradient of a product carries NaN through a 0 (MHA-POISON-1).
+    Storage that no pair uses is replaced by 0, because the gradient of a product multiplies it by 0, and 0 * NaN is NaN
+    (MHA-POISON-1).
     """
     whole = problem.visibility.whole
     if not whole.pairs:
         return x.query.new_zeros((*x.query.shape[:3], x.value.shape[3])), _empty_lse(problem, x)
     visible = problem.visibility.visible(whole, x.bias)
-    x, rows = (x, None) if visible is None else used(x, visible)
+    x, rows = (x, None) if visible is None else without_unused(x, visible)
     output, lse = formula.attend(problem, whole, x.cut(whole))
     output = output if rows is None else torch.where(rows, output, 0.0)
     return output.to(x.query.dtype), lse
 
 
 @without_autocast
-def both(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and weights by differentiable operations, the one from the other (MHA-LAYER-4)."""
+def output_and_weights(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the weights, and the output from them, by differentiable operations (MHA-LAYER-4)."""
     whole, dtype = problem.visibility.whole, x.query.dtype
     if not whole.pairs:
         rows = x.query.shape[:3]
         return x.query.new_zeros((*rows, x.value.shape[3])), x.query.new_zeros((*rows, x.key.shape[2]))
     visible = problem.visibility.visible(whole, x.bias)
-    x, rows = (x, None) if visible is None else used(x, visible)
+    x, rows = (x, None) if visible is None else without_unused(x, visible)
     wide, keep = x.cut(whole).to(problem.dtype), problem.keep(whole)
     weights = formula.weigh(problem, whole, wide)[0]
     dropped = weights if keep is None else weights * keep
@@ -276,22 +277,24 @@ def both(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     return output.to(dtype), weights.to(dtype)
 
 
-def used(x: Operands, visible: torch.Tensor) -> tuple[Operands, torch.Tensor]:
-    """The operands with 0 in storage that no pair uses, and which rows see a key, (batch*, heads*, q_len*, 1)."""
+def without_unused(x: Operands, visible: torch.Tensor) -> tuple[Operands, torch.Tensor]:
+    """Set storage that no pair uses to 0; return also which rows see a key, (batch*, heads*, q_len*, 1)."""
     rows, keys = visible.any(-1, keepdim=True), visible.any(2)
     if keys.shape[1] > 1:
         keys = keys.unflatten(1, (x.key.shape[1], -1)).any(2)
     keys = keys[..., None]
-    query, key, value = (torch.where(seen, one, 0.0) for seen, one in ((rows, x.query), (keys, x.key), (keys, x.value)))
+    query, key, value = (
+        torch.where(seen, operand, 0.0) for seen, operand in ((rows, x.query), (keys, x.key), (keys, x.value))
+    )
     return x._replace(query=query, key=key, value=value), rows
 
 
 @without_autocast
 def weigh(problem: Problem, x: Operands) -> torch.Tensor:
-    """The weights of a call in the query's dtype, by differentiable operations (MHA-WEIGHTS-1)."""
+    """Compute the weights in the query's dtype, by differentiable operations (MHA-WEIGHTS-1)."""
     whole = problem.visibility.whole
     if not whole.pairs:
         return x.query.new_zeros((*x.query.shape[:3], x.key.shape[2]))
     dtype, visible = x.query.dtype, problem.visibility.visible(whole, x.bias)
-    x = x if visible is None else used(x, visible)[0]
+    x = x if visible is None else without_unused(x, visible)[0]
     return formula.weigh(problem, whole, x.cut(whole).to(problem.dtype))[0].to(dtype)
