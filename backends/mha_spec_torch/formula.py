@@ -1,7 +1,7 @@
-"""Attention of one task as the specification writes it, with every option, in the softmax's type.
+"""Attention of a task by the formula of the specification, with every option, in the softmax's type.
 
-`attend` is made of differentiable operations alone and writes to none of its tensors; `gradients` is its closed form.
-Heads that share a key/value head lie one under another as rows of one matrix, so that keys and values are not repeated.
+`attend` uses differentiable operations alone and no operation in place; `gradients` is its gradient in closed form.
+Heads that share a key/value head are stacked as rows of a matrix, so that keys and values are not repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Logits(NamedTuple):
 
 
 def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool = True) -> tuple[torch.Tensor, Any]:
-    """Output (batch, heads, queries, v_dim) and, where it is needed, lse (batch, heads, queries) of a task."""
+    """Compute the output (batch, heads, queries, v_dim) of a task and, if needed, lse (batch, heads, queries)."""
     x = x.to(problem.dtype)
     weights, visible, lse = softmax(problem, task, x) if needs_lse else (*weigh(problem, task, x), None)
     keep = problem.keep(task)
@@ -38,7 +38,7 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool = True)
 
 
 def softmax(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Weights, which pairs are visible, and lse; a row that sees nothing has weights 0 and lse -inf (MHA-EMPTY-1)."""
+    """Compute weights, visible pairs, and lse; a row that sees no key has weights 0 and lse -inf (MHA-EMPTY-1)."""
     scores = logits(problem, task, x)
     if x.sinks is None:
         return _shares(scores), scores.visible, torch.logsumexp(scores.values, -1)
@@ -53,7 +53,7 @@ def softmax(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, to
 
 
 def weigh(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weights alone, and which pairs are visible."""
+    """Compute the weights, and which pairs are visible."""
     if x.sinks is not None:
         return softmax(problem, task, x)[:2]
     scores = logits(problem, task, x)
@@ -61,52 +61,52 @@ def weigh(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torc
 
 
 def _shares(scores: Logits) -> torch.Tensor:
-    """torch's softmax, which gives NaN in a row that sees nothing (MHA-EMPTY-1)."""
+    """Apply torch's softmax, and replace its NaN in a row that sees no key by 0 (MHA-EMPTY-1)."""
     weights = torch.softmax(scores.values, -1)
     return weights if scores.visible is None else torch.where(scores.visible.any(-1, keepdim=True), weights, 0.0)
 
 
 def logits(problem: Problem, task: Task, x: Operands, *, slope: bool = False) -> Logits:
-    """The scores, capped, then biased, then hidden (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
+    """Compute, cap, bias and hide the scores (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
     visible = problem.visibility.visible(task, x.bias)
-    values, of_cap = _scores(problem, x, visible), None
+    values, cap_slope = _scores(problem, x, visible), None
     if problem.softcap is not None:
         tanh = torch.tanh(values / problem.softcap)
-        of_cap = 1 - tanh**2 if slope else None
+        cap_slope = 1 - tanh**2 if slope else None
         values = problem.softcap * tanh
     if x.bias is not None:
         values = values + x.bias
     if visible is not None:
         values = torch.where(visible, values, -math.inf)
-    return Logits(values, visible, of_cap)
+    return Logits(values, visible, cap_slope)
 
 
 def _scores(problem: Problem, x: Operands, visible: torch.Tensor | None) -> torch.Tensor:
-    """The scores; where some are hidden, what is not finite stays out of the product that autograd goes through."""
+    """Compute the scores; if some are hidden, keep non-finite values out of the product, for its gradient."""
     query, key = x.query * problem.scale, x.key
     if problem.host or visible is None:
         return _spread(_gather(query, key) @ key.mT, query)
     finite = torch.isfinite(query), torch.isfinite(key)
-    query, key = (torch.where(where, one, 0.0) for where, one in zip(finite, (query, key), strict=True))
-    rows, keys = (where.all(-1, keepdim=True) for where in finite)
+    query, key = (torch.where(mask, operand, 0.0) for mask, operand in zip(finite, (query, key), strict=True))
+    rows, keys = (mask.all(-1, keepdim=True) for mask in finite)
     usable = _spread(_gather(rows, key) & keys.mT, query)
     return torch.where(usable, _spread(_gather(query, key) @ key.mT, query), math.nan)
 
 
 class Cotangents(NamedTuple):
-    """What the backward is given of each row; those that are None are 0."""
+    """The cotangents of each row; None stands for 0."""
 
     output: torch.Tensor | None = None
     lse: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
     def cut(self, task: Task) -> Cotangents:
-        """The rows of a task."""
+        """Select the rows of a task."""
         return Cotangents(*(None if cotangent is None else task.of_rows(cotangent) for cotangent in self))
 
 
 class Gradients(NamedTuple):
-    """The gradients of a task in the softmax's type, and the D of each row (MHA-VJP-1), which sinks need."""
+    """The gradients of a task in the softmax's type, and D of each row (MHA-VJP-1), which sinks need."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -116,59 +116,59 @@ class Gradients(NamedTuple):
 
 
 def gradients(problem: Problem, task: Task, x: Operands, lse: torch.Tensor, cotangents: Cotangents) -> Gradients:
-    """The closed form (MHA-VJP-1 to MHA-VJP-4)."""
-    x, given = x.to(problem.dtype), cotangents
+    """Compute the gradients in closed form (MHA-VJP-1 to MHA-VJP-4)."""
+    x = x.to(problem.dtype)
     values, visible, slope = logits(problem, task, x, slope=True)
     weights = torch.exp(values - torch.where(lse == -math.inf, 0.0, lse)[..., None])
     weights = _shown(weights, visible)
     keep = problem.keep(task)
-    grad_weights = _grad_weights(problem, x, given, keep)
+    grad_weights = _grad_weights(problem, x, cotangents, keep)
     pairs = _shown(weights * grad_weights, visible)
-    row_dot = pairs.sum(-1) if given.lse is None else pairs.sum(-1) - given.lse.to(problem.dtype)
+    row_dot = pairs.sum(-1) if cotangents.lse is None else pairs.sum(-1) - cotangents.lse.to(problem.dtype)
     grad_logits = _shown(pairs - weights * row_dot[..., None], visible)
     grad_scores = grad_logits if slope is None else _shown(grad_logits * slope, visible)
     clean = visible is None or problem.finite(x.query, x.key)
     grad_query = problem.scale * product(grad_scores, x.key, visible, clean=clean)
     grad_key = problem.scale * _sum_over_rows(grad_scores, x.query, x.key, visible, clean=clean)
-    if given.output is None:
+    if cotangents.output is None:
         return Gradients(grad_query, grad_key, torch.zeros_like(x.value), grad_logits, row_dot)
-    dropped, grad_output = weights if keep is None else weights * keep, given.output.to(problem.dtype)
+    dropped, grad_output = weights if keep is None else weights * keep, cotangents.output.to(problem.dtype)
     clean = visible is None or problem.finite(grad_output)
     grad_value = _sum_over_rows(dropped, grad_output, x.value, visible, clean=clean)
     return Gradients(grad_query, grad_key, grad_value, grad_logits, row_dot)
 
 
-def _grad_weights(problem: Problem, x: Operands, given: Cotangents, keep: torch.Tensor | None) -> torch.Tensor:
-    """dP, through the output and of the weights themselves, which know no dropout (MHA-VJP-1, MHA-DROP-3)."""
-    if given.output is None:
-        assert given.weights is not None
-        return given.weights.to(problem.dtype)
-    grad_output = given.output.to(problem.dtype)
-    through = _spread(_gather(grad_output, x.value) @ x.value.mT, grad_output)
-    through = through if keep is None else through * keep
-    return through if given.weights is None else through + given.weights.to(problem.dtype)
+def _grad_weights(problem: Problem, x: Operands, cotangents: Cotangents, keep: torch.Tensor | None) -> torch.Tensor:
+    """Compute dP from the cotangents of the output and of the weights before dropout (MHA-VJP-1, MHA-DROP-3)."""
+    if cotangents.output is None:
+        assert cotangents.weights is not None
+        return cotangents.weights.to(problem.dtype)
+    grad_output = cotangents.output.to(problem.dtype)
+    from_output = _spread(_gather(grad_output, x.value) @ x.value.mT, grad_output)
+    from_output = from_output if keep is None else from_output * keep
+    return from_output if cotangents.weights is None else from_output + cotangents.weights.to(problem.dtype)
 
 
 def _gather(rows: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    """Put the heads of a group one under another: (batch, kv_heads, group * queries, size) (MHA-HEAD-1)."""
+    """Stack the heads of a group: (batch, kv_heads, group * queries, size) (MHA-HEAD-1)."""
     return rows.reshape(rows.shape[0], of.shape[1], -1, rows.shape[3])
 
 
 def _spread(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Give gathered rows their heads again: (batch, heads, queries, size)."""
+    """Undo `_gather`: (batch, heads, queries, size)."""
     return rows.reshape(*like.shape[:3], rows.shape[-1])
 
 
 def _shown(array: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """0 at the pairs that are not visible (MHA-POISON-1, MHA-POISON-2)."""
+    """Set pairs that are not visible to 0 (MHA-POISON-1, MHA-POISON-2)."""
     return array if visible is None else torch.where(visible, array, 0.0)
 
 
 def product(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, *, clean: bool) -> torch.Tensor:
-    """sum_j weights_ij values_jc over visible pairs alone.
+    """Compute sum_j weights_ij values_jc over the visible pairs.
 
-    Where some are hidden, and the values not `clean`, that is all finite, a plain product would carry their NaN through
-    a weight of 0 (MHA-POISON-1, MHA-POISON-2).
+    `clean` says that all values are finite. Otherwise a plain product would give NaN for a hidden pair, as 0 * NaN is
+    NaN (MHA-POISON-1, MHA-POISON-2).
     """
     if clean or visible is None:
         return _spread(_gather(weights, values) @ values, weights)
@@ -181,7 +181,7 @@ def product(weights: torch.Tensor, values: torch.Tensor, visible: torch.Tensor |
 def _sum_over_rows(
     weights: torch.Tensor, rows: torch.Tensor, of: torch.Tensor, visible: torch.Tensor | None, *, clean: bool
 ) -> torch.Tensor:
-    """sum_i weights_ij rows_ic over visible pairs alone, for each key/value head over its whole group (MHA-VJP-4)."""
+    """Compute sum_i weights_ij rows_ic over the visible pairs, summed over each group of heads (MHA-VJP-4)."""
     if clean or visible is None:
         return _gather(weights, of).mT @ _gather(rows, of)
     finite = torch.isfinite(rows)
