@@ -1,7 +1,7 @@
-"""Attention of one task by the CPU's flash kernel, where that has exactly the asked meaning.
+"""Attention of a task by torch's flash kernel for the CPU, where it has exactly the same meaning.
 
-What is absorbed here: sizes of key and value that differ, a log-sum-exp of 0 for a row that sees nothing, sinks and the
-gradient of lse, which the kernel does not know, and a backward that sums 16-bit gradients in 16 bit.
+This module adds what the kernel lacks: keys and values of different sizes, the lse of a row that sees no key (which the
+kernel sets to 0), sinks, the gradient of lse, and sums of 16-bit gradients in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["attend", "dense_rows", "gradients", "keeps_nan"]
 
 FEWEST_KEYS = 16
-"""With fewer keys the kernel gives 0 for a query of NaN (MHA-NAN-1)."""
+"""With fewer keys, the kernel returns 0 for a query of NaN (MHA-NAN-1)."""
 LARGEST_SCORE = 1e38
 VISIBLE, HIDDEN = torch.tensor(0.0, device="cpu"), torch.tensor(-math.inf, device="cpu")
 
@@ -27,7 +27,7 @@ VISIBLE, HIDDEN = torch.tensor(0.0, device="cpu"), torch.tensor(-math.inf, devic
 def keeps_nan(query: torch.Tensor, key: torch.Tensor, scale: float) -> bool:
     """Tell whether the kernel gives NaN wherever a score is NaN: it has enough keys, or no score can be NaN.
 
-    No score is larger than the norms of all queries and of all keys, multiplied.
+    No score is larger than the norm of all queries times the norm of all keys.
     """
     if key.shape[2] >= FEWEST_KEYS:
         return True
@@ -36,9 +36,9 @@ def keeps_nan(query: torch.Tensor, key: torch.Tensor, scale: float) -> bool:
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """An operand as the kernels of the CPU read it: each row without gaps, and no two rows in one place.
+    """Copy an operand unless each row is contiguous and no two rows overlap.
 
-    They check neither, for query, key, value and output; every other stride, and all of a mask, they heed.
+    The kernels assume both of query, key, value and output without a check; they respect all other strides.
     """
     stride, size = x.stride(), x.shape[3]
     return (
@@ -53,7 +53,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Output and lse of a task, and whether it hides pairs; a row that sees nothing has lse 0 without `needs_lse`."""
+    """Compute output and lse, and tell if pairs are hidden; without `needs_lse`, the lse of an empty row is 0."""
     causal, visible, mask = _constraints(problem, task, x)
     output, lse = _forward(*_of_one_size(x), 0.0, causal, attn_mask=mask, scale=problem.scale)
     output = output[..., : x.value.shape[3]]
@@ -76,29 +76,29 @@ def gradients(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-    """dQ, dK and dV of a task in the softmax's type, and whether it hides pairs.
+    """Compute dQ, dK and dV of a task in the softmax's type, and tell whether it hides pairs.
 
-    With o and lse that include the sink, the kernel's formula is that of attention with a sink. A column of 1 in O and
-    of -grad_lse in dO makes its rowsum(dO O) the D of MHA-VJP-1.
+    If O and lse include the sink, the kernel's formula is that of attention with a sink. An additional column, 1 in O
+    and -grad_lse in dO, makes the kernel's rowsum(dO O) equal to D of MHA-VJP-1.
     """
     causal, visible, mask = _constraints(problem, task, x)
-    query, key, value = (one.to(problem.dtype) for one in x[:3])
+    query, key, value = (operand.to(problem.dtype) for operand in x[:3])
     output, grad_output = output.to(problem.dtype), grad_output.to(problem.dtype)
     size = max(query.shape[3], value.shape[3] + (grad_lse is not None))
     if grad_lse is not None:
         output = torch.cat([output, torch.ones_like(lse, dtype=output.dtype)[..., None]], dim=-1)
         grad_output = torch.cat([grad_output, -grad_lse.to(problem.dtype)[..., None]], dim=-1)
-    wide = [_widened(one, size) for one in (grad_output, query, key, value, output)]
+    wide = [_widened(array, size) for array in (grad_output, query, key, value, output)]
     lse = lse if visible is None else torch.where(lse == -math.inf, 0.0, lse)
-    of_query, of_key, of_value = _backward(*wide, lse, 0.0, causal, attn_mask=mask, scale=problem.scale)
+    grad_query, grad_key, grad_value = _backward(*wide, lse, 0.0, causal, attn_mask=mask, scale=problem.scale)
     qk_dim, v_dim = query.shape[3], value.shape[3]
-    return of_query[..., :qk_dim], of_key[..., :qk_dim], of_value[..., :v_dim], causal or mask is not None
+    return grad_query[..., :qk_dim], grad_key[..., :qk_dim], grad_value[..., :v_dim], causal or mask is not None
 
 
 def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch.Tensor | None, torch.Tensor | None]:
-    """How the kernel is told what is hidden: is_causal, or a float mask; and which pairs are visible.
+    """Return the kernel's arguments for hidden pairs, is_causal or a float mask, and which pairs are visible.
 
-    The kernel multiplies the -inf of is_causal by the scale, which must be positive for that.
+    The kernel multiplies the -inf of is_causal by the scale, so that the scale must be positive.
     """
     if problem.scale > 0 and problem.visibility.diagonal(task, x.bias):
         return True, None, None
@@ -109,14 +109,14 @@ def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch
 
 
 def _any_key(visible: torch.Tensor) -> torch.Tensor:
-    """Which rows see a key; the maximum of bytes is found many times faster than `any`."""
+    """Tell which rows see a key; the maximum over bytes is many times faster than `any`."""
     return visible.contiguous().view(torch.uint8).amax(-1).to(torch.bool)
 
 
 def _of_one_size(x: Operands) -> list[torch.Tensor]:
-    """Query, key and value with zeros appended, so that keys and values have one size."""
+    """Append zeros to query, key and value, so that keys and values have the same size."""
     size = max(x.query.shape[3], x.value.shape[3])
-    return [_widened(one, size) for one in x[:3]]
+    return [_widened(operand, size) for operand in x[:3]]
 
 
 def _widened(array: torch.Tensor, size: int) -> torch.Tensor:
