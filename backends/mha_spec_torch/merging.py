@@ -1,6 +1,6 @@
-"""Two halves of one softmax, and the gradients of merging them in closed form.
+"""Merge two halves of a softmax, and compute the gradients in closed form.
 
-Autodiff of the formula would subtract two sums over the components where the closed form sums a difference.
+Autodiff would subtract two sums over the components; the closed form sums differences, which loses fewer digits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Merge(torch.autograd.Function):
-    """Output and lse; the backward is made of differentiable operations."""
+    """Output and lse; the backward uses differentiable operations."""
 
     generate_vmap_rule = True
 
@@ -42,31 +42,31 @@ class _Merge(torch.autograd.Function):
         halves = ctx.saved_tensors
         output_a, lse_a, output_b, lse_b = _widened(*halves)
         tangents = (0.0 if tangent is None else tangent for tangent in grad_inputs)
-        of_output_a, of_lse_a, of_output_b, of_lse_b = tangents
+        tangent_output_a, tangent_lse_a, tangent_output_b, tangent_lse_b = tangents
         _, share_a, share_b = _shares(lse_a, lse_b)
-        moved = _part(lse_a, share_a, of_output_a) + _part(lse_b, share_b, of_output_b)
-        both = ((lse_a != -math.inf) & (lse_b != -math.inf))[..., None]
-        shift = (share_a * share_b * (of_lse_a - of_lse_b))[..., None] * (output_a - output_b)
-        output = moved + torch.where(both, shift, 0.0)
-        lse = _part(lse_a, share_a, of_lse_a) + _part(lse_b, share_b, of_lse_b)
+        moved = _part(lse_a, share_a, tangent_output_a) + _part(lse_b, share_b, tangent_output_b)
+        both_filled = ((lse_a != -math.inf) & (lse_b != -math.inf))[..., None]
+        shift = (share_a * share_b * (tangent_lse_a - tangent_lse_b))[..., None] * (output_a - output_b)
+        output = moved + torch.where(both_filled, shift, 0.0)
+        lse = _part(lse_a, share_a, tangent_lse_a) + _part(lse_b, share_b, tangent_lse_b)
         return output.to(halves[0].dtype), lse.to(halves[1].dtype)
 
 
 def merge(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """lse = ln(exp lse_a + exp lse_b); each output by its share, an empty half not at all (MHA-MERGE-1 to -6)."""
+    """Return the sum of the outputs by share, and ln(exp lse_a + exp lse_b) (MHA-MERGE-1 to MHA-MERGE-6)."""
     return _Merge.apply(output_a, lse_a, output_b, lse_b)
 
 
 def merge_gradients(
     grad_output: Tensor, grad_lse: Tensor | None, output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor
 ) -> Gradients:
-    """The gradients of both halves, each of its operand's dtype (MHA-MERGE-7)."""
+    """Return the gradients of both halves, each in the dtype of its operand (MHA-MERGE-7)."""
     wide_a, wide_lse_a, wide_b, wide_lse_b = _widened(output_a, lse_a, output_b, lse_b)
     grad_output = grad_output.to(wide_a.dtype)
     _, share_a, share_b = _shares(wide_lse_a, wide_lse_b)
-    both = (wide_lse_a != -math.inf) & (wide_lse_b != -math.inf)
-    apart = torch.where(both[..., None], wide_a - wide_b, 0.0)
-    through_shares = torch.where(both, share_a * share_b * (grad_output * apart).sum(-1), 0.0)
+    both_filled = (wide_lse_a != -math.inf) & (wide_lse_b != -math.inf)
+    difference = torch.where(both_filled[..., None], wide_a - wide_b, 0.0)
+    through_shares = torch.where(both_filled, share_a * share_b * (grad_output * difference).sum(-1), 0.0)
     through_lse = torch.zeros_like(wide_lse_a) if grad_lse is None else grad_lse.to(wide_a.dtype)
     return (
         _part(wide_lse_a, share_a, grad_output).to(output_a.dtype),
@@ -77,15 +77,15 @@ def merge_gradients(
 
 
 def _widened(*halves: Tensor) -> list[Tensor]:
-    """Both halves in the type in which they are merged."""
+    """Convert both halves to the type of the computation."""
     dtype = torch.float64 if torch.float64 in {half.dtype for half in halves} else torch.float32
     return [half.to(dtype) for half in halves]
 
 
 def _shares(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The lse, and the share of each half: 0 where it is empty, 1 where the other is (MHA-MERGE-2, MHA-MERGE-3).
+    """Return the lse, and the share of each half: 0 if it is empty, 1 if the other is (MHA-MERGE-2, MHA-MERGE-3).
 
-    The lse of an empty half takes no part in a difference, whose gradient would be NaN; +inf makes NaN (MHA-MERGE-5).
+    No difference contains the lse of an empty half: its gradient would be NaN. An lse of +inf gives NaN (MHA-MERGE-5).
     """
     empty_a, empty_b = lse_a == -math.inf, lse_b == -math.inf
     either = empty_a | empty_b
@@ -100,7 +100,7 @@ def _shares(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _part(half: Tensor, share: Tensor, rows: Any) -> Tensor:
-    """share * rows, and 0 where the half is empty, whatever its rows hold (MHA-MERGE-2)."""
+    """Return share * rows, or 0 if the half is empty, whatever its rows hold (MHA-MERGE-2)."""
     if isinstance(rows, Tensor) and rows.ndim > share.ndim:
         half, share = half[..., None], share[..., None]
     return torch.where(half == -math.inf, 0.0, share * rows)
