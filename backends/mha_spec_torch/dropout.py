@@ -1,7 +1,7 @@
-"""Random dropout: numbers drawn for each row and each key, of which every pair's own is mixed where it is needed.
+"""Random dropout: numbers are drawn for each row and each key, and a hash of both decides about their pair.
 
-A pair is kept or dropped whichever block it is worked in, so that the backward meets the mask of the forward, and no
-mask is ever held.
+The decision does not depend on the block in which the pair is computed, so that the backward has the same mask as the
+forward, and no mask is stored.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 __all__ = ["Draws", "drawn", "draws_of"]
 
 MULTIPLIERS = 0x7FEB352D, -0x7B935975
-"""Odd numbers under which the bits of 32 mix well: those of Wellons' `lowbias32`, the second as a signed number."""
+"""The multipliers of Wellons' hash `lowbias32`, the second as a signed number."""
 
 
 class Draws(NamedTuple):
-    """Random 32-bit integers in pairs: of each row, (batch, heads, q_len, 2), and of each key, (kv_len, 2)."""
+    """Two random 32-bit integers of each row, (batch, heads, q_len, 2), and of each key, (kv_len, 2)."""
 
     rows: torch.Tensor
     keys: torch.Tensor
 
     def kept(self, task: Task, rate: float) -> torch.Tensor:
-        """Which pairs of a task are kept: those whose integer is not among the lowest of their share `rate`."""
+        """Tell which pairs of a task are kept: their hash is not in the lowest share `rate` of all integers."""
         rows, keys = task.of_rows(self.rows), self.keys[task.keys.start : task.keys.stop].mT
         mixed = rows[..., :1] ^ keys[0]
         mixed *= MULTIPLIERS[0]
@@ -43,16 +43,17 @@ class Draws(NamedTuple):
 
 
 def drawn(a: Arguments) -> Arguments:
-    """The arguments with draws in the place of the key, where dropout is asked for without a mask (MHA-DROP-4)."""
+    """Replace `dropout_key` by draws if a call has dropout without a mask (MHA-DROP-4)."""
     if a.dropout_rate == 0 or a.dropout_mask is not None:
         return a
     generator = _generator(a)
-    # With a generator, and with None for one, randint takes no size that a tracer left open.
-    own: dict[str, Any] = {} if generator is None else {"generator": generator}
+    # randint with the argument `generator`, even None, accepts no size that a tracer left open.
+    options: dict[str, Any] = {} if generator is None else {"generator": generator}
     shapes = (a.batch, a.heads, a.q_len, 2), (a.kv_len, 2)
     try:
         draws = [
-            torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=a.query.device, **own) for shape in shapes
+            torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=a.query.device, **options)
+            for shape in shapes
         ]
     except RuntimeError as error:
         if "randomness" not in str(error):
@@ -65,7 +66,7 @@ def drawn(a: Arguments) -> Arguments:
 
 
 def draws_of(a: Arguments) -> Draws | None:
-    """The draws that `drawn` put in the place of the key, if it did."""
+    """Return the draws by which `drawn` replaced the key, if any."""
     return a.dropout_key if isinstance(a.dropout_key, Draws) else None
 
 
