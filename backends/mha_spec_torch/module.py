@@ -24,10 +24,10 @@ __all__ = ["MultiHeadAttention"]
 
 
 class MultiHeadAttention(torch.nn.Module, LayerObject):
-    """Multi-head attention with parameters of its own; see `mha_spec.reference.multi_head_attention`.
+    """Multi-head attention with its parameters; see `mha_spec.reference.multi_head_attention`.
 
-    The parameters are called as there: w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, q_norm and k_norm. `dropout_rate` holds
-    in training, unless a call says another. docs/judges.md lists how `torch.nn.MultiheadAttention` differs.
+    The parameters have the same names: w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, q_norm and k_norm. `dropout_rate`
+    applies in training, unless a call has another rate. docs/judges.md lists how `torch.nn.MultiheadAttention` differs.
     """
 
     functions = layer
@@ -47,12 +47,12 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
         shapes = self.settings.shapes()
         self._names = tuple(shapes)
         for name in AXES:
-            made = torch.empty(shapes[name], device=device, dtype=dtype) if name in shapes else None
-            self.register_parameter(name, None if made is None else torch.nn.Parameter(made))
+            data = torch.empty(shapes[name], device=device, dtype=dtype) if name in shapes else None
+            self.register_parameter(name, None if data is None else torch.nn.Parameter(data))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin again: weights from Xavier's uniform distribution, biases 0, gains 1."""
+        """Initialise the weights from Xavier's uniform distribution, biases to 0, and gains to 1."""
         for name, parameter in self.params.items():
             bound = self.settings.initial_bound(name)
             if bound is None:
@@ -63,8 +63,9 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
     @property
     def params(self) -> dict[str, Tensor]:
         """The parameters by name, as `multi_head_attention` takes them."""
-        own: dict[str, Any] = self._parameters  # quicker than attributes, which parametrizations alone are
-        return {name: own[name] if name in own else getattr(self, name) for name in self._names}
+        # The dictionary is faster than attributes; only a parameter with a parametrization is missing from it.
+        parameters: dict[str, Any] = self._parameters
+        return {name: parameters[name] if name in parameters else getattr(self, name) for name in self._names}
 
     def forward(
         self,
@@ -75,7 +76,7 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> Tensor | tuple[Tensor, KVCache]:
-        """Attend from the query to the key, which is the query unless given; the value is the key unless given."""
+        """Attend from the query to the key; the key defaults to the query, and the value to the key."""
         return self.attend(query, key, value, cache=cache, **options)
 
     def _in_training(self, options: Options) -> Options:
@@ -84,7 +85,7 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
         return options
 
     def extra_repr(self) -> str:
-        """The settings that differ from the defaults."""
+        """Return the settings that differ from the defaults."""
         return str(self.settings)
 
     @property
