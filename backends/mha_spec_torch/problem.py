@@ -1,4 +1,4 @@
-"""One call, prepared: its options in the form in which every path reads them."""
+"""A prepared call: its options in the form that every path reads."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ __all__ = ["Problem", "readable"]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The options of one call, without the operands that have gradients."""
+    """The options of a call, without the operands that have gradients."""
 
     scale: float
     softcap: float | None
     dropout_rate: float
     dropout_mask: torch.Tensor | None
     draws: Draws | None
-    """What random dropout is mixed of."""
+    """The random integers of dropout, unless it has a mask."""
     dtype: torch.dtype
     """The softmax's type (MHA-SOFTMAX-2)."""
     visibility: Visibility
     host: bool
-    """Whether tensors may be read: they lie on the CPU and nothing traces the call."""
+    """True if tensors may be read: they are on the CPU and the call is not traced."""
 
     @classmethod
     def of(cls, a: Arguments, *, host: bool) -> Problem:
-        """Read the options of a call."""
+        """Prepare the options of a call."""
         dtype = torch.float64 if a.query.dtype == torch.float64 else torch.float32
         scale = steps.scale_of(a.scale, a.query.shape[3])
         visibility = Visibility(a, dtype, host=host)
@@ -48,11 +48,11 @@ class Problem:
 
     @property
     def drops(self) -> bool:
-        """Whether there is dropout, by a mask or by draws."""
+        """Tell whether the call has dropout, by a mask or by draws."""
         return self.dropout_mask is not None or self.draws is not None
 
     def keep(self, task: Task) -> torch.Tensor | None:
-        """By what dropout multiplies the weights of a task; None without dropout (MHA-DROP-1, MHA-DROP-2)."""
+        """Return the factors by which dropout multiplies the weights of a task, or None (MHA-DROP-1, MHA-DROP-2)."""
         if self.draws is not None:
             kept = self.draws.kept(task, self.dropout_rate)
         elif self.dropout_mask is not None:
@@ -62,10 +62,10 @@ class Problem:
         return kept.to(self.dtype) / (1 - self.dropout_rate)
 
     def finite(self, *arrays: torch.Tensor) -> bool:
-        """Whether all are known to hold finite numbers alone: their sums tell, where they may be read."""
+        """Return True if tensors may be read and have finite sums, so that all their elements are finite."""
         return self.host and all(math.isfinite(array.sum(dtype=self.dtype).item()) for array in arrays)
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether the contents of a tensor that nothing traces may be read: reading an accelerator would stop it."""
+    """Tell whether to read a tensor that is not traced: reading from an accelerator would wait for it."""
     return tensor.is_cpu
