@@ -1,6 +1,6 @@
-"""Tensors that a tracer passes, and the numbers and sizes that it left open, `torch.SymInt` and its like.
+"""Traced tensors, and symbols: the numbers and sizes that a tracer leaves open, such as `torch.SymInt`.
 
-A comparison of one of them, used as a Python bool, would fix it for the whole graph.
+A comparison of a symbol, used as a Python bool, would fix its value for the whole graph.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ __all__ = ["checked", "entries", "example", "is_open", "surely", "traced"]
 
 SYMBOLS = (torch.SymInt, torch.SymFloat)
 NUMBERS = ("q_offset", "window", "scale", "softcap", "dropout_rate")
-"""The options that are Python numbers, or hold some."""
+"""The options that are Python numbers, or hold Python numbers."""
 
 
 def is_open(value: object) -> bool:
-    """Whether a value is a symbol, or a sequence or mapping that holds one."""
+    """Tell whether a value is a symbol, or a sequence or mapping that holds a symbol."""
     if isinstance(value, dict):
         return any(map(is_open, value.values()))
     return isinstance(value, SYMBOLS) or (isinstance(value, (list, tuple)) and any(map(is_open, value)))
 
 
 def example(value: Any) -> Any:
-    """The number at which a symbol was traced, one that every check accepts where there is none; no guard is made."""
+    """Replace each symbol by its number while tracing, or by a number that passes every check; add no guard."""
     if isinstance(value, dict):
         return {name: example(element) for name, element in value.items()}
     if isinstance(value, (list, tuple)):
@@ -44,26 +44,26 @@ def example(value: Any) -> Any:
 
 
 def checked(a: Arguments) -> Arguments:
-    """Check a call by the examples of its open numbers, which stay open."""
-    still_open = {name: getattr(a, name) for name in NUMBERS if is_open(getattr(a, name))}
-    if not still_open:
+    """Check a call with examples for its symbols, and return it with the symbols."""
+    symbols = {name: getattr(a, name) for name in NUMBERS if is_open(getattr(a, name))}
+    if not symbols:
         return check(a)
-    return replace(check(replace(a, **example(still_open))), **still_open)
+    return replace(check(replace(a, **example(symbols))), **symbols)
 
 
 def entries(value: Any, device: torch.device) -> Any:
-    """A sequence of integers, some of them open, as a tensor; a single integer stays one."""
+    """Convert a sequence of integers and symbols to a tensor, and leave a single integer unchanged."""
     if not isinstance(value, (list, tuple)):
         return value
     return torch.stack([torch.scalar_tensor(number, dtype=torch.int64, device=device) for number in value])
 
 
 def traced(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for one that is not there yet, or has no contents at all."""
-    of_torch = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    return not of_torch or tensor.is_meta or torch._C._get_tracing_state() is not None
+    """Tell whether a tensor is traced, or has no contents."""
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return not is_plain or tensor.is_meta or torch._C._get_tracing_state() is not None
 
 
 def surely(condition: bool | torch.SymBool) -> bool:
-    """Whether a comparison is known to hold, whatever the symbols in it stand for."""
+    """Return True if a comparison is known to hold for all values of its symbols."""
     return condition if isinstance(condition, bool) else statically_known_true(condition)
