@@ -1,4 +1,4 @@
-"""The pieces in which a call is worked: batch entries, heads, consecutive queries, and the keys that they may see."""
+"""Tasks, into which a call is cut: batch entries, heads, consecutive queries, and the keys that they may see."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 __all__ = ["Operands", "Span", "Task", "blocks", "pieces"]
 
 SCORES = 2**21
-"""How many scores the formula holds at once, as long as its rows keep within the bounds: 8 MiB in float32."""
+"""The number of scores that the formula holds at once: 8 MiB in float32, and more only for the rows of `ROWS`."""
 ROWS = 128
-"""Queries of one head that the formula takes at once; far below it, matrix products lose their speed."""
+"""The number of rows that the formula takes at once; matrix products with far fewer rows are slow."""
 
 
 class Span(NamedTuple):
-    """Consecutive indices; unlike those of a range, its ends may be sizes that a tracer left open."""
+    """Consecutive indices; unlike a range, a span may have ends that a tracer left open."""
 
     start: int
     stop: int
 
     @property
     def size(self) -> int:
-        """Number of indices."""
+        """The number of indices."""
         return self.stop - self.start
 
     @property
@@ -41,7 +41,7 @@ class Span(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What has a gradient; the value has no components where the weights alone are asked for."""
+    """The arguments that have gradients; the value has no components in a call for the weights alone."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -50,18 +50,18 @@ class Operands(NamedTuple):
     sinks: torch.Tensor | None
 
     def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Operands:
-        """A function of each operand that is given, in their order."""
+        """Apply a function to each operand that is not None, in their order."""
         query, key, value = function(self.query), function(self.key), function(self.value)
         bias = None if self.bias is None else function(self.bias)
         sinks = None if self.sinks is None else function(self.sinks)
         return Operands(query, key, value, bias, sinks)
 
     def to(self, dtype: torch.dtype) -> Operands:
-        """Each operand in `dtype`."""
+        """Convert each operand to `dtype`."""
         return self.each(lambda operand: operand.to(dtype))
 
     def cut(self, task: Task) -> Operands:
-        """The part of each operand that a task reads; sinks as (heads, 1, 1), which broadcasts to the scores."""
+        """Select the part of each operand that a task reads; sinks become (heads, 1, 1), to broadcast to the scores."""
         query, key, value, bias, sinks = self
         if not task.is_whole:
             query, key, value = task.of_rows(query), task.of_keys(key), task.of_keys(value)
@@ -72,7 +72,7 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Consecutive queries of some batch entries and heads, and consecutive keys outside of which they see nothing."""
+    """Consecutive queries of some batch entries and heads, and consecutive keys that include all keys they see."""
 
     batch: Span
     kv_heads: Span
@@ -80,7 +80,7 @@ class Task:
     queries: Span
     keys: Span
     is_whole: bool = False
-    """Whether the task is the whole call, of which nothing has to be cut."""
+    """True if the task is the whole call, so that no operand has to be cut."""
 
     @property
     def heads(self) -> Span:
@@ -89,7 +89,7 @@ class Task:
 
     @property
     def pairs(self) -> int:
-        """Number of scores."""
+        """The number of scores."""
         return self.batch.size * self.kv_heads.size * self.group * self.queries.size * self.keys.size
 
     def has_rows_of(self, other: Task) -> bool:
@@ -97,15 +97,15 @@ class Task:
         return (self.batch, self.kv_heads, self.queries) == (other.batch, other.kv_heads, other.queries)
 
     def of_rows(self, array: torch.Tensor) -> torch.Tensor:
-        """The rows of this task in (batch, heads, q_len, ...)."""
+        """Select the rows of this task in (batch, heads, q_len, ...)."""
         return array if self.is_whole else array[self.batch.slice, self.heads.slice, self.queries.slice]
 
     def of_keys(self, array: torch.Tensor) -> torch.Tensor:
-        """The keys of this task in (batch, kv_heads, kv_len, size)."""
+        """Select the keys of this task in (batch, kv_heads, kv_len, size)."""
         return array if self.is_whole else array[self.batch.slice, self.kv_heads.slice, self.keys.slice]
 
     def of_pairs(self, array: torch.Tensor) -> torch.Tensor:
-        """The pairs of this task in a mask or a bias, whole along an axis of size 1, which broadcasts (MHA-MASK-2)."""
+        """Select the pairs of this task in a mask or a bias, of which axes of size 1 stay whole (MHA-MASK-2)."""
         if self.is_whole:
             return array
         spans = (self.batch, self.heads, self.queries, self.keys)
@@ -115,13 +115,13 @@ class Task:
 
 
 def blocks(indices: Span, length: int) -> list[Span]:
-    """Cut consecutive indices into blocks of `length`, the last one shorter."""
+    """Cut consecutive indices into blocks of `length`; the last may be shorter."""
     starts = range(indices.start, indices.stop, length)
     return [Span(start, min(start + length, indices.stop)) for start in starts]
 
 
 def pieces(task: Task) -> Iterator[Task]:
-    """Cut a task so that the scores of a piece may be held: queries first, then batch entries, then heads."""
+    """Cut a task into pieces of limited size: along queries first, then batch entries, then heads."""
     if task.pairs <= SCORES:
         yield task
         return
