@@ -1,6 +1,6 @@
-"""Which keys a query sees: ranges where the constraints can be read, comparisons for what is left of them.
+"""Determine which keys a query sees: by ranges if the constraints can be read, and by comparisons for all others.
 
-Numbers, sequences, NumPy arrays and, in eager mode, tensors on the CPU are read. Tensors that are traced or lie on an
+Numbers, sequences, NumPy arrays and, in eager mode, tensors on the CPU are read. Tensors that are traced or on an
 accelerator are compared, never read (MHA-LEN-3).
 """
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 __all__ = ["Visibility", "with_integers"]
 
 SHORTEST_RUN = 16
-"""Packed sequences that are shorter on average are compared in blocks, not worked one by one."""
+"""Packed sequences that are shorter on average are compared in blocks; longer ones become tasks."""
 ROWS = (64, 512)
-"""Bounds of the queries that share a range of keys under a window."""
+"""The least and the largest number of queries in a task under a window."""
 COST_OF_CUT = 2**12
-"""How many scores are worked in the time that cutting a call costs."""
+"""The number of scores computed in the time that it takes to cut a call."""
 COST_OF_TASK = 2**18
-"""How many scores are worked in the time that one more task costs."""
+"""The number of scores computed in the time that an additional task costs."""
 
 
 class PerEntry:
-    """One integer for each batch entry, or one for all: numbers where they may be read, else a tensor or a symbol."""
+    """An integer for each batch entry, or a common integer: numbers if they may be read, else a tensor or a symbol."""
 
     __slots__ = ("numbers", "unread")
 
@@ -51,11 +51,11 @@ class PerEntry:
         self.numbers = value.tolist() if host and isinstance(value, torch.Tensor) else host_integers(value)
 
     def known(self, batch: Span) -> list[int] | None:
-        """The integers of some batch entries, or the one that all have; None where they must not be read."""
+        """Return the integers of some batch entries, or the common integer; None if they must not be read."""
         return self.numbers if self.numbers is None or len(self.numbers) == 1 else self.numbers[batch.slice]
 
     def get(self, task: Task, device: torch.device) -> torch.Tensor | int:
-        """The integers of a task's batch entries as (batch, 1, 1, 1), or the one that all have."""
+        """Return the integers of a task's batch entries as (batch, 1, 1, 1), or the common integer."""
         if self.numbers is None:
             if not isinstance(self.unread, torch.Tensor):
                 return self.unread
@@ -67,28 +67,30 @@ class PerEntry:
 
 
 class Visibility:
-    """The constraints of one call."""
+    """The constraints of a call."""
 
     def __init__(self, a: Arguments, dtype: torch.dtype, *, host: bool) -> None:
-        """Read what may be read."""
+        """Read the constraints that may be read."""
         self.a, self.dtype, self.device = a, dtype, a.query.device
         self.left, self.right = a.bounds
         self.offset = PerEntry(0 if a.q_offset is None else a.q_offset, host=host)
         self.q_lengths = None if a.q_lengths is None else PerEntry(a.q_lengths, host=host)
         self.kv_lengths = None if a.kv_lengths is None else PerEntry(a.kv_lengths, host=host)
         ids = a.q_segment_ids, a.kv_segment_ids
-        self.q_ids, self.kv_ids = (one.numpy() if host and isinstance(one, torch.Tensor) else one for one in ids)
+        self.q_ids, self.kv_ids = (
+            array.numpy() if host and isinstance(array, torch.Tensor) else array for array in ids
+        )
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = a.query.shape, a.key.shape
         self.whole = Task(Span(0, batch), Span(0, kv_heads), heads // kv_heads, Span(0, q_len), Span(0, kv_len), True)
 
     def tasks(self) -> list[Task]:
-        """Cut the call so that what no query of a task sees is left out, where that saves time."""
+        """Cut the call into tasks that leave out hidden pairs, if that saves time."""
         whole = self.whole
         if not whole.pairs:
             return []
         if whole.pairs <= COST_OF_CUT or not (self.a.positional or self._per_entry):
             return [whole]
-        groups = self._alike()
+        groups = self._equal_entries()
         if whole.pairs <= COST_OF_TASK * (len(groups) - 1):
             return [whole]
         exact = [task for batch in groups for task in self._of_entries(batch)]
@@ -96,9 +98,9 @@ class Visibility:
         return exact if saved > COST_OF_TASK * (len(exact) - 1) else [whole]
 
     def visible(self, task: Task, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Which pairs of a task are visible, (batch*, heads*, queries*, keys*); None where all are.
+        """Tell which pairs of a task are visible, (batch*, heads*, queries*, keys*); None stands for all.
 
-        A bias hides what is -inf in the softmax's type `dtype` (MHA-BIAS-2, MHA-BIAS-3).
+        A bias hides the pairs for which it is -inf in the softmax's type `dtype` (MHA-BIAS-2, MHA-BIAS-3).
         """
         constraints = [*self._see_positions(task), *self._see_lengths(task), *self._see_segments(task)]
         if self.a.mask is not None:
@@ -111,7 +113,7 @@ class Visibility:
         return visible[(None,) * (4 - visible.ndim)] if visible.ndim < 4 else visible
 
     def diagonal(self, task: Task, bias: torch.Tensor | None = None) -> bool:
-        """Whether key j is seen from query i where j <= i, both counted within the task, and nothing else is hidden."""
+        """Tell whether query i sees exactly the keys j <= i, both counted from the start of the task."""
         if self.right != 0 or self.a.mask is not None or bias is not None:
             return False
         offset = _common(self.offset.known(task.batch))
@@ -125,15 +127,15 @@ class Visibility:
     def _per_entry(self) -> bool:
         return self.q_lengths is not None or self.kv_lengths is not None or self.q_ids is not None
 
-    def _alike(self) -> list[Span]:
-        """Consecutive batch entries that have the same constraints."""
-        given = [one.numbers for one in (self.offset, self.q_lengths, self.kv_lengths) if one is not None]
-        numbers = [one for one in given if one is not None and len(one) > 1]
-        ids = [one for one in (self.q_ids, self.kv_ids) if isinstance(one, numpy.ndarray)]
+    def _equal_entries(self) -> list[Span]:
+        """Return spans of consecutive batch entries that have the same constraints."""
+        options = [option.numbers for option in (self.offset, self.q_lengths, self.kv_lengths) if option is not None]
+        numbers = [values for values in options if values is not None and len(values) > 1]
+        ids = [array for array in (self.q_ids, self.kv_ids) if isinstance(array, numpy.ndarray)]
         return [Span(*ends) for ends in equal_entries(self.a.batch, [*numbers, *ids])]
 
     def _of_entries(self, batch: Span) -> Iterator[Task]:
-        """The tasks of batch entries that have the same constraints; a row that sees no key is in none."""
+        """Yield the tasks of batch entries that have the same constraints, without rows that see no key."""
         q_length = None if self.q_lengths is None else _common(self.q_lengths.known(batch))
         queries = Span(0, self.a.q_len if q_length is None else max(0, min(q_length, self.a.q_len)))
         for run in self._runs(batch.start, queries):
@@ -145,14 +147,14 @@ class Visibility:
                     yield Task(batch, self.whole.kv_heads, self.whole.group, block, keys)
 
     def _runs(self, entry: int, queries: Span) -> list[Span]:
-        """Cut queries where their segment ends, unless the segments are too short for that."""
+        """Cut queries at the ends of segments, or into blocks if the segments are too short."""
         if not queries.size or not isinstance(self.q_ids, numpy.ndarray):
             return [queries] if queries.size else []
         runs = segment_runs(self.q_ids[entry, queries.slice], SHORTEST_RUN)
         return blocks(queries, ROWS[0]) if runs is None else [Span(*ends) for ends in runs]
 
     def _keys(self, batch: Span, queries: Span) -> Span:
-        """The keys between the first and the last that some of the queries see."""
+        """Return the keys from the first to the last that some of the queries see."""
         kv_lengths = None if self.kv_lengths is None else self.kv_lengths.known(batch)
         offsets, bounds = self.offset.known(batch), (self.left, self.right)
         keys = Span(*key_range(bounds, queries, self.a.kv_len, offsets, kv_lengths=kv_lengths))
@@ -184,7 +186,7 @@ class Visibility:
             yield distance <= self.right
 
     def _within_window(self, task: Task) -> bool:
-        """Whether causal and window are known to hide no pair of a task."""
+        """Tell whether causal and window are known to hide no pair of a task."""
         if self.left is None and self.right is None:
             return True
         known = self.offset.known(task.batch)
@@ -202,8 +204,8 @@ class Visibility:
             known = lengths.known(task.batch)
             if known is not None and surely(min(known) >= indices.stop):
                 continue
-            places = self._indices(indices)
-            yield (places[:, None] if lengths is self.q_lengths else places) < lengths.get(task, self.device)
+            positions = self._indices(indices)
+            yield (positions[:, None] if lengths is self.q_lengths else positions) < lengths.get(task, self.device)
 
     def _see_segments(self, task: Task) -> Iterator[torch.Tensor]:
         if self.q_ids is None or self.kv_ids is None:
@@ -211,8 +213,8 @@ class Visibility:
         q_ids, kv_ids = self.q_ids, self.kv_ids
         if not task.is_whole:
             q_ids, kv_ids = q_ids[task.batch.slice, task.queries.slice], kv_ids[task.batch.slice, task.keys.slice]
-        read = isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray)
-        if read and (q_ids == q_ids[0, 0]).all() and (kv_ids == q_ids[0, 0]).all():
+        on_host = isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray)
+        if on_host and (q_ids == q_ids[0, 0]).all() and (kv_ids == q_ids[0, 0]).all():
             return
         q_ids, kv_ids = (torch.as_tensor(ids, device=self.device) for ids in (q_ids, kv_ids))
         yield equal_ids(q_ids[:, None, :, None], kv_ids[:, None, None, :])
@@ -222,7 +224,7 @@ class Visibility:
 
 
 def with_integers(a: Arguments) -> Arguments:
-    """Arguments in which an offset that is given by name is that of the lengths (MHA-POS-2, MHA-LEN-3)."""
+    """Replace a named offset by its integers, which depend on the lengths (MHA-POS-2, MHA-LEN-3)."""
     if not isinstance(a.q_offset, str):
         return a
     q_length = _clamped(a.q_lengths, a.q_len, a.query.device)
@@ -235,18 +237,18 @@ def _clamped(lengths: Integers | None, size: int, device: torch.device) -> torch
 
 
 def saturated(integers: torch.Tensor) -> torch.Tensor:
-    """Integers in int64, in which what only uint64 holds is the largest number (MHA-LEN-3)."""
+    """Convert integers to int64; larger ones, of uint64, become the largest int64 (MHA-LEN-3)."""
     wide = integers.to(torch.int64)
     return wide.where(wide >= 0, 2**63 - 1) if integers.dtype == torch.uint64 else wide
 
 
 def equal_ids(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Whether ids of any integer types are equal by value: int64 holds those of uint64 as negative numbers."""
+    """Compare ids of any integer types by value; an id of uint64 that int64 cannot hold becomes negative."""
     wide = ids.to(torch.int64)
     equal = wide == others.to(torch.int64)
     return equal if (ids.dtype == torch.uint64) == (others.dtype == torch.uint64) else equal & (wide >= 0)
 
 
 def _common(numbers: list[int] | None) -> int | None:
-    """The number that all batch entries have; None where there is none, or it must not be read."""
+    """Return the number that all batch entries have; None if they differ or must not be read."""
     return numbers[0] if numbers and min(numbers) == max(numbers) else None
