@@ -1,4 +1,4 @@
-"""The layer for PyTorch: the specification's order, over linear maps, norms and attention of torch's own."""
+"""The layer for PyTorch: the steps of the specification, by operations of torch and the attention of this package."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
 def check(a: LayerArguments) -> LayerArguments:
-    """The shared checks; under autocast every tensor takes its type first, as in torch's own layers."""
+    """Run the shared checks; under autocast every tensor is cast first, as in torch's layers."""
     if isinstance(a.query, torch.Tensor) and autocasts(a.query.device.type):
-        own = a.query
-        a.query, key, value = (_autocast(one) for one in (own, a.key, a.value))
-        a.key, a.value = (a.query if given is own else cast for given, cast in ((a.key, key), (a.value, value)))
+        operands = a.query, a.key, a.value
+        # Operands that were the same tensor must stay the same tensor.
+        a.query, *cast = (_autocast(operand) for operand in operands)
+        a.key, a.value = (a.query if x is operands[0] else y for x, y in zip(operands[1:], cast, strict=True))
         if isinstance(a.params, dict):
-            a.params = {name: _autocast(one) for name, one in a.params.items()}
+            a.params = {name: _autocast(parameter) for name, parameter in a.params.items()}
     options = a.options
     a.options = example(options)
     layer_checks.check(a)
@@ -62,7 +63,7 @@ def check(a: LayerArguments) -> LayerArguments:
 
 
 def check_alibi(slopes: object, q_len: int, kv_len: int, offset: Integers | int | None) -> None:
-    """The shared check, of numbers that a tracer left open by their examples."""
+    """Run the shared check, with examples for the numbers that a tracer left open."""
     layer_checks.check_alibi(slopes, *example((q_len, kv_len, offset)))
 
 
@@ -73,7 +74,7 @@ def _autocast(x: Any) -> Any:
 
 
 def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Query, key and value of each head, each by one matrix product with its bias (MHA-PROJ-1, MHA-PROJ-2)."""
+    """Project query, key and value, each by a single matrix product with its bias (MHA-PROJ-1, MHA-PROJ-2)."""
     key, value = (
         None if x is None else _split(x, a.params[f"w_{name}"], a.params.get(f"b_{name}"))
         for name, x in (("k", a.key), ("v", a.value))
@@ -87,9 +88,9 @@ def _split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear(x: Tensor, size: int, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """A linear map of the vectors of `size` numbers that x holds, by a matrix (in, out) as it is, shaped at last.
+    """Multiply the vectors of `size` numbers in x by a matrix (in, out), add the bias, and reshape the result.
 
-    `torch.nn.functional.linear` is slower with a transposed matrix.
+    `torch.nn.functional.linear` is not used because it needs the transposed matrix, with which it is slower.
     """
     count = shape[0] * shape[1]
     if _few(x, count, size, weight):
@@ -102,26 +103,26 @@ def _linear(x: Tensor, size: int, weight: Tensor, bias: Tensor | None, shape: tu
 
 FEW_ROWS, PARTS = 16, 8
 LEAST = 2**16
-"""A product on the CPU of so few rows and a matrix of this many numbers or more waits for the matrix, which one core
-alone reads unless it is cut in parts."""
+"""On the CPU, a product of at most `FEW_ROWS` rows and a matrix of `LEAST` numbers or more is limited by reading the
+matrix, which a single core does unless the product is cut into `PARTS` parts."""
 
 
 def _few(x: Tensor, count: int, size: int, weight: Tensor) -> bool:
-    """Whether a product of so many rows is quicker in parts, whose sums 16-bit types would round."""
+    """Tell whether a product of `count` rows is faster in parts; 16-bit types would round the sums of the parts."""
     if not x.is_cpu or traced(x) or count > FEW_ROWS:
         return False
     return x.dtype in (torch.float32, torch.float64) and size % PARTS == 0 and weight.numel() >= LEAST
 
 
 def _in_parts(x: Tensor, count: int, size: int, weight: Tensor) -> Tensor:
-    """A product as the sum of those of its parts, each of a share of the rows of the matrix."""
+    """Compute a product as a sum of products, each with a share of the rows of the matrix."""
     share = size // PARTS
     parts = x.reshape(count, PARTS, share).transpose(0, 1)
     return torch.bmm(parts, weight.reshape(PARTS, share, -1)).sum(0)
 
 
 def normalise(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
-    """Each head's vector over its root mean square, in the softmax's type (MHA-NORM-1)."""
+    """Divide each head's vector by its root mean square, in the softmax's type (MHA-NORM-1)."""
     if gain is None:
         return x
     dtype = _wide(x)
@@ -133,7 +134,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def positions(offset: Integers | int, length: int, like: Tensor) -> Tensor:
-    """Token i of batch entry b sits at offset[b] + i: (length,) or (batch, length) (MHA-POS-1, MHA-ROTARY-4)."""
+    """Return offset[b] + i for token i of batch entry b: (length,) or (batch, length) (MHA-POS-1, MHA-ROTARY-4)."""
     if isinstance(offset, (int, torch.SymInt)):
         return torch.arange(offset, offset + length, device=like.device)
     starts = torch.as_tensor(offset, device=like.device).to(torch.int64)
@@ -141,29 +142,30 @@ def positions(offset: Integers | int, length: int, like: Tensor) -> Tensor:
 
 
 def turns(positions: Tensor | Sequence[float], frequencies: numpy.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * frequency, a product in float64 where the device has that (MHA-ROTARY-5)."""
+    """Return cosine and sine of position * frequency, computed in float64 if the device has it (MHA-ROTARY-5)."""
     device, dtype = like.device, _wide(like)
-    of_angles = dtype if device.type == "mps" else torch.float64
-    positions, by = (torch.as_tensor(one, device=device).to(of_angles) for one in (positions, frequencies.copy()))
-    angles = positions[..., None] * by
+    wide = dtype if device.type == "mps" else torch.float64
+    factors = positions, frequencies.copy()
+    positions, rates = (torch.as_tensor(factor, device=device).to(wide) for factor in factors)
+    angles = positions[..., None] * rates
     angles = angles[:, None] if angles.ndim == 3 else angles
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def store(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tensor:
-    """A buffer with new tokens at start[b] <= j < stop[b], as a function that has gradients (MHA-CACHE-1)."""
+    """Return a buffer with new tokens at start[b] <= j < stop[b]; the function has gradients (MHA-CACHE-1)."""
     batch, heads, capacity, size = buffer.shape
     if 0 in (batch, capacity, new.shape[2]):
         return buffer
     slots = torch.arange(capacity, device=buffer.device)
-    start, stop = (torch.as_tensor(one, device=buffer.device).to(torch.int64)[:, None] for one in (start, stop))
+    start, stop = (torch.as_tensor(ends, device=buffer.device).to(torch.int64)[:, None] for ends in (start, stop))
     source = (slots - start).clamp(0, new.shape[2] - 1)
     moved = new.gather(2, source[:, None, :, None].expand(batch, heads, capacity, size))
     return torch.where(((slots >= start) & (slots < stop))[:, None, :, None], moved, buffer)
 
 
 def empty(shapes: Sequence[tuple[int, ...]], like: Tensor) -> KVCache:
-    """Buffers of zeros, of autocast's type under autocast."""
+    """Create buffers of zeros; under autocast they have its type."""
     dtype = _autocast(like.new_empty(0)).dtype if autocasts(like.device.type) else like.dtype
     key, value = (torch.zeros(shape, dtype=dtype, device=like.device) for shape in shapes)
     cache = KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
@@ -171,7 +173,7 @@ def empty(shapes: Sequence[tuple[int, ...]], like: Tensor) -> KVCache:
 
 
 def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers | None, steps: LayerSteps) -> KVCache:
-    """New tokens behind those that are there, in place where that changes no other cache (MHA-CACHE-1, MHA-CACHE-3)."""
+    """Append tokens to a cache, in place if that changes no other cache (MHA-CACHE-1, MHA-CACHE-3)."""
     stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
     if value is None or not isinstance(stop, numpy.ndarray) or not _writable(key, value, cache.key, cache.value):
         return layer_steps.append(cache, key, value, counts, steps)
@@ -184,7 +186,7 @@ def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers |
 
 
 def _write(buffer: Tensor, tokens: Tensor, start: list[int], stop: list[int]) -> None:
-    """Write to the storage, past autograd, which may have kept the tokens that are there."""
+    """Write to a buffer; callers pass `.data`, because autograd may have saved the buffer."""
     ranges = set(zip(start, stop, strict=True))
     if len(ranges) == 1:
         ((first, last),) = ranges
@@ -195,36 +197,36 @@ def _write(buffer: Tensor, tokens: Tensor, start: list[int], stop: list[int]) ->
 
 
 def _writable(*tensors: Tensor) -> bool:
-    """Whether tensors are there, need no gradient, and may be written to where they lie."""
+    """Tell whether tensors are plain, need no gradient, and may be written in place."""
     inference = torch.is_inference_mode_enabled()
-    for one in tensors:
-        if type(one) is not torch.Tensor or one.requires_grad or one.is_inference() != inference:
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor or tensor.requires_grad or tensor.is_inference() != inference:
             return False
     return not transformed()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-    """Attention to as much of a cache as all of its entries fill."""
+    """Attend to a cache, without its free slots if all batch entries have the same length."""
     length = _common_length(query, key, options)
     if length is not None:
         key, value = key[:, :, :length], value[:, :, :length]
-        options = _left(query, length, options)
+        options = _remaining(query, length, options)
         if not options:
             return attention_to_all(query, key, value)
     return attention(query, key, value, **options)
 
 
 def attend_and_weigh(query: Tensor, key: Tensor, value: Tensor, _: LayerSteps, **options: Any) -> tuple[Tensor, Tensor]:
-    """Both, of all slots of a cache (MHA-LAYER-4)."""
+    """Compute output and weights over all slots of a cache (MHA-LAYER-4)."""
     return attention_and_weights(query, key, value, **options)
 
 
 OF_KEYS = {"mask", "bias", "dropout_mask", "kv_segment_ids"}
-"""Options that have an axis for keys."""
+"""The options that have an axis for keys."""
 
 
 def _common_length(query: Tensor, key: Tensor, options: dict[str, Any]) -> int | None:
-    """The length that all entries of a cache have; None where it is not known on the host, or options speak of more."""
+    """Return the length of all entries of a cache; None if the host does not know it, or an option covers all slots."""
     lengths, offset = options.get("kv_lengths"), options.get("q_offset")
     if not isinstance(lengths, numpy.ndarray) or not isinstance(offset, numpy.ndarray) or OF_KEYS & options.keys():
         return None
@@ -234,8 +236,8 @@ def _common_length(query: Tensor, key: Tensor, options: dict[str, Any]) -> int |
     return numbers[0] if 0 <= numbers[0] <= key.shape[2] else None
 
 
-def _left(query: Tensor, length: int, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that still matter to keys of one length: one query behind them all sees them causally or not."""
+def _remaining(query: Tensor, length: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Drop options without effect on keys of a common length: a single query after all keys sees them all."""
     names = options.keys() - {"kv_lengths"}
     causal = options.get("causal", False)
     sees_all = causal is False or (
@@ -247,14 +249,14 @@ def _left(query: Tensor, length: int, options: dict[str, Any]) -> dict[str, Any]
 
 
 def project_out(x: Tensor, params: Mapping[str, Tensor], _: LayerSteps) -> Tensor:
-    """The heads side by side, by one matrix product with its bias (MHA-PROJ-3)."""
+    """Project the concatenated heads by a single matrix product with its bias (MHA-PROJ-3)."""
     batch, heads, length, size = x.shape
     weight = params["w_o"]
     return _linear(x.transpose(1, 2), heads * size, weight, params.get("b_o"), (batch, length, weight.shape[2]))
 
 
 def slopes(heads: int, dtype: str) -> Tensor:
-    """The slopes of all heads (MHA-ALIBI-1)."""
+    """Return the slopes of all heads (MHA-ALIBI-1)."""
     return torch.tensor(slope_values(heads), dtype=getattr(torch, dtype))
 
 
@@ -278,8 +280,8 @@ _LAYER = Layer(
 )
 
 
-def _in_one_node(method: _Method) -> _Method:
-    """Call a method of the layer; inside a compiled graph the call is one node."""
+def _in_single_node(method: _Method) -> _Method:
+    """Call a method of the layer; in a compiled graph the call is a single node."""
     name = method.__name__
 
     @wraps(method)
@@ -299,19 +301,19 @@ def _in_graph(name: str, operands: tuple[Any, ...], cache: KVCache | None, keywo
     return getattr(_LAYER, name)(*operands, cache=cache, **keywords | settings)
 
 
-multi_head_attention = decorate_method(_in_one_node, _LAYER.multi_head_attention)
-multi_head_attention_and_weights = decorate_method(_in_one_node, _LAYER.multi_head_attention_and_weights)
-multi_head_attention_weights = decorate_method(_in_one_node, _LAYER.multi_head_attention_weights)
+multi_head_attention = decorate_method(_in_single_node, _LAYER.multi_head_attention)
+multi_head_attention_and_weights = decorate_method(_in_single_node, _LAYER.multi_head_attention_and_weights)
+multi_head_attention_weights = decorate_method(_in_single_node, _LAYER.multi_head_attention_weights)
 empty_cache = _LAYER.empty_cache
 
 
 def _in_tensor(name: str, value: Any, query: Tensor) -> Any:
-    """Lengths and offsets in a sequence in which a tracer left numbers open, as a tensor, which is not read."""
+    """Convert a sequence of lengths or offsets that holds symbols to a tensor, because tensors are not read."""
     return entries(value, query.device) if name in PER_ENTRY and is_open(value) else value
 
 
 PER_ENTRY = {"q_offset", "q_lengths", "kv_lengths"}
-"""Options that may be sequences of an integer for each batch entry."""
+"""The options that may be sequences with an integer for each batch entry."""
 
 
 def rotary_embedding(
@@ -322,7 +324,7 @@ def rotary_embedding(
     interleaved: bool = False,
     rotary_dim: int | None = None,
 ) -> Float[Tensor, "batch heads length size"]:
-    """Positions as rotations; see `mha_spec.reference.rotary_embedding`."""
+    """Rotate vectors by their positions; see `mha_spec.reference.rotary_embedding`."""
     return _rotated(x, positions, {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim})
 
 
@@ -332,7 +334,7 @@ def _rotated(x: Tensor, positions: Tensor | Sequence[float], rotary: dict[str, A
 
 
 def alibi_slopes(heads: int, *, dtype: str = "float32") -> Float[Tensor, "heads"]:
-    """The slopes of linear biases; see `mha_spec.reference.alibi_slopes`."""
+    """Return the slopes of linear biases; see `mha_spec.reference.alibi_slopes`."""
     return _slopes(heads, dtype)
 
 
@@ -348,7 +350,7 @@ def alibi_bias(
     *,
     q_offset: Int[Tensor, "batch"] | Sequence[int] | int | None = None,
 ) -> Float[Tensor, "batch* heads q_len kv_len"]:
-    """Positions as a bias; see `mha_spec.reference.alibi_bias`."""
+    """Return a bias that is linear in the distance; see `mha_spec.reference.alibi_bias`."""
     return _biased(slopes, q_len, kv_len, q_offset)
 
 
@@ -365,7 +367,7 @@ def append_cache(
     value: Float[Tensor, "batch kv_heads length v_dim"],
     lengths: Int[Tensor, "batch"] | Sequence[int] | None = None,
 ) -> KVCache:
-    """New tokens behind those of a cache; see `mha_spec.reference.append_cache`."""
+    """Append tokens to a cache; see `mha_spec.reference.append_cache`."""
     return _appended(_unread(cache) or cache, key, value, lengths)
 
 
@@ -375,16 +377,16 @@ def _appended(cache: KVCache, key: Tensor, value: Tensor, lengths: Integers | No
 
 
 def _unread(cache: KVCache | None) -> KVCache | None:
-    """Inside a compiled graph lengths are a tensor, which is not read: one on the host would be a new graph each."""
+    """Convert lengths to a tensor in a compiled graph: other lengths on the host would compile a new graph."""
     if cache is None or not torch.compiler.is_compiling() or isinstance(cache.lengths, torch.Tensor):
         return cache
     return cache._replace(lengths=torch.as_tensor(cache.lengths))
 
 
-def _fixed(given: Any) -> Any:
-    """Settings in which the numbers that a tracer left open are fixed at what they are, since each is another layer."""
-    if isinstance(given, dict):
-        return {name: _fixed(one) for name, one in given.items()}
-    if isinstance(given, torch.SymFloat):
-        return float(given)
-    return int(given) if isinstance(given, torch.SymInt) else given
+def _fixed(setting: Any) -> Any:
+    """Fix the symbols in settings at their values, because other settings make another layer."""
+    if isinstance(setting, dict):
+        return {name: _fixed(value) for name, value in setting.items()}
+    if isinstance(setting, torch.SymFloat):
+        return float(setting)
+    return int(setting) if isinstance(setting, torch.SymInt) else setting
