@@ -1,9 +1,8 @@
 """Attention for PyTorch, and the layer around it, with the meaning of `mha_spec.reference`.
 
-Attention is the CPU's flash kernel's where that has this meaning.
-
-The table in `paths` says which path a call takes. Lengths, offsets and segment ids that can be read (numbers,
-sequences, NumPy arrays, tensors on the CPU) become ranges of keys, and what lies outside of them is not worked.
+On the CPU, attention runs by torch's flash kernel where that has the same meaning; the table in `paths` says which path
+a call takes. Lengths, offsets and segment ids that can be read (numbers, sequences, NumPy arrays, tensors on the CPU)
+become ranges of keys, and pairs outside of them are not computed.
 """
 
 from mha_spec.cache import KVCache
