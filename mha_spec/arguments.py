@@ -1,4 +1,4 @@
-"""The arguments of one attention call, and the signatures that name them."""
+"""The arguments of an attention call, and the signatures that name them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class NoOptions(TypedDict):
 
 @dataclass(slots=True)
 class Arguments:
-    """The three tensors and all options of one attention call."""
+    """The three tensors and all options of an attention call."""
 
     query: Array
     key: Array
@@ -172,7 +172,7 @@ _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
 def options_of(function: str) -> tuple[str, ...]:
-    """Name the options that a function of the specification shares with the others."""
+    """Name the options of attention that a function of the specification accepts."""
     if function in MERGING_FUNCTIONS:
         return ()
     return WEIGHT_OPTIONS if function in WEIGHT_FUNCTIONS else OPTIONS
@@ -191,7 +191,7 @@ def decorate_method(decorator: Callable[[_Function], _Function], method: _Functi
 
 
 def spells_options(function: _Function) -> _Function:
-    """Give a function that takes `**options` the signature that names each of them, with its default."""
+    """Set the signature of a function to name every option of its `**options`, with the default."""
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
     options = [

@@ -124,7 +124,7 @@ def _devices_of(sharding: Any, shape: tuple[int, ...]) -> tuple[object, ...]:
 
 
 def lies_with(array: Array, like: Array) -> bool:
-    """Tell quickly whether an array has the class, storage and device of a dense one; False leaves the reason open."""
+    """Tell quickly whether an array has the class, storage and device of `like`, which is dense."""
     if type(array) is not type(like):
         return False
     library = library_of(like)
@@ -169,7 +169,7 @@ def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> list[tuple[Array, A
     """Return pairs of arrays, for queries and keys, that are all equal exactly where the ids are equal by value.
 
     They have the library and the device of `like`. NumPy compares any two of its types by value, so its ids are
-    renumbered for another library; ids of two other types are split into two digits, since no type may hold both.
+    renumbered for another library; ids of two other types, of which neither may hold both, are split into two digits.
     """
     libraries = library_of(q_ids), library_of(kv_ids)
     if libraries == ("numpy", "numpy"):

@@ -44,7 +44,7 @@ MergeGradients = tuple[Array, Array, Array, Array]
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Everything that one attention computes on the way, in the softmax's type; heads of key and value repeated."""
+    """Every intermediate result of an attention, in the softmax's type; heads of key and value repeated."""
 
     query: Array
     key: Array
@@ -62,7 +62,7 @@ class Trace:
 class Reference:
     """The five functions of attention over a choice of steps; see the functions of this module for their meaning.
 
-    No step writes to an input, and none looks at strides (MHA-PURE-1, MHA-PURE-2).
+    No step writes to an input or depends on strides (MHA-PURE-1, MHA-PURE-2).
     """
 
     steps: Steps = Steps()

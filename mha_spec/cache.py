@@ -21,7 +21,7 @@ __all__ = ["HighWater", "KVCache"]
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far, in buffers of a fixed capacity, and the number of tokens.
 
-    A cache is immutable: appending returns a new one (MHA-CACHE-3). As a named tuple it passes through `jax.jit`,
+    A cache is immutable: appending returns a new cache (MHA-CACHE-3). As a named tuple it passes through `jax.jit`,
     `torch.compile` and `tf.function` as its three arrays. Only positions below `lengths` are read.
     """
 
@@ -76,9 +76,9 @@ def _function_for(name: str, array: Array, label: str) -> Callable[..., KVCache]
 class HighWater:
     """High-water marks of cache buffers, with which an eager backend appends tokens without copying.
 
-    Several caches may share one pair of buffers, of which each reads as much as its lengths say. A token may be written
+    Several caches may share a pair of buffers; each reads only the tokens below its lengths. A token may be written
     in place only past the end of every cache that shares the buffers, that is, when the lengths of this cache equal
-    their high-water mark. Buffers without a mark were not made here and are copied first.
+    their high-water mark. Buffers without a mark come from elsewhere, and are copied first.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class HighWater:
         self._lock = Lock()
 
     def claim(self, cache: KVCache, start: list[int], stop: list[int]) -> bool:
-        """Move the mark from `start`, the lengths of `cache`, to `stop`; True if the tokens between may be written."""
+        """Move the mark from `start`, the lengths of `cache`, to `stop`; return False if it is not at `start`."""
         pair = (id(cache.key), id(cache.value))
         with self._lock:
             if self._marks.get(pair) != start:

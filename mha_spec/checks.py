@@ -72,7 +72,7 @@ OWN_KEYWORDS = {
 
 
 def refuse_unknown(options: Mapping[str, object], function: str = "attention") -> None:
-    """Refuse a keyword that `function` does not have, and suggest the nearest one (MHA-ARG-1, MHA-DROP-3)."""
+    """Refuse a keyword that `function` does not have, and suggest the nearest keyword (MHA-ARG-1, MHA-DROP-3)."""
     known = options_of(function)
     for name in options:
         if name in known:
@@ -87,7 +87,7 @@ def refuse_unknown(options: Mapping[str, object], function: str = "attention") -
 
 
 def check_tensors(a: Arguments) -> None:
-    """Require rank-4 arrays of one library, one floating dtype and one device (MHA-SHAPE-3)."""
+    """Require rank-4 arrays of the same library, floating dtype and device (MHA-SHAPE-3)."""
     tensors: dict[str, Array] = {"query": a.query, "key": a.key}
     if a.value is not None or not a.weighs:
         tensors["value"] = a.value
@@ -115,12 +115,12 @@ def check_tensors(a: Arguments) -> None:
 
 
 def of_one_class(first: Array, *others: Array) -> bool:
-    """Tell whether all are arrays of one class, and so of one library (MHA-ARG-4)."""
+    """Tell whether all arrays have the same class, and so the same library (MHA-ARG-4)."""
     return library_of(first) is not None and all(type(other) is type(first) for other in others)
 
 
 def _alike(query: Array, *others: Array) -> bool:
-    """Tell quickly that all are dense rank-4 arrays of one class, dtype and device."""
+    """Tell quickly whether all are dense rank-4 arrays of the same class, dtype and device."""
     if library_of(query) is None or query.ndim != 4 or dtype_name(query) not in FLOATING:
         return False
     if storage_of(query) is not None:
@@ -263,7 +263,7 @@ def _check_pairwise(a: Arguments, label: str, array: Array, clause: str) -> None
 
 
 def _broadcasts(size: int | None, full: int | None) -> bool:
-    """Tell whether an axis broadcasts; a size that a trace does not know, None, is compared when the call runs."""
+    """Tell whether an axis broadcasts; a size that is unknown in a trace, None, is compared when the call runs."""
     return size == full or size == 1 or size is None
 
 
@@ -286,7 +286,7 @@ def _check_pairwise_dtype(label: str, name: str) -> None:
 
 
 def check_sinks(a: Arguments) -> None:
-    """Require one floating logit for each query head (MHA-SINK-1)."""
+    """Require a floating logit for each query head (MHA-SINK-1)."""
     if a.sinks is None:
         return
     check_alike("sinks", a.sinks, a.query, "query", "MHA-SINK-1")
@@ -298,7 +298,7 @@ def check_sinks(a: Arguments) -> None:
 
 
 def check_lengths(a: Arguments) -> None:
-    """Require integer lengths and offsets for each batch entry; host data is within its range (MHA-LEN-3)."""
+    """Require integer lengths and offsets for each batch entry, in their ranges if they are host data (MHA-LEN-3)."""
     if a.q_lengths is not None:
         check_entries("q_lengths", a.q_lengths, a.query, 0, a.q_len, "q_len")
     if a.kv_lengths is not None:
@@ -308,7 +308,7 @@ def check_lengths(a: Arguments) -> None:
 
 
 def check_offset(offset: object, query: Array) -> Array | Sequence[int] | int | str | None:
-    """Require one integer, one for each batch entry, or the name of a reading (MHA-POS-1, MHA-POS-2)."""
+    """Require an integer, an integer for each batch entry, or the name of a reading (MHA-POS-1, MHA-POS-2)."""
     held = plain(offset)
     if isinstance(held, str):
         if held not in READINGS:
@@ -324,7 +324,7 @@ def check_offset(offset: object, query: Array) -> Array | Sequence[int] | int | 
 def check_entries(label: str, value: object, query: Array, low: int, high: int | None, high_name: str) -> None:
     """Require an integer for each batch entry of `query`, within its range where it is host data (MHA-LEN-3).
 
-    A limit of None is a size that a trace does not know, and is not checked.
+    A limit of None stands for a size that is unknown in a trace, and is not checked.
     """
     if value is None:
         return
@@ -393,7 +393,7 @@ CHECKS: tuple[Callable[[Arguments], None], ...] = (
 
 
 def check(a: Arguments, checks: Iterable[Callable[[Arguments], None]] = CHECKS) -> Arguments:
-    """Raise ArgumentValueError or ArgumentTypeError for the first error in `a`, else return it.
+    """Raise ArgumentValueError or ArgumentTypeError for the first error in `a`, else return `a`.
 
     The checks replace NumPy scalars by Python values, since a float64 scalar would widen a float32 result (MHA-ARG-2,
     MHA-SOFTMAX-2).

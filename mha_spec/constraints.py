@@ -1,6 +1,6 @@
 """Conclusions about visibility that a backend draws from host data before it computes anything.
 
-A list of integers has one for each batch entry in question; None stands for data that must not be read (MHA-LEN-3),
+A list of integers has an integer for each batch entry; None stands for data that must not be read (MHA-LEN-3),
 from which nothing follows.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["Indices", "distances", "equal_entries", "key_range", "segment_keys",
 
 
 class Indices(Protocol):
-    """Consecutive indices: a range, or a backend's own class, whose ends a tracer may have left open."""
+    """Consecutive indices: a range, or a backend's own class, whose ends may be unknown in a trace."""
 
     @property
     def start(self) -> int:
@@ -30,7 +30,7 @@ class Indices(Protocol):
 
     @property
     def stop(self) -> int:
-        """The index after the last one."""
+        """The last index plus 1."""
         ...
 
 
@@ -66,23 +66,23 @@ def distances(offsets: Sequence[int], queries: Indices, keys: Indices) -> tuple[
 
 
 def equal_entries(batch: int, constraints: Iterable[Sequence[int] | numpy.ndarray]) -> list[tuple[int, int]]:
-    """Cut batch entries into runs with equal constraints, each of which has a number or a row for every entry."""
+    """Cut batch entries into runs with equal constraints; a constraint has a number or a row for every entry."""
     changes = zip(*map(_changes, constraints), strict=True)
     starts = [entry for entry, changed in enumerate(changes, start=1) if any(changed)]
     return list(pairwise([0, *starts, batch]))
 
 
 def _changes(constraint: Sequence[int] | numpy.ndarray) -> list[bool]:
-    """Tell for every batch entry but the first whether its constraint differs from the one before."""
+    """Tell for every batch entry but the first whether its constraint differs from that of the entry before."""
     if isinstance(constraint, numpy.ndarray):
         return (constraint[1:] != constraint[:-1]).any(axis=1).tolist()
     return [number != before for before, number in pairwise(constraint)]
 
 
 def segment_runs(ids: numpy.ndarray, shortest: int) -> list[tuple[int, int]] | None:
-    """Cut the ids of one batch entry where they change; None where the runs average less than `shortest`.
+    """Cut the ids of a batch entry into runs of equal ids; None if the mean length is below `shortest`.
 
-    Short segments are cheaper to compare than to compute one by one.
+    For short segments, comparing ids costs less than a separate computation for each.
     """
     starts = numpy.flatnonzero(ids[1:] != ids[:-1]) + 1
     if len(starts) * shortest > len(ids):
@@ -99,6 +99,6 @@ def segment_keys(q_ids: numpy.ndarray, kv_ids: numpy.ndarray) -> numpy.ndarray:
 
 
 def trimmed(keys: range, seen: numpy.ndarray) -> range:
-    """Give the keys from the first to the last one that is seen."""
+    """Give the keys from the first to the last that is seen."""
     places = numpy.flatnonzero(seen)
     return keys[int(places[0]) : int(places[-1]) + 1] if places.size else range(0)

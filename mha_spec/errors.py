@@ -1,4 +1,4 @@
-"""The errors that mha-spec raises, under one base class."""
+"""The errors that mha-spec raises, with a common base class."""
 
 from typing import NoReturn
 
@@ -6,7 +6,7 @@ __all__ = ["ArgumentTypeError", "ArgumentValueError", "BackendError", "MhaSpecEr
 
 
 class MhaSpecError(Exception):
-    """Base class of every error that mha-spec raises for a mistake of its user."""
+    """Base class of every error that mha-spec raises for a mistake of the caller."""
 
     __init__ = Exception.__init__  # AutoGraph keeps the class of errors with exactly this constructor.
 

@@ -70,7 +70,7 @@ class Layer:
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> Array | tuple[Array, KVCache]:
-        """Multi-head attention: projections of query, key and value, attention in every head, one projection out.
+        """Multi-head attention: project query, key and value, attend in every head, and project the heads.
 
             Q = rotate(norm(query w_q + b_q)),  K = rotate(norm(key w_k + b_k)),  V = value w_v + b_v
             output = sum_h attention(Q, K, V)[h] w_o[h] + b_o
@@ -85,14 +85,14 @@ class Layer:
             value: (batch, kv_len, v_embed), of the query's dtype; None where key is.
             params: w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim) and
                 w_o (heads, v_dim, out); optional b_q, b_k, b_v, b_o, q_norm and k_norm. See `mha_spec.parameters.AXES`.
-            rotary: The options of `rotary_embedding`, {} for its defaults; None is no rotation.
+            rotary: The options of `rotary_embedding`, {} for its defaults; None does not rotate.
             norm_epsilon: Added to the mean square of q_norm and k_norm.
             cache: Keys and values of the tokens so far. q_offset defaults to its lengths; kv_lengths counts the new
                 keys that are real; mask, bias, dropout_mask and kv_segment_ids cover its whole capacity.
             **options: See `mha_spec.arguments.Options`.
 
         Returns:
-            The output, (batch, q_len, out) in the query's dtype; with a cache also the new one.
+            The output, (batch, q_len, out) in the query's dtype; with a cache also the new cache.
 
         Raises:
             ArgumentValueError: A shape, a range, a name of a parameter or a combination is wrong, the cache is full, or
@@ -126,11 +126,11 @@ class Layer:
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
-        """The results of `multi_head_attention` and `multi_head_attention_weights`, with one projection for both.
+        """The results of `multi_head_attention` and `multi_head_attention_weights`, from the same projections.
 
         The arguments and errors are those of `multi_head_attention`; the weights are those before dropout. With a cache
-        the new one is the third result. torch's `nn.MultiheadAttention` with `need_weights` returns the mean over heads
-        by default, after dropout.
+        the new cache is the third result. torch's `nn.MultiheadAttention` with `need_weights` returns the mean over
+        heads by default, after dropout.
 
         Source:
             SPEC.md, MHA-LAYER-4.
@@ -162,7 +162,7 @@ class Layer:
             params: Those of `multi_head_attention`; those of value and output may be absent.
             rotary: As in `multi_head_attention`.
             norm_epsilon: As in `multi_head_attention`.
-            cache: As in `multi_head_attention`; the new one is not returned.
+            cache: As in `multi_head_attention`; the new cache is not returned.
             **options: Those of `multi_head_attention` without dropout; see `mha_spec.arguments.WeightOptions`.
 
         Returns:
@@ -200,7 +200,7 @@ class Layer:
         Args:
             x: (batch, heads, length, size), float64, float32, float16 or bfloat16.
             positions: (length,) or (batch, length), integers or floats, on the host or of the library of x.
-            base: Greater than 0; a larger one turns more slowly.
+            base: Greater than 0; a larger base turns more slowly.
             interleaved: True pairs neighbours, False components half of rotary_dim apart.
             rotary_dim: The number of components that turn, from the first on; even. None turns all of them.
 
@@ -211,7 +211,7 @@ class Layer:
             ArgumentValueError, ArgumentTypeError: size is odd without rotary_dim, or positions do not fit.
 
         Differs from others:
-            GPT-NeoX and Llama pair halves, GPT-J pairs neighbours; weights of one pairing are wrong with the other.
+            GPT-NeoX and Llama pair halves, GPT-J pairs neighbours; weights are right with one pairing only.
             ONNX `RotaryEmbedding` takes cosine and sine from the caller.
 
         Source:
@@ -337,7 +337,7 @@ class Layer:
         return self.steps.append(cache, key, value, lengths, self.steps)
 
     def _operands(self, a: LayerArguments) -> Operands:
-        """Make the arguments of attention; with a cache, its keys are all that the new one holds."""
+        """Make the arguments of attention; with a cache, the keys are all keys of the new cache."""
         q, k, v = self._heads(a)
         if a.cache is None:
             return Operands(q, k, v, a.options)
@@ -390,7 +390,7 @@ class Layer:
 
 
 def _equally_long(query: Array, key: Array) -> bool:
-    """Return True if query and key are known to have the same length, which TensorFlow may not know in a trace."""
+    """Return True if query and key are known to have the same length; a trace of TensorFlow may not know it."""
     return query is key or (query.shape[1] is not None and query.shape[1] == key.shape[1])
 
 

@@ -1,7 +1,7 @@
 """The checks of the layer that every backend shares; `mha_spec.checks` then checks the arguments of its attention.
 
 As in `mha_spec.checks`, each check cites its clause, looks at Python values, shapes and dtypes, and reads the contents
-of host data only. A size that a traced shape does not know, None, fits every size.
+of host data only. A size that is unknown in a trace, None, fits every size.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Rotary(NamedTuple):
 
 @dataclass(slots=True)
 class LayerArguments:
-    """The arguments of one call of the layer."""
+    """The arguments of a call of the layer."""
 
     function: str
     query: Array
@@ -99,7 +99,7 @@ def check(a: LayerArguments) -> LayerArguments:
 
 
 def _check_operands(a: LayerArguments) -> None:
-    """Require rank-3 arrays of one library, dtype, device and batch (MHA-LAYER-2)."""
+    """Require rank-3 arrays of the same library, dtype, device and batch (MHA-LAYER-2)."""
     _check_array("query", a.query, "(batch, q_len, embed)")
     if dtype_name(a.query) not in FLOATING:
         refuse_type(
@@ -138,7 +138,7 @@ def _check_array(label: str, array: Array, axes: str) -> None:
 
 
 def _check_like(label: str, array: Array, like: Array, other: str, clause: str) -> None:
-    """Require the dtype of another array, which `clause` asks, and its library and device (MHA-ARG-4)."""
+    """Require the dtype of another array, by `clause`, and its library and device (MHA-ARG-4)."""
     check_alike(label, array, like, other, "MHA-ARG-4")
     if array.dtype != like.dtype:
         refuse_type(
@@ -153,7 +153,7 @@ def _differ(size: int | None, other: int | None) -> bool:
 
 
 def _fit(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    """Tell whether a shape is the expected one, in which None is any size."""
+    """Tell whether a shape fits the expected shape, in which None is any size."""
     if shape == expected:
         return True
     return len(shape) == len(expected) and not any(map(_differ, shape, expected))
@@ -192,7 +192,7 @@ def _check_params(a: LayerArguments) -> None:
 
 
 def _distinct(params: Mapping[str, Array]) -> Iterable[str]:
-    """Name the first parameter of each class, dtype, device and storage: one check serves all that are alike."""
+    """Name the first parameter of each class, dtype, device and storage; its check serves all parameters like it."""
     kinds: dict[Any, str] = {}
     for name, array in params.items():
         kind: Any = (type(array), getattr(array, "dtype", None), getattr(array, "device", None), storage_of(array))
@@ -284,7 +284,7 @@ def check_rotary_dim(rotary_dim: object, size: int) -> int | None:
 
 
 def check_positions(x: Array, positions: Array) -> None:
-    """Require a floating x of rank 4 and a position, a number, for each token (MHA-ROTARY-4, MHA-ROTARY-6)."""
+    """Require a floating x of rank 4 and a number for each token, its position (MHA-ROTARY-4, MHA-ROTARY-6)."""
     library = require_array("x", x, "MHA-ROTARY-6")
     check_floating("x", x, "MHA-ROTARY-6")
     if len(x.shape) != 4:
@@ -312,7 +312,7 @@ def check_positions(x: Array, positions: Array) -> None:
 
 
 def _of_numbers(positions: object) -> numpy.ndarray:
-    """Convert a sequence of positions, or of sequences of one length; a lone number has the wrong shape later."""
+    """Convert a sequence of positions, or of sequences of equal length; a later check refuses a single number."""
     rows = list(positions) if _is_series(positions) else [positions]
     rows = [list(row) for row in rows if _is_series(row)] or [rows]
     even = {len(row) for row in rows} == {len(rows[0])}
@@ -468,7 +468,7 @@ def check_alibi(slopes: Any, q_len: int, kv_len: int, offset: Array | Sequence[i
 
 
 def _of_as_many_entries(offset: Any) -> Array:
-    """Return an array that has a batch entry for each offset, as `check_offset` compares them."""
+    """Return an array with a batch entry for each offset, with which `check_offset` compares them."""
     if library_of(offset) is None:
         return numpy.empty(len(offset) if is_sequence(offset) else 1)
     require_array("q_offset", offset, "MHA-LEN-3")

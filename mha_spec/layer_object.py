@@ -168,7 +168,7 @@ _Init = TypeVar("_Init", bound="Callable[..., None]")
 
 
 def spells_layer_options(init: _Init) -> _Init:
-    """Give an `__init__` that takes `**options` the signature that names each of them, with its default."""
+    """Set the signature of an `__init__` to name every option of its `**options`, with the default."""
     signature = inspect.signature(init)
     default = {field.name: None if field.default is MISSING else field.default for field in fields(LayerSettings)}
     options = [
@@ -220,7 +220,7 @@ class LayerObject:
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> tuple[Any, ...]:
-        """Return the output, the weights before dropout and, with a cache, the new one (MHA-LAYER-4)."""
+        """Return the output, the weights before dropout and, with a cache, the new cache (MHA-LAYER-4)."""
         key = query if key is None else key
         value = key if value is None else value
         keywords = self._all(self._in_training(options))
@@ -236,11 +236,11 @@ class LayerObject:
         return f"{type(self).__name__}({self.settings})"
 
     def _in_training(self, options: Options) -> Options:
-        """Return the options of a call with the dropout of the layer's state."""
+        """Return the options of a call with the dropout of the layer's mode, training or evaluation."""
         return options
 
     def _all(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options of a call with those that the settings fix."""
+        """Return the options of a call and those of the settings."""
         rotary = self.settings.rotary
         fixed: dict[str, Any] = {
             "rotary": None if rotary is None else rotary.given(),
@@ -256,5 +256,5 @@ class LayerObject:
 
     @property
     def _like(self) -> Array:
-        """An array that has the dtype and device of a cache."""
+        """An array with the dtype and device of new caches."""
         return self.params["w_k"]

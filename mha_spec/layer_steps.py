@@ -1,4 +1,4 @@
-"""The steps of the layer, one small function for each, in the order in which the specification takes them.
+"""The steps of the layer, a small function for each, in the order of the specification.
 
 As in `mha_spec.steps`, every function works on any library of the Python array API, cites the clauses that it
 implements, and is a field of `LayerSteps`, where it can be replaced by name: by a backend with a faster operation, by
@@ -58,7 +58,7 @@ def add_bias(x: Array, bias: Array | None) -> Array:
 
 
 def project_in(a: LayerArguments, steps: LayerSteps) -> tuple[Array, Array | None, Array | None]:
-    """Project query, key and value to heads; a missing one stays None (MHA-PROJ-1, MHA-PROJ-2, MHA-LAYER-3)."""
+    """Project query, key and value to heads; None stays None (MHA-PROJ-1, MHA-PROJ-2, MHA-LAYER-3)."""
     operands = (("q", a.query), ("k", a.key), ("v", a.value))
     q, k, v = (
         None if x is None else steps.add_bias(steps.project(x, a.params[f"w_{name}"]), a.params.get(f"b_{name}"))
@@ -79,7 +79,7 @@ def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
 def positions(offset: Array, length: int, like: Array) -> Array:
     """Token i sits at offset + i, (length,), or at offset[b] + i, (batch, length) (MHA-POS-1, MHA-ROTARY-4).
 
-    A NumPy array where the offset is host data, else one of the offset's library.
+    The result is a NumPy array where the offset is host data, else an array of the offset's library.
     """
     if host_integers(offset) is not None:
         host = numpy.asarray(offset, dtype=numpy.int64)
@@ -116,7 +116,7 @@ def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: 
 def turn(x: Array, turns: tuple[Array, Array], interleaved: bool) -> Array:
     """Turn each pair of components as a complex number; the others are unchanged (MHA-ROTARY-1 to MHA-ROTARY-3).
 
-    Pair i is (i, i + pairs), or (2i, 2i + 1) interleaved.
+    Pair i is (i, i + pairs), or (2i, 2i + 1) if interleaved.
     """
     xp, (cosine, sine) = namespace_of(x), turns
     pairs = cosine.shape[-1]
@@ -148,7 +148,7 @@ def new_lengths(
 
 
 def _as_integers(lengths: Array | Sequence[int], like: Array) -> Array:
-    """Give integers as an array of a type of at least 32 bits, whose sums do not wrap."""
+    """Give integers as an array of a type of at least 32 bits, so that sums do not wrap."""
     xp = namespace_of(like)
     array = xp.asarray(lengths, device=device_of(like))
     return xp.astype(array, xp.int32) if dtype_name(array) in NARROW else array
@@ -218,7 +218,7 @@ def project_out(x: Array, params: Mapping[str, Array], steps: LayerSteps) -> Arr
 
 
 def slope_values(heads: int) -> list[float]:
-    """2^(-8 (h + 1) / heads), and between powers of two every other slope of twice as many (MHA-ALIBI-1)."""
+    """Compute 2^(-8 (h + 1) / m), m the largest power of two <= heads, then every other slope of 2m (MHA-ALIBI-1)."""
     power = 2 ** (heads.bit_length() - 1)
     first = [2 ** (-8 * (head + 1) / power) for head in range(power)]
     between = [2 ** (-8 * (2 * head + 1) / (2 * power)) for head in range(heads - power)]

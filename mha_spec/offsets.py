@@ -24,10 +24,10 @@ def named_offset(
     query: Array,
     key: Array,
 ) -> Array | int:
-    """Compute the offset that a reading names: one for all batch entries, or with lengths one for each.
+    """Compute the offset that a reading names: an integer, or with lengths an integer for each batch entry.
 
     It is host data where the lengths are, else an array of the library of the query; lengths that cannot be read are
-    clamped (MHA-LEN-3). The third axes of query and key are the queries and the keys.
+    clamped (MHA-LEN-3). Axis 2 of `query` and `key` counts queries and keys.
     """
     on_host = all(lengths is None or host_integers(lengths) is not None for lengths in (q_lengths, kv_lengths))
     clamp = _clamp_on_host if on_host else _clamp

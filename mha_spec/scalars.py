@@ -1,4 +1,4 @@
-"""Arguments that are one Python value: numbers, integers and flags.
+"""Arguments that are a Python value: numbers, integers and flags.
 
 A scalar of NumPy counts as the Python value that it holds (MHA-ARG-2). A symbolic number of PyTorch, which stands for a
 Python number that changes between the calls of a compiled function, counts as that number.
@@ -33,7 +33,7 @@ def plain(value: Any) -> Any:
 
 @lru_cache(maxsize=1024)
 def _kind_of(cls: type) -> type | None:
-    """Return int or float for a class whose values count as such; a bool is not a number."""
+    """Return int or float for a class of numbers, and None for others; a bool is not a number."""
     if cls.__module__.partition(".")[0] == "torch":
         return _SYMBOLIC.get(cls.__name__)
     return next((kind for kind in (int, float) if issubclass(cls, kind) and not issubclass(cls, bool)), None)
@@ -60,7 +60,7 @@ def check_flag(label: str, value: object, clause: str = "MHA-ARG-2") -> bool:
 
 
 def check_number(label: str, value: object, clause: str = "MHA-ARG-2") -> float:
-    """Require a number, and return it as a Python number; an integer may exceed every float (MHA-ARG-2)."""
+    """Require a number, and return it as a Python number, which may be an integer above every float (MHA-ARG-2)."""
     held = plain(value)
     if not is_number(held):
         refuse_type(clause, f"`{label}` must be a Python number, received {_named(label, value)}.")
@@ -83,7 +83,7 @@ def as_float(value: float) -> float:
 
 
 def shown(value: object) -> str:
-    """Format a value for a message, in one line of bounded length."""
+    """Format a value for a message, on a line of bounded length."""
     try:
         spelled = repr(value)
     except ValueError:  # an integer of more than 4300 digits

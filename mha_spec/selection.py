@@ -1,4 +1,4 @@
-"""The choice of a backend by the query's array type, unless MHA_SPEC_BACKEND fixes one at import.
+"""The choice of a backend by the query's array type, unless MHA_SPEC_BACKEND names a backend at import.
 
 All backends, including ours, are registered in the entry-point group `mha_spec.backends` (name -> module), and each is
 loaded on first use. A backend serves the array library of the same name; `numpy` serves every library of the Python
@@ -53,7 +53,7 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 
 def backend_names() -> tuple[str, ...]:
-    """Return the names of all registered backends, also of those without an installed framework."""
+    """Return the names of all registered backends, whether their framework is installed or not."""
     return tuple(sorted(_entry_points()))
 
 
@@ -160,5 +160,5 @@ def function_of(module: ModuleType, name: str) -> Callable[..., Any]:
 
 
 def backend_of_numbers() -> ModuleType:
-    """Return the backend for calls without an array: the fixed one, else NumPy's."""
+    """Return the backend for calls without an array: that of MHA_SPEC_BACKEND, else NumPy's."""
     return backend(DEFAULT) if _FIXED is None else _FIXED

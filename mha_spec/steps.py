@@ -1,4 +1,4 @@
-"""The steps of attention, one small function for each, in the order in which the specification takes them.
+"""The steps of attention, a small function for each, in the order of the specification.
 
 Every function works on any library of the Python array API, cites the clauses that it implements, and is a field of
 `Steps`, where it can be replaced by name: `dataclasses.replace(Steps(), see_mask=lambda mask: ~mask)` is the
@@ -100,7 +100,7 @@ def see_mask(mask: Array) -> Array:
 
 
 def see_bias(bias: Array) -> Array:
-    """A converted bias of -inf hides its pair, a finite one never does, however low (MHA-BIAS-2, MHA-BIAS-3)."""
+    """A converted bias of -inf hides its pair, a finite bias never does, however low (MHA-BIAS-2, MHA-BIAS-3)."""
     return bias != -math.inf
 
 
@@ -159,7 +159,7 @@ def sink_column(sinks: Array | None, logits: Array) -> Array:
 def exponentials(logits: Array) -> tuple[Array, Array]:
     """exp(s - m), with m the largest logit of the row itself, and m (MHA-SOFTMAX-1, MHA-PURE-3).
 
-    m is 0 for a row that sees nothing, and NaN for one that sees a NaN, which no step removes (MHA-NAN-1).
+    m is 0 for a row that sees nothing, and NaN for a row that sees a NaN, which no step removes (MHA-NAN-1).
     """
     xp = namespace_of(logits)
     maximum = xp.max(logits, axis=-1, keepdims=True)
@@ -288,7 +288,7 @@ def merge_lse(lse_a: Array, lse_b: Array) -> Array:
 
 
 def merge_share(lse_half: Array, lse: Array) -> Array:
-    """The share of one half, exp(lse_half - lse); 1 if the other is empty (MHA-MERGE-1, MHA-MERGE-2)."""
+    """The share of a half, exp(lse_half - lse); 1 if the other is empty (MHA-MERGE-1, MHA-MERGE-2)."""
     xp = namespace_of(lse)
     return xp.where(lse_half == lse, 1.0, xp.exp(lse_half - lse))
 
@@ -318,7 +318,7 @@ def merge_grad_share(lse_a: Array, lse_b: Array, share_a: Array, share_b: Array,
 
 
 def merge_grad_lse(lse_half: Array, share: Array, grad_lse: Array | None, grad_share: Array) -> Array:
-    """The lse of a half has the gradient share * g and that of its share, 0 where the half is empty (MHA-MERGE-7)."""
+    """The lse of a half has the gradient share * g plus that of its share, 0 where the half is empty (MHA-MERGE-7)."""
     through_lse = 0.0 if grad_lse is None else share * grad_lse
     return namespace_of(lse_half).where(lse_half == -math.inf, 0.0, through_lse + grad_share)
 
