@@ -13,8 +13,8 @@ from mha_spec.array_checks import check_library
 from mha_spec.checks import (
     check,
     check_cotangents,
-    check_flag,
     check_dropout_mask,
+    check_flag,
     check_halves,
     check_merge_cotangents,
     refuse_unknown,
