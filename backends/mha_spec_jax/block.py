@@ -1,4 +1,4 @@
-"""Logits, visibility and dropout of one block of queries over its stretch of keys.
+"""Logits, visibility and dropout of a block of queries over its stretch of keys.
 
 The query heads that share a key/value head are stacked along the rows of a block, because XLA fuses products and
 softmax best for arrays of four axes, (batch, kv_heads, rows, keys).
@@ -175,7 +175,7 @@ def _conditions(problem: Problem, x: Operands, constraints: Constraints, block: 
 
 
 def _for_each_entry(numbers: Array, block: Block) -> Array:
-    """Reshape one number, or one for each batch entry, to broadcast to the logits."""
+    """Reshape a number, or a number for each batch entry, to broadcast to the logits."""
     return block.of_head(jnp.asarray(numbers).astype(jnp.int32).reshape(-1, 1, 1, 1))
 
 

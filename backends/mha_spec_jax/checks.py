@@ -27,7 +27,7 @@ __all__ = ["check_alibi", "check_append", "check_devices", "check_layer", "check
 
 
 def check_devices(arguments: Mapping[str, object]) -> None:
-    """Raise where two arrays are committed to different devices, or to the same ones in another order (MHA-ARG-4).
+    """Raise where two arrays are committed to different devices, or to the same devices in another order (MHA-ARG-4).
 
     The shared checks compare each array with the query alone, and JAX may be free to move the query.
     """

@@ -1,4 +1,4 @@
-"""The layer as a `flax.nnx` module, in a module of its own because flax is optional."""
+"""The layer as a `flax.nnx` module, apart from `module` because flax is optional."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ class MultiHeadAttention(nnx.Module, LayerObject):
         return {name: getattr(self, name)[...] for name in self.settings.shapes()}
 
     def __repr__(self) -> str:
-        """Spell the settings that differ from the defaults; `nnx.display` shows the parameters."""
+        """Show the settings that differ from the defaults; `nnx.display` shows the parameters."""
         return LayerObject.__repr__(self)

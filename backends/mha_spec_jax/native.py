@@ -6,7 +6,7 @@
 | plain | no constraint can hide a pair | `forward.attend` | `backward.gradients` |
 | few | at most `forward.FEW` scores | `forward.attend` of finite values, see (2) | `backward.gradients` |
 | many | everything else | `forward.attend`, see (3) | `backward.gradients` |
-| weights | attention_weights | `forward.softmax` of all pairs | that of its operations |
+| weights | attention_weights | `forward.softmax` of all pairs | the derivative of its operations |
 
 1. float16 or bfloat16, qk_dim = v_dim = 8, 16, ... 128, kv_len >= 1, no lse, no option but a positive scale, and causal
    where q_len = kv_len. A non-finite value reaches the rows of its tile: the deviation nonfinite=reaches_tile.

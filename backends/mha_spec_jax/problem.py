@@ -118,13 +118,13 @@ def offset_of(
 ) -> Array | numpy.ndarray | int:
     """Give the offset that the name of an alignment means: host data where the lengths are, else an array.
 
-    The third axis of query and key is that of queries and keys; lengths beyond it act clamped (MHA-LEN-3).
+    Axis 2 of `query` and `key` counts queries and keys; lengths are clamped to it (MHA-LEN-3).
     """
     return offset_of_reading(name, _length(q_lengths, query.shape[2]), _length(kv_lengths, key.shape[2]))
 
 
 def _length(lengths: Integers | None, size: int) -> Array | numpy.ndarray | int:
-    """Give how much of a buffer is in use."""
+    """Give the length of a buffer that is in use."""
     if lengths is None:
         return size if are_known(size) else jnp.asarray(size, jnp.int32)
     return _bounded(lengths, size) if isinstance(lengths, jax.Array) else numpy.asarray(lengths, numpy.int32)

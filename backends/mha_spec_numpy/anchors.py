@@ -1,4 +1,4 @@
-"""Anchors, which are subtracted from logits before exp: any number serves that keeps the exponentials within range."""
+"""Anchors, which are subtracted from logits before exp; an anchor is any number that keeps exponentials in range."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FEWEST_ROWS = 64
 
 
 def anchor_of(block: Block, *factors: Array) -> Array | None:
-    """Give the maximum of each row, made finite, but 0 in matrices of small logits, and None where all are small.
+    """Give the maximum of each row, made finite; 0 in a matrix of small logits; None if all logits are small.
 
     The exponentials are multiplied with `factors`, which must be small, too.
     """
-    # An invisible pair must not decide about the anchor: where there is one, every row has its maximum (MHA-POISON-1).
+    # An invisible pair must not change the anchor: if a pair is invisible, every row has its maximum (MHA-POISON-1).
     small = _small_matrices(block, factors)
     if small is not None and small.all():
         return None
@@ -54,7 +54,7 @@ _LOWEST = {numpy.dtype(name): numpy.finfo(name).min for name in ("float32", "flo
 
 
 def _small_matrices(block: Block, factors: tuple[Array, ...]) -> numpy.ndarray | None:
-    """Tell which matrices have small logits and factors, (entries, kv_heads, 1, 1); None where it is not computed."""
+    """Tell which matrices have small logits and factors, (entries, kv_heads, 1, 1); None if that is not computed."""
     if not isinstance(block.logits, numpy.ndarray) or block.visible is not None or block.tile.rows < FEWEST_ROWS:
         return None
     small = _within(block.logits, SMALL)

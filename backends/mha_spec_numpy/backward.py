@@ -1,4 +1,4 @@
-"""The gradients, computed for one strip of queries after another, each against every key that it sees."""
+"""The gradients, computed strip by strip of queries, each strip with every key that it sees."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["gradients"]
 
 @dataclass(slots=True)
 class StackGradients:
-    """The sums of the gradients of one stack over its strips, in the softmax's type."""
+    """The sums of the gradients of a stack over its strips, in the softmax's type."""
 
     key: Array
     """(entries, kv_heads, kv_len, qk_dim)."""

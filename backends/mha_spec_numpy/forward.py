@@ -1,4 +1,4 @@
-"""The forward pass: an online softmax over the blocks of keys of one tile of queries after another."""
+"""The forward pass: tile by tile of queries, an online softmax over blocks of keys."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _of_sink(problem: Problem, tile: Tile) -> Softmax | None:
 
 
 def _with_block(problem: Problem, before: Softmax | None, block: Block, value: Array, place: Array | None) -> Softmax:
-    """Give the state after a further block; the first block writes its sums into `place` if there is one."""
+    """Give the state after a further block; the first block writes its sums into `place` unless it is None."""
     weights, anchor = block.logits, _anchor(problem, before, block, value)
     if anchor is not None:
         weights -= anchor
@@ -79,7 +79,7 @@ def _with_block(problem: Problem, before: Softmax | None, block: Block, value: A
 
 
 def _anchor(problem: Problem, before: Softmax | None, block: Block, value: Array) -> Array | None:
-    """Give the anchor after a further block, which is no less than that before it."""
+    """Give the anchor after a further block; it is at least the anchor before the block."""
     anchor = anchor_of(block, value)
     if before is None or anchor is before.anchor is None:
         return anchor

@@ -1,4 +1,4 @@
-"""Operations that NumPy does in place, and that libraries with immutable arrays do not."""
+"""Operations that are in place on NumPy, and give new arrays in libraries with immutable arrays."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SMALLEST_NORMAL = {numpy.dtype(name): numpy.finfo(name).smallest_normal for nam
 
 
 class Scratch:
-    """Memory that one thread reuses for the blocks of tile after tile.
+    """Memory that a thread reuses for the blocks of all its tiles.
 
     The first write to new memory costs as much time as a matrix product, because the system clears its pages. Only
     NumPy's arrays are written into it.
@@ -48,7 +48,7 @@ class Scratch:
         self._taken = 0
 
     def clear(self) -> None:
-        """Let every array that was taken be overwritten."""
+        """Allow every array that was taken to be overwritten."""
         self._taken = 0
 
     def take(self, shape: tuple[int, ...], dtype: numpy.dtype) -> numpy.ndarray:
@@ -84,7 +84,7 @@ def outer(left: Array, right: Array, scratch: Scratch) -> Array:
 def hide(logits: Array, visible: VisiblePairs | None, tile: Tile) -> Array:
     """Overwrite invisible pairs with -inf, whatever they hold (MHA-POISON-1, MHA-POISON-2).
 
-    On NumPy a NaN at a visible pair becomes inf, and either makes NaN of every weight of its row.
+    On NumPy a NaN at a visible pair becomes inf, and both make every weight of its row NaN.
     """
     if visible is None:
         return logits

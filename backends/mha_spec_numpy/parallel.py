@@ -24,7 +24,7 @@ __all__ = ["blas", "each"]
 WORTHWHILE = 2**20
 """With fewer scores than this, threads cost more than they save."""
 SHARED, SHARED_VECTOR = 2**18, 2**13
-"""OpenBLAS computes a product of up to so many multiplications, or one with a vector, in a single thread."""
+"""The most multiplications of a product, and of a product with a vector, that OpenBLAS computes in a single thread."""
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -50,13 +50,13 @@ def _in_turn(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Tas
 
 
 def _is_tiny(a: Arguments) -> bool:
-    """Return True if every product of the call is so small that the BLAS computes it in one thread."""
+    """Return True if every product of the call is so small that the BLAS computes it in a single thread."""
     rows, size = a.heads // a.kv_heads * a.q_len, max(a.query.shape[3], 1 if a.value is None else a.value.shape[3])
     return rows * a.kv_len * size <= SHARED and max(rows, size) * a.kv_len <= SHARED_VECTOR
 
 
 def _shared(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task], threads: int) -> list[_Result]:
-    """Let the caller's thread and others take one task after another; an error in any of them ends all."""
+    """Let the caller's thread and others take the tasks in turn; an error in a task ends all."""
     waiting, results = deque(enumerate(tasks)), {}
 
     def work() -> None:
@@ -96,7 +96,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 class Blas:
-    """NumPy's BLAS, which is limited to one thread during a call; only one call at a time does so.
+    """NumPy's BLAS, which is limited to a single thread during a call; only one call at a time does so.
 
     Concurrent products that each use all threads slow each other down. The number of threads also changes how a product
     rounds, so that a batch entry would depend on the others (MHA-PURE-3).
@@ -110,12 +110,12 @@ class Blas:
 
     @property
     def threads(self) -> int:
-        """How many threads a product uses."""
+        """The number of threads that a product uses."""
         return max((library.num_threads for library in self._libraries), default=1)
 
     @contextmanager
     def one_thread(self) -> Iterator[int]:
-        """Limit the BLAS to one thread, and yield how many it had, or 1 if it cannot be limited."""
+        """Limit the BLAS to a single thread, and yield the number that it had, or 1 if it cannot be limited."""
         with self._lock:
             before = [library.num_threads for library in self._libraries]
             try:
@@ -136,7 +136,7 @@ def blas() -> Blas:
 
 
 def _forget() -> None:
-    """Drop the threads, which a forked process does not have, and a lock that one of them may have held."""
+    """Drop the threads, which a forked process does not have, and a lock that they may have held."""
     _pool.cache_clear()
     blas.cache_clear()
 

@@ -38,7 +38,7 @@ class Block(NamedTuple):
 
     def product(self, weights: Array, values: Array, place: Array | None = None) -> Array:
         """Compute sum_j weights_ij values_jc over visible pairs, into `place` if possible; invisible weights are 0."""
-        # In a plain product, an infinite value at an invisible pair would make NaN of its weight 0 (MHA-POISON-1).
+        # In a plain product, the weight 0 of an invisible pair times an infinite value would be NaN (MHA-POISON-1).
         if self.visible is None or is_finite(values):
             return weights @ values if place is None else numpy.matmul(weights, values, out=place)
         return steps.sum_over_visible(weights, values, self._visible_pairs())
@@ -59,7 +59,7 @@ class Block(NamedTuple):
 
 @dataclass(slots=True)
 class Problem:
-    """The operands of one call in the softmax's type (MHA-SOFTMAX-2)."""
+    """The operands of a call in the softmax's type (MHA-SOFTMAX-2)."""
 
     a: Arguments
     xp: Any
@@ -111,7 +111,7 @@ class Problem:
         return self.xp.full(shape, number, dtype=self.query.dtype, device=device_of(self.query))
 
     def drop(self, tile: Tile, keys: range, weights: Array) -> Array:
-        """Apply dropout, if there is any, to one number for each pair (MHA-DROP-1, MHA-DROP-2)."""
+        """Apply dropout, if there is any, to a matrix over pairs (MHA-DROP-1, MHA-DROP-2)."""
         if self.a.dropout_mask is not None:
             kept = cut_pairs(self.a.dropout_mask, tile, keys)
         elif self.dropout is not None:

@@ -41,7 +41,7 @@ class Tile:
     """A box of the call: some queries, in some batch entries, of all heads that read some key/value heads.
 
     It is computed as a stack of matrices (entries, kv_heads, rows, size). The rows of a matrix are the queries of every
-    head that reads one key/value head, so that keys and values are never repeated (MHA-HEAD-1).
+    head that reads the same key/value head, so that keys and values are never repeated (MHA-HEAD-1).
     """
 
     entries: range
@@ -92,7 +92,7 @@ class Assembly:
         if self._whole is None:
             return None
         place = self._whole[tile.box]
-        # Only then is `place` in the order of the matrices, so that folding it does not copy it.
+        # Only in this case folding does not copy: `place` has the order of the matrices.
         adjacent = tile.group == 1 or len(tile.queries) == self._shape[2]
         return fold(place, tile) if adjacent else None
 
@@ -117,7 +117,7 @@ class Assembly:
 
 
 def _joined(parts: list[tuple[tuple[slice, ...], Array]], axis: int) -> Array:
-    """Join boxes that differ only in this axis and later ones."""
+    """Join boxes that differ only in this axis and later axes."""
     box, array = parts[0]
     if axis == len(box):
         return array
@@ -132,7 +132,7 @@ def stack_size(a: Arguments) -> int:
 
 
 def stacks(a: Arguments) -> list[Tile]:
-    """Cut a call into tiles of all queries, each with heads of one batch entry or all heads of several."""
+    """Cut a call into tiles of all queries, each with heads of a batch entry or all heads of several entries."""
     return _boxes(a, [range(a.q_len)])
 
 
@@ -155,7 +155,7 @@ def cut(stack: Tile, rows: int) -> list[Tile]:
 
 
 def blocks(indices: range, length: int) -> list[range]:
-    """Cut consecutive indices into blocks of `length`, the last one shorter."""
+    """Cut consecutive indices into blocks of `length`; the last may be shorter."""
     if 0 < len(indices) <= length:
         return [indices]
     return [indices[first : first + length] for first in range(0, len(indices), length)]

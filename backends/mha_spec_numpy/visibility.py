@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["Visibility", "VisiblePairs"]
 
 BANDS = 3
-"""How many bands of NumPy are kept for the tiles and calls to come."""
+"""The number of NumPy bands that are kept for later tiles and calls."""
 
 
 class VisiblePairs:
-    """Which pairs of a block are visible; those that many blocks share keep their ceiling."""
+    """The visible pairs of a block; if many blocks share them, the ceiling is kept."""
 
     def __init__(self, pairs: Array, *, shared: bool = False) -> None:
         self.pairs = pairs
@@ -56,7 +56,7 @@ class VisiblePairs:
 
 
 class PerEntry:
-    """One integer for each batch entry, which is read only if the host holds it."""
+    """An integer for each batch entry, which is read only if the host holds it."""
 
     def __init__(self, value: Array | Sequence[int] | int) -> None:
         self._value: Array = value
@@ -71,7 +71,7 @@ class PerEntry:
         return min(numbers), max(numbers)
 
     def get(self, entries: range, like: Array) -> Array | int:
-        """Give the integers of some batch entries: one number if all are equal, else an array (entries, 1, 1, 1)."""
+        """Give the integers of some batch entries: a number if all are equal, else an array (entries, 1, 1, 1)."""
         span = self.span(entries)
         if span is not None and span[0] == span[1]:
             return span[0]
@@ -81,7 +81,7 @@ class PerEntry:
 
 
 class Visibility:
-    """The constraints of one call."""
+    """The constraints of a call."""
 
     def __init__(self, a: Arguments) -> None:
         self.a = a
@@ -100,7 +100,7 @@ class Visibility:
 
     @property
     def rows(self) -> int:
-        """How many rows a tile should have: the taller it is, the more hidden scores it computes outside the band."""
+        """The number of rows of a tile; a taller tile computes more hidden scores outside the band."""
         if not self.positional:
             return ROWS
         if self.left is None or self.right is None:
@@ -121,7 +121,7 @@ class Visibility:
     def _cut(self, tile: Tile, keys: range, length: int) -> list[range]:
         """Cut keys into blocks; keys that positions show to every row are separated if they fill a block.
 
-        They need no mask; but a further block costs as much as the mask of a smaller one.
+        Such keys need no mask, but a further block costs as much as the mask of a smaller block.
         """
         offset = self.offset.span(tile.entries) if self.positional else None
         if offset is None:

@@ -41,7 +41,7 @@ def gradients(problem: Problem, x: Operands, grad_output: Array, grad_lse: Array
 
 
 class _Backward:
-    """The backward pass of one call.
+    """The backward pass of a call.
 
     A gradient with a row for each query is the concatenation over the blocks; every other gradient is their sum.
     """
@@ -51,7 +51,7 @@ class _Backward:
         self.kv_len = sizes_of(x.key)[2]
 
     def all_blocks(self) -> Tensors:
-        """Compute the gradients by name; that of the sinks has one number for each row."""
+        """Compute the gradients by name; that of the sinks has a number for each row."""
         x, bias, runs = self.x, self.x.bias, self.problem.runs(self.x)
         if not runs:
             block = whole(x)

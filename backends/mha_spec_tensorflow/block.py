@@ -1,6 +1,6 @@
-"""Compute the logits, the visibility and the dropout of one block of queries and its range of keys.
+"""Compute the logits, the visibility and the dropout of a block of queries and its range of keys.
 
-Products stack the queries of all heads that share a key/value head as rows of one matrix, (batch, kv_heads, rows, ...),
+Products stack the queries of all heads that share a key/value head as rows of a matrix, (batch, kv_heads, rows, ...),
 so that keys and values are never repeated (MHA-HEAD-1); everything else has the axes (batch, heads, queries, keys).
 """
 
@@ -143,7 +143,7 @@ def scores(problem: Problem, x: Operands, block: Block, *, slope: bool = False) 
 
 
 def _seeing(visible: Array | None, block: Block) -> Array | None:
-    """Compute which rows see a key; None if all are known to see one."""
+    """Compute which rows see a key; None if all are known to see a key."""
     if isinstance(visible, numpy.ndarray):
         seeing = visible.any(axis=-1, keepdims=True)
         return None if seeing.all() else seeing

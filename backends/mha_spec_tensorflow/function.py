@@ -1,4 +1,4 @@
-"""Attention as one function with a gradient in closed form, computed in the blocks of `plan`.
+"""Attention as a function with a gradient in closed form, computed in the blocks of `plan`.
 
 | call | path |
 | --- | --- |
@@ -8,7 +8,7 @@
 | a block hides pairs, its output is not finite | the product with the values is computed again from finite values |
 | attention_weights | one block; gradients by differentiating its operations |
 
-The backward takes the path of its forward.
+The backward pass takes the path of its forward pass.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ __all__ = [
 
 
 def check(a: LayerArguments) -> LayerArguments:
-    """Check the arguments of the layer, after each tensor has all that is known of its shape."""
+    """Check the arguments of the layer, after the known sizes are set in the shape of each tensor."""
     params = {f"params[{name!r}]": array for name, array in a.params.items()} if isinstance(a.params, Mapping) else {}
     options = {name: value for name, value in a.options.items() if name in LAYER}
     without_offset = a.cache is None and a.key is not None and not options.keys() & {"q_offset", "kv_lengths"}
@@ -75,7 +75,7 @@ def widen(x: Array) -> Array:
 
 
 def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Array, Array | None, Array | None]:
-    """Project query, key and value; projections of the same tensor are one product (MHA-PROJ-1, MHA-PROJ-2)."""
+    """Project query, key and value; projections of the same tensor are a single product (MHA-PROJ-1, MHA-PROJ-2)."""
     operands = {"q": a.query, "k": a.key, "v": a.value}
     projections: dict[str, Array | None] = dict.fromkeys(operands)
     for x in operands.values():
@@ -86,7 +86,7 @@ def project_in(a: LayerArguments, _: LayerSteps) -> tuple[Array, Array | None, A
 
 
 def _projected(x: Array, params: Mapping[str, Array], names: list[str]) -> list[Array]:
-    """Compute linear maps of one tensor, summed in the softmax's type; the bias is added before heads are split."""
+    """Compute linear maps of a tensor, summed in the softmax's type; the bias is added before heads are split."""
     (batch, length, embed), weights = sizes_of(x), [widen(params[f"w_{name}"]) for name in names]
     shapes = [(weight.shape[1], weight.shape[2]) for weight in weights]
     sizes = [heads * size for heads, size in shapes]
@@ -126,7 +126,7 @@ def positions(offset: Integers | int, length: int | None, like: Array) -> numpy.
 def named_offset(
     reading: str, q_lengths: Integers | None, kv_lengths: Integers | None, query: Array, key: Array
 ) -> Integers | int:
-    """Return the offset that an alignment names, as an integer, or as one for each batch entry (MHA-POS-2)."""
+    """Return the offset that an alignment names, an integer, or an integer for each batch entry (MHA-POS-2)."""
     offset = offset_of(reading, q_lengths, kv_lengths, query, key)
     is_scalar = isinstance(offset, tf.Tensor) and offset.shape.rank == 0
     return tf.fill(sizes_of(query)[:1], offset) if is_scalar else offset
@@ -287,7 +287,7 @@ def rotary_embedding(
 
 
 def _rotation_with_known_shapes(x: Array, positions: Array) -> tuple[Array, Array]:
-    """Return x and its positions, whose rank determines their axes, with all that is known of their shapes."""
+    """Return x and its positions, whose rank determines their axes, with the known sizes set in their shapes."""
     tensors = with_known_shapes({"x": ROTATED}, {"x": x, "positions": positions}, ("size",))
     x, positions = tensors["x"], tensors["positions"]
     check_library("tensorflow", x, "x")

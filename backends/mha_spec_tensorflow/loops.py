@@ -1,4 +1,4 @@
-"""Compute blocks one after another: in Python in eager mode, in loops of the graph where a call is traced."""
+"""Compute blocks in sequence: in Python in eager mode, in loops of the graph where a call is traced."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Spec(NamedTuple):
 
 
 def whole(x: Operands) -> Block:
-    """Return the call as one block."""
+    """Return the call as a single block."""
     batch, _, q_len, _ = sizes_of(x.query)
     return Block(0, batch, 0, q_len, 0, sizes_of(x.key)[2])
 
@@ -53,7 +53,7 @@ def over_entries(
     carry: Tensors,
     like: dict[str, Spec],
 ) -> tuple[Tensors, Tensors]:
-    """Compute chunks of batch entries: `work(carry, run, entry)` returns the carry and the arrays of one chunk.
+    """Compute chunks of batch entries: `work(carry, run, entry)` returns the carry and the arrays of a chunk.
 
     Returns:
         The last carry, and the arrays of all chunks, concatenated to those that `like` describes.
@@ -107,7 +107,7 @@ def _repeated(
     specs: dict[str, Spec],
     axis: int,
 ) -> tuple[Tensors, Tensors]:
-    """Take a step several times, and concatenate its arrays; `specs` describe those of one step."""
+    """Take a step several times, and concatenate its arrays; `specs` describe the arrays of a step."""
     if isinstance(count, int) and count == 1:
         return step(carry, 0)
     if tf.executing_eagerly():

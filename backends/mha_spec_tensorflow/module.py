@@ -42,7 +42,7 @@ class OnTheHost:
 def _with_signature(call: Callable[..., Any]) -> Callable[..., Any]:
     """Name every option but `mask` in the signature.
 
-    Keras takes the tensors of `**options` for one argument, and `mask` for a padding mask of its own.
+    Keras takes the tensors of `**options` for one argument, and `mask` for its padding mask.
     """
     signature = inspect.signature(spells_options(call))
     parameters = [parameter for name, parameter in signature.parameters.items() if name != "mask"]

@@ -48,7 +48,7 @@ WIDEST = 2**30
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive blocks of queries of one shape."""
+    """Consecutive blocks of queries of the same shape."""
 
     first: Size
     rows: Size
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def scores(self) -> Size:
-        """The number of pairs of one head that are computed."""
+        """The number of pairs that are computed for a head."""
         return self.count * self.entries * sum(group.count * group.rows * group.keys for group in self.groups)
 
     @property
@@ -112,7 +112,7 @@ class Known:
 
     @property
     def batch(self) -> int:
-        """The number of batch entries; 1 if it is unknown, for all entries are then treated alike."""
+        """The number of batch entries; 1 if it is unknown, because all entries are then treated alike."""
         return 1 if self.a.batch is None else self.a.batch
 
     @property
@@ -235,7 +235,7 @@ def plan_of(known: Known) -> tuple[Run, ...]:
 def unknown_plan(known: Known, batch: Size, q_len: Size, kv_len: Size) -> tuple[Run, ...]:
     """Cut a call into blocks where a tensor holds a size.
 
-    If only the batch is unknown, the graph has no loop over the entries unless a block holds only one of them.
+    If only the batch is unknown, the graph has no loop over the entries unless a block holds only a single entry.
     """
     if not (isinstance(q_len, int) and isinstance(kv_len, int)):
         return (_run(known, 0, batch, _unknown_groups(known, q_len, kv_len)),)
@@ -268,7 +268,7 @@ def _known_groups(known: Known, entries: range) -> tuple[Group, ...]:
 
 
 def _unknown_groups(known: Known, q_len: Size, kv_len: Size) -> tuple[Group, ...]:
-    """Return blocks of one shape, and a last block of the remaining queries."""
+    """Return blocks of the same shape, and a last block of the remaining queries."""
     if isinstance(q_len, int) and q_len <= LOWEST:
         return (_unknown_group(known, kv_len, 0, q_len, 1),)
     rows = _least(_most(1, q_len), _height(known, kv_len))
@@ -340,7 +340,7 @@ def _highest_without_left_bound(known: Known) -> int:
 
 
 def _groups(known: Known, bounds: list[range], seen: list[range]) -> tuple[Group, ...]:
-    """Group blocks of one shape; a window makes all widths equal, and a graph with many shapes rounds them."""
+    """Group blocks of the same shape; a window makes all widths equal, and a graph with many shapes rounds them."""
     if known.band is not None and known.ids is None:
         seen = _widened(seen, [max(map(len, seen), default=0)] * len(seen), known.a.kv_len)
     groups = _grouped(bounds, seen)

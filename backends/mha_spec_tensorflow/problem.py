@@ -1,4 +1,4 @@
-"""Prepare one call: its options, its operands with gradients, and its arrays without."""
+"""Prepare a call: its options, its operands, which have gradients, and its other arrays."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Constants(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """The options and constants of one call, without its operands."""
+    """The options and constants of a call, without its operands."""
 
     scale: float
     softcap: float | None
@@ -97,7 +97,7 @@ def _constants(a: Arguments, known: Known, seed: Array | None) -> Constants:
 
 
 def _per_entry(known: list[int] | None, value: Array | None) -> Array | None:
-    """Return a number for all entries or for each, as int32: a larger length means the whole buffer (MHA-LEN-3)."""
+    """Return a number, or a number for each entry, as int32; a larger length means the whole buffer (MHA-LEN-3)."""
     if value is None:
         return None
     limits = -(2**31), 2**31 - 1

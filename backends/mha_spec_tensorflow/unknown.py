@@ -40,7 +40,7 @@ Size: TypeAlias = "int | Array"
 
 
 class Layout(NamedTuple):
-    """The axes of an argument, and the clause that demands them; an axis marked `*` may have size 1 and broadcast."""
+    """The axes of an argument, and the clause that defines them; an axis marked `*` may have size 1 and broadcast."""
 
     axes: str
     clause: str
@@ -136,7 +136,7 @@ def _tensor_of(value: Any) -> Any:
 def with_known_shapes(
     layouts: Mapping[str, Layout], arguments: Mapping[str, Any], known: Iterable[str] = (), *, aligned: bool = False
 ) -> dict[str, Any]:
-    """Return the arguments, with variables as tensors, and each tensor with all that is known of its shape.
+    """Return the arguments, with variables as tensors, and with the known sizes set in the shape of each tensor.
 
     Args:
         layouts: The axes of the arguments; an argument without a layout is returned unchanged.
@@ -179,7 +179,7 @@ def _shape(layout: Layout, value: Any) -> list[int | None] | None:
 
 
 def _known_sizes(layouts: Mapping[str, Layout], shapes: Mapping[str, list[int | None]]) -> dict[str, int]:
-    """Return the first known number of each size; a 1 on an axis that may broadcast says nothing."""
+    """Return the first known number of each size; a 1 on an axis that may broadcast does not count."""
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         layout = layouts[name]
@@ -190,7 +190,7 @@ def _known_sizes(layouts: Mapping[str, Layout], shapes: Mapping[str, list[int | 
 
 
 def _with_equal_lengths(sizes: dict[str, int]) -> dict[str, int]:
-    """Return the sizes with the same q_len and kv_len, if one of them is known."""
+    """Return the sizes with the same q_len and kv_len, if either is known."""
     length = sizes.get("q_len", sizes.get("kv_len"))
     return sizes if length is None else {"q_len": length, "kv_len": length} | sizes
 
@@ -208,7 +208,7 @@ def _refuse_unknown_sizes(
 
 
 class _Assertions:
-    """The assertions that compare the shapes of one call when its graph runs."""
+    """The assertions that compare the shapes of a call when its graph runs."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class _Assertions:
         with tf.control_dependencies([self._check_lengths(shapes)] if aligned else []):
             checks = [self._check_shape(name, shape) for name, shape in shapes.items()]
         with tf.control_dependencies(checks):
-            # A tensor that is passed twice stays one tensor, of which the layer takes one product.
+            # A tensor that is passed twice stays a single tensor, so that the layer computes a single product.
             unique = {id(tensor): _after_checks(tensor, shapes[name]) for name, tensor in self.tensors.items()}
         checked = {name: unique[id(tensor)] for name, tensor in self.tensors.items()}
         for name, tensor in checked.items():
@@ -278,8 +278,8 @@ class _Assertions:
 def _after_checks(tensor: Array, shape: Array) -> Array:
     """The tensor, computed after the assertions that are control dependencies here.
 
-    Grappler infers a rank from every consumer of a tensor, through tf.identity too, and replaces tf.rank by it. A
-    comparison of the rank would thus always hold, were a tensor of unknown rank not separated from its consumers.
+    Grappler infers a rank from every consumer of a tensor, through tf.identity too, and replaces tf.rank by it. So a
+    comparison of the rank would always hold without the reshape, which separates a tensor of unknown rank from them.
     """
     return tf.reshape(tensor, shape) if tensor.shape.rank is None else tf.identity(tensor)
 
