@@ -1,4 +1,4 @@
-"""Operands of mha_spec_torch that lie otherwise than their shape says: strides, overlaps, and other kinds of tensor."""
+"""Memory layouts of the operands of mha_spec_torch: strides, overlaps, and other kinds of tensor."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, SIZE = 2, 6, 3, 5, 23, 8
 weights_of: Callable[..., Any] = mha_spec_torch.attention_weights
 
 
-def call(v_dim: int = SIZE) -> dict[str, Tensor]:
-    """Every floating operand, in a call that the kernels of the CPU take."""
+def floating_operands(v_dim: int = SIZE) -> dict[str, Tensor]:
+    """Return every floating operand of a call that the kernels of the CPU take."""
     random = numpy.random.default_rng(7)
     shapes = {
         "query": (BATCH, HEADS, Q_LEN, SIZE),
@@ -67,7 +67,7 @@ def same_row(x: Tensor) -> Tensor:
 
 
 def overlapping(x: Tensor) -> Tensor:
-    """Rows that begin one component apart."""
+    """Return rows that begin one component apart."""
     return torch.arange(0.0, x.numel()).cos().as_strided(x.shape, [1] * x.ndim)
 
 
@@ -86,51 +86,53 @@ PATHS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("function", ["attention", "attention_vjp"])
 def test_strides_do_not_matter(function: str, path: str, layout: str) -> None:
-    """The kernels of the CPU look at no stride of the last axis, and were given it."""
+    """The kernels of the CPU ignore the stride of the last axis, so that it must be 1."""
     options = dict(PATHS[path])
-    operands = call(options.pop("v_dim", SIZE))
-    for used in ({}, {"bias", "sinks"}):
-        given = {name: one for name, one in operands.items() if name in used or name not in {"bias", "sinks"}}
-        for name, one in given.items():
-            odd = given | {name: LAYOUTS[layout](one)}
-            plain = odd | {name: odd[name].clone(memory_format=torch.contiguous_format)}
+    operands = floating_operands(options.pop("v_dim", SIZE))
+    optional = {"bias", "sinks"}
+    for left_out in (optional, set[str]()):
+        arguments = {name: x for name, x in operands.items() if name not in left_out}
+        for name, x in arguments.items():
+            strided = arguments | {name: LAYOUTS[layout](x)}
+            plain = strided | {name: strided[name].clone(memory_format=torch.contiguous_format)}
+            results = ask(mha_spec_torch, function, strided | options)
             assert_allowed(
                 function,
-                {name: to_numpy(one) for name, one in plain.items()} | options,
-                {name: to_numpy(one) for name, one in ask(mha_spec_torch, function, odd | options).items()},
+                {label: to_numpy(array) for label, array in plain.items()} | options,
+                {label: to_numpy(array) for label, array in results.items()},
             )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_matter_without_options(layout: str) -> None:
-    operands = {name: one for name, one in call().items() if name in {"query", "key", "value"}}
-    for name, one in operands.items():
-        odd = operands | {name: LAYOUTS[layout](one)}
-        output = {"output": to_numpy(mha_spec_torch.attention(**odd))}
-        assert_allowed("attention", {name: to_numpy(one) for name, one in odd.items()}, output)
+    operands = {name: x for name, x in floating_operands().items() if name in {"query", "key", "value"}}
+    for name, x in operands.items():
+        strided = operands | {name: LAYOUTS[layout](x)}
+        output = {"output": to_numpy(mha_spec_torch.attention(**strided))}
+        assert_allowed("attention", {label: to_numpy(array) for label, array in strided.items()}, output)
 
 
-def test_one_row_is_not_copied() -> None:
-    """The stride of an axis of one row says nothing: a decoding step takes its query as the projection left it."""
+def test_a_single_row_is_not_copied() -> None:
+    """The stride of an axis of size 1 does not matter: a decoding step uses the query of the projection directly."""
     row = torch.ones(BATCH, 1, HEADS, SIZE).transpose(1, 2)
     assert native.dense_rows(row) is row
 
 
-def test_the_gradient_of_a_wide_bias_is_not_that_of_a_rounded_output() -> None:
-    """D comes from the weights in float32; an output that was rounded to bfloat16 would be 100 times farther off."""
-    given = call()
-    operands = [given[name].bfloat16() for name in ("query", "key", "value")]
-    bias = given["bias"].requires_grad_()
-    grad_output = given["grad_output"].bfloat16()
+def test_the_gradient_of_a_wide_bias_does_not_use_the_rounded_output() -> None:
+    """D is computed from the weights in float32; an output in bfloat16 would give 100 times the error."""
+    arguments = floating_operands()
+    operands = [arguments[name].bfloat16() for name in ("query", "key", "value")]
+    bias = arguments["bias"].requires_grad_()
+    grad_output = arguments["grad_output"].bfloat16()
     (narrow,) = torch.autograd.grad(mha_spec_torch.attention(*operands, bias=bias), bias, grad_output)
     wide_bias = bias.detach().double().requires_grad_()
-    wide = mha_spec_torch.attention(*(one.double() for one in operands), bias=wide_bias)
+    wide = mha_spec_torch.attention(*(operand.double() for operand in operands), bias=wide_bias)
     (exact,) = torch.autograd.grad(wide, wide_bias, grad_output.double())
     assert narrow.dtype == torch.float32
     assert float((narrow - exact).abs().max()) < 2**-8 * 2**-8 * float(exact.abs().max())
 
 
-# Kinds of tensor that are refused, and those that are not tensors at all.
+# Kinds of tensor, and other objects, that are refused.
 
 DENSE = torch.ones(BATCH, KV_HEADS, 5, SIZE)
 KINDS: dict[str, tuple[Callable[[], Any], type[MhaSpecError]]] = {
@@ -150,7 +152,7 @@ KINDS: dict[str, tuple[Callable[[], Any], type[MhaSpecError]]] = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*[qQ]uantiz")
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_kinds_are_refused_by_name(kind: str, name: str) -> None:
+def test_an_error_names_an_operand_of_another_kind(kind: str, name: str) -> None:
     make, error = KINDS[kind]
     operands: dict[str, Any] = dict.fromkeys(("query", "key", "value"), DENSE) | {name: make()}
     with pytest.raises(MhaSpecError) as caught:
@@ -161,7 +163,7 @@ def test_other_kinds_are_refused_by_name(kind: str, name: str) -> None:
 
 
 def test_ids_are_compared_by_value() -> None:
-    """What only uint64 holds is a negative number in int64; in one array of floats it would lose its last digits."""
+    """A large id of uint64 becomes negative in int64, and would lose digits in floating point."""
     pairs = [("uint64", "int64", 2**64 - 1, -1), ("uint32", "int32", 2**32 - 1, -1)]
     for (q_type, kv_type, q_id, kv_id), library in product(pairs, (numpy.array, torch_ids)):
         ids = {
@@ -169,11 +171,11 @@ def test_ids_are_compared_by_value() -> None:
             "kv_segment_ids": library([[kv_id, 3, q_id % 2**31]] * BATCH, kv_type),
         }
         query, key = torch.ones(BATCH, 1, 2, SIZE), torch.ones(BATCH, 1, 3, SIZE)
-        for mapped in (
+        for call in (
             mha_spec_torch.attention_weights,
             torch.compile(mha_spec_torch.attention_weights, backend="eager"),
         ):
-            weights = mapped(query, key, **ids)
+            weights = call(query, key, **ids)
             assert_equal(weights[0, 0], torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
 
 
