@@ -1,4 +1,4 @@
-"""The functions of PyTorch's layer: judged by the goldens and by the reference, eager and compiled."""
+"""Compare the functions of PyTorch's layer with the goldens and the reference, eager and compiled."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_goldens_in_other_dtypes() -> None:
     assert not layer_failures("torch", one_of_each(LAYER), "float64", "float16", "bfloat16")
 
 
-def test_lengths_on_the_host_say_the_same() -> None:
-    some = [case for case in cases(*LAYER) if {"cache_lengths", "q_offset"} & names(case)]
-    assert not layer_failures("torch", some, "float32", host=PER_ENTRY)
+def test_lengths_on_the_host_give_the_same_results() -> None:
+    selected = [case for case in cases(*LAYER) if {"cache_lengths", "q_offset"} & names(case)]
+    assert not layer_failures("torch", selected, "float32", host=PER_ENTRY)
 
 
 @pytest.mark.usefixtures("quiet")
-def test_compiled_without_a_break() -> None:
+def test_compiled_without_a_graph_break() -> None:
     compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
     for case in one_of_each(LAYER[:2], "rotary", "bias", "dropout_mask", "cache_key"):
         torch.compiler.reset()
@@ -42,28 +42,28 @@ def test_compiled_without_a_break() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_outputs_gradients_and_weights_are_those_of_the_reference(name: str) -> None:
-    options, made = OPTIONS[name]
-    given = made()
+def test_outputs_gradients_and_weights_equal_the_reference(name: str) -> None:
+    options, make_keywords = OPTIONS[name]
+    keywords = make_keywords()
     sizes = (3, EMBED), (8, options.get("k_embed", EMBED)), (8, options.get("v_embed", EMBED))
 
     def ours(dtype: str) -> list[Tensor]:
         layer, x = sized(dtype, **options), [tokens(*size, dtype=dtype).requires_grad_() for size in sizes]
-        held = {name: converted(one, dtype) for name, one in given.items()}
-        outputs = [layer(*x, **held), layer.attention_weights(*x[:2], **of_weights(held))]
+        tensors = {name: converted(value, dtype) for name, value in keywords.items()}
+        outputs = [layer(*x, **tensors), layer.attention_weights(*x[:2], **of_weights(tensors))]
         return with_gradients(outputs, [*(layer.params[name] for name in sorted(layer.params)), *x])
 
-    params = {name: one.detach().numpy() for name, one in sized(**options).params.items()}
-    fixed = {name: options[name] for name in ("rotary", "norm_epsilon") if name in options}
-    expected = by_reference(params, [tokens(*size).numpy() for size in sizes], **fixed, **given)
-    assert_same(ours, [tensor(one) for one in expected])
+    params = {name: parameter.detach().numpy() for name, parameter in sized(**options).params.items()}
+    settings = {name: options[name] for name in ("rotary", "norm_epsilon") if name in options}
+    expected = by_reference(params, [tokens(*size).numpy() for size in sizes], **settings, **keywords)
+    assert_same(ours, [tensor(array) for array in expected])
 
 
-def converted(one: Any, dtype: str) -> Any:
-    """An option, its arrays as tensors, those of floats in this dtype."""
-    if not isinstance(one, numpy.ndarray):
-        return one
-    return tensor(one, dtype if one.dtype.kind == "f" else None)
+def converted(option: Any, dtype: str) -> Any:
+    """Convert an array to a tensor, of `dtype` if it holds floating-point numbers."""
+    if not isinstance(option, numpy.ndarray):
+        return option
+    return tensor(option, dtype if option.dtype.kind == "f" else None)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -81,11 +81,11 @@ def test_positions_compile() -> None:
     assert_equal(compiled(x, positions), encode(x, positions))
 
 
-def test_linear_biases_are_those_of_the_reference() -> None:
+def test_linear_biases_equal_the_reference() -> None:
     for heads in (1, 2, 5, 8, 12):
         slopes = mha_spec_torch.alibi_slopes(heads, dtype="float64")
         assert_equal(slopes, tensor(reference.alibi_slopes(heads, dtype="float64")))
         for offset in (2, [1, -4]):
-            for given, plain in ((slopes, slopes.numpy()), (heads, heads)):
-                bias = mha_spec_torch.alibi_bias(given, 3, 7, q_offset=offset)
+            for argument, plain in ((slopes, slopes.numpy()), (heads, heads)):
+                bias = mha_spec_torch.alibi_bias(argument, 3, 7, q_offset=offset)
                 assert_equal(bias, tensor(reference.alibi_bias(plain, 3, 7, q_offset=offset)))
