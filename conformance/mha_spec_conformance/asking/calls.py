@@ -133,7 +133,7 @@ def layer_answers(call: Callable[..., Any], function: str, arguments: Arguments)
 
 
 def _draft(function: str, operands: list[Any]) -> list[Any]:
-    """Give the operands with other tokens: the same, negated."""
+    """Give the operands with negated tokens."""
     names = FUNCTIONS[function].operands
     return [-array if name in TOKENS else array for name, array in zip(names, operands, strict=True)]
 

@@ -120,7 +120,7 @@ class Worker:
         return None
 
     def take(self, waiting: Iterator[Iterator[Question]]) -> None:
-        """Ask the next question of the group of the worker, or of a new group if that one has ended."""
+        """Ask the next question of the group of the worker, or of a new group if that group has ended."""
         question = next(self.group, None)
         while question is None and (group := next(waiting, None)) is not None:
             self.group = group
@@ -175,7 +175,7 @@ def _checked(answer: Answer) -> Answer:
 
 
 class Pool:
-    """Runs `jobs` workers of one target; use it as a context manager, which ends all processes."""
+    """Runs `jobs` workers of a target; use it as a context manager, which ends all processes."""
 
     def __init__(
         self, target: str, jobs: int = 1, limit: float = 60.0, load: Callable[[str], Target] = load_target

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["LAYOUTS", "Answer", "Question", "Raised"]
 
 LAYOUTS = ("strided", "reversed", "read_only")
-"""The memory layouts, other than the plain one, in which inputs are passed (MHA-PURE-2)."""
+"""The memory layouts, other than the plain layout, in which inputs are passed (MHA-PURE-2)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,7 +216,7 @@ def _results(function: Callable[..., object], name: str, arguments: Mapping[str,
 
 
 def _asked_outputs(question: Question, results: list[dict[str, Array]]) -> list[dict[str, Array]]:
-    """Keep the outputs that the question asks for; one that the target did not return is None."""
+    """Keep the outputs that the question asks for; an output that the target did not return is None."""
     if len(results) == 1:
         return [{name: results[0].get(name) for name in question.outputs}]
     return [{name: part[name] for name in question.outputs if name in part} for part in results]

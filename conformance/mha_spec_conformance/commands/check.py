@@ -68,7 +68,7 @@ def check(
 
 
 def _remove_old(report: Path) -> None:
-    """Remove the report of an earlier run, so that it is not mistaken for this one; keep devices and links."""
+    """Remove the report of an earlier run, so that it is not mistaken for the new report; keep devices and links."""
     if report.is_file() and not report.is_symlink():
         report.unlink()
 

@@ -55,7 +55,7 @@ class Asker:
         return bool(result.conventions) and self._accepted.issuperset(result.conventions)
 
     def result(self, call: Call, name: str = "fuzz/call") -> Result | None:
-        """Judge the answer to a call; None if the target does not claim the call, or no target can be asked it."""
+        """Judge the answer to a call; None if the target does not claim the call, or it cannot be a case."""
         try:
             case = case_of(call, name)
         except NotAdmitted:

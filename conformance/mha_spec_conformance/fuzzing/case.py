@@ -59,10 +59,10 @@ CLAUSES = {
 
 
 def case_of(call: Call, name: str) -> Case:
-    """Give the case called `name` that asks the call; its expected values come from the reference in float64.
+    """Convert the call to a case called `name`; its expected values come from the reference in float64.
 
     Raises:
-        NotAdmitted: A correct implementation cannot be asked the call.
+        NotAdmitted: The call cannot be a case: a correct implementation may exceed the range of a dtype.
     """
     values, kinds, level = expect(call)
     expected = {label: numpy.asarray(value, numpy.float64) for label, value in values.items()}

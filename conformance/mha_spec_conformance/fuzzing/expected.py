@@ -30,7 +30,7 @@ Kinds = dict[str, Array]
 
 
 class NotAdmitted(Exception):
-    """No implementation can be asked the call, because an intermediate value exceeds the range of its dtype."""
+    """The call cannot be a case, because an intermediate value exceeds the range of its dtype."""
 
 
 class Rows:
@@ -88,7 +88,7 @@ class Rows:
 
     @cached_property
     def finite(self) -> Array:
-        """The rows that see a key and have numbers as their results."""
+        """The rows that see a key and have finite results."""
         return self.seeing & ~self.unspecified & ~self.nan
 
     def over_group(self, pairs: Array) -> Array:
@@ -276,7 +276,7 @@ def expect(call: Call) -> tuple[dict[str, Array], Kinds, str]:
     """Give the values and kinds of every output, and the level of the call: MUST, or SHOULD (MHA-POISON-2).
 
     Raises:
-        NotAdmitted: Some gradient or weight leaves the range of the type that may hold it.
+        NotAdmitted: A gradient or weight exceeds the range of the type that may hold it.
     """
     with numpy.errstate(all="ignore"):
         evaluated = bounds(call.function, call.arrays, call.options)

@@ -60,7 +60,7 @@ class Finding:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Name the properties by which the smallest call differs from the simplest one."""
+        """Name the properties by which the smallest call differs from the simplest call."""
         call = self.call
         dtype = () if call.dtype == "float32" else (call.dtype,)
         passed = (f"{form} {name}" for passed in (call.host, call.layouts) for name, form in passed.items())

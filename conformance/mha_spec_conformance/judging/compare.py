@@ -94,7 +94,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class _Elements:
-    """The compared elements of one output, only the rows that the golden holds, as flat arrays in float64."""
+    """The compared elements of an output, only the rows that the golden holds, as flat arrays in float64."""
 
     output: str
     expected: numpy.ndarray

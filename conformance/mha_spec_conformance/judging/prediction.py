@@ -48,7 +48,7 @@ def can_show(mistake: Mistake, case: Case) -> bool:
 
 
 class Predictions:
-    """The results and allowances of every mistake on one case; most are in float64 and serve all dtypes of the case."""
+    """The results and allowances of every mistake on a case; most are in float64, and serve all dtypes of it."""
 
     def __init__(self, case: Case) -> None:
         self.case = case

@@ -23,7 +23,7 @@ __all__ = ["CACHING"]
 
 
 def stored_at(change: Callable[..., tuple[Any, Any]]) -> Callable[..., numpy.ndarray]:
-    """Store in other slots: `change` computes (start, stop) from the right ones and the buffer."""
+    """Store in other slots: `change` computes (start, stop) from the right slots and the buffer."""
 
     def store(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop: Any) -> numpy.ndarray:
         places = change(numpy.asarray(start), numpy.asarray(stop), buffer)

@@ -92,6 +92,6 @@ def changing(change: Callable[[Arguments], Arguments], **steps: Callable[..., ob
 
 
 def unchecked(check: Callable[[Arguments], None]) -> Steps:
-    """Return the specification's steps without one of its checks."""
+    """Return the specification's steps without the check `check`."""
     remaining = tuple(kept for kept in checks.CHECKS if kept is not check)
     return replacing(check=lambda a: checks.check(a, remaining))

@@ -77,7 +77,7 @@ def scaled_bias(a: Arguments) -> Arguments:
 
 
 def bias_of_columns(a: Arguments) -> Arguments:
-    """Use the bias of the last query for all."""
+    """Use the bias of the last query for all queries."""
     return a if a.bias is None else replace(a, bias=a.bias[:, :, -1:])
 
 

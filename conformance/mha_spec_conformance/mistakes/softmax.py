@@ -120,7 +120,7 @@ def outside_the_maximum(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.nda
 
 
 def with_sinks(a: Arguments, sinks: numpy.ndarray | None) -> Arguments:
-    """Replace the sinks of a call that has some."""
+    """Replace the sinks of a call; a call without sinks is unchanged."""
     return a if a.sinks is None else replace(a, sinks=sinks)
 
 

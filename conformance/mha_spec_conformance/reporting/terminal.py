@@ -154,7 +154,7 @@ def details(result: Result) -> list[str]:
 
 
 def broken(result: Result) -> tuple[str, ...]:
-    """Name the clauses to read first: those of the mistake that explains the answer, else the first of the case.
+    """Name the clauses to read first: those of the mistake that explains the answer, else the first clause of the case.
 
     If no output could be compared, the failure breaks no particular clause, and none is named.
     """

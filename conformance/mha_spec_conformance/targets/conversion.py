@@ -22,7 +22,7 @@ class ConversionError(MhaSpecError, TypeError):
 
 
 def layouts_of(arrays: str) -> tuple[str, ...]:
-    """Name the memory layouts, other than the plain one, that arrays of a library can have."""
+    """Name the memory layouts, other than the plain layout, that arrays of a library can have."""
     of_numpy = ("strided", "transposed", "tokens_first", "fortran", "expanded", "reversed", "read_only")
     return {"numpy": of_numpy, "torch": of_numpy[:-2]}.get(arrays, ())
 
@@ -56,7 +56,7 @@ def lay_out(array: numpy.ndarray, layout: str) -> numpy.ndarray:
 
 
 def _expanded(array: numpy.ndarray) -> numpy.ndarray:
-    """Store one element of each axis along which the array is constant, and give that axis the stride 0."""
+    """Store an element of each axis along which the array is constant, and give that axis the stride 0."""
     stored = array.copy()
     for axis in range(array.ndim):
         first = stored[(slice(None),) * axis + (slice(0, 1),)]

@@ -48,7 +48,7 @@ _DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "jax": ("jax",
 
 
 class TargetError(MhaSpecError):
-    """A target cannot be judged: it does not exist, its import fails, or one of its declarations is invalid."""
+    """A target cannot be judged: it does not exist, its import fails, or a declaration is invalid."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class BackwardErrors:
     """The largest errors of the gradients in one precision."""
 
     def __init__(self, evaluation: GradientEvaluation, precision: Precision) -> None:
-        """Keep both; each error is computed at its first use."""
+        """Keep the evaluation and the precision; each error is computed at its first use."""
         self.evaluation = evaluation
         self.precision = precision
         self.forward = ForwardErrors(evaluation, precision)
@@ -230,7 +230,7 @@ class BackwardVariances:
     """The variances of the same errors, if all roundings are independent."""
 
     def __init__(self, evaluation: GradientEvaluation, precision: Precision) -> None:
-        """Keep both."""
+        """Keep the evaluation and the precision."""
         self.evaluation = evaluation
         self.precision = precision
         self.forward = ForwardVariances(evaluation, precision, ForwardErrors(evaluation, precision))
@@ -360,6 +360,6 @@ class BackwardBounds:
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """Return one standard deviation of the error of each element."""
+        """Return the standard deviation of the error of each element."""
         variances = BackwardVariances(self._evaluation, precision)
         return {name: numpy.sqrt(getattr(variances, name)()) for name in self.values}

@@ -28,7 +28,7 @@ class ForwardErrors:
     """The largest errors of an evaluation in a precision; a sum of n terms counts as n roundings."""
 
     def __init__(self, evaluation: Evaluation, precision: Precision) -> None:
-        """Keep both; each error is computed at its first use."""
+        """Keep the evaluation and the precision; each error is computed at its first use."""
         self.evaluation = evaluation
         self.precision = precision
 
@@ -204,7 +204,7 @@ class ForwardBounds:
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """Return one standard deviation of the error of each element."""
+        """Return the standard deviation of the error of each element."""
         variances = ForwardVariances(self._evaluation, precision, ForwardErrors(self._evaluation, precision))
         return {"output": numpy.sqrt(variances.output), "lse": numpy.sqrt(variances.lse)[..., 0]}
 
@@ -225,6 +225,6 @@ class WeightBounds:
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """Return one standard deviation of the error of each element."""
+        """Return the standard deviation of the error of each element."""
         errors = ForwardErrors(self._evaluation, precision)
         return {"weights": numpy.sqrt(ForwardVariances(self._evaluation, precision, errors).weights)}

@@ -1,4 +1,4 @@
-"""Error bounds of merging two halves of one softmax, and of its gradients.
+"""Error bounds of merging two halves of a softmax, and of its gradients.
 
 The letters are those of the formulas: a and b the shares of the halves, d the distance of their lse, r the relative
 error of a share; in the gradients, g the cotangent of lse and t the part through the shares.
@@ -43,7 +43,7 @@ class Half:
     share: numpy.ndarray
 
     def gradients(self, output: numpy.ndarray, lse: numpy.ndarray) -> dict[str, numpy.ndarray]:
-        """Name the errors or deviations of both gradients of the half, 0 where it is empty."""
+        """Return the errors or deviations of both gradients of the half by name, 0 where the half is empty."""
         return {
             f"grad_output_{self.name}": numpy.where(self.live[..., None], output, 0.0),
             f"grad_lse_{self.name}": numpy.where(self.live, lse, 0.0),
@@ -130,7 +130,7 @@ class MergeBounds:
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """Return one standard deviation of the error of each element."""
+        """Return the standard deviation of the error of each element."""
         h = self._halves
         output = numpy.sqrt(output_variance(h, self._output, precision))
         return {"output": output, "lse": numpy.sqrt(h.variance(precision))}
@@ -214,7 +214,7 @@ class MergeGradientBounds:
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """Return one standard deviation of the error of each element."""
+        """Return the standard deviation of the error of each element."""
         p, h, size = precision, self._halves, self._size
         r = h.share_variance(p)
         squares = self._sum(size**2 * (h.a.output**2 + h.b.output**2))

@@ -28,7 +28,7 @@ FLUSHED_NORMALS = 16
 
 @dataclass(frozen=True)
 class Precision:
-    """The unit roundoffs of one run, its errors of exp and tanh, one underflow, and the largest finite number."""
+    """The unit roundoffs of a run, its errors of exp and tanh, its underflow, and the largest finite number."""
 
     dtype: str
     u_in: float
@@ -48,7 +48,7 @@ class Precision:
     e_t: float
     """Relative error of tanh."""
     w: float
-    """Absolute error of one underflow."""
+    """Absolute error of an underflow."""
     f: float
     """Smallest normal number of the accumulator: smaller inputs and products may be flushed to 0."""
     largest: float

@@ -46,7 +46,7 @@ class Bounds(Protocol):
         ...
 
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
-        """Return one standard deviation of the error of each element (gate B: independent roundings)."""
+        """Return the standard deviation of the error of each element (gate B: independent roundings)."""
         ...
 
 
@@ -68,7 +68,7 @@ def bounds(
     options: Mapping[str, Any],
     steps: Steps | LayerSteps = SPECIFICATION,
 ) -> Bounds:
-    """Evaluate one case in float64; the bounds in every precision share this work.
+    """Evaluate a case in float64; the bounds in every precision share this work.
 
     Args:
         function: The name of a function of the specification.
@@ -86,7 +86,7 @@ def allowances(
     precision: Precision,
     steps: Steps | LayerSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
-    """Return the allowance of each element of each output of one case; see `bounds`."""
+    """Return the allowance of each element of each output of a case; see `bounds`."""
     return bounds(function, arrays, options, steps).allowances(precision)
 
 
@@ -97,5 +97,5 @@ def deviations(
     precision: Precision,
     steps: Steps | LayerSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
-    """Return one standard deviation of the error of each element of each output of one case; see `bounds`."""
+    """Return the standard deviation of the error of each element of each output of a case; see `bounds`."""
     return bounds(function, arrays, options, steps).deviations(precision)
