@@ -166,10 +166,10 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
 
 
 def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> list[tuple[Array, Array]]:
-    """Return pairs of arrays, for queries and keys, that are all equal exactly where the ids are equal by value.
+    """Return pairs of arrays (queries, keys): two ids are equal by value exactly where every pair is equal.
 
-    They have the library and the device of `like`. NumPy compares any two of its types by value, so its ids are
-    renumbered for another library; ids of two other types, of which neither may hold both, are split into two digits.
+    The arrays have the library and the device of `like`. Ids of NumPy, which compares all of its types by value, are
+    renumbered for another library. Other ids of different types are split into two digits, which any library compares.
     """
     libraries = library_of(q_ids), library_of(kv_ids)
     if libraries == ("numpy", "numpy"):

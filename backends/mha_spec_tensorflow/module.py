@@ -142,7 +142,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> tuple[Any, ...]:
-        """Compute the output, the weights of every head and, with a cache, the new cache; dropout is an option only."""
+        """Compute the output, the weights of every head and, with a cache, the new cache; `training` has no effect."""
         operands = (self._cast(x) for x in (query, key, value))
         return super().output_and_weights(*operands, cache=cache, **options)
 

@@ -160,7 +160,7 @@ class Known:
         return [range(*ends) for ends in equal_entries(self.batch, [*numbers, *(self.ids or ())])]
 
     def cut_at_segments(self, entries: range) -> list[range]:
-        """Cut the queries where a segment ends, unless the segments are too short for that."""
+        """Cut the queries where a segment ends, unless the segments are too short for blocks."""
         runs = None if self.ids is None else segment_runs(self.ids[0][entries[0]], SHORTEST_RUN)
         return [range(self.a.q_len)] if runs is None else [range(*ends) for ends in runs]
 

@@ -67,7 +67,7 @@ def split_without_transpose(x: numpy.ndarray, weight: numpy.ndarray) -> numpy.nd
 
 
 def first_head(x: numpy.ndarray, weight: numpy.ndarray) -> numpy.ndarray:
-    """Project every head with the weight of the first."""
+    """Project every head with the weight of the first head."""
     return layer_steps.project(x, numpy.broadcast_to(weight[:, :1], weight.shape))
 
 
