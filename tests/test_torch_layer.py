@@ -1,4 +1,4 @@
-"""The layer of PyTorch as a module: judged by a formula of its own; its state, compilation, dropout and refusals."""
+"""The layer of PyTorch as a module: compared with a formula; state, compilation, dropout and errors."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def turned(x: Tensor, interleaved: bool) -> Tensor:
-    """Each pair as a complex number, turned by its position."""
+def rotated(x: Tensor, interleaved: bool) -> Tensor:
+    """Rotate each pair, as a complex number, by its position."""
     pairs = x.shape[-1] // 2
     order = torch.arange(2 * pairs).reshape(pairs, 2) if interleaved else torch.arange(2 * pairs).reshape(2, pairs).T
     angles = torch.arange(x.shape[2])[:, None] * 10000.0 ** (-torch.arange(pairs, dtype=x.dtype) / pairs)
-    both = torch.complex(x[..., order[:, 0]], x[..., order[:, 1]]) * torch.polar(torch.ones_like(angles), angles)
-    return torch.stack([both.real, both.imag], -1).flatten(-2)[..., order.flatten().argsort()]
+    numbers = torch.complex(x[..., order[:, 0]], x[..., order[:, 1]]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([numbers.real, numbers.imag], -1).flatten(-2)[..., order.flatten().argsort()]
 
 
 def formula(
     params: Mapping[str, Tensor], query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, interleaved: bool | None
 ) -> Tensor:
-    """The layer by einsum, with groups as an axis and a number for minus infinity."""
+    """Compute the layer by einsum, with groups as an axis and weights of 0 at hidden pairs."""
     q, k, v = (
         torch.einsum("ble,ehd->bhld", x, params[f"w_{name}"]) + params[f"b_{name}"][:, None]
         for name, x in (("q", query), ("k", key), ("v", value))
@@ -48,7 +48,7 @@ def formula(
             for name, x in (("q", q), ("k", k))
         )
     if interleaved is not None:
-        q, k = turned(q, interleaved), turned(k, interleaved)
+        q, k = rotated(q, interleaved), rotated(k, interleaved)
     scores = torch.einsum("bgrqd,bgkd->bgrqk", q.unflatten(1, (KV_HEADS, -1)), k) / math.sqrt(QK_DIM)
     exponentials = torch.where(hidden, 0.0, torch.exp(scores))
     weights = exponentials / exponentials.sum(-1, keepdim=True)
@@ -59,9 +59,7 @@ def formula(
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rotary", [None, {}, {"interleaved": True}], ids=["plain", "halves", "interleaved"])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_output_and_gradients_are_those_of_the_formula(
-    qk_norm: bool, rotary: dict[str, bool] | None, causal: bool
-) -> None:
+def test_output_and_gradients_equal_the_formula(qk_norm: bool, rotary: dict[str, bool] | None, causal: bool) -> None:
     def ours(dtype: str) -> list[Tensor]:
         layer, x = sized(dtype, qk_norm=qk_norm, rotary=rotary), tokens(dtype=dtype).requires_grad_()
         return with_gradients([layer(x, causal=causal)], [x, *layer.parameters()])
@@ -73,11 +71,11 @@ def test_output_and_gradients_are_those_of_the_formula(
     assert_same(ours, with_gradients([expected], [x, *layer.parameters()]))
 
 
-def test_products_in_parts_have_the_gradients_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_parts_equal_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"FEW_ROWS": BATCH * LENGTH, "PARTS": 7, "LEAST": 1}.items():
         monkeypatch.setattr(functions, name, value)
     assert products_in_parts(monkeypatch, sized(), tokens()) == 3
-    test_output_and_gradients_are_those_of_the_formula(qk_norm=False, rotary=None, causal=False)
+    test_output_and_gradients_equal_the_formula(qk_norm=False, rotary=None, causal=False)
 
 
 @pytest.mark.parametrize(
@@ -99,18 +97,18 @@ def test_few_tokens_and_a_large_matrix_are_multiplied_in_parts(
 
 
 def products_in_parts(monkeypatch: pytest.MonkeyPatch, layer: MultiHeadAttention, x: Tensor) -> int:
-    """How many of the products of a call are taken in parts."""
-    seen: list[Tensor] = []
+    """Return the number of products in a call that are computed in parts."""
+    products: list[Tensor] = []
     with monkeypatch.context() as patched:
-        patched.setattr(functions, "_in_parts", lambda *of: seen.append(in_parts(*of)) or seen[-1])
+        patched.setattr(functions, "_in_parts", lambda *x: products.append(in_parts(*x)) or products[-1])
         layer(x)
-    return len(seen)
+    return len(products)
 
 
 in_parts = functions._in_parts
 
 
-def test_cross_attention_has_the_gradients_of_the_formula() -> None:
+def test_cross_attention_equals_the_formula() -> None:
     def inputs(dtype: str) -> list[Tensor]:
         return [tokens(*size, dtype=dtype).requires_grad_() for size in ((), (8, 3), (8, 17))]
 
@@ -125,33 +123,33 @@ def test_cross_attention_has_the_gradients_of_the_formula() -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_the_module_compiles_whole_with_its_gradients_for_every_length() -> None:
+def test_the_module_and_its_gradients_compile_for_every_length() -> None:
     torch.compiler.reset()
     eager = {dtype: sized(dtype, rotary={}) for dtype in ("float64", "float32")}
-    whole = {
+    compiled = {
         dtype: torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True) for dtype, layer in eager.items()
     }
     for length in (LENGTH, 17):
 
-        def ours(dtype: str, called: Mapping[str, Any] = whole, length: int = length) -> list[Tensor]:
+        def ours(dtype: str, called: Mapping[str, Any] = compiled, length: int = length) -> list[Tensor]:
             x = tokens(length, dtype=dtype).requires_grad_()
             return with_gradients([called[dtype](x)], [x, *eager[dtype].parameters()])
 
         assert_same(ours, ours("float64", eager))
 
 
-def test_a_module_is_its_function() -> None:
+def test_a_module_equals_its_function() -> None:
     layer = sized(qk_norm=True, rotary={"base": 5.0}, norm_epsilon=0.5)
     x, key = tokens(), tokens(5, seed=7)
-    given: dict[str, Any] = {"q_offset": 3, "causal": True}
-    options = {"rotary": {"base": 5.0}, "norm_epsilon": 0.5, **given}
-    assert_equal(layer(x, key, **given), mha_spec.multi_head_attention(x, key, key, layer.params, **options))
+    keywords: dict[str, Any] = {"q_offset": 3, "causal": True}
+    options = {"rotary": {"base": 5.0}, "norm_epsilon": 0.5, **keywords}
+    assert_equal(layer(x, key, **keywords), mha_spec.multi_head_attention(x, key, key, layer.params, **options))
     expected = mha_spec.multi_head_attention_weights(x, key, layer.params, **options)
-    assert_equal(layer.attention_weights(x, key, **given), expected)
+    assert_equal(layer.attention_weights(x, key, **keywords), expected)
     assert_equal(layer(x), layer(x, x, x))
 
 
-def test_state_goes_out_and_in() -> None:
+def test_state_is_saved_and_loaded() -> None:
     layer, other = sized(qk_norm=True), sized(qk_norm=True)
     other.reset_parameters()
     assert not torch.equal(other(tokens()), layer(tokens()))
@@ -161,7 +159,7 @@ def test_state_goes_out_and_in() -> None:
     assert list(sized(bias=False).state_dict()) == ["w_q", "w_k", "w_v", "w_o"]
 
 
-def test_copies_share_nothing_and_functions_take_other_parameters() -> None:
+def test_copies_share_no_parameters_and_functional_call_replaces_them() -> None:
     layer, x = sized(), tokens()
     copied, before = copy.deepcopy(layer), layer(x)
     with torch.no_grad():
@@ -172,7 +170,7 @@ def test_copies_share_nothing_and_functions_take_other_parameters() -> None:
     assert not torch.equal(called, before)
 
 
-def test_layers_side_by_side_under_vmap() -> None:
+def test_stacked_layers_under_vmap() -> None:
     layers, x = [sized(), sized()], tokens()
     with torch.no_grad():
         layers[1].w_v *= 2
@@ -181,16 +179,16 @@ def test_layers_side_by_side_under_vmap() -> None:
     assert_near(list(mapped), [layer(x) for layer in layers])
 
 
-def test_weights_begin_as_in_the_paper() -> None:
+def test_weights_are_initialised_as_in_the_paper() -> None:
     torch.manual_seed(0)
     layer = MultiHeadAttention(64, 4, qk_dim=24, out=96, qk_norm=True)
-    assert_drawn_as_in_the_paper({name: one.detach().numpy() for name, one in layer.params.items()})
+    assert_drawn_as_in_the_paper({name: parameter.detach().numpy() for name, parameter in layer.params.items()})
     before = copy.deepcopy(layer.state_dict())
     layer.reset_parameters()
     assert not torch.equal(layer.w_q, before["w_q"])
 
 
-def test_dropout_is_for_training() -> None:
+def test_dropout_applies_in_training() -> None:
     layer, x = sized(dropout_rate=0.5), tokens()
     assert not torch.equal(layer(x), layer(x))
     drawn = [layer(x, dropout_key=torch.Generator().manual_seed(1)) for _ in range(2)]
@@ -201,14 +199,14 @@ def test_dropout_is_for_training() -> None:
 
 def test_factory_arguments_and_repr() -> None:
     layer = MultiHeadAttention(24, 4, kv_heads=2, rotary={}, dropout_rate=0.1, device="meta", dtype=torch.bfloat16)
-    assert all((one.device.type, one.dtype) == ("meta", torch.bfloat16) for one in layer.parameters())
+    assert all((x.device.type, x.dtype) == ("meta", torch.bfloat16) for x in layer.parameters())
     assert repr(layer) == "MultiHeadAttention(embed=24, heads=4, kv_heads=2, rotary={}, dropout_rate=0.1)"
     assert layer.to_empty(device="cpu")(torch.zeros(2, 3, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.usefixtures("quiet")
-def test_autocast_gives_its_type(compiled: bool) -> None:
+def test_results_have_the_type_of_autocast(compiled: bool) -> None:
     layer, x = sized("float32", rotary={}), tokens(dtype="float32")
     torch.compiler.reset()
     called = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
@@ -217,11 +215,11 @@ def test_autocast_gives_its_type(compiled: bool) -> None:
         output, (step, cache) = called(x), called(x, cache=layer.empty_cache(BATCH, LENGTH))
     assert output.dtype == step.dtype == cache.key.dtype == torch.bfloat16
     assert_equal(output, halved(x.bfloat16()))
-    _, *given = with_gradients([output], layer.parameters())
-    assert all(one.dtype == torch.float32 and one.isfinite().all() for one in given)
+    _, *grads = with_gradients([output], layer.parameters())
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in grads)
 
 
-# What is refused.
+# Errors.
 
 REFUSED: dict[str, tuple[Callable[[MultiHeadAttention, Tensor], object], type[Exception], str]] = {
     "unknown option": (lambda layer, x: layer(x, is_causal=True), ArgumentTypeError, "Did you mean `causal`"),
@@ -236,13 +234,13 @@ REFUSED: dict[str, tuple[Callable[[MultiHeadAttention, Tensor], object], type[Ex
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_errors_are_ours(name: str) -> None:
+def test_errors_are_raised_by_the_checks(name: str) -> None:
     call, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         call(sized(), tokens())
 
 
-def test_sizes_are_refused_when_a_layer_is_made() -> None:
+def test_the_constructor_checks_the_sizes() -> None:
     with pytest.raises(ArgumentValueError, match="multiple of heads=4"):
         MultiHeadAttention(7, 4)
     with pytest.raises(ArgumentValueError, match="rotary_dim"):
