@@ -1,6 +1,6 @@
-"""torch.nn.MultiheadAttention as a judge of ours: same weights, same outputs, weights and gradients.
+"""Compare the layer with torch.nn.MultiheadAttention: equal parameters give equal outputs, weights and gradients.
 
-What means something else there stands in docs/judges.md; each of its rows is seen here.
+docs/judges.md lists the differences in meaning; each of its rows is tested here.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ multi_head_attention_weights: Callable[..., Any] = mha_spec_torch.multi_head_att
 
 
 def pattern(*shape: int) -> Tensor:
-    """Which pairs may be seen, in each row the first key."""
+    """Return which pairs are visible; each row sees the first key."""
     return tensor(plain_pattern(*shape))
 
 
 def padding(*lengths: int) -> Tensor:
-    """Which of 8 keys are hidden."""
+    """Return which of 8 keys are hidden."""
     return torch.arange(8) >= torch.tensor(lengths)[:, None]
 
 
@@ -70,17 +70,17 @@ SHARED: dict[str, tuple[Options, Callable[[], tuple[Options, Options]]]] = {
         ),
     ),
 }
-"""What torch's layer is made with, its options, and ours that say the same."""
+"""The arguments of the constructor of torch's layer, and its options with the equivalent options of ours."""
 
 
-def own_layer(**options: Any) -> torch.nn.MultiheadAttention:
-    """torch's layer with numbers in every parameter."""
+def torch_layer(**options: Any) -> torch.nn.MultiheadAttention:
+    """Create torch's layer with numbers in every parameter."""
     return filled(torch.nn.MultiheadAttention(15, 3, **{"batch_first": True} | options, dtype=torch.float64))
 
 
 def by_torch(layer: torch.nn.MultiheadAttention, inputs: list[Tensor], options: Options) -> list[Tensor]:
-    """Output, weights of each head and their mean by torch's layer, and gradients."""
-    x = inputs if layer.batch_first else [one.transpose(0, 1) for one in inputs]
+    """Return output, weights of each head and their mean by torch's layer, and gradients."""
+    x = inputs if layer.batch_first else [x.transpose(0, 1) for x in inputs]
     output, weights = layer(*x, **options, need_weights=True, average_attn_weights=False)
     averaged = layer(*x, **options)[1]
     output = output if layer.batch_first else output.transpose(0, 1)
@@ -88,9 +88,9 @@ def by_torch(layer: torch.nn.MultiheadAttention, inputs: list[Tensor], options: 
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_torchs_own_layer_has_the_same_outputs_gradients_and_weights(name: str) -> None:
-    arguments, made = SHARED[name]
-    layer, (theirs, options) = own_layer(**arguments), made()
+def test_the_layer_of_torch_gives_the_same_outputs_gradients_and_weights(name: str) -> None:
+    arguments, make_options = SHARED[name]
+    layer, (torch_options, options) = torch_layer(**arguments), make_options()
     layout = "torch_separate" if "kdim" in arguments else "torch"
 
     def inputs(dtype: str) -> list[Tensor]:
@@ -98,35 +98,35 @@ def test_torchs_own_layer_has_the_same_outputs_gradients_and_weights(name: str) 
         return [tokens(*size, seed=seed, dtype=dtype).requires_grad_() for seed, size in enumerate(sizes)]
 
     def ours(dtype: str) -> list[Tensor]:
-        held, x = copy.deepcopy(layer).to(getattr(torch, dtype)), inputs(dtype)
-        params = load_weights(dict(held.named_parameters()), layout, heads=3)
+        converted, x = copy.deepcopy(layer).to(getattr(torch, dtype)), inputs(dtype)
+        params = load_weights(dict(converted.named_parameters()), layout, heads=3)
         output = multi_head_attention(*x, params, **options)
         weights = multi_head_attention_weights(*x[:2], params, **options)
-        return with_gradients([output, weights, weights.mean(1)], [*x, *held.parameters()])
+        return with_gradients([output, weights, weights.mean(1)], [*x, *converted.parameters()])
 
-    assert_same(ours, by_torch(layer, inputs("float64"), theirs))
+    assert_same(ours, by_torch(layer, inputs("float64"), torch_options))
 
 
 def test_a_row_without_keys_is_nan_in_torch() -> None:
-    x, layer = tokens(5, 15), own_layer()
+    x, layer = tokens(5, 15), torch_layer()
     params = load_weights(dict(layer.named_parameters()), "torch", heads=3)
     hidden = torch.zeros(5, 5, dtype=torch.bool)
     hidden[2] = True
     output, _ = layer(x, x, x, attn_mask=hidden)
     assert output[:, 2].isnan().all()
     assert with_gradients([output[:, 3]], [layer.in_proj_weight])[1].isnan().any()
-    found = multi_head_attention(x, x, x, params, mask=~hidden[None, None])
-    assert_equal(found[:, 2], params["b_o"].expand(2, -1))
+    output = multi_head_attention(x, x, x, params, mask=~hidden[None, None])
+    assert_equal(output[:, 2], params["b_o"].expand(2, -1))
     output, _ = layer(x, x, x, attn_mask=hidden.T)
     assert not torch.equal(output, multi_head_attention(x, x, x, params, mask=hidden.T[None, None]))
 
 
-def test_a_zero_that_torch_adds_is_a_sink() -> None:
-    layer = own_layer(add_zero_attn=True)
+def test_add_zero_attn_of_torch_is_a_sink() -> None:
+    layer = torch_layer(add_zero_attn=True)
 
     def ours(dtype: str) -> list[Tensor]:
-        held, x = copy.deepcopy(layer).to(getattr(torch, dtype)), tokens(5, 15, dtype=dtype)
-        params = load_weights(dict(held.named_parameters()), "torch", heads=3)
+        converted, x = copy.deepcopy(layer).to(getattr(torch, dtype)), tokens(5, 15, dtype=dtype)
+        params = load_weights(dict(converted.named_parameters()), "torch", heads=3)
         return [multi_head_attention(x, x, x, params, sinks=torch.zeros(3, dtype=x.dtype))]
 
     x = tokens(5, 15)
@@ -135,12 +135,12 @@ def test_a_zero_that_torch_adds_is_a_sink() -> None:
     assert_same(ours, [output])
 
 
-def test_torchs_own_layer_means_something_else() -> None:
-    """What docs/judges.md says of `torch.nn.MultiheadAttention`, beside rows without keys."""
+def test_differences_from_the_layer_of_torch() -> None:
+    """docs/judges.md lists these differences, and rows without keys, which have a test above."""
     x = tokens(5, 15)
-    _, weights = own_layer(dropout=0.5)(x, x, x, average_attn_weights=False)
+    _, weights = torch_layer(dropout=0.5)(x, x, x, average_attn_weights=False)
     assert (weights == 0).any()
     with pytest.raises(ArgumentValueError, match="bias_k"):
-        load_weights(dict(own_layer(add_bias_kv=True).named_parameters()), "torch", heads=3)
+        load_weights(dict(torch_layer(add_bias_kv=True).named_parameters()), "torch", heads=3)
     with pytest.raises(RuntimeError, match="attn_mask"):
-        own_layer()(x, x, x, is_causal=True)
+        torch_layer()(x, x, x, is_causal=True)
