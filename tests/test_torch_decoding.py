@@ -1,4 +1,4 @@
-"""PyTorch's layer with a cache: decoding in any steps is one call, and no cache that is still read is written to."""
+"""PyTorch's layer with a cache: steps of any length equal a single call, and older caches do not change."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
 
 def read(cache: KVCache) -> list[Tensor]:
-    """What a cache shows."""
+    """Return the tokens of a cache."""
     entries = enumerate(numpy.asarray(cache.lengths).tolist())
     return [buffer[entry, :, :length].clone() for entry, length in entries for buffer in (cache.key, cache.value)]
 
 
 @pytest.mark.parametrize("lengths", [None, [1, 2]])
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_an_old_cache_reads_as_before(lengths: list[int] | None, differentiable: bool) -> None:
+def test_appending_does_not_change_an_older_cache(lengths: list[int] | None, differentiable: bool) -> None:
     caches = [empty_cache(BATCH, KV_HEADS, LENGTH, QK_DIM, V_DIM, like=torch.zeros(1, dtype=torch.float64))]
     for seed in range(3):
         key, value = heads(2, seed)
         caches.append(append_cache(caches[-1], key.requires_grad_(differentiable), value, lengths))
     assert (caches[1].key.data_ptr() == caches[3].key.data_ptr()) != differentiable
-    seen = [read(cache) for cache in caches]
+    before = [read(cache) for cache in caches]
     branch = append_cache(caches[1], *heads(3, seed=9))
     append_cache(caches[3], *heads(3, seed=10))
     append_cache(branch, *heads(1, seed=11))
-    assert_equal([read(cache) for cache in caches], seen)
+    assert_equal([read(cache) for cache in caches], before)
     assert_equal(read(branch), read(reference.append_cache(caches[1], *heads(3, seed=9))))
 
 
-def test_arrays_of_others_are_not_written_to() -> None:
+def test_arrays_of_the_caller_are_not_written_to() -> None:
     key, value = heads(LENGTH)
     cache = KVCache(key, value, numpy.asarray([2, 3]))
     before = key.clone(), value.clone()
@@ -48,7 +48,7 @@ def test_arrays_of_others_are_not_written_to() -> None:
     assert_equal([key, value], before)
 
 
-def test_writing_in_place_keeps_what_autograd_kept() -> None:
+def test_writing_in_place_keeps_tensors_saved_by_autograd() -> None:
     layer = sized().requires_grad_(False)
     layer.w_q.requires_grad_()
     _, cache = layer(tokens(5), cache=layer.empty_cache(BATCH, LENGTH))
@@ -61,19 +61,19 @@ def test_writing_in_place_keeps_what_autograd_kept() -> None:
     assert len(with_gradients([output], [layer.w_q])) == len(expected)
 
 
-def test_inference_tensors_are_not_written_to_outside() -> None:
+def test_inference_tensors_are_not_written_to_outside_inference_mode() -> None:
     layer = sized()
     with torch.inference_mode():
         _, cache = layer(tokens(3), cache=layer.empty_cache(BATCH, LENGTH))
     _, later = layer(tokens(1), cache=cache)
     with torch.inference_mode():
         _, again = layer(tokens(1), cache=later)
-    assert [one.lengths.tolist() for one in (cache, later, again)] == [[3, 3], [4, 4], [5, 5]]
+    assert [state.lengths.tolist() for state in (cache, later, again)] == [[3, 3], [4, 4], [5, 5]]
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["host", "tensor"])
 @pytest.mark.parametrize("steps", STEPS)
-def test_decoding_in_any_steps_is_one_call(steps: str, traced: bool) -> None:
+def test_decoding_in_steps_equals_a_single_call(steps: str, traced: bool) -> None:
     def ours(dtype: str) -> list[Tensor]:
         layer = sized(dtype, qk_norm=True, rotary={})
         cache, outputs, weights = layer.empty_cache(BATCH, LENGTH + 2), [], []
@@ -91,7 +91,7 @@ def test_decoding_in_any_steps_is_one_call(steps: str, traced: bool) -> None:
     assert_same(ours, [layer(x, causal=True), layer.attention_weights(x, causal=True)])
 
 
-def test_gradients_go_through_a_cache() -> None:
+def test_gradients_through_a_cache() -> None:
     def ours(dtype: str) -> list[Tensor]:
         layer, x = sized(dtype, rotary={}), tokens(dtype=dtype).requires_grad_()
         cache, outputs = layer.empty_cache(BATCH, LENGTH), []
@@ -105,7 +105,7 @@ def test_gradients_go_through_a_cache() -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_one_graph_serves_every_step() -> None:
+def test_all_steps_share_a_graph() -> None:
     layer, x = sized(rotary={}), tokens()
     graphs: list[Any] = []
 
@@ -126,7 +126,7 @@ def test_one_graph_serves_every_step() -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_a_compiled_step_takes_lengths_of_the_host() -> None:
+def test_a_compiled_step_accepts_lengths_on_the_host() -> None:
     layer, x = sized(), tokens()
     torch.compiler.reset()
     step = torch.compile(layer, fullgraph=True, backend="aot_eager")
