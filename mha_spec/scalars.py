@@ -1,4 +1,4 @@
-"""Arguments that are a Python value: numbers, integers and flags.
+"""Arguments that are Python values: numbers, integers and flags.
 
 A scalar of NumPy counts as the Python value that it holds (MHA-ARG-2). A symbolic number of PyTorch, which stands for a
 Python number that changes between the calls of a compiled function, counts as that number.
