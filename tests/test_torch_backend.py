@@ -1,4 +1,4 @@
-"""mha_spec_torch in the worlds of PyTorch: each judged by the goldens, and by which kernel really ran."""
+"""Compare mha_spec_torch with the goldens, eager, compiled and transformed, and check which kernel runs."""
 
 from __future__ import annotations
 
@@ -25,29 +25,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 attention: Callable[..., Any] = mha_spec_torch.attention
-pulled: Callable[..., Any] = torch.func.vjp
-pushed: Callable[..., Any] = torch.func.jvp
+vjp: Callable[..., Any] = torch.func.vjp
+jvp: Callable[..., Any] = torch.func.jvp
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 GENERATOR_SEED = 20261123
 
 
-def answered(call: Callable[..., Any] = attention, **arguments: Any) -> dict[str, Tensor]:
-    """Output and lse of a case of attention."""
+def output_and_lse(call: Callable[..., Any] = attention, **arguments: Any) -> dict[str, Tensor]:
+    """Return output and lse of a case of attention."""
     output, lse = call(**arguments, return_lse=True)
     return {"output": output, "lse": lse}
 
 
-def differentiated(
+def gradients(
     call: Callable[..., Any] = attention, *, grad_output: Tensor, grad_lse: Tensor | None = None, **arguments: Any
 ) -> dict[str, Tensor]:
-    """The gradients that autograd gives of the forward."""
-    given = {name: arguments[name].requires_grad_() for name in DIFFERENTIABLE if name in arguments}
+    """Return the gradients of the forward by autograd."""
+    leaves = {name: arguments[name].requires_grad_() for name in DIFFERENTIABLE if name in arguments}
     output, lse = call(**arguments, return_lse=True)
     results = (output,) if grad_lse is None else (output, lse)
-    found = torch.autograd.grad(
-        results, list(given.values()), (grad_output, grad_lse)[: len(results)], materialize_grads=True
-    )
-    return {f"grad_{name}": gradient for name, gradient in zip(given, found, strict=True)}
+    cotangents = (grad_output, grad_lse)[: len(results)]
+    grads = torch.autograd.grad(results, list(leaves.values()), cotangents, materialize_grads=True)
+    return {f"grad_{name}": gradient for name, gradient in zip(leaves, grads, strict=True)}
 
 
 @pytest.fixture
@@ -58,121 +57,121 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("cut")
 def test_every_golden_cut_into_tasks() -> None:
-    assert not failures("torch", cases("attention"), answered, "float32")
+    assert not failures("torch", cases("attention"), output_and_lse, "float32")
 
 
 @pytest.mark.usefixtures("cut")
 def test_every_gradient_cut_into_tasks() -> None:
-    assert not failures("torch", cases("attention_vjp"), differentiated, "float32")
+    assert not failures("torch", cases("attention_vjp"), gradients, "float32")
 
 
-def test_autograd_gives_the_gradients() -> None:
-    some = spread("attention_vjp")
-    assert not failures("torch", some, differentiated, "float64", "float16", "bfloat16")
+def test_gradients_by_autograd() -> None:
+    selected = spread("attention_vjp")
+    assert not failures("torch", selected, gradients, "float64", "float16", "bfloat16")
 
 
-def test_lengths_on_the_host_say_the_same() -> None:
-    some = [case for case in cases("attention") if {"kv_lengths", "segments", "offset"} & set(case.features)]
-    assert not failures("torch", some[::4], answered, "float32", host=PER_ENTRY)
+def test_lengths_on_the_host_give_the_same_results() -> None:
+    selected = [case for case in cases("attention") if {"kv_lengths", "segments", "offset"} & set(case.features)]
+    assert not failures("torch", selected[::4], output_and_lse, "float32", host=PER_ENTRY)
 
 
 @pytest.mark.parametrize("function", ["attention", "attention_vjp"])
-def test_the_path_of_cuda_leaves_no_row_empty(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as the kernels of the CPU can tell: all but NaN in pairs that are not visible, which may reach a tile."""
+def test_the_path_of_cuda_gives_the_same_results_on_the_cpu(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases with NaN in hidden pairs are left out, because the kernels of the CPU may let it through."""
 
     def ask(**arguments: Any) -> dict[str, Any]:
         if function == "attention_vjp":
-            return differentiated(lambda **given: (attention(**given | {"return_lse": False}), None), **arguments)
+            return gradients(lambda **keywords: (attention(**keywords | {"return_lse": False}), None), **arguments)
         return {"output": attention(**arguments)}
 
-    taken = 0
+    calls = 0
 
-    def counted(*call: Any) -> Tensor:
-        nonlocal taken
-        taken += 1
+    def counting(*call: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
         return attend(*call)
 
     attend = fused.attend
-    monkeypatch.setattr(fused, "attend", counted)
+    monkeypatch.setattr(fused, "attend", counting)
     monkeypatch.setattr(fused, "on_cuda", lambda _: True)
     monkeypatch.setattr(core, "_direct", lambda *_: False)
     monkeypatch.setattr(core, "readable", lambda _: False)
-    some = [
+    selected = [
         case
         for case in cases(function)
         if "grad_lse" not in case.input_names
         and "nonfinite" not in case.features
         and "MHA-POISON-2" not in case.clauses
     ]
-    assert not failures("torch", some, ask, "float32")
-    assert taken >= ENOUGH
+    assert not failures("torch", selected, ask, "float32")
+    assert calls >= ENOUGH
 
 
 @pytest.mark.parametrize("function", ["attention", "attention_vjp"])
 def test_nothing_is_read_on_an_accelerator(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(**arguments: Any) -> dict[str, Tensor]:
-        with monkeypatch.context() as blind:
-            blind.setattr(core, "readable", lambda _: False)
+        with monkeypatch.context() as patched:
+            patched.setattr(core, "readable", lambda _: False)
             for name in ("tolist", "item", "numpy", "__bool__"):
-                blind.setattr(torch.Tensor, name, None)
-            return answered(**arguments) if function == "attention" else differentiated(**arguments)
+                patched.setattr(torch.Tensor, name, None)
+            return output_and_lse(**arguments) if function == "attention" else gradients(**arguments)
 
     assert not failures("torch", spread(function), ask, "float32", "float16")
 
 
 def compiled_failures(function: str, ask: Callable[..., dict[str, Tensor]], backend: str, dtype: str) -> list[str]:
-    """What is wrong with the answers of one graph for each signature."""
-    found: list[str] = []
-    for _, some in groupby(alike(function, 90), key=lambda case: case.signature):
+    """Compile a graph for each signature, and return what is wrong with its results."""
+    wrong: list[str] = []
+    for _, same_signature in groupby(alike(function, 90), key=lambda case: case.signature):
         torch.compiler.reset()
         compiled = torch.compile(attention, fullgraph=True, backend=backend)
-        found += failures("torch", some, partial(ask, compiled), dtype)
-    return found
+        wrong += failures("torch", same_signature, partial(ask, compiled), dtype)
+    return wrong
 
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", "float32"), ("inductor", "bfloat16")])
-def test_compiled_without_a_break(backend: str, dtype: str) -> None:
-    assert not compiled_failures("attention", answered, backend, dtype)
+def test_compiled_without_a_graph_break(backend: str, dtype: str) -> None:
+    assert not compiled_failures("attention", output_and_lse, backend, dtype)
 
 
 @pytest.mark.usefixtures("quiet")
 def test_gradients_of_a_compiled_call() -> None:
-    assert not compiled_failures("attention_vjp", differentiated, "aot_eager", "float32")
+    assert not compiled_failures("attention_vjp", gradients, "aot_eager", "float32")
 
 
 @pytest.mark.usefixtures("quiet")
 def test_the_native_path_has_no_graph_break() -> None:
-    given = operands()
+    arguments = operands()
     torch.compiler.reset()
     compiled = torch.compile(lambda *operands: attention(*operands).sum(), backend="inductor")
-    explained = torch._dynamo.explain(lambda *operands: attention(*operands).sum())(*given)
+    explained = torch._dynamo.explain(lambda *operands: attention(*operands).sum())(*arguments)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
-    torch.testing.assert_close(compiled(*given), attention(*given).sum())
-    assert FLASH in recorded(lambda: compiled(*given))
+    torch.testing.assert_close(compiled(*arguments), attention(*arguments).sum())
+    assert FLASH in operations(lambda: compiled(*arguments))
 
 
 def test_mapped_over_a_new_axis() -> None:
     def ask(**arguments: Any) -> dict[str, Tensor]:
         arrays, options = parted(arguments)
         doubled = {name: torch.stack([value.flip(0), value]) for name, value in arrays.items()}
-        mapped = torch.func.vmap(lambda given: attention(**given, **options, return_lse=True))
-        output, lse = mapped(doubled)
+        over_both = torch.func.vmap(lambda mapped: attention(**mapped, **options, return_lse=True))
+        output, lse = over_both(doubled)
         return {"output": output[1], "lse": lse[1]}
 
     assert not failures("torch", spread("attention"), ask, "float32", "float16")
 
 
-def test_differentiated_by_a_transform() -> None:
+def test_gradients_by_a_transform() -> None:
     def ask(*, grad_output: Tensor, grad_lse: Tensor | None = None, **arguments: Any) -> dict[str, Tensor]:
-        given = {name: arguments.pop(name) for name in DIFFERENTIABLE if name in arguments}
+        leaves = {name: arguments.pop(name) for name in DIFFERENTIABLE if name in arguments}
 
-        def product(given: dict[str, Tensor]) -> Tensor:
-            output, lse = attention(**given, **arguments, return_lse=True)
+        def product(leaves: dict[str, Tensor]) -> Tensor:
+            output, lse = attention(**leaves, **arguments, return_lse=True)
             total = (output * grad_output).sum()
             return total if grad_lse is None else total + (lse * grad_lse).sum()
 
-        return {f"grad_{name}": gradient for name, gradient in torch.func.grad(product)(given).items()}
+        return {f"grad_{name}": gradient for name, gradient in torch.func.grad(product)(leaves).items()}
 
     assert not failures("torch", spread("attention_vjp"), ask, "float32")
 
@@ -182,7 +181,7 @@ def test_autocast_converts_and_keeps_the_softmax_exact(dtype: str) -> None:
     def ask(**arguments: Any) -> dict[str, Tensor]:
         wide = {name: arguments[name].float() for name in ("query", "key", "value")}
         with torch.autocast("cpu", dtype=getattr(torch, dtype)):
-            return answered(**arguments | wide)
+            return output_and_lse(**arguments | wide)
 
     assert not failures("torch", spread("attention"), ask, dtype)
 
@@ -190,7 +189,7 @@ def test_autocast_converts_and_keeps_the_softmax_exact(dtype: str) -> None:
 def test_autocast_gradients() -> None:
     def ask(**arguments: Any) -> dict[str, Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return differentiated(**arguments)
+            return gradients(**arguments)
 
     assert not failures("torch", spread("attention_vjp"), ask, "bfloat16")
 
@@ -199,16 +198,16 @@ def test_autocast_gradients() -> None:
 def test_forward_mode_agrees_with_the_gradients() -> None:
     torch.manual_seed(GENERATOR_SEED)
     q, k, v = (torch.randn(2, heads, 7, 5, dtype=torch.float64) for heads in (4, 2, 2))
-    given = (q, k, v, torch.randn(1, 4, 1, 7, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
+    arguments = (q, k, v, torch.randn(1, 4, 1, 7, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
 
     def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
         return attention(q, k, v, bias=bias, sinks=sinks, causal=True, softcap=3.0, return_lse=True)
 
-    tangents = tuple(torch.randn_like(one) for one in given)
-    results, moved = pushed(call, given, tangents)
-    cotangents = tuple(torch.randn_like(one) for one in results)
-    _, pull = pulled(call, *given)
-    forward = sum((a * b).sum() for a, b in zip(moved, cotangents, strict=True))
+    tangents = tuple(torch.randn_like(argument) for argument in arguments)
+    results, result_tangents = jvp(call, arguments, tangents)
+    cotangents = tuple(torch.randn_like(result) for result in results)
+    _, pull = vjp(call, *arguments)
+    forward = sum((a * b).sum() for a, b in zip(result_tangents, cotangents, strict=True))
     reverse = sum((a * b).sum() for a, b in zip(pull(cotangents), tangents, strict=True))
     assert_near(forward, reverse)
 
@@ -232,35 +231,35 @@ def test_an_operand_that_depends_on_another_is_counted_once() -> None:
     assert torch.autograd.gradgradcheck(lambda x: attention(x, 2 * x, x * x), (x,))
 
 
-def test_merging_has_gradients_where_halves_are_empty() -> None:
+def test_gradients_of_merging_empty_halves_are_finite() -> None:
     outputs = [torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     lses = [
         torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
         for numbers in ([[[0.5, -math.inf, -math.inf]]], [[[0.25, 1.5, -math.inf]]])
     ]
     output, lse = mha_spec_torch.merge_attention(outputs[0], lses[0], outputs[1], lses[1])
-    found = torch.autograd.grad(output.sum() + lse[..., :2].sum(), [*outputs, *lses])
-    assert all(bool(one.isfinite().all()) for one in found)
-    assert found[0][..., 1:, :].eq(0).all()
+    grads = torch.autograd.grad(output.sum() + lse[..., :2].sum(), [*outputs, *lses])
+    assert all(bool(gradient.isfinite().all()) for gradient in grads)
+    assert grads[0][..., 1:, :].eq(0).all()
 
 
-def recorded(call: Callable[[], object]) -> set[str]:
-    """The names of torch's operations that a call ran."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+def operations(call: Callable[[], object]) -> set[str]:
+    """Return the names of torch's operations in a call."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         call()
-    return {str(event.key) for event in found.key_averages()}
+    return {str(event.key) for event in profiler.key_averages()}
 
 
-def ran(*arguments: Tensor, backward: bool = False, **options: Any) -> set[str]:
-    """The names of torch's operations that attention ran."""
-    leaves = [one.requires_grad_(backward) for one in arguments]
+def operations_of_attention(*arguments: Tensor, backward: bool = False, **options: Any) -> set[str]:
+    """Return the names of torch's operations in a call of attention."""
+    leaves = [operand.requires_grad_(backward) for operand in arguments]
 
     def call() -> None:
         output = attention(*leaves, **options)
         if backward:
             output.sum().backward()
 
-    return recorded(call)
+    return operations(call)
 
 
 DIRECT = "aten::scaled_dot_product_attention"
@@ -289,56 +288,58 @@ DIRECT = "aten::scaled_dot_product_attention"
     ],
 )
 def test_the_path_of_a_call(path: str, sizes: dict[str, int], options: dict[str, Any]) -> None:
-    names = ran(*operands(**sizes), **options)
+    names = operations_of_attention(*operands(**sizes), **options)
     assert (DIRECT in names) == (path == "direct")
     assert (FLASH in names) == (path in {"direct", "flash"})
 
 
 def test_the_path_of_a_backward() -> None:
     backward = f"{FLASH}_backward"
-    assert backward in ran(*operands(), backward=True)
-    assert backward in ran(*operands(), backward=True, bias=torch.zeros(1, 1, 32, 32))
-    assert backward not in ran(*operands(), backward=True, bias=torch.zeros(1, 1, 32, 32, requires_grad=True))
-    assert backward not in ran(*operands(), backward=True, softcap=2.0)
-    assert DIRECT not in ran(*operands(), backward=True)
+    assert backward in operations_of_attention(*operands(), backward=True)
+    assert backward in operations_of_attention(*operands(), backward=True, bias=torch.zeros(1, 1, 32, 32))
+    assert backward not in operations_of_attention(
+        *operands(), backward=True, bias=torch.zeros(1, 1, 32, 32, requires_grad=True)
+    )
+    assert backward not in operations_of_attention(*operands(), backward=True, softcap=2.0)
+    assert DIRECT not in operations_of_attention(*operands(), backward=True)
 
 
-def test_what_is_hidden_sends_a_task_to_the_formula_only_when_it_is_not_finite() -> None:
+def test_a_hidden_nan_sends_a_task_to_the_formula() -> None:
     query, key, value = operands()
     mask = torch.ones(1, 1, 32, 32, dtype=torch.bool)
     mask[..., 0, 3] = False
-    assert "aten::bmm" not in ran(query, key, value, mask=mask)
+    assert "aten::bmm" not in operations_of_attention(query, key, value, mask=mask)
     value[0, 0, 3] = math.nan
-    assert "aten::bmm" in ran(query, key, value, mask=mask)
+    assert "aten::bmm" in operations_of_attention(query, key, value, mask=mask)
 
 
 @pytest.mark.parametrize("size", [math.nan, 1e30])
 def test_few_keys_go_to_the_kernel_unless_a_score_may_be_nan(size: float) -> None:
     query, key, value = operands(kv_len=5)
     options: list[dict[str, Any]] = [{}, {"kv_lengths": [3, 4]}]
-    for given in options:
-        assert "aten::bmm" not in ran(query, key, value, **given)
+    for keywords in options:
+        assert "aten::bmm" not in operations_of_attention(query, key, value, **keywords)
     query[0, 1, 2], key[0, 0, 0] = size, 1e30
-    for given in options:
-        assert attention(query, key, value, **given)[0, 1, 2].isnan().all()
+    for keywords in options:
+        assert attention(query, key, value, **keywords)[0, 1, 2].isnan().all()
 
 
-def test_tasks_leave_out_what_is_not_seen() -> None:
+def test_tasks_leave_out_hidden_keys() -> None:
     query, key, value = (torch.randn(1, 2, 4096, 16) for _ in range(3))
     ids = torch.arange(4096)[None] // 256
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         attention(query, key, value, q_segment_ids=ids, kv_segment_ids=ids)
-    shapes = [event.input_shapes for event in found.events() or () if event.name == FLASH]
+    shapes = [event.input_shapes for event in profiler.events() or () if event.name == FLASH]
     assert [shape[1][2] for shape in shapes] == [256] * 16
 
 
-def test_options_that_are_none_are_not_given() -> None:
-    given = operands()
+def test_options_that_are_none_have_no_effect() -> None:
+    arguments = operands()
     without = {name: None for name in OPTIONS if name not in {"causal", "dropout_rate"}}
-    assert torch.equal(attention(*given, **without), attention(*given))
+    assert torch.equal(attention(*arguments, **without), attention(*arguments))
 
 
-def test_errors_are_ours() -> None:
+def test_errors_are_raised_by_the_checks() -> None:
     query, key, value = operands(q_len=3)
     with pytest.raises(MhaSpecError, match="q_offset"):
         attention(query, key, value, causal=True)
