@@ -1,4 +1,4 @@
-"""mha_spec_torch where numbers and sizes stay open: compiled, exported, traced, mapped, and without contents."""
+"""mha_spec_torch with open numbers and sizes: compiled, traced, transformed, and on the meta device."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_a_number_that_changes(name: str) -> None:
     options, values = NUMBERS[name]
     query, key, value = operands(3, 21)
     for call in (
-        lambda **given: attention(query, key, value, **given),
-        lambda **given: weights_of(query, key, **given),
+        lambda **keywords: attention(query, key, value, **keywords),
+        lambda **keywords: weights_of(query, key, **keywords),
     ):
         torch.compiler.reset()
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -52,7 +52,7 @@ def test_a_number_that_changes(name: str) -> None:
 
 @pytest.mark.usefixtures("quiet")
 def test_a_decoding_step_is_compiled_twice_at_most() -> None:
-    """Once for the first offset, and once for all that follow."""
+    """The first offset is compiled as a constant, and the second as a symbol for all others."""
     counter: Any = CompileCounter()
     query, key, value = operands(1, 21)
     torch.compiler.reset()
@@ -65,7 +65,7 @@ def test_a_decoding_step_is_compiled_twice_at_most() -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_a_number_that_turns_wrong_is_refused_by_us() -> None:
+def test_a_compiled_call_checks_a_number_that_changes() -> None:
     query, key, value = operands(3, 21)
     torch.compiler.reset()
     compiled = torch.compile(
@@ -84,8 +84,8 @@ def test_numbers_of_the_layer_and_of_positions() -> None:
 
     def call(number: int) -> tuple[Tensor, ...]:
         bias = mha_spec_torch.alibi_bias(5, 5, 7, q_offset=number)
-        turned = mha_spec_torch.rotary_embedding(heads, torch.arange(5) + number, base=1000.0 + number)
-        return layer(x, causal=True, q_offset=number), layer.attention_weights(x, q_offset=number), bias, turned
+        rotated = mha_spec_torch.rotary_embedding(heads, torch.arange(5) + number, base=1000.0 + number)
+        return layer(x, causal=True, q_offset=number), layer.attention_weights(x, q_offset=number), bias, rotated
 
     torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -112,12 +112,12 @@ def test_sizes_that_change(name: str) -> None:
     counter = CompileCounter()
     compiled = torch.compile(SIZED[name], fullgraph=True, backend=counter, dynamic=True)
     for q_len, kv_len in ((5, 9), (17, 31), (3, 16)):
-        given = [one.double() for one in operands(q_len, kv_len)]
-        found, expected = compiled(*given), SIZED[name](*given)
+        arguments = [operand.double() for operand in operands(q_len, kv_len)]
+        results, expected = compiled(*arguments), SIZED[name](*arguments)
         if name == "dropout":
-            assert found == expected
+            assert results == expected
         else:
-            assert_near(*([one for one in tree if one is not None] for tree in map(as_list, (found, expected))))
+            assert_near(*([x for x in tree if x is not None] for tree in map(as_list, (results, expected))))
     assert counter.frame_count == 1
 
 
@@ -127,11 +127,11 @@ def as_list(tree: Any) -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_traced_by_torch_script() -> None:
-    given = operands(5, 19)
+    arguments = operands(5, 19)
     traced: Any = torch.jit.trace(
-        lambda q, k, v: attention(q, k, v, window=(4, 2), q_offset="lower_right"), tuple(given)
+        lambda q, k, v: attention(q, k, v, window=(4, 2), q_offset="lower_right"), tuple(arguments)
     )
-    assert_equal(traced(*given), attention(*given, window=(4, 2), q_offset="lower_right"))
+    assert_equal(traced(*arguments), attention(*arguments, window=(4, 2), q_offset="lower_right"))
 
 
 def on_meta(tree: Any) -> Any:
@@ -141,12 +141,13 @@ def on_meta(tree: Any) -> Any:
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True, "q_offset": 1}, {"kv_lengths": [3, 2]}, {"dropout_rate": 0.5}]
 )
-def test_without_contents(options: dict[str, Any]) -> None:
-    given = operands(5, 19)
-    leaves = [on_meta(one).requires_grad_() for one in given]
+def test_on_the_meta_device(options: dict[str, Any]) -> None:
+    arguments = operands(5, 19)
+    leaves = [on_meta(argument).requires_grad_() for argument in arguments]
     output, lse = attention(*leaves, **options, return_lse=True)
     assert (output.device.type, output.shape, lse.shape) == ("meta", (2, 4, 5, 8), (2, 4, 5))
-    assert [one.shape for one in torch.autograd.grad(output, leaves, output)] == [one.shape for one in given]
+    grads = torch.autograd.grad(output, leaves, output)
+    assert [gradient.shape for gradient in grads] == [argument.shape for argument in arguments]
     assert weights_of(*leaves[:2]).shape == (2, 4, 5, 19)
     layer = mha_spec_torch.MultiHeadAttention(EMBED, 5, kv_heads=1, qk_dim=4, device="meta")
     x = torch.empty(BATCH, 3, EMBED, device="meta")
@@ -157,7 +158,7 @@ def test_without_contents(options: dict[str, Any]) -> None:
 
 @pytest.fixture
 def meta_by_default() -> Iterator[None]:
-    """Tensors that are made without a device have no contents."""
+    """Create tensors on the meta device where no device is named."""
     torch.set_default_device("meta")
     yield
     torch.set_default_device(None)
@@ -174,12 +175,12 @@ def meta_by_default() -> Iterator[None]:
         {"softcap": 2.0, "dropout_rate": 0.5},
     ],
 )
-def test_a_default_device_is_not_that_of_the_operands(options: dict[str, Any]) -> None:
-    leaves = [one.requires_grad_() for one in operands()]
+def test_results_ignore_the_default_device(options: dict[str, Any]) -> None:
+    leaves = [operand.requires_grad_() for operand in operands()]
     output, lse = attention(*leaves, **options, return_lse=True)
-    found = torch.autograd.grad(output, leaves, torch.ones_like(output))
-    given = {name: one for name, one in options.items() if name != "dropout_rate"}
-    assert {one.device.type for one in (output, lse, *found, weights_of(*leaves[:2], **given))} == {"cpu"}
+    grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    weights = weights_of(*leaves[:2], **{name: value for name, value in options.items() if name != "dropout_rate"})
+    assert {result.device.type for result in (output, lse, *grads, weights)} == {"cpu"}
     layer = sized(rotary={}, qk_norm=True, device="cpu")
     assert layer(tokens(5), causal=True).device.type == "cpu"
 
@@ -188,44 +189,46 @@ def test_a_default_device_is_not_that_of_the_operands(options: dict[str, Any]) -
 
 
 def halves() -> list[Tensor]:
-    """Rows of two full halves, an empty one on either side, and two empty ones."""
+    """Return halves with four rows: neither is empty, the first is, the second is, and both are."""
     lses = [0.5, -math.inf, 1.25, -math.inf], [0.25, 1.5, -math.inf, -math.inf]
     outputs = [torch.randn(1, 1, 4, 3, dtype=torch.float64) for _ in range(2)]
     outputs[0][0, 0, 1] = math.nan
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for output, numbers in zip(outputs, lses, strict=True):
-        found += [output, torch.tensor([[numbers]], dtype=torch.float64)]
-    return [one.requires_grad_() for one in found]
+        tensors += [output, torch.tensor([[numbers]], dtype=torch.float64)]
+    return [tensor.requires_grad_() for tensor in tensors]
 
 
-def merge(*given: Tensor) -> tuple[Tensor, Tensor]:
-    output, lse = mha_spec_torch.merge_attention(*given)
+def merge(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    output, lse = mha_spec_torch.merge_attention(*arguments)
     return output, torch.where(lse == -math.inf, 0.0, lse)
 
 
 @pytest.mark.usefixtures("quiet")
-def test_merging_has_the_gradients_of_the_reference() -> None:
-    given = halves()
+def test_gradients_of_merging_equal_the_reference() -> None:
+    arguments = halves()
     grad_output, grad_lse = torch.randn(1, 1, 4, 3, dtype=torch.float64), torch.randn(1, 1, 4, dtype=torch.float64)
     grad_lse[..., 3] = 0
-    plain = [one.detach().numpy() for one in (grad_output, *given)]
-    expected = [torch.from_numpy(one) for one in reference.merge_attention_vjp(*plain, grad_lse=grad_lse.numpy())]
-    assert_near(mha_spec_torch.merge_attention_vjp(grad_output, *given, grad_lse=grad_lse), expected)
+    plain = [x.detach().numpy() for x in (grad_output, *arguments)]
+    expected = [
+        torch.from_numpy(gradient) for gradient in reference.merge_attention_vjp(*plain, grad_lse=grad_lse.numpy())
+    ]
+    assert_near(mha_spec_torch.merge_attention_vjp(grad_output, *arguments, grad_lse=grad_lse), expected)
     torch.compiler.reset()
     for call in (merge, torch.compile(merge, fullgraph=True, backend="aot_eager")):
-        assert_near(torch.autograd.grad(call(*given), given, (grad_output, grad_lse)), expected)
-    pulled: Any = torch.func.vjp(merge, *(one.detach() for one in given))
-    assert_near(pulled[1]((grad_output, grad_lse)), expected)
+        assert_near(torch.autograd.grad(call(*arguments), arguments, (grad_output, grad_lse)), expected)
+    transformed: Any = torch.func.vjp(merge, *(argument.detach() for argument in arguments))
+    assert_near(transformed[1]((grad_output, grad_lse)), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_merging_has_second_derivatives_and_tangents() -> None:
-    given = [one.detach()[:, :, [0, 2]].requires_grad_() for one in halves()]
-    assert torch.autograd.gradgradcheck(merge, given)
-    assert torch.autograd.gradcheck(merge, given, check_forward_ad=True)
+def test_second_derivatives_and_tangents_of_merging() -> None:
+    arguments = [half.detach()[:, :, [0, 2]].requires_grad_() for half in halves()]
+    assert torch.autograd.gradgradcheck(merge, arguments)
+    assert torch.autograd.gradcheck(merge, arguments, check_forward_ad=True)
 
 
-def test_merging_names_what_is_wrong() -> None:
+def test_an_error_of_merging_names_the_argument() -> None:
     output_a, lse_a, output_b, lse_b = halves()
     with pytest.raises(ArgumentValueError, match="`grad_output`"):
         mha_spec_torch.merge_attention_vjp(output_a[..., 1:], output_a, lse_a, output_b, lse_b)
