@@ -1,4 +1,4 @@
-"""mha_spec_torch in exported programs, in which batch and length stay open, and in ONNX models made of them."""
+"""mha_spec_torch in exported programs with symbolic batch and length, and in ONNX models made of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 attention: Callable[..., Any] = mha_spec_torch.attention
 SIZES = (2, 5), (3, 17), (7, 2)
-"""Batch and length of each call of a program; the first are the sizes at which it is traced."""
+"""Batch and length of each call of a program, which is traced with the first pair."""
 
 
 class Model(torch.nn.Module):
-    """The layer with its weights, and attention alone, each with another constraint on positions."""
+    """The layer with its weights, and attention alone with a window."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Model(torch.nn.Module):
 
 
 def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Tokens, and lengths of which the first is 0."""
+    """Return tokens, and lengths of which the first is 0."""
     x = tokens(batch * length)[:1]
     return x.reshape(batch, length, EMBED), torch.arange(batch) % (length + 1)
 
@@ -61,11 +61,11 @@ def test_an_exported_program_has_no_guards_on_its_sizes(strict: bool) -> None:
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_an_onnx_model_gives_the_same_numbers(tmp_path: Path) -> None:
+def test_an_onnx_model_gives_the_same_results(tmp_path: Path) -> None:
     model, path = Model().eval(), str(tmp_path / "model.onnx")
     program = torch.onnx.export(model, inputs(*SIZES[0]), dynamo=True, dynamic_shapes=open_sizes(), verbose=False)
     assert program is not None
-    assert {node.domain for node in program.model.graph} == {""}  # The operators of ONNX alone.
+    assert {node.domain for node in program.model.graph} == {""}  # The standard operators of ONNX.
     program.save(path)
     session = onnxruntime.InferenceSession(path)
     for sizes in SIZES:
