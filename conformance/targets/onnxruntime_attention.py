@@ -77,6 +77,8 @@ def run(
     """Run the node with the options that it supports."""
     if mask is not None and bias is not None:
         raise NotImplementedError("attn_mask is either boolean or floating-point, not both")
+    if bias is not None and bias.dtype.name not in TYPES:
+        raise NotImplementedError(f"the kernel takes no bias in {bias.dtype.name}")
     if mask is not None or bias is not None:
         feed["attn_mask"] = bias if mask is None else mask
     if kv_lengths is not None:
