@@ -271,7 +271,7 @@ DIRECT = "aten::scaled_dot_product_attention"
         ("direct", {}, {}),
         ("direct", {}, {"scale": -0.5}),
         ("direct", {"kv_len": 16}, {}),
-        ("formula", {"kv_len": 15}, {}),
+        ("direct", {"kv_len": 15}, {}),
         ("flash", {"v_dim": 6}, {}),
         ("flash", {}, {"return_lse": True}),
         ("flash", {}, {"causal": True}),
