@@ -239,7 +239,7 @@ BAD = {
         "softcap",
         "1.2e-38<=softcap<=",
         "softcap=0.0",
-        "None is no cap",
+        "None means no cap",
     ),
     "softcap-negative": (
         {"softcap": -30.0},
@@ -247,7 +247,7 @@ BAD = {
         "softcap",
         "1.2e-38<=softcap<=",
         "softcap=-30.0",
-        "None is no cap",
+        "None means no cap",
     ),
     "softcap-infinite": (
         {"softcap": math.inf},
@@ -255,7 +255,7 @@ BAD = {
         "softcap",
         "finite",
         "softcap=inf",
-        "None is no cap",
+        "None means no cap",
     ),
     "scale-nan": ({"scale": math.nan}, ArgumentValueError, "scale", "finite", "scale=nan", "1/sqrt(qk_dim)"),
     "scale-array": ({"scale": ones(())}, ArgumentTypeError, "scale", "Python number", "ndarray", ""),

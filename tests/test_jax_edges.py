@@ -389,7 +389,8 @@ def test_alibi_accepts_symbolic_sizes(offset: Any) -> None:
 
     program = exported(call, *[("n", "float32"), ("m", "float32")][:keys])
     for n, m in ((2, 5), (7, 1)):
-        assert_equal(program(*[jnp.zeros(n), jnp.zeros(m)][:keys]), call(*[jnp.zeros(n), jnp.zeros(m)][:keys]))
+        arrays = [jnp.zeros(size, jnp.float32) for size in (n, m)][:keys]
+        assert_equal(program(*arrays), call(*arrays))
 
 
 def test_alibi_of_two_symbolic_sizes_needs_an_offset() -> None:
