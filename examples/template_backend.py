@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy
 
 from mha_spec import reference
-from mha_spec.arguments import Arguments, spells_options
+from mha_spec.arguments import Arguments, expand_options
 from mha_spec.checks import check, check_flag, refuse_unknown
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps
@@ -23,7 +23,7 @@ KERNEL_OPTIONS = {"mask", "scale"}
 """The options that the kernel takes; a call with any other option is answered by the reference."""
 
 
-@spells_options
+@expand_options
 @numpy.errstate(all="ignore")
 def attention(query, key, value, *, return_lse=False, **options):
     """Attention by the kernel where it takes every option of the call; see `mha_spec.reference.attention`."""

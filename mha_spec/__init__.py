@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .arguments import spells_options
+from .arguments import expand_options
 from .cache import KVCache
 from .errors import ArgumentTypeError, ArgumentValueError, BackendError, MhaSpecError
 from .scalars import plain
@@ -30,39 +30,39 @@ if TYPE_CHECKING:
     )
 else:
 
-    @spells_options
+    @expand_options
     def attention(query, key, value, *, return_lse=False, **options):
         """Compute scaled dot-product attention with the query's backend; see `mha_spec.reference.attention`."""
         return function_for("attention", query)(query, key, value, return_lse=return_lse, **options)
 
-    @spells_options
+    @expand_options
     def attention_weights(query, key, **options):
         """Compute the normalised weights with the query's backend; see `mha_spec.reference.attention_weights`."""
         return function_for("attention_weights", query)(query, key, **options)
 
-    @spells_options
+    @expand_options
     def attention_vjp(grad_output, query, key, value, *, grad_lse=None, **options):
         """Compute the gradients with the query's backend; see `mha_spec.reference.attention_vjp`."""
         return function_for("attention_vjp", query)(grad_output, query, key, value, grad_lse=grad_lse, **options)
 
-    @spells_options
+    @expand_options
     def merge_attention(output_a, lse_a, output_b, lse_b, **options):
         """Join two halves of one softmax with the operands' backend; see `mha_spec.reference.merge_attention`."""
         return function_for("merge_attention", output_a, "output_a")(output_a, lse_a, output_b, lse_b, **options)
 
-    @spells_options
+    @expand_options
     def merge_attention_vjp(grad_output, output_a, lse_a, output_b, lse_b, *, grad_lse=None, **options):
         """Compute the gradients of merging with the operands' backend; see `mha_spec.reference.merge_attention_vjp`."""
         function = function_for("merge_attention_vjp", output_a, "output_a")
         return function(grad_output, output_a, lse_a, output_b, lse_b, grad_lse=grad_lse, **options)
 
-    @spells_options
+    @expand_options
     def multi_head_attention(query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
         """Compute the layer with the query's backend; see `mha_spec.reference.multi_head_attention`."""
         settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
         return function_for("multi_head_attention", query)(query, key, value, params, **settings, **options)
 
-    @spells_options
+    @expand_options
     def multi_head_attention_and_weights(
         query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options
     ):
@@ -70,7 +70,7 @@ else:
         settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
         return function_for("multi_head_attention_and_weights", query)(query, key, value, params, **settings, **options)
 
-    @spells_options
+    @expand_options
     def multi_head_attention_weights(query, key, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
         """Compute the layer's weights; see `mha_spec.reference.multi_head_attention_weights`."""
         settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}

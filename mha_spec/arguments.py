@@ -25,9 +25,9 @@ __all__ = [
     "Options",
     "WeightOptions",
     "decorate_method",
+    "expand_options",
     "offset_of_reading",
     "options_of",
-    "spells_options",
 ]
 
 
@@ -190,7 +190,7 @@ def decorate_method(decorator: Callable[[_Function], _Function], method: _Functi
     return function
 
 
-def spells_options(function: _Function) -> _Function:
+def expand_options(function: _Function) -> _Function:
     """Set the signature of a function to name every option of its `**options`, with the default."""
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, placement_of, storage_of
 from .errors import refuse_type, refuse_value
-from .scalars import is_integer, plain, shown
+from .scalars import is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +92,7 @@ def check_integers(label: str, value: object, query: Array, shape: tuple[int, ..
     library = library_of(value)
     if library is None:
         if not is_sequence(value) or len(shape) != 1 or not all(is_integer(plain(entry)) for entry in value):
-            _refuse_integers(label, f"{label}={shown(value)}", shape, axes, clause)
+            _refuse_integers(label, f"{label}={short_repr(value)}", shape, axes, clause)
         received: tuple[int, ...] = (len(value),)
     else:
         if library != "numpy":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from .arguments import Arguments, spells_options
+from .arguments import Arguments, expand_options
 from .arrays import Array, device_of, dtype_name, library_of, namespace_of, segment_ids
 from .checks import check_flag
 from .steps import Steps
@@ -67,7 +67,7 @@ class Reference:
 
     steps: Steps = Steps()
 
-    @spells_options
+    @expand_options
     def attention(
         self,
         query: Float[Array, "batch heads q_len qk_dim"],
@@ -118,7 +118,7 @@ class Reference:
             output = self.steps.round_output(self.output(a, trace), dtype_name(query))
             return (output, trace.lse[..., 0]) if return_lse else output
 
-    @spells_options
+    @expand_options
     def attention_weights(
         self,
         query: Float[Array, "batch heads q_len qk_dim"],
@@ -149,7 +149,7 @@ class Reference:
         with numpy.errstate(all="ignore"):
             return self.steps.round_output(self.trace(a).weights, dtype_name(query))
 
-    @spells_options
+    @expand_options
     def attention_vjp(
         self,
         grad_output: Float[Array, "batch heads q_len v_dim"],
@@ -197,7 +197,7 @@ class Reference:
         with numpy.errstate(all="ignore"):
             return self._gradients(a, self.trace(a), grad_output, grad_lse)
 
-    @spells_options
+    @expand_options
     def merge_attention(
         self,
         output_a: Float[Array, "batch heads q_len v_dim"],
@@ -245,7 +245,7 @@ class Reference:
             )
             return steps.round_output(part_a + part_b, names[0]), steps.round_output(lse, names[1])
 
-    @spells_options
+    @expand_options
     def merge_attention_vjp(
         self,
         grad_output: Float[Array, "batch heads q_len v_dim"],

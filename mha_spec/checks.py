@@ -25,7 +25,7 @@ from .array_checks import (
 )
 from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, lies_with, softmax_dtype_name, storage_of
 from .errors import refuse_type, refuse_value
-from .scalars import as_float, check_flag, check_number, is_integer, plain, shown
+from .scalars import as_float, check_flag, check_number, is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -182,7 +182,8 @@ def _scale(a: Arguments) -> float:
     if not abs(scale) <= largest:
         refuse_value(
             "MHA-ARG-2",
-            f"`scale` must be finite, |scale|<={largest:.2g}, received scale={shown(scale)}. None is 1/sqrt(qk_dim).",
+            f"`scale` must be finite, |scale|<={largest:.2g}, received scale={short_repr(scale)}. "
+            "None is 1/sqrt(qk_dim).",
         )
     return as_float(scale)
 
@@ -193,7 +194,7 @@ def _softcap(a: Arguments) -> float:
         refuse_value(
             "MHA-ARG-2",
             f"`softcap` must be finite, {smallest:.2g}<=softcap<={largest:.2g}, the normal numbers of the softmax's "
-            f"type, received softcap={shown(softcap)}. None means no cap.",
+            f"type, received softcap={short_repr(softcap)}. None means no cap.",
         )
     return as_float(softcap)
 
@@ -203,7 +204,7 @@ def check_rate(rate: object) -> float:
     number = check_number("dropout_rate", rate)
     if not 0 <= number < 1:
         refuse_value(
-            "MHA-ARG-2", f"`dropout_rate` must be in 0<=dropout_rate<1, received dropout_rate={shown(number)}."
+            "MHA-ARG-2", f"`dropout_rate` must be in 0<=dropout_rate<1, received dropout_rate={short_repr(number)}."
         )
     return as_float(number)
 
@@ -219,7 +220,7 @@ def check_window(a: Arguments) -> None:
     if not is_sequence(a.window) or len(a.window) != 2:
         refuse_type(
             "MHA-ARG-3",
-            f"`window` must be a pair (left, right), received window={shown(a.window)}. "
+            f"`window` must be a pair (left, right), received window={short_repr(a.window)}. "
             "A causal window of n keys is window=(n - 1, 0).",
         )
     a.window = (_bound("left", a.window[0]), _bound("right", a.window[1]))
@@ -230,11 +231,11 @@ def _bound(side: str, bound: object) -> int | None:
         return None
     number = plain(bound)
     if not is_integer(number):
-        refuse_type("MHA-ARG-3", f"`window` must hold integers or None, received {side}={shown(bound)}.")
+        refuse_type("MHA-ARG-3", f"`window` must hold integers or None, received {side}={short_repr(bound)}.")
     if not 0 <= number <= LARGEST_POSITION:
         refuse_value(
             "MHA-ARG-3",
-            f"`window` must have 0<={side}<=2**30 or {side}=None for no bound, received {side}={shown(number)}.",
+            f"`window` must have 0<={side}<=2**30 or {side}=None for no bound, received {side}={short_repr(number)}.",
         )
     return number
 
@@ -313,7 +314,7 @@ def check_offset(offset: object, query: Array) -> Array | Sequence[int] | int | 
     if isinstance(held, str):
         if held not in READINGS:
             names = " or ".join(repr(reading) for reading in READINGS)
-            refuse_value("MHA-POS-2", f"`q_offset` must be integers or {names}, received q_offset={shown(held)}.")
+            refuse_value("MHA-POS-2", f"`q_offset` must be integers or {names}, received q_offset={short_repr(held)}.")
     elif is_integer(held):
         _check_position("q_offset", held, -LARGEST_POSITION, LARGEST_POSITION, "2**30")
     else:
@@ -336,7 +337,7 @@ def check_entries(label: str, value: object, query: Array, low: int, high: int |
 def _check_position(label: str, number: int, low: int, high: int | None, high_name: str) -> None:
     if number < low or (high is not None and number > high):
         limits = f"-2**30<={label}<=2**30" if high_name == "2**30" else f"{low}<={label}<={high_name}={high}"
-        refuse_value("MHA-LEN-3", f"`{label}` must be in {limits}, received {shown(number)}.")
+        refuse_value("MHA-LEN-3", f"`{label}` must be in {limits}, received {short_repr(number)}.")
 
 
 def check_segments(a: Arguments) -> None:

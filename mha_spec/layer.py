@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from .arguments import decorate_method, offset_of_reading, spells_options
+from .arguments import decorate_method, expand_options, offset_of_reading
 from .arrays import Array, library_of
 from .layer_checks import LayerArguments, check_like, check_slope_dtype, empty_shapes
 from .layer_steps import LayerSteps
@@ -57,7 +57,7 @@ class Layer:
 
     steps: LayerSteps = LayerSteps()
 
-    @spells_options
+    @expand_options
     def multi_head_attention(
         self,
         query: Float[Array, "batch q_len embed"],
@@ -113,7 +113,7 @@ class Layer:
         output = self._output(a, self.steps.attend(x.query, x.key, x.value, **x.options))
         return output if x.cache is None else (output, x.cache)
 
-    @spells_options
+    @expand_options
     def multi_head_attention_and_weights(
         self,
         query: Float[Array, "batch q_len embed"],
@@ -142,7 +142,7 @@ class Layer:
         output = self._output(a, attended)
         return (output, weights) if x.cache is None else (output, weights, x.cache)
 
-    @spells_options
+    @expand_options
     def multi_head_attention_weights(
         self,
         query: Float[Array, "batch q_len embed"],

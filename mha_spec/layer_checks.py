@@ -20,7 +20,7 @@ from .cache import KVCache
 from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
 from .errors import refuse_type, refuse_value
 from .parameters import AXES, REQUIRED
-from .scalars import check_flag, check_integer, check_number, is_integer, plain, shown
+from .scalars import check_flag, check_integer, check_number, is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -50,7 +50,7 @@ class Rotary(NamedTuple):
     rotary_dim: int | None = None
     """The number of components that turn, from the first on; None turns all."""
 
-    def given(self) -> dict[str, Any]:
+    def non_defaults(self) -> dict[str, Any]:
         """Return the options that differ from the defaults."""
         return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
@@ -233,7 +233,7 @@ def check_epsilon(epsilon: object) -> float:
     if not 0 <= number <= LARGEST:
         refuse_value(
             "MHA-NORM-1",
-            f"`norm_epsilon` must be finite and norm_epsilon>=0, received norm_epsilon={shown(number)}.",
+            f"`norm_epsilon` must be finite and norm_epsilon>=0, received norm_epsilon={short_repr(number)}.",
         )
     return number
 
@@ -244,7 +244,7 @@ def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
         refuse_type(
             "MHA-ROTARY-6",
             "`rotary` must be a mapping of the options of rotary_embedding, {} for the defaults, "
-            f"received {shown(rotary)} of type {type(rotary).__name__}. None means no rotation.",
+            f"received {short_repr(rotary)} of type {type(rotary).__name__}. None means no rotation.",
         )
     for name in rotary:
         if name not in Rotary._fields:
@@ -256,7 +256,7 @@ def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
     base = check_number("base", base, "MHA-ROTARY-6")
     interleaved = check_flag("interleaved", interleaved, "MHA-ROTARY-6")
     if not 0 < base <= LARGEST:
-        refuse_value("MHA-ROTARY-6", f"`base` must be finite and base>0, received base={shown(base)}.")
+        refuse_value("MHA-ROTARY-6", f"`base` must be finite and base>0, received base={short_repr(base)}.")
     return Rotary(base, interleaved, check_rotary_dim(rotary_dim, size))
 
 
@@ -273,12 +273,12 @@ def check_rotary_dim(rotary_dim: object, size: int) -> int | None:
         return None
     if not is_integer(rotary_dim):
         refuse_type(
-            "MHA-ROTARY-6", f"`rotary_dim` must be an integer or None, received rotary_dim={shown(rotary_dim)}."
+            "MHA-ROTARY-6", f"`rotary_dim` must be an integer or None, received rotary_dim={short_repr(rotary_dim)}."
         )
     if rotary_dim % 2 or not 2 <= rotary_dim <= size:
         refuse_value(
             "MHA-ROTARY-6",
-            f"`rotary_dim` must be even and 2<=rotary_dim<=size={size}, received rotary_dim={shown(rotary_dim)}.",
+            f"`rotary_dim` must be even and 2<=rotary_dim<=size={size}, received rotary_dim={short_repr(rotary_dim)}.",
         )
     return rotary_dim
 
@@ -318,7 +318,7 @@ def _of_numbers(positions: object) -> numpy.ndarray:
     even = {len(row) for row in rows} == {len(rows[0])}
     if not even or not all(map(_is_position, (number for row in rows for number in row))):
         refuse_type(
-            "MHA-ROTARY-6", f"`positions` must be an array or a sequence of numbers, received {shown(positions)}."
+            "MHA-ROTARY-6", f"`positions` must be an array or a sequence of numbers, received {short_repr(positions)}."
         )
     return numpy.asarray(positions, dtype=numpy.float64)
 
@@ -345,7 +345,7 @@ def _check_cache(a: LayerArguments, cache: KVCache) -> None:
         refuse_value(
             "MHA-CACHE-8",
             "`kv_lengths` must be None where key=None: with a cache it counts the new keys, "
-            f"received kv_lengths={shown(kv_lengths)}. The lengths of the cache count those that it holds.",
+            f"received kv_lengths={short_repr(kv_lengths)}. The lengths of the cache count those that it holds.",
         )
 
 
@@ -431,10 +431,10 @@ def check_slope_dtype(dtype: object) -> None:
     if not isinstance(dtype, str):
         refuse_type(
             "MHA-ALIBI-3",
-            f"`dtype` must be 'float32' or 'float64', received {shown(dtype)} of type {type(dtype).__name__}.",
+            f"`dtype` must be 'float32' or 'float64', received {short_repr(dtype)} of type {type(dtype).__name__}.",
         )
     if dtype not in SLOPE_DTYPES:
-        refuse_value("MHA-ALIBI-3", f"`dtype` must be 'float32' or 'float64', received dtype={shown(dtype)}.")
+        refuse_value("MHA-ALIBI-3", f"`dtype` must be 'float32' or 'float64', received dtype={short_repr(dtype)}.")
 
 
 SLOPE_DTYPES = ("float32", "float64")

@@ -115,7 +115,7 @@ class LayerSettings:
     @property
     def arguments(self) -> dict[str, Any]:
         """The keywords that make these settings, with embed and heads, as plain data."""
-        return asdict(self) | {"rotary": None if self.rotary is None else self.rotary.given()}
+        return asdict(self) | {"rotary": None if self.rotary is None else self.rotary.non_defaults()}
 
     def __str__(self) -> str:
         """Show the keywords that differ from the defaults: `embed=10, heads=5, kv_heads=1`."""
@@ -243,7 +243,7 @@ class LayerObject:
         """Return the options of a call and those of the settings."""
         rotary = self.settings.rotary
         fixed: dict[str, Any] = {
-            "rotary": None if rotary is None else rotary.given(),
+            "rotary": None if rotary is None else rotary.non_defaults(),
             "norm_epsilon": self.settings.norm_epsilon,
         }
         for name in fixed.keys() & options.keys():

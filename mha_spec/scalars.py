@@ -13,7 +13,7 @@ import numpy
 
 from .errors import refuse_type, refuse_value
 
-__all__ = ["as_float", "check_flag", "check_integer", "check_number", "is_integer", "is_number", "plain", "shown"]
+__all__ = ["as_float", "check_flag", "check_integer", "check_number", "is_integer", "is_number", "plain", "short_repr"]
 
 LONGEST = 80
 """The most characters of a value that a message shows."""
@@ -73,7 +73,7 @@ def check_integer(label: str, value: object, least: int, clause: str) -> int:
     if not is_integer(held):
         refuse_type(clause, f"`{label}` must be an integer, received {_named(label, value)}.")
     if held < least:
-        refuse_value(clause, f"`{label}` must be {label}>={least}, received {label}={shown(held)}.")
+        refuse_value(clause, f"`{label}` must be {label}>={least}, received {label}={short_repr(held)}.")
     return held
 
 
@@ -82,7 +82,7 @@ def as_float(value: float) -> float:
     return float(value) if type(value) is int else value
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Format a value for a message, on a line of bounded length."""
     try:
         spelled = repr(value)
@@ -93,4 +93,4 @@ def shown(value: object) -> str:
 
 
 def _named(label: str, value: object) -> str:
-    return f"{label}={shown(value)} of type {type(value).__name__}"
+    return f"{label}={short_repr(value)} of type {type(value).__name__}"

@@ -12,7 +12,7 @@ from support.layers import EMBED, LENGTH, SIZES, heads, parameters, tokens
 
 from mha_spec import ArgumentTypeError, ArgumentValueError, KVCache, MhaSpecError
 from mha_spec.layer_object import LayerSettings
-from mha_spec.scalars import check_flag, plain, shown
+from mha_spec.scalars import check_flag, plain, short_repr
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -197,6 +197,6 @@ def test_values_of_python_are_themselves() -> None:
 
 
 def test_a_message_shows_a_value_in_one_short_line() -> None:
-    assert shown([1, 2]) == "[1, 2]"
-    assert "\n" not in shown(numpy.ones((3, 30)))
-    assert max(len(shown(value)) for value in (HUGE, [HUGE], "x" * 1000)) <= 80
+    assert short_repr([1, 2]) == "[1, 2]"
+    assert "\n" not in short_repr(numpy.ones((3, 30)))
+    assert max(len(short_repr(value)) for value in (HUGE, [HUGE], "x" * 1000)) <= 80

@@ -45,7 +45,7 @@ def params_of(layout: Layout, *, optional: bool = True, dtype: Any = numpy.float
     absent = set() if optional else {name for group in layout.optional for name in group}
     held = {param for name, parts in layout.tensors.items() if name not in absent for param in parts}
     return {
-        param: numbers(*(SIZES[layout.same.get(axis, axis)] for axis in axes), dtype=dtype)
+        param: numbers(*(SIZES[layout.equal_axes.get(axis, axis)] for axis in axes), dtype=dtype)
         for param, axes in AXES.items()
         if param in held
     }
@@ -89,7 +89,9 @@ def test_tables_are_coherent(layout: Layout) -> None:
     for parts in layout.tensors.values():
         split = {param: [axis.split("*") for axis in pattern.split()] for param, pattern in parts.items()}
         assert all(sorted(chain(*axes)) == sorted(AXES[param]) for param, axes in split.items())
-        plain = {tuple(layout.same.get(a[0], a[0]) if len(a) == 1 else "" for a in axes) for axes in split.values()}
+        plain = {
+            tuple(layout.equal_axes.get(a[0], a[0]) if len(a) == 1 else "" for a in axes) for axes in split.values()
+        }
         assert len(plain) == 1
 
 
@@ -306,13 +308,13 @@ def test_a_layout_of_ones_own() -> None:
             },
             "o_proj.weight": {"w_o": "out heads*v_dim"},
         },
-        same={"k_embed": "embed", "v_embed": "embed", "v_dim": "qk_dim"},
+        equal_axes={"k_embed": "embed", "v_embed": "embed", "v_dim": "qk_dim"},
     )
     state = zeros(o_proj__weight=(11, 60)) | {"qkv_proj.weight": numbers(120, 11)}
     params = load_weights(state, fused, heads=6)
     assert numpy.array_equal(params["w_k"], state["qkv_proj.weight"][60:90].reshape(3, 10, 11).transpose(2, 0, 1))
     assert same_bits(save_weights(params, fused)["qkv_proj.weight"], state["qkv_proj.weight"])
-    apart = replace(fused, same={"k_embed": "embed", "v_embed": "embed"})
+    apart = replace(fused, equal_axes={"k_embed": "embed", "v_embed": "embed"})
     with pytest.raises(ArgumentValueError, match="`kv_heads` must be given"):
         load_weights(state, apart, heads=6)
 

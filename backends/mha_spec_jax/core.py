@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mha_spec.arguments import Arguments, spells_options
+from mha_spec.arguments import Arguments, expand_options
 from mha_spec.array_checks import check_library
 from mha_spec.checks import (
     check,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["attention", "attention_vjp", "attention_weights", "merge_attention", "merge_attention_vjp"]
 
 
-@spells_options
+@expand_options
 def attention(
     query: Float[Array, "batch heads q_len qk_dim"],
     key: Float[Array, "batch kv_heads kv_len qk_dim"],
@@ -57,7 +57,7 @@ def attention(
     return (output, lse) if return_lse else output
 
 
-@spells_options
+@expand_options
 def attention_weights(
     query: Float[Array, "batch heads q_len qk_dim"],
     key: Float[Array, "batch kv_heads kv_len qk_dim"],
@@ -68,7 +68,7 @@ def attention_weights(
     return function.weights(*problem_of(a))
 
 
-@spells_options
+@expand_options
 def attention_vjp(
     grad_output: Float[Array, "batch heads q_len v_dim"],
     query: Float[Array, "batch heads q_len qk_dim"],
@@ -86,7 +86,7 @@ def attention_vjp(
     return gradients.query, gradients.key, gradients.value, gradients.bias, gradients.sinks
 
 
-@spells_options
+@expand_options
 def merge_attention(
     output_a: Float[Array, "batch heads q_len v_dim"],
     lse_a: Float[Array, "batch heads q_len"],
@@ -99,7 +99,7 @@ def merge_attention(
     return merge(_halves(output_a, lse_a, output_b, lse_b))
 
 
-@spells_options
+@expand_options
 def merge_attention_vjp(
     grad_output: Float[Array, "batch heads q_len v_dim"],
     output_a: Float[Array, "batch heads q_len v_dim"],

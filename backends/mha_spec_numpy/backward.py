@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mha_spec import steps
 from mha_spec.arrays import device_of, dtype_name
 
-from .operations import Scratch, added, dense, outer, shown
+from .operations import Scratch, added, dense, outer, without_hidden
 from .parallel import each
 from .strip import exponentials, strip_rows
 from .tiling import Assembly, cut, part, rows_of, stacks, unfold
@@ -108,7 +108,7 @@ def _through_values(
     for block in blocks:
         keys, weights = part(block.keys), block.logits
         grad_weights = outer(shared, value[..., keys, :], scratch)
-        grad_weights = shown(problem.drop(tile, block.keys, grad_weights), block.visible, tile)
+        grad_weights = without_hidden(problem.drop(tile, block.keys, grad_weights), block.visible, tile)
         row_dot += xp.vecdot(weights, grad_weights)[..., None]
         grad_value = block.transposed_product(problem.drop(tile, block.keys, weights), shared)
         gradients.value = added(gradients.value, (..., keys, slice(None)), grad_value)
@@ -134,12 +134,12 @@ def _through_scores(
         keys, grad_logits = part(block.keys), grad_weights
         grad_logits -= row_dot
         grad_logits *= block.logits
-        grad_logits = shown(grad_logits, block.visible, block.tile)
+        grad_logits = without_hidden(grad_logits, block.visible, block.tile)
         if gradients.bias is not None:
             gradients.bias = _with_block(gradients.bias, block, grad_logits)
         grad_scores = grad_logits
         if problem.a.softcap is not None:
-            grad_scores = shown(grad_logits * block.cap_slope, block.visible, block.tile)
+            grad_scores = without_hidden(grad_logits * block.cap_slope, block.visible, block.tile)
         grad_query += block.product(grad_scores, key[..., keys, :])
         grad_key = block.transposed_product(grad_scores, query)
         gradients.key = added(gradients.key, (..., keys, slice(None)), grad_key)

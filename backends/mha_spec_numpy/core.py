@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec import steps
-from mha_spec.arguments import Arguments, spells_options
+from mha_spec.arguments import Arguments, expand_options
 from mha_spec.arrays import dtype_name
 from mha_spec.checks import check, check_cotangents, check_dropout_mask, check_flag, refuse_unknown
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["attention", "attention_vjp", "attention_weights"]
 
 
-@spells_options
+@expand_options
 @numpy.errstate(all="ignore")
 def attention(
     query: Float[Array, "batch heads q_len qk_dim"],
@@ -57,7 +57,7 @@ def attention(
     return rounded if lse is None else (rounded, lse.whole())
 
 
-@spells_options
+@expand_options
 @numpy.errstate(all="ignore")
 def attention_weights(
     query: Float[Array, "batch heads q_len qk_dim"],
@@ -72,7 +72,7 @@ def attention_weights(
     return steps.round_output(weights.whole(), dtype_name(query))
 
 
-@spells_options
+@expand_options
 @numpy.errstate(all="ignore")
 def attention_vjp(
     grad_output: Float[Array, "batch heads q_len v_dim"],

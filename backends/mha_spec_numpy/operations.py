@@ -30,7 +30,7 @@ __all__ = [
     "outer",
     "row_maximum",
     "row_sum",
-    "shown",
+    "without_hidden",
 ]
 
 _SMALLEST_NORMAL = {numpy.dtype(name): numpy.finfo(name).smallest_normal for name in ("float32", "float64")}
@@ -95,7 +95,7 @@ def hide(logits: Array, visible: VisiblePairs | None, tile: Tile) -> Array:
     return fold(namespace_of(logits).where(visible.pairs, unfolded, -math.inf), tile)
 
 
-def shown(matrices: Array, visible: VisiblePairs | None, tile: Tile) -> Array:
+def without_hidden(matrices: Array, visible: VisiblePairs | None, tile: Tile) -> Array:
     """Overwrite invisible pairs with 0, whatever they hold (MHA-POISON-1, MHA-POISON-2)."""
     if visible is None:
         return matrices

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mha_spec import steps
 
 from .anchors import anchor_of, finite_anchor
-from .operations import added, exp, row_sum, shown
+from .operations import added, exp, row_sum, without_hidden
 from .tiling import part
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def exponentials(
             weights -= highest
             weights = exp(weights)
             total = total + row_sum(weights)
-        weighed.append(block._replace(logits=shown(weights, block.visible, tile)))
+        weighed.append(block._replace(logits=without_hidden(weights, block.visible, tile)))
     return weighed, of_sink, total
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import tensorflow as tf
 
-from mha_spec.arguments import Arguments, spells_options
+from mha_spec.arguments import Arguments, expand_options
 from mha_spec.checks import (
     check,
     check_cotangents,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["attention", "attention_vjp", "attention_weights", "merge_attention", "merge_attention_vjp"]
 
 
-@spells_options
+@expand_options
 @tf.autograph.experimental.do_not_convert
 def attention(
     query: Float[tf.Tensor, "batch heads q_len qk_dim"],
@@ -55,7 +55,7 @@ def attention(
     return output if lse is None else (output, lse)
 
 
-@spells_options
+@expand_options
 @tf.autograph.experimental.do_not_convert
 def attention_weights(
     query: Float[tf.Tensor, "batch heads q_len qk_dim"],
@@ -67,7 +67,7 @@ def attention_weights(
     return function.weights(_checked("attention_weights", {"query": query, "key": key, "value": None, **options})[0])
 
 
-@spells_options
+@expand_options
 @tf.autograph.experimental.do_not_convert
 def attention_vjp(
     grad_output: Float[tf.Tensor, "batch heads q_len v_dim"],
@@ -90,7 +90,7 @@ def attention_vjp(
     return gradients.query, gradients.key, gradients.value, gradients.bias, gradients.sinks
 
 
-@spells_options
+@expand_options
 @tf.autograph.experimental.do_not_convert
 def merge_attention(
     output_a: Float[tf.Tensor, "batch heads q_len v_dim"],
@@ -107,7 +107,7 @@ def merge_attention(
     return merging.merge(**halves)
 
 
-@spells_options
+@expand_options
 @tf.autograph.experimental.do_not_convert
 def merge_attention_vjp(
     grad_output: Float[tf.Tensor, "batch heads q_len v_dim"],

@@ -8,7 +8,7 @@ import numpy
 import tensorflow as tf
 
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
-from mha_spec.scalars import shown
+from mha_spec.scalars import short_repr
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -25,14 +25,14 @@ def seed_of(a: Arguments) -> Array | None:
     if key is None:
         return tf.random.uniform((), maxval=2**62, dtype=tf.int64)
     if not _is_seed(key):
-        received = f"received dropout_key={shown(key)} of type {type(key).__name__}"
+        received = f"received dropout_key={short_repr(key)} of type {type(key).__name__}"
         fix = "None takes a seed from TensorFlow's global generator."
         raise ArgumentTypeError(
             f"`dropout_key` must be an int or a scalar integer tensor, {received}. {fix} [MHA-DROP-4]"
         )
     if not tf.is_tensor(key) and not -(2**63) <= key < 2**63:
         raise ArgumentValueError(
-            f"`dropout_key` must be in -2**63<=dropout_key<2**63, received {shown(key)}. [MHA-DROP-4]"
+            f"`dropout_key` must be in -2**63<=dropout_key<2**63, received {short_repr(key)}. [MHA-DROP-4]"
         )
     return tf.cast(key, tf.int64)
 

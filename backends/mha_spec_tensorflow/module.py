@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy
 
-from mha_spec.arguments import spells_options
+from mha_spec.arguments import expand_options
 from mha_spec.arrays import host_integers
 from mha_spec.cache import KVCache
 from mha_spec.errors import BackendError
@@ -44,7 +44,7 @@ def _with_signature(call: Callable[..., Any]) -> Callable[..., Any]:
 
     Keras takes the tensors of `**options` for one argument, and `mask` for its padding mask.
     """
-    signature = inspect.signature(spells_options(call))
+    signature = inspect.signature(expand_options(call))
     parameters = [parameter for name, parameter in signature.parameters.items() if name != "mask"]
     vars(call)["__signature__"] = signature.replace(parameters=parameters)
     return call

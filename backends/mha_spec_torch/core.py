@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mha_spec.arguments import Arguments, spells_options
+from mha_spec.arguments import Arguments, expand_options
 from mha_spec.array_checks import check_library
 from mha_spec.checks import (
     check,
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 
-@spells_options
+@expand_options
 def attention(
     query: Float[Tensor, "batch heads q_len qk_dim"],
     key: Float[Tensor, "batch kv_heads kv_len qk_dim"],
@@ -131,7 +131,7 @@ def _attend(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:
     return paths.forward(problem, x, needs_lse=needs_lse)
 
 
-@spells_options
+@expand_options
 def attention_weights(
     query: Float[Tensor, "batch heads q_len qk_dim"],
     key: Float[Tensor, "batch kv_heads kv_len qk_dim"],
@@ -167,7 +167,7 @@ def _of_formula(a: Arguments) -> Problem:
     return problem
 
 
-@spells_options
+@expand_options
 def attention_vjp(
     grad_output: Float[Tensor, "batch heads q_len v_dim"],
     query: Float[Tensor, "batch heads q_len qk_dim"],
@@ -202,7 +202,7 @@ def _as_tuple(x: Operands) -> Gradients:
     return x.query, x.key, x.value, x.bias, x.sinks
 
 
-@spells_options
+@expand_options
 def merge_attention(
     output_a: Float[Tensor, "batch heads q_len v_dim"],
     lse_a: Float[Tensor, "batch heads q_len"],
@@ -221,7 +221,7 @@ def _merged(halves: Halves, options: NoOptions) -> tuple[Tensor, Tensor]:
     return merge(*halves)
 
 
-@spells_options
+@expand_options
 def merge_attention_vjp(
     grad_output: Float[Tensor, "batch heads q_len v_dim"],
     output_a: Float[Tensor, "batch heads q_len v_dim"],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec.parameters import AXES
 
-from .names import Expected, beginning, nested, own_tensors
+from .names import Expected, beginning, layer_tensors, nested
 from .operations import Operations, mapping_of, operations_of, shape_of
 from .sizes import Sizes, axes_of, merged_axis
 from .tables import LAYOUTS, Layout
@@ -56,9 +56,9 @@ def load_weights(
         ArgumentTypeError: A value is not an array, or the arrays are of several libraries.
     """
     table = _table(layout)
-    tensors = own_tensors(state, table, prefix)
+    tensors = layer_tensors(state, table, prefix)
     operations = operations_of(tensors, "state")
-    sizes = Sizes(table.same, heads=heads, kv_heads=kv_heads)
+    sizes = Sizes(table.equal_axes, heads=heads, kv_heads=kv_heads)
     held = {name: parts for name, parts in table.tensors.items() if name in tensors}
     head = beginning(prefix, table)
     sizes.fit_all({head + name: (list(parts.values()), shape_of(tensors[name])) for name, parts in held.items()})
@@ -89,7 +89,7 @@ def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: s
     table = _table(layout)
     _check_params(params, table)
     operations = operations_of(params, "params")
-    sizes = Sizes(table.same)
+    sizes = Sizes(table.equal_axes)
     for name in AXES:
         if name in params:
             sizes.fit(name, [" ".join(AXES[name])], shape_of(params[name]))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mha_spec.arrays import Array
 
-__all__ = ["Expected", "flat", "nested", "own_tensors"]
+__all__ = ["Expected", "flat", "layer_tensors", "nested"]
 
 LONGEST_LIST = 16
 """The largest number of names that an error lists."""
@@ -90,7 +90,7 @@ def nested(state: Mapping[str, Array], separator: str) -> dict[str, Array]:
     return root
 
 
-def own_tensors(state: Mapping[str, Array] | Sequence[Array], layout: Layout, prefix: str) -> dict[str, Array]:
+def layer_tensors(state: Mapping[str, Array] | Sequence[Array], layout: Layout, prefix: str) -> dict[str, Array]:
     """Give the tensors of the layer of `state` under `prefix`, by the names of the layout.
 
     Raises:

@@ -28,7 +28,7 @@ class Layout:
     """For each name, in the library's order, the params that it holds and the axes of each."""
     optional: tuple[tuple[str, ...], ...] = ()
     """Groups of names; a group may be absent as a whole."""
-    same: Mapping[str, str] = field(default_factory=dict[str, str])
+    equal_axes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Axes that always equal another axis in this layout, such as kv_heads and heads."""
     options: Mapping[str, object] = field(default_factory=dict[str, object])
     """Options with which multi_head_attention computes this layer."""
@@ -103,7 +103,7 @@ _TORCH = Layout(
         "out_proj.bias": _linear("b_o"),
     },
     optional=(("in_proj_bias", "out_proj.bias"),),
-    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE, "out": "embed"},
+    equal_axes={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE, "out": "embed"},
     refused=_TORCH_REFUSED,
 )
 _TORCH_SEPARATE = Layout(
@@ -117,7 +117,7 @@ _TORCH_SEPARATE = Layout(
         "out_proj.bias": _linear("b_o"),
     },
     optional=(("in_proj_bias", "out_proj.bias"),),
-    same={**_ONE_HEAD_COUNT, **_ONE_SIZE, "out": "embed"},
+    equal_axes={**_ONE_HEAD_COUNT, **_ONE_SIZE, "out": "embed"},
     refused=_TORCH_REFUSED,
 )
 
@@ -132,7 +132,7 @@ _KERAS = Layout(
     describes="keras.layers.MultiHeadAttention",
     tensors=_KERAS_TENSORS,
     optional=_KERAS_BIASES,
-    same=_ONE_HEAD_COUNT,
+    equal_axes=_ONE_HEAD_COUNT,
     refused=_KERAS_REFUSED,
     separator="/",
     ordered=True,
@@ -141,7 +141,7 @@ _KERAS_GROUPED = Layout(
     describes="keras.layers.GroupQueryAttention",
     tensors=_KERAS_TENSORS,
     optional=_KERAS_BIASES,
-    same={**_ONE_SIZE, "out": "embed"},
+    equal_axes={**_ONE_SIZE, "out": "embed"},
     refused=_KERAS_REFUSED,
     separator="/",
     ordered=True,
@@ -154,7 +154,7 @@ _FLAX_LINEN = Layout(
     describes="flax.linen.MultiHeadDotProductAttention",
     tensors=_FLAX_TENSORS,
     optional=_FLAX_BIASES,
-    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_ONE_HEAD_COUNT, **_ONE_SIZE},
     refused=_FLAX_REFUSED,
     separator="/",
     nested=True,
@@ -163,7 +163,7 @@ _FLAX_NNX = Layout(
     describes="flax.nnx.MultiHeadAttention",
     tensors=_FLAX_TENSORS,
     optional=_FLAX_BIASES,
-    same={**_ONE_SIZE, "v_embed": "k_embed"},
+    equal_axes={**_ONE_SIZE, "v_embed": "k_embed"},
     refused=_FLAX_REFUSED,
     separator="/",
     nested=True,
@@ -178,7 +178,7 @@ _EQUINOX = Layout(
     describes="equinox.nn.MultiheadAttention",
     tensors=_EQUINOX_TENSORS,
     optional=tuple((name,) for name in _EQUINOX_TENSORS if name.endswith("bias")),
-    same=_ONE_HEAD_COUNT,
+    equal_axes=_ONE_HEAD_COUNT,
 )
 
 _BERT = Layout(
@@ -188,7 +188,7 @@ _BERT = Layout(
         for part, end in {"self.query": "q", "self.key": "k", "self.value": "v", "output.dense": "o"}.items()
         for kind, letter in {"weight": "w", "bias": "b"}.items()
     },
-    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_ONE_HEAD_COUNT, **_ONE_SIZE},
     refused={"self.distance_embedding.weight": "relative positions add to the scores what params does not describe"},
     apart={f"output.LayerNorm.{name}": _POST_NORM for name in ("weight", "bias", "gamma", "beta")},
 )
@@ -200,7 +200,7 @@ _GPT2 = Layout(
         "c_proj.weight": _transposed("w_o"),
         "c_proj.bias": _transposed("b_o"),
     },
-    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
     options={"causal": True},
     apart={"bias": "the causal mask", "masked_bias": "the number that the causal mask writes"},
 )
@@ -216,21 +216,21 @@ _LLAMA = Layout(
         ("o_proj.bias",),
         ("q_norm.weight", "k_norm.weight"),
     ),
-    same=_ONE_SIZE,
+    equal_axes=_ONE_SIZE,
     options={"causal": True, "rotary": {}},
     apart={"rotary_emb.inv_freq": _INVERSE_FREQUENCIES},
 )
 _LLAMA_META = Layout(
     describes="Llama as Meta names it",
     tensors={f"w{part}.weight": _linear(f"w_{part}") for part in "qkvo"},
-    same=_ONE_SIZE,
+    equal_axes=_ONE_SIZE,
     options={"causal": True, "rotary": {"interleaved": True}},
     apart={"inner_attention.rope.freqs": _INVERSE_FREQUENCIES},
 )
 _T5 = Layout(
     describes="T5",
     tensors={f"{part}.weight": _linear(f"w_{part}") for part in "qkvo"},
-    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_ONE_HEAD_COUNT, **_ONE_SIZE},
     options={"scale": 1.0},
     apart={"relative_attention_bias.weight": "the table of the relative positions, from which bias= is made"},
 )
@@ -243,7 +243,7 @@ _VIT_TIMM = Layout(
         "proj.bias": _linear("b_o"),
     },
     optional=(("qkv.bias",), ("proj.bias",)),
-    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
     refused={
         **{
             f"{part}_norm.{kind}": f"qk_norm {_LAYER_NORM}, unless the model says norm_layer=RmsNorm: then take "
@@ -263,12 +263,12 @@ _BART = Layout(
     describes="BART as Hugging Face names it",
     tensors=_BART_TENSORS,
     optional=(tuple(name for name in _BART_TENSORS if name.endswith("bias")),),
-    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_ONE_HEAD_COUNT, **_ONE_SIZE},
 )
 _WHISPER = Layout(
     describes="Whisper as Hugging Face names it",
     tensors={name: axes for name, axes in _BART_TENSORS.items() if name != "k_proj.bias"},
-    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_ONE_HEAD_COUNT, **_ONE_SIZE},
 )
 _WHISPER_OPENAI = Layout(
     describes="Whisper as OpenAI names it",
@@ -281,7 +281,7 @@ _WHISPER_OPENAI = Layout(
         "out.weight": _linear("w_o"),
         "out.bias": _linear("b_o"),
     },
-    same={**_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_ONE_HEAD_COUNT, **_ONE_SIZE},
 )
 
 
@@ -300,7 +300,7 @@ _GPT_NEOX = Layout(
     describes="GPT-NeoX",
     tensors=_alternating("query_key_value", "dense"),
     optional=(("query_key_value.bias", "dense.bias"),),
-    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
     options={"causal": True, "rotary": {}},
     apart={
         "bias": "the causal mask",
@@ -312,7 +312,7 @@ _GPT_NEOX = Layout(
 _BLOOM = Layout(
     describes="BLOOM",
     tensors=_alternating("query_key_value", "dense"),
-    same={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
+    equal_axes={**_SELF, **_ONE_HEAD_COUNT, **_ONE_SIZE},
     options={"causal": True},
     by_kv_head=_FUSED,
 )
@@ -320,7 +320,7 @@ _FALCON = Layout(
     describes="Falcon",
     tensors=_alternating("query_key_value", "dense"),
     optional=(("query_key_value.bias", "dense.bias"),),
-    same={**_SELF, **_ONE_SIZE},
+    equal_axes={**_SELF, **_ONE_SIZE},
     options={"causal": True},
     apart={"rotary_emb.inv_freq": _INVERSE_FREQUENCIES},
     by_kv_head=_FUSED,
@@ -334,7 +334,7 @@ _MEGATRON = Layout(
         "k_layernorm.weight": _linear("k_norm"),
     },
     optional=(("linear_qkv.bias",), ("linear_proj.bias",), ("q_layernorm.weight", "k_layernorm.weight")),
-    same={**_SELF, **_ONE_SIZE},
+    equal_axes={**_SELF, **_ONE_SIZE},
     refused={f"{part}_layernorm.bias": f"qk_layernorm {_LAYER_NORM}" for part in "qk"},
     apart={
         **{f"linear_qkv.layer_norm_{kind}": _MEGATRON_NORM for kind in ("weight", "bias")},
