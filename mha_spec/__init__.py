@@ -1,4 +1,4 @@
-"""The specification of multi-head attention: one call with one meaning on every array library.
+"""The specification of multi-head attention: the same call has the same meaning on every array library.
 
 The backend of the query's array type computes the functions of attention and of the layer around it;
 `mha_spec.reference` holds the same functions as SPEC.md writes them. Importing this package imports no framework.
@@ -47,7 +47,7 @@ else:
 
     @expand_options
     def merge_attention(output_a, lse_a, output_b, lse_b, **options):
-        """Join two halves of one softmax with the operands' backend; see `mha_spec.reference.merge_attention`."""
+        """Join two halves of a softmax with the operands' backend; see `mha_spec.reference.merge_attention`."""
         return function_for("merge_attention", output_a, "output_a")(output_a, lse_a, output_b, lse_b, **options)
 
     @expand_options

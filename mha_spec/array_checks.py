@@ -60,7 +60,7 @@ def check_alike(label: str, value: object, like: Array, other: str, clause: str,
         refuse_type(
             "MHA-ARG-4",
             f"`{label}` must be an array of {library}, as `{other}` is, received an array of {library_of(value)}. "
-            "Convert one of them first.",
+            "Convert either first.",
         )
     check_same_device(label, value, other, like)
 

@@ -211,7 +211,7 @@ class Reference:
             lse = ln(exp lse_a + exp lse_b),  output = exp(lse_a - lse) output_a + exp(lse_b - lse) output_b
 
         A half whose lse is -inf adds nothing, whatever its output holds, and the other is returned unchanged; two such
-        halves give 0 and -inf. A NaN lse gives NaN. A sink belongs to exactly one half.
+        halves give 0 and -inf. A NaN lse gives NaN. A sink belongs to a single half.
 
         Args:
             output_a: (batch, heads, q_len, v_dim), over the first set of keys.
@@ -262,15 +262,15 @@ class Reference:
             a = exp(lse_a - lse),  b = exp(lse_b - lse),  t = a b sum_c dO (output_a - output_b)
             doutput_a = a dO,  dlse_a = a grad_lse + t,  doutput_b = b dO,  dlse_b = b grad_lse - t
 
-        A half whose lse is -inf has gradients of 0, whatever its output holds, and the other half has dO and grad_lse
-        unchanged. Where an lse is NaN or +inf, or a component of an output is not finite, gradients are unspecified.
+        A half whose lse is -inf has gradients of 0, and the other half has dO and grad_lse unchanged. Where an lse is
+        NaN or +inf, or a component of an output is not finite, gradients are unspecified.
 
         Args:
             grad_output: (batch, heads, q_len, v_dim), the cotangent of the merged output; of any floating dtype.
-            output_a: (batch, heads, q_len, v_dim), over the first set of keys.
-            lse_a: (batch, heads, q_len), its natural log-sum-exp.
-            output_b: (batch, heads, q_len, v_dim), over the second set, of the same dtype.
-            lse_b: (batch, heads, q_len), its natural log-sum-exp.
+            output_a: As in `merge_attention`.
+            lse_a: As in `merge_attention`.
+            output_b: As in `merge_attention`.
+            lse_b: As in `merge_attention`.
             grad_lse: (batch, heads, q_len), the cotangent of the merged lse; None is 0.
             **options: None is accepted.
 

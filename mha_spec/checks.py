@@ -110,7 +110,7 @@ def check_tensors(a: Arguments) -> None:
             refuse_type(
                 "MHA-SHAPE-3",
                 f"`{label}` must have the dtype of `query`, dtype={expected}, received dtype={received}. "
-                "Convert one of them first: attention never promotes.",
+                "Convert either first: attention never promotes.",
             )
 
 

@@ -48,7 +48,7 @@ class Operands(NamedTuple):
     value: Any
     options: dict[str, Any]
     cache: KVCache | None = None
-    """The new cache, if the call has one."""
+    """The new cache; None in a call without a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,12 @@ class Layer:
             Q = rotate(norm(query w_q + b_q)),  K = rotate(norm(key w_k + b_k)),  V = value w_v + b_v
             output = sum_h attention(Q, K, V)[h] w_o[h] + b_o
 
-        With a cache, the new keys and values are appended to it, and attention sees all that it then holds: decoding
-        token by token, in chunks, or at once gives the same numbers.
+        With a cache, attention sees its tokens and the new ones: decoding token by token, in chunks, or at once gives
+        the same numbers.
 
         Args:
             query: (batch, q_len, embed), float64, float32, float16 or bfloat16.
-            key: (batch, kv_len, k_embed), of the query's dtype; the query itself in self-attention. With a cache, None
-                appends nothing and attends to the keys that it holds.
+            key: (batch, kv_len, k_embed), of the query's dtype; with a cache, None appends nothing.
             value: (batch, kv_len, v_embed), of the query's dtype; None where key is.
             params: w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim) and
                 w_o (heads, v_dim, out); optional b_q, b_k, b_v, b_o, q_norm and k_norm. See `mha_spec.parameters.AXES`.
@@ -95,14 +94,12 @@ class Layer:
             The output, (batch, q_len, out) in the query's dtype; with a cache also the new cache.
 
         Raises:
-            ArgumentValueError: A shape, a range, a name of a parameter or a combination is wrong, the cache is full, or
-                positions are ambiguous.
+            ArgumentValueError: A shape, range, name or combination is wrong, the cache is full, or q_offset is needed.
             ArgumentTypeError: A dtype, a library or a keyword is wrong.
 
         Differs from others:
-            torch `nn.MultiheadAttention` has one size for all heads, packs w_q, w_k and w_v in one matrix (out, in),
-            hides where its masks are True, and averages weights over heads. Keras and flax have (in, heads, size), as
-            here. flax changes its cache in place where `decode=True`.
+            torch `nn.MultiheadAttention` packs w_q, w_k and w_v in a matrix (out, in) of equal heads, hides where its
+            masks are True, and averages weights over heads. flax changes its cache in place where `decode=True`.
 
         Source:
             SPEC.md, MHA-LAYER-1; Vaswani et al. 2017, section 3.2.2.
@@ -211,7 +208,7 @@ class Layer:
             ArgumentValueError, ArgumentTypeError: size is odd without rotary_dim, or positions do not fit.
 
         Differs from others:
-            GPT-NeoX and Llama pair halves, GPT-J pairs neighbours; weights are right with one pairing only.
+            GPT-NeoX and Llama pair halves, GPT-J pairs neighbours; weights fit a single pairing.
             ONNX `RotaryEmbedding` takes cosine and sine from the caller.
 
         Source:

@@ -144,7 +144,7 @@ def _check_like(label: str, array: Array, like: Array, other: str, clause: str) 
         refuse_type(
             clause,
             f"`{label}` must have the dtype of `{other}`, dtype={dtype_name(like)}, "
-            f"received dtype={dtype_name(array)}. Convert one of them first: the layer never promotes.",
+            f"received dtype={dtype_name(array)}. Convert either first: the layer never promotes.",
         )
 
 
@@ -268,7 +268,7 @@ def check_rotary_dim(rotary_dim: object, size: int) -> int | None:
             refuse_value(
                 "MHA-ROTARY-6",
                 f"`rotary_dim` must be given for vectors of an odd size, received size={size}, rotary_dim=None: "
-                f"components turn in pairs. rotary_dim={size - 1} leaves the last one unchanged.",
+                f"components turn in pairs. rotary_dim={size - 1} leaves the last component unchanged.",
             )
         return None
     if not is_integer(rotary_dim):
@@ -376,7 +376,7 @@ def check_append(
 def _check_buffers(cache: object, like: Array, other: str, shape: tuple[int | None, ...], v_dim: int | None) -> None:
     if not isinstance(cache, KVCache):
         refuse_type(
-            "MHA-CACHE-7", f"`cache` must be a KVCache, received {type(cache).__name__}. KVCache.empty makes one."
+            "MHA-CACHE-7", f"`cache` must be a KVCache, received {type(cache).__name__}. Make it with KVCache.empty."
         )
     capacity = None
     for name, buffer, last in (("key", cache.key, shape[3]), ("value", cache.value, v_dim)):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .arrays import Array
     from .cache import KVCache
 
-__all__ = ["LayerObject", "LayerOptions", "LayerSettings", "spells_layer_options"]
+__all__ = ["LayerObject", "LayerOptions", "LayerSettings", "expand_layer_options"]
 
 
 class LayerOptions(TypedDict, total=False):
@@ -167,7 +167,7 @@ def _checked_option(name: str, value: Any) -> Any:
 _Init = TypeVar("_Init", bound="Callable[..., None]")
 
 
-def spells_layer_options(init: _Init) -> _Init:
+def expand_layer_options(init: _Init) -> _Init:
     """Set the signature of an `__init__` to name every option of its `**options`, with the default."""
     signature = inspect.signature(init)
     default = {field.name: None if field.default is MISSING else field.default for field in fields(LayerSettings)}

@@ -47,7 +47,7 @@ def _entry_points() -> dict[str, EntryPoint]:
         known = points.setdefault(point.name, point)
         if known.value != point.value:
             raise BackendError(
-                f"two backends are called {point.name!r}: {known.value} and {point.value}; uninstall one of them"
+                f"two backends are called {point.name!r}: {known.value} and {point.value}; uninstall either"
             )
     return points
 

@@ -266,7 +266,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "two libraries": (
         lambda: load_weights(LLAMA | {"v_proj.weight": to_library(numbers(30, 11), "torch")}, "llama", heads=6),
         ArgumentTypeError,
-        ("arrays of one library", "v_proj.weight of torch"),
+        ("arrays of the same library", "v_proj.weight of torch"),
     ),
     "rotary_dim odd": (lambda: half_split_pairs(PARAMS, rotary_dim=3), ArgumentValueError, ("even", "rotary_dim=3")),
     "rotary_dim too large": (lambda: interleaved_pairs(PARAMS, rotary_dim=12), ArgumentValueError, ("size=10", "=12")),

@@ -9,7 +9,7 @@ import jax
 import jax.export
 
 from mha_spec.cache import KVCache
-from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, spells_layer_options
+from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, expand_layer_options
 
 from . import layer
 
@@ -48,7 +48,7 @@ class MultiHeadAttention(LayerObject):
 
     functions = layer
 
-    @spells_layer_options
+    @expand_layer_options
     def __init__(
         self, embed: int, heads: int, *, key: Array, dtype: DTypeLike = "float32", **options: Unpack[LayerOptions]
     ) -> None:

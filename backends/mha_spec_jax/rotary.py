@@ -48,7 +48,7 @@ def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: 
 def _turns(
     positions: Array, units: numpy.ndarray, rest: numpy.ndarray, frequencies: numpy.ndarray
 ) -> tuple[Array, Array]:
-    """Compute cosine and sine; a frequency is given as whole units, the fraction of a unit, and radians."""
+    """Compute cosine and sine; a frequency consists of whole units, the fraction of a unit, and radians."""
     positions = positions[..., None]
     whole, fraction = positions, None
     if jnp.issubdtype(positions.dtype, jnp.floating):

@@ -66,7 +66,7 @@ def _seed(dropout_key: object) -> int:
         return int(numpy.random.randint(0, 2**63 - 1, dtype=numpy.int64))  # noqa: NPY002 - the global generator is meant
     if isinstance(dropout_key, bool) or not isinstance(dropout_key, (int, numpy.integer)):
         received = f"dropout_key={dropout_key!r} of type {type(dropout_key).__name__}"
-        fix = "None draws one from numpy.random."
+        fix = "None draws a seed from numpy.random."
         raise ArgumentTypeError(f"`dropout_key` must be an integer seed, received {received}. {fix} [MHA-DROP-4]")
     if dropout_key < 0:
         raise ArgumentValueError(

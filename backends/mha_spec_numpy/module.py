@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, spells_layer_options
+from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, expand_layer_options
 
 from . import layer
 
@@ -29,7 +29,7 @@ class MultiHeadAttention(LayerObject):
 
     functions = layer
 
-    @spells_layer_options
+    @expand_layer_options
     def __init__(
         self,
         embed: int,

@@ -1,4 +1,4 @@
-"""Threads: NumPy's matrix products use every core, but its other operations use only one."""
+"""Threads: NumPy's matrix products use every core, but its other operations use a single core."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 class Blas:
-    """NumPy's BLAS, which is limited to a single thread during a call; only one call at a time does so.
+    """NumPy's BLAS, which is limited to a single thread during a call; no two calls limit it at a time.
 
     Concurrent products that each use all threads slow each other down. The number of threads also changes how a product
     rounds, so that a batch entry would depend on the others (MHA-PURE-3).

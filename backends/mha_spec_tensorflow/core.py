@@ -99,7 +99,7 @@ def merge_attention(
     lse_b: Float[tf.Tensor, "batch heads q_len"],
     **options: Unpack[NoOptions],
 ) -> tuple[Float[tf.Tensor, "batch heads q_len v_dim"], Float[tf.Tensor, "batch heads q_len"]]:
-    """Merge two halves of one softmax; see `mha_spec.reference.merge_attention`."""
+    """Merge two halves of a softmax; see `mha_spec.reference.merge_attention`."""
     refuse_unknown(options, "merge_attention")
     halves = with_known_shapes(HALVES, {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b})
     check_library("tensorflow", halves["output_a"], "output_a")

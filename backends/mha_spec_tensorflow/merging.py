@@ -1,4 +1,4 @@
-"""Merge two halves of one softmax, and compute the gradients of merging in closed form."""
+"""Merge two halves of a softmax, and compute the gradients of merging in closed form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Halves(NamedTuple):
 
 
 def log_add_exp(first: Array, second: Array) -> Array:
-    """Compute ln(exp first + exp second) relative to the larger one, which cancels in the gradient (MHA-MERGE-1)."""
+    """Compute ln(exp first + exp second) relative to the larger, which cancels in the gradient (MHA-MERGE-1)."""
     larger = tf.stop_gradient(tf.maximum(first, second))
     anchor = tf.where(larger == -math.inf, tf.zeros((), larger.dtype), larger)
     return anchor + tf.math.log(tf.exp(first - anchor) + tf.exp(second - anchor))

@@ -13,7 +13,7 @@ from mha_spec.arguments import expand_options
 from mha_spec.arrays import host_integers
 from mha_spec.cache import KVCache
 from mha_spec.errors import BackendError
-from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, spells_layer_options
+from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, expand_layer_options
 
 from . import layer
 
@@ -42,7 +42,7 @@ class OnTheHost:
 def _with_signature(call: Callable[..., Any]) -> Callable[..., Any]:
     """Name every option but `mask` in the signature.
 
-    Keras takes the tensors of `**options` for one argument, and `mask` for its padding mask.
+    Keras takes the tensors of `**options` for a single argument, and `mask` for its padding mask.
     """
     signature = inspect.signature(expand_options(call))
     parameters = [parameter for name, parameter in signature.parameters.items() if name != "mask"]
@@ -60,7 +60,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
 
     functions = layer
 
-    @spells_layer_options
+    @expand_layer_options
     def __init__(
         self,
         embed: int,
@@ -168,7 +168,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         return keras.ops.zeros((), self.compute_dtype)
 
     def _next_key(self, generator: keras.random.SeedGenerator) -> Any:
-        """Return the seed and the number of calls, of 32 bits each, as one integer."""
+        """Return the seed and the number of calls, of 32 bits each, as an integer."""
         state: Any = keras.ops.cast(generator.next(), "int64")
         seed, count = state[0], state[1]
         return seed * 2**32 + count

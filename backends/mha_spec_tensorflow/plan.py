@@ -207,7 +207,7 @@ def _clamped(lengths: Array | Sequence[int] | None, size: Size) -> Array | int:
 
 
 def _numbered(q_ids: Array | None, kv_ids: Array | None) -> tuple[numpy.ndarray, numpy.ndarray] | None:
-    """Renumber segment ids of NumPy in one type; numbers are equal where the ids are equal by value (MHA-SEG-1)."""
+    """Renumber segment ids of NumPy; two numbers are equal where the ids have the same value (MHA-SEG-1)."""
     if not (isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray)):
         return None
     common = numpy.result_type(q_ids, kv_ids)

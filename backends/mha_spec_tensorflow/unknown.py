@@ -1,6 +1,6 @@
 """Shapes that are not fully known when a call is traced.
 
-The tables name the size of each axis of each argument. A size that is known from one argument holds for all of them;
+The tables name the size of each axis of each argument. A size that is known from any argument holds for all of them;
 unknown sizes are compared when the graph runs, by assertions on which every result depends. They raise
 `tf.errors.InvalidArgumentError` with the message of the check and its clause. XLA drops assertions: under
 `jit_compile=True` a shape is refused only where it is known when the call is traced.

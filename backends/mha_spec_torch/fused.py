@@ -47,7 +47,7 @@ def on_cuda(tensor: torch.Tensor) -> bool:
 
 @without_autocast
 def attend(problem: Problem, x: Operands) -> torch.Tensor:
-    """Compute the output by differentiable operations, one of which is the kernel."""
+    """Compute the output by differentiable operations, among them the kernel."""
     visibility = problem.visibility
     whole = visibility.whole
     causal = len(whole.queries) == len(whole.keys) and visibility.diagonal(whole)
@@ -60,7 +60,7 @@ def attend(problem: Problem, x: Operands) -> torch.Tensor:
 
 
 def _native(x: Operands, mask: torch.Tensor | None, *, scale: float, causal: bool) -> torch.Tensor:
-    """Call torch's function; only one of its kernels has groups of heads, and only without a mask and in 16 bit."""
+    """Call torch's function; a single kernel has groups of heads, and only without a mask and in 16 bit."""
     query, key, value = x[:3]
     group = query.shape[1] // key.shape[1]
     if not causal and (mask is None or mask.shape[1] == mask.shape[2] == 1):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import init
 
-from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, spells_layer_options
+from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, expand_layer_options
 from mha_spec.parameters import AXES
 
 from . import layer
@@ -32,7 +32,7 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
 
     functions = layer
 
-    @spells_layer_options
+    @expand_layer_options
     def __init__(
         self,
         embed: int,

@@ -1,4 +1,4 @@
-"""`load_weights` and `save_weights`: one engine for every layout."""
+"""`load_weights` and `save_weights`, which read the table of a layout."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def load_weights(
     """Give the `params` of multi_head_attention from the weights of another library's attention layer.
 
     Args:
-        state: The arrays by name, flat or nested, of one layer or of a whole model; for Keras also `get_weights()`. An
+        state: The arrays by name, flat or nested, of a layer or of a whole model; for Keras also `get_weights()`. An
             array of params shares memory with its array in `state` where the library reshapes without a copy.
-        layout: The name of one of `layouts()`, or a Layout.
-        heads: Required where the layout merges heads and sizes in one axis; elsewhere it must agree with the shapes.
+        layout: A name in `layouts()`, or a Layout.
+        heads: Required where the layout merges heads and sizes in an axis; elsewhere it must agree with the shapes.
         kv_heads: Required where the shapes leave it open; elsewhere it must agree with the shapes.
         prefix: The beginning of the layer's names, such as "layers.0.self_attn"; names without it are ignored, and
             every name with it must be known.
@@ -74,7 +74,7 @@ def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: s
 
     Args:
         params: As load_weights gives them.
-        layout: The name of one of `layouts()`, or a Layout.
+        layout: A name in `layouts()`, or a Layout.
         prefix: The beginning of every name.
 
     Returns:
@@ -147,7 +147,7 @@ def _taken_apart(
 def _put_together(
     params: Mapping[str, Array], parts: Mapping[str, str], sizes: Sizes, operations: Operations, *, by_kv_head: bool
 ) -> Array:
-    """Join params to one tensor: along the merged axis, or within each kv head of that axis."""
+    """Join params in a tensor: along the merged axis, or within each kv head of that axis."""
     joined = merged_axis(list(parts.values()))
     blocks = sizes["kv_heads"] if by_kv_head else 1
     blocked: list[Array] = []

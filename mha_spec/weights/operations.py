@@ -18,7 +18,7 @@ __all__ = ["Operations", "is_mapping", "mapping_of", "operations_of", "shape_of"
 
 @dataclass(frozen=True)
 class Operations:
-    """Reshaping, transposing and joining in one array library."""
+    """Reshaping, transposing and joining for an array library."""
 
     reshape: Callable[..., Array]
     transpose: Callable[..., Array]
@@ -41,7 +41,7 @@ def operations_of(arrays: Mapping[str, object], argument: str) -> Operations:
     """Return the operations of the library of all `arrays`.
 
     Raises:
-        ArgumentTypeError: `arrays` is not a mapping of arrays of one library.
+        ArgumentTypeError: `arrays` is not a mapping of arrays of the same library.
     """
     first, library = "", None
     for name, array in mapping_of(arrays, argument).items():
@@ -50,7 +50,7 @@ def operations_of(arrays: Mapping[str, object], argument: str) -> Operations:
         first, library = first or name, library or library_of(array)
         if library_of(array) != library:
             raise ArgumentTypeError(
-                f"`{argument}` must hold arrays of one library, received {first} of {library} and {name} of "
+                f"`{argument}` must hold arrays of the same library, received {first} of {library} and {name} of "
                 f"{library_of(array)}."
             )
     if library == "tensorflow":  # It has no array API namespace; it is loaded, since a tensor exists.

@@ -28,7 +28,7 @@ def merged_axis(patterns: Sequence[str]) -> int:
 
 
 def _sums(patterns: Sequence[str]) -> list[Sum]:
-    """Give each axis of a tensor as a sum of products: a product for each part where they are joined, else one."""
+    """Give each axis of a tensor as a sum of products: a product for each part where they are joined, else a single."""
     parts = [axes_of(pattern) for pattern in patterns]
     joined = merged_axis(patterns)
     return [[part[index] for part in (parts if index == joined else parts[:1])] for index in range(len(parts[0]))]

@@ -19,7 +19,7 @@ class Layout:
     """The names and axes of a library's attention layer, and the `params` that they hold.
 
     An axis is a name in `mha_spec.parameters.AXES`, or several names joined by `*`, which are merged, the outermost
-    first. Where one tensor holds several params, they follow each other along their merged axis.
+    first. Where a tensor holds several params, they follow each other along their merged axis.
     """
 
     describes: str
@@ -95,7 +95,7 @@ _INVERSE_FREQUENCIES = "follows from the base of rotary="
 _POST_NORM = "the LayerNorm of the block, after the residual"
 
 _TORCH = Layout(
-    describes="torch.nn.MultiheadAttention with one embedding size",
+    describes="torch.nn.MultiheadAttention with a single embedding size",
     tensors={
         "in_proj_weight": _linear("w_q", "w_k", "w_v"),
         "in_proj_bias": _linear("b_q", "b_k", "b_v"),

@@ -55,7 +55,7 @@ def matches(case: Case, pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class Ask:
-    """One case in one dtype with the outputs that a target can return; `omitted` arguments are not passed."""
+    """A case in a dtype, with the outputs that a target can return; `omitted` arguments are not passed."""
 
     case: Case
     dtype: str
@@ -150,7 +150,7 @@ def alignments(case: Case) -> tuple[str, ...]:
 
 
 def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, Ask]:
-    """Give, for a target without an offset, one ask for each causal alignment that passes only with this alignment."""
+    """Give, for a target without an offset, an ask for each causal alignment that passes only with this alignment."""
     taken = claims.keywords.get("attention", ())
     dtype = next((name for name in claims.dtypes if selection.asks_in(name)), None)
     if "causal" not in taken or "q_offset" in taken or "causal_alignment" in claims.conventions or dtype is None:
@@ -168,7 +168,7 @@ def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[
 
 
 def tried_in_every_layout(asked: Iterable[Ask]) -> list[Ask]:
-    """Mark one ask per feature: it is repeated, and asked in every memory layout."""
+    """Mark an ask of each feature: it is repeated, and asked in every memory layout."""
     covered: set[str] = set()
     marked: list[Ask] = []
     for ask in asked:

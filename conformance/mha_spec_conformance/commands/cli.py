@@ -65,7 +65,7 @@ def check(
         typer.Option(help="Ask only cases whose id matches or contains this pattern, or that cite this clause."),
     ] = None,
     require: Annotated[
-        list[str] | None, typer.Option(help="Fail if one of these features was not asked, as in mask,causal.")
+        list[str] | None, typer.Option(help="Fail if any of these features was not asked, as in mask,causal.")
     ] = None,
     accept: Annotated[
         list[str] | None, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")

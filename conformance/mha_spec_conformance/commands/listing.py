@@ -37,7 +37,7 @@ def clause_text(name: str) -> str:
 
 
 def all_clauses() -> str:
-    """Give one line for each clause."""
+    """Give a line for each clause."""
     from mha_spec_conformance.suite.spec import clauses
 
     return "\n".join(f"{clause.id:<16} {clause.level:<7} {clause.title}" for clause in clauses().values())
@@ -69,7 +69,7 @@ def _backend_lines(name: str) -> Iterator[str]:
 
 
 def all_cases(pattern: str | None = None) -> str:
-    """Give one line for each case."""
+    """Give a line for each case."""
     from mha_spec_conformance.asking.selection import Selection
     from mha_spec_conformance.suite.cases import load
 

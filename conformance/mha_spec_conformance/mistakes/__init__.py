@@ -1,4 +1,4 @@
-"""The catalogue of known mistakes; each is the specification with one step replaced.
+"""The catalogue of known mistakes; each is the specification with a replaced step.
 
 A mistake proves that the suite has a case for its clauses, recognises a convention that others chose on purpose, and
 tells the author of a failing attention what went wrong.

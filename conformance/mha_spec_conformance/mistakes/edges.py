@@ -1,4 +1,4 @@
-"""Mistakes at edges: ends of ranges, named alignments, truncated types, rows over one key, rows of NaN."""
+"""Mistakes at edges: ends of ranges, named alignments, truncated types, rows over a single key, rows of NaN."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ EDGES = (
     ),
     Mistake(
         "lone-key-always-seen",
-        "shows a key to every row if there is only one key",
+        "shows a key to every row if there is a single key",
         ("MHA-EMPTY-1",),
         replacing(all_of=seen_where_alone),
     ),

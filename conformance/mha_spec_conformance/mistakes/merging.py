@@ -189,7 +189,7 @@ MERGING = (
     ),
     of_gradients(
         "merge-gradient-of-one-share",
-        "multiplies the gradient of lse through the shares by only one share",
+        "multiplies the gradient of lse through the shares by a single share",
         "MHA-MERGE-7",
         merge_grad_share=lambda lse_a, lse_b, share_a, share_b, row_dot: steps.merge_grad_share(
             lse_a, lse_b, share_a, numpy.ones_like(share_b), row_dot

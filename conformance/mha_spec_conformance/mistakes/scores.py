@@ -67,7 +67,7 @@ def first_keys(constraints: list[numpy.ndarray], count: Callable[[int], int]) ->
 
 
 def whole_tiles(kv_len: int) -> int:
-    """Return the number of keys in whole tiles, or of all keys if they do not fill one tile."""
+    """Return the number of keys in whole tiles, or of all keys if they do not fill a tile."""
     return kv_len // TILE * TILE or kv_len
 
 

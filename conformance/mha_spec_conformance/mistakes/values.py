@@ -240,7 +240,7 @@ NONFINITE = (
     ),
     Mistake(
         "nan-component-spoils-value",
-        "returns NaN in every component if one component of a value is NaN",
+        "returns NaN in every component if any component of a value is NaN",
         ("MHA-NAN-2",),
         replacing(sum_over_visible=whole_value),
         functions=("attention",),

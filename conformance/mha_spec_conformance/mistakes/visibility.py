@@ -1,4 +1,4 @@
-"""Mistakes in visibility: wrong polarity, bounds off by one, another alignment, another index."""
+"""Mistakes in visibility: wrong polarity, bounds off by 1, another alignment, another index."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ VISIBILITY = (
     ),
     Mistake(
         "mask-head-before-batch",
-        "reads a mask without a head axis at the indices of a mask that has one",
+        "reads a mask without a head axis at the indices of a mask with a head axis",
         ("MHA-MASK-2",),
         changing(head_before_batch),
         needs=("mask",),
@@ -155,13 +155,13 @@ VISIBILITY = (
     ),
     Mistake(
         "constraints-joined-with-or",
-        "shows a pair if any one of the constraints allows it",
+        "shows a pair if any of the constraints allows it",
         ("MHA-MASK-3",),
         replacing(all_of=any_of),
     ),
     Mistake(
         "last-constraint-wins",
-        "uses only one of several constraints",
+        "uses a single constraint of several",
         ("MHA-MASK-3",),
         replacing(all_of=lambda constraints: constraints[0] & constraints[-1]),
         bugs=("pytorch/pytorch#99282",),
@@ -183,7 +183,7 @@ VISIBILITY = (
     ),
     Mistake(
         "causal-shows-the-next",
-        "shows one key after the position of the query",
+        "shows the key after the position of the query",
         ("MHA-CAUSAL-1",),
         replacing(see_causal=lambda distance: distance <= 1),
         needs=("causal",),
@@ -227,13 +227,13 @@ VISIBILITY = (
     ),
     Mistake(
         "offset-plus-one",
-        "counts the positions of the queries one too high",
+        "counts the positions of the queries too high by 1",
         ("MHA-POS-1",),
         replacing(query_positions=lambda offset, q_len: steps.query_positions(offset + 1, q_len)),
     ),
     Mistake(
         "offset-minus-one",
-        "counts the positions of the queries one too low",
+        "counts the positions of the queries too low by 1",
         ("MHA-POS-1",),
         replacing(query_positions=lambda offset, q_len: steps.query_positions(offset - 1, q_len)),
     ),
@@ -271,7 +271,7 @@ VISIBILITY = (
     ),
     Mistake(
         "window-left-plus-one",
-        "shows one key too many at the left end of the window",
+        "shows a key too many at the left end of the window",
         ("MHA-WINDOW-1",),
         replacing(see_window_left=lambda distance, left: distance >= -left - 1),
         needs=("window",),
@@ -294,7 +294,7 @@ VISIBILITY = (
     ),
     Mistake(
         "window-right-plus-one",
-        "shows one key too many at the right end of the window",
+        "shows a key too many at the right end of the window",
         ("MHA-WINDOW-2",),
         replacing(see_window_right=lambda distance, right: distance <= right + 1),
         needs=("window",),
@@ -331,7 +331,7 @@ VISIBILITY = (
     ),
     Mistake(
         "kv-lengths-plus-one",
-        "reads one key past kv_lengths",
+        "reads a key past kv_lengths",
         ("MHA-LEN-1",),
         replacing(see_kv_lengths=lambda positions, lengths: positions <= lengths),
         needs=("kv_lengths",),
@@ -376,7 +376,7 @@ VISIBILITY = (
     ),
     Mistake(
         "q-lengths-plus-one",
-        "computes one row past q_lengths",
+        "computes a row past q_lengths",
         ("MHA-LEN-2",),
         replacing(see_q_lengths=lambda indices, lengths: indices <= lengths),
         needs=("q_lengths",),

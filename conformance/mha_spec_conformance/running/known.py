@@ -1,6 +1,6 @@
 """Read known failures, each with its reason. An entry that does not fail is an error, so that no entry becomes stale.
 
-The file is TOML, one table for each reason, with the ids of the cases, in every dtype or only in `dtype`:
+The file is TOML, a table for each reason, with the ids of the cases, in every dtype or only in `dtype`:
 
     [[known]]
     reason = "MHA-SOFTMAX-2: scores are kept in float16, issue 12"
@@ -85,7 +85,7 @@ def _entries(path: Path, number: int, table: object) -> list[Known]:
     strings = all(isinstance(value, str) and value.strip() for value in (*ids, *fields.values()))
     if not ids or not strings or not {"reason"} <= fields.keys() <= {"reason", "dtype"}:
         raise KnownError(
-            f"known failures {path}: entry {number} must have a reason and one id or a list, and may have a dtype, "
+            f"known failures {path}: entry {number} must have a reason and an id or a list, and may have a dtype, "
             f"received {table!r}"
         )
     if fields.get("dtype", FLOATING[0]) not in FLOATING:

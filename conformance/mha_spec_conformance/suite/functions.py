@@ -1,4 +1,4 @@
-"""The functions of the specification that a target can be asked, in one table."""
+"""The functions of the specification that a target can be asked, in a table."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Clause:
 
     @property
     def sentence(self) -> str:
-        """The normative sentence on one line."""
+        """The normative sentence on a single line."""
         normative = _SENTENCE.match(self.text)
         if normative is None:
             raise SpecificationError(

@@ -64,7 +64,7 @@ def load(name: str) -> Target:
     """Load the target called `name`.
 
     Raises:
-        TargetError: The target cannot be judged; the message is one line.
+        TargetError: The target cannot be judged; the message is a single line.
     """
     _extend_path(Path.cwd())
     place, _, function = name.rpartition(":") if _names_function(name) else (name, "", "")
@@ -123,7 +123,7 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def line_in_target(error: BaseException) -> str | None:
-    """Name the last line of the target's code in a traceback; without one, the last line outside this package."""
+    """Name the last line of the target's code in a traceback; if there is none, the last line outside this package."""
     here = str(Path(__file__).parents[1])
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     frames = [(file, line) for file, line in frames if not file.startswith(("<", here))]

@@ -96,7 +96,7 @@ class GradientEvaluation(Evaluation):
 
 
 class BackwardErrors:
-    """The largest errors of the gradients in one precision."""
+    """The largest errors of the gradients in a precision."""
 
     def __init__(self, evaluation: GradientEvaluation, precision: Precision) -> None:
         """Keep the evaluation and the precision; each error is computed at its first use."""

@@ -185,7 +185,7 @@ def _reach(x: Any, turns: Turns, *, interleaved: bool) -> Any:
 
 
 class LayerBounds:
-    """Bounds of the functions of the layer; a sequence of calls is one evaluation."""
+    """Bounds of the functions of the layer; a sequence of calls is a single evaluation."""
 
     @numpy.errstate(all="ignore")
     def __init__(
