@@ -101,6 +101,10 @@ SIZED: dict[str, Callable[..., Any]] = {
     "gradient by a transform": lambda q, k, v: torch.func.grad(lambda q: attention(q, k, v, softcap=2.0).sum())(q),
     "weights by a transform": lambda q, k, _: torch.func.grad(lambda q: weights_of(q, k)[..., 0].sum())(q),
     "mapped": torch.func.vmap(lambda q, k, v: attention(q[None], k[None], v[None])),
+    "rotary": lambda q, k, _: (
+        mha_spec_torch.rotary_embedding(q, torch.arange(q.shape[2])),
+        mha_spec_torch.rotary_embedding(k, torch.arange(k.shape[2]), rotary_dim=2, interleaved=True),
+    ),
     "vjp": lambda q, k, v: mha_spec_torch.attention_vjp(attention(q, k, v), q, k, v, window=(1, 2), q_offset=3),
 }
 

@@ -152,6 +152,11 @@ def turns(positions: Tensor | Sequence[float], frequencies: numpy.ndarray, like:
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:
+    """Return the angle by which each pair turns from one position to the next, for the size of the heads as traced."""
+    return layer_steps.frequencies(base, _fixed(rotary_dim))
+
+
 def store(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tensor:
     """Return a buffer with new tokens at start[b] <= j < stop[b]; the function has gradients (MHA-CACHE-1)."""
     batch, heads, capacity, size = buffer.shape
@@ -267,6 +272,7 @@ _LAYER = Layer(
         project_in=project_in,
         normalise=normalise,
         positions=positions,
+        frequencies=frequencies,
         turns=turns,
         store=store,
         empty_cache=empty,
