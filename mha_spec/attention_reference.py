@@ -289,30 +289,27 @@ class Reference:
         self.steps.check_options(options, "merge_attention_vjp")
         self.steps.check_halves(output_a, lse_a, output_b, lse_b)
         self.steps.check_merge_cotangents(grad_output, grad_lse, output_a)
-        names = (dtype_name(output_a), dtype_name(lse_a))
         with numpy.errstate(all="ignore"):
-            halves = self._widened(output_a, lse_a, output_b, lse_b)
-            grad_output, grad_lse = self._widened(grad_output, grad_lse, like=halves[0])
-            gradients = self._merge_gradients(halves, grad_output, grad_lse)
-            of_output_a, of_lse_a, of_output_b, of_lse_b = (
-                self.steps.round_output(gradient, name)
-                for gradient, name in zip(gradients, (*names, *names), strict=True)
-            )
-        return of_output_a, of_lse_a, of_output_b, of_lse_b
+            return self._merge_gradients((output_a, lse_a, output_b, lse_b), grad_output, grad_lse)
 
     def _merge_gradients(self, halves: Sequence[Array], grad_output: Array, grad_lse: Array | None) -> MergeGradients:
         steps = self.steps
-        output_a, lse_a, output_b, lse_b = halves
+        output_a, lse_a, output_b, lse_b = self._widened(*halves)
+        grad_output, grad_lse = self._widened(grad_output, grad_lse, like=output_a)
         lse = steps.merge_lse(lse_a, lse_b)
         share_a, share_b = steps.merge_share(lse_a, lse), steps.merge_share(lse_b, lse)
         row_dot = steps.merge_row_dot(grad_output, output_a, output_b)
         grad_share = steps.merge_grad_share(lse_a, lse_b, share_a, share_b, row_dot)
-        return (
+        gradients = (
             steps.merge_grad_output(lse_a[..., None], share_a[..., None], grad_output),
             steps.merge_grad_lse(lse_a, share_a, grad_lse, grad_share),
             steps.merge_grad_output(lse_b[..., None], share_b[..., None], grad_output),
             steps.merge_grad_lse(lse_b, share_b, grad_lse, -grad_share),
         )
+        of_output_a, of_lse_a, of_output_b, of_lse_b = (
+            steps.round_output(gradient, dtype_name(half)) for gradient, half in zip(gradients, halves, strict=True)
+        )
+        return of_output_a, of_lse_a, of_output_b, of_lse_b
 
     def _widened(self, *arrays: Array | None, like: Array | None = None) -> list[Any]:
         """Give arrays in the type in which halves are merged: that of `like`, or the widest softmax's type of all."""

@@ -75,8 +75,7 @@ class Layer:
             Q = rotate(norm(query w_q + b_q)),  K = rotate(norm(key w_k + b_k)),  V = value w_v + b_v
             output = sum_h attention(Q, K, V)[h] w_o[h] + b_o
 
-        With a cache, attention sees its tokens and the new ones: decoding token by token, in chunks, or at once gives
-        the same numbers.
+        With a cache, attention sees its tokens and the new ones; decoding token by token gives the same numbers.
 
         Args:
             query: (batch, q_len, embed), float64, float32, float16 or bfloat16.
@@ -86,8 +85,8 @@ class Layer:
                 w_o (heads, v_dim, out); optional b_q, b_k, b_v, b_o, q_norm and k_norm. See `mha_spec.parameters.AXES`.
             rotary: The options of `rotary_embedding`, {} for its defaults; None does not rotate.
             norm_epsilon: Added to the mean square of q_norm and k_norm.
-            cache: Keys and values of the tokens so far. q_offset defaults to its lengths; kv_lengths counts the new
-                keys that are real; mask, bias, dropout_mask and kv_segment_ids cover its whole capacity.
+            cache: The tokens so far. q_offset defaults to its lengths; kv_lengths counts the real new keys; mask, bias,
+                dropout_mask and kv_segment_ids cover its whole capacity.
             **options: See `mha_spec.arguments.Options`.
 
         Returns:
