@@ -125,10 +125,14 @@ def case(call):
 
 
 def largest(c, p, wider):
-    """Compute E of every result, MHA-ACC-1."""
-    u_a, u_p, u_dP, u_o, u_l, w, e_exp, e_tanh = p.u_a, p.u_p, p.u_dp, p.u_o, p.u_l, p.w, p.e_x, p.e_t
-    u_b, w_b, r, f = u_a, w, 2 * u_a * c.dropout, p.f
-    E = {}
+    """Compute E of every result, MHA-ACC-1, and the slope of the soft cap."""
+    x = largest_of_scores(c, p, wider)
+    return largest_of_results(c, p, x) | largest_of_gradients(c, p, x), x.slope
+
+
+def largest_of_scores(c, p, wider):
+    """Compute the errors of the scores and of the sink's logit."""
+    u_a, u_l, e_exp, e_tanh, f = p.u_a, p.u_l, p.e_x, p.e_t, p.f
     A = c.seen * abs(c.scale) * pairs(abs(c.Q), abs(c.K))
     F_X = c.seen * f * (1 + abs(c.scale)) * (both_sums(c.Q, c.K) + 2 * QK_DIM + 2)
     E_Y, slope = u_a * (QK_DIM + 3) * A + F_X, 1.0
@@ -138,24 +142,37 @@ def largest(c, p, wider):
         E_Y = c.seen * (slope * E_X + (e_tanh + 2 * u_a) * abs(c.Y) + 8 * u_a * c.softcap)
     sigma = c.seen * (E_Y + u_a * ((3 if wider else 2) * abs(c.S) + abs(c.m)) + e_exp)
     sigma_z = u_a * (2 * abs(c.z) + abs(c.m) + abs(c.lse)) + u_l * abs(c.lse) + 2 * e_exp if c.sinks else 0.0
+    return SimpleNamespace(E_Y=E_Y, slope=slope, sigma=sigma, sigma_z=sigma_z)
+
+
+def largest_of_results(c, p, x):
+    """Compute E of output, lse and weights; those of output and lse are kept in `x` for the gradients."""
+    u_a, u_p, u_o, u_l, w, f = p.u_a, p.u_p, p.u_o, p.u_l, p.w, p.f
+    sigma, sigma_z, r = x.sigma, x.sigma_z, 2 * u_a * c.dropout
     B = sum_j(c.P * sigma) + c.P_z * sigma_z
     G = exp(2 * numpy.max(sigma * (c.P > 0), axis=-1, keepdims=True))
-
     P, Pt, O, V, k = c.P, c.P * c.k, c.O, c.V, c.k
     E_output = G * sqrt(B * c.spread(P * sigma, c.P_z * sigma_z))
     E_output = E_output + (u_p + u_a * c.n1 + r) * over_keys(Pt, abs(V)) + (u_a * (c.n1 + 4) + u_o) * abs(O)
     E_output = E_output + w * (over_keys(k, abs(V)) / c.l + 1)
-    E["output"] = E_output = c.row * (E_output + f * (sum_j(Pt + 2 * k) + over_keys(k, abs(V)) + 2))
+    x.E_output = c.row * (E_output + f * (sum_j(Pt + 2 * k) + over_keys(k, abs(V)) + 2))
     E_lse = G * B + u_a * (c.n1 + 5) + (u_a + u_l) * abs(c.lse) + u_a * abs(c.m)
-    E_lse = numpy.where(c.row, E_lse, (u_a + u_l) * abs(c.z) * c.sinks)
-    E["lse"] = E_lse[..., 0]
-    E["weights"] = c.seen * (P * expm1(G * (sigma + B) + u_a * (c.n1 + 6)) + u_o * P + w)
+    x.E_lse = numpy.where(c.row, E_lse, (u_a + u_l) * abs(c.z) * c.sinks)
+    E_weights = c.seen * (P * expm1(G * (sigma + B) + u_a * (c.n1 + 6)) + u_o * P + w)
+    return {"output": x.E_output, "lse": x.E_lse[..., 0], "weights": E_weights}
 
-    rho = c.seen * expm1(sigma + E_lse + u_a * (abs(c.S) + abs(c.lse)) + e_exp)
+
+def largest_of_gradients(c, p, x):
+    """Compute E of every gradient."""
+    u_a, u_p, u_dP, u_o, w, e_exp = p.u_a, p.u_p, p.u_dp, p.u_o, p.w, p.e_x
+    u_b, w_b, r, f = u_a, w, 2 * u_a * c.dropout, p.f
+    P, Pt, O, V, k = c.P, c.P * c.k, c.O, c.V, c.k
+    E_Y, E_lse, E = x.E_Y, x.E_lse, {}
+    rho = c.seen * expm1(x.sigma + E_lse + u_a * (abs(c.S) + abs(c.lse)) + e_exp)
     eta = k * u_a * V_DIM * pairs(abs(c.dO), abs(V)) + (u_dP + r) * abs(c.dP)
     eta = c.seen * (eta + f * (k * (both_sums(c.dO, V) + 2 * V_DIM) + 1))
     E_D = numpy.maximum(
-        sum_j(abs(c.dO) * (E_output + u_a * V_DIM * abs(O))) + f * (sum_j(abs(c.dO) + abs(O)) + 2 * V_DIM),
+        sum_j(abs(c.dO) * (x.E_output + u_a * V_DIM * abs(O))) + f * (sum_j(abs(c.dO) + abs(O)) + 2 * V_DIM),
         sum_j(P * ((rho + u_p + u_a * c.n) * abs(c.dP) + eta)) + f * (sum_j(P + abs(c.dP)) + 2 * c.n),
     )
     E_D = c.row * E_D + u_a * (abs(c.D + c.g) + abs(c.g))
@@ -182,17 +199,21 @@ def largest(c, p, wider):
         terms = terms + u_b * abs(c.gradients["grad_bias"]) + w_b + f * c.N_b
         E["grad_bias"] = numpy.where(c.over_bias(c.seen * 1.0) > 0, terms, 0)
     if c.sinks:
-        rho_z = expm1(sigma_z + E_lse + u_a * (abs(c.z) + abs(c.lse)) + e_exp)
+        rho_z = expm1(x.sigma_z + E_lse + u_a * (abs(c.z) + abs(c.lse)) + e_exp)
         terms = c.P_z * (rho_z + u_a * (1 + c.M)) * abs(c.D) + c.P_z * E_D + 4 * w * (1 + abs(c.D))
         E["grad_sinks"] = terms.sum(axis=(0, 2, 3)) + u_b * abs(c.gradients["grad_sinks"]) + w_b
-    return E, slope
+    return E
 
 
 def variance(c, p, slope):
     """Compute U of every result, MHA-ACC-2."""
-    u_a, u_p, u_dP, u_o, u_l, w, e_exp, e_tanh = p.u_a, p.u_p, p.u_dp, p.u_o, p.u_l, p.w, p.e_x, p.e_t
-    u_b, w_b = u_a, w
-    U = {}
+    x = variance_of_scores(c, p, slope)
+    return variance_of_results(c, p, x) | variance_of_gradients(c, p, x)
+
+
+def variance_of_scores(c, p, slope):
+    """Compute the variances of the scores and of the sink's logit."""
+    u_a, u_l, e_exp, e_tanh = p.u_a, p.u_l, p.e_x, p.e_t
     A2 = c.seen * c.scale**2 * pairs(c.Q**2, c.K**2)
     U_Y = u_a**2 * (QK_DIM * (c.X**2 / 3 + A2 / 2) / 3 + A2)
     if c.softcap:
@@ -200,25 +221,37 @@ def variance(c, p, slope):
         U_Y = U_Y + (4 * u_a * c.softcap) ** 2 / 3
     U_s = c.seen * (U_Y + u_a**2 * (4 * c.S**2 + c.m**2) / 3 + e_exp**2)
     U_z = (u_a**2 * (4 * c.z**2 + c.m**2 + c.lse**2) + u_l**2 * c.lse**2) / 3 + 2 * e_exp**2 if c.sinks else 0.0
-    P, Pt, O, V, k = c.P, c.P * c.k, c.O, c.V, c.k
-    U_l = sum_j(P**2 * U_s) + c.P_z**2 * U_z + e_exp**2 + u_a**2 * (c.n1 / 9 + 4)
+    return SimpleNamespace(U_Y=U_Y, U_s=U_s, U_z=U_z)
 
+
+def variance_of_results(c, p, x):
+    """Compute U of output, lse and weights; those of output and lse are kept in `x` for the gradients."""
+    u_a, u_p, u_o, u_l, w, e_exp = p.u_a, p.u_p, p.u_o, p.u_l, p.w, p.e_x
+    P, Pt, O, V, k, U_s, U_z = c.P, c.P * c.k, c.O, c.V, c.k, x.U_s, x.U_z
+    U_l = sum_j(P**2 * U_s) + c.P_z**2 * U_z + e_exp**2 + u_a**2 * (c.n1 / 9 + 4)
     squares = over_keys(Pt**2, V**2)
     U_output = c.spread(P**2 * U_s, c.P_z**2 * U_z) + u_p**2 / 3 * numpy.maximum(squares, c.spread(P**2, 0))
     U_output = U_output + u_a**2 * c.n1 / 3 * (O**2 / 3 + squares / 2)
     U_output = U_output + (u_a**2 * (c.n1 / 9 + 4) + u_o**2 / 3) * O**2
-    U["output"] = U_output = c.row * (U_output + w**2 * (over_keys(k, abs(V)) / c.l + 1) ** 2)
+    x.U_output = c.row * (U_output + w**2 * (over_keys(k, abs(V)) / c.l + 1) ** 2)
     stored = (u_a**2 + u_l**2) * c.lse**2 / 3
-    U_lse = numpy.where(c.row, U_l + stored + u_a**2 * c.m**2 / 3, stored)
-    U["lse"] = U_lse[..., 0]
-    U["weights"] = c.seen * (P**2 * (U_s + U_l + u_o**2 / 3) + w**2)
+    x.U_lse = numpy.where(c.row, U_l + stored + u_a**2 * c.m**2 / 3, stored)
+    U_weights = c.seen * (P**2 * (U_s + U_l + u_o**2 / 3) + w**2)
+    return {"output": x.U_output, "lse": x.U_lse[..., 0], "weights": U_weights}
 
+
+def variance_of_gradients(c, p, x):
+    """Compute U of every gradient."""
+    u_a, u_p, u_dP, u_o, w, e_exp = p.u_a, p.u_p, p.u_dp, p.u_o, p.w, p.e_x
+    u_b, w_b = u_a, w
+    P, Pt, O, V, k = c.P, c.P * c.k, c.O, c.V, c.k
+    U_Y, U_s, U_z, U_lse, U = x.U_Y, x.U_s, x.U_z, x.U_lse, {}
     U_rho = c.seen * (U_s + U_lse + u_a**2 * (c.S**2 + c.lse**2) / 3 + e_exp**2)
     B2, O2 = k**2 * pairs(c.dO**2, V**2), sum_j(c.dO**2 * O**2)
     U_dP = u_a**2 * (V_DIM * (c.dP**2 / 3 + B2 / 2) / 3 + B2) + u_dP**2 * c.dP**2 / 3
     dot = c.D + c.g
     U_D = numpy.maximum(
-        sum_j(c.dO**2 * U_output) + u_a**2 * (V_DIM * (dot**2 / 3 + O2 / 2) / 3 + O2),
+        sum_j(c.dO**2 * x.U_output) + u_a**2 * (V_DIM * (dot**2 / 3 + O2 / 2) / 3 + O2),
         sum_j(P**2 * ((U_rho + u_p**2 / 3 + u_a**2 * c.n / 6) * c.dP**2 + U_dP)) + u_a**2 * c.n / 9 * dot**2,
     )
     U_D = c.row * U_D + u_a**2 * (dot**2 + c.g**2) / 3
