@@ -1,4 +1,4 @@
-"""What `import mha_spec` costs above importing NumPy: the median over fresh interpreters, at most 20 ms.
+"""Measure the time of `import mha_spec` after NumPy is imported: the median of fresh interpreters, at most 20 ms.
 
 Run it with `python -P benchmarks/import_time.py`.
 """

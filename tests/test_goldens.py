@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,15 +98,6 @@ def test_signatures_of_the_layer_are_few(suite: Suite) -> None:
     """alibi_slopes is not counted, because it has no array input, so that nothing is compiled for it."""
     cases = [case for case in suite.cases if case.expect == "values" and case.function in LAYER]
     assert len({case.signature for case in cases if case.function != "alibi_slopes"}) <= 60
-
-
-def test_loading_is_quick() -> None:
-    def seconds() -> float:
-        start = time.process_time()
-        load()
-        return time.process_time() - start
-
-    assert min(seconds() for _ in range(3)) < 0.3
 
 
 def test_index_holds_the_catalogue(suite: Suite) -> None:
