@@ -97,7 +97,7 @@ def test_signatures_are_few(suite: Suite) -> None:
 def test_signatures_of_the_layer_are_few(suite: Suite) -> None:
     """alibi_slopes is not counted, because it has no array input, so that nothing is compiled for it."""
     cases = [case for case in suite.cases if case.expect == "values" and case.function in LAYER]
-    assert len({case.signature for case in cases if case.function != "alibi_slopes"}) <= 60
+    assert len({case.signature for case in cases if case.function != "alibi_slopes"}) <= 64
 
 
 def test_index_holds_the_catalogue(suite: Suite) -> None:

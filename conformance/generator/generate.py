@@ -45,6 +45,7 @@ LAYER = {
     "alibi_bias",
     "alibi_slopes",
     "multi_head_attention",
+    "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
 }

@@ -16,7 +16,7 @@ from oracle_backward import attention_vjp
 from oracle_balls import Refused
 from oracle_forward import attention, attention_weights
 from oracle_kinds import Marked
-from oracle_layer import multi_head_attention, multi_head_attention_weights
+from oracle_layer import multi_head_attention, multi_head_attention_and_weights, multi_head_attention_weights
 from oracle_merge import merge_attention
 from oracle_merge_vjp import merge_attention_vjp
 from oracle_positions import alibi_bias, alibi_slopes, rotary_embedding
@@ -35,6 +35,7 @@ _WHOLE: dict[str, Callable[[Description], dict[str, Marked]]] = {
     "merge_attention": merge_attention,
     "merge_attention_vjp": merge_attention_vjp,
     "multi_head_attention": multi_head_attention,
+    "multi_head_attention_and_weights": multi_head_attention_and_weights,
     "multi_head_attention_weights": multi_head_attention_weights,
     "rotary_embedding": rotary_embedding,
 }

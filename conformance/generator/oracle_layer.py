@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from description import Description
 
-__all__ = ["multi_head_attention", "multi_head_attention_weights"]
+__all__ = ["multi_head_attention", "multi_head_attention_and_weights", "multi_head_attention_weights"]
 
 
 class Layer:
@@ -211,3 +211,8 @@ def multi_head_attention_weights(description: Description) -> dict[str, Marked]:
 
     values = rounded(description.id, evaluate, {"weights": kinds == FINITE_VALUE})
     return {"weights": Marked.fill(values["weights"], kinds, 0.0)}
+
+
+def multi_head_attention_and_weights(description: Description) -> dict[str, Marked]:
+    """Compute the output and the weights of each head, and with a cache its arrays and lengths."""
+    return multi_head_attention(description) | multi_head_attention_weights(description)

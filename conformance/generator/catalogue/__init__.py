@@ -23,6 +23,7 @@ from . import (
     merge_gradients,
     merges,
     nan_weights,
+    outputs_and_weights,
     pairs,
     poison,
     readings,
@@ -71,6 +72,7 @@ THEMES = (
     nan_weights,
     merge_gradients,
     layer_edges,
+    outputs_and_weights,
 )
 
 

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from .layer_sizes import LayerSizes
 
-__all__ = ["FLAVOURS", "LAYER", "WEIGHTS", "cached", "describe_layer", "vary_layer"]
+__all__ = ["FLAVOURS", "LAYER", "OUTPUT_AND_WEIGHTS", "WEIGHTS", "cached", "describe_layer", "vary_layer"]
 
 LAYER, WEIGHTS = "multi_head_attention", "multi_head_attention_weights"
+OUTPUT_AND_WEIGHTS = "multi_head_attention_and_weights"
 FLAVOURS = ("one", "two", "three", "four")
 """Names of different random data."""
 
@@ -100,7 +101,7 @@ def describe_layer(
 
 
 def _features(inputs: Mapping[str, Input], options: Mapping[str, Any], function: str) -> list[str]:
-    features = ["projection", *(["weights"] if function == WEIGHTS else [])]
+    features = ["projection", *(["weights"] if function in (WEIGHTS, OUTPUT_AND_WEIGHTS) else [])]
     for feature, holds in {
         "cross": "key" in inputs and inputs["key"].values.shape[2] != inputs["query"].values.shape[2],
         "groups": inputs["w_q"].values.shape[1] != inputs["w_k"].values.shape[1],

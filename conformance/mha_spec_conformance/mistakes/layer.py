@@ -13,7 +13,7 @@ from mha_spec.layer_steps import LayerSteps
 from mha_spec.reference import Reference, attention, attention_weights
 from mha_spec.steps import Steps
 
-from .mistake import LAYER, MULTI_HEAD, WEIGHTS_OF_LAYER, Mistake
+from .mistake import LAYER, MULTI_HEAD, OUTPUT_AND_WEIGHTS, WEIGHTS_OF_LAYER, Mistake
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,6 +117,12 @@ def scaled_by_all_heads(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(query, *operands, **options)
 
     return call
+
+
+def weigh_after_dropout(query: Any, key: Any, value: Any, steps: LayerSteps, **options: Any) -> tuple[Any, Any]:
+    """Return the output, and the weights that multiply the values: those are the output for values of the identity."""
+    identity = numpy.broadcast_to(numpy.eye(key.shape[2], dtype=key.dtype), (*key.shape[:3], key.shape[2]))
+    return steps.attend(query, key, value, **options), steps.attend(query, key, identity, **options)
 
 
 def layer_norm(x: numpy.ndarray, gain: numpy.ndarray, epsilon: float) -> numpy.ndarray:
@@ -303,6 +309,15 @@ PROJECTIONS = (
         ),
         functions=WEIGHTS_OF_LAYER,
         bugs=("pytorch/pytorch#47583", "facebookresearch/fairseq#3365"),
+    ),
+    layered(
+        "weights-after-dropout",
+        "returns the weights after dropout, whose rows do not add up to 1",
+        "MHA-LAYER-4",
+        attend_and_weigh=weigh_after_dropout,
+        needs=("dropout_mask",),
+        functions=OUTPUT_AND_WEIGHTS,
+        bugs=("pytorch/pytorch#42929", "facebookresearch/fairseq#351", "Dao-AILab/flash-attention#902"),
     ),
     layered(
         "norm-ignored",

@@ -1,4 +1,4 @@
-"""A known mistake: the specification with one of its steps replaced."""
+"""A known mistake: the specification with a replaced step."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ __all__ = [
     "MERGE",
     "MERGE_VJP",
     "MULTI_HEAD",
+    "OUTPUT_AND_WEIGHTS",
     "ROTARY",
     "VJP",
     "WEIGHTS_OF_LAYER",
@@ -39,9 +40,10 @@ VJP = ("attention_vjp",)
 ATTENTION = (*FORWARD, *VJP)
 MERGE = ("merge_attention",)
 MERGE_VJP = ("merge_attention_vjp",)
-MULTI_HEAD = ("multi_head_attention", "multi_head_attention_and_weights")
-WEIGHTS_OF_LAYER = ("multi_head_attention_weights",)
-LAYER = (*MULTI_HEAD, *WEIGHTS_OF_LAYER)
+OUTPUT_AND_WEIGHTS = ("multi_head_attention_and_weights",)
+MULTI_HEAD = ("multi_head_attention", *OUTPUT_AND_WEIGHTS)
+WEIGHTS_OF_LAYER = (*OUTPUT_AND_WEIGHTS, "multi_head_attention_weights")
+LAYER = (*MULTI_HEAD, "multi_head_attention_weights")
 ROTARY = ("rotary_embedding",)
 ALIBI = ("alibi_slopes", "alibi_bias")
 
