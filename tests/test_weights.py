@@ -1,4 +1,4 @@
-"""Weights in and out: what each layout loads gives what the module of its library gives, and saves as it was."""
+"""Loading and saving weights: each layout gives the output of its library's module, and saves the same weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import pytest
 from rounded import attended
-from support.weight_modules import LLAMA, MODULES, Module, built, transformer
+from support.weight_models import LLAMA, transformer
+from support.weight_modules import MODULES, Module, built
 
 from mha_spec.weights import half_split_pairs, interleaved_pairs, layouts, load_weights, read_safetensors, save_weights
 from mha_spec_conformance.targets.conversion import same_bits, to_numpy
@@ -25,7 +26,7 @@ def layer(request: pytest.FixtureRequest) -> Module:
 
 
 def exceeds(layer: Module, params: Mapping[str, Any]) -> bool:
-    """Whether the module's output is another than that of `params`."""
+    """Return True if the module's output differs from that of `params` by more than the errors of both."""
     wanted = attended(params, *layer.inputs, **{**layouts()[layer.layout].options, **layer.options})
     assert layer.output.dtype == numpy.float32
     assert layer.output.shape == wanted.value.shape
@@ -33,16 +34,16 @@ def exceeds(layer: Module, params: Mapping[str, Any]) -> bool:
 
 
 def leaves(state: Any, prefix: str = "") -> dict[str, Array]:
-    """The arrays of a state of any form by their names."""
+    """Give the arrays of a state of any form by their names."""
     if isinstance(state, (list, tuple)):
         state = {str(index): array for index, array in enumerate(state)}
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     for name, value in state.items():
-        found |= leaves(value, f"{prefix}{name}/") if hasattr(value, "items") else {f"{prefix}{name}": to_numpy(value)}
-    return found
+        arrays |= leaves(value, f"{prefix}{name}/") if hasattr(value, "items") else {f"{prefix}{name}": to_numpy(value)}
+    return arrays
 
 
-def test_params_give_what_the_module_gives(layer: Module) -> None:
+def test_params_give_the_output_of_the_module(layer: Module) -> None:
     assert not exceeds(layer, layer.load())
 
 
@@ -50,23 +51,23 @@ def test_every_weight_matters(layer: Module) -> None:
     params = layer.load()
     inert = set() if {**layouts()[layer.layout].options, **layer.options}.keys() & {"rotary"} else {"b_k"}
     for name, array in params.items():
-        turned = params | {name: numpy.flip(to_numpy(array), axis=-1)}
-        assert exceeds(layer, turned) != (name in inert), name
+        reversed_array = params | {name: numpy.flip(to_numpy(array), axis=-1)}
+        assert exceeds(layer, reversed_array) != (name in inert), name
 
 
-def test_saved_again_is_the_same(layer: Module) -> None:
+def test_saving_gives_the_loaded_weights(layer: Module) -> None:
     saved = save_weights(layer.load(), layer.layout, prefix=layer.prefix)
-    saved = list(saved.values()) if isinstance(layer.state, list) else saved
-    found, wanted = leaves(saved), leaves(layer.state)
-    begins = f"{layer.prefix.removesuffix('.')}{layouts()[layer.layout].separator}" if layer.prefix else ""
-    apart = {begins + name for name in layouts()[layer.layout].apart}
-    own = [name for name in wanted if name.startswith(begins) and name not in apart]
-    assert list(found) == own or not isinstance(layer.state, list)
-    assert set(found) == set(own)
-    assert all(same_bits(found[name], wanted[name]) for name in own)
+    saved = leaves(list(saved.values()) if isinstance(layer.state, list) else saved)
+    loaded = leaves(layer.state)
+    beginning = f"{layer.prefix.removesuffix('.')}{layouts()[layer.layout].separator}" if layer.prefix else ""
+    apart = {beginning + name for name in layouts()[layer.layout].apart}
+    names = [name for name in loaded if name.startswith(beginning) and name not in apart]
+    assert list(saved) == names or not isinstance(layer.state, list)
+    assert set(saved) == set(names)
+    assert all(same_bits(saved[name], loaded[name]) for name in names)
 
 
-def test_names_apart_are_left_alone() -> None:
+def test_names_apart_are_ignored() -> None:
     layer = built("bert")
     apart = layouts()["bert"].apart
     assert any(f"{layer.prefix}.{name}" in layer.state for name in apart)
@@ -85,13 +86,12 @@ KEY_BIASES: dict[str, Callable[[Mapping[str, Array]], Array]] = {
     "gpt2": lambda state: state["h.1.attn.c_attn.bias"][21:42].reshape(3, 7),
     "vit_timm": lambda state: state["blocks.1.attn.qkv.bias"][21:42].reshape(3, 7),
 }
-"""A key bias adds one number to all scores of a row: no output without rotation can tell where it is."""
+"""The key bias in each state: without rotation it adds the same number to all scores of a row, so no output shows it."""
 
 
 @pytest.mark.parametrize("name", KEY_BIASES)
 def test_key_bias(name: str) -> None:
-    found, wanted = to_numpy(built(name).load()["b_k"]), KEY_BIASES[name](leaves(built(name).state))
-    assert same_bits(found, wanted)
+    assert same_bits(to_numpy(built(name).load()["b_k"]), KEY_BIASES[name](leaves(built(name).state)))
 
 
 def test_rotary_pairs_of_both_llamas() -> None:
@@ -118,5 +118,5 @@ def test_weights_of_minilm() -> None:
         assert all(same_bits(array, state[name]) for name, array in saved.items())
 
 
-def test_every_layout_is_judged() -> None:
+def test_every_layout_is_compared_with_a_module() -> None:
     assert {built(name).layout for name in MODULES} == set(layouts())
