@@ -21,6 +21,7 @@ CACHE_LENGTHS = ((3, 5), (0, 4))
 def descriptions() -> Iterator[Description]:
     """Yield plain calls, rotation and norm, dropout, tokens that see nothing, and calls with a cache."""
     more: dict[str, Any] = {"function": OUTPUT_AND_WEIGHTS, "variants": (0, 1), "clauses": CLAUSES}
+    of_empty_tokens = {**more, "clauses": (*CLAUSES, "MHA-LAYER-5")}
     yield from vary_layer("plain", "The output and the weights of each head.", CROSS, ("b_q", "b_o"), **more)
     title = "Output and weights after norm and rotation."
     spec: dict[str, Any] = {"offset": True, "causal": True, "scale": 0.125}
@@ -32,7 +33,7 @@ def descriptions() -> Iterator[Description]:
     yield from vary_layer("dropout", title, SELF, (), {"dropout": (0.25, "bhqk")}, **more)
     title = "A token that sees nothing has weights of 0, and the output's bias."
     spec = {"q_lengths": True, "kv_lengths": True}
-    yield from vary_layer("lengths", title, SELF, ("b_o",), spec, **(more | {"clauses": (*CLAUSES, "MHA-LAYER-5")}))
+    yield from vary_layer("lengths", title, SELF, ("b_o",), spec, **of_empty_tokens)
     yield from _with_a_cache()
 
 
