@@ -60,6 +60,7 @@ def answer(function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[
     more = {"return_lse": True} if function == "attention" else {}
     results = getattr(reference, function)(**arrays, **options, **more)
     results = results if isinstance(results, tuple) else (results,)
+    results = [result for result in results if result is not None]
     return dict(zip(bounds(function, arrays, options).values, results, strict=True))
 
 
@@ -195,6 +196,32 @@ def test_a_key_that_takes_no_weight_does_not_loosen_the_others() -> None:
     hidden, low = (allowances("attention", x, {}, p)["output"] for x in (alone, far))
     assert (low >= hidden).all()
     assert (low <= 2 * hidden).all()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("bias", "scale"), [(-1e9, 20.0), (-1e9, 200.0), (-1e30, 2000.0)])
+def test_a_bias_that_absorbs_the_scores_leaves_any_weights(function: str, bias: float, scale: float) -> None:
+    arrays, _ = question(function)
+    names = ("query", "key", "value", "grad_output", "grad_lse")
+    arrays = {name: arrays[name] for name in names if name in arrays}
+    arrays["bias"] = numpy.full((1, HEADS, 1, 1), bias, dtype=numpy.float32)
+    options = {"scale": scale}
+    allowed = allowances(function, arrays, options, precision("float32"))
+    exact = bounds(function, arrays, options).values
+    with numpy.errstate(all="ignore"):
+        received = answer(function, arrays, options)
+    for name, value in exact.items():
+        assert not (abs(received[name].astype(numpy.float64) - value) > allowed[name]).any(), name
+
+
+def test_an_error_of_a_logit_may_give_weight_to_a_key_of_weight_0() -> None:
+    query, key = numpy.full((1, 1, 1, 2), 1e5), numpy.array([[[[0.0, 0.0], [1e5, -1e5 - 0.01]]]])
+    value = numpy.array([[[[0.0], [1.0]]]])
+    arrays = {name: x.astype(numpy.float32) for name, x in {"query": query, "key": key, "value": value}.items()}
+    weights = bounds("attention_weights", {n: arrays[n] for n in ("query", "key")}, {"scale": 1.0}).values["weights"]
+    assert weights[0, 0, 0].tolist() == [1.0, 0.0]
+    p = precision("float32")
+    assert not (allowances("attention", arrays, {"scale": 1.0}, p)["output"] < 1).any()
 
 
 def test_a_wider_bias_may_be_rounded() -> None:

@@ -61,6 +61,14 @@ class GradientEvaluation(Evaluation):
             values["grad_sinks"] = steps.grad_sinks(t.sink_weights, self.row_dot)
         return values
 
+    @cached_property
+    def difference(self) -> numpy.ndarray:
+        """|dP - D|, at least the roundoff of the two, which cancel where a single key has nearly all the weight."""
+        sizes = self.keep(self.seen(abs(self.grad_output) @ abs(self.value).swapaxes(-1, -2)))
+        size = sizes + numpy.sum(self.weights * sizes, axis=-1, keepdims=True) + abs(self.grad_lse)
+        roundoff = self.roundoff + self.value.shape[-1] * unit_roundoff("float64")
+        return abs(self.grad_weights - self.row_dot) + roundoff * size
+
     @property
     def group(self) -> int:
         """Number of query heads that read the same key/value head."""
@@ -109,7 +117,7 @@ class BackwardErrors:
         """rho_ij: the relative error of weights rebuilt from scores and lse."""
         e, p = self.evaluation, self.precision
         exponent = self.forward.score + self.forward.lse + p.u_a * (abs(e.logits) + abs(e.lse)) + p.e_x
-        return numpy.where(e.weights > 0, numpy.expm1(exponent), 0.0)
+        return numpy.where(self.forward.taking, numpy.expm1(exponent), 0.0)
 
     @cached_property
     def sink_weights(self) -> numpy.ndarray | float:
@@ -149,7 +157,7 @@ class BackwardErrors:
     def grad_logits(self) -> numpy.ndarray:
         """F_ij: the error of dS without the error of D, which is the same in the whole row."""
         e, p = self.evaluation, self.precision
-        difference = abs(e.grad_weights - e.row_dot)
+        difference = e.difference
         error = e.weights * ((self.weights + 2 * p.u_a) * difference + self.grad_weights)
         return e.seen(error + p.u_p * abs(e.grad_logits) + 4 * p.w * (1 + difference))
 

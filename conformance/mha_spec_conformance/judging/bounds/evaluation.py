@@ -12,6 +12,8 @@ from mha_spec.arrays import FLOATING, Array, dtype_name, softmax_dtype_name
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps, sum_over_visible
 
+from .roundoff import unit_roundoff
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -176,8 +178,18 @@ class Evaluation:
         return counts + self.value_sum + 2
 
     def spread(self, weights: numpy.ndarray, sink_weights: numpy.ndarray | float) -> numpy.ndarray:
-        """Compute sum_j weights_ij (v_jc - o_ic)^2 + sink_weights_i o_ic^2, with dropout on v, by three products."""
+        """Compute sum_j weights_ij (v_jc - o_ic)^2 + sink_weights_i o_ic^2, with dropout on v, by three products.
+
+        The products cancel where a single key has nearly all the weight. The guard of MHA-ACC-1 may multiply even a
+        spread below the roundoff of the products, so their roundoff is added.
+        """
         value, dropped = self.value, self.keep(weights)
-        squares = weighted_sum(self.keep(dropped), value**2) - 2 * self.output * weighted_sum(dropped, value)
-        total = numpy.sum(weights, axis=-1, keepdims=True) + sink_weights
-        return numpy.maximum(squares + self.output**2 * total, 0.0)
+        squares = weighted_sum(self.keep(dropped), value**2)
+        total = self.output**2 * (numpy.sum(weights, axis=-1, keepdims=True) + sink_weights)
+        spread = numpy.maximum(squares - 2 * self.output * weighted_sum(dropped, value) + total, 0.0)
+        return spread + self.roundoff * (squares + total)
+
+    @property
+    def roundoff(self) -> float:
+        """The relative error of a sum over the keys in float64, with a few further operations."""
+        return 2 * (self.arguments.kv_len + 4) * unit_roundoff("float64")

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ForwardBounds", "ForwardErrors", "ForwardVariances", "WeightBounds"]
 
+LEAST_EXPONENT = -746.0
+"""exp is 0 in float64 from here on."""
+
 
 class ForwardErrors:
     """The largest errors of an evaluation in a precision; a sum of n terms counts as n roundings."""
@@ -80,10 +83,25 @@ class ForwardErrors:
 
     @cached_property
     def guard(self) -> numpy.ndarray:
-        """G = exp(2 max_j sigma_ij) over keys of nonzero weight: a factor for the terms beyond the first order."""
+        """G = exp(2 max_j sigma_ij) over keys of nonzero weight: a factor for the terms beyond the first order.
+
+        Where G overflows, the results of the row can be anything, and their errors are infinite or NaN.
+        """
+        return numpy.exp(2 * self._largest(self.taking))
+
+    @cached_property
+    def taking(self) -> numpy.ndarray:
+        """True for keys of nonzero weight, among them those that the errors of the logits can give a weight.
+
+        Their weight is 0 in float64, but not in exact arithmetic.
+        """
         e = self.evaluation
-        taking = numpy.where(e.weights > 0, self.score, 0.0)
-        return numpy.exp(2 * numpy.max(taking, axis=-1, keepdims=True, initial=0.0))
+        lift = self.score + numpy.maximum(self._largest(e.weights > 0), self.sink)
+        return (e.weights > 0) | (e.pairs & (e.logits - e.maximum + lift > LEAST_EXPONENT))
+
+    def _largest(self, pairs: numpy.ndarray) -> numpy.ndarray:
+        """Return the largest error of a logit in each row, over some of its pairs."""
+        return numpy.max(numpy.where(pairs, self.score, 0.0), axis=-1, keepdims=True, initial=0.0)
 
     @cached_property
     def mean(self) -> numpy.ndarray:
@@ -115,7 +133,7 @@ class ForwardErrors:
         """The error of the weights."""
         e, p = self.evaluation, self.precision
         relative = numpy.expm1(self.guard * (self.score + self.mean) + p.u_a * (e.depth + 6))
-        return e.seen(e.weights * numpy.where(e.weights > 0, relative + p.u_o, 0.0) + p.w)
+        return e.seen(e.weights * numpy.where(self.taking, relative + p.u_o, 0.0) + p.w)
 
 
 class ForwardVariances:
