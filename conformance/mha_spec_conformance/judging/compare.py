@@ -211,10 +211,14 @@ def _wrong_kind(elements: _Elements) -> numpy.ndarray:
 
 
 def _shares(elements: _Elements, threshold: float) -> numpy.ndarray:
-    """Give the share of the allowance that each element uses; an infinity counts as the overflow threshold."""
+    """Give the share of the allowance that each element uses.
+
+    An infinity counts as the overflow threshold, or as the size of the expected value if that is larger.
+    """
     finite = elements.kinds == FINITE
     overflowed = numpy.isinf(elements.got) & numpy.isfinite(threshold)
-    got = numpy.where(overflowed, numpy.copysign(threshold, elements.got), elements.got)
+    beyond = numpy.copysign(numpy.maximum(threshold, abs(elements.expected)), elements.got)
+    got = numpy.where(overflowed, beyond, elements.got)
     with numpy.errstate(all="ignore"):
         shares = numpy.where(elements.got == elements.expected, 0.0, abs(got - elements.expected) / elements.allowance)
     shares = numpy.where(numpy.isnan(shares) | ~numpy.isfinite(elements.allowance), numpy.inf, shares)
