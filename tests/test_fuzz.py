@@ -160,6 +160,17 @@ def test_draws_vary() -> None:
     assert any(recipe.marks for call in calls for recipe in call.recipes.values())
 
 
+@pytest.mark.parametrize("offset", [2**30, -(2**30), 0, "lower_right"])
+def test_numbers_that_change_stay_legal(offset: int | str) -> None:
+    x = Recipe("random.standard_normal((1, 1, 3, 4))", "float32")
+    options = {"causal": True, "q_offset": offset, "scale": 0.5, "softcap": 3.0}
+    call = Call("attention_weights", "float32", {"query": x, "key": x}, options)
+    numbers = [call.varied(step, numbers=True) for step in range(8)]
+    assert len({tuple(varied.options.values()) for varied in numbers}) == len(numbers)
+    for varied in numbers:
+        attention_weights(**varied.arrays, **varied.options)
+
+
 def test_end_of_the_time_in_the_middle_of_shrinking_keeps_the_fault() -> None:
     search = Search(asker_of(mistaken("mask-ignored")), 0, LONG, most=1)
     wrong = search._wrong

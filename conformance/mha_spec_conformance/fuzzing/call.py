@@ -86,7 +86,16 @@ class Call:
     def varied(self, step: int, *, numbers: bool = False) -> Call:
         """Give a call of the same shapes and options over other random numbers; with `numbers`, other options too."""
         recipes = {name: replace(recipe, seed=recipe.seed + 1000 * step) for name, recipe in self.recipes.items()}
-        changes = {"q_offset": step, "scale": step / 4, "softcap": step / 2} if numbers else {}
-        changed = {name: self.options[name] + change for name, change in changes.items() if name in self.options}
-        options = {**self.options, **changed}
+        options = {**self.options, **self._other_numbers(step)} if numbers else self.options
         return replace(self, recipes=recipes, options=options) if step else self
+
+    def _other_numbers(self, step: int) -> dict[str, Any]:
+        """Give other legal numbers for the options that are numbers; an offset moves towards 0, within its limits."""
+        offset = self.options.get("q_offset")
+        towards_zero = -step if isinstance(offset, int) and offset > 0 else step
+        changes = {"q_offset": towards_zero, "scale": step / 4, "softcap": step / 2}
+        return {
+            name: self.options[name] + change
+            for name, change in changes.items()
+            if isinstance(self.options.get(name), (int, float))
+        }
