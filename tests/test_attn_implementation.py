@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 import transformers_attention
-from support.comparisons import assert_equal, assert_same, off
+from support.comparisons import assert_equal, assert_same, largest_difference
 from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import sdpa_mask
 
@@ -312,4 +312,4 @@ def test_a_mistake_is_seen(mistake: str) -> None:
     transformers.AttentionMaskInterface.register(WRONG, sdpa_mask)
     ours = {dtype: logits(model, OURS, inputs(name)) for dtype, model in models(name).items()}
     wrong = logits(models(name)["float64"], WRONG, inputs(name))
-    assert off(wrong, judged_logits(name)) > off(ours["float32"], ours["float64"])
+    assert largest_difference(wrong, judged_logits(name)) > largest_difference(ours["float32"], ours["float64"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy
 import pytest
 from jax.test_util import check_grads
-from support.goldens import DIFFERENTIABLE, PER_ENTRY, alike, cases, compiled, failures, names, parted
+from support.goldens import DIFFERENTIABLE, PER_ENTRY, alike, cases, compiled, failures, names, split_arguments
 from support.jax_world import operands
 
 import mha_spec.reference
@@ -107,7 +107,7 @@ def test_jit_of_grad_in_other_types(dtype: str) -> None:
 
 def test_checkpoint() -> None:
     def again(**arguments: Any) -> Any:
-        arrays, rest = parted(arguments)
+        arrays, rest = split_arguments(arguments)
         return jax.checkpoint(lambda arrays: attention(**arrays, **rest))(arrays)
 
     compiled_call = compiled(jax.jit, partial(differentiated, again))
@@ -116,7 +116,7 @@ def test_checkpoint() -> None:
 
 def each_entry(call: Callable[..., Answer], **arguments: Any) -> Answer:
     """Call each batch entry under vmap; arrays that all entries share are not mapped."""
-    (arrays, rest), batch = parted(arguments), arguments["query"].shape[0]
+    (arrays, rest), batch = split_arguments(arguments), arguments["query"].shape[0]
     shared = {name: array for name, array in arrays.items() if name == "sinks" or (array.shape[0] == 1 and batch > 1)}
     mapped = {name: array for name, array in arrays.items() if name not in shared}
 

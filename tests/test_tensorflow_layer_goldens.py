@@ -9,8 +9,8 @@ import numpy
 import pytest
 import tensorflow as tf
 from support.comparisons import assert_equal, assert_same
-from support.goldens import LAYER, PER_ENTRY, cases, compiled, layer_failures, layers_alike, names, one_of_each
-from support.layers import BATCH, EMBED, HEADS, OPTIONS, by_reference, of_weights
+from support.goldens import LAYER, PER_ENTRY, cases, cases_with_each, compiled, layer_failures, layers_alike, names
+from support.layers import BATCH, EMBED, HEADS, OPTIONS, by_reference, weight_options
 from support.tensorflow_world import floats, sized, tensors, tokens, with_gradients
 
 import mha_spec_tensorflow
@@ -22,7 +22,7 @@ def test_every_golden() -> None:
 
 
 def test_goldens_in_other_dtypes() -> None:
-    assert not layer_failures("tensorflow", one_of_each(LAYER), "float64", "float16", "bfloat16")
+    assert not layer_failures("tensorflow", cases_with_each(LAYER), "float64", "float16", "bfloat16")
 
 
 def test_goldens_with_numbers_on_the_host() -> None:
@@ -36,7 +36,7 @@ def test_goldens_in_a_function() -> None:
 
 
 def test_goldens_by_xla() -> None:
-    some = one_of_each(LAYER, "rotary", "bias", "dropout_mask", "cache_key", "kv_segment_ids")
+    some = cases_with_each(LAYER, "rotary", "bias", "dropout_mask", "cache_key", "kv_segment_ids")
     some = [case for case in some if "drafts" not in case.options]
     by_xla = partial(compiled, partial(tf.function, jit_compile=True))
     assert not layer_failures("tensorflow", some, "float32", wrapped=by_xla)
@@ -65,7 +65,7 @@ def test_outputs_gradients_and_weights_are_those_of_the_reference(name: str, mod
 
         def asked(x: list[tf.Tensor], arrays: dict[str, tf.Tensor]) -> list[tf.Tensor]:
             def call() -> tuple[tf.Tensor, tf.Tensor]:
-                return own(*x, **arrays, **fixed), own.attention_weights(*x[:2], **of_weights(arrays | fixed))
+                return own(*x, **arrays, **fixed), own.attention_weights(*x[:2], **weight_options(arrays | fixed))
 
             return with_gradients(call, [*(variables[name] for name in sorted(variables)), *x])
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from support.comparisons import assert_near
-from support.goldens import DIFFERENTIABLE, ENOUGH, PER_ENTRY, alike, cases, failures, parted, spread
+from support.goldens import DIFFERENTIABLE, ENOUGH, PER_ENTRY, alike, cases, failures, split_arguments, spread
 from support.torch_world import cut_into_tasks, operands
 from torch.profiler import ProfilerActivity, profile
 
@@ -153,7 +153,7 @@ def test_the_native_path_has_no_graph_break() -> None:
 
 def test_mapped_over_a_new_axis() -> None:
     def ask(**arguments: Any) -> dict[str, Tensor]:
-        arrays, options = parted(arguments)
+        arrays, options = split_arguments(arguments)
         doubled = {name: torch.stack([value.flip(0), value]) for name, value in arrays.items()}
         over_both = torch.func.vmap(lambda mapped: attention(**mapped, **options, return_lse=True))
         output, lse = over_both(doubled)

@@ -9,8 +9,8 @@ import numpy
 import pytest
 import torch
 from support.comparisons import assert_equal, assert_same
-from support.goldens import LAYER, PER_ENTRY, cases, layer_failures, names, one_of_each
-from support.layers import EMBED, OPTIONS, by_reference, of_weights
+from support.goldens import LAYER, PER_ENTRY, cases, cases_with_each, layer_failures, names
+from support.layers import EMBED, OPTIONS, by_reference, weight_options
 from support.torch_world import sized, tensor, tokens, with_gradients
 
 import mha_spec_torch
@@ -25,7 +25,7 @@ def test_every_golden() -> None:
 
 
 def test_goldens_in_other_dtypes() -> None:
-    assert not layer_failures("torch", one_of_each(LAYER), "float64", "float16", "bfloat16")
+    assert not layer_failures("torch", cases_with_each(LAYER), "float64", "float16", "bfloat16")
 
 
 def test_lengths_on_the_host_give_the_same_results() -> None:
@@ -36,7 +36,7 @@ def test_lengths_on_the_host_give_the_same_results() -> None:
 @pytest.mark.usefixtures("quiet")
 def test_compiled_without_a_graph_break() -> None:
     compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
-    for case in one_of_each(LAYER[:2], "rotary", "bias", "dropout_mask", "cache_key"):
+    for case in cases_with_each(LAYER[:2], "rotary", "bias", "dropout_mask", "cache_key"):
         torch.compiler.reset()
         assert not layer_failures("torch", [case], "float32", wrapped=compiled)
 
@@ -50,7 +50,7 @@ def test_outputs_gradients_and_weights_equal_the_reference(name: str) -> None:
     def ours(dtype: str) -> list[Tensor]:
         layer, x = sized(dtype, **options), [tokens(*size, dtype=dtype).requires_grad_() for size in sizes]
         tensors = {name: converted(value, dtype) for name, value in keywords.items()}
-        outputs = [layer(*x, **tensors), layer.attention_weights(*x[:2], **of_weights(tensors))]
+        outputs = [layer(*x, **tensors), layer.attention_weights(*x[:2], **weight_options(tensors))]
         return with_gradients(outputs, [*(layer.params[name] for name in sorted(layer.params)), *x])
 
     params = {name: parameter.detach().numpy() for name, parameter in sized(**options).params.items()}

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 import transformer
-from support.comparisons import assert_same, off
+from support.comparisons import assert_same, largest_difference
 from support.libraries import converted, with_float64
 
 from mha_spec.arrays import library_of
@@ -126,4 +126,4 @@ def test_every_mask_matters(problem: Problem) -> None:
     single, double = (ours(problem, "numpy", dtype, masked=True) for dtype in ("float32", "float64"))
     whole = problem._replace(lengths=numpy.full(BATCH, SOURCE, dtype=numpy.int32))
     for other in (theirs(problem, masked=False), theirs(whole, masked=True), ours(whole, "numpy", "float64")):
-        assert off(other, judged) > off(single, double)
+        assert largest_difference(other, judged) > largest_difference(single, double)

@@ -86,7 +86,7 @@ KEY_BIASES: dict[str, Callable[[Mapping[str, Array]], Array]] = {
     "gpt2": lambda state: state["h.1.attn.c_attn.bias"][21:42].reshape(3, 7),
     "vit_timm": lambda state: state["blocks.1.attn.qkv.bias"][21:42].reshape(3, 7),
 }
-"""The key bias in each state: without rotation it adds the same number to all scores of a row, so no output shows it."""
+"""The key bias in each state. Without rotation it adds the same number to all scores of a row: no output shows it."""
 
 
 @pytest.mark.parametrize("name", KEY_BIASES)

@@ -1,1 +1,1 @@
-"""What several test files need: numbers, comparisons, the goldens as questions, and the worlds of the frameworks."""
+"""Code that several test files share: numbers, comparisons, the goldens as calls, and the worlds of the frameworks."""

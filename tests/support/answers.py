@@ -1,4 +1,4 @@
-"""Numbers for the oracle of the goldens, and how its answers are read."""
+"""Make numbers for the oracle of the goldens, and read its answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["kinds_of", "multiples"]
 
 
 def kinds_of(answer: Answer) -> list[Any]:
-    """The kind of every place, 0 where it is finite."""
+    """Give the kind of every element; without kinds, every element has kind 0."""
     return numpy.zeros(answer.values.shape, int).tolist() if answer.kinds is None else answer.kinds.tolist()
 
 
 def multiples(*shape: int, seed: int = 0, step: float = 0.125) -> numpy.ndarray:
-    """Multiples of `step`, at most 32 of them in magnitude."""
+    """Draw multiples of `step`, from -32 to 32 times `step`."""
     return numpy.random.default_rng(seed).integers(-32, 33, shape) * step

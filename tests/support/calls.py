@@ -1,4 +1,4 @@
-"""A small call of attention, in which every size is another."""
+"""A small call of attention, in which all sizes differ."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
 
 
 def operand(*shape: int, dtype: str = "float32") -> numpy.ndarray:
-    """Standard normal numbers."""
+    """Draw standard normal numbers."""
     return numbers(*shape).astype(dtype)
 
 
 def arguments(**changed: Any) -> dict[str, Any]:
-    """Query, key and value, and what is changed or added."""
+    """Give query, key and value, with the changed and additional arguments."""
     operands = {
         "query": operand(BATCH, HEADS, Q_LEN, QK_DIM),
         "key": operand(BATCH, KV_HEADS, KV_LEN, QK_DIM),

@@ -1,7 +1,7 @@
 """Comparisons of results: their library, dtype, shape and device first, then their values.
 
-Two float64 evaluations of one function agree far better than a float32 evaluation does with either, so what float32
-loses of ours is the yardstick: another meaning of anything would show many times over.
+Two float64 evaluations of a function agree far better than a float32 evaluation agrees with either. The error of our
+float32 evaluation is therefore the tolerance: a difference in meaning is many times larger.
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ from mha_spec_conformance.targets.conversion import to_numpy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["assert_equal", "assert_near", "assert_same", "described", "leaves", "off"]
+__all__ = ["assert_equal", "assert_near", "assert_same", "described", "largest_difference", "leaves"]
 
 
 def leaves(tree: Any) -> Iterator[Array]:
-    """The arrays of nested mappings and sequences, those of a mapping by name."""
+    """Give the arrays of nested mappings and sequences; mappings are read in the order of their names."""
     if isinstance(tree, Mapping):
         for name in sorted(tree):
             yield from leaves(tree[name])
     elif isinstance(tree, (list, tuple)):
-        for one in tree:
-            yield from leaves(one)
+        for branch in tree:
+            yield from leaves(branch)
     else:
         yield tree
 
 
 def described(array: Array, dtype: str | None = None) -> tuple[object, ...]:
-    """All that an array is beside its values, or would be in another dtype."""
+    """Give library, dtype, shape and device of an array; `dtype` replaces its dtype."""
     return library_of(array), dtype or dtype_name(array), tuple(array.shape), str(device_of(array))
 
 
-def off(one: Array, other: Array) -> float:
-    """How far two arrays lie apart at most; infinities of one sign do not."""
-    one, other = to_numpy(one), to_numpy(other)
-    apart = numpy.subtract(one, other, where=one != other, out=numpy.zeros_like(one))
-    return float(abs(apart).max(initial=0.0))
+def largest_difference(array: Array, other: Array) -> float:
+    """Give the largest distance of two elements; equal infinities have the distance 0."""
+    array, other = to_numpy(array), to_numpy(other)
+    differences = numpy.subtract(array, other, where=array != other, out=numpy.zeros_like(array))
+    return float(abs(differences).max(initial=0.0))
 
 
 def assert_same(ours: Callable[[str], Any], theirs: Any) -> None:
-    """In float64 ours is nearer to theirs than to ours in float32, which is off by roundings alone."""
-    found, rounded, expected = (list(leaves(one)) for one in (ours("float64"), ours("float32"), theirs))
-    for one, lost, other in zip(found, rounded, expected, strict=True):
-        assert described(one) == described(other, "float64")
-        assert described(lost) == described(one, "float32")
+    """Require that in float64 our result is nearer to theirs than to ours in float32, which differs by roundings."""
+    results, rounded, expected = (list(leaves(tree)) for tree in (ours("float64"), ours("float32"), theirs))
+    for result, narrow, other in zip(results, rounded, expected, strict=True):
+        assert described(result) == described(other, "float64")
+        assert described(narrow) == described(result, "float32")
         assert dtype_name(other) == "float64"
-        error, loss = off(one, other), off(one, lost)
+        error, loss = largest_difference(result, other), largest_difference(result, narrow)
         assert error < loss or error == loss == 0
 
 
-def assert_near(found: Any, expected: Any) -> None:
-    """Two results of ours in float64 are nearer to each other than float32 could tell."""
-    for one, other in zip(leaves(found), leaves(expected), strict=True):
-        assert described(one) == described(other, "float64") == described(other)
+def assert_near(results: Any, expected: Any) -> None:
+    """Require that two results in float64 differ by less than the resolution of float32."""
+    for result, other in zip(leaves(results), leaves(expected), strict=True):
+        assert described(result) == described(other, "float64") == described(other)
         largest = abs(to_numpy(other)).max(initial=0.0, where=numpy.isfinite(to_numpy(other)))
-        assert off(one, other) <= numpy.finfo(numpy.float32).eps * largest
+        assert largest_difference(result, other) <= numpy.finfo(numpy.float32).eps * largest
 
 
-def assert_equal(found: Any, expected: Any) -> None:
-    """Two results are the same to the bit, but for the sign of zero."""
-    for one, other in zip(leaves(found), leaves(expected), strict=True):
-        assert described(one) == described(other)
-        assert numpy.array_equal(to_numpy(one), to_numpy(other))
+def assert_equal(results: Any, expected: Any) -> None:
+    """Require that two results are equal to the bit, except for the sign of zero."""
+    for result, other in zip(leaves(results), leaves(expected), strict=True):
+        assert described(result) == described(other)
+        assert numpy.array_equal(to_numpy(result), to_numpy(other))

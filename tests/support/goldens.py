@@ -1,4 +1,4 @@
-"""The goldens as questions to one library: which are asked, as what arrays, and what is wrong with the answers."""
+"""Select goldens, call a library with them, and list the faults of its results."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ __all__ = [
     "alike",
     "arguments_of",
     "cases",
+    "cases_with_each",
     "compiled",
     "failures",
     "layer_failures",
     "layers_alike",
     "names",
-    "one_of_each",
-    "parted",
+    "split_arguments",
     "spread",
 ]
 
 Arguments = dict[str, Any]
 ENOUGH = 50
-"""How many goldens are asked in each world at least."""
+"""The least number of goldens that are asked in each world."""
 MOST_ALIKE = 6
-"""How many cases of one signature are chosen at most."""
+"""The largest number of cases of the same signature."""
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 PER_ENTRY = ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids", "cache_lengths", "positions")
 """Integers that may lie on the host."""
 HOST = {None, "numpy"}
-"""The libraries of what no framework traces."""
+"""The libraries of arguments that no framework traces."""
 LAYER = ("multi_head_attention", "multi_head_attention_weights", "rotary_embedding")
 
 
 @lru_cache
 def cases(*functions: str) -> tuple[Case, ...]:
-    """The cases of some functions that have an answer."""
+    """Give the cases of these functions that have an answer."""
     return tuple(case for case in _suite() if case.function in functions and case.expect == "values")
 
 
@@ -67,32 +67,32 @@ def _suite() -> tuple[Case, ...]:
 
 
 def names(case: Case) -> set[str]:
-    """The inputs and options of a case."""
+    """Give the names of the inputs and options of a case."""
     return {*case.options, *case.input_names}
 
 
 def spread(function: str, at_least: int = ENOUGH) -> list[Case]:
-    """Some cases of a function, evenly spread, with every input and option among them."""
-    found = cases(function)
-    some = list(found[:: max(1, len(found) // at_least)])
-    missing = set().union(*map(names, found)).difference(*map(names, some))
-    some += [next(case for case in found if name in names(case)) for name in sorted(missing)]
+    """Choose cases of a function, evenly spread, so that every input and option occurs."""
+    everything = cases(function)
+    some = list(everything[:: max(1, len(everything) // at_least)])
+    missing = set().union(*map(names, everything)).difference(*map(names, some))
+    some += [next(case for case in everything if name in names(case)) for name in sorted(missing)]
     assert len(some) >= at_least
     return some
 
 
-def one_of_each(functions: Iterable[str], *wanted: str) -> list[Case]:
-    """For each name of an input or option, or for each that there is, a case of every function that has it."""
-    given = {function: cases(function) for function in functions}
-    asked = wanted or sorted({name for some in given.values() for case in some for name in names(case)})
-    firsts = (next((case for case in some if name in names(case)), None) for name in asked for some in given.values())
+def cases_with_each(functions: Iterable[str], *wanted: str) -> list[Case]:
+    """Choose for each of these inputs and options, by default for all, a case of every function that has it."""
+    choices = [cases(function) for function in functions]
+    asked = wanted or sorted({name for some in choices for case in some for name in names(case)})
+    firsts = (next((case for case in some if name in names(case)), None) for name in asked for some in choices)
     return list({case.id: case for case in firsts if case is not None}.values())
 
 
 def alike(function: str, at_least: int = ENOUGH, *, without: Iterable[str] = ()) -> list[Case]:
-    """Some cases of a function, those of one signature side by side, with every name among them.
+    """Choose cases of a function, ordered by signature, so that every name occurs.
 
-    There are few signatures, each of which a framework compiles for.
+    They have few signatures, because a framework compiles for each.
     """
     left = [group for group in _groups(function) if not names(group[0]).intersection(without)]
     missing = {name for group in left for name in names(group[0])}
@@ -106,7 +106,7 @@ def alike(function: str, at_least: int = ENOUGH, *, without: Iterable[str] = ())
 
 
 def layers_alike(at_least: int = ENOUGH) -> list[Case]:
-    """Some cases of the layer's functions, as `alike` has them."""
+    """Choose cases of the layer's functions by `alike`."""
     some = [case for function in LAYER for case in alike(function, at_least // len(LAYER))]
     assert len(some) >= at_least
     return some
@@ -114,7 +114,7 @@ def layers_alike(at_least: int = ENOUGH) -> list[Case]:
 
 @lru_cache
 def _groups(function: str) -> list[list[Case]]:
-    """The cases of a function by signature, less those without queries, where there is nothing to map over."""
+    """Group the cases of a function by signature, except those without batch entries or queries to map over."""
     groups: dict[object, list[Case]] = {}
     for case in cases(function):
         first = next(name for name in ("query", "x", "output_a") if name in case.input_names)
@@ -124,26 +124,25 @@ def _groups(function: str) -> list[list[Case]]:
 
 
 def arguments_of(case: Case, dtype: str, library: str, host: Iterable[str] = ()) -> Arguments:
-    """The arguments of a case, some of them as NumPy arrays, with its options."""
+    """Give the arrays and options of a case; the arrays named in `host` stay NumPy arrays."""
     options = {name: tuple(value) if name == "window" else value for name, value in case.options.items()}
     arrays = case.inputs(dtype).items()
     return {name: array if name in host else to_library(array, library) for name, array in arrays} | options
 
 
-def parted(arguments: Mapping[str, Any]) -> tuple[Arguments, Arguments]:
-    """What a framework traces, its arrays alone or in a cache, and all else."""
-    libraries = {name: library_of(one) for name, one in arguments.items()}
-    traced = {name for name, one in arguments.items() if isinstance(one, KVCache) or libraries[name] not in HOST}
-    arrays = {name: one for name, one in arguments.items() if name in traced}
-    return arrays, {name: one for name, one in arguments.items() if name not in traced}
+def split_arguments(arguments: Mapping[str, Any]) -> tuple[Arguments, Arguments]:
+    """Separate the arguments that a framework traces, its arrays and caches, from the rest."""
+    traced = {name for name, value in arguments.items() if isinstance(value, KVCache) or library_of(value) not in HOST}
+    arrays = {name: value for name, value in arguments.items() if name in traced}
+    return arrays, {name: value for name, value in arguments.items() if name not in traced}
 
 
 def compiled(compiler: Callable[[Callable[..., Any]], Any], call: Callable[..., Any]) -> Callable[..., Any]:
-    """A program for each set of plain options, to which all else is an argument."""
+    """Compile a call once for each set of plain options; the arrays are arguments of the program."""
     programs: dict[str, Callable[..., Any]] = {}
 
     def asked(*operands: Any, **keywords: Any) -> Any:
-        arrays, rest = parted(keywords)
+        arrays, rest = split_arguments(keywords)
         if repr(rest) not in programs:
             programs[repr(rest)] = compiler(lambda operands, arrays: call(*operands, **arrays, **rest))
         return programs[repr(rest)](operands, arrays)
@@ -158,7 +157,7 @@ def failures(
     *dtypes: str,
     host: Iterable[str] = (),
 ) -> list[str]:
-    """What is wrong with the answers to some cases, whose arguments are the keywords."""
+    """Call `ask` with the arguments of each case as keywords, and list the faults of the results."""
     return _failures(library, some, dtypes, host, lambda _, arguments: [ask(**arguments)])
 
 
@@ -169,7 +168,7 @@ def layer_failures(
     wrapped: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda call: call,
     host: Iterable[str] = (),
 ) -> list[str]:
-    """What is wrong with the answers of a backend's layer to some cases, each of its functions wrapped."""
+    """Call the functions of a backend's layer, each wrapped, and list the faults of the results."""
     backend = import_module(f"mha_spec_{library}")
     calls = {function: wrapped(getattr(backend, function)) for function in {case.function for case in some}}
 
@@ -191,27 +190,27 @@ def _failures(
 ) -> list[str]:
     asked = [(case, dtype) for case in some for dtype in dtypes if dtype in case.dtypes]
     assert asked
-    found: list[str] = []
+    faults: list[str] = []
     for case, dtype in asked:
         arguments = arguments_of(case, dtype, library, host)
-        wrong = _wrong(case, dtype, library, arguments, ask(case.function, arguments))
-        found += [] if wrong is None else [f"{case.id} {dtype}: {wrong}"]
-    return found
+        fault = _fault(case, dtype, library, arguments, ask(case.function, arguments))
+        faults += [] if fault is None else [f"{case.id} {dtype}: {fault}"]
+    return faults
 
 
-def _wrong(
+def _fault(
     case: Case, dtype: str, library: str, arguments: Arguments, parts: Sequence[Mapping[str, Array]]
 ) -> str | None:
-    """What is wrong with an answer, if anything is: library, device and dtype of each output first, then its values."""
+    """Describe the first fault, or return None; check library, device and dtype of each output before its values."""
     ask = Ask(case, dtype, ())
-    first = next(one for one in arguments.values() if library_of(one) == library)
+    first = next(value for value in arguments.values() if library_of(value) == library)
     for name, output in (item for part in parts for item in part.items()):
-        given = (library, device_of(first)), (library_of(arguments.get(name)), device_of(arguments.get(name)))
-        if (library_of(output), device_of(output)) not in given:
+        allowed = (library, device_of(first)), (library_of(arguments.get(name)), device_of(arguments.get(name)))
+        if (library_of(output), device_of(output)) not in allowed:
             return f"`{name}` is an array of {library_of(output)} on {device_of(output)}"
         if dtype_name(output) not in expected_dtypes(ask, name):
             return dtype_fault(ask, name, {name: output})
-    outputs = joined([{name: to_numpy(one) for name, one in part.items()} for part in parts])
+    outputs = joined([{name: to_numpy(output) for name, output in part.items()} for part in parts])
     wanted = {name: expected for name, expected in case.expected.items() if name in outputs or name != "lse"}
     judgement = judge(case, wanted, outputs, _allowed(case, dtype), precision(dtype))
     return None if judgement.passed else str(judgement.reason)
@@ -221,7 +220,7 @@ _ALLOWED: dict[tuple[str, str], Mapping[str, numpy.ndarray]] = {}
 
 
 def _allowed(case: Case, dtype: str) -> Mapping[str, numpy.ndarray]:
-    """How far the outputs of a case may be off, worked out once for all worlds."""
+    """Compute the allowances of a case, once for all worlds."""
     if (case.id, dtype) not in _ALLOWED:
         _ALLOWED[case.id, dtype] = allowances(case.function, case.inputs(dtype), case.options, precision(dtype))
     return _ALLOWED[case.id, dtype]

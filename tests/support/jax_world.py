@@ -43,7 +43,7 @@ def parts(x: Array, lengths: Sequence[int]) -> list[Array]:
 
 
 def operands(q_len: int = 5, kv_len: int = 7, dtype: str = "float64") -> list[Array]:
-    """Give query, key and value of attention, 2 x 6 heads over 3."""
+    """Draw query, key and value of a call of attention with 6 heads and 3 key/value heads."""
     shapes = (2, 6, q_len, 11), (2, 3, kv_len, 11), (2, 3, kv_len, 13)
     return [jnp.asarray(numbers(*shape), dtype) for shape in shapes]
 

@@ -1,4 +1,4 @@
-"""A layer in which every size is another, what it is asked, and the reference's answers."""
+"""The sizes, options and parameters of a layer in which all sizes differ, and the reference's results."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = [
     "assert_drawn_as_in_the_paper",
     "by_reference",
     "heads",
-    "of_weights",
     "parameters",
     "tokens",
     "uneven",
+    "weight_options",
 ]
 
 Options = dict[str, Any]
@@ -63,51 +63,51 @@ OPTIONS: dict[str, tuple[Options, Callable[[], Options]]] = {
         },
     ),
 }
-"""Options of a layer, and of a call on 3 tokens that look at 8."""
+"""Options of a layer, and of a call on 3 tokens that attend to 8."""
 
 
 def tokens(length: int = LENGTH, size: int = EMBED, seed: int = 5) -> numpy.ndarray:
-    """Tokens of normal numbers."""
+    """Draw tokens from the normal distribution."""
     return numbers(BATCH, length, size, seed=seed)
 
 
 def heads(length: int, seed: int = 5) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Keys and values for a cache."""
+    """Draw keys and values for a cache."""
     return numbers(BATCH, KV_HEADS, length, QK_DIM, seed=seed), numbers(BATCH, KV_HEADS, length, V_DIM, seed=seed)
 
 
 def parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, numpy.ndarray]:
-    """Numbers in every parameter, in each of them others."""
+    """Draw numbers for every parameter, different in each."""
     return {name: numbers(*shape, seed=list(AXES).index(name)) / 2 for name, shape in shapes.items()}
 
 
-def of_weights(options: Mapping[str, Any]) -> Options:
-    """The options that weights have too."""
-    return {name: one for name, one in options.items() if "dropout" not in name}
+def weight_options(options: Mapping[str, Any]) -> Options:
+    """Give the options that `multi_head_attention_weights` accepts."""
+    return {name: value for name, value in options.items() if "dropout" not in name}
 
 
 def uneven(shape: Sequence[int]) -> numpy.ndarray:
-    """A cotangent in which every element counts differently."""
+    """Give a cotangent whose elements all differ."""
     return numpy.linspace(-1, 2, int(numpy.prod(shape, dtype=int))).reshape(shape)
 
 
 def by_reference(
     params: Mapping[str, numpy.ndarray], inputs: Sequence[numpy.ndarray], **options: Any
 ) -> list[numpy.ndarray]:
-    """Output and weights of the reference, and the gradients of parameters by name and of inputs, by PyTorch."""
-    given = {name: torch.from_numpy(one) if isinstance(one, numpy.ndarray) else one for name, one in options.items()}
-    held = {name: torch.from_numpy(params[name].copy()).requires_grad_() for name in sorted(params)}
-    x = [torch.from_numpy(one.copy()).requires_grad_() for one in inputs]
+    """Compute output and weights by the reference, and by PyTorch the gradients of parameters by name and of inputs."""
+    options = {name: torch.from_numpy(x) if isinstance(x, numpy.ndarray) else x for name, x in options.items()}
+    tensors = {name: torch.from_numpy(params[name].copy()).requires_grad_() for name in sorted(params)}
+    x = [torch.from_numpy(array.copy()).requires_grad_() for array in inputs]
     layer: Any = reference
-    weights = layer.multi_head_attention_weights(*x[:2], held, **of_weights(given))
-    outputs = [layer.multi_head_attention(*x, held, **given), weights]
-    cotangents = [torch.from_numpy(uneven(one.shape)) for one in outputs]
-    gradients = torch.autograd.grad(outputs, [*held.values(), *x], cotangents)
-    return [one.detach().numpy() for one in (*outputs, *gradients)]
+    weights = layer.multi_head_attention_weights(*x[:2], tensors, **weight_options(options))
+    outputs = [layer.multi_head_attention(*x, tensors, **options), weights]
+    cotangents = [torch.from_numpy(uneven(output.shape)) for output in outputs]
+    gradients = torch.autograd.grad(outputs, [*tensors.values(), *x], cotangents)
+    return [result.detach().numpy() for result in (*outputs, *gradients)]
 
 
 def assert_drawn_as_in_the_paper(params: Mapping[str, numpy.ndarray]) -> None:
-    """The first parameters of `MultiHeadAttention(64, 4, qk_dim=24, out=96, qk_norm=True)`."""
+    """Check the initial parameters of `MultiHeadAttention(64, 4, qk_dim=24, out=96, qk_norm=True)`."""
     for name, fans in {"w_q": (64, 96), "w_k": (64, 96), "w_v": (64, 96), "w_o": (96, 96)}.items():
         drawn, bound = params[name], (6 / sum(fans)) ** 0.5
         assert drawn.dtype == numpy.float32

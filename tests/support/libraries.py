@@ -1,4 +1,4 @@
-"""Nested arrays of NumPy as those of every library."""
+"""Convert nested arrays of NumPy to every library."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["converted", "with_float64"]
 
 
 def converted(tree: Any, library: str, dtype: str) -> Any:
-    """Nested arrays of NumPy as those of a library, floats in this dtype."""
+    """Convert nested arrays of NumPy to a library, and floats to this dtype."""
     if isinstance(tree, dict):
-        return {name: converted(one, library, dtype) for name, one in tree.items()}
+        return {name: converted(branch, library, dtype) for name, branch in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [converted(one, library, dtype) for one in tree]
+        return [converted(branch, library, dtype) for branch in tree]
     return to_library(tree.astype(dtype) if numpy.issubdtype(tree.dtype, numpy.floating) else tree, library)
 
 
 def with_float64(library: str) -> AbstractContextManager[object]:
-    """Where float64 is asked for, if it must be."""
+    """Enable float64 where a library has it only on request."""
     return jax.enable_x64(True) if library == "jax" else nullcontext()

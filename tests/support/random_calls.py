@@ -1,4 +1,4 @@
-"""Calls of attention with every option now and then, and what is asked of their answers."""
+"""Random calls of attention, and the checks of their results."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def random_arrays(
 
 
 def random_call(seed: int, **sizes: int) -> dict[str, Any]:
-    """Arrays with a random choice of options, each about as often there as not."""
+    """Give arrays with a random choice of options; each option occurs in two calls of five."""
     random, call = numpy.random.default_rng(seed), dict(random_arrays(seed, **sizes))
     batch, _, q_len, _ = call["query"].shape
     kv_len = call["key"].shape[2]
@@ -101,7 +101,7 @@ def arguments_of(function: str, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ask(module: Any, function: str, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The outputs of a function by name."""
+    """Call a function, and give its outputs by name."""
     options = {"return_lse": True} if function == "attention" else {}
     answer = getattr(module, function)(**arguments_of(function, call), **options)
     answers = answer if isinstance(answer, tuple) else (answer,)
@@ -109,7 +109,7 @@ def ask(module: Any, function: str, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assert_allowed(function: str, call: Mapping[str, Any], got: Mapping[str, numpy.ndarray]) -> None:
-    """Hold every output against the specification in float64 and the allowance of the case."""
+    """Compare every output with the reference in float64, within the allowance of the case."""
     asked = arguments_of(function, call)
     arrays = {name: value for name, value in asked.items() if isinstance(value, numpy.ndarray)}
     options = {name: value for name, value in asked.items() if name not in arrays}

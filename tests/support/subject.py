@@ -1,4 +1,4 @@
-"""A target in this process: the reference, with one of its steps replaced, to show that a case can fail."""
+"""A target in this process: the reference with a replaced step, which shows that a case can fail."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Subject"]
 
 
 class Subject:
-    """An attention in this process that claims everything, and what the suite says of its answers."""
+    """An attention in this process that claims every feature, with the suite's judge."""
 
     def __init__(self, functions: Mapping[str, Callable[..., object]]) -> None:
         claims = Claims("reference", {name: f.keywords for name, f in FUNCTIONS.items()}, FLOATING, registered=True)
@@ -34,10 +34,10 @@ class Subject:
 
     @classmethod
     def over(cls, steps: Steps | LayerSteps) -> Subject:
-        """The reference over these steps, of attention or of the layer."""
+        """Make the reference over these steps, of attention or of the layer."""
         return cls({name: function_over(steps, name) for name in FUNCTIONS})
 
     def outcome(self, case: Case, dtype: str, *, every_layout: bool = False) -> Result:
-        """What the suite says of one answer."""
+        """Judge the answer to a case."""
         ask = Ask(case, dtype, tuple(case.expected) or ("output",), every_layout=every_layout)
         return self.judge.result(ask, answer(self.target, ask.question()))

@@ -1,4 +1,4 @@
-"""Layers, tokens and gradients in the tensors of PyTorch."""
+"""Layers, tokens and gradients as tensors of PyTorch."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ __all__ = ["cut_into_tasks", "filled", "heads", "operands", "sized", "tensor", "
 
 
 def tensor(array: numpy.ndarray, dtype: str | None = None) -> Tensor:
-    """A tensor of the same dtype or of another."""
-    made = torch.from_numpy(array)
-    return made if dtype is None else made.to(getattr(torch, dtype))
+    """Convert an array to a tensor, of the same dtype or of another."""
+    converted = torch.from_numpy(array)
+    return converted if dtype is None else converted.to(getattr(torch, dtype))
 
 
 def sized(dtype: str = "float64", **options: Any) -> MultiHeadAttention:
-    """A layer in which every size is another, with numbers in every parameter."""
+    """Make a layer whose sizes are all different, with numbers in every parameter."""
     layer = MultiHeadAttention(layers.EMBED, layers.HEADS, dtype=getattr(torch, dtype), **layers.SIZES | options)
-    found = layers.parameters({name: tuple(one.shape) for name, one in layer.params.items()})
-    layer.load_state_dict({name: tensor(one) for name, one in found.items()})
+    arrays = layers.parameters({name: tuple(param.shape) for name, param in layer.params.items()})
+    layer.load_state_dict({name: tensor(array) for name, array in arrays.items()})
     return layer
 
 
 def operands(q_len: int = 32, kv_len: int = 32, qk_dim: int = 8, v_dim: int = 8) -> list[Tensor]:
-    """Query, key and value of a call of attention, 2 x 4 heads over 2, in float32."""
+    """Draw query, key and value of a call of attention with 4 heads and 2 key/value heads, in float32."""
     shapes = (2, 4, q_len, qk_dim), (2, 2, kv_len, qk_dim), (2, 2, kv_len, v_dim)
     return [tensor(numbers(*shape, seed=place), "float32") for place, shape in enumerate(shapes)]
 
@@ -49,7 +49,7 @@ def cut_into_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def filled(module: Any) -> Any:
-    """The module with normal numbers in every parameter."""
+    """Fill every parameter of a module with normal numbers, and return the module."""
     torch.manual_seed(4)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -57,16 +57,16 @@ def filled(module: Any) -> Any:
 
 
 def tokens(length: int = layers.LENGTH, size: int = layers.EMBED, seed: int = 5, dtype: str = "float64") -> Tensor:
-    """Tokens of normal numbers."""
+    """Draw tokens from the normal distribution."""
     return tensor(layers.tokens(length, size, seed), dtype)
 
 
 def heads(length: int, seed: int = 5) -> list[Tensor]:
-    """Keys and values for a cache."""
-    return [tensor(one) for one in layers.heads(length, seed)]
+    """Draw keys and values for a cache."""
+    return [tensor(array) for array in layers.heads(length, seed)]
 
 
 def with_gradients(outputs: Sequence[Tensor], of: Iterable[Tensor]) -> list[Tensor]:
-    """The outputs, and the gradients of a sum in which every element counts differently."""
-    cotangents = [tensor(layers.uneven(one.shape)).to(one) for one in outputs]
+    """Give the outputs, and the gradients of a sum that weighs every element differently."""
+    cotangents = [tensor(layers.uneven(output.shape)).to(output) for output in outputs]
     return [*outputs, *torch.autograd.grad(outputs, list(of), cotangents)]
