@@ -28,7 +28,7 @@ def draw_layer(d: Drawing) -> Call:
     _parameters(d, sizes, weights=weights)
     if cached:
         _cache(d, sizes)
-    chunked = cached and d.function == "multi_head_attention" and sizes["q_len"] == sizes["kv_len"] > 1 and d.often()
+    chunked = cached and not weights and sizes["q_len"] == sizes["kv_len"] > 1 and d.often()
     if chunked:
         cut = 1 + d.below(sizes["q_len"] - 1)
         d.options["chunks"] = [cut, sizes["q_len"] - cut]

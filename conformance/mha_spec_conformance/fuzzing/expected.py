@@ -233,10 +233,11 @@ def _layer(call: Call, rows: None) -> Kinds:
     steps = replace(steps, attend=recorded("attend", steps.attend), weigh=recorded("weigh", steps.weigh))
     arguments = {name: _widened(array) for name, array in call.arrays.items()} | dict(call.options)
     answers = joined(list(layer_answers(function_over(steps, call.function), call.function, arguments)))
-    kinds = {"weights": numpy.where(seen["weigh"][0], FINITE, EXACT)} if "weights" in answers else {}
+    every = 2 if call.options.get("drafts") else 1
+    visible = {name: numpy.concatenate(pairs[::every], axis=2) for name, pairs in seen.items() if pairs}
+    kinds = {"weights": numpy.where(visible["weigh"], FINITE, EXACT)} if "weights" in answers else {}
     if "output" in answers:
-        calls = seen["attend"][::2] if call.options.get("drafts") else seen["attend"]
-        empty = numpy.concatenate([~visible.any(axis=(1, 3)) for visible in calls], axis=1)
+        empty = ~visible["attend"].any(axis=(1, 3))
         kinds |= {"output": numpy.where(empty, EXACT, FINITE)[..., None]}
     if CACHE[0] in answers:
         slots = numpy.arange(answers["cache_key"].shape[2])
