@@ -237,7 +237,18 @@ def test_target_that_does_not_answer_is_reported(
 
 
 def test_call_that_is_open_at_the_end_of_the_time_is_not_a_fault(tmp_path: Path) -> None:
-    assert fuzz(target=target_file(tmp_path, "time.sleep(60)"), seconds=2.0, limit=60.0) == 2
+    hangs_at_the_second_call = "os.environ.get('CALLED') and time.sleep(60); os.environ['CALLED'] = 'yes'"
+    assert fuzz(target=target_file(tmp_path, hangs_at_the_second_call), seconds=2.0, limit=60.0) == 0
+
+
+def test_first_answer_may_take_longer_than_the_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz(target=target_file(tmp_path, "time.sleep(3)"), seconds=0.5, limit=60.0) == 0
+    assert "1 calls" in capsys.readouterr().out
+
+
+def test_number_of_calls_ends_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz(target="numpy", seconds=LONG, most_calls=5, functions=("alibi_slopes",)) == 0
+    assert "5 calls" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", layouts_of("numpy"))

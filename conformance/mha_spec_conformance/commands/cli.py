@@ -117,6 +117,7 @@ def fuzz(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the faults as cases to this folder.")] = None,
     max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after this number of faults.")] = None,
+    calls: Annotated[int | None, typer.Option(min=1, help="Stop after this number of judged calls.")] = None,
     timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of a call in seconds.")] = 60.0,
 ) -> None:
     """Ask a target random calls. The exit status is 0 without a fault, 1 with a fault, and 2 if no call was judged."""
@@ -132,6 +133,7 @@ def fuzz(
             accepted=tuple(accept or ()),
             folder=save,
             max_fail=max_fail,
+            most_calls=calls,
             limit=timeout,
         )
     except KeyboardInterrupt:

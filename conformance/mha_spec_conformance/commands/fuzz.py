@@ -51,6 +51,7 @@ def fuzz(
     accepted: Iterable[str] = (),
     folder: Path | None = None,
     max_fail: int | None = None,
+    most_calls: int | None = None,
     limit: float = 60.0,
 ) -> int:
     """Search for wrong answers of a target, print each fault once, save them as cases; give the exit status."""
@@ -61,7 +62,9 @@ def fuzz(
         set_hypothesis_home_dir(home)
 
         def answered(question: Question) -> Answer:
-            pool.limit = min(limit, max(search.left, LEAST_SECONDS))
+            # The first answer may need a long compilation; without it the search would judge nothing.
+            left = search.left if search.outcome.judged else limit
+            pool.limit = min(limit, max(left, LEAST_SECONDS))
             ((_, answer),) = pool.answers([question])
             if answer.kind == "timeout" and pool.limit < limit:
                 raise RoundIsOver
@@ -72,7 +75,15 @@ def fuzz(
 
         asker = Asker(pool.claims, answered, frozenset(parse_convention(text) for text in accepted))
         search = Search(
-            asker, seed, seconds, functions=functions, world=entered, most=max_fail, progress=clock, found=report
+            asker,
+            seed,
+            seconds,
+            functions=functions,
+            world=entered,
+            most=max_fail,
+            most_calls=most_calls,
+            progress=clock,
+            found=report,
         )
         outcome = search.run()
     if folder is not None and outcome.findings:

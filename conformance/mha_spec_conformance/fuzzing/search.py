@@ -124,6 +124,7 @@ class Search:
         functions: tuple[str, ...] = (),
         world: World | None = None,
         most: int | None = None,
+        most_calls: int | None = None,
         progress: Callable[[Outcome], None] = lambda outcome: None,
         found: Callable[[Finding], None] = lambda finding: None,
     ) -> None:
@@ -136,6 +137,7 @@ class Search:
             functions: The functions to draw; if empty, all that the target claims.
             world: The world in which the target runs.
             most: The number of faults after which the search stops.
+            most_calls: The number of judged calls after which the search stops; a fault is still shrunk.
             progress: Called after each call with the results so far.
             found: Called with each fault after it is shrunk.
         """
@@ -144,6 +146,7 @@ class Search:
         self.calls = calls(asker.claims, functions)
         self.world = world
         self.most = most
+        self.most_calls = most_calls
         self.progress = progress
         self.found = found
         self.seconds = seconds
@@ -156,11 +159,15 @@ class Search:
         """The remaining time in seconds."""
         return self._start + self.seconds - time.monotonic()
 
+    @property
+    def _has_all_calls(self) -> bool:
+        return self.most_calls is not None and self.outcome.judged.total() >= self.most_calls
+
     def run(self) -> Outcome:
-        """Search until the time is over, or until `most` faults are kept."""
+        """Search until the time is over, or until there are `most` faults or `most_calls` judged calls."""
         self._start = time.monotonic()
         number = 0
-        while self.left > 0 and (self.most is None or len(self.outcome.findings) < self.most):
+        while self.left > 0 and not self._has_all_calls and len(self.outcome.findings) != self.most:
             self._round(number)
             number += 1
         self.outcome.seconds = time.monotonic() - self._start
@@ -197,9 +204,12 @@ class Search:
         return (drawn.varied(step, numbers=numbers) for step in range(count))
 
     def _check_time(self) -> None:
-        allowed = min(SHRINKING_SECONDS, SHRINKING_SHARE * self.seconds)
-        late = self._smallest is not None and time.monotonic() - self._shrinking_since > allowed
-        if self.left <= 0 or late:
+        if self._smallest is None:
+            over = self._has_all_calls
+        else:
+            allowed = min(SHRINKING_SECONDS, SHRINKING_SHARE * self.seconds)
+            over = time.monotonic() - self._shrinking_since > allowed
+        if self.left <= 0 or over:
             raise RoundIsOver
 
     def _wrong(self, call: Call) -> Finding | None:
