@@ -83,7 +83,7 @@ def fuzz(
             most=max_fail,
             most_calls=most_calls,
             progress=clock,
-            found=report,
+            report=report,
         )
         outcome = search.run()
     if folder is not None and outcome.findings:

@@ -126,7 +126,7 @@ class Search:
         most: int | None = None,
         most_calls: int | None = None,
         progress: Callable[[Outcome], None] = lambda outcome: None,
-        found: Callable[[Finding], None] = lambda finding: None,
+        report: Callable[[Finding], None] = lambda finding: None,
     ) -> None:
         """Prepare a search.
 
@@ -139,7 +139,7 @@ class Search:
             most: The number of faults after which the search stops.
             most_calls: The number of judged calls after which the search stops; a fault is still shrunk.
             progress: Called after each call with the results so far.
-            found: Called with each fault after it is shrunk.
+            report: Called with each fault after it is shrunk.
         """
         self.asker = asker
         self.outcome = Outcome(seed)
@@ -148,7 +148,7 @@ class Search:
         self.most = most
         self.most_calls = most_calls
         self.progress = progress
-        self.found = found
+        self.report = report
         self.seconds = seconds
         self._start = time.monotonic()
         self._smallest: Finding | None = None
@@ -182,7 +182,7 @@ class Search:
         if self._smallest is not None:
             finding = self._diagnosed(self._smallest)
             self.outcome.findings.append(finding)
-            self.found(finding)
+            self.report(finding)
 
     def _try(self, drawn: Call) -> None:
         """Ask a drawn call; raise if the answer is wrong and, while shrinking, wrong in the same way."""
