@@ -1,8 +1,8 @@
-"""How soon the fuzzer finds each known mistake: random calls and seconds until the first wrong answer.
+"""Measure how soon the fuzzer finds each known mistake: calls and seconds until the first wrong answer.
 
     python benchmarks/fuzzing.py                          every mistake of the catalogue, a minute each at most
     python benchmarks/fuzzing.py --seconds 20 --seed 3    another limit, other calls
-    python benchmarks/fuzzing.py causal rotary            the mistakes whose names hold one of these words
+    python benchmarks/fuzzing.py causal rotary            the mistakes whose names contain any of these words
 
 The mistaken reference answers in this process, so the figures do not depend on any backend. Seconds are those of the
 processor, drawing and judging included.
@@ -41,12 +41,12 @@ class FirstFault(KeyboardInterrupt):
 
 
 class Watching(Asker):
-    """Counts the calls and stops at the first wrong answer."""
+    """An asker that counts the calls and stops at the first wrong answer."""
 
     calls = 0
 
     def result(self, call: Call, name: str = "fuzz/call") -> Result | None:
-        """Judge one call."""
+        """Judge a call."""
         result = super().result(call, name)
         self.calls += 1
         if result is not None and result.outcome in FAILING:
@@ -55,10 +55,10 @@ class Watching(Asker):
 
 
 class Measured(Search):
-    """A search whose time is that of the processor, so that a loaded machine finds as much as an idle one."""
+    """A search limited by processor time, so that a loaded machine finds as much as an idle machine."""
 
     def run(self) -> Outcome:
-        """Search from now on."""
+        """Search, and start the clock."""
         self._started = time.process_time()
         return super().run()
 
@@ -77,7 +77,7 @@ def target_of(mistake: Mistake) -> Target:
 
 
 def first_fault(mistake: Mistake, seed: int, seconds: float) -> tuple[int, float] | None:
-    """Give the calls and seconds until the first wrong answer; None where the time was over before."""
+    """Give the calls and seconds until the first wrong answer; None if there was none in time."""
     target = target_of(mistake)
     asker = Watching(target.claims, lambda question: answer(target, question))
     asker.suspect(())
@@ -92,24 +92,23 @@ def first_fault(mistake: Mistake, seed: int, seconds: float) -> tuple[int, float
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description="How soon the fuzzer finds each known mistake.")
+    parser = argparse.ArgumentParser(description="Measure how soon the fuzzer finds each known mistake.")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chosen = [m for m in MISTAKES if not options.words or any(word in m.name for word in options.words)]
     drawn = [m for m in chosen if not any(word in m.name for word in REFUSALS)]
-    found: dict[str, tuple[int, float]] = {}
+    detections: dict[str, tuple[int, float]] = {}
     for mistake in drawn:
         first = first_fault(mistake, options.seed, options.seconds)
-        shown = "not found" if first is None else f"{first[0]:6d} calls {first[1]:7.1f} s"
-        print(f"{mistake.name:45} {shown}", flush=True)
-        found |= {} if first is None else {mistake.name: first}
-    print(
-        f"{len(found)} of {len(drawn)} found; {len(chosen) - len(drawn)} only refuse illegal calls, which are not drawn"
-    )
-    if found:
-        calls, seconds = zip(*found.values(), strict=True)
+        cost = "not found" if first is None else f"{first[0]:6d} calls {first[1]:7.1f} s"
+        print(f"{mistake.name:45} {cost}", flush=True)
+        detections |= {} if first is None else {mistake.name: first}
+    left_out = len(chosen) - len(drawn)
+    print(f"{len(detections)} of {len(drawn)} found; {left_out} only refuse illegal calls, which are not drawn")
+    if detections:
+        calls, seconds = zip(*detections.values(), strict=True)
         print(f"median {statistics.median(calls):.0f} calls, {statistics.median(seconds):.1f} s")
         print(f"nine in ten within {sorted(calls)[int(0.9 * len(calls))]} calls")
 

@@ -1,11 +1,11 @@
-"""Our backends on one GPU beside the native kernels: TFLOP/s, ratios, and whether the answers are right.
+"""Compare our backends on a GPU with the native kernels: TFLOP/s, ratios, and the conformance suite.
 
-    python benchmarks/gpu.py                          under 5 minutes, on one CUDA GPU
-    python benchmarks/gpu.py --device cpu --quick     small sizes, to see that it runs
+    python benchmarks/gpu.py                          under 5 minutes, on a CUDA GPU
+    python benchmarks/gpu.py --device cpu --quick     small sizes, for a trial run
 
-In bfloat16 (float32 on a CPU). A ratio is their time over ours: above 1 we are faster. A kernel that refuses a call has
-no figure there, and says why on stderr. At the end each backend is asked the conformance suite on the device. Exit
-status: 0 the suite passed, 1 it did not, 2 there is no GPU.
+Calls are in bfloat16 (float32 on a CPU). A ratio is their time over ours: above 1 we are faster. A kernel that refuses
+a call has no figure; the reason is printed on stderr. At the end the conformance suite judges each backend on the
+device. Exit status: 0 the suite passed, 1 it did not, 2 there is no GPU.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 NO_GPU = 2
 START = time.perf_counter()
 ROWS_UNTIL = {"torch": 110.0, "jax": 190.0}
-"""Seconds from the start after which no more row of a backend is begun."""
+"""Seconds from the start after which no row of a backend begins."""
 END = 290.0
-"""Seconds from the start within which all is done: the suite is given what is left."""
+"""Seconds from the start within which the program ends; the suite has the time that is left."""
 SECONDS = {"gpu": 0.5, "quick": 0.05}
-"""How long the calls of one row are measured in turns."""
+"""Seconds for which the calls of a row are measured in turns."""
 BATCH = 2e-3
-"""How long calls are made before the device is waited for, so that the wait is a small part."""
+"""Seconds of calls before the program waits for the device, so that the wait is a small part."""
 BACKWARD = 3.5
-"""Operations of forward and backward beside those of the forward: the backward has five products, the forward two."""
+"""Operations of both passes over those of the forward: the backward has five products, the forward two."""
 
 
 def main(
@@ -51,20 +51,20 @@ def main(
     quick: Annotated[bool, typer.Option(help="Small sizes and a part of the suite.")] = False,
     conformance: Annotated[bool, typer.Option(help="Ask the conformance suite at the end.")] = True,
 ) -> None:
-    """Measure, print, judge."""
+    """Measure the backends, print the tables, and run the suite."""
     if not gpu_torch.present(device):
-        print("gpu.py: torch sees no CUDA GPU here, and there is nothing to measure.", file=sys.stderr)
+        print("gpu.py: torch finds no CUDA GPU, so there is nothing to measure.", file=sys.stderr)
         raise typer.Exit(NO_GPU)
     warnings.simplefilter("ignore")
     console = Console(width=160)
-    there: list[str] = []
+    backends: list[str] = []
     for name, part in parts(device):
         if isinstance(part, str):
             console.print(f"{name}: {part}")
             continue
         console.print(table(name, part, device, quick=quick))
-        there.append(name)
-    asked = there if conformance else []
+        backends.append(name)
+    asked = backends if conformance else []
     shares = [(END - elapsed()) / len(asked) for _ in asked]
     good = [judged(console, name, device, share, quick=quick) for name, share in zip(asked, shares, strict=True)]
     console.print(f"{elapsed():.0f} s")
@@ -72,23 +72,26 @@ def main(
 
 
 def elapsed() -> float:
-    """Seconds since the start."""
+    """Give the seconds since the start."""
     return time.perf_counter() - START
 
 
 def parts(device: str) -> Iterator[tuple[str, ModuleType | str]]:
-    """The backends that can be measured, or why one cannot."""
+    """Give each backend, or the reason why it cannot be measured."""
     yield "torch", gpu_torch
     try:
         import gpu_jax
     except ImportError as error:
         yield "jax", f"not measured, it does not import: {error}"
         return
-    yield "jax", gpu_jax if gpu_jax.present(device) else "not measured, the installed jaxlib knows no such device"
+    yield (
+        "jax",
+        gpu_jax if gpu_jax.present(device) else "not measured, the installed jaxlib lacks the device",
+    )
 
 
 def table(name: str, part: Any, device: str, *, quick: bool) -> Table:
-    """One row for each setting and pass."""
+    """Make a table with a row for each setting and pass."""
     rows = [
         (setting, backward, measured(part, setting, device, backward=backward, quick=quick))
         for setting in settings(quick=quick)
@@ -96,17 +99,17 @@ def table(name: str, part: Any, device: str, *, quick: bool) -> Table:
         if elapsed() < ROWS_UNTIL[name]
     ]
     rivals = list(dict.fromkeys(rival for _, _, times in rows for rival in times if rival != "ours"))
-    found = Table(title=f"mha_spec_{name} on {part.name_of(device)}")
-    found.add_column("call")
+    rendered = Table(title=f"mha_spec_{name} on {part.name_of(device)}")
+    rendered.add_column("call")
     for heading in ("pass", "ours ms", "TFLOP/s", *(f"{rival} ms (ratio)" for rival in rivals)):
-        found.add_column(heading, justify="right")
+        rendered.add_column(heading, justify="right")
     for setting, backward, times in rows:
-        found.add_row(setting.name, "both" if backward else "forward", *cells(setting, backward, times, rivals))
-    return found
+        rendered.add_row(setting.name, "both" if backward else "forward", *cells(setting, backward, times, rivals))
+    return rendered
 
 
 def cells(setting: Setting, backward: bool, times: dict[str, float | None], rivals: list[str]) -> list[str]:
-    """Our time and rate, and everyone else's time with its ratio to ours."""
+    """Format our time and rate, and the time of each rival with its ratio to ours."""
     ours = times["ours"]
     if ours is None:
         return ["failed", "", *("" for _ in rivals)]
@@ -118,7 +121,7 @@ def cells(setting: Setting, backward: bool, times: dict[str, float | None], riva
 
 
 def measured(part: Any, setting: Setting, device: str, *, backward: bool, quick: bool) -> dict[str, float | None]:
-    """Medians in seconds of calls in turns; None for a call that raises."""
+    """Give the median time of each call in seconds, measured in turns; None for a call that raises."""
     calls: dict[str, Callable[[], object]] = part.calls(setting, device, backward=backward)
     counts: dict[str, int] = {}
     for name, call in calls.items():
@@ -131,14 +134,14 @@ def measured(part: Any, setting: Setting, device: str, *, backward: bool, quick:
             )
     taken: dict[str, list[float]] = {name: [] for name in counts}
     end = time.perf_counter() + SECONDS["quick" if quick else "gpu"]
-    while time.perf_counter() < end or min((len(one) for one in taken.values()), default=3) < 3:
+    while time.perf_counter() < end or min(map(len, taken.values()), default=3) < 3:
         for name, count in counts.items():
             taken[name].append(timed(part, device, calls[name], count))
     return {name: statistics.median(taken[name]) if name in taken else None for name in calls}
 
 
 def timed(part: Any, device: str, call: Callable[[], object], count: int) -> float:
-    """Seconds of one call, of `count` in a row."""
+    """Give the seconds of a call, of `count` calls in a row."""
     start = time.perf_counter()
     result: object = None
     for _ in range(count):
@@ -148,7 +151,7 @@ def timed(part: Any, device: str, call: Callable[[], object], count: int) -> flo
 
 
 def judged(console: Console, name: str, device: str, seconds: float, *, quick: bool) -> bool:
-    """Ask a backend the conformance suite on the device, and print how it ends."""
+    """Run the conformance suite on a backend on the device, and print its result."""
     place = device if name == "torch" or device == "cpu" else "gpu"
     lines = [f"from mha_spec_{name} import attention, attention_vjp, attention_weights, merge_attention", ""]
     lines += [f'arrays = "{name}"', f'device = "{place}"', 'conventions = {"nonfinite": "reaches_tile"}']

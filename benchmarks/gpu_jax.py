@@ -1,4 +1,4 @@
-"""JAX's part of gpu.py: our call, and jax.nn.dot_product_attention by cuDNN and by XLA, each under jit."""
+"""The calls of JAX that gpu.py measures: ours, and jax.nn.dot_product_attention by cuDNN and by XLA, under jit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _attention: Callable[..., Any] = mha_spec_jax.attention
 
 
 def present(device: str) -> bool:
-    """Whether the installed jaxlib has such a device."""
+    """Return True if the installed jaxlib has such a device."""
     try:
         return bool(jax.devices(_platform(device)))
     except RuntimeError:
@@ -37,12 +37,12 @@ def name_of(device: str) -> str:
 
 
 def wait(_: str, result: object) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has computed the result."""
     jax.block_until_ready(result)
 
 
 def calls(setting: Setting, device: str, *, backward: bool) -> dict[str, Callable[[], object]]:
-    """Our call and jax.nn's, some of which may raise when they are made."""
+    """Make our call and those of jax.nn, some of which may raise."""
     place = jax.devices(_platform(device))[0]
     dtype = jnp.float32 if device == "cpu" else jnp.bfloat16
     keys = jax.random.split(jax.random.key(7), 3)
@@ -58,12 +58,12 @@ def calls(setting: Setting, device: str, *, backward: bool) -> dict[str, Callabl
         implementation: partial(_native, implementation=implementation, causal=setting.causal)
         for implementation in ("xla",) + (("cudnn",) if device != "cpu" else ())
     }
-    found: dict[str, Callable[[], object]] = {
+    functions: dict[str, Callable[[], object]] = {
         "ours": partial(_compiled(partial(_attention, **static), backward=backward), *operands, **arrays)
     }
     for name, call in theirs.items():
-        found[f"jax {name}"] = partial(_compiled(call, backward=backward), *operands, visible=visible)
-    return found
+        functions[f"jax {name}"] = partial(_compiled(call, backward=backward), *operands, visible=visible)
+    return functions
 
 
 def _platform(device: str) -> str:
@@ -71,8 +71,8 @@ def _platform(device: str) -> str:
 
 
 def _native(query: Any, key: Any, value: Any, *, visible: Any, implementation: Any, causal: bool) -> Any:
-    """jax.nn's, on arrays in the order in which it wants them; a broadcast mask is spread, as cuDNN asks."""
-    query, key, value = (jnp.swapaxes(one, 1, 2) for one in (query, key, value))
+    """Call jax.nn with its order of axes, and with a full mask, which cuDNN requires."""
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     if visible is not None:
         visible = jnp.broadcast_to(visible, (*visible.shape[:2], query.shape[1], key.shape[1]))
     output = jax.nn.dot_product_attention(

@@ -1,4 +1,4 @@
-"""The calls that gpu.py measures, in 16 bit."""
+"""The settings that gpu.py measures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ __all__ = ["Setting", "settings"]
 
 
 def settings(*, quick: bool) -> list[Setting]:
-    """Every kind of call."""
-    found = [
+    """Give every setting, with small sizes for a quick run."""
+    everything = [
         Setting("long, causal", (4, 16, 4096, 128), (16, 4096), causal=True, flex=True),
         Setting("long", (4, 16, 4096, 128), (16, 4096)),
         Setting("long, causal, 4 heads to one", (4, 16, 4096, 128), (4, 4096), causal=True),
@@ -23,4 +23,4 @@ def settings(*, quick: bool) -> list[Setting]:
         Setting("decode, 4 heads to one", (8, 32, 1, 128), (8, 2048), step=True),
         Setting("decode step", (1, 32, 1, 128), (8, 4096), step=True),
     ]
-    return [one.small() for one in found] if quick else found
+    return [setting.small() for setting in everything] if quick else everything

@@ -1,4 +1,4 @@
-"""PyTorch's part of gpu.py: our call, the kernels of scaled_dot_product_attention, and compiled FlexAttention."""
+"""The calls of PyTorch that gpu.py measures: ours, the kernels of SDPA, and compiled FlexAttention."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _attention: Callable[..., Any] = mha_spec_torch.attention
 
 
 def present(device: str) -> bool:
-    """Whether there is such a device."""
+    """Return True if torch has such a device."""
     return device == "cpu" or torch.cuda.is_available()
 
 
@@ -40,13 +40,13 @@ def name_of(device: str) -> str:
 
 
 def wait(device: str, _: object) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has computed the result."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def calls(setting: Setting, device: str, *, backward: bool) -> dict[str, Callable[[], object]]:
-    """Our call and everyone else's, some of which may raise when they are made."""
+    """Make our call and those of the other kernels, some of which may raise."""
     torch.manual_seed(7)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     operands = [torch.randn(shape, device=device, dtype=dtype, requires_grad=backward) for shape in setting.shapes]
@@ -54,20 +54,20 @@ def calls(setting: Setting, device: str, *, backward: bool) -> dict[str, Callabl
     def array(value: numpy.ndarray) -> torch.Tensor:
         return torch.from_numpy(value).to(device)
 
-    found: dict[str, Callable[..., torch.Tensor]] = {"ours": partial(_attention, **setting.options(array))}
+    functions: dict[str, Callable[..., torch.Tensor]] = {"ours": partial(_attention, **setting.options(array))}
     grouped = setting.kv[0] != setting.query[1]
     only_causal = setting.causal and setting.window is setting.lengths is setting.packed is None
     mask = None if setting.visible is None or only_causal else array(setting.visible)
     native = partial(scaled_dot_product_attention, attn_mask=mask, is_causal=only_causal, enable_gqa=grouped)
-    found |= {name: partial(_by, kernel, native) for name, kernel in KERNELS.items()}
+    functions |= {name: partial(_by, kernel, native) for name, kernel in KERNELS.items()}
     if setting.flex and setting.visible is not None:
         blocks = _blocks(setting, array(setting.visible), device)
-        found["flex"] = partial(_flex(device), block_mask=blocks, enable_gqa=grouped)
-    return {name: partial(_pass, call, operands, backward=backward) for name, call in found.items()}
+        functions["flex"] = partial(_flex(device), block_mask=blocks, enable_gqa=grouped)
+    return {name: partial(_pass, call, operands, backward=backward) for name, call in functions.items()}
 
 
 def _flex(device: str) -> Callable[..., Any]:
-    """FlexAttention, compiled for this call alone; on a CPU, where that takes long, only traced."""
+    """Compile FlexAttention for this call only; on a CPU it is only traced, because compiling takes long."""
     torch.compiler.reset()
     return torch.compile(flex_attention, dynamic=False, backend="eager" if device == "cpu" else "inductor")
 
@@ -78,7 +78,7 @@ def _by(kernel: SDPBackend, native: Callable[..., torch.Tensor], *operands: torc
 
 
 def _pass(call: Callable[..., torch.Tensor], operands: list[torch.Tensor], *, backward: bool) -> object:
-    """Forward, and backward where it is asked, with a cotangent that holds itself as memory is held in training."""
+    """Call forward and, if requested, backward; the cotangent has the memory layout of the output, as in training."""
     if not backward:
         with torch.no_grad():
             return call(*operands)
@@ -87,7 +87,7 @@ def _pass(call: Callable[..., torch.Tensor], operands: list[torch.Tensor], *, ba
 
 
 def _blocks(setting: Setting, visible: torch.Tensor, device: str) -> Any:
-    """What FlexAttention takes for a mask."""
+    """Make the block mask of FlexAttention."""
     batch, _, rows, _ = visible.shape
 
     def see(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""mha_spec_jax against jax.nn and the direct formula: ratios of interleaved medians on the CPU, and memory by length.
+"""Compare mha_spec_jax with jax.nn and the direct formula: ratios of interleaved medians on the CPU, and memory.
 
 Run it with `python benchmarks/jax_backend.py [NAME ...]`; a row past its limit fails the run.
 """

@@ -1,4 +1,4 @@
-"""The layer of mha_spec_jax against those of flax.nnx and equinox: ratios of processor time on the CPU, jitted.
+"""Compare the layer of mha_spec_jax with those of flax.nnx and equinox: ratios of processor time on the CPU, jitted.
 
 Run it with `python benchmarks/jax_layer.py`; a row past its limit, or too slow a mean of all, fails the run.
 """

@@ -1,8 +1,8 @@
-"""mha_spec_tensorflow against Keras and the direct formula: ratios of interleaved medians on the CPU, in a tf.function.
+"""Compare mha_spec_tensorflow with Keras and the direct formula: ratios of interleaved medians on the CPU, in a graph.
 
 Run it with `python benchmarks/tensorflow_backend.py [NAME ...]`; a row past its limit fails the run. Rows in bfloat16
-have none: there both others round the scores, and no product of TensorFlow's on the CPU gives exact ones of bfloat16.
-With `--cpu` the time is that of the processor, for a machine which others use.
+have no limit: the others round the scores, and on the CPU TensorFlow has no exact product of bfloat16 matrices.
+With `--cpu` processor time is measured, for a machine that other processes use.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ if TYPE_CHECKING:
 attention: Callable[..., Any] = mha_spec_tensorflow.attention
 gradient_of: Callable[..., Any] = tf.GradientTape.gradient
 FORMULA = 1 / 0.97
-
-
+"""The largest ratio to the time of the direct formula."""
 KERAS = ("encoder", "long")
-"""The settings in which Keras is asked as well, in bfloat16 too."""
+"""The settings in which Keras is also measured, and which are repeated in bfloat16."""
 ROWS = {name: (setting, "float32") for name, setting in SETTINGS.items()}
 ROWS |= {f"{name} in bfloat16": (SETTINGS[name], "bfloat16") for name in KERAS}
 
 
 def direct(query: Any, key: Any, value: Any, mask: Any) -> Any:
-    """Einsum, softmax, einsum."""
+    """Compute the formula."""
     group = query.shape[1] // key.shape[1]
-    key, value = (tf.repeat(one, group, 1) if group > 1 else one for one in (key, value))
+    key, value = (tf.repeat(x, group, 1) if group > 1 else x for x in (key, value))
     scores = tf.einsum("bhqd,bhkd->bhqk", query, key) * query.shape[3] ** -0.5
     if mask is not None:
         scores = tf.where(mask, scores, tf.constant(-numpy.inf, scores.dtype))
@@ -45,12 +44,12 @@ def direct(query: Any, key: Any, value: Any, mask: Any) -> Any:
 
 
 def by_keras(query: Any, key: Any, value: Any) -> Any:
-    """Keras's own, whose axes are (batch, length, heads, size)."""
+    """Call Keras, whose axes are (batch, length, heads, size)."""
     return keras.ops.dot_product_attention(query, key, value)
 
 
 def trained(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Forward and backward."""
+    """Make a function of forward and backward."""
 
     def step(*operands: Any) -> Any:
         with tf.GradientTape() as tape:
@@ -62,38 +61,38 @@ def trained(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compare(name: str, setting: Setting, dtype: str) -> bool:
-    """Every row of one setting."""
+    """Measure every row of a setting."""
     clock = time.process_time if "--cpu" in sys.argv else time.perf_counter
-    operands, good = [tf.cast(one, dtype) for one in setting.operands()], True
+    operands, good = [tf.cast(operand, dtype) for operand in setting.operands()], True
     mask = None if setting.visible is None else tf.constant(setting.visible)
     options = setting.options(numpy.asarray)
 
     def ours(*operands: Any) -> Any:
-        """Not a `partial`, whose arrays a tf.function would make tensors, which are not read."""
+        """Call attention with host arrays; a tf.function would convert those of a `partial` to tensors."""
         return attention(*operands, **options)
 
     rows: dict[str, tuple[Callable[..., Any], list[Any], float]] = {
         "direct": (partial(direct, mask=mask), operands, FORMULA)
     }
     if setting.name in KERAS:
-        rows["keras"] = by_keras, [tf.transpose(one, (0, 2, 1, 3)) for one in operands], 1.0
-    for other, (theirs, given, most) in rows.items():
-        limit = most if dtype == "float32" else None
-        measured = ratio(partial(tf.function(ours), *operands), partial(tf.function(theirs), *given), clock=clock)
-        good &= report(f"{name}, forward, {other}", limit, measured)
-        if other == "direct" and not setting.step:
-            both = [tf.function(trained(one)) for one in (ours, theirs)]
-            measured = ratio(partial(both[0], *operands), partial(both[1], *given), clock=clock)
-            good &= report(f"{name}, forward and backward, {other}", limit, measured)
+        rows["keras"] = by_keras, [tf.transpose(operand, (0, 2, 1, 3)) for operand in operands], 1.0
+    for rival, (theirs, inputs, largest) in rows.items():
+        limit = largest if dtype == "float32" else None
+        measured = ratio(partial(tf.function(ours), *operands), partial(tf.function(theirs), *inputs), clock=clock)
+        good &= report(f"{name}, forward, {rival}", limit, measured)
+        if rival == "direct" and not setting.step:
+            our_step, their_step = (tf.function(trained(call)) for call in (ours, theirs))
+            measured = ratio(partial(our_step, *operands), partial(their_step, *inputs), clock=clock)
+            good &= report(f"{name}, forward and backward, {rival}", limit, measured)
     return good
 
 
 def memory() -> bool:
-    """How many times n the largest tensor of a graph holds at n = 8192, forward and backward."""
+    """Check that the largest tensor of forward and backward grows with the length, not with its square."""
     length = 8192
     specs = [tf.TensorSpec((1, 8, length, 64))] * 3
     graph = tf.function(trained(attention)).get_concrete_function(*specs).graph.as_graph_def(add_shapes=True)
-    nodes = [*graph.node, *(node for one in graph.library.function for node in one.node_def)]
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
     shapes = [shape for node in nodes for shape in node.attr["_output_shapes"].list.shape]
     largest = max(numpy.prod([axis.size for axis in shape.dim]) for shape in shapes)
     print(f"largest tensor at {length}: {largest:.3g} numbers, of 8 n^2 = {8 * length**2:.3g}")

@@ -1,4 +1,4 @@
-"""The layer of mha_spec_tensorflow against that of Keras: ratios of processor time on the CPU.
+"""Compare the layer of mha_spec_tensorflow with that of Keras: ratios of processor time on the CPU.
 
 Run it with `python benchmarks/tensorflow_layer.py`; a row past its limit fails the run.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BATCH, LENGTH, EMBED, HEADS = 2, 512, 512, 8
 LIMIT = 1 / 0.97
-"""What one row may take of the other's time."""
+"""The largest ratio of a row."""
 MODES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "eager": lambda call: call,
     "tf.function": tf.function,
@@ -34,7 +34,7 @@ MODES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 
 
 def trained(call: Callable[[tf.Tensor], tf.Tensor], leaves: Sequence[Any]) -> Callable[[tf.Tensor], object]:
-    """Gradients of parameters and tokens."""
+    """Make a function of the gradients of parameters and tokens."""
 
     def step(x: tf.Tensor) -> object:
         with tf.GradientTape() as tape:
@@ -53,21 +53,21 @@ def main() -> None:
     ours: Any = mha_spec_tensorflow.MultiHeadAttention(EMBED, HEADS)
     for name, array in load_weights(theirs.get_weights(), "keras").items():
         getattr(ours, name).assign(array)
-    found: list[float] = []
+    ratios: list[float] = []
     for mode, wrapped in MODES.items():
         for kind in ("forward", "forward and backward"):
             calls: list[Callable[[tf.Tensor], Any]] = [ours, lambda x: theirs(x, x)]
             if kind != "forward":
-                leaves = ([one.value for one in layer.trainable_weights] for layer in (ours, theirs))
-                calls = [trained(call, own) for call, own in zip(calls, leaves, strict=True)]
+                leaves = ([weight.value for weight in layer.trainable_weights] for layer in (ours, theirs))
+                calls = [trained(call, weights) for call, weights in zip(calls, leaves, strict=True)]
             runs = [partial(wrapped(call), x) for call in calls]
             measured, mine, other = ratio(runs[0], runs[1], clock=time.process_time)
-            found.append(measured)
+            ratios.append(measured)
             verdict = "ok" if measured <= LIMIT else "EXCEEDED"
             print(f"{mode}, {kind:22s} {mine:9.3f} ms against {other:9.3f} ms: {measured:5.2f} {verdict}", flush=True)
-    mean = math.exp(statistics.mean(map(math.log, found)))
+    mean = math.exp(statistics.mean(map(math.log, ratios)))
     print(f"geometric mean: {1 / mean:.2f}x")
-    sys.exit(max(found) > LIMIT)
+    sys.exit(max(ratios) > LIMIT)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""mha_spec_torch against torch's own attention and the direct formula: ratios of interleaved medians on the CPU.
+"""Compare mha_spec_torch with torch's attention and the direct formula: ratios of interleaved medians on the CPU.
 
 Run it with `python benchmarks/torch_backend.py [NAME ...]`; a row past its limit fails the run.
 """
@@ -27,7 +27,7 @@ FORMULA = 1 / 0.97
 
 
 def direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Einsum, softmax, einsum."""
+    """Compute the formula."""
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in (key, value))
     scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * query.shape[3] ** -0.5
@@ -37,21 +37,21 @@ def direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
-    """torch's own, which knows the causal mask by name."""
+    """Call torch's function, with `is_causal` for the causal mask."""
     return scaled_dot_product_attention(
         query, key, value, None if causal else mask, is_causal=causal, enable_gqa=key.shape[1] != query.shape[1]
     )
 
 
 def trained(function: Callable[..., Tensor], operands: list[Tensor], *rest: object) -> Callable[[], object]:
-    """Forward and backward."""
+    """Make a call of forward and backward."""
     leaves = [x.clone().requires_grad_() for x in operands]
     return lambda: torch.autograd.grad(function(*leaves, *rest).sum(), leaves)
 
 
 def compare(name: str, setting: Setting) -> bool:
-    """Every row of one setting."""
-    operands = [torch.from_numpy(one) for one in setting.operands()]
+    """Measure every row of a setting."""
+    operands = [torch.from_numpy(array) for array in setting.operands()]
     mask = None if setting.visible is None else torch.from_numpy(setting.visible)
     ours, good = partial(attention, **setting.options(torch.from_numpy)), True
     for other, limit in ((partial(native, causal=setting.causal), NATIVE.get(name)), (direct, FORMULA)):
@@ -59,18 +59,18 @@ def compare(name: str, setting: Setting) -> bool:
         measured = ratio(partial(ours, *operands), partial(other, *operands, mask))
         good &= report(f"{name}, forward, {label}", limit, measured)
         if not setting.step:
-            both = ratio(trained(ours, operands), trained(other, operands, mask))
-            good &= report(f"{name}, forward and backward, {label}", limit if other is direct else None, both)
+            measured = ratio(trained(ours, operands), trained(other, operands, mask))
+            good &= report(f"{name}, forward and backward, {label}", limit if other is direct else None, measured)
     return good
 
 
 def step() -> bool:
-    """What a decode step costs above torch's own, in microseconds: both on a step so small that little else is left."""
+    """Compare a decode step with torch's; the step is so small that the fixed cost dominates."""
     query, key, value = torch.randn(1, 32, 1, 128), torch.randn(1, 8, 16, 128), torch.randn(1, 8, 16, 128)
     theirs = partial(scaled_dot_product_attention, query, key, value, enable_gqa=True)
-    _, *both = ratio(partial(attention, query, key, value), theirs)
-    extra = (both[0] - both[1]) * 1000
-    print(f"decode step, above torch's own: {extra:.1f} us  limit 20 {'ok' if extra <= 20 else 'EXCEEDED'}")
+    _, our_time, their_time = ratio(partial(attention, query, key, value), theirs)
+    extra = (our_time - their_time) * 1000
+    print(f"decode step, above torch's: {extra:.1f} us  limit 20 {'ok' if extra <= 20 else 'EXCEEDED'}")
     return extra <= 20
 
 

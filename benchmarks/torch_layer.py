@@ -1,4 +1,4 @@
-"""The layer of mha_spec_torch against torch.nn.MultiheadAttention and torch SDPA: ratios of interleaved medians.
+"""Compare the layer of mha_spec_torch with torch.nn.MultiheadAttention and SDPA: ratios of interleaved medians.
 
 Run it with `python benchmarks/torch_layer.py [NAME ...]`; a speed below its limit fails the run.
 """
@@ -28,7 +28,7 @@ CACHED, STEPS, ROUNDS = 1024, 512, 7
 
 
 class Theirs(torch.nn.Module):
-    """torch's own layer as self-attention, with or without the weights of every head."""
+    """The layer of torch as self-attention, with or without the weights of every head."""
 
     def __init__(self, layer: torch.nn.MultiheadAttention, *, weights: bool) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Theirs(torch.nn.Module):
 
 
 class Ours(torch.nn.Module):
-    """Our layer in the same way."""
+    """Our layer as self-attention, with or without the weights of every head."""
 
     def __init__(self, layer: MultiHeadAttention, *, weights: bool) -> None:
         super().__init__()
@@ -52,15 +52,15 @@ class Ours(torch.nn.Module):
 
 
 def pair() -> tuple[MultiHeadAttention, torch.nn.MultiheadAttention]:
-    """Both layers, with the same weights."""
+    """Make both layers, with the same weights."""
     torch.manual_seed(7)
     ours, theirs = MultiHeadAttention(EMBED, HEADS), torch.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
-    theirs.load_state_dict(save_weights({name: one.detach() for name, one in ours.params.items()}, "torch"))
+    theirs.load_state_dict(save_weights({name: param.detach() for name, param in ours.params.items()}, "torch"))
     return ours, theirs
 
 
 def forward(module: Module, x: Tensor) -> Callable[[], object]:
-    """The output alone."""
+    """Make a call without gradients."""
 
     def run() -> None:
         with torch.no_grad():
@@ -70,18 +70,18 @@ def forward(module: Module, x: Tensor) -> Callable[[], object]:
 
 
 def trained(module: Module, x: Tensor) -> Callable[[], object]:
-    """Forward, and the gradients of every parameter and of the input, from all that the module gives."""
+    """Make a call of forward and backward, for every parameter and the input, from all results of the module."""
     leaves = [x.clone().requires_grad_(), *module.parameters()]
 
     def run() -> None:
-        given = [one for one in module(leaves[0]) if one is not None]
-        torch.autograd.grad([one.sum() for one in given], leaves, allow_unused=True)
+        results = [result for result in module(leaves[0]) if result is not None]
+        torch.autograd.grad([result.sum() for result in results], leaves, allow_unused=True)
 
     return run
 
 
 def self_attention(*, compiled: bool, weights: bool) -> bool:
-    """Both passes at (2, 512, 512, 8 heads)."""
+    """Measure forward, and forward with backward, at (2, 512, 512) with 8 heads."""
     x = torch.randn(BATCH, LENGTH, EMBED)
     layers = pair()
     modules: dict[str, Any] = {"ours": Ours(layers[0], weights=weights), "theirs": Theirs(layers[1], weights=weights)}
@@ -89,20 +89,20 @@ def self_attention(*, compiled: bool, weights: bool) -> bool:
         modules = {name: torch.compile(module, fullgraph=True) for name, module in modules.items()}
     good = True
     for name, prepare in (("forward", forward), ("forward and backward", trained)):
-        times = medians({whose: prepare(module, x) for whose, module in modules.items()}, seconds=8)
+        times = medians({side: prepare(module, x) for side, module in modules.items()}, seconds=8)
         label = f"{'compiled' if compiled else 'eager'}{', with weights' if weights else ''}, {name}"
         good &= report(label, times, 0.97)
     return good
 
 
 def decode(batch: int) -> bool:
-    """A step at 1024 tokens; where buffers come to lie is worth 5 %, so that the median of fresh ones is taken."""
+    """Measure a step at 1024 tokens; the addresses of its buffers change it by 5 %, so take a median."""
     rounds = sorted((steps_of(batch) for _ in range(ROUNDS)), key=speed)
     return report(f"decode step, batch {batch}", rounds[ROUNDS // 2], 1.0)
 
 
 def steps_of(batch: int) -> dict[str, float]:
-    """A step's times, each side writing to buffers of its own; torch's own linear layers on their side."""
+    """Give the times of a step; each side writes to separate buffers."""
     ours, theirs = pair()
     for layer in (ours, theirs):
         layer.requires_grad_(False)
@@ -120,11 +120,11 @@ def steps_of(batch: int) -> dict[str, float]:
 def their_step(
     layer: torch.nn.MultiheadAttention, x: Tensor, keys: Tensor, values: Tensor, length: list[int]
 ) -> Tensor:
-    """Three projections, two slots of preallocated buffers, torch SDPA, the projection out."""
+    """Project, store key and value in preallocated buffers, attend with SDPA, and project the output."""
     weights, biases = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)
     query, key, value = (
-        torch.nn.functional.linear(x, *one).unflatten(2, (HEADS, -1)).transpose(1, 2)
-        for one in zip(weights, biases, strict=True)
+        torch.nn.functional.linear(x, *pair).unflatten(2, (HEADS, -1)).transpose(1, 2)
+        for pair in zip(weights, biases, strict=True)
     )
     at = length[0]
     keys[:, :, at : at + 1], values[:, :, at : at + 1] = key, value
@@ -134,10 +134,10 @@ def their_step(
 
 
 def report(label: str, times: Mapping[str, float], limit: float) -> bool:
-    """Print a row; whether our speed, theirs being 1, is no less than its limit."""
+    """Print a row; return True if our speed relative to theirs reaches its limit."""
     reached = speed(times)
     verdict = "ok" if reached >= limit else "BELOW"
-    ours, theirs = (times[whose] * 1000 for whose in ("ours", "theirs"))
+    ours, theirs = (times[side] * 1000 for side in ("ours", "theirs"))
     print(
         f"{label:45s} {ours:9.3f} ms against {theirs:9.3f} ms: {reached:5.2f}x  limit {limit:.2f} {verdict}", flush=True
     )
@@ -145,7 +145,7 @@ def report(label: str, times: Mapping[str, float], limit: float) -> bool:
 
 
 def speed(times: Mapping[str, float]) -> float:
-    """Our speed, theirs being 1."""
+    """Give our speed relative to theirs."""
     return times["theirs"] / times["ours"]
 
 

@@ -228,7 +228,7 @@ class LayerTally:
     @property
     def overlooked(self) -> list[str]:
         """The planted mistakes that stayed within an allowance which they must exceed."""
-        lost = [key for key, used in self.least.items() if used <= 1 and key[0] in REFUSED_IN]
+        lost = [key for key, share in self.least.items() if share <= 1 and key[0] in REFUSED_IN]
         return [f"{name} is within the allowance of a layer in {dtype}" for dtype, name in lost]
 
 
@@ -239,15 +239,15 @@ def try_layers(dtype: str, first: int, count: int) -> LayerTally:
         p = draw_layer(numpy.random.default_rng([number, *dtype.encode()]), dtype)
         share = share_of(p)
         for name, implementation in HONEST.items():
-            used = share(implementation(p))
-            tally.used[dtype, name] = max(tally.used.get((dtype, name), 0.0), used)
+            largest = share(implementation(p))
+            tally.used[dtype, name] = max(tally.used.get((dtype, name), 0.0), largest)
             tally.answers[dtype] += 1
-            tally.refused += [f"{name}, {p.id}: {used:.3g} of the allowance"] if used > 1 else []
+            tally.refused += [f"{name}, {p.id}: {largest:.3g} of the allowance"] if largest > 1 else []
     for number in range(first, first + 5):
         for name, (kind, mistake) in PLANTED.items():
             p = planted_problem(number, dtype, kind)
-            used = share_of(p)(mistake(p))
-            tally.least[dtype, name] = min(tally.least.get((dtype, name), numpy.inf), used)
+            least = share_of(p)(mistake(p))
+            tally.least[dtype, name] = min(tally.least.get((dtype, name), numpy.inf), least)
     return tally
 
 
