@@ -14,7 +14,7 @@ import oracle_balls
 import pytest
 from description import Description, Input
 from flint import arb
-from oracle import Answer, Refused, expect, sample
+from oracle import Answer, InadmissibleError, expect, sample
 from oracle_balls import exact_product, nearest, rounded
 from support.answers import kinds_of, multiples
 
@@ -98,7 +98,7 @@ def test_rounding_agrees_with_fractions(seed: int) -> None:
 
 def test_an_element_that_does_not_resolve_is_refused_by_name() -> None:
     wide = numpy.asarray([[arb(1), arb(1, 0.1)]], dtype=object)
-    with pytest.raises(Refused, match=r"^case/name: output\[0, 1\] does not resolve at 4096 bits$"):
+    with pytest.raises(InadmissibleError, match=r"^case/name: output\[0, 1\] does not resolve at 4096 bits$"):
         rounded("case/name", lambda: {"output": wide}, {"output": numpy.asarray([[True, True]])})
     assert math.isnan(rounded("x", lambda: {"o": wide}, {"o": numpy.asarray([[True, False]])})["o"][0, 1])
 
@@ -255,7 +255,7 @@ def _decimals(array: numpy.ndarray) -> Any:
 
 
 @pytest.fixture(params=[{}, {"scale": -0.3}, {"softcap": 1.5}, {"causal": True, "q_offset": 1}], ids=str)
-def question(request: pytest.FixtureRequest) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
+def call(request: pytest.FixtureRequest) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
     draw = numpy.random.default_rng(11)
     arrays = {
         "query": multiples(2, 4, 3, 2, seed=1),
@@ -276,9 +276,9 @@ def _asked(arrays: Numbers, *without: str) -> Numbers:
 
 
 def test_forward_agrees_with_sixty_digits(
-    question: tuple[dict[str, numpy.ndarray], dict[str, Any]], ask_oracle: Oracle
+    call: tuple[dict[str, numpy.ndarray], dict[str, Any]], ask_oracle: Oracle
 ) -> None:
-    arrays, options = question
+    arrays, options = call
     answers = ask_oracle("attention", _asked(arrays, "grad_output", "grad_lse"), **options)
     with localcontext(prec=60):
         a = {name: _decimals(array) for name, array in arrays.items()}
@@ -289,9 +289,9 @@ def test_forward_agrees_with_sixty_digits(
 
 
 def test_gradients_agree_with_differences(
-    question: tuple[dict[str, numpy.ndarray], dict[str, Any]], ask_oracle: Oracle
+    call: tuple[dict[str, numpy.ndarray], dict[str, Any]], ask_oracle: Oracle
 ) -> None:
-    arrays, options = question
+    arrays, options = call
     answers = ask_oracle("attention_vjp", _asked(arrays), **options)
     with localcontext(prec=100):
         a = {name: _decimals(array) for name, array in arrays.items()}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import pytest
 from description import Description, Input
-from oracle_balls import Refused
-from oracle_visibility import Question
+from oracle_balls import InadmissibleError
+from oracle_visibility import AttentionCall
 from support.answers import kinds_of, multiples
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def _picture(q_len: int, kv_len: int, **constraints: Any) -> list[str]:
     arrays |= {name: x for name, x in constraints.items() if isinstance(x, numpy.ndarray)}
     options = {name: x for name, x in constraints.items() if not isinstance(x, numpy.ndarray)}
     inputs = {name: Input(array) for name, array in arrays.items()}
-    question = Question(Description("case", "", "attention_weights", (), (), inputs, options, dtypes=("float64",)))
-    return ["".join(".x"[question.sees(1, 1, i, j)] for j in range(kv_len)) for i in range(q_len)]
+    call = AttentionCall(Description("case", "", "attention_weights", (), (), inputs, options, dtypes=("float64",)))
+    return ["".join(".x"[call.sees(1, 1, i, j)] for j in range(kv_len)) for i in range(q_len)]
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_visibility_is_as_drawn(constraints: dict[str, Any], picture: list[str])
 def _hidden_by_bias(value: float, *dtypes: str) -> bool:
     inputs = {"query": Input(numpy.zeros((1, 1, 1, 1))), "key": Input(numpy.zeros((1, 1, 1, 1)))}
     inputs["bias"] = Input(numpy.full((1, 1, 1, 1), value), "float64")
-    question = Question(Description("case", "", "attention_weights", (), (), inputs, dtypes=dtypes))
-    return not question.sees(0, 0, 0, 0)
+    call = AttentionCall(Description("case", "", "attention_weights", (), (), inputs, dtypes=dtypes))
+    return not call.sees(0, 0, 0, 0)
 
 
 def test_a_bias_hides_where_it_is_minus_infinity_in_the_type_of_the_softmax() -> None:
@@ -110,7 +110,7 @@ def test_a_bias_hides_where_it_is_minus_infinity_in_the_type_of_the_softmax() ->
 
 
 def test_a_bias_that_hides_only_in_float32_is_refused_for_a_case_with_float64() -> None:
-    with pytest.raises(Refused, match="finite in float64 and infinite in float32"):
+    with pytest.raises(InadmissibleError, match="finite in float64 and infinite in float32"):
         _hidden_by_bias(-1e300, "float64", "float32")
 
 

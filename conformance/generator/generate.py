@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 from catalogue import descriptions
-from oracle import Refused, expect
+from oracle import InadmissibleError, expect
 from portable import generate
 from storage import FORMAT, NARROW_FIRST, Tensors, holds, smallest
 
@@ -61,20 +61,20 @@ def answer(description: Description) -> dict[str, Answer] | str:
         for name, item in description.inputs.items():
             check_input(description, name, item)
         return expect(description)
-    except Refused as refusal:
+    except InadmissibleError as refusal:
         return str(refusal)
 
 
 def check_input(description: Description, name: str, item: Input) -> None:
-    """Raise Refused unless the values are exact in each dtype of the case."""
+    """Raise InadmissibleError unless the values are exact in each dtype of the case."""
     values = numpy.asarray(item.values)
     if item.generator is not None and not numpy.array_equal(generate(values.shape, **item.generator), values):
-        raise Refused(f"{description.id}: the generator of `{name}` does not give its values")
+        raise InadmissibleError(f"{description.id}: the generator of `{name}` does not give its values")
     if description.error is not None or values.dtype.kind != "f":
         return
     for dtype in description.dtypes if item.dtype == "case" else (item.dtype,):
         if dtype in FLOATING and not holds(FLOATING[dtype], values):
-            raise Refused(f"{description.id}: `{name}` is not exact in {dtype}")
+            raise InadmissibleError(f"{description.id}: `{name}` is not exact in {dtype}")
 
 
 def write_case(description: Description, answers: Mapping[str, Answer], tensors: Tensors) -> dict[str, Any]:

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING
 
 import numpy
 from oracle_backward import attention_vjp
-from oracle_balls import Refused
+from oracle_balls import InadmissibleError
 from oracle_forward import attention, attention_weights
 from oracle_kinds import Marked
 from oracle_layer import multi_head_attention, multi_head_attention_and_weights, multi_head_attention_weights
 from oracle_merge import merge_attention
 from oracle_merge_vjp import merge_attention_vjp
 from oracle_positions import alibi_bias, alibi_slopes, rotary_embedding
-from oracle_visibility import Question
+from oracle_visibility import AttentionCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from description import Description
 
-__all__ = ["Answer", "Refused", "expect", "sample"]
+__all__ = ["Answer", "InadmissibleError", "expect", "sample"]
 
 _WHOLE: dict[str, Callable[[Description], dict[str, Marked]]] = {
     "alibi_bias": alibi_bias,
@@ -62,7 +62,7 @@ def expect(description: Description) -> dict[str, Answer]:
     """Return the expected outputs of a case by name; none for a case that must raise an error.
 
     Raises:
-        Refused: An element cannot be proven.
+        InadmissibleError: An element cannot be proven.
     """
     if description.error is not None:
         return {}
@@ -70,20 +70,20 @@ def expect(description: Description) -> dict[str, Answer]:
         answers = _WHOLE[description.function](description)
         wanted = {name: answers[name] for name in description.outputs or answers}
         return _sampled(wanted, description.sampled_rows)
-    question = Question(description)
+    call = AttentionCall(description)
     if description.function == "attention_vjp":
-        every = [question.row(*place) for place in numpy.ndindex(question.batch, question.heads, question.q_len)]
-        return _sampled(attention_vjp(question, every), description.sampled_rows)
-    return _forward(description, question)
+        every = [call.row(*place) for place in numpy.ndindex(call.batch, call.heads, call.q_len)]
+        return _sampled(attention_vjp(call, every), description.sampled_rows)
+    return _forward(description, call)
 
 
-def _forward(description: Description, question: Question) -> dict[str, Answer]:
-    lead = (question.batch, question.heads, question.q_len)
+def _forward(description: Description, call: AttentionCall) -> dict[str, Answer]:
+    lead = (call.batch, call.heads, call.q_len)
     indices = sample(lead, description.sampled_rows)
     places = [numpy.unravel_index(n, lead) for n in (range(math.prod(lead)) if indices is None else indices)]
-    rows = [question.row(*map(int, place)) for place in places]
+    rows = [call.row(*map(int, place)) for place in places]
     evaluate = attention_weights if description.function == "attention_weights" else attention
-    answers = evaluate(question, rows)
+    answers = evaluate(call, rows)
     if not description.lse:
         answers.pop("lse", None)
     shapes = {name: (*lead, *marked.values.shape[1:]) for name, marked in answers.items()}

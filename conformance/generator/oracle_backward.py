@@ -17,40 +17,40 @@ from oracle_visibility import EMPTY, FINITE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from oracle_visibility import Question, Row
+    from oracle_visibility import AttentionCall, Row
 
 __all__ = ["attention_vjp"]
 
 
-def attention_vjp(question: Question, rows: Sequence[Row]) -> dict[str, Marked]:
+def attention_vjp(call: AttentionCall, rows: Sequence[Row]) -> dict[str, Marked]:
     """Compute the gradients of query, key, value, bias and sinks, each in the shape of its operand."""
-    kinds = _kinds(question, rows)
-    gradients = Gradients(question, rows)
+    kinds = _kinds(call, rows)
+    gradients = Gradients(call, rows)
     finite = {name: kind == FINITE_VALUE for name, kind in kinds.items()}
-    values = rounded(question.name, gradients.evaluate, finite)
+    values = rounded(call.name, gradients.evaluate, finite)
     return {name: Marked.fill(values[name], kinds[name], 0.0) for name in kinds}
 
 
-def _shapes(question: Question) -> dict[str, tuple[int, ...]]:
-    shapes = {f"grad_{name}": getattr(question, name).shape for name in ("query", "key", "value")}
-    if question.has_bias:
-        shapes["grad_bias"] = question.bias.shape
-    return shapes | ({"grad_sinks": (question.heads,)} if question.has_sinks else {})
+def _shapes(call: AttentionCall) -> dict[str, tuple[int, ...]]:
+    shapes = {f"grad_{name}": getattr(call, name).shape for name in ("query", "key", "value")}
+    if call.has_bias:
+        shapes["grad_bias"] = call.bias.shape
+    return shapes | ({"grad_sinks": (call.heads,)} if call.has_sinks else {})
 
 
-def _kinds(question: Question, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
-    """Mark elements without a contribution as exactly 0, and elements with an unspecified one as not compared."""
-    kinds = {name: numpy.full(shape, EXACT, dtype=numpy.uint8) for name, shape in _shapes(question).items()}
+def _kinds(call: AttentionCall, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
+    """Mark elements without a contribution as exactly 0; elements with an unspecified contribution are not compared."""
+    kinds = {name: numpy.full(shape, EXACT, dtype=numpy.uint8) for name, shape in _shapes(call).items()}
     for row in rows:
         b, h, i = row.batch, row.head, row.index
-        kind = FINITE_VALUE if is_specified(question, row) else ANY
+        kind = FINITE_VALUE if is_specified(call, row) else ANY
         if row.state != EMPTY:
             kinds["grad_query"][b, h, i] = kind
-        places: list[tuple[str, tuple[int, ...]]] = [("grad_key", (b, h // question.group, j)) for j in row.keys]
-        places += [("grad_value", (b, h // question.group, j)) for j in row.keys]
-        if question.has_bias:
-            places += [("grad_bias", question.bias.place(b, h, i, j)) for j in row.keys]
-        if _moves_sink(question, row, kind):
+        places: list[tuple[str, tuple[int, ...]]] = [("grad_key", (b, h // call.group, j)) for j in row.keys]
+        places += [("grad_value", (b, h // call.group, j)) for j in row.keys]
+        if call.has_bias:
+            places += [("grad_bias", call.bias.place(b, h, i, j)) for j in row.keys]
+        if _moves_sink(call, row, kind):
             places.append(("grad_sinks", (h,)))
         for name, place in places:
             _mark(kinds[name], place, kind)
@@ -63,30 +63,28 @@ def _mark(kinds: numpy.ndarray, place: tuple[int, ...], kind: int) -> None:
         kinds[place] = kind
 
 
-def _moves_sink(question: Question, row: Row, kind: int) -> bool:
+def _moves_sink(call: AttentionCall, row: Row, kind: int) -> bool:
     """Return True if the row contributes to the gradient of its sink; an empty row does only through grad_lse."""
-    if not question.has_sinks or (row.state == EMPTY and question.grad_lse is None):
+    if not call.has_sinks or (row.state == EMPTY and call.grad_lse is None):
         return False
-    return kind == ANY or has_weight(question.sinks[row.head])
+    return kind == ANY or has_weight(call.sinks[row.head])
 
 
-def is_specified(question: Question, row: Row) -> bool:
+def is_specified(call: AttentionCall, row: Row) -> bool:
     """Return True if the contribution of the row to the gradients is specified."""
     place = row.batch, row.head, row.index
-    if question.grad_lse is not None and not math.isfinite(question.grad_lse[place]):
-        return row.state == EMPTY and not has_weight(question.sinks[row.head])
+    if call.grad_lse is not None and not math.isfinite(call.grad_lse[place]):
+        return row.state == EMPTY and not has_weight(call.sinks[row.head])
     if row.state == EMPTY:
         return True
     return (
-        row.state == FINITE
-        and not question.non_finite_columns(row)
-        and bool(numpy.isfinite(question.grad_output[place]).all())
+        row.state == FINITE and not call.non_finite_columns(row) and bool(numpy.isfinite(call.grad_output[place]).all())
     )
 
 
 @dataclass(frozen=True)
 class RowGradient:
-    """The contributions of one row: dX of each visible key times `divisor`, l^2 (1 - rate); dS; and that of the sink.
+    """The contributions of a row: dX of each visible key times `divisor`, l^2 (1 - rate); dS; and that of the sink.
 
     Divisions come last, so that a quotient that float64 can hold is exact.
     """
@@ -101,20 +99,19 @@ class RowGradient:
 class Gradients:
     """The contributions of all rows whose gradients are specified, summed in balls."""
 
-    def __init__(self, question: Question, rows: Sequence[Row]) -> None:
-        self.question = question
-        self.groups = by_head(row for row in rows if is_specified(question, row))
-        self.scores = Scores(question, rows)
+    def __init__(self, call: AttentionCall, rows: Sequence[Row]) -> None:
+        self.call = call
+        self.groups = by_head(row for row in rows if is_specified(call, row))
+        self.scores = Scores(call, rows)
         self.grad_weights = {
-            (b, h): exact_product(question.grad_output[b, h], question.value[b, h // question.group])
-            for b, h in self.groups
+            (b, h): exact_product(call.grad_output[b, h], call.value[b, h // call.group]) for b, h in self.groups
         }
 
     def evaluate(self) -> dict[str, numpy.ndarray]:
         """Evaluate every gradient in balls."""
-        totals = {name: numpy.full(shape, arb(0), dtype=object) for name, shape in _shapes(self.question).items()}
+        totals = {name: numpy.full(shape, arb(0), dtype=object) for name, shape in _shapes(self.call).items()}
         for (b, h), rows in self.groups.items():
-            evaluated = [row for row in rows if row.keys or has_weight(self.question.sinks[h])]
+            evaluated = [row for row in rows if row.keys or has_weight(self.call.sinks[h])]
             parts = [self._row(row) for row in evaluated]
             self._add_tensors(totals, b, h, evaluated, parts)
             self._add_bias_and_sinks(totals, evaluated, parts)
@@ -123,9 +120,9 @@ class Gradients:
     def _row(self, row: Row) -> RowGradient:
         """Compute dS_j = e_j (l dP_j - sum_k e_k dP_k + l g) / l^2, with dP minus that of the largest score, exactly.
 
-        The sink is a key whose dP is 0. If all dP are equal, or if there is only one key, dS is exactly 0.
+        The sink is a key whose dP is 0. If all dP are equal, or if there is a single key, dS is exactly 0.
         """
-        q = self.question
+        q = self.call
         e = self.scores.exponentials(row)
         keep = 1 - arb(q.dropout_rate)
         table, exponent = self.grad_weights[row.batch, row.head]
@@ -148,7 +145,7 @@ class Gradients:
     def _add_tensors(
         self, totals: dict[str, numpy.ndarray], b: int, h: int, rows: Sequence[Row], parts: Sequence[RowGradient]
     ) -> None:
-        q, g, scale = self.question, h // self.question.group, self.scores.scale()
+        q, g, scale = self.call, h // self.call.group, self.scores.scale()
         lines = [spread(q.kv_len, row, part.numerators) for row, part in zip(rows, parts, strict=True)]
         grad_query = product(lines, q.key[b, g])
         for row, part, sums in zip(rows, parts, grad_query, strict=True):
@@ -167,7 +164,7 @@ class Gradients:
     def _add_bias_and_sinks(
         self, totals: dict[str, numpy.ndarray], rows: Sequence[Row], parts: Sequence[RowGradient]
     ) -> None:
-        q = self.question
+        q = self.call
         for row, part in zip(rows, parts, strict=True):
             if q.has_bias:
                 for j, grad in zip(row.keys, part.grad_logits, strict=True):

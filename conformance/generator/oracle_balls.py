@@ -16,7 +16,7 @@ from flint import arb, arb_mat, ctx, fmpz_mat
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["PRECISIONS", "Refused", "exact_product", "nearest", "product", "rounded"]
+__all__ = ["PRECISIONS", "InadmissibleError", "exact_product", "nearest", "product", "rounded"]
 
 PRECISIONS = (128, 384, 1408, 4096)
 """Bits of the balls, raised until every element resolves.
@@ -25,8 +25,8 @@ A number that is 0 by cancellation resolves at 1408 bits, because its ball is wi
 """
 
 
-class Refused(Exception):
-    """The expected values of a case cannot be proven, so that it is not admitted."""
+class InadmissibleError(Exception):
+    """A case cannot be admitted, because its expected values cannot be proven or its inputs are not exact."""
 
 
 def nearest(ball: arb) -> float | None:
@@ -57,7 +57,7 @@ def rounded(
     """Evaluate arrays of balls at rising precision until every element marked `finite` is proven; others are NaN.
 
     Raises:
-        Refused: An element does not resolve at the highest precision; the message names case, output and index.
+        InadmissibleError: An element does not resolve at the highest precision.
     """
     unresolved = ""
     for bits in PRECISIONS:
@@ -66,7 +66,7 @@ def rounded(
         unresolved = _first_unresolved(arrays, finite)
         if not unresolved:
             return arrays
-    raise Refused(f"{name}: {unresolved} does not resolve at {PRECISIONS[-1]} bits")
+    raise InadmissibleError(f"{name}: {unresolved} does not resolve at {PRECISIONS[-1]} bits")
 
 
 def _round_array(balls: numpy.ndarray, finite: numpy.ndarray) -> numpy.ndarray:

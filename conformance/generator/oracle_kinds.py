@@ -15,7 +15,7 @@ FINITE_VALUE, EXACT, NAN_VALUE, NON_FINITE, ANY = range(5)
 
 @dataclass(frozen=True)
 class Marked:
-    """Values and their kinds, in one shape."""
+    """Values and their kinds, in the same shape."""
 
     values: numpy.ndarray
     kinds: numpy.ndarray

@@ -15,7 +15,7 @@ from oracle_balls import rounded
 from oracle_kinds import ANY, EXACT, FINITE_VALUE, Marked
 from oracle_positions import Rotation, as_balls
 from oracle_softmax import Scores
-from oracle_visibility import EMPTY, Question, Row
+from oracle_visibility import EMPTY, AttentionCall, Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +26,7 @@ __all__ = ["multi_head_attention", "multi_head_attention_and_weights", "multi_he
 
 
 class Layer:
-    """One call of the layer: its arrays, its buffer of keys, and its rows."""
+    """A call of the layer: its arrays, its buffer of keys, and its rows."""
 
     def __init__(self, description: Description) -> None:
         self.name, self.options = description.id, description.options
@@ -40,9 +40,9 @@ class Layer:
         real = self._per_entry("kv_lengths", self.new_len) if self.cached else [self.new_len] * self.batch
         self.lengths = [old + new for old, new in zip(self.old, real, strict=True)]
         self.buffer = self.arrays["cache_key"].shape[2] if self.cached else self.new_len
-        self.question = Question(replace(description, inputs=self._inner(description)))
+        self.call = AttentionCall(replace(description, inputs=self._inner(description)))
         places = numpy.ndindex(self.batch, self.heads, self.q_len)
-        self.rows = [self.question.row(b, h, i) for b, h, i in places]
+        self.rows = [self.call.row(b, h, i) for b, h, i in places]
 
     def _per_entry(self, name: str, absent: int) -> list[int]:
         value = self.arrays[name] if name in self.arrays else self.options.get(name, absent)
@@ -113,12 +113,12 @@ class BallScores(Scores):
     """Scores whose products are balls: a term names a product by its index, and index 0 is the product 0."""
 
     def __init__(self, layer: Layer, query: numpy.ndarray, key: numpy.ndarray) -> None:
-        self.question = layer.question
+        self.call = layer.call
         self._balls = [arb(0)]
         self._products = {}
         for row in layer.rows:
             first = len(self._balls)
-            keys = key[row.batch, row.head // layer.question.group]
+            keys = key[row.batch, row.head // layer.call.group]
             seen = {j: numpy.dot(query[row.batch, row.head, row.index], keys[j]) for j in row.keys}
             self._balls += [seen.get(j, arb(0)) for j in range(layer.buffer)]
             self._products[row.batch, row.head, row.index] = list(range(first, len(self._balls))), 0
@@ -129,15 +129,15 @@ class BallScores(Scores):
 
     def _capped(self, x: int, unit: arb) -> arb:
         score = unit * self._balls[x]
-        if self.question.softcap is None:
+        if self.call.softcap is None:
             return score
-        cap = arb(self.question.softcap)
+        cap = arb(self.call.softcap)
         return cap * (score / cap).tanh()
 
 
 def _weights(layer: Layer, key: numpy.ndarray) -> dict[tuple[int, int, int], dict[int, arb]]:
     """Compute the weights of each row that is not empty, by key, before dropout."""
-    query = layer.projected("q", "query", layer.positions(layer.question.q_offset, layer.q_len))
+    query = layer.projected("q", "query", layer.positions(layer.call.q_offset, layer.q_len))
     scores = BallScores(layer, query, key)
     weights: dict[tuple[int, int, int], dict[int, arb]] = {}
     for row in layer.rows:
@@ -150,11 +150,11 @@ def _weights(layer: Layer, key: numpy.ndarray) -> dict[tuple[int, int, int], dic
 
 def _attended(layer: Layer, row: Row, weights: dict[int, arb], value: numpy.ndarray) -> numpy.ndarray:
     """Sum the values that the row sees, after dropout."""
-    values = value[row.batch, row.head // layer.question.group]
-    kept = 1 - arb(layer.question.dropout_rate)
+    values = value[row.batch, row.head // layer.call.group]
+    kept = 1 - arb(layer.call.dropout_rate)
     result = as_balls(numpy.zeros(values.shape[1]))
     for j, weight in weights.items():
-        if layer.question.kept(row.batch, row.head, row.index, j):
+        if layer.call.kept(row.batch, row.head, row.index, j):
             result = result + values[j] * (weight / kept)
     return result
 

@@ -17,7 +17,7 @@ __all__ = ["merge_attention"]
 
 
 def merge_attention(description: Description) -> dict[str, Marked]:
-    """Compute output and lse of two halves of one softmax, in the shapes of the halves."""
+    """Compute output and lse of two halves of a softmax, in the shapes of the halves."""
     arrays = {name: numpy.asarray(item.values, dtype=numpy.float64) for name, item in description.inputs.items()}
     output = Marked(numpy.zeros(arrays["output_a"].shape), numpy.zeros(arrays["output_a"].shape, dtype=numpy.uint8))
     lse = Marked(numpy.zeros(arrays["lse_a"].shape), numpy.zeros(arrays["lse_a"].shape, dtype=numpy.uint8))

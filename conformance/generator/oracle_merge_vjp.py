@@ -44,13 +44,13 @@ def _zeros(shape: tuple[int, ...]) -> Marked:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of both halves with its cotangents."""
+    """A row of both halves with its cotangents."""
 
     arrays: dict[str, numpy.ndarray]
     place: tuple[int, ...]
 
     def of(self, name: str) -> numpy.ndarray:
-        """Return the row of one array: a vector of an output, a number of an lse."""
+        """Return the row of an array: a vector of an output, a number of an lse."""
         return self.arrays[name][self.place]
 
     @property
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def is_specified(self) -> bool:
-        """True if the gradients are specified: both lse are numbers or -inf, and the cotangents are finite."""
+        """Return True if the gradients are specified: both lse are numbers or -inf, and the cotangents are finite."""
         cotangents = numpy.isfinite(self.of("grad_output")).all() and numpy.isfinite(self.of("grad_lse"))
         return bool(cotangents) and all(lse < math.inf for lse in self.lses.values())
 

@@ -37,7 +37,7 @@ class Rotation:
         return self.size if self.rotary_dim is None else self.rotary_dim
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Return the components of each pair: neighbours if interleaved, else one of each half."""
+        """Return the components of each pair: neighbours if interleaved, else a component of each half."""
         half = self.rotated // 2
         return [(2 * n, 2 * n + 1) if self.interleaved else (n, n + half) for n in range(half)]
 

@@ -12,7 +12,7 @@ from oracle_visibility import EMPTY, FINITE
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from oracle_visibility import Question, Row
+    from oracle_visibility import AttentionCall, Row
 
 __all__ = ["Exponentials", "Scores", "by_head"]
 
@@ -46,23 +46,23 @@ class Scores:
     cap changes 0. The difference of equal pairs is exactly 0, and they share an exponential.
     """
 
-    def __init__(self, question: Question, rows: Iterable[Row]) -> None:
-        self.question = question
+    def __init__(self, call: AttentionCall, rows: Iterable[Row]) -> None:
+        self.call = call
         self._products: dict[tuple[int, int, int], tuple[list[int], int]] = {}
         for (b, h), members in by_head(rows).items():
-            query = question.query[b, h][[row.index for row in members]]
-            table, exponent = exact_product(query, question.key[b, h // question.group])
+            query = call.query[b, h][[row.index for row in members]]
+            table, exponent = exact_product(query, call.key[b, h // call.group])
             for row, line in zip(members, table, strict=True):
                 self._products[b, h, row.index] = line, exponent
 
     def scale(self) -> arb:
         """Return the scale, which is exact unless it is the default."""
-        q = self.question
+        q = self.call
         return 1 / arb(q.qk_dim).sqrt() if q.scale is None else arb(q.scale)
 
     def exponentials(self, row: Row) -> Exponentials:
         """Return the exponentials of a finite row, or that of the sink of an empty row."""
-        q = self.question
+        q = self.call
         line, exponent = self._products[row.batch, row.head, row.index]
         unit = self.scale() * power_of_two(exponent)
         sink = q.sinks[row.head]
@@ -77,10 +77,10 @@ class Scores:
 
     def slopes(self, row: Row) -> list[arb] | None:
         """Return the slope of the soft cap at each visible key, 1 - tanh^2 = sech^2; None without a cap."""
-        if self.question.softcap is None:
+        if self.call.softcap is None:
             return None
         line, exponent = self._products[row.batch, row.head, row.index]
-        unit = self.scale() * power_of_two(exponent) / arb(self.question.softcap)
+        unit = self.scale() * power_of_two(exponent) / arb(self.call.softcap)
         slopes = {x: (unit * x).sech() ** 2 for x in {line[j] for j in row.keys}}
         return [slopes[line[j]] for j in row.keys]
 
@@ -89,14 +89,14 @@ class Scores:
 
     def _difference(self, term: tuple[int, float], anchor: tuple[int, float], unit: arb) -> arb:
         bias = arb(term[1]) - arb(anchor[1])
-        if self.question.softcap is None:
+        if self.call.softcap is None:
             return unit * (term[0] - anchor[0]) + bias
         return bias if term[0] == anchor[0] else self._capped(term[0], unit) - self._capped(anchor[0], unit) + bias
 
     def _capped(self, x: int, unit: arb) -> arb:
-        if self.question.softcap is None:
+        if self.call.softcap is None:
             return unit * x
-        cap = arb(self.question.softcap)
+        cap = arb(self.call.softcap)
         return cap * (unit * x / cap).tanh()
 
 

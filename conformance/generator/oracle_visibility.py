@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy
-from oracle_balls import Refused
+from oracle_balls import InadmissibleError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from description import Description
 
-__all__ = ["EMPTY", "FINITE", "NAN", "UNSPECIFIED", "Pairwise", "Question", "Row", "offsets_of_reading"]
+__all__ = ["EMPTY", "FINITE", "NAN", "UNSPECIFIED", "AttentionCall", "Pairwise", "Row", "offsets_of_reading"]
 
 EMPTY, FINITE, NAN, UNSPECIFIED = "empty", "finite", "nan", "unspecified"
 """States of a row: it sees nothing; it sees only finite numbers; it sees a NaN; its result is not specified."""
@@ -32,7 +32,7 @@ def in_softmax_type(bias: numpy.ndarray, description: Description) -> numpy.ndar
     """Replace biases beyond the range of the softmax's type, float32 or float64, by infinities.
 
     Raises:
-        Refused: The case is asked in dtypes of both types, and their answers would differ.
+        InadmissibleError: The case is asked in dtypes of both types, and their answers would differ.
     """
     with numpy.errstate(over="ignore"):
         narrow = bias.astype(numpy.float32)
@@ -41,12 +41,12 @@ def in_softmax_type(bias: numpy.ndarray, description: Description) -> numpy.ndar
     if not overflows.any() or all(wide):
         return bias
     if any(wide):
-        raise Refused(f"{description.id}: the bias is finite in float64 and infinite in float32")
+        raise InadmissibleError(f"{description.id}: the bias is finite in float64 and infinite in float32")
     return numpy.where(overflows, narrow, bias)
 
 
 class Pairwise:
-    """An array that broadcasts to (batch, heads, q_len, kv_len), read at one pair; `absent` if there is no array."""
+    """An array that broadcasts to (batch, heads, q_len, kv_len), read at a pair; `absent` if there is no array."""
 
     def __init__(self, array: numpy.ndarray | None, absent: bool | float) -> None:
         values = numpy.full((1, 1, 1, 1), absent) if array is None else array
@@ -65,7 +65,7 @@ class Pairwise:
 
 @dataclass(frozen=True)
 class Row:
-    """One query of one head: its place, the keys that it sees, and its state."""
+    """A query of a head: its place, the keys that it sees, and its state."""
 
     batch: int
     head: int
@@ -74,8 +74,8 @@ class Row:
     state: str
 
 
-class Question:
-    """The arrays and options of one attention, and the rules without arithmetic."""
+class AttentionCall:
+    """The arrays and options of a call of attention, and the rules that need no arithmetic."""
 
     def __init__(self, description: Description) -> None:
         arrays = {name: numpy.asarray(item.values) for name, item in description.inputs.items()}

@@ -1,4 +1,4 @@
-"""Inputs that any language can generate: a counter, one 64-bit mix per element, an exact number.
+"""Inputs that any language can generate: a counter, a 64-bit mix per element, an exact number.
 
 Element n of an array (row-major, n from 0) is a function of the seed and n alone. All arithmetic is on unsigned 64-bit
 integers and wraps around (SplitMix64: Steele, Lea and Flood 2014):
@@ -11,7 +11,7 @@ integers and wraps around (SplitMix64: Steele, Lea and Flood 2014):
 The kind turns z into an integer k, and the element is k * unit, where unit is a power of two:
 
     "bell"      k = (sum of the eight 4-bit digits of z's low 32 bits) - 60; |k| <= 60, roughly normal, deviation 13
-    "contrast"  the bell's k, times 8 where the highest four bits of z are 0: one element in sixteen is far out
+    "contrast"  the bell's k, times 8 where the highest four bits of z are 0: a sixteenth of the elements is large
     "full"      k = 2 * (z >> (64 - bits)) + 1 - 2**bits; odd, |k| < 2**bits, uniform: every bit is used
 
 The first two are exact in bfloat16 and float16 for unit 2**-10 to 2**6; "full" is exact in a type whose significand has
@@ -52,7 +52,7 @@ def words(count: int, seed: int) -> numpy.ndarray:
 
 
 def generate(shape: Sequence[int], seed: int, kind: str, unit: float, bits: int = 8) -> numpy.ndarray:
-    """Return the float64 array of one generator entry; only the kind "full" uses `bits`."""
+    """Return the float64 array of a generator entry; only the kind "full" uses `bits`."""
     z = words(math.prod(shape), seed)
     integers = {"bell": _bell, "contrast": _contrast, "full": lambda z: _full(z, bits)}[kind](z)
     return (integers * unit).reshape(tuple(shape))

@@ -1,4 +1,4 @@
-"""merge_attention: two halves of one softmax, with unlike shares, of which one or both may be empty.
+"""merge_attention: two halves of a softmax, with unlike shares, either or both of which may be empty.
 
 `merge_gradients` uses the same relations of the halves.
 """
