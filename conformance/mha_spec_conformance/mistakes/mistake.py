@@ -49,7 +49,7 @@ ALIBI = ("alibi_slopes", "alibi_bias")
 
 
 class Compared(Enum):
-    """How a wrong result is compared with the result of a mistake."""
+    """Ways to compare a wrong result with the result of a mistake."""
 
     BY_VALUE = "every element equals that of the mistake within its allowance"
     BY_SIZE_OF_ERRORS = "the errors are about as large as those of the mistake"
