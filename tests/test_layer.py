@@ -1,4 +1,4 @@
-"""Multi-head attention as a layer: its formula, its parameters, its options, and what it refuses."""
+"""Multi-head attention as a layer: its formula, parameters and options, and the errors of bad arguments."""
 
 from __future__ import annotations
 
@@ -100,131 +100,131 @@ FORMULAS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_the_layer_is_its_formula(module: ModuleType, name: str, layer_by_loops: Any) -> None:
+def test_the_layer_computes_its_formula(module: ModuleType, name: str, layer_by_loops: Any) -> None:
     without, options, spelt = FORMULAS[name]
-    given = tensors() | {"params": parameters(*without)}
+    arguments = tensors() | {"params": parameters(*without)}
     visible = numpy.broadcast_to(spelt.get("visible", True), (BATCH, HEADS, Q_LEN, KV_LEN))
-    expected, error = layer_by_loops(given["params"])(
-        given["query"], given["key"], given["value"], **spelt | {"visible": visible}
+    expected, error = layer_by_loops(arguments["params"])(
+        arguments["query"], arguments["key"], arguments["value"], **spelt | {"visible": visible}
     )
-    output = module.multi_head_attention(**given, **options)
+    output = module.multi_head_attention(**arguments, **options)
     assert library_of(output) == "numpy"
     assert (output.dtype, output.shape) == (numpy.float64, (BATCH, Q_LEN, SIZES.out))
     assert (abs(output - expected) <= 2 * error).all()
     assert numpy.median(error) < 1e-9 * numpy.median(abs(expected))
 
 
-def heads_of(given: dict[str, Any], *, rotary: bool) -> tuple[numpy.ndarray, ...]:
-    """Query, key and value of every head, as the steps of the layer make them one by one."""
-    params, made = given["params"], []
-    for name, x in (("q", given["query"]), ("k", given["key"]), ("v", given["value"])):
+def heads_of(arguments: dict[str, Any], *, rotary: bool) -> tuple[numpy.ndarray, ...]:
+    """Compute query, key and value of every head by the steps of the layer."""
+    params, heads = arguments["params"], []
+    for name, x in (("q", arguments["query"]), ("k", arguments["key"]), ("v", arguments["value"])):
         head = layer_steps.add_bias(layer_steps.project(x, params[f"w_{name}"]), params[f"b_{name}"])
         if name != "v":
             head = layer_steps.normalise(head, params[f"{name}_norm"], 1e-6)
             offset = every_option()["q_offset"][:, None] if name == "q" else numpy.zeros((1, 1), int)
             positions = (offset + numpy.arange(x.shape[1])) * numpy.ones((BATCH, 1), int)
             head = reference.rotary_embedding(head, positions) if rotary else head
-        made.append(head)
-    return tuple(made)
+        heads.append(head)
+    return tuple(heads)
 
 
 @pytest.mark.parametrize("rotary", [None, {}])
-def test_every_option_means_in_the_layer_what_it_means_in_attention(rotary: dict[str, Any] | None) -> None:
+def test_every_option_means_the_same_in_the_layer_and_in_attention(rotary: dict[str, Any] | None) -> None:
     assert set(every_option()) == set(OPTIONS) - {"dropout_key"}
-    given, options = tensors(), every_option()
-    q, k, v = heads_of(given, rotary=rotary is not None)
+    arguments, options = tensors(), every_option()
+    q, k, v = heads_of(arguments, rotary=rotary is not None)
     merged = numpy.asarray(reference.attention(q, k, v, **options)).transpose(0, 2, 1, 3).reshape(BATCH, Q_LEN, -1)
-    expected = merged @ given["params"]["w_o"].reshape(-1, SIZES.out) + given["params"]["b_o"]
-    output = reference.multi_head_attention(**given, **options, rotary=rotary)
-    magnitude = abs(merged) @ abs(given["params"]["w_o"].reshape(-1, SIZES.out)) + abs(given["params"]["b_o"])
+    expected = merged @ arguments["params"]["w_o"].reshape(-1, SIZES.out) + arguments["params"]["b_o"]
+    output = reference.multi_head_attention(**arguments, **options, rotary=rotary)
+    magnitude = abs(merged) @ abs(arguments["params"]["w_o"].reshape(-1, SIZES.out)) + abs(arguments["params"]["b_o"])
     assert (abs(output - expected) <= numpy.finfo(float).eps * (merged.shape[-1] + 1) * magnitude).all()
 
     weight_options = {name: value for name, value in options.items() if "dropout" not in name}
     weights = reference.multi_head_attention_weights(
-        given["query"], given["key"], given["params"], **weight_options, rotary=rotary
+        arguments["query"], arguments["key"], arguments["params"], **weight_options, rotary=rotary
     )
     assert numpy.array_equal(weights, reference.attention_weights(q, k, **weight_options))
     assert weights.shape == (BATCH, HEADS, Q_LEN, KV_LEN)
 
 
 @pytest.mark.parametrize("option", sorted(set(OPTIONS) - {"dropout_key", "kv_segment_ids", "q_offset"}))
-def test_no_option_is_lost(module: ModuleType, option: str) -> None:
+def test_every_option_changes_the_output(module: ModuleType, option: str) -> None:
     without = {"q_offset": every_option()["q_offset"]}
     names = {option, "kv_segment_ids"} if option == "q_segment_ids" else {option}
     with_it = {name: value for name, value in every_option().items() if name in names}
     if option == "dropout_rate":
         without["dropout_mask"] = every_option()["dropout_mask"]
-    one, other = (module.multi_head_attention(**tensors(), **without | given) for given in (with_it, {}))
-    assert one.shape == other.shape
-    assert not numpy.array_equal(one, other)
+    output, plain = (module.multi_head_attention(**tensors(), **without | options) for options in (with_it, {}))
+    assert output.shape == plain.shape
+    assert not numpy.array_equal(output, plain)
 
 
 def test_the_backend_has_the_weights_of_the_reference() -> None:
-    given = {name: value for name, value in tensors().items() if name != "value"}
+    arguments = {name: value for name, value in tensors().items() if name != "value"}
     options = {name: value for name, value in every_option().items() if "dropout" not in name}
     weights, expected = (
-        one.multi_head_attention_weights(**given, **options, rotary={})
-        for one in (importlib.import_module("mha_spec_numpy"), reference)
+        module.multi_head_attention_weights(**arguments, **options, rotary={})
+        for module in (importlib.import_module("mha_spec_numpy"), reference)
     )
     assert (weights.dtype, weights.shape) == (expected.dtype, expected.shape)
     assert (abs(weights - expected) <= 64 * numpy.finfo(float).eps * expected).all()
 
 
 def test_weights_need_no_parameters_of_the_output(module: ModuleType) -> None:
-    given = {name: value for name, value in tensors().items() if name != "value"}
-    few = given | {"params": parameters("w_v", "w_o", "b_v", "b_o")}
-    one, other = (module.multi_head_attention_weights(**each) for each in (given, few))
-    assert numpy.array_equal(one, other)
+    arguments = {name: value for name, value in tensors().items() if name != "value"}
+    few = arguments | {"params": parameters("w_v", "w_o", "b_v", "b_o")}
+    weights = module.multi_head_attention_weights(**arguments)
+    assert numpy.array_equal(weights, module.multi_head_attention_weights(**few))
 
 
-def test_a_row_that_sees_nothing_is_the_bias_of_the_output(module: ModuleType) -> None:
-    given, mask = tensors(), numpy.ones((BATCH, 1, Q_LEN, 1), dtype=bool)
+def test_an_empty_row_gives_the_bias_of_the_output(module: ModuleType) -> None:
+    arguments, mask = tensors(), numpy.ones((BATCH, 1, Q_LEN, 1), dtype=bool)
     mask[1, :, 2] = False
-    output = module.multi_head_attention(**given, mask=mask)
-    assert numpy.array_equal(output[1, 2], given["params"]["b_o"])
-    assert not (output[:, :2] == given["params"]["b_o"]).any()
+    output = module.multi_head_attention(**arguments, mask=mask)
+    assert numpy.array_equal(output[1, 2], arguments["params"]["b_o"])
+    assert not (output[:, :2] == arguments["params"]["b_o"]).any()
 
 
 @pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, Q_LEN, KV_LEN), (BATCH, 0, KV_LEN), (BATCH, Q_LEN, 0)])
 def test_lengths_of_zero(module: ModuleType, batch: int, q_len: int, kv_len: int) -> None:
-    given = tensors() | {"query": numbers(batch, q_len, 7), "key": numbers(batch, kv_len, 13)}
-    output = module.multi_head_attention(**given | {"value": numbers(batch, kv_len, 17)}, rotary={}, q_offset=0)
+    arguments = tensors() | {"query": numbers(batch, q_len, 7), "key": numbers(batch, kv_len, 13)}
+    output = module.multi_head_attention(**arguments | {"value": numbers(batch, kv_len, 17)}, rotary={}, q_offset=0)
     assert output.shape == (batch, q_len, SIZES.out)
-    assert numpy.array_equal(output, numpy.broadcast_to(given["params"]["b_o"], output.shape)) or kv_len > 0
+    assert numpy.array_equal(output, numpy.broadcast_to(arguments["params"]["b_o"], output.shape)) or kv_len > 0
 
 
-def test_garbage_in_a_hidden_token_moves_no_bit(module: ModuleType) -> None:
-    given = tensors()
-    before = module.multi_head_attention(**given, kv_lengths=[4, 2])
+def test_nan_in_a_hidden_token_changes_no_bit(module: ModuleType) -> None:
+    arguments = tensors()
+    before = module.multi_head_attention(**arguments, kv_lengths=[4, 2])
     for name in ("key", "value"):
-        given[name][0, 4:] = given[name][1, 2:] = numpy.nan
-    assert numpy.array_equal(module.multi_head_attention(**given, kv_lengths=[4, 2]), before)
+        arguments[name][0, 4:] = arguments[name][1, 2:] = numpy.nan
+    assert numpy.array_equal(module.multi_head_attention(**arguments, kv_lengths=[4, 2]), before)
 
 
 def test_inputs_are_not_written_to(module: ModuleType) -> None:
-    given = tensors()
-    for array in (*given["params"].values(), given["query"], given["key"], given["value"]):
+    arguments = tensors()
+    for array in (*arguments["params"].values(), arguments["query"], arguments["key"], arguments["value"]):
         array.flags.writeable = False
-    module.multi_head_attention(**given, **every_option(), rotary={})
+    module.multi_head_attention(**arguments, **every_option(), rotary={})
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_results_have_the_dtype_of_the_query(module: ModuleType, dtype: str, layer_by_loops: Any) -> None:
     import ml_dtypes
 
-    own = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    given = tensors()
-    given |= {name: given[name].astype(own) for name in ("query", "key", "value")}
-    given["params"] = {name: array.astype(own) for name, array in given["params"].items()}
+    stored_dtype = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    arguments = tensors()
+    arguments |= {name: arguments[name].astype(stored_dtype) for name in ("query", "key", "value")}
+    arguments["params"] = {name: array.astype(stored_dtype) for name, array in arguments["params"].items()}
     options = {"rotary": {}, "q_offset": 2}
-    output = module.multi_head_attention(**given, **options)
-    weights = module.multi_head_attention_weights(given["query"], given["key"], given["params"], **options)
+    output = module.multi_head_attention(**arguments, **options)
+    weights = module.multi_head_attention_weights(arguments["query"], arguments["key"], arguments["params"], **options)
     assert (dtype_name(output), dtype_name(weights)) == (dtype, dtype)
 
-    wide = {name: array.astype(float) for name, array in given["params"].items()}
+    wide = {name: array.astype(float) for name, array in arguments["params"].items()}
     stored = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
     expected, error = layer_by_loops(wide, min(stored, 2.0**-24), stored)(
-        *(given[name].astype(float) for name in ("query", "key", "value")),
+        *(arguments[name].astype(float) for name in ("query", "key", "value")),
         visible=numpy.ones((BATCH, HEADS, Q_LEN, KV_LEN), dtype=bool),
         rotary={},
         q_positions=numpy.asarray([[2, 3, 4]] * BATCH),
@@ -236,23 +236,23 @@ LIBRARIES = ("array_api_strict", "torch", "jax")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_same_source_is_the_layer_of_every_library(library: str, layer_by_loops: Any) -> None:
+def test_the_reference_computes_the_layer_on_every_library(library: str, layer_by_loops: Any) -> None:
     xp = pytest.importorskip(library)
     convert: Callable[[numpy.ndarray], Any] = (
         xp.asarray if library == "array_api_strict" else lambda array: to_library(array, library)
     )
-    given = tensors()
-    given |= {name: given[name].astype("float32") for name in ("query", "key", "value")}
-    given["params"] = {name: array.astype("float32") for name, array in given["params"].items()}
-    arrays = {name: convert(given[name]) for name in ("query", "key", "value")}
-    params = {name: convert(array) for name, array in given["params"].items()}
+    arguments = tensors()
+    arguments |= {name: arguments[name].astype("float32") for name in ("query", "key", "value")}
+    arguments["params"] = {name: array.astype("float32") for name, array in arguments["params"].items()}
+    arrays = {name: convert(arguments[name]) for name in ("query", "key", "value")}
+    params = {name: convert(array) for name, array in arguments["params"].items()}
     output = reference.multi_head_attention(**arrays, params=params, rotary={}, q_offset=convert(numpy.asarray([2, 1])))
     assert library_of(output) == library
     assert str(device_of(output)) == str(device_of(arrays["query"]))
-    expected, error = layer_by_loops(given["params"], 2.0**-24)(
-        given["query"],
-        given["key"],
-        given["value"],
+    expected, error = layer_by_loops(arguments["params"], 2.0**-24)(
+        arguments["query"],
+        arguments["key"],
+        arguments["value"],
         visible=numpy.ones((BATCH, HEADS, Q_LEN, KV_LEN), dtype=bool),
         rotary={},
         q_positions=numpy.asarray([[2, 3, 4], [1, 2, 3]]),
@@ -269,9 +269,9 @@ def test_steps_can_be_replaced_by_name() -> None:
 
 
 def changed(**params: numpy.ndarray | None) -> dict[str, Any]:
-    """The parameters with some of them changed, or None left out."""
-    found = parameters() | params
-    return {"params": {name: array for name, array in found.items() if array is not None}}
+    """Change some of the parameters; None omits a parameter."""
+    replaced = parameters() | params
+    return {"params": {name: array for name, array in replaced.items() if array is not None}}
 
 
 BAD: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ...]]] = {
@@ -394,17 +394,17 @@ OF_THE_OUTPUT = {"key-none", "transposed-output", "head-multiple", "value-length
 
 
 @pytest.mark.parametrize("name", sorted(set(BAD) - OF_THE_OUTPUT))
-def test_weights_refuse_the_same(module: ModuleType, name: str) -> None:
+def test_weights_raise_the_same_errors(module: ModuleType, name: str) -> None:
     wrong, error, argument, _ = BAD[name]
-    given = {key: value for key, value in (tensors() | wrong).items() if key != "value"}
+    arguments = {key: value for key, value in (tensors() | wrong).items() if key != "value"}
     with pytest.raises(error, match=f"`{re.escape(argument)}`"):
-        module.multi_head_attention_weights(**given)
+        module.multi_head_attention_weights(**arguments)
 
 
 def test_weights_take_no_dropout(module: ModuleType) -> None:
-    given = {name: value for name, value in tensors().items() if name != "value"}
+    arguments = {name: value for name, value in tensors().items() if name != "value"}
     with pytest.raises(ArgumentTypeError, match=r"`dropout_rate`.*before dropout"):
-        module.multi_head_attention_weights(**given, dropout_rate=0.1)
+        module.multi_head_attention_weights(**arguments, dropout_rate=0.1)
 
 
 def test_another_library_is_refused(module: ModuleType) -> None:
@@ -413,6 +413,6 @@ def test_another_library_is_refused(module: ModuleType) -> None:
         module.multi_head_attention(**tensors() | changed(w_q=strict.asarray(parameters()["w_q"])))
 
 
-def test_a_refused_shape_is_the_one_that_would_fit() -> None:
-    given = tensors() | {"query": numbers(BATCH, Q_LEN, 8)} | changed(w_q=numbers(8, HEADS, 4))
-    assert numpy.shape(reference.multi_head_attention(**given)) == (BATCH, Q_LEN, SIZES.out)
+def test_the_shape_that_an_error_asks_for_is_accepted() -> None:
+    arguments = tensors() | {"query": numbers(BATCH, Q_LEN, 8)} | changed(w_q=numbers(8, HEADS, 4))
+    assert numpy.shape(reference.multi_head_attention(**arguments)) == (BATCH, Q_LEN, SIZES.out)

@@ -1,3 +1,5 @@
+"""The reference: on every library, under every option, and with replaced steps."""
+
 from __future__ import annotations
 
 import contextlib
@@ -31,14 +33,14 @@ LIBRARIES = ("array_api_strict", "torch", "jax")
 
 
 def converter(library: str) -> Callable[[numpy.ndarray], Any]:
-    """What makes an array of the library of one of NumPy's."""
+    """Give the function that converts arrays of NumPy to the library."""
     xp = pytest.importorskip(library)
     return xp.asarray if library == "array_api_strict" else lambda array: to_library(array, library)
 
 
 @contextlib.contextmanager
 def set_up(library: str) -> Iterator[None]:
-    """JAX holds float64 only where it is told to, and compiles quickly only where it is told not to optimise."""
+    """Let JAX hold float64, and compile quickly without optimising."""
     if library != "jax":
         yield
         return
@@ -55,32 +57,32 @@ def set_up(library: str) -> Iterator[None]:
 
 
 def compiled(function: Callable[..., Any], library: str) -> Callable[..., Any]:
-    """The function over arrays and static options; JAX compiles it once for each signature, and not each operation."""
+    """Give the function over arrays and static options; JAX compiles it once for each signature."""
     if library != "jax":
         return function
     import jax
 
-    made: dict[str, Callable[..., Any]] = {}
+    programs: dict[str, Callable[..., Any]] = {}
 
     def call(*operands: Any, options: dict[str, Any], **arrays: Any) -> Any:
-        traced = made.setdefault(repr(sorted(options.items())), jax.jit(functools.partial(function, options=options)))
-        return traced(*operands, **arrays)
+        program = jax.jit(functools.partial(function, options=options))
+        return programs.setdefault(repr(sorted(options.items())), program)(*operands, **arrays)
 
     return call
 
 
 def through(library: str, name: str) -> Callable[..., Any]:
-    """A function of the reference on arrays of another library: results must come back in it, on its device."""
+    """Call a function of the reference on arrays of another library, of which its results must be, on its device."""
     convert = converter(library)
     call = compiled(
         lambda *operands, options, **arrays: getattr(reference, name)(*operands, **arrays, **options), library
     )
 
-    def asked(*operands: numpy.ndarray, **keywords: Any) -> Any:
+    def result(*operands: numpy.ndarray, **keywords: Any) -> Any:
         arrays = {key: convert(value) for key, value in keywords.items() if isinstance(value, numpy.ndarray)}
         options = {key: value for key, value in keywords.items() if key not in arrays}
-        given = [convert(operand) if isinstance(operand, numpy.ndarray) else operand for operand in operands]
-        results = call(*given, options=options, **arrays)
+        converted = [convert(operand) if isinstance(operand, numpy.ndarray) else operand for operand in operands]
+        results = call(*converted, options=options, **arrays)
         return tuple(map(back, results)) if isinstance(results, tuple) else back(results)
 
     def back(result: Any) -> numpy.ndarray | None:
@@ -90,35 +92,35 @@ def through(library: str, name: str) -> Callable[..., Any]:
         assert str(result.device) == str(convert(numpy.zeros(1)).device)
         return to_numpy(result).copy()
 
-    return asked
+    return result
 
 
 OF_ATTENTION = ("attention", "attention_weights", "attention_vjp", "merge_attention")
-"""The layer on other libraries stands in test_layer.py, whose parameters are mappings of arrays."""
+"""The functions of attention; test_layer.py tests the layer, whose parameters are mappings of arrays."""
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_same_source_passes_the_suite_on_every_library(library: str, suite: Suite) -> None:
-    asked = [case for case in suite.cases if case.function in OF_ATTENTION and not lacks_dtype_of(library, case)]
-    assert len(asked) > 600
-    assert not faults(library, asked, "float64")
+def test_the_reference_passes_the_suite_on_every_library(library: str, suite: Suite) -> None:
+    cases = [case for case in suite.cases if case.function in OF_ATTENTION and not lacks_dtype_of(library, case)]
+    assert len(cases) > 600
+    assert not faults(library, cases, "float64")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_so_it_does_in_float32(library: str) -> None:
+def test_the_reference_passes_in_float32_on_every_library(library: str) -> None:
     assert not faults(library, [case for function in OF_ATTENTION for case in alike(function)], "float32")
 
 
-def faults(library: str, asked: Iterable[Case], dtype: str) -> list[tuple[str, str, str | None]]:
-    """The cases that the reference does not pass on a library, and why."""
+def faults(library: str, cases: Iterable[Case], dtype: str) -> list[tuple[str, str, str | None]]:
+    """List the cases that the reference does not pass on a library, with the reasons."""
     with set_up(library):
         subject = Subject({name: through(library, name) for name in OF_ATTENTION})
-        results = [subject.outcome(case, dtype) for case in asked if dtype in case.dtypes]
-    return [(one.ask.case.id, one.outcome, one.reason) for one in results if one.outcome != "pass"]
+        results = [subject.outcome(case, dtype) for case in cases if dtype in case.dtypes]
+    return [(result.ask.case.id, result.outcome, result.reason) for result in results if result.outcome != "pass"]
 
 
 def lacks_dtype_of(library: str, case: Case) -> bool:
-    """Whether a call that must be refused has an input of 16 bits, which array-api-strict cannot hold."""
+    """Return True if an error case has an input of 16 bits, which array-api-strict cannot hold."""
     dtypes = {dtype_name(array) for array in case.inputs("float64").values()}
     return library == "array_api_strict" and case.expect == "error" and bool(dtypes & {"float16", "bfloat16"})
 
@@ -151,7 +153,7 @@ def every_option() -> dict[str, Any]:
     }
 
 
-def test_every_option_is_among_them() -> None:
+def test_every_option_is_listed() -> None:
     assert set(every_option()) == set(OPTIONS) - {"dropout_key"}
 
 
@@ -168,15 +170,17 @@ DIFFERENTIATED = [
 
 @pytest.mark.parametrize(("operand", "options"), DIFFERENTIATED)
 def test_gradients_are_those_of_finite_differences(operand: str, options: dict[str, Any]) -> None:
-    """A central difference is wrong by the square of its step, which two steps tell, and by rounding."""
-    given = tensors() | options
+    """A central difference has an error of the square of its step, which two steps show, and of rounding."""
+    arguments = tensors() | options
     grad_output, grad_lse = numbers(BATCH, HEADS, Q_LEN, V_DIM, seed=5), numbers(BATCH, HEADS, Q_LEN, seed=7)
-    gradients = reference.attention_vjp(grad_output, **given, grad_lse=grad_lse)
+    gradients = reference.attention_vjp(grad_output, **arguments, grad_lse=grad_lse)
     gradient = gradients[("query", "key", "value", "bias", "sinks").index(operand)]
-    direction = numbers(*given[operand].shape, seed=13)
+    direction = numbers(*arguments[operand].shape, seed=13)
 
     def terms(step: float) -> numpy.ndarray:
-        output, lse = reference.attention(**given | {operand: given[operand] + step * direction}, return_lse=True)
+        output, lse = reference.attention(
+            **arguments | {operand: arguments[operand] + step * direction}, return_lse=True
+        )
         return numpy.concat(
             [(output * grad_output).ravel(), (numpy.where(lse == -numpy.inf, 0.0, lse) * grad_lse).ravel()]
         )
@@ -189,108 +193,115 @@ def test_gradients_are_those_of_finite_differences(operand: str, options: dict[s
     assert abs((gradient * direction).sum() - extrapolated) <= abs(coarse - extrapolated) + rounding
 
 
-def test_future_key_moves_no_bit_of_a_causal_row() -> None:
-    given = tensors() | {"causal": True, "q_offset": 1}
-    before, lse_before = reference.attention(**given, return_lse=True)
+def test_a_future_key_changes_no_bit_of_a_causal_row() -> None:
+    arguments = tensors() | {"causal": True, "q_offset": 1}
+    before, lse_before = reference.attention(**arguments, return_lse=True)
     for name in ("key", "value"):
-        given[name] = given[name].copy()
-        given[name][:, :, 4:] = 17 * numbers(BATCH, KV_HEADS, KV_LEN - 4, given[name].shape[3])
-    after, lse_after = reference.attention(**given, return_lse=True)
+        arguments[name] = arguments[name].copy()
+        arguments[name][:, :, 4:] = 17 * numbers(BATCH, KV_HEADS, KV_LEN - 4, arguments[name].shape[3])
+    after, lse_after = reference.attention(**arguments, return_lse=True)
     assert numpy.array_equal(before[:, :, :3], after[:, :, :3])
     assert numpy.array_equal(lse_before[:, :, :3], lse_after[:, :, :3])
     assert not numpy.array_equal(before[:, :, 3:], after[:, :, 3:])
 
 
 @pytest.mark.parametrize("garbage", [numpy.nan, numpy.inf, 1e300])
-def test_what_lies_in_hidden_pairs_moves_no_bit(garbage: float) -> None:
-    given = tensors() | every_option()
+def test_the_contents_of_hidden_pairs_change_no_bit(garbage: float) -> None:
+    arguments = tensors() | every_option()
     grad_output = numbers(BATCH, HEADS, Q_LEN, V_DIM, seed=5)
-    before = (*reference.attention(**given, return_lse=True), *reference.attention_vjp(grad_output, **given))
-    spoilt = {name: array.copy() if isinstance(array, numpy.ndarray) else array for name, array in given.items()}
+    before = (*reference.attention(**arguments, return_lse=True), *reference.attention_vjp(grad_output, **arguments))
+    spoilt = {name: array.copy() if isinstance(array, numpy.ndarray) else array for name, array in arguments.items()}
     spoilt["key"][0, :, 6:] = spoilt["value"][0, :, 6:] = garbage
     spoilt["query"][1, :, 4:] = grad_output[1, :, 4:] = garbage
     after = (*reference.attention(**spoilt, return_lse=True), *reference.attention_vjp(grad_output, **spoilt))
-    for one, other in zip(before, after, strict=True):
-        assert numpy.array_equal(one, other)
+    for result, other in zip(before, after, strict=True):
+        assert numpy.array_equal(result, other)
 
 
-def within(name: str, given: Mapping[str, Any], **moved: numpy.ndarray) -> dict[str, numpy.ndarray]:
-    """The allowances of a call of the reference in float64."""
-    arrays = {key: value for key, value in given.items() if isinstance(value, numpy.ndarray)} | moved
-    options = {key: value for key, value in given.items() if key not in arrays}
+def within(name: str, arguments: Mapping[str, Any], **moved: numpy.ndarray) -> dict[str, numpy.ndarray]:
+    """Compute the allowances of a call in float64."""
+    arrays = {key: value for key, value in arguments.items() if isinstance(value, numpy.ndarray)} | moved
+    options = {key: value for key, value in arguments.items() if key not in arrays}
     return allowances(name, arrays, options, precision("float64"))
 
 
-def test_keys_in_another_order_are_the_same_attention() -> None:
+def test_the_order_of_the_keys_does_not_matter() -> None:
     order = numpy.random.default_rng(19).permutation(KV_LEN)
-    given = tensors() | {
+    arguments = tensors() | {
         "bias": numbers(1, HEADS, Q_LEN, KV_LEN),
         "mask": numpy.random.default_rng(23).random((BATCH, 1, Q_LEN, KV_LEN)) < 0.8,
     }
-    moved = {name: given[name][:, :, order] for name in ("key", "value")} | {
-        name: given[name][..., order] for name in ("bias", "mask")
+    moved = {name: arguments[name][:, :, order] for name in ("key", "value")} | {
+        name: arguments[name][..., order] for name in ("bias", "mask")
     }
-    allowed = within("attention", given)
-    for name, one, other in zip(
+    allowed = within("attention", arguments)
+    for name, result, other in zip(
         ("output", "lse"),
-        reference.attention(**given, return_lse=True),
-        reference.attention(**given | moved, return_lse=True),
+        reference.attention(**arguments, return_lse=True),
+        reference.attention(**arguments | moved, return_lse=True),
         strict=True,
     ):
-        assert (abs(one - other) <= 2 * allowed[name]).all()
+        assert (abs(result - other) <= 2 * allowed[name]).all()
 
 
 def test_halves_merge_to_the_whole() -> None:
-    given = tensors() | {"mask": numpy.random.default_rng(29).random((BATCH, HEADS, Q_LEN, KV_LEN)) < 0.7}
+    arguments = tensors() | {"mask": numpy.random.default_rng(29).random((BATCH, HEADS, Q_LEN, KV_LEN)) < 0.7}
     keys = (slice(3), slice(3, None))
     halves = [
-        given | {"key": given["key"][:, :, part], "value": given["value"][:, :, part], "mask": given["mask"][..., part]}
+        arguments
+        | {
+            "key": arguments["key"][:, :, part],
+            "value": arguments["value"][:, :, part],
+            "mask": arguments["mask"][..., part],
+        }
         for part in keys
     ]
     (output_a, lse_a), (output_b, lse_b) = (reference.attention(**half, return_lse=True) for half in halves)
     merged = reference.merge_attention(output_a, lse_a, output_b, lse_b)
     operands = dict(zip(FUNCTIONS["merge_attention"].operands, (output_a, lse_a, output_b, lse_b), strict=True))
-    own = [
-        within("attention", given),
+    bounds = [
+        within("attention", arguments),
         *(within("attention", half) for half in halves),
         within("merge_attention", operands),
     ]
-    lse_error = numpy.sum([one["lse"] for one in own], axis=0)
-    output_error = numpy.sum([one["output"] for one in own], axis=0)
+    lse_error = numpy.sum([bound["lse"] for bound in bounds], axis=0)
+    output_error = numpy.sum([bound["output"] for bound in bounds], axis=0)
     output_error += (abs(output_a) + abs(output_b)) * numpy.expm1(lse_error)[..., None]
-    output, lse = reference.attention(**given, return_lse=True)
+    output, lse = reference.attention(**arguments, return_lse=True)
     assert (abs(merged[0] - output) <= output_error).all()
     assert (abs(merged[1] - lse)[lse != merged[1]] <= lse_error[lse != merged[1]]).all()
 
 
 def test_weights_are_those_of_the_output() -> None:
-    given = tensors() | {name: value for name, value in every_option().items() if "dropout" not in name}
-    weights = reference.attention_weights(**{name: value for name, value in given.items() if name != "value"})
-    output = weights @ numpy.repeat(given["value"], HEADS // KV_HEADS, axis=1)
-    assert (abs(output - reference.attention(**given)) <= 2 * within("attention", given)["output"]).all()
+    arguments = tensors() | {name: value for name, value in every_option().items() if "dropout" not in name}
+    weights = reference.attention_weights(**{name: value for name, value in arguments.items() if name != "value"})
+    output = weights @ numpy.repeat(arguments["value"], HEADS // KV_HEADS, axis=1)
+    assert (abs(output - reference.attention(**arguments)) <= 2 * within("attention", arguments)["output"]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_results_have_the_dtypes_of_their_operands(dtype: str) -> None:
     import ml_dtypes
 
-    own = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    given = {name: array.astype(own) for name, array in tensors().items()}
+    stored_dtype = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    arguments = {name: array.astype(stored_dtype) for name, array in tensors().items()}
     options = {"bias": numbers(1, HEADS, Q_LEN, 1), "sinks": numbers(HEADS).astype("float32")}
-    output, lse = reference.attention(**given, **options, return_lse=True)
-    gradients = reference.attention_vjp(output, **given, **options)
+    output, lse = reference.attention(**arguments, **options, return_lse=True)
+    gradients = reference.attention_vjp(output, **arguments, **options)
     assert dtype_name(output) == dtype
     assert dtype_name(lse) == ("float64" if dtype == "float64" else "float32")
     assert [dtype_name(gradient) for gradient in gradients] == [dtype, dtype, dtype, "float64", "float32"]
-    operands = (*given.values(), *options.values())
+    operands = (*arguments.values(), *options.values())
     assert [gradient.shape for gradient in gradients] == [operand.shape for operand in operands]
 
 
 def test_steps_can_be_replaced_by_name() -> None:
-    given, mask = tensors(), numpy.tri(Q_LEN, KV_LEN, dtype=bool)[None, None]
+    arguments, mask = tensors(), numpy.tri(Q_LEN, KV_LEN, dtype=bool)[None, None]
     inverted = reference.Reference(replace(Steps(), see_mask=lambda mask: ~mask))
-    assert numpy.array_equal(inverted.attention(**given, mask=mask), reference.attention(**given, mask=~mask))
-    assert not numpy.array_equal(inverted.attention(**given, mask=mask), reference.attention(**given, mask=mask))
+    assert numpy.array_equal(inverted.attention(**arguments, mask=mask), reference.attention(**arguments, mask=~mask))
+    assert not numpy.array_equal(
+        inverted.attention(**arguments, mask=mask), reference.attention(**arguments, mask=mask)
+    )
 
 
 @pytest.mark.parametrize("library", ["numpy", *LIBRARIES])
@@ -314,32 +325,34 @@ def test_segment_ids_are_equal_by_value(library: str, q_ids: numpy.integer, kv_i
     with set_up(library):
         x = convert(tokens)
         for of_queries, of_keys in ((True, True), (True, False), (False, True)):
-            ids = [numpy.full((BATCH, Q_LEN), one) for one in (q_ids, kv_ids)]
-            given = [convert(one) if moved else one for one, moved in zip(ids, (of_queries, of_keys), strict=True)]
-            output = reference.attention(x, x, x, q_segment_ids=given[0], kv_segment_ids=given[1])
+            q_segment_ids, kv_segment_ids = (
+                convert(numpy.full((BATCH, Q_LEN), value)) if is_array else numpy.full((BATCH, Q_LEN), value)
+                for value, is_array in ((q_ids, of_queries), (kv_ids, of_keys))
+            )
+            output = reference.attention(x, x, x, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids)
             assert to_numpy(output).any() == equal
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_what_hides_is_decided_after_the_bias_is_converted(dtype: str) -> None:
+def test_a_bias_hides_by_its_value_after_the_conversion(dtype: str) -> None:
     import ml_dtypes
 
-    own = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    given = {name: array.astype(own) for name, array in tensors().items()}
+    stored_dtype = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    arguments = {name: array.astype(stored_dtype) for name, array in tensors().items()}
     bias = numpy.zeros((1, 1, 1, KV_LEN))
     bias[..., 2] = -1e300
     hides = dtype != "float64"
-    weights = reference.attention_weights(given["query"], given["key"], bias=bias)
-    alone = reference.attention_weights(given["query"], given["key"], bias=numpy.full_like(bias, -1e300))
+    weights = reference.attention_weights(arguments["query"], arguments["key"], bias=bias)
+    alone = reference.attention_weights(arguments["query"], arguments["key"], bias=numpy.full_like(bias, -1e300))
     assert not weights[..., 2].any()
     assert alone.astype("float64").any() != hides
 
 
-def test_a_bias_that_converts_to_minus_infinity_hides_as_one_that_is() -> None:
-    given = {name: array.astype("float32") for name, array in tensors().items()}
-    given["value"][:, :, 2] = given["key"][:, :, 2] = numpy.nan
+def test_a_bias_that_converts_to_minus_infinity_hides() -> None:
+    arguments = {name: array.astype("float32") for name, array in tensors().items()}
+    arguments["value"][:, :, 2] = arguments["key"][:, :, 2] = numpy.nan
     bias = numpy.zeros((1, 1, 1, KV_LEN))
     bias[..., 2] = -1e300
-    hidden = reference.attention(**given, bias=numpy.where(bias < 0, -numpy.inf, bias))
+    hidden = reference.attention(**arguments, bias=numpy.where(bias < 0, -numpy.inf, bias))
     assert numpy.isfinite(hidden).all()
-    assert numpy.array_equal(reference.attention(**given, bias=bias), hidden)
+    assert numpy.array_equal(reference.attention(**arguments, bias=bias), hidden)
