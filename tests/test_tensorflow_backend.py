@@ -1,4 +1,4 @@
-"""mha_spec_tensorflow in the worlds of TensorFlow: each judged by the goldens."""
+"""The goldens on mha_spec_tensorflow: eager, in graphs, by XLA, mapped, and in mixed precision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ gradient_of: Callable[..., Any] = tf.GradientTape.gradient
 
 
 def answered(**arguments: Any) -> dict[str, tf.Tensor]:
-    """Output and lse of a case of attention."""
+    """Compute output and lse of a case of attention."""
     output, lse = attention(**arguments, return_lse=True)
     return {"output": output, "lse": lse}
 
@@ -29,24 +29,24 @@ def answered(**arguments: Any) -> dict[str, tf.Tensor]:
 def differentiated(
     *, grad_output: tf.Tensor, grad_lse: tf.Tensor | None = None, **arguments: Any
 ) -> dict[str, tf.Tensor]:
-    """The gradients that a tape gives of the forward."""
-    given = {name: arguments[name] for name in DIFFERENTIABLE if name in arguments}
+    """Compute the gradients of attention with a tape."""
+    operands = {name: arguments[name] for name in DIFFERENTIABLE if name in arguments}
     with tf.GradientTape() as tape:
-        tape.watch(given)
+        tape.watch(operands)
         output, lse = attention(**arguments, return_lse=True)
     count = 1 if grad_lse is None else 2
     results, cotangents = [output, lse][:count], [grad_output, grad_lse][:count]
-    found = gradient_of(tape, results, given, output_gradients=cotangents, unconnected_gradients="zero")
-    return {f"grad_{name}": gradient for name, gradient in found.items()}
+    gradients = gradient_of(tape, results, operands, output_gradients=cotangents, unconnected_gradients="zero")
+    return {f"grad_{name}": gradient for name, gradient in gradients.items()}
 
 
 traced = partial(compiled, tf.function)
-"""A tf.function to which every tensor is an argument."""
+"""Make a tf.function whose arguments are all tensors of the call."""
 by_xla = partial(compiled, partial(tf.function, jit_compile=True))
 
 
 def unknown() -> Callable[..., dict[str, tf.Tensor]]:
-    """Output and lse, of a batch and of lengths that are not known when the call is traced."""
+    """Make a function for output and lse whose batch and lengths are unknown when it is traced."""
     functions: dict[str, Callable[..., dict[str, tf.Tensor]]] = {}
 
     def spec(name: str, tensor: tf.Tensor) -> tf.TensorSpec:
@@ -60,17 +60,17 @@ def unknown() -> Callable[..., dict[str, tf.Tensor]]:
     def asked(**arguments: Any) -> dict[str, tf.Tensor]:
         arrays, others = split_arguments(arguments)
         specs = {name: spec(name, tensor) for name, tensor in arrays.items()}
-        made = tf.function(lambda given: answered(**given, **others), input_signature=[specs])
-        return functions.setdefault(repr((others, specs)), made)(arrays)
+        function = tf.function(lambda arrays: answered(**arrays, **others), input_signature=[specs])
+        return functions.setdefault(repr((others, specs)), function)(arrays)
 
     return asked
 
 
 def mapped(mapping: Callable[..., tuple[tf.Tensor, tf.Tensor]], **arguments: Any) -> dict[str, tf.Tensor]:
-    """Output and lse of the second of two calls over which something maps."""
+    """Map attention over two calls, and return output and lse of the second."""
     arrays, others = split_arguments(arguments)
-    doubled = {name: tf.stack([tf.reverse(one, [0]), one]) for name, one in arrays.items()}
-    output, lse = mapping(lambda given: attention(**given, **others, return_lse=True), doubled)
+    doubled = {name: tf.stack([tf.reverse(array, [0]), array]) for name, array in arrays.items()}
+    output, lse = mapping(lambda arrays: attention(**arrays, **others, return_lse=True), doubled)
     return {"output": output[1], "lse": lse[1]}
 
 
@@ -96,7 +96,7 @@ def test_a_tape_gives_the_gradients() -> None:
     assert not failures("tensorflow", some[::4], differentiated, "float64", "float16", "bfloat16")
 
 
-def test_lengths_on_the_host_say_the_same() -> None:
+def test_lengths_on_the_host() -> None:
     some = [case for case in cases("attention") if {"kv_lengths", "segments", "offset"} & set(case.features)]
     assert not failures("tensorflow", some[::4], answered, "float32", host=PER_ENTRY)
 
@@ -119,7 +119,7 @@ def test_gradients_traced_in_loops() -> None:
     assert not failures("tensorflow", alike("attention_vjp", 8), traced(differentiated), "float32")
 
 
-def test_sizes_that_are_not_known() -> None:
+def test_unknown_sizes() -> None:
     assert not failures("tensorflow", alike("attention"), unknown(), "float32")
 
 
@@ -146,7 +146,7 @@ def test_mapped() -> None:
 def test_mixed_precision_keeps_the_softmax_exact(policy: str) -> None:
     def ask(**arguments: Any) -> dict[str, tf.Tensor]:
         operands = [tf.cast(arguments.pop(name), tf.float32) for name in ("query", "key", "value")]
-        layer = keras.layers.Lambda(lambda given: attention(*given, **arguments, return_lse=True), dtype=policy)
+        layer = keras.layers.Lambda(lambda operands: attention(*operands, **arguments, return_lse=True), dtype=policy)
         output, lse = layer(operands)
         return {"output": output, "lse": lse}
 

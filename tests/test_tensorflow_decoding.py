@@ -1,4 +1,4 @@
-"""TensorFlow's layer with a cache: decoding in any steps, eager, in graphs or by XLA, is one call."""
+"""TensorFlow's layer with a cache: decoding in any steps, eager, in graphs or by XLA, equals a single call."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from mha_spec_tensorflow.layer import store
 
 @pytest.mark.parametrize("mode", ["host", "tensor", "graph"])
 @pytest.mark.parametrize("steps", STEPS)
-def test_decoding_in_any_steps_is_one_call(steps: str, mode: str) -> None:
+def test_decoding_in_any_steps_equals_a_single_call(steps: str, mode: str) -> None:
     layer, x = sized(qk_norm=True, rotary={}), tokens()
 
     def ours(dtype: str) -> list[tf.Tensor]:
-        own = sized(dtype, qk_norm=True, rotary={})
+        layer = sized(dtype, qk_norm=True, rotary={})
 
         def call(part: tf.Tensor, cache: KVCache) -> tuple[tf.Tensor, tf.Tensor, KVCache]:
-            seen = own.attention_weights(part, causal=True, cache=cache)[..., :LENGTH]
-            output, new = own(part, causal=True, cache=cache)
-            return output, seen, new
+            weights = layer.attention_weights(part, causal=True, cache=cache)[..., :LENGTH]
+            output, new = layer(part, causal=True, cache=cache)
+            return output, weights, new
 
         step = tf.function(call) if mode == "graph" else call
-        cache, outputs, weights = own.empty_cache(BATCH, LENGTH + 2), [], []
+        cache, outputs, weights = layer.empty_cache(BATCH, LENGTH + 2), [], []
         cache = cache if mode == "host" else cache._replace(lengths=tf.constant(cache.lengths))
         for part in tf.split(tf.cast(x, dtype), STEPS[steps], axis=1):
-            output, seen, cache = step(part, cache)
+            output, of_part, cache = step(part, cache)
             outputs.append(output)
-            weights.append(seen)
+            weights.append(of_part)
         assert tf.is_tensor(cache.lengths) == (mode != "host")
         assert numpy.array_equal(cache.lengths, [LENGTH] * BATCH)
         return [tf.concat(outputs, 1), tf.concat(weights, 2)]
@@ -46,7 +46,7 @@ def test_decoding_in_any_steps_is_one_call(steps: str, mode: str) -> None:
 
 
 def counted(function: Any) -> int:
-    """How many graphs were made of a function."""
+    """Count the graphs that were traced of a function."""
     return function.experimental_get_tracing_count()
 
 
@@ -82,7 +82,12 @@ def test_one_graph_serves_chunks_of_every_length() -> None:
     assert counted(whole) == 1
 
 
-def test_gradients_go_through_a_cache() -> None:
+def values_of(layer: Any) -> list[tf.Tensor]:
+    """Give the values of the trainable weights."""
+    return [variable.value for variable in layer.trainable_weights]
+
+
+def test_gradients_pass_through_a_cache() -> None:
     layer, x = sized(rotary={}), tokens()
 
     def decoded(layer: Any, x: tf.Tensor) -> tf.Tensor:
@@ -93,45 +98,45 @@ def test_gradients_go_through_a_cache() -> None:
         return tf.concat(outputs, 1)
 
     def ours(dtype: str) -> list[tf.Tensor]:
-        own, given = sized(dtype, rotary={}), tf.cast(x, dtype)
-        return with_gradients(lambda: decoded(own, given), [given, *(one.value for one in own.trainable_weights)])
+        narrow, inputs = sized(dtype, rotary={}), tf.cast(x, dtype)
+        return with_gradients(lambda: decoded(narrow, inputs), [inputs, *values_of(narrow)])
 
-    leaves = [x, *(one.value for one in layer.trainable_weights)]
+    leaves = [x, *values_of(layer)]
     assert_same(ours, with_gradients(lambda: layer(x, causal=True), leaves))
 
 
 @pytest.mark.parametrize("host", [True, False], ids=["host", "tensor"])
-def test_entries_of_other_lengths_decode_each_for_itself(host: bool) -> None:
-    layer, given = sized(rotary={}), [3, 5]
+def test_batch_entries_of_different_lengths_are_independent(host: bool) -> None:
+    layer, lengths = sized(rotary={}), [3, 5]
     clean = layers.tokens(7)
     garbage = clean.copy()
     garbage[0, 3:5] = numpy.nan
 
     def ours(dtype: str) -> list[tf.Tensor]:
-        own, x = sized(dtype, rotary={}), tf.constant(garbage, dtype)
-        cache = own.empty_cache(BATCH, LENGTH)
+        layer, x = sized(dtype, rotary={}), tf.constant(garbage, dtype)
+        cache = layer.empty_cache(BATCH, LENGTH)
         cache = cache if host else cache._replace(lengths=tf.constant(cache.lengths))
-        lengths = given if host else tf.constant(given)
-        _, cache = own(x[:, :5], causal=True, cache=cache, kv_lengths=lengths)
-        output, after = own(x[:, 5:], causal=True, cache=cache)
+        kv_lengths = lengths if host else tf.constant(lengths)
+        _, cache = layer(x[:, :5], causal=True, cache=cache, kv_lengths=kv_lengths)
+        output, after = layer(x[:, 5:], causal=True, cache=cache)
         assert numpy.array_equal(after.lengths, [5, 7])
         return [output]
 
-    entries = enumerate(given)
-    alone = [numpy.concatenate([clean[b : b + 1, :length], clean[b : b + 1, 5:]], 1) for b, length in entries]
-    expected = [layer(tf.constant(x), causal=True)[:, x.shape[1] - 2 :] for x in alone]
+    entries = enumerate(lengths)
+    sequences = [numpy.concatenate([clean[b : b + 1, :length], clean[b : b + 1, 5:]], 1) for b, length in entries]
+    expected = [layer(tf.constant(x), causal=True)[:, x.shape[1] - 2 :] for x in sequences]
     assert_same(ours, [tf.concat(expected, 0)])
 
 
-def test_an_old_cache_reads_as_before() -> None:
+def test_an_old_cache_is_unchanged() -> None:
     caches = [empty_cache(BATCH, KV_HEADS, LENGTH, QK_DIM, V_DIM, like=tf.zeros((), tf.float64))]
     for seed in range(3):
         caches.append(append_cache(caches[-1], *heads(2, seed), [1, 2]))
-    seen = [tf.constant(cache.key.numpy().copy()) for cache in caches]
+    keys = [tf.constant(cache.key.numpy().copy()) for cache in caches]
     branch = append_cache(caches[1], *heads(3, seed=9))
-    held = KVCache(*(numpy.asarray(buffer) for buffer in caches[1]))
-    key, value, lengths = reference.append_cache(held, *layers.heads(3, seed=9))
-    assert_equal([cache.key for cache in caches], seen)
+    on_host = KVCache(*(numpy.asarray(buffer) for buffer in caches[1]))
+    key, value, lengths = reference.append_cache(on_host, *layers.heads(3, seed=9))
+    assert_equal([cache.key for cache in caches], keys)
     assert_equal(branch, [tf.constant(key), tf.constant(value), lengths])
 
 
@@ -162,21 +167,21 @@ def test_tokens_beyond_a_full_cache_are_dropped_and_counted() -> None:
 
 
 @pytest.mark.parametrize("start", [[3, 0], [3, 3], [9, 10], [11, 20], [-1, -2]])
-def test_tokens_are_stored_where_they_belong(start: list[int]) -> None:
+def test_tokens_are_stored_at_their_positions(start: list[int]) -> None:
     new, expected = layers.heads(3)[0], numpy.zeros((BATCH, KV_HEADS, LENGTH, QK_DIM))
     buffer = tf.zeros(expected.shape, tf.float64)
     for b, i in numpy.ndindex(BATCH, 3):
         if 0 <= start[b] + i < LENGTH:
             expected[b, :, start[b] + i] = new[b, :, i]
     begin, in_graph = numpy.asarray(start), tf.function(store)
-    found = store(buffer, tf.constant(new), begin, begin + 3)
+    eager = store(buffer, tf.constant(new), begin, begin + 3)
     traced = in_graph(buffer, tf.constant(new), tf.constant(start), tf.constant(start) + 3)
-    assert_equal([found, traced], [tf.constant(expected)] * 2)
+    assert_equal([eager, traced], [tf.constant(expected)] * 2)
 
 
-def test_keys_cached_before_serve_cross_attention() -> None:
+def test_cross_attention_reads_cached_keys() -> None:
     layer, x, key, value = sized(**CROSS), tokens(), tokens(8, 3), tokens(8, 17)
     _, cache = layer(x[:, :1], key, value, cache=layer.empty_cache(BATCH, 8), q_offset=0)
-    found, after = mha_spec_tensorflow.multi_head_attention(x, None, None, layer.params, cache=cache, q_offset=0)
-    assert_near(found, layer(x, key, value))
+    output, after = mha_spec_tensorflow.multi_head_attention(x, None, None, layer.params, cache=cache, q_offset=0)
+    assert_near(output, layer(x, key, value))
     assert numpy.array_equal(after.lengths, cache.lengths)

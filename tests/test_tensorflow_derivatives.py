@@ -1,4 +1,4 @@
-"""Derivatives of mha_spec_tensorflow beside those of the goldens, and its random dropout."""
+"""Derivatives of mha_spec_tensorflow that the goldens do not test, and its random dropout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GENERATOR_SEED = 20261123
 
 
 def inputs(dtype: str = "float64") -> list[tf.Tensor]:
-    """Query, key, value, bias and sinks."""
+    """Draw query, key, value, bias and sinks."""
     shapes = (2, 4, 7, 5), (2, 2, 7, 5), (2, 2, 7, 3), (1, 4, 1, 7), (4,)
     return [tf.constant(numbers(*shape), dtype) for shape in shapes]
 
@@ -35,7 +35,7 @@ def ours(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, bias: tf.Tensor, si
 
 
 def plain(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, bias: tf.Tensor, sinks: tf.Tensor) -> Any:
-    """The same in plain operations."""
+    """Compute the same in plain operations."""
     key, value = tf.repeat(key, 2, 1), tf.repeat(value, 2, 1)
     scores = 3 * tf.tanh(tf.matmul(query, key, transpose_b=True) / 5**0.5 / 3) + bias
     scores = tf.where(numpy.tril(numpy.ones((7, 7), bool)), scores, -math.inf)
@@ -45,27 +45,27 @@ def plain(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, bias: tf.Tensor, s
 
 
 def second(call: Callable[..., Any], operands: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Second derivatives of something that is not linear in either result."""
+    """Compute second derivatives of a number that is not linear in either result."""
     with tf.GradientTape() as outer:
         outer.watch(operands)
         with tf.GradientTape() as inner:
             inner.watch(operands)
             output, lse = call(*operands)
             number = tf.reduce_sum(tf.sin(output)) + tf.reduce_sum(tf.cos(lse))
-        found = gradient_of(inner, number, operands)
-        number = tf.add_n([tf.reduce_sum(tf.sin(3 * one)) for one in found])
+        gradients = gradient_of(inner, number, operands)
+        number = tf.add_n([tf.reduce_sum(tf.sin(3 * gradient)) for gradient in gradients])
     return gradient_of(outer, number, operands)
 
 
 def pushed(call: Callable[..., Any], operands: list[tf.Tensor]) -> Any:
-    """Directional derivatives in forward mode."""
-    with tf.autodiff.ForwardAccumulator(operands, [tf.cos(7 * one) for one in operands]) as accumulator:
+    """Compute directional derivatives in forward mode."""
+    with tf.autodiff.ForwardAccumulator(operands, [tf.cos(7 * operand) for operand in operands]) as accumulator:
         results = call(*operands)
     return accumulator.jvp(results)
 
 
 def assert_same_derivatives(derive: Callable[..., Any]) -> None:
-    """Ours, eager and traced, are those of plain operations."""
+    """Require that our derivatives, eager and traced, equal those of plain operations."""
     expected = derive(plain, inputs())
     assert_same(lambda dtype: derive(ours, inputs(dtype)), expected)
     traced = tf.function(lambda *operands: derive(ours, list(operands)))
@@ -89,11 +89,11 @@ def test_forward_mode() -> None:
 
 
 def test_a_persistent_tape_can_be_asked_twice() -> None:
-    given = inputs()
+    operands = inputs()
     with tf.GradientTape(persistent=True) as tape:
-        tape.watch(given)
-        output, _ = ours(*given)
-    assert_equal(gradient_of(tape, output, given), gradient_of(tape, output, given))
+        tape.watch(operands)
+        output, _ = ours(*operands)
+    assert_equal(gradient_of(tape, output, operands), gradient_of(tape, output, operands))
 
 
 def test_a_variable_has_a_gradient() -> None:
@@ -105,20 +105,20 @@ def test_a_variable_has_a_gradient() -> None:
 
 
 def test_merging_has_gradients_where_halves_are_empty() -> None:
-    output_a, output_b = (tf.constant(numpy.random.default_rng(one).normal(size=(1, 1, 3, 2))) for one in (1, 2))
+    output_a, output_b = (tf.constant(numpy.random.default_rng(seed).normal(size=(1, 1, 3, 2))) for seed in (1, 2))
     lse_a, lse_b = (tf.constant([[row]]) for row in ([0.5, -math.inf, -math.inf], [0.25, 1.5, -math.inf]))
-    halves = [tf.cast(one, tf.float64) for one in (output_a, lse_a, output_b, lse_b)]
+    halves = [tf.cast(array, tf.float64) for array in (output_a, lse_a, output_b, lse_b)]
     with tf.GradientTape() as tape:
         tape.watch(halves)
         output, lse = mha_spec_tensorflow.merge_attention(*halves)
         number = tf.reduce_sum(output) + tf.reduce_sum(lse[..., :2])
-    found = gradient_of(tape, number, halves)
-    assert all(bool(tf.reduce_all(tf.math.is_finite(one))) for one in found)
-    assert bool(tf.reduce_all(found[0][..., 1:, :] == 0))
+    gradients = gradient_of(tape, number, halves)
+    assert all(bool(tf.reduce_all(tf.math.is_finite(gradient))) for gradient in gradients)
+    assert bool(tf.reduce_all(gradients[0][..., 1:, :] == 0))
 
 
 def test_random_dropout_keeps_at_its_rate() -> None:
-    """Two-sided, at a false-alarm probability below 1e-9: 6.2 standard deviations of a binomial."""
+    """Allow 6.2 standard deviations of a binomial, a false alarm once in 10^9 runs."""
     pairs = 4 * 512 * 512
     query, key = tf.zeros((1, 4, 512, 8)), tf.zeros((1, 4, 512, 8))
     value = tf.broadcast_to(tf.eye(512), (1, 4, 512, 512))
@@ -129,11 +129,12 @@ def test_random_dropout_keeps_at_its_rate() -> None:
         numpy.testing.assert_allclose(output[output != 0], 1 / 512 / (1 - rate), rtol=1e-6)
 
 
-def test_random_dropout_is_that_of_its_seed() -> None:
-    def draw(seed: Any) -> numpy.ndarray:
-        return attention(*given, dropout_rate=0.5, dropout_key=seed).numpy()
+def test_random_dropout_depends_only_on_its_seed() -> None:
+    arrays = operands()
 
-    given = operands()
+    def draw(seed: Any) -> numpy.ndarray:
+        return attention(*arrays, dropout_rate=0.5, dropout_key=seed).numpy()
+
     assert (draw(1) == draw(1)).all()
     assert (draw(1) == draw(tf.constant(1))).all()
     assert (draw(1) != draw(2)).any()

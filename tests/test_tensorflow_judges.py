@@ -1,6 +1,6 @@
-"""The layers of Keras as judges of ours: same weights, same outputs, weights and gradients.
+"""The layers of Keras compared with ours: the same parameters give the same outputs, weights and gradients.
 
-What means something else there stands in docs/judges.md; each of its rows is seen here.
+docs/judges.md lists the options whose meaning differs; each of its rows is tested here.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ multi_head_attention_weights: Callable[..., Any] = mha_spec_tensorflow.multi_hea
 
 
 def filled(layer: Any) -> Any:
-    layer.set_weights([numbers(*one.shape, seed=place) / 2 for place, one in enumerate(layer.weights)])
+    layer.set_weights([numbers(*weight.shape, seed=seed) / 2 for seed, weight in enumerate(layer.weights)])
     return layer
 
 
 def plain(**options: Any) -> Any:
-    given: dict[str, Any] = {"num_heads": 6, "key_dim": 4, "dtype": "float64"} | options
-    return keras.layers.MultiHeadAttention(**given)
+    defaults: dict[str, Any] = {"num_heads": 6, "key_dim": 4, "dtype": "float64"}
+    return keras.layers.MultiHeadAttention(**defaults | options)
 
 
 def grouped(**options: Any) -> Any:
-    given: dict[str, Any] = {"head_dim": 4, "num_query_heads": 6, "num_key_value_heads": 3, "dtype": "float64"}
-    return keras.layers.GroupQueryAttention(**given | options)
+    defaults: dict[str, Any] = {"head_dim": 4, "num_query_heads": 6, "num_key_value_heads": 3, "dtype": "float64"}
+    return keras.layers.GroupQueryAttention(**defaults | options)
 
 
 SHARED: dict[str, tuple[Callable[..., keras.layers.Layer], Options, Options, Callable[[], Options]]] = {
@@ -69,42 +69,42 @@ SHARED: dict[str, tuple[Callable[..., keras.layers.Layer], Options, Options, Cal
 @pytest.mark.parametrize("scores", [False, True], ids=["fused", "scores"])
 @pytest.mark.parametrize("name", SHARED)
 def test_layers_of_keras_have_the_same_outputs_weights_and_gradients(name: str, scores: bool) -> None:
-    made, arguments, asked, options_of = SHARED[name]
-    layer, options = made(**arguments), tensors(options_of())
-    sizes = (9, 9, 9) if made is grouped else (9, 3, 17)
+    make, arguments, keywords, options_of = SHARED[name]
+    layer, options = make(**arguments), tensors(options_of())
+    sizes = (9, 9, 9) if make is grouped else (9, 3, 17)
     x, key, value = tokens(5, sizes[0]), tokens(8, sizes[1]), tokens(8, sizes[2], seed=6)
     layer(x, value, key)
     filled(layer)
-    variables = [one.value for one in layer.weights]
-    layout = "keras_grouped" if made is grouped else "keras"
+    variables = [variable.value for variable in layer.weights]
+    layout = "keras_grouped" if make is grouped else "keras"
 
     def theirs() -> Any:
-        return layer(x, value, key, **asked, return_attention_scores=scores)
+        return layer(x, value, key, **keywords, return_attention_scores=scores)
 
     def ours(dtype: str) -> list[tf.Tensor]:
-        held, inputs = floats((variables, [x, key, value]), dtype)
+        weights, inputs = floats((variables, [x, key, value]), dtype)
 
         def call() -> list[tf.Tensor]:
-            params = load_weights(held, layout)
+            params = load_weights(weights, layout)
             output = multi_head_attention(*inputs, params, **options)
             if not scores:
                 return [output]
             return [output, multi_head_attention_weights(*inputs[:2], params, **options)]
 
-        return with_gradients(call, [*held, *inputs])
+        return with_gradients(call, [*weights, *inputs])
 
     assert_same(ours, with_gradients(theirs, [*variables, x, key, value]))
     returned = save_weights(load_weights(layer.get_weights(), layout), layout)
     assert_equal(list(returned.values()), layer.get_weights())
 
 
-@pytest.mark.parametrize("made", [plain, grouped])
-def test_a_row_without_keys_is_a_mean_in_keras_unless_scores_are_asked(made: Callable[..., keras.layers.Layer]) -> None:
+@pytest.mark.parametrize("make", [plain, grouped])
+def test_an_empty_row_is_a_mean_in_keras_unless_scores_are_returned(make: Callable[..., keras.layers.Layer]) -> None:
     mask = numpy.ones((2, 5, 8), bool)
     mask[:, 2] = False
-    layer, x, memory = made(), tokens(5, 9), tokens(8, 9)
+    layer, x, memory = make(), tokens(5, 9), tokens(8, 9)
     layer(x, memory)
-    loaded = load_weights(filled(layer).get_weights(), "keras_grouped" if made is grouped else "keras")
+    loaded = load_weights(filled(layer).get_weights(), "keras_grouped" if make is grouped else "keras")
     params = tensors(loaded)
     flat = params | {"w_q": 0 * params["w_q"], "b_q": 0 * params["b_q"]}
     fused = layer(x, memory, attention_mask=mask)
@@ -114,17 +114,17 @@ def test_a_row_without_keys_is_a_mean_in_keras_unless_scores_are_asked(made: Cal
     assert_near(layer(x, memory, attention_mask=mask, return_attention_scores=True)[0], ours)
 
 
-def test_keras_means_something_else() -> None:
-    """What docs/judges.md says of Keras, beside rows without keys."""
+def test_options_of_keras_whose_meaning_differs() -> None:
+    """Test the rows on Keras in docs/judges.md, except the row on empty rows."""
     x, memory = tokens(5, 9), tokens(8, 9)
     gated = plain(use_gate=True)
     gated(x, memory)
     with pytest.raises(ArgumentValueError, match="gate"):
-        load_weights({one.path: one.numpy() for one in gated.weights}, "keras", prefix=gated.name)
+        load_weights({weight.path: weight.numpy() for weight in gated.weights}, "keras", prefix=gated.name)
     dropping = plain(dropout=0.5)
-    kept, seen = dropping(x, memory, training=True, return_attention_scores=True)
-    assert (seen.numpy() > 0).all()
-    assert not numpy.array_equal(kept, dropping(x, memory))
+    output, scores = dropping(x, memory, training=True, return_attention_scores=True)
+    assert (scores.numpy() > 0).all()
+    assert not numpy.array_equal(output, dropping(x, memory))
     embedding = keras.layers.Embedding(5, 9, mask_zero=True)
     layer, ids = plain(dtype="float32"), numpy.asarray([[1, 2, 0]])
     embedded = embedding(ids)

@@ -1,4 +1,4 @@
-"""The layer of TensorFlow as a layer of Keras: its beginning, its config, models, training, and mixed precision."""
+"""TensorFlow's layer as a layer of Keras: initial weights, config, models, training and mixed precision."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_the_object_is_the_function_with_its_parameters() -> None:
+def test_the_object_calls_the_function_with_its_parameters() -> None:
     layer = sized(qk_norm=True, rotary={"base": 5.0}, norm_epsilon=0.5)
     x, key = tokens(), tokens(5, seed=7)
-    given: dict[str, Any] = {"q_offset": 3, "causal": True}
-    options = {"rotary": {"base": 5.0}, "norm_epsilon": 0.5, **given}
-    assert_equal(layer(x, key, **given), mha_spec.multi_head_attention(x, key, key, layer.params, **options))
+    of_call: dict[str, Any] = {"q_offset": 3, "causal": True}
+    options = {"rotary": {"base": 5.0}, "norm_epsilon": 0.5, **of_call}
+    assert_equal(layer(x, key, **of_call), mha_spec.multi_head_attention(x, key, key, layer.params, **options))
     expected = mha_spec.multi_head_attention_weights(x, key, layer.params, **options)
-    assert_equal(layer.attention_weights(x, key, **given), expected)
+    assert_equal(layer.attention_weights(x, key, **of_call), expected)
     assert_equal(layer(x), layer(x, x, x))
-    assert {name: tuple(one.shape) for name, one in layer.params.items()} == layer.settings.shapes()
-    assert [one.name for one in layer.weights] == list(AXES)
+    assert {name: tuple(param.shape) for name, param in layer.params.items()} == layer.settings.shapes()
+    assert [weight.name for weight in layer.weights] == list(AXES)
 
 
-def test_weights_begin_as_in_the_paper() -> None:
+def test_initial_weights_are_those_of_the_paper() -> None:
     params = MultiHeadAttention(64, 4, qk_dim=24, out=96, qk_norm=True).params
-    assert_drawn_as_in_the_paper({name: one.numpy() for name, one in params.items()})
+    assert_drawn_as_in_the_paper({name: param.numpy() for name, param in params.items()})
 
 
-def test_a_layer_says_what_it_is() -> None:
+def test_repr_names_the_options() -> None:
     layer = MultiHeadAttention(24, 4, kv_heads=2, rotary={"base": 5.0}, dropout_rate=0.1)
     assert repr(layer) == "MultiHeadAttention(embed=24, heads=4, kv_heads=2, rotary={'base': 5.0}, dropout_rate=0.1)"
 
 
-def test_a_layer_is_made_again_of_its_config() -> None:
+def test_a_layer_is_rebuilt_from_its_config() -> None:
     layer = sized(k_embed=3, rotary={"base": 5.0}, norm_epsilon=0.5, dropout_rate=0.25, qk_norm=True, name="mine")
     again = MultiHeadAttention.from_config(layer.get_config())
     assert (repr(again), again.name, again.dtype_policy.name) == (repr(layer), "mine", "float64")
     assert again.get_config() == layer.get_config()
-    told = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
-    assert isinstance(told, MultiHeadAttention)
-    assert told.get_config() == layer.get_config()
+    deserialized = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+    assert isinstance(deserialized, MultiHeadAttention)
+    assert deserialized.get_config() == layer.get_config()
 
 
 def model_of(layer: Any) -> Any:
-    """A model of one layer, from tokens to others, of lengths that are not known."""
+    """Make a model of the layer between tokens of unknown lengths."""
     x, memory = keras.Input((None, EMBED), dtype="float64"), keras.Input((None, EMBED), dtype="float64")
     return keras.Model([x, memory], layer(x, memory, causal=True, q_offset=0))
 
@@ -94,20 +94,21 @@ def test_a_step_of_training() -> None:
     model = model_of(sized(dropout_rate=0.1))
     model.compile(optimizer=keras.optimizers.SGD(0.01), loss="mse", jit_compile=False)
     x, goal = [tokens(3), tokens(5, seed=6)], numbers(BATCH, 3, OUT)
-    before = {one.name: one.numpy() for one in model.trainable_weights}
+    before = {weight.name: weight.numpy() for weight in model.trainable_weights}
     first = model.evaluate(x, goal, verbose=0)
     model.fit(x, goal, epochs=3, verbose=0)
     assert model.evaluate(x, goal, verbose=0) < first
-    assert all((one.numpy() != before[one.name]).any() for one in model.trainable_weights if one.name != "b_k")
+    after = {weight.name: weight.numpy() for weight in model.trainable_weights}
+    assert all((after[name] != before[name]).any() for name in after if name != "b_k")
 
 
-def test_dropout_is_for_training() -> None:
+def test_dropout_is_only_applied_in_training() -> None:
     layer, x = sized(dropout_rate=0.5), tokens()
     assert_equal(layer(x), layer(x, training=False))
-    call = tf.function(lambda x: layer(x, training=True))
-    for asked in (call, lambda x: layer(x, training=True)):
-        drawn = [asked(x).numpy() for _ in range(3)]
-        assert not any(numpy.array_equal(one, other) for one, other in zip(drawn, drawn[1:] + drawn[:1], strict=True))
+    traced = tf.function(lambda x: layer(x, training=True))
+    for call in (traced, lambda x: layer(x, training=True)):
+        drawn = [call(x).numpy() for _ in range(3)]
+        assert not any(numpy.array_equal(*pair) for pair in zip(drawn, drawn[1:] + drawn[:1], strict=True))
     with_key = [layer(x, training=True, dropout_key=key) for key in (1, 1, 2)]
     assert_equal(*with_key[:2])
     assert not numpy.array_equal(*with_key[1:])
@@ -122,15 +123,15 @@ def test_mixed_precision_computes_in_its_type(policy: str) -> None:
         output = layer(x)
         total = tf.reduce_sum(tf.cast(output, tf.float32))
     step, cache = layer(x, cache=layer.empty_cache(BATCH, LENGTH))
-    assert {one.dtype.name for one in (output, step, cache.key, cache.value)} == {half}
-    gradients = tape.gradient(total, [one.value for one in layer.trainable_weights])
-    assert {one.dtype.name for one in gradients} == {"float32"}
-    params = {one.name: tf.cast(one.value, half) for one in layer.trainable_weights}
+    assert {array.dtype.name for array in (output, step, cache.key, cache.value)} == {half}
+    gradients = tape.gradient(total, [weight.value for weight in layer.trainable_weights])
+    assert {gradient.dtype.name for gradient in gradients} == {"float32"}
+    params = {weight.name: tf.cast(weight.value, half) for weight in layer.trainable_weights}
     x = tf.cast(x, half)
     assert_equal(output, mha_spec_tensorflow.multi_head_attention(x, x, x, params, rotary={}))
 
 
-def test_masks_of_keras_are_not_taken_in_silence() -> None:
+def test_masks_of_keras_raise_a_warning() -> None:
     embedding, layer = keras.layers.Embedding(5, EMBED, mask_zero=True), MultiHeadAttention(EMBED, 1)
     x = embedding(numpy.asarray([[1, 2, 0]]))
     with pytest.warns(UserWarning, match="does not support masking"):

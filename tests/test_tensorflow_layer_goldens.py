@@ -1,4 +1,4 @@
-"""The functions of TensorFlow's layer: judged by the goldens and by the reference, eager, in graphs and by XLA."""
+"""TensorFlow's layer compared with the goldens and the reference, eager, in graphs and by XLA."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_goldens_by_xla() -> None:
 
 
 def unknown(name: str, array: tf.Tensor, batch: int | None) -> tf.TensorSpec:
-    """The array with no size that is one of batch or length; 1 broadcasts."""
+    """Give the spec of an array whose batch and lengths are unknown; a size of 1 broadcasts."""
     first, *rest = array.shape
     sizes = [1 if first == 1 else batch, *(size if size in {1, HEADS} else None for size in rest)]
     return tf.TensorSpec(array.shape if name == "sinks" else sizes, array.dtype)
@@ -53,35 +53,35 @@ def unknown(name: str, array: tf.Tensor, batch: int | None) -> tf.TensorSpec:
     ("name", "mode"), [*((name, mode) for name in OPTIONS for mode in ("eager", "graph")), ("partial", "xla")]
 )
 def test_outputs_gradients_and_weights_are_those_of_the_reference(name: str, mode: str) -> None:
-    options, made = OPTIONS[name]
-    layer, given = sized(**options), made()
+    options, make_arguments = OPTIONS[name]
+    layer, arguments = sized(**options), make_arguments()
     inputs = [tokens(3), tokens(8, options.get("k_embed", EMBED)), tokens(8, options.get("v_embed", EMBED), seed=6)]
-    arrays = {name: tf.constant(one) for name, one in given.items() if isinstance(one, numpy.ndarray)}
-    fixed = {name: one for name, one in given.items() if name not in arrays}
+    arrays = {name: tf.constant(value) for name, value in arguments.items() if isinstance(value, numpy.ndarray)}
+    fixed = {name: value for name, value in arguments.items() if name not in arrays}
 
     def ours(dtype: str) -> list[tf.Tensor]:
-        own = sized(dtype, **options)
-        variables = {one.name: one.value for one in own.trainable_weights}
+        layer = sized(dtype, **options)
+        variables = {variable.name: variable.value for variable in layer.trainable_weights}
 
-        def asked(x: list[tf.Tensor], arrays: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+        def results(x: list[tf.Tensor], arrays: dict[str, tf.Tensor]) -> list[tf.Tensor]:
             def call() -> tuple[tf.Tensor, tf.Tensor]:
-                return own(*x, **arrays, **fixed), own.attention_weights(*x[:2], **weight_options(arrays | fixed))
+                return layer(*x, **arrays, **fixed), layer.attention_weights(*x[:2], **weight_options(arrays | fixed))
 
             return with_gradients(call, [*(variables[name] for name in sorted(variables)), *x])
 
         if mode == "eager":
-            return asked(*floats((inputs, arrays), dtype))
-        batch = BATCH if any(isinstance(one, list) for one in fixed.values()) else None
-        specs = [tf.TensorSpec((batch, None, one.shape[2]), dtype) for one in inputs]
-        like = {name: unknown(name, one, batch) for name, one in floats(arrays, dtype).items()}
+            return results(*floats((inputs, arrays), dtype))
+        batch = BATCH if any(isinstance(value, list) for value in fixed.values()) else None
+        specs = [tf.TensorSpec((batch, None, x.shape[2]), dtype) for x in inputs]
+        like = {name: unknown(name, array, batch) for name, array in floats(arrays, dtype).items()}
         signature = (specs, like) if mode == "graph" else None
-        function = tf.function(asked, input_signature=signature, jit_compile=mode == "xla")
+        function = tf.function(results, input_signature=signature, jit_compile=mode == "xla")
         return function(*floats((inputs, arrays), dtype))
 
-    params = {name: one.numpy() for name, one in layer.params.items()}
-    held: dict[str, Any] = {name: options[name] for name in ("rotary", "norm_epsilon") if name in options}
-    expected = by_reference(params, [one.numpy() for one in inputs], **held, **given)
-    assert_same(ours, [tf.constant(one) for one in expected])
+    params = {name: param.numpy() for name, param in layer.params.items()}
+    of_layer: dict[str, Any] = {name: options[name] for name in ("rotary", "norm_epsilon") if name in options}
+    expected = by_reference(params, [x.numpy() for x in inputs], **of_layer, **arguments)
+    assert_same(ours, [tf.constant(array) for array in expected])
 
 
 def test_linear_biases_are_those_of_the_reference() -> None:
@@ -91,5 +91,5 @@ def test_linear_biases_are_those_of_the_reference() -> None:
         for offset in (2, [1, -4], tf.constant([1, -4])):
             host = offset if isinstance(offset, (int, list)) else offset.numpy()
             expected = tensors(reference.alibi_bias(slopes.numpy(), 3, 7, q_offset=host))
-            asked = partial(mha_spec_tensorflow.alibi_bias, q_len=3, kv_len=7, q_offset=offset)
-            assert_equal([asked(slopes), tf.function(asked)(slopes)], [expected, expected])
+            bias = partial(mha_spec_tensorflow.alibi_bias, q_len=3, kv_len=7, q_offset=offset)
+            assert_equal([bias(slopes), tf.function(bias)(slopes)], [expected, expected])

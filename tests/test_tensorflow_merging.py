@@ -33,19 +33,19 @@ SIGNATURE = [tf.TensorSpec(SHAPES[name], tf.float64) for name in ("output", "lse
 
 @pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The way in which a function of six tensors is called."""
+    """Give a way to call a function of six tensors."""
     return WORLDS[request.param]
 
 
 def halves() -> list[numpy.ndarray]:
-    """Output and lse of two halves; each is empty in some rows, and both are in one."""
+    """Draw output and lse of two halves; each is empty in some rows, and a row is empty in both."""
     lse_a, lse_b = (3 * numbers(*ROWS, seed=seed) for seed in (7, 8))
     lse_a[0, 0], lse_b[1, 1], lse_a[1, 1, 2] = -INF, -INF, -INF
     return [numbers(*ROWS, V_DIM, seed=1), lse_a, numbers(*ROWS, V_DIM, seed=2), lse_b]
 
 
 def cotangents() -> list[numpy.ndarray]:
-    """Cotangents of the output and of the lse."""
+    """Draw cotangents of the output and of the lse."""
     return [numbers(*ROWS, V_DIM, seed=11), numbers(*ROWS, seed=13)]
 
 
@@ -54,7 +54,7 @@ def tensors(arrays: list[numpy.ndarray], dtype: str = "float64") -> list[tf.Tens
 
 
 def by_tape(grad_output: tf.Tensor, grad_lse: tf.Tensor, *halves: tf.Tensor) -> list[tf.Tensor]:
-    """The gradients that a tape computes."""
+    """Compute the gradients with a tape."""
     with tf.GradientTape() as tape:
         tape.watch(halves)
         results = merge(*halves)
@@ -62,12 +62,12 @@ def by_tape(grad_output: tf.Tensor, grad_lse: tf.Tensor, *halves: tf.Tensor) -> 
 
 
 def by_function(grad_output: tf.Tensor, grad_lse: tf.Tensor, *halves: tf.Tensor) -> list[tf.Tensor]:
-    """The gradients that `merge_attention_vjp` computes."""
+    """Compute the gradients with `merge_attention_vjp`."""
     return list(mha_spec_tensorflow.merge_attention_vjp(grad_output, *halves, grad_lse=grad_lse))
 
 
 def merged(_: tf.Tensor, __: tf.Tensor, *halves: tf.Tensor) -> list[tf.Tensor]:
-    """Output and lse; the cotangents have no part in them."""
+    """Compute output and lse; the cotangents are not used."""
     return list(merge(*halves))
 
 
@@ -133,7 +133,7 @@ def test_an_infinite_lse_with_an_empty_half_is_unchanged(world: Any) -> None:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("distance", [0.0, 2000.0])
 def test_an_output_that_is_not_finite_shows_whatever_its_share(world: Any, value: float, distance: float) -> None:
-    """It shows in its own component alone (MHA-MERGE-6)."""
+    """It changes no other component (MHA-MERGE-6)."""
     inputs, call = halves(), world(merged)
     inputs[1] = 3 * numbers(*ROWS, seed=7)
     inputs[3] = inputs[1] + distance

@@ -26,7 +26,7 @@ gradient_of: Callable[..., Any] = tf.GradientTape.gradient
 
 
 def graph_of(call: Callable[..., Any], *specs: tf.TensorSpec) -> tuple[set[str], int]:
-    """The operations of a traced call and of all functions in it, and the size of its largest tensor."""
+    """Give the operations of a traced call and of all functions in it, and the size of its largest tensor."""
     definition = tf.function(call).get_concrete_function(*specs).graph.as_graph_def(add_shapes=True)
     nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
     shapes = [shape for node in nodes for shape in node.attr["_output_shapes"].list.shape]
@@ -146,8 +146,8 @@ def test_lengths_of_a_diagonal_are_compared_when_it_runs() -> None:
     assert call(tf.zeros((1, 1, 5, 8)), tf.zeros((1, 1, 5, 8))).shape == (1, 1, 5, 8)
     with pytest.raises(tf.errors.InvalidArgumentError, match="diagonal is ambiguous"):
         call(tf.zeros((1, 1, 3, 8)), tf.zeros((1, 1, 5, 8)))
-    one_known = tf.function(lambda query, key: attention(query, key, key, causal=True))
-    one_known = one_known.get_concrete_function(specs(None)[0], specs(5)[0])
-    assert one_known(tf.zeros((1, 1, 5, 8)), tf.zeros((1, 1, 5, 8))).shape == (1, 1, 5, 8)
+    partly_known = tf.function(lambda query, key: attention(query, key, key, causal=True))
+    partly_known = partly_known.get_concrete_function(specs(None)[0], specs(5)[0])
+    assert partly_known(tf.zeros((1, 1, 5, 8)), tf.zeros((1, 1, 5, 8))).shape == (1, 1, 5, 8)
     with pytest.raises(tf.errors.InvalidArgumentError, match="diagonal is ambiguous"):
-        one_known(tf.zeros((1, 1, 3, 8)), tf.zeros((1, 1, 5, 8)))
+        partly_known(tf.zeros((1, 1, 3, 8)), tf.zeros((1, 1, 5, 8)))

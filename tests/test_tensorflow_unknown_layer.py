@@ -160,15 +160,15 @@ RANKS = [name for name, layout in ATTENTION.items() if name not in ("query", "ke
 def test_a_rank_that_a_trace_does_not_know_is_compared_when_it_runs(name: str) -> None:
     """The message is ours, whatever the operation that would fail next."""
     sizes = shapes(ATTENTION)
-    given = {label: tf.constant(numbers(*sizes[label])) for label in ("query", "key", "value", "grad_output")}
+    arrays = {label: tf.constant(numbers(*sizes[label])) for label in ("query", "key", "value", "grad_output")}
     if "segment" in name:
-        given |= {label: tf.ones(sizes[label], tf.int32) for label in ("q_segment_ids", "kv_segment_ids")}
+        arrays |= {label: tf.ones(sizes[label], tf.int32) for label in ("q_segment_ids", "kv_segment_ids")}
     integers = name in INTEGERS or "segment" in name or name == "q_lengths"
     dtype = tf.bool if "mask" in name else tf.int32 if integers else tf.float64
     right = tf.cast(numpy.ones(sizes[name]), dtype)
 
     def called(tensor: tf.Tensor) -> Any:
-        gradients = mha_spec_tensorflow.attention_vjp(**given | {name: tensor})
+        gradients = mha_spec_tensorflow.attention_vjp(**arrays | {name: tensor})
         return [gradient for gradient in gradients if gradient is not None]
 
     call = tf.function(called, input_signature=[tf.TensorSpec(None, dtype)], autograph=False)
