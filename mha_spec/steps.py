@@ -30,7 +30,7 @@ def check_options(options: Options, function: str) -> Options:
 
 
 def check(a: Arguments) -> Arguments:
-    """Refuse what has no single meaning (MHA-ARG-2 to -4, MHA-SHAPE-1 to -3, MHA-HEAD-2, MHA-LEN-3, MHA-POS-2)."""
+    """Refuse wrong or ambiguous arguments (MHA-ARG-2 to -4, MHA-SHAPE-1 to -3, MHA-HEAD-2, MHA-LEN-3, MHA-POS-2)."""
     return checks.check(a)
 
 
@@ -51,13 +51,13 @@ def scale_of(scale: float | None, qk_dim: int) -> float:
 
 
 def scores(query: Array, key: Array, scale: float) -> Array:
-    """S = scale * (Q @ K^T) (MHA-SCORE-1)."""
+    """Compute S = scale * (Q @ K^T) (MHA-SCORE-1)."""
     xp = namespace_of(query)
     return scale * (query @ xp.matrix_transpose(key))
 
 
 def soft_cap(scores: Array, softcap: float | None) -> Array:
-    """S = softcap * tanh(S / softcap) (MHA-CAP-1)."""
+    """Compute S = softcap * tanh(S / softcap) (MHA-CAP-1)."""
     return scores if softcap is None else softcap * namespace_of(scores).tanh(scores / softcap)
 
 
@@ -95,7 +95,7 @@ def query_positions(offset: Array, q_len: int) -> Array:
 
 
 def see_mask(mask: Array) -> Array:
-    """True = may attend (MHA-MASK-1)."""
+    """Return the mask: True means that the query may attend to the key (MHA-MASK-1)."""
     return mask
 
 
@@ -105,7 +105,7 @@ def see_bias(bias: Array) -> Array:
 
 
 def see_causal(distance: Array) -> Array:
-    """Causal: key j is seen from position p where j <= p; distance = j - p (MHA-CAUSAL-1)."""
+    """With causal, position p sees key j where j <= p; distance = j - p (MHA-CAUSAL-1)."""
     return distance <= 0
 
 
@@ -125,7 +125,7 @@ def see_kv_lengths(kv_positions: Array, kv_lengths: Array) -> Array:
 
 
 def see_q_lengths(q_indices: Array, q_lengths: Array) -> Array:
-    """Query rows at or past q_lengths[b] see nothing (MHA-LEN-2)."""
+    """Query rows at or past q_lengths[b] see no key (MHA-LEN-2)."""
     return q_indices < q_lengths
 
 
@@ -148,7 +148,7 @@ def hide(logits: Array, visible: Array) -> Array:
 
 
 def sink_column(sinks: Array | None, logits: Array) -> Array:
-    """One more logit per query head, never scaled, capped, biased or masked; -inf without (MHA-SINK-1, MHA-SINK-2)."""
+    """Give the sinks as logits, never scaled, capped, biased or masked; -inf without sinks (MHA-SINK-1, MHA-SINK-2)."""
     xp = namespace_of(logits)
     shape = (*logits.shape[:3], 1)
     if sinks is None:
@@ -157,9 +157,9 @@ def sink_column(sinks: Array | None, logits: Array) -> Array:
 
 
 def exponentials(logits: Array) -> tuple[Array, Array]:
-    """exp(s - m), with m the largest logit of the row itself, and m (MHA-SOFTMAX-1, MHA-PURE-3).
+    """Compute exp(s - m) and m, the largest logit of the row (MHA-SOFTMAX-1, MHA-PURE-3).
 
-    m is 0 for a row that sees nothing, and NaN for a row that sees a NaN, which no step removes (MHA-NAN-1).
+    m is 0 for a row that sees no key, and NaN for a row that sees a NaN, which no step removes (MHA-NAN-1).
     """
     xp = namespace_of(logits)
     maximum = xp.max(logits, axis=-1, keepdims=True)
@@ -168,33 +168,33 @@ def exponentials(logits: Array) -> tuple[Array, Array]:
 
 
 def normalise(exponentials: Array, total: Array) -> Array:
-    """P = exp(s - m) / sum; a row that sees nothing has weights 0, never NaN nor 1/n (MHA-SOFTMAX-1, MHA-EMPTY-1)."""
+    """Compute P = exp(s - m) / total; a row that sees no key has weights 0, not NaN (MHA-SOFTMAX-1, MHA-EMPTY-1)."""
     xp = namespace_of(exponentials)
     return exponentials / xp.where(total == 0, 1.0, total)
 
 
 def sum_exponentials(exponentials: Array) -> Array:
-    """The sum of exp(s - m) over the keys and the sink (MHA-SOFTMAX-1, MHA-SINK-1)."""
+    """Sum exp(s - m) over the keys and the sink (MHA-SOFTMAX-1, MHA-SINK-1)."""
     return namespace_of(exponentials).sum(exponentials, axis=-1, keepdims=True)
 
 
 def log_sum_exp(total: Array, maximum: Array) -> Array:
-    """lse = m + ln(sum), natural, sink included; -inf for a row that sees nothing (MHA-LSE-1, MHA-EMPTY-2)."""
+    """Compute lse = m + ln(total), where total includes the sink; it is -inf if total is 0 (MHA-LSE-1, MHA-EMPTY-2)."""
     xp = namespace_of(total)
     return xp.where(total == 0, -math.inf, maximum + xp.log(xp.where(total == 0, 1.0, total)))
 
 
 def drop(x: Array, dropout_mask: Array | None, rate: float) -> Array:
-    """Normalised weights times dropout_mask / (1 - rate), the mask also at rate 0 (MHA-DROP-1, MHA-DROP-2)."""
+    """Multiply weights by dropout_mask / (1 - rate); a mask also applies at rate 0 (MHA-DROP-1, MHA-DROP-2)."""
     if dropout_mask is None:
         return x
     return x * (namespace_of(x).astype(dropout_mask, x.dtype) / (1 - rate))
 
 
 def sum_over_visible(weights: Array, values: Array, visible: Array) -> Array:
-    """sum_j weights_ij values_jc over visible pairs (i, j) only; it is NaN if a value in a visible pair is not finite.
+    """Compute sum_j weights_ij values_jc over visible pairs; it is NaN if a value of a visible pair is not finite.
 
-    A plain product would spread a NaN of invisible pairs, since 0 * NaN is NaN (MHA-POISON-1, MHA-POISON-2,
+    A plain product would spread a NaN of invisible pairs, because 0 * NaN is NaN (MHA-POISON-1, MHA-POISON-2,
     MHA-NAN-2).
     """
     xp = namespace_of(weights)
@@ -205,51 +205,51 @@ def sum_over_visible(weights: Array, values: Array, visible: Array) -> Array:
 
 
 def round_output(x: Array, dtype: str) -> Array:
-    """Output and weights take the query's dtype, a gradient that of its operand (MHA-DTYPE-1, MHA-DTYPE-2)."""
+    """Round output and weights to the query's dtype, a gradient to that of its operand (MHA-DTYPE-1, MHA-DTYPE-2)."""
     xp = namespace_of(x)
     return x if dtype_name(x) == dtype else xp.astype(x, _dtype_of(xp, dtype))
 
 
 def grad_weights(grad_output: Array, value: Array) -> Array:
-    """dP = dO @ V^T, of the dropped weights (MHA-VJP-1)."""
+    """Compute dP = dO @ V^T, the gradient of the weights after dropout (MHA-VJP-1)."""
     return grad_output @ namespace_of(value).matrix_transpose(value)
 
 
 def row_dot(weights: Array, grad_weights: Array, visible: Array, grad_lse: Array | None) -> Array:
-    """D_i = sum_j P_ij dP_ij - grad_lse_i (MHA-VJP-1, MHA-LSE-3)."""
+    """Compute D_i = sum_j P_ij dP_ij - grad_lse_i (MHA-VJP-1, MHA-LSE-3)."""
     xp = namespace_of(weights)
     dot = xp.sum(xp.where(visible, weights * grad_weights, 0.0), axis=-1, keepdims=True)
     return dot if grad_lse is None else dot - grad_lse
 
 
 def grad_logits(weights: Array, grad_weights: Array, row_dot: Array, visible: Array) -> Array:
-    """dS = P (dP - D) at visible pairs; a row that sees nothing gives no gradient (MHA-VJP-1, MHA-EMPTY-3)."""
+    """Compute dS = P (dP - D) at visible pairs; a row that sees no key gives no gradient (MHA-VJP-1, MHA-EMPTY-3)."""
     return namespace_of(weights).where(visible, weights * (grad_weights - row_dot), 0.0)
 
 
 def grad_scores(grad_logits: Array, cap_slope: Array | float, visible: Array) -> Array:
-    """dX = dS times the slope of the soft cap (MHA-VJP-2)."""
+    """Compute dX, which is dS times the slope of the soft cap (MHA-VJP-2)."""
     return namespace_of(grad_logits).where(visible, grad_logits * cap_slope, 0.0)
 
 
 def cap_slope(scores: Array, softcap: float | None) -> Array | float:
-    """The slope of the soft cap, 1 - tanh(S / softcap)^2 (MHA-VJP-2)."""
+    """Compute the slope of the soft cap, 1 - tanh(S / softcap)^2 (MHA-VJP-2)."""
     return 1.0 if softcap is None else 1.0 - namespace_of(scores).tanh(scores / softcap) ** 2
 
 
 def grad_query(grad_scores: Array, key: Array, visible: Array, scale: float) -> Array:
-    """dQ = scale * dX @ K (MHA-VJP-2)."""
+    """Compute dQ = scale * dX @ K (MHA-VJP-2)."""
     return scale * sum_over_visible(grad_scores, key, visible)
 
 
 def grad_key(grad_scores: Array, query: Array, visible: Array, scale: float) -> Array:
-    """dK = scale * dX^T @ Q, before the sum over the group (MHA-VJP-2)."""
+    """Compute dK = scale * dX^T @ Q, before the sum over the group (MHA-VJP-2)."""
     xp = namespace_of(query)
     return scale * sum_over_visible(xp.matrix_transpose(grad_scores), query, xp.matrix_transpose(visible))
 
 
 def grad_value(dropped: Array, grad_output: Array, visible: Array) -> Array:
-    """dV = P~^T @ dO with P~ the dropped weights, before the sum over the group (MHA-VJP-3)."""
+    """Compute dV = Pt^T @ dO with Pt the weights after dropout, before the sum over the group (MHA-VJP-3)."""
     xp = namespace_of(dropped)
     return sum_over_visible(xp.matrix_transpose(dropped), grad_output, xp.matrix_transpose(visible))
 
@@ -262,21 +262,21 @@ def sum_group(x: Array, kv_heads: int) -> Array:
 
 
 def grad_bias(grad_logits: Array, shape: Sequence[int]) -> Array:
-    """dbias = dS, summed over the axes along which the bias was broadcast (MHA-VJP-5)."""
+    """Compute dbias, the sum of dS over the axes along which the bias was broadcast (MHA-VJP-5)."""
     xp = namespace_of(grad_logits)
     axes = tuple(axis for axis in range(4) if shape[axis] == 1 and grad_logits.shape[axis] != 1)
     return xp.sum(grad_logits, axis=axes, keepdims=True) if axes else grad_logits
 
 
 def grad_sinks(sink_weights: Array, row_dot: Array) -> Array:
-    """dsinks_h = -sum over batch and rows of P_sink D (MHA-VJP-6)."""
+    """Compute dsinks_h, the negative sum of P_sink D over batch and rows (MHA-VJP-6)."""
     xp = namespace_of(sink_weights)
     products = xp.where(sink_weights == 0, 0.0, sink_weights * row_dot)
     return -xp.sum(products, axis=(0, 2, 3))
 
 
 def merge_lse(lse_a: Array, lse_b: Array) -> Array:
-    """lse = ln(exp lse_a + exp lse_b); two empty halves give -inf (MHA-MERGE-1, MHA-MERGE-3).
+    """Compute lse = ln(exp lse_a + exp lse_b); two empty halves give -inf (MHA-MERGE-1, MHA-MERGE-3).
 
     A NaN gives NaN, and so does +inf where the other half is not empty (MHA-MERGE-3, MHA-MERGE-5).
     """
@@ -288,13 +288,13 @@ def merge_lse(lse_a: Array, lse_b: Array) -> Array:
 
 
 def merge_share(lse_half: Array, lse: Array) -> Array:
-    """The share of a half, exp(lse_half - lse); 1 if the other is empty (MHA-MERGE-1, MHA-MERGE-2)."""
+    """Compute the share of a half, exp(lse_half - lse); it is 1 if the other is empty (MHA-MERGE-1, MHA-MERGE-2)."""
     xp = namespace_of(lse)
     return xp.where(lse_half == lse, 1.0, xp.exp(lse_half - lse))
 
 
 def merge_part(lse_half: Array, share: Array, output: Array) -> Array:
-    """share * output; an empty half adds nothing, whatever its output holds (MHA-MERGE-2).
+    """Compute share * output; an empty half adds nothing, whatever its output holds (MHA-MERGE-2).
 
     A non-finite output stays non-finite even where its share is 0, since 0 * inf is NaN (MHA-MERGE-6).
     """
@@ -307,12 +307,12 @@ def merge_grad_output(lse_half: Array, share: Array, grad_output: Array) -> Arra
 
 
 def merge_row_dot(grad_output: Array, output_a: Array, output_b: Array) -> Array:
-    """sum_c dO (output_a - output_b), the change of the loss with the share of half a (MHA-MERGE-7)."""
+    """Compute sum_c dO (output_a - output_b), the change of the loss with the share of half a (MHA-MERGE-7)."""
     return namespace_of(grad_output).sum(grad_output * (output_a - output_b), axis=-1)
 
 
 def merge_grad_share(lse_a: Array, lse_b: Array, share_a: Array, share_b: Array, row_dot: Array) -> Array:
-    """t = a b sum_c dO (output_a - output_b); 0 if a half is empty, whatever its output holds (MHA-MERGE-7)."""
+    """Compute t = a b sum_c dO (output_a - output_b); it is 0 if a half is empty (MHA-MERGE-7)."""
     empty = (lse_a == -math.inf) | (lse_b == -math.inf)
     return namespace_of(row_dot).where(empty, 0.0, share_a * share_b * row_dot)
 

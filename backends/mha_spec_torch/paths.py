@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 
     @property
     def cotangents(self) -> formula.Cotangents:
-        """The cotangents alone."""
+        """The cotangents without output and lse."""
         return formula.Cotangents(self.grad_output, self.grad_lse)
 
 

@@ -29,7 +29,7 @@ def by_group(choose: Callable[[numpy.ndarray], numpy.ndarray]) -> Callable[..., 
 def with_heads_and_length_exchanged(
     grad_scores: numpy.ndarray, key: numpy.ndarray, visible: numpy.ndarray, scale: float
 ) -> numpy.ndarray:
-    """Compute dQ from a key saved as (batch, length, heads, size), if the shapes do not reveal it."""
+    """Compute dQ from a key saved as (batch, length, heads, size), unless its shape would raise an error."""
     heads, length = key.shape[1:3]
     if length and heads % length == 0:
         key = steps.repeat_heads(key[:, :: heads // length].swapaxes(1, 2), heads)

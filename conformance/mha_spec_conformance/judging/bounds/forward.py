@@ -137,7 +137,7 @@ class ForwardErrors:
 
 
 class ForwardVariances:
-    """The variances of the same errors, if all roundings are independent."""
+    """The variances of the errors of the forward pass, if all roundings are independent."""
 
     def __init__(self, evaluation: Evaluation, precision: Precision, errors: ForwardErrors) -> None:
         """Keep the evaluation and the largest errors, whose slope the variances use."""
