@@ -44,7 +44,7 @@ MergeGradients = tuple[Array, Array, Array, Array]
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Every intermediate result of an attention, in the softmax's type; heads of key and value repeated."""
+    """The intermediate results of attention in the softmax's type, with repeated heads of key and value."""
 
     query: Array
     key: Array
@@ -125,7 +125,7 @@ class Reference:
         key: Float[Array, "batch kv_heads kv_len qk_dim"],
         **options: Unpack[WeightOptions],
     ) -> Float[Array, "batch heads q_len kv_len"]:
-        """The normalised weights of each query over the keys, before dropout: P = exp(S - lse), 0 at invisible pairs.
+        """Compute the weights of each query over the keys, before dropout: P = exp(S - lse), 0 at invisible pairs.
 
         Args:
             query: (batch, heads, q_len, qk_dim).
@@ -160,7 +160,7 @@ class Reference:
         grad_lse: Float[Array, "batch heads q_len"] | None = None,
         **options: Unpack[Options],
     ) -> Gradients:
-        """The gradients of attention, in closed form.
+        """Compute the gradients of attention in closed form.
 
             dP = dropout(dO V^T),  D = rowsum(P dP) - grad_lse,  dS = P (dP - D),  dX = dS (1 - tanh^2)
             dQ = scale dX K,  dK = scale dX^T Q,  dV = dropout(P)^T dO,  dbias = dS,  dsinks = -sum P_sink D
@@ -218,7 +218,7 @@ class Reference:
             lse_a: (batch, heads, q_len), its natural log-sum-exp.
             output_b: (batch, heads, q_len, v_dim), over the second set, of the same dtype.
             lse_b: (batch, heads, q_len), its natural log-sum-exp.
-            **options: None is accepted.
+            **options: Always empty; any keyword raises an error.
 
         Returns:
             The output in the dtype of `output_a`, and lse in that of `lse_a`.
@@ -257,7 +257,7 @@ class Reference:
         grad_lse: Float[Array, "batch heads q_len"] | None = None,
         **options: Unpack[NoOptions],
     ) -> MergeGradients:
-        """The gradients of merging, in closed form.
+        """Compute the gradients of merging in closed form.
 
             a = exp(lse_a - lse),  b = exp(lse_b - lse),  t = a b sum_c dO (output_a - output_b)
             doutput_a = a dO,  dlse_a = a grad_lse + t,  doutput_b = b dO,  dlse_b = b grad_lse - t
@@ -272,7 +272,7 @@ class Reference:
             output_b: As in `merge_attention`.
             lse_b: As in `merge_attention`.
             grad_lse: (batch, heads, q_len), the cotangent of the merged lse; None is 0.
-            **options: None is accepted.
+            **options: Always empty; any keyword raises an error.
 
         Returns:
             Gradients of output_a, lse_a, output_b and lse_b, each of its operand's shape and dtype.
@@ -377,7 +377,7 @@ class Reference:
         return constraints
 
     def _integers(self, value: Array | Sequence[int] | int, like: Array) -> Array:
-        """One integer per batch entry, (batch or 1, 1, 1, 1), in the type of `like`."""
+        """Give an integer per batch entry, (batch or 1, 1, 1, 1), in the type of `like`."""
         xp = namespace_of(like)
         array = (
             value
@@ -387,7 +387,7 @@ class Reference:
         return xp.reshape(xp.astype(array, like.dtype), (-1, 1, 1, 1))
 
     def output(self, a: Arguments, trace: Trace) -> Array:
-        """The output in the softmax's type, after dropout and before it is rounded to the query's dtype."""
+        """Compute the output in the softmax's type, after dropout and before it is rounded to the query's dtype."""
         dropped = self.steps.drop(trace.weights, a.dropout_mask, a.dropout_rate)
         return self.steps.sum_over_visible(dropped, trace.value, trace.visible)
 

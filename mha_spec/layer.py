@@ -122,7 +122,7 @@ class Layer:
         cache: KVCache | None = None,
         **options: Unpack[Options],
     ) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
-        """The results of `multi_head_attention` and `multi_head_attention_weights`, from the same projections.
+        """Compute the output of `multi_head_attention` and its weights from the same projections.
 
         The arguments and errors are those of `multi_head_attention`; the weights are those before dropout. With a cache
         the new cache is the third result. torch's `nn.MultiheadAttention` with `need_weights` returns the mean over
@@ -150,7 +150,7 @@ class Layer:
         cache: KVCache | None = None,
         **options: Unpack[WeightOptions],
     ) -> Float[Array, "batch heads q_len kv_len"]:
-        """The weights of every head in `multi_head_attention`, before dropout.
+        """Compute the weights of every head in `multi_head_attention`, before dropout.
 
         Args:
             query: (batch, q_len, embed).
@@ -219,7 +219,7 @@ class Layer:
         return self.steps.turn(x, self._turns(positions, options, x), options.interleaved)
 
     def alibi_slopes(self, heads: int, *, dtype: str = "float32") -> Float[Array, "heads"]:
-        """The slopes of attention with linear biases.
+        """Compute the slopes of attention with linear biases.
 
             slope[h] = 2^(-8 (h + 1) / heads)    where heads is a power of two
 
@@ -254,7 +254,7 @@ class Layer:
         *,
         q_offset: Int[Array, "batch"] | Sequence[int] | int | str | None = None,
     ) -> Float[Array, "batch* heads q_len kv_len"]:
-        """The bias that falls linearly with the distance: -slope[h] * |p - j|, with query i at p = q_offset[b] + i.
+        """Compute the bias -slope[h] * |p - j|, which falls with the distance; query i is at p = q_offset[b] + i.
 
         Args:
             slopes: (heads,), or a number of heads, whose slopes are then `alibi_slopes(heads)`.

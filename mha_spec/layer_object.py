@@ -29,7 +29,7 @@ __all__ = ["LayerObject", "LayerOptions", "LayerSettings", "expand_layer_options
 
 
 class LayerOptions(TypedDict, total=False):
-    """The options of a layer, which embed and heads precede."""
+    """The options of a layer, except embed and heads, which are positional."""
 
     kv_heads: int | None
     """heads by default (MHA-HEAD-2)."""

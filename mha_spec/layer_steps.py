@@ -53,7 +53,7 @@ def project(x: Array, weight: Array) -> Array:
 
 
 def add_bias(x: Array, bias: Array | None) -> Array:
-    """A bias for each head and component, the same for every token (MHA-PROJ-2)."""
+    """Add a bias for each head and component, the same for every token (MHA-PROJ-2)."""
     return x if bias is None else narrow(widen(x) + widen(bias)[:, None, :], x)
 
 
@@ -77,7 +77,7 @@ def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
 
 
 def positions(offset: Array, length: int, like: Array) -> Array:
-    """Token i sits at offset + i, (length,), or at offset[b] + i, (batch, length) (MHA-POS-1, MHA-ROTARY-4).
+    """Compute the positions offset + i, (length,), or offset[b] + i, (batch, length) (MHA-POS-1, MHA-ROTARY-4).
 
     The result is a NumPy array where the offset is host data, else an array of the offset's library.
     """
@@ -199,7 +199,7 @@ def merge_heads(x: Array) -> Array:
 
 
 def combine(x: Array, weight: Array) -> Array:
-    """The output is a linear map of all heads: (batch, q_len, heads, v_dim) to (batch, q_len, out) (MHA-PROJ-3)."""
+    """Map all heads linearly to the output: (batch, q_len, heads, v_dim) to (batch, q_len, out) (MHA-PROJ-3)."""
     xp = namespace_of(x)
     batch, length, heads, size = x.shape
     rows = xp.reshape(widen(x), (batch * length, heads * size))
@@ -208,7 +208,7 @@ def combine(x: Array, weight: Array) -> Array:
 
 
 def add_output_bias(x: Array, bias: Array | None) -> Array:
-    """The output's bias is added once, to empty rows too (MHA-PROJ-3, MHA-LAYER-5)."""
+    """Add the output's bias once, also to empty rows (MHA-PROJ-3, MHA-LAYER-5)."""
     return x if bias is None else narrow(widen(x) + widen(bias), x)
 
 

@@ -48,7 +48,7 @@ def can_show(mistake: Mistake, case: Case) -> bool:
 
 
 class Predictions:
-    """The results and allowances of every mistake on a case; most are in float64, and serve all dtypes of it."""
+    """The results and allowances of every mistake on a case; most are in float64, and serve every dtype of the case."""
 
     def __init__(self, case: Case) -> None:
         self.case = case

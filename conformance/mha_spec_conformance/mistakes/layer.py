@@ -120,7 +120,7 @@ def scaled_by_all_heads(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def weigh_after_dropout(query: Any, key: Any, value: Any, steps: LayerSteps, **options: Any) -> tuple[Any, Any]:
-    """Return the output, and the weights that multiply the values: those are the output for values of the identity."""
+    """Return the output, and the weights after dropout, which are the output if the values form the identity matrix."""
     identity = numpy.broadcast_to(numpy.eye(key.shape[2], dtype=key.dtype), (*key.shape[:3], key.shape[2]))
     return steps.attend(query, key, value, **options), steps.attend(query, key, identity, **options)
 
