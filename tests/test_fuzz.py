@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 import pytest
@@ -25,7 +25,7 @@ from mha_spec_conformance.fuzzing.worlds import WORLDS, UnknownWorld, load_in_wo
 from mha_spec_conformance.judging.compare import EXACT, FINITE
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.cases import load
-from mha_spec_conformance.targets.conversion import lay_out, layouts_of, same_bits
+from mha_spec_conformance.targets.conversion import lay_out, layouts_of, same_bits, to_library, to_numpy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -329,6 +329,24 @@ def test_every_world_answers(target: str, world: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         search.run()
     assert search.outcome.findings == []
+
+
+@pytest.mark.parametrize(("target", "world"), [("torch", "func-grad"), ("jax", "grad"), ("tensorflow", "tape")])
+@pytest.mark.parametrize("grad_lse", [None, 2.0, numpy.nan])
+def test_gradient_of_a_sink_of_minus_infinity_is_0_without_keys(
+    target: str, world: str, grad_lse: float | None
+) -> None:
+    pytest.importorskip(target)
+    rows, keys = numpy.ones((1, 2, 3, 5), "float32"), numpy.ones((1, 2, 0, 5), "float32")
+    options = {"sinks": numpy.array([-numpy.inf, 0.5], "float32")}
+    options |= {} if grad_lse is None else {"grad_lse": numpy.full((1, 2, 3), grad_lse, "float32")}
+    operands = [to_library(array, target, None, "plain") for array in (rows, rows, keys, keys)]
+    gradients = load_in_world(target, world).functions["attention_vjp"](
+        *operands, **{name: to_library(array, target, None, "plain") for name, array in options.items()}
+    )
+    received = to_numpy(cast("tuple[object, ...]", gradients)[4])
+    assert received[0] == 0
+    assert numpy.array_equal(received[1], 3 * numpy.float32(grad_lse or 0), equal_nan=True)
 
 
 def test_unknown_world_is_an_error_that_names_those_that_are_known() -> None:

@@ -105,7 +105,10 @@ class _Backward:
         query, key = self._grad_operands(block, block_scores, grad_logits)
         value = self._sum_over_rows(dropped, grad_output)
         parts = {"key": self._placed(block, key, 2), "value": self._placed(block, value, 2)}
-        rows = {"query": query} if soft.sink_share is None else {"query": query, "sinks": -soft.sink_share * row_dot}
+        rows = {"query": query}
+        if soft.sink_share is not None:
+            # A sink of -inf has the gradient 0, even if D is NaN (MHA-VJP-6).
+            rows["sinks"] = tf.math.multiply_no_nan(-row_dot, soft.sink_share)
         if x.bias is not None:
             (rows if self._bias_has_rows else parts)["bias"] = self._grad_bias(block, x.bias, grad_logits)
         return {name: total + parts[name] for name, total in sums.items()}, rows

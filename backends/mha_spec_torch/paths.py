@@ -156,7 +156,9 @@ def _empty_lse(problem: Problem, x: Operands) -> torch.Tensor:
     rows = x.query.shape[:3]
     if x.sinks is None:
         return x.query.new_full(rows, -math.inf, dtype=problem.dtype)
-    return x.sinks.to(problem.dtype)[:, None].expand(rows).clone()
+    sinks = x.sinks.to(problem.dtype)
+    # By `where`, the gradient of a sink of -inf is 0 (MHA-VJP-6).
+    return torch.where(sinks == -math.inf, -math.inf, sinks)[:, None].expand(rows).clone()
 
 
 @without_autocast

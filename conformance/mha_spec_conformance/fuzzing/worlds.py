@@ -109,7 +109,7 @@ def over_batch(functions: Functions, transform: Callable[..., Any]) -> Functions
     return {name: wrapped(functions[name]) for name in ("attention", "attention_weights")}
 
 
-def by_autodiff(functions: Functions, vjp: Callable[..., Any]) -> Functions:
+def by_autodiff(functions: Functions, vjp: Callable[..., Any], zeros_like: Callable[..., Any]) -> Functions:
     """Answer attention_vjp with the gradients of attention that the framework takes.
 
     `vjp` receives a function of a dictionary of arrays, the dictionary, and a function that makes the cotangents from
@@ -126,7 +126,7 @@ def by_autodiff(functions: Functions, vjp: Callable[..., Any]) -> Functions:
         def cotangents(output: Any, lse: Any) -> tuple[Any, Any]:
             if grad_lse is not None and dtype_name(grad_lse) != dtype_name(lse):
                 raise NotImplementedError("a cotangent of another dtype than lse")
-            return grad_output, 0 * lse if grad_lse is None else grad_lse
+            return grad_output, zeros_like(lse) if grad_lse is None else grad_lse
 
         gradients = vjp(lambda arrays: functions["attention"](**arrays, **options, return_lse=True), arrays, cotangents)
         return tuple(gradients.get(name) for name in ("query", "key", "value", "bias", "sinks"))
@@ -160,7 +160,7 @@ def torch_func_grad(functions: Functions) -> Functions:
         outputs, pull = torch.func.vjp(call, arrays)[:2]
         return pull(cotangents(*outputs))[0]
 
-    return by_autodiff(functions, vjp)
+    return by_autodiff(functions, vjp, torch.zeros_like)
 
 
 def jax_jit(functions: Functions) -> Functions:
@@ -185,7 +185,7 @@ def jax_grad(functions: Functions) -> Functions:
         outputs, pull = jax.vjp(call, arrays)
         return pull(cotangents(*outputs))[0]
 
-    return by_autodiff(functions, vjp)
+    return by_autodiff(functions, vjp, jax.numpy.zeros_like)
 
 
 def tensorflow_function(functions: Functions, **options: Any) -> Functions:
@@ -237,7 +237,7 @@ def tensorflow_tape(functions: Functions) -> Functions:
             outputs = call(arrays)
         return tape.gradient(outputs, arrays, cotangents(*outputs), tf.UnconnectedGradients.ZERO)
 
-    return by_autodiff(functions, vjp)
+    return by_autodiff(functions, vjp, tf.zeros_like)
 
 
 WORLDS: dict[str, dict[str, World]] = {
