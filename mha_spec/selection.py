@@ -125,7 +125,7 @@ def _backend_of(library: str | None, received: str, label: str) -> ModuleType:
         if library != _FIXED_LIBRARY and _FIXED_LIBRARY != DEFAULT:
             raise ArgumentTypeError(
                 f"`{label}` must be an array of {_FIXED_LIBRARY}, which {ENVIRONMENT_VARIABLE} fixes, "
-                f"received one of {library}. [MHA-ARG-4]"
+                f"received an array of {library}. [MHA-ARG-4]"
             )
         return _FIXED
     return backend(library if library in _entry_points() else DEFAULT)

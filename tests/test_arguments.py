@@ -1,3 +1,5 @@
+"""Arguments of attention, its gradients and merging: the errors, and the values that are accepted."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,9 @@ ones = numpy.ones
 
 
 def test_weights_take_no_dropout(attention_module: ModuleType) -> None:
-    given = {name: value for name, value in arguments().items() if name != "value"}
+    operands = {name: value for name, value in arguments().items() if name != "value"}
     with pytest.raises(ArgumentTypeError, match="`dropout_rate`"):
-        attention_module.attention_weights(**given, dropout_rate=0.1)
+        attention_module.attention_weights(**operands, dropout_rate=0.1)
 
 
 def test_gradients_draw_no_dropout(attention_module: ModuleType) -> None:
@@ -70,7 +72,7 @@ def test_merging_takes_no_option(attention_module: ModuleType, keyword: str, hin
 
 @pytest.mark.parametrize("argument", ["query", "key", "value", "mask", "bias", "sinks", "kv_lengths"])
 def test_masked_arrays_of_numpy_are_refused(attention_module: ModuleType, argument: str) -> None:
-    """What their mask hides would be seen."""
+    """Without the error, the elements that their mask hides would be visible."""
     further = {
         "mask": ones((1, 1, 1, KV_LEN), bool),
         "bias": ones((1, 1, 1, KV_LEN)),
@@ -120,7 +122,7 @@ def test_devices_are_not_mixed() -> None:
 
 
 @pytest.mark.parametrize("library", ["torch", "jax", "array_api_strict"])
-def test_lengths_that_cannot_be_read_act_clamped(library: str) -> None:
+def test_lengths_that_cannot_be_read_are_clamped(library: str) -> None:
     xp = pytest.importorskip({"jax": "jax.numpy"}.get(library, library))
     from mha_spec import reference
 
@@ -144,13 +146,13 @@ def test_scalars_of_numpy_do_not_widen_the_result(attention_module: ModuleType, 
 
 
 def test_integers_of_numpy_are_integers(attention_module: ModuleType) -> None:
-    given = {"q_offset": 2, "window": (1, 2), "kv_lengths": [5, 6]}
+    plain = {"q_offset": 2, "window": (1, 2), "kv_lengths": [5, 6]}
     of_numpy = {
         "q_offset": numpy.int64(2),
         "window": (numpy.uint8(1), numpy.int32(2)),
         "kv_lengths": [numpy.int64(5), numpy.int8(6)],
     }
-    expected = attention_module.attention(**arguments(), **given)
+    expected = attention_module.attention(**arguments(), **plain)
     assert numpy.array_equal(attention_module.attention(**arguments(), **of_numpy), expected)
 
 
@@ -161,7 +163,7 @@ def test_numbers_beyond_the_softmax_are_refused(attention_module: ModuleType, nu
 
 
 @pytest.mark.parametrize("library", ["torch", "jax", "array_api_strict"])
-def test_wide_segment_ids_are_told_apart(library: str) -> None:
+def test_wide_segment_ids_are_distinguished(library: str) -> None:
     xp = pytest.importorskip({"jax": "jax.numpy"}.get(library, library))
     import mha_spec_numpy
     from mha_spec import reference
@@ -172,10 +174,10 @@ def test_wide_segment_ids_are_told_apart(library: str) -> None:
     ids["kv_segment_ids"][:, 3:] += 2**32
     for module in (reference, mha_spec_numpy):
         for dtype in ("int64", "uint64"):
-            given = {name: array.astype(dtype) for name, array in ids.items()}
+            options = {name: array.astype(dtype) for name, array in ids.items()}
             first, second = (
-                numpy.asarray(module.attention(**{name: xp.asarray(array) for name, array in one.items()}, **given))
-                for one in (near, far)
+                numpy.asarray(module.attention(**{name: xp.asarray(array) for name, array in call.items()}, **options))
+                for call in (near, far)
             )
             assert first.any()
             assert numpy.array_equal(first, second)
@@ -191,11 +193,11 @@ def test_wide_segment_ids_are_told_apart(library: str) -> None:
     ],
 )
 def test_keywords_of_other_functions(attention_module: ModuleType, function: str, option: str, words: str) -> None:
-    given = arguments()
+    query, key, value = arguments().values()
     operands = {
-        "attention": (given["query"], given["key"], given["value"]),
-        "attention_weights": (given["query"], given["key"]),
-        "attention_vjp": (operand(BATCH, HEADS, Q_LEN, V_DIM), given["query"], given["key"], given["value"]),
+        "attention": (query, key, value),
+        "attention_weights": (query, key),
+        "attention_vjp": (operand(BATCH, HEADS, Q_LEN, V_DIM), query, key, value),
     }
     with pytest.raises(ArgumentTypeError, match=f"`{option}` is not an option of {function}.*") as caught:
         getattr(attention_module, function)(*operands[function], **{option: 1})
@@ -213,7 +215,7 @@ def test_cotangents_and_halves_are_floating(attention_module: ModuleType, dtype:
         attention_module.merge_attention(output, lse, output, lse.astype("float64"))
 
 
-def test_the_half_beside_an_empty_one_is_unchanged(attention_module: ModuleType) -> None:
+def test_merging_with_an_empty_half_changes_nothing(attention_module: ModuleType) -> None:
     output, lse = operand(BATCH, HEADS, Q_LEN, V_DIM, dtype="float64"), operand(BATCH, HEADS, Q_LEN)
     lse[0, 0, 0] = numpy.inf
     empty, garbage = numpy.full_like(lse, -numpy.inf), numpy.full_like(output, numpy.nan)
@@ -226,7 +228,7 @@ def test_the_half_beside_an_empty_one_is_unchanged(attention_module: ModuleType)
         assert numpy.array_equal(merged[1], lse)
 
 
-def test_every_right_argument_is_taken(attention_module: ModuleType) -> None:
+def test_every_valid_argument_is_accepted(attention_module: ModuleType) -> None:
     rows = numpy.asarray([[0, 0, 1, 1, 2]] * BATCH)
     output, lse = attention_module.attention(
         **arguments(),

@@ -1,4 +1,4 @@
-"""The key/value cache: appending, overflow, and that decoding in any steps is one attention."""
+"""The key/value cache: appending, overflow, and decoding in any steps, which equals a single call."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
 
 
 MODULES = pytest.mark.parametrize("module", [reference, mha_spec_numpy], ids=["reference", "numpy"])
-"""The same, where hypothesis calls a test many times."""
+"""The same modules as a parameter, because hypothesis calls a test many times."""
 
 
 def empty(module: ModuleType) -> KVCache:
@@ -54,13 +54,13 @@ def empty(module: ModuleType) -> KVCache:
 
 
 def read(cache: KVCache) -> list[numpy.ndarray]:
-    """What the lengths of a cache show."""
-    shown = [(cache.key[b, :, :length], cache.value[b, :, :length]) for b, length in enumerate(cache.lengths)]
-    return [one.copy() for pair in shown for one in pair]
+    """Copy the keys and values below the lengths of a cache."""
+    tokens = [(cache.key[b, :, :length], cache.value[b, :, :length]) for b, length in enumerate(cache.lengths)]
+    return [array.copy() for pair in tokens for array in pair]
 
 
-def same(one: list[numpy.ndarray], other: list[numpy.ndarray]) -> bool:
-    return all(numpy.array_equal(*pair) for pair in zip(one, other, strict=True))
+def same(arrays: list[numpy.ndarray], others: list[numpy.ndarray]) -> bool:
+    return all(numpy.array_equal(*pair) for pair in zip(arrays, others, strict=True))
 
 
 def test_a_new_cache_is_empty(module: ModuleType) -> None:
@@ -84,7 +84,7 @@ chunk = st.tuples(st.integers(0, 4), st.one_of(st.none(), st.tuples(st.integers(
 @MODULES
 @settings(deadline=None, max_examples=60)
 @given(st.lists(chunk, max_size=6), st.booleans())
-def test_append_puts_new_tokens_behind_the_old(module: ModuleType, chunks: list[Any], as_tuple: bool) -> None:
+def test_append_stores_new_tokens_after_the_old(module: ModuleType, chunks: list[Any], as_tuple: bool) -> None:
     cache, expected = empty(module), [[[], []] for _ in range(BATCH)]
     for step, (length, drawn) in enumerate(chunks):
         counts = None if drawn is None else tuple(min(count, length) for count in drawn)
@@ -106,7 +106,7 @@ def test_append_puts_new_tokens_behind_the_old(module: ModuleType, chunks: list[
             assert not buffer[b, :, len(tokens) :].any()
 
 
-def test_an_append_leaves_the_old_cache_as_it_was(module: ModuleType) -> None:
+def test_an_append_does_not_change_the_old_cache(module: ModuleType) -> None:
     start = module.append_cache(empty(module), *new(3))
     before = read(start)
     first, second = (
@@ -117,10 +117,10 @@ def test_an_append_leaves_the_old_cache_as_it_was(module: ModuleType) -> None:
     assert same(read(start), before)
     assert same(read(first), after_first)
     assert same(read(second), after_second)
-    assert [list(one.lengths) for one in (start, first, second, third)] == [[3, 3], [5, 5], [4, 5], [9, 9]]
+    assert [list(cache.lengths) for cache in (start, first, second, third)] == [[3, 3], [5, 5], [4, 5], [9, 9]]
 
 
-def test_buffers_are_shared_where_nobody_can_tell() -> None:
+def test_buffers_are_shared_where_no_result_shows_it() -> None:
     start = empty(mha_spec_numpy)
     first = start.append(*new(3))
     second = first.append(*new(2, seed=7))
@@ -132,7 +132,7 @@ def test_buffers_are_shared_where_nobody_can_tell() -> None:
     assert same(read(second), read(empty(reference).append(*new(3)).append(*new(2, seed=7))))
 
 
-def test_arrays_of_others_are_never_written_to() -> None:
+def test_arrays_of_the_caller_are_never_written_to() -> None:
     key, value = numbers(BATCH, KV_HEADS, CAPACITY, QK_DIM), numbers(BATCH, KV_HEADS, CAPACITY, V_DIM)
     before = key.copy(), value.copy()
     cache = KVCache(key, value, (2, 3)).append(*new(1))
@@ -143,7 +143,7 @@ def test_arrays_of_others_are_never_written_to() -> None:
         assert not numpy.shares_memory(other.append(*new(1)).value, other.value)
 
 
-def test_marks_of_buffers_go_with_them() -> None:
+def test_marks_are_removed_with_their_buffers() -> None:
     gc.collect()
     before = len(layer._BUFFERS._marks)
     caches = [empty(mha_spec_numpy).append(*new(1)) for _ in range(5)]
@@ -154,16 +154,16 @@ def test_marks_of_buffers_go_with_them() -> None:
     assert len(layer._BUFFERS._marks) == before
 
 
-def test_weights_leave_no_trace_in_the_cache() -> None:
-    made = decoder()
+def test_weights_do_not_change_the_cache() -> None:
+    params = decoder()
     x = numbers(BATCH, LENGTH, 8)
-    cache = mha_spec_numpy.multi_head_attention(x, x, x, made, cache=empty(mha_spec_numpy), causal=True)[1]
-    mha_spec_numpy.multi_head_attention_weights(x[:, :1], x[:, :1], made, cache=cache, causal=True)
+    cache = mha_spec_numpy.multi_head_attention(x, x, x, params, cache=empty(mha_spec_numpy), causal=True)[1]
+    mha_spec_numpy.multi_head_attention_weights(x[:, :1], x[:, :1], params, cache=cache, causal=True)
     assert cache.append(*new(1)).key is cache.key
 
 
 @pytest.mark.parametrize("lengths", [(12, 3), [12, 3], numpy.asarray([12, 3])])
-def test_overflow_is_an_error_and_nothing_is_lost(module: ModuleType, lengths: Any) -> None:
+def test_overflow_is_an_error_and_changes_nothing(module: ModuleType, lengths: Any) -> None:
     full = module.append_cache(empty(module), *new(12), [12, 3])._replace(lengths=lengths)
     before = [buffer.copy() for buffer in (full.key, full.value)]
     for counts, more in ((None, "[2, 2]"), ([2, 0], "[2, 0]"), (numpy.asarray([2, 2]), "[2, 2]")):
@@ -176,7 +176,7 @@ def test_overflow_is_an_error_and_nothing_is_lost(module: ModuleType, lengths: A
 
 
 @pytest.mark.parametrize("library", ["array_api_strict", "torch", "jax"])
-def test_lengths_that_are_not_read_drop_and_count(library: str) -> None:
+def test_tokens_beyond_unread_lengths_are_dropped_and_counted(library: str) -> None:
     xp = pytest.importorskip(library)
     convert: Callable[[numpy.ndarray], Any] = (
         xp.asarray if library == "array_api_strict" else lambda array: to_library(array, library)
@@ -184,7 +184,7 @@ def test_lengths_that_are_not_read_drop_and_count(library: str) -> None:
     start = empty(reference).append(*new(12), [12, 3])
     buffers = (convert(buffer.astype("float32")) for buffer in (start.key, start.value))
     cache = KVCache(next(buffers), next(buffers), convert(start.lengths))
-    key, value = (one.astype("float32") for one in new(3))
+    key, value = (array.astype("float32") for array in new(3))
     for counts, more in ((None, [3, 3]), (convert(numpy.asarray([5, -1])), [3, 0]), ((3, 1), [3, 1])):
         longer = reference.append_cache(cache, convert(key), convert(value), counts)
         assert library_of(longer.lengths) == library_of(longer.key) == library
@@ -216,7 +216,7 @@ def bias_at(start: Any, q_len: int, capacity: int) -> numpy.ndarray:
 
 
 def options_at(name: str, start: Any, stop: int, capacity: int) -> dict[str, Any]:
-    """The options of a call that works on tokens from start to stop."""
+    """Give the options of a call on the tokens from start to stop."""
     options = dict(LAWS[name])
     if options.pop("alibi", False):
         options["bias"] = bias_at(start, stop - int(numpy.max(start)), capacity)
@@ -232,7 +232,7 @@ def at_once(module: ModuleType, x: numpy.ndarray, name: str) -> numpy.ndarray:
 
 @functools.cache
 def errors_at_once(name: str, layer_by_loops: Any) -> numpy.ndarray:
-    """How far two ways of computing a law's output may lie apart: twice the bound of each."""
+    """Bound the difference between two ways of computing an output: twice the error bound of each."""
     x = numbers(BATCH, LENGTH, 8)
     distance = numpy.arange(LENGTH) - numpy.arange(LENGTH)[:, None]
     visible = (distance <= 0) & (distance >= -(LAWS[name].get("window") or (LENGTH, 0))[0])
@@ -251,7 +251,7 @@ CHUNKINGS = [[1] * LENGTH, [LENGTH], [3, 1, 1, 2], [1, 0, 4, 2], [6, 1]]
 
 @pytest.mark.parametrize("chunks", CHUNKINGS, ids=str)
 @pytest.mark.parametrize("name", LAWS)
-def test_token_by_token_and_in_chunks_is_at_once(
+def test_token_by_token_and_in_chunks_equal_a_single_call(
     module: ModuleType, name: str, chunks: list[int], layer_by_loops: Any
 ) -> None:
     x, cache, outputs, start = numbers(BATCH, LENGTH, 8), empty(module), [], 0
@@ -266,16 +266,16 @@ def test_token_by_token_and_in_chunks_is_at_once(
 
 
 @pytest.mark.parametrize("name", sorted(set(LAWS) - {"segments"}))
-def test_ragged_batches_are_their_entries(module: ModuleType, name: str, layer_by_loops: Any) -> None:
-    """Prompts of 4 and 2 tokens, padded on the right with NaN, then three more tokens of each."""
+def test_batches_of_different_lengths_equal_their_entries(module: ModuleType, name: str, layer_by_loops: Any) -> None:
+    """Prompts of 4 and 2 tokens are padded on the right with NaN; three more tokens of each follow."""
     x, prompts, padded = numbers(BATCH, LENGTH, 8), [4, 2], 5
     prompt = numpy.full((BATCH, padded, 8), numpy.nan)
     for b, length in enumerate(prompts):
         prompt[b, :length] = x[b, :length]
     options = options_at(name, numpy.zeros(BATCH, int), padded, CAPACITY)
-    given = {"q_lengths": prompts, "kv_lengths": prompts, "causal": True}
+    lengths = {"q_lengths": prompts, "kv_lengths": prompts, "causal": True}
     output, cache = module.multi_head_attention(
-        prompt, prompt, prompt, decoder(), cache=empty(module), **given, **options
+        prompt, prompt, prompt, decoder(), cache=empty(module), **lengths, **options
     )
     assert list(cache.lengths) == prompts
     rows = [list(output[b, :length]) for b, length in enumerate(prompts)]
@@ -295,7 +295,7 @@ def test_ragged_batches_are_their_entries(module: ModuleType, name: str, layer_b
 
 
 def test_the_law_can_fail(layer_by_loops: Any) -> None:
-    """Rotated from position 0 at every step, and written from slot 0: neither is the attention at once."""
+    """Rotation from position 0 at every step, and storing from slot 0, both give another output than a single call."""
     steps = LayerSteps()
     mistakes = {
         "rotary": replace(steps, positions=lambda _, length, like: steps.positions(0, length, like)),
@@ -314,7 +314,7 @@ def test_the_law_can_fail(layer_by_loops: Any) -> None:
         assert not (apart <= errors_at_once(name, layer_by_loops)).all()
 
 
-def test_cached_keys_serve_cross_attention(module: ModuleType) -> None:
+def test_cross_attention_reads_cached_keys(module: ModuleType) -> None:
     x, y, params = numbers(BATCH, 3, 8), numbers(BATCH, LENGTH, 8, seed=7), decoder()
     whole = module.multi_head_attention(x, y, y, params)
     first, cache = module.multi_head_attention(x, y, y, params, cache=empty(module))
@@ -344,8 +344,8 @@ def test_slots_that_hold_no_token_are_never_read(module: ModuleType) -> None:
     for buffer in (spoilt.key, spoilt.value):
         buffer[0, :, 5:] = buffer[1, :, 3:] = numpy.nan
     part = x[:, :1]
-    one, other = (module.multi_head_attention(part, part, part, params, cache=cache)[0] for cache in (clean, spoilt))
-    assert numpy.array_equal(one, other)
+    output, other = (module.multi_head_attention(part, part, part, params, cache=cache)[0] for cache in (clean, spoilt))
+    assert numpy.array_equal(output, other)
 
 
 def test_jax_decodes_inside_jit_with_the_lengths_traced() -> None:
@@ -460,7 +460,7 @@ def test_bad_cache_is_refused(module: ModuleType, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(BAD) - {"mask", "counts", "counts-alone", "heads"}))
-def test_appending_refuses_the_same(module: ModuleType, name: str) -> None:
+def test_appending_raises_the_same_errors(module: ModuleType, name: str) -> None:
     wrong, error, argument, _ = BAD[name]
     with pytest.raises(error, match=f"`{argument}`"):
         module.append_cache(wrong["cache"], *new(1))

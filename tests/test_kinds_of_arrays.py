@@ -1,4 +1,4 @@
-"""What is not an array with an element for every index is refused by us, wherever it is passed (MHA-ARG-4)."""
+"""Arrays that do not hold an element for every index raise an error of ours in every argument (MHA-ARG-4)."""
 
 from __future__ import annotations
 
@@ -67,19 +67,19 @@ by_kind = pytest.mark.parametrize(
 
 
 def converter(library: str) -> Callable[[numpy.ndarray], Any]:
-    """What makes an array of a library of one of NumPy's."""
+    """Give the function that converts arrays of NumPy to a library."""
     return pytest.importorskip({"jax": "jax.numpy"}.get(library, library)).asarray
 
 
 def wrong(library: str, name: str) -> Any:
-    """Something of a kind that is not accepted, made of an array like the query."""
+    """Make an object of a kind that is not accepted from an array like the query."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return KINDS[library][0]()[name](converter(library)(arguments()["query"]))
 
 
 def right(library: str) -> dict[str, Any]:
-    """A call of attention with every array that it may have."""
+    """Make the arguments of a call of attention with every optional array."""
     further = {
         "mask": numpy.ones((1, 1, Q_LEN, KV_LEN), bool),
         "bias": numpy.ones((1, 1, Q_LEN, KV_LEN), "float32"),
@@ -97,13 +97,13 @@ def right(library: str) -> dict[str, Any]:
     "argument",
     ["query", "key", "value", "mask", "bias", "sinks", "dropout_mask", "q_segment_ids", "kv_segment_ids", "kv_lengths"],
 )
-def test_attention_refuses_it(library: str, name: str, argument: str) -> None:
+def test_attention_refuses_the_kind(library: str, name: str, argument: str) -> None:
     with pytest.raises(MhaSpecError, match=f"`{argument}` must "):
         reference.attention(**right(library) | {argument: wrong(library, name)})
 
 
 @by_kind
-def test_every_other_function_refuses_it(library: str, name: str) -> None:
+def test_every_other_function_refuses_the_kind(library: str, name: str) -> None:
     convert, bad = converter(library), wrong(library, name)
     operands = {key: convert(array) for key, array in arguments().items()}
     output, lse = convert(numbers(BATCH, HEADS, Q_LEN, V_DIM)), convert(numbers(BATCH, HEADS, Q_LEN))
@@ -152,7 +152,7 @@ def test_views_and_subclasses_of_torch_are_dense() -> None:
 
 def test_a_library_without_a_namespace_is_refused_by_us() -> None:
     class Array:
-        """Something that looks like an array of a library that we know nothing of."""
+        """An array of a library without the Python array API."""
 
         __module__ = "elsewhere"
         dtype, shape, ndim, device = numpy.dtype("float32"), (2, 3, 5, 7), 4, None

@@ -1,4 +1,4 @@
-"""Merging: its edges, and its gradients against torch's derivatives of the formula."""
+"""Merging: its edge cases, and its gradients compared with torch's derivatives of the formula."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INF, NAN = numpy.inf, numpy.nan
 
 
 def halves(dtype: str = "float64") -> dict[str, numpy.ndarray]:
-    """Two halves in which every number is another."""
+    """Draw two halves in which all numbers differ."""
     outputs = {name: numbers(*ROWS, V_DIM, seed=seed) for seed, name in enumerate(("output_a", "output_b"))}
     lses = {name: 3 * numbers(*ROWS, seed=seed) for seed, name in enumerate(("lse_a", "lse_b"), start=7)}
     return {name: (outputs | lses)[name].astype(dtype) for name in HALVES}
@@ -40,12 +40,12 @@ def cotangents(dtype: str = "float64") -> dict[str, numpy.ndarray]:
 
 @pytest.fixture(params=["mha_spec.reference", "mha_spec"])
 def module(request: pytest.FixtureRequest) -> ModuleType:
-    """The specification's functions: as the reference and the public face have them."""
+    """Give the functions of the specification: the reference's and the public functions."""
     return reference if request.param == "mha_spec.reference" else mha_spec
 
 
 def derivatives(inputs: dict[str, numpy.ndarray], grad_output: Any, grad_lse: Any) -> tuple[numpy.ndarray, ...]:
-    """What torch's autograd makes of the formula in float64."""
+    """Differentiate the formula in float64 with torch's autograd."""
     torch = pytest.importorskip("torch")
     operands = [torch.tensor(inputs[name].astype("float64"), requires_grad=True) for name in HALVES]
     output_a, lse_a, output_b, lse_b = operands
@@ -73,7 +73,7 @@ def test_gradients_are_the_derivatives_of_the_formula(module: ModuleType, with_l
     assert_same(ours, derivatives(halves("float32"), **exact))
 
 
-def test_a_mistake_in_a_step_of_the_gradient_shows() -> None:
+def test_a_mistake_in_a_step_changes_the_gradient() -> None:
     right = reference.merge_attention_vjp(**halves(), **cotangents())
     for step in ("merge_grad_output", "merge_row_dot", "merge_grad_share", "merge_grad_lse"):
         wrong = replace(Steps(), **{step: lambda *inputs, step=step: 2 * getattr(Steps(), step)(*inputs)})
@@ -82,7 +82,7 @@ def test_a_mistake_in_a_step_of_the_gradient_shows() -> None:
 
 
 @pytest.mark.parametrize("empty", ["a", "b"])
-def test_beside_an_empty_half_the_cotangents_come_back(module: ModuleType, empty: str) -> None:
+def test_a_half_merged_with_an_empty_half_receives_the_cotangents(module: ModuleType, empty: str) -> None:
     inputs, other = halves(), "b" if empty == "a" else "a"
     inputs[f"lse_{empty}"][:] = -INF
     inputs[f"output_{empty}"][:] = NAN
@@ -139,7 +139,7 @@ def test_cotangents_and_halves_fit(
 
 @pytest.mark.parametrize("beside", [0.5, INF])
 @pytest.mark.parametrize("half", ["a", "b"])
-def test_plus_infinity_beside_another_half_is_nan(module: ModuleType, half: str, beside: float) -> None:
+def test_an_infinite_lse_merged_with_another_half_is_nan(module: ModuleType, half: str, beside: float) -> None:
     inputs, other = halves(), "b" if half == "a" else "a"
     inputs[f"lse_{half}"][0, 1, 2], inputs[f"lse_{other}"][0, 1, 2] = INF, beside
     output, lse = module.merge_attention(**inputs)
@@ -151,7 +151,7 @@ def test_plus_infinity_beside_another_half_is_nan(module: ModuleType, half: str,
         assert_equal(result[others], expected[others])
 
 
-def test_plus_infinity_beside_an_empty_half_is_unchanged(module: ModuleType) -> None:
+def test_an_infinite_lse_merged_with_an_empty_half_is_unchanged(module: ModuleType) -> None:
     inputs = halves()
     inputs["lse_a"][:], inputs["lse_b"][:], inputs["output_b"][:] = INF, -INF, NAN
     output, lse = module.merge_attention(**inputs)
@@ -161,7 +161,7 @@ def test_plus_infinity_beside_an_empty_half_is_unchanged(module: ModuleType) -> 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("distance", [0.0, 30.0, 2000.0])
-def test_what_is_not_finite_shows_whatever_its_share(module: ModuleType, value: float, distance: float) -> None:
+def test_a_non_finite_output_shows_at_every_share(module: ModuleType, value: float, distance: float) -> None:
     inputs = halves()
     inputs["lse_b"] = inputs["lse_a"] + distance
     inputs["output_a"][0, 1, 2, 3] = value

@@ -1,7 +1,7 @@
-"""The sentence embeddings of all-MiniLM-L6-v2, its real weights and real sentences, against sentence-transformers.
+"""The sentence embeddings of all-MiniLM-L6-v2 with its real weights, compared with sentence-transformers.
 
-Two float64 evaluations of one function agree far better than either does with a float32 evaluation. What ours loses in
-float32 is the yardstick.
+Two float64 evaluations of a function agree far better than a float32 evaluation agrees with either. The error of our
+float32 evaluation is therefore the tolerance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SENTENCES = (
 
 @pytest.fixture(scope="module")
 def judged() -> numpy.ndarray:
-    """The embeddings in float64."""
+    """Compute the embeddings in float64 by sentence-transformers."""
     model = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
     return model.double().encode(list(SENTENCES), show_progress_bar=False)
 
@@ -44,21 +44,21 @@ def params() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lost(params: dict[str, Any]) -> float:
-    """The most by which our float32 evaluation is off."""
+    """Give the largest error of our float32 evaluation."""
     return largest_difference(ours(params, "torch", "float32"), ours(params, "torch", "float64"))
 
 
 def ours(params: dict[str, Any], library: str, dtype: str) -> numpy.ndarray:
-    """Our embeddings by the backend of `library`."""
+    """Compute the embeddings by the backend of `library`."""
     tokens, lengths = minilm.tokenize(get_model_path(), SENTENCES)
     with with_float64(library):
-        found = minilm.embed(converted(params, library, dtype), to_library(tokens, library), lengths)
-        assert library_of(found) == library
-        return to_numpy(found)
+        embeddings = minilm.embed(converted(params, library, dtype), to_library(tokens, library), lengths)
+        assert library_of(embeddings) == library
+        return to_numpy(embeddings)
 
 
 def ranked(embeddings: numpy.ndarray) -> numpy.ndarray:
-    """For each sentence all sentences, the nearest first."""
+    """Order all sentences by their similarity to each sentence."""
     return numpy.argsort(-(embeddings @ embeddings.T), axis=1)
 
 
@@ -66,16 +66,16 @@ def ranked(embeddings: numpy.ndarray) -> numpy.ndarray:
 def test_the_embeddings_are_those_of_sentence_transformers(
     library: str, params: dict[str, Any], judged: numpy.ndarray
 ) -> None:
-    found = {dtype: ours(params, library, dtype) for dtype in ("float64", "float32")}
-    assert_same(found.__getitem__, judged)
-    for one in found.values():
-        numpy.testing.assert_array_equal(ranked(one), ranked(judged))
+    embeddings = {dtype: ours(params, library, dtype) for dtype in ("float64", "float32")}
+    assert_same(embeddings.__getitem__, judged)
+    for array in embeddings.values():
+        numpy.testing.assert_array_equal(ranked(array), ranked(judged))
 
 
-def test_the_weights_as_they_are_stored_rank_the_same(params: dict[str, Any], judged: numpy.ndarray) -> None:
-    found = minilm.embed(params, *minilm.tokenize(get_model_path(), SENTENCES))
-    assert found.dtype == numpy.float32
-    numpy.testing.assert_array_equal(ranked(found), ranked(judged))
+def test_the_stored_weights_give_the_same_order(params: dict[str, Any], judged: numpy.ndarray) -> None:
+    embeddings = minilm.embed(params, *minilm.tokenize(get_model_path(), SENTENCES))
+    assert embeddings.dtype == numpy.float32
+    numpy.testing.assert_array_equal(ranked(embeddings), ranked(judged))
 
 
 def test_the_padding_and_every_head_matter(params: dict[str, Any], judged: numpy.ndarray, lost: float) -> None:

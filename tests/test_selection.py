@@ -1,4 +1,4 @@
-"""Which backend answers, and what is said where none can."""
+"""The choice of the backend, and the errors where none can answer."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ print(mha_spec.attention(Array(), Array(), Array()))
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> Callable[..., str]:
-    """Lay a distribution with one backend on a folder, as pip would, and give the folder."""
+    """Install a distribution with a backend in a folder, and give the folder."""
 
     def install(name: str, module: str, source: str = THIRD_PARTY, entry: str = "", extra: str = "") -> str:
         (tmp_path / f"{module}.py").write_text(source)
@@ -73,18 +73,18 @@ def test_numpy_arrays_are_answered_by_the_numpy_backend() -> None:
     assert backend_for(numpy.ones(1)) is mha_spec.backend("numpy")
 
 
-def test_a_library_without_a_backend_of_its_own_is_answered_by_numpy() -> None:
+def test_numpy_answers_for_a_library_without_a_backend() -> None:
     array_api_strict = pytest.importorskip("array_api_strict")
     assert backend_for(array_api_strict.ones(1)) is mha_spec.backend("numpy")
 
 
 @pytest.mark.parametrize("value", [None, 1.5, [[1.0]], "query"], ids=lambda value: type(value).__name__)
-def test_what_is_no_array_is_refused(value: object) -> None:
+def test_a_value_that_is_not_an_array_is_refused(value: object) -> None:
     with pytest.raises(mha_spec.ArgumentTypeError, match=f"`query` must be an array, received {type(value).__name__}"):
         mha_spec.attention(value, value, value)
 
 
-def test_unknown_name_is_refused_with_those_that_exist() -> None:
+def test_the_error_of_an_unknown_name_lists_the_names() -> None:
     with pytest.raises(mha_spec.BackendError, match=r"no backend is called 'nunpy'; the backends are .*numpy"):
         mha_spec.backend("nunpy")
 
@@ -97,7 +97,7 @@ def test_third_party_is_found_and_answers_for_its_arrays(python: Python, plugin:
     assert answer.stdout.strip() == "third party", answer.stderr
 
 
-def test_function_that_a_third_party_has_not_is_named(python: Python, plugin: Callable[..., str]) -> None:
+def test_a_function_that_a_third_party_lacks_is_named(python: Python, plugin: Callable[..., str]) -> None:
     folder = plugin("tinygrad", "mha_tinygrad")
     ask = ASK_FOR_AN_ARRAY_OF_IT.format(library="tinygrad").replace("attention(", "attention_and_weights(Array(), ")
     line = _last_line(python(ask.replace("mha_spec.a", "mha_spec.multi_head_a"), PYTHONPATH=folder))
@@ -112,7 +112,7 @@ def test_entry_point_may_name_an_object_of_a_module(python: Python, plugin: Call
     assert answer.stdout.strip() == "third party", answer.stderr
 
 
-def test_two_backends_of_one_name_are_an_error(python: Python, plugin: Callable[..., str]) -> None:
+def test_two_backends_of_the_same_name_are_an_error(python: Python, plugin: Callable[..., str]) -> None:
     folder = plugin("numpy", "mha_other")
     line = _last_line(python("import mha_spec; mha_spec.backend_names()", PYTHONPATH=folder))
     assert "two backends are called 'numpy'" in line
@@ -127,7 +127,7 @@ def test_broken_backend_warns_with_its_name_and_leaves_the_others(python: Python
     assert "mha_spec.errors.BackendError: backend 'tinygrad'" in _last_line(done)
 
 
-def test_backend_without_its_framework_says_what_is_missing(python: Python, plugin: Callable[..., str]) -> None:
+def test_the_error_of_a_backend_names_its_missing_framework(python: Python, plugin: Callable[..., str]) -> None:
     folder = plugin("tinygrad", "mha_tinygrad", "import framework_that_is_not_there")
     line = _last_line(python("import mha_spec; mha_spec.backend('tinygrad')", PYTHONPATH=folder))
     assert "backend 'tinygrad' needs framework_that_is_not_there, which is not installed" in line
@@ -147,7 +147,7 @@ def test_fourth_backend_is_judged(python: Python, plugin: Callable[..., str]) ->
     assert re.search(r"^tinygrad: conformant on core, .*\((\d+) of \1 passed\)", done.stdout, re.MULTILINE), done.stdout
 
 
-def test_fourth_backend_that_is_wrong_is_told_so(python: Python, plugin: Callable[..., str]) -> None:
+def test_a_wrong_backend_is_not_conformant(python: Python, plugin: Callable[..., str]) -> None:
     folder = plugin("tinygrad", "mha_tinygrad", BLIND)
     done = python(COMMAND.format(["check", "tinygrad"]), PYTHONPATH=folder)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -160,24 +160,24 @@ def test_backends_are_listed_with_what_they_support(python: Python, plugin: Call
     plugin("lacking", "mha_lacking", "import framework_that_is_not_there", extra="lacking")
     done = python(COMMAND.format(["backends"]), PYTHONPATH=plugin("tinygrad", "mha_tinygrad", FOURTH))
     assert done.returncode == 0, done.stderr
-    found = dict(re.findall(r"^(\S+) +(\S.*(?:\n .*)*)", done.stdout, re.MULTILINE))
-    assert found.keys() >= {"numpy", "broken", "lacking", "tinygrad"}
-    assert found["numpy"].startswith("mha_spec_numpy of mha-spec ")
-    assert f"numpy {numpy.__version__}" in found["numpy"]
-    assert found["tinygrad"].startswith("mha_tinygrad of mha_tinygrad 1.0\n")
+    lines = dict(re.findall(r"^(\S+) +(\S.*(?:\n .*)*)", done.stdout, re.MULTILINE))
+    assert lines.keys() >= {"numpy", "broken", "lacking", "tinygrad"}
+    assert lines["numpy"].startswith("mha_spec_numpy of mha-spec ")
+    assert f"numpy {numpy.__version__}" in lines["numpy"]
+    assert lines["tinygrad"].startswith("mha_tinygrad of mha_tinygrad 1.0\n")
     for fact in (
         r"functions +attention, .*attention_vjp",
         r"features +mask, .*window",
         r"dtypes +float32$",
         r"device +cpu$",
     ):
-        assert re.search(fact, found["tinygrad"], re.MULTILINE), fact
-    assert "does not import: no driver" in found["broken"]
-    assert "not usable" in found["broken"]
-    assert "framework_that_is_not_there, which is not installed: pip install 'mha_lacking[lacking]'" in found["lacking"]
+        assert re.search(fact, lines["tinygrad"], re.MULTILINE), fact
+    assert "does not import: no driver" in lines["broken"]
+    assert "not usable" in lines["broken"]
+    assert "framework_that_is_not_there, which is not installed: pip install 'mha_lacking[lacking]'" in lines["lacking"]
 
 
-def test_the_environment_names_what_there_is_and_what_to_install(python: Python, plugin: Callable[..., str]) -> None:
+def test_the_error_of_the_environment_lists_the_names_and_the_extra(python: Python, plugin: Callable[..., str]) -> None:
     folder = plugin("lacking", "mha_lacking", "import framework_that_is_not_there", extra="lacking")
     offered = r"the backends are .*lacking \(not installed: pip install 'mha_lacking\[lacking\]'\).*numpy"
     line = _last_line(python("import mha_spec", PYTHONPATH=folder, MHA_SPEC_BACKEND="lacking"))
@@ -197,7 +197,7 @@ print(mha_spec.attention(x, x, x).item())
     assert done.stdout.strip() == "1.0", done.stderr
 
 
-def test_a_backend_can_be_had_by_name_beside_the_one_that_is_fixed(python: Python, plugin: Callable[..., str]) -> None:
+def test_a_backend_is_available_by_name_while_another_is_fixed(python: Python, plugin: Callable[..., str]) -> None:
     folder = plugin("tinygrad", "mha_tinygrad")
     code = "import mha_spec; print(mha_spec.backend('numpy').__name__)"
     assert python(code, PYTHONPATH=folder, MHA_SPEC_BACKEND="tinygrad").stdout.strip() == "mha_spec_numpy"
@@ -207,7 +207,7 @@ def test_the_environment_fixes_the_backend_at_import(python: Python, plugin: Cal
     folder = plugin("tinygrad", "mha_tinygrad")
     code = "import mha_spec, numpy; x = numpy.ones((1, 1, 1, 1)); mha_spec.attention(x, x, x)"
     line = _last_line(python(code, PYTHONPATH=folder, MHA_SPEC_BACKEND="tinygrad"))
-    assert "`query` must be an array of tinygrad, which MHA_SPEC_BACKEND fixes, received one of numpy" in line
+    assert "`query` must be an array of tinygrad, which MHA_SPEC_BACKEND fixes, received an array of numpy" in line
 
 
 def test_the_environment_may_fix_numpy_for_every_library(python: Python, plugin: Callable[..., str]) -> None:

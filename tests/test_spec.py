@@ -1,4 +1,4 @@
-"""SPEC.md: its form, its pictures, and that it and the code cite each other in full."""
+"""SPEC.md: its form, its pictures, and the citations of clauses in the code."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ by_clause = pytest.mark.parametrize("clause", clauses().values(), ids=clauses())
 
 
 def citations(text: str) -> set[str]:
-    """Every clause that a text cites, ranges and lists such as `MHA-ARG-1 to -4` spelt out."""
-    found = set()
+    """Give every clause that a text cites; ranges and lists such as `MHA-ARG-1 to -4` are expanded."""
+    cited = set()
     for match in CITED.finditer(text):
         topic, numbers = match["topic"], [int(match["first"])]
         for joint, next_topic, number in re.findall(r"(,| to| and) (MHA-[A-Z]+)?-(\d+)", match["more"]):
             if joint == " to":
                 numbers += range(numbers[-1], int(number))
             if next_topic and next_topic != topic:
-                found |= {f"{topic}-{n}" for n in numbers}
+                cited |= {f"{topic}-{n}" for n in numbers}
                 topic, numbers = next_topic, []
             numbers.append(int(number))
-        found |= {f"{topic}-{n}" for n in numbers}
-    return found
+        cited |= {f"{topic}-{n}" for n in numbers}
+    return cited
 
 
 def blocks(text: str) -> list[list[str]]:
-    """The indented blocks of a text, each without its indentation and empty lines."""
+    """Give the indented blocks of a text, without their indentation and empty lines."""
     indented = re.findall(r"(?:^ {4}.*\n(?:\n(?= {4}))*)+", text + "\n", flags=re.MULTILINE)
     return [[line[4:] for line in block.splitlines() if line.strip()] for block in indented]
 
 
 def split_pictures(clause: Clause) -> list[tuple[str, list[re.Match[str]]]]:
-    """The pictures of a clause: the arguments above each, and its rows."""
+    """Give the pictures of a clause: the arguments above each, and its rows."""
     pictures: list[tuple[str, list[re.Match[str]]]] = []
     for block in blocks(clause.text):
         caption = ""
@@ -64,7 +64,7 @@ def split_pictures(clause: Clause) -> list[tuple[str, list[re.Match[str]]]]:
 
 
 def see(caption: str, shape: tuple[int, int, int]) -> numpy.ndarray:
-    """What the reference sees with the arguments of a caption, (batch, q_len, kv_len)."""
+    """Give the pairs that are visible with the arguments of a caption, (batch, q_len, kv_len)."""
     call = ast.parse(f"call({caption})".replace("-inf", "-1e999"), mode="eval").body
     assert isinstance(call, ast.Call)
     options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -82,12 +82,12 @@ def test_the_version_is_that_of_the_package():
     assert f"\nVersion {mha_spec.SPEC_VERSION}.\n" in specification()
 
 
-def test_it_fits_a_terminal():
+def test_lines_fit_a_terminal():
     assert max(len(line) for line in specification().splitlines()) <= 98
 
 
 @by_clause
-def test_one_normative_sentence_with_the_word_of_its_level(clause):
+def test_a_single_normative_sentence_has_the_word_of_its_level(clause):
     assert clause.level in clause.sentence
     assert clause.sentence.endswith(".")
     assert not re.search(r"[.!?] +[A-Z]", clause.sentence)
@@ -102,14 +102,14 @@ def test_a_formula_follows_the_sentence(clause):
 
 
 @by_clause
-def test_a_reason_is_given(clause):
+def test_every_clause_has_a_reason(clause):
     assert clause.text.count("**Why.** ") == 1
 
 
 @by_clause
 def test_elsewhere_cites_a_version_or_an_issue_and_targets_that_exist(clause):
-    _, found, elsewhere = clause.text.partition("**Elsewhere.** ")
-    assert bool(found) == bool(ISSUE_OR_VERSION.search(elsewhere))
+    _, heading, elsewhere = clause.text.partition("**Elsewhere.** ")
+    assert bool(heading) == bool(ISSUE_OR_VERSION.search(elsewhere))
     for path in re.findall(r"`(conformance/targets/[^`]+)`", elsewhere):
         assert (ROOT / path).is_file(), path
 
@@ -137,7 +137,7 @@ def test_pictures_show_what_the_reference_sees(clause):
 
 
 @by_clause
-def test_pictures_say_the_position_of_each_query(clause):
+def test_pictures_have_the_position_of_each_query(clause):
     for caption, rows in split_pictures(clause):
         offset = re.search(r"q_offset=(\[[^]]*\]|-?\d+)", caption)
         offsets = ast.literal_eval(offset[1]) if offset else None
@@ -147,7 +147,7 @@ def test_pictures_say_the_position_of_each_query(clause):
                 assert int(row["p"]) == start + int(row["i"]), caption
 
 
-def test_a_wrong_picture_would_be_seen():
+def test_a_wrong_picture_fails():
     right = "### MHA-X-1 (MUST): X\n\n    causal=True, q_offset=1\n\n             j  0 1 2\n    i=0 p=1     x x .\n"
     ((caption, rows),) = split_pictures(parse(right)["MHA-X-1"])
     assert [row["cells"] for row in rows] == ["x x ."]
@@ -199,12 +199,12 @@ def test_the_call_is_that_of_the_reference():
 def test_the_calls_of_the_layer_are_those_of_the_reference(name):
     call = re.search(rf"^    {name}\((.*?)\)$", specification(), flags=re.DOTALL | re.MULTILINE)[1]
     parameters = inspect.signature(getattr(reference, name)).parameters.values()
-    own = [one for one in parameters if "<" not in call or one.name not in OPTIONS]
-    positional = [one.name for one in own if one.kind is one.POSITIONAL_OR_KEYWORD]
+    listed = [p for p in parameters if "<" not in call or p.name not in OPTIONS]
+    positional = [p.name for p in listed if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert re.findall(r"\w+", call.split("*")[0]) == positional
     if "rotary=" in call or "<" not in call:
         written = {key: ast.literal_eval(default) for key, default in re.findall(r'(\w+)=([\w."-]+)', call)}
-        assert written == {one.name: one.default for one in own if one.kind is one.KEYWORD_ONLY}
+        assert written == {p.name: p.default for p in listed if p.kind is p.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
@@ -229,23 +229,23 @@ def test_the_roundoffs_are_those_of_the_suite(dtype):
         "### Something else",
     ],
 )
-def test_a_malformed_heading_is_an_error_that_names_it(heading):
+def test_an_error_names_a_malformed_heading(heading):
     with pytest.raises(SpecificationError, match=re.escape(heading)):
         parse(f"# Title\n\n{heading}\n\n**It MUST be.**\n")
 
 
-def test_an_id_that_stands_twice_is_an_error_that_names_it():
+def test_an_error_names_an_id_that_occurs_twice():
     clause = "### MHA-MASK-1 (MUST): A\n\n**It MUST be.**\n\n"
     with pytest.raises(SpecificationError, match="MHA-MASK-1 twice"):
         parse(clause + clause)
 
 
-def test_a_clause_without_its_sentence_is_an_error_that_names_it():
+def test_an_error_names_a_clause_without_its_sentence():
     clause = parse("### MHA-MASK-1 (MUST): A\n\nIt MUST be.\n")["MHA-MASK-1"]
     with pytest.raises(SpecificationError, match="MHA-MASK-1"):
         assert clause.sentence
 
 
-def test_a_clause_ends_where_the_next_heading_stands():
-    found = parse("### MHA-A-1 (MUST): A\n\n**It MUST be.**\n\n## Limits\n\nNot this.\n")
-    assert found["MHA-A-1"] == Clause("MHA-A-1", "MUST", "A", "**It MUST be.**")
+def test_a_clause_ends_at_the_next_heading():
+    parsed = parse("### MHA-A-1 (MUST): A\n\n**It MUST be.**\n\n## Limits\n\nNot this.\n")
+    assert parsed["MHA-A-1"] == Clause("MHA-A-1", "MUST", "A", "**It MUST be.**")

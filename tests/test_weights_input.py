@@ -1,4 +1,4 @@
-"""Weights in and out, whosever they are: the tables, bad input, arrays of every library, files."""
+"""Loading and saving weights: the tables, bad input, arrays of every library, files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def numbers(*shape: int, dtype: Any = numpy.float32) -> Array:
 
 
 def params_of(layout: Layout, *, optional: bool = True, dtype: Any = numpy.float32) -> dict[str, Array]:
-    """Params that the layout has a place for, with as many sizes of their own as it allows."""
+    """Make the params that the layout can hold, with as many different sizes as it allows."""
     absent = set() if optional else {name for group in layout.optional for name in group}
     held = {param for name, parts in layout.tensors.items() if name not in absent for param in parts}
     return {
@@ -71,12 +71,12 @@ def without(name: str, state: dict[str, Array]) -> dict[str, Array]:
 
 @pytest.mark.parametrize("name", layouts())
 @pytest.mark.parametrize("optional", [True, False])
-def test_saved_and_loaded_is_the_same(name: str, *, optional: bool) -> None:
+def test_loading_gives_the_saved_params(name: str, *, optional: bool) -> None:
     params = params_of(layouts()[name], optional=optional)
     state = save_weights(params, name, prefix="a/b" if layouts()[name].separator == "/" else "a.b")
-    found = load_weights(state, name, heads=6, prefix="a/b" if layouts()[name].separator == "/" else "a.b")
-    assert list(found) == list(params)
-    assert all(same_bits(found[param], params[param]) for param in params)
+    loaded = load_weights(state, name, heads=6, prefix="a/b" if layouts()[name].separator == "/" else "a.b")
+    assert list(loaded) == list(params)
+    assert all(same_bits(loaded[param], params[param]) for param in params)
 
 
 @pytest.mark.parametrize("layout", layouts().values(), ids=layouts())
@@ -118,7 +118,11 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "missing name": (
         lambda: load_weights(without("k_proj.weight", LLAMA), "llama", heads=6),
         ArgumentValueError,
-        ("missing: k_proj.weight\n", "expected: q_proj.weight, k_proj.weight, v_proj", "there: o_proj.weight, q_proj"),
+        (
+            "missing: k_proj.weight\n",
+            "expected: q_proj.weight, k_proj.weight, v_proj",
+            "received: o_proj.weight, q_proj",
+        ),
     ),
     "misspelt name": (
         lambda: load_weights(without("k_proj.weight", LLAMA) | {"k_porj.weight": 0}, "llama", heads=6),
@@ -128,7 +132,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "unknown name": (
         lambda: load_weights(LLAMA | {"sinks": 0}, "llama", heads=6),
         ArgumentValueError,
-        ("unknown: sinks", "expected: q_proj.weight", "there: k_proj.weight"),
+        ("unknown: sinks", "expected: q_proj.weight", "received: k_proj.weight"),
     ),
     "half of a group": (
         lambda: load_weights(LLAMA | without("q_norm.weight", NORMS), "llama", heads=6),
@@ -138,7 +142,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "nothing under the prefix": (
         lambda: load_weights(under("layers.3.self_attn", LLAMA), "llama", heads=6, prefix="layers.30.self_attn"),
         ArgumentValueError,
-        ("under 'layers.30.self_attn.'", "Such a layer is under 'layers.3.self_attn.'", "there: nothing"),
+        ("under 'layers.30.self_attn.'", "Such a layer is under 'layers.3.self_attn.'", "received: nothing"),
     ),
     "no prefix": (
         lambda: load_weights(under("a", LLAMA) | under("b", LLAMA), "llama", heads=6),
@@ -256,7 +260,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "a bias without a place": (
         lambda: save_weights(PARAMS | {"b_k": numpy.zeros((3, 10))}, "t5"),
         ArgumentValueError,
-        ("unknown: b_k", "expected: w_q, w_k, w_v, w_o", "there: b_k, w_k"),
+        ("unknown: b_k", "expected: w_q, w_k, w_v, w_o", "received: b_k, w_k"),
     ),
     "half of the biases": (
         lambda: save_weights(PARAMS | {"b_q": numpy.zeros((6, 10))}, "llama"),
@@ -297,7 +301,7 @@ def test_bad_input(case: str) -> None:
     assert [fragment for fragment in fragments if fragment not in str(raised.value)] == []
 
 
-def test_a_layout_of_ones_own() -> None:
+def test_a_layout_that_the_caller_makes() -> None:
     fused = Layout(
         describes="Phi-3",
         tensors={
@@ -341,16 +345,16 @@ def test_arrays_of_every_library(library: str) -> None:
     for dtype in LIBRARIES[library]:
         params = params_of(layouts()["gpt2"], dtype=dtype)
         state = save_weights({param: of_library(array, library) for param, array in params.items()}, "gpt2")
-        found = load_weights(state, "gpt2", heads=6)
-        for param, array in found.items():
+        loaded = load_weights(state, "gpt2", heads=6)
+        for param, array in loaded.items():
             assert library_of(array) == library
             assert dtype_name(array) == numpy.dtype(dtype).name
             assert same_bits(to_numpy(array), params[param])
-        turned = interleaved_pairs(half_split_pairs(found, rotary_dim=4), rotary_dim=4)
+        turned = interleaved_pairs(half_split_pairs(loaded, rotary_dim=4), rotary_dim=4)
         assert all(same_bits(to_numpy(turned[param]), params[param]) for param in params)
 
 
-def test_an_alternating_tensor_is_cut_within_each_kv_head() -> None:
+def test_an_alternating_tensor_is_split_within_each_kv_head() -> None:
     rows = numbers(3 * (2 + 1 + 1) * 5, 11).reshape(3, 4, 5, 11)
     state = {"query_key_value.weight": rows.reshape(60, 11), "dense.weight": numbers(11, 30)}
     params = load_weights(state, "falcon", heads=6)
@@ -386,9 +390,9 @@ def test_files_keep_every_bit(tmp_path: Path) -> None:
     state = {numpy.dtype(dtype).name: numbers(3, 5).astype(dtype) for dtype in dtypes}
     state |= {"strided": numbers(7, 5).T[::2], "scalar": numpy.float32(3), "empty": numbers(0, 5)}
     write_safetensors(tmp_path / "state.safetensors", state, metadata={"format": "pt"})
-    found = read_safetensors(tmp_path / "state.safetensors")
-    assert set(found) == set(state)
-    assert all(same_bits(found[name], numpy.asarray(state[name])) for name in state)
+    loaded = read_safetensors(tmp_path / "state.safetensors")
+    assert set(loaded) == set(state)
+    assert all(same_bits(loaded[name], numpy.asarray(state[name])) for name in state)
     assert set(read_safetensors(str(tmp_path / "state.safetensors"), prefix="float")) == {
         "float64",
         "float32",
@@ -401,11 +405,11 @@ def test_files_of_every_library(library: str, tmp_path: Path) -> None:
     arrays = {"a": numbers(3, 5), "b": numbers(5, 7, dtype=ml_dtypes.bfloat16)}
     nested = {"layer": {name: of_library(array, library) for name, array in arrays.items()}}
     write_safetensors(tmp_path / "state.safetensors", nested)
-    found = read_safetensors(tmp_path / "state.safetensors")
-    assert all(same_bits(found[f"layer/{name}"], array) for name, array in arrays.items())
+    loaded = read_safetensors(tmp_path / "state.safetensors")
+    assert all(same_bits(loaded[f"layer/{name}"], array) for name, array in arrays.items())
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_of_another_format(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.safetensors"
     write_safetensors(damaged, {"a": numbers(3, 5)})
     damaged.write_bytes(damaged.read_bytes()[:-1])

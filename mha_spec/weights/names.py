@@ -52,7 +52,7 @@ class Expected:
         # An unknown name can be a misspelling only of a name that is absent.
         absent = [name for name in self._names if name not in names]
         lines += [f"  unknown: {name}{_nearest(name, absent)}" for name in unknown[:LONGEST_LIST]]
-        lines += [f"  expected: {_listed(self._names, optional)}", f"  there: {_listed(sorted(names))}"]
+        lines += [f"  expected: {_listed(self._names, optional)}", f"  received: {_listed(sorted(names))}"]
         raise ArgumentValueError("\n".join(lines))
 
 
