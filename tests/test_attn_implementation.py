@@ -1,7 +1,7 @@
-"""mha_spec as `attn_implementation` of transformers: small random models, against "eager".
+"""mha_spec as `attn_implementation` of transformers: small random models, compared with "eager".
 
-Two float64 evaluations of one function agree far better than either does with a float32 evaluation. What ours loses in
-float32 is the yardstick.
+Two float64 evaluations of a function agree far better than a float32 evaluation agrees with either. The error of our
+float32 evaluation is therefore the tolerance.
 """
 
 from __future__ import annotations
@@ -89,24 +89,24 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 class InFloat64(TorchFunctionMode):
-    """Takes float64 wherever float32 is named.
+    """Replaces float32 by float64 in every call.
 
-    transformers holds softmax and norms in float32, even in a float64 model; there the number that its masks hide keys
-    with becomes -inf, and a padded query NaN.
+    transformers computes softmax and norms in float32, even in a float64 model. The number by which its masks hide keys
+    then becomes -inf, and a padded query NaN.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        def wide(one: object) -> object:
-            return torch.float64 if one is torch.float32 else one
+        def wide(argument: object) -> object:
+            return torch.float64 if argument is torch.float32 else argument
 
-        return func(*map(wide, args), **{name: wide(one) for name, one in (kwargs or {}).items()})
+        return func(*map(wide, args), **{name: wide(argument) for name, argument in (kwargs or {}).items()})
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
-    """Models so small are fastest on one thread."""
+    """Register mha_spec, and use a single thread, which is fastest for such small models."""
     transformers_attention.register()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def registered() -> Iterator[None]:
 
 @cache
 def models(name: str) -> dict[str, Any]:
-    """One model twice: the same weights in float64, and rounded to float32."""
+    """Make a model with weights in float64, and the same model rounded to float32."""
     torch.manual_seed(7)
     double = MODELS[name]().double().eval()
     with torch.no_grad():
@@ -126,7 +126,7 @@ def models(name: str) -> dict[str, Any]:
 
 
 def inputs(name: str) -> dict[str, Tensor]:
-    """A batch of ragged sentences: padded on the left where there is a decoder alone."""
+    """Make a batch of sentences of different lengths; models without an encoder have the padding on the left."""
     rng = torch.Generator().manual_seed(7)
     tokens = torch.randint(3, SYMBOLS, (BATCH, LENGTH), generator=rng)
     lengths = torch.tensor([LENGTH, 9, 4])[:, None]
@@ -139,69 +139,69 @@ def inputs(name: str) -> dict[str, Tensor]:
     return {"input_ids": tokens * left, "attention_mask": left}
 
 
-def names_of_tokens(given: dict[str, Tensor]) -> tuple[str, str]:
-    """The names of the decoder's tokens and of their mask."""
-    prefix = "decoder_" if "decoder_input_ids" in given else ""
+def names_of_tokens(batch: dict[str, Tensor]) -> tuple[str, str]:
+    """Give the names of the decoder's tokens and of their mask."""
+    prefix = "decoder_" if "decoder_input_ids" in batch else ""
     return f"{prefix}input_ids", f"{prefix}attention_mask"
 
 
-def real(given: dict[str, Tensor]) -> Tensor:
-    """Which tokens of the decoder are no padding, (batch, length)."""
-    tokens, mask = names_of_tokens(given)
-    return given[mask].bool() if mask in given else torch.ones_like(given[tokens], dtype=torch.bool)
+def real(batch: dict[str, Tensor]) -> Tensor:
+    """Give the mask of the decoder's tokens that are not padding, (batch, length)."""
+    tokens, mask = names_of_tokens(batch)
+    return batch[mask].bool() if mask in batch else torch.ones_like(batch[tokens], dtype=torch.bool)
 
 
-def ask(model: Any, implementation: str, given: dict[str, Tensor], **options: Any) -> Any:
-    """What a model gives with an implementation of attention."""
+def ask(model: Any, implementation: str, batch: dict[str, Tensor], **options: Any) -> Any:
+    """Call a model with an implementation of attention."""
     model.set_attn_implementation(implementation)
-    cast = {name: one.to(model.dtype) if one.is_floating_point() else one for name, one in given.items()}
+    cast = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in batch.items()}
     with InFloat64() if model.dtype == torch.float64 else nullcontext():
         return model(**cast, **options)
 
 
-def logits(model: Any, implementation: str, given: dict[str, Tensor]) -> Tensor:
+def logits(model: Any, implementation: str, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return ask(model, implementation, given).logits[real(given)]
+        return ask(model, implementation, batch).logits[real(batch)]
 
 
-def in_pieces(model: Any, implementation: str, given: dict[str, Tensor], past: Any = None) -> Tensor:
-    """The logits of a few tokens, of two more, and then of one at a time, by a cache."""
-    tokens, mask = names_of_tokens(given)
-    found: list[Tensor] = []
+def in_pieces(model: Any, implementation: str, batch: dict[str, Tensor], past: Any = None) -> Tensor:
+    """Compute the logits with a cache: of seven tokens, of two more, then token by token."""
+    tokens, mask = names_of_tokens(batch)
+    pieces: list[Tensor] = []
     for start, stop in pairwise((0, 7, 9, *range(10, LENGTH + 1))):
-        piece = given | {tokens: given[tokens][:, start:stop]}
-        if mask in given:
-            piece[mask] = given[mask][:, :stop]
+        piece = batch | {tokens: batch[tokens][:, start:stop]}
+        if mask in batch:
+            piece[mask] = batch[mask][:, :stop]
         with torch.no_grad():
             answer = ask(model, implementation, piece, past_key_values=past, use_cache=True)
         past = answer.past_key_values
-        found.append(answer.logits)
-    return torch.cat(found, dim=1)[real(given)]
+        pieces.append(answer.logits)
+    return torch.cat(pieces, dim=1)[real(batch)]
 
 
-def gradients(model: Any, implementation: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of all parameters in training, by a loss that weighs every logit of a real token."""
+def gradients(model: Any, implementation: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute the gradients of all parameters in training, by a loss that weighs every logit of a real token."""
     model = deepcopy(model).train()
-    found = ask(model, implementation, given).logits[real(given)]
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    (found * weights.to(found.dtype)).sum().backward()
+    of_real = ask(model, implementation, batch).logits[real(batch)]
+    weights = torch.randn(of_real.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    (of_real * weights.to(of_real.dtype)).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def weights(model: Any, implementation: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of every layer of every kind of attention, (layers, tokens, heads, kv_len)."""
+def weights(model: Any, implementation: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the weights of every layer of every kind of attention, (layers, tokens, heads, kv_len)."""
     with torch.no_grad():
-        answer = ask(model, implementation, given, output_attentions=True)
+        answer = ask(model, implementation, batch, output_attentions=True)
     kinds = {kind: torch.stack(answer[kind]).transpose(2, 3) for kind in answer if kind.endswith("attentions")}
     return {
-        kind: found.flatten(1, 2) if kind.startswith("encoder") else found[:, real(given)]
-        for kind, found in kinds.items()
+        kind: layers.flatten(1, 2) if kind.startswith("encoder") else layers[:, real(batch)]
+        for kind, layers in kinds.items()
     }
 
 
 @cache
 def judged_logits(name: str) -> Tensor:
-    """The logits of "eager"."""
+    """Compute the logits of "eager"."""
     return logits(models(name)["float64"], "eager", inputs(name))
 
 
@@ -211,10 +211,10 @@ def test_the_logits_are_those_of_eager(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "whisper", "gemma2"])
-def test_without_padding_so_they_are(name: str) -> None:
-    given = {key: one for key, one in inputs(name).items() if not key.endswith("mask")}
-    judged = logits(models(name)["float64"], "eager", given)
-    assert_same(lambda dtype: logits(models(name)[dtype], OURS, given), judged)
+def test_the_logits_without_padding_are_those_of_eager(name: str) -> None:
+    batch = {key: x for key, x in inputs(name).items() if not key.endswith("mask")}
+    judged = logits(models(name)["float64"], "eager", batch)
+    assert_same(lambda dtype: logits(models(name)[dtype], OURS, batch), judged)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -222,7 +222,7 @@ def test_a_cache_gives_the_logits_of_all_at_once(name: str) -> None:
     assert_same(lambda dtype: in_pieces(models(name)[dtype], OURS, inputs(name)), judged_logits(name))
 
 
-def test_so_does_a_cache_of_a_fixed_size() -> None:
+def test_a_cache_of_fixed_size_gives_the_logits_of_all_at_once() -> None:
     def ours(dtype: str) -> Tensor:
         model = models("llama")[dtype]
         past = transformers.StaticCache(model.config, max_cache_len=LENGTH + 4)
@@ -233,15 +233,15 @@ def test_so_does_a_cache_of_a_fixed_size() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "whisper"])
 def test_it_generates_the_tokens_of_eager(name: str) -> None:
-    given, found = inputs(name), {}
+    batch, generated = inputs(name), {}
     model = models(name)["float64"]
     for implementation in ("eager", OURS):
         model.set_attn_implementation(implementation)
         with InFloat64():
-            found[implementation] = model.generate(**given, max_new_tokens=LENGTH, do_sample=False)
-    assert found[OURS].shape[1] >= LENGTH
-    assert len(found[OURS].unique()) > LENGTH // 2
-    assert_equal(found[OURS], found["eager"])
+            generated[implementation] = model.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
+    assert generated[OURS].shape[1] >= LENGTH
+    assert len(generated[OURS].unique()) > LENGTH // 2
+    assert_equal(generated[OURS], generated["eager"])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -257,40 +257,40 @@ def test_the_weights_are_those_of_eager(name: str) -> None:
 
 
 def test_a_mask_of_numbers_is_a_bias() -> None:
-    given = inputs("llama")
+    batch = inputs("llama")
     rng = torch.Generator().manual_seed(7)
     numbers = torch.randn(BATCH, 1, LENGTH, LENGTH, generator=rng, dtype=torch.float64)
-    given["attention_mask"] = numbers.masked_fill(~torch.ones(LENGTH, LENGTH).tril().bool(), float("-inf"))
+    batch["attention_mask"] = numbers.masked_fill(~torch.ones(LENGTH, LENGTH).tril().bool(), float("-inf"))
 
     def of_all(dtype: str, implementation: str = OURS) -> Tensor:
         with torch.no_grad():
-            return ask(models("llama")[dtype], implementation, given).logits
+            return ask(models("llama")[dtype], implementation, batch).logits
 
     assert_same(of_all, of_all("float64", "eager"))
 
 
 def test_dropout_is_drawn_in_training() -> None:
-    model, given = deepcopy(models("llama")["float64"]), inputs("llama")
+    model, batch = deepcopy(models("llama")["float64"]), inputs("llama")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    plain = logits(model, OURS, given)
+    plain = logits(model, OURS, batch)
     model.train()
-    found: list[Tensor] = []
+    drawn: list[Tensor] = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        found.append(logits(model, OURS, given))
-    assert_equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], plain)
+        drawn.append(logits(model, OURS, batch))
+    assert_equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], plain)
 
 
 MISTAKES: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
-    "a mask of the other polarity": ("llama", lambda asked: {"attention_mask": ~asked["attention_mask"]}),
+    "a mask of the other polarity": ("llama", lambda call: {"attention_mask": ~call["attention_mask"]}),
     "the padding forgotten": ("llama", lambda _: {"attention_mask": None, "is_causal": True}),
-    "the order forgotten": ("llama", lambda asked: {"attention_mask": asked["attention_mask"][:, :, -1:]}),
+    "the order forgotten": ("llama", lambda call: {"attention_mask": call["attention_mask"][:, :, -1:]}),
     "groups tiled, not repeated": (
         "llama",
-        lambda asked: {name: asked[name].repeat(1, 2, 1, 1) for name in ("key", "value")},
+        lambda call: {name: call[name].repeat(1, 2, 1, 1) for name in ("key", "value")},
     ),
     "scores not scaled": ("llama", lambda _: {"scaling": 1.0}),
     "scores scaled twice": ("whisper", lambda _: {"scaling": None}),
@@ -301,12 +301,12 @@ MISTAKES: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_seen(mistake: str) -> None:
+def test_a_mistake_exceeds_the_tolerance(mistake: str) -> None:
     name, change = MISTAKES[mistake]
 
     def mistaken(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **rest: Any) -> Any:
-        asked = {"query": query, "key": key, "value": value, "attention_mask": attention_mask, **rest}
-        return transformers_attention.attention(module, **asked | change(asked))
+        call = {"query": query, "key": key, "value": value, "attention_mask": attention_mask, **rest}
+        return transformers_attention.attention(module, **call | change(call))
 
     transformers.AttentionInterface.register(WRONG, mistaken)
     transformers.AttentionMaskInterface.register(WRONG, sdpa_mask)
