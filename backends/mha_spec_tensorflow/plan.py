@@ -85,7 +85,7 @@ class Run:
 
 
 class Inactive(NamedTuple):
-    """For each constraint, True if it is known to hide no pair of a block."""
+    """Flags of the constraints; True if a constraint is known to hide no pair of a block."""
 
     left: bool = False
     right: bool = False
