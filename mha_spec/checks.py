@@ -73,6 +73,8 @@ OWN_KEYWORDS = {
 
 def refuse_unknown(options: Mapping[str, object], function: str = "attention") -> None:
     """Refuse a keyword that `function` does not have, and suggest the nearest keyword (MHA-ARG-1, MHA-DROP-3)."""
+    if not options:
+        return
     known = options_of(function)
     for name in options:
         if name in known:
@@ -88,11 +90,10 @@ def refuse_unknown(options: Mapping[str, object], function: str = "attention") -
 
 def check_tensors(a: Arguments) -> None:
     """Require rank-4 arrays of the same library, floating dtype and device (MHA-SHAPE-3)."""
-    tensors: dict[str, Array] = {"query": a.query, "key": a.key}
-    if a.value is not None or not a.weighs:
-        tensors["value"] = a.value
-    if _alike(*tensors.values()):
+    others = (a.key,) if a.value is None and a.weighs else (a.key, a.value)
+    if _alike(a.query, *others):
         return
+    tensors: dict[str, Array] = dict(zip(("query", "key", "value"), (a.query, *others), strict=False))
     expected = None
     for label, tensor in tensors.items():
         require_array(label, tensor, "MHA-SHAPE-3")

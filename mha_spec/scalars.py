@@ -61,6 +61,8 @@ def check_flag(label: str, value: object, clause: str = "MHA-ARG-2") -> bool:
 
 def check_number(label: str, value: object, clause: str = "MHA-ARG-2") -> float:
     """Require a number, and return it as a Python number, which may be an integer above every float (MHA-ARG-2)."""
+    if type(value) is float:
+        return value
     held = plain(value)
     if not is_number(held):
         refuse_type(clause, f"`{label}` must be a Python number, received {_named(label, value)}.")

@@ -34,7 +34,7 @@ from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec_conformance.judging.bounds import allowances, precision
 from mha_spec_conformance.judging.compare import judge
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
-from mha_spec_numpy import anchors, core, dropout, forward, parallel, problem, strip, tiling, visibility
+from mha_spec_numpy import anchors, core, dropout, forward, parallel, plan, problem, strip, tiling, visibility
 
 if TYPE_CHECKING:
     import subprocess
@@ -44,7 +44,13 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan every call anew, since the plans of earlier calls have other blocks."""
+    monkeypatch.setattr(plan, "LARGEST", -1)
+
+
+@pytest.fixture
+def small(unshared: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     """Make blocks so small that every call has several, some of them with one row or one key."""
     monkeypatch.setattr(tiling, "STACK", 0)
     monkeypatch.setattr(visibility, "ROWS", 14)
@@ -232,23 +238,24 @@ def test_unseen_blocks_are_skipped(
 
 
 @pytest.fixture
-def without_anchor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
-    """Count the matrices of a call that need no anchor, and those whose range is computed."""
+def without_anchor(unshared: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:  # noqa: ARG001
+    """Count the rows of a call that have no anchor, and all rows; those that are computed again count again."""
     monkeypatch.setattr(tiling, "STACK", HEADS // KV_HEADS * KV_LEN**2 * KV_HEADS)
-    ranges: list[numpy.ndarray] = []
-    small_matrices = anchors._small_matrices
+    rows: list[numpy.ndarray] = []
+    anchor_of = anchors.anchor_of
 
-    def noted(block: problem.Block, factors: tuple[numpy.ndarray, ...]) -> numpy.ndarray | None:
-        small = small_matrices(block, factors)
-        ranges.extend([] if small is None else [small])
-        return small
+    def noted(block: problem.Block, needed: numpy.ndarray | bool = False) -> numpy.ndarray | None:
+        anchor = anchor_of(block, needed)
+        rows.append(numpy.zeros(block.tile.folded) if anchor is None else anchor)
+        return anchor
 
-    monkeypatch.setattr(anchors, "_small_matrices", noted)
+    monkeypatch.setattr(forward, "anchor_of", noted)
+    monkeypatch.setattr(strip, "anchor_of", noted)
 
     def count(function: str, call: Mapping[str, Any]) -> tuple[int, int]:
-        ranges.clear()
+        rows.clear()
         assert_allowed(function, call, ask(mha_spec_numpy, function, call))
-        return sum(int(small.sum()) for small in ranges), sum(small.size for small in ranges)
+        return sum(int((anchors == 0).sum()) for anchors in rows), sum(anchors.size for anchors in rows)
 
     return count
 
@@ -260,24 +267,49 @@ def _with(call: Mapping[str, Any], name: str, number: float) -> dict[str, Any]:
     return {**call, name: array}
 
 
+ROWS = HEADS * Q_LEN
+"""The rows of a batch entry."""
+
+
 @pytest.mark.parametrize("function", OUTPUTS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_small_logits_need_no_anchor(function: str, dtype: str, without_anchor: Callable[..., tuple[int, int]]) -> None:
     call = converted(random_arrays(3), dtype)
-    matrices = BATCH * KV_HEADS
-    assert without_anchor(function, call) == (matrices, matrices)
-    assert without_anchor(function, {**call, "softcap": 1.5}) == (matrices, matrices)
-    assert without_anchor(function, {**call, "scale": 9.0})[0] < matrices
-    assert without_anchor(function, _with(call, "query", 90.0)) == (matrices - 1, matrices)
-    assert without_anchor(function, _with(call, "key", 90.0)) == (matrices - 1, matrices)
-    if function != "attention_weights":
-        assert without_anchor(function, _with(call, "value", 2.0**50)) == (matrices - 1, matrices)
+    rows, of_a_matrix = BATCH * ROWS, ROWS // KV_HEADS
+    assert without_anchor(function, call) == (rows, rows)
+    assert without_anchor(function, {**call, "softcap": 1.5}) == (rows, rows)
+    assert without_anchor(function, {**call, "scale": 9.0})[0] < rows / 2
+    assert without_anchor(function, _with(call, "query", 90.0)) == (rows - 1, rows)
+    assert rows - of_a_matrix <= without_anchor(function, _with(call, "key", 90.0))[0] < rows
     if function == "attention_vjp":
-        assert without_anchor(function, _with(call, "grad_output", 2.0**50)) == (matrices - 1, matrices)
+        for name in ("value", "grad_output"):
+            assert without_anchor(function, _with(call, name, 2.0**50)) == (rows - of_a_matrix, rows)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "q_offset": -2}])
+def test_small_logits_need_no_anchor_where_pairs_are_invisible(
+    options: dict[str, Any], without_anchor: Callable[..., tuple[int, int]]
+) -> None:
+    call = {**random_arrays(3, q_len=KV_LEN), **options}
+    rows = BATCH * HEADS * KV_LEN
+    assert without_anchor("attention_weights", call) == (rows, rows)
+    assert without_anchor("attention_weights", _with(call, "query", 90.0))[0] == rows - 1
+    assert without_anchor("attention", call)[0] == 0, "the lse of a row that sees one key is its logit"
+    assert without_anchor("attention_vjp", call)[0] == 0, "an invisible value must not decide"
+
+
+def test_rows_whose_sums_overflow_are_computed_again(without_anchor: Callable[..., tuple[int, int]]) -> None:
+    call = converted(random_arrays(3), "float32")
+    rows = BATCH * ROWS
+    assert without_anchor("attention", _with(call, "value", 2.0**50)) == (rows, rows)
+    call["query"] *= 3
+    unanchored, computed = without_anchor("attention", _with(call, "value", 2.0**126))
+    assert computed == rows + ROWS, "the batch entries are computed one by one"
+    assert rows <= unanchored < computed
 
 
 def test_few_rows_use_their_maximum(without_anchor: Callable[..., tuple[int, int]]) -> None:
-    assert without_anchor("attention", random_arrays(3, q_len=31)) == (0, 0)
+    assert without_anchor("attention", random_arrays(3, q_len=31))[0] == 0
 
 
 @pytest.mark.parametrize("function", OUTPUTS)

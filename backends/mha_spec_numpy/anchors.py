@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .problem import Block
 
-__all__ = ["anchor_of", "finite_anchor"]
+__all__ = ["anchor_of", "finite_anchor", "large_factors"]
 
 SMALL = 16.0
 """Logits up to this have exponentials from 2^-24 to 2^24, which need no anchor if their factors are up to `LARGEST`."""
@@ -24,22 +24,21 @@ LARGEST = 2.0**40
 """Sums of products of 2^24 and two such factors do not overflow float32, and a product that underflows is too small to
 change a row by more than the smallest normal number."""
 FEWEST_ROWS = 64
-"""With fewer rows than this, the maximum of each row costs less than the range of the factors."""
+"""With fewer rows than this, the maximum of each row costs less than the range of all logits."""
 
 
-def anchor_of(block: Block, *factors: Array) -> Array | None:
-    """Give the maximum of each row, made finite; 0 in a matrix of small logits; None if all logits are small.
+def anchor_of(block: Block, needed: Array | bool = False) -> Array | None:
+    """Give the maximum of each row, made finite; 0 in a row of small logits; None if all logits are small.
 
-    The exponentials are multiplied with `factors`, which must be small, too.
+    `needed` marks rows, (entries, kv_heads, rows or 1, 1), with an anchor in any case. Each row decides for itself,
+    and only with its visible pairs (MHA-PURE-3, MHA-POISON-2).
     """
-    # An invisible pair must not change the anchor: if a pair is invisible, every row has its maximum (MHA-POISON-1).
-    small = _small_matrices(block, factors)
-    if small is not None and small.all():
+    ranged = isinstance(block.logits, numpy.ndarray) and block.tile.rows >= FEWEST_ROWS and needed is not True
+    if ranged and needed is False and _all_are_small(block):
         return None
     maximum = row_maximum(block.logits)
-    if block.visible is not None:
-        return finite_anchor(maximum)
-    return maximum if small is None else numpy.where(small, 0.0, maximum)
+    anchor = maximum if block.visible is None else finite_anchor(maximum)
+    return numpy.where(_small_rows(block, maximum) & ~numpy.asarray(needed), 0.0, anchor) if ranged else anchor
 
 
 def finite_anchor(maximum: Array) -> Array:
@@ -53,20 +52,36 @@ def finite_anchor(maximum: Array) -> Array:
 _LOWEST = {numpy.dtype(name): numpy.finfo(name).min for name in ("float32", "float64")}
 
 
-def _small_matrices(block: Block, factors: tuple[Array, ...]) -> numpy.ndarray | None:
-    """Tell which matrices have small logits and factors, (entries, kv_heads, 1, 1); None if that is not computed."""
-    if not isinstance(block.logits, numpy.ndarray) or block.visible is not None or block.tile.rows < FEWEST_ROWS:
-        return None
-    small = _within(block.logits, SMALL)
-    for factor in factors:
-        small &= _within(factor, LARGEST)
-    return small
-
-
-def _within(matrices: numpy.ndarray, limit: float) -> numpy.ndarray:
-    """Tell which matrices hold only numbers from -limit to limit.
+def large_factors(*factors: Array) -> numpy.ndarray | bool:
+    """Mark the matrices whose exponentials need an anchor, because they are multiplied with large numbers.
 
     NaN is ignored, since every sum that it enters is NaN with and without an anchor.
     """
-    above = numpy.fmax.reduce(matrices, axis=(-2, -1), keepdims=True) > limit
-    return ~(above | (numpy.fmin.reduce(matrices, axis=(-2, -1), keepdims=True) < -limit))
+    if not all(isinstance(factor, numpy.ndarray) for factor in factors):
+        return True
+    large: numpy.ndarray | bool = False
+    for factor in factors:
+        large |= numpy.fmax.reduce(factor, axis=(-2, -1), keepdims=True) > LARGEST
+        large |= numpy.fmin.reduce(factor, axis=(-2, -1), keepdims=True) < -LARGEST
+    return large if numpy.any(large) else False
+
+
+def _all_are_small(block: Block) -> bool:
+    """Return True if the logits of all visible pairs are from -SMALL to SMALL; NaN, which stays NaN, is ignored."""
+    logits = block.logits
+    if not numpy.fmax.reduce(logits, axis=None) <= SMALL:
+        return False
+    if block.visible is None:
+        return bool(numpy.fmin.reduce(logits, axis=None) >= -SMALL)
+    return numpy.count_nonzero(logits < -SMALL) == logits.size - block.visible.count(logits.size)
+
+
+def _small_rows(block: Block, maximum: numpy.ndarray) -> numpy.ndarray:
+    """Mark the rows, (entries, kv_heads, rows, 1), whose logits of visible pairs are from -SMALL to SMALL."""
+    small = maximum <= SMALL
+    if not small.any():
+        return small
+    low = block.logits < -SMALL
+    if block.visible is not None:
+        low &= block.visible_pairs()
+    return small & ~low.any(axis=-1, keepdims=True)

@@ -45,7 +45,7 @@ def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> G
     grad_lse = None if grad_lse is None else dense(grad_lse, dtype_name(like))[..., None]
     assemblies = [Assembly(tuple(operand.shape), like) for operand in (a.query, a.key, a.value)]
     compute = partial(_gradients_of_stack, problem, grad_output, grad_lse, assemblies)
-    sums = each(compute, stacks(a), a)
+    sums = each(compute, stacks(a), a, tiny=problem.plan.is_tiny)
     grad_query, grad_key, grad_value = (
         steps.round_output(assembly.whole(), dtype_name(a.query)) for assembly in assemblies
     )
@@ -143,7 +143,7 @@ def _through_scores(
         grad_query += block.product(grad_scores, key[..., keys, :])
         grad_key = block.transposed_product(grad_scores, query)
         gradients.key = added(gradients.key, (..., keys, slice(None)), grad_key)
-    return problem.scale * grad_query
+    return problem.plan.scale * grad_query
 
 
 def _with_block(grad_bias: Array, block: Block, grad_logits: Array) -> Array:

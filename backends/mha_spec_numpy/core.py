@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec import steps
-from mha_spec.arguments import Arguments, expand_options
+from mha_spec.arguments import expand_options
 from mha_spec.arrays import dtype_name
-from mha_spec.checks import check, check_cotangents, check_dropout_mask, check_flag, refuse_unknown
+from mha_spec.checks import check_cotangents, check_dropout_mask, check_flag
 
 from .backward import gradients
 from .dropout import dropout_of
 from .forward import attend
 from .parallel import each
+from .plan import plan_of
 from .problem import Problem
 from .strip import strip_rows, weigh
 from .tiling import Assembly, tiles
@@ -46,14 +47,14 @@ def attention(
 
     `dropout_key` is an integer seed; None draws a seed from `numpy.random`.
     """
-    a = _arguments("attention", query, key, value, **options)
+    plan = plan_of("attention", query, key, value, options)
     return_lse = check_flag("return_lse", return_lse)
-    problem = Problem.of(a, dropout_of(a))
-    rows = (a.batch, a.heads, a.q_len)
+    problem = Problem.of(plan, query, key, value, dropout_of(plan.a))
+    rows = query.shape[:3]
     output = Assembly((*rows, value.shape[3]), problem.query)
     lse = Assembly(rows, problem.query) if return_lse else None
-    each(partial(attend, problem, output, lse), tiles(a, problem.visibility.rows), a)
-    rounded = steps.round_output(output.whole(), dtype_name(query))
+    each(partial(attend, problem, output, lse), plan.tiles, plan.a, tiny=plan.is_tiny)
+    rounded = steps.round_output(output.whole(), dtype_name(query)) if plan.rounds else output.whole()
     return rounded if lse is None else (rounded, lse.whole())
 
 
@@ -65,10 +66,10 @@ def attention_weights(
     **options: Unpack[WeightOptions],
 ) -> Float[Array, "batch heads q_len kv_len"]:
     """Compute the normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
-    a = _arguments("attention_weights", query, key, None, **options)
-    problem = Problem.of(a)
+    plan = plan_of("attention_weights", query, key, None, options)
+    a, problem = plan.a, Problem.of(plan, query, key, None)
     weights = Assembly((a.batch, a.heads, a.q_len, a.kv_len), problem.query)
-    each(partial(weigh, problem, weights), tiles(a, strip_rows(a)), a)
+    each(partial(weigh, problem, weights), tiles(a, strip_rows(a)), a, tiny=plan.is_tiny)
     return steps.round_output(weights.whole(), dtype_name(query))
 
 
@@ -84,14 +85,8 @@ def attention_vjp(
     **options: Unpack[Options],
 ) -> Gradients:
     """Compute the gradients in closed form, strip by strip of queries; see `mha_spec.reference.attention_vjp`."""
-    a = _arguments("attention_vjp", query, key, value, **options)
+    plan = plan_of("attention_vjp", query, key, value, options)
+    a = plan.a
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
-    return gradients(Problem.of(a), grad_output, grad_lse)
-
-
-def _arguments(
-    function: str, query: Array, key: Array, value: Array | None, /, **options: Unpack[Options]
-) -> Arguments:
-    refuse_unknown(options, function)
-    return check(Arguments(query, key, value, function=function, **options))
+    return gradients(Problem.of(plan, query, key, value), grad_output, grad_lse)

@@ -70,8 +70,7 @@ def dense(array: Array, dtype: str) -> Array:
 
 def exp(array: Array) -> Array:
     """Overwrite an array with its exponentials."""
-    xp: Any = namespace_of(array)
-    return numpy.exp(array, out=array) if isinstance(array, numpy.ndarray) else xp.exp(array)
+    return numpy.exp(array, out=array) if isinstance(array, numpy.ndarray) else namespace_of(array).exp(array)
 
 
 def outer(left: Array, right: Array, scratch: Scratch) -> Array:
@@ -82,10 +81,7 @@ def outer(left: Array, right: Array, scratch: Scratch) -> Array:
 
 
 def hide(logits: Array, visible: VisiblePairs | None, tile: Tile) -> Array:
-    """Overwrite invisible pairs with -inf, whatever they hold (MHA-POISON-1, MHA-POISON-2).
-
-    On NumPy a NaN at a visible pair becomes inf, and both make every weight of its row NaN.
-    """
+    """Overwrite invisible pairs with -inf, whatever they hold (MHA-POISON-1, MHA-POISON-2)."""
     if visible is None:
         return logits
     unfolded = unfold(logits, tile)
@@ -107,13 +103,9 @@ def without_hidden(matrices: Array, visible: VisiblePairs | None, tile: Tile) ->
 
 
 def normalised(sums: Array, total: Array) -> Array:
-    """Overwrite sums with their quotient by the sum of their row's exponentials; it is 0 in an empty row.
-
-    Products with the reciprocal take half the time of quotients.
-    """
+    """Overwrite sums with their quotient by the sum of their row's exponentials; it is 0 in an empty row."""
     if isinstance(sums, numpy.ndarray):
-        sums *= 1.0 / numpy.maximum(total, _SMALLEST_NORMAL[total.dtype])
-        return sums
+        return numpy.divide(sums, numpy.maximum(total, _SMALLEST_NORMAL[total.dtype]), out=sums)
     return steps.normalise(sums, total)
 
 
@@ -149,4 +141,4 @@ def is_finite(matrices: Array) -> bool:
     """Return True if all numbers are known to be finite; arrays on a device are not read."""
     if not isinstance(matrices, numpy.ndarray):
         return False
-    return bool(numpy.isfinite(_ones(matrices.shape[-2], matrices.dtype).T @ matrices).all())
+    return math.isfinite(numpy.vdot(matrices, matrices)) or bool(numpy.isfinite(matrices).all())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mha_spec.arguments import Arguments
 
-__all__ = ["blas", "each"]
+__all__ = ["blas", "each", "is_tiny"]
 
 WORTHWHILE = 2**20
 """With fewer scores than this, threads cost more than they save."""
@@ -30,12 +30,14 @@ _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
 
-def each(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task], a: Arguments) -> list[_Result]:
+def each(
+    function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task], a: Arguments, *, tiny: bool
+) -> list[_Result]:
     """Give the result of each task in order; on NumPy, large work is spread over as many threads as its BLAS has.
 
-    Each thread has its own scratch memory.
+    Each thread has its own scratch memory. `tiny` is the answer of `is_tiny`.
     """
-    if not isinstance(a.query, numpy.ndarray) or _is_tiny(a):
+    if tiny or not isinstance(a.query, numpy.ndarray):
         return _in_turn(function, tasks)
     with blas().one_thread() as available:
         threads = min(available, len(tasks))
@@ -49,10 +51,11 @@ def _in_turn(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Tas
     return [function(task, scratch) for task in tasks]
 
 
-def _is_tiny(a: Arguments) -> bool:
+def is_tiny(a: Arguments) -> bool:
     """Return True if every product of the call is so small that the BLAS computes it in a single thread."""
-    rows, size = a.heads // a.kv_heads * a.q_len, max(a.query.shape[3], 1 if a.value is None else a.value.shape[3])
-    return rows * a.kv_len * size <= SHARED and max(rows, size) * a.kv_len <= SHARED_VECTOR
+    (_, heads, q_len, size), (_, kv_heads, kv_len, _) = a.query.shape, a.key.shape
+    rows, size = heads // kv_heads * q_len, size if a.value is None else max(size, a.value.shape[3])
+    return rows * kv_len * size <= SHARED and max(rows, size) * kv_len <= SHARED_VECTOR
 
 
 def _shared(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task], threads: int) -> list[_Result]:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from mha_spec import steps
-from mha_spec.arrays import device_of, dtype_name, namespace_of, softmax_dtype_name
+from mha_spec.arrays import device_of, namespace_of
 
 from .operations import dense, hide, is_finite, outer
 from .tiling import cut_pairs, fold, part, rows_of, unfold
-from .visibility import Visibility
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from .dropout import Dropout
     from .operations import Scratch
+    from .plan import Plan
     from .tiling import Tile
     from .visibility import VisiblePairs
 
@@ -41,7 +41,7 @@ class Block(NamedTuple):
         # In a plain product, the weight 0 of an invisible pair times an infinite value would be NaN (MHA-POISON-1).
         if self.visible is None or is_finite(values):
             return weights @ values if place is None else numpy.matmul(weights, values, out=place)
-        return steps.sum_over_visible(weights, values, self._visible_pairs())
+        return steps.sum_over_visible(weights, values, self.visible_pairs())
 
     def transposed_product(self, weights: Array, rows: Array) -> Array:
         """Compute sum_i weights_ij rows_ic over visible pairs; invisible weights are 0."""
@@ -49,9 +49,10 @@ class Block(NamedTuple):
         weights = xp.matrix_transpose(weights)
         if self.visible is None or is_finite(rows):
             return weights @ rows
-        return steps.sum_over_visible(weights, rows, xp.matrix_transpose(self._visible_pairs()))
+        return steps.sum_over_visible(weights, rows, xp.matrix_transpose(self.visible_pairs()))
 
-    def _visible_pairs(self) -> Array:
+    def visible_pairs(self) -> Array:
+        """Tell which pairs are visible, (entries, kv_heads, rows, keys)."""
         xp: Any = namespace_of(self.logits)
         pairs = None if self.visible is None else self.visible.pairs
         return fold(xp.broadcast_to(pairs, (*self.tile.unfolded, len(self.keys))), self.tile)
@@ -61,41 +62,44 @@ class Block(NamedTuple):
 class Problem:
     """The operands of a call in the softmax's type (MHA-SOFTMAX-2)."""
 
+    plan: Plan
     a: Arguments
     xp: Any
-    """The array namespace of the call."""
     query: Array
     key: Array
     value: Array
     sinks: Array | None
-    scale: float
-    visibility: Visibility
     dropout: Dropout | None
 
     @classmethod
-    def of(cls, a: Arguments, dropout: Dropout | None = None) -> Problem:
+    def of(cls, plan: Plan, query: Array, key: Array, value: Array | None, dropout: Dropout | None = None) -> Problem:
         """Convert the operands of a call; an operand of the right type and layout is not copied."""
-        dtype = softmax_dtype_name(dtype_name(a.query))
-        scale = steps.scale_of(a.scale, a.query.shape[3])
-        query, key = dense(a.query, dtype), dense(a.key, dtype)
-        value, sinks = (None if operand is None else dense(operand, dtype) for operand in (a.value, a.sinks))
-        return cls(a, namespace_of(query), query, key, value, sinks, scale, Visibility(a), dropout)
+        a, dtype = plan.a, plan.dtype
+        query, key = dense(query, dtype), dense(key, dtype)
+        value = None if value is None else dense(value, dtype)
+        sinks = None if a.sinks is None else dense(a.sinks, dtype)
+        return cls(plan, a, plan.xp, query, key, value, sinks, dropout)
 
     def scaled(self, tile: Tile) -> Array:
         """Give the queries of a tile, (entries, kv_heads, rows, qk_dim), times the scale."""
-        return rows_of(self.query, tile) * self.scale
+        return rows_of(self.query, tile) * self.plan.scale
 
     def block(self, scaled: Array, tile: Tile, keys: range, scratch: Scratch, *, slope: bool = False) -> Block:
         """Compute the logits of a tile and a block of keys, and with `slope` the slope of the soft cap (MHA-VJP-2)."""
         scores = outer(scaled, self.key[(*tile.matrices, part(keys), ...)], scratch)
-        logits = steps.soft_cap(scores, self.a.softcap)
-        cap_slope = steps.cap_slope(scores, self.a.softcap) if slope else 1.0
-        bias = None
-        if self.a.bias is not None:
-            bias = self.xp.astype(cut_pairs(self.a.bias, tile, keys), logits.dtype)
+        a, logits, cap_slope, bias = self.a, scores, 1.0, None
+        if a.softcap is not None:
+            logits = steps.soft_cap(scores, a.softcap)
+            cap_slope = steps.cap_slope(scores, a.softcap) if slope else 1.0
+        if a.bias is not None:
+            bias = self.xp.astype(cut_pairs(a.bias, tile, keys), logits.dtype)
             logits = fold(steps.add_bias(unfold(logits, tile), bias), tile)
-        visible = self.visibility.visible(tile, keys, bias)
+        visible = self.plan.visibility.visible(tile, keys, bias)
         return Block(tile, keys, hide(logits, visible, tile), visible, cap_slope)
+
+    def values(self, block: Block) -> Array:
+        """Give the values of a block, (entries, kv_heads, keys, v_dim)."""
+        return self.value[(*block.tile.matrices, part(block.keys), ...)]
 
     def sink_of(self, tile: Tile) -> Array | None:
         """Give the sink of each row, (entries, kv_heads, rows, 1); None without sinks (MHA-SINK-1)."""

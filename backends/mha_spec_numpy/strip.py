@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 from mha_spec import steps
 
-from .anchors import anchor_of, finite_anchor
+from .anchors import anchor_of, finite_anchor, large_factors
 from .operations import added, exp, row_sum, without_hidden
 from .tiling import part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy
 
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
@@ -50,10 +52,9 @@ def exponentials(
     scaled, sink = problem.scaled(tile), problem.sink_of(tile)
     total = problem.full(tile, 1, 0.0)
     blocks: list[tuple[Block, Array | None]] = []
-    for keys in problem.visibility.key_blocks(tile, max(1, SCORES // tile.rows)):
+    for keys in problem.plan.visibility.key_blocks(tile, max(1, SCORES // tile.rows)):
         block = problem.block(scaled, tile, keys, scratch, slope=cotangent is not None)
-        factors = () if cotangent is None else (cotangent, problem.value[(*tile.matrices, part(keys), ...)])
-        anchor = anchor_of(block, *factors)
+        anchor = anchor_of(block, _needs_anchor(problem, block, cotangent))
         if anchor is None:
             # The logits are still in the core's cache, so that exp takes less time than after the last block.
             total = total + row_sum(exp(block.logits))
@@ -77,6 +78,16 @@ def exponentials(
             total = total + row_sum(weights)
         weighed.append(block._replace(logits=without_hidden(weights, block.visible, tile)))
     return weighed, of_sink, total
+
+
+def _needs_anchor(problem: Problem, block: Block, cotangent: Array | None) -> numpy.ndarray | bool:
+    """Mark the matrices of a block that need an anchor for the gradients.
+
+    An invisible value must not decide (MHA-POISON-1), so that every block with invisible pairs has an anchor.
+    """
+    if cotangent is None:
+        return False
+    return block.visible is not None or large_factors(cotangent, problem.values(block))
 
 
 def _highest(problem: Problem, anchors: Sequence[Array | None]) -> Array | None:

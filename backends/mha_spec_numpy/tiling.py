@@ -23,7 +23,6 @@ __all__ = [
     "fold",
     "part",
     "rows_of",
-    "stack_size",
     "stacks",
     "tiles",
     "unfold",
@@ -36,7 +35,7 @@ STACK = 2**16
 arrays are, so that small matrices are stacked as long as they stay in a core's cache."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Tile:
     """A box of the call: some queries, in some batch entries, of all heads that read some key/value heads.
 
@@ -126,11 +125,6 @@ def _joined(parts: list[tuple[tuple[slice, ...], Array]], axis: int) -> Array:
     return xp.concat([_joined(list(inner), axis + 1) for _, inner in same], axis=axis)
 
 
-def stack_size(a: Arguments) -> int:
-    """Give the number of matrices in a stack."""
-    return max(1, STACK // max(1, a.heads // a.kv_heads * a.q_len * a.kv_len))
-
-
 def stacks(a: Arguments) -> list[Tile]:
     """Cut a call into tiles of all queries, each with heads of a batch entry or all heads of several entries."""
     return _boxes(a, [range(a.q_len)])
@@ -142,10 +136,10 @@ def tiles(a: Arguments, rows: int) -> list[Tile]:
 
 
 def _boxes(a: Arguments, queries: list[range]) -> list[Tile]:
-    together = stack_size(a)
-    entries = blocks(range(a.batch), max(1, together // a.kv_heads))
-    kv_heads = blocks(range(a.kv_heads), together)
-    return [Tile(*box) for box in product(entries, kv_heads, (a.heads // a.kv_heads,), queries)]
+    kv_heads, group = a.kv_heads, a.heads // a.kv_heads
+    matrices = max(1, STACK // max(1, group * a.q_len * a.kv_len))
+    entries = blocks(range(a.batch), max(1, matrices // kv_heads))
+    return [Tile(*box) for box in product(entries, blocks(range(kv_heads), matrices), (group,), queries)]
 
 
 def cut(stack: Tile, rows: int) -> list[Tile]:
@@ -181,12 +175,12 @@ def rows_of(array: Array, tile: Tile) -> Array:
 
 def fold(array: Array, tile: Tile) -> Array:
     """Reshape (entries, heads, queries, size) to the matrices of a tile."""
-    return _reshaped(array, (*tile.folded, array.shape[3]))
+    return array if tile.group == 1 else _reshaped(array, (*tile.folded, array.shape[3]))
 
 
 def unfold(matrices: Array, tile: Tile) -> Array:
     """Reshape the matrices of a tile to (entries, heads, queries, size)."""
-    return _reshaped(matrices, (*tile.unfolded, matrices.shape[3]))
+    return matrices if tile.group == 1 else _reshaped(matrices, (*tile.unfolded, matrices.shape[3]))
 
 
 def _reshaped(array: Array, shape: tuple[int, ...]) -> Array:
