@@ -7,6 +7,7 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import pytest
 import torch
 from support.comparisons import assert_near
@@ -17,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import mha_spec_torch
 from mha_spec.arguments import OPTIONS
 from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.judging.bounds import bounds, precision
 from mha_spec_torch import core, fused
 
 if TYPE_CHECKING:
@@ -322,6 +324,17 @@ def test_few_keys_go_to_the_kernel_unless_a_score_may_be_nan(size: float) -> Non
     query[0, 1, 2], key[0, 0, 0] = size, 1e30
     for keywords in options:
         assert attention(query, key, value, **keywords)[0, 1, 2].isnan().all()
+
+
+@pytest.mark.parametrize("score", [60.0, 300.0, -300.0])
+@pytest.mark.parametrize(("dtype", "gap"), [("float32", 13.0), ("float64", 33.0)])
+def test_a_small_weight_of_a_sink_is_kept_where_scores_are_large(dtype: str, gap: float, score: float) -> None:
+    ones = numpy.ones((1, 1, 1, 1), dtype)
+    arrays = {"query": score * ones, "key": ones, "value": ones, "sinks": numpy.array([score - gap], dtype)}
+    expected = bounds("attention", arrays, {"scale": 1.0})
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    output = attention(**tensors, scale=1.0).double().numpy()
+    assert (abs(output - expected.values["output"]) <= expected.allowances(precision(dtype))["output"]).all()
 
 
 def test_tasks_leave_out_hidden_keys() -> None:

@@ -61,9 +61,10 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tup
         lse = torch.where(_any_key(visible), lse, -math.inf)
     if x.sinks is not None:
         sinks = x.sinks[..., 0].to(lse.dtype)
-        total = torch.logaddexp(lse, sinks)
-        output = (output * torch.exp(lse - torch.where(total == -math.inf, 0.0, total))[..., None]).to(output.dtype)
-        lse = total
+        # exp(lse - logaddexp(lse, sinks)) would lose a small weight of the sink to the rounding of a large lse.
+        share = torch.where(lse == -math.inf, 0.0, torch.sigmoid(lse - sinks))
+        output = (output * share[..., None]).to(output.dtype)
+        lse = torch.logaddexp(lse, sinks)
     return output, lse, causal or mask is not None
 
 
