@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import pytest
 import torch
-from support.comparisons import assert_near
+from support.comparisons import assert_equal, assert_near
 from support.goldens import DIFFERENTIABLE, ENOUGH, PER_ENTRY, alike, cases, failures, split_arguments, spread
 from support.torch_world import cut_into_tasks, operands
 from torch.profiler import ProfilerActivity, profile
@@ -335,6 +335,15 @@ def test_a_small_weight_of_a_sink_is_kept_where_scores_are_large(dtype: str, gap
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     output = attention(**tensors, scale=1.0).double().numpy()
     assert (abs(output - expected.values["output"]) <= expected.allowances(precision(dtype))["output"]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_output_with_sinks_is_rounded_once(dtype: torch.dtype) -> None:
+    query, key = torch.zeros(1, 1, 1, 3), torch.zeros(1, 1, 2, 3)
+    value = torch.randn(1, 1, 2, 127, generator=torch.Generator().manual_seed(GENERATOR_SEED)).to(dtype)
+    sinks = torch.tensor([0.5])
+    output = attention(query.to(dtype), key.to(dtype), value, sinks=sinks)
+    assert_equal(output, attention(query.double(), key.double(), value.double(), sinks=sinks).to(dtype))
 
 
 def test_tasks_leave_out_hidden_keys() -> None:

@@ -55,7 +55,11 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Compute output and lse, and tell if pairs are hidden; without `needs_lse`, the lse of an empty row is 0."""
     causal, visible, mask = _constraints(problem, task, x)
-    output, lse = _forward(*_of_one_size(x), 0.0, causal, attn_mask=mask, scale=problem.scale)
+    operands = _of_one_size(x)
+    if x.sinks is not None:
+        # A 16-bit output would be rounded twice: by the kernel, and after its product with the share of the keys.
+        operands = [operand.to(problem.dtype) for operand in operands]
+    output, lse = _forward(*operands, 0.0, causal, attn_mask=mask, scale=problem.scale)
     output = output[..., : x.value.shape[3]]
     if visible is not None and needs_lse:
         lse = torch.where(_any_key(visible), lse, -math.inf)
@@ -63,7 +67,7 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tup
         sinks = x.sinks[..., 0].to(lse.dtype)
         # exp(lse - logaddexp(lse, sinks)) would lose a small weight of the sink to the rounding of a large lse.
         share = torch.where(lse == -math.inf, 0.0, torch.sigmoid(lse - sinks))
-        output = (output * share[..., None]).to(output.dtype)
+        output = output * share[..., None]
         lse = torch.logaddexp(lse, sinks)
     return output, lse, causal or mask is not None
 
