@@ -38,8 +38,10 @@ SHORTEST_RUN = 64
 """Packed sequences that are shorter on average share blocks; longer ones have separate blocks."""
 COST_OF_BLOCK = 2**17
 """The number of scores that take the time of starting a block."""
+EAGER_COST = 2
+"""How many times as long a block takes to start in eager mode, where each small product waits for all threads."""
 CAUSAL_BLOCKS = 4
-"""The least number of blocks of causal queries, where cutting saves more than the blocks cost."""
+"""The most blocks of causal queries that only the skipped keys pay for."""
 BODIES = 8
 """The most shapes of blocks in a graph, which holds the operations for each; if there are more, sizes are rounded."""
 WIDEST = 2**30
@@ -335,8 +337,12 @@ def _highest_without_left_bound(known: Known) -> int:
     q_len, kv_len = known.a.q_len, known.a.kv_len
     if known.right is None or not known.offset or q_len is None or kv_len is None:
         return HIGHEST
-    saved = known.a.heads * q_len * kv_len * (CAUSAL_BLOCKS - 1) // (2 * CAUSAL_BLOCKS)
-    return max(LOWEST, min(HIGHEST, q_len // CAUSAL_BLOCKS)) if saved > COST_OF_BLOCK * (CAUSAL_BLOCKS - 1) else HIGHEST
+    scores, blocks = known.a.heads * q_len * kv_len, 1
+    cost = COST_OF_BLOCK * (EAGER_COST if tf.executing_eagerly() else 1)
+    # To double the blocks skips scores / (4 * blocks) more scores, and starts as many blocks again.
+    while blocks < CAUSAL_BLOCKS and scores >= 4 * blocks * blocks * cost:
+        blocks *= 2
+    return HIGHEST if blocks == 1 else max(LOWEST, min(HIGHEST, q_len // blocks))
 
 
 def _groups(known: Known, bounds: list[range], seen: list[range]) -> tuple[Group, ...]:
