@@ -54,6 +54,11 @@ def reversed_axes(x: Tensor) -> Tensor:
     return x.permute(axes).contiguous().permute(axes)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Return the layout in which heads lie side by side; torch keeps it in copies and in padding."""
+    return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
 def inner(x: Tensor) -> Tensor:
     return pad(x, (1, 3), value=math.nan)[..., 1:-3]
 
@@ -72,11 +77,13 @@ def overlapping(x: Tensor) -> Tensor:
 
 
 LAYOUTS = {
-    layout.__name__: layout for layout in (every_other, reversed_axes, inner, same_component, same_row, overlapping)
+    layout.__name__: layout
+    for layout in (every_other, reversed_axes, channels_last, inner, same_component, same_row, overlapping)
 }
 PATHS: dict[str, dict[str, Any]] = {
     "flash": {},
-    "flash with sizes that differ": {"v_dim": SIZE - 1},
+    "flash with smaller values": {"v_dim": SIZE - 1},
+    "flash with larger values": {"v_dim": SIZE + 1},
     "flash with causal": {"causal": True, "q_offset": KV_LEN - Q_LEN},
     "formula": {"softcap": 2.0},
 }

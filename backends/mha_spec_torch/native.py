@@ -55,10 +55,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Compute output and lse, and tell if pairs are hidden; without `needs_lse`, the lse of an empty row is 0."""
     causal, visible, mask = _constraints(problem, task, x)
-    operands = _of_one_size(x)
-    if x.sinks is not None:
-        # A 16-bit output would be rounded twice: by the kernel, and after its product with the share of the keys.
-        operands = [operand.to(problem.dtype) for operand in operands]
+    # With sinks, a 16-bit output would be rounded twice: by the kernel, and as a product with the share of the keys.
+    operands = _of_one_size(x if x.sinks is None else x.to(problem.dtype))
     output, lse = _forward(*operands, 0.0, causal, attn_mask=mask, scale=problem.scale)
     output = output[..., : x.value.shape[3]]
     if visible is not None and needs_lse:
@@ -125,4 +123,5 @@ def _of_one_size(x: Operands) -> list[torch.Tensor]:
 
 
 def _widened(array: torch.Tensor, size: int) -> torch.Tensor:
-    return dense_rows(array) if array.shape[3] == size else pad(array, (0, size - array.shape[3]))
+    # `pad` may keep a memory format whose rows are not contiguous.
+    return dense_rows(array if array.shape[3] == size else pad(array, (0, size - array.shape[3])))
