@@ -82,6 +82,11 @@ def _widened(*halves: Tensor) -> list[Tensor]:
     return [half.to(dtype) for half in halves]
 
 
+def _whole(lse: Tensor) -> Tensor:
+    """Return the share of a half beside an empty one: 1, or NaN where its lse is NaN (MHA-MERGE-3)."""
+    return torch.where(lse.isnan(), math.nan, 1.0)
+
+
 def _shares(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the lse, and the share of each half: 0 if it is empty, 1 if the other is (MHA-MERGE-2, MHA-MERGE-3).
 
@@ -93,8 +98,8 @@ def _shares(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     joined = torch.logaddexp(joined_a, joined_b)
     joined = torch.where(joined == math.inf, math.nan, joined)
     share_a, share_b = (
-        torch.where(empty, 0.0, torch.where(other_empty, 1.0, torch.exp(half - joined)))
-        for half, empty, other_empty in ((joined_a, empty_a, empty_b), (joined_b, empty_b, empty_a))
+        torch.where(empty, 0.0, torch.where(other_empty, _whole(lse), torch.exp(half - joined)))
+        for lse, half, empty, other_empty in ((lse_a, joined_a, empty_a, empty_b), (lse_b, joined_b, empty_b, empty_a))
     )
     return torch.where(empty_b, lse_a, torch.where(empty_a, lse_b, joined)), share_a, share_b
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FUNCTION = "merge_attention_vjp"
 SHARED = (
     *("unlike", "unlike-swapped", "equal", "far-apart", "low", "high", "one-empty", "one-empty-garbage", "both-empty"),
-    *("nan", "infinite", "infinite-beside-empty", "underflow", "underflow-garbage", "lse-float32"),
+    *("nan", "nan-beside-empty", "infinite", "infinite-beside-empty", "underflow", "underflow-garbage", "lse-float32"),
 )
 """Relations of the halves in `merges` whose gradients are asked for."""
 

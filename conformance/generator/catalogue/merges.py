@@ -138,14 +138,14 @@ def _equal(h: Halves) -> Halves:
     return {**h, "lse_b": h["lse_a"].copy()}
 
 
-def _infinite(beside_empty: bool) -> Callable[[Halves], Halves]:
-    """Set lse to +inf in half a of every third row and in half b of every third; the other half may be empty."""
+def _marked(value: float, *, beside_empty: bool) -> Callable[[Halves], Halves]:
+    """Set lse to `value` in half a of every third row and in half b of every third; the other half may be empty."""
 
     def change(h: Halves) -> Halves:
         lses = {"lse_a": h["lse_a"].copy(), "lse_b": h["lse_b"].copy()}
-        for start, (infinite, other) in enumerate((("lse_a", "lse_b"), ("lse_b", "lse_a"))):
+        for start, (marked, other) in enumerate((("lse_a", "lse_b"), ("lse_b", "lse_a"))):
             where = _every(h["lse_a"], 3, start)
-            lses[infinite][where] = numpy.inf
+            lses[marked][where] = value
             if beside_empty:
                 lses[other][where] = -numpy.inf
         return {**h, **lses}
@@ -188,15 +188,20 @@ RELATIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Halves], Halves]]] = 
     "one-empty-garbage": ("An empty half whose output is NaN adds nothing.", ("MHA-MERGE-2",), one_empty(numpy.nan)),
     "both-empty": ("Two empty halves give 0 and -inf.", ("MHA-MERGE-3",), _both_empty),
     "nan": ("A NaN lse gives NaN.", ("MHA-MERGE-3",), _nan),
+    "nan-beside-empty": (
+        "A NaN lse beside an empty half gives NaN too.",
+        ("MHA-MERGE-3",),
+        _marked(numpy.nan, beside_empty=True),
+    ),
     "infinite": (
         "An lse of +inf beside a half that is not empty gives NaN.",
         ("MHA-MERGE-5",),
-        _infinite(beside_empty=False),
+        _marked(numpy.inf, beside_empty=False),
     ),
     "infinite-beside-empty": (
         "An lse of +inf beside an empty half is returned as it is.",
         ("MHA-MERGE-2", "MHA-MERGE-5"),
-        _infinite(beside_empty=True),
+        _marked(numpy.inf, beside_empty=True),
     ),
     "underflow": ("Halves of which one has a share that underflows to 0.", (), _underflow),
     "underflow-garbage": (
