@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 import mha_spec_torch
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError, MhaSpecError
 from mha_spec_conformance.targets.conversion import to_numpy
-from mha_spec_torch import native
+from mha_spec_torch import tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,7 +122,7 @@ def test_strides_do_not_matter_without_options(layout: str) -> None:
 def test_a_single_row_is_not_copied() -> None:
     """The stride of an axis of size 1 does not matter: a decoding step uses the query of the projection directly."""
     row = torch.ones(BATCH, 1, HEADS, SIZE).transpose(1, 2)
-    assert native.dense_rows(row) is row
+    assert tasks.dense_rows(row) is row
 
 
 def test_the_gradient_of_a_wide_bias_does_not_use_the_rounded_output() -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from mha_spec.arguments import Arguments, expand_options
+from mha_spec.arguments import expand_options
 from mha_spec.array_checks import check_library
 from mha_spec.checks import (
-    check,
     check_cotangents,
     check_dropout_mask,
     check_flag,
@@ -21,30 +18,31 @@ from mha_spec.checks import (
 )
 
 from . import fused, operators, paths
+from .calls import PREPARED, arguments_of, cast, problem_of, remember, signature_of
 from .dropout import drawn
-from .function import Attention, gradients, transformed
+from .function import Attention, gradients, recorded, transformed
 from .merging import merge, merge_gradients
-from .native import dense_rows, keeps_nan
-from .problem import Problem, readable
-from .symbols import checked, entries, is_open, traced
+from .symbols import traced
 from .tasks import Operands
-from .visibility import with_integers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Unpack
 
     from jaxtyping import Float
     from torch import Tensor
 
-    from mha_spec.arguments import NoOptions, Options, WeightOptions
+    from mha_spec.arguments import Arguments, NoOptions, Options, WeightOptions
     from mha_spec.reference import Gradients, MergeGradients
+
+    from .calls import Signature
+    from .problem import Problem
 
     Halves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 __all__ = [
     "attention",
     "attention_and_weights",
-    "attention_to_all",
     "attention_vjp",
     "attention_weights",
     "merge_attention",
@@ -72,63 +70,58 @@ def attention(
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:
-    a = _arguments("attention", query, key, value, options)
     return_lse = check_flag("return_lse", return_lse)
-    if not return_lse and not transformed():
-        if options.keys() <= {"scale"} and _direct(a.query, a.key, a.value, a.scale):
-            return _native(a.query, a.key, a.value, a.scale)
-        if fused.takes(a):
-            return _fused(a)
-    output, lse = _attend(drawn(a), return_lse)
+    signature = signature_of(query, key, value, options)
+    problem = PREPARED.get(signature)
+    if problem is None:
+        output, lse = _first(signature, query, key, value, return_lse, options)
+    else:
+        x = Operands(query, key, value, options.get("bias"), options.get("sinks"), options.get("mask"))
+        output, lse = _attend(problem, x, return_lse)
     return (output, lse) if return_lse else output
 
 
-def attention_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute attention without options; the shapes are not checked, because the layer made the tensors."""
-    if not transformed() and _direct(query, key, value, None):
-        return _native(query, key, value, None)
-    return attention(query, key, value)
-
-
-def _direct(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
-    """Tell whether torch's own function gives exactly this meaning on the CPU, without options except scale.
-
-    Its backward sums 16-bit gradients in 16 bit, it returns no lse, and with few keys it drops NaN. See `paths`.
-    """
-    if not query.is_cpu or traced(query) or _needs_gradient(query, key, value):
-        return False
-    if query.shape[3] != value.shape[3] or 0 in query.shape or 0 in value.shape:
-        return False
-    return keeps_nan(query, key, 1.0 if scale is None else scale)
-
-
-def _native(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
-    return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
-
-
-def _fused(a: Arguments) -> Tensor:
-    problem = Problem.of(a, host=False)
-    if _needs_gradient(a.query, a.key, a.value) and not traced(a.query):
-        return fused.Fused.apply(a, problem, a.query, a.key, a.value)
-    return fused.attend(problem, fused.operands_of(a.query, a.key, a.value))
-
-
-def _needs_gradient(*operands: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
-
-
-def _attend(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:
-    x = Operands(a.query, a.key, a.value, a.bias, a.sinks)
+def _first(
+    signature: Signature | None, query: Tensor, key: Tensor, value: Tensor, needs_lse: bool, options: Options
+) -> tuple[Tensor, Any]:
+    """Check and compute a call without an equal in the past, or in a world other than eager mode."""
+    if isinstance(query, torch.Tensor) and paths.autocasts(query.device.type):
+        tensors = cast(query=query, key=key, value=value)
+        with torch.autocast(query.device.type, enabled=False):
+            return _first(None, **tensors, needs_lse=needs_lse, options=options)
+    a = drawn(arguments_of("attention", query, key, value, options))
+    if traced(query) and not transformed():
+        return _in_graph(a, needs_lse)
+    problem, x = problem_of(a), Operands.of(a)
     if transformed():
-        return paths.differentiable(Problem.of(a, host=False), x)
-    if traced(a.query):
-        return operators.attend(a)
-    problem = Problem.of(a, host=readable(a.query))
-    if _needs_gradient(*x):
-        return Attention.apply(a, problem, *x)
-    return paths.forward(problem, x, needs_lse=needs_lse)
+        return paths.differentiable(problem, x)
+    remember(signature, problem, x)
+    return _attend(problem, x, needs_lse)
+
+
+def _in_graph(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:
+    if not needs_lse and fused.on_cuda(a.query):
+        problem, x = problem_of(a), Operands.of(a)
+        if fused.takes(problem, x):
+            return fused.attend(problem, x), None
+    return operators.attend(a)
+
+
+def _attend(problem: Problem, x: Operands, needs_lse: bool) -> tuple[Tensor, Any]:
+    needs_gradient = torch.is_grad_enabled() and _any_needs_gradient(x)
+    if not problem.host and not needs_lse and fused.takes(problem, x):
+        return (fused.Fused.apply(problem, x.mask, *x[:3]) if needs_gradient else fused.attend(problem, x)), None
+    if not needs_gradient:
+        return paths.attend(problem, x, needs_lse=needs_lse)
+    if problem.suits_autograd and not needs_lse and x.bias is None and x.sinks is None and x.mask is None:
+        output = recorded(problem, x)
+        if output is not None:
+            return output, None
+    return Attention.apply(problem, *x)
+
+
+def _any_needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @expand_options
@@ -143,27 +136,27 @@ def attention_weights(
 
 @torch.compiler.allow_in_graph
 def _weights(query: Tensor, key: Tensor, options: WeightOptions) -> Tensor:
-    a = _arguments("attention_weights", query, key, None, options)
+    a = arguments_of("attention_weights", query, key, None, options)
     if traced(query) and not transformed():
         return operators.weigh(a)
-    return paths.weigh(_of_formula(a), Operands(a.query, a.key, a.key[..., :0], a.bias, a.sinks))
+    return paths.weigh(_of_formula(a), Operands.of(a))
 
 
 def attention_and_weights(
     query: Tensor, key: Tensor, value: Tensor, **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]:
     """Compute the output from the weights and return both, for the layer that needs both."""
-    a = drawn(_arguments("attention", query, key, value, options))
+    a = drawn(arguments_of("attention", query, key, value, options))
     if traced(query) and not transformed():
         return operators.attend(a)[0], operators.weigh(a)
-    return paths.output_and_weights(_of_formula(a), Operands(a.query, a.key, a.value, a.bias, a.sinks))
+    return paths.output_and_weights(_of_formula(a), Operands.of(a))
 
 
 def _of_formula(a: Arguments) -> Problem:
     """Prepare a call for the formula alone; under autograd, non-finite values must stay out of its products."""
-    problem = Problem.of(a, host=readable(a.query) and not traced(a.query) and not transformed())
-    if _needs_gradient(a.query, a.key, a.value, a.bias, a.sinks) and not problem.finite(a.query, a.key):
-        return Problem.of(a, host=False)
+    problem = problem_of(a)
+    if torch.is_grad_enabled() and _any_needs_gradient(Operands.of(a)) and not problem.finite(a.query, a.key):
+        return problem.unread()
     return problem
 
 
@@ -185,15 +178,15 @@ def attention_vjp(
 def _vjp(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_lse: Tensor | None, options: Options
 ) -> Gradients:
-    a = _arguments("attention_vjp", query, key, value, options)
+    a = arguments_of("attention_vjp", query, key, value, options)
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
-    x = Operands(a.query, a.key, a.value, a.bias, a.sinks)
-    if transformed() or _needs_gradient(*x, grad_output, grad_lse):
-        return _as_tuple(gradients(a, x, grad_output, grad_lse))
+    x = Operands.of(a)
+    if transformed() or (torch.is_grad_enabled() and _any_needs_gradient((*x, grad_output, grad_lse))):
+        return _as_tuple(gradients(problem_of(a), x, grad_output, grad_lse))
     if traced(query):
         return _as_tuple(operators.gradients(a, grad_output, grad_lse))
-    problem = Problem.of(a, host=readable(query))
+    problem = problem_of(a)
     output, lse = paths.forward(problem, x, needs_lse=True)
     return _as_tuple(paths.backward(problem, x, output, lse, grad_output, grad_lse, needs_bias=a.bias is not None))
 
@@ -247,34 +240,3 @@ def _merge_vjp(grad_output: Tensor, grad_lse: Tensor | None, halves: Halves, opt
 def _check_halves(halves: Halves) -> None:
     check_library("torch", halves[0], "output_a")
     check_halves(*halves)
-
-
-def _arguments(function: str, query: Tensor, key: Tensor, value: Tensor | None, options: WeightOptions) -> Arguments:
-    """Check the arguments of a call, and replace a named offset by its integers."""
-    refuse_unknown(options, function)
-    check_library("torch", query)
-    a = Arguments(query, key, value, function=function, **options)
-    if paths.autocasts(query.device.type):
-        a = _autocast(a)
-    if not traced(query):
-        return with_integers(check(a))
-    return with_integers(checked(_with_tensors(a)))
-
-
-def _with_tensors(a: Arguments) -> Arguments:
-    """Replace each sequence that holds a symbol by a tensor, because tensors are never read here."""
-    options = {name: getattr(a, name) for name in ("q_offset", "q_lengths", "kv_lengths")}
-    tensors = {name: entries(value, a.query.device) for name, value in options.items() if is_open(value)}
-    return replace(a, **tensors) if tensors else a
-
-
-def _autocast(a: Arguments) -> Arguments:
-    """Cast query, key and value to the type of autocast, which leaves float64 unchanged."""
-    dtype = torch.get_autocast_dtype(a.query.device.type)
-    tensors = {name: getattr(a, name) for name in ("query", "key", "value")}
-    cast: dict[str, Any] = {
-        name: tensor.to(dtype)
-        for name, tensor in tensors.items()
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-    }
-    return replace(a, **cast)

@@ -68,7 +68,7 @@ def _shares(scores: Logits) -> torch.Tensor:
 
 def logits(problem: Problem, task: Task, x: Operands, *, slope: bool = False) -> Logits:
     """Compute, cap, bias and hide the scores (MHA-SCORE-1, MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
-    visible = problem.visibility.visible(task, x.bias)
+    visible = problem.visible(task, x)
     values, cap_slope = _scores(problem, x, visible), None
     if problem.softcap is not None:
         tanh = torch.tanh(values / problem.softcap)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
 
-from .paths import backward, differentiable, forward
-from .problem import Problem
+from . import native
+from .paths import attend, backward, differentiable
 from .tasks import Operands
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from mha_spec.arguments import Arguments
+    from .problem import Problem
 
-__all__ = ["Attention", "gradients", "transformed"]
+__all__ = ["Attention", "gradients", "recorded", "transformed"]
 
 
 def transformed() -> bool:
@@ -24,17 +25,53 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def recorded(problem: Problem, x: Operands) -> torch.Tensor | None:
+    """Compute the output by the kernel, with torch's own gradient; None if a NaN must be kept from passing.
+
+    `Attention` has the same gradient, but a function in Python takes longer than a small kernel. A hook adds what
+    torch's gradient lacks.
+    """
+    results = native.attend(problem, problem.visibility.tasks[0], x, needs_lse=True)
+    if results is None:
+        return None
+    output: Any = results[0]
+    output.grad_fn.register_hook(partial(_corrected, problem))
+    return output
+
+
+def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Sequence[Any]) -> tuple[Any, ...] | None:
+    """Replace torch's gradients if they must be differentiable too, or if a NaN has passed a hidden pair."""
+    is_differentiated = torch.is_grad_enabled() or transformed()
+    if not is_differentiated and not _may_be_poisoned(problem, grad_inputs):
+        return None
+    node: Any = torch._C._current_autograd_node()
+    x = Operands(node._saved_query, node._saved_key, node._saved_value, None, None)
+    if is_differentiated:
+        results = gradients(problem, x, grad_outputs[0], None)
+    else:
+        rows = node._saved_output, node._saved_logsumexp, grad_outputs[0], None
+        results = backward(problem, x, *rows, needs_bias=False)
+    return tuple(None if old is None else new for old, new in zip(grad_inputs, results[:3], strict=True))
+
+
+def _may_be_poisoned(problem: Problem, gradients: Sequence[Any]) -> bool:
+    """Tell whether a gradient is NaN where the call hides pairs."""
+    if problem.visibility.tasks[0].sees_all:
+        return False
+    return any(gradient is not None and problem.is_nan(gradient) for gradient in gradients)
+
+
 class Attention(torch.autograd.Function):
     """Output and lse of a prepared call."""
 
     @staticmethod
-    def forward(ctx: Any, a: Arguments, problem: Problem, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, problem: Problem, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the tensors that the backward reads; a missing cotangent stays None."""
         x = Operands(*operands)
-        output, lse = forward(problem, x, needs_lse=True)
+        output, lse = attend(problem, x, needs_lse=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*x, output, lse)
-        ctx.a, ctx.problem = a, problem
+        ctx.problem = problem
         return output, lse
 
     @staticmethod
@@ -43,23 +80,22 @@ class Attention(torch.autograd.Function):
         *operands, output, lse = ctx.saved_tensors
         x, (grad_output, grad_lse) = Operands(*operands), grad_outputs
         grad_output = torch.zeros_like(output) if grad_output is None else grad_output
-        if torch.is_grad_enabled():
-            results = gradients(ctx.a, x, grad_output, grad_lse)
+        if torch.is_grad_enabled() or transformed():
+            results = gradients(ctx.problem, x, grad_output, grad_lse)
         else:
-            needs_bias = ctx.needs_input_grad[5]
+            needs_bias = ctx.needs_input_grad[4]
             results = backward(ctx.problem, x, output, lse, grad_output, grad_lse, needs_bias=needs_bias)
-        needed = zip(results, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(gradient if is_needed else None for gradient, is_needed in needed)
+        return None, *results
 
 
-def gradients(a: Arguments, x: Operands, grad_output: torch.Tensor, grad_lse: torch.Tensor | None) -> Operands:
+def gradients(problem: Problem, x: Operands, grad_output: torch.Tensor, grad_lse: torch.Tensor | None) -> Operands:
     """Return the gradients as a differentiable function of operands and cotangents, inside any transform."""
-    present = [operand is not None for operand in x]
+    present, unread = [operand is not None for operand in x[:5]], problem.unread()
 
     def call(*operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return differentiable(Problem.of(a, host=False), _filled(present, operands))
+        return differentiable(unread, _filled(present, operands)._replace(mask=x.mask))
 
-    operands = [operand for operand in x if operand is not None]
+    operands = [operand for operand in x[:5] if operand is not None]
     results: Any = torch.func.vjp(call, *operands)
     (output, lse), pull = results
     cotangents = grad_output.to(output.dtype), torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype)

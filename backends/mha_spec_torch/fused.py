@@ -14,30 +14,29 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .function import gradients
 from .paths import without_autocast, without_unused
+from .symbols import surely
 from .tasks import Operands
 
 if TYPE_CHECKING:
-    from mha_spec.arguments import Arguments
-
     from .problem import Problem
 
 __all__ = ["Fused", "attend", "operands_of", "takes"]
 
 
-def takes(a: Arguments) -> bool:
+def takes(problem: Problem, x: Operands) -> bool:
     """Tell whether these kernels take a call: its only options hide pairs or are a positive scale.
 
     Some kernels round a bias to the query's dtype, or scale after the maximum.
     """
-    if not on_cuda(a.query) or 0 in a.query.shape or 0 in a.key.shape:
+    if not on_cuda(x.query) or 0 in x.query.shape or 0 in x.key.shape:
         return False
-    plain = a.bias is None and a.sinks is None and a.softcap is None
-    return plain and a.dropout_rate == 0 and a.dropout_mask is None and (a.scale is None or a.scale > 0)
+    plain = x.bias is None and x.sinks is None and problem.softcap is None
+    return plain and not problem.drops and problem.dropout_rate == 0 and problem.scale > 0
 
 
-def operands_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Operands:
+def operands_of(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Operands:
     """Return operands without bias and sinks."""
-    return Operands(query, key, value, None, None)
+    return Operands(query, key, value, None, None, mask)
 
 
 def on_cuda(tensor: torch.Tensor) -> bool:
@@ -48,10 +47,10 @@ def on_cuda(tensor: torch.Tensor) -> bool:
 @without_autocast
 def attend(problem: Problem, x: Operands) -> torch.Tensor:
     """Compute the output by differentiable operations, among them the kernel."""
-    visibility = problem.visibility
-    whole = visibility.whole
-    causal = len(whole.queries) == len(whole.keys) and visibility.diagonal(whole)
-    visible = None if causal else visibility.visible(whole)
+    whole = problem.visibility.whole
+    is_square = surely(whole.queries.size == whole.keys.size)
+    causal = is_square and x.mask is None and problem.visibility.diagonal(whole)
+    visible = None if causal else problem.visible(whole, x)
     if visible is None:
         return _native(x, None, scale=problem.scale, causal=causal)
     x, rows = without_unused(x, visible)
@@ -77,23 +76,23 @@ class Fused(torch.autograd.Function):
     """The output of a prepared call, with the kernel's backward and derivatives of higher order."""
 
     @staticmethod
-    def forward(ctx: Any, a: Arguments, problem: Problem, *operands: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, problem: Problem, mask: torch.Tensor | None, *operands: torch.Tensor) -> torch.Tensor:
         """Keep the graph that autograd records of the kernel."""
         leaves = [
             operand.detach().requires_grad_(needed)
             for operand, needed in zip(operands, ctx.needs_input_grad[2:], strict=True)
         ]
         with torch.enable_grad():
-            output = attend(problem, operands_of(*leaves))
+            output = attend(problem, operands_of(mask, *leaves))
         ctx.save_for_backward(*operands)
-        ctx.a, ctx.output, ctx.leaves = a, output, leaves
+        ctx.problem, ctx.mask, ctx.output, ctx.leaves = problem, mask, output, leaves
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         """Differentiate that graph; if the gradient must be differentiable too, use differentiable operations."""
         if torch.is_grad_enabled():
-            results = gradients(ctx.a, operands_of(*ctx.saved_tensors), grad_outputs[0], None)[:3]
+            results = gradients(ctx.problem, operands_of(ctx.mask, *ctx.saved_tensors), grad_outputs[0], None)[:3]
             needed = zip(results, ctx.needs_input_grad[2:], strict=True)
             return None, None, *(gradient if is_needed else None for gradient, is_needed in needed)
         leaves = [leaf for leaf in ctx.leaves if leaf.requires_grad]

@@ -17,7 +17,7 @@ from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
-from .core import attention, attention_and_weights, attention_to_all, attention_weights
+from .core import attention, attention_and_weights, attention_weights
 from .function import transformed
 from .paths import autocasts
 from .symbols import entries, example, is_open, traced
@@ -216,8 +216,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     if length is not None:
         key, value = key[:, :, :length], value[:, :, :length]
         options = _remaining(query, length, options)
-        if not options:
-            return attention_to_all(query, key, value)
     return attention(query, key, value, **options)
 
 

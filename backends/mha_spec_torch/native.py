@@ -7,67 +7,82 @@ kernel sets to 0), sinks, the gradient of lse, and sums of 16-bit gradients in f
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from .tasks import converted, dense_rows
 
 if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["attend", "dense_rows", "gradients", "keeps_nan"]
+__all__ = ["attend", "gradients"]
 
 FEWEST_KEYS = 16
-"""With fewer keys, the kernel returns 0 for a query of NaN (MHA-NAN-1)."""
-LARGEST_SCORE = 1e38
+"""With fewer keys, the kernel may take a row whose scores are all NaN for a row that sees no key (MHA-NAN-1)."""
 VISIBLE, HIDDEN = torch.tensor(0.0, device="cpu"), torch.tensor(-math.inf, device="cpu")
-
-
-def keeps_nan(query: torch.Tensor, key: torch.Tensor, scale: float) -> bool:
-    """Tell whether the kernel gives NaN wherever a score is NaN: it has enough keys, or no score can be NaN.
-
-    No score is larger than the norm of all queries times the norm of all keys.
-    """
-    if key.shape[2] >= FEWEST_KEYS:
-        return True
-    norms = torch.linalg.vector_norm(query).item() * torch.linalg.vector_norm(key).item()
-    return norms * max(1.0, abs(scale)) < LARGEST_SCORE
-
-
-def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """Copy an operand unless each row is contiguous and no two rows overlap.
-
-    The kernels assume both of query, key, value and output without a check; they respect all other strides.
-    """
-    stride, size = x.stride(), x.shape[3]
-    return (
-        x
-        if stride[3] == 1 and (stride[2] >= size or x.shape[2] == 1)
-        else x.clone(memory_format=torch.contiguous_format)
-    )
 
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Compute output and lse, and tell if pairs are hidden; without `needs_lse`, the lse of an empty row is 0."""
-    causal, visible, mask = _constraints(problem, task, x)
-    # With sinks, a 16-bit output would be rounded twice: by the kernel, and as a product with the share of the keys.
-    operands = _of_one_size(x if x.sinks is None else x.to(problem.dtype))
-    output, lse = _forward(*operands, 0.0, causal, attn_mask=mask, scale=problem.scale)
-    output = output[..., : x.value.shape[3]]
-    if visible is not None and needs_lse:
-        lse = torch.where(_any_key(visible), lse, -math.inf)
-    if x.sinks is not None:
-        sinks = x.sinks[..., 0].to(lse.dtype)
-        # exp(lse - logaddexp(lse, sinks)) would lose a small weight of the sink to the rounding of a large lse.
-        share = torch.where(lse == -math.inf, 0.0, torch.sigmoid(lse - sinks))
-        output = output * share[..., None]
-        lse = torch.logaddexp(lse, sinks)
-    return output, lse, causal or mask is not None
+def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any] | None:
+    """Compute output and, if needed, lse; None if a hidden NaN may have passed, or a visible NaN may be lost."""
+    query, key, value, _, sinks, _ = x
+    if query.shape[3] != value.shape[3]:
+        query, key, value = _of_one_size(query, key, value)
+    if not problem.is_dense:
+        query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
+    if sinks is not None:
+        # A 16-bit output would be rounded twice: by the kernel, and as a product with the share of the keys.
+        query, key, value = (converted(operand, problem.dtype) for operand in (query, key, value))
+    causal, mask = _constraints(problem, task, x)
+    if needs_lse or sinks is not None or (mask is None and key.shape[2] < FEWEST_KEYS):
+        results: Any = _with_lse(problem, task, (query, key, value), causal, mask)
+    else:
+        grouped = query.shape[1] != key.shape[1]
+        output = scaled_dot_product_attention(
+            query, key, value, mask, 0.0, causal, scale=problem.scale, enable_gqa=grouped
+        )
+        results = output, None
+    if results is None or ((causal or mask is not None) and problem.is_nan(results[0])):
+        return None
+    output, lse = results
+    if value is not x.value:
+        output = output[..., : x.value.shape[3]]
+    return (output, lse) if sinks is None else _with_sinks(sinks, output, lse, x.query.dtype)
+
+
+def _with_lse(
+    problem: Problem, task: Task, operands: tuple[torch.Tensor, ...], causal: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Compute output and lse; None if a NaN may be lost. The kernel gives lse = 0 to a row that it takes for empty."""
+    added = None if mask is None else _added(mask, problem.dtype)
+    output, lse = _forward(*operands, 0.0, causal, attn_mask=added, scale=problem.scale)
+    may_be_empty = task.has_empty_rows if added is task.added else added is not None
+    if not (may_be_empty or operands[1].shape[2] < FEWEST_KEYS) or int(torch.count_nonzero(lse)) == lse.numel():
+        return output, lse
+    if added is None:
+        return (output, lse) if problem.finite(*operands[:2]) else None
+    return output, torch.where(added.amax(-1) == -math.inf, -math.inf, lse)
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert a mask to the numbers that the kernel adds to the scores."""
+    return converted(torch.where(mask, VISIBLE, HIDDEN) if mask.dtype == torch.bool else mask, dtype)
+
+
+def _with_sinks(
+    sinks: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a logit without a value to each row (MHA-SINK-1), and round the output once."""
+    sinks = sinks[..., 0].to(lse.dtype)
+    # exp(lse - logaddexp(lse, sinks)) would lose a small weight of the sink to the rounding of a large lse.
+    share = torch.where(lse == -math.inf, 0.0, torch.sigmoid(lse - sinks))
+    return (output * share[..., None]).to(dtype), torch.logaddexp(lse, sinks)
 
 
 def gradients(
@@ -78,50 +93,65 @@ def gradients(
     lse: torch.Tensor,
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-    """Compute dQ, dK and dV of a task in the softmax's type, and tell whether it hides pairs.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Compute dQ, dK and dV of a task in the softmax's type; None if a non-finite value may have passed a hidden pair.
 
-    If O and lse include the sink, the kernel's formula is that of attention with a sink. An additional column, 1 in O
-    and -grad_lse in dO, makes the kernel's rowsum(dO O) equal to D of MHA-VJP-1.
+    If O and lse include the sink, the kernel's formula is that of attention with a sink.
     """
-    causal, visible, mask = _constraints(problem, task, x)
-    query, key, value = (operand.to(problem.dtype) for operand in x[:3])
-    output, grad_output = output.to(problem.dtype), grad_output.to(problem.dtype)
-    size = max(query.shape[3], value.shape[3] + (grad_lse is not None))
-    if grad_lse is not None:
-        output = torch.cat([output, torch.ones_like(lse, dtype=output.dtype)[..., None]], dim=-1)
-        grad_output = torch.cat([grad_output, -grad_lse.to(problem.dtype)[..., None]], dim=-1)
-    wide = [_widened(array, size) for array in (grad_output, query, key, value, output)]
-    lse = lse if visible is None else torch.where(lse == -math.inf, 0.0, lse)
-    grad_query, grad_key, grad_value = _backward(*wide, lse, 0.0, causal, attn_mask=mask, scale=problem.scale)
-    qk_dim, v_dim = query.shape[3], value.shape[3]
-    return grad_query[..., :qk_dim], grad_key[..., :qk_dim], grad_value[..., :v_dim], causal or mask is not None
+    causal, mask = _constraints(problem, task, x)
+    added = None if mask is None else _added(mask, problem.dtype)
+    query, key, value = x[:3]
+    is_padded = query.shape[3] != value.shape[3] or grad_lse is not None
+    if is_padded or query.dtype != problem.dtype or grad_output.dtype != problem.dtype:
+        operands = [converted(operand, problem.dtype) for operand in (query, key, value, output, grad_output)]
+        query, key, value, output, grad_output = _of_one_size(*_with_grad_lse(operands, grad_lse))
+    if not problem.is_dense:
+        query, key, value, output = map(dense_rows, (query, key, value, output))
+    lse = lse if mask is None else torch.where(lse == -math.inf, 0.0, lse)
+    # The kernel itself copies a grad_output that is not contiguous.
+    grads = _backward(grad_output, query, key, value, output, lse, 0.0, causal, attn_mask=added, scale=problem.scale)
+    # A non-finite value that passed a hidden pair, where P and dS are 0, makes dQ of its row or dK of its key NaN.
+    if (causal or mask is not None) and (problem.is_nan(grads[0]) or problem.is_nan(grads[1])):
+        return None
+    if is_padded:
+        sizes = (operand.shape[3] for operand in x[:3])
+        grads = tuple(gradient[..., :size] for gradient, size in zip(grads, sizes, strict=True))
+    return grads
 
 
-def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch.Tensor | None, torch.Tensor | None]:
-    """Return the kernel's arguments for hidden pairs, is_causal or a float mask, and which pairs are visible.
+def _with_grad_lse(operands: list[torch.Tensor], grad_lse: torch.Tensor | None) -> list[torch.Tensor]:
+    """Append a column, 1 in O and -grad_lse in dO, which makes the kernel's rowsum(dO O) equal to D of MHA-VJP-1."""
+    if grad_lse is None:
+        return operands
+    *operands, output, grad_output = operands
+    output = torch.cat([output, torch.ones_like(output[..., :1])], dim=-1)
+    return [*operands, output, torch.cat([grad_output, -grad_lse.to(output.dtype)[..., None]], dim=-1)]
+
+
+def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch.Tensor | None]:
+    """Return the kernel's arguments for hidden pairs: is_causal, and a mask that is boolean or added to the scores.
 
     The kernel multiplies the -inf of is_causal by the scale, so that the scale must be positive.
     """
-    if problem.scale > 0 and problem.visibility.diagonal(task, x.bias):
-        return True, None, None
-    visible = problem.visibility.visible(task, x.bias)
-    if visible is None:
-        return False, None, None
-    return False, visible, torch.where(visible, VISIBLE if x.bias is None else x.bias, HIDDEN).to(problem.dtype)
+    if x.mask is None and x.bias is None:
+        if task.sees_all:
+            return False, None
+        if task.is_diagonal and problem.scale > 0:
+            return True, None
+        if task.added is not None:
+            return False, task.added
+    visible = problem.visible(task, x)
+    if visible is None or x.bias is None:
+        return False, visible
+    return False, converted(torch.where(visible, x.bias, HIDDEN), problem.dtype)
 
 
-def _any_key(visible: torch.Tensor) -> torch.Tensor:
-    """Tell which rows see a key; the maximum over bytes is many times faster than `any`."""
-    return visible.contiguous().view(torch.uint8).amax(-1).to(torch.bool)
-
-
-def _of_one_size(x: Operands) -> list[torch.Tensor]:
-    """Append zeros to query, key and value, so that keys and values have the same size."""
-    size = max(x.query.shape[3], x.value.shape[3])
-    return [_widened(operand, size) for operand in x[:3]]
+def _of_one_size(*operands: torch.Tensor) -> list[torch.Tensor]:
+    """Append zeros to operands, so that they have the same size."""
+    size = max(operand.shape[3] for operand in operands)
+    return [operand if operand.shape[3] == size else _widened(operand, size) for operand in operands]
 
 
 def _widened(array: torch.Tensor, size: int) -> torch.Tensor:
     # `pad` may keep a memory format whose rows are not contiguous.
-    return dense_rows(array if array.shape[3] == size else pad(array, (0, size - array.shape[3])))
+    return dense_rows(pad(array, (0, size - array.shape[3])))

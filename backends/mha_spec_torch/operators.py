@@ -35,7 +35,7 @@ SCHEMA = ", ".join(
     ]
 )
 OPERANDS = 5
-"""The number of arguments that have gradients; the options follow."""
+"""The number of arguments that have gradients; the mask and the options follow."""
 NAMES = tuple(argument.split()[1] for argument in SCHEMA.split(", "))
 
 _library = torch.library.Library("mha_spec_torch", "DEF")
@@ -89,7 +89,7 @@ def _called(spelled: Sequence[Any], *, host: bool = True) -> tuple[Problem, Oper
     a = Arguments(**options, window=window, dropout_key=None if rows is None else Draws(rows, keys))
     check_numbers(a)
     check_window(a)
-    return Problem.of(a, host=host and readable(a.query)), Operands(*spelled[:OPERANDS])
+    return Problem.of(a, host=host and readable(a.query)), Operands(*spelled[: OPERANDS + 1])
 
 
 def _attend(*spelled: Any) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def _weigh_gradients(grad_weights: Tensor, *spelled: Any) -> tuple[Tensor, ...]:
 
 def _filled(x: Operands, results: Operands) -> tuple[Tensor, ...]:
     """Replace a gradient of None by an empty tensor, because an operator cannot return None."""
-    return tuple(x.query.new_empty(0) if result is None else result.contiguous() for result in results)
+    return tuple(x.query.new_empty(0) if result is None else result.contiguous() for result in results[:OPERANDS])
 
 
 def _gradient_shapes(*arguments: Any) -> tuple[Tensor, ...]:

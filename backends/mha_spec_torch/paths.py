@@ -2,17 +2,15 @@
 
 | path | taken where | forward | backward |
 | --- | --- | --- | --- |
-| direct | CPU, see (1) | `scaled_dot_product_attention` | - |
-| fused | CUDA, see (2) | `scaled_dot_product_attention` | the kernel's |
-| flash | CPU, see (3) | aten's CPU flash kernel | its backward, see (4) |
+| fused | CUDA, see (1) | `scaled_dot_product_attention` | the kernel's |
+| flash | CPU, see (2) | aten's CPU flash kernel | its backward, see (3) |
 | formula | all others; flash tasks with a NaN or an infinity | `formula.attend` | `formula.gradients` |
-| differentiable | transforms, see (5); attention weights | the formula, not cut into tasks | its operations' |
+| differentiable | transforms, see (4); attention weights | the formula, not cut into tasks | its operations' |
 
-1. No option but scale, v_dim = qk_dim, no gradient, no lse, not compiled, and the condition on keys of (3).
-2. No option but a positive scale and those that hide pairs, no lse: see `fused`.
-3. No softcap and no dropout; 16 keys or more, or norms that let no score be NaN.
-4. In the softmax's type; the formula where the bias needs a gradient.
-5. Those of torch.func, forward mode, and the backward of a backward.
+1. No option but a positive scale and those that hide pairs, no lse: see `fused`.
+2. No softcap and no dropout.
+3. In the softmax's type; the formula where the bias needs a gradient.
+4. Those of torch.func, forward mode, and the backward of a backward.
 
 `Visibility.tasks` cuts a call into tasks: queries that share a range of keys. In a graph, flash and formula are a
 single operator, and the weights are another; an operator chooses its path when it runs. See `operators`.
@@ -21,21 +19,22 @@ single operator, and the weights are another; an operator chooses its path when 
 from __future__ import annotations
 
 import math
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from . import formula, native
-from .tasks import pieces
+from .tasks import Operands, converted, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .problem import Problem
-    from .tasks import Operands, Task
+    from .tasks import Task
 
 __all__ = [
+    "attend",
     "autocasts",
     "backward",
     "differentiable",
@@ -59,7 +58,9 @@ class Rows(NamedTuple):
     grad_lse: torch.Tensor | None
 
     def cut(self, task: Task) -> Rows:
-        """The rows of a task."""
+        """Select the rows of a task."""
+        if task.is_whole:
+            return self
         return Rows(*(None if rows is None else task.of_rows(rows) for rows in self))  # pyright: ignore[reportArgumentType]
 
     @property
@@ -106,24 +107,28 @@ def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]
 
 def autocasts(device: str) -> bool:
     """Tell whether autocast is on for a type of device; some types do not support it."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _supports_autocast(device) and torch.is_autocast_enabled(device)
 
 
-def takes_flash(problem: Problem, x: Operands) -> bool:
-    """Tell whether a task with these operands goes to the native kernel."""
-    if not problem.host or problem.softcap is not None or problem.drops:
-        return False
-    scale = problem.scale if x.bias is None else math.inf  # A bias may be NaN.
-    return native.keeps_nan(x.query, x.key, scale)
+_supports_autocast = cache(torch.amp.is_autocast_available)
 
 
-@without_autocast
-def forward(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
+def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
     """Return the output in the query's dtype, with the kernel's memory layout, and lse if it is needed."""
-    parts = [part for task in problem.visibility.tasks() for part in _of_task(problem, task, x, needs_lse=needs_lse)]
-    if len(parts) == 1 and parts[0][0].has_rows_of(problem.visibility.whole):
+    tasks = problem.visibility.tasks
+    if len(tasks) == 1 and tasks[0].has_all_rows and problem.suits_flash:
+        results = native.attend(problem, tasks[0], x.cut(tasks[0]), needs_lse=needs_lse)
+        if results is not None:
+            return results
+    return _by_task(problem, x, needs_lse=needs_lse)
+
+
+def _by_task(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
+    tasks = problem.visibility.tasks
+    parts = [part for task in tasks for part in _of_task(problem, task, x, needs_lse=needs_lse)]
+    if len(parts) == 1 and parts[0][0].has_all_rows:
         _, output, lse = parts[0]
-        return output.to(x.query.dtype), lse
+        return converted(output, x.query.dtype), lse
     batch, heads, q_len, _ = x.query.shape
     output = x.query.new_zeros((batch, q_len, heads, x.value.shape[3])).transpose(1, 2)
     lse = _empty_lse(problem, x) if needs_lse else None
@@ -134,21 +139,16 @@ def forward(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Te
     return output, lse
 
 
+forward = without_autocast(attend)
+
+
 def _of_task(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> list[tuple[Task, torch.Tensor, Any]]:
     """Return output and lse of each piece of a task; the kernel takes the task whole."""
-    of_task = x.cut(task)
-    results = _by_flash(problem, task, of_task, needs_lse=needs_lse) if takes_flash(problem, of_task) else None
-    if results is not None:
-        return [(task, *results)]
+    if problem.suits_flash:
+        results = native.attend(problem, task, x.cut(task), needs_lse=needs_lse)
+        if results is not None:
+            return [(task, *results)]
     return [(piece, *formula.attend(problem, piece, x.cut(piece), needs_lse=needs_lse)) for piece in pieces(task)]
-
-
-def _by_flash(
-    problem: Problem, task: Task, x: Operands, *, needs_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return output and lse by the kernel, or None if a non-finite value may have passed a hidden pair."""
-    output, lse, hides = native.attend(problem, task, x, needs_lse=needs_lse or x.sinks is not None)
-    return None if hides and not problem.finite(output) else (output, lse)
 
 
 def _empty_lse(problem: Problem, x: Operands) -> torch.Tensor:
@@ -173,6 +173,11 @@ def backward(
     needs_bias: bool,
 ) -> Operands:
     """Return the gradients, each in the dtype and shape of its operand (MHA-DTYPE-2)."""
+    tasks = problem.visibility.tasks
+    if len(tasks) == 1 and tasks[0].is_whole and problem.suits_flash and x.bias is None and x.sinks is None:
+        part = native.gradients(problem, tasks[0], x, output, lse, grad_output, grad_lse)
+        if part is not None:
+            return _rounded(x, Sums(*part, None), None)
     rows = Rows(output, lse, grad_output, grad_lse)
     sums, row_dot = _gradients(problem, x, rows, needs_bias=needs_bias)
     return _rounded(x, sums, None if row_dot is None or x.sinks is None else _of_sinks(x.sinks, lse, row_dot))
@@ -183,7 +188,7 @@ def weigh_backward(problem: Problem, x: Operands, grad_weights: torch.Tensor) ->
     """Return the gradients of `weigh`; the gradient of the value is 0."""
     sums, lse = Sums.of(problem, x), _empty_lse(problem, x)
     row_dot = torch.zeros_like(lse)
-    for task in problem.visibility.tasks():
+    for task in problem.visibility.tasks:
         for piece in pieces(task):
             of_piece = x.cut(piece)
             lse_of_piece = formula.softmax(problem, piece, of_piece.to(problem.dtype))[2]
@@ -197,8 +202,14 @@ def weigh_backward(problem: Problem, x: Operands, grad_weights: torch.Tensor) ->
 
 def _rounded(x: Operands, sums: Sums, of_sinks: torch.Tensor | None) -> Operands:
     """Convert each gradient to the dtype of its operand (MHA-DTYPE-2)."""
-    gradients = iter([gradient for gradient in (*sums, of_sinks) if gradient is not None])
-    return x.each(lambda operand: next(gradients).to(operand.dtype))
+    query, key, value, bias, sinks, _ = x
+    return Operands(
+        converted(sums.query, query.dtype),
+        converted(sums.key, key.dtype),
+        converted(sums.value, value.dtype),
+        None if bias is None or sums.bias is None else converted(sums.bias, bias.dtype),
+        None if sinks is None or of_sinks is None else converted(of_sinks, sinks.dtype),
+    )
 
 
 def _gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -> tuple[Sums, torch.Tensor | None]:
@@ -207,15 +218,14 @@ def _gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -
     The formula computes D from the weights in the softmax's type, which is more accurate than a 16-bit output.
     """
     sums, row_dot = None, None if x.sinks is None else _row_dot(problem, rows)
-    for task in problem.visibility.tasks():
-        of_task = x.cut(task)
-        flash = not needs_bias and takes_flash(problem, of_task)
-        part = _through_flash(problem, task, of_task, rows.cut(task)) if flash else None
+    for task in problem.visibility.tasks:
+        flash = not needs_bias and problem.suits_flash
+        part = native.gradients(problem, task, x.cut(task), *rows.cut(task)) if flash else None
         if part is not None and x.bias is None and task.is_whole:
-            return part, row_dot
+            return Sums(*part, None), row_dot
         sums = Sums.of(problem, x) if sums is None else sums
         if part is not None:
-            sums.add(task, part)
+            sums.add(task, Sums(*part, None))
             continue
         for piece in pieces(task):
             of_rows = rows.cut(piece)
@@ -224,12 +234,6 @@ def _gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -
             if row_dot is not None:
                 piece.of_rows(row_dot).copy_(part.row_dot)
     return Sums.of(problem, x) if sums is None else sums, row_dot
-
-
-def _through_flash(problem: Problem, task: Task, x: Operands, rows: Rows) -> Sums | None:
-    """Return dQ, dK and dV by the kernel, or None if a non-finite value may have passed a hidden pair."""
-    query, key, value, hides = native.gradients(problem, task, x, *rows)
-    return None if hides and not problem.finite(query, key, value) else Sums(query, key, value, None)
 
 
 def _row_dot(problem: Problem, rows: Rows) -> torch.Tensor:
@@ -255,7 +259,7 @@ def differentiable(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.T
     whole = problem.visibility.whole
     if not whole.pairs:
         return x.query.new_zeros((*x.query.shape[:3], x.value.shape[3])), _empty_lse(problem, x)
-    visible = problem.visibility.visible(whole, x.bias)
+    visible = problem.visible(whole, x)
     x, rows = (x, None) if visible is None else without_unused(x, visible)
     output, lse = formula.attend(problem, whole, x.cut(whole))
     output = output if rows is None else torch.where(rows, output, 0.0)
@@ -269,7 +273,7 @@ def output_and_weights(problem: Problem, x: Operands) -> tuple[torch.Tensor, tor
     if not whole.pairs:
         rows = x.query.shape[:3]
         return x.query.new_zeros((*rows, x.value.shape[3])), x.query.new_zeros((*rows, x.key.shape[2]))
-    visible = problem.visibility.visible(whole, x.bias)
+    visible = problem.visible(whole, x)
     x, rows = (x, None) if visible is None else without_unused(x, visible)
     wide, keep = x.cut(whole).to(problem.dtype), problem.keep(whole)
     weights = formula.weigh(problem, whole, wide)[0]
@@ -297,6 +301,6 @@ def weigh(problem: Problem, x: Operands) -> torch.Tensor:
     whole = problem.visibility.whole
     if not whole.pairs:
         return x.query.new_zeros((*x.query.shape[:3], x.key.shape[2]))
-    dtype, visible = x.query.dtype, problem.visibility.visible(whole, x.bias)
+    dtype, visible = x.query.dtype, problem.visible(whole, x)
     x = x if visible is None else without_unused(x, visible)[0]
     return formula.weigh(problem, whole, x.cut(whole).to(problem.dtype))[0].to(dtype)

@@ -3,53 +3,93 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from mha_spec import steps
 
 from .dropout import draws_of
-from .visibility import Visibility
+from .tasks import dense_rows
+from .visibility import Visibility, all_hold
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
     from .dropout import Draws
-    from .tasks import Task
+    from .tasks import Operands, Task
 
 __all__ = ["Problem", "readable"]
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """The options of a call, without the operands that have gradients."""
+class Problem(NamedTuple):
+    """The options of a call, without its operands."""
 
     scale: float
     softcap: float | None
     dropout_rate: float
-    dropout_mask: torch.Tensor | None
-    draws: Draws | None
-    """The random integers of dropout, unless it has a mask."""
     dtype: torch.dtype
     """The softmax's type (MHA-SOFTMAX-2)."""
     visibility: Visibility
     host: bool
     """True if tensors may be read: they are on the CPU and the call is not traced."""
+    suits_flash: bool
+    """True if the flash kernel for the CPU has all options."""
+    is_dense: bool
+    """True if query, key and value are known to have contiguous rows that do not overlap."""
+    suits_autograd: bool
+    """True if, moreover, the kernel takes the call whole, and torch's gradient of the kernel is accurate enough."""
+    dropout_mask: torch.Tensor | None
+    draws: Draws | None
+    """The random integers of dropout, unless it has a mask."""
 
     @classmethod
     def of(cls, a: Arguments, *, host: bool) -> Problem:
         """Prepare the options of a call."""
         dtype = torch.float64 if a.query.dtype == torch.float64 else torch.float32
-        scale = steps.scale_of(a.scale, a.query.shape[3])
-        visibility = Visibility(a, dtype, host=host)
-        return cls(scale, a.softcap, a.dropout_rate, a.dropout_mask, draws_of(a), dtype, visibility, host)
+        return cls(
+            scale=steps.scale_of(a.scale, a.query.shape[3]),
+            softcap=a.softcap,
+            dropout_rate=a.dropout_rate,
+            dtype=dtype,
+            visibility=Visibility(a, dtype, host=host),
+            host=host,
+            suits_flash=host and a.softcap is None and a.dropout_mask is None and draws_of(a) is None,
+            is_dense=False,
+            suits_autograd=False,
+            dropout_mask=a.dropout_mask,
+            draws=draws_of(a),
+        )
+
+    def described(self, x: Operands) -> Problem:
+        """Fill in what is known about the operands."""
+        is_dense = all(dense_rows(operand) is operand for operand in x[:3])
+        is_alike = x.query.dtype == self.dtype and x.query.shape[3] == x.value.shape[3]
+        is_whole = self.host and [task.is_whole for task in self.visibility.tasks] == [True]
+        return self._replace(is_dense=is_dense, suits_autograd=self.suits_flash and is_dense and is_alike and is_whole)
+
+    def unread(self) -> Problem:
+        """Return the problem with tensors that must not be read."""
+        return self._replace(host=False, suits_flash=False)
 
     @property
     def drops(self) -> bool:
         """Tell whether the call has dropout, by a mask or by draws."""
         return self.dropout_mask is not None or self.draws is not None
+
+    def visible(self, task: Task, x: Operands) -> torch.Tensor | None:
+        """Tell which pairs of a task are visible, (batch*, heads*, queries*, keys*); None stands for all.
+
+        A bias hides the pairs for which it is -inf in the softmax's type (MHA-BIAS-2, MHA-BIAS-3).
+        """
+        if task.sees_all and x.bias is None:
+            return x.mask
+        constraints = self.visibility.constraints(task)
+        if x.mask is not None:
+            constraints.append(x.mask)
+        if x.bias is not None:
+            constraints.append(x.bias.to(self.dtype) != -math.inf)
+        return all_hold(constraints)
 
     def keep(self, task: Task) -> torch.Tensor | None:
         """Return the factors by which dropout multiplies the weights of a task, or None (MHA-DROP-1, MHA-DROP-2)."""
@@ -60,6 +100,10 @@ class Problem:
         else:
             return None
         return kept.to(self.dtype) / (1 - self.dropout_rate)
+
+    def is_nan(self, array: torch.Tensor) -> bool:
+        """Return True if a tensor that may be read holds NaN; its minimum is then NaN."""
+        return math.isnan((array.detach() if array.requires_grad else array).min().item())
 
     def finite(self, *arrays: torch.Tensor) -> bool:
         """Return True if tensors may be read and have finite sums, so that all their elements are finite."""

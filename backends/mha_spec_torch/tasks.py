@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
+    from mha_spec.arguments import Arguments
 
-__all__ = ["Operands", "Span", "Task", "blocks", "pieces"]
+__all__ = ["Operands", "Span", "Task", "blocks", "converted", "dense_rows", "pieces"]
 
 SCORES = 2**21
 """The number of scores that the formula holds at once: 8 MiB in float32, and more only for the rows of `ROWS`."""
@@ -41,33 +43,58 @@ class Span(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The arguments that have gradients; the value has no components in a call for the weights alone."""
+    """The arguments that have gradients, and the mask; the value has no components in a call for the weights alone."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     bias: torch.Tensor | None
     sinks: torch.Tensor | None
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, a: Arguments) -> Operands:
+        """Select the operands among the arguments of a call."""
+        return cls(a.query, a.key, a.key[..., :0] if a.value is None else a.value, a.bias, a.sinks, a.mask)
 
     def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Operands:
-        """Apply a function to each operand that is not None, in their order."""
+        """Apply a function to each operand that is not None and has a gradient, in their order."""
         query, key, value = function(self.query), function(self.key), function(self.value)
         bias = None if self.bias is None else function(self.bias)
         sinks = None if self.sinks is None else function(self.sinks)
-        return Operands(query, key, value, bias, sinks)
+        return Operands(query, key, value, bias, sinks, self.mask)
 
     def to(self, dtype: torch.dtype) -> Operands:
         """Convert each operand to `dtype`."""
-        return self.each(lambda operand: operand.to(dtype))
+        return self.each(lambda operand: converted(operand, dtype))
 
     def cut(self, task: Task) -> Operands:
         """Select the part of each operand that a task reads; sinks become (heads, 1, 1), to broadcast to the scores."""
-        query, key, value, bias, sinks = self
+        query, key, value, bias, sinks, mask = self
+        if task.is_whole and sinks is None:
+            return self
         if not task.is_whole:
             query, key, value = task.of_rows(query), task.of_keys(key), task.of_keys(value)
-            bias = None if bias is None else task.of_pairs(bias)
+            bias, mask = (None if array is None else task.of_pairs(array) for array in (bias, mask))
             sinks = None if sinks is None else sinks[task.heads.slice]
-        return Operands(query, key, value, bias, None if sinks is None else sinks[:, None, None])
+        return Operands(query, key, value, bias, None if sinks is None else sinks[:, None, None], mask)
+
+
+def converted(array: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert a tensor to `dtype`; comparing the dtypes is faster than a call of `to` without effect."""
+    return array if array.dtype == dtype else array.to(dtype)
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """Copy an operand unless each row is contiguous and no two rows overlap.
+
+    The kernels assume both of query, key, value and output without a check; they respect all other strides.
+    """
+    if x.is_contiguous():
+        return x
+    stride, size = x.stride(), x.shape[3]
+    is_dense = stride[3] == 1 and (stride[2] >= size or x.shape[2] == 1)
+    return x if is_dense else x.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +108,20 @@ class Task:
     keys: Span
     is_whole: bool = False
     """True if the task is the whole call, so that no operand has to be cut."""
+    has_all_rows: bool = False
+    """True if no row of the call is outside of the task."""
+    sees_all: bool = False
+    """True if lengths, positions and segments are known to hide no pair."""
+    is_diagonal: bool = False
+    """True if they are known to hide exactly the pairs (i, j) with i < j, counted from the start of the task."""
+    visible: torch.Tensor | None = None
+    """The pairs that they leave visible, if that is known and small."""
+    added: torch.Tensor | None = None
+    """`visible` as logits to be added: 0 or -inf."""
+    has_empty_rows: bool = True
+    """False if `visible` has a key for every row."""
+    exact: Task | None = None
+    """The same rows with exactly the keys that they see, if this task has a few more."""
 
     @property
     def heads(self) -> Span:
@@ -92,26 +133,36 @@ class Task:
         """The number of scores."""
         return self.batch.size * self.kv_heads.size * self.group * self.queries.size * self.keys.size
 
-    def has_rows_of(self, other: Task) -> bool:
-        """Tell whether both tasks have the same rows."""
-        return (self.batch, self.kv_heads, self.queries) == (other.batch, other.kv_heads, other.queries)
-
     def of_rows(self, array: torch.Tensor) -> torch.Tensor:
         """Select the rows of this task in (batch, heads, q_len, ...)."""
-        return array if self.is_whole else array[self.batch.slice, self.heads.slice, self.queries.slice]
+        return array if self.has_all_rows else _narrowed(array, self.batch, self.heads, self.queries)
 
     def of_keys(self, array: torch.Tensor) -> torch.Tensor:
         """Select the keys of this task in (batch, kv_heads, kv_len, size)."""
-        return array if self.is_whole else array[self.batch.slice, self.kv_heads.slice, self.keys.slice]
+        if self.is_whole:
+            return array
+        if self.has_all_rows:
+            return array.narrow(2, self.keys.start, self.keys.size)
+        return _narrowed(array, self.batch, self.kv_heads, self.keys)
 
     def of_pairs(self, array: torch.Tensor) -> torch.Tensor:
         """Select the pairs of this task in a mask or a bias, of which axes of size 1 stay whole (MHA-MASK-2)."""
         if self.is_whole:
             return array
         spans = (self.batch, self.heads, self.queries, self.keys)
-        return array[
-            tuple(span.slice if size > 1 else slice(None) for span, size in zip(spans, array.shape, strict=True))
-        ]
+        return _narrowed(array, *(span if size > 1 else ALL for span, size in zip(spans, array.shape, strict=True)))
+
+
+ALL = Span(0, 1)
+"""The only index of an axis of size 1."""
+
+
+def _narrowed(array: torch.Tensor, *spans: Span) -> torch.Tensor:
+    """Select a span of each of the first axes; `narrow` is faster than an index, and most axes stay whole."""
+    for axis, (span, size) in enumerate(zip(spans, array.shape, strict=False)):
+        if span.size != size:
+            array = array.narrow(axis, span.start, span.size)
+    return array
 
 
 def blocks(indices: Span, length: int) -> list[Span]:
@@ -122,6 +173,7 @@ def blocks(indices: Span, length: int) -> list[Span]:
 
 def pieces(task: Task) -> Iterator[Task]:
     """Cut a task into pieces of limited size: along queries first, then batch entries, then heads."""
+    task = task.exact or task
     if task.pairs <= SCORES:
         yield task
         return
@@ -132,4 +184,4 @@ def pieces(task: Task) -> Iterator[Task]:
     for batch in blocks(task.batch, entries):
         for kv_heads in blocks(task.kv_heads, min(task.kv_heads.size, matrices)):
             for queries in blocks(task.queries, rows):
-                yield replace(task, batch=batch, kv_heads=kv_heads, queries=queries, is_whole=False)
+                yield Task(batch, kv_heads, task.group, queries, task.keys, sees_all=task.sees_all)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -27,16 +27,19 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
     Integers = torch.Tensor | Sequence[int] | int
-    Ids = torch.Tensor | numpy.ndarray | None
 
-__all__ = ["Visibility", "with_integers"]
+__all__ = ["Visibility", "all_hold", "with_integers"]
 
 SHORTEST_RUN = 16
 """Packed sequences that are shorter on average are compared in blocks; longer ones become tasks."""
 ROWS = (64, 512)
 """The least and the largest number of queries in a task under a window."""
 COST_OF_CUT = 2**12
-"""The number of scores computed in the time that it takes to cut a call."""
+"""The number of scores computed in the time that it takes to cut a call by its segment ids."""
+KEPT_PAIRS = 2**14
+"""The most elements of a comparison that is kept with its task."""
+TILE = 16
+"""The number of keys that the kernel computes together. It computes others one by one, and a mask is faster."""
 COST_OF_TASK = 2**18
 """The number of scores computed in the time that an additional task costs."""
 
@@ -67,28 +70,58 @@ class PerEntry:
 
 
 class Visibility:
-    """The constraints of a call."""
+    """The constraints of a call that do not hold one element for each pair, as a mask or a bias does."""
 
     def __init__(self, a: Arguments, dtype: torch.dtype, *, host: bool) -> None:
         """Read the constraints that may be read."""
-        self.a, self.dtype, self.device = a, dtype, a.query.device
+        self.dtype, self.device = dtype, a.query.device
         self.left, self.right = a.bounds
         self.offset = PerEntry(0 if a.q_offset is None else a.q_offset, host=host)
         self.q_lengths = None if a.q_lengths is None else PerEntry(a.q_lengths, host=host)
         self.kv_lengths = None if a.kv_lengths is None else PerEntry(a.kv_lengths, host=host)
         ids = a.q_segment_ids, a.kv_segment_ids
+        self.q_ids: Any
+        self.kv_ids: Any
         self.q_ids, self.kv_ids = (
             array.numpy() if host and isinstance(array, torch.Tensor) else array for array in ids
         )
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = a.query.shape, a.key.shape
-        self.whole = Task(Span(0, batch), Span(0, kv_heads), heads // kv_heads, Span(0, q_len), Span(0, kv_len), True)
+        rows, keys = (Span(0, batch), Span(0, kv_heads), heads // kv_heads, Span(0, q_len)), Span(0, kv_len)
+        self.whole = Task(*rows, keys, is_whole=True, has_all_rows=True)
 
+    @cached_property
     def tasks(self) -> list[Task]:
-        """Cut the call into tasks that leave out hidden pairs, if that saves time."""
+        """The tasks into which the call is cut, without hidden pairs if that saves time."""
+        return [self._described(task) for task in self._cut()]
+
+    def _described(self, task: Task) -> Task:
+        """Fill in what is known about a task before it is computed."""
+        has_all_rows = (task.batch, task.queries) == (self.whole.batch, self.whole.queries)
+        sees_all, is_diagonal = self.sees_all(task), self.diagonal(task)
+        task = replace(task, has_all_rows=has_all_rows, sees_all=sees_all, is_diagonal=is_diagonal)
+        keys = Span(task.keys.start, -(-task.keys.stop // TILE) * TILE)
+        if not sees_all or task.queries.size < TILE or not task.keys.stop < keys.stop <= self.whole.keys.stop:
+            return task
+        is_whole = has_all_rows and keys == self.whole.keys
+        return replace(task, keys=keys, is_whole=is_whole, sees_all=False, is_diagonal=False, exact=task)
+
+    @torch.inference_mode(False)
+    def compare(self) -> None:
+        """Compare now what every call would compare, and keep the results that are small."""
+        self.tasks = [task if task.sees_all or task.is_diagonal else self._compared(task) for task in self.tasks]
+
+    def _compared(self, task: Task) -> Task:
+        visible = all_hold(self.constraints(task))
+        if visible is None or visible.numel() > KEPT_PAIRS:
+            return task
+        added = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, -math.inf)
+        return replace(task, visible=visible, added=added, has_empty_rows=not bool(visible.any(-1).all()))
+
+    def _cut(self) -> list[Task]:
         whole = self.whole
         if not whole.pairs:
             return []
-        if whole.pairs <= COST_OF_CUT or not (self.a.positional or self._per_entry):
+        if not (self._positional or self._per_entry) or (self.q_ids is not None and whole.pairs <= COST_OF_CUT):
             return [whole]
         groups = self._equal_entries()
         if whole.pairs <= COST_OF_TASK * (len(groups) - 1):
@@ -97,31 +130,36 @@ class Visibility:
         saved = whole.pairs - sum(task.pairs for task in exact)
         return exact if saved > COST_OF_TASK * (len(exact) - 1) else [whole]
 
-    def visible(self, task: Task, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Tell which pairs of a task are visible, (batch*, heads*, queries*, keys*); None stands for all.
+    def constraints(self, task: Task) -> list[torch.Tensor]:
+        """Compare the pairs of a task with every constraint that may hide some of them."""
+        if task.sees_all:
+            return []
+        if task.visible is not None:
+            return [task.visible]
+        return [*self._see_positions(task), *self._see_lengths(task), *self._see_segments(task)]
 
-        A bias hides the pairs for which it is -inf in the softmax's type `dtype` (MHA-BIAS-2, MHA-BIAS-3).
-        """
-        constraints = [*self._see_positions(task), *self._see_lengths(task), *self._see_segments(task)]
-        if self.a.mask is not None:
-            constraints.append(task.of_pairs(self.a.mask))
-        if bias is not None:
-            constraints.append(bias.to(self.dtype) != -math.inf)
-        if not constraints:
-            return None
-        visible = reduce(torch.Tensor.logical_and, constraints)
-        return visible[(None,) * (4 - visible.ndim)] if visible.ndim < 4 else visible
+    def sees_all(self, task: Task) -> bool:
+        """Tell whether the constraints are known to hide no pair of a task."""
+        return self._within_window(task) and self._within_lengths_and_segment(task)
 
-    def diagonal(self, task: Task, bias: torch.Tensor | None = None) -> bool:
+    def diagonal(self, task: Task) -> bool:
         """Tell whether query i sees exactly the keys j <= i, both counted from the start of the task."""
-        if self.right != 0 or self.a.mask is not None or bias is not None:
+        if self.right != 0:
             return False
         offset = _common(self.offset.known(task.batch))
         if offset is None or not surely(offset + task.queries.start == task.keys.start):
             return False
         if self.left is not None and not surely(self.left >= task.queries.size):
             return False
-        return not [*self._see_lengths(task), *self._see_segments(task)]
+        return self._within_lengths_and_segment(task)
+
+    def _within_lengths_and_segment(self, task: Task) -> bool:
+        lengths = (self.q_lengths, task.queries), (self.kv_lengths, task.keys)
+        return all(_covers(length, task.batch, indices) for length, indices in lengths) and self._of_one_segment(task)
+
+    @property
+    def _positional(self) -> bool:
+        return self.left is not None or self.right is not None
 
     @property
     def _per_entry(self) -> bool:
@@ -132,12 +170,13 @@ class Visibility:
         options = [option.numbers for option in (self.offset, self.q_lengths, self.kv_lengths) if option is not None]
         numbers = [values for values in options if values is not None and len(values) > 1]
         ids = [array for array in (self.q_ids, self.kv_ids) if isinstance(array, numpy.ndarray)]
-        return [Span(*ends) for ends in equal_entries(self.a.batch, [*numbers, *ids])]
+        return [Span(*ends) for ends in equal_entries(self.whole.batch.stop, [*numbers, *ids])]
 
     def _of_entries(self, batch: Span) -> Iterator[Task]:
         """Yield the tasks of batch entries that have the same constraints, without rows that see no key."""
         q_length = None if self.q_lengths is None else _common(self.q_lengths.known(batch))
-        queries = Span(0, self.a.q_len if q_length is None else max(0, min(q_length, self.a.q_len)))
+        q_len = self.whole.queries.stop
+        queries = Span(0, q_len if q_length is None else max(0, min(q_length, q_len)))
         for run in self._runs(batch.start, queries):
             keys = self._keys(batch, run)
             rows = run.size if self._needs_no_cut(batch, run, keys) else self._rows
@@ -157,7 +196,7 @@ class Visibility:
         """Return the keys from the first to the last that some of the queries see."""
         kv_lengths = None if self.kv_lengths is None else self.kv_lengths.known(batch)
         offsets, bounds = self.offset.known(batch), (self.left, self.right)
-        keys = Span(*key_range(bounds, queries, self.a.kv_len, offsets, kv_lengths=kv_lengths))
+        keys = Span(*key_range(bounds, queries, self.whole.keys.stop, offsets, kv_lengths=kv_lengths))
         if not isinstance(self.q_ids, numpy.ndarray) or not isinstance(self.kv_ids, numpy.ndarray):
             return keys
         first = slice(batch.start, batch.start + 1)
@@ -172,7 +211,7 @@ class Visibility:
     def _rows(self) -> int:
         lowest, highest = ROWS
         if self.left is None or self.right is None:
-            return min(highest, max(lowest, self.a.q_len // 8))
+            return min(highest, max(lowest, self.whole.queries.stop // 8))
         return min(highest, max(lowest, (self.left + self.right) // 4))
 
     def _see_positions(self, task: Task) -> Iterator[torch.Tensor]:
@@ -199,28 +238,41 @@ class Visibility:
 
     def _see_lengths(self, task: Task) -> Iterator[torch.Tensor]:
         for lengths, indices in ((self.q_lengths, task.queries), (self.kv_lengths, task.keys)):
-            if lengths is None:
-                continue
-            known = lengths.known(task.batch)
-            if known is not None and surely(min(known) >= indices.stop):
+            if lengths is None or _covers(lengths, task.batch, indices):
                 continue
             positions = self._indices(indices)
             yield (positions[:, None] if lengths is self.q_lengths else positions) < lengths.get(task, self.device)
 
     def _see_segments(self, task: Task) -> Iterator[torch.Tensor]:
-        if self.q_ids is None or self.kv_ids is None:
+        if self.q_ids is None or self._of_one_segment(task):
             return
-        q_ids, kv_ids = self.q_ids, self.kv_ids
-        if not task.is_whole:
-            q_ids, kv_ids = q_ids[task.batch.slice, task.queries.slice], kv_ids[task.batch.slice, task.keys.slice]
-        on_host = isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray)
-        if on_host and (q_ids == q_ids[0, 0]).all() and (kv_ids == q_ids[0, 0]).all():
-            return
-        q_ids, kv_ids = (torch.as_tensor(ids, device=self.device) for ids in (q_ids, kv_ids))
+        q_ids, kv_ids = (torch.as_tensor(ids, device=self.device) for ids in self._ids(task))
         yield equal_ids(q_ids[:, None, :, None], kv_ids[:, None, None, :])
+
+    def _of_one_segment(self, task: Task) -> bool:
+        """Tell whether all queries and keys of a task are known to have the same id."""
+        if self.q_ids is None:
+            return True
+        q_ids, kv_ids = self._ids(task)
+        on_host = isinstance(q_ids, numpy.ndarray) and isinstance(kv_ids, numpy.ndarray)
+        return on_host and bool((q_ids == q_ids[0, 0]).all() and (kv_ids == q_ids[0, 0]).all())
+
+    def _ids(self, task: Task) -> tuple[Any, Any]:
+        """Select the segment ids of the queries and the keys of a task."""
+        if task.is_whole:
+            return self.q_ids, self.kv_ids
+        return self.q_ids[task.batch.slice, task.queries.slice], self.kv_ids[task.batch.slice, task.keys.slice]
 
     def _indices(self, indices: Span) -> torch.Tensor:
         return torch.arange(indices.start, indices.stop, dtype=torch.int32, device=self.device)
+
+
+def all_hold(constraints: list[torch.Tensor]) -> torch.Tensor | None:
+    """Tell where all constraints hold, in an array of rank 4; None if there are none."""
+    if not constraints:
+        return None
+    visible = reduce(torch.Tensor.logical_and, constraints)
+    return visible[(None,) * (4 - visible.ndim)] if visible.ndim < 4 else visible
 
 
 def with_integers(a: Arguments) -> Arguments:
@@ -247,6 +299,12 @@ def equal_ids(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     wide = ids.to(torch.int64)
     equal = wide == others.to(torch.int64)
     return equal if (ids.dtype == torch.uint64) == (others.dtype == torch.uint64) else equal & (wide >= 0)
+
+
+def _covers(lengths: PerEntry | None, batch: Span, indices: Span) -> bool:
+    """Tell whether lengths are known to reach past all indices of a task."""
+    known = None if lengths is None else lengths.known(batch)
+    return lengths is None or (known is not None and surely(min(known) >= indices.stop))
 
 
 def _common(numbers: list[int] | None) -> int | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mha_spec_torch import MultiHeadAttention, tasks, visibility
+from mha_spec_torch import MultiHeadAttention, calls, core, tasks, visibility
 from support import layers
 from support.numbers import numbers
 
@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     import pytest
     from torch import Tensor
 
-__all__ = ["cut_into_tasks", "filled", "heads", "operands", "sized", "tensor", "tokens", "with_gradients"]
+__all__ = [
+    "cut_into_tasks",
+    "filled",
+    "forget_calls",
+    "heads",
+    "operands",
+    "sized",
+    "tensor",
+    "tokens",
+    "with_gradients",
+]
 
 
 def tensor(array: numpy.ndarray, dtype: str | None = None) -> Tensor:
@@ -40,8 +50,16 @@ def operands(q_len: int = 32, kv_len: int = 32, qk_dim: int = 8, v_dim: int = 8)
     return [tensor(numbers(*shape, seed=place), "float32") for place, shape in enumerate(shapes)]
 
 
+def forget_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare every call anew, and forget in the end what was prepared."""
+    prepared: dict[Any, Any] = {}
+    for module in (calls, core):
+        monkeypatch.setattr(module, "PREPARED", prepared)
+
+
 def cut_into_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut every call, however small, into all its tasks and pieces."""
+    forget_calls(monkeypatch)
     for name, value in {"COST_OF_CUT": 0, "COST_OF_TASK": -(2**40), "ROWS": (2, 3), "SHORTEST_RUN": 2}.items():
         monkeypatch.setattr(visibility, name, value)
     for name, value in {"SCORES": 64, "ROWS": 3}.items():

@@ -1,0 +1,145 @@
+"""Check the arguments of a call and prepare it; an eager call that is equal to an earlier one is prepared once.
+
+Two calls are equal if they have the same signature: the shapes, dtypes and devices of all arrays, and the values of all
+other options, lengths and offsets included. Neither the checks nor the preparation look at anything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from mha_spec.arguments import Arguments
+from mha_spec.array_checks import check_library
+from mha_spec.checks import check, refuse_unknown
+
+from .function import transformed
+from .paths import autocasts
+from .problem import Problem, readable
+from .symbols import checked, entries, is_open, traced
+from .visibility import with_integers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mha_spec.arguments import WeightOptions
+
+    from .tasks import Operands
+
+__all__ = ["PREPARED", "arguments_of", "cast", "problem_of", "remember", "signature_of"]
+
+TENSORS = (Tensor, Parameter)
+VALUES = frozenset({type(None), bool, int, float, str})
+"""The types of options that are compared by value and type."""
+ARRAYS = frozenset({"mask", "bias", "sinks"})
+"""The options of which neither the checks nor the preparation read an element."""
+INTEGERS = frozenset({"q_offset", "q_lengths", "kv_lengths"})
+"""The options whose arrays are read, if they are not on an accelerator."""
+
+Signature = tuple[object, ...]
+
+PREPARED: dict[Signature | None, Problem] = {}
+MOST_PREPARED, MOST_TASKS = 256, 64
+
+
+def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Signature | None:
+    """Return the signature of an eager call of attention; None if an argument has no description here."""
+    if not _is_eager(query):
+        return None
+    signature: list[object] = []
+    for array in (query, key, value):
+        if type(array) not in TENSORS or array.is_nested or array.layout is not torch.strided:
+            return None
+        signature += array.shape, array.stride(), array.dtype, array.device
+    for name, option in options.items():
+        kind = type(option)
+        if kind in VALUES:
+            signature += name, kind, option
+        elif kind in TENSORS and name in ARRAYS and not option.is_nested:
+            signature += name, option.shape, option.dtype, option.device, option.layout
+        elif not _listed(name, option, signature):
+            return None
+    return tuple(signature)
+
+
+def _is_eager(query: Any) -> bool:
+    """Tell whether a tensor has contents, and no tracer, transform, dispatch mode or autocast affects the call."""
+    return (
+        type(query) in TENSORS
+        and not query.is_meta
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def remember(signature: Signature | None, problem: Problem, x: Operands) -> None:
+    """Keep a prepared call, without its mask, for later calls with the same signature."""
+    if signature is None or problem.drops:
+        return
+    if problem.host:
+        if len(problem.visibility.tasks) > MOST_TASKS:
+            return
+        problem.visibility.compare()
+    if len(PREPARED) >= MOST_PREPARED:
+        PREPARED.clear()
+    PREPARED[signature] = problem.described(x)
+
+
+def _listed(name: str, option: Any, signature: list[object]) -> bool:
+    """Append a description of integers, by value."""
+    kind = type(option)
+    if kind is list or kind is tuple:
+        kinds = tuple(map(type, option))
+        signature += name, kind, kinds, tuple(option)
+        return VALUES.issuperset(kinds)
+    is_read = kind is numpy.ndarray or (kind is Tensor and readable(option))
+    if not is_read or name not in INTEGERS or option.ndim != 1:
+        return False
+    signature += name, kind, option.dtype, tuple(option.tolist())
+    return True
+
+
+def problem_of(a: Arguments) -> Problem:
+    """Prepare a call that is checked; a tensor is read if it is on the CPU and has contents."""
+    return Problem.of(a, host=readable(a.query) and not traced(a.query) and not transformed())
+
+
+def arguments_of(function: str, query: Tensor, key: Tensor, value: Tensor | None, options: WeightOptions) -> Arguments:
+    """Check the arguments of a call, and replace a named offset by its integers."""
+    refuse_unknown(options, function)
+    check_library("torch", query)
+    a = Arguments(query, key, value, function=function, **options)
+    if autocasts(query.device.type):
+        a = replace(a, **cast(query=query, key=key, value=value))
+    if not traced(query):
+        return with_integers(check(a))
+    return with_integers(checked(_with_tensors(a)))
+
+
+def _with_tensors(a: Arguments) -> Arguments:
+    """Replace each sequence that holds a symbol by a tensor, because tensors are never read here."""
+    options = {name: getattr(a, name) for name in ("q_offset", "q_lengths", "kv_lengths")}
+    tensors = {name: entries(value, a.query.device) for name, value in options.items() if is_open(value)}
+    return replace(a, **tensors) if tensors else a
+
+
+def cast(**tensors: Any) -> dict[str, Any]:
+    """Cast query, key and value to the type of autocast, which leaves float64 unchanged."""
+    dtype = torch.get_autocast_dtype(tensors["query"].device.type)
+    return {
+        name: tensor.to(dtype) if isinstance(tensor, Tensor) and _is_cast(tensor) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
