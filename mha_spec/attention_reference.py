@@ -62,7 +62,7 @@ class Trace:
 class Reference:
     """The five functions of attention over a choice of steps; see the functions of this module for their meaning.
 
-    No step writes to an input or depends on strides (MHA-PURE-1, MHA-PURE-2).
+    No step writes to an input or to an earlier result, or depends on strides (MHA-PURE-1, -2 and -4).
     """
 
     steps: Steps = Steps()

@@ -278,7 +278,7 @@ def overwriting(function: Any) -> Any:
 def test_reused_buffer_is_found() -> None:
     subject = Subject({"attention_weights": overwriting(attention_weights)})
     finding = first_finding(subject, functions=("attention_weights",))
-    assert finding.result.clauses == ("MHA-PURE-3",)
+    assert finding.result.clauses == ("MHA-PURE-4",)
 
 
 def strided(function: Any) -> Any:

@@ -13,6 +13,7 @@ from mha_spec_conformance.asking import worker
 from mha_spec_conformance.asking.question import Answer, Question, Raised
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.targets.conversion import same_bits
 from mha_spec_conformance.targets.loading import Target
 
 
@@ -29,8 +30,7 @@ def question() -> Question:
         arrays,
         {},
         ("output",),
-        layouts=("strided", "reversed", "read_only"),
-        repeat=True,
+        further=("again", "strided", "reversed", "read_only", "negated"),
     )
 
 
@@ -44,17 +44,15 @@ def test_outputs_of_a_right_attention(question: Question) -> None:
     assert got.kind == "returned"
     assert got.outputs["output"].shape == (2, 3, 5, 13)
     assert got.outputs["output"].dtype == numpy.float32
-    assert got.deterministic is True
-    assert got.written == ()
+    assert got.written == got.overwritten == ()
     assert got.foreign is None
-    assert set(got.layouts) == {"strided", "reversed", "read_only"}
+    assert set(got.further) == {"again", "strided", "reversed", "read_only"}
+    assert all(same_bits(further.outputs["output"], got.outputs["output"]) for further in got.further.values())
 
 
 def test_options_and_arrays_are_keywords(question: Question) -> None:
     mask = numpy.ones((1, 1, 5, 11), dtype=bool)
-    asking = replace(
-        question, arrays={**question.arrays, "mask": mask}, options={"scale": 2.0}, layouts=(), repeat=False
-    )
+    asking = replace(question, arrays={**question.arrays, "mask": mask}, options={"scale": 2.0}, further=())
     seen = {}
     asked(lambda query, *_, **options: seen.update(options) or query, asking)
     assert seen["scale"] == 2.0
@@ -87,7 +85,7 @@ def test_gradients_are_named_and_those_not_asked_for_may_be_missing(question: Qu
         question,
         function="attention_vjp",
         arrays={"grad_output": question.arrays["value"], **question.arrays},
-        layouts=(),
+        further=(),
     )
     wanted = replace(asking, outputs=("grad_query", "grad_key", "grad_value"))
     got = asked(lambda _, *operands: operands, wanted, name="attention_vjp")
@@ -101,14 +99,29 @@ def test_gradients_are_named_and_those_not_asked_for_may_be_missing(question: Qu
     assert "`grad_bias`" in lacking.reason
 
 
-def test_inputs_written_to_are_named(question: Question) -> None:
+@pytest.mark.parametrize("layout", ["plain", "again", "strided"])
+def test_inputs_written_to_are_named_in_every_call(question: Question, layout: str) -> None:
+    calls = iter(["plain", "again", "strided"])
+
     def writes(query: numpy.ndarray, key: numpy.ndarray, _: numpy.ndarray) -> numpy.ndarray:
-        key *= 2
+        key *= 2 if next(calls) == layout else 1
         return query
 
-    got = asked(writes, replace(question, repeat=False))
-    assert got.written == ("key",)
-    assert got.layouts == {}
+    got = asked(writes, replace(question, further=("again", "strided")))
+    written = {"plain": got.written} | {name: further.written for name, further in got.further.items()}
+    assert written == {name: ("key",) if name == layout else () for name in ("plain", "again", "strided")}
+
+
+def test_deleted_input_counts_as_written(question: Question) -> None:
+    jax = pytest.importorskip("jax")
+
+    def deletes(query: jax.Array, *_: jax.Array) -> jax.Array:
+        output = query + 1
+        query.delete()
+        return output
+
+    target = Target({"attention": deletes}, Claims("x", {}, ("float32",), arrays="jax"), None)
+    assert answer(target, replace(question, further=())).written == ("query",)
 
 
 def test_layout_that_raises_is_distinguished_from_an_unsupported_layout(question: Question) -> None:
@@ -116,18 +129,27 @@ def test_layout_that_raises_is_distinguished_from_an_unsupported_layout(question
         if not query.flags.writeable:
             raise ValueError("read-only")
         if not query.flags.c_contiguous:
-            raise NotImplementedError
+            raise NotImplementedError("strides")
         return query
 
     got = asked(picky, question)
-    assert got.kind == "returned"
-    assert got.layouts.keys() == {"read_only"}
-    assert "ValueError: read-only" in got.layouts["read_only"]
+    kinds = {"again": "returned", "strided": "unsupported", "reversed": "unsupported", "read_only": "raised"}
+    assert {name: further.kind for name, further in got.further.items()} == kinds
+    assert "ValueError: read-only" in got.further["read_only"].reason
+    assert "strides" in got.further["strided"].reason
 
 
-def test_runs_that_differ_are_reported(question: Question) -> None:
-    noise = iter(range(9))
-    assert asked(lambda query, *_: query + next(noise), question).deterministic is False
+@pytest.mark.parametrize("buffers", [1, 2, 4])
+def test_result_that_a_later_call_overwrites_is_named(question: Question, buffers: int) -> None:
+    ring = [numpy.empty(question.arrays["value"].shape, numpy.float32) for _ in range(buffers)]
+
+    def reuses(_query: numpy.ndarray, _key: numpy.ndarray, value: numpy.ndarray) -> numpy.ndarray:
+        ring.append(ring.pop(0))
+        ring[0][...] = value
+        return ring[0]
+
+    assert asked(reuses, question).overwritten == ("output",)
+    assert asked(lambda *operands: operands[2].copy(), question).overwritten == ()
 
 
 def test_exception_has_its_class_message_and_line(question: Question) -> None:
@@ -177,9 +199,7 @@ def test_array_of_another_library_is_reported(question: Question) -> None:
 
 @pytest.mark.parametrize("dtype", ["complex128", "longdouble"])
 def test_results_of_any_width_are_returned(question: Question, dtype: str) -> None:
-    got = asked(
-        lambda *operands: numpy.asarray(reference.attention(*operands)).astype(dtype), replace(question, repeat=True)
-    )
+    got = asked(lambda *operands: numpy.asarray(reference.attention(*operands)).astype(dtype), question)
     assert got.kind == "returned"
     assert got.outputs["output"].dtype == dtype
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mha_spec_conformance.targets.conversion import LAYOUTS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy
 
-__all__ = ["LAYOUTS", "Answer", "Question", "Raised"]
+__all__ = ["AGAIN", "FURTHER", "NEGATED", "Answer", "Further", "Question", "Raised"]
 
-LAYOUTS = ("strided", "reversed", "read_only")
-"""The memory layouts, other than the plain layout, in which inputs are passed (MHA-PURE-2)."""
+AGAIN, NEGATED = "again", "negated"
+
+FURTHER = (AGAIN, *LAYOUTS, NEGATED)
+"""The further calls of a question, in order: the same call, one for each memory layout, and one with other numbers.
+
+The results of the last one are not judged, but it must leave those of all earlier calls as they were (MHA-PURE-4).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +39,10 @@ class Question:
     features: tuple[str, ...] = ()
     clauses: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    layouts: tuple[str, ...] = ()
-    repeat: bool = False
+    further: tuple[str, ...] = ()
+    """The calls that follow the first; a target makes those that it can make."""
     placed: Mapping[str, str] = field(default_factory=dict)
     """The layouts of single arrays; all other arrays have the plain layout."""
-    reused: bool = False
-    """If True, a second call with other numbers follows, which must not change the results of the first."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -59,13 +64,23 @@ class Raised:
 
 
 @dataclass(frozen=True, slots=True)
+class Further:
+    """The answer to a further call of a question; `kind` is "returned", "raised", "unsupported" or "malformed"."""
+
+    kind: str
+    outputs: Mapping[str, numpy.ndarray] = field(default_factory=dict)
+    reason: str | None = None
+    written: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The answer to a question.
 
     `kind` is "returned", "raised", "unsupported", "malformed" (the results are not arrays that can be compared),
-    "crash", "timeout" or "internal" (a fault of the suite); `reason` explains the last five. `written` names the inputs
-    that the call wrote to. `layouts` holds, for each other layout of the inputs, the outputs or the error. `foreign` is
-    the library of the outputs if it is not that of the inputs.
+    "crash", "timeout" or "internal" (a fault of the suite); `reason` explains all but the first. `written` names the
+    inputs that the call wrote to, and `overwritten` the outputs that a further call changed. `foreign` is the library
+    of the outputs if it is not that of the inputs.
     """
 
     kind: str
@@ -73,9 +88,7 @@ class Answer:
     reason: str | None = None
     raised: Raised | None = None
     written: tuple[str, ...] = ()
-    layouts: Mapping[str, Mapping[str, numpy.ndarray] | str] = field(default_factory=dict)
-    deterministic: bool | None = None
+    further: Mapping[str, Further] = field(default_factory=dict)
     foreign: str | None = None
     seconds: float = 0.0
     overwritten: tuple[str, ...] = ()
-    """The outputs that a second call changed."""

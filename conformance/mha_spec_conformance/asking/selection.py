@@ -13,7 +13,7 @@ from mha_spec.arrays import FLOATING
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .calls import keyword_of
-from .question import LAYOUTS, Question
+from .question import FURTHER, Question
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,7 +62,7 @@ class Ask:
     outputs: tuple[str, ...]
     omitted: frozenset[str] = frozenset()
     every_layout: bool = False
-    """If True, the call is repeated, and made in every memory layout of its inputs."""
+    """If True, all further calls are made: the same again, in every memory layout, and with other numbers."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -92,8 +92,7 @@ class Ask:
             features=self.features,
             clauses=tuple(case.clauses),
             tags=tuple(case.tags),
-            layouts=LAYOUTS if self.every_layout else (),
-            repeat=self.every_layout,
+            further=FURTHER if self.every_layout else (),
         )
 
 
@@ -149,21 +148,24 @@ def alignments(case: Case) -> tuple[str, ...]:
     return tuple(name for name, reading in readings.items() if (offset == reading).all())
 
 
-def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, Ask]:
-    """Give, for a target without an offset, an ask for each causal alignment that passes only with this alignment."""
+def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, list[Ask]]:
+    """Give, for a target without an offset, the asks that only one causal alignment passes, by alignment.
+
+    None are given if no selected case is causal.
+    """
     taken = claims.keywords.get("attention", ())
     dtype = next((name for name in claims.dtypes if selection.asks_in(name)), None)
     if "causal" not in taken or "q_offset" in taken or "causal_alignment" in claims.conventions or dtype is None:
         return {}
-    asked: dict[str, Ask] = {}
-    for case in cases:
-        if case.function != "attention" or case.expect == "error" or dtype not in case.dtypes:
+    causal = [case for case in cases if case.function == "attention" and "causal" in case.features]
+    if not any(selection.takes(case) for case in causal):
+        return {}
+    asked: dict[str, list[Ask]] = {}
+    for case in causal:
+        if case.expect == "error" or dtype not in case.dtypes or case.level != "MUST":
             continue
-        if case.level != "MUST" or not claims.accepts("attention", _keywords(case) - {"q_offset"}):
-            continue
-        readings = alignments(case)
-        if len(readings) == 1 and "causal" in case.features:
-            asked.setdefault(readings[0], Ask(case, dtype, ("output",), frozenset({"q_offset"})))
+        if len(readings := alignments(case)) == 1 and claims.accepts("attention", _keywords(case) - {"q_offset"}):
+            asked.setdefault(readings[0], []).append(Ask(case, dtype, ("output",), frozenset({"q_offset"})))
     return asked
 
 

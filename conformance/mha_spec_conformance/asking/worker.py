@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ from mha_spec_conformance.targets.conversion import (
 from mha_spec_conformance.targets.loading import Target, TargetError, line_in_target, load
 
 from .calls import MalformedResult, arranged, joined, layer_answers, named
-from .question import Answer, Question, Raised
+from .question import AGAIN, NEGATED, Answer, Further, Question, Raised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -117,39 +117,64 @@ def _unsupported(target: Target, question: Question) -> str | None:
     return supported if isinstance(supported, str) else f"supports(question) returned {supported!r}"
 
 
+@dataclass(frozen=True)
+class _Called:
+    """The results of one call: as the target returned them, call by call of a sequence, and as NumPy arrays."""
+
+    parts: list[dict[str, Array]]
+    read: list[dict[str, numpy.ndarray]]
+    written: tuple[str, ...]
+    foreign: str | None
+
+    @property
+    def overwritten(self) -> tuple[str, ...]:
+        """The outputs that have changed since they were returned."""
+        pairs = [(part, read) for part, read in zip(self.parts, self.read, strict=True)]
+        return tuple(name for part, read in pairs for name in part if not _holds(part[name], read[name]))
+
+
 def _ask(target: Target, question: Question) -> Answer:
     start = time.perf_counter()
-    outputs, written, foreign, overwritten = _call(target, question)
+    first = _call(target, question)
     seconds = time.perf_counter() - start
-    repeated = _call(target, question)[0] if question.repeat else None
-    deterministic = None if repeated is None else all(same_bits(outputs[name], repeated[name]) for name in outputs)
-    layouts = {} if written else _layouts(target, question)
+    calls, further = [first], dict[str, Further]()
+    for name in question.further:
+        if name == NEGATED:
+            _call_with_other_numbers(target, question)
+        elif name == AGAIN or name in layouts_of(target.claims.arrays):
+            further[name] = _further(target, question, "plain" if name == AGAIN else name, calls)
     return Answer(
         "returned",
-        outputs,
-        written=written,
-        layouts=layouts,
-        deterministic=deterministic,
-        foreign=foreign,
+        joined(first.read),
+        written=first.written,
+        further=further,
+        foreign=first.foreign,
         seconds=seconds,
-        overwritten=overwritten,
+        overwritten=tuple(dict.fromkeys(name for call in calls for name in call.overwritten))
+        if question.further
+        else (),
     )
 
 
-def _layouts(target: Target, question: Question) -> dict[str, Mapping[str, numpy.ndarray] | str]:
-    """Give the outputs for each other layout of the inputs, or the error; a layout that is unsupported is left out."""
-    answers: dict[str, Mapping[str, numpy.ndarray] | str] = {}
-    for layout in question.layouts:
-        if layout not in layouts_of(target.claims.arrays):
-            continue
-        try:
-            answers[layout] = _call(target, question, layout)[0]
-        except Malformed as error:
-            answers[layout] = str(error)
-        except Failed as failed:
-            if not isinstance(failed.error, NotImplementedError):
-                answers[layout] = str(_raised(failed.error))
-    return answers
+def _further(target: Target, question: Question, layout: str, calls: list[_Called]) -> Further:
+    """Make a further call of the question, and add it to the calls."""
+    try:
+        call = _call(target, question, layout)
+        outputs = joined(call.read)
+    except Malformed as error:
+        return Further("malformed", reason=str(error))
+    except Failed as failed:
+        refused = isinstance(failed.error, NotImplementedError)
+        return Further("unsupported" if refused else "raised", reason=str(_raised(failed.error)))
+    calls.append(call)
+    return Further("returned", outputs, written=call.written)
+
+
+def _call_with_other_numbers(target: Target, question: Question) -> None:
+    """Call with negated numbers; the results do not matter."""
+    arrays = {name: array if array.dtype.kind in "biu" else -array for name, array in question.arrays.items()}
+    with suppress(Failed, Malformed):
+        _call(target, replace(question, arrays=arrays))
 
 
 def _guarded(function: Callable[..., object], *arguments: object, **keywords: object) -> Array:
@@ -164,10 +189,8 @@ def _raised(error: BaseException) -> Raised:
     return Raised(tuple(cls.__name__ for cls in type(error).__mro__), str(error), line_in_target(error))
 
 
-def _call(
-    target: Target, question: Question, layout: str = "plain"
-) -> tuple[dict[str, numpy.ndarray], tuple[str, ...], str | None, tuple[str, ...]]:
-    """Call once; give the outputs, the changed inputs, the library of foreign outputs, and the overwritten outputs."""
+def _call(target: Target, question: Question, layout: str = "plain") -> _Called:
+    """Call once, with new arrays."""
     claims = target.claims
     arguments = {
         name: _guarded(to_library, array, claims.arrays, claims.device, question.placed.get(name, layout))
@@ -176,23 +199,17 @@ def _call(
     function = partial(_guarded, target.functions[question.function])
     parts = _answers(function, question, {**arguments, **question.options})
     read = [{name: _read(name, value) for name, value in part.items()} for part in parts]
-    outputs = joined(read)
-    overwritten = _overwritten(target, question, parts, read) if question.reused else ()
     libraries = {library_of(value) for part in parts for value in part.values() if arguments} - {claims.arrays}
-    changed = [name for name, array in question.arrays.items() if not same_bits(to_numpy(arguments[name]), array)]
-    return outputs, tuple(changed), next(iter(libraries), None), overwritten
+    changed = tuple(name for name, array in question.arrays.items() if not _holds(arguments[name], array))
+    return _Called(parts, read, changed, next(iter(libraries), None))
 
 
-def _overwritten(
-    target: Target, question: Question, parts: list[dict[str, Array]], read: list[dict[str, numpy.ndarray]]
-) -> tuple[str, ...]:
-    """Name the outputs that change after they were returned, when the target is called with other numbers."""
-    arrays = {name: array if array.dtype.kind in "biu" else -array for name, array in question.arrays.items()}
-    with suppress(Failed, Malformed):
-        _call(target, replace(question, arrays=arrays, reused=False))
-    again = [{name: _read(name, value) for name, value in part.items()} for part in parts]
-    pairs = [(name, part[name], now[name]) for part, now in zip(read, again, strict=True) for name in part]
-    return tuple(name for name, before, after in pairs if not same_bits(before, after))
+def _holds(argument: Array, array: numpy.ndarray) -> bool:
+    """Tell whether an argument still holds the elements of the array; an argument that was deleted does not."""
+    try:
+        return same_bits(_guarded(to_numpy, argument), array)
+    except Failed:
+        return False
 
 
 def _answers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mha_spec_conformance.asking.question import NEGATED
 from mha_spec_conformance.asking.selection import Selection, asks
 from mha_spec_conformance.judging.diagnosis import Diagnosis
 from mha_spec_conformance.judging.judge import Judge
@@ -67,11 +68,7 @@ class Asker:
             return None
         question = asked[0].question()
         answer = self.answer(as_passed(call, question))
-        result = self._judge.result(asked[0], answer)
-        if answer.overwritten and result.outcome == "pass":
-            reason = f"a later call overwrote its result {', '.join(answer.overwritten)}"
-            return replace(result, outcome="fail", reason=reason, clauses=("MHA-PURE-3",))
-        return result
+        return self._judge.result(asked[0], answer)
 
 
 def as_passed(call: Call, question: Question) -> Question:
@@ -87,5 +84,5 @@ def as_passed(call: Call, question: Question) -> Question:
         arrays=arrays,
         options={**question.options, **host},
         placed=call.layouts,
-        reused=call.reused,
+        further=(NEGATED,) if call.reused else (),
     )

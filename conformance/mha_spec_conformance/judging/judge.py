@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import dtype_name
+from mha_spec_conformance.asking.question import AGAIN
 from mha_spec_conformance.suite.conventions import Convention
+from mha_spec_conformance.targets.conversion import same_bits
 
 from .bounds import bounds, precision
 from .compare import gate_b, judge
@@ -15,7 +17,7 @@ from .form import dtype_clause, dtype_fault, form_clauses, form_fault, wrong_dty
 from .result import Result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import numpy
 
@@ -40,11 +42,16 @@ class Judge:
     def result(self, ask: Ask, answer: Answer) -> Result:
         """Judge an answer."""
         result = self._result(ask, answer)
-        clauses = result.clauses or tuple(ask.case.clauses)
-        return replace(result, clauses=clauses, seconds=answer.seconds, deterministic=answer.deterministic)
+        return replace(
+            result,
+            clauses=result.clauses or tuple(ask.case.clauses),
+            seconds=answer.seconds,
+            deterministic=_deterministic(answer),
+            refused=tuple(name for name, further in answer.further.items() if further.kind == "unsupported"),
+        )
 
     def _result(self, ask: Ask, answer: Answer) -> Result:
-        if answer.kind in ("crash", "timeout", "unsupported"):
+        if answer.kind in ("crash", "timeout", "unsupported", "internal"):
             return Result(ask, answer.kind, answer.reason)
         if ask.case.expect == "error":
             return _refusal(ask, answer)
@@ -73,33 +80,34 @@ class Judge:
             result = self._explained(ask, answer.outputs, judgement)
         if result.outcome == "fail":
             return result
-        if (fault := self._layout_fault(result, answer, allowances, run_precision)) is not None:
-            return _failed(result, fault, "MHA-PURE-2")
-        if answer.written:
-            return _failed(result, f"the call wrote to its input {', '.join(answer.written)}", "MHA-PURE-1")
+        for fault, clause in self._further_faults(result, answer, allowances, run_precision):
+            return _failed(result, fault, clause)
         if (name := wrong_dtype(ask, answer.outputs)) is not None:
             return _with_dtype(result, name, answer.outputs)
         if result.outcome == "pass" and "generic" in ask.case.tags:
             return replace(result, note=_note(ask, answer, case_bounds.deviations(run_precision)))
         return result
 
-    def _layout_fault(
+    def _further_faults(
         self, result: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray], run_precision: Precision
-    ) -> str | None:
-        """Name the first layout of the inputs for which the answer is wrong, and the reason."""
-        for layout, outputs in answer.layouts.items():
-            reason = outputs if isinstance(outputs, str) else form_fault(result.ask, outputs)
-            if reason is None and not isinstance(outputs, str):
-                reason = self._unlike(result, outputs, _compare(result.ask, outputs, allowances, run_precision))
-            if reason is not None:
-                plain = "right" if result.outcome == "pass" else str(result.conventions[0])
-                return (
-                    f"the result is {plain} for plain inputs, but wrong for {layout.replace('_', '-')} inputs: {reason}"
-                )
-        return None
+    ) -> Iterator[tuple[str, str]]:
+        """Give the faults of the calls, each with its clause: side effects, then wrong answers to further calls."""
+        for name, written in (("plain", answer.written), *((n, f.written) for n, f in answer.further.items())):
+            if written:
+                inputs = "" if name in ("plain", AGAIN) else f" in a call with {_shown(name)} inputs"
+                yield f"the call wrote to its input {', '.join(written)}{inputs}", "MHA-PURE-1"
+        if answer.overwritten:
+            yield f"a later call overwrote its result {', '.join(answer.overwritten)}", "MHA-PURE-4"
+        for name, further in answer.further.items():
+            reason = further.reason
+            if further.kind == "returned" and (reason := form_fault(result.ask, further.outputs)) is None:
+                judgement = _compare(result.ask, further.outputs, allowances, run_precision)
+                reason = self._unlike(result, further.outputs, judgement)
+            if reason is not None and (further.kind != "unsupported" or name == AGAIN):
+                yield _otherwise(result, name, reason), "MHA-PURE-3" if name == AGAIN else "MHA-PURE-2"
 
     def _unlike(self, result: Result, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> str | None:
-        """Give the reason why outputs for another layout are not judged like those for plain inputs."""
+        """Give the reason why the outputs of a further call are not judged like those of the first call."""
         if result.outcome == "pass" or judgement.passed:
             return judgement.reason if result.outcome == "pass" else "it follows the specification"
         ask = result.ask
@@ -119,6 +127,26 @@ class Judge:
         accepted = [convention for convention in conventions if convention in self.accepted]
         convention = (accepted or conventions)[0]
         return replace(result, outcome="deviation", reason=str(convention), conventions=(convention,))
+
+
+def _deterministic(answer: Answer) -> bool | None:
+    """Tell whether the same call gave the same bits again; None if it was not made, or returned nothing."""
+    again = answer.further.get(AGAIN)
+    if again is None or again.kind != "returned":
+        return None
+    return all(same_bits(array, again.outputs[name]) for name, array in answer.outputs.items())
+
+
+def _shown(layout: str) -> str:
+    return layout.replace("_", "-")
+
+
+def _otherwise(result: Result, name: str, reason: str) -> str:
+    """Describe a wrong answer to a further call."""
+    first = "right" if result.outcome == "pass" else str(result.conventions[0])
+    if name == AGAIN:
+        return f"the first call is {first}, but the same call again is wrong: {reason}"
+    return f"the result is {first} for plain inputs, but wrong for {_shown(name)} inputs: {reason}"
 
 
 def _failed(result: Result, fault: str, clause: str) -> Result:

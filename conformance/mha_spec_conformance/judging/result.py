@@ -11,11 +11,14 @@ if TYPE_CHECKING:
 
     from .compare import Worst
 
-__all__ = ["FAILING", "OUTCOMES", "Result"]
+__all__ = ["FAILING", "INTERNAL", "OUTCOMES", "Result"]
 
 OUTCOMES = ("pass", "fail", "deviation", "error", "crash", "timeout", "unsupported")
 FAILING = frozenset({"fail", "deviation", "error", "crash", "timeout"})
 """The outcomes that make a target not conformant, unless they are accepted or known."""
+
+INTERNAL = "internal"
+"""The outcome of a case that could not be judged because of a fault of the suite."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class Result:
     seconds: float = 0.0
     note: str | None = None
     malformed: bool = False
+    refused: tuple[str, ...] = ()
+    """The further calls that the target refused, as memory layouts that it does not support."""
 
     @property
     def compared(self) -> bool:
         """True if the call returned arrays that can be compared, so that a clause can be broken."""
-        return not self.malformed and self.outcome not in ("error", "crash", "timeout", "unsupported")
+        return not self.malformed and self.outcome not in ("error", "crash", "timeout", "unsupported", INTERNAL)
 
     @property
     def must(self) -> bool:

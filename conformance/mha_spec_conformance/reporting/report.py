@@ -55,11 +55,15 @@ def as_json(run: Run) -> dict[str, object]:
         "verdict": run.verdict,
         "status": run.status,
         "accepted": [str(convention) for convention in sorted(run.accepted)],
-        "known": [{"id": entry.id, "dtype": entry.dtype, "reason": entry.reason} for entry in run.known],
+        "known": [
+            {"id": entry.id, "dtype": entry.dtype, "outcome": entry.outcome, "reason": entry.reason}
+            for entry in run.known
+        ],
         "summary": run.summary,
         "should": run.tally(result for result in run.results if not result.must),
         "features": {name: run.tally(r for r in musts if name in r.ask.features) for name in sorted(features)},
         "conventions": run.conventions,
+        "refused": {name: {"refused": part, "asked": whole} for name, (part, whole) in run.refused.items()},
         "diagnosis": diagnosis.summarise(run.results),
         "notes": [*run.notes, *run.statistics, *run.stale],
         "cases": [_case(result) for result in run.results],

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mha_spec_conformance.judging.result import FAILING, OUTCOMES, Result
+from mha_spec_conformance.judging.result import FAILING, INTERNAL, OUTCOMES, Result
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.spec import clauses
 
@@ -36,6 +36,7 @@ COLOURS = {
     "timeout": "red",
     "deviation": "yellow",
     "unsupported": "dim",
+    "internal": "red",
 }
 
 
@@ -81,7 +82,7 @@ def print_run(screen: Console, run: Run) -> None:
     """Print the failures by kind, a table of the features that failed, and the verdict."""
     for note in run.notes:
         _line(screen, f"Note: {note}.")
-    failing = [r for r in run.results if r.outcome in FAILING and r.must]
+    failing = [r for r in run.results if r.outcome == INTERNAL or (r.outcome in FAILING and r.must)]
     groups = _groups(failing)
     for members in groups[:MOST_GROUPS]:
         _print_group(screen, run, members)
@@ -238,6 +239,7 @@ def _remarks(run: Run) -> list[str]:
             f"In {len(run.statistics)} cases the errors are too large for independent roundings (SHOULD, MHA-ACC-2), "
             f"for example {run.statistics[0]}."
         )
-    if any(result.deterministic is False for result in run.results):
-        lines.append("Two runs of the same call give different bits.")
+    if differing := [f"{r.ask.case.id} {r.ask.dtype}" for r in run.results if r.deterministic is False]:
+        more = f" and {len(differing) - MOST_NAMES} more" if len(differing) > MOST_NAMES else ""
+        lines.append(f"Two runs of the same call give different bits in {', '.join(differing[:MOST_NAMES])}{more}.")
     return lines + run.stale

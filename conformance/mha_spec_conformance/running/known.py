@@ -1,6 +1,7 @@
 """Read known failures, each with its reason. An entry that does not fail is an error, so that no entry becomes stale.
 
-The file is TOML, a table for each reason, with the ids of the cases, in every dtype or only in `dtype`:
+The file is TOML, a table for each reason, with the ids of the cases, in every dtype or only in `dtype`. An entry is
+about a wrong result or an error; to excuse a crash or a timeout, it must name that as its `outcome`:
 
     [[known]]
     reason = "MHA-SOFTMAX-2: scores are kept in float16, issue 12"
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["Known", "KnownError", "excuse", "is_open", "read_known", "stale_entries"]
 
 
+EXPECTED = ("fail", "deviation", "error")
+"""The outcomes that an entry excuses if it names none."""
+
+
 class KnownError(MhaSpecError):
     """A file of known failures cannot be read."""
 
@@ -39,17 +44,22 @@ class Known:
     id: str
     reason: str
     dtype: str | None = None
+    outcome: str | None = None
 
     def covers(self, result: Result) -> bool:
         """Tell whether the entry is about this case and dtype."""
         return result.ask.case.id == self.id and self.dtype in (None, result.ask.dtype)
+
+    def expects(self, result: Result) -> bool:
+        """Tell whether the entry is about a failure of this kind."""
+        return result.outcome in (EXPECTED if self.outcome is None else (self.outcome,))
 
 
 def excuse(result: Result, accepted: frozenset[Convention], known: Iterable[Known]) -> str | None:
     """Give the reason why a failing result does not count: "accepted" or "known"."""
     if result.conventions and accepted.issuperset(result.conventions):
         return "accepted"
-    return "known" if any(entry.covers(result) for entry in known) else None
+    return "known" if any(entry.covers(result) and entry.expects(result) for entry in known) else None
 
 
 def is_open(result: Result, accepted: frozenset[Convention], known: Iterable[Known]) -> bool:
@@ -83,16 +93,17 @@ def _entries(path: Path, number: int, table: object) -> list[Known]:
     ids = fields.pop("id", None)
     ids = ids if isinstance(ids, list) else [ids]
     strings = all(isinstance(value, str) and value.strip() for value in (*ids, *fields.values()))
-    if not ids or not strings or not {"reason"} <= fields.keys() <= {"reason", "dtype"}:
+    if not ids or not strings or not {"reason"} <= fields.keys() <= {"reason", "dtype", "outcome"}:
         raise KnownError(
-            f"known failures {path}: entry {number} must have a reason and an id or a list, and may have a dtype, "
-            f"received {table!r}"
+            f"known failures {path}: entry {number} must have a reason and an id or a list, and may have a dtype "
+            f"and an outcome, received {table!r}"
         )
-    if fields.get("dtype", FLOATING[0]) not in FLOATING:
-        raise KnownError(
-            f"known failures {path}: the dtype of entry {number} must be one of {', '.join(FLOATING)}, "
-            f"received {fields['dtype']!r}"
-        )
+    for field, allowed in (("dtype", FLOATING), ("outcome", tuple(sorted(FAILING)))):
+        if fields.get(field, allowed[0]) not in allowed:
+            raise KnownError(
+                f"known failures {path}: the {field} of entry {number} must be one of {', '.join(allowed)}, "
+                f"received {fields[field]!r}"
+            )
     return [Known(id=name, **fields) for name in ids]
 
 

@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import FLOATING
-from mha_spec_conformance.judging.result import FAILING, OUTCOMES
+from mha_spec_conformance.judging.result import FAILING, INTERNAL, OUTCOMES
 
 from .known import excuse, is_open, stale_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from mha_spec_conformance.asking.selection import Selection
     from mha_spec_conformance.judging.result import Result
@@ -48,8 +48,8 @@ class Run:
 
     @cached_property
     def judged(self) -> list[Result]:
-        """The results that are not `unsupported`."""
-        return [result for result in self.results if result.outcome != "unsupported"]
+        """The results of answers that were judged."""
+        return [result for result in self.results if result.outcome not in ("unsupported", INTERNAL)]
 
     @cached_property
     def deciding(self) -> list[Result]:
@@ -85,25 +85,50 @@ class Run:
         return tuple(name for name in self.required if name in self.not_asked or not self.judged)
 
     @cached_property
+    def refused(self) -> dict[str, tuple[int, int]]:
+        """The features and dtypes of MUST cases that the target refused, each with the numbers refused and asked."""
+        musts = [result for result in self.results if result.must]
+        asked = Counter(name for result in musts for name in _names(result))
+        refused = Counter(name for result in musts if result.outcome == "unsupported" for name in _names(result))
+        return {name: (refused[name], asked[name]) for name in asked if refused[name]}
+
+    @cached_property
+    def required_but_refused(self) -> tuple[str, ...]:
+        """The required features that were judged only in part."""
+        return tuple(name for name in self.required if name in self.refused and name not in self.missing)
+
+    @cached_property
+    def refused_layouts(self) -> dict[str, tuple[int, int]]:
+        """The memory layouts that the target refused, each with the numbers of calls refused and made."""
+        refused = Counter(layout for result in self.judged for layout in result.refused)
+        made = sum(result.ask.every_layout for result in self.judged)
+        return {layout: (number, made) for layout, number in refused.items()}
+
+    @cached_property
+    def internal(self) -> list[Result]:
+        """The results that could not be judged because of a fault of the suite."""
+        return [result for result in self.results if result.outcome == INTERNAL]
+
+    @cached_property
     def stale(self) -> list[str]:
         """Descriptions of the entries of known failures that did not fail."""
         return stale_entries(self.known, self.results, (case.id for case in self.suite.cases), self.complete)
 
     @property
     def status(self) -> int:
-        """The exit status: 2 if no MUST case was judged, 1 if the target fails, else 0.
+        """The exit status: 2 if no MUST case was judged or the suite has a fault, 1 if the target fails, else 0.
 
-        A target fails if a failure is neither accepted nor known, a required feature was not asked, or an entry of the
-        known failures is stale.
+        A target fails if a failure is neither accepted nor known, a required feature was not asked or a case of it was
+        refused, or an entry of the known failures is stale.
         """
-        if not self.deciding:
+        if not self.deciding or self.internal:
             return 2
-        return int(bool(self.failures or self.missing or self.stale))
+        return int(bool(self.failures or self.missing or self.required_but_refused or self.stale))
 
     def tally(self, results: Iterable[Result]) -> dict[str, int]:
-        """Count the results of each outcome."""
+        """Count the results of each outcome; faults of the suite are counted only if there are any."""
         count = Counter(result.outcome for result in results)
-        return {outcome: count[outcome] for outcome in OUTCOMES}
+        return {outcome: count[outcome] for outcome in (*OUTCOMES, *([INTERNAL] if count[INTERNAL] else []))}
 
     @property
     def summary(self) -> dict[str, int]:
@@ -124,11 +149,15 @@ class Run:
     @property
     def verdict(self) -> str:
         """One sentence; it begins with "conformant" only after a complete run without an open failure."""
-        unsupported = len(self.results) - len(self.judged)
+        unsupported = sum(result.outcome == "unsupported" for result in self.results)
         parts = [self._decision() if self.deciding else self._without_decision()]
-        parts += [f"unsupported: {unsupported}"] if unsupported else []
+        parts += [f"faults of the suite: {len(self.internal)}"] if self.internal else []
+        parts += [f"unsupported: {unsupported}{_of(self.refused)}"] if unsupported else []
+        parts += [f"refused memory layouts:{_of(self.refused_layouts)}"] if self.refused_layouts else []
         parts += [f"not asked: {', '.join(self.not_asked)}"] if self.not_asked and self.complete else []
         parts += [f"required but not asked: {', '.join(self.missing)}"] if self.missing else []
+        required = {name: self.refused[name] for name in self.required_but_refused}
+        parts += [f"required but refused:{_of(required)}"] if required else []
         return "; ".join(parts)
 
     def _without_decision(self) -> str:
@@ -146,7 +175,7 @@ class Run:
         count = ", ".join([f"{passed} of {total} passed", *details])
         if not self.complete:
             return f"partial run: {count}" + (f", {len(self.failures)} failed" if passed < total else "")
-        if self.failures or excused["known"]:
+        if self.failures or excused["known"] or self.internal:
             features = dict.fromkeys(f for r in failing if self.excuse(r) != "accepted" for f in r.ask.features)
             return f"not conformant on {', '.join(features)} ({count}, {len(self.failures)} failed)"
         accepting = sorted({str(c) for result in self.judged for c in self.accepted.intersection(result.conventions)})
@@ -154,3 +183,13 @@ class Run:
         return f"conformant on {', '.join(features)} ({count})" + (
             f", accepting {', '.join(accepting)}" if accepting else ""
         )
+
+
+def _names(result: Result) -> tuple[str, ...]:
+    """Name the features and the dtype of a result, which the user may require."""
+    return (*result.ask.features, result.ask.dtype)
+
+
+def _of(counts: Mapping[str, tuple[int, int]]) -> str:
+    """Write counts in parentheses."""
+    return f" ({', '.join(f'{name} {part} of {whole}' for name, (part, whole) in counts.items())})" if counts else ""

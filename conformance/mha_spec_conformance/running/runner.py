@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.asking.pool import Pool
-from mha_spec_conformance.asking.selection import Selection, asks, probes, tried_in_every_layout
+from mha_spec_conformance.asking.selection import Selection, asks, tried_in_every_layout
 from mha_spec_conformance.judging.judge import Judge
 
+from .again import SecondTime
+from .alignment import find_alignment
 from .known import is_open
 from .run import Run
 from .smoke import NothingToJudge, try_smoke_cases
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from mha_spec_conformance.targets.claims import Claims
 
     from .known import Known
+
+    Key = tuple[str, str]
 
 __all__ = ["NothingToJudge", "Settings", "run"]
 
@@ -54,29 +58,37 @@ def run(
         NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
     """
     with Pool(target, settings.jobs, settings.limit) as pool:
-        asked = tried_in_every_layout(asks(suite.cases, pool.claims, settings.selection))
-        if not asked:
-            raise NothingToJudge(
-                f"target {target} has nothing to judge: {_why_nothing(suite, pool.claims, settings.selection)}"
-            )
+        asked = _asked(target, suite, pool.claims, settings.selection)
         judge = Judge(pool.claims, settings.accepted)
         notes = try_smoke_cases(suite, pool, judge)
-        alignment, alignment_note = _alignment(pool, suite, settings.selection, judge)
-        progress(0, len(asked), 0)
+        alignment = find_alignment(pool, suite, settings.selection, judge)
         results, finished = _results(pool, asked, settings, judge, progress)
-        order = {ask.key: number for number, ask in enumerate(asked)}
         return Run(
             suite=suite,
             claims=pool.claims,
             selection=settings.selection,
-            results=tuple(sorted(results, key=lambda result: order[result.ask.key])),
+            results=(*alignment.failures, *(results[ask.key] for ask in asked if ask.key in results)),
             finished=finished,
-            alignment=alignment,
-            notes=(*notes, *alignment_note),
+            alignment=alignment.name,
+            notes=(*notes, *([alignment.note] if alignment.note else [])),
             required=settings.required,
             accepted=settings.accepted,
             known=settings.known,
         )
+
+
+def _asked(target: str, suite: Suite, claims: Claims, selection: Selection) -> list[Ask]:
+    """Give all asks of a run, or raise with the reason why the target cannot be asked what was selected."""
+    asked = tried_in_every_layout(asks(suite.cases, claims, selection))
+    if not asked:
+        raise NothingToJudge(f"target {target} has nothing to judge: {_why_nothing(suite, claims, selection)}")
+    lacking = [dtype for dtype in selection.dtypes if dtype not in claims.dtypes]
+    if lacking:
+        raise NothingToJudge(
+            f"target {target} cannot be judged in {', '.join(lacking)}: it claims {', '.join(claims.dtypes)}; "
+            f"--dtypes asks {', '.join(selection.dtypes)}"
+        )
+    return asked
 
 
 def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
@@ -91,18 +103,24 @@ def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
 
 def _results(
     pool: Pool, asked: list[Ask], settings: Settings, judge: Judge, progress: Callable[[int, int, int], None]
-) -> tuple[list[Result], bool]:
-    """Give the results in the order of the answers, and whether all questions were asked before too many failed."""
+) -> tuple[dict[Key, Result], bool]:
+    """Give the results by case and dtype, and whether all questions were asked before too many failed."""
     by_key = {ask.key: ask for ask in asked}
-    results: list[Result] = []
-    failed = 0
+    second_time = SecondTime(asked)
+    results: dict[Key, Result] = {}
+    count, failed = len(asked) + second_time.count, 0
+    progress(0, count, failed)
     for question, answer in pool.answers(*_groups(asked)):
-        result = judge.result(by_key[question.id, question.dtype], answer)
-        results.append(result)
+        ask = by_key[question.id, question.dtype]
+        results[ask.key] = result = judge.result(ask, answer)
+        second_time.remember(ask, answer)
         failed += is_open(result, settings.accepted, settings.known)
-        progress(len(results), len(asked), failed)
+        progress(len(results), count, failed)
         if settings.max_fail is not None and failed >= settings.max_fail:
-            return results, len(results) == len(asked)
+            return results, False
+    for done, result in enumerate(second_time.amended(pool, judge, results), len(results)):
+        results[result.ask.key] = result
+        progress(min(done, count), count, failed)
     return results, True
 
 
@@ -112,17 +130,3 @@ def _groups(asked: list[Ask]) -> list[Iterator[Question]]:
     for ask in asked:
         groups.setdefault(ask.case.signature, []).append(ask)
     return [(ask.question() for ask in group) for group in sorted(groups.values(), key=len, reverse=True)]
-
-
-def _alignment(pool: Pool, suite: Suite, selection: Selection, judge: Judge) -> tuple[str | None, tuple[str, ...]]:
-    """Find the causal alignment of a target without an offset: its name, or a note if no alignment fits."""
-    by_id = {ask.case.id: (name, ask) for name, ask in probes(suite.cases, pool.claims, selection).items()}
-    outcomes: dict[str, str] = {}
-    for question, answer in pool.answers([ask.question() for _, ask in by_id.values()]):
-        name, ask = by_id[question.id]
-        outcomes[name] = judge.result(ask, answer).outcome
-    tried = [name for name, _ in by_id.values() if outcomes[name] != "unsupported"]
-    fitting = next((name for name in tried if outcomes[name] == "pass"), None)
-    if fitting is not None or not tried:
-        return fitting, ()
-    return None, (f"the causal alignment of the target is none of {', '.join(tried)}",)

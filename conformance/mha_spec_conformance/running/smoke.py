@@ -111,7 +111,7 @@ def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
     arrays = {name: smoke.question.arrays[name] for name in ("query", "key", "value")}
     size = min(length for array in arrays.values() for length in array.shape[1:3])
     arrays = {name: array[:, :size, :size].copy() for name, array in arrays.items()}
-    question = replace(smoke.question, arrays=arrays, options={}, outputs=("output",), layouts=(), repeat=False)
+    question = replace(smoke.question, arrays=arrays, options={}, outputs=("output",), further=())
     operands = [array.astype(numpy.float64) for array in arrays.values()]
     straight = numpy.asarray(reference.attention(*operands))
     swapped = numpy.asarray(reference.attention(*(x.swapaxes(1, 2) for x in operands))).swapaxes(1, 2)

@@ -8,10 +8,13 @@ import numpy
 from mha_spec.arrays import Array, dtype_name, library_of
 from mha_spec.errors import MhaSpecError
 
-__all__ = ["LIBRARIES", "ConversionError", "lay_out", "layouts_of", "same_bits", "to_library", "to_numpy"]
+__all__ = ["LAYOUTS", "LIBRARIES", "ConversionError", "lay_out", "layouts_of", "same_bits", "to_library", "to_numpy"]
 
 LIBRARIES = ("numpy", "torch", "jax", "tensorflow")
 """The array libraries that a target may ask for."""
+
+LAYOUTS = ("strided", "transposed", "tokens_first", "fortran", "expanded", "reversed", "read_only")
+"""The memory layouts, other than the plain layout; only NumPy has the last two."""
 
 _EXCHANGED = {"transposed": (-1, -2), "tokens_first": (1, 2)}
 """The axes that a layout exchanges in memory."""
@@ -23,8 +26,7 @@ class ConversionError(MhaSpecError, TypeError):
 
 def layouts_of(arrays: str) -> tuple[str, ...]:
     """Name the memory layouts, other than the plain layout, that arrays of a library can have."""
-    of_numpy = ("strided", "transposed", "tokens_first", "fortran", "expanded", "reversed", "read_only")
-    return {"numpy": of_numpy, "torch": of_numpy[:-2]}.get(arrays, ())
+    return {"numpy": LAYOUTS, "torch": LAYOUTS[:-2]}.get(arrays, ())
 
 
 def lay_out(array: numpy.ndarray, layout: str) -> numpy.ndarray:
@@ -149,7 +151,5 @@ def _describe(value: object) -> str:
 
 def same_bits(a: numpy.ndarray, b: numpy.ndarray) -> bool:
     """Tell whether two arrays hold the same bits, including NaN payloads and signs of zero."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    first, second = (numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8) for array in (a, b))
-    return numpy.array_equal(first, second)
+    # Methods of the arrays are called, because a target may replace functions of NumPy.
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()

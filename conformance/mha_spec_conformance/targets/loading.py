@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from mha_spec.arrays import FLOATING
 from mha_spec.errors import BackendError, MhaSpecError
 from mha_spec.selection import backend, backend_names
-from mha_spec_conformance.suite.conventions import ConventionError, check_convention
+from mha_spec_conformance.suite.conventions import CONVENTIONS, ConventionError, check_convention
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .claims import PROFILES, Claims
@@ -241,9 +241,16 @@ def _conventions(module: ModuleType) -> dict[str, str]:
     if not isinstance(conventions, dict):
         raise TargetError(f"`conventions` must be a dict, received {conventions!r}")
     try:
-        return dict(check_convention(name, variant) for name, variant in conventions.items())
+        declared = [check_convention(name, variant) for name, variant in conventions.items()]
     except ConventionError as error:
         raise TargetError(f"`conventions`: {error}") from error
+    for convention in declared:
+        if convention.name != "causal_alignment" and convention.variant != CONVENTIONS[convention.name][0]:
+            raise TargetError(
+                f"`conventions` may declare only causal_alignment, received {convention}: convert in the target file, "
+                f"or pass --accept {convention}"
+            )
+    return dict(declared)
 
 
 def _supports(module: ModuleType) -> Callable[[object], object] | None:

@@ -1,0 +1,155 @@
+"""Ask a part of the cases a second time at the end of a run: in another order, and with inputs of stride 0.
+
+The first time, a case is asked among others of its shapes. A target that carries state from case to case answers
+differently in another order (MHA-PURE-3). Few cases have inputs that are constant along an axis, so such cases are made
+here from others (MHA-PURE-2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from mha_spec.arrays import dtype_name
+from mha_spec_conformance.asking.calls import is_parameter
+from mha_spec_conformance.judging.bounds import SPECIFICATION
+from mha_spec_conformance.judging.bounds.evaluation import in_float64
+from mha_spec_conformance.judging.prediction import answer as answer_of
+from mha_spec_conformance.targets.conversion import layouts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from mha_spec_conformance.asking.pool import Pool
+    from mha_spec_conformance.asking.question import Answer
+    from mha_spec_conformance.asking.selection import Ask
+    from mha_spec_conformance.judging.judge import Judge
+    from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.suite.cases import Case
+
+    Key = tuple[str, str]
+
+__all__ = ["SecondTime"]
+
+SEED = 0
+ONE_IN, MOST = 8, 96
+"""The share of the cases that is asked again, and the largest number of them."""
+
+SETTLED = ("pass", "deviation")
+"""The outcomes of cases that are asked a second time."""
+
+NOT_FINITE = frozenset({"nonfinite", "poison", "empty"})
+"""Features of cases whose results are not all finite; none of these is asked with inputs of stride 0."""
+
+
+class SecondTime:
+    """Chooses the cases, remembers their first answers, and judges the second ones."""
+
+    def __init__(self, asked: Sequence[Ask]) -> None:
+        """Choose a seeded part of the cases that must not raise, in a seeded order."""
+        drawn = random.Random(SEED)
+        candidates = [ask for ask in asked if ask.case.expect != "error"]
+        self._chosen = drawn.sample(candidates, min(MOST, -(-len(candidates) // ONE_IN)))
+        self._marked = [ask for ask in asked if ask.every_layout and not NOT_FINITE.intersection(ask.features)]
+        self._digests: dict[Key, bytes] = {ask.key: b"" for ask in self._chosen}
+
+    @property
+    def count(self) -> int:
+        """The number of cases that are asked again."""
+        return len(self._chosen)
+
+    def remember(self, ask: Ask, answer: Answer) -> None:
+        """Keep a digest of the first answer."""
+        if ask.key in self._digests:
+            self._digests[ask.key] = _digest(answer.outputs)
+
+    def amended(self, pool: Pool, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
+        """Ask the second time; give the results, for each case a failure if only the second answer is wrong."""
+        yield from self._in_another_order(pool, judge, results)
+        yield from self._with_stride_0(pool, judge, results)
+
+    def _in_another_order(self, pool: Pool, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
+        asked = {ask.key: ask for ask in self._chosen if results[ask.key].outcome in SETTLED}
+        for question, answer in pool.answers(
+            *([replace(ask, every_layout=False).question()] for ask in asked.values())
+        ):
+            first, second = (
+                results[question.id, question.dtype],
+                judge.result(asked[question.id, question.dtype], answer),
+            )
+            if second.outcome != first.outcome:
+                yield _failed(first, second, "asked again at the end of the run, the call is wrong", "MHA-PURE-3")
+            elif _digest(answer.outputs) != self._digests[first.ask.key]:
+                yield replace(first, deterministic=False)
+            else:
+                yield first
+
+    def _with_stride_0(self, pool: Pool, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
+        if "expanded" not in layouts_of(pool.claims.arrays):
+            return
+        asked = {}
+        for ask in self._marked:
+            dtype = ask.dtype if ask.dtype != "float64" else "float32"
+            if (ask.case.id, dtype) in results and results[ask.case.id, dtype].outcome == "pass":
+                asked[ask.case.id, dtype] = replace(
+                    ask, case=_constant(ask.case, dtype), dtype=dtype, every_layout=False
+                )
+        questions = [
+            replace(question, placed=dict.fromkeys(question.arrays, "expanded"))
+            for question in (ask.question() for ask in asked.values())
+        ]
+        for question, answer in pool.answers(*([question] for question in questions)):
+            key = question.id, question.dtype
+            second = judge.result(asked[key], answer)
+            if second.outcome == "unsupported":
+                yield replace(results[key], refused=tuple(dict.fromkeys((*results[key].refused, "expanded"))))
+            elif second.outcome != "pass":
+                yield _failed(results[key], second, "the call with inputs of stride 0 is wrong", "MHA-PURE-2")
+
+
+def _failed(first: Result, second: Result, fault: str, clause: str) -> Result:
+    """Give the failure of a case whose first answer was right and whose second answer is not."""
+    outcome = second.outcome if second.outcome in ("error", "crash", "timeout", "internal") else "fail"
+    reason = f"the first answer is right, but {fault}: {second.reason or second.outcome}"
+    return replace(first, outcome=outcome, reason=reason, clauses=(clause,), diagnosis=(), conventions=())
+
+
+def _digest(outputs: Mapping[str, numpy.ndarray]) -> bytes:
+    digest = hashlib.sha256()
+    for name, array in sorted(outputs.items()):
+        digest.update(f"{name} {dtype_name(array)} {array.shape}".encode() + array.tobytes())
+    return digest.digest()
+
+
+def _constant(case: Case, dtype: str) -> Case:
+    """Make every array the same in all batch entries, and keys and values in all heads; expect what the formula gives.
+
+    The expected values are those of the reference in float64, which is exact enough for narrower dtypes.
+    """
+    arrays = {name: _repeated(name, array) for name, array in case.inputs(dtype).items()}
+    values = answer_of(SPECIFICATION, case.function, in_float64(arrays), case.options)
+    expected = {name: numpy.asarray(values[name], numpy.float64) for name in case.expected}
+
+    def entries(part: str, named: Mapping[str, numpy.ndarray]) -> dict[str, dict[str, Any]]:
+        return {
+            name: {"shape": array.shape, "dtype": dtype_name(array), "file": part, "tensor": name}
+            | {"kinds": None, "rows": None}
+            for name, array in named.items()
+        }
+
+    tensors = {
+        (part, name): array for part, named in (("in", arrays), ("out", expected)) for name, array in named.items()
+    }
+    return replace(case, _inputs=entries("in", arrays), _outputs=entries("out", expected), _tensors=tensors)
+
+
+def _repeated(name: str, array: numpy.ndarray) -> numpy.ndarray:
+    """Repeat the first batch entry of an array, and the first head of keys and values."""
+    if array.ndim < 3 or is_parameter(name) or not array.size:
+        return array
+    first = array[:1, :1] if array.ndim == 4 and name in ("key", "value") else array[:1]
+    return numpy.broadcast_to(first, array.shape).copy()

@@ -1,0 +1,52 @@
+"""Find the causal alignment of a target that accepts `causal` but no offset, by calls whose lengths differ."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mha_spec_conformance.asking.selection import probes
+from mha_spec_conformance.judging.result import FAILING
+
+if TYPE_CHECKING:
+    from mha_spec_conformance.asking.pool import Pool
+    from mha_spec_conformance.asking.selection import Selection
+    from mha_spec_conformance.judging.judge import Judge
+    from mha_spec_conformance.judging.result import Result
+    from mha_spec_conformance.suite.cases import Suite
+
+__all__ = ["Alignment", "find_alignment"]
+
+OF_NO_ALIGNMENT = frozenset({"error", "crash", "timeout", "internal"})
+"""The outcomes that count even if the target follows another alignment than the probe."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The alignment that explains all probes, or None, and the probes that fail."""
+
+    name: str | None = None
+    note: str | None = None
+    failures: tuple[Result, ...] = ()
+
+
+def find_alignment(pool: Pool, suite: Suite, selection: Selection, judge: Judge) -> Alignment:
+    """Ask the probes of every alignment, and choose the first alignment whose probes all pass.
+
+    A probe of another alignment fails only if the call did not return. If no alignment fits, every probe fails that is
+    wrong.
+    """
+    asked = {ask.key: (name, ask) for name, asks in probes(suite.cases, pool.claims, selection).items() for ask in asks}
+    results: defaultdict[str, list[Result]] = defaultdict(list)
+    for question, answer in pool.answers([ask.question() for _, ask in asked.values()]):
+        name, ask = asked[question.id, question.dtype]
+        result = judge.result(ask, answer)
+        if result.outcome != "unsupported":
+            results[name].append(result)
+    fitting = next((name for name, tried in results.items() if all(result.outcome == "pass" for result in tried)), None)
+    counting = FAILING | OF_NO_ALIGNMENT if fitting is None else OF_NO_ALIGNMENT
+    failures = tuple(result for tried in results.values() for result in tried if result.outcome in counting)
+    if fitting is not None or not results:
+        return Alignment(fitting, None, failures)
+    return Alignment(None, f"the causal alignment of the target is none of {', '.join(results)}", failures)
