@@ -108,7 +108,7 @@ def named(function: str, keywords: Mapping[str, object], returned: object) -> di
 def _kind(value: object) -> str:
     return (
         f"a {type(value).__name__} of {len(value)}"
-        if isinstance(value, (tuple, list))
+        if isinstance(value, (tuple, list)) and type(value) in (tuple, list)
         else f"an object of type {type(value).__name__}"
     )
 
@@ -163,7 +163,11 @@ def _parts(arguments: Arguments) -> Iterator[dict[str, Any]]:
 
 
 def joined(parts: list[dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:
-    """Join the outputs of a sequence of calls by name, along the axis of queries."""
+    """Join the outputs of a sequence of calls by name, along the axis of queries.
+
+    Raises:
+        MalformedResult: The outputs of the calls have shapes that do not fit together.
+    """
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: _joined(name, [part[name] for part in parts if name in part]) for name in names}
 
@@ -171,4 +175,10 @@ def joined(parts: list[dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:
 def _joined(name: str, arrays: list[numpy.ndarray]) -> numpy.ndarray:
     if len(arrays) == 1:
         return numpy.asarray(arrays[0])
-    return numpy.concatenate(arrays, axis=QUERY_AXES.get(name, 1))
+    try:
+        return numpy.concatenate(arrays, axis=QUERY_AXES.get(name, 1))
+    except (ValueError, TypeError, MemoryError) as error:
+        shapes = ", ".join(str(array.shape) for array in arrays[:4])
+        raise MalformedResult(
+            f"`{name}` of {len(arrays)} calls cannot be joined, received the shapes {shapes}"
+        ) from error

@@ -2,122 +2,201 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import pickle
-import shutil
 import signal
+import sys
 import time
-from collections import deque
+from contextlib import contextmanager
 from multiprocessing.connection import wait
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.suite.text import one_line
 from mha_spec_conformance.targets.loading import TargetError
-from mha_spec_conformance.targets.loading import load as load_target
 
+from . import files
+from .process import Process
+from .protocol import (
+    MOST_LINE_BYTES,
+    ProtocolError,
+    answer_from,
+    claims_from,
+    hello_message,
+    line_of,
+    message_from,
+    question_message,
+)
 from .question import Answer, Question
-from .worker import serve
+from .scratch import Scratch
+from .serving import LOADER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Generator, Iterable, Iterator, Sequence
+    from pathlib import Path
     from types import TracebackType
-    from typing import Self
+    from typing import Any, Self
 
-    from mha_spec_conformance.targets.loading import Target
+    from mha_spec_conformance.targets.claims import Claims
 
 __all__ = ["Pool"]
 
 AHEAD = 4
 """The number of questions that a worker holds, so that it does not wait while the parent process compares."""
 
-STARTUP_SECONDS = 300.0
-"""Time limit for importing a target, which may import a whole framework."""
+LONGEST_START, SHORTEST_START = 300.0, 60.0
+"""The limits of the time in which a program must send its claims; it may import a whole framework."""
 
-MEMORY = Path("/dev/shm")
-"""A folder in memory for questions and answers, used if it has enough space."""
+STARTS = 5
+"""The time in which a program must start, in time limits of a question, between the limits above."""
 
-ENOUGH_MEMORY = 2**28
+MOST_STARTS = 3
+"""The number of times in a row that a program may fail to start, before it is not started again."""
 
+BOOTSTRAP = "import sys; sys.path[:] = {path!r}; from mha_spec_conformance.asking.serving import main; main()"
 
-def _fast_folder() -> str | None:
-    """Give the folder for questions and answers; None means the temporary folder of the system."""
-    usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ENOUGH_MEMORY
-    return str(MEMORY) if usable else None
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Worker:
-    """One process of the target, the questions that it holds, oldest first, and the group of its next questions."""
+    """One process of the target, the questions that it holds by number, and the group of its next questions."""
 
-    def __init__(self, target: str, folder: Path, load: Callable[[str], Target]) -> None:
-        self.target = target
-        self.load = load
+    def __init__(self, pool: Pool, folder: Path) -> None:
+        self.pool = pool
         self.folder = folder
-        self.held: deque[Question] = deque()
+        self.held: dict[int, Question] = {}
         self.group: Iterator[Question] = iter(())
-        self.count = 0
-        self.start()
-
-    def start(self) -> None:
-        """Start the process, load the target in it, and keep its claims."""
-        context = multiprocessing.get_context("spawn")
-        self.connection, process_end = context.Pipe()
-        self.printed = self.folder / "printed"
-        self.process = context.Process(target=serve, args=(process_end, self.target, str(self.printed), self.load))
-        self.process.start()
-        process_end.close()
-        self.claims = self._claims()
+        self.number = 0
+        self.failed_starts = 0
+        self.lost: set[int] = set()
+        self.process: Process | None = None
+        self.reason_of_no_process = ""
         self.since = time.monotonic()
-        self.stopped = False
 
-    def _claims(self) -> Claims:
-        try:
-            received = (
-                self.connection.recv()
-                if self.connection.poll(STARTUP_SECONDS)
-                else f"target {self.target} did not load in {STARTUP_SECONDS:.0f} s"
-            )
-        except EOFError:
-            received = f"target {self.target} ended the process while it was imported: {self._ending()}"
-        if isinstance(received, Claims):
-            return received
+    def start(self) -> Claims:
+        """Start the process and receive its claims.
+
+        Raises:
+            TargetError: The process does not start, or the target cannot be judged.
+        """
         self.stop()
-        raise TargetError(str(received))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.process = Process(self.pool.command, self.folder)
+            self.process.send(line_of(hello_message(self.folder)))
+            claims = claims_from(self._first_message(), self.pool.target, trusted=self.pool.python)
+        except OSError as error:
+            raise TargetError(f"target {self.pool.target} cannot be started: {error.strerror}") from error
+        except BaseException:
+            self.stop()
+            raise
+        self.failed_starts = 0
+        self.since = time.monotonic()
+        return claims
+
+    def _first_message(self) -> dict[str, Any]:
+        assert self.process is not None
+        limit = min(LONGEST_START, max(SHORTEST_START, STARTS * self.pool.limit))
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline:
+            ended = self.process.ended
+            if lines := self.process.lines(MOST_LINE_BYTES):
+                try:
+                    return message_from(lines[0])
+                except ProtocolError as error:
+                    raise TargetError(f"target {self.pool.target} {error}") from error
+            if ended:
+                what = "ended the process while it was imported" if self.pool.python else "did not send claims"
+                raise TargetError(f"target {self.pool.target} {what}: {self.process.ending()}")
+            wait([self.process.waited_for], timeout=0.1)
+        raise TargetError(f"target {self.pool.target} did not load in {limit:.0f} s")
 
     def ask(self, question: Question) -> None:
         """Send a question; start the process if it is not running."""
-        if self.stopped:
-            self.start()
+        if self.process is None:
+            self._restart()
         if not self.held:
             self.since = time.monotonic()
-        self.held.append(question)
-        self._send(question)
+        self.number += 1
+        self.held[self.number] = question
+        self._send(self.number)
 
-    def _send(self, question: Question) -> None:
-        self.count += 1
-        path = self.folder / f"{self.count}.pickle"
-        path.write_bytes(pickle.dumps(question, protocol=5))
-        try:
-            self.connection.send(str(path))
-        except OSError:
+    def _restart(self) -> None:
+        """Start the process again; if it does not start, keep the reason, which is the answer to every question."""
+        if self.failed_starts >= MOST_STARTS:
             return
-
-    def answer(self, limit: float) -> Answer | None:
-        """Give the answer to the oldest question, or None if there is none; replace a process that ended or hangs."""
         try:
-            if self.connection.poll():
-                path = Path(self.connection.recv())
-                self.since = time.monotonic()
-                reply: Answer = pickle.loads(path.read_bytes())
-                path.unlink()
-                return _checked(reply)
-        except (EOFError, OSError):
-            return self._replace(Answer("crash", reason=self._ending(), seconds=time.monotonic() - self.since))
+            self.start()
+        except TargetError as error:
+            self.failed_starts += 1
+            self.reason_of_no_process = f"the target could not be started again: {error}"
+
+    def _send(self, number: int) -> None:
+        if self.process is None:
+            return
+        question = self.held[number]
+        message = question_message(question, number, self.folder, self.pool.claims.further)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.write(self.folder / f"{number}.question", question.arrays)
+        except OSError as error:
+            message["arrays"] = ""
+            self.reason_of_no_process = f"the question cannot be written: {error.strerror}"
+        self.process.send(line_of(message))
+
+    def arrived(self, limit: float) -> list[tuple[Question, Answer]]:
+        """Give the answers that have arrived; replace a process that ended, hangs, or breaks the protocol."""
+        if not self.held:
+            return []
+        if self.process is None:
+            return [self._taken(next(iter(self.held)), Answer("crash", reason=self.reason_of_no_process))]
+        ended = self.process.ended
+        answers: list[tuple[Question, Answer]] = []
+        for line in self.process.lines(MOST_LINE_BYTES):
+            try:
+                answers += self._read(line)
+            except ProtocolError as error:
+                return [*answers, *self._replaced("crash", f"the process {error}")]
+        if answers or not self.held:
+            return answers
+        if ended:
+            return self._replaced("crash", self.process.ending())
         if time.monotonic() - self.since > limit:
-            return self._replace(Answer("timeout", reason=f"no answer in {limit:g} s", seconds=limit))
-        return None
+            return self._replaced("timeout", f"no answer in {limit:g} s")
+        return []
+
+    def _read(self, line: bytes) -> list[tuple[Question, Answer]]:
+        """Read the answer in a line; an answer to a question that is not held, as of a fork, is dropped."""
+        message = message_from(line)
+        number = message.get("number")
+        if message["message"] != "answer" or isinstance(number, bool) or not isinstance(number, int):
+            raise ProtocolError(f"wrote a message that is not an answer: {one_line(message, 200)}")
+        if number not in self.held:
+            return []
+        answer = answer_from(message, self.held[number], self.folder / f"{number}.answer")
+        if answer.kind == "lost" and number not in self.lost:
+            self.lost.add(number)
+            self._send(number)
+            return []
+        self.since = time.monotonic()
+        if answer.kind == "lost":
+            answer = Answer("internal", reason=answer.reason)
+        return [self._taken(number, answer)]
+
+    def _taken(self, number: int, answer: Answer) -> tuple[Question, Answer]:
+        """Remove a question and its files."""
+        for kind in ("question", "answer"):
+            (self.folder / f"{number}.{kind}").unlink(missing_ok=True)
+        self.lost.discard(number)
+        return self.held.pop(number), answer
+
+    def _replaced(self, kind: str, reason: str) -> list[tuple[Question, Answer]]:
+        """Blame the oldest question, and ask a new process those that follow."""
+        seconds = time.monotonic() - self.since
+        answered = [self._taken(next(iter(self.held)), Answer(kind, reason=reason, seconds=seconds))]
+        self.stop()
+        following = list(self.held.values())
+        self.held.clear()
+        for question in following:
+            self.ask(question)
+        return answered
 
     def take(self, waiting: Iterator[Iterator[Question]]) -> None:
         """Ask the next question of the group of the worker, or of a new group if that group has ended."""
@@ -129,74 +208,53 @@ class Worker:
             self.ask(question)
 
     def forget(self) -> None:
-        """Drop the questions that are held, and stop the process, because its answers would otherwise arrive later."""
+        """Drop the questions that are held, and stop the process, because it would go on to answer them."""
         self.group = iter(())
         if self.held:
             self.held.clear()
             self.stop()
 
-    def _replace(self, answer: Answer) -> Answer:
-        """Start a new process for the questions that follow; without any, it starts with the next question."""
-        self.stop()
-        following = list(self.held)[1:]
-        if following:
-            self.start()
-        for question in following:
-            self._send(question)
-        return answer
-
-    def _ending(self) -> str:
-        self.process.join(5)
-        code = self.process.exitcode
-        how = (
-            "still running"
-            if code is None
-            else f"exit status {code}"
-            if code >= 0
-            else f"signal {signal.Signals(-code).name}"
-        )
-        lines = self.printed.read_text(errors="replace").strip().splitlines() if self.printed.exists() else []
-        return f"the process ended with {how}" + (f"; last printed: {lines[-1][:200]}" if lines else "")
-
     def stop(self) -> None:
         """Kill the process; the next question starts another process."""
-        self.stopped = True
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-        self.printed.unlink(missing_ok=True)
-
-
-def _checked(answer: Answer) -> Answer:
-    """Return the answer, but raise if it reports a fault of the suite."""
-    if answer.kind == "internal":
-        raise RuntimeError(answer.reason)
-    return answer
+        if self.process is not None:
+            self.process.stop()
+        self.process = None
 
 
 class Pool:
     """Runs `jobs` workers of a target; use it as a context manager, which ends all processes."""
 
     def __init__(
-        self, target: str, jobs: int = 1, limit: float = 60.0, load: Callable[[str], Target] = load_target
+        self,
+        target: str,
+        jobs: int = 1,
+        limit: float = 60.0,
+        *,
+        loading: Sequence[str] = (LOADER,),
+        command: Sequence[str] | None = None,
     ) -> None:
-        """Start the workers; each loads the target by calling `load`, which must be a function of a module."""
+        """Start the workers.
+
+        Args:
+            target: The name of the target.
+            jobs: The number of processes.
+            limit: The time limit of a question in seconds.
+            loading: The function that loads a target in Python, as `module:function`, and its further arguments.
+            command: The program of a target that is not in Python, with its arguments.
+        """
+        self.target = target
         self.limit = limit
-        self._folder = TemporaryDirectory(prefix="mha-spec-", dir=_fast_folder(), ignore_cleanup_errors=True)
-        self._workers: list[Worker] = []
+        self.python = command is None
+        bootstrap = BOOTSTRAP.format(path=list(sys.path))
+        self.command = command or [sys.executable, "-P", "-c", bootstrap, target, *loading]
+        self._scratch = Scratch()
+        self._workers = [Worker(self, self._scratch.folder(str(number))) for number in range(jobs)]
         try:
-            for number in range(jobs):
-                folder = Path(self._folder.name) / str(number)
-                folder.mkdir()
-                self._workers.append(Worker(target, folder, load))
+            for worker in self._workers:
+                self.claims = worker.start()
         except BaseException:
             self.close()
             raise
-
-    @property
-    def claims(self) -> Claims:
-        """The claims of the target."""
-        return self._workers[0].claims
 
     def __enter__(self) -> Self:
         return self
@@ -208,10 +266,11 @@ class Pool:
 
     def close(self) -> None:
         """End every process and remove the files."""
-        for worker in self._workers:
-            worker.stop()
-        self._workers.clear()
-        self._folder.cleanup()
+        with _undisturbed():
+            for worker in self._workers:
+                worker.stop()
+            self._workers.clear()
+            self._scratch.remove()
 
     def answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
         """Ask all questions; yield each with its answer, in the order in which the answers arrive.
@@ -229,19 +288,25 @@ class Pool:
         waiting = map(iter, groups)
         self._hand_out(waiting)
         while any(worker.held for worker in self._workers):
-            arrived = [
-                (worker, reply)
-                for worker in self._workers
-                if worker.held and (reply := worker.answer(self.limit)) is not None
-            ]
-            done = [(worker.held.popleft(), reply) for worker, reply in arrived]
+            arrived = [pair for worker in self._workers for pair in worker.arrived(self.limit)]
             self._hand_out(waiting)
-            yield from done
-            if not done:
-                wait([worker.connection for worker in self._workers if worker.held], timeout=min(0.2, self.limit / 4))
+            yield from arrived
+            if not arrived:
+                processes = [worker.process for worker in self._workers if worker.held]
+                wait([p.waited_for for p in processes if p is not None], timeout=min(0.05, self.limit / 4))
 
     def _hand_out(self, waiting: Iterator[Iterator[Question]]) -> None:
         for _ in range(AHEAD):
             for worker in self._workers:
                 if len(worker.held) < AHEAD:
                     worker.take(waiting)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold back the signals that end a run, so that the cleaning is not interrupted."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -41,8 +41,12 @@ class Question:
     tags: tuple[str, ...] = ()
     further: tuple[str, ...] = ()
     """The calls that follow the first; a target makes those that it can make."""
+    host: Mapping[str, str] = field(default_factory=dict)
+    """The arrays that are passed as host data, with their form: "list" or "numpy"."""
     placed: Mapping[str, str] = field(default_factory=dict)
     """The layouts of single arrays; all other arrays have the plain layout."""
+    most_bytes: int = 2**26
+    """The size of the arrays of an answer; an output that is larger is described only by its shape and dtype."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,9 +82,9 @@ class Answer:
     """The answer to a question.
 
     `kind` is "returned", "raised", "unsupported", "malformed" (the results are not arrays that can be compared),
-    "crash", "timeout" or "internal" (a fault of the suite); `reason` explains all but the first. `written` names the
-    inputs that the call wrote to, and `overwritten` the outputs that a further call changed. `foreign` is the library
-    of the outputs if it is not that of the inputs.
+    "crash", "timeout", "internal" (a fault of the suite) or "lost" (the program could not read the question); `reason`
+    explains all but the first. `written` names the inputs that the call wrote to, and `overwritten` the outputs that a
+    further call changed. `foreign` is the library of the outputs if it is not that of the inputs.
     """
 
     kind: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 ALIGNED = tuple(name for name, function in FUNCTIONS.items() if "causal" in function.keywords and not function.of_layer)
 """The functions in whose cases the offset of the causal diagonal can be read from the shapes of query and key."""
+
+LEAST_ROOM, WIDEST = 2**20, 16
+"""The bytes that an answer may have in addition to its outputs, and those of an element of the widest dtype."""
 
 __all__ = ["Ask", "Selection", "alignments", "asks", "matches", "probes", "tried_in_every_layout"]
 
@@ -93,7 +97,13 @@ class Ask:
             clauses=tuple(case.clauses),
             tags=tuple(case.tags),
             further=FURTHER if self.every_layout else (),
+            most_bytes=self._most_bytes(),
         )
+
+    def _most_bytes(self) -> int:
+        """Give a size that the outputs of all calls stay below in every dtype."""
+        elements = sum(math.prod(self.case.expected[name].shape) for name in self.outputs if name in self.case.expected)
+        return LEAST_ROOM + elements * WIDEST * (1 + len(FURTHER))
 
 
 def _plain(value: object) -> object:

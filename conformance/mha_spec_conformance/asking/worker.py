@@ -1,24 +1,19 @@
-"""The process of the target: it loads the target, sends its claims, and answers questions until the runner ends.
-
-Messages through the pipe are small: the claims or the name of a file. Questions and answers lie in files, so that
-neither side waits for the other to read. The output that the target prints also goes to a file.
-"""
+"""Make the calls of a question, and turn whatever the target does into an answer."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import signal
-import sys
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mha_spec.arrays import library_of
+import numpy
+
+from mha_spec.arrays import dtype_name, library_of
 from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.text import one_line, text_of
 from mha_spec_conformance.targets.conversion import (
     ConversionError,
     lay_out,
@@ -27,20 +22,18 @@ from mha_spec_conformance.targets.conversion import (
     to_library,
     to_numpy,
 )
-from mha_spec_conformance.targets.loading import Target, TargetError, line_in_target, load
+from mha_spec_conformance.targets.loading import line_in_target
 
 from .calls import MalformedResult, arranged, joined, layer_answers, named
 from .question import AGAIN, NEGATED, Answer, Further, Question, Raised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from multiprocessing.connection import Connection
-
-    import numpy
 
     from mha_spec.arrays import Array
+    from mha_spec_conformance.targets.loading import Target
 
-__all__ = ["answer", "serve"]
+__all__ = ["answer"]
 
 
 class Malformed(Exception):
@@ -51,46 +44,8 @@ class Failed(Exception):
     """The target, or its library, raised `error`."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
+        super().__init__(text_of(error))
         self.error = error
-
-
-def serve(connection: Connection, name: str, printed: str, load: Callable[[str], Target] = load) -> None:
-    """Send the claims, or the reason why the target cannot be loaded; then answer questions until the runner ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _print_to(printed)
-    os.environ.setdefault("JAX_ENABLE_X64", "1")
-    try:
-        target = load(name)
-    except TargetError as error:
-        connection.send(str(error))
-        return
-    connection.send(target.claims)
-    while True:
-        try:
-            path = Path(connection.recv())
-        except EOFError:
-            return
-        question = pickle.loads(path.read_bytes())
-        path.write_bytes(pickle.dumps(_reply(target, question), protocol=5))
-        connection.send(str(path))
-
-
-def _print_to(file: str) -> None:
-    """Send all output, including that of C code, to a file, because the terminal shows the report."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-
-
-def _reply(target: Target, question: Question) -> Answer:
-    """Answer the question; report an exception of this package as a fault of the suite, not of the target."""
-    try:
-        return answer(target, question)
-    except Exception as error:
-        return Answer("internal", reason=f"{question.id}: {_raised(error)}")
 
 
 def answer(target: Target, question: Question) -> Answer:
@@ -104,7 +59,7 @@ def answer(target: Target, question: Question) -> Answer:
         return Answer("malformed", reason=str(error), seconds=time.perf_counter() - start)
     except Failed as failed:
         if isinstance(failed.error, NotImplementedError):
-            reason = str(failed.error) or "NotImplementedError"
+            reason = text_of(failed.error) or "NotImplementedError"
             return Answer("unsupported", reason=reason, seconds=time.perf_counter() - start)
         raised = _raised(failed.error)
         return Answer("raised", reason=str(raised), raised=raised, seconds=time.perf_counter() - start)
@@ -114,7 +69,14 @@ def _unsupported(target: Target, question: Question) -> str | None:
     supported = True if target.supports is None else _guarded(target.supports, question)
     if supported is True:
         return None
-    return supported if isinstance(supported, str) else f"supports(question) returned {supported!r}"
+    return text_of(supported) if isinstance(supported, str) else f"supports(question) returned {_repr(supported)}"
+
+
+def _repr(value: object) -> str:
+    try:
+        return one_line(repr(value), 200)
+    except BaseException:
+        return f"an object of type {type(value).__name__}"
 
 
 @dataclass(frozen=True)
@@ -123,13 +85,14 @@ class _Called:
 
     parts: list[dict[str, Array]]
     read: list[dict[str, numpy.ndarray]]
+    outputs: dict[str, numpy.ndarray]
     written: tuple[str, ...]
     foreign: str | None
 
     @property
     def overwritten(self) -> tuple[str, ...]:
         """The outputs that have changed since they were returned."""
-        pairs = [(part, read) for part, read in zip(self.parts, self.read, strict=True)]
+        pairs = zip(self.parts, self.read, strict=True)
         return tuple(name for part, read in pairs for name in part if not _holds(part[name], read[name]))
 
 
@@ -145,7 +108,7 @@ def _ask(target: Target, question: Question) -> Answer:
             further[name] = _further(target, question, "plain" if name == AGAIN else name, calls)
     return Answer(
         "returned",
-        joined(first.read),
+        first.outputs,
         written=first.written,
         further=further,
         foreign=first.foreign,
@@ -160,14 +123,13 @@ def _further(target: Target, question: Question, layout: str, calls: list[_Calle
     """Make a further call of the question, and add it to the calls."""
     try:
         call = _call(target, question, layout)
-        outputs = joined(call.read)
     except Malformed as error:
         return Further("malformed", reason=str(error))
     except Failed as failed:
         refused = isinstance(failed.error, NotImplementedError)
         return Further("unsupported" if refused else "raised", reason=str(_raised(failed.error)))
     calls.append(call)
-    return Further("returned", outputs, written=call.written)
+    return Further("returned", call.outputs, written=call.written)
 
 
 def _call_with_other_numbers(target: Target, question: Question) -> None:
@@ -186,28 +148,46 @@ def _guarded(function: Callable[..., object], *arguments: object, **keywords: ob
 
 
 def _raised(error: BaseException) -> Raised:
-    return Raised(tuple(cls.__name__ for cls in type(error).__mro__), str(error), line_in_target(error))
+    return Raised(tuple(cls.__name__ for cls in type(error).__mro__), text_of(error), line_in_target(error))
 
 
 def _call(target: Target, question: Question, layout: str = "plain") -> _Called:
     """Call once, with new arrays."""
-    claims = target.claims
-    arguments = {
-        name: _guarded(to_library, array, claims.arrays, claims.device, question.placed.get(name, layout))
-        for name, array in question.arrays.items()
-    }
+    arguments = {name: _argument(target, question, name, question.placed.get(name, layout)) for name in question.arrays}
     function = partial(_guarded, target.functions[question.function])
     parts = _answers(function, question, {**arguments, **question.options})
-    read = [{name: _read(name, value) for name, value in part.items()} for part in parts]
-    libraries = {library_of(value) for part in parts for value in part.values() if arguments} - {claims.arrays}
-    changed = tuple(name for name, array in question.arrays.items() if not _holds(arguments[name], array))
-    return _Called(parts, read, changed, next(iter(libraries), None))
+    read = [{name: _read(name, value, question.most_bytes) for name, value in part.items()} for part in parts]
+    on_device = [name for name in question.arrays if name not in question.host]
+    libraries = {_library(value) for part in parts for value in part.values() if on_device} - {target.claims.arrays}
+    kept = {name: array for name, array in question.arrays.items() if question.host.get(name) != "list"}
+    changed = tuple(name for name, array in kept.items() if not _holds(arguments[name], array))
+    return _Called(parts, read, _joined(read), changed, next(iter(libraries), None))
+
+
+def _argument(target: Target, question: Question, name: str, layout: str) -> object:
+    """Convert an array to the library of the target, or to the form of host data that the question asks for."""
+    array, host = question.arrays[name], question.host.get(name)
+    if host is not None:
+        return array.tolist() if host == "list" else array.copy()
+    return _guarded(to_library, array, target.claims.arrays, target.claims.device, layout)
+
+
+def _library(value: Array) -> str | None:
+    """Name the library of an output, also if its class answers no question."""
+    return _guarded(library_of, value)
+
+
+def _joined(read: list[dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:
+    try:
+        return joined(read)
+    except MalformedResult as error:
+        raise Malformed(str(error)) from None
 
 
 def _holds(argument: Array, array: numpy.ndarray) -> bool:
-    """Tell whether an argument still holds the elements of the array; an argument that was deleted does not."""
+    """Tell whether an argument or result still holds the elements of the array; one that was deleted does not."""
     try:
-        return same_bits(_guarded(to_numpy, argument), array)
+        return _is_stand_in(array) or same_bits(_guarded(to_numpy, argument), array)
     except Failed:
         return False
 
@@ -220,6 +200,10 @@ def _answers(
         results = list(_results(function, question.function, arguments))
     except MalformedResult as error:
         raise Malformed(str(error)) from None
+    except Failed:
+        raise
+    except Exception as error:
+        raise Malformed(f"{question.function} returned an object that cannot be read: {one_line(error)}") from error
     return _asked_outputs(question, results)
 
 
@@ -239,10 +223,25 @@ def _asked_outputs(question: Question, results: list[dict[str, Array]]) -> list[
     return [{name: part[name] for name in question.outputs if name in part} for part in results]
 
 
-def _read(name: str, value: Array) -> numpy.ndarray:
+def _read(name: str, value: Array, most_bytes: int) -> numpy.ndarray:
+    """Copy an output to NumPy; one that exceeds the limit is replaced by an array of its shape without memory."""
     try:
+        if (shape := _too_large(value, most_bytes)) is not None:
+            return numpy.broadcast_to(numpy.zeros((), dtype_name(value)), shape)
         return lay_out(_guarded(to_numpy, value), "plain")
     except Failed as failed:
         if isinstance(failed.error, ConversionError):
-            raise Malformed(f"`{name}` must be an array: {failed.error}") from None
+            raise Malformed(f"`{name}` must be an array: {text_of(failed.error)}") from None
         raise
+
+
+def _too_large(value: Array, most_bytes: int) -> tuple[int, ...] | None:
+    """Give the shape of an array that has more elements than an answer may have bytes."""
+    if _library(value) is None:
+        return None
+    shape = _guarded(lambda: tuple(map(int, value.shape)))
+    return shape if math.prod(shape) > most_bytes else None
+
+
+def _is_stand_in(array: numpy.ndarray) -> bool:
+    return array.size > 1 and not any(array.strides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -12,14 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.asking.pool import Pool
+from mha_spec_conformance.asking.serving import LOADER
 from mha_spec_conformance.fuzzing.asking import Asker
 from mha_spec_conformance.fuzzing.case import case_of, save
 from mha_spec_conformance.fuzzing.script import script_of
 from mha_spec_conformance.fuzzing.search import RoundIsOver, Search
-from mha_spec_conformance.fuzzing.worlds import load_in_world, world_of
+from mha_spec_conformance.fuzzing.worlds import world_of
 from mha_spec_conformance.reporting.terminal import COLOURS, console, details
 from mha_spec_conformance.suite.conventions import parse_convention
-from mha_spec_conformance.targets.loading import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
     from mha_spec_conformance.fuzzing.search import Finding, Outcome
 
 __all__ = ["fuzz"]
+
+LOADER_IN_WORLD = "mha_spec_conformance.fuzzing.worlds:load_in_world"
 
 LEAST_SECONDS = 1.0
 """The least time limit of a call, however little time is left."""
@@ -57,8 +58,12 @@ def fuzz(
     """Search for wrong answers of a target, print each fault once, save them as cases; give the exit status."""
     screen, name = console(), target if world is None else f"{target} in {world}"
     entered = None if world is None else world_of(target, world)
-    loading = load if world is None else partial(load_in_world, world=world)
-    with TemporaryDirectory() as home, Pool(target, limit=limit, load=loading) as pool, Clock(screen, seconds) as clock:
+    loading = (LOADER,) if world is None else (LOADER_IN_WORLD, world)
+    with (
+        TemporaryDirectory() as home,
+        Pool(target, limit=limit, loading=loading) as pool,
+        Clock(screen, seconds) as clock,
+    ):
         set_hypothesis_home_dir(home)
 
         def answered(question: Question) -> Answer:

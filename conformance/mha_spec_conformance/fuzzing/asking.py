@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mha_spec_conformance.asking.question import NEGATED
 from mha_spec_conformance.asking.selection import Selection, asks
 from mha_spec_conformance.judging.diagnosis import Diagnosis
 from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.judging.result import INTERNAL
 from mha_spec_conformance.mistakes import MISTAKES
 
 from .case import case_of
@@ -68,21 +69,17 @@ class Asker:
             return None
         question = asked[0].question()
         answer = self.answer(as_passed(call, question))
-        return self._judge.result(asked[0], answer)
+        result = self._judge.result(asked[0], answer)
+        if result.outcome == INTERNAL:
+            raise RuntimeError(result.reason)
+        return result
 
 
 def as_passed(call: Call, question: Question) -> Question:
     """Give the question with its arrays as the call passes them: some as host data, some in another layout."""
-    host: dict[str, Any] = {
-        name: question.arrays[name].tolist() if form == "list" else question.arrays[name]
-        for name, form in call.host.items()
-        if name in question.arrays
-    }
-    arrays = {name: array for name, array in question.arrays.items() if name not in host}
     return replace(
         question,
-        arrays=arrays,
-        options={**question.options, **host},
+        host={name: form for name, form in call.host.items() if name in question.arrays},
         placed=call.layouts,
         further=(NEGATED,) if call.reused else (),
     )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import dtype_name
 from mha_spec_conformance.asking.question import AGAIN
 from mha_spec_conformance.suite.conventions import Convention
+from mha_spec_conformance.suite.text import one_line, text_of
 from mha_spec_conformance.targets.conversion import same_bits
 
 from .bounds import bounds, precision
 from .compare import gate_b, judge
 from .diagnosis import Diagnosis
 from .form import dtype_clause, dtype_fault, form_clauses, form_fault, wrong_dtype
-from .result import Result
+from .result import INTERNAL, Result
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Judge"]
 
+MOST_BYTES = 2**31
+"""The size from which outputs are not compared bit by bit; they have a wrong shape, and perhaps no memory."""
+
 
 class Judge:
     """Judges the answers of a target, and remembers which mistakes have explained its failures."""
@@ -40,13 +45,18 @@ class Judge:
         self.diagnosis = Diagnosis()
 
     def result(self, ask: Ask, answer: Answer) -> Result:
-        """Judge an answer."""
-        result = self._result(ask, answer)
+        """Judge an answer; a fault of the judgement is the outcome `internal`."""
+        try:
+            result = self._result(ask, answer)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = one_line(f"{type(error).__name__}: {text_of(error)} ({place.filename}:{place.lineno})")
+            result = Result(ask, INTERNAL, reason)
         return replace(
             result,
             clauses=result.clauses or tuple(ask.case.clauses),
             seconds=answer.seconds,
-            deterministic=_deterministic(answer),
+            deterministic=_deterministic(answer) if result.compared else None,
             refused=tuple(name for name, further in answer.further.items() if further.kind == "unsupported"),
         )
 
@@ -134,7 +144,8 @@ def _deterministic(answer: Answer) -> bool | None:
     again = answer.further.get(AGAIN)
     if again is None or again.kind != "returned":
         return None
-    return all(same_bits(array, again.outputs[name]) for name, array in answer.outputs.items())
+    pairs = [(array, again.outputs[name]) for name, array in answer.outputs.items()]
+    return all(a.shape == b.shape and a.nbytes <= MOST_BYTES and same_bits(a, b) for a, b in pairs)
 
 
 def _shown(layout: str) -> str:

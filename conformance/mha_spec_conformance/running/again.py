@@ -19,7 +19,6 @@ from mha_spec_conformance.asking.calls import is_parameter
 from mha_spec_conformance.judging.bounds import SPECIFICATION
 from mha_spec_conformance.judging.bounds.evaluation import in_float64
 from mha_spec_conformance.judging.prediction import answer as answer_of
-from mha_spec_conformance.targets.conversion import layouts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -62,10 +61,10 @@ class SecondTime:
         """The number of cases that are asked again."""
         return len(self._chosen)
 
-    def remember(self, ask: Ask, answer: Answer) -> None:
-        """Keep a digest of the first answer."""
-        if ask.key in self._digests:
-            self._digests[ask.key] = _digest(answer.outputs)
+    def remember(self, result: Result, answer: Answer) -> None:
+        """Keep a digest of the first answer, if it is settled."""
+        if result.ask.key in self._digests and result.outcome in SETTLED:
+            self._digests[result.ask.key] = _digest(answer.outputs)
 
     def amended(self, pool: Pool, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
         """Ask the second time; give the results, for each case a failure if only the second answer is wrong."""
@@ -89,7 +88,7 @@ class SecondTime:
                 yield first
 
     def _with_stride_0(self, pool: Pool, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
-        if "expanded" not in layouts_of(pool.claims.arrays):
+        if "expanded" not in pool.claims.further:
             return
         asked = {}
         for ask in self._marked:

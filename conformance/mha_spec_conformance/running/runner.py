@@ -113,7 +113,7 @@ def _results(
     for question, answer in pool.answers(*_groups(asked)):
         ask = by_key[question.id, question.dtype]
         results[ask.key] = result = judge.result(ask, answer)
-        second_time.remember(ask, answer)
+        second_time.remember(result, answer)
         failed += is_open(result, settings.accepted, settings.known)
         progress(len(results), count, failed)
         if settings.max_fail is not None and failed >= settings.max_fail:

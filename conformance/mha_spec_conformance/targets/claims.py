@@ -30,6 +30,8 @@ class Claims:
     registered: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: str = "cpu"
+    further: tuple[str, ...] = ()
+    """The further calls that the program of the target can make."""
 
     def accepts(self, function: str, keywords: frozenset[str]) -> bool:
         """Tell whether the target has the function and the function accepts every keyword."""

@@ -127,7 +127,7 @@ def to_numpy(value: Array) -> numpy.ndarray:
 
 
 def _numbers(array: numpy.ndarray) -> numpy.ndarray:
-    if array.dtype.kind in "OSUMm":
+    if array.dtype.kind in "OSUMm" or issubclass(array.dtype.type, numpy.void):
         raise ConversionError(f"an array of dtype={array.dtype} does not hold numbers")
     return array
 
@@ -144,7 +144,7 @@ def _from_torch(tensor: Array) -> numpy.ndarray:
 def _describe(value: object) -> str:
     if value is None:
         return "None (is a `return` missing?)"
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return f"a {type(value).__name__} of {len(value)}"
     return f"an object of type {type(value).__name__}"
 

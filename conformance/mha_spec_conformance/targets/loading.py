@@ -24,6 +24,7 @@ from mha_spec.errors import BackendError, MhaSpecError
 from mha_spec.selection import backend, backend_names
 from mha_spec_conformance.suite.conventions import CONVENTIONS, ConventionError, check_convention
 from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.text import text_of
 
 from .claims import PROFILES, Claims
 from .conversion import LIBRARIES
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
 
-__all__ = ["Target", "TargetError", "line_in_target", "load"]
+__all__ = ["Target", "TargetError", "declared_conventions", "line_in_target", "load"]
 
 REFERENCE = "mha_spec.reference"
 FEATURES = tuple(
@@ -66,7 +67,7 @@ def load(name: str) -> Target:
     Raises:
         TargetError: The target cannot be judged; the message is a single line.
     """
-    _extend_path(Path.cwd())
+    _extend_path(Path(_working_folder()))
     place, _, function = name.rpartition(":") if _names_function(name) else (name, "", "")
     module, registered = (_backend(name), True) if name in backend_names() else (_module(place), place == REFERENCE)
     functions = _functions(module, place, function)
@@ -128,7 +129,20 @@ def line_in_target(error: BaseException) -> str | None:
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     frames = [(file, line) for file, line in frames if not file.startswith(("<", here))]
     of_target = [(file, line) for file, line in frames if not _is_library(file)] or frames
-    return f"{os.path.relpath(of_target[-1][0])}:{of_target[-1][1]}" if of_target else None
+    return f"{_relative(of_target[-1][0])}:{of_target[-1][1]}" if of_target else None
+
+
+def _working_folder() -> str:
+    """Give the working folder, which a target may have removed."""
+    try:
+        return os.getcwd()  # noqa: PTH109
+    except OSError:
+        return os.sep
+
+
+def _relative(file: str) -> str:
+    """Give the path of a file from the working folder; generated code has any name."""
+    return os.path.relpath(file, _working_folder()) if Path(file).is_absolute() else file or "<generated>"
 
 
 def _is_library(file: str) -> bool:
@@ -136,7 +150,7 @@ def _is_library(file: str) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+    return (text_of(error).strip().splitlines() or [""])[0]
 
 
 def _functions(module: ModuleType, place: str, function: str) -> dict[str, Callable[..., object]]:
@@ -174,7 +188,7 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
         arrays=arrays,
         device=device,
         profile=_one_of("profile", _declaration(module, "profile", "standard"), PROFILES),
-        conventions=_conventions(module),
+        conventions=declared_conventions(_declaration(module, "conventions", {})),
         registered=registered,
         versions=_versions(arrays, module),
         hardware=_hardware(arrays, device),
@@ -236,8 +250,12 @@ def _dtypes(module: ModuleType, registered: bool) -> tuple[str, ...]:
     return tuple(dtype for dtype in FLOATING if dtype in dtypes)
 
 
-def _conventions(module: ModuleType) -> dict[str, str]:
-    conventions = _declaration(module, "conventions", {})
+def declared_conventions(conventions: object) -> dict[str, str]:
+    """Check the declared conventions, of which only the causal alignment can differ from the specification.
+
+    Raises:
+        TargetError: A convention or variant does not exist, or is not judged but accepted.
+    """
     if not isinstance(conventions, dict):
         raise TargetError(f"`conventions` must be a dict, received {conventions!r}")
     try:
@@ -261,7 +279,7 @@ def _supports(module: ModuleType) -> Callable[[object], object] | None:
 def _one_of(label: str, value: object, allowed: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise TargetError(f"`{label}` must be one of {', '.join(allowed)}, received {value!r}")
-    return value
+    return str.__str__(value)
 
 
 def _versions(arrays: str, module: ModuleType) -> dict[str, str]:

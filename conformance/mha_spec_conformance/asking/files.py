@@ -1,0 +1,84 @@
+"""Write arrays to safetensors files and read them: the files of questions and answers (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy
+from safetensors import SafetensorError, deserialize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["FileError", "can_hold", "read", "write"]
+
+HEADER_BYTES = 2**20
+"""The size that the header of a file may have, in addition to its arrays."""
+
+NAMES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+}  # fmt: skip
+"""The dtypes of files by the names of NumPy."""
+
+DTYPES = {
+    name: numpy.dtype(ml_dtypes.bfloat16) if kind == "bfloat16" else numpy.dtype(kind) for kind, name in NAMES.items()
+}
+
+
+class FileError(Exception):
+    """A file cannot be read as safetensors; the message begins with a verb."""
+
+
+def can_hold(array: numpy.ndarray, most_bytes: int) -> bool:
+    """Tell whether a file can hold the array."""
+    return array.dtype.name in NAMES and array.nbytes <= most_bytes
+
+
+def write(path: Path, arrays: Mapping[str, numpy.ndarray]) -> None:
+    """Write arrays to a file.
+
+    The format is written here, because the writer of the safetensors package knows neither bfloat16 of ml-dtypes nor,
+    in all versions, the same arguments.
+    """
+    header: dict[str, object] = {}
+    parts: list[bytes] = []
+    start = 0
+    for name, array in arrays.items():
+        parts.append(_little_endian(array).tobytes())
+        stop = start + len(parts[-1])
+        header[name] = {"dtype": NAMES[array.dtype.name], "shape": array.shape, "data_offsets": (start, stop)}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(b"".join((len(text).to_bytes(8, "little"), text, *parts)))
+
+
+def _little_endian(array: numpy.ndarray) -> numpy.ndarray:
+    return array if array.dtype.isbuiltin != 0 else array.astype(array.dtype.newbyteorder("<"))
+
+
+def read(path: Path, most_bytes: int) -> dict[str, numpy.ndarray]:
+    """Read all arrays of a file, which can be written to.
+
+    Raises:
+        FileError: The file does not exist, is not safetensors, is larger than `most_bytes`, or has another dtype.
+    """
+    try:
+        if (size := path.stat().st_size) > most_bytes + HEADER_BYTES:
+            raise FileError(f"has {size} bytes, more than the {most_bytes} that are allowed")
+        return {name: _array(name, entry) for name, entry in deserialize(path.read_bytes())}
+    except OSError as error:
+        raise FileError(f"cannot be read: {error.strerror}") from error
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise FileError(f"is not safetensors: {error}") from error
+
+
+def _array(name: str, entry: Mapping[str, Any]) -> numpy.ndarray:
+    dtype, shape, data = entry["dtype"], entry["shape"], entry["data"]
+    if dtype not in DTYPES:
+        raise FileError(f"has the array {name!r} with the dtype {dtype}, which the protocol does not have")
+    return numpy.frombuffer(bytearray(data), DTYPES[dtype]).reshape(shape)

@@ -1,0 +1,182 @@
+"""Run the program of a target in a session of its own, and end it with every process that it started."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from select import select
+from typing import TYPE_CHECKING
+
+from mha_spec_conformance.suite.text import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["MARK", "Process", "kill_marked"]
+
+MARK = "MHA_SPEC_SCRATCH"
+"""The environment variable that marks all processes of a run with the folder of the run."""
+
+PARENT_DEATH_SIGNAL = 1
+"""The option of prctl by which Linux kills a process when its parent ends."""
+
+KEPT_BYTES = 4096
+"""The part of the printed text that is kept: the end."""
+
+ROUNDS = 20
+"""How often the processes of a run are searched, because a process may fork while the others are killed."""
+
+PROCESSES = Path("/proc")
+
+_LIBRARY = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    if _LIBRARY is not None:
+        _LIBRARY.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+class Process:
+    """A program, its pipes, and the end of what it printed."""
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        """Start the program; its environment names the folder.
+
+        Raises:
+            OSError: The program cannot be started.
+        """
+        self._folder = folder
+        self._popen = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env={**os.environ, MARK: str(folder)},
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509
+        )
+        streams = self._popen.stdin, self._popen.stdout, self._popen.stderr
+        self._stdin, self._stdout, self._stderr = (stream.fileno() for stream in streams if stream is not None)
+        os.set_blocking(self._stdin, False)
+        os.set_blocking(self._stdout, False)
+        self._unsent = self._unread = self._printed = b""
+        self._closed = False
+        self._stopped = threading.Event()
+        self._drain = threading.Thread(target=self._keep_end_of_printed, daemon=True)
+        self._drain.start()
+
+    def _keep_end_of_printed(self) -> None:
+        """Read what the program prints, so that it never waits, and keep the end."""
+        while not self._stopped.is_set():
+            if select([self._stderr], [], [], 0.1)[0]:
+                read = os.read(self._stderr, 2**16)
+                if not read:
+                    return
+                self._printed = (self._printed + read)[-KEPT_BYTES:]
+
+    @property
+    def waited_for(self) -> int:
+        """The descriptor that becomes readable when there is something to read, or the program ends."""
+        return self._stdout
+
+    @property
+    def ended(self) -> bool:
+        """True if the program ended, or closed its standard output; what it wrote can still be read."""
+        return self._closed or self._popen.poll() is not None
+
+    def send(self, line: bytes) -> None:
+        """Write a line, as much of it as the pipe takes; the rest follows when more is sent or read."""
+        self._unsent += line
+        with suppress(BlockingIOError, BrokenPipeError):
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self._stdin, self._unsent) :]
+
+    def lines(self, most_bytes: int) -> list[bytes]:
+        """Read the lines that have arrived; a line that exceeds the limit is given in parts."""
+        self.send(b"")
+        while not self._closed:
+            try:
+                read = os.read(self._stdout, 2**16)
+            except BlockingIOError:
+                break
+            self._closed = not read
+            self._unread += read
+            if len(self._unread) > most_bytes:
+                break
+        *lines, self._unread = self._unread.split(b"\n")
+        if len(self._unread) > most_bytes:
+            lines.append(self._unread)
+            self._unread = b""
+        return lines
+
+    def ending(self) -> str:
+        """Describe how the program ended, with the last line that it printed."""
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(1.0)
+        code = self._popen.returncode
+        if code is None:
+            how = "closed its standard output"
+        else:
+            how = f"ended with exit status {code}" if code >= 0 else f"ended with signal {_name_of(-code)}"
+        self._drain.join(0.3)
+        lines = self._printed.decode(errors="replace").strip().splitlines()
+        return f"the process {how}" + (f"; last printed: {one_line(lines[-1], 200)}" if lines else "")
+
+    def stop(self) -> None:
+        """Kill the program and all processes that it started."""
+        for stream in (self._popen.stdin, self._popen.stdout):
+            if stream is not None:
+                stream.close()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.kill()
+        self._popen.wait()
+        kill_marked(self._folder)
+        self._stopped.set()
+        self._drain.join()
+        if self._popen.stderr is not None:
+            self._popen.stderr.close()
+
+
+def _name_of(number: int) -> str:
+    """Name a signal; real-time signals have no names."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+def kill_marked(folder: Path) -> None:
+    """Kill the processes whose environment names the folder, and those that they forked, wherever they moved."""
+    mark = f"{MARK}={folder}".encode()
+    for _ in range(ROUNDS):
+        marked = [process for process in _processes() if _has_mark(process, mark)]
+        for process in marked:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
+        if not marked:
+            return
+        time.sleep(0.01)
+
+
+def _processes() -> list[int]:
+    if not PROCESSES.is_dir():
+        return []
+    numbers = [int(entry.name) for entry in PROCESSES.iterdir() if entry.name.isdigit()]
+    return [number for number in numbers if number != os.getpid()]
+
+
+def _has_mark(process: int, mark: bytes) -> bool:
+    """Tell whether a process runs with the mark in its environment; one that has ended has no environment."""
+    try:
+        return mark in (PROCESSES / str(process) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False

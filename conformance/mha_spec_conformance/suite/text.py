@@ -1,0 +1,30 @@
+"""Make the text of a target fit for a message: one line of printable characters, of limited length."""
+
+from __future__ import annotations
+
+__all__ = ["MOST_CHARACTERS", "one_line", "printable", "text_of"]
+
+MOST_CHARACTERS = 2000
+"""The length of a message; a target may raise an exception whose text is longer."""
+
+
+def text_of(value: object, most: int = MOST_CHARACTERS) -> str:
+    """Give the text of an object, also if its `__str__` raises or does not return a string."""
+    try:
+        text = str.__str__(str(value))
+    except BaseException as error:
+        return f"<{type(value).__name__} whose text raises {type(error).__name__}>"
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Escape every character that a terminal does not print, as control characters and surrogates, except those kept.
+
+    Such a character could move the cursor, or forge a line of the report.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(value: object, most: int = MOST_CHARACTERS) -> str:
+    """Give the text of an object in one printable line."""
+    return text_of(printable(text_of(value, most)), most)
