@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
@@ -109,17 +109,15 @@ class Worker:
         raise TargetError(f"target {self.pool.target} did not load in {limit:.0f} s")
 
     def ask(self, question: Question) -> None:
-        """Send a question; start the process if it is not running."""
-        if self.process is None:
-            self._restart()
+        """Send a question; if the process is not running, the question waits for the next one."""
         if not self.held:
             self.since = time.monotonic()
         self.number += 1
         self.held[self.number] = question
         self._send(self.number)
 
-    def _restart(self) -> None:
-        """Start the process again; if it does not start, keep the reason, which is the answer to every question."""
+    def _resume(self) -> None:
+        """Start the process again and ask it what is held; a process that does not start answers every question so."""
         if self.failed_starts >= MOST_STARTS:
             return
         try:
@@ -127,6 +125,11 @@ class Worker:
         except TargetError as error:
             self.failed_starts += 1
             self.reason_of_no_process = f"the target could not be started again: {error}"
+            return
+        held = list(self.held.values())
+        self.held.clear()
+        for question in held:
+            self.ask(question)
 
     def _send(self, number: int) -> None:
         if self.process is None:
@@ -145,6 +148,8 @@ class Worker:
         """Give the answers that have arrived; replace a process that ended, hangs, or breaks the protocol."""
         if not self.held:
             return []
+        if self.process is None:
+            self._resume()
         if self.process is None:
             return [self._taken(next(iter(self.held)), Answer("crash", reason=self.reason_of_no_process))]
         ended = self.process.ended
@@ -183,20 +188,17 @@ class Worker:
     def _taken(self, number: int, answer: Answer) -> tuple[Question, Answer]:
         """Remove a question and its files."""
         for kind in ("question", "answer"):
-            (self.folder / f"{number}.{kind}").unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.folder / f"{number}.{kind}").unlink(missing_ok=True)
         self.lost.discard(number)
         return self.held.pop(number), answer
 
     def _replaced(self, kind: str, reason: str) -> list[tuple[Question, Answer]]:
-        """Blame the oldest question, and ask a new process those that follow."""
+        """Blame the oldest question; a new process is asked those that follow."""
         seconds = time.monotonic() - self.since
-        answered = [self._taken(next(iter(self.held)), Answer(kind, reason=reason, seconds=seconds))]
+        answered = self._taken(next(iter(self.held)), Answer(kind, reason=reason, seconds=seconds))
         self.stop()
-        following = list(self.held.values())
-        self.held.clear()
-        for question in following:
-            self.ask(question)
-        return answered
+        return [answered]
 
     def take(self, waiting: Iterator[Iterator[Question]]) -> None:
         """Ask the next question of the group of the worker, or of a new group if that group has ended."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import FLOATING
 from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.asking.selection import Selection, matches
-from mha_spec_conformance.reporting.report import write_json
+from mha_spec_conformance.reporting.report import SCHEMA, write_json
 from mha_spec_conformance.reporting.terminal import Bar, console, print_run
 from mha_spec_conformance.running.known import read_known
+from mha_spec_conformance.running.results import FORMAT
 from mha_spec_conformance.running.runner import NothingToJudge, Settings, run
 from mha_spec_conformance.suite.cases import load
 from mha_spec_conformance.suite.conventions import parse_convention
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from mha_spec_conformance.running.run import Run
     from mha_spec_conformance.suite.cases import Suite
 
 __all__ = ["UsageError", "check"]
@@ -40,8 +43,11 @@ def check(
     dtypes: tuple[str, ...] = (),
     limit: float = 60.0,
     cases: Path | None = None,
+    command: str | None = None,
+    results: Path | None = None,
+    resume: bool = False,
 ) -> int:
-    """Judge a target, print the verdict, write the report, and give the exit status."""
+    """Judge a target, write the report, print the verdict, and give the exit status."""
     suite = load(cases)
     settings = Settings(
         selection=_selection(suite, only, dtypes),
@@ -51,20 +57,68 @@ def check(
         max_fail=max_fail,
         jobs=jobs,
         limit=limit,
+        command=_program(command),
+        results=results,
+        resume=resume,
     )
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise UsageError(f"--json {json}: this is a folder, or there is no folder {json.parent}")
+    _check_output("--results", results, FORMAT, resume)
     if json is not None:
+        _check_output("--json", json, SCHEMA)
         _remove_old(json)
     screen = console()
     with Bar(screen, target) as bar:
         result = run(target, suite, settings, bar)
     if not result.deciding:
         raise NothingToJudge(f"target {target}: {result.verdict}")
-    if json is not None:
-        write_json(result, json)
+    fault = None if json is None else _written(result, json)
     print_run(screen, result)
+    if fault is not None:
+        raise fault
     return result.status
+
+
+def _program(command: str | None) -> tuple[str, ...] | None:
+    """Split a command as a shell does."""
+    if command is None:
+        return None
+    try:
+        words = tuple(shlex.split(command))
+    except ValueError as error:
+        raise UsageError(f"--command {command!r}: {error}") from error
+    if not words:
+        raise UsageError("--command must name a program, received an empty string")
+    return words
+
+
+def _written(result: Run, report: Path) -> UsageError | None:
+    """Write the report; an error is given after the verdict was printed."""
+    try:
+        write_json(result, report)
+    except OSError as error:
+        return UsageError(f"--json {report}: {error.strerror}")
+    return None
+
+
+def _check_output(option: str, path: Path | None, form: str, resume: bool = False) -> None:
+    """Raise if the file cannot be written, or if it exists and an earlier run did not write it."""
+    if path is None:
+        if resume:
+            raise UsageError("--resume needs --results FILE, the file of the run that goes on")
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: this is a folder, or there is no folder {path.parent}")
+    if path.is_file() and not _has_form(path, form):
+        raise UsageError(f"{option} {path}: the file exists and does not hold {form}; choose another name")
+
+
+def _has_form(path: Path, form: str) -> bool:
+    """Tell whether a file is empty or begins as the files of this form do."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(200)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    return not start.strip() or (start.lstrip().startswith(b"{") and f'"{form}"'.encode() in start)
 
 
 def _remove_old(report: Path) -> None:

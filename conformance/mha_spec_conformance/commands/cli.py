@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Annotated
 import typer
 
 from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.suite.text import printable
 
 __all__ = ["app", "main"]
 
@@ -32,23 +35,42 @@ TRACEBACK = "MHA_SPEC_TRACEBACK"
 
 def main() -> None:
     """Run the command line; an error of the user or of the suite is a line on stderr and exit status 2."""
+    _prepare_output()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
     try:
         app()
     except MhaSpecError as error:
-        print(f"mha-spec: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"mha-spec: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(NOT_JUDGED)
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
         _report(error)
         sys.exit(NOT_JUDGED)
+
+
+def _prepare_output() -> None:
+    """Make output that is closed, or that cannot show a character, an output that takes everything."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _end(number: int, frame: object) -> None:
+    """End the run as an exception does, so that its processes and files are removed."""
+    sys.exit(128 + number)
 
 
 def _report(error: Exception) -> None:
     """Print an internal error in a line, after its traceback if the environment asks for that."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
-    message = " ".join(f"{type(error).__name__}: {error}".split())
+    message = printable(" ".join(f"{type(error).__name__}: {error}".split()))
     print(f"mha-spec: internal error: {message}; please report it", file=sys.stderr)
 
 
@@ -59,7 +81,9 @@ def _names(values: list[str] | None) -> tuple[str, ...]:
 
 @app.command()
 def check(
-    target: Annotated[str, typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")],
+    target: Annotated[
+        str | None, typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help="Ask only cases whose id matches or contains this pattern, or that cite this clause."),
@@ -79,13 +103,20 @@ def check(
     dtypes: Annotated[list[str] | None, typer.Option(help="Ask only in these dtypes, as in float32,float16.")] = None,
     timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of a case in seconds.")] = 60.0,
     cases: Annotated[Path | None, typer.Option(help="Ask the cases in this folder (see `fuzz --save`).")] = None,
+    command: Annotated[
+        str | None, typer.Option(help="Judge this program, in any language, instead of TARGET (docs/protocol.md).")
+    ] = None,
+    results: Annotated[Path | None, typer.Option(help="Append each result to this file of JSON lines.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run whose results --results has.")] = False,
 ) -> None:
     """Judge a target. The exit status is 0 if every case passed, 1 if not, and 2 if the target cannot be judged."""
     from . import check as checking
 
+    if (target is None) is (command is None):
+        raise checking.UsageError("either TARGET or --command must be given, and not both")
     try:
         status = checking.check(
-            target=target,
+            target=target or str(command),
             only=tuple(only or ()),
             required=_names(require),
             accepted=tuple(accept or ()),
@@ -96,6 +127,9 @@ def check(
             dtypes=_names(dtypes),
             limit=timeout,
             cases=cases,
+            command=command,
+            results=results,
+            resume=resume,
         )
     except KeyboardInterrupt:
         print("mha-spec: interrupted", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from typing import TYPE_CHECKING
 
@@ -101,5 +102,20 @@ def _number(value: float | None) -> float | str | None:
 
 
 def write_json(run: Run, path: Path) -> None:
-    """Write the report of a run to a file."""
-    path.write_text(json.dumps(as_json(run), indent=1, allow_nan=False) + "\n")
+    """Write the report of a run to a file, which is never seen half written; a device is written to directly.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    text = json.dumps(as_json(run), indent=1, allow_nan=False) + "\n"
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

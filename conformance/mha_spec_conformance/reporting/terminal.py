@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,6 +31,9 @@ MOST_GROUPS = 8
 
 MOST_NAMES = 4
 
+SECONDS_BETWEEN_LINES = 15.0
+"""The time between two lines of progress, if the console is not a terminal; they go to the standard error."""
+
 COLOURS = {
     "pass": "green",
     "fail": "red",
@@ -40,16 +46,25 @@ COLOURS = {
 }
 
 
+class Screen(Console):
+    """A console whose reader may leave early, as `head` does; the exit status stays that of the run."""
+
+    def on_broken_pipe(self) -> None:
+        """Write the rest to nowhere."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console() -> Console:
     """Give the console; if it is not a terminal, lines are neither wrapped nor coloured."""
-    screen = Console(highlight=False, emoji=False)
+    screen = Screen(highlight=False, emoji=False)
     if not screen.is_terminal:
-        screen = Console(highlight=False, emoji=False, soft_wrap=True)
+        screen = Screen(highlight=False, emoji=False, soft_wrap=True)
     return screen
 
 
 class Bar:
-    """Shows a progress bar with the number of failures; it shows nothing if the console is not a terminal."""
+    """Shows a progress bar with the number of failures; if the console is not a terminal, a line from time to time."""
 
     def __init__(self, screen: Console, target: str) -> None:
         columns = (
@@ -61,6 +76,8 @@ class Bar:
         )
         self._bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
         self._task = self._bar.add_task(escape(target), total=None, failed="")
+        self._in_lines = not screen.is_terminal
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -76,6 +93,10 @@ class Bar:
         self._bar.update(
             self._task, completed=done, total=total, failed=f"[red]{failed} failed[/red]" if failed else ""
         )
+        if self._in_lines and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            sys.stderr.write(f"mha-spec: {done} of {total} questions, {failed} failed\n")
+            sys.stderr.flush()
 
 
 def print_run(screen: Console, run: Run) -> None:

@@ -12,11 +12,13 @@ from mha_spec_conformance.judging.judge import Judge
 from .again import SecondTime
 from .alignment import find_alignment
 from .known import is_open
+from .results import ResultsFile, read_results
 from .run import Run
 from .smoke import NothingToJudge, try_smoke_cases
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from mha_spec_conformance.asking.question import Question
     from mha_spec_conformance.asking.selection import Ask
@@ -43,6 +45,12 @@ class Settings:
     max_fail: int | None = None
     jobs: int = 1
     limit: float = 60.0
+    command: tuple[str, ...] | None = None
+    """The program of a target that is not in Python, with its arguments."""
+    results: Path | None = None
+    """The file to which results are appended as they come."""
+    resume: bool = False
+    """If True, the cases whose results the file has are not asked again."""
 
 
 def run(
@@ -57,12 +65,19 @@ def run(
         TargetError: The target cannot be loaded.
         NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
     """
-    with Pool(target, settings.jobs, settings.limit) as pool:
+    with (
+        Pool(target, settings.jobs, settings.limit, command=settings.command) as pool,
+        ResultsFile(settings.results) as file,
+    ):
         asked = _asked(target, suite, pool.claims, settings.selection)
         judge = Judge(pool.claims, settings.accepted)
         notes = try_smoke_cases(suite, pool, judge)
         alignment = find_alignment(pool, suite, settings.selection, judge)
-        results, finished = _results(pool, asked, settings, judge, progress)
+        earlier = (
+            read_results(settings.results, suite, pool.claims, asked) if settings.results and settings.resume else {}
+        )
+        file.begin(suite, pool.claims, resume=settings.resume)
+        results, finished = _Asking(pool, asked, settings, judge, progress, file).results(earlier)
         return Run(
             suite=suite,
             claims=pool.claims,
@@ -101,30 +116,47 @@ def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
     return "every selected case needs a feature that it does not claim"
 
 
-def _results(
-    pool: Pool, asked: list[Ask], settings: Settings, judge: Judge, progress: Callable[[int, int, int], None]
-) -> tuple[dict[Key, Result], bool]:
-    """Give the results by case and dtype, and whether all questions were asked before too many failed."""
-    by_key = {ask.key: ask for ask in asked}
-    second_time = SecondTime(asked)
-    results: dict[Key, Result] = {}
-    count, failed = len(asked) + second_time.count, 0
-    progress(0, count, failed)
-    for question, answer in pool.answers(*_groups(asked)):
-        ask = by_key[question.id, question.dtype]
-        results[ask.key] = result = judge.result(ask, answer)
-        second_time.remember(result, answer)
-        failed += is_open(result, settings.accepted, settings.known)
-        progress(len(results), count, failed)
-        if settings.max_fail is not None and failed >= settings.max_fail:
-            return results, False
-    for done, result in enumerate(second_time.amended(pool, judge, results), len(results)):
-        results[result.ask.key] = result
-        progress(min(done, count), count, failed)
-    return results, True
+@dataclass
+class _Asking:
+    """Asks all questions of a run, and keeps, writes and counts the results as they come."""
+
+    pool: Pool
+    asked: list[Ask]
+    settings: Settings
+    judge: Judge
+    progress: Callable[[int, int, int], None]
+    file: ResultsFile
+    failed: int = 0
+    by_key: dict[Key, Result] = field(default_factory=dict)
+
+    def results(self, earlier: Mapping[Key, Result]) -> tuple[dict[Key, Result], bool]:
+        """Give the results by case and dtype, and whether all questions were asked before too many failed."""
+        second_time = SecondTime(self.asked)
+        count = len(self.asked) + second_time.count
+        for result in earlier.values():
+            self._keep(result)
+        self.progress(len(self.by_key), count, self.failed)
+        asks_by_key = {ask.key: ask for ask in self.asked if ask.key not in earlier}
+        for question, answer in self.pool.answers(*_groups(asks_by_key.values())):
+            result = self.judge.result(asks_by_key[question.id, question.dtype], answer)
+            second_time.remember(result, answer)
+            self._keep(result)
+            self.file.add(result)
+            self.progress(len(self.by_key), count, self.failed)
+            if self.settings.max_fail is not None and self.failed >= self.settings.max_fail:
+                return self.by_key, False
+        for done, result in enumerate(second_time.amended(self.pool, self.judge, self.by_key), len(self.by_key)):
+            self._keep(result)
+            self.file.add(result)
+            self.progress(min(done, count), count, self.failed)
+        return self.by_key, True
+
+    def _keep(self, result: Result) -> None:
+        self.failed += is_open(result, self.settings.accepted, self.settings.known)
+        self.by_key[result.ask.key] = result
 
 
-def _groups(asked: list[Ask]) -> list[Iterator[Question]]:
+def _groups(asked: Iterable[Ask]) -> list[Iterator[Question]]:
     """Group the questions by signature, because a framework compiles once for each; the largest group comes first."""
     groups: dict[Hashable, list[Ask]] = {}
     for ask in asked:
