@@ -55,6 +55,7 @@ def write(path: Path, arrays: Mapping[str, numpy.ndarray]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(b"".join((len(text).to_bytes(8, "little"), text, *parts)))
+    path.chmod(0o600)  # a target may change the mask of its process
 
 
 def _little_endian(array: numpy.ndarray) -> numpy.ndarray:

@@ -13,7 +13,7 @@ from mha_spec_conformance.suite.text import one_line
 from mha_spec_conformance.targets.loading import TargetError
 
 from . import files
-from .process import Process
+from .process import END_WITH_PARENT, LAUNCH, Process
 from .protocol import (
     MOST_LINE_BYTES,
     ProtocolError,
@@ -50,7 +50,7 @@ STARTS = 5
 MOST_STARTS = 3
 """The number of times in a row that a program may fail to start, before it is not started again."""
 
-BOOTSTRAP = "import sys; sys.path[:] = {path!r}; from mha_spec_conformance.asking.serving import main; main()"
+BOOTSTRAP = END_WITH_PARENT + "; sys.path[:] = {path!r}; from mha_spec_conformance.asking.serving import main; main()"
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -248,7 +248,8 @@ class Pool:
         self.limit = limit
         self.python = command is None
         bootstrap = BOOTSTRAP.format(path=list(sys.path))
-        self.command = command or [sys.executable, "-P", "-c", bootstrap, target, *loading]
+        worker = [sys.executable, "-P", "-c", bootstrap, target, *loading]
+        self.command = worker if command is None else [sys.executable, "-I", "-S", "-c", LAUNCH, *command]
         self._scratch = Scratch()
         self._workers = [Worker(self, self._scratch.folder(str(number))) for number in range(jobs)]
         try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -19,13 +17,19 @@ from mha_spec_conformance.suite.text import one_line
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MARK", "Process", "kill_marked"]
+__all__ = ["END_WITH_PARENT", "LAUNCH", "MARK", "Process", "kill_marked"]
 
 MARK = "MHA_SPEC_SCRATCH"
 """The environment variable that marks all processes of a run with the folder of the run."""
 
-PARENT_DEATH_SIGNAL = 1
-"""The option of prctl by which Linux kills a process when its parent ends."""
+END_WITH_PARENT = "import ctypes, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9)"
+"""Python code by which Linux kills the process, also after it has become another program, when its parent ends.
+
+The process runs this code itself: code between fork and exec would run in a copy of a parent that may have threads.
+"""
+
+LAUNCH = f"{END_WITH_PARENT}; import os; os.execvp(sys.argv[1], sys.argv[1:])"
+"""Python code that becomes the program in its arguments."""
 
 KEPT_BYTES = 4096
 """The part of the printed text that is kept: the end."""
@@ -34,13 +38,6 @@ ROUNDS = 20
 """How often the processes of a run are searched, because a process may fork while the others are killed."""
 
 PROCESSES = Path("/proc")
-
-_LIBRARY = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    if _LIBRARY is not None:
-        _LIBRARY.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 class Process:
@@ -61,7 +58,6 @@ class Process:
             bufsize=0,
             env={**os.environ, MARK: str(folder)},
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509
         )
         streams = self._popen.stdin, self._popen.stdout, self._popen.stderr
         self._stdin, self._stdout, self._stderr = (stream.fileno() for stream in streams if stream is not None)

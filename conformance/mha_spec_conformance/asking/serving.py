@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import array_api_compat.numpy  # noqa: F401  # otherwise imported at the first call, when a target may have changed the path
+
 from mha_spec_conformance.suite.text import one_line
 from mha_spec_conformance.targets.conversion import layouts_of
 from mha_spec_conformance.targets.loading import Target, TargetError

@@ -31,8 +31,8 @@ MOST_GROUPS = 8
 
 MOST_NAMES = 4
 
-SECONDS_BETWEEN_LINES = 15.0
-"""The time between two lines of progress, if the console is not a terminal; they go to the standard error."""
+SECONDS_BETWEEN_LINES = 30.0
+"""The time between two lines of progress, if the console is not a terminal."""
 
 COLOURS = {
     "pass": "green",
@@ -76,6 +76,7 @@ class Bar:
         )
         self._bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
         self._task = self._bar.add_task(escape(target), total=None, failed="")
+        self._screen = screen
         self._in_lines = not screen.is_terminal
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
@@ -95,8 +96,7 @@ class Bar:
         )
         if self._in_lines and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-            sys.stderr.write(f"mha-spec: {done} of {total} questions, {failed} failed\n")
-            sys.stderr.flush()
+            _line(self._screen, f"{done} of {total} questions, {failed} failed")
 
 
 def print_run(screen: Console, run: Run) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Target", "TargetError", "declared_conventions", "line_in_target", "load"]
 
 REFERENCE = "mha_spec.reference"
+STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 FEATURES = tuple(
     dict.fromkeys(
         [
@@ -146,7 +147,7 @@ def _relative(file: str) -> str:
 
 
 def _is_library(file: str) -> bool:
-    return "site-packages" in file or "dist-packages" in file or file.startswith(sysconfig.get_paths()["stdlib"])
+    return "site-packages" in file or "dist-packages" in file or file.startswith(STANDARD_LIBRARY)
 
 
 def _first_line(error: BaseException) -> str:
