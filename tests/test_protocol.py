@@ -1,0 +1,218 @@
+"""The protocol between the runner and a target: its messages fit the schema, and nothing that is read escapes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mha_spec_conformance.asking import files
+from mha_spec_conformance.asking.protocol import (
+    ProtocolError,
+    answer_from,
+    answer_message,
+    claims_from,
+    claims_message,
+    hello_message,
+    line_of,
+    message_from,
+    question_from,
+    question_message,
+)
+from mha_spec_conformance.asking.question import FURTHER, Answer, Further, Question, Raised
+from mha_spec_conformance.asking.selection import Selection
+from mha_spec_conformance.running.runner import Settings, run
+from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.targets.conversion import same_bits
+from mha_spec_conformance.targets.loading import TargetError
+
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "protocol.schema.json").read_text())
+CLAIMS = Claims("x", {"attention": ("mask", "causal")}, ("float64", "float32"), further=FURTHER)
+ARRAYS = {
+    "query": numpy.arange(6, dtype=numpy.float32).reshape(1, 2, 3, 1),
+    "bits": numpy.array([True, False]),
+    "half": numpy.zeros((2, 0, 3), ml_dtypes.bfloat16),
+    "big": numpy.array([1.5], ">f8"),
+    "scalar": numpy.array(7, numpy.uint64),
+}
+OPTIONS = {"scale": float("inf"), "window": (1, None), "rotary": {"base": 5.0}, "q_offset": numpy.int32(3), "n": 10**30}
+QUESTION = Question("a/b", "attention", "float32", ARRAYS, OPTIONS, ("output",), ("core",), further=FURTHER)
+RETURNED = Answer(
+    "returned",
+    {"output": numpy.ones((2, 3), numpy.float32)},
+    written=("query",),
+    further={"again": Further("returned", {"output": numpy.zeros(2)}), "strided": Further("raised", reason="no")},
+    seconds=0.5,
+)
+RAISED = Answer("raised", reason="no", raised=Raised(("ValueError", "Exception"), "no\nmore", "x.py:3"))
+
+
+def check(message: dict[str, Any]) -> dict[str, Any]:
+    """Read a message as it is written, and check it against the schema."""
+    jsonschema = pytest.importorskip("jsonschema")
+    read = message_from(line_of(message).rstrip(b"\n"))
+    jsonschema.validate(read, SCHEMA)
+    return read
+
+
+def test_messages_fit_the_schema(tmp_path: Path) -> None:
+    check(hello_message(tmp_path))
+    check(claims_message(CLAIMS, FURTHER))
+    check({"message": "refusal", "reason": "not today"})
+    check(question_message(QUESTION, 7, tmp_path, FURTHER))
+    check(answer_message(RETURNED, 7, tmp_path / "7.answer", 2**20))
+    check(answer_message(RAISED, 7, tmp_path / "7.answer", 2**20))
+
+
+def test_question_arrives_as_it_was_asked(tmp_path: Path) -> None:
+    files.write(tmp_path / "7.question", ARRAYS)
+    message = check(question_message(QUESTION, 7, tmp_path, FURTHER))
+    got = question_from(message, files.read(Path(message["arrays"]), 2**20))
+    assert {name: (array.dtype.name, array.shape) for name, array in got.arrays.items()} == {
+        name: (array.dtype.name, array.shape) for name, array in ARRAYS.items()
+    }
+    assert same_bits(got.arrays["query"], ARRAYS["query"])
+    assert got.arrays["big"].tolist() == [1.5]
+    assert got.options == OPTIONS
+    assert (got.id, got.function, got.outputs, got.further) == ("a/b", "attention", ("output",), FURTHER)
+
+
+def test_answer_arrives_as_it_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "7.answer"
+    got = answer_from(check(answer_message(RETURNED, 7, path, 2**20)), QUESTION, path)
+    assert (got.kind, got.written, got.seconds) == ("returned", ("query",), 0.5)
+    assert same_bits(got.outputs["output"], RETURNED.outputs["output"])
+    assert {name: further.kind for name, further in got.further.items()} == {"again": "returned", "strided": "raised"}
+    got = answer_from(check(answer_message(RAISED, 7, path, 2**20)), QUESTION, path)
+    assert got.raised == RAISED.raised
+
+
+@pytest.mark.parametrize(
+    ("array", "dtype"),
+    [(numpy.zeros(3, complex), "complex128"), (numpy.broadcast_to(numpy.float32(1), (2**45,)), "float32")],
+)
+def test_output_that_no_file_holds_is_described(tmp_path: Path, array: numpy.ndarray, dtype: str) -> None:
+    path = tmp_path / "7.answer"
+    message = check(answer_message(Answer("returned", {"output": array}), 7, path, 2**20))
+    output = answer_from(message, QUESTION, path).outputs["output"]
+    assert (output.shape, output.dtype.name) == (array.shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtypes": ["float8"]}, "`dtypes` must be one of"),
+        ({"dtypes": []}, "`dtypes` must be a list"),
+        ({"functions": {"attend": []}}, "`functions` must be one of"),
+        ({"functions": {"attention": "mask"}}, "`functions` must map"),
+        ({"profile": None}, "`profile` must be one of"),
+        ({"conventions": {"lse_base": "2"}}, "may declare only causal_alignment"),
+        ({"protocol": "mha-spec-protocol/9"}, "must reply to hello"),
+        ({"message": "refusal", "reason": "no\x1b[2J GPU"}, r"no\\x1b\[2J GPU"),
+    ],
+)
+def test_wrong_claims_are_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TargetError, match=message) as caught:
+        claims_from({**claims_message(CLAIMS, ()), **changes}, "x", trusted=False)
+    assert str(caught.value).isprintable()
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["output", "again"]),
+    lambda values: (
+        st.lists(values, max_size=3)
+        | st.dictionaries(st.sampled_from(["kind", "shape", "dtype", "output", "again", "written"]), values, max_size=3)
+    ),
+    max_leaves=6,
+)
+MESSAGES = st.fixed_dictionaries(
+    {"message": st.just("answer"), "number": st.just(7), "kind": st.sampled_from(["returned", "raised", "x"])},
+    optional=dict.fromkeys(
+        ("seconds", "reason", "raised", "written", "foreign", "described", "further", "overwritten"), JSON
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(message=MESSAGES, data=st.binary(max_size=60) | st.none())
+def test_no_answer_escapes(
+    tmp_path_factory: pytest.TempPathFactory, message: dict[str, Any], data: bytes | None
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.answer"
+    files.write(path, RETURNED.outputs)
+    if data is not None:
+        path.write_bytes(data)
+    try:
+        answer = answer_from(message, QUESTION, path)
+    except ProtocolError as error:
+        assert str(error).isprintable()
+    else:
+        assert (answer.reason or "").isprintable()
+
+
+@settings(max_examples=300, deadline=None)
+@given(line=st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_no_line_and_no_claims_escape(line: bytes) -> None:
+    try:
+        claims_from({**message_from(line), "protocol": "mha-spec-protocol/1"}, "x", trusted=False)
+    except (ProtocolError, TargetError) as error:
+        assert str(error).isprintable()
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import numpy
+from safetensors.numpy import load_file, save_file
+
+print(json.dumps({{"message": "claims", "protocol": json.loads(input())["protocol"],
+                  "functions": {{"attention": ["scale"]}}, "dtypes": ["float32"]}}), flush=True)
+held = []
+for line in sys.stdin:
+    question = json.loads(line)
+    a, number = load_file(question["arrays"]), question["number"]
+    key, value = (numpy.repeat(a[n], a["query"].shape[1] // a[n].shape[1], 1) for n in ("key", "value"))
+    scores = a["query"] @ key.swapaxes(2, 3) * question["options"].get("scale", a["query"].shape[3] ** -0.5)
+    weights = numpy.exp(scores - scores.max(3, keepdims=True))
+    output = numpy.ascontiguousarray(weights / weights.sum(3, keepdims=True) @ value)
+    save_file({{"output": output.astype(numpy.float32)}}, question["answer"])
+    held.append(json.dumps({{"message": "answer", "number": number, "kind": "returned"}}))
+    {answer}
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcomes"),
+    [
+        ("print(held.pop(), flush=True)", {"pass"}),
+        ("print(held.pop(), held.pop() if held else '', flush=True)", {"pass"}),
+        ("print(held.pop().replace('returned', 'unsupported'), flush=True)", {"unsupported"}),
+        ("print('debug', held.pop(), flush=True)", {"crash"}),
+        ("Path(question['answer']).unlink(); print(held.pop(), flush=True)", {"fail"}),
+        ("sys.exit(3)", {"crash"}),
+    ],
+)
+def test_program_that_is_not_a_module_is_asked(
+    tmp_path: Path, suite: Any, monkeypatch: pytest.MonkeyPatch, answer: str, outcomes: set[str]
+) -> None:
+    from mha_spec_conformance.running import runner
+
+    monkeypatch.setattr(runner, "try_smoke_cases", lambda *_: ())
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.format(answer=answer))
+    selection = Selection(("attention/smoke/plain", "attention/smoke/head-layout"), ("float32",))
+    done = run("program", suite, Settings(selection, command=(sys.executable, "-P", str(path))))
+    assert {result.outcome for result in done.results} == outcomes
+    assert not done.claims.registered
