@@ -1,5 +1,4 @@
-# ruff: noqa
-# pyright: basic, reportCallIssue=false
+# pyright: basic, reportCallIssue=false, reportArgumentType=false
 """An attention that misbehaves in the case that is called as the behaviour, and is right in all others.
 
 `BEHAVIOURS` is a table of statements by name. The test writes the table of cases, CASES, in front of this file.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -62,7 +62,7 @@ def marked(folder: Path) -> list[str]:
 @pytest.fixture
 def behaviours() -> dict[str, str]:
     """Give the outcome of each behaviour of the hostile target."""
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(TARGET.read_text(), str(TARGET), "exec"), names)
     return {name: outcome for outcome, named in names["BEHAVIOURS"].items() for name in named}
 
@@ -111,7 +111,7 @@ def test_every_behaviour_has_its_outcome(part: int, tmp_path: Path, suite: Suite
     assert all(text.isprintable() and len(text) <= 2200 for text in texts)
 
 
-def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
     line = [sys.executable, "-P", "-m", "mha_spec_conformance", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120, **options)
