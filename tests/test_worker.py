@@ -114,7 +114,7 @@ def test_inputs_written_to_are_named_in_every_call(question: Question, layout: s
 
 
 def test_deleted_input_counts_as_written(question: Question) -> None:
-    jax = pytest.importorskip("jax")
+    pytest.importorskip("jax")
 
     def deletes(query: Any, *_: Any) -> Any:
         output = query + 1
