@@ -134,7 +134,11 @@ fn kept(call: &Call, row: Row, j: usize) -> f64 {
 /// Give the bias, converted to the type of the softmax (MHA-BIAS-2).
 fn bias_at(call: &Call, bias: &Array, row: Row, j: usize) -> f64 {
     let number = bias.numbers()[at(bias, row, j)];
-    if call.query.dtype == "F64" { number } else { (number as f32).into() }
+    if call.query.dtype == "F64" {
+        number
+    } else {
+        (number as f32).into()
+    }
 }
 
 /// Give the head of key and value that the query head reads (MHA-HEAD-1).
@@ -157,7 +161,11 @@ fn at(array: &Array, row: Row, j: usize) -> usize {
 // ---- The arguments ----
 
 fn check(condition: bool, text: &str) -> Result<(), Refusal> {
-    if condition { Ok(()) } else { Err(Refusal::Raised(text.to_string())) }
+    if condition {
+        Ok(())
+    } else {
+        Err(Refusal::Raised(text.to_string()))
+    }
 }
 
 fn is_floating(array: &Array) -> bool {
@@ -175,7 +183,10 @@ fn operands(question: &Question) -> Result<([&Array; 3], Sizes), Refusal> {
     for array in arrays {
         let shape = &array.shape;
         check(shape.len() == 4 && shape[1] > 0 && shape[3] > 0, "query, key and value must have rank 4, and heads")?;
-        check(is_floating(array) && array.dtype == arrays[0].dtype, "query, key and value must have one floating dtype")?;
+        check(
+            is_floating(array) && array.dtype == arrays[0].dtype,
+            "query, key and value must have one floating dtype",
+        )?;
     }
     let (query, key, value) = (&arrays[0].shape, &arrays[1].shape, &arrays[2].shape);
     check(key[0] == query[0] && key[3] == query[3], "`key` must have the batch and qk_dim of `query`")?;
@@ -207,7 +218,13 @@ fn integers<'a>(question: &'a Question, name: &str, shape: &[usize]) -> Result<O
 }
 
 /// Give one integer for each batch entry, all from `least` to `most` (MHA-LEN-3).
-fn per_entry(question: &Question, name: &str, batch: usize, least: i64, most: i64) -> Result<Option<Vec<i64>>, Refusal> {
+fn per_entry(
+    question: &Question,
+    name: &str,
+    batch: usize,
+    least: i64,
+    most: i64,
+) -> Result<Option<Vec<i64>>, Refusal> {
     let values = integers(question, name, &[batch])?;
     let right = values.map_or(true, |v| v.iter().all(|n| (i128::from(least)..=i128::from(most)).contains(n)));
     check(right, &format!("`{name}` must lie in [{least}, {most}]"))?;
@@ -293,7 +310,8 @@ fn checked(question: &Question) -> Result<Call<'_>, Refusal> {
 /// Check the ranges of scale, softcap and dropout_rate, and the length of sinks (MHA-ARG-2).
 fn check_numbers(call: &Call) -> Result<(), Refusal> {
     let in_float64 = call.query.dtype == "F64";
-    let (least, most) = if in_float64 { (f64::MIN_POSITIVE, f64::MAX) } else { (f32::MIN_POSITIVE.into(), f32::MAX.into()) };
+    let (least, most) =
+        if in_float64 { (f64::MIN_POSITIVE, f64::MAX) } else { (f32::MIN_POSITIVE.into(), f32::MAX.into()) };
     check(call.sinks.map_or(true, |sinks| sinks.len() == call.sizes.heads), "`sinks` must have shape (heads,)")?;
     check(call.scale.abs() <= most, "`scale` must be finite")?;
     check(call.softcap.map_or(true, |softcap| (least..=most).contains(&softcap)), "`softcap` must be above 0")?;
@@ -311,8 +329,10 @@ fn answer_to(question: &Question) -> Result<Vec<(&'static str, Array)>, Refusal>
     let call = checked(question)?;
     let (output, lse) = attention(&call);
     let sizes = call.sizes;
-    let array = |shape: Vec<usize>, numbers| {
-        Array { dtype: call.query.dtype.clone(), shape, elements: Elements::Floating(numbers) }
+    let array = |shape: Vec<usize>, numbers| Array {
+        dtype: call.query.dtype.clone(),
+        shape,
+        elements: Elements::Floating(numbers),
     };
     Ok(vec![
         ("output", array(vec![sizes.batch, sizes.heads, sizes.q_len, sizes.v_dim], output)),

@@ -83,7 +83,8 @@ where
     let number = message.get("number")?.count()?;
     let result = question(message)?.and_then(|question| {
         let outputs = answer_to(&question)?;
-        let asked: Vec<_> = outputs.into_iter().filter(|(name, _)| question.outputs.iter().any(|n| n == name)).collect();
+        let asked: Vec<_> =
+            outputs.into_iter().filter(|(name, _)| question.outputs.iter().any(|n| n == name)).collect();
         let bytes = safetensors(&asked);
         let path = message.text("answer").unwrap_or_default();
         std::fs::write(path, bytes).map_err(|error| Refusal::Raised(format!("{path} cannot be written: {error}")))
