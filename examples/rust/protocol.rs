@@ -136,7 +136,7 @@ fn read_array(entry: &Json, content: &[u8]) -> Option<Array> {
     let dtype = entry.text("dtype")?.to_string();
     let shape: Vec<usize> = entry.get("shape")?.list()?.iter().map(Json::count).collect::<Option<_>>()?;
     let offsets: Vec<usize> = entry.get("data_offsets")?.list()?.iter().map(Json::count).collect::<Option<_>>()?;
-    let bytes = content.get(*offsets.get(0)?..*offsets.get(1)?)?;
+    let bytes = content.get(*offsets.first()?..*offsets.get(1)?)?;
     let floating = |size, read: fn(&[u8]) -> f64| Elements::Floating(bytes.chunks_exact(size).map(read).collect());
     let integers = |size, read: fn(&[u8]) -> i128| Elements::Integers(bytes.chunks_exact(size).map(read).collect());
     let elements = match dtype.as_str() {
@@ -154,7 +154,7 @@ fn read_array(entry: &Json, content: &[u8]) -> Option<Array> {
     };
     let array = Array { dtype, shape, elements };
     let count = array.shape.iter().try_fold(1usize, |product, length| product.checked_mul(*length))?;
-    (array.numbers().len() + array.integers().len() == count).then(|| array)
+    (array.numbers().len() + array.integers().len() == count).then_some(array)
 }
 
 fn safetensors(arrays: &[(&str, Array)]) -> Vec<u8> {
@@ -244,7 +244,7 @@ fn parse(text: &[u8]) -> Option<Json> {
     let mut reader = Reader { text, at: 0, depth: 0 };
     let value = reader.value()?;
     reader.skip_space();
-    (reader.at == text.len()).then(|| value)
+    (reader.at == text.len()).then_some(value)
 }
 
 struct Reader<'a> {
