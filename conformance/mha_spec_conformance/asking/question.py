@@ -6,16 +6,18 @@ A `Question` goes to the process and an `Answer` comes back.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mha_spec_conformance.targets.conversion import LAYOUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import numpy
 
-__all__ = ["AGAIN", "FURTHER", "NEGATED", "Answer", "Further", "Question", "Raised"]
+    from mha_spec_conformance.targets.claims import Claims
+
+__all__ = ["AGAIN", "FURTHER", "NEGATED", "Answer", "Further", "Question", "Raised", "Source"]
 
 AGAIN, NEGATED = "again", "negated"
 
@@ -96,3 +98,13 @@ class Answer:
     foreign: str | None = None
     seconds: float = 0.0
     overwritten: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """Gives the answers of a target, which come from its processes or from files."""
+
+    claims: Claims
+
+    def answers(self, *groups: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
+        """Ask all questions; yield each with its answer."""
+        ...

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from rich.console import Console
+
     from mha_spec_conformance.running.run import Run
     from mha_spec_conformance.suite.cases import Suite
 
-__all__ = ["UsageError", "check"]
+__all__ = ["UsageError", "among", "check", "conclude", "features_of", "prepare", "selection_of"]
 
 
 class UsageError(MhaSpecError):
@@ -50,8 +52,8 @@ def check(
     """Judge a target, write the report, print the verdict, and give the exit status."""
     suite = load(cases)
     settings = Settings(
-        selection=_selection(suite, only, dtypes),
-        required=_among("--require", required, (*_features(suite), *FLOATING)),
+        selection=selection_of(suite, only, dtypes),
+        required=among("--require", required, (*features_of(suite), *FLOATING)),
         accepted=frozenset(parse_convention(text) for text in accepted),
         known=read_known(known) if known else (),
         max_fail=max_fail,
@@ -62,15 +64,25 @@ def check(
         resume=resume,
     )
     _check_output("--results", results, FORMAT, resume)
-    if json is not None:
-        _check_output("--json", json, SCHEMA)
-        _remove_old(json)
+    prepare(json)
     screen = console()
     with Bar(screen, target) as bar:
         result = run(target, suite, settings, bar)
+    return conclude(screen, result, json)
+
+
+def prepare(report: Path | None) -> None:
+    """Make sure that the report can be written, and remove that of an earlier run."""
+    _check_output("--json", report, SCHEMA)
+    if report is not None:
+        _remove_old(report)
+
+
+def conclude(screen: Console, result: Run, report: Path | None) -> int:
+    """Write the report, print the verdict, and give the exit status."""
     if not result.deciding:
-        raise NothingToJudge(f"target {target}: {result.verdict}")
-    fault = None if json is None else _written(result, json)
+        raise NothingToJudge(f"target {result.claims.name}: {result.verdict}")
+    fault = None if report is None else _written(result, report)
     print_run(screen, result)
     if fault is not None:
         raise fault
@@ -127,19 +139,22 @@ def _remove_old(report: Path) -> None:
         report.unlink()
 
 
-def _selection(suite: Suite, only: tuple[str, ...], dtypes: tuple[str, ...]) -> Selection:
-    selection = Selection(only, _among("--dtypes", dtypes, FLOATING))
+def selection_of(suite: Suite, only: tuple[str, ...], dtypes: tuple[str, ...]) -> Selection:
+    """Give the selection, or raise if it contains a name that does not exist."""
+    selection = Selection(only, among("--dtypes", dtypes, FLOATING))
     for pattern in only:
         if not any(matches(case, pattern) for case in suite.cases):
             raise UsageError(f"--only {pattern} matches none of {len(suite.cases)} cases; `mha-spec cases` lists them")
     return selection
 
 
-def _features(suite: Suite) -> tuple[str, ...]:
+def features_of(suite: Suite) -> tuple[str, ...]:
+    """Name the features of all cases."""
     return tuple(dict.fromkeys(feature for case in suite.cases for feature in case.features))
 
 
-def _among(option: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
+def among(option: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Give the names that an option received, or raise if one of them is not allowed."""
     for name in names:
         if name not in allowed:
             raise UsageError(f"{option} must be one of {', '.join(allowed)}, received {name!r}")

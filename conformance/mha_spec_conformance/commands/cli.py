@@ -138,6 +138,47 @@ def check(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="An empty folder for the questions.")],
+    claims: Annotated[
+        Path | None, typer.Option(help="JSON file with the claims of the program: its reply to hello.")
+    ] = None,
+    functions: Annotated[
+        list[str] | None, typer.Option(help="Without --claims: these functions, with all of their options.")
+    ] = None,
+    dtypes: Annotated[list[str] | None, typer.Option(help="Ask only in these dtypes, as in float32,float16.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask only cases whose id matches or contains this pattern, or that cite this clause."),
+    ] = None,
+) -> None:
+    """Write the questions to a folder, for a program that answers them on a machine without Python."""
+    from . import offline
+
+    print(offline.export(folder, claims, _names(functions), _names(dtypes), tuple(only or ())))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that `export` made, with answers.jsonl.")],
+    require: Annotated[
+        list[str] | None, typer.Option(help="Fail if one of these features was not asked, as in mask,causal.")
+    ] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")
+    ] = None,
+    known: Annotated[
+        Path | None, typer.Option(help="TOML file of known failures: [[known]] with id and reason.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+) -> None:
+    """Judge the answers in a folder. The exit status is that of `check`; a question without an answer is an error."""
+    from . import offline
+
+    raise typer.Exit(offline.verify(folder, _names(require), tuple(accept or ()), known, json))
+
+
+@app.command()
 def fuzz(
     target: Annotated[str, typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")],
     seconds: Annotated[float, typer.Option(min=0.1, help="Time of the search in seconds.")] = 60.0,

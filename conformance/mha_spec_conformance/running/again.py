@@ -23,8 +23,7 @@ from mha_spec_conformance.judging.prediction import answer as answer_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from mha_spec_conformance.asking.pool import Pool
-    from mha_spec_conformance.asking.question import Answer
+    from mha_spec_conformance.asking.question import Answer, Source
     from mha_spec_conformance.asking.selection import Ask
     from mha_spec_conformance.judging.judge import Judge
     from mha_spec_conformance.judging.result import Result
@@ -66,14 +65,14 @@ class SecondTime:
         if result.ask.key in self._digests and result.outcome in SETTLED:
             self._digests[result.ask.key] = _digest(answer.outputs)
 
-    def amended(self, pool: Pool, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
+    def amended(self, source: Source, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
         """Ask the second time; give the results, for each case a failure if only the second answer is wrong."""
-        yield from self._in_another_order(pool, judge, results)
-        yield from self._with_stride_0(pool, judge, results)
+        yield from self._in_another_order(source, judge, results)
+        yield from self._with_stride_0(source, judge, results)
 
-    def _in_another_order(self, pool: Pool, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
+    def _in_another_order(self, source: Source, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
         asked = {ask.key: ask for ask in self._chosen if results[ask.key].outcome in SETTLED}
-        for question, answer in pool.answers(
+        for question, answer in source.answers(
             *([replace(ask, every_layout=False).question()] for ask in asked.values())
         ):
             first, second = (
@@ -87,8 +86,8 @@ class SecondTime:
             else:
                 yield first
 
-    def _with_stride_0(self, pool: Pool, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
-        if "expanded" not in pool.claims.further:
+    def _with_stride_0(self, source: Source, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
+        if "expanded" not in source.claims.further:
             return
         asked = {}
         for ask in self._marked:
@@ -101,7 +100,7 @@ class SecondTime:
             replace(question, placed=dict.fromkeys(question.arrays, "expanded"))
             for question in (ask.question() for ask in asked.values())
         ]
-        for question, answer in pool.answers(*([question] for question in questions)):
+        for question, answer in source.answers(*([question] for question in questions)):
             key = question.id, question.dtype
             second = judge.result(asked[key], answer)
             if second.outcome == "unsupported":

@@ -10,7 +10,7 @@ from mha_spec_conformance.asking.selection import probes
 from mha_spec_conformance.judging.result import FAILING
 
 if TYPE_CHECKING:
-    from mha_spec_conformance.asking.pool import Pool
+    from mha_spec_conformance.asking.question import Source
     from mha_spec_conformance.asking.selection import Selection
     from mha_spec_conformance.judging.judge import Judge
     from mha_spec_conformance.judging.result import Result
@@ -31,15 +31,17 @@ class Alignment:
     failures: tuple[Result, ...] = ()
 
 
-def find_alignment(pool: Pool, suite: Suite, selection: Selection, judge: Judge) -> Alignment:
+def find_alignment(source: Source, suite: Suite, selection: Selection, judge: Judge) -> Alignment:
     """Ask the probes of every alignment, and choose the first alignment whose probes all pass.
 
     A probe of another alignment fails only if the call did not return. If no alignment fits, every probe fails that is
     wrong.
     """
-    asked = {ask.key: (name, ask) for name, asks in probes(suite.cases, pool.claims, selection).items() for ask in asks}
+    asked = {
+        ask.key: (name, ask) for name, asks in probes(suite.cases, source.claims, selection).items() for ask in asks
+    }
     results: defaultdict[str, list[Result]] = defaultdict(list)
-    for question, answer in pool.answers([ask.question() for _, ask in asked.values()]):
+    for question, answer in source.answers([ask.question() for _, ask in asked.values()]):
         name, ask = asked[question.id, question.dtype]
         result = judge.result(ask, answer)
         if result.outcome != "unsupported":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from mha_spec_conformance.asking.question import Question
+    from mha_spec_conformance.asking.question import Question, Source
     from mha_spec_conformance.asking.selection import Ask
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Suite
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Key = tuple[str, str]
 
-__all__ = ["NothingToJudge", "Settings", "run"]
+__all__ = ["NothingToJudge", "Settings", "judge_all", "run"]
 
 
 @dataclass(frozen=True)
@@ -65,31 +65,42 @@ def run(
         TargetError: The target cannot be loaded.
         NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
     """
-    with (
-        Pool(target, settings.jobs, settings.limit, command=settings.command) as pool,
-        ResultsFile(settings.results) as file,
-    ):
-        asked = _asked(target, suite, pool.claims, settings.selection)
-        judge = Judge(pool.claims, settings.accepted)
-        notes = try_smoke_cases(suite, pool, judge)
-        alignment = find_alignment(pool, suite, settings.selection, judge)
-        earlier = (
-            read_results(settings.results, suite, pool.claims, asked) if settings.results and settings.resume else {}
-        )
-        file.begin(suite, pool.claims, resume=settings.resume)
-        results, finished = _Asking(pool, asked, settings, judge, progress, file).results(earlier)
-        return Run(
-            suite=suite,
-            claims=pool.claims,
-            selection=settings.selection,
-            results=(*alignment.failures, *(results[ask.key] for ask in asked if ask.key in results)),
-            finished=finished,
-            alignment=alignment.name,
-            notes=(*notes, *([alignment.note] if alignment.note else [])),
-            required=settings.required,
-            accepted=settings.accepted,
-            known=settings.known,
-        )
+    with Pool(target, settings.jobs, settings.limit, command=settings.command) as pool:
+        return judge_all(pool, Judge(pool.claims, settings.accepted), suite, settings, progress)
+
+
+def judge_all(
+    source: Source,
+    judge: Judge,
+    suite: Suite,
+    settings: Settings,
+    progress: Callable[[int, int, int], None] = lambda done, total, failed: None,
+) -> Run:
+    """Ask the source everything that its target claims, and judge the answers.
+
+    Raises:
+        NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
+    """
+    claims = source.claims
+    asked = _asked(claims.name, suite, claims, settings.selection)
+    notes = try_smoke_cases(suite, source, judge)
+    alignment = find_alignment(source, suite, settings.selection, judge)
+    with ResultsFile(settings.results) as file:
+        earlier = read_results(settings.results, suite, claims, asked) if settings.results and settings.resume else {}
+        file.begin(suite, claims, resume=settings.resume)
+        results, finished = _Asking(source, asked, settings, judge, progress, file).results(earlier)
+    return Run(
+        suite=suite,
+        claims=claims,
+        selection=settings.selection,
+        results=(*alignment.failures, *(results[ask.key] for ask in asked if ask.key in results)),
+        finished=finished,
+        alignment=alignment.name,
+        notes=(*notes, *([alignment.note] if alignment.note else [])),
+        required=settings.required,
+        accepted=settings.accepted,
+        known=settings.known,
+    )
 
 
 def _asked(target: str, suite: Suite, claims: Claims, selection: Selection) -> list[Ask]:
@@ -120,7 +131,7 @@ def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
 class _Asking:
     """Asks all questions of a run, and keeps, writes and counts the results as they come."""
 
-    pool: Pool
+    source: Source
     asked: list[Ask]
     settings: Settings
     judge: Judge
@@ -137,7 +148,7 @@ class _Asking:
             self._keep(result)
         self.progress(len(self.by_key), count, self.failed)
         asks_by_key = {ask.key: ask for ask in self.asked if ask.key not in earlier}
-        for question, answer in self.pool.answers(*_groups(asks_by_key.values())):
+        for question, answer in self.source.answers(*_groups(asks_by_key.values())):
             result = self.judge.result(asks_by_key[question.id, question.dtype], answer)
             second_time.remember(result, answer)
             self._keep(result)
@@ -145,7 +156,7 @@ class _Asking:
             self.progress(len(self.by_key), count, self.failed)
             if self.settings.max_fail is not None and self.failed >= self.settings.max_fail:
                 return self.by_key, False
-        for done, result in enumerate(second_time.amended(self.pool, self.judge, self.by_key), len(self.by_key)):
+        for done, result in enumerate(second_time.amended(self.source, self.judge, self.by_key), len(self.by_key)):
             self._keep(result)
             self.file.add(result)
             self.progress(min(done, count), count, self.failed)

@@ -14,8 +14,7 @@ from mha_spec_conformance.asking.selection import Selection, asks
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mha_spec_conformance.asking.pool import Pool
-    from mha_spec_conformance.asking.question import Answer, Question
+    from mha_spec_conformance.asking.question import Answer, Question, Source
     from mha_spec_conformance.judging.judge import Judge
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Suite
@@ -38,34 +37,34 @@ class Smoke:
     result: Result
 
 
-def try_smoke_cases(suite: Suite, pool: Pool, judge: Judge) -> tuple[str, ...]:
+def try_smoke_cases(suite: Suite, source: Source, judge: Judge) -> tuple[str, ...]:
     """Ask the smoke cases, in float32 if the target claims it, and give notes on the target file.
 
     Raises:
         NothingToJudge: Every answer has a wrong form or wrong axes, or the process ended.
     """
-    claims = pool.claims
+    claims = source.claims
     dtype = "float32" if "float32" in claims.dtypes else claims.dtypes[0]
     cases = [case for case in suite.cases if TAG in case.tags]
     asked = {ask.key: ask for ask in asks(cases, claims, Selection(dtypes=(dtype,)))}
     plain_first = sorted(asked.values(), key=lambda ask: len(ask.features))
     smokes: list[Smoke] = []
-    for question, answer in pool.answers([ask.question() for ask in plain_first]):
+    for question, answer in source.answers([ask.question() for ask in plain_first]):
         smokes.append(Smoke(question, answer, judge.result(asked[question.id, question.dtype], answer)))
         if answer.kind == "timeout":
             break
     smokes = [smoke for smoke in smokes if smoke.result.outcome != "unsupported"]
-    if smokes and (fault := _fault(smokes, pool)) is not None:
+    if smokes and (fault := _fault(smokes, source)) is not None:
         raise NothingToJudge(f"target {claims.name} cannot be judged: {fault}")
     return tuple(_notes(smokes))
 
 
-def _fault(smokes: list[Smoke], pool: Pool) -> str | None:
+def _fault(smokes: list[Smoke], source: Source) -> str | None:
     """Describe the fault of the target file if no answer can be compared."""
     first = smokes[0]
     if any(smoke.result.outcome == "pass" for smoke in smokes):
         return None
-    if _takes_lengths_first(first, pool):
+    if _takes_lengths_first(first, source):
         return "the target takes the axes as (batch, length, heads, size): swap axes 1 and 2 in the target file"
     if any(_judged(smoke) for smoke in smokes):
         return None
@@ -104,7 +103,7 @@ def _axes(smoke: Smoke) -> str:
     return f": the axes are {orders[received]}; permute them in the target file" if received in orders else ""
 
 
-def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
+def _takes_lengths_first(smoke: Smoke, source: Source) -> bool:
     """Tell whether the target exchanges heads and lengths, by a call with as many heads as positions."""
     if smoke.question.function != "attention" or smoke.answer.kind in ("crash", "timeout"):
         return False
@@ -115,7 +114,7 @@ def _takes_lengths_first(smoke: Smoke, pool: Pool) -> bool:
     operands = [array.astype(numpy.float64) for array in arrays.values()]
     straight = numpy.asarray(reference.attention(*operands))
     swapped = numpy.asarray(reference.attention(*(x.swapaxes(1, 2) for x in operands))).swapaxes(1, 2)
-    for _, answer in pool.answers([question]):
+    for _, answer in source.answers([question]):
         output = answer.outputs.get("output")
         if output is None or output.shape != swapped.shape or output.dtype.kind == "c":
             return False

@@ -1,0 +1,183 @@
+"""Questions and answers in a folder, for machines without Python: a program answers there, and the answers are read.
+
+The folder has these files; `docs/protocol.md` describes them:
+
+    export.json        the claims and the selection, with the version of the suite
+    questions.jsonl    `hello`, then the questions, in the order in which a run asks them
+    answers.jsonl      the standard output of the program
+    files/             the arrays
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict, deque
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.targets.loading import TargetError
+
+from . import files
+from .protocol import (
+    ProtocolError,
+    answer_from,
+    claims_from,
+    claims_message,
+    hello_message,
+    line_of,
+    message_from,
+    question_message,
+)
+from .question import Answer
+from .selection import Selection
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator
+    from typing import Any
+
+    from mha_spec_conformance.suite.cases import Suite
+    from mha_spec_conformance.targets.claims import Claims
+
+    from .question import Question
+
+    Message = dict[str, Any]
+
+__all__ = ["FolderError", "Recorded", "Recorder"]
+
+FORMAT = "mha-spec-export/1"
+EXPORT, QUESTIONS, ANSWERS = "export.json", "questions.jsonl", "answers.jsonl"
+FILES = Path("files")
+"""The folder of the arrays; the paths in the messages are relative, so that the folder can be moved."""
+
+
+class FolderError(MhaSpecError, ValueError):
+    """The folder cannot be written, or is not an export, or its answers cannot be read."""
+
+
+def _identity(message: Message) -> str:
+    """Name a question by all that it asks, without its number and paths."""
+    return json.dumps({name: message[name] for name in sorted(message.keys() - {"number", "arrays", "answer"})})
+
+
+class Recorder:
+    """Writes every question that it is asked to a folder; its answers are empty."""
+
+    def __init__(self, folder: Path, claims: Claims, selection: Selection, suite: Suite) -> None:
+        """Make the folder.
+
+        Raises:
+            FolderError: The folder has contents already, or cannot be made.
+        """
+        self.claims = claims
+        self.folder = folder
+        self.count = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise FolderError(f"{folder}: the folder must be empty; name another one")
+            (folder / FILES).mkdir()
+            (folder / EXPORT).write_text(json.dumps(_export(claims, selection, suite), indent=1) + "\n")
+            (folder / QUESTIONS).write_bytes(line_of(hello_message(FILES)))
+        except OSError as error:
+            raise FolderError(f"{folder}: cannot be written: {error.strerror}") from error
+
+    def answers(self, *groups: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
+        """Write all questions."""
+        with (self.folder / QUESTIONS).open("ab") as questions:
+            for question in chain(*groups):
+                self.count += 1
+                message = question_message(question, self.count, FILES, self.claims.further)
+                files.write(self.folder / message["arrays"], question.arrays)
+                questions.write(line_of(message))
+                yield question, Answer("returned")
+
+
+def _export(claims: Claims, selection: Selection, suite: Suite) -> Message:
+    return {
+        "format": FORMAT,
+        "spec_version": suite.spec_version,
+        "goldens_sha256": suite.goldens_sha256,
+        "claims": claims_message(claims, claims.further),
+        "selection": {"only": list(selection.only), "dtypes": list(selection.dtypes)},
+    }
+
+
+class Recorded:
+    """Answers questions by what a program wrote to a folder."""
+
+    def __init__(self, folder: Path, suite: Suite) -> None:
+        """Read the folder, but no arrays.
+
+        Raises:
+            FolderError: The folder is not an export of this version of the suite, or has no answers.
+        """
+        self.folder = folder
+        export = self._exported(suite)
+        self.claims = claims_from(export["claims"], str(folder), trusted=False)
+        self.selection = Selection(*(tuple(export["selection"][name]) for name in ("only", "dtypes")))
+        self._asked: defaultdict[str, list[int]] = defaultdict(list)
+        for message in self._messages(QUESTIONS):
+            if message["message"] == "question":
+                self._asked[_identity(message)].append(message["number"])
+        self._numbers = {identity: deque(numbers) for identity, numbers in self._asked.items()}
+        self._answers: dict[object, Message] = {}
+        for message in self._messages(ANSWERS):
+            if message["message"] == "answer":
+                self._answers[message.get("number")] = message
+            elif message["message"] != "claims":
+                raise TargetError(f"{folder / ANSWERS}: the program replied {message}")
+            else:
+                program = claims_from(message, str(folder), trusted=False)
+                self.claims = replace(self.claims, versions=program.versions, hardware=program.hardware)
+        if not self._answers:
+            raise FolderError(f"{folder / ANSWERS}: has no answer; run `./program < {QUESTIONS} > {ANSWERS}` there")
+
+    def _exported(self, suite: Suite) -> Message:
+        try:
+            export = json.loads((self.folder / EXPORT).read_bytes())
+        except (OSError, ValueError) as error:
+            raise FolderError(f"{self.folder}: not a folder that `mha-spec export` made: {error}") from error
+        expected = {"format": FORMAT, "spec_version": suite.spec_version, "goldens_sha256": suite.goldens_sha256}
+        for name, value in expected.items():
+            if export.get(name) != value:
+                raise FolderError(
+                    f"{self.folder / EXPORT}: must have {name}={value}, received {name}={export.get(name)}; "
+                    "export the questions again, with the version of the suite that verifies them"
+                )
+        return export
+
+    def _messages(self, name: str) -> Iterator[Message]:
+        """Read the messages of a file."""
+        try:
+            lines = (self.folder / name).read_bytes().splitlines()
+        except OSError as error:
+            raise FolderError(f"{self.folder / name}: cannot be read: {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            try:
+                yield message_from(line)
+            except ProtocolError as error:
+                raise FolderError(f"{self.folder / name}: line {number}: the program {error}") from error
+
+    def answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
+        """Give all questions with their answers."""
+        for question in chain(*groups):
+            yield question, self._answer(question)
+
+    def _answer(self, question: Question) -> Answer:
+        """Read the answer to a question; one that occurs more than once has several answers, none of which may lack."""
+        identity = _identity(question_message(question, 0, FILES, self.claims.further))
+        numbers = self._numbers.get(identity)
+        if not numbers:
+            return Answer("raised", reason="the export does not have this question")
+        number = numbers.popleft() if len(numbers) > 1 else numbers[0]
+        missing = next((number for number in self._asked[identity] if number not in self._answers), None)
+        if missing is not None:
+            return Answer("raised", reason=f"missing: {ANSWERS} has no answer to question {missing}")
+        try:
+            answer = answer_from(self._answers[number], question, self.folder / FILES / f"{number}.answer")
+        except ProtocolError as error:
+            return Answer("crash", reason=f"the process {error}")
+        return replace(answer, kind="raised") if answer.kind == "lost" else answer

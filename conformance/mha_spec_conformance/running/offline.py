@@ -1,0 +1,66 @@
+"""Export the questions of a run to a folder, and verify the answers that a program wrote there.
+
+Both are runs of the suite. The export asks a source that writes every question, and takes every answer for right, so
+that the run asks all that it can ask. To verify, the run asks a source that reads the answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mha_spec_conformance.asking.folder import Recorded, Recorder
+from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.judging.result import Result
+
+from .runner import Settings, judge_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mha_spec_conformance.asking.question import Answer
+    from mha_spec_conformance.asking.selection import Ask, Selection
+    from mha_spec_conformance.suite.cases import Suite
+    from mha_spec_conformance.targets.claims import Claims
+
+    from .run import Run
+
+__all__ = ["export", "verify"]
+
+
+class _Everything(Judge):
+    """Takes every answer for right."""
+
+    def result(self, ask: Ask, answer: Answer) -> Result:
+        """Let the ask pass."""
+        return Result(ask, "pass")
+
+
+def export(folder: Path, claims: Claims, suite: Suite, selection: Selection) -> int:
+    """Write the questions to a target with these claims to an empty folder, and give their number.
+
+    Raises:
+        FolderError: The folder has contents, or cannot be written.
+        NothingToJudge: The claims contain nothing that is selected.
+    """
+    recorder = Recorder(folder, claims, selection, suite)
+    judge_all(recorder, _Everything(claims), suite, Settings(selection=selection))
+    return recorder.count
+
+
+def verify(
+    folder: Path,
+    suite: Suite,
+    settings: Settings,
+    progress: Callable[[int, int, int], None] = lambda done, total, failed: None,
+) -> Run:
+    """Judge the answers in a folder; the selection is that of the export, and a missing answer is an error.
+
+    Raises:
+        FolderError: The folder is not an export of this suite, or has no answers.
+        NothingToJudge: None of the answers can be compared.
+    """
+    recorded = Recorded(folder, suite)
+    settings = replace(settings, selection=recorded.selection)
+    return judge_all(recorded, Judge(recorded.claims, settings.accepted), suite, settings, progress)
