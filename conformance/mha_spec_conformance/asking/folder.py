@@ -135,6 +135,12 @@ class Recorded:
         if not self._answers:
             raise FolderError(f"{folder / ANSWERS}: has no answer; run `./program < {QUESTIONS} > {ANSWERS}` there")
 
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The numbers of the questions without an answer."""
+        numbers = (number for numbers in self._asked.values() for number in numbers)
+        return tuple(sorted(number for number in numbers if number not in self._answers))
+
     def _exported(self, suite: Suite) -> Message:
         try:
             export = json.loads((self.folder / EXPORT).read_bytes())

@@ -63,4 +63,7 @@ def verify(
     """
     recorded = Recorded(folder, suite)
     settings = replace(settings, selection=recorded.selection)
-    return judge_all(recorded, Judge(recorded.claims, settings.accepted), suite, settings, progress)
+    run = judge_all(recorded, Judge(recorded.claims, settings.accepted), suite, settings, progress)
+    if not recorded.missing:
+        return run
+    return replace(run, notes=(*run.notes, f"{len(recorded.missing)} questions have no answer, as {recorded.missing[0]}"))
