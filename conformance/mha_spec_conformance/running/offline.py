@@ -66,4 +66,5 @@ def verify(
     run = judge_all(recorded, Judge(recorded.claims, settings.accepted), suite, settings, progress)
     if not recorded.missing:
         return run
-    return replace(run, notes=(*run.notes, f"{len(recorded.missing)} questions have no answer, as {recorded.missing[0]}"))
+    note = f"questions without an answer: {len(recorded.missing)}, of which the first is {recorded.missing[0]}"
+    return replace(run, notes=(*run.notes, note))
