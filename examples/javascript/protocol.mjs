@@ -71,6 +71,7 @@ function answer(functions, message) {
   const start = performance.now();
   try {
     const question = readQuestion(message);
+    if (!(message.function in functions)) throw new Unsupported(`this program has no function ${message.function}`);
     const outputs = functions[message.function](question.arrays, question.options);
     const asked = Object.entries(outputs).filter(([name]) => message.outputs.includes(name));
     writeArrays(message.answer, Object.fromEntries(asked));
