@@ -10,9 +10,16 @@ import pytest
 
 from mha_spec_conformance.asking import memory
 from mha_spec_conformance.asking.memory import MemoryLimit, half_of_the_machine, parse_size, shown_size
+from mha_spec_conformance.asking.pool import Pool
+from mha_spec_conformance.asking.selection import Selection
+from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.running.runner import Settings, judge_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from mha_spec_conformance.suite.cases import Suite
 
 MIB = 2**20
 
@@ -93,3 +100,26 @@ def test_sizes_are_shown_in_units() -> None:
 
 def test_default_is_below_the_memory_of_the_machine() -> None:
     assert MIB < half_of_the_machine() < 2**45
+
+
+def test_case_that_exceeds_the_limit_is_a_crash_and_all_others_are_judged(tmp_path: Path, suite: Suite) -> None:
+    target = tmp_path / "target.py"
+    target.write_text(
+        "import time\nimport numpy\nfrom mha_spec import reference\n"
+        "def attention(query, key, value, *, mask=None):\n"
+        "    if mask is not None:\n"
+        f"        data = numpy.ones({300 * MIB}, 'u1')\n"
+        "        time.sleep(20)\n"
+        "    return reference.attention(query, key, value, mask=mask)\n"
+    )
+    selection = Selection(("attention/smoke/",), ("float32",))
+    with Pool(str(target), memory=256 * MIB) as pool:
+        done = judge_all(pool, Judge(pool.claims), suite, Settings(selection))
+    outcomes = {result.ask.case.id.rpartition("/")[2]: result for result in done.results}
+    assert {name: result.outcome for name, result in outcomes.items()} == {
+        "plain": "pass",
+        "head-layout": "pass",
+        "lse": "pass",
+        "mask-polarity": "crash",
+    }
+    assert "the limit is 256.0 MiB (--memory)" in str(outcomes["mask-polarity"].reason)

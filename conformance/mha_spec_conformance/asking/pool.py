@@ -13,6 +13,7 @@ from mha_spec_conformance.suite.text import one_line
 from mha_spec_conformance.targets.loading import TargetError
 
 from . import files
+from .memory import MemoryLimit, half_of_the_machine
 from .process import END_WITH_PARENT, LAUNCH, Process
 from .protocol import (
     MOST_LINE_BYTES,
@@ -80,6 +81,7 @@ class Worker:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.process = Process(self.pool.command, self.folder)
+            self.pool.memory.watch(self.process.id)
             self.process.send(line_of(hello_message(self.folder)))
             claims = claims_from(self._first_message(), self.pool.target, trusted=self.pool.python)
         except OSError as error:
@@ -104,9 +106,12 @@ class Worker:
                     raise TargetError(f"target {self.pool.target} {error}") from error
             if ended:
                 what = "ended the process while it was imported" if self.pool.python else "did not send claims"
-                raise TargetError(f"target {self.pool.target} {what}: {self.process.ending()}")
+                raise TargetError(f"target {self.pool.target} {what}: {self._ending(self.process)}")
             wait([self.process.waited_for], timeout=0.1)
         raise TargetError(f"target {self.pool.target} did not load in {limit:.0f} s")
+
+    def _ending(self, process: Process) -> str:
+        return self.pool.memory.forget(process.id) or process.ending()
 
     def ask(self, question: Question) -> None:
         """Send a question; if the process is not running, the question waits for the next one."""
@@ -162,7 +167,7 @@ class Worker:
         if answers or not self.held:
             return answers
         if ended:
-            return self._replaced("crash", self.process.ending())
+            return self._replaced("crash", self._ending(self.process))
         if time.monotonic() - self.since > limit:
             return self._replaced("timeout", f"no answer in {limit:g} s")
         return []
@@ -219,6 +224,7 @@ class Worker:
     def stop(self) -> None:
         """Kill the process; the next question starts another process."""
         if self.process is not None:
+            self.pool.memory.forget(self.process.id)
             self.process.stop()
         self.process = None
 
@@ -234,6 +240,7 @@ class Pool:
         *,
         loading: Sequence[str] = (LOADER,),
         command: Sequence[str] | None = None,
+        memory: int | None = None,
     ) -> None:
         """Start the workers.
 
@@ -243,9 +250,11 @@ class Pool:
             limit: The time limit of a question in seconds.
             loading: The function that loads a target in Python, as `module:function`, and its further arguments.
             command: The program of a target that is not in Python, with its arguments.
+            memory: The most bytes of memory of a process; by default, all of them have half of the machine's.
         """
         self.target = target
         self.limit = limit
+        self.memory = MemoryLimit(half_of_the_machine() // jobs if memory is None else memory)
         self.python = command is None
         bootstrap = BOOTSTRAP.format(path=list(sys.path))
         worker = [sys.executable, "-P", "-c", bootstrap, target, *loading]
@@ -273,6 +282,7 @@ class Pool:
             for worker in self._workers:
                 worker.stop()
             self._workers.clear()
+            self.memory.close()
             self._scratch.remove()
 
     def answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:

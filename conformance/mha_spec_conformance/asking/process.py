@@ -79,6 +79,11 @@ class Process:
                 self._printed = (self._printed + read)[-KEPT_BYTES:]
 
     @property
+    def id(self) -> int:
+        """The id of the program, which is also that of its session."""
+        return self._popen.pid
+
+    @property
     def waited_for(self) -> int:
         """The descriptor that becomes readable when there is something to read, or the program ends."""
         return self._stdout
