@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mha_spec.arrays import FLOATING
 from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.asking.memory import parse_size
 from mha_spec_conformance.asking.selection import Selection, matches
 from mha_spec_conformance.reporting.report import SCHEMA, write_json
 from mha_spec_conformance.reporting.terminal import Bar, console, print_run
@@ -46,6 +47,7 @@ def check(
     limit: float = 60.0,
     cases: Path | None = None,
     command: str | None = None,
+    memory: str | None = None,
     results: Path | None = None,
     resume: bool = False,
 ) -> int:
@@ -60,6 +62,7 @@ def check(
         jobs=jobs,
         limit=limit,
         command=_program(command),
+        memory=_memory(memory),
         results=results,
         resume=resume,
     )
@@ -100,6 +103,14 @@ def _program(command: str | None) -> tuple[str, ...] | None:
     if not words:
         raise UsageError("--command must name a program, received an empty string")
     return words
+
+
+def _memory(size: str | None) -> int | None:
+    """Read the limit of the memory."""
+    try:
+        return None if size is None else parse_size(size)
+    except ValueError as error:
+        raise UsageError(f"--memory {size}: {error}") from error
 
 
 def _written(result: Run, report: Path) -> UsageError | None:

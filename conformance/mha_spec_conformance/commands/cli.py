@@ -106,6 +106,10 @@ def check(
     command: Annotated[
         str | None, typer.Option(help="Judge this program, in any language, instead of TARGET (docs/protocol.md).")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Most memory of a worker, as in 8G; by default, all workers have half of the machine's."),
+    ] = None,
     results: Annotated[Path | None, typer.Option(help="Append each result to this file of JSON lines.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run whose results --results has.")] = False,
 ) -> None:
@@ -128,6 +132,7 @@ def check(
             limit=timeout,
             cases=cases,
             command=command,
+            memory=memory,
             results=results,
             resume=resume,
         )

@@ -47,6 +47,8 @@ class Settings:
     limit: float = 60.0
     command: tuple[str, ...] | None = None
     """The program of a target that is not in Python, with its arguments."""
+    memory: int | None = None
+    """The most bytes of memory of a process; see `Pool`."""
     results: Path | None = None
     """The file to which results are appended as they come."""
     resume: bool = False
@@ -65,7 +67,7 @@ def run(
         TargetError: The target cannot be loaded.
         NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
     """
-    with Pool(target, settings.jobs, settings.limit, command=settings.command) as pool:
+    with Pool(target, settings.jobs, settings.limit, command=settings.command, memory=settings.memory) as pool:
         return judge_all(pool, Judge(pool.claims, settings.accepted), suite, settings, progress)
 
 
