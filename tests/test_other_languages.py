@@ -15,9 +15,11 @@ import pytest
 from safetensors.numpy import save
 
 from mha_spec_conformance.asking.pool import Pool
+from mha_spec_conformance.asking.protocol import claims_from
 from mha_spec_conformance.asking.question import Question
 from mha_spec_conformance.asking.selection import Selection
 from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.running.offline import export, verify
 from mha_spec_conformance.running.runner import Settings, judge_all
 
 if TYPE_CHECKING:
@@ -114,6 +116,21 @@ def test_planted_shift_of_the_causal_diagonal_is_diagnosed(build: Build, suite: 
     done = judged(build("c", "-DCAUSAL_SHIFT=1"), suite, "attention/causal*", dtypes=("float32",))
     assert done.status == 1
     assert "causal-shows-the-next" in {name for result in done.failures for name in result.diagnosis}
+
+
+def test_program_answers_an_exported_folder(language: str, build: Build, suite: Suite, tmp_path: Path) -> None:
+    (claimed,) = replies(build(language), HELLO)
+    claims = claims_from(claimed, language, trusted=False)
+    export(tmp_path / "export", claims, suite, Selection(("attention/causal+mask/",), ("float32",)))
+    answers = replies(build(language), *questions_in(tmp_path / "export"), folder=tmp_path / "export")
+    (tmp_path / "export" / "answers.jsonl").write_text("".join(f"{json.dumps(answer)}\n" for answer in answers))
+    done = verify(tmp_path / "export", suite, Settings())
+    assert done.status == 0
+    assert done.notes == ()
+
+
+def questions_in(folder: Path) -> list[str]:
+    return (folder / "questions.jsonl").read_text().splitlines()
 
 
 @pytest.fixture
