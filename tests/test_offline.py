@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -189,6 +191,49 @@ def test_missing_file_of_the_folder_is_named(folder: Path, suite: Suite, name: s
     (folder / name).unlink()
     with pytest.raises(FolderError, match=name):
         verify(folder, suite, Settings())
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "export.json"])
+def test_pipe_where_a_file_must_be_is_refused(folder: Path, suite: Suite, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(FolderError, match="is not a file"):
+        verify(folder, suite, Settings())
+
+
+def test_pipe_where_the_file_of_an_answer_must_be_fails(folder: Path, suite: Suite) -> None:
+    for number in numbers_of(folder, "attention/smoke/plain"):
+        (folder / "files" / f"{number}.answer").unlink()
+        os.mkfifo(folder / "files" / f"{number}.answer")
+    assert outcomes(verify(folder, suite, Settings()))["attention/smoke/plain"] == "fail"
+
+
+@pytest.mark.parametrize("number", [None, "1", 1.0, True, [1], {"a": 1}, -1, 2**70])
+def test_answer_with_another_number_answers_nothing(folder: Path, suite: Suite, number: object) -> None:
+    numbers = numbers_of(folder, "attention/smoke/lse")
+    write_answers(folder, [m | ({"number": number} if m.get("number") in numbers else {}) for m in answers(folder)])
+    assert outcomes(verify(folder, suite, Settings()))["attention/smoke/lse"] == "error"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", "[" * 10000, '{"format": "mha-spec-export/1"}'])
+def test_file_that_export_did_not_write_is_refused(folder: Path, suite: Suite, text: str) -> None:
+    (folder / "export.json").write_text(text)
+    with pytest.raises(FolderError, match="did not write this"):
+        verify(folder, suite, Settings())
+
+
+def test_damaged_messages_have_no_other_end_than_an_error_of_ours(folder: Path, suite: Suite) -> None:
+    drawn = random.Random(5)
+    for name in ("questions.jsonl", "answers.jsonl", "export.json"):
+        original = (folder / name).read_bytes()
+        for _ in range(8):
+            damaged = bytearray(original)
+            for _ in range(4):
+                damaged[drawn.randrange(len(damaged))] = drawn.choice(b'\0\xff0"{}[],:1ea')
+            (folder / name).write_bytes(damaged)
+            with suppress(MhaSpecError):
+                assert verify(folder, suite, Settings()).status in (0, 1, 2)
+        (folder / name).write_bytes(original)
 
 
 def test_export_of_another_version_is_refused(folder: Path, suite: Suite) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["FileError", "can_hold", "read", "write"]
+__all__ = ["FileError", "can_hold", "content", "read", "write"]
 
 HEADER_BYTES = 2**20
 """The size that the header of a file may have, in addition to its arrays."""
@@ -69,13 +71,27 @@ def read(path: Path, most_bytes: int) -> dict[str, numpy.ndarray]:
         FileError: The file does not exist, is not safetensors, is larger than `most_bytes`, or has another dtype.
     """
     try:
-        if (size := path.stat().st_size) > most_bytes + HEADER_BYTES:
-            raise FileError(f"has {size} bytes, more than the {most_bytes} that are allowed")
-        return {name: _array(name, entry) for name, entry in deserialize(path.read_bytes())}
+        return {name: _array(name, entry) for name, entry in deserialize(content(path, most_bytes + HEADER_BYTES))}
     except OSError as error:
         raise FileError(f"cannot be read: {error.strerror}") from error
     except (SafetensorError, ValueError, OverflowError) as error:
         raise FileError(f"is not safetensors: {error}") from error
+
+
+def content(path: Path, most_bytes: int) -> bytes:
+    """Read the bytes of a file; a pipe or a device in its place is refused, because reading it might not end.
+
+    Raises:
+        FileError: It is not a file, or is larger than `most_bytes`.
+        OSError: It cannot be read.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise FileError("is not a file")
+        if state.st_size > most_bytes:
+            raise FileError(f"has {state.st_size} bytes, more than the {most_bytes} that are allowed")
+        return file.read(state.st_size)
 
 
 def _array(name: str, entry: Mapping[str, Any]) -> numpy.ndarray:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mha_spec.errors import MhaSpecError
-from mha_spec_conformance.targets.loading import TargetError
 
 from . import files
 from .protocol import (
@@ -52,6 +51,9 @@ EXPORT, QUESTIONS, ANSWERS = "export.json", "questions.jsonl", "answers.jsonl"
 FILES = Path("files")
 """The folder of the arrays; the paths in the messages are relative, so that the folder can be moved."""
 
+MOST_BYTES = 2**30
+"""The size of a file of messages."""
+
 
 class FolderError(MhaSpecError, ValueError):
     """The folder cannot be written, or is not an export, or its answers cannot be read."""
@@ -60,6 +62,12 @@ class FolderError(MhaSpecError, ValueError):
 def _identity(message: Message) -> str:
     """Name a question by all that it asks, without its number and paths."""
     return json.dumps({name: message[name] for name in sorted(message.keys() - {"number", "arrays", "answer"})})
+
+
+def _number(message: Message) -> int | None:
+    """Give the number of a question or an answer; another message has none."""
+    number = message.get("number") if message["message"] in ("question", "answer") else None
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 class Recorder:
@@ -115,25 +123,25 @@ class Recorded:
             FolderError: The folder is not an export of this version of the suite, or has no answers.
         """
         self.folder = folder
-        export = self._exported(suite)
-        self.claims = claims_from(export["claims"], str(folder), trusted=False)
-        self.selection = Selection(*(tuple(export["selection"][name]) for name in ("only", "dtypes")))
+        self.claims, self.selection = self._exported(suite)
         self._asked: defaultdict[str, list[int]] = defaultdict(list)
         for message in self._messages(QUESTIONS):
-            if message["message"] == "question":
-                self._asked[_identity(message)].append(message["number"])
+            if (number := _number(message)) is not None:
+                self._asked[_identity(message)].append(number)
         self._numbers = {identity: deque(numbers) for identity, numbers in self._asked.items()}
-        self._answers: dict[object, Message] = {}
+        self._answers: dict[int, Message] = {}
         for message in self._messages(ANSWERS):
-            if message["message"] == "answer":
-                self._answers[message.get("number")] = message
-            elif message["message"] != "claims":
-                raise TargetError(f"{folder / ANSWERS}: the program replied {message}")
-            else:
-                program = claims_from(message, str(folder), trusted=False)
-                self.claims = replace(self.claims, versions=program.versions, hardware=program.hardware)
+            self._take(message)
         if not self._answers:
             raise FolderError(f"{folder / ANSWERS}: has no answer; run `./program < {QUESTIONS} > {ANSWERS}` there")
+
+    def _take(self, message: Message) -> None:
+        """Keep an answer, or the versions and the hardware of the reply to `hello`."""
+        if (number := _number(message)) is not None:
+            self._answers[number] = message
+        elif message["message"] != "answer":
+            program = claims_from(message, str(self.folder), trusted=False)
+            self.claims = replace(self.claims, versions=program.versions, hardware=program.hardware)
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -141,26 +149,36 @@ class Recorded:
         numbers = (number for numbers in self._asked.values() for number in numbers)
         return tuple(sorted(number for number in numbers if number not in self._answers))
 
-    def _exported(self, suite: Suite) -> Message:
-        try:
-            export = json.loads((self.folder / EXPORT).read_bytes())
-        except (OSError, ValueError) as error:
-            raise FolderError(f"{self.folder}: not a folder that `mha-spec export` made: {error}") from error
+    def _exported(self, suite: Suite) -> tuple[Claims, Selection]:
+        """Read the description of the export."""
         expected = {"format": FORMAT, "spec_version": suite.spec_version, "goldens_sha256": suite.goldens_sha256}
+        text = self._read(EXPORT)
+        try:
+            export = json.loads(text)
+            received = {name: export[name] for name in expected}
+            claims = claims_from(export["claims"], str(self.folder), trusted=False)
+            selection = Selection(*(tuple(map(str, export["selection"][name])) for name in ("only", "dtypes")))
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise FolderError(f"{self.folder / EXPORT}: `mha-spec export` did not write this: {error!r}") from error
         for name, value in expected.items():
-            if export.get(name) != value:
+            if received[name] != value:
                 raise FolderError(
-                    f"{self.folder / EXPORT}: must have {name}={value}, received {name}={export.get(name)}; "
+                    f"{self.folder / EXPORT}: must have {name}={value}, received {name}={received[name]}; "
                     "export the questions again, with the version of the suite that verifies them"
                 )
-        return export
+        return claims, selection
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return files.content(self.folder / name, MOST_BYTES)
+        except files.FileError as error:
+            raise FolderError(f"{self.folder / name}: {error}") from error
+        except OSError as error:
+            raise FolderError(f"{self.folder / name}: cannot be read: {error.strerror}") from error
 
     def _messages(self, name: str) -> Iterator[Message]:
         """Read the messages of a file."""
-        try:
-            lines = (self.folder / name).read_bytes().splitlines()
-        except OSError as error:
-            raise FolderError(f"{self.folder / name}: cannot be read: {error.strerror}") from error
+        lines = self._read(name).splitlines()
         for number, line in enumerate(lines, 1):
             try:
                 yield message_from(line)
