@@ -91,6 +91,15 @@ def test_answers_in_a_folder_are_judged_as_those_of_a_process(folder: Path, suit
     assert all(result.deterministic for result in done.results if result.ask.every_layout)
 
 
+def test_messages_follow_the_schema(folder: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((Path(__file__).parents[1] / "docs" / "protocol.schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    messages = [*answers(folder), *map(json.loads, (folder / "questions.jsonl").read_text().splitlines())]
+    assert {message["message"] for message in messages} == {"hello", "claims", "question", "answer"}
+    assert [str(error) for message in messages for error in validator.iter_errors(message)] == []
+
+
 def test_folder_can_be_moved(folder: Path, suite: Suite) -> None:
     assert verify(folder.rename(folder.with_name("moved")), suite, Settings()).status == 0
 

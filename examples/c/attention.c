@@ -3,8 +3,8 @@
  *     gcc -std=gnu11 -O2 -o attention attention.c protocol.c -lm
  *     mha-spec check --command ./attention
  *
- * `attend` is the attention: it reads the keys of one query row twice, and works in double. All else in this file checks the
- * arguments. The ids in the comments are clauses of SPEC.md.
+ * `attend` is the attention of one row: it works in double, and results are rounded once, when they are written. The
+ * second half of this file checks the arguments. The ids in the comments are clauses of SPEC.md.
  */
 #include "protocol.h"
 
@@ -18,8 +18,9 @@
 #endif
 
 static const char *const CLAIMS =
-    "{\"message\": \"claims\", \"protocol\": \"mha-spec-protocol/1\", \"functions\": {\"attention\": [\"mask\", \"bias\", "
-    "\"causal\", \"q_offset\", \"window\", \"q_lengths\", \"kv_lengths\", \"q_segment_ids\", \"kv_segment_ids\", \"scale\", "
+    "{\"message\": \"claims\", \"protocol\": \"mha-spec-protocol/1\", "
+    "\"functions\": {\"attention\": [\"mask\", \"bias\", \"causal\", \"q_offset\", \"window\", "
+    "\"q_lengths\", \"kv_lengths\", \"q_segment_ids\", \"kv_segment_ids\", \"scale\", "
     "\"softcap\", \"sinks\", \"dropout_mask\", \"dropout_rate\", \"return_lse\"]}, "
     "\"dtypes\": [\"float64\", \"float32\", \"float16\", \"bfloat16\"], \"versions\": {\"gcc\": \"" __VERSION__ "\"}}";
 
@@ -41,7 +42,8 @@ typedef struct {
 static int64_t at(const Array *array, int64_t b, int64_t h, int64_t i, int64_t j) {
     const int64_t index[4] = {b, h, i, j};
     int64_t place = 0;
-    for (int axis = 0; axis < 4; axis++) place = place * array->shape[axis] + (array->shape[axis] == 1 ? 0 : index[axis]);
+    for (int axis = 0; axis < 4; axis++)
+        place = place * array->shape[axis] + (array->shape[axis] == 1 ? 0 : index[axis]);
     return place;
 }
 
@@ -50,7 +52,8 @@ static double converted(const Call *call, double number) { return call->in_float
 
 /* Segment ids of different types are equal where their values are (MHA-SEG-1). */
 static bool same_segment(const Array *q_ids, int64_t i, const Array *kv_ids, int64_t j) {
-    bool q_below_0 = q_ids->integers[i] < 0 && q_ids->dtype != U64, kv_below_0 = kv_ids->integers[j] < 0 && kv_ids->dtype != U64;
+    bool q_below_0 = q_ids->integers[i] < 0 && q_ids->dtype != U64;
+    bool kv_below_0 = kv_ids->integers[j] < 0 && kv_ids->dtype != U64;
     return q_ids->integers[i] == kv_ids->integers[j] && q_below_0 == kv_below_0;
 }
 
@@ -61,7 +64,8 @@ static bool visible(const Call *call, int64_t b, int64_t h, int64_t i, int64_t j
     if (call->q_lengths && i >= call->q_lengths->integers[b]) return false;
     if (call->kv_lengths && j >= call->kv_lengths->integers[b]) return false;
     if (call->mask && !call->mask->integers[at(call->mask, b, h, i, j)]) return false;
-    if (call->q_ids && !same_segment(call->q_ids, b * call->q_len + i, call->kv_ids, b * call->kv_len + j)) return false;
+    if (call->q_ids && !same_segment(call->q_ids, b * call->q_len + i, call->kv_ids, b * call->kv_len + j))
+        return false;
     return !call->bias || converted(call, call->bias->numbers[at(call->bias, b, h, i, j)]) != -INFINITY;
 }
 
@@ -94,7 +98,8 @@ static double attend(const Call *call, int64_t b, int64_t h, int64_t i, int64_t 
     for (int64_t k = 0; k < count; k++) {
         double weight = exp(logits[k] - largest) / sum * call->dropout_factor;
         if (call->dropout_mask && !call->dropout_mask->integers[at(call->dropout_mask, b, h, i, keys[k])]) weight = 0;
-        const double *value = call->value->numbers + ((b * call->kv_heads + kv_head) * call->kv_len + keys[k]) * call->v_dim;
+        const double *value =
+            call->value->numbers + ((b * call->kv_heads + kv_head) * call->kv_len + keys[k]) * call->v_dim;
         for (int64_t c = 0; c < call->v_dim; c++) output[c] += weight * value[c];
     }
     return largest + log(sum);
@@ -124,12 +129,16 @@ static bool read_operands(const Question *question, Call *call, Answer *answer) 
         if (array->rank != 4) return raised(answer, "`%s` must have rank 4, received rank %d", names[k], array->rank);
         if (!is_floating(array) || array->dtype != call->query->dtype)
             return raised(answer, "`%s` must be floating, of the dtype of `query`", names[k]);
-        if (array->shape[1] < 1 || array->shape[3] < 1) return raised(answer, "axes 1 and 3 of `%s` must not be 0", names[k]);
+        if (array->shape[1] < 1 || array->shape[3] < 1)
+            return raised(answer, "axes 1 and 3 of `%s` must not be 0", names[k]);
     }
     const int64_t *query = call->query->shape, *key = call->key->shape, *value = call->value->shape;
-    if (key[0] != query[0] || key[3] != query[3]) return raised(answer, "`key` must have the batch and qk_dim of `query`");
-    if (memcmp(value, key, 3 * sizeof *key)) return raised(answer, "`value` must have the batch, heads and length of `key`");
-    if (query[1] % key[1]) return raised(answer, "heads=%" PRId64 " must be a multiple of kv_heads=%" PRId64, query[1], key[1]);
+    if (key[0] != query[0] || key[3] != query[3])
+        return raised(answer, "`key` must have the batch and qk_dim of `query`");
+    if (memcmp(value, key, 3 * sizeof *key))
+        return raised(answer, "`value` must have the batch, heads and length of `key`");
+    if (query[1] % key[1])
+        return raised(answer, "heads=%" PRId64 " must be a multiple of kv_heads=%" PRId64, query[1], key[1]);
     call->batch = query[0], call->heads = query[1], call->q_len = query[2], call->qk_dim = query[3];
     call->kv_heads = key[1], call->kv_len = key[2], call->v_dim = value[3];
     call->in_float64 = call->query->dtype == F64;
@@ -143,7 +152,8 @@ static bool read_pairs(const Question *question, Call *call, Answer *answer, con
     bool right = (*array)->rank == 4 && (strcmp(name, "bias") ? (*array)->dtype == BOOL : is_floating(*array));
     for (int axis = 0; right && axis < 4; axis++)
         right = (*array)->shape[axis] == 1 || (*array)->shape[axis] == full[axis];
-    return right || raised(answer, "`%s` has a wrong dtype, or does not broadcast to (batch, heads, q_len, kv_len)", name);
+    return right
+           || raised(answer, "`%s` has a wrong dtype, or does not broadcast to (batch, heads, q_len, kv_len)", name);
 }
 
 /* Read an array of integers of shape (batch,) or (batch, length), all of them from `least` to `most` (MHA-LEN-3). */
@@ -200,7 +210,8 @@ static bool read_window(const Question *question, Call *call, Answer *answer, bo
 /* Give each batch entry its offset: an array, an integer, or the name of a reading (MHA-POS-2). */
 static bool read_offsets(const Question *question, Call *call, Answer *answer, const Array *array, bool positioned) {
     const Json *option = option_of(question, "q_offset");
-    bool by_name = option && option->kind == JSON_STRING, lower_right = by_name && !strcmp(option->string, "lower_right");
+    bool by_name = option && option->kind == JSON_STRING;
+    bool lower_right = by_name && !strcmp(option->string, "lower_right");
     double number = option && !by_name ? number_of(option) : 0;
     if (by_name && !lower_right && strcmp(option->string, "upper_left"))
         return raised(answer, "`q_offset` must be \"upper_left\" or \"lower_right\"");
@@ -226,7 +237,8 @@ static bool read_numbers(const Question *question, Call *call, Answer *answer) {
     call->softcap = softcap ? number_of(softcap) : 0;
     double dropout_rate = rate ? number_of(rate) : 0;
     if (!(fabs(call->scale) <= most)) return raised(answer, "`scale` must be finite");
-    if (softcap && !(call->softcap >= least && call->softcap <= most)) return raised(answer, "`softcap` must be above 0");
+    if (softcap && !(call->softcap >= least && call->softcap <= most))
+        return raised(answer, "`softcap` must be above 0");
     if (!(dropout_rate >= 0 && dropout_rate < 1)) return raised(answer, "`dropout_rate` must lie in [0, 1)");
     if (dropout_rate > 0 && !call->dropout_mask) return unsupported(answer, "dropout needs a `dropout_mask`");
     call->dropout_factor = 1 / (1 - dropout_rate);

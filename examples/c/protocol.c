@@ -291,7 +291,8 @@ static bool read_arrays(const unsigned char *bytes, size_t size, Question *quest
     question->arrays = arrays;
     for (const Json *entry = header->first; entry; entry = entry->next) {
         if (!strcmp(entry->key, "__metadata__")) continue;
-        if (!read_array(entry, bytes + 8 + length, size - 8 - (size_t)length, &arrays[question->array_count++])) return false;
+        Array *array = &arrays[question->array_count++];
+        if (!read_array(entry, bytes + 8 + length, size - 8 - (size_t)length, array)) return false;
     }
     return true;
 }
@@ -322,7 +323,8 @@ static bool write_file(const char *path, const Answer *answer) {
     append(header, &length, "{");
     for (int i = 0; i < answer->output_count; i++) {
         const Array *array = answer->outputs[i];
-        append(header, &length, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", i ? "," : "", array->name, DTYPES[array->dtype].name);
+        const char *comma = i ? "," : "", *dtype = DTYPES[array->dtype].name;
+        append(header, &length, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", comma, array->name, dtype);
         for (axis = 0; axis < (size_t)array->rank; axis++)
             append(header, &length, "%s%" PRId64, axis ? "," : "", array->shape[axis]);
         size_t end = offset + (size_t)array->count * DTYPES[array->dtype].size;
@@ -371,7 +373,8 @@ Array *new_output(Answer *answer, const char *name, Dtype dtype, int rank, const
     Array *array = allocate(1, sizeof *array);
     *array = (Array){.name = name, .dtype = dtype, .rank = rank, .count = 1};
     for (int axis = 0; axis < rank; axis++)
-        if (__builtin_mul_overflow(array->count, array->shape[axis] = shape[axis], &array->count)) array->count = INT64_MAX;
+        if (__builtin_mul_overflow(array->count, array->shape[axis] = shape[axis], &array->count))
+            array->count = INT64_MAX; /* for which there is no memory */
     array->numbers = allocate((size_t)array->count, sizeof(double));
     return answer->outputs[answer->output_count++] = array;
 }
@@ -430,6 +433,9 @@ static bool answer_question(const Json *message, void (*answer_to)(const Questio
     return true;
 }
 
+static const char *const REFUSAL =
+    "{\"message\": \"refusal\", \"reason\": \"this program speaks mha-spec-protocol/1\"}";
+
 int answer_questions(const char *claims, void (*answer_to)(const Question *, Answer *)) {
     char *line = NULL;
     size_t room = 0;
@@ -441,7 +447,7 @@ int answer_questions(const char *claims, void (*answer_to)(const Question *, Ans
         if (name && !strcmp(name, "question")) right = answer_question(message, answer_to);
         else if (name && !strcmp(name, "hello")) {
             bool known = protocol && !strcmp(protocol, "mha-spec-protocol/1");
-            puts(known ? claims : "{\"message\": \"refusal\", \"reason\": \"this program speaks mha-spec-protocol/1\"}");
+            puts(known ? claims : REFUSAL);
             fflush(stdout);
         } else right = false;
         release_all();

@@ -1,6 +1,7 @@
-/* A reader and writer of the protocol that docs/protocol.md describes. It needs the C library and POSIX, and nothing else.
+/* A reader and writer of the protocol that docs/protocol.md describes. It needs only the C library and POSIX.
  *
- * A target passes its claims and one function to `answer_questions`. All memory of a question is released after its answer.
+ * A target passes its claims and one function to `answer_questions`. All memory of a question is released after its
+ * answer.
  */
 #ifndef MHA_SPEC_PROTOCOL_H
 #define MHA_SPEC_PROTOCOL_H
@@ -13,8 +14,8 @@ enum { MOST_AXES = 8, MOST_OUTPUTS = 8, MOST_REASON = 400 };
 
 typedef enum { BOOL, U8, I8, U16, I16, U32, I32, U64, I64, F16, BF16, F32, F64 } Dtype;
 
-/* The elements of a floating array are `numbers`, converted to double, which is exact; those of all others are `integers`.
- * An element of U64 above INT64_MAX is the negative integer with the same bits. */
+/* The elements of a floating array are `numbers`, converted to double, which is exact; those of all others are
+ * `integers`. An element of U64 above INT64_MAX is the negative integer with the same bits. */
 typedef struct {
     const char *name;
     Dtype dtype;

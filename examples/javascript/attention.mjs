@@ -2,8 +2,8 @@
 //
 //     mha-spec check --command "node attention.mjs"
 //
-// `attend` is the attention, for one row: numbers of JavaScript have 64 bits, and results are rounded once, when they are
-// stored. The ids in the comments are clauses of SPEC.md.
+// `attend` is the attention of one row: numbers of JavaScript have 64 bits, and results are rounded once, when they
+// are stored. The ids in the comments are clauses of SPEC.md.
 import { answerQuestions, sizeOf, Unsupported } from "./protocol.mjs";
 
 const CLAIMS = {
@@ -130,12 +130,14 @@ function checked(arrays, options) {
 function operands({ query, key, value }) {
   for (const [name, array] of Object.entries({ query, key, value })) {
     check(array?.shape.length === 4 && array.shape[1] > 0 && array.shape[3] > 0, `\`${name}\` has a wrong shape`);
-    check(array.dtype in RANGE && array.dtype === query.dtype, `\`${name}\` must be floating, of the dtype of \`query\``);
+    const right = array.dtype in RANGE && array.dtype === query.dtype;
+    check(right, `\`${name}\` must be floating, of the dtype of \`query\``);
   }
   const [batch, heads, qLen, qkDim] = query.shape;
   const [, kvHeads, kvLen] = key.shape;
   check(isShape(key, [batch, kvHeads, kvLen, qkDim]), "`key` must have the batch and qk_dim of `query`");
-  check(isShape(value, [batch, kvHeads, kvLen, value.shape[3]]), "`value` must have the batch, heads and length of `key`");
+  const valueShape = [batch, kvHeads, kvLen, value.shape[3]];
+  check(isShape(value, valueShape), "`value` must have the batch, heads and length of `key`");
   check(heads % kvHeads === 0, `heads=${heads} must be a multiple of kv_heads=${kvHeads}`);
   return { query, key, value, batch, heads, qLen, qkDim, kvHeads, kvLen, vDim: value.shape[3] };
 }
@@ -165,7 +167,8 @@ function integers(arrays, name, batch, least, most) {
 
 function segments(arrays, name, shape) {
   const array = arrays[name];
-  check(!array || (/^[IU]/.test(array.dtype) && isShape(array, shape)), `\`${name}\` must be integers, one for each token`);
+  const right = !array || (/^[IU]/.test(array.dtype) && isShape(array, shape));
+  check(right, `\`${name}\` must be integers, one for each token`);
   return array;
 }
 
@@ -188,7 +191,8 @@ function positions(arrays, { causal = false, window = null, q_offset: offset = n
   const positioned = bounds.left < Infinity || bounds.right < Infinity;
   const ambiguous = call.qLen !== call.kvLen || arrays.kv_lengths !== undefined;
   check(!positioned || !ambiguous || array || offset !== null, '`q_offset` is required: "upper_left" or "lower_right"');
-  if (offset === "lower_right") return { ...bounds, offsets: call.kvLengths.map((length, b) => length - call.qLengths[b]) };
+  const lowerRight = call.kvLengths.map((length, b) => length - call.qLengths[b]);
+  if (offset === "lower_right") return { ...bounds, offsets: lowerRight };
   const number = offset === null || offset === "upper_left" ? 0 : offset;
   check(Number.isInteger(number) && Math.abs(number) <= MOST, "`q_offset` must be an integer or the name of a reading");
   return { ...bounds, offsets: array ?? Array(call.batch).fill(number) };

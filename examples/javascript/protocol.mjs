@@ -88,7 +88,8 @@ export async function answerQuestions(claims, functions) {
   const send = (message) => writeSync(1, JSON.stringify(message) + "\n");
   for await (const line of createInterface({ input: process.stdin })) {
     const message = JSON.parse(line);
-    if (message.message === "question") send({ message: "answer", number: message.number, ...answer(functions, message) });
+    const { number } = message;
+    if (message.message === "question") send({ message: "answer", number, ...answer(functions, message) });
     else if (message.protocol === PROTOCOL) send({ message: "claims", protocol: PROTOCOL, ...claims });
     else send({ message: "refusal", reason: `this program speaks ${PROTOCOL}` });
   }

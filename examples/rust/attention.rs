@@ -5,17 +5,17 @@
 //! mha-spec check --command ./attention
 //! ```
 //!
-//! `attend` is the attention, for one row: it works in f64, and results are rounded once, when they are written. The ids
-//! in the comments are clauses of SPEC.md.
+//! `attend` is the attention of one row: it works in f64, and results are rounded once, when they are written. The
+//! ids in the comments are clauses of SPEC.md.
 
 mod protocol;
 
 use protocol::{answer_questions, Array, Elements, Json, Question, Refusal};
 
 const CLAIMS: &str = concat!(
-    r#"{"message": "claims", "protocol": "mha-spec-protocol/1", "functions": {"attention": ["mask", "bias", "causal", "#,
-    r#""q_offset", "window", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids", "scale", "softcap", "sinks", "#,
-    r#""dropout_mask", "dropout_rate", "return_lse"]}, "dtypes": ["float64", "float32"]}"#
+    r#"{"message": "claims", "protocol": "mha-spec-protocol/1", "functions": {"attention": ["mask", "bias", "#,
+    r#""causal", "q_offset", "window", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids", "scale", "#,
+    r#""softcap", "sinks", "dropout_mask", "dropout_rate", "return_lse"]}, "dtypes": ["float64", "float32"]}"#
 );
 
 /// The largest offset, length and window bound (MHA-POS-1).
@@ -134,10 +134,9 @@ fn kept(call: &Call, row: Row, j: usize) -> f64 {
 /// Give the bias, converted to the type of the softmax (MHA-BIAS-2).
 fn bias_at(call: &Call, bias: &Array, row: Row, j: usize) -> f64 {
     let number = bias.numbers()[at(bias, row, j)];
-    if call.query.dtype == "F64" {
-        number
-    } else {
-        (number as f32).into()
+    match call.query.dtype.as_str() {
+        "F64" => number,
+        _ => (number as f32).into(),
     }
 }
 
@@ -161,19 +160,7 @@ fn at(array: &Array, row: Row, j: usize) -> usize {
 // ---- The arguments ----
 
 fn check(condition: bool, text: &str) -> Result<(), Refusal> {
-    if condition {
-        Ok(())
-    } else {
-        Err(Refusal::Raised(text.to_string()))
-    }
-}
-
-fn is_floating(array: &Array) -> bool {
-    array.dtype == "F32" || array.dtype == "F64"
-}
-
-fn is_integer(array: &Array) -> bool {
-    array.dtype.starts_with(&['I', 'U'][..])
+    condition.then_some(()).ok_or_else(|| Refusal::Raised(text.to_string()))
 }
 
 /// Check query, key and value, and read the sizes (MHA-SHAPE-2, MHA-SHAPE-3, MHA-HEAD-2).
@@ -184,7 +171,7 @@ fn operands(question: &Question) -> Result<([&Array; 3], Sizes), Refusal> {
         let shape = &array.shape;
         check(shape.len() == 4 && shape[1] > 0 && shape[3] > 0, "query, key and value must have rank 4, and heads")?;
         check(
-            is_floating(array) && array.dtype == arrays[0].dtype,
+            array.is_floating() && array.dtype == arrays[0].dtype,
             "query, key and value must have one floating dtype",
         )?;
     }
@@ -201,7 +188,7 @@ fn pairs<'a>(question: &'a Question, name: &str, sizes: Sizes) -> Result<Option<
     let full = [sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len];
     let array = question.arrays.get(name);
     if let Some(array) = array {
-        let right = if name == "bias" { is_floating(array) } else { array.dtype == "BOOL" };
+        let right = if name == "bias" { array.is_floating() } else { array.dtype == "BOOL" };
         check(right, &format!("`{name}` must not be {}", array.dtype))?;
         let broadcasts = array.shape.len() == 4 && array.shape.iter().zip(full).all(|(&n, size)| n == 1 || n == size);
         check(broadcasts, &format!("`{name}` must broadcast to (batch, heads, q_len, kv_len)"))?;
@@ -212,21 +199,15 @@ fn pairs<'a>(question: &'a Question, name: &str, sizes: Sizes) -> Result<Option<
 /// Give the integers of an array of that shape, if the question has it.
 fn integers<'a>(question: &'a Question, name: &str, shape: &[usize]) -> Result<Option<&'a [i128]>, Refusal> {
     let array = question.arrays.get(name);
-    let right = array.map_or(true, |array| is_integer(array) && array.shape == shape);
+    let right = array.map_or(true, |array| array.is_integer() && array.shape == shape);
     check(right, &format!("`{name}` must be integers of shape {shape:?}"))?;
     Ok(array.map(Array::integers))
 }
 
-/// Give one integer for each batch entry, all from `least` to `most` (MHA-LEN-3).
-fn per_entry(
-    question: &Question,
-    name: &str,
-    batch: usize,
-    least: i64,
-    most: i64,
-) -> Result<Option<Vec<i64>>, Refusal> {
-    let values = integers(question, name, &[batch])?;
-    let right = values.map_or(true, |v| v.iter().all(|n| (i128::from(least)..=i128::from(most)).contains(n)));
+/// Give one integer for each batch entry, from `least` to `most` (MHA-LEN-3).
+fn per_entry(q: &Question, name: &str, batch: usize, (least, most): (i64, i64)) -> Result<Option<Vec<i64>>, Refusal> {
+    let values = integers(q, name, &[batch])?;
+    let right = values.map_or(true, |values| values.iter().all(|&n| i128::from(least) <= n && n <= i128::from(most)));
     check(right, &format!("`{name}` must lie in [{least}, {most}]"))?;
     Ok(values.map(|values| values.iter().map(|&n| n as i64).collect()))
 }
@@ -258,7 +239,7 @@ fn window(question: &Question) -> Result<(i64, i64), Refusal> {
 
 /// Give each batch entry its offset: an array, an integer, or the name of a reading (MHA-POS-2).
 fn offsets(question: &Question, call: &Call) -> Result<Vec<i64>, Refusal> {
-    if let Some(offsets) = per_entry(question, "q_offset", call.sizes.batch, -MOST, MOST)? {
+    if let Some(offsets) = per_entry(question, "q_offset", call.sizes.batch, (-MOST, MOST))? {
         return Ok(offsets);
     }
     let positioned = call.window.0 < UNBOUNDED || call.window.1 < UNBOUNDED;
@@ -281,7 +262,7 @@ fn checked(question: &Question) -> Result<Call<'_>, Refusal> {
     let kv_segments = integers(question, "kv_segment_ids", &[sizes.batch, sizes.kv_len])?;
     check(q_segments.is_some() == kv_segments.is_some(), "`q_segment_ids` and `kv_segment_ids` need each other")?;
     let lengths = |name: &str, length: usize| -> Result<Vec<i64>, Refusal> {
-        let lengths = per_entry(question, name, sizes.batch, 0, length as i64)?;
+        let lengths = per_entry(question, name, sizes.batch, (0, length as i64))?;
         Ok(lengths.unwrap_or_else(|| vec![length as i64; sizes.batch]))
     };
     let mut call = Call {

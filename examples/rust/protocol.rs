@@ -20,6 +20,15 @@ pub struct Array {
 }
 
 impl Array {
+    pub fn is_floating(&self) -> bool {
+        matches!(self.elements, Elements::Floating(_))
+    }
+
+    /// Tell whether the elements are integers, and not booleans.
+    pub fn is_integer(&self) -> bool {
+        self.dtype.starts_with(&['I', 'U'][..])
+    }
+
     /// Give the elements of a floating array; nothing for an array of integers.
     pub fn numbers(&self) -> &[f64] {
         match &self.elements {
