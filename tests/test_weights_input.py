@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from dataclasses import replace
 from itertools import chain
@@ -422,6 +424,95 @@ def test_files_of_another_format(tmp_path: Path) -> None:
         write_safetensors(damaged, {"a": 3})
     with pytest.raises(ArgumentValueError, match="complex128"):
         write_safetensors(damaged, {"a": numbers(3, 5).astype(complex)})
+
+
+def raw_file(path: Path, header: dict[str, Any], data: bytes = b"") -> Path:
+    """Write a safetensors file with any header."""
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
+)
+def test_files_of_float8(name: str, tmp_path: Path) -> None:
+    state = {"a": numbers(3, 5).astype(numpy.float16), "b": abs(numbers(5, 7)).astype(getattr(ml_dtypes, name))}
+    write_safetensors(tmp_path / "state.safetensors", state)
+    loaded = read_safetensors(tmp_path / "state.safetensors")
+    assert list(loaded) == ["a", "b"]
+    assert all(same_bits(loaded[key], state[key]) for key in state)
+    assert set(read_safetensors(tmp_path / "state.safetensors", prefix="b")) == {"b"}
+
+
+def test_files_of_big_endian_arrays(tmp_path: Path) -> None:
+    array = numbers(3, 5)
+    write_safetensors(tmp_path / "state.safetensors", {"a": array.astype(">f8")})
+    assert same_bits(read_safetensors(tmp_path / "state.safetensors")["a"], array.astype("<f8"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"),
+    [("F32", [1] * 100, 4), ("F32", [0, 2**62], 0), ("F32", [0, 2**63], 0), ("F8_E4M3", [0, 2**63], 0), ("F4", [4], 2)],
+    ids=str,
+)
+def test_files_of_arrays_that_numpy_cannot_represent(dtype: str, shape: list[int], size: int, tmp_path: Path) -> None:
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    path = raw_file(tmp_path / "state.safetensors", {"weight": entry}, bytes(size))
+    with pytest.raises(ArgumentValueError, match="`path` holds 'weight'"):
+        read_safetensors(path)
+
+
+def test_a_file_whose_metadata_are_an_array(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    with pytest.raises(ArgumentValueError, match="`path` must be a safetensors file"):
+        read_safetensors(raw_file(tmp_path / "state.safetensors", {"__metadata__": entry}, bytes(4)))
+
+
+ARRAY = numbers(3, 5)
+ITSELF: dict[str, Any] = {"other": ARRAY}
+ITSELF["again"] = ITSELF
+
+
+@pytest.mark.parametrize(
+    ("state", "fragment"),
+    [
+        ({"__metadata__": ARRAY}, "must not hold an array of the name __metadata__"),
+        ({"a": {"b": ARRAY}, "a/b": ARRAY + 1}, "two arrays of the name 'a/b'"),
+        ({"1": ARRAY, 1: ARRAY + 1}, "two arrays of the name '1'"),
+        (ITSELF, "nested deeper than 100 dictionaries"),
+        ({"\ud800": ARRAY}, "cannot be written"),
+    ],
+)
+def test_states_that_cannot_be_written(state: dict[str, Any], fragment: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentValueError, match=fragment):
+        write_safetensors(tmp_path / "state.safetensors", state)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, [1], "text"], ids=str)
+def test_metadata_that_are_not_text(metadata: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentTypeError, match="`metadata` must"):
+        write_safetensors(tmp_path / "state.safetensors", {"a": ARRAY}, metadata=metadata)
+
+
+def test_what_is_not_a_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    """safetensors renames a new file to the path, which would replace a device such as /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link", tmp_path):
+        with pytest.raises(ArgumentValueError, match="`path` must be a regular file or a new name"):
+            write_safetensors(path, {"a": ARRAY})
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("path", [5, None, {}], ids=str)
+def test_paths_of_another_type(path: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="`path` must be a path"):
+        read_safetensors(path)
+    with pytest.raises(ArgumentTypeError, match="`path` must be a path"):
+        write_safetensors(path, {"a": ARRAY})
 
 
 @pytest.mark.parametrize("package", ["safetensors", "ml_dtypes"])

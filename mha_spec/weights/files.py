@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -11,13 +12,23 @@ from mha_spec.arrays import Array, dtype_name, library_of, namespace_of
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError, MhaSpecError
 
 from .names import flat
-from .operations import mapping_of
+from .operations import is_mapping, mapping_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from os import PathLike
 
 __all__ = ["read_safetensors", "write_safetensors"]
+
+METADATA = "__metadata__"
+FLOAT8 = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+"""The names of ml-dtypes for the types of the format that NumPy lacks."""
 
 
 def _safetensors() -> Any:
@@ -33,22 +44,45 @@ def _safetensors() -> Any:
 
 
 def read_safetensors(path: str | PathLike[str], *, prefix: str = "") -> dict[str, Array]:
-    """Read the arrays of a safetensors file by their names, bit for bit; bfloat16 is that of ml-dtypes.
+    """Read the arrays of a safetensors file by their names, bit for bit; bfloat16 and float8 are those of ml-dtypes.
 
     Args:
         path: The file.
         prefix: Only arrays whose names begin with it are read; the names keep it.
 
     Raises:
-        ArgumentValueError: The file is missing, damaged or not a safetensors file.
+        ArgumentTypeError: The path is not a path.
+        ArgumentValueError: The file is missing, damaged or not a safetensors file, or NumPy cannot hold an array of it.
         MhaSpecError: safetensors or ml-dtypes is not installed.
     """
     safetensors = _safetensors()
+    file = _path(path)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
+            narrow = [name for name in names if opened.get_slice(name).get_dtype() in FLOAT8]
+            arrays = {name: _read(opened.get_tensor, name) for name in names if name not in narrow}
+        if not narrow:
+            return arrays
+        # The reader of safetensors looks for the types of float8 in NumPy, which does not have them.
+        entries = dict(safetensors.deserialize(file.read_bytes()))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ArgumentValueError(f"`path` must be a safetensors file, received path={str(path)!r}: {error}") from error
+    read = arrays | {name: _read(_float8, entries[name], name) for name in narrow}
+    return {name: read[name] for name in names}
+
+
+def _read(read: Callable[[Any], numpy.ndarray], source: Any, name: str = "") -> numpy.ndarray:
+    """Read an array; the error of a shape or a dtype that NumPy does not support names the array."""
+    try:
+        return read(source)
+    except (AttributeError, MemoryError, OverflowError, TypeError, ValueError) as error:
+        raise ArgumentValueError(f"`path` holds {name or source!r}, which NumPy cannot represent: {error}") from error
+
+
+def _float8(entry: Mapping[str, Any]) -> numpy.ndarray:
+    dtype = getattr(import_module("ml_dtypes"), FLOAT8[entry["dtype"]])
+    return numpy.frombuffer(entry["data"], dtype).reshape(entry["shape"])
 
 
 def write_safetensors(
@@ -62,16 +96,50 @@ def write_safetensors(
         metadata: Text for the file's header; transformers wants {"format": "pt"}.
 
     Raises:
-        ArgumentTypeError: A value is not an array.
-        ArgumentValueError: The file cannot be written, or the format does not name a dtype.
+        ArgumentTypeError: A value is not an array, the metadata are not text, or the path is not a path.
+        ArgumentValueError: The file cannot be written, it exists and is not a regular file, two arrays have the same
+            name, a name is that of the metadata, or the format does not name a dtype.
         MhaSpecError: safetensors or ml-dtypes is not installed.
     """
     safetensors = _safetensors()
+    file, text = _path(path), _text(metadata)
+    if file.exists() and not file.is_file():
+        raise ArgumentValueError(f"`path` must be a regular file or a new name, received path={str(path)!r}.")
     arrays = {name: _on_host(name, array) for name, array in flat(mapping_of(state, "state"), "/").items()}
+    if METADATA in arrays:
+        raise ArgumentValueError(f"`state` must not hold an array of the name {METADATA}: it is that of the header.")
     try:
-        safetensors.numpy.save_file(arrays, path, None if metadata is None else dict(metadata))
-    except (OSError, safetensors.SafetensorError) as error:
+        specifications = {name: _specification(safetensors, array) for name, array in arrays.items()}
+        safetensors.serialize_file(specifications, file, metadata=text)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ArgumentValueError(f"`state` cannot be written, with path={str(path)!r}: {error}") from error
+
+
+def _specification(safetensors: Any, array: numpy.ndarray) -> Any:
+    """Describe an array to the writer, which reads its memory; safetensors' own function fails for float8."""
+    pointer, size = array.ctypes.data, array.nbytes
+    return safetensors.TensorSpec(dtype=array.dtype.name, shape=array.shape, data_ptr=pointer, data_len=size)
+
+
+def _path(path: object) -> Path:
+    """Require a path."""
+    try:
+        return Path(path)  # pyright: ignore[reportArgumentType]
+    except TypeError as error:
+        raise ArgumentTypeError(f"`path` must be a path, received {type(path).__name__}.") from error
+
+
+def _text(metadata: object) -> dict[str, str] | None:
+    """Require a mapping of strings to strings, or None."""
+    if metadata is None:
+        return None
+    if not is_mapping(metadata):
+        raise ArgumentTypeError(f"`metadata` must be a mapping of strings to strings, received {metadata!r}.")
+    entries: Mapping[Any, Any] = metadata
+    for name, value in entries.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise ArgumentTypeError(f"`metadata` must map strings to strings, received {name!r}: {value!r}.")
+    return dict(entries)
 
 
 def _on_host(name: str, array: Array) -> numpy.ndarray:
@@ -80,7 +148,8 @@ def _on_host(name: str, array: Array) -> numpy.ndarray:
     if library is None:
         raise ArgumentTypeError(f"`state` must hold arrays, received {name}={type(array).__name__}.")
     if library != "torch":
-        return numpy.asarray(array, order="C")
+        host = numpy.asarray(array, order="C")
+        return host if host.dtype.byteorder != ">" else host.astype(host.dtype.newbyteorder("<"))
     plain = array.detach().cpu().contiguous()
     if dtype_name(plain) != "bfloat16":
         return plain.numpy()

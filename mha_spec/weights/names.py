@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 
@@ -22,6 +22,10 @@ LONGEST_LIST = 16
 
 NEAR = 0.75
 """The least similarity, by difflib, of a name to the name that it misspells."""
+
+
+DEEPEST = 100
+"""The largest number of dictionaries inside each other, beyond which one of them probably contains itself."""
 
 
 class Expected:
@@ -68,13 +72,25 @@ def _listed(names: Sequence[str], optional: Collection[str] = ()) -> str:
 
 
 def flat(state: Mapping[str, Array], separator: str) -> dict[str, Array]:
-    """Flatten nested dictionaries to a single dictionary with joined names."""
+    """Flatten nested dictionaries to a single dictionary with joined names.
+
+    Raises:
+        ArgumentValueError: Two arrays have the same joined name, or the dictionaries are nested too deeply.
+    """
     arrays: dict[str, Array] = {}
-    for name, value in state.items():
+    # A stack, because a recursion would end in an error of Python where a dictionary contains itself.
+    stack: list[tuple[tuple[str, ...], Any]] = [((), state)]
+    while stack:
+        names, value = stack.pop()
+        if len(names) > DEEPEST:
+            raise ArgumentValueError(f"`state` is nested deeper than {DEEPEST} dictionaries, at {names[:3]}.")
         if is_mapping(value):
-            arrays |= {f"{name}{separator}{key}": array for key, array in flat(value, separator).items()}
-        else:
-            arrays[str(name)] = value
+            stack += reversed([((*names, str(name)), entry) for name, entry in value.items()])
+            continue
+        joined = separator.join(names)
+        if joined in arrays:
+            raise ArgumentValueError(f"`state` holds two arrays of the name {joined!r}; rename one of them.")
+        arrays[joined] = value
     return arrays
 
 
