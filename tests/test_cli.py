@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
@@ -78,6 +79,16 @@ def test_starter_is_conformant_on_what_it_claims(mha_spec: Command, starter: Pat
     assert report["summary"]["pass"] > 200
     assert report["features"]["mask"]["pass"] > 10
     assert "softcap" not in report["features"]
+
+
+@pytest.mark.parametrize("name", ["a\\x.py", 'a"""b.py', "a b.py", "\u00e9.py", "a\\N{x}.py"])
+def test_starter_of_any_name_is_a_module(name: str, mha_spec: Command, tmp_path: Path) -> None:
+    status, out, _ = mha_spec("new", tmp_path / name)
+    assert (status, out.startswith("wrote ")) == (0, True)
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    module: dict[str, Any] = {}
+    exec(compile(text, name, "exec"), module)
+    assert f"mha-spec check {shlex.quote(str(tmp_path / name))}" in module["__doc__"]
 
 
 def test_existing_file_is_not_overwritten(mha_spec: Command, starter: Path) -> None:
@@ -209,8 +220,9 @@ def test_spec_cases_and_backends_are_listed(mha_spec: Command) -> None:
     assert all(line.startswith("attention/smoke/") for line in listed[:-1])
 
 
-def test_snippet_of_a_case_runs_without_the_suite(mha_spec: Command, tmp_path: Path) -> None:
-    file = tmp_path / "case.npz"
+@pytest.mark.parametrize("name", ["case.npz", "case", 'a"b\\x'])
+def test_snippet_of_a_case_runs_without_the_suite(name: str, mha_spec: Command, tmp_path: Path) -> None:
+    file = tmp_path / name
     status, out, _ = mha_spec("explain", "attention/smoke/mask-polarity", "--save", file)
     assert status == 0
     for part in (

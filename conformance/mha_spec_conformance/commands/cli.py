@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -228,7 +229,7 @@ def new(file: Annotated[Path, typer.Argument(help="The file to write, as in my_a
     from .new import write_starter
 
     write_starter(file)
-    print(f"wrote {file}; judge it with: mha-spec check {file}")
+    print(f"wrote {file}; judge it with: mha-spec check {shlex.quote(str(file))}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -210,8 +211,11 @@ def _save(case: Case, inputs: Mapping[str, numpy.ndarray], path: Path) -> None:
         name: array.astype(numpy.float32) if array.dtype == ml_dtypes.bfloat16 else array
         for name, array in inputs.items()
     }
+    expected_values = {f"expected_{name}": expected.values for name, expected in case.expected.items()}
     try:
-        numpy.savez(path, **wide, **{f"expected_{name}": expected.values for name, expected in case.expected.items()})
+        # To an open file, because savez appends .npz to a path without it.
+        with path.open("wb") as file:
+            numpy.savez(file, **wide, **expected_values)
     except OSError as error:
         raise MhaSpecError(f"--save {path}: {error.strerror}") from error
 
@@ -223,7 +227,7 @@ def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None)
     head = ["import numpy"]
     if large or save is not None:
         head.append(
-            f'case = numpy.load("{file}")'
+            f"case = numpy.load({json.dumps(file)})"
             + ("" if save is not None else f"  # mha-spec explain {case.id} --save {file}")
         )
         head += [f'{name} = case["{name}"]{_back(array)}' for name, array in inputs.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from mha_spec.errors import MhaSpecError
@@ -67,9 +68,15 @@ def write_starter(path: Path) -> None:
         FileExists: The file exists or cannot be written.
     """
     try:
-        with path.open("x") as file:
-            file.write(STARTER.format(name=path))
+        with path.open("x", encoding="utf-8") as file:
+            file.write(STARTER.format(name=_in_docstring(path)))
     except FileExistsError as error:
         raise FileExists(f"{path} already exists; choose another name") from error
     except OSError as error:
         raise FileExists(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _in_docstring(path: Path) -> str:
+    """Return the name as an argument of a shell, with all characters escaped that would end or change a docstring."""
+    escaped = shlex.quote(str(path)).replace("\\", "\\\\").replace('"', '\\"')
+    return escaped.encode("utf-8", "backslashreplace").decode()

@@ -17,6 +17,7 @@ from mha_spec import SPEC_VERSION
 from mha_spec.arrays import softmax_dtype_name
 from mha_spec.errors import MhaSpecError
 
+from .form import wrong_member
 from .portable import KINDS, generated
 
 if TYPE_CHECKING:
@@ -168,14 +169,20 @@ def load(folder: Path | None = None) -> Suite:
     digest = hashlib.sha256(data).hexdigest()
     _verify("index.json", digest, _read(folder, "index.json.sha256").decode(errors="replace").partition(" ")[0])
     index = _parse(data)
+    try:
+        return _suite(folder, index, digest)
+    except GoldensError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise GoldensError(f"index.json: an entry does not have the form of {FORMAT}: {error!r}.") from error
+
+
+def _suite(folder: Path, index: dict[str, Any], digest: str) -> Suite:
     _put_parameters(index)
     tensors = {
         location: tensor for name, file in index["files"].items() for location, tensor in _tensors(folder, name, file)
     }
-    try:
-        cases = tuple(_case(entry, tensors) for entry in index["cases"])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise GoldensError(f"index.json: an entry does not have the form of {FORMAT}: {error!r}.") from error
+    cases = tuple(_case(entry, tensors) for entry in index["cases"])
     _refuse_repeated([case.id for case in cases])
     return Suite(cases, index["suite_version"], index["spec_version"], digest)
 
@@ -249,6 +256,9 @@ def _case(entry: Entry, tensors: Tensors) -> Case:
     missing = [key for key in _FIELDS if key not in entry]
     if not isinstance(name, str) or missing:
         raise GoldensError(f"index.json: case {name}: {', '.join(missing) or 'id'} is missing.")
+    wrong = wrong_member(entry)
+    if wrong is not None:
+        raise GoldensError(f"index.json: case {name}: {wrong}.")
     for label, item in (*entry["inputs"].items(), *entry["outputs"].items()):
         _check_entry(f"case {name}: `{label}`", item, tensors)
     clauses, features, tags, dtypes = (tuple(entry[key]) for key in ("clauses", "features", "tags", "dtypes"))

@@ -1,0 +1,120 @@
+"""The form of a case in the index of the goldens, as docs/goldens.md describes it.
+
+It is checked when the goldens are read, so that no type that is wrong in a file can end a run later.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mha_spec.arrays import FLOATING
+
+from .functions import FUNCTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["INPUT_DTYPES", "wrong_member"]
+
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+INPUT_DTYPES = ("case", "softmax", "bool", *FLOATING, *INTEGERS)
+"""The dtypes of inputs; `case` is the dtype of the run, and `softmax` the type of its softmax."""
+
+
+def wrong_member(entry: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a member of a case, or None if the case has the form of an index."""
+    for name, (expected, holds) in _CASE.items():
+        if not holds(entry[name]):
+            return f"`{name}` must be {expected}, received {name}={entry[name]!r:.100}"
+    if entry["expect"] == "error" and not _is_error(entry.get("error")):
+        return f"`error` must have an argument and a kind, received error={entry.get('error')!r:.100}"
+    for group, form in (("inputs", _INPUT), ("outputs", _OUTPUT)):
+        for name, item in entry[group].items():
+            wrong = _wrong_item(item, form)
+            if wrong is not None:
+                return f"`{name}`: {wrong}"
+    return None
+
+
+def _wrong_item(item: Mapping[str, Any], form: Mapping[str, tuple[str, Callable[[Any], bool]]]) -> str | None:
+    form = {**form, **(_GENERATED if "generator" in item else _STORED)}
+    for name, (expected, holds) in form.items():
+        if not holds(item.get(name)):
+            return f"`{name}` must be {expected}, received {name}={item.get(name)!r:.100}"
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**40 for size in value)
+
+
+def _are_options(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_option, value.values()))
+
+
+def _is_option(value: Any) -> bool:
+    if isinstance(value, dict) and "number" in value:
+        return value.keys() == {"number"} and value["number"] in ("nan", "inf", "-inf")
+    return value is None or isinstance(value, bool | int | float | str | list | dict)
+
+
+def _are_entries(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
+
+
+def _is_generator(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= {"kind", "seed", "unit", "bits"}:
+        return False
+    generator: dict[str, Any] = {"bits": 8, "seed": None, "unit": None, **value}
+    seed, unit, bits = (generator[name] for name in ("seed", "unit", "bits"))
+    numbers = type(seed) is int and type(unit) in (int, float) and type(bits) is int
+    return numbers and 0 <= seed < 2**64 and 0 < bits < 63 and _is_text(generator.get("kind"))
+
+
+def _is_location(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and _is_text(value.get("file")) and _is_text(value.get("tensor")))
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("argument")) and value.get("kind") in ("type", "value")
+
+
+_TEXT = "a string", _is_text
+_TEXTS = "a list of strings", _are_texts
+_ENTRIES = "an object of objects", _are_entries
+_LOCATION = "null or the file and the tensor", _is_location
+
+_CASE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("title",), _TEXT),
+    **dict.fromkeys(("clauses", "features", "tags"), _TEXTS),
+    **dict.fromkeys(("inputs", "outputs"), _ENTRIES),
+    "function": ("the name of a function", lambda value: _is_text(value) and value in FUNCTIONS),
+    "level": ("MUST or SHOULD", lambda value: value in ("MUST", "SHOULD")),
+    "dtypes": (f"some of {', '.join(FLOATING)}", lambda value: _are_texts(value) and {*value} <= {*FLOATING}),
+    "options": ("an object of options", _are_options),
+    "expect": ("values or error", lambda value: value in ("values", "error")),
+}
+"""The members of a case: what each must be, and the test of it."""
+
+_INPUT: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "shape": ("a list of sizes", _are_sizes),
+    "dtype": (f"one of {', '.join(INPUT_DTYPES)}", lambda value: _is_text(value) and value in INPUT_DTYPES),
+}
+_OUTPUT: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "shape": ("a list of sizes", _are_sizes),
+    "kinds": _LOCATION,
+    "rows": _LOCATION,
+}
+_STORED: dict[str, tuple[str, Callable[[Any], bool]]] = {"file": _TEXT, "tensor": _TEXT}
+_GENERATED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "generator": ("an object of kind, seed, unit and bits", _is_generator),
+    "sha256": _TEXT,
+}
