@@ -80,10 +80,10 @@ class Finding:
     def covers(self, other: Finding) -> bool:
         """Tell whether the other fault is probably the same: same diagnosis, same error, or at least the same needs."""
         a, b = self.result, other.result
-        if a.compared != b.compared or (not a.compared and a.outcome != b.outcome):
-            return False
         if b.diagnosis:
             return bool({*a.diagnosis} & {*b.diagnosis})
+        if a.compared != b.compared or (not a.compared and a.outcome != b.outcome):
+            return False
         if a.outcome == "error":
             return _without_numbers(a.reason) == _without_numbers(b.reason)
         return not a.diagnosis and self.needs <= other.needs
