@@ -55,10 +55,11 @@ def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Seque
 
 
 def _may_be_poisoned(problem: Problem, gradients: Sequence[Any]) -> bool:
-    """Tell whether a gradient is NaN where the call hides pairs."""
+    """Tell whether a gradient is NaN where the call hides pairs; a NaN that passes a hidden pair is in dQ or in dK."""
     if problem.visibility.tasks[0].sees_all:
         return False
-    return any(gradient is not None and problem.is_nan(gradient) for gradient in gradients)
+    first = gradients[:2] if gradients[0] is not None and gradients[1] is not None else gradients
+    return any(gradient is not None and problem.is_nan(gradient) for gradient in first)
 
 
 class Attention(torch.autograd.Function):
