@@ -145,7 +145,8 @@ def scores(problem: Problem, x: Operands, block: Block, *, slope: bool = False) 
 def _seeing(visible: Array | None, block: Block) -> Array | None:
     """Compute which rows see a key; None if all are known to see a key."""
     if isinstance(visible, numpy.ndarray):
-        seeing = visible.any(axis=-1, keepdims=True)
+        # A constraint of rows alone has one column, also where there are no keys.
+        seeing = visible.any(axis=-1, keepdims=True) & (int(block.keys) > 0)
         return None if seeing.all() else seeing
     has_keys = None if isinstance(block.keys, int) and block.keys else tf.reshape(block.keys > 0, (1, 1, 1, 1))
     if visible is None:
