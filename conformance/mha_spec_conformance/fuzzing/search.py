@@ -181,8 +181,10 @@ class Search:
             _test(self.calls, self.outcome.seed * 2**32 + number, self._try)()
         if self._smallest is not None:
             finding = self._diagnosed(self._smallest)
-            self.outcome.findings.append(finding)
-            self.report(finding)
+            # A large call may have no diagnosis, and its smallest form that of an earlier fault.
+            if not self._is_known(finding):
+                self.outcome.findings.append(finding)
+                self.report(finding)
 
     def _try(self, drawn: Call) -> None:
         """Ask a drawn call; raise if the answer is wrong and, while shrinking, wrong in the same way."""
@@ -229,7 +231,10 @@ class Search:
         finding = Finding(call, result)
         if self._smallest is not None:
             return finding if self._is_pursued(finding) else None
-        return None if any(known.covers(finding) for known in self.outcome.findings) else finding
+        return None if self._is_known(finding) else finding
+
+    def _is_known(self, finding: Finding) -> bool:
+        return any(known.covers(finding) for known in self.outcome.findings)
 
     def _is_pursued(self, finding: Finding) -> bool:
         """Tell whether a call that is tried while shrinking shows the fault that is shrunk."""
