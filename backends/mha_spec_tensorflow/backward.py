@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from .block import Block, covers, kept, rows_by, scores, softmax, stacked
 from .loops import Spec, over_entries, over_queries, whole
-from .problem import Operands, finite, sizes_of
+from .problem import Operands, finite, finite_or_hiding, sizes_of
 
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
@@ -33,7 +33,7 @@ def gradients(problem: Problem, x: Operands, grad_output: Array, grad_lse: Array
     if problem.excludes:
         query, key, value, grad_output = (finite(array) for array in (x.query, x.key, x.value, grad_output))
         grad_lse = None if grad_lse is None else finite(grad_lse)
-        x = x._replace(query=query, key=key, value=value)
+        x = Operands(query, key, value, finite_or_hiding(x.bias), finite_or_hiding(x.sinks))
     grads = _Backward(problem, x, grad_output, grad_lse).all_blocks()
     if x.sinks is not None:
         grads["sinks"] = tf.reduce_sum(grads["sinks"], axis=(0, 2), keepdims=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
 
     from .plan import Run
 
-__all__ = ["Constants", "Operands", "Problem", "Size", "finite", "problem_of", "sizes_of", "softmax_dtype"]
+__all__ = [
+    "Constants",
+    "Operands",
+    "Problem",
+    "Size",
+    "finite",
+    "finite_or_hiding",
+    "problem_of",
+    "sizes_of",
+    "softmax_dtype",
+]
 
 
 class Operands(NamedTuple):
@@ -137,3 +148,8 @@ def softmax_dtype(query: Array) -> tf.DType:
 def finite(array: Array) -> Array:
     """Replace every number that is not finite by 0, so that a weight of 0 hides it (MHA-POISON-2)."""
     return tf.where(tf.math.is_finite(array), array, tf.zeros((), array.dtype))
+
+
+def finite_or_hiding(array: Array | None) -> Array | None:
+    """Replace NaN and +inf by 0 in a bias or in sinks, whose -inf has a meaning (MHA-BIAS-2, MHA-SINK-1)."""
+    return None if array is None else tf.where(array < math.inf, array, tf.zeros((), array.dtype))
