@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .call import Call
 
-__all__ = ["NotAdmitted", "Rows", "expect"]
+__all__ = ["NotAdmitted", "Rows", "expect", "kinds_of"]
 
 Kinds = dict[str, Array]
 
@@ -36,10 +36,17 @@ class NotAdmitted(Exception):
 class Rows:
     """The properties of rows and pairs of an attention: boolean arrays over (batch, heads, q_len) and over pairs."""
 
-    def __init__(self, arrays: Mapping[str, Array], options: Mapping[str, Any], dtype: str) -> None:
+    def __init__(
+        self,
+        arrays: Mapping[str, Array],
+        options: Mapping[str, Any],
+        dtype: str,
+        evaluation: Evaluation | None = None,
+    ) -> None:
+        """Evaluate the call, unless its evaluation is given."""
         forward = {name: array for name, array in arrays.items() if not name.startswith("grad_")}
         with numpy.errstate(all="ignore"):
-            self.evaluation = Evaluation(forward, options, Steps())
+            self.evaluation = Evaluation(forward, options, Steps()) if evaluation is None else evaluation
         self.arguments = self.evaluation.arguments
         self.largest = float(numpy.finfo(softmax_dtype_name(dtype)).max)
         self.arrays = arrays
@@ -271,6 +278,11 @@ _KINDS: dict[str, Any] = {
     "alibi_bias": lambda call, rows: {"bias": numpy.array(FINITE)},
 }
 ATTENTION = ("attention", "attention_weights", "attention_vjp")
+
+
+def kinds_of(function: str, rows: Rows) -> Kinds:
+    """Give the kinds of the elements of each output of attention, broadcastable to the output."""
+    return _KINDS[function](None, rows)
 
 
 def expect(call: Call) -> tuple[dict[str, Array], Kinds, str]:

@@ -29,6 +29,7 @@ __all__ = [
     "gate_b",
     "golden_rows",
     "judge",
+    "shares",
 ]
 
 FINITE, EXACT, NAN, NON_FINITE, ANY = range(5)
@@ -161,6 +162,15 @@ def judge(
     return Judgement(True, share, elements.at(position), None)
 
 
+def shares(
+    name: str, wanted: Expected, output: numpy.ndarray, allowance: numpy.ndarray, precision: Precision
+) -> numpy.ndarray:
+    """Give the share of its allowance that each element of an output uses; infinity for an element of a wrong kind."""
+    elements = _elements(name, wanted, output, allowance)
+    used = _shares(elements, overflow_threshold(name, output, precision))
+    return numpy.where(_wrong_kind(elements), numpy.inf, used).reshape(numpy.shape(wanted.values))
+
+
 def gate_b(
     expected: Mapping[str, Expected], outputs: Mapping[str, numpy.ndarray], deviations: Mapping[str, numpy.ndarray]
 ) -> dict[str, Statistics]:
@@ -173,6 +183,26 @@ def gate_b(
         if z.size:
             statistics[name] = Statistics(z.size, float(abs(z).max()), float(numpy.sqrt(numpy.mean(z**2))))
     return statistics
+
+
+def wrong_elements(
+    name: str, wanted: Expected, output: numpy.ndarray, allowance: numpy.ndarray, precision: Precision
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Mark the wrong elements and the compared elements of an output, both in its full shape."""
+    elements = _elements(name, wanted, output, allowance)
+    shares = _shares(elements, overflow_threshold(name, output, precision))
+    wrong = _wrong_kind(elements) | (shares > 1)
+    return _in_full_shape(wrong, wanted), _in_full_shape(elements.kinds != ANY, wanted)
+
+
+def _in_full_shape(marked: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
+    """Put marks of the rows that the golden holds into an array of the shape of the output, which is False elsewhere."""
+    if wanted.rows is None:
+        return marked.reshape(wanted.shape)
+    width = marked.size // max(len(wanted.rows), 1)
+    rows = numpy.zeros((int(numpy.prod(wanted.shape)) // max(width, 1), width), bool)
+    rows[wanted.rows] = marked.reshape(-1, width)
+    return rows.reshape(wanted.shape)
 
 
 def overflow_threshold(name: str, output: numpy.ndarray, precision: Precision) -> float:

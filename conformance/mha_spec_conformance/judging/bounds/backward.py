@@ -23,15 +23,22 @@ if TYPE_CHECKING:
 
     from .roundoff import Precision
 
-__all__ = ["BackwardBounds"]
+__all__ = ["BackwardBounds", "BackwardErrors", "GradientEvaluation"]
 
 
 class GradientEvaluation(Evaluation):
     """One call of attention_vjp in float64; its matrices are 0 at hidden pairs too."""
 
-    def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
-        """Run the steps of the reference, forward and backward."""
-        super().__init__({name: x for name, x in arrays.items() if not name.startswith("grad_")}, options, steps)
+    def __init__(
+        self,
+        arrays: Mapping[str, numpy.ndarray],
+        options: Mapping[str, Any],
+        steps: Steps,
+        kv_len: int | None = None,
+    ) -> None:
+        """Run the steps of the reference, forward and backward; see `Evaluation` for `kv_len`."""
+        forward = {name: x for name, x in arrays.items() if not name.startswith("grad_")}
+        super().__init__(forward, options, steps, kv_len)
         a, t = self.arguments, self.trace
         self.grad_output = arrays["grad_output"].astype(numpy.float64)
         grad_lse = arrays.get("grad_lse")
@@ -45,21 +52,43 @@ class GradientEvaluation(Evaluation):
         self.grad_logits = self.seen(grad_logits)
         self.cap_slope = self.seen(steps.cap_slope(t.scores, a.softcap))
         self.grad_scores = self.seen(grad_logits * steps.cap_slope(t.scores, a.softcap))
-        self.values = self._values()
 
-    def _values(self) -> dict[str, numpy.ndarray]:
-        steps, a, t = self.steps, self.arguments, self.trace
+    @cached_property
+    def grad_query(self) -> numpy.ndarray:
+        """The gradient of the query."""
+        t = self.trace
+        return self.steps.grad_query(self.grad_scores, t.key, t.visible, t.scale)
+
+    @cached_property
+    def grad_key(self) -> numpy.ndarray:
+        """The gradient of the key."""
+        t, steps = self.trace, self.steps
+        return steps.sum_group(steps.grad_key(self.grad_scores, t.query, t.visible, t.scale), self.arguments.kv_heads)
+
+    @cached_property
+    def grad_value(self) -> numpy.ndarray:
+        """The gradient of the value."""
+        a, t, steps = self.arguments, self.trace, self.steps
         dropped = steps.drop(t.weights, a.dropout_mask, a.dropout_rate)
-        values = {
-            "grad_query": steps.grad_query(self.grad_scores, t.key, t.visible, t.scale),
-            "grad_key": steps.sum_group(steps.grad_key(self.grad_scores, t.query, t.visible, t.scale), a.kv_heads),
-            "grad_value": steps.sum_group(steps.grad_value(dropped, self.grad_output, t.visible), a.kv_heads),
-        }
-        if a.bias is not None and "bias" in self.arrays:
-            values["grad_bias"] = steps.grad_bias(self.grad_logits, a.bias.shape)
-        if a.sinks is not None:
-            values["grad_sinks"] = steps.grad_sinks(t.sink_weights, self.row_dot)
-        return values
+        return steps.sum_group(steps.grad_value(dropped, self.grad_output, t.visible), a.kv_heads)
+
+    @cached_property
+    def grad_bias(self) -> numpy.ndarray:
+        """The gradient of the bias."""
+        return self.steps.grad_bias(self.grad_logits, self.arguments.bias.shape)
+
+    @cached_property
+    def grad_sinks(self) -> numpy.ndarray:
+        """The gradient of the sinks."""
+        return self.steps.grad_sinks(self.trace.sink_weights, self.row_dot)
+
+    @property
+    def values(self) -> dict[str, numpy.ndarray]:
+        """The gradients of the call by name."""
+        names = ["grad_query", "grad_key", "grad_value"]
+        names += ["grad_bias"] if self.arguments.bias is not None and "bias" in self.arrays else []
+        names += ["grad_sinks"] if self.arguments.sinks is not None else []
+        return {name: getattr(self, name) for name in names}
 
     @cached_property
     def difference(self) -> numpy.ndarray:
@@ -146,7 +175,7 @@ class BackwardErrors:
         product = p.u_a * e.value.shape[-1] * abs(e.output)
         terms = gradient * (self.forward.output + product) + p.f * (gradient + abs(e.output) + 2)
         from_output = numpy.sum(terms, axis=-1, keepdims=True)
-        relative = self.weights + p.u_p + p.u_a * e.arguments.kv_len
+        relative = self.weights + p.u_p + p.u_a * e.kv_len
         terms = e.weights * (relative * abs(e.grad_weights) + self.grad_weights)
         terms = terms + p.f * (e.weights + abs(e.grad_weights) + 2)
         from_weights = numpy.sum(terms, axis=-1, keepdims=True)
@@ -180,12 +209,12 @@ class BackwardErrors:
     def grad_query(self) -> numpy.ndarray:
         """Return the error of the query's gradient."""
         e, p = self.evaluation, self.precision
-        summed = self.grad_scores + p.u_a * (e.arguments.kv_len + 1) * abs(e.grad_scores)
+        summed = self.grad_scores + p.u_a * (e.kv_len + 1) * abs(e.grad_scores)
         shared = self.row_dot * abs(weighted_sum(e.weights * e.cap_slope, e.trace.key))
         error = abs(e.trace.scale) * (weighted_sum(summed, abs(e.trace.key)) + shared)
-        rounded = (p.u_o + 2 * p.u_a) * abs(e.values["grad_query"])
+        rounded = (p.u_o + 2 * p.u_a) * abs(e.grad_query)
         sizes = numpy.sum(abs(e.grad_scores), axis=-1, keepdims=True) + weighted_sum(e.indicator, abs(e.trace.key))
-        flushed = p.f * (1 + abs(e.trace.scale)) * (sizes + 2 * e.arguments.kv_len + 1)
+        flushed = p.f * (1 + abs(e.trace.scale)) * (sizes + 2 * e.kv_len + 1)
         return numpy.where(e.rows, error + rounded + p.w + flushed, 0.0)
 
     def grad_key(self) -> numpy.ndarray:
@@ -195,7 +224,7 @@ class BackwardErrors:
         shared = e.seen(e.weights * self.row_dot * (e.cap_slope + self.cap_slope))
         summed = self.grad_scores + shared + partial * abs(e.grad_scores)
         error = abs(e.trace.scale) * e.over_rows(summed, abs(e.trace.query))
-        rounded = (p.u_o + 2 * p.u_a) * abs(e.values["grad_key"])
+        rounded = (p.u_o + 2 * p.u_a) * abs(e.grad_key)
         sizes = e.over_rows(abs(e.grad_scores), e.ones) + e.over_rows(e.indicator, abs(e.trace.query))
         flushed = p.f * (1 + abs(e.trace.scale)) * (sizes + 2 * e.q_depth + e.group)
         return numpy.where(e.read, error + rounded + p.w * e.group + flushed, 0.0)
@@ -206,7 +235,7 @@ class BackwardErrors:
         gradient = abs(e.grad_output)
         stored = p.u_p + 2 * p.u_a * (e.kept is not None)
         relative = self.weights + stored + p.u_a * e.q_depth + p.u_o * (e.group - 1)
-        error = e.over_rows(e.dropped * relative, gradient) + p.u_o * abs(e.values["grad_value"])
+        error = e.over_rows(e.dropped * relative, gradient) + p.u_o * abs(e.grad_value)
         kept = e.keep(e.indicator)
         lost = e.over_rows(kept, gradient)
         flushed = p.f * (e.over_rows(e.dropped + 2 * kept, e.ones) + lost + e.group)
@@ -216,7 +245,7 @@ class BackwardErrors:
         """Return the error of the bias's gradient."""
         e, p = self.evaluation, self.precision
         roundoff, lost = e.gradient_precision("bias", p)
-        values = e.values["grad_bias"]
+        values = e.grad_bias
         terms = e.pairs.size // max(values.size, 1)
         shared = e.seen(self.grad_logits + e.weights * self.row_dot)
         error = e.over_pairs(shared + p.u_a * terms * abs(e.grad_logits)) + roundoff * abs(values) + lost
@@ -230,7 +259,7 @@ class BackwardErrors:
         terms = e.arguments.batch * e.arguments.q_len
         relative = self.sink_weights + p.u_a * (1 + terms)
         error = e.sink_weights * (relative * size + self.row_dot) + 4 * p.w * (1 + size)
-        error = numpy.sum(error, axis=(0, 2, 3)) + roundoff * abs(e.values["grad_sinks"]) + lost
+        error = numpy.sum(error, axis=(0, 2, 3)) + roundoff * abs(e.grad_sinks) + lost
         return numpy.where(e.arrays["sinks"] == -numpy.inf, 0.0, error)
 
 
@@ -268,9 +297,9 @@ class BackwardVariances:
         size = e.value.shape[-1]
         from_output = numpy.sum(gradient**2 * self.forward.output, axis=-1, keepdims=True)
         from_output = from_output + p.u_a**2 * (size * (dot**2 / 3 + squares / 2) / 3 + squares)
-        relative = self.weights + p.u_p**2 / 3 + p.u_a**2 * e.arguments.kv_len / 6
+        relative = self.weights + p.u_p**2 / 3 + p.u_a**2 * e.kv_len / 6
         products = e.weights**2 * (relative * e.grad_weights**2 + self.grad_weights)
-        from_weights = numpy.sum(products, axis=-1, keepdims=True) + p.u_a**2 * e.arguments.kv_len / 9 * dot**2
+        from_weights = numpy.sum(products, axis=-1, keepdims=True) + p.u_a**2 * e.kv_len / 9 * dot**2
         rounding = p.u_a**2 * (dot**2 + e.grad_lse**2) / 3
         return numpy.where(e.rows, numpy.maximum(from_output, from_weights), 0.0) + rounding
 
@@ -292,11 +321,11 @@ class BackwardVariances:
     def grad_query(self) -> numpy.ndarray:
         """Return the variance of the query's gradient."""
         e, p = self.evaluation, self.precision
-        depth = e.arguments.kv_len
+        depth = e.kv_len
         summed = self.grad_scores + p.u_a**2 * depth / 6 * e.grad_scores**2
         shared = self.row_dot * weighted_sum(e.weights * e.cap_slope, e.trace.key) ** 2
         variance = e.trace.scale**2 * (weighted_sum(summed, e.trace.key**2) + shared)
-        rounded = (p.u_o**2 / 3 + p.u_a**2 * depth / 9) * e.values["grad_query"] ** 2
+        rounded = (p.u_o**2 / 3 + p.u_a**2 * depth / 9) * e.grad_query**2
         return numpy.where(e.rows, variance + rounded + p.w**2, 0.0)
 
     def grad_key(self) -> numpy.ndarray:
@@ -305,7 +334,7 @@ class BackwardVariances:
         shared = e.seen((e.weights * e.cap_slope) ** 2 * self.row_dot)
         summed = self.grad_scores + shared + self._partial() / 6 * e.grad_scores**2
         variance = e.trace.scale**2 * e.over_rows(summed, e.trace.query**2)
-        rounded = self._rounded() * e.values["grad_key"] ** 2
+        rounded = self._rounded() * e.grad_key**2
         return numpy.where(e.read, variance + rounded + (p.w * e.group) ** 2, 0.0)
 
     def grad_value(self) -> numpy.ndarray:
@@ -314,14 +343,14 @@ class BackwardVariances:
         squares = e.grad_output**2
         variance = e.over_rows(e.dropped**2 * (self.weights + p.u_p**2 / 3 + self._partial() / 6), squares)
         lost = e.over_rows(e.keep(e.indicator), abs(e.grad_output))
-        rounded = self._rounded() * e.values["grad_value"] ** 2
+        rounded = self._rounded() * e.grad_value**2
         return numpy.where(e.read, variance + rounded + (p.w * (e.group + lost)) ** 2, 0.0)
 
     def grad_bias(self) -> numpy.ndarray:
         """Return the variance of the bias's gradient."""
         e, p = self.evaluation, self.precision
         roundoff, lost = e.gradient_precision("bias", p)
-        values = e.values["grad_bias"]
+        values = e.grad_bias
         terms = e.pairs.size // max(values.size, 1)
         whole_row = e.arrays["bias"].shape[-1] == 1
         together = numpy.sum(e.weights, axis=-1, keepdims=True) if whole_row else e.weights
@@ -338,7 +367,7 @@ class BackwardVariances:
         terms = e.arguments.batch * e.arguments.q_len
         relative = self.forward.sink + self.forward.lse + p.u_a**2 * (1 + e.lse**2 / 3 + terms / 6) + p.e_x**2
         variance = e.sink_weights**2 * (relative * e.row_dot**2 + self.row_dot) + (4 * p.w * (1 + abs(e.row_dot))) ** 2
-        values = e.values["grad_sinks"]
+        values = e.grad_sinks
         variance = numpy.sum(variance, axis=(0, 2, 3)) + (roundoff**2 / 3 + p.u_a**2 * terms / 9) * values**2 + lost**2
         return numpy.where(e.arrays["sinks"] == -numpy.inf, 0.0, variance)
 

@@ -49,14 +49,25 @@ class Evaluation:
     last axis of 1. Hidden keys and values affect nothing, even if they are not finite.
     """
 
-    def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
-        """Run the steps of the reference."""
+    def __init__(
+        self,
+        arrays: Mapping[str, numpy.ndarray],
+        options: Mapping[str, Any],
+        steps: Steps,
+        kv_len: int | None = None,
+    ) -> None:
+        """Run the steps of the reference.
+
+        `kv_len` is the number of keys over which an implementation sums, if the arrays do not hold all of them because
+        no row sees the others.
+        """
         self.steps = steps
         self.dtypes = {name: dtype_name(array) for name, array in arrays.items()}
         self.arrays = in_float64(arrays)
         function = "attention" if "value" in self.arrays else "attention_weights"
         arguments: dict[str, Any] = {"value": None, **self.arrays, **options, "function": function}
         self.arguments = steps.check(Arguments(**arguments))
+        self.kv_len = self.arguments.kv_len if kv_len is None else kv_len
         self.trace = Reference(steps).trace(self.arguments)
         self.value: Array = self.trace.value
         self.pairs = self.trace.visible | (self.trace.weights > 0)
@@ -107,7 +118,7 @@ class Evaluation:
     @property
     def depth(self) -> int:
         """Number of terms in the sum of a row: its keys, visible or not, and the sink."""
-        return self.arguments.kv_len + (self.sinks is not None)
+        return self.kv_len + (self.sinks is not None)
 
     @cached_property
     def sink_weights(self) -> numpy.ndarray:
@@ -192,4 +203,4 @@ class Evaluation:
     @property
     def roundoff(self) -> float:
         """The relative error of a sum over the keys in float64, with a few further operations."""
-        return 2 * (self.arguments.kv_len + 4) * unit_roundoff("float64")
+        return 2 * (self.kv_len + 4) * unit_roundoff("float64")
