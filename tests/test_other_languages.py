@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy
 import pytest
 from safetensors.numpy import save
@@ -21,6 +23,7 @@ from mha_spec_conformance.asking.selection import Selection
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.running.offline import export, verify
 from mha_spec_conformance.running.runner import Settings, judge_all
+from mha_spec_conformance.targets.conversion import same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     Build = Callable[..., list[str]]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-HELLO = {"message": "hello", "protocol": "mha-spec-protocol/1", "spec_version": "1.1", "folder": "."}
+HELLO = {"message": "hello", "protocol": "mha-spec-protocol/1", "spec_version": "1.1"}
 
 STRICT = ("-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror", "-O2")
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -164,7 +167,11 @@ WRONG = {
     "mask of rank 2": ({"mask": zeros(5, 11, dtype="bool")}, {}, "mask"),
     "bias of booleans": ({"bias": zeros(1, 1, 5, 11, dtype="bool")}, {}, "bias"),
     "bias that does not broadcast": ({"bias": zeros(1, 4, 5, 11)}, {}, "bias"),
-    "sinks": ({"sinks": zeros(3)}, {}, "sinks"),
+    "bias of integers": ({"bias": zeros(1, 1, 5, 11, dtype="int32")}, {}, "bias"),
+    "sinks of another length": ({"sinks": zeros(3)}, {}, "sinks"),
+    "sinks of rank 2": ({"sinks": zeros(6, 1)}, {}, "sinks"),
+    "sinks of integers": ({"sinks": zeros(6, dtype="int32")}, {}, "sinks"),
+    "sinks of booleans": ({"sinks": zeros(6, dtype="bool")}, {}, "sinks"),
     "length beyond the buffer": ({"kv_lengths": numpy.array([3, 12])}, {}, "kv_lengths"),
     "negative length": ({"q_lengths": numpy.array([-1, 2])}, {}, "q_lengths"),
     "lengths of another batch": ({"q_lengths": numpy.array([1, 2, 3])}, {}, "q_lengths"),
@@ -172,10 +179,22 @@ WRONG = {
     "one of two segments": ({"q_segment_ids": zeros(2, 5, dtype="int32")}, {}, "q_segment_ids"),
     "causal without an offset": ({}, {"causal": True}, "q_offset"),
     "reading": ({}, {"causal": True, "q_offset": "lower_left"}, "q_offset"),
+    "causal as a number": ({}, {"causal": 1, "q_offset": 0}, "causal"),
     "offset of 2^31": ({}, {"q_offset": 2**31}, "q_offset"),
+    "offsets of 2^64 - 1": ({"q_offset": numpy.array([0, 2**64 - 1], numpy.uint64)}, {}, "q_offset"),
+    "offset as a boolean": ({}, {"q_offset": True}, "q_offset"),
     "window of one": ({}, {"window": [3]}, "window"),
     "negative window": ({}, {"window": [-1, None], "q_offset": 0}, "window"),
-    "scale": ({}, {"scale": float("inf")}, "scale"),
+    "window as a string": ({}, {"window": "ab", "q_offset": 0}, "window"),
+    "window of strings": ({}, {"window": ["a", "b"], "q_offset": 0}, "window"),
+    "window of booleans": ({}, {"window": [True, False], "q_offset": 0}, "window"),
+    "window without an end": ({}, {"window": [float("inf"), None], "q_offset": 0}, "window"),
+    "infinite scale": ({}, {"scale": float("inf")}, "scale"),
+    "scale as a boolean": ({}, {"scale": True}, "scale"),
+    "scale as a string": ({}, {"scale": "1"}, "scale"),
+    "scale as an unknown number": ({}, {"scale": {"number": "one"}}, "scale"),
+    "softcap as a boolean": ({}, {"softcap": True}, "softcap"),
+    "rate as a string": ({"dropout_mask": zeros(1, 1, 1, 1, dtype="bool")}, {"dropout_rate": "0"}, "dropout_rate"),
     "scale beyond float32": ({}, {"scale": 1e39}, "scale"),
     "softcap": ({}, {"softcap": 0.0}, "softcap"),
     "softcap below the normal numbers": ({}, {"softcap": 1e-39}, "softcap"),
@@ -183,15 +202,43 @@ WRONG = {
 }
 
 
+def words_of(answer: Answer) -> list[str]:
+    """Give the names in a reason, as in "`name` must" or "name=value"."""
+    return re.findall(r"\w+(?=[`=])", str(answer.reason))
+
+
 def test_wrong_argument_is_named(ask: Callable[..., Answer]) -> None:
     assert ask({}, {}).kind == "returned"
     answers = {case: ask(arrays, options) for case, (arrays, options, _) in WRONG.items()}
     assert {case: answer.kind for case, answer in answers.items()} == dict.fromkeys(WRONG, "raised")
-    assert [case for case, (_, _, name) in WRONG.items() if name not in str(answers[case].reason)] == []
+    assert [case for case, (_, _, name) in WRONG.items() if name not in words_of(answers[case])] == []
+    assert [case for case, answer in answers.items() if ",))" in str(answer.reason)] == []
+
+
+def test_option_that_is_null_has_its_default(ask: Callable[..., Answer]) -> None:
+    query = numpy.random.default_rng(3).standard_normal((2, 6, 5, 7)).astype(numpy.float32)
+    value = numpy.random.default_rng(5).standard_normal((2, 3, 11, 13)).astype(numpy.float32)
+    arrays = {"query": query, "key": value[..., :7].copy(), "value": value}
+    plain = ask(arrays, {})
+    for name in ("causal", "q_offset", "window", "scale", "softcap", "dropout_rate"):
+        answer = ask(arrays, {name: None})
+        assert (name, answer.kind) == (name, "returned")
+        assert same_bits(answer.outputs["output"], plain.outputs["output"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_arrays_of_16_bits_are_read_or_refused(language: str, ask: Callable[..., Answer], dtype: str) -> None:
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    for arrays in ({"sinks": numpy.zeros(6, kind)}, {"bias": numpy.zeros((1, 1, 5, 11), kind)}):
+        answer = ask(arrays, {})
+        if dtype in LANGUAGES[language].dtypes:
+            assert answer.kind == "returned"
+        else:
+            assert (answer.kind, "F16" in str(answer.reason)) == ("unsupported", True)
 
 
 def test_missing_function_and_drawn_dropout_are_unsupported(ask: Callable[..., Answer]) -> None:
-    assert ask({}, {}, "attention_weights").kind == "unsupported"
+    assert {ask({}, {}, name).kind for name in ("attention_weights", "toString")} == {"unsupported"}
     assert ask({}, {"dropout_rate": 0.5}).kind == "unsupported"
 
 
@@ -216,7 +263,7 @@ def question(number: int, **changes: object) -> dict[str, object]:
 
 
 def test_paths_and_strings_with_escapes_are_read(language: str, build: Build, tmp_path: Path) -> None:
-    name = 'a "\\\n\té€😀'
+    name = 'a "\\\n\t\x7f\x80é\u07ff\u0800€\u2028\uffff😀\U0010ffff'
     (tmp_path / name).write_bytes(save(OPERANDS))
     asked = question(1, arrays=name, answer=f"{name}.answer", unknown={"a": [1, {"b": None}, -1.5e-3, "\u0001"]})
     for line in (json.dumps(asked), json.dumps(asked, ensure_ascii=False)):
@@ -249,10 +296,87 @@ def test_damaged_files_are_lost_and_every_question_has_an_answer(
     assert set(kinds) <= {"lost", "raised", "returned", "unsupported"}
 
 
-def test_line_that_is_not_a_message_ends_the_program(language: str, build: Build) -> None:
-    for line in ("", "{", "[1, 2]", "nul", "[" * 1000):
+def entry(**changes: object) -> bytes:
+    """Write a file with the operands, in which the entry of the query has other members."""
+    data = save(OPERANDS)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["query"] |= changes
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+DAMAGED = {
+    "nothing": b"",
+    "a header of 2^63 bytes": (2**63).to_bytes(8, "little") + b"{}",
+    "a header that is a list": (2).to_bytes(8, "little") + b"[]",
+    "negative lengths": entry(shape=[-2, -6, 5, 7]),
+    "a length that is not an integer": entry(shape=[0.5, 120, 1, 7]),
+    "a length in words": entry(shape=["2", 6, 5, 7]),
+    "too many elements": entry(shape=[2**62, 2**62, 2**62, 2**62]),
+    "too few elements": entry(shape=[2, 6, 5, 6]),
+    "no shape": entry(shape=None),
+    "offsets in the other order": entry(data_offsets=[1680, 0]),
+    "offsets beyond the file": entry(data_offsets=[2**50, 2**50 + 1680]),
+    "one offset": entry(data_offsets=[0]),
+}
+
+
+def test_file_that_is_damaged_is_lost(language: str, build: Build, tmp_path: Path) -> None:
+    assert entry() != entry(shape=None)
+    for number, data in enumerate((entry(), *DAMAGED.values())):
+        (tmp_path / f"{number}.question").write_bytes(data)
+    count = len(DAMAGED) + 1
+    first, *answers = replies(build(language), *map(question, range(count)), question(count), folder=tmp_path)
+    assert first["kind"] == "returned"
+    kinds = {name: answer["kind"] for name, answer in zip([*DAMAGED, "no file"], answers, strict=True)}
+    assert kinds == dict.fromkeys([*DAMAGED, "no file"], "lost")
+
+
+LINES = ("", "{", "[1, 2]", "nul", "null", "7", "[" * 1000, "{}", '{"message": 7}', '{"message": "answer"}')
+
+
+def test_line_that_is_not_a_message_ends_the_program(language: str, build: Build, tmp_path: Path) -> None:
+    (tmp_path / "1.question").write_bytes(save(OPERANDS))
+    whole = question(1)
+    incomplete = [json.dumps({key: value for key, value in whole.items() if key != name}) for name in REQUIRED]
+    for line in (*LINES, *incomplete, json.dumps(whole | {"number": -1}), json.dumps(whole | {"options": []})):
+        text = f"{line}\n{json.dumps(HELLO)}\n"
         done = subprocess.run(
-            build(language), input=f"{line}\n", capture_output=True, text=True, timeout=60, check=False
+            build(language), input=text, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
         )
-        assert done.stdout == "" or "refusal" in done.stdout
-        assert done.returncode >= 0
+        assert (line, done.returncode, done.stdout) == (line, 1, "")
+        assert done.stderr == "standard input has a line that is not a message of mha-spec-protocol/1\n"
+
+
+REQUIRED = ("number", "function", "arrays", "options", "outputs", "answer")
+"""The members without which no example answers a question."""
+
+IN_CPP = """
+#include <chrono>
+#include <thread>
+#include "protocol.h"
+
+static void answer_to(const Question *question, Answer *answer) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    refuse(answer, UNSUPPORTED, "%s is slow", question->function);
+}
+
+int main() { return answer_questions("{}", answer_to); }
+"""
+
+
+def test_code_in_cpp_calls_the_reader_in_c_and_the_time_is_that_of_the_call(tmp_path: Path) -> None:
+    if not (shutil.which("gcc") and shutil.which("g++")):
+        pytest.skip("the compilers of C and C++ are not installed")
+    (tmp_path / "slow.cpp").write_text(IN_CPP)
+    (tmp_path / "1.question").write_bytes(save(OPERANDS))
+    program, reader = str(tmp_path / "slow"), str(tmp_path / "protocol.o")
+    for command in (
+        ["gcc", *STRICT, "-c", "-o", reader, str(EXAMPLES / "c" / "protocol.c")],
+        ["g++", "-Wall", "-Wextra", "-Werror", f"-I{EXAMPLES / 'c'}", "-o", program, "slow.cpp", reader, "-lm"],
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    (answer,) = replies([program], question(1), folder=tmp_path)
+    assert (answer["kind"], answer["reason"]) == ("unsupported", "attention is slow")
+    assert answer["seconds"] >= 0.02  # the time of the processor is 0

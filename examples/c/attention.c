@@ -27,18 +27,21 @@ static const char *const CLAIMS =
 /* The largest offset, length and window bound (MHA-POS-1). */
 static const int64_t MOST = INT64_C(1) << 30;
 
+/* A bound of a window that excludes no key. */
+static const int64_t UNBOUNDED = INT64_C(1) << 32;
+
 typedef struct {
     const Array *query, *key, *value, *mask, *bias, *sinks, *dropout_mask, *q_lengths, *kv_lengths, *q_ids, *kv_ids;
     int64_t batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim;
     int64_t *offsets;     /* the position of query 0 of each batch entry */
-    int64_t left, right;  /* the window; MOST * 4 is no bound */
+    int64_t left, right;  /* the window */
     double scale, softcap, dropout_factor;
     bool in_float64;      /* the type of the softmax (MHA-SOFTMAX-2) */
 } Call;
 
 /* ---- The attention ---- */
 
-/* Give the index of (b, h, i, j) in an array of rank 4 each of whose axes may have size 1. */
+/* Give the index of (b, h, i, j) in an array of rank 4 in which each axis may have size 1. */
 static int64_t at(const Array *array, int64_t b, int64_t h, int64_t i, int64_t j) {
     const int64_t index[4] = {b, h, i, j};
     int64_t place = 0;
@@ -105,13 +108,16 @@ static double attend(const Call *call, int64_t b, int64_t h, int64_t i, int64_t 
     return largest + log(sum);
 }
 
+/* Write the output, and the lse unless it is NULL. */
 static void attend_all(const Call *call, Array *output, Array *lse) {
     int64_t *keys = allocate((size_t)call->kv_len, sizeof *keys), row = 0;
     double *logits = allocate((size_t)call->kv_len, sizeof *logits);
     for (int64_t b = 0; b < call->batch; b++)
         for (int64_t h = 0; h < call->heads; h++)
-            for (int64_t i = 0; i < call->q_len; i++, row++)
-                lse->numbers[row] = attend(call, b, h, i, keys, logits, output->numbers + row * call->v_dim);
+            for (int64_t i = 0; i < call->q_len; i++, row++) {
+                double row_lse = attend(call, b, h, i, keys, logits, output->numbers + row * call->v_dim);
+                if (lse) lse->numbers[row] = row_lse;
+            }
 }
 
 /* ---- The arguments ---- */
@@ -125,20 +131,21 @@ static bool read_operands(const Question *question, Call *call, Answer *answer) 
     const Array **operands[] = {&call->query, &call->key, &call->value};
     for (int k = 0; k < 3; k++) {
         const Array *array = *operands[k] = array_of(question, names[k]);
-        if (!array) return raised(answer, "`%s` is missing", names[k]);
-        if (array->rank != 4) return raised(answer, "`%s` must have rank 4, received rank %d", names[k], array->rank);
+        if (!array) return refuse(answer, RAISED, "`%s` is missing", names[k]);
+        if (array->rank != 4)
+            return refuse(answer, RAISED, "`%s` must have rank 4, received rank %d", names[k], array->rank);
         if (!is_floating(array) || array->dtype != call->query->dtype)
-            return raised(answer, "`%s` must be floating, of the dtype of `query`", names[k]);
+            return refuse(answer, RAISED, "`%s` must be floating, of the dtype of `query`", names[k]);
         if (array->shape[1] < 1 || array->shape[3] < 1)
-            return raised(answer, "axes 1 and 3 of `%s` must not be 0", names[k]);
+            return refuse(answer, RAISED, "axes 1 and 3 of `%s` must not be 0", names[k]);
     }
     const int64_t *query = call->query->shape, *key = call->key->shape, *value = call->value->shape;
     if (key[0] != query[0] || key[3] != query[3])
-        return raised(answer, "`key` must have the batch and qk_dim of `query`");
+        return refuse(answer, RAISED, "`key` must have the batch and qk_dim of `query`");
     if (memcmp(value, key, 3 * sizeof *key))
-        return raised(answer, "`value` must have the batch, heads and length of `key`");
+        return refuse(answer, RAISED, "`value` must have the batch, heads and length of `key`");
     if (query[1] % key[1])
-        return raised(answer, "heads=%" PRId64 " must be a multiple of kv_heads=%" PRId64, query[1], key[1]);
+        return refuse(answer, RAISED, "heads=%" PRId64 " must be a multiple of kv_heads=%" PRId64, query[1], key[1]);
     call->batch = query[0], call->heads = query[1], call->q_len = query[2], call->qk_dim = query[3];
     call->kv_heads = key[1], call->kv_len = key[2], call->v_dim = value[3];
     call->in_float64 = call->query->dtype == F64;
@@ -149,11 +156,11 @@ static bool read_operands(const Question *question, Call *call, Answer *answer) 
 static bool read_pairs(const Question *question, Call *call, Answer *answer, const char *name, const Array **array) {
     const int64_t full[4] = {call->batch, call->heads, call->q_len, call->kv_len};
     if (!(*array = array_of(question, name))) return true;
-    bool right = (*array)->rank == 4 && (strcmp(name, "bias") ? (*array)->dtype == BOOL : is_floating(*array));
-    for (int axis = 0; right && axis < 4; axis++)
-        right = (*array)->shape[axis] == 1 || (*array)->shape[axis] == full[axis];
-    return right
-           || raised(answer, "`%s` has a wrong dtype, or does not broadcast to (batch, heads, q_len, kv_len)", name);
+    bool valid = (*array)->rank == 4 && (strcmp(name, "bias") ? (*array)->dtype == BOOL : is_floating(*array));
+    for (int axis = 0; valid && axis < 4; axis++)
+        valid = (*array)->shape[axis] == 1 || (*array)->shape[axis] == full[axis];
+    if (valid) return true;
+    return refuse(answer, RAISED, "`%s` has a wrong dtype, or not a shape (batch, heads, q_len, kv_len)", name);
 }
 
 /* Read an array of integers of shape (batch,) or (batch, length), all of them from `least` to `most` (MHA-LEN-3). */
@@ -161,12 +168,16 @@ static bool read_integers(const Question *question, const Call *call, Answer *an
                           int64_t least, int64_t most, const Array **array) {
     if (!(*array = array_of(question, name))) return true;
     int rank = length < 0 ? 1 : 2;
+    const char *shape = rank == 1 ? "(batch,)" : "(batch, length)";
     if (!is_integer(*array) || (*array)->rank != rank || (*array)->shape[0] != call->batch
         || (rank == 2 && (*array)->shape[1] != length))
-        return raised(answer, "`%s` must be integers of shape (batch%s)", name, rank == 1 ? ",)" : ", length)");
-    for (int64_t k = 0; rank == 1 && k < (*array)->count; k++)
-        if ((*array)->integers[k] < least || (*array)->integers[k] > most)
-            return raised(answer, "`%s` must lie in [%" PRId64 ", %" PRId64 "]", name, least, most);
+        return refuse(answer, RAISED, "`%s` must be integers of shape %s", name, shape);
+    for (int64_t k = 0; rank == 1 && k < (*array)->count; k++) {
+        int64_t number = (*array)->integers[k];
+        bool beyond_int64 = (*array)->dtype == U64 && number < 0;
+        if (beyond_int64 || number < least || number > most)
+            return refuse(answer, RAISED, "`%s` must lie in [%" PRId64 ", %" PRId64 "]", name, least, most);
+    }
     return true;
 }
 
@@ -177,14 +188,15 @@ static bool read_arrays(const Question *question, Call *call, Answer *answer, co
         if (!read_pairs(question, call, answer, names[k], arrays[k])) return false;
     call->sinks = array_of(question, "sinks");
     if (call->sinks && (!is_floating(call->sinks) || call->sinks->rank != 1 || call->sinks->shape[0] != call->heads))
-        return raised(answer, "`sinks` must be floating, of shape (heads,)");
+        return refuse(answer, RAISED, "`sinks` must be floating, of shape (heads,)");
     if (!read_integers(question, call, answer, "q_lengths", -1, 0, call->q_len, &call->q_lengths)
         || !read_integers(question, call, answer, "kv_lengths", -1, 0, call->kv_len, &call->kv_lengths)
         || !read_integers(question, call, answer, "q_offset", -1, -MOST, MOST, offsets)
         || !read_integers(question, call, answer, "q_segment_ids", call->q_len, 0, 0, &call->q_ids)
         || !read_integers(question, call, answer, "kv_segment_ids", call->kv_len, 0, 0, &call->kv_ids))
         return false;
-    return !call->q_ids == !call->kv_ids || raised(answer, "`q_segment_ids` and `kv_segment_ids` need each other");
+    if (!call->q_ids == !call->kv_ids) return true;
+    return refuse(answer, RAISED, "`q_segment_ids` and `kv_segment_ids` need each other");
 }
 
 static bool read_bound(const Json *bound, int64_t *value) {
@@ -196,14 +208,14 @@ static bool read_bound(const Json *bound, int64_t *value) {
 /* Read the window and the causal diagonal, which is a right bound of 0 (MHA-WINDOW-2, MHA-ARG-3). */
 static bool read_window(const Question *question, Call *call, Answer *answer, bool *positioned) {
     const Json *window = option_of(question, "window"), *causal = option_of(question, "causal");
-    call->left = call->right = 4 * MOST;
-    if (causal && causal->kind != JSON_BOOL) return raised(answer, "`causal` must be a boolean");
+    call->left = call->right = UNBOUNDED;
+    if (causal && causal->kind != JSON_BOOL) return refuse(answer, RAISED, "`causal` must be a boolean");
     if (window
         && (window->kind != JSON_LIST || window->count != 2 || !read_bound(window->first, &call->left)
             || !read_bound(window->first->next, &call->right)))
-        return raised(answer, "`window` must be a pair, each of it null or an integer from 0 to 2^30");
+        return refuse(answer, RAISED, "`window` must be a pair, each null or an integer from 0 to 2^30");
     if (causal && causal->number && call->right > CAUSAL_SHIFT) call->right = CAUSAL_SHIFT;
-    *positioned = call->left < 4 * MOST || call->right < 4 * MOST;
+    *positioned = call->left < UNBOUNDED || call->right < UNBOUNDED;
     return true;
 }
 
@@ -214,11 +226,11 @@ static bool read_offsets(const Question *question, Call *call, Answer *answer, c
     bool lower_right = by_name && !strcmp(option->string, "lower_right");
     double number = option && !by_name ? number_of(option) : 0;
     if (by_name && !lower_right && strcmp(option->string, "upper_left"))
-        return raised(answer, "`q_offset` must be \"upper_left\" or \"lower_right\"");
+        return refuse(answer, RAISED, "`q_offset` must be \"upper_left\" or \"lower_right\"");
     if (!(fabs(number) <= (double)MOST) || number != nearbyint(number))
-        return raised(answer, "`q_offset` must be an integer from -2^30 to 2^30");
+        return refuse(answer, RAISED, "`q_offset` must be an integer from -2^30 to 2^30");
     if (positioned && !option && !array && (call->q_len != call->kv_len || call->kv_lengths))
-        return raised(answer, "`q_offset` is required: \"upper_left\" or \"lower_right\"");
+        return refuse(answer, RAISED, "`q_offset` is required: \"upper_left\" or \"lower_right\"");
     call->offsets = allocate((size_t)call->batch, sizeof *call->offsets);
     for (int64_t b = 0; b < call->batch; b++) {
         int64_t q_length = call->q_lengths ? call->q_lengths->integers[b] : call->q_len;
@@ -236,11 +248,11 @@ static bool read_numbers(const Question *question, Call *call, Answer *answer) {
     call->scale = scale ? number_of(scale) : 1 / sqrt((double)call->qk_dim);
     call->softcap = softcap ? number_of(softcap) : 0;
     double dropout_rate = rate ? number_of(rate) : 0;
-    if (!(fabs(call->scale) <= most)) return raised(answer, "`scale` must be finite");
+    if (!(fabs(call->scale) <= most)) return refuse(answer, RAISED, "`scale` must be finite");
     if (softcap && !(call->softcap >= least && call->softcap <= most))
-        return raised(answer, "`softcap` must be above 0");
-    if (!(dropout_rate >= 0 && dropout_rate < 1)) return raised(answer, "`dropout_rate` must lie in [0, 1)");
-    if (dropout_rate > 0 && !call->dropout_mask) return unsupported(answer, "dropout needs a `dropout_mask`");
+        return refuse(answer, RAISED, "`softcap` must be above 0");
+    if (!(dropout_rate >= 0 && dropout_rate < 1)) return refuse(answer, RAISED, "`dropout_rate` must lie in [0, 1)");
+    if (dropout_rate > 0 && !call->dropout_mask) return refuse(answer, UNSUPPORTED, "dropout needs a `dropout_mask`");
     call->dropout_factor = 1 / (1 - dropout_rate);
     return true;
 }
@@ -250,7 +262,7 @@ static void answer_to(const Question *question, Answer *answer) {
     const Array *offsets = NULL;
     bool positioned = false;
     if (strcmp(question->function, "attention")) {
-        unsupported(answer, "this program has no function %.100s", question->function);
+        refuse(answer, UNSUPPORTED, "this program has no function %.100s", question->function);
         return;
     }
     if (!read_operands(question, &call, answer) || !read_arrays(question, &call, answer, &offsets)
@@ -259,8 +271,8 @@ static void answer_to(const Question *question, Answer *answer) {
         return;
     const int64_t shape[] = {call.batch, call.heads, call.q_len, call.v_dim};
     Array *output = new_output(answer, "output", call.query->dtype, 4, shape);
-    Array *lse = new_output(answer, "lse", call.in_float64 ? F64 : F32, 3, shape);
-    if (!asks_for(question, "lse")) answer->output_count--;
+    Array *lse = NULL;
+    if (asks_for(question, "lse")) lse = new_output(answer, "lse", call.in_float64 ? F64 : F32, 3, shape);
     attend_all(&call, output, lse);
 }
 

@@ -76,28 +76,37 @@ static bool read_hex(Text *text, uint32_t *code) {
     return true;
 }
 
+/* The lead byte of a sequence in UTF-8, and the largest code, by the number of bytes that follow. */
+static const struct { uint32_t most; unsigned char lead; } UTF8[] = {
+    {0x7F, 0}, {0x7FF, 0xC0}, {0xFFFF, 0xE0}, {0x10FFFF, 0xF0},
+};
+
 static char *write_utf8(char *to, uint32_t code) {
-    if (code < 0x80) {
-        *to++ = (char)code;
-        return to;
-    }
-    int further = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-    *to++ = (char)((0xF00 >> (further + 1) & 0xFF) | code >> 6 * further);
-    while (further--) *to++ = (char)(0x80 | (code >> 6 * further & 0x3F));
+    int following = 0;
+    while (code > UTF8[following].most) following++;
+    *to++ = (char)(UTF8[following].lead | code >> 6 * following);
+    while (following--) *to++ = (char)(0x80 | (code >> 6 * following & 0x3F));
     return to;
+}
+
+/* Read the digits after "\\u"; a code above 0xFFFF is written as a high and a low surrogate. */
+static bool read_code(Text *text, uint32_t *code) {
+    uint32_t high, low;
+    if (!read_hex(text, &high)) return false;
+    *code = high;
+    if (high < 0xD800 || high > 0xDFFF) return true;
+    if (high > 0xDBFF || !skip_word(text, "\\u") || !read_hex(text, &low) || low < 0xDC00 || low > 0xDFFF) return false;
+    *code = 0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00);
+    return true;
 }
 
 static bool read_escape(Text *text, char **to) {
     const char *escapes = "\"\\/bfnrt", *meanings = "\"\\/\b\f\n\r\t", *place;
-    uint32_t code, low;
+    uint32_t code;
     if (text->at == text->end) return false;
     char symbol = *text->at++;
     if (symbol == 'u') {
-        if (!read_hex(text, &code)) return false;
-        if (code >= 0xD800 && code < 0xDC00 && skip_word(text, "\\u")) {
-            if (!read_hex(text, &low)) return false;
-            code = 0x10000 + ((code - 0xD800) << 10) + ((low - 0xDC00) & 0x3FF);
-        }
+        if (!read_code(text, &code)) return false;
         *to = write_utf8(*to, code);
         return true;
     }
@@ -166,9 +175,9 @@ static Json *read_value(Text *text) {
     if (text->depth == MOST_DEPTH) return NULL;
     text->depth++;
     Json *value = allocate(1, sizeof *value);
-    bool right = read_into(text, value);
+    bool valid = read_into(text, value);
     text->depth--;
-    return right ? value : NULL;
+    return valid ? value : NULL;
 }
 
 static const Json *read_json(const char *text, size_t length) {
@@ -359,7 +368,9 @@ const Json *option_of(const Question *question, const char *name) {
 
 double number_of(const Json *value) {
     const char *name = text_of(value, "number");
-    if (name) return strtod(name, NULL);
+    char *end = NULL;
+    double number = name ? strtod(name, &end) : NAN;
+    if (name) return *end ? NAN : number;
     return value && value->kind == JSON_NUMBER ? value->number : NAN;
 }
 
@@ -379,26 +390,20 @@ Array *new_output(Answer *answer, const char *name, Dtype dtype, int rank, const
     return answer->outputs[answer->output_count++] = array;
 }
 
-static bool refuse(Answer *answer, AnswerKind kind, const char *format, va_list arguments) {
+bool refuse(Answer *answer, AnswerKind kind, const char *reason, ...) {
+    va_list arguments;
+    va_start(arguments, reason);
+    vsnprintf(answer->reason, sizeof answer->reason, reason, arguments);
+    va_end(arguments);
     answer->kind = kind;
-    vsnprintf(answer->reason, sizeof answer->reason, format, arguments);
     return false;
 }
 
-bool unsupported(Answer *answer, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    refuse(answer, UNSUPPORTED, format, arguments);
-    va_end(arguments);
-    return false;
-}
-
-bool raised(Answer *answer, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    refuse(answer, RAISED, format, arguments);
-    va_end(arguments);
-    return false;
+/* Give the time in seconds, from any beginning. */
+static double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 static void print_answer(int64_t number, const Answer *answer, double seconds) {
@@ -423,12 +428,15 @@ static bool answer_question(const Json *message, void (*answer_to)(const Questio
     size_t size = 0;
     if (!read_count(member(message, "number", JSON_NUMBER), &number)) return false;
     if (!question.function || !question.options || !question.outputs || !arrays || !path) return false;
+    double seconds = 0;
     unsigned char *bytes = read_file(arrays, &size);
-    clock_t start = clock();
-    if (bytes && read_arrays(bytes, size, &question)) answer_to(&question, &answer);
-    else answer = (Answer){.kind = LOST, .reason = "the file `arrays` cannot be read"};
-    double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
-    if (answer.kind == RETURNED && !write_file(path, &answer)) raised(&answer, "the file `answer` cannot be written");
+    if (bytes && read_arrays(bytes, size, &question)) {
+        double start = seconds_now();
+        answer_to(&question, &answer);
+        seconds = seconds_now() - start;
+    } else refuse(&answer, LOST, "the file `arrays` cannot be read");
+    if (answer.kind == RETURNED && !write_file(path, &answer))
+        refuse(&answer, RAISED, "the file `answer` cannot be written");
     print_answer(number, &answer, seconds);
     return true;
 }
@@ -438,21 +446,20 @@ static const char *const REFUSAL =
 
 int answer_questions(const char *claims, void (*answer_to)(const Question *, Answer *)) {
     char *line = NULL;
-    size_t room = 0;
+    size_t capacity = 0;
     ssize_t length;
-    bool right = true;
-    while (right && (length = getline(&line, &room, stdin)) > 0) {
+    bool valid = true;
+    while (valid && (length = getline(&line, &capacity, stdin)) > 0) {
         const Json *message = read_json(line, (size_t)length);
         const char *name = text_of(message, "message"), *protocol = text_of(message, "protocol");
-        if (name && !strcmp(name, "question")) right = answer_question(message, answer_to);
+        if (name && !strcmp(name, "question")) valid = answer_question(message, answer_to);
         else if (name && !strcmp(name, "hello")) {
-            bool known = protocol && !strcmp(protocol, "mha-spec-protocol/1");
-            puts(known ? claims : REFUSAL);
+            puts(protocol && !strcmp(protocol, "mha-spec-protocol/1") ? claims : REFUSAL);
             fflush(stdout);
-        } else right = false;
+        } else valid = false;
         release_all();
     }
     free(line);
-    if (!right) fprintf(stderr, "standard input has a line that is not a message of mha-spec-protocol/1\n");
-    return !right;
+    if (!valid) fprintf(stderr, "standard input has a line that is not a message of mha-spec-protocol/1\n");
+    return !valid;
 }

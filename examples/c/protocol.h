@@ -1,7 +1,7 @@
 /* A reader and writer of the protocol that docs/protocol.md describes. It needs only the C library and POSIX.
  *
  * A target passes its claims and one function to `answer_questions`. All memory of a question is released after its
- * answer.
+ * answer. The code that calls it may be C++.
  */
 #ifndef MHA_SPEC_PROTOCOL_H
 #define MHA_SPEC_PROTOCOL_H
@@ -9,6 +9,10 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 enum { MOST_AXES = 8, MOST_OUTPUTS = 8, MOST_REASON = 400 };
 
@@ -61,7 +65,7 @@ const Array *array_of(const Question *question, const char *name);
 /* Give the option of that name, or NULL if the question does not have it or it is null. */
 const Json *option_of(const Question *question, const char *name);
 
-/* Give the number that a value holds, NaN and infinities included; NaN if it is no number. */
+/* Give the number that a value holds, NaN and infinities included; NaN if it holds none. */
 double number_of(const Json *value);
 
 /* Tell whether the question asks for that output. */
@@ -73,11 +77,14 @@ Array *new_output(Answer *answer, const char *name, Dtype dtype, int rank, const
 /* Give memory that is filled with zeros and released after the answer. */
 void *allocate(size_t count, size_t size);
 
-/* Let the answer say that the call is not supported, or that it failed, with a reason. Both give false. */
-bool unsupported(Answer *answer, const char *format, ...) __attribute__((format(printf, 2, 3)));
-bool raised(Answer *answer, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Let the answer say that the call is UNSUPPORTED, or that it RAISED an error, with a reason; give false. */
+bool refuse(Answer *answer, AnswerKind kind, const char *reason, ...) __attribute__((format(printf, 3, 4)));
 
 /* Reply to `hello` with the claims, then answer every question; give the exit status. */
 int answer_questions(const char *claims, void (*answer_to)(const Question *, Answer *));
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

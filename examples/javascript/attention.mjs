@@ -20,6 +20,9 @@ const CLAIMS = {
 /** The largest offset, length and window bound (MHA-POS-1). */
 const MOST = 2 ** 30;
 
+/** A bound of a window that excludes no key. */
+const UNBOUNDED = Infinity;
+
 /** The largest finite number and the smallest normal one of a type. */
 const RANGE = { F64: [Number.MAX_VALUE, 2 ** -1022], F32: [(2 - 2 ** -23) * 2 ** 127, 2 ** -126] };
 
@@ -80,7 +83,7 @@ function logit(call, b, h, i, j) {
   let score = 0;
   for (let c = 0; c < call.qkDim; c++) score += call.query.data[query + c] * call.key.data[key + c];
   score *= call.scale;
-  if (call.softcap !== null) score = call.softcap * Math.tanh(score / call.softcap); // before the bias: MHA-CAP-2
+  if (call.softcap !== undefined) score = call.softcap * Math.tanh(score / call.softcap); // before the bias: MHA-CAP-2
   return call.bias ? score + biasOf(call, b, h, i, j) : score;
 }
 
@@ -99,7 +102,7 @@ function biasOf(call, b, h, i, j) {
 /** Give the head of key and value that a query head reads (MHA-HEAD-1). */
 const kvHead = (call, h) => Math.floor(h / (call.heads / call.kvHeads));
 
-/** Give the index of (b, h, i, j) in an array of rank 4 each of whose axes may have size 1. */
+/** Give the index of (b, h, i, j) in an array of rank 4 in which each axis may have size 1. */
 const at = ({ shape }, ...index) =>
   index.reduce((place, n, axis) => place * shape[axis] + (shape[axis] === 1 ? 0 : n), 0);
 
@@ -117,7 +120,8 @@ function checked(arrays, options) {
   call.dropoutMask = pairs(arrays, "dropout_mask", full, ["BOOL"]);
   if (call.dropoutRate > 0 && !call.dropoutMask) throw new Unsupported("dropout needs a `dropout_mask`");
   call.sinks = arrays.sinks;
-  check(!call.sinks || isShape(call.sinks, [call.heads]), "`sinks` must have shape (heads,)");
+  const validSinks = !call.sinks || (isFloating(call.sinks) && isShape(call.sinks, [call.heads]));
+  check(validSinks, "`sinks` must be floating, of shape (heads,)");
   call.qLengths = integers(arrays, "q_lengths", call.batch, 0, call.qLen) ?? Array(call.batch).fill(call.qLen);
   call.kvLengths = integers(arrays, "kv_lengths", call.batch, 0, call.kvLen) ?? Array(call.batch).fill(call.kvLen);
   call.qIds = segments(arrays, "q_segment_ids", [call.batch, call.qLen]);
@@ -130,8 +134,8 @@ function checked(arrays, options) {
 function operands({ query, key, value }) {
   for (const [name, array] of Object.entries({ query, key, value })) {
     check(array?.shape.length === 4 && array.shape[1] > 0 && array.shape[3] > 0, `\`${name}\` has a wrong shape`);
-    const right = array.dtype in RANGE && array.dtype === query.dtype;
-    check(right, `\`${name}\` must be floating, of the dtype of \`query\``);
+    const valid = isFloating(array) && array.dtype === query.dtype;
+    check(valid, `\`${name}\` must be floating, of the dtype of \`query\``);
   }
   const [batch, heads, qLen, qkDim] = query.shape;
   const [, kvHeads, kvLen] = key.shape;
@@ -141,6 +145,10 @@ function operands({ query, key, value }) {
   check(heads % kvHeads === 0, `heads=${heads} must be a multiple of kv_heads=${kvHeads}`);
   return { query, key, value, batch, heads, qLen, qkDim, kvHeads, kvLen, vDim: value.shape[3] };
 }
+
+const isFloating = ({ dtype }) => dtype in RANGE;
+
+const isInteger = ({ dtype }) => /^[IU]/.test(dtype);
 
 const isShape = ({ shape }, expected) =>
   shape.length === expected.length && shape.every((length, axis) => length === expected[axis]);
@@ -159,7 +167,7 @@ function pairs(arrays, name, full, dtypes) {
 function integers(arrays, name, batch, least, most) {
   const array = arrays[name];
   if (array === undefined) return undefined;
-  check(/^[IU]/.test(array.dtype) && isShape(array, [batch]), `\`${name}\` must be integers of shape (batch,)`);
+  check(isInteger(array) && isShape(array, [batch]), `\`${name}\` must be integers of shape (batch,)`);
   const values = Array.from(array.data, Number);
   check(values.every((n) => least <= n && n <= most), `\`${name}\` must lie in [${least}, ${most}]`);
   return values;
@@ -167,33 +175,36 @@ function integers(arrays, name, batch, least, most) {
 
 function segments(arrays, name, shape) {
   const array = arrays[name];
-  const right = !array || (/^[IU]/.test(array.dtype) && isShape(array, shape));
-  check(right, `\`${name}\` must be integers, one for each token`);
+  const valid = !array || (isInteger(array) && isShape(array, shape));
+  check(valid, `\`${name}\` must be integers, one for each token`);
   return array;
 }
 
 /** Read scale, softcap and dropout_rate (MHA-ARG-2). */
-function numbers({ scale = null, softcap = null, dropout_rate: dropoutRate = 0 }, [most, least]) {
-  check(scale === null || Math.abs(scale) <= most, "`scale` must be finite");
-  check(softcap === null || (least <= softcap && softcap <= most), "`softcap` must be above 0");
-  check(0 <= dropoutRate && dropoutRate < 1, "`dropout_rate` must lie in [0, 1)");
+function numbers({ scale, softcap, dropout_rate: dropoutRate = 0 }, [most, least]) {
+  const lies = (value, from, to) => typeof value === "number" && from <= value && value <= to;
+  check(scale === undefined || lies(scale, -most, most), "`scale` must be finite");
+  check(softcap === undefined || lies(softcap, least, most), "`softcap` must be above 0");
+  check(lies(dropoutRate, 0, 1) && dropoutRate < 1, "`dropout_rate` must lie in [0, 1)");
   return { scale, softcap, dropoutRate };
 }
 
 /** Read the window, the causal diagonal, which is a right bound of 0, and the offsets (MHA-WINDOW, MHA-POS). */
-function positions(arrays, { causal = false, window = null, q_offset: offset = null }, call) {
+function positions(arrays, { causal = false, window = [null, null], q_offset: offset }, call) {
   check(typeof causal === "boolean", "`causal` must be a boolean");
   const isBound = (n) => n === null || (Number.isInteger(n) && 0 <= n && n <= MOST);
-  check(window === null || (window.length === 2 && window.every(isBound)), "`window` must be a pair of bounds");
-  const [left, right] = (window ?? [null, null]).map((bound) => bound ?? Infinity);
+  const isWindow = Array.isArray(window) && window.length === 2 && window.every(isBound);
+  check(isWindow, "`window` must be a pair, each null or an integer from 0 to 2^30");
+  const [left, right] = window.map((bound) => bound ?? UNBOUNDED);
   const bounds = { left, right: causal ? Math.min(right, 0) : right };
   const array = integers(arrays, "q_offset", call.batch, -MOST, MOST);
-  const positioned = bounds.left < Infinity || bounds.right < Infinity;
+  const positioned = bounds.left < UNBOUNDED || bounds.right < UNBOUNDED;
   const ambiguous = call.qLen !== call.kvLen || arrays.kv_lengths !== undefined;
-  check(!positioned || !ambiguous || array || offset !== null, '`q_offset` is required: "upper_left" or "lower_right"');
+  const placed = array || offset !== undefined || !(positioned && ambiguous);
+  check(placed, '`q_offset` is required: "upper_left" or "lower_right"');
   const lowerRight = call.kvLengths.map((length, b) => length - call.qLengths[b]);
   if (offset === "lower_right") return { ...bounds, offsets: lowerRight };
-  const number = offset === null || offset === "upper_left" ? 0 : offset;
+  const number = offset === undefined || offset === "upper_left" ? 0 : offset;
   check(Number.isInteger(number) && Math.abs(number) <= MOST, "`q_offset` must be an integer or the name of a reading");
   return { ...bounds, offsets: array ?? Array(call.batch).fill(number) };
 }

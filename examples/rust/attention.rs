@@ -10,7 +10,9 @@
 
 mod protocol;
 
-use protocol::{answer_questions, Array, Elements, Json, Question, Refusal};
+use std::process::ExitCode;
+
+use protocol::{answer_questions, Array, Elements, Json, Outputs, Question, Refusal};
 
 const CLAIMS: &str = concat!(
     r#"{"message": "claims", "protocol": "mha-spec-protocol/1", "functions": {"attention": ["mask", "bias", "#,
@@ -21,7 +23,7 @@ const CLAIMS: &str = concat!(
 /// The largest offset, length and window bound (MHA-POS-1).
 const MOST: i64 = 1 << 30;
 
-/// A bound of a window that excludes nothing.
+/// A bound of a window that excludes no key.
 const UNBOUNDED: i64 = i64::MAX / 4;
 
 /// The arguments after all checks.
@@ -151,7 +153,7 @@ fn vector(array: &Array, b: usize, head: usize, token: usize) -> &[f64] {
     &array.numbers()[((b * heads + head) * length + token) * size..][..size]
 }
 
-/// Give the index of a pair in an array each of whose axes may have size 1.
+/// Give the index of a pair in an array in which each axis may have size 1.
 fn at(array: &Array, row: Row, j: usize) -> usize {
     let index = [row.b, row.h, row.i, j];
     array.shape.iter().zip(index).fold(0, |place, (&n, index)| place * n + if n == 1 { 0 } else { index })
@@ -165,22 +167,23 @@ fn check(condition: bool, text: &str) -> Result<(), Refusal> {
 
 /// Check query, key and value, and read the sizes (MHA-SHAPE-2, MHA-SHAPE-3, MHA-HEAD-2).
 fn operands(question: &Question) -> Result<([&Array; 3], Sizes), Refusal> {
+    let names = ["query", "key", "value"];
     let operand = |name: &str| question.arrays.get(name).ok_or_else(|| Refusal::Raised(format!("`{name}` is missing")));
-    let arrays = [operand("query")?, operand("key")?, operand("value")?];
-    for array in arrays {
+    let arrays = [operand(names[0])?, operand(names[1])?, operand(names[2])?];
+    for (name, array) in names.iter().zip(arrays) {
         let shape = &array.shape;
-        check(shape.len() == 4 && shape[1] > 0 && shape[3] > 0, "query, key and value must have rank 4, and heads")?;
-        check(
-            array.is_floating() && array.dtype == arrays[0].dtype,
-            "query, key and value must have one floating dtype",
-        )?;
+        let valid = shape.len() == 4 && shape[1] > 0 && shape[3] > 0;
+        check(valid, &format!("`{name}` must have rank 4, and axes 1 and 3 above 0"))?;
+        let floating = array.is_floating() && array.dtype == arrays[0].dtype;
+        check(floating, &format!("`{name}` must be floating, of the dtype of `query`"))?;
     }
     let (query, key, value) = (&arrays[0].shape, &arrays[1].shape, &arrays[2].shape);
     check(key[0] == query[0] && key[3] == query[3], "`key` must have the batch and qk_dim of `query`")?;
     check(value[..3] == key[..3], "`value` must have the batch, heads and length of `key`")?;
-    check(query[1] % key[1] == 0, "heads must be a multiple of kv_heads")?;
     let (batch, heads, q_len, qk_dim) = (query[0], query[1], query[2], query[3]);
-    Ok((arrays, Sizes { batch, heads, q_len, qk_dim, kv_heads: key[1], kv_len: key[2], v_dim: value[3] }))
+    let (kv_heads, kv_len, v_dim) = (key[1], key[2], value[3]);
+    check(heads % kv_heads == 0, &format!("heads={heads} must be a multiple of kv_heads={kv_heads}"))?;
+    Ok((arrays, Sizes { batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim }))
 }
 
 /// Give an array that broadcasts to (batch, heads, q_len, kv_len), if the question has it (MHA-MASK-2).
@@ -188,27 +191,35 @@ fn pairs<'a>(question: &'a Question, name: &str, sizes: Sizes) -> Result<Option<
     let full = [sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len];
     let array = question.arrays.get(name);
     if let Some(array) = array {
-        let right = if name == "bias" { array.is_floating() } else { array.dtype == "BOOL" };
-        check(right, &format!("`{name}` must not be {}", array.dtype))?;
+        let valid = if name == "bias" { array.is_floating() } else { array.dtype == "BOOL" };
+        check(valid, &format!("`{name}` must not be {}", array.dtype))?;
         let broadcasts = array.shape.len() == 4 && array.shape.iter().zip(full).all(|(&n, size)| n == 1 || n == size);
         check(broadcasts, &format!("`{name}` must broadcast to (batch, heads, q_len, kv_len)"))?;
     }
     Ok(array)
 }
 
+/// Give the logits of the sinks, if the question has them (MHA-SINK-1).
+fn sinks(question: &Question, sizes: Sizes) -> Result<Option<&[f64]>, Refusal> {
+    let array = question.arrays.get("sinks");
+    let valid = array.map_or(true, |array| array.is_floating() && array.shape == [sizes.heads]);
+    check(valid, "`sinks` must be floating, of shape (heads,)")?;
+    Ok(array.map(Array::numbers))
+}
+
 /// Give the integers of an array of that shape, if the question has it.
 fn integers<'a>(question: &'a Question, name: &str, shape: &[usize]) -> Result<Option<&'a [i128]>, Refusal> {
     let array = question.arrays.get(name);
-    let right = array.map_or(true, |array| array.is_integer() && array.shape == shape);
-    check(right, &format!("`{name}` must be integers of shape {shape:?}"))?;
+    let valid = array.map_or(true, |array| array.is_integer() && array.shape == shape);
+    check(valid, &format!("`{name}` must be integers of shape {shape:?}"))?;
     Ok(array.map(Array::integers))
 }
 
 /// Give one integer for each batch entry, from `least` to `most` (MHA-LEN-3).
 fn per_entry(q: &Question, name: &str, batch: usize, (least, most): (i64, i64)) -> Result<Option<Vec<i64>>, Refusal> {
     let values = integers(q, name, &[batch])?;
-    let right = values.map_or(true, |values| values.iter().all(|&n| i128::from(least) <= n && n <= i128::from(most)));
-    check(right, &format!("`{name}` must lie in [{least}, {most}]"))?;
+    let valid = values.map_or(true, |values| values.iter().all(|&n| i128::from(least) <= n && n <= i128::from(most)));
+    check(valid, &format!("`{name}` must lie in [{least}, {most}]"))?;
     Ok(values.map(|values| values.iter().map(|&n| n as i64).collect()))
 }
 
@@ -272,7 +283,7 @@ fn checked(question: &Question) -> Result<Call<'_>, Refusal> {
         mask: pairs(question, "mask", sizes)?,
         bias: pairs(question, "bias", sizes)?,
         dropout_mask: pairs(question, "dropout_mask", sizes)?,
-        sinks: question.arrays.get("sinks").map(Array::numbers),
+        sinks: sinks(question, sizes)?,
         segments: q_segments.zip(kv_segments),
         sizes,
         q_lengths: lengths("q_lengths", sizes.q_len)?,
@@ -293,7 +304,6 @@ fn check_numbers(call: &Call) -> Result<(), Refusal> {
     let in_float64 = call.query.dtype == "F64";
     let (least, most) =
         if in_float64 { (f64::MIN_POSITIVE, f64::MAX) } else { (f32::MIN_POSITIVE.into(), f32::MAX.into()) };
-    check(call.sinks.map_or(true, |sinks| sinks.len() == call.sizes.heads), "`sinks` must have shape (heads,)")?;
     check(call.scale.abs() <= most, "`scale` must be finite")?;
     check(call.softcap.map_or(true, |softcap| (least..=most).contains(&softcap)), "`softcap` must be above 0")?;
     check((0.0..1.0).contains(&call.dropout_rate), "`dropout_rate` must lie in [0, 1)")?;
@@ -303,7 +313,7 @@ fn check_numbers(call: &Call) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn answer_to(question: &Question) -> Result<Vec<(&'static str, Array)>, Refusal> {
+fn answer_to(question: &Question) -> Result<Outputs, Refusal> {
     if question.function != "attention" {
         return Err(Refusal::Unsupported(format!("this program has no function {}", question.function)));
     }
@@ -321,6 +331,6 @@ fn answer_to(question: &Question) -> Result<Vec<(&'static str, Array)>, Refusal>
     ])
 }
 
-fn main() -> std::io::Result<()> {
+fn main() -> ExitCode {
     answer_questions(CLAIMS, answer_to)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, Write};
+use std::process::ExitCode;
 use std::time::Instant;
 
 const PROTOCOL: &str = "mha-spec-protocol/1";
@@ -54,6 +55,9 @@ pub struct Question {
     pub outputs: Vec<String>,
 }
 
+/// The results of a call by name.
+pub type Outputs = Vec<(&'static str, Array)>;
+
 /// The reason why there is no result.
 pub enum Refusal {
     Unsupported(String),
@@ -61,44 +65,58 @@ pub enum Refusal {
     Lost(String),
 }
 
-/// Reply to `hello` with the claims, then answer every question until the runner closes the standard input.
-pub fn answer_questions<F>(claims: &str, answer_to: F) -> io::Result<()>
+/// Reply to `hello` with the claims, then answer every question until the runner closes the standard input. A line that
+/// is not a message ends the program with the exit status 1.
+pub fn answer_questions<F>(claims: &str, answer_to: F) -> ExitCode
 where
-    F: Fn(&Question) -> Result<Vec<(&'static str, Array)>, Refusal>,
+    F: Fn(&Question) -> Result<Outputs, Refusal>,
 {
     for line in io::stdin().lock().lines() {
-        let message = parse(line?.as_bytes()).ok_or_else(|| invalid("a line is not JSON"))?;
-        let reply = match message.text("message") {
-            Some("question") => reply(&message, &answer_to).ok_or_else(|| invalid("a question lacks a member"))?,
-            Some("hello") if message.text("protocol") == Some(PROTOCOL) => claims.to_string(),
-            _ => format!(r#"{{"message": "refusal", "reason": "this program speaks {PROTOCOL}"}}"#),
-        };
-        let mut output = io::stdout().lock();
-        writeln!(output, "{}", reply)?;
-        output.flush()?;
+        match line.ok().and_then(|line| reply(&line, claims, &answer_to)) {
+            Some(reply) if print(&reply).is_ok() => continue,
+            Some(_) => eprintln!("the standard output is closed"),
+            None => eprintln!("standard input has a line that is not a message of {PROTOCOL}"),
+        }
+        return ExitCode::FAILURE;
     }
-    Ok(())
+    ExitCode::SUCCESS
 }
 
-fn invalid(text: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, text)
+fn print(reply: &str) -> io::Result<()> {
+    let mut output = io::stdout().lock();
+    writeln!(output, "{reply}")?;
+    output.flush()
 }
 
-fn reply<F>(message: &Json, answer_to: &F) -> Option<String>
+/// Give the reply to a line; None if the line is not a message.
+fn reply<F>(line: &str, claims: &str, answer_to: &F) -> Option<String>
 where
-    F: Fn(&Question) -> Result<Vec<(&'static str, Array)>, Refusal>,
+    F: Fn(&Question) -> Result<Outputs, Refusal>,
 {
-    let start = Instant::now();
-    let number = message.get("number")?.count()?;
+    let message = parse(line.as_bytes())?;
+    match message.text("message")? {
+        "question" => answer(&message, answer_to),
+        "hello" if message.text("protocol") == Some(PROTOCOL) => Some(claims.to_string()),
+        "hello" => Some(format!(r#"{{"message": "refusal", "reason": "this program speaks {PROTOCOL}"}}"#)),
+        _ => None,
+    }
+}
+
+fn answer<F>(message: &Json, answer_to: &F) -> Option<String>
+where
+    F: Fn(&Question) -> Result<Outputs, Refusal>,
+{
+    let (number, path) = (message.get("number")?.count()?, message.text("answer")?);
+    let mut seconds = 0.0;
     let result = question(message)?.and_then(|question| {
-        let outputs = answer_to(&question)?;
+        let start = Instant::now();
+        let outputs = answer_to(&question);
+        seconds = start.elapsed().as_secs_f64();
         let asked: Vec<_> =
-            outputs.into_iter().filter(|(name, _)| question.outputs.iter().any(|n| n == name)).collect();
-        let bytes = safetensors(&asked);
-        let path = message.text("answer").unwrap_or_default();
-        std::fs::write(path, bytes).map_err(|error| Refusal::Raised(format!("{path} cannot be written: {error}")))
+            outputs?.into_iter().filter(|(name, _)| question.outputs.iter().any(|n| n == name)).collect();
+        std::fs::write(path, safetensors(&asked))
+            .map_err(|error| Refusal::Raised(format!("{path} cannot be written: {error}")))
     });
-    let seconds = start.elapsed().as_secs_f64();
     let (kind, reason) = match result {
         Ok(()) => ("returned", None),
         Err(Refusal::Unsupported(reason)) => ("unsupported", Some(reason)),
@@ -118,37 +136,59 @@ fn question(message: &Json) -> Option<Result<Question, Refusal>> {
         _ => return None,
     };
     let function = message.text("function")?.to_string();
-    let arrays = std::fs::read(path).ok().and_then(|bytes| read_safetensors(&bytes));
-    Some(match arrays {
-        Some(arrays) => Ok(Question { function, arrays, options, outputs }),
-        None => Err(Refusal::Lost(format!("{path} cannot be read"))),
-    })
+    let arrays = std::fs::read(path).map_err(|error| lost(&error.to_string())).and_then(|bytes| read_arrays(&bytes));
+    Some(arrays.map(|arrays| Question { function, arrays, options, outputs }))
 }
 
 // ---- Safetensors ----
 
-fn read_safetensors(bytes: &[u8]) -> Option<HashMap<String, Array>> {
+fn lost(reason: &str) -> Refusal {
+    Refusal::Lost(format!("the file `arrays` cannot be read: {reason}"))
+}
+
+fn read_arrays(bytes: &[u8]) -> Result<HashMap<String, Array>, Refusal> {
+    let (members, content) = read_header(bytes).ok_or_else(|| lost("it has no header"))?;
+    let arrays = members.into_iter().filter(|(name, _)| name != "__metadata__");
+    arrays.map(|(name, entry)| Ok((name, read_array(&entry, content)?))).collect()
+}
+
+/// Give the members of the header, and the bytes that follow it.
+fn read_header(bytes: &[u8]) -> Option<(Members, &[u8])> {
     let length = usize::try_from(u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?)).ok()?;
-    let header = parse(bytes.get(8..length.checked_add(8)?)?)?;
-    let content = &bytes[8 + length..];
-    match header {
-        Json::Object(members) => members
-            .into_iter()
-            .filter(|(name, _)| name != "__metadata__")
-            .map(|(name, entry)| Some((name, read_array(&entry, content)?)))
-            .collect(),
+    let end = length.checked_add(8)?;
+    match parse(bytes.get(8..end)?)? {
+        Json::Object(members) => Some((members, &bytes[end..])),
         _ => None,
     }
 }
 
-fn read_array(entry: &Json, content: &[u8]) -> Option<Array> {
-    let dtype = entry.text("dtype")?.to_string();
-    let shape: Vec<usize> = entry.get("shape")?.list()?.iter().map(Json::count).collect::<Option<_>>()?;
-    let offsets: Vec<usize> = entry.get("data_offsets")?.list()?.iter().map(Json::count).collect::<Option<_>>()?;
-    let bytes = content.get(*offsets.first()?..*offsets.get(1)?)?;
+fn read_array(entry: &Json, content: &[u8]) -> Result<Array, Refusal> {
+    let (dtype, shape, bytes) = read_entry(entry, content).ok_or_else(|| lost("an entry of the header is wrong"))?;
+    let unsupported = || Refusal::Unsupported(format!("arrays of {dtype} are not supported"));
+    let elements = read_elements(dtype, bytes).ok_or_else(unsupported)?;
+    let array = Array { dtype: dtype.to_string(), shape, elements };
+    let count = array.shape.iter().try_fold(1usize, |product, length| product.checked_mul(*length));
+    if count == Some(array.numbers().len() + array.integers().len()) {
+        Ok(array)
+    } else {
+        Err(lost("an array has a wrong length"))
+    }
+}
+
+/// Give the dtype, the shape and the bytes of an array.
+fn read_entry<'a>(entry: &'a Json, content: &'a [u8]) -> Option<(&'a str, Vec<usize>, &'a [u8])> {
+    let counts = |name| -> Option<Vec<usize>> { entry.get(name)?.list()?.iter().map(Json::count).collect() };
+    match counts("data_offsets")?[..] {
+        [begin, end] => Some((entry.text("dtype")?, counts("shape")?, content.get(begin..end)?)),
+        _ => None,
+    }
+}
+
+/// Give the elements; None if the program does not read the dtype.
+fn read_elements(dtype: &str, bytes: &[u8]) -> Option<Elements> {
     let floating = |size, read: fn(&[u8]) -> f64| Elements::Floating(bytes.chunks_exact(size).map(read).collect());
     let integers = |size, read: fn(&[u8]) -> i128| Elements::Integers(bytes.chunks_exact(size).map(read).collect());
-    let elements = match dtype.as_str() {
+    Some(match dtype {
         "F64" => floating(8, |b| f64::from_le_bytes(b.try_into().unwrap())),
         "F32" => floating(4, |b| f32::from_le_bytes(b.try_into().unwrap()).into()),
         "BOOL" | "U8" => integers(1, |b| b[0].into()),
@@ -160,10 +200,7 @@ fn read_array(entry: &Json, content: &[u8]) -> Option<Array> {
         "U64" => integers(8, |b| u64::from_le_bytes(b.try_into().unwrap()).into()),
         "I64" => integers(8, |b| i64::from_le_bytes(b.try_into().unwrap()).into()),
         _ => return None,
-    };
-    let array = Array { dtype, shape, elements };
-    let count = array.shape.iter().try_fold(1usize, |product, length| product.checked_mul(*length))?;
-    (array.numbers().len() + array.integers().len() == count).then_some(array)
+    })
 }
 
 fn safetensors(arrays: &[(&str, Array)]) -> Vec<u8> {
@@ -196,8 +233,10 @@ pub enum Json {
     Number(f64),
     Text(String),
     List(Vec<Json>),
-    Object(Vec<(String, Json)>),
+    Object(Members),
 }
+
+type Members = Vec<(String, Json)>;
 
 impl Json {
     pub fn get(&self, key: &str) -> Option<&Json> {
