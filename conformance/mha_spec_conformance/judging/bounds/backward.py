@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from mha_spec.arrays import Array
+
 from .evaluation import Evaluation, weighted_sum
 from .forward import ForwardErrors, ForwardVariances
 from .roundoff import underflow, unit_roundoff
@@ -75,7 +77,8 @@ class GradientEvaluation(Evaluation):
     @cached_property
     def grad_bias(self) -> numpy.ndarray:
         """The gradient of the bias."""
-        return self.steps.grad_bias(self.grad_logits, self.arguments.bias.shape)
+        bias: Array = self.arguments.bias
+        return self.steps.grad_bias(self.grad_logits, bias.shape)
 
     @cached_property
     def grad_sinks(self) -> numpy.ndarray:
