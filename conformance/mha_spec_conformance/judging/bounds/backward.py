@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec.arrays import Array
-
 from .evaluation import Evaluation, weighted_sum
 from .forward import ForwardErrors, ForwardVariances
 from .roundoff import underflow, unit_roundoff
@@ -21,6 +19,7 @@ from .roundoff import underflow, unit_roundoff
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mha_spec.arrays import Array
     from mha_spec.steps import Steps
 
     from .roundoff import Precision
