@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy
@@ -73,7 +74,8 @@ def expect(description: Description) -> dict[str, Answer]:
     call = AttentionCall(description)
     if description.function == "attention_vjp":
         every = [call.row(*place) for place in numpy.ndindex(call.batch, call.heads, call.q_len)]
-        return _sampled(attention_vjp(call, every), description.sampled_rows)
+        gradients = attention_vjp(call, every, partial(sample, count=description.sampled_rows))
+        return _sampled(gradients, description.sampled_rows)
     return _forward(description, call)
 
 

@@ -15,20 +15,38 @@ from oracle_softmax import Exponentials, Scores, by_head, has_weight, power_of_t
 from oracle_visibility import EMPTY, FINITE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from oracle_visibility import AttentionCall, Row
 
 __all__ = ["attention_vjp"]
 
 
-def attention_vjp(call: AttentionCall, rows: Sequence[Row]) -> dict[str, Marked]:
-    """Compute the gradients of query, key, value, bias and sinks, each in the shape of its operand."""
+def attention_vjp(
+    call: AttentionCall, rows: Sequence[Row], sample: Callable[[tuple[int, ...]], numpy.ndarray | None]
+) -> dict[str, Marked]:
+    """Compute the gradients of query, key, value, bias and sinks, each in the shape of its operand.
+
+    Args:
+        call: The call.
+        rows: Every row of the call.
+        sample: Chooses rows of a gradient, as flat indices over the axes that it receives; the others are not computed.
+    """
     kinds = _kinds(call, rows)
-    gradients = Gradients(call, rows)
-    finite = {name: kind == FINITE_VALUE for name, kind in kinds.items()}
+    wanted = {name: _chosen(kind.shape, sample(kind.shape[:-1])) for name, kind in kinds.items()}
+    gradients = Gradients(call, rows, wanted)
+    finite = {name: (kind == FINITE_VALUE) & wanted[name] for name, kind in kinds.items()}
     values = rounded(call.name, gradients.evaluate, finite)
     return {name: Marked.fill(values[name], kinds[name], 0.0) for name in kinds}
+
+
+def _chosen(shape: tuple[int, ...], rows: numpy.ndarray | None) -> numpy.ndarray:
+    """Mark the elements of the chosen rows, or all elements if there is no choice."""
+    if rows is None:
+        return numpy.ones(shape, dtype=bool)
+    chosen = numpy.zeros((math.prod(shape[:-1]), shape[-1]), dtype=bool)
+    chosen[rows] = True
+    return chosen.reshape(shape)
 
 
 def _shapes(call: AttentionCall) -> dict[str, tuple[int, ...]]:
@@ -46,21 +64,20 @@ def _kinds(call: AttentionCall, rows: Sequence[Row]) -> dict[str, numpy.ndarray]
         kind = FINITE_VALUE if is_specified(call, row) else ANY
         if row.state != EMPTY:
             kinds["grad_query"][b, h, i] = kind
-        places: list[tuple[str, tuple[int, ...]]] = [("grad_key", (b, h // call.group, j)) for j in row.keys]
-        places += [("grad_value", (b, h // call.group, j)) for j in row.keys]
+        keys = numpy.array(row.keys, dtype=int)
+        for name in ("grad_key", "grad_value"):
+            _mark(kinds[name][b, h // call.group], keys, kind)
         if call.has_bias:
-            places += [("grad_bias", call.bias.place(b, h, i, j)) for j in row.keys]
+            x, y, z, _ = call.bias.place(b, h, i, 0)
+            _mark(kinds["grad_bias"][x, y, z], keys if call.bias.shape[3] > 1 else keys[:1] * 0, kind)
         if _moves_sink(call, row, kind):
-            places.append(("grad_sinks", (h,)))
-        for name, place in places:
-            _mark(kinds[name], place, kind)
+            _mark(kinds["grad_sinks"], numpy.array([h]), kind)
     return kinds
 
 
-def _mark(kinds: numpy.ndarray, place: tuple[int, ...], kind: int) -> None:
-    """Mark a contribution of this kind: ANY is kept, and everything else is replaced."""
-    if not (kinds[place] == ANY).any():
-        kinds[place] = kind
+def _mark(kinds: numpy.ndarray, places: numpy.ndarray, kind: int) -> None:
+    """Mark contributions of this kind at places of the first axis: ANY is kept, and everything else is replaced."""
+    kinds[places] = numpy.where(kinds[places] == ANY, ANY, kind)
 
 
 def _moves_sink(call: AttentionCall, row: Row, kind: int) -> bool:
@@ -84,23 +101,24 @@ def is_specified(call: AttentionCall, row: Row) -> bool:
 
 @dataclass(frozen=True)
 class RowGradient:
-    """The contributions of a row: dX of each visible key times `divisor`, l^2 (1 - rate); dS; and that of the sink.
+    """The contributions of a row: dX and dS of each visible key times `divisor`, l^2 (1 - rate), and that of the sink.
 
     Divisions come last, so that a quotient that float64 can hold is exact.
     """
 
     numerators: list[arb]
+    logit_numerators: list[arb]
     divisor: arb
-    grad_logits: list[arb]
     grad_sink: arb
     exponentials: Exponentials
 
 
 class Gradients:
-    """The contributions of all rows whose gradients are specified, summed in balls."""
+    """The contributions of all rows whose gradients are specified, summed in balls, to the wanted elements."""
 
-    def __init__(self, call: AttentionCall, rows: Sequence[Row]) -> None:
+    def __init__(self, call: AttentionCall, rows: Sequence[Row], wanted: Mapping[str, numpy.ndarray]) -> None:
         self.call = call
+        self.wanted = {name: numpy.asarray(chosen.any(axis=-1)) for name, chosen in wanted.items()}
         self.groups = by_head(row for row in rows if is_specified(call, row))
         self.scores = Scores(call, rows)
         self.grad_weights = {
@@ -131,35 +149,34 @@ class Gradients:
         from_anchor = [unit * (x - line[e.anchor]) for x in line]
         total = sum((power * x for power, x in zip([*e.keys, e.sink], from_anchor, strict=True)), arb(0))
         grad_lse = arb(0) if q.grad_lse is None else arb(float(q.grad_lse[row.batch, row.head, row.index])) * keep
-        numerators = [
-            power * (e.total * (x + grad_lse) - total) for power, x in zip(e.keys, from_anchor[:-1], strict=True)
-        ]
+        logits = [power * (e.total * (x + grad_lse) - total) for power, x in zip(e.keys, from_anchor[:-1], strict=True)]
         divisor = e.total * e.total * keep
-        grad_logits = [numerator / divisor for numerator in numerators]
         sink_numerator = e.sink * (e.total * (from_anchor[-1] + grad_lse) - total)
         slopes = self.scores.slopes(row)
-        if slopes is not None:
-            numerators = [numerator * slope for numerator, slope in zip(numerators, slopes, strict=True)]
-        return RowGradient(numerators, divisor, grad_logits, sink_numerator / divisor, e)
+        scores = logits if slopes is None else [x * slope for x, slope in zip(logits, slopes, strict=True)]
+        return RowGradient(scores, logits, divisor, sink_numerator / divisor, e)
 
     def _add_tensors(
         self, totals: dict[str, numpy.ndarray], b: int, h: int, rows: Sequence[Row], parts: Sequence[RowGradient]
     ) -> None:
         q, g, scale = self.call, h // self.call.group, self.scores.scale()
         lines = [spread(q.kv_len, row, part.numerators) for row, part in zip(rows, parts, strict=True)]
-        grad_query = product(lines, q.key[b, g])
-        for row, part, sums in zip(rows, parts, grad_query, strict=True):
-            totals["grad_query"][b, h, row.index] = sums * scale / part.divisor
+        chosen = [n for n, row in enumerate(rows) if self.wanted["grad_query"][b, h, row.index]]
+        for n, sums in zip(chosen, product([lines[n] for n in chosen], q.key[b, g]), strict=True):
+            totals["grad_query"][b, h, rows[n].index] = sums * scale / parts[n].divisor
         indices = [row.index for row in rows]
-        scaled = [[x / part.divisor for x in line] for line, part in zip(lines, parts, strict=True)]
-        totals["grad_key"][b, g] += product(_transposed(scaled, q.kv_len), q.query[b, h][indices]) * scale
-        keep = 1 - arb(q.dropout_rate)
-        weights = [
-            spread_kept(q, row, [x / (part.exponentials.total * keep) for x in part.exponentials.keys])
-            for row, part in zip(rows, parts, strict=True)
-        ]
-        values = product(_transposed(weights, q.kv_len), q.grad_output[b, h][indices])
-        totals["grad_value"][b, g] += values
+        keys = numpy.flatnonzero(self.wanted["grad_key"][b, g])
+        scaled = [[line[j] / part.divisor for j in keys] for line, part in zip(lines, parts, strict=True)]
+        totals["grad_key"][b, g, keys] += product(_transposed(scaled, len(keys)), q.query[b, h][indices]) * scale
+        keys = numpy.flatnonzero(self.wanted["grad_value"][b, g])
+        weights = [self._kept_weights(row, part, keys) for row, part in zip(rows, parts, strict=True)]
+        totals["grad_value"][b, g, keys] += product(_transposed(weights, len(keys)), q.grad_output[b, h][indices])
+
+    def _kept_weights(self, row: Row, part: RowGradient, keys: numpy.ndarray) -> list[arb]:
+        """Return the weights of some keys after dropout."""
+        line = spread_kept(self.call, row, part.exponentials.keys)
+        divisor = part.exponentials.total * (1 - arb(self.call.dropout_rate))
+        return [line[j] / divisor for j in keys]
 
     def _add_bias_and_sinks(
         self, totals: dict[str, numpy.ndarray], rows: Sequence[Row], parts: Sequence[RowGradient]
@@ -167,10 +184,15 @@ class Gradients:
         q = self.call
         for row, part in zip(rows, parts, strict=True):
             if q.has_bias:
-                for j, grad in zip(row.keys, part.grad_logits, strict=True):
-                    totals["grad_bias"][q.bias.place(row.batch, row.head, row.index, j)] += grad
+                self._add_bias(totals["grad_bias"], row, part)
             if q.has_sinks:
                 totals["grad_sinks"][row.head] += part.grad_sink
+
+    def _add_bias(self, total: numpy.ndarray, row: Row, part: RowGradient) -> None:
+        x, y, z, _ = self.call.bias.place(row.batch, row.head, row.index, 0)
+        if self.wanted["grad_bias"][x, y, z]:
+            for j, numerator in zip(row.keys, part.logit_numerators, strict=True):
+                total[x, y, z, j if total.shape[3] > 1 else 0] += numerator / part.divisor
 
 
 def spread(kv_len: int, row: Row, terms: Sequence[arb]) -> list[arb]:

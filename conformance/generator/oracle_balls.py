@@ -25,6 +25,10 @@ A number that is 0 by cancellation resolves at 1408 bits, because its ball is wi
 """
 
 
+MANTISSA_BITS = 53
+"""Bits of the significand of a float64."""
+
+
 class InadmissibleError(Exception):
     """A case cannot be admitted, because its expected values cannot be proven or its inputs are not exact."""
 
@@ -91,24 +95,42 @@ def exact_product(left: numpy.ndarray, right: numpy.ndarray) -> tuple[list[list[
 
     Elements that are not finite count as 0; callers know the rows that contain them.
     """
-    (a, exponent_a), (b, exponent_b) = _integers(left), _integers(right)
     if 0 in (*left.shape, *right.shape):
         return [[0] * len(right) for _ in range(len(left))], 0
-    table = (fmpz_mat(a) * fmpz_mat(b).transpose()).tolist()
+    (a, exponent_a), (b, exponent_b) = _integers(left), _integers(right)
+    if _largest(a) * _largest(b) * left.shape[1] < 2**63:
+        # Every partial sum fits 64 bits, so that NumPy's product of integers is exact.
+        return (a.astype(numpy.int64) @ b.astype(numpy.int64).T).tolist(), exponent_a + exponent_b
+    table = (fmpz_mat(a.tolist()) * fmpz_mat(b.tolist()).transpose()).tolist()
     return [[int(number) for number in row] for row in table], exponent_a + exponent_b
 
 
-def _integers(values: numpy.ndarray) -> tuple[list[list[int]], int]:
-    ratios = [[x.as_integer_ratio() if math.isfinite(x) else (0, 1) for x in row] for row in values.tolist()]
-    shift = max((den.bit_length() - 1 for row in ratios for _, den in row), default=0)
-    return [[num << (shift - den.bit_length() + 1) for num, den in row] for row in ratios], -shift
+def _largest(integers: numpy.ndarray) -> int:
+    return int(abs(integers).max())
+
+
+def _integers(values: numpy.ndarray) -> tuple[numpy.ndarray, int]:
+    """Return integers and an exponent of two whose product are the values; they are Python integers beyond 2**53."""
+    finite = numpy.where(numpy.isfinite(values), values, 0.0)
+    largest = numpy.frexp(abs(finite).max())[1]
+    exponent = 0
+    while (scaled := numpy.ldexp(finite, -exponent) % 1).any() and largest - exponent < MANTISSA_BITS:
+        exponent -= 1
+    if not scaled.any() and largest - exponent < 63:
+        return numpy.ldexp(finite, -exponent).astype(numpy.int64), exponent
+    ratios = [[x.as_integer_ratio() for x in row] for row in finite.tolist()]
+    shift = max(den.bit_length() - 1 for row in ratios for _, den in row)
+    return numpy.array([[num << (shift - den.bit_length() + 1) for num, den in row] for row in ratios], object), -shift
 
 
 def product(left: Sequence[Sequence[arb]], right: numpy.ndarray) -> numpy.ndarray:
     """Multiply balls (n, m) by floats (m, columns); floats that are not finite count as 0."""
     result = numpy.full((len(left), right.shape[1]), arb(0), dtype=object)
     if result.size and len(right):
-        exact = [[arb(x) if math.isfinite(x) else arb(0) for x in row] for row in right.tolist()]
+        # Few values occur in many places, and a ball of each distinct value is made once.
+        balls = {x: arb(x) if math.isfinite(x) else arb(0) for x in numpy.unique(right).tolist()}
+        lost = arb(0)
+        exact = [[balls.get(x, lost) for x in row] for row in right.tolist()]
         table = (arb_mat([list(row) for row in left]) * arb_mat(exact)).tolist()
         for index, row in enumerate(table):
             result[index, :] = row

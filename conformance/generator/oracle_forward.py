@@ -53,16 +53,24 @@ def _evaluate(scores: Scores, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
     place = {(row.batch, row.head, row.index): n for n, row in enumerate(rows)}
     output = numpy.full((len(rows), call.value.shape[3]), arb(0), dtype=object)
     lse = numpy.full(len(rows), arb(0), dtype=object)
-    for (b, h), members in by_head(rows).items():
-        evaluated = [row for row in members if is_evaluated(row, call.sinks[h])]
+    for (b, g), members in _by_kv_head(call, rows).items():
+        evaluated = [row for row in members if is_evaluated(row, call.sinks[row.head])]
         exponentials = [scores.exponentials(row) for row in evaluated]
         kept = [spread_kept(call, row, e.keys) for row, e in zip(evaluated, exponentials, strict=True)]
-        sums = product(kept, call.value[b, h // call.group])
+        sums = product(kept, call.value[b, g])
         for row, e, total in zip(evaluated, exponentials, sums, strict=True):
-            n = place[b, h, row.index]
+            n = place[row.batch, row.head, row.index]
             output[n] = total / (e.total * (1 - arb(call.dropout_rate)))
             lse[n] = e.lse
     return {"output": output, "lse": lse}
+
+
+def _by_kv_head(call: AttentionCall, rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
+    """Group rows by batch entry and key/value head."""
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for (b, h), members in by_head(rows).items():
+        groups.setdefault((b, h // call.group), []).extend(members)
+    return groups
 
 
 def spread_kept(call: AttentionCall, row: Row, terms: Sequence[arb]) -> list[arb]:

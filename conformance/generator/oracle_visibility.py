@@ -52,6 +52,7 @@ class Pairwise:
         values = numpy.full((1, 1, 1, 1), absent) if array is None else array
         self.shape = values.shape
         self._values = values.tolist()
+        self._steps = [int(size != 1) for size in values.shape]
 
     def place(self, b: int, h: int, i: int, j: int) -> tuple[int, ...]:
         """Return the index of the element that the pair reads."""
@@ -59,8 +60,8 @@ class Pairwise:
 
     def __call__(self, b: int, h: int, i: int, j: int) -> Any:
         """Return the value of the element."""
-        x, y, z, w = self.place(b, h, i, j)
-        return self._values[x][y][z][w]
+        x, y, z, w = self._steps
+        return self._values[x * b][y * h][z * i][w * j]
 
 
 @dataclass(frozen=True)
