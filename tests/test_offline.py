@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING
 import numpy
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.runs import outcomes
 
 from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.asking import files
 from mha_spec_conformance.asking.folder import FolderError
 from mha_spec_conformance.asking.pool import Pool
 from mha_spec_conformance.asking.selection import Selection
@@ -24,7 +27,7 @@ from mha_spec_conformance.commands import offline as commands
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.reporting.report import as_json
 from mha_spec_conformance.running.offline import export, verify
-from mha_spec_conformance.running.runner import Settings, judge_all
+from mha_spec_conformance.running.runner import NothingToJudge, Settings, judge_all
 from mha_spec_conformance.targets.claims import Claims
 
 if TYPE_CHECKING:
@@ -73,10 +76,6 @@ def cases_of(run: Run) -> list[dict[str, object]]:
     cases = as_json(run)["cases"]
     assert isinstance(cases, list)
     return [case | {"seconds": 0} for case in cases]
-
-
-def outcomes(run: Run) -> dict[str, str]:
-    return {result.ask.case.id: result.outcome for result in run.results}
 
 
 def test_answers_in_a_folder_are_judged_as_those_of_a_process(folder: Path, suite: Suite) -> None:
@@ -217,11 +216,69 @@ def test_pipe_where_the_file_of_an_answer_must_be_fails(folder: Path, suite: Sui
     assert outcomes(verify(folder, suite, Settings()))["attention/smoke/plain"] == "fail"
 
 
-@pytest.mark.parametrize("number", [None, "1", 1.0, True, [1], {"a": 1}, -1, 2**70])
+@pytest.mark.parametrize("number", [-1, 2**70])
 def test_answer_with_another_number_answers_nothing(folder: Path, suite: Suite, number: object) -> None:
     numbers = numbers_of(folder, "attention/smoke/lse")
     write_answers(folder, [m | ({"number": number} if m.get("number") in numbers else {}) for m in answers(folder)])
     assert outcomes(verify(folder, suite, Settings()))["attention/smoke/lse"] == "error"
+
+
+@pytest.mark.parametrize("number", [None, "1", 1.0, True, [1], {"a": 1}])
+def test_answer_whose_number_is_not_an_integer_is_refused(folder: Path, suite: Suite, number: object) -> None:
+    claims, first, *others = answers(folder)
+    write_answers(folder, [claims, first | {"number": number}, *others])
+    with pytest.raises(FolderError, match=r"answers\.jsonl: line 2: .* not a numbered answer"):
+        verify(folder, suite, Settings())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"message": "question", "number": 1}, "line 2: .* not a numbered answer"),
+        ({"message": "log", "number": 1}, "line 2: .* not a numbered answer"),
+        ({"message": "answer", "number": 1, "kind": "raised", "reason": "x" * 2**20}, "line 2: .* more than 1048576"),
+    ],
+)
+def test_line_that_is_not_an_answer_is_refused(
+    folder: Path, suite: Suite, line: dict[str, object], message: str
+) -> None:
+    claims, _, *others = answers(folder)
+    write_answers(folder, [claims, line, *others])
+    with pytest.raises(FolderError, match=message):
+        verify(folder, suite, Settings())
+
+
+def test_line_of_the_questions_that_is_not_a_question_is_refused(folder: Path, suite: Suite) -> None:
+    with (folder / "questions.jsonl").open("a") as file:
+        file.write('{"message": "answer", "number": 1}\n')
+    with pytest.raises(FolderError, match=r"questions\.jsonl: line .* not a numbered question"):
+        verify(folder, suite, Settings())
+
+
+def test_version_of_the_export_is_shown_in_one_line(folder: Path, suite: Suite) -> None:
+    export = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps(export | {"spec_version": "1\x1b[2J\n" + "0" * 5000}))
+    with pytest.raises(FolderError, match="received spec_version=1") as caught:
+        verify(folder, suite, Settings())
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_selection_without_a_case_leaves_no_folder(tmp_path: Path, suite: Suite) -> None:
+    with pytest.raises(NothingToJudge):
+        export(tmp_path / "export", CLAIMS, suite, Selection(("attention/softcap",)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_is_full_ends_the_export_with_an_error_of_ours(
+    tmp_path: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write", full)
+    with pytest.raises(FolderError, match="cannot be written: No space left on device"):
+        export(tmp_path / "export", CLAIMS, suite, SELECTION)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", "[" * 10000, '{"format": "mha-spec-export/1"}'])

@@ -64,8 +64,8 @@ def check(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_messages_fit_the_schema(tmp_path: Path) -> None:
-    check(hello_message(tmp_path))
-    check(claims_message(CLAIMS, FURTHER))
+    check(hello_message())
+    check(claims_message(CLAIMS))
     check({"message": "refusal", "reason": "not today"})
     check(question_message(QUESTION, 7, tmp_path, FURTHER))
     check(answer_message(RETURNED, 7, tmp_path / "7.answer", 2**20))
@@ -106,6 +106,26 @@ def test_output_that_no_file_holds_is_described(tmp_path: Path, array: numpy.nda
     assert (output.shape, output.dtype.name) == (array.shape, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["(,)f4", "(2,)f4", "f4,i4", None, 7, ["f4"], {"names": []}, "O", "T", "a", "void"])
+def test_output_whose_dtype_is_not_a_name_of_numbers_is_malformed(tmp_path: Path, dtype: object) -> None:
+    message = answer_message(Answer("returned", {"output": numpy.zeros(3, complex)}), 7, tmp_path / "7.answer", 2**20)
+    message["described"] = {"output": {"shape": [3], "dtype": dtype}}
+    assert answer_from(message, QUESTION, tmp_path / "7.answer").kind == "malformed"
+
+
+@pytest.mark.parametrize("seconds", [10**400, float("inf"), float("nan"), -1, True, "1", None, [1]])
+def test_time_that_is_not_a_number_of_seconds_is_refused(tmp_path: Path, seconds: object) -> None:
+    message = answer_message(RETURNED, 7, tmp_path / "7.answer", 2**20) | {"seconds": seconds}
+    with pytest.raises(ProtocolError, match="not an answer"):
+        answer_from(message, QUESTION, tmp_path / "7.answer")
+
+
+def test_line_has_a_limit() -> None:
+    message_from(b'{"message": "a"}'.ljust(2**20))
+    with pytest.raises(ProtocolError, match="more than 1048576 bytes"):
+        message_from(b'{"message": "a"}'.ljust(2**20 + 1))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -121,7 +141,7 @@ def test_output_that_no_file_holds_is_described(tmp_path: Path, array: numpy.nda
 )
 def test_wrong_claims_are_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TargetError, match=message) as caught:
-        claims_from({**claims_message(CLAIMS, ()), **changes}, "x", trusted=False)
+        claims_from({**claims_message(CLAIMS), **changes}, "x", trusted=False)
     assert str(caught.value).isprintable()
 
 

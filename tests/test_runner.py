@@ -7,13 +7,14 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from support.runs import outcomes
 
 from mha_spec_conformance.asking.pool import Pool
 from mha_spec_conformance.asking.question import Answer, Raised
 from mha_spec_conformance.asking.selection import Selection, asks, probes
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.running.known import Known
-from mha_spec_conformance.running.runner import NothingToJudge, Settings, run
+from mha_spec_conformance.running.runner import NothingToJudge, Settings, run, without_progress
 from mha_spec_conformance.targets.claims import Claims
 from mha_spec_conformance.targets.loading import TargetError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mha_spec_conformance.running.run import Run
+    from mha_spec_conformance.running.runner import Progress
     from mha_spec_conformance.suite.cases import Suite
 
 ONLY = "attention/smoke/"
@@ -38,22 +40,23 @@ def attention(query, key, value, *, mask=None):
 def judge(tmp_path: Path, suite: Suite) -> Callable[..., Run]:
     """Judge a target file with this text on a part of the suite."""
 
-    def judge(text: str, *only: str, dtypes: tuple[str, ...] = ("float32",), **settings: object) -> Run:
+    def judge(
+        text: str,
+        *only: str,
+        dtypes: tuple[str, ...] = ("float32",),
+        progress: Progress = without_progress,
+        **settings: object,
+    ) -> Run:
         path = tmp_path / "target.py"
         path.write_text(text)
-        return run(str(path), suite, Settings(Selection(only or (ONLY,), dtypes), **settings))
+        return run(str(path), suite, Settings(Selection(only or (ONLY,), dtypes), **settings), progress)
 
     return judge
 
 
-def outcomes(done: Run) -> dict[str, str]:
-    """Give the outcome of every case by the last part of its id."""
-    return {result.ask.case.id.rpartition("/")[2]: result.outcome for result in done.results}
-
-
 def test_right_attention_passes(judge: Callable[..., Run]) -> None:
     done = judge(RIGHT)
-    assert outcomes(done) == {"plain": "pass", "head-layout": "pass", "mask-polarity": "pass", "lse": "pass"}
+    assert outcomes(done, ONLY) == {"plain": "pass", "head-layout": "pass", "mask-polarity": "pass", "lse": "pass"}
     assert done.status == 0
     assert done.notes == ()
     assert not done.complete
@@ -65,7 +68,7 @@ def test_right_attention_passes(judge: Callable[..., Run]) -> None:
 def test_inverted_mask_is_a_deviation_and_can_be_accepted(judge: Callable[..., Run]) -> None:
     wrong = RIGHT.replace("mask=mask)", "mask=None if mask is None else ~mask)")
     done = judge(wrong)
-    assert outcomes(done)["mask-polarity"] == "deviation"
+    assert outcomes(done, ONLY)["mask-polarity"] == "deviation"
     assert done.status == 1
     assert done.conventions == {"mask_polarity": "true_hides"}
     assert any("pass ~mask" in note for note in done.notes)
@@ -77,10 +80,10 @@ def test_inverted_mask_is_a_deviation_and_can_be_accepted(judge: Callable[..., R
 def test_wider_output_is_one_deviation_with_its_values_judged(judge: Callable[..., Run]) -> None:
     wide = "    return reference.attention(query, key, value, mask=mask).astype(numpy.float64)"
     done = judge(RIGHT.replace("    return reference.attention(query, key, value, mask=mask)", wide))
-    assert set(outcomes(done).values()) == {"deviation"}
+    assert set(outcomes(done, ONLY).values()) == {"deviation"}
     assert done.conventions == {"output_dtype": "float64"}
     worse = judge(RIGHT.replace("    return reference.attention(query, key, value, mask=mask)", wide + " + 1"))
-    assert set(outcomes(worse).values()) == {"fail"}
+    assert set(outcomes(worse, ONLY).values()) == {"fail"}
 
 
 MISBEHAVES = """
@@ -136,7 +139,7 @@ def test_misbehaviour_is_the_outcome_of_one_case(
 
 def test_hang_is_a_timeout_and_the_run_continues(judge: Callable[..., Run]) -> None:
     done = judge(MISBEHAVES.format(plain=0, coded="pass", masked="time.sleep(60)"), limit=2.0)
-    assert outcomes(done) == {"plain": "pass", "head-layout": "pass", "mask-polarity": "timeout", "lse": "pass"}
+    assert outcomes(done, ONLY) == {"plain": "pass", "head-layout": "pass", "mask-polarity": "timeout", "lse": "pass"}
     assert done.status == 1
 
 
@@ -207,6 +210,35 @@ def test_run_stops_after_the_maximum_of_failures(judge: Callable[..., Run]) -> N
     assert not done.complete
     assert "conformant" not in done.verdict
     assert done.status == 1
+
+
+WRONG_THE_SECOND_TIME = """
+from mha_spec import reference
+
+seen, again = set(), False
+
+def supports(question):
+    global again
+    again = question.id in seen
+    seen.add(question.id)
+    return True
+
+def attention(query, key, value, *, mask=None):
+    return reference.attention(query, key, value, mask=mask) + again
+"""
+
+
+def test_result_that_changes_at_the_end_replaces_the_first_one(judge: Callable[..., Run], tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    shown: list[tuple[int, int, int]] = []
+    done = judge(WRONG_THE_SECOND_TIME, "attention/mask/", results=path, progress=lambda *now: shown.append(now))
+    count, failed = len(done.results), len(done.failures)
+    assert 2 <= failed < count
+    assert shown[-1] == (count, count, failed)
+    assert [numbers[:2] for numbers in shown] == [(min(step, count), count) for step in range(count + failed + 1)]
+    lines = path.read_bytes().splitlines()
+    assert len(set(lines)) == len(lines) > count + failed
+    assert len(judge(WRONG_THE_SECOND_TIME, "attention/mask/", max_fail=1).failures) == 1
 
 
 def test_several_workers_give_the_same_results_in_the_same_order(judge: Callable[..., Run]) -> None:

@@ -19,6 +19,7 @@ from mha_spec.parameters import AXES
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps
 from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.targets.conversion import described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -102,15 +103,7 @@ def named(function: str, keywords: Mapping[str, object], returned: object) -> di
     fewest = FUNCTIONS[function].fewest or len(names)
     if isinstance(returned, (tuple, list)) and fewest <= len(returned) <= len(names):
         return dict(zip(names, returned, strict=False))
-    raise MalformedResult(f"{function} must return ({', '.join(names)}), received {_kind(returned)}")
-
-
-def _kind(value: object) -> str:
-    return (
-        f"a {type(value).__name__} of {len(value)}"
-        if isinstance(value, (tuple, list)) and type(value) in (tuple, list)
-        else f"an object of type {type(value).__name__}"
-    )
+    raise MalformedResult(f"{function} must return ({', '.join(names)}), received {described(returned)}")
 
 
 def layer_answers(call: Callable[..., Any], function: str, arguments: Arguments) -> Iterator[dict[str, Array]]:
@@ -142,7 +135,7 @@ def _unpacked(function: str, cache: object) -> KVCache:
     """Give the cache that a call returned."""
     if isinstance(cache, (tuple, list)) and len(cache) == 3:
         return KVCache(*cache)
-    raise MalformedResult(f"{function} must return its cache as (key, value, lengths), received {_kind(cache)}")
+    raise MalformedResult(f"{function} must return its cache as (key, value, lengths), received {described(cache)}")
 
 
 def _parts(arguments: Arguments) -> Iterator[dict[str, Any]]:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.suite.text import one_line
 
 from . import files
 from .protocol import (
@@ -28,13 +30,14 @@ from .protocol import (
     hello_message,
     line_of,
     message_from,
+    number_of,
     question_message,
 )
 from .question import Answer
 from .selection import Selection
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from typing import Any
 
     from mha_spec_conformance.suite.cases import Suite
@@ -64,10 +67,12 @@ def _identity(message: Message) -> str:
     return json.dumps({name: message[name] for name in sorted(message.keys() - {"number", "arrays", "answer"})})
 
 
-def _number(message: Message) -> int | None:
-    """Give the number of a question or an answer; another message has none."""
-    number = message.get("number") if message["message"] in ("question", "answer") else None
-    return number if isinstance(number, int) and not isinstance(number, bool) else None
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
 class Recorder:
@@ -82,19 +87,21 @@ class Recorder:
         self.claims = claims
         self.folder = folder
         self.count = 0
-        try:
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
                 raise FolderError(f"{folder}: the folder must be empty; name another one")
             (folder / FILES).mkdir()
             (folder / EXPORT).write_text(json.dumps(_export(claims, selection, suite), indent=1) + "\n")
-            (folder / QUESTIONS).write_bytes(line_of(hello_message(FILES)))
-        except OSError as error:
-            raise FolderError(f"{folder}: cannot be written: {error.strerror}") from error
+            (folder / QUESTIONS).write_bytes(line_of(hello_message()))
 
     def answers(self, *groups: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
-        """Write all questions."""
-        with (self.folder / QUESTIONS).open("ab") as questions:
+        """Write all questions.
+
+        Raises:
+            FolderError: The folder cannot be written.
+        """
+        with _writing(self.folder), (self.folder / QUESTIONS).open("ab") as questions:
             for question in chain(*groups):
                 self.count += 1
                 message = question_message(question, self.count, FILES, self.claims.further)
@@ -108,7 +115,7 @@ def _export(claims: Claims, selection: Selection, suite: Suite) -> Message:
         "format": FORMAT,
         "spec_version": suite.spec_version,
         "goldens_sha256": suite.goldens_sha256,
-        "claims": claims_message(claims, claims.further),
+        "claims": claims_message(claims),
         "selection": {"only": list(selection.only), "dtypes": list(selection.dtypes)},
     }
 
@@ -125,23 +132,24 @@ class Recorded:
         self.folder = folder
         self.claims, self.selection = self._exported(suite)
         self._asked: defaultdict[str, list[int]] = defaultdict(list)
-        for message in self._messages(QUESTIONS):
-            if (number := _number(message)) is not None:
-                self._asked[_identity(message)].append(number)
+        self._take_all(QUESTIONS, self._take_question)
         self._numbers = {identity: deque(numbers) for identity, numbers in self._asked.items()}
         self._answers: dict[int, Message] = {}
-        for message in self._messages(ANSWERS):
-            self._take(message)
+        self._take_all(ANSWERS, self._take_answer)
         if not self._answers:
             raise FolderError(f"{folder / ANSWERS}: has no answer; run `./program < {QUESTIONS} > {ANSWERS}` there")
 
-    def _take(self, message: Message) -> None:
+    def _take_question(self, message: Message) -> None:
+        if message["message"] != "hello":
+            self._asked[_identity(message)].append(number_of(message, "question"))
+
+    def _take_answer(self, message: Message) -> None:
         """Keep an answer, or the versions and the hardware of the reply to `hello`."""
-        if (number := _number(message)) is not None:
-            self._answers[number] = message
-        elif message["message"] != "answer":
+        if message["message"] in ("claims", "refusal"):
             program = claims_from(message, str(self.folder), trusted=False)
             self.claims = replace(self.claims, versions=program.versions, hardware=program.hardware)
+        else:
+            self._answers[number_of(message, "answer")] = message
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -162,8 +170,9 @@ class Recorded:
             raise FolderError(f"{self.folder / EXPORT}: `mha-spec export` did not write this: {error!r}") from error
         for name, value in expected.items():
             if received[name] != value:
+                shown = one_line(received[name], 200)
                 raise FolderError(
-                    f"{self.folder / EXPORT}: must have {name}={value}, received {name}={received[name]}; "
+                    f"{self.folder / EXPORT}: must have {name}={value}, received {name}={shown}; "
                     "export the questions again, with the version of the suite that verifies them"
                 )
         return claims, selection
@@ -176,12 +185,11 @@ class Recorded:
         except OSError as error:
             raise FolderError(f"{self.folder / name}: cannot be read: {error.strerror}") from error
 
-    def _messages(self, name: str) -> Iterator[Message]:
-        """Read the messages of a file."""
-        lines = self._read(name).splitlines()
-        for number, line in enumerate(lines, 1):
+    def _take_all(self, name: str, take: Callable[[Message], None]) -> None:
+        """Take every message of a file."""
+        for number, line in enumerate(self._read(name).splitlines(), 1):
             try:
-                yield message_from(line)
+                take(message_from(line))
             except ProtocolError as error:
                 raise FolderError(f"{self.folder / name}: line {number}: the program {error}") from error
 
@@ -191,7 +199,7 @@ class Recorded:
             yield question, self._answer(question)
 
     def _answer(self, question: Question) -> Answer:
-        """Read the answer to a question; one that occurs more than once has several answers, none of which may lack."""
+        """Read the answer to a question; all must be there if it was exported several times."""
         identity = _identity(question_message(question, 0, FILES, self.claims.further))
         numbers = self._numbers.get(identity)
         if not numbers:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .process import PROCESSES, other_processes
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = ["MemoryLimit", "half_of_the_machine", "parse_size", "shown_size"]
 
-PROCESSES = Path("/proc")
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
 """The limit of the container, where there is one."""
 
@@ -139,10 +140,10 @@ class MemoryLimit:
 def _session_sizes(programs: Iterable[int], most_bytes: int) -> dict[int, int]:
     """Sum the memory of each session; pages that processes share are counted once if the sum exceeds the limit."""
     members: dict[int, dict[int, int]] = {}
-    for entry in PROCESSES.iterdir():
-        fields = _stat(int(entry.name)) if entry.name.isdigit() else []
+    for process in other_processes():
+        fields = _stat(process)
         if fields and fields[STATE] != "Z":
-            members.setdefault(int(fields[SESSION]), {})[int(entry.name)] = _resident(fields)
+            members.setdefault(int(fields[SESSION]), {})[process] = _resident(fields)
     sizes = {program: sum(members.get(program, {}).values()) for program in programs}
     return {
         program: sum(map(_proportional, members[program])) if size > most_bytes and len(members[program]) > 1 else size

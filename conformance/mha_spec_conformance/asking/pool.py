@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from mha_spec_conformance.suite.text import one_line
 from mha_spec_conformance.targets.loading import TargetError
 
 from . import files
@@ -23,11 +22,11 @@ from .protocol import (
     hello_message,
     line_of,
     message_from,
+    number_of,
     question_message,
 )
 from .question import Answer, Question
 from .scratch import Scratch
-from .serving import LOADER
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -67,25 +66,35 @@ class Worker:
         self.number = 0
         self.failed_starts = 0
         self.lost: set[int] = set()
+        self.unwritten: dict[int, Answer] = {}
         self.process: Process | None = None
         self.reason_of_no_process = ""
         self.since = time.monotonic()
 
-    def start(self) -> Claims:
-        """Start the process and receive its claims.
+    def launch(self) -> None:
+        """Start the process, and ask it for its claims.
 
         Raises:
-            TargetError: The process does not start, or the target cannot be judged.
+            TargetError: The process does not start.
         """
         self.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.process = Process(self.pool.command, self.folder)
-            self.pool.memory.watch(self.process.id)
-            self.process.send(line_of(hello_message(self.folder)))
-            claims = claims_from(self._first_message(), self.pool.target, trusted=self.pool.python)
         except OSError as error:
             raise TargetError(f"target {self.pool.target} cannot be started: {error.strerror}") from error
+        self.since = time.monotonic()
+        self.pool.memory.watch(self.process.id)
+        self.process.send(line_of(hello_message()))
+
+    def claims(self) -> Claims:
+        """Receive the claims of the process that was launched.
+
+        Raises:
+            TargetError: The process does not send claims, or the target cannot be judged.
+        """
+        try:
+            claims = claims_from(self._first_message(), self.pool.target, trusted=self.pool.python)
         except BaseException:
             self.stop()
             raise
@@ -96,8 +105,7 @@ class Worker:
     def _first_message(self) -> dict[str, Any]:
         assert self.process is not None
         limit = min(LONGEST_START, max(SHORTEST_START, STARTS * self.pool.limit))
-        deadline = time.monotonic() + limit
-        while time.monotonic() < deadline:
+        while time.monotonic() < self.since + limit:
             ended = self.process.ended
             if lines := self.process.lines(MOST_LINE_BYTES):
                 try:
@@ -106,15 +114,15 @@ class Worker:
                     raise TargetError(f"target {self.pool.target} {error}") from error
             if ended:
                 what = "ended the process while it was imported" if self.pool.python else "did not send claims"
-                raise TargetError(f"target {self.pool.target} {what}: {self._ending(self.process)}")
+                raise TargetError(f"target {self.pool.target} {what}: {self._how_it_ended(self.process)}")
             wait([self.process.waited_for], timeout=0.1)
         raise TargetError(f"target {self.pool.target} did not load in {limit:.0f} s")
 
-    def _ending(self, process: Process) -> str:
+    def _how_it_ended(self, process: Process) -> str:
         return self.pool.memory.forget(process.id) or process.ending()
 
     def ask(self, question: Question) -> None:
-        """Send a question; if the process is not running, the question waits for the next one."""
+        """Hold a question, and send it if the process runs; otherwise it is sent when a process is started again."""
         if not self.held:
             self.since = time.monotonic()
         self.number += 1
@@ -122,19 +130,18 @@ class Worker:
         self._send(self.number)
 
     def _resume(self) -> None:
-        """Start the process again and ask it what is held; a process that does not start answers every question so."""
+        """Start the process again and ask it the held questions; if it does not start, keep the reason."""
         if self.failed_starts >= MOST_STARTS:
             return
         try:
-            self.start()
+            self.launch()
+            self.claims()
         except TargetError as error:
             self.failed_starts += 1
             self.reason_of_no_process = f"the target could not be started again: {error}"
             return
-        held = list(self.held.values())
-        self.held.clear()
-        for question in held:
-            self.ask(question)
+        for number in list(self.held):
+            self.ask(self._drop(number))
 
     def _send(self, number: int) -> None:
         if self.process is None:
@@ -145,18 +152,20 @@ class Worker:
             self.folder.mkdir(parents=True, exist_ok=True)
             files.write(self.folder / f"{number}.question", question.arrays)
         except OSError as error:
-            message["arrays"] = ""
-            self.reason_of_no_process = f"the question cannot be written: {error.strerror}"
-        self.process.send(line_of(message))
+            self.unwritten[number] = Answer("internal", reason=f"the question cannot be written: {error.strerror}")
+        else:
+            self.process.send(line_of(message))
 
     def arrived(self, limit: float) -> list[tuple[Question, Answer]]:
         """Give the answers that have arrived; replace a process that ended, hangs, or breaks the protocol."""
         if not self.held:
             return []
+        if self.unwritten:
+            return [(self._drop(number), answer) for number, answer in list(self.unwritten.items())]
         if self.process is None:
             self._resume()
         if self.process is None:
-            return [self._taken(next(iter(self.held)), Answer("crash", reason=self.reason_of_no_process))]
+            return self._blamed(Answer("crash", reason=self.reason_of_no_process))
         ended = self.process.ended
         answers: list[tuple[Question, Answer]] = []
         for line in self.process.lines(MOST_LINE_BYTES):
@@ -167,7 +176,7 @@ class Worker:
         if answers or not self.held:
             return answers
         if ended:
-            return self._replaced("crash", self._ending(self.process))
+            return self._replaced("crash", self._how_it_ended(self.process))
         if time.monotonic() - self.since > limit:
             return self._replaced("timeout", f"no answer in {limit:g} s")
         return []
@@ -175,9 +184,7 @@ class Worker:
     def _read(self, line: bytes) -> list[tuple[Question, Answer]]:
         """Read the answer in a line; an answer to a question that is not held, as of a fork, is dropped."""
         message = message_from(line)
-        number = message.get("number")
-        if message["message"] != "answer" or isinstance(number, bool) or not isinstance(number, int):
-            raise ProtocolError(f"wrote a message that is not an answer: {one_line(message, 200)}")
+        number = number_of(message, "answer")
         if number not in self.held:
             return []
         answer = answer_from(message, self.held[number], self.folder / f"{number}.answer")
@@ -188,22 +195,25 @@ class Worker:
         self.since = time.monotonic()
         if answer.kind == "lost":
             answer = Answer("internal", reason=answer.reason)
-        return [self._taken(number, answer)]
+        return [(self._drop(number), answer)]
 
-    def _taken(self, number: int, answer: Answer) -> tuple[Question, Answer]:
-        """Remove a question and its files."""
+    def _drop(self, number: int) -> Question:
+        """Stop holding a question, and remove its files."""
         for kind in ("question", "answer"):
             with suppress(OSError):
                 (self.folder / f"{number}.{kind}").unlink(missing_ok=True)
         self.lost.discard(number)
-        return self.held.pop(number), answer
+        self.unwritten.pop(number, None)
+        return self.held.pop(number)
+
+    def _blamed(self, answer: Answer) -> list[tuple[Question, Answer]]:
+        """Give the answer to the oldest question; a process may also end when no question is held."""
+        return [(self._drop(number), answer) for number in list(self.held)[:1]]
 
     def _replaced(self, kind: str, reason: str) -> list[tuple[Question, Answer]]:
-        """Blame the oldest question; a new process is asked those that follow."""
-        seconds = time.monotonic() - self.since
-        answered = self._taken(next(iter(self.held)), Answer(kind, reason=reason, seconds=seconds))
+        """Stop the process and blame the oldest question; a new process is asked those that follow."""
         self.stop()
-        return [answered]
+        return self._blamed(Answer(kind, reason=reason, seconds=time.monotonic() - self.since))
 
     def take(self, waiting: Iterator[Iterator[Question]]) -> None:
         """Ask the next question of the group of the worker, or of a new group if that group has ended."""
@@ -218,8 +228,9 @@ class Worker:
         """Drop the questions that are held, and stop the process, because it would go on to answer them."""
         self.group = iter(())
         if self.held:
-            self.held.clear()
             self.stop()
+        for number in list(self.held):
+            self._drop(number)
 
     def stop(self) -> None:
         """Kill the process; the next question starts another process."""
@@ -238,7 +249,7 @@ class Pool:
         jobs: int = 1,
         limit: float = 60.0,
         *,
-        loading: Sequence[str] = (LOADER,),
+        loading: Sequence[str] = (),
         command: Sequence[str] | None = None,
         memory: int | None = None,
     ) -> None:
@@ -248,7 +259,8 @@ class Pool:
             target: The name of the target.
             jobs: The number of processes.
             limit: The time limit of a question in seconds.
-            loading: The function that loads a target in Python, as `module:function`, and its further arguments.
+            loading: The function that loads a target in Python, as `module:function`, and its further arguments; by
+                default, the target is loaded by its name.
             command: The program of a target that is not in Python, with its arguments.
             memory: The most bytes of memory of a process; by default, all of them have half of the machine's.
         """
@@ -263,7 +275,9 @@ class Pool:
         self._workers = [Worker(self, self._scratch.folder(str(number))) for number in range(jobs)]
         try:
             for worker in self._workers:
-                self.claims = worker.start()
+                worker.launch()
+            for worker in self._workers:
+                self.claims = worker.claims()
         except BaseException:
             self.close()
             raise

@@ -1,4 +1,4 @@
-"""Run the program of a target in a session of its own, and end it with every process that it started."""
+"""Run the program of a target in a new session, and kill it together with all processes that it started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mha_spec_conformance.suite.text import one_line
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["END_WITH_PARENT", "LAUNCH", "MARK", "Process", "kill_marked"]
+__all__ = ["END_WITH_PARENT", "LAUNCH", "MARK", "PROCESSES", "Process", "kill_marked", "other_processes"]
 
 MARK = "MHA_SPEC_SCRATCH"
 """The environment variable that marks all processes of a run with the folder of the run."""
@@ -159,7 +159,7 @@ def kill_marked(folder: Path) -> None:
     """Kill the processes whose environment names the folder, and those that they forked, wherever they moved."""
     mark = f"{MARK}={folder}".encode()
     for _ in range(ROUNDS):
-        marked = [process for process in _processes() if _has_mark(process, mark)]
+        marked = [process for process in other_processes() if _has_mark(process, mark)]
         for process in marked:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
@@ -168,7 +168,8 @@ def kill_marked(folder: Path) -> None:
         time.sleep(0.01)
 
 
-def _processes() -> list[int]:
+def other_processes() -> list[int]:
+    """List the processes of the machine without this one; a system without /proc lists none."""
     if not PROCESSES.is_dir():
         return []
     numbers = [int(entry.name) for entry in PROCESSES.iterdir() if entry.name.isdigit()]

@@ -17,8 +17,8 @@ from mha_spec.arrays import FLOATING
 from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.suite.text import one_line, printable, text_of
 from mha_spec_conformance.targets.claims import PROFILES, Claims
-from mha_spec_conformance.targets.conversion import LIBRARIES
-from mha_spec_conformance.targets.loading import TargetError, declared_conventions
+from mha_spec_conformance.targets.conversion import LIBRARIES, holds_numbers
+from mha_spec_conformance.targets.loading import TargetError, declared_conventions, one_of
 
 from . import files
 from .question import FURTHER, Answer, Further, Question, Raised
@@ -40,6 +40,7 @@ __all__ = [
     "hello_message",
     "line_of",
     "message_from",
+    "number_of",
     "question_from",
     "question_message",
 ]
@@ -48,6 +49,9 @@ PROTOCOL = "mha-spec-protocol/1"
 
 MOST_LINE_BYTES = 2**20
 """The length of a line."""
+
+MOST_SECONDS = 1e9
+"""The time of a call that an answer may name."""
 
 KINDS = ("returned", "unsupported", "raised", "malformed", "lost", "internal")
 KINDS_OF_FURTHER = ("returned", "unsupported", "raised", "malformed")
@@ -66,25 +70,41 @@ def message_from(line: bytes) -> Message:
     """Read a message from a line.
 
     Raises:
-        ProtocolError: The line is not a JSON object with the member `message`.
+        ProtocolError: The line is too long, or is not a JSON object with the member `message`.
     """
+    if len(line) > MOST_LINE_BYTES:
+        raise ProtocolError(f"wrote a line of more than {MOST_LINE_BYTES} bytes: {_shown(line)}")
     try:
         message = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(
-            f"wrote a line that is not JSON: {one_line(line[:200].decode(errors='replace'))}"
-        ) from error
+        raise ProtocolError(f"wrote a line that is not JSON: {_shown(line)}") from error
     if not isinstance(message, dict) or not isinstance(message.get("message"), str):
-        raise ProtocolError(f"wrote a line that is not a message: {one_line(line[:200].decode(errors='replace'))}")
+        raise ProtocolError(f"wrote a line that is not a message: {_shown(line)}")
     return message
 
 
-def hello_message(folder: Path) -> Message:
-    """Begin a conversation about files in a folder."""
-    return {"message": "hello", "protocol": PROTOCOL, "spec_version": SPEC_VERSION, "folder": str(folder)}
+def _shown(line: bytes) -> str:
+    return one_line(line[:200].decode(errors="replace"))
 
 
-def claims_message(claims: Claims, further: Iterable[str]) -> Message:
+def number_of(message: Message, kind: str) -> int:
+    """Give the number of a message of the kind "question" or "answer".
+
+    Raises:
+        ProtocolError: The message has another kind, or its number is not an integer.
+    """
+    number = message.get("number")
+    if message["message"] != kind or isinstance(number, bool) or not isinstance(number, int):
+        raise ProtocolError(f"wrote a message that is not a numbered {kind}: {one_line(message, 200)}")
+    return number
+
+
+def hello_message() -> Message:
+    """Begin a conversation."""
+    return {"message": "hello", "protocol": PROTOCOL, "spec_version": SPEC_VERSION}
+
+
+def claims_message(claims: Claims) -> Message:
     """Reply to `hello` with the claims."""
     return {
         "message": "claims",
@@ -97,7 +117,7 @@ def claims_message(claims: Claims, further: Iterable[str]) -> Message:
         "registered": claims.registered,
         "versions": dict(claims.versions),
         "hardware": claims.hardware,
-        "further": list(further),
+        "further": list(claims.further),
     }
 
 
@@ -117,29 +137,23 @@ def claims_from(message: Message, name: str, *, trusted: bool) -> Claims:
             f"target {name}: `functions` must map names to lists of options, received {one_line(functions)}"
         )
     for function in functions:
-        _claimed(name, "functions", function, tuple(FUNCTIONS))
+        one_of("functions", function, tuple(FUNCTIONS), name)
     if not _is_names(dtypes) or not dtypes:
         raise TargetError(f"target {name}: `dtypes` must be a list of names, received {one_line(dtypes)}")
     for dtype in dtypes:
-        _claimed(name, "dtypes", dtype, FLOATING)
+        one_of("dtypes", dtype, FLOATING, name)
     return Claims(
         name=name,
         keywords={function: tuple(words) for function, words in functions.items()},
         dtypes=tuple(dtype for dtype in FLOATING if dtype in dtypes),
-        arrays=_claimed(name, "arrays", message.get("arrays", "numpy"), LIBRARIES),
-        profile=_claimed(name, "profile", message.get("profile", "standard"), PROFILES),
+        arrays=one_of("arrays", message.get("arrays", "numpy"), LIBRARIES, name),
+        profile=one_of("profile", message.get("profile", "standard"), PROFILES, name),
         conventions=declared_conventions(message.get("conventions", {})),
         registered=trusted and message.get("registered") is True,
         versions=_texts(message.get("versions")),
         hardware=one_line(message.get("hardware", "cpu"), 200),
         further=tuple(call for call in FURTHER if call in _names(message.get("further"))),
     )
-
-
-def _claimed(target: str, label: str, value: object, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise TargetError(f"target {target}: `{label}` must be one of {', '.join(allowed)}, received {one_line(value)}")
-    return value
 
 
 def question_message(question: Question, number: int, folder: Path, further: tuple[str, ...]) -> Message:
@@ -263,7 +277,12 @@ def answer_from(message: Message, question: Question, path: Path) -> Answer:
         ProtocolError: The message is not an answer of the protocol.
     """
     kind, seconds = message.get("kind"), message.get("seconds", 0.0)
-    if kind not in KINDS or isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+    if (
+        kind not in KINDS
+        or isinstance(seconds, bool)
+        or not isinstance(seconds, (int, float))
+        or not 0 <= seconds <= MOST_SECONDS
+    ):
         raise ProtocolError(f"wrote a message that is not an answer: {one_line(message, 200)}")
     reason = one_line(message["reason"]) if "reason" in message else None
     if kind != "returned":
@@ -333,12 +352,17 @@ def _outputs(
 def _stand_in(name: str, description: Any) -> numpy.ndarray:
     """Make an array of the described shape and dtype, without memory, because its values are not judged."""
     try:
-        shape, dtype = description["shape"], numpy.dtype(description["dtype"])
-        if dtype.kind in "OSUMm" or issubclass(dtype.type, numpy.void):
+        shape, dtype = description["shape"], description["dtype"]
+        if not _is_name(dtype) or not holds_numbers(numpy.dtype(dtype)):
             raise _Missing(f"`{name}` must be an array of numbers, received dtype={one_line(dtype, 200)}")
         return numpy.broadcast_to(numpy.zeros((), dtype), shape)
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise _Missing(f"`{name}` must be an array, received {one_line(description, 200)}") from error
+
+
+def _is_name(dtype: object) -> bool:
+    """Tell whether a dtype is a name; NumPy also reads codes of a letter, and expressions such as "(2,)f4"."""
+    return isinstance(dtype, str) and dtype.isidentifier() and len(dtype) > 1
 
 
 def _is_names(value: object) -> bool:

@@ -9,9 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 
+from mha_spec.errors import MhaSpecError
+
 from .process import kill_marked
 
-__all__ = ["Scratch"]
+__all__ = ["Scratch", "ScratchError"]
 
 PREFIX = "mha-spec-"
 LOCK = "lock"
@@ -21,24 +23,31 @@ MEMORY = Path("/dev/shm")
 
 ENOUGH_MEMORY = 2**28
 
+ATTEMPTS = 10
+"""How often a folder is made, because another run may remove it before it is locked."""
 
-def _parent() -> Path:
-    """Give the folder in which folders of runs lie."""
-    usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ENOUGH_MEMORY
-    return MEMORY if usable else Path(gettempdir())
+
+class ScratchError(MhaSpecError):
+    """The folder of the run cannot be made."""
 
 
 class Scratch:
     """A folder that is locked as long as its run lives."""
 
     def __init__(self) -> None:
-        """Remove what runs that were killed have left, and make a folder."""
-        parent = _parent()
-        for folder in parent.glob(f"{PREFIX}*"):
-            _remove_left(folder)
-        self.path = Path(mkdtemp(prefix=PREFIX, dir=parent))
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        """Remove what runs that were killed have left, and make a folder.
+
+        Raises:
+            ScratchError: There is no place where a folder can be made.
+        """
+        try:
+            temporary = Path(gettempdir())
+            for parent in (MEMORY, temporary):
+                for folder in parent.glob(f"{PREFIX}*"):
+                    _remove_left(folder)
+            self.path, self._lock = _locked_folder(MEMORY if _has_space(MEMORY) else temporary)
+        except OSError as error:
+            raise ScratchError(f"the folder for temporary files cannot be made: {error}") from error
 
     def folder(self, name: str) -> Path:
         """Make a folder in it."""
@@ -52,14 +61,36 @@ class Scratch:
         os.close(self._lock)
 
 
-def _remove_left(folder: Path) -> None:
-    """Remove a folder whose lock nobody holds, and kill the processes of its run; one without a lock is being made."""
+def _has_space(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK) and shutil.disk_usage(folder).free >= ENOUGH_MEMORY
+
+
+def _locked_folder(parent: Path) -> tuple[Path, int]:
+    """Make a folder and lock it."""
+    for _ in range(ATTEMPTS):
+        path = Path(mkdtemp(prefix=PREFIX, dir=parent))
+        if (lock := _lock(path)) is not None:
+            return path, lock
+    raise OSError(f"no folder in {parent} can be locked")
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder; give None if another run has locked it, or removed it before it was locked here."""
     with suppress(OSError):
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
-        try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for worker in folder.iterdir():
-                kill_marked(worker)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
+            if os.path.samestat(os.fstat(lock), (folder / LOCK).stat()):
+                return lock
+        os.close(lock)
+    return None
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove a folder whose run has ended, and kill the processes of that run."""
+    if (lock := _lock(folder)) is None:
+        return
+    for worker in folder.iterdir():
+        kill_marked(worker)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from mha_spec_conformance.targets.conversion import layouts_of
 from mha_spec_conformance.targets.loading import Target, TargetError
 
 from . import files
-from .protocol import answer_message, claims_message, line_of, message_from, question_from
+from .protocol import PROTOCOL, answer_message, claims_message, line_of, message_from, question_from
 from .question import AGAIN, NEGATED, Answer
 from .worker import answer
 
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-__all__ = ["LOADER", "main"]
+__all__ = ["main"]
 
 LOADER = "mha_spec_conformance.targets.loading:load"
-"""The function that loads a target by its name."""
+"""The function that loads a target, if the arguments name no other one."""
 
 MOST_BYTES_OF_QUESTION = 2**40
 
@@ -77,28 +78,36 @@ class Channel:
 
 
 def main() -> None:
-    """Answer the questions about the target that the arguments name: TARGET [LOADER [ARGUMENT ...]]."""
-    name, loader, *arguments = [*sys.argv[1:], LOADER][: max(2, len(sys.argv) - 1)]
+    """Answer the questions about the target that the arguments name."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m mha_spec_conformance.asking.serving TARGET [LOADER [ARGUMENT ...]]")
+    name, *loading = sys.argv[1:]
     sys.argv[:] = [name]
     channel = Channel()
     messages = channel.messages()
-    next(messages)
+    if (hello := next(messages, None)) is None:
+        return
     try:
-        target = _loaded(name, loader, arguments)
-        sys.setrecursionlimit(max(sys.getrecursionlimit(), LEAST_RECURSION))
-        _enable_float64(target)
+        target = _loaded(name, hello, *loading)
     except TargetError as error:
         channel.send({"message": "refusal", "reason": one_line(error)})
         return
-    channel.send(claims_message(target.claims, (AGAIN, *layouts_of(target.claims.arrays), NEGATED)))
+    further = (AGAIN, *layouts_of(target.claims.arrays), NEGATED)
+    channel.send(claims_message(replace(target.claims, further=further)))
     for message in messages:
         channel.send(_reply(target, message))
 
 
-def _loaded(name: str, loader: str, arguments: list[str]) -> Target:
+def _loaded(name: str, hello: dict[str, Any], loader: str = LOADER, *arguments: str) -> Target:
+    """Load the target, and prepare the process for its calls."""
+    if hello.get("protocol") != PROTOCOL:
+        raise TargetError(f"the program speaks {PROTOCOL}, received {one_line(hello.get('protocol'), 200)}")
     module, _, function = loader.partition(":")
     load: Callable[..., Target] = getattr(import_module(module), function)
-    return load(name, *arguments)
+    target = load(name, *arguments)
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), LEAST_RECURSION))
+    _enable_float64(target)
+    return target
 
 
 def _enable_float64(target: Target) -> None:

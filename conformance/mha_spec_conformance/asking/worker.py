@@ -13,11 +13,10 @@ import numpy
 
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec_conformance.suite.functions import FUNCTIONS
-from mha_spec_conformance.suite.text import one_line, text_of
+from mha_spec_conformance.suite.text import one_line, repr_of, text_of
 from mha_spec_conformance.targets.conversion import (
     ConversionError,
     lay_out,
-    layouts_of,
     same_bits,
     to_library,
     to_numpy,
@@ -69,14 +68,7 @@ def _unsupported(target: Target, question: Question) -> str | None:
     supported = True if target.supports is None else _guarded(target.supports, question)
     if supported is True:
         return None
-    return text_of(supported) if isinstance(supported, str) else f"supports(question) returned {_repr(supported)}"
-
-
-def _repr(value: object) -> str:
-    try:
-        return one_line(repr(value), 200)
-    except BaseException:
-        return f"an object of type {type(value).__name__}"
+    return text_of(supported) if isinstance(supported, str) else f"supports(question) returned {repr_of(supported)}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ def _ask(target: Target, question: Question) -> Answer:
     for name in question.further:
         if name == NEGATED:
             _call_with_other_numbers(target, question)
-        elif name == AGAIN or name in layouts_of(target.claims.arrays):
+        else:
             further[name] = _further(target, question, "plain" if name == AGAIN else name, calls)
     return Answer(
         "returned",

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.asking.pool import Pool
-from mha_spec_conformance.asking.serving import LOADER
 from mha_spec_conformance.fuzzing.asking import Asker
 from mha_spec_conformance.fuzzing.case import case_of, save
 from mha_spec_conformance.fuzzing.script import script_of
@@ -58,7 +57,7 @@ def fuzz(
     """Search for wrong answers of a target, print each fault once, save them as cases; give the exit status."""
     screen, name = console(), target if world is None else f"{target} in {world}"
     entered = None if world is None else world_of(target, world)
-    loading = (LOADER,) if world is None else (LOADER_IN_WORLD, world)
+    loading = () if world is None else (LOADER_IN_WORLD, world)
     with (
         TemporaryDirectory() as home,
         Pool(target, limit=limit, loading=loading) as pool,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from .compare import Worst
 
-__all__ = ["FAILING", "INTERNAL", "OUTCOMES", "Result"]
+__all__ = ["FAILING", "INTERNAL", "OUTCOMES", "WITHOUT_ARRAYS", "Result"]
 
 OUTCOMES = ("pass", "fail", "deviation", "error", "crash", "timeout", "unsupported")
 FAILING = frozenset({"fail", "deviation", "error", "crash", "timeout"})
@@ -19,6 +19,9 @@ FAILING = frozenset({"fail", "deviation", "error", "crash", "timeout"})
 
 INTERNAL = "internal"
 """The outcome of a case that could not be judged because of a fault of the suite."""
+
+WITHOUT_ARRAYS = frozenset({"error", "crash", "timeout", INTERNAL})
+"""The outcomes of calls that were made and returned no arrays."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Result:
     @property
     def compared(self) -> bool:
         """True if the call returned arrays that can be compared, so that a clause can be broken."""
-        return not self.malformed and self.outcome not in ("error", "crash", "timeout", "unsupported", INTERNAL)
+        return not self.malformed and self.outcome not in WITHOUT_ARRAYS | {"unsupported"}
 
     @property
     def must(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.asking.selection import probes
-from mha_spec_conformance.judging.result import FAILING
+from mha_spec_conformance.judging.result import FAILING, WITHOUT_ARRAYS
 
 if TYPE_CHECKING:
     from mha_spec_conformance.asking.question import Source
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Suite
 
 __all__ = ["Alignment", "find_alignment"]
-
-OF_NO_ALIGNMENT = frozenset({"error", "crash", "timeout", "internal"})
-"""The outcomes that count even if the target follows another alignment than the probe."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def find_alignment(source: Source, suite: Suite, selection: Selection, judge: Ju
         if result.outcome != "unsupported":
             results[name].append(result)
     fitting = next((name for name, tried in results.items() if all(result.outcome == "pass" for result in tried)), None)
-    counting = FAILING | OF_NO_ALIGNMENT if fitting is None else OF_NO_ALIGNMENT
+    counting = FAILING | WITHOUT_ARRAYS if fitting is None else WITHOUT_ARRAYS
     failures = tuple(result for tried in results.values() for result in tried if result.outcome in counting)
     if fitting is not None or not results:
         return Alignment(fitting, None, failures)

@@ -13,10 +13,9 @@ from mha_spec_conformance.asking.folder import Recorded, Recorder
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.judging.result import Result
 
-from .runner import Settings, judge_all
+from .runner import Settings, asks_of, judge_all, without_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from mha_spec_conformance.asking.question import Answer
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.targets.claims import Claims
 
     from .run import Run
+    from .runner import Progress
 
 __all__ = ["export", "verify"]
 
@@ -44,17 +44,13 @@ def export(folder: Path, claims: Claims, suite: Suite, selection: Selection) -> 
         FolderError: The folder has contents, or cannot be written.
         NothingToJudge: The claims contain nothing that is selected.
     """
+    asks_of(suite, claims, selection)  # raises before the folder is made
     recorder = Recorder(folder, claims, selection, suite)
     judge_all(recorder, _Everything(claims), suite, Settings(selection=selection))
     return recorder.count
 
 
-def verify(
-    folder: Path,
-    suite: Suite,
-    settings: Settings,
-    progress: Callable[[int, int, int], None] = lambda done, total, failed: None,
-) -> Run:
+def verify(folder: Path, suite: Suite, settings: Settings, progress: Progress = without_progress) -> Run:
     """Judge the answers in a folder; the selection is that of the export, and a missing answer is an error.
 
     Raises:

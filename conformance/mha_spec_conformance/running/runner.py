@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.asking.pool import Pool
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from .known import Known
 
     Key = tuple[str, str]
+    Progress = Callable[[int, int, int], None]
 
-__all__ = ["NothingToJudge", "Settings", "judge_all", "run"]
+__all__ = ["NothingToJudge", "Settings", "asks_of", "judge_all", "run", "without_progress"]
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,11 @@ class Settings:
     """If True, the cases whose results the file has are not asked again."""
 
 
-def run(
-    target: str,
-    suite: Suite,
-    settings: Settings,
-    progress: Callable[[int, int, int], None] = lambda done, total, failed: None,
-) -> Run:
+def without_progress(done: int, total: int, failed: int) -> None:
+    """Show no progress."""
+
+
+def run(target: str, suite: Suite, settings: Settings, progress: Progress = without_progress) -> Run:
     """Judge `target`; `progress` is called with the numbers of results, of questions and of failures.
 
     Raises:
@@ -72,11 +73,7 @@ def run(
 
 
 def judge_all(
-    source: Source,
-    judge: Judge,
-    suite: Suite,
-    settings: Settings,
-    progress: Callable[[int, int, int], None] = lambda done, total, failed: None,
+    source: Source, judge: Judge, suite: Suite, settings: Settings, progress: Progress = without_progress
 ) -> Run:
     """Ask the source everything that its target claims, and judge the answers.
 
@@ -84,7 +81,7 @@ def judge_all(
         NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
     """
     claims = source.claims
-    asked = _asked(claims.name, suite, claims, settings.selection)
+    asked = asks_of(suite, claims, settings.selection)
     notes = try_smoke_cases(suite, source, judge)
     alignment = find_alignment(source, suite, settings.selection, judge)
     with ResultsFile(settings.results) as file:
@@ -105,15 +102,19 @@ def judge_all(
     )
 
 
-def _asked(target: str, suite: Suite, claims: Claims, selection: Selection) -> list[Ask]:
-    """Give all asks of a run, or raise with the reason why the target cannot be asked what was selected."""
+def asks_of(suite: Suite, claims: Claims, selection: Selection) -> list[Ask]:
+    """Give all asks of a run.
+
+    Raises:
+        NothingToJudge: The target claims nothing that is selected, or lacks a selected dtype.
+    """
     asked = tried_in_every_layout(asks(suite.cases, claims, selection))
     if not asked:
-        raise NothingToJudge(f"target {target} has nothing to judge: {_why_nothing(suite, claims, selection)}")
+        raise NothingToJudge(f"target {claims.name} has nothing to judge: {_why_nothing(suite, claims, selection)}")
     lacking = [dtype for dtype in selection.dtypes if dtype not in claims.dtypes]
     if lacking:
         raise NothingToJudge(
-            f"target {target} cannot be judged in {', '.join(lacking)}: it claims {', '.join(claims.dtypes)}; "
+            f"target {claims.name} cannot be judged in {', '.join(lacking)}: it claims {', '.join(claims.dtypes)}; "
             f"--dtypes asks {', '.join(selection.dtypes)}"
         )
     return asked
@@ -137,7 +138,7 @@ class _Asking:
     asked: list[Ask]
     settings: Settings
     judge: Judge
-    progress: Callable[[int, int, int], None]
+    progress: Progress
     file: ResultsFile
     failed: int = 0
     by_key: dict[Key, Result] = field(default_factory=dict)
@@ -145,28 +146,36 @@ class _Asking:
     def results(self, earlier: Mapping[Key, Result]) -> tuple[dict[Key, Result], bool]:
         """Give the results by case and dtype, and whether all questions were asked before too many failed."""
         second_time = SecondTime(self.asked)
-        count = len(self.asked) + second_time.count
         for result in earlier.values():
             self._keep(result)
-        self.progress(len(self.by_key), count, self.failed)
-        asks_by_key = {ask.key: ask for ask in self.asked if ask.key not in earlier}
+        self._show_progress()
+        for result in chain(self._judged(second_time), second_time.amended(self.source, self.judge, self.by_key)):
+            self._keep(result)
+            self.file.add(result)
+            self._show_progress()
+            if self.settings.max_fail is not None and self.failed >= self.settings.max_fail:
+                return self.by_key, False
+        return self.by_key, True
+
+    def _judged(self, second_time: SecondTime) -> Iterator[Result]:
+        """Ask what has no result yet."""
+        asks_by_key = {ask.key: ask for ask in self.asked if ask.key not in self.by_key}
         for question, answer in self.source.answers(*_groups(asks_by_key.values())):
             result = self.judge.result(asks_by_key[question.id, question.dtype], answer)
             second_time.remember(result, answer)
-            self._keep(result)
-            self.file.add(result)
-            self.progress(len(self.by_key), count, self.failed)
-            if self.settings.max_fail is not None and self.failed >= self.settings.max_fail:
-                return self.by_key, False
-        for done, result in enumerate(second_time.amended(self.source, self.judge, self.by_key), len(self.by_key)):
-            self._keep(result)
-            self.file.add(result)
-            self.progress(min(done, count), count, self.failed)
-        return self.by_key, True
+            yield result
 
     def _keep(self, result: Result) -> None:
-        self.failed += is_open(result, self.settings.accepted, self.settings.known)
+        """Keep a result, which may replace that of the same case, and count the failures."""
+        replaced = self.by_key.get(result.ask.key)
+        self.failed += self._fails(result) - (replaced is not None and self._fails(replaced))
         self.by_key[result.ask.key] = result
+
+    def _fails(self, result: Result) -> bool:
+        return is_open(result, self.settings.accepted, self.settings.known)
+
+    def _show_progress(self) -> None:
+        self.progress(len(self.by_key), len(self.asked), self.failed)
 
 
 def _groups(asked: Iterable[Ask]) -> list[Iterator[Question]]:

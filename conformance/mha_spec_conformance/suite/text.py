@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MOST_CHARACTERS", "one_line", "printable", "text_of"]
+__all__ = ["MOST_CHARACTERS", "one_line", "printable", "repr_of", "text_of"]
 
 MOST_CHARACTERS = 2000
 """The length of a message; a target may raise an exception whose text is longer."""
@@ -28,3 +28,11 @@ def printable(text: str, keep: str = "") -> str:
 def one_line(value: object, most: int = MOST_CHARACTERS) -> str:
     """Give the text of an object in one printable line."""
     return text_of(printable(text_of(value, most)), most)
+
+
+def repr_of(value: object, most: int = 200) -> str:
+    """Give the representation of an object in one printable line, also if its `__repr__` raises."""
+    try:
+        return one_line(repr(value), most)
+    except BaseException:
+        return f"an object of type {type(value).__name__}"

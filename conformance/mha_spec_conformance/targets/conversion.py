@@ -8,7 +8,18 @@ import numpy
 from mha_spec.arrays import Array, dtype_name, library_of
 from mha_spec.errors import MhaSpecError
 
-__all__ = ["LAYOUTS", "LIBRARIES", "ConversionError", "lay_out", "layouts_of", "same_bits", "to_library", "to_numpy"]
+__all__ = [
+    "LAYOUTS",
+    "LIBRARIES",
+    "ConversionError",
+    "described",
+    "holds_numbers",
+    "lay_out",
+    "layouts_of",
+    "same_bits",
+    "to_library",
+    "to_numpy",
+]
 
 LIBRARIES = ("numpy", "torch", "jax", "tensorflow")
 """The array libraries that a target may ask for."""
@@ -122,12 +133,18 @@ def to_numpy(value: Array) -> numpy.ndarray:
     if library == "torch":
         return _from_torch(value)
     if library is None or not hasattr(value, "__array__"):
-        raise ConversionError(f"{_describe(value)} is not an array")
+        raise ConversionError(f"{described(value)} is not an array")
     return _numbers(numpy.asarray(value))
 
 
+def holds_numbers(dtype: numpy.dtype) -> bool:
+    """Tell whether an array of this dtype holds numbers or booleans."""
+    # The kind of raw data, "V", is also that of the dtypes of ml-dtypes.
+    return dtype.kind in "biufc" or (dtype.kind == "V" and not issubclass(dtype.type, numpy.void))
+
+
 def _numbers(array: numpy.ndarray) -> numpy.ndarray:
-    if array.dtype.kind in "OSUMm" or issubclass(array.dtype.type, numpy.void):
+    if not holds_numbers(array.dtype):
         raise ConversionError(f"an array of dtype={array.dtype} does not hold numbers")
     return array
 
@@ -141,7 +158,8 @@ def _from_torch(tensor: Array) -> numpy.ndarray:
     return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def _describe(value: object) -> str:
+def described(value: object) -> str:
+    """Describe what a call returned instead of arrays."""
     if value is None:
         return "None (is a `return` missing?)"
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):

@@ -24,7 +24,7 @@ from mha_spec.errors import BackendError, MhaSpecError
 from mha_spec.selection import backend, backend_names
 from mha_spec_conformance.suite.conventions import CONVENTIONS, ConventionError, check_convention
 from mha_spec_conformance.suite.functions import FUNCTIONS
-from mha_spec_conformance.suite.text import text_of
+from mha_spec_conformance.suite.text import repr_of, text_of
 
 from .claims import PROFILES, Claims
 from .conversion import LIBRARIES
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
 
-__all__ = ["Target", "TargetError", "declared_conventions", "line_in_target", "load"]
+__all__ = ["Target", "TargetError", "declared_conventions", "line_in_target", "load", "one_of"]
 
 REFERENCE = "mha_spec.reference"
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
@@ -180,7 +180,7 @@ def _offer(module: ModuleType) -> str:
 
 def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[..., object]], registered: bool) -> Claims:
     default = name if registered and name in LIBRARIES else "numpy"
-    arrays = _one_of("arrays", _declaration(module, "arrays", default), LIBRARIES)
+    arrays = one_of("arrays", _declaration(module, "arrays", default), LIBRARIES)
     device = None if registered else _device(module)
     return Claims(
         name=name,
@@ -188,7 +188,7 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
         dtypes=_dtypes(module, registered),
         arrays=arrays,
         device=device,
-        profile=_one_of("profile", _declaration(module, "profile", "standard"), PROFILES),
+        profile=one_of("profile", _declaration(module, "profile", "standard"), PROFILES),
         conventions=declared_conventions(_declaration(module, "conventions", {})),
         registered=registered,
         versions=_versions(arrays, module),
@@ -232,7 +232,7 @@ def _declared(module: ModuleType) -> tuple[str, ...]:
     features = _declaration(module, "features", ())
     if not isinstance(features, (tuple, list)):
         raise TargetError(f'`features` must be a tuple of names, as in ("mask",), received {features!r}')
-    return tuple(_one_of("features", feature, FEATURES) for feature in features)
+    return tuple(one_of("features", feature, FEATURES) for feature in features)
 
 
 def _device(module: ModuleType) -> str | None:
@@ -247,7 +247,7 @@ def _dtypes(module: ModuleType, registered: bool) -> tuple[str, ...]:
     if not isinstance(dtypes, (tuple, list)) or not dtypes:
         raise TargetError(f'`dtypes` must be a tuple of names, as in ("float32",), received {dtypes!r}')
     for dtype in dtypes:
-        _one_of("dtypes", dtype, FLOATING)
+        one_of("dtypes", dtype, FLOATING)
     return tuple(dtype for dtype in FLOATING if dtype in dtypes)
 
 
@@ -277,9 +277,15 @@ def _supports(module: ModuleType) -> Callable[[object], object] | None:
     return supports if callable(supports) else None
 
 
-def _one_of(label: str, value: object, allowed: tuple[str, ...]) -> str:
+def one_of(declaration: str, value: object, allowed: tuple[str, ...], target: str | None = None) -> str:
+    """Give a declared name.
+
+    Raises:
+        TargetError: The value is not one of the allowed names.
+    """
     if not isinstance(value, str) or value not in allowed:
-        raise TargetError(f"`{label}` must be one of {', '.join(allowed)}, received {value!r}")
+        where = "" if target is None else f"target {target}: "
+        raise TargetError(f"{where}`{declaration}` must be one of {', '.join(allowed)}, received {repr_of(value)}")
     return str.__str__(value)
 
 

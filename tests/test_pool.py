@@ -1,0 +1,184 @@
+"""The pool accounts for every question, whatever the programs write and wherever the files cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import numpy
+import pytest
+
+from mha_spec_conformance.asking import files, scratch
+from mha_spec_conformance.asking.pool import Pool
+from mha_spec_conformance.asking.question import Question
+from mha_spec_conformance.asking.scratch import Scratch, ScratchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import ModuleType
+
+    Start = Callable[..., Pool]
+
+CLAIMS = {
+    "message": "claims",
+    "protocol": "mha-spec-protocol/1",
+    "functions": {"attention": []},
+    "dtypes": ["float32"],
+}
+PROGRAM = """
+import json, os, sys, time
+
+asked = 0
+for line in sys.stdin:
+    question = json.loads(line)
+    if question["message"] == "hello":
+        FIRST
+        print('CLAIMS', flush=True)
+        continue
+    asked += 1
+    answer = json.dumps({"message": "answer", "number": question["number"], "kind": "unsupported", "reason": "no"})
+    THEN
+""".replace("CLAIMS", json.dumps(CLAIMS))
+REPLY = "print(answer, flush=True)"
+
+
+def questions(count: int) -> list[Question]:
+    arrays = {name: numpy.zeros((1, 1, 2, 3), numpy.float32) for name in ("query", "key", "value")}
+    return [Question(f"q/{number}", "attention", "float32", arrays, {}, ("output",)) for number in range(count)]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Start a pool of programs that do `first` before their claims, and `then` after each question."""
+
+    def start(then: str = REPLY, first: str = "pass", jobs: int = 1) -> Pool:
+        path = tmp_path / "program.py"
+        path.write_text(PROGRAM.replace("FIRST", first).replace("THEN", then))
+        return Pool("program", jobs, 5.0, command=(sys.executable, "-S", str(path)))
+
+    return start
+
+
+def kinds(pool: Pool, count: int) -> list[str]:
+    return [answer.kind for _, answer in pool.answers(questions(count))]
+
+
+@pytest.mark.parametrize("stray", ["done\\n", "{}\\n", "\\0\\n"])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_line_after_an_answer_does_not_end_the_run(start: Start, stray: str, count: int) -> None:
+    with start(f"os.write(1, (answer + '\\n{stray}').encode())") as pool:
+        received = kinds(pool, count)
+        assert len(received) == count
+        assert received[0] == "unsupported"
+        assert kinds(pool, 1) == ["unsupported"]
+
+
+@pytest.mark.parametrize("seconds", ["1e999", "1" + "0" * 400, "-1", "NaN", "true", '"1"'])
+def test_time_that_is_not_a_number_of_seconds_is_a_crash(start: Start, seconds: str) -> None:
+    with start(f"print(answer[:-1] + ', \"seconds\": {seconds}}}', flush=True)") as pool:
+        assert kinds(pool, 1) == ["crash"]
+
+
+def test_programs_start_at_the_same_time(start: Start) -> None:
+    began = time.monotonic()
+    with start(first="time.sleep(1.5)", jobs=3) as pool:
+        assert time.monotonic() - began < 3.5
+        assert kinds(pool, 9) == ["unsupported"] * 9
+
+
+@pytest.mark.parametrize(
+    "then", [REPLY, "os._exit(3)", "asked == 2 and os._exit(3); " + REPLY, "print('done', flush=True)"]
+)
+def test_files_of_questions_are_removed_with_them(
+    start: Start, then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr(scratch, "MEMORY", folder)
+    with start(then) as pool:
+        assert len(kinds(pool, 11)) == 11
+        assert not list(folder.rglob("*.question"))
+        early = pool.answers(questions(11))
+        next(early)
+        early.close()
+        assert not list(folder.rglob("*.question"))
+
+
+def test_question_that_cannot_be_written_is_not_blamed_on_the_target(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, arrays: object) -> None:
+        if path.name in ("2.question", "5.question"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, arrays)
+
+    write = files.write
+    monkeypatch.setattr(files, "write", full)
+    with start() as pool:
+        answers = {question.id: answer for question, answer in pool.answers(questions(7))}
+    faults = {name: answer.reason for name, answer in answers.items() if answer.kind != "unsupported"}
+    assert faults == dict.fromkeys(("q/1", "q/4"), "the question cannot be written: No space left on device")
+    assert {answers[name].kind for name in faults} == {"internal"}
+    assert len(answers) == 7
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Put the folders of runs into two folders of this test: the one in memory, and the one of temporary files."""
+    memory, temporary = tmp_path / "memory", tmp_path / "temporary"
+    for folder in (memory, temporary):
+        folder.mkdir()
+    monkeypatch.setattr(scratch, "MEMORY", memory)
+    monkeypatch.setattr(scratch, "gettempdir", lambda: str(temporary))
+    return memory, temporary
+
+
+@pytest.mark.parametrize("enough", [0, 2**62])
+def test_folders_that_killed_runs_left_are_removed_from_both_places(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, enough: int
+) -> None:
+    for place in places:
+        (place / f"{scratch.PREFIX}left" / "0").mkdir(parents=True)
+        (place / f"{scratch.PREFIX}left" / scratch.LOCK).touch()
+        (place / f"{scratch.PREFIX}begun").mkdir()
+    monkeypatch.setattr(scratch, "ENOUGH_MEMORY", enough)
+    folder = Scratch()
+    assert folder.path.parent == places[enough > 0]
+    assert [path for place in places for path in place.iterdir()] == [folder.path]
+    folder.remove()
+
+
+@pytest.mark.parametrize(("module", "name"), [(fcntl, "flock"), (os, "open")])
+@pytest.mark.parametrize("ends", [True, False])
+def test_run_that_begins_at_the_same_time_takes_no_folder_away(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, ends: bool
+) -> None:
+    function = getattr(module, name)
+    others: list[Scratch] = []
+
+    def after_another_run(*arguments: int) -> object:
+        monkeypatch.setattr(module, name, function)
+        others.append(Scratch())
+        if ends:
+            others.pop().remove()
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, after_another_run)
+    folders = [Scratch(), *others]
+    folders.append(Scratch())
+    assert {path for place in places for path in place.iterdir()} == {folder.path for folder in folders}
+    for folder in folders:
+        folder.remove()
+
+
+def test_place_for_no_folder_is_named(places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "ENOUGH_MEMORY", 2**62)
+    places[1].rmdir()
+    with pytest.raises(ScratchError, match=r"folder for temporary files cannot be made: .*temporary"):
+        Scratch()
