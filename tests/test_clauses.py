@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PROVEN_ELSEWHERE = {
     "MHA-ARG-4": "tests/test_arguments.py: goldens are arrays of no library and no device",
     "MHA-PURE-4": "tests/test_worker.py: a golden is about a single call",
+    **{f"MHA-LAYOUT-{n}": "tests/test_layouts.py: a golden has no layout" for n in (1, 2, 3, 4, 5)},
 }
 """Clauses that no golden can test."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mha_spec.arguments import options_of
@@ -10,7 +10,7 @@ from mha_spec.arguments import options_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["FUNCTIONS", "Function"]
+__all__ = ["FUNCTIONS", "OF_ATTENTION", "STACKED", "Function", "with_stacked"]
 
 OPTION_FEATURES = {
     "mask": ("mask",),
@@ -34,7 +34,20 @@ LAYER_FEATURES = {"rotary": ("rotary",), "norm": ("norm_epsilon",), "cache": ("c
 
 LAYER_KEYWORDS = tuple(word for words in LAYER_FEATURES.values() for word in words)
 
+OF_ATTENTION = ("attention", "attention_weights", "attention_vjp")
+"""The functions of query and key that are not of the layer."""
+
+STACKED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
+"""The operands that a target may take as one array."""
+
 GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks")
+
+
+def with_stacked(names: tuple[str, ...], stacked: str) -> tuple[str, ...]:
+    """Name one array instead of the operands, or the gradients, that are stacked."""
+    parts = STACKED[stacked]
+    new = {**dict.fromkeys(parts, stacked), **{f"grad_{part}": f"grad_{stacked}" for part in parts}}
+    return tuple(dict.fromkeys(new.get(name, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +75,15 @@ class Function:
         """Name the outputs of a call with these keywords."""
         values = {name: keywords.get(keyword) for name, keyword in self.optional.items()}
         return tuple(name for name in self.outputs if values.get(name, True) not in (None, False))
+
+    def stacked(self, name: str | None) -> Function:
+        """Give the function that takes several operands as one array, "qkv" or "kv", and returns its gradient."""
+        parts = STACKED.get(name or "", ())
+        if name is None or not set(parts) <= set(self.operands):
+            return self
+        fewest = None if self.fewest is None else self.fewest - len(parts) + 1
+        operands, outputs = with_stacked(self.operands, name), with_stacked(self.outputs, name)
+        return replace(self, operands=operands, outputs=outputs, fewest=fewest)
 
     def keywords_of(self, features: Iterable[str]) -> tuple[str, ...]:
         """Name the keywords by which a call asks for the features."""

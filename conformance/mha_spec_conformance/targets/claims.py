@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.functions import FUNCTIONS, OF_ATTENTION
+
+from .layouts import PACKED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["PROFILES", "Claims"]
 
-PROFILES = ("standard", "strict")
-"""Profiles of precision: weights and their gradients have the type of the inputs, or that of the accumulator."""
+PROFILES = ("standard", "strict", "fused")
+"""Profiles of precision: weights and their gradients have the type of the inputs, or that of the accumulator, or that
+of the inputs in kernels that multiply whole tiles and approximate tanh."""
+
+DENSE_OPTIONS = frozenset({"mask", "bias", "dropout_mask", "dropout_rate", "q_segment_ids", "kv_segment_ids"})
+"""The options that have no place in a packed layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +38,39 @@ class Claims:
     hardware: str = "cpu"
     further: tuple[str, ...] = ()
     """The further calls that the program of the target can make."""
+    layout: str = "bhsd"
+    lse_layout: str = "tokens_first"
+    block_size: int = 16
+    groups: bool = True
+    """False if the suite repeats keys and values, because the target has as many of their heads as of the queries'."""
+    stacked: str | None = None
+    """The operands that the target takes as one array, "qkv" or "kv"."""
+    unclaimed: tuple[str, ...] = ()
+    """The functions that take any keyword, and for which the target declares no features."""
+
+    @property
+    def packs_queries(self) -> bool:
+        """True if the target takes the queries of all sequences one after another."""
+        of_pages = self.layout == "paged" and any("cu_seqlens_q" in words for words in self.keywords.values())
+        return self.layout == "thd" or of_pages
+
+    def words(self, function: str) -> frozenset[str]:
+        """Give the options of the specification that the target accepts in a function, whatever its layout is."""
+        words = frozenset(self.keywords.get(function, ()))
+        if self.layout not in PACKED or function not in OF_ATTENTION:
+            return words
+        return (words - DENSE_OPTIONS) | {"kv_lengths"} | ({"q_lengths"} if self.packs_queries else set())
 
     def accepts(self, function: str, keywords: frozenset[str]) -> bool:
         """Tell whether the target has the function and the function accepts every keyword."""
-        return function in self.keywords and keywords <= set(self.keywords[function])
+        return function in self.keywords and keywords <= self.words(function)
 
     @property
     def features(self) -> tuple[str, ...]:
         """The features that the target claims by having a function or by accepting its keywords."""
         features: dict[str, None] = {}
-        for name, keywords in self.keywords.items():
+        for name in self.keywords:
             function = FUNCTIONS[name]
-            accepted = [f for f, words in function.keyword_features.items() if set(words) <= set(keywords)]
+            accepted = [f for f, words in function.keyword_features.items() if self.words(name).issuperset(words)]
             features |= dict.fromkeys([*function.features, *accepted])
         return tuple(features)
