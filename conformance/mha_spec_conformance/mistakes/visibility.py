@@ -16,7 +16,7 @@ from .mistake import Mistake, changing, replacing
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
-__all__ = ["VISIBILITY", "first_along"]
+__all__ = ["VISIBILITY", "at_positions", "first_along"]
 
 
 def first_along(name: str, axis: int) -> steps.Steps:
@@ -66,6 +66,14 @@ def padding_of_queries(a: Arguments) -> Arguments:
     return a if a.mask is None or a.q_len != a.kv_len else replace(a, mask=transposed(a.mask))
 
 
+def at_positions(a: Arguments, positions: numpy.ndarray) -> Arguments:
+    """Apply causal and window at these positions of the queries, (batch or 1, heads or 1, q_len, 1)."""
+    distance = numpy.arange(a.kv_len) - positions
+    left, right = (math.inf if side is None else side for side in a.bounded_window or (None, None))
+    seen = (distance >= -left) & (distance <= (min(right, 0) if a.causal else right))
+    return replace(a, causal=False, window=None, mask=seen if a.mask is None else seen & a.mask)
+
+
 def restarting_positions(a: Arguments) -> Arguments:
     """Count the positions of each segment from its first query and its first key."""
     if a.q_segment_ids is None or not a.positional:
@@ -74,10 +82,7 @@ def restarting_positions(a: Arguments) -> Arguments:
     first = numpy.zeros(queries.shape, int)
     for b, i in numpy.ndindex(first.shape):
         first[b, i] = numpy.argmax(keys[b] == queries[b, i]) - numpy.argmax(queries[b] == queries[b, i])
-    distance = numpy.arange(a.kv_len) - (numpy.arange(a.q_len) + first)[:, None, :, None]
-    left, right = (math.inf if side is None else side for side in a.bounded_window or (None, None))
-    seen = (distance >= -left) & (distance <= (min(right, 0) if a.causal else right))
-    return replace(a, causal=False, window=None, mask=seen if a.mask is None else seen & a.mask)
+    return at_positions(a, (numpy.arange(a.q_len) + first)[:, None, :, None])
 
 
 def any_of(constraints: list[numpy.ndarray]) -> numpy.ndarray:
@@ -217,6 +222,17 @@ VISIBILITY = (
         ),
         convention=Convention("causal_alignment", "lower_right_of_kv_lengths"),
         bugs=("onnx/onnx PR#8068",),
+    ),
+    Mistake(
+        "causal-lower-right-of-lengths",
+        "puts the causal diagonal at kv_lengths - q_lengths",
+        ("MHA-POS-1", "MHA-POS-2"),
+        replacing(
+            check=lambda a: steps.check(
+                a if not a.positional or a.q_lengths is None else replace(a, q_offset="lower_right")
+            )
+        ),
+        convention=Convention("causal_alignment", "lower_right_of_lengths"),
     ),
     Mistake(
         "causal-lower-right-never-negative",

@@ -10,7 +10,12 @@ __all__ = ["CONVENTIONS", "Convention", "ConventionError", "check_convention", "
 
 CONVENTIONS = {
     "mask_polarity": ("true_attends", "true_hides"),
-    "causal_alignment": ("upper_left", "lower_right", "lower_right_of_kv_lengths"),
+    "causal_alignment": (
+        "upper_left",
+        "lower_right",
+        "lower_right_of_kv_lengths",
+        "lower_right_of_lengths",
+    ),
     "fully_masked_row": ("zero", "mean_of_values", "nan"),
     "empty_row_lse": ("minus_inf", "zero", "plus_inf"),
     "group_order": ("repeat", "tile"),
