@@ -119,17 +119,20 @@ class Rows:
     @cached_property
     def hidden_reach(self) -> bool:
         """True if a non-finite operand has visible and hidden pairs, which is a SHOULD (MHA-POISON-2)."""
-        used = numpy.repeat(self.over_group(self.visible), self.group, axis=1)[:, :, None, :]
-        hidden = ~self.visible & self.seeing[..., None] & used
-        bad = numpy.zeros_like(hidden)
+        used = numpy.repeat(self.over_group(self.visible), self.group, axis=1)
+        return bool(self.reached_by_hidden(used).any())
+
+    def reached_by_hidden(self, used: Array) -> Array:
+        """Mark the hidden pairs with a non-finite operand that other pairs use, for the `used` keys of each head."""
+        hidden = ~self.visible & self.seeing[..., None] & used[:, :, None, :]
+        bad = self._pairs("bias", _poison)
         for name in ("key", "value"):
             if name in self.arrays:
                 bad = bad | self._vectors(name, _not_finite)[:, :, None, :]
-        reached = (hidden & (bad | self._pairs("bias", _poison))).any()
         if "grad_output" in self.arrays:
             rows = self._vectors("query", _not_finite) | self._vectors("grad_output", _not_finite)
-            reached = reached or (hidden & rows[..., None]).any()
-        return bool(reached)
+            bad = bad | rows[..., None]
+        return hidden & bad
 
 
 def _not_finite(array: Array) -> Array:
