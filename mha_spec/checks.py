@@ -45,7 +45,6 @@ __all__ = [
     "check_offset",
     "check_rate",
     "check_same_device",
-    "of_one_class",
     "refuse_ambiguity",
     "refuse_unknown",
 ]
@@ -113,11 +112,6 @@ def check_tensors(a: Arguments) -> None:
                 f"`{label}` must have the dtype of `query`, dtype={expected}, received dtype={received}. "
                 "Convert either first: attention never promotes.",
             )
-
-
-def of_one_class(first: Array, *others: Array) -> bool:
-    """Tell whether all arrays have the same class, and so the same library (MHA-ARG-4)."""
-    return library_of(first) is not None and all(type(other) is type(first) for other in others)
 
 
 def _alike(query: Array, *others: Array) -> bool:

@@ -13,10 +13,23 @@ import numpy
 
 from .errors import refuse_type, refuse_value
 
-__all__ = ["as_float", "check_flag", "check_integer", "check_number", "is_integer", "is_number", "plain", "short_repr"]
+__all__ = [
+    "PLAIN_TYPES",
+    "as_float",
+    "check_flag",
+    "check_integer",
+    "check_number",
+    "is_integer",
+    "is_number",
+    "plain",
+    "short_repr",
+]
 
 LONGEST = 80
 """The most characters of a value that a message shows."""
+
+PLAIN_TYPES = frozenset({type(None), bool, int, float, str})
+"""The types of options that a prepared call is found by: their values never change, and are equal only if alike."""
 
 _SYMBOLIC = {"SymInt": int, "SymFloat": float}
 

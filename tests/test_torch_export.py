@@ -13,6 +13,7 @@ from support.torch_world import sized, tokens
 from torch.export import Dim, export
 
 import mha_spec_torch
+from mha_spec_torch.operators import DECOMPOSITIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,3 +74,22 @@ def test_an_onnx_model_gives_the_same_results(tmp_path: Path) -> None:
         names = [argument.name for argument in session.get_inputs()]
         results = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, call, strict=True)})
         assert_near(results, [expected.detach().numpy() for expected in model(*call)])
+
+
+@pytest.mark.usefixtures("quiet")
+def test_inductor_takes_the_operators_where_ci_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    heads = tokens(5)[:, None]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: attention(2 * x, x, x), fullgraph=True, backend="inductor")
+    assert_near(compiled(heads), attention(2 * heads, heads, heads))
+
+
+@pytest.mark.usefixtures("quiet")
+def test_an_exported_program_decomposes_into_standard_operators() -> None:
+    model, call = Model(), inputs(*SIZES[0])
+    program = export(model, call, dynamic_shapes=open_sizes()).run_decompositions(DECOMPOSITIONS)
+    assert not [node for node in program.graph.nodes if "mha_spec" in str(node.target)]
+    for sizes in SIZES:
+        call = inputs(*sizes)
+        assert_near(program.module()(*call), model(*call))

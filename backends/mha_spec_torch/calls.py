@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from mha_spec.arguments import Arguments
 from mha_spec.array_checks import check_library
 from mha_spec.checks import check, refuse_unknown
+from mha_spec.scalars import PLAIN_TYPES
 
 from .function import transformed
 from .paths import autocasts
 from .problem import Problem, readable
-from .symbols import checked, entries, is_open, traced
+from .symbols import TENSORS, checked, entries, is_open, traced
 from .visibility import with_integers
 
 if TYPE_CHECKING:
@@ -32,15 +31,13 @@ if TYPE_CHECKING:
 
     from .tasks import Operands
 
-__all__ = ["PREPARED", "arguments_of", "cast", "problem_of", "remember", "signature_of"]
+__all__ = ["PREPARED", "arguments_of", "cast", "prepared", "problem_of", "signature_of"]
 
-TENSORS = (Tensor, Parameter)
-VALUES = frozenset({type(None), bool, int, float, str})
-"""The types of options that are compared by value and type."""
 ARRAYS = frozenset({"mask", "bias", "sinks"})
 """The options of which neither the checks nor the preparation read an element."""
 INTEGERS = frozenset({"q_offset", "q_lengths", "kv_lengths"})
 """The options whose arrays are read, if they are not on an accelerator."""
+INTEGRAL = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 
 Signature = tuple[object, ...]
 
@@ -59,53 +56,58 @@ def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str
         signature += array.shape, array.stride(), array.dtype, array.device
     for name, option in options.items():
         kind = type(option)
-        if kind in VALUES:
+        if kind in PLAIN_TYPES:
             signature += name, kind, option
         elif kind in TENSORS and name in ARRAYS and not option.is_nested:
             signature += name, option.shape, option.dtype, option.device, option.layout
-        elif not _listed(name, option, signature):
+        elif not _described_in(signature, name, option):
             return None
     return tuple(signature)
 
 
 def _is_eager(query: Any) -> bool:
     """Tell whether a tensor has contents, and no tracer, transform, dispatch mode or autocast affects the call."""
-    return (
-        type(query) in TENSORS
-        and not query.is_meta
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+    return not (
+        traced(query) or transformed() or torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack()
     )
 
 
-def remember(signature: Signature | None, problem: Problem, x: Operands) -> None:
-    """Keep a prepared call, without its mask, for later calls with the same signature."""
+def prepared(signature: Signature | None, problem: Problem, x: Operands) -> Problem:
+    """Prepare a call for its path, and keep it, without its mask, for later calls with the same signature.
+
+    The path must not depend on whether an equal call was kept: a checkpoint repeats a call and compares what it saved.
+    """
     if signature is None or problem.drops:
-        return
+        return problem
+    problem = problem.described(x)
     if problem.host:
         if len(problem.visibility.tasks) > MOST_TASKS:
-            return
+            return problem
         problem.visibility.compare()
     if len(PREPARED) >= MOST_PREPARED:
         PREPARED.clear()
-    PREPARED[signature] = problem.described(x)
+    PREPARED[signature] = problem
+    return problem
 
 
-def _listed(name: str, option: Any, signature: list[object]) -> bool:
-    """Append a description of integers, by value."""
+def _described_in(signature: list[object], name: str, option: Any) -> bool:
+    """Append a sequence or an array of integers by value; return False if the option is neither."""
     kind = type(option)
     if kind is list or kind is tuple:
         kinds = tuple(map(type, option))
         signature += name, kind, kinds, tuple(option)
-        return VALUES.issuperset(kinds)
-    is_read = kind is numpy.ndarray or (kind is Tensor and readable(option))
-    if not is_read or name not in INTEGERS or option.ndim != 1:
+        return PLAIN_TYPES.issuperset(kinds)
+    if name not in INTEGERS or not _is_read(option) or option.ndim != 1:
         return False
     signature += name, kind, option.dtype, tuple(option.tolist())
     return True
+
+
+def _is_read(option: object) -> bool:
+    """Tell whether an option is an array of integers that may be read before anything has checked it."""
+    if type(option) is numpy.ndarray:
+        return option.dtype.kind in "iu"
+    return type(option) is Tensor and readable(option) and option.layout is torch.strided and option.dtype in INTEGRAL
 
 
 def problem_of(a: Arguments) -> Problem:

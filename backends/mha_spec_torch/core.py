@@ -18,7 +18,7 @@ from mha_spec.checks import (
 )
 
 from . import fused, operators, paths
-from .calls import PREPARED, arguments_of, cast, problem_of, remember, signature_of
+from .calls import PREPARED, arguments_of, cast, prepared, problem_of, signature_of
 from .dropout import drawn
 from .function import Attention, gradients, recorded, transformed
 from .merging import merge, merge_gradients
@@ -95,8 +95,7 @@ def _first(
     problem, x = problem_of(a), Operands.of(a)
     if transformed():
         return paths.differentiable(problem, x)
-    remember(signature, problem, x)
-    return _attend(problem, x, needs_lse)
+    return _attend(prepared(signature, problem, x), x, needs_lse)
 
 
 def _in_graph(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:

@@ -26,11 +26,13 @@ def transformed() -> bool:
 
 
 def recorded(problem: Problem, x: Operands) -> torch.Tensor | None:
-    """Compute the output by the kernel, with torch's own gradient; None if a NaN must be kept from passing.
+    """Compute the output by the kernel, with torch's own gradient; None if `Attention` has to record the call.
 
     `Attention` has the same gradient, but a function in Python takes longer than a small kernel. A hook adds what
-    torch's gradient lacks.
+    torch's gradient lacks. It reads the saved tensors once more, which a checkpoint forbids.
     """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore[reportAttributeAccessIssue]
+        return None
     results = native.attend(problem, problem.visibility.tasks[0], x, needs_lse=True)
     if results is None:
         return None
@@ -41,7 +43,9 @@ def recorded(problem: Problem, x: Operands) -> torch.Tensor | None:
 
 def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Sequence[Any]) -> tuple[Any, ...] | None:
     """Replace torch's gradients if they must be differentiable too, or if a NaN has passed a hidden pair."""
-    is_differentiated = torch.is_grad_enabled() or transformed()
+    if grad_outputs[0] is None:
+        return None
+    is_differentiated = _needs_operations(grad_outputs)
     if not is_differentiated and not _may_be_poisoned(problem, grad_inputs):
         return None
     node: Any = torch._C._current_autograd_node()
@@ -52,6 +56,16 @@ def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Seque
         rows = node._saved_output, node._saved_logsumexp, grad_outputs[0], None
         results = backward(problem, x, *rows, needs_bias=False)
     return tuple(None if old is None else new for old, new in zip(grad_inputs, results[:3], strict=True))
+
+
+def _needs_operations(grad_outputs: Sequence[Any]) -> bool:
+    """Tell whether the gradient itself is differentiated or transformed, also by `is_grads_batched` of autograd."""
+    batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    return (
+        torch.is_grad_enabled()
+        or transformed()
+        or any(gradient is not None and batched(gradient) for gradient in grad_outputs)
+    )
 
 
 def _may_be_poisoned(problem: Problem, gradients: Sequence[Any]) -> bool:
@@ -81,7 +95,7 @@ class Attention(torch.autograd.Function):
         *operands, output, lse = ctx.saved_tensors
         x, (grad_output, grad_lse) = Operands(*operands), grad_outputs
         grad_output = torch.zeros_like(output) if grad_output is None else grad_output
-        if torch.is_grad_enabled() or transformed():
+        if _needs_operations(grad_outputs):
             results = gradients(ctx.problem, x, grad_output, grad_lse)
         else:
             needs_bias = ctx.needs_input_grad[4]

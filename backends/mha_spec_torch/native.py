@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .tasks import converted, dense_rows
+from .tasks import converted, dense_rows, logits_of
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -22,8 +22,6 @@ __all__ = ["attend", "gradients"]
 
 FEWEST_KEYS = 16
 """With fewer keys, the kernel may take a row whose scores are all NaN for a row that sees no key (MHA-NAN-1)."""
-VISIBLE, HIDDEN = torch.tensor(0.0, device="cpu"), torch.tensor(-math.inf, device="cpu")
-
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -62,7 +60,7 @@ def _with_lse(
     """Compute output and lse; None if a NaN may be lost. The kernel gives lse = 0 to a row that it takes for empty."""
     added = None if mask is None else _added(mask, problem.dtype)
     output, lse = _forward(*operands, 0.0, causal, attn_mask=added, scale=problem.scale)
-    may_be_empty = task.has_empty_rows if added is task.added else added is not None
+    may_be_empty = added is not None and (added is not task.added or task.has_empty_rows)
     if not (may_be_empty or operands[1].shape[2] < FEWEST_KEYS) or int(torch.count_nonzero(lse)) == lse.numel():
         return output, lse
     if added is None:
@@ -72,7 +70,7 @@ def _with_lse(
 
 def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert a mask to the numbers that the kernel adds to the scores."""
-    return converted(torch.where(mask, VISIBLE, HIDDEN) if mask.dtype == torch.bool else mask, dtype)
+    return logits_of(mask, dtype) if mask.dtype == torch.bool else converted(mask, dtype)
 
 
 def _with_sinks(
@@ -143,7 +141,7 @@ def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch
     visible = problem.visible(task, x)
     if visible is None or x.bias is None:
         return False, visible
-    return False, converted(torch.where(visible, x.bias, HIDDEN), problem.dtype)
+    return False, converted(torch.where(visible, x.bias, -math.inf), problem.dtype)
 
 
 def _of_one_size(*operands: torch.Tensor) -> list[torch.Tensor]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from mha_spec.arguments import Arguments
 from mha_spec.checks import check_numbers, check_window
@@ -19,12 +18,12 @@ from .dropout import Draws, draws_of
 from .paths import backward, differentiable, forward, weigh_backward
 from .paths import weigh as weigh_by_formula
 from .problem import Problem, readable
-from .tasks import Operands
+from .tasks import Operands, softmax_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["attend", "gradients", "weigh"]
+__all__ = ["DECOMPOSITIONS", "attend", "gradients", "weigh"]
 
 SCHEMA = ", ".join(
     [
@@ -43,12 +42,18 @@ _library = torch.library.Library("mha_spec_torch", "DEF")
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     """Output and lse of a call, as a single operator."""
-    return torch.ops.mha_spec_torch.attend(*_spelled(a))
+    return _operator("attend")(*_spelled(a))
 
 
 def weigh(a: Arguments) -> Tensor:
     """The weights of a call, as a single operator."""
-    return torch.ops.mha_spec_torch.weigh(*_spelled(a))
+    return _operator("weigh")(*_spelled(a))
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """Give an operator, or its formula for an ONNX model, whose standard operators have no such node."""
+    operator = getattr(torch.ops.mha_spec_torch, name).default
+    return DECOMPOSITIONS[operator] if torch.onnx.is_in_onnx_export() else operator
 
 
 def gradients(a: Arguments, grad_output: Tensor, grad_lse: Tensor | None) -> Operands:
@@ -100,8 +105,8 @@ def _attend(*spelled: Any) -> tuple[Tensor, Tensor]:
 
 def _attend_shapes(*spelled: Any) -> tuple[Tensor, Tensor]:
     query, value = spelled[0], spelled[2]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty((*query.shape[:3], value.shape[3])), query.new_empty(query.shape[:3], dtype=dtype)
+    lse = query.new_empty(query.shape[:3], dtype=softmax_dtype(query))
+    return query.new_empty((*query.shape[:3], value.shape[3])), lse
 
 
 def _gradients(
@@ -186,13 +191,12 @@ for _name, _through in (("attend", _through_attend), ("weigh", _through_weigh)):
     torch.library.register_autograd(f"mha_spec_torch::{_name}", _through, setup_context=_keep, lib=_library)
 
 
-# The exporter to ONNX replaces operators that it does not know by their entries in the table of decompositions. A
-# tracer with open sizes takes the shapes from there, too, which fixes sizes, unless the table of metas has an entry.
-_decomposed = {
-    "attend": (_attend_shapes, lambda *spelled: differentiable(*_called(spelled, host=False))),
-    "weigh": (_weigh_shape, lambda *spelled: weigh_by_formula(*_called(spelled, host=False))),
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.mha_spec_torch.attend.default: lambda *spelled: differentiable(*_called(spelled, host=False)),
+    torch.ops.mha_spec_torch.weigh.default: lambda *spelled: weigh_by_formula(*_called(spelled, host=False)),
 }
-for _name, (_shapes, _formula) in _decomposed.items():
-    _operator = getattr(torch.ops.mha_spec_torch, _name).default
-    register_decomposition(_operator, type="meta")(_shapes)
-    register_decomposition(_operator)(_formula)
+"""The formulas of the operators in operators of torch, for `ExportedProgram.run_decompositions`.
+
+They are not in torch's table of decompositions: inductor refuses an operator of that table that it calls as it is,
+but only where the variable `CI` is set.
+"""

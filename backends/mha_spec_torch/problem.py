@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from mha_spec import steps
 
 from .dropout import draws_of
-from .tasks import dense_rows
+from .tasks import dense_rows, softmax_dtype
 from .visibility import Visibility, all_hold
 
 if TYPE_CHECKING:
+    import torch
+
     from mha_spec.arguments import Arguments
 
     from .dropout import Draws
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, a: Arguments, *, host: bool) -> Problem:
         """Prepare the options of a call."""
-        dtype = torch.float64 if a.query.dtype == torch.float64 else torch.float32
+        dtype = softmax_dtype(a.query)
         return cls(
             scale=steps.scale_of(a.scale, a.query.shape[3]),
             softcap=a.softcap,

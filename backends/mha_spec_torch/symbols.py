@@ -16,8 +16,10 @@ from mha_spec.checks import check
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
-__all__ = ["checked", "entries", "example", "is_open", "surely", "traced"]
+__all__ = ["TENSORS", "checked", "entries", "example", "is_open", "surely", "traced"]
 
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+"""The classes of tensors that hold their contents; a subclass may trace or change the call."""
 SYMBOLS = (torch.SymInt, torch.SymFloat)
 NUMBERS = ("q_offset", "window", "scale", "softcap", "dropout_rate")
 """The options that are Python numbers, or hold Python numbers."""
@@ -60,8 +62,7 @@ def entries(value: Any, device: torch.device) -> Any:
 
 def traced(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is traced, or has no contents."""
-    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    return not is_plain or tensor.is_meta or torch._C._get_tracing_state() is not None
+    return type(tensor) not in TENSORS or tensor.is_meta or torch._C._get_tracing_state() is not None
 
 
 def surely(condition: bool | torch.SymBool) -> bool:

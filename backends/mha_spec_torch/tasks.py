@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +13,17 @@ if TYPE_CHECKING:
 
     from mha_spec.arguments import Arguments
 
-__all__ = ["Operands", "Span", "Task", "blocks", "converted", "dense_rows", "pieces"]
+__all__ = [
+    "Operands",
+    "Span",
+    "Task",
+    "blocks",
+    "converted",
+    "dense_rows",
+    "logits_of",
+    "pieces",
+    "softmax_dtype",
+]
 
 SCORES = 2**21
 """The number of scores that the formula holds at once: 8 MiB in float32, and more only for the rows of `ROWS`."""
@@ -83,6 +94,16 @@ class Operands(NamedTuple):
 def converted(array: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert a tensor to `dtype`; comparing the dtypes is faster than a call of `to` without effect."""
     return array if array.dtype == dtype else array.to(dtype)
+
+
+def logits_of(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert visible pairs to logits that are added to the scores: 0, or -inf where a pair is hidden."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+
+
+def softmax_dtype(query: torch.Tensor) -> torch.dtype:
+    """Return the softmax's type (MHA-SOFTMAX-2)."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

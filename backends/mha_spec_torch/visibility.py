@@ -6,7 +6,6 @@ accelerator are compared, never read (MHA-LEN-3).
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from mha_spec.arrays import host_integers
 from mha_spec.constraints import distances, equal_entries, key_range, segment_keys, segment_runs, trimmed
 
 from .symbols import surely
-from .tasks import Span, Task, blocks
+from .tasks import Span, Task, blocks, logits_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ ROWS = (64, 512)
 COST_OF_CUT = 2**12
 """The number of scores computed in the time that it takes to cut a call by its segment ids."""
 KEPT_PAIRS = 2**14
-"""The most elements of a comparison that is kept with its task."""
+"""The most elements of all comparisons that are kept with a call."""
 TILE = 16
 """The number of keys that the kernel computes together. It computes others one by one, and a mask is faster."""
 COST_OF_TASK = 2**18
@@ -50,8 +49,9 @@ class PerEntry:
     __slots__ = ("numbers", "unread")
 
     def __init__(self, value: Any, *, host: bool) -> None:
-        self.unread: Any = value if isinstance(value, (torch.Tensor, torch.SymInt)) else None
         self.numbers = value.tolist() if host and isinstance(value, torch.Tensor) else host_integers(value)
+        # A prepared call outlives its arguments, so it keeps a tensor only if it has not read it.
+        self.unread: Any = value if self.numbers is None else None
 
     def known(self, batch: Span) -> list[int] | None:
         """Return the integers of some batch entries, or the common integer; None if they must not be read."""
@@ -107,14 +107,19 @@ class Visibility:
 
     @torch.inference_mode(False)
     def compare(self) -> None:
-        """Compare now what every call would compare, and keep the results that are small."""
-        self.tasks = [task if task.sees_all or task.is_diagonal else self._compared(task) for task in self.tasks]
+        """Compare now what every call would compare, and keep the results as long as they are small together."""
+        tasks, left = [], KEPT_PAIRS
+        for task in self.tasks:
+            compared = task if task.sees_all or task.is_diagonal else self._compared(task, left)
+            left -= 0 if compared.visible is None else compared.visible.numel()
+            tasks.append(compared)
+        self.tasks = tasks
 
-    def _compared(self, task: Task) -> Task:
+    def _compared(self, task: Task, most: int) -> Task:
         visible = all_hold(self.constraints(task))
-        if visible is None or visible.numel() > KEPT_PAIRS:
+        if visible is None or visible.numel() > most:
             return task
-        added = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, -math.inf)
+        added = logits_of(visible, self.dtype)
         return replace(task, visible=visible, added=added, has_empty_rows=not bool(visible.any(-1).all()))
 
     def _cut(self) -> list[Task]:
