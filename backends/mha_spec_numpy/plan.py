@@ -11,6 +11,7 @@ from mha_spec import steps
 from mha_spec.arguments import Arguments
 from mha_spec.arrays import dtype_name, namespace_of, softmax_dtype_name
 from mha_spec.checks import check, refuse_unknown
+from mha_spec.scalars import PLAIN_TYPES
 
 from .parallel import is_tiny
 from .tiling import tiles
@@ -29,7 +30,6 @@ PLANS = 64
 """The number of plans that are kept for later calls."""
 PLAIN_OPTIONS = frozenset({"causal", "q_offset", "scale", "softcap"})
 """The options with which calls share plans: seldom an array, and not different in every call."""
-PLAIN_TYPES = frozenset({type(None), bool, int, float, str})
 LARGEST = 2**16
 """Calls with larger queries take so long that a plan saves nothing, and may have many tiles, which a plan keeps."""
 

@@ -97,7 +97,7 @@ class Visibility:
         """True if nothing but positions and a bias hides pairs."""
         self.whole = self.positions_only and not self.positional
         """True if every row sees every key unless a bias hides it."""
-        self._key_blocks: dict[tuple[Tile, int], list[range]] = {}
+        self._key_blocks: dict[tuple[range, range, range, int], list[range]] = {}
 
     @cached_property
     def offset(self) -> PerEntry:
@@ -115,9 +115,11 @@ class Visibility:
 
     def key_blocks(self, tile: Tile, length: int) -> list[range]:
         """Cut the keys that a row of the tile may see into blocks; all keys outside them are invisible."""
-        known = self._key_blocks.get((tile, length))
+        # By value, because a shared plan meets new tiles of the same box in every call.
+        box = tile.entries, tile.kv_heads, tile.queries, length
+        known = self._key_blocks.get(box)
         if known is None:
-            known = self._key_blocks[tile, length] = self._cut_keys(tile, length)
+            known = self._key_blocks[box] = self._cut_keys(tile, length)
         return known
 
     def _cut_keys(self, tile: Tile, length: int) -> list[range]:
