@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,8 @@ FLOAT8 = {
     "F8_E8M0": "float8_e8m0fnu",
 }
 """The names of ml-dtypes for the types of the format that NumPy lacks."""
+NOT_OF_TORCH = ("bfloat16", *FLOAT8.values())
+"""The dtypes that torch does not convert to NumPy."""
 
 
 def _safetensors() -> Any:
@@ -60,29 +64,37 @@ def read_safetensors(path: str | PathLike[str], *, prefix: str = "") -> dict[str
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
-            narrow = [name for name in names if opened.get_slice(name).get_dtype() in FLOAT8]
-            arrays = {name: _read(opened.get_tensor, name) for name in names if name not in narrow}
-        if not narrow:
-            return arrays
-        # The reader of safetensors looks for the types of float8 in NumPy, which does not have them.
-        entries = dict(safetensors.deserialize(file.read_bytes()))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+            dtypes = {name: FLOAT8.get(opened.get_slice(name).get_dtype()) for name in names}
+            return {
+                name: _representable(name, partial(opened.get_tensor, name) if dtype is None else _float8(file, name))
+                for name, dtype in dtypes.items()
+            }
+    except (OSError, safetensors.SafetensorError) as error:
         raise ArgumentValueError(f"`path` must be a safetensors file, received path={str(path)!r}: {error}") from error
-    read = arrays | {name: _read(_float8, entries[name], name) for name in narrow}
-    return {name: read[name] for name in names}
 
 
-def _read(read: Callable[[Any], numpy.ndarray], source: Any, name: str = "") -> numpy.ndarray:
+def _representable(name: str, read: Callable[[], numpy.ndarray]) -> numpy.ndarray:
     """Read an array; the error of a shape or a dtype that NumPy does not support names the array."""
     try:
-        return read(source)
+        return read()
     except (AttributeError, MemoryError, OverflowError, TypeError, ValueError) as error:
-        raise ArgumentValueError(f"`path` holds {name or source!r}, which NumPy cannot represent: {error}") from error
+        raise ArgumentValueError(f"`path` holds {name!r}, which NumPy cannot represent: {error}") from error
 
 
-def _float8(entry: Mapping[str, Any]) -> numpy.ndarray:
-    dtype = getattr(import_module("ml_dtypes"), FLOAT8[entry["dtype"]])
-    return numpy.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+def _float8(file: Path, name: str) -> Callable[[], numpy.ndarray]:
+    """Return a reader of an array of float8, whose types the reader of safetensors looks for in NumPy, in vain."""
+
+    def read() -> numpy.ndarray:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            entry = json.loads(opened.read(size))[name]
+            start, stop = entry["data_offsets"]
+            opened.seek(8 + size + start)
+            data = opened.read(stop - start)
+        dtype = getattr(import_module("ml_dtypes"), FLOAT8[entry["dtype"]])
+        return numpy.frombuffer(data, dtype).reshape(entry["shape"])
+
+    return read
 
 
 def write_safetensors(
@@ -143,16 +155,15 @@ def _text(metadata: object) -> dict[str, str] | None:
 
 
 def _on_host(name: str, array: Array) -> numpy.ndarray:
-    """Convert an array of any library to a contiguous NumPy array; torch converts every dtype but bfloat16."""
+    """Convert an array of any library to a contiguous NumPy array, of a dtype of ml-dtypes where NumPy has none."""
     library = library_of(array)
     if library is None:
         raise ArgumentTypeError(f"`state` must hold arrays, received {name}={type(array).__name__}.")
     if library != "torch":
         host = numpy.asarray(array, order="C")
         return host if host.dtype.byteorder != ">" else host.astype(host.dtype.newbyteorder("<"))
-    plain = array.detach().cpu().contiguous()
-    if dtype_name(plain) != "bfloat16":
+    plain, name_of_dtype = array.detach().cpu().contiguous(), dtype_name(array)
+    if name_of_dtype not in NOT_OF_TORCH:
         return plain.numpy()
-    import ml_dtypes
-
-    return plain.view(namespace_of(plain).int16).numpy().view(ml_dtypes.bfloat16)
+    bits = namespace_of(plain).int16 if name_of_dtype == "bfloat16" else namespace_of(plain).uint8
+    return plain.view(bits).numpy().view(getattr(import_module("ml_dtypes"), name_of_dtype))

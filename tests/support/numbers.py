@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 
 __all__ = ["numbers", "pattern"]
 
 
-def numbers(*shape: int, seed: int = 3) -> numpy.ndarray:
-    """Draw standard normal numbers in float64."""
-    return numpy.random.default_rng([seed, *shape]).standard_normal(shape)
+def numbers(*shape: int, seed: int = 3, dtype: Any = numpy.float64) -> numpy.ndarray:
+    """Draw standard normal numbers."""
+    return numpy.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
 
 
 def pattern(*shape: int) -> numpy.ndarray:
