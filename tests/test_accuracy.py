@@ -211,7 +211,10 @@ def test_a_bias_that_absorbs_the_scores_leaves_any_weights(function: str, bias: 
     with numpy.errstate(all="ignore"):
         received = answer(function, arrays, options)
     for name, value in exact.items():
-        assert not (abs(received[name].astype(numpy.float64) - value) > allowed[name]).any(), name
+        # Where the guard overflows, the allowance is not finite, and the fuzzer does not compare.
+        limited = numpy.isfinite(allowed[name])
+        assert limited.all() or scale > 20 or function != "attention", name
+        assert (abs(received[name].astype(numpy.float64) - value)[limited] <= allowed[name][limited]).all(), name
 
 
 def test_an_error_of_a_logit_may_give_weight_to_a_key_of_weight_0() -> None:
@@ -221,7 +224,8 @@ def test_an_error_of_a_logit_may_give_weight_to_a_key_of_weight_0() -> None:
     weights = bounds("attention_weights", {n: arrays[n] for n in ("query", "key")}, {"scale": 1.0}).values["weights"]
     assert weights[0, 0, 0].tolist() == [1.0, 0.0]
     p = precision("float32")
-    assert not (allowances("attention", arrays, {"scale": 1.0}, p)["output"] < 1).any()
+    # The error exceeds the distance of the logits, so that no result can be refused.
+    assert not numpy.isfinite(allowances("attention", arrays, {"scale": 1.0}, p)["output"]).any()
 
 
 def test_a_wider_bias_may_be_rounded() -> None:
