@@ -19,6 +19,7 @@ from mha_spec.parameters import AXES
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps
 from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.joined import Joined
 from mha_spec_conformance.targets.conversion import described
 
 if TYPE_CHECKING:
@@ -61,8 +62,10 @@ class MalformedResult(Exception):
     """A call did not return the results of its function."""
 
 
-def function_over(steps: Steps | LayerSteps, name: str) -> Callable[..., Any]:
+def function_over(steps: Steps | LayerSteps | Joined, name: str) -> Callable[..., Any]:
     """Give a function of the specification that is composed of these steps, of attention or of the layer."""
+    if isinstance(steps, Joined):
+        return steps.function(name, function_over)
     layer, core = (steps, Steps()) if isinstance(steps, LayerSteps) else (LayerSteps(), steps)
     return getattr(Reference(core) if hasattr(Reference, name) else Layer(layer), name)
 

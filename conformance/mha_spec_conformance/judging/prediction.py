@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec_conformance.asking.calls import arranged, function_over, joined, layer_answers, named
+from mha_spec_conformance.mistakes import ANY_SIZE, Sizes
 from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.joined import Joined
 
 from .bounds import SPECIFICATION, bounds
 from .bounds.evaluation import in_float64
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     from .bounds import Bounds, Precision
 
+    AnySteps = Steps | LayerSteps | Joined
+
 __all__ = ["Predictions", "answer", "can_show"]
 
 CANNOT_ANSWER = (ArithmeticError, IndexError, TypeError, ValueError)
@@ -29,7 +33,7 @@ CANNOT_ANSWER = (ArithmeticError, IndexError, TypeError, ValueError)
 
 
 def answer(
-    steps: Steps | LayerSteps, function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, object]
+    steps: AnySteps, function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, object]
 ) -> dict[str, numpy.ndarray]:
     """Give the outputs by name of the reference that is composed of these steps."""
     call = function_over(steps, function)
@@ -41,46 +45,78 @@ def answer(
     return {name: array for name, array in results.items() if array is not None}
 
 
-def can_show(mistake: Mistake, case: Case) -> bool:
-    """Tell whether the case calls a function of the mistake with every argument that the mistake needs."""
-    arguments = {*case.options, *case.input_names}
-    return case.function in mistake.functions and arguments.issuperset(mistake.needs)
+def can_show(mistake: Mistake, case: Case, dtype: str | None = None) -> bool:
+    """Tell whether the case calls a function of the mistake with the arguments, sizes and dtype that it needs."""
+    if case.function not in mistake.functions or not {*case.options, *case.input_names}.issuperset(mistake.needs):
+        return False
+    if mistake.dtypes and not set(mistake.dtypes) & ({dtype} if dtype else set(case.dtypes)):
+        return False
+    return mistake.past == ANY_SIZE or all(size > least for size, least in zip(_sizes(case), mistake.past, strict=True))
+
+
+def _sizes(case: Case) -> Sizes:
+    if "query" not in case.input_names:
+        return Sizes(rows=case.shape_of("lse_a")[2])
+    (_, heads, rows, _), (_, _, keys, _) = case.shape_of("query"), case.shape_of("key")
+    return Sizes(rows, keys, heads)
 
 
 class Predictions:
-    """The results and allowances of every mistake on a case; most are in float64, and serve every dtype of the case."""
+    """The results and allowances of every mistake on a case.
+
+    Most are in float64, and serve every dtype of the case; mistakes with parts in common share their results.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self._outputs: dict[tuple[str, str], dict[str, numpy.ndarray] | None] = {}
-        self._bounds: dict[tuple[str, str], Bounds | None] = {}
+        self._inputs: dict[str, dict[str, numpy.ndarray]] = {}
+        self._outputs: dict[tuple[AnySteps, str], dict[str, numpy.ndarray] | None] = {}
+        self._bounds: dict[tuple[AnySteps, str], Bounds | None] = {}
 
     def outputs(self, mistake: Mistake, dtype: str) -> dict[str, numpy.ndarray] | None:
         """Give the results of the mistaken reference, or None if it raises."""
-        key = mistake.name, dtype if mistake.native else "float64"
-        if key not in self._outputs:
-            self._outputs[key] = self._answer(mistake, dtype)
-        return self._outputs[key]
+        return self._answer(mistake.steps, dtype, mistake.native)
 
     def allowances(self, mistake: Mistake | None, dtype: str, run: Precision) -> dict[str, numpy.ndarray] | None:
         """Give the allowances of a mistake (None: of the specification), or None if it cannot be evaluated."""
-        key = "" if mistake is None else mistake.name, dtype
-        if key not in self._bounds:
-            self._bounds[key] = self._evaluate(SPECIFICATION if mistake is None else mistake.steps, dtype)
-        case_bounds = self._bounds[key]
-        return None if case_bounds is None else case_bounds.allowances(run)
+        return self._allowances(SPECIFICATION if mistake is None else mistake.steps, dtype, run)
 
-    def _answer(self, mistake: Mistake, dtype: str) -> dict[str, numpy.ndarray] | None:
-        arrays = self.case.inputs(dtype)
-        arrays = arrays if mistake.native else in_float64(arrays)
+    def _arrays(self, dtype: str) -> dict[str, numpy.ndarray]:
+        """Give copies of the inputs, because a mistake may write to them."""
+        if dtype not in self._inputs:
+            self._inputs[dtype] = self.case.inputs(dtype)
+        return {name: array.copy() for name, array in self._inputs[dtype].items()}
+
+    def _answer(self, steps: AnySteps, dtype: str, native: bool) -> dict[str, numpy.ndarray] | None:
+        """Give the results of steps, in float64 unless they depend on the dtype of the run."""
+        if isinstance(steps, Joined):
+            first, second = (self._answer(part, dtype, native) for part in (steps.first, steps.second))
+            return None if first is None or second is None else steps.join(first, second)
+        key = steps, dtype if native else "float64"
+        if key not in self._outputs:
+            self._outputs[key] = self._evaluate(steps, dtype, native)
+        return self._outputs[key]
+
+    def _evaluate(self, steps: Steps | LayerSteps, dtype: str, native: bool) -> dict[str, numpy.ndarray] | None:
+        arrays = self._arrays(dtype) if native else in_float64(self._arrays(dtype))
         try:
             with numpy.errstate(all="ignore"):
-                return answer(mistake.steps, self.case.function, arrays, self.case.options)
+                return answer(steps, self.case.function, arrays, self.case.options)
         except CANNOT_ANSWER:
             return None
 
-    def _evaluate(self, steps: Steps | LayerSteps, dtype: str) -> Bounds | None:
+    def _allowances(self, steps: AnySteps, dtype: str, run: Precision) -> dict[str, numpy.ndarray] | None:
+        if isinstance(steps, Joined):
+            first, second = (self._allowances(part, dtype, run) for part in (steps.first, steps.second))
+            return None if first is None or second is None else steps.join(first, second)
+        key = steps, dtype
+        if key not in self._bounds:
+            self._bounds[key] = self._bounded(steps, dtype)
+        case_bounds = self._bounds[key]
+        return None if case_bounds is None else case_bounds.allowances(run)
+
+    def _bounded(self, steps: Steps | LayerSteps, dtype: str) -> Bounds | None:
         try:
-            return bounds(self.case.function, self.case.inputs(dtype), self.case.options, steps)
+            return bounds(self.case.function, self._arrays(dtype), self.case.options, steps)
         except CANNOT_ANSWER:
             return None

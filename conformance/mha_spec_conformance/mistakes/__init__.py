@@ -12,7 +12,7 @@ from .gradients import GRADIENTS
 from .ignored import IGNORED
 from .layer import PROJECTIONS
 from .merging import MERGING
-from .mistake import Compared, Mistake
+from .mistake import ANY_SIZE, Compared, Mistake, Sizes
 from .precision import PRECISION
 from .raising import RAISING
 from .rotary import POSITIONS
@@ -21,7 +21,7 @@ from .softmax import SOFTMAX
 from .values import VALUES
 from .visibility import VISIBILITY
 
-__all__ = ["MISTAKES", "Compared", "Mistake"]
+__all__ = ["ANY_SIZE", "MISTAKES", "Compared", "Mistake", "Sizes"]
 
 MISTAKES: tuple[Mistake, ...] = (
     *IGNORED,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mha_spec import checks
 from mha_spec.steps import Steps
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
     from mha_spec.layer_steps import LayerSteps
     from mha_spec_conformance.suite.conventions import Convention
+    from mha_spec_conformance.suite.joined import Joined
 
 __all__ = [
     "ALIBI",
+    "ANY_SIZE",
     "ATTENTION",
     "FORWARD",
     "LAYER",
@@ -30,6 +32,7 @@ __all__ = [
     "WEIGHTS_OF_LAYER",
     "Compared",
     "Mistake",
+    "Sizes",
     "changing",
     "replacing",
     "unchecked",
@@ -54,28 +57,43 @@ class Compared(Enum):
     BY_VALUE = "every element equals that of the mistake within its allowance"
     BY_SIZE_OF_ERRORS = "the errors are about as large as those of the mistake"
     WHERE_NOT_FINITE = "a correct element counts too, because the size of tiles decides how far a NaN spreads"
+    ANYTHING_FOR_NAN = "any number counts where the mistake gives NaN, because it does not set the result"
     WITHOUT_EMPTY_LSE = "an lse of -inf is not compared, because the mistake may keep it"
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call; a merge has rows alone."""
+
+    rows: int = 0
+    keys: int = 0
+    heads: int = 0
+
+
+ANY_SIZE = Sizes()
 
 
 @dataclass(frozen=True)
 class Mistake:
     """One way in which an attention can be wrong, as steps of the reference that are wrong in the same way.
 
-    The mistake can show only in a call of one of `functions` that passes all of `needs`. `native` marks a mistake that
-    depends on the dtype of the run: in rounding, in overflow, or in the dtype of a result. `convention` names a choice
-    that others made on purpose. `compared` says how a wrong result is recognised as this mistake.
+    The mistake can show only in a call of one of `functions` that passes all of `needs`, in one of `dtypes` (none: in
+    all), where each size is larger than that of `past`. `native` marks a mistake that depends on the dtype of
+    the run: in rounding, in overflow, or in the dtype of a result. `convention` names a choice that others made on
+    purpose. `compared` says how a wrong result is recognised as this mistake.
     """
 
     name: str
     title: str
     clauses: tuple[str, ...]
-    steps: Steps | LayerSteps
+    steps: Steps | LayerSteps | Joined
     needs: tuple[str, ...] = ()
     functions: tuple[str, ...] = ATTENTION
     convention: Convention | None = None
     bugs: tuple[str, ...] = ()
     native: bool = False
     compared: Compared = Compared.BY_VALUE
+    dtypes: tuple[str, ...] = ()
+    past: Sizes = ANY_SIZE
 
     @property
     def variant(self) -> str:

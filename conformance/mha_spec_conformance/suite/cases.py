@@ -102,6 +102,10 @@ class Case:
         """The names of the input arrays, which are not read."""
         return tuple(self._inputs)
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Give the shape of an input array, which is not read."""
+        return tuple(self._inputs[name]["shape"])
+
     def inputs(self, dtype: str) -> dict[str, Array]:
         """Give new input arrays for a run in `dtype`, by argument name; bfloat16 is the type of ml-dtypes.
 
