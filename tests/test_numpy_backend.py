@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -25,7 +22,6 @@ from support.random_calls import (
     random_arrays,
     random_call,
 )
-from threadpoolctl import threadpool_limits
 
 import mha_spec_numpy
 from mha_spec import reference
@@ -34,10 +30,9 @@ from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec_conformance.judging.bounds import allowances, precision
 from mha_spec_conformance.judging.compare import judge
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
-from mha_spec_numpy import anchors, core, dropout, forward, parallel, plan, problem, strip, tiling, visibility
+from mha_spec_numpy import anchors, dropout, forward, plan, problem, strip, tiling, visibility
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable, Iterator, Mapping
 
     from mha_spec_conformance.suite.cases import Case, Suite
@@ -85,15 +80,6 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return sum(scores)
 
     return count
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use two threads for every call, whatever its size and the number of cores."""
-    monkeypatch.setattr(parallel, "WORTHWHILE", 0)
-    with threadpool_limits(2, user_api="blas"):
-        assert parallel.blas().threads == 2, "these tests need a BLAS whose threads can be limited"
-        yield
 
 
 @pytest.mark.usefixtures("stacked")
@@ -394,63 +380,6 @@ def test_inputs_are_only_read_and_strides_do_not_matter(function: str) -> None:
         before = {name: value.copy() for name, value in strided.items() if isinstance(value, numpy.ndarray)}
         assert_same_bits(ask(mha_spec_numpy, function, strided), wanted)
         assert_same_bits({name: strided[name] for name in before}, before)
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("function", ["attention", "attention_vjp"])
-@pytest.mark.parametrize("lengths", [(129, 1031), (1, 2053)])
-def test_batch_entries_do_not_depend_on_one_another(
-    function: str, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call = converted(random_arrays(0, batch=3, q_len=lengths[0], kv_len=lengths[1]), "float32")
-    together = ask(mha_spec_numpy, function, call)
-    assert_same_bits(ask(mha_spec_numpy, function, call), together)
-    monkeypatch.setattr(parallel, "WORTHWHILE", 2**60)
-    for entry in range(3):
-        alone = ask(mha_spec_numpy, function, {name: value[entry : entry + 1] for name, value in call.items()})
-        assert_same_bits(alone, {name: value[entry : entry + 1] for name, value in together.items()})
-
-
-@pytest.mark.usefixtures("threads")
-def test_the_threads_of_the_blas_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    during: list[int] = []
-
-    def fail(*_: object) -> None:
-        during.append(parallel.blas().threads)
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(core, "attend", fail)
-    monkeypatch.setattr(parallel, "SHARED", 0)
-    arrays = random_arrays(0)
-    with pytest.raises(ZeroDivisionError):
-        mha_spec_numpy.attention(arrays["query"], arrays["key"], arrays["value"])
-    assert set(during) == {1}
-    assert parallel.blas().threads == 2
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_calls_in_a_forked_process(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    code = """
-import os, warnings, numpy, mha_spec_numpy
-warnings.simplefilter("ignore")
-x = numpy.ones((2, 2, 512, 1), dtype="float32")
-mha_spec_numpy.attention(x, x, x)
-child = os.fork()
-if child == 0:
-    os._exit(int(mha_spec_numpy.attention(x, x, x).sum() != x.sum()))
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    assert python(code).stdout.strip() == "0"
-
-
-def test_calls_from_many_threads() -> None:
-    calls = [converted(random_call(seed), "float32") for seed in range(8)]
-    wanted = [ask(mha_spec_numpy, "attention", call) for call in calls]
-    before = parallel.blas().threads
-    with ThreadPoolExecutor(4) as pool:
-        for got, right in zip(pool.map(partial(ask, mha_spec_numpy, "attention"), calls * 4), wanted * 4, strict=True):
-            assert_same_bits(got, right)
-    assert parallel.blas().threads == before
 
 
 def _drawn(key: int, rate: float, q_len: int, kv_len: int) -> numpy.ndarray:
