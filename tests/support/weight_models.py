@@ -232,15 +232,15 @@ def whisper_openai() -> Module:
     return replace(hugging_face, layout="whisper_openai", state=state, prefix="encoder.blocks.0.attn")
 
 
+BART = {"layers": 1, "attention_heads": 3, "ffn_dim": 5}
+
+
 @module
 def bart() -> Module:
     sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in BART.items()}
     model = transformer("Bart", vocab_size=11, d_model=21, max_position_embeddings=13, **sizes)
     layer = model.encoder.layers[0].self_attn
     return transformer_module("bart", model, "encoder.layers.0.self_attn", 3, 21, lambda x: layer(x)[0])
-
-
-BART = {"layers": 1, "attention_heads": 3, "ffn_dim": 5}
 
 
 @module
