@@ -164,6 +164,7 @@ def test_accept_require_and_known(mha_spec: Command, starter: Path, tmp_path: Pa
         (("check", "numpy", "--accept", "mask_polarity=x"), "must be true_attends or true_hides, received 'x'"),
         (("check", "numpy", "--known", "none.toml"), "known failures none.toml: "),
         (("check", "numpy", "--json", "no/such/folder.json"), "there is no folder no/such"),
+        (("check", "numpy", "--resume"), "--resume needs --results FILE"),
         (("spec", "MHA-MASK-99"), "there is no clause 'MHA-MASK-99'; similar ids are MHA-MASK"),
         (
             ("explain", "attention/smoke/plane"),
@@ -200,6 +201,20 @@ def test_invalid_file_of_known_failures_is_refused(mha_spec: Command, tmp_path: 
     status, _, err = mha_spec("check", "numpy", "--known", path)
     assert status == 2
     assert err.startswith(f"mha-spec: known failures {path}: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("check", ("numpy",)), ("offline.verify", (".",)), ("fuzz", ("numpy",))]
+)
+def test_interrupted_command_ends_with_status_130(
+    mha_spec: Command, monkeypatch: pytest.MonkeyPatch, module: str, arguments: tuple[str, ...]
+) -> None:
+    def interrupted(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    module, _, name = module.partition(".")
+    monkeypatch.setattr(f"mha_spec_conformance.commands.{module}.{name or module}", interrupted)
+    assert mha_spec(name or module, *arguments) == (130, "", "mha-spec: interrupted\n")
 
 
 def test_missing_goldens_are_refused(mha_spec: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import FLOATING
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.running.run import Run
     from mha_spec_conformance.suite.cases import Suite
 
-__all__ = ["UsageError", "among", "check", "conclude", "features_of", "prepare", "selection_of"]
+__all__ = ["UsageError", "among", "check", "conclude", "prepare", "selection_of", "settings_of"]
 
 
 class UsageError(MhaSpecError):
@@ -53,11 +54,9 @@ def check(
 ) -> int:
     """Judge a target, write the report, print the verdict, and give the exit status."""
     suite = load(cases)
-    settings = Settings(
+    settings = replace(
+        settings_of(suite, required, accepted, known),
         selection=selection_of(suite, only, dtypes),
-        required=among("--require", required, (*features_of(suite), *FLOATING)),
-        accepted=frozenset(parse_convention(text) for text in accepted),
-        known=read_known(known) if known else (),
         max_fail=max_fail,
         jobs=jobs,
         limit=limit,
@@ -66,12 +65,23 @@ def check(
         results=results,
         resume=resume,
     )
-    _check_output("--results", results, FORMAT, resume)
+    if resume and results is None:
+        raise UsageError("--resume needs --results FILE, the file of the run that goes on")
+    _check_output("--results", results, FORMAT)
     prepare(json)
     screen = console()
     with Bar(screen, target) as bar:
         result = run(target, suite, settings, bar)
     return conclude(screen, result, json)
+
+
+def settings_of(suite: Suite, required: tuple[str, ...], accepted: Iterable[str], known: Path | None) -> Settings:
+    """Give the settings that decide which failures count."""
+    return Settings(
+        required=among("--require", required, (*_features_of(suite), *FLOATING)),
+        accepted=frozenset(parse_convention(text) for text in accepted),
+        known=read_known(known) if known else (),
+    )
 
 
 def prepare(report: Path | None) -> None:
@@ -122,11 +132,9 @@ def _written(result: Run, report: Path) -> UsageError | None:
     return None
 
 
-def _check_output(option: str, path: Path | None, form: str, resume: bool = False) -> None:
+def _check_output(option: str, path: Path | None, form: str) -> None:
     """Raise if the file cannot be written, or if it exists and an earlier run did not write it."""
     if path is None:
-        if resume:
-            raise UsageError("--resume needs --results FILE, the file of the run that goes on")
         return
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"{option} {path}: this is a folder, or there is no folder {path.parent}")
@@ -159,7 +167,7 @@ def selection_of(suite: Suite, only: tuple[str, ...], dtypes: tuple[str, ...]) -
     return selection
 
 
-def features_of(suite: Suite) -> tuple[str, ...]:
+def _features_of(suite: Suite) -> tuple[str, ...]:
     """Name the features of all cases."""
     return tuple(dict.fromkeys(feature for case in suite.cases for feature in case.features))
 

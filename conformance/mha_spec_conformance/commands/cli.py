@@ -9,12 +9,15 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.suite.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["app", "main"]
 
@@ -26,6 +29,19 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+Names = list[str] | None
+TARGET = typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")
+Only = Annotated[
+    Names, typer.Option(help="Ask only cases whose id matches or contains this pattern, or that cite this clause.")
+]
+Dtypes = Annotated[Names, typer.Option(help="Ask only in these dtypes, as in float32,float16.")]
+Require = Annotated[Names, typer.Option(help="Fail if one of these features was not asked, as in mask,causal.")]
+Accept = Annotated[Names, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")]
+Known = Annotated[Path | None, typer.Option(help="TOML file of known failures: [[known]] with id and reason.")]
+Report = Annotated[Path | None, typer.Option(help="Write the report to this file.")]
+MaxFail = Annotated[int | None, typer.Option(min=1, help="Stop after this number of failures.")]
+Timeout = Annotated[float, typer.Option(min=0.01, help="Time limit of a call in seconds.")]
 
 NOT_JUDGED = 2
 INTERRUPTED = 130
@@ -75,34 +91,33 @@ def _report(error: Exception) -> None:
     print(f"mha-spec: internal error: {message}; please report it", file=sys.stderr)
 
 
-def _names(values: list[str] | None) -> tuple[str, ...]:
+def _end_with_status(function: Callable[..., int], /, *arguments: object, **options: object) -> NoReturn:
+    """Run the function of a command, and end with its exit status, or with another one if the user interrupts it."""
+    try:
+        status = function(*arguments, **options)
+    except KeyboardInterrupt:
+        print("mha-spec: interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    raise typer.Exit(status)
+
+
+def _names(values: Names) -> tuple[str, ...]:
     """Split `a,b c` and repeated options into names."""
     return tuple(name for value in values or () for name in value.replace(",", " ").split())
 
 
 @app.command()
 def check(
-    target: Annotated[
-        str | None, typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="Ask only cases whose id matches or contains this pattern, or that cite this clause."),
-    ] = None,
-    require: Annotated[
-        list[str] | None, typer.Option(help="Fail if any of these features was not asked, as in mask,causal.")
-    ] = None,
-    accept: Annotated[
-        list[str] | None, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")
-    ] = None,
-    known: Annotated[
-        Path | None, typer.Option(help="TOML file of known failures: [[known]] with id and reason.")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
-    max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after this number of failures.")] = None,
+    target: Annotated[str | None, TARGET] = None,
+    only: Only = None,
+    require: Require = None,
+    accept: Accept = None,
+    known: Known = None,
+    json: Report = None,
+    max_fail: MaxFail = None,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
-    dtypes: Annotated[list[str] | None, typer.Option(help="Ask only in these dtypes, as in float32,float16.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of a case in seconds.")] = 60.0,
+    dtypes: Dtypes = None,
+    timeout: Timeout = 60.0,
     cases: Annotated[Path | None, typer.Option(help="Ask the cases in this folder (see `fuzz --save`).")] = None,
     command: Annotated[
         str | None, typer.Option(help="Judge this program, in any language, instead of TARGET (docs/protocol.md).")
@@ -119,28 +134,24 @@ def check(
 
     if (target is None) is (command is None):
         raise checking.UsageError("either TARGET or --command must be given, and not both")
-    try:
-        status = checking.check(
-            target=target or str(command),
-            only=tuple(only or ()),
-            required=_names(require),
-            accepted=tuple(accept or ()),
-            known=known,
-            json=json,
-            max_fail=max_fail,
-            jobs=jobs,
-            dtypes=_names(dtypes),
-            limit=timeout,
-            cases=cases,
-            command=command,
-            memory=memory,
-            results=results,
-            resume=resume,
-        )
-    except KeyboardInterrupt:
-        print("mha-spec: interrupted", file=sys.stderr)
-        status = INTERRUPTED
-    raise typer.Exit(status)
+    _end_with_status(
+        checking.check,
+        target=target or str(command),
+        only=tuple(only or ()),
+        required=_names(require),
+        accepted=tuple(accept or ()),
+        known=known,
+        json=json,
+        max_fail=max_fail,
+        jobs=jobs,
+        dtypes=_names(dtypes),
+        limit=timeout,
+        cases=cases,
+        command=command,
+        memory=memory,
+        results=results,
+        resume=resume,
+    )
 
 
 @app.command()
@@ -150,13 +161,10 @@ def export(
         Path | None, typer.Option(help="JSON file with the claims of the program: its reply to hello.")
     ] = None,
     functions: Annotated[
-        list[str] | None, typer.Option(help="Without --claims: these functions, with all of their options.")
+        Names, typer.Option(help="Without --claims: these functions, with all of their options.")
     ] = None,
-    dtypes: Annotated[list[str] | None, typer.Option(help="Ask only in these dtypes, as in float32,float16.")] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="Ask only cases whose id matches or contains this pattern, or that cite this clause."),
-    ] = None,
+    dtypes: Dtypes = None,
+    only: Only = None,
 ) -> None:
     """Write the questions to a folder, for a program that answers them on a machine without Python."""
     from . import offline
@@ -167,60 +175,48 @@ def export(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that `export` made, with answers.jsonl.")],
-    require: Annotated[
-        list[str] | None, typer.Option(help="Fail if one of these features was not asked, as in mask,causal.")
-    ] = None,
-    accept: Annotated[
-        list[str] | None, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")
-    ] = None,
-    known: Annotated[
-        Path | None, typer.Option(help="TOML file of known failures: [[known]] with id and reason.")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    require: Require = None,
+    accept: Accept = None,
+    known: Known = None,
+    json: Report = None,
 ) -> None:
     """Judge the answers in a folder. The exit status is that of `check`; a question without an answer is an error."""
     from . import offline
 
-    raise typer.Exit(offline.verify(folder, _names(require), tuple(accept or ()), known, json))
+    _end_with_status(offline.verify, folder, _names(require), tuple(accept or ()), known, json)
 
 
 @app.command()
 def fuzz(
-    target: Annotated[str, typer.Argument(help="A backend, package.module:function, or path/to/file.py[:function].")],
+    target: Annotated[str, TARGET],
     seconds: Annotated[float, typer.Option(min=0.1, help="Time of the search in seconds.")] = 60.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same calls.")] = 0,
     world: Annotated[
         str | None, typer.Option(help="Call a registered backend in this way: jit, vmap, compile, function, ...")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Call only these functions, as in attention.")] = None,
-    accept: Annotated[
-        list[str] | None, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")
-    ] = None,
+    only: Annotated[Names, typer.Option(help="Call only these functions, as in attention.")] = None,
+    accept: Accept = None,
     save: Annotated[Path | None, typer.Option(help="Write the faults as cases to this folder.")] = None,
-    max_fail: Annotated[int | None, typer.Option(min=1, help="Stop after this number of faults.")] = None,
+    max_fail: MaxFail = None,
     calls: Annotated[int | None, typer.Option(min=1, help="Stop after this number of judged calls.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Time limit of a call in seconds.")] = 60.0,
+    timeout: Timeout = 60.0,
 ) -> None:
     """Ask a target random calls. The exit status is 0 without a fault, 1 with a fault, and 2 if no call was judged."""
     from . import fuzz as fuzzing
 
-    try:
-        status = fuzzing.fuzz(
-            target=target,
-            seconds=seconds,
-            seed=seed,
-            world=world,
-            functions=_names(only),
-            accepted=tuple(accept or ()),
-            folder=save,
-            max_fail=max_fail,
-            most_calls=calls,
-            limit=timeout,
-        )
-    except KeyboardInterrupt:
-        print("mha-spec: interrupted", file=sys.stderr)
-        status = INTERRUPTED
-    raise typer.Exit(status)
+    _end_with_status(
+        fuzzing.fuzz,
+        target=target,
+        seconds=seconds,
+        seed=seed,
+        world=world,
+        functions=_names(only),
+        accepted=tuple(accept or ()),
+        folder=save,
+        max_fail=max_fail,
+        most_calls=calls,
+        limit=timeout,
+    )
 
 
 @app.command()

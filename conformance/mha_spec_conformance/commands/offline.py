@@ -9,14 +9,11 @@ from mha_spec.arrays import FLOATING
 from mha_spec_conformance.asking.protocol import PROTOCOL, claims_from
 from mha_spec_conformance.reporting.terminal import Bar, console
 from mha_spec_conformance.running import offline
-from mha_spec_conformance.running.known import read_known
-from mha_spec_conformance.running.runner import Settings
 from mha_spec_conformance.suite.cases import load
-from mha_spec_conformance.suite.conventions import parse_convention
 from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.claims import Claims
 
-from .check import UsageError, among, conclude, features_of, prepare, selection_of
+from .check import UsageError, among, conclude, prepare, selection_of, settings_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,11 +69,7 @@ def verify(
 ) -> int:
     """Judge the answers in a folder, print the verdict, write the report, and give the exit status."""
     suite = load()
-    settings = Settings(
-        required=among("--require", required, (*features_of(suite), *FLOATING)),
-        accepted=frozenset(parse_convention(text) for text in accepted),
-        known=read_known(known) if known else (),
-    )
+    settings = settings_of(suite, required, accepted, known)
     prepare(report)
     screen = console()
     with Bar(screen, str(folder)) as bar:
