@@ -256,7 +256,7 @@ def attention(query, key, value, *, causal=False):
 """
 
 
-def test_declared_alignment_is_judged_and_an_undeclared_one_is_found(judge: Callable[..., Run]) -> None:
+def test_a_declared_alignment_is_judged_and_an_undeclared_one_is_found_and_judged(judge: Callable[..., Run]) -> None:
     lower_right, upper_left = (f"conventions = {{'causal_alignment': '{x}'}}" for x in ("lower_right", "upper_left"))
     declared = judge(CAUSAL.format(declaration=lower_right), "causal+offset", "causal/")
     assert {"offset"} <= {feature for result in declared.results for feature in result.ask.features}
@@ -264,8 +264,9 @@ def test_declared_alignment_is_judged_and_an_undeclared_one_is_found(judge: Call
     wrong = judge(CAUSAL.format(declaration=upper_left), "causal+offset", "causal/")
     assert wrong.status == 1
     silent = judge(CAUSAL.format(declaration=""), "causal+offset", "causal/")
-    assert not {"offset"} & {feature for result in silent.results for feature in result.ask.features}
     assert silent.alignment == "lower_right"
+    assert [result.ask.key for result in silent.results] == [result.ask.key for result in declared.results]
+    assert silent.status == 0
     assert silent.conventions["causal_alignment"] == "lower_right"
 
 

@@ -106,7 +106,10 @@ def test_file_finds_its_neighbours(write: Callable[..., str]) -> None:
         ("dtypes = ('float8',)\ndef attention(q, k, v): ...", "`dtypes` must be one of float64, .*received 'float8'"),
         ("dtypes = 'float32'\ndef attention(q, k, v): ...", "`dtypes` must be a tuple"),
         ("device = 3\ndef attention(q, k, v): ...", "`device` must be a string"),
-        ("profile = 'lax'\ndef attention(q, k, v): ...", "`profile` must be one of standard, strict, received 'lax'"),
+        (
+            "profile = 'lax'\ndef attention(q, k, v): ...",
+            "`profile` must be one of standard, strict, fused, received 'lax'",
+        ),
         ("features = ('masks',)\ndef attention(q, k, v): ...", "`features` must be one of .*received 'masks'"),
         ("conventions = {'mask': 'x'}\ndef attention(q, k, v): ...", "'mask' is not a convention"),
         ("conventions = {'lse_base': '10'}\ndef attention(q, k, v): ...", "lse_base must be e or 2, received '10'"),

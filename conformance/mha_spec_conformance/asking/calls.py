@@ -18,12 +18,12 @@ from mha_spec.layer_steps import LayerSteps
 from mha_spec.parameters import AXES
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps
-from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.functions import FUNCTIONS, STACKED
 from mha_spec_conformance.suite.joined import Joined
 from mha_spec_conformance.targets.conversion import described
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from mha_spec.arrays import Array
 
@@ -39,6 +39,7 @@ __all__ = [
     "keyword_of",
     "layer_answers",
     "named",
+    "stacked_operand",
 ]
 
 CACHE = ("cache_key", "cache_value", "cache_lengths")
@@ -82,6 +83,11 @@ def is_parameter(name: str) -> bool:
     return name in AXES or name.startswith(("w_", "b_"))
 
 
+def stacked_operand(arguments: Iterable[str]) -> str | None:
+    """Name the argument that holds several operands, or None."""
+    return next((name for name in arguments if name in STACKED), None)
+
+
 def arranged(function: str, arguments: Arguments) -> tuple[list[Any], dict[str, Any]]:
     """Give the operands and keywords of a call."""
     keywords = dict(arguments)
@@ -90,20 +96,24 @@ def arranged(function: str, arguments: Arguments) -> tuple[list[Any], dict[str, 
         cache = [keywords.pop(name) for name in CACHE if name in keywords]
         if cache:
             keywords["cache"] = KVCache(*cache)
-    operands = [keywords.pop(name, None) for name in FUNCTIONS[function].operands]
+    names = FUNCTIONS[function].stacked(stacked_operand(arguments)).operands
+    operands = [keywords.pop(name, None) for name in names]
     return operands, keywords
 
 
-def named(function: str, keywords: Mapping[str, object], returned: object) -> dict[str, Any]:
-    """Give the results of a call by name.
+def named(
+    function: str, keywords: Mapping[str, object], returned: object, stacked: str | None = None
+) -> dict[str, Any]:
+    """Give the results of a call by name; `stacked` is the argument that holds several operands.
 
     Raises:
         MalformedResult: The call did not return the outputs of the function.
     """
-    names = FUNCTIONS[function].returned(keywords)
+    called = FUNCTIONS[function].stacked(stacked)
+    names = called.returned(keywords)
     if len(names) == 1:
         return {names[0]: returned}
-    fewest = FUNCTIONS[function].fewest or len(names)
+    fewest = called.fewest or len(names)
     if isinstance(returned, (tuple, list)) and fewest <= len(returned) <= len(names):
         return dict(zip(names, returned, strict=False))
     raise MalformedResult(f"{function} must return ({', '.join(names)}), received {described(returned)}")

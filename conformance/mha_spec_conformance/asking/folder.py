@@ -22,6 +22,7 @@ from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.suite.text import one_line
 
 from . import files
+from .layouts import in_layout
 from .protocol import (
     ProtocolError,
     answer_from,
@@ -101,6 +102,9 @@ class Recorder:
         Raises:
             FolderError: The folder cannot be written.
         """
+        return in_layout(self.claims, self._written, groups)
+
+    def _written(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
         with _writing(self.folder), (self.folder / QUESTIONS).open("ab") as questions:
             for question in chain(*groups):
                 self.count += 1
@@ -193,8 +197,11 @@ class Recorded:
             except ProtocolError as error:
                 raise FolderError(f"{self.folder / name}: line {number}: the program {error}") from error
 
-    def answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
+    def answers(self, *groups: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
         """Give all questions with their answers."""
+        return in_layout(self.claims, self._read_answers, groups)
+
+    def _read_answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
         for question in chain(*groups):
             yield question, self._answer(question)
 

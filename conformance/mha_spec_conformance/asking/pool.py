@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from mha_spec_conformance.targets.loading import TargetError
 
 from . import files
+from .layouts import in_layout
 from .memory import MemoryLimit, half_of_the_machine
-from .process import END_WITH_PARENT, LAUNCH, Process
+from .process import LAUNCH, PREPARE, Process
 from .protocol import (
     MOST_LINE_BYTES,
     ProtocolError,
@@ -50,7 +51,7 @@ STARTS = 5
 MOST_STARTS = 3
 """The number of times in a row that a program may fail to start, before it is not started again."""
 
-BOOTSTRAP = END_WITH_PARENT + "; sys.path[:] = {path!r}; from mha_spec_conformance.asking.serving import main; main()"
+BOOTSTRAP = PREPARE + "; sys.path[:] = {path!r}; from mha_spec_conformance.asking.serving import main; main()"
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -187,8 +188,10 @@ class Worker:
         number = number_of(message, "answer")
         if number not in self.held:
             return []
-        answer = answer_from(message, self.held[number], self.folder / f"{number}.answer")
-        if answer.kind == "lost" and number not in self.lost:
+        path = self.folder / f"{number}.answer"
+        answer = answer_from(message, self.held[number], path)
+        lost = answer.kind == "lost" or (message["kind"] == "returned" and not path.exists())
+        if lost and number not in self.lost:
             self.lost.add(number)
             self._send(number)
             return []
@@ -306,12 +309,12 @@ class Pool:
         answers are dropped if the caller stops early.
         """
         try:
-            yield from self._answers(iter(groups))
+            yield from in_layout(self.claims, self._answers, groups)
         finally:
             for worker in self._workers:
                 worker.forget()
 
-    def _answers(self, groups: Iterator[Iterable[Question]]) -> Iterator[tuple[Question, Answer]]:
+    def _answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
         waiting = map(iter, groups)
         self._hand_out(waiting)
         while any(worker.held for worker in self._workers):

@@ -18,7 +18,13 @@ from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.suite.text import one_line, printable, text_of
 from mha_spec_conformance.targets.claims import PROFILES, Claims
 from mha_spec_conformance.targets.conversion import LIBRARIES, holds_numbers
-from mha_spec_conformance.targets.loading import TargetError, declared_conventions, one_of
+from mha_spec_conformance.targets.declarations import (
+    OF_LAYOUT,
+    TargetError,
+    declared_conventions,
+    declared_layout,
+    one_of,
+)
 
 from . import files
 from .question import FURTHER, Answer, Further, Question, Raised
@@ -118,6 +124,8 @@ def claims_message(claims: Claims) -> Message:
         "versions": dict(claims.versions),
         "hardware": claims.hardware,
         "further": list(claims.further),
+        "unclaimed": list(claims.unclaimed),
+        **{name: getattr(claims, name) for name in OF_LAYOUT},
     }
 
 
@@ -142,9 +150,11 @@ def claims_from(message: Message, name: str, *, trusted: bool) -> Claims:
         raise TargetError(f"target {name}: `dtypes` must be a list of names, received {one_line(dtypes)}")
     for dtype in dtypes:
         one_of("dtypes", dtype, FLOATING, name)
+    keywords = {function: tuple(words) for function, words in functions.items()}
     return Claims(
         name=name,
-        keywords={function: tuple(words) for function, words in functions.items()},
+        keywords=keywords,
+        **declared_layout({key: message.get(key, default) for key, default in OF_LAYOUT.items()}, keywords, name),
         dtypes=tuple(dtype for dtype in FLOATING if dtype in dtypes),
         arrays=one_of("arrays", message.get("arrays", "numpy"), LIBRARIES, name),
         profile=one_of("profile", message.get("profile", "standard"), PROFILES, name),
@@ -153,6 +163,7 @@ def claims_from(message: Message, name: str, *, trusted: bool) -> Claims:
         versions=_texts(message.get("versions")),
         hardware=one_line(message.get("hardware", "cpu"), 200),
         further=tuple(call for call in FURTHER if call in _names(message.get("further"))),
+        unclaimed=tuple(function for function in functions if function in _names(message.get("unclaimed"))),
     )
 
 

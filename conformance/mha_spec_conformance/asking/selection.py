@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-import numpy
-
-from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
+from .alignments import ALIGNMENTS, alignments, has_positions
 from .calls import keyword_of
+from .layouts import obstacle
 from .question import FURTHER, Question
 
 if TYPE_CHECKING:
@@ -22,13 +21,10 @@ if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Case
     from mha_spec_conformance.targets.claims import Claims
 
-ALIGNED = tuple(name for name, function in FUNCTIONS.items() if "causal" in function.keywords and not function.of_layer)
-"""The functions in whose cases the offset of the causal diagonal can be read from the shapes of query and key."""
-
 LEAST_ROOM, WIDEST = 2**20, 16
 """The bytes that an answer may have in addition to its outputs, and those of an element of the widest dtype."""
 
-__all__ = ["Ask", "Selection", "alignments", "asks", "matches", "probes", "tried_in_every_layout"]
+__all__ = ["Ask", "Selection", "asks", "matches", "probes", "tried_in_every_layout"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,8 @@ class Ask:
     omitted: frozenset[str] = frozenset()
     every_layout: bool = False
     """If True, all further calls are made: the same again, in every memory layout, and with other numbers."""
+    of_suite: frozenset[str] = frozenset()
+    """The features of the case that the suite has instead of the target, as it repeats heads."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -75,10 +73,9 @@ class Ask:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features of the case, without `lse` if that output is not asked for."""
-        return tuple(
-            name for name in self.case.features if name != "lse" or "lse" in self.outputs or not self.case.expected
-        )
+        """The features of the case that the target has, without `lse` if that output is not asked for."""
+        features = (name for name in self.case.features if name not in self.of_suite)
+        return tuple(name for name in features if name != "lse" or "lse" in self.outputs or not self.case.expected)
 
     def question(self) -> Question:
         """Give the question, with fresh arrays."""
@@ -126,15 +123,34 @@ def asks(cases: Iterable[Case], claims: Claims, selection: Selection) -> list[As
 def _ask(case: Case, dtype: str, claims: Claims) -> Ask | None:
     if case.expect == "error":
         return Ask(case, dtype, ("output",)) if claims.registered and case.function in claims.keywords else None
-    optional, claimed = FUNCTIONS[case.function].optional, claims.keywords.get(case.function, ())
+    omitted = _omitted(case, claims)
+    if omitted is None or _has_obstacle(case, claims):
+        return None
+    optional, claimed = FUNCTIONS[case.function].optional, claims.keywords[case.function]
     outputs = tuple(name for name in case.expected if name not in optional or optional[name] in claimed)
-    keywords = _keywords(case)
-    if claims.accepts(case.function, keywords):
-        return Ask(case, dtype, outputs)
-    declared = claims.conventions.get("causal_alignment")
-    if declared in alignments(case) and claims.accepts(case.function, keywords - {"q_offset"}):
-        return Ask(case, dtype, outputs, frozenset({"q_offset"}))
-    return None
+    return Ask(case, dtype, outputs, omitted, of_suite=frozenset(() if claims.groups else ("groups",)))
+
+
+def _omitted(case: Case, claims: Claims) -> frozenset[str] | None:
+    """Name the arguments that are not passed, or give None if the target cannot be asked the case.
+
+    A target without q_offset is asked the cases whose offset is that of its alignment, as far as it is known, and else
+    those whose offset no alignment differs from.
+    """
+    keywords, omitted = _keywords(case), frozenset[str]()
+    if has_positions(case) and "q_offset" not in claims.words(case.function):
+        known = claims.conventions.get("causal_alignment")
+        if not set(alignments(case)).issuperset(ALIGNMENTS if known is None else [known]):
+            return None
+        omitted = keywords & {"q_offset"}
+    return omitted if claims.accepts(case.function, keywords - omitted) else None
+
+
+def _has_obstacle(case: Case, claims: Claims) -> bool:
+    """Tell whether the layout of the target has no place for an argument of the case."""
+    shapes = {name: case.shape_of(name) for name in case.input_names}
+    names = (*case.options, *case.input_names)
+    return obstacle(claims, case.function, shapes, names, lambda name: case.input(name, case.dtypes[0])) is not None
 
 
 def _keywords(case: Case) -> frozenset[str]:
@@ -142,26 +158,10 @@ def _keywords(case: Case) -> frozenset[str]:
     return frozenset(arguments - set(FUNCTIONS[case.function].operands))
 
 
-def alignments(case: Case) -> tuple[str, ...]:
-    """Name the causal alignments that equal the offset of the case; none for a case without an offset."""
-    if case.function not in ALIGNED or "q_offset" not in {*case.options, *case.input_names}:
-        return ()
-    arrays = case.inputs(case.dtypes[0])
-    q_len, kv_len = arrays["query"].shape[2], arrays["key"].shape[2]
-    q_offset = arrays.get("q_offset", case.options.get("q_offset"))
-    if isinstance(q_offset, str):
-        q_offset = offset_of_reading(q_offset, arrays.get("q_lengths", q_len), arrays.get("kv_lengths", kv_len))
-    offset = numpy.asarray(q_offset, dtype=numpy.int64)
-    readings: dict[str, object] = {"upper_left": 0, "lower_right": kv_len - q_len}
-    if "kv_lengths" in arrays:
-        readings["lower_right_of_kv_lengths"] = arrays["kv_lengths"].astype(numpy.int64) - q_len
-    return tuple(name for name, reading in readings.items() if (offset == reading).all())
-
-
 def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, list[Ask]]:
-    """Give, for a target without an offset, the asks that only one causal alignment passes, by alignment.
+    """Give, for a target without an offset and by alignment, the asks that it passes and another alignment fails.
 
-    None are given if no selected case is causal.
+    None are given if no selected case is causal, or the target declares its alignment.
     """
     taken = claims.keywords.get("attention", ())
     dtype = next((name for name in claims.dtypes if selection.asks_in(name)), None)
@@ -170,13 +170,18 @@ def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[
     causal = [case for case in cases if case.function == "attention" and "causal" in case.features]
     if not any(selection.takes(case) for case in causal):
         return {}
-    asked: dict[str, list[Ask]] = {}
+    asked: dict[str, list[Ask]] = {name: [] for name in ALIGNMENTS}
     for case in causal:
-        if case.expect == "error" or dtype not in case.dtypes or case.level != "MUST":
+        readings = alignments(case) if case.expect != "error" else ()
+        if len(readings) == len(ALIGNMENTS) or dtype not in case.dtypes or case.level != "MUST":
             continue
-        if len(readings := alignments(case)) == 1 and claims.accepts("attention", _keywords(case) - {"q_offset"}):
-            asked.setdefault(readings[0], []).append(Ask(case, dtype, ("output",), frozenset({"q_offset"})))
-    return asked
+        for name in readings:
+            aligned = replace(claims, conventions={"causal_alignment": name})
+            if (ask := _ask(case, dtype, aligned)) is not None:
+                asked[name].append(replace(ask, outputs=("output",)))
+    # Alignments that the lengths of the target cannot tell apart have the same probes; the first stands for them.
+    distinct = {tuple(ask.key for ask in of_name): name for name, of_name in reversed(asked.items()) if of_name}
+    return {name: of_name for name, of_name in asked.items() if name in distinct.values()}
 
 
 def tried_in_every_layout(asked: Iterable[Ask]) -> list[Ask]:
@@ -187,5 +192,5 @@ def tried_in_every_layout(asked: Iterable[Ask]) -> list[Ask]:
         new = set(ask.features) - covered
         chosen = bool(new) and ask.case.expect != "error" and ask.case.level == "MUST"
         covered |= new if chosen else set()
-        marked.append(Ask(ask.case, ask.dtype, ask.outputs, ask.omitted, every_layout=True) if chosen else ask)
+        marked.append(replace(ask, every_layout=True) if chosen else ask)
     return marked

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.asking.selection import probes
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.judging.judge import Judge
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Suite
+    from mha_spec_conformance.targets.claims import Claims
 
 __all__ = ["Alignment", "find_alignment"]
 
@@ -27,25 +27,36 @@ class Alignment:
     note: str | None = None
     failures: tuple[Result, ...] = ()
 
+    def declared_by(self, claims: Claims) -> Claims:
+        """Give claims that declare the alignment, if it was found."""
+        if self.name is None:
+            return claims
+        return replace(claims, conventions={**claims.conventions, "causal_alignment": self.name})
+
 
 def find_alignment(source: Source, suite: Suite, selection: Selection, judge: Judge) -> Alignment:
-    """Ask the probes of every alignment, and choose the first alignment whose probes all pass.
+    """Ask the probes of every alignment, and choose that of which most pass, if these are more than half.
 
     A probe of another alignment fails only if the call did not return. If no alignment fits, every probe fails that is
     wrong.
     """
-    asked = {
-        ask.key: (name, ask) for name, asks in probes(suite.cases, source.claims, selection).items() for ask in asks
-    }
-    results: defaultdict[str, list[Result]] = defaultdict(list)
-    for question, answer in source.answers([ask.question() for _, ask in asked.values()]):
-        name, ask = asked[question.id, question.dtype]
-        result = judge.result(ask, answer)
+    by_name = probes(suite.cases, source.claims, selection)
+    asked = {ask.key: ask for asks in by_name.values() for ask in asks}
+    results: dict[tuple[str, str], Result] = {}
+    for question, answer in source.answers([ask.question() for ask in asked.values()]):
+        result = judge.result(asked[question.id, question.dtype], answer)
         if result.outcome != "unsupported":
-            results[name].append(result)
-    fitting = next((name for name, tried in results.items() if all(result.outcome == "pass" for result in tried)), None)
-    counting = FAILING | WITHOUT_ARRAYS if fitting is None else WITHOUT_ARRAYS
-    failures = tuple(result for tried in results.values() for result in tried if result.outcome in counting)
-    if fitting is not None or not results:
-        return Alignment(fitting, None, failures)
-    return Alignment(None, f"the causal alignment of the target is none of {', '.join(results)}", failures)
+            results[result.ask.key] = result
+    shares = {name: _share([results[ask.key] for ask in asks if ask.key in results]) for name, asks in by_name.items()}
+    fitting = max(shares, key=lambda name: shares[name], default=None)
+    fits = fitting is not None and shares[fitting] > 0.5
+    counting = WITHOUT_ARRAYS if fits else FAILING | WITHOUT_ARRAYS
+    failures = tuple(result for result in results.values() if result.outcome in counting)
+    if fits or not results:
+        return Alignment(fitting if fits else None, None, failures)
+    return Alignment(None, f"the causal alignment of the target is none of {', '.join(by_name)}", failures)
+
+
+def _share(results: list[Result]) -> float:
+    """Give the share of the results that pass."""
+    return sum(result.outcome == "pass" for result in results) / len(results) if results else 0.0

@@ -16,13 +16,21 @@ import numpy
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["LAYOUTS", "LSE_LAYOUTS", "PACKED", "TAIL", "Dense", "Pages", "Storage", "Tokens"]
+__all__ = ["LAYOUTS", "LSE_LAYOUTS", "NEEDED", "PACKED", "TAIL", "Dense", "Pages", "Storage", "Tokens"]
 
 LAYOUTS = ("bhsd", "bshd", "thd", "paged")
 """Dense with the heads or with the tokens first; packed tokens; packed or dense queries with keys in pages."""
 
 PACKED = ("thd", "paged")
 """The layouts in which each sequence has its own length, so that dense options, as a mask, have no place."""
+
+NEEDED = {
+    "bhsd": (),
+    "bshd": (),
+    "thd": ("cu_seqlens_q", "cu_seqlens_kv"),
+    "paged": ("block_table", "kv_lengths"),
+}
+"""The arguments that attention must take in each layout."""
 
 LSE_LAYOUTS = ("tokens_first", "heads_first")
 """The layouts of an lse, if queries are not stored heads first: that of the output less its last axis, or with the

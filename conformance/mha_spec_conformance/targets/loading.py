@@ -1,7 +1,7 @@
 """Load a target: a backend by its name, `package.module:function`, or `path/to/file.py[:function]`.
 
 The signatures of its functions are claims. A module may also declare `arrays`, `device`, `dtypes`, `features`,
-`profile`, `conventions` and `supports(question)`; the declarations are checked here.
+`profile`, `conventions`, `supports(question)` and its layout; `declarations` checks most of them.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import FLOATING
-from mha_spec.errors import BackendError, MhaSpecError
+from mha_spec.errors import BackendError
 from mha_spec.selection import backend, backend_names
-from mha_spec_conformance.suite.conventions import CONVENTIONS, ConventionError, check_convention
 from mha_spec_conformance.suite.functions import FUNCTIONS
-from mha_spec_conformance.suite.text import repr_of, text_of
+from mha_spec_conformance.suite.text import name_of, text_of
 
 from .claims import PROFILES, Claims
 from .conversion import LIBRARIES
+from .declarations import OF_LAYOUT, TargetError, declared_conventions, declared_layout, one_of
+from .layouts import NEEDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
 
-__all__ = ["Target", "TargetError", "declared_conventions", "line_in_target", "load", "one_of"]
+__all__ = ["Target", "TargetError", "line_in_target", "load"]
 
 REFERENCE = "mha_spec.reference"
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
@@ -47,10 +48,6 @@ FEATURES = tuple(
     )
 )
 _DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "jax": ("jax", "jaxlib")}
-
-
-class TargetError(MhaSpecError):
-    """A target cannot be judged: it does not exist, its import fails, or a declaration is invalid."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def _module(place: str) -> ModuleType:
         line = line_in_target(error)
         where = f" ({line})" if line else ""
         raise TargetError(
-            f"target {place} does not import: {type(error).__name__}: {_first_line(error)}{where}"
+            f"target {place} does not import: {name_of(type(error))}: {_first_line(error)}{where}"
         ) from error
 
 
@@ -182,9 +179,14 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
     default = name if registered and name in LIBRARIES else "numpy"
     arrays = one_of("arrays", _declaration(module, "arrays", default), LIBRARIES)
     device = None if registered else _device(module)
+    of_layout = {n: v if registered else _declaration(module, n, v) for n, v in OF_LAYOUT.items()}
+    features = _declared(module)
+    keywords = {role: _keywords(role, function, features, of_layout) for role, function in functions.items()}
     return Claims(
         name=name,
-        keywords={role: _keywords(role, function, _declared(module)) for role, function in functions.items()},
+        keywords=keywords,
+        **declared_layout(of_layout, keywords),
+        unclaimed=() if features else tuple(role for role, function in functions.items() if _takes_any(function)),
         dtypes=_dtypes(module, registered),
         arrays=arrays,
         device=device,
@@ -202,26 +204,39 @@ def _declaration(module: ModuleType, name: str, default: object) -> object:
     return default if isinstance(value, types.ModuleType) or callable(value) else value
 
 
-def _keywords(role: str, function: Callable[..., object], declared: tuple[str, ...]) -> tuple[str, ...]:
-    """Give the keywords of a signature, and those of `features` if the function takes any keyword."""
-    from_features = FUNCTIONS[role].keywords_of(declared)
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return from_features
-    _check_operands(role, signature)
-    parameters = signature.parameters.values()
+def _keywords(
+    role: str, function: Callable[..., object], features: tuple[str, ...], of_layout: Mapping[str, object]
+) -> tuple[str, ...]:
+    """Give the keywords of a signature, and those of `features` and of the layout if the function takes any keyword."""
+    stacked = of_layout["stacked"]
+    operands = FUNCTIONS[role].stacked(stacked if isinstance(stacked, str) else None).operands
+    of_features = (*FUNCTIONS[role].keywords_of(features), *NEEDED.get(str(of_layout["layout"]), ()))
+    if (signature := _signature(function)) is None:
+        return of_features
+    _check_operands(role, operands, signature)
     named = [
         p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in FUNCTIONS[role].operands
+        for p in signature.parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in operands
     ]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return tuple(dict.fromkeys([*named, *(from_features if open_ended else ())]))
+    return tuple(dict.fromkeys([*named, *(of_features if _takes_any(function) else ())]))
 
 
-def _check_operands(role: str, signature: inspect.Signature) -> None:
-    operands = FUNCTIONS[role].operands
+def _signature(function: Callable[..., object]) -> inspect.Signature | None:
+    """Give the signature, or None if it cannot be read."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def _takes_any(function: Callable[..., object]) -> bool:
+    """Tell whether the function takes any keyword, as far as its signature says so."""
+    signature = _signature(function)
+    return signature is not None and any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+
+def _check_operands(role: str, operands: tuple[str, ...], signature: inspect.Signature) -> None:
     try:
         signature.bind_partial(*operands)
     except TypeError as error:
@@ -251,42 +266,9 @@ def _dtypes(module: ModuleType, registered: bool) -> tuple[str, ...]:
     return tuple(dtype for dtype in FLOATING if dtype in dtypes)
 
 
-def declared_conventions(conventions: object) -> dict[str, str]:
-    """Check the declared conventions, of which only the causal alignment can differ from the specification.
-
-    Raises:
-        TargetError: A convention or variant does not exist, or is not judged but accepted.
-    """
-    if not isinstance(conventions, dict):
-        raise TargetError(f"`conventions` must be a dict, received {conventions!r}")
-    try:
-        declared = [check_convention(name, variant) for name, variant in conventions.items()]
-    except ConventionError as error:
-        raise TargetError(f"`conventions`: {error}") from error
-    for convention in declared:
-        if convention.name != "causal_alignment" and convention.variant != CONVENTIONS[convention.name][0]:
-            raise TargetError(
-                f"`conventions` may declare only causal_alignment, received {convention}: convert in the target file, "
-                f"or pass --accept {convention}"
-            )
-    return dict(declared)
-
-
 def _supports(module: ModuleType) -> Callable[[object], object] | None:
     supports = getattr(module, "supports", None)
     return supports if callable(supports) else None
-
-
-def one_of(declaration: str, value: object, allowed: tuple[str, ...], target: str | None = None) -> str:
-    """Give a declared name.
-
-    Raises:
-        TargetError: The value is not one of the allowed names.
-    """
-    if not isinstance(value, str) or value not in allowed:
-        where = "" if target is None else f"target {target}: "
-        raise TargetError(f"{where}`{declaration}` must be one of {', '.join(allowed)}, received {repr_of(value)}")
-    return str.__str__(value)
 
 
 def _versions(arrays: str, module: ModuleType) -> dict[str, str]:

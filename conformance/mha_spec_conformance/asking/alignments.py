@@ -1,0 +1,50 @@
+"""Read from a case which causal alignments have its offset, for targets that take no q_offset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec.arguments import offset_of_reading
+from mha_spec_conformance.suite.conventions import CONVENTIONS
+from mha_spec_conformance.suite.functions import OF_ATTENTION
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from mha_spec_conformance.suite.cases import Case
+
+__all__ = ["ALIGNMENTS", "alignments", "has_positions"]
+
+ALIGNMENTS = CONVENTIONS["causal_alignment"]
+
+
+def has_positions(case: Case) -> bool:
+    """Tell whether the case has a causal diagonal or a window; only functions of query and key have one here."""
+    return case.function in OF_ATTENTION and not {"causal", "window", "q_offset"}.isdisjoint(_arguments(case))
+
+
+def alignments(case: Case) -> tuple[str, ...]:
+    """Name the causal alignments that equal the offset of a case with positions; without q_offset, it is 0."""
+    q_len, kv_len = case.shape_of("query")[2], case.shape_of("key")[2]
+    q_lengths, kv_lengths = _array(case, "q_lengths", q_len), _array(case, "kv_lengths", kv_len)
+    q_offset = case.options.get("q_offset", _array(case, "q_offset", 0))
+    if isinstance(q_offset, str):
+        q_offset = offset_of_reading(q_offset, q_lengths, kv_lengths)
+    readings = {
+        "upper_left": 0,
+        "lower_right": kv_len - q_len,
+        "lower_right_of_kv_lengths": kv_lengths - q_len,
+        "lower_right_of_lengths": kv_lengths - q_lengths,
+    }
+    return tuple(name for name in ALIGNMENTS if numpy.all(numpy.equal(q_offset, readings[name])))
+
+
+def _arguments(case: Case) -> tuple[str, ...]:
+    return (*case.options, *case.input_names)
+
+
+def _array(case: Case, name: str, otherwise: int) -> Any:
+    """Give the lengths or offsets of a case as wide integers, or the number that stands for their absence."""
+    return case.input(name, case.dtypes[0]).astype(numpy.int64) if name in case.input_names else otherwise

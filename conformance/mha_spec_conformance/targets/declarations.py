@@ -1,0 +1,97 @@
+"""Check what a target declares, as the names of a module or in a message of the protocol."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.suite.conventions import CONVENTIONS, ConventionError, check_convention
+from mha_spec_conformance.suite.functions import STACKED
+from mha_spec_conformance.suite.text import repr_of
+
+from .layouts import LAYOUTS, LSE_LAYOUTS, NEEDED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["OF_LAYOUT", "TargetError", "declared_conventions", "declared_layout", "one_of"]
+
+OF_LAYOUT = {"layout": "bhsd", "lse_layout": "tokens_first", "block_size": 16, "groups": True, "stacked": None}
+"""The declarations of a layout, with their defaults."""
+
+MOST_SLOTS = 2**16
+"""The largest size of a page."""
+
+
+class TargetError(MhaSpecError):
+    """A target cannot be judged: it does not exist, its import fails, or a declaration is invalid."""
+
+
+def one_of(declaration: str, value: object, allowed: tuple[str, ...], target: str | None = None) -> str:
+    """Give a declared name.
+
+    Raises:
+        TargetError: The value is not one of the allowed names.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        where = "" if target is None else f"target {target}: "
+        raise TargetError(f"{where}`{declaration}` must be one of {', '.join(allowed)}, received {repr_of(value)}")
+    return str.__str__(value)
+
+
+def declared_conventions(conventions: object) -> dict[str, str]:
+    """Check the declared conventions, of which only the causal alignment can differ from the specification.
+
+    Raises:
+        TargetError: A convention or variant does not exist, or is not judged but accepted.
+    """
+    if not isinstance(conventions, dict):
+        raise TargetError(f"`conventions` must be a dict, received {conventions!r}")
+    try:
+        declared = [check_convention(name, variant) for name, variant in conventions.items()]
+    except ConventionError as error:
+        raise TargetError(f"`conventions`: {error}") from error
+    for convention in declared:
+        if convention.name != "causal_alignment" and convention.variant != CONVENTIONS[convention.name][0]:
+            raise TargetError(
+                f"`conventions` may declare only causal_alignment, received {convention}: convert in the target file, "
+                f"or pass --accept {convention}"
+            )
+    return dict(declared)
+
+
+def declared_layout(
+    of_layout: Mapping[str, object], keywords: Mapping[str, tuple[str, ...]], target: str | None = None
+) -> dict[str, Any]:
+    """Check the layout that a target declares, and give it as fields of the claims.
+
+    Raises:
+        TargetError: A declaration is not one of the allowed values, or a function lacks an argument of the layout.
+    """
+    where = "" if target is None else f"target {target}: "
+    layout = one_of("layout", of_layout["layout"], LAYOUTS, target)
+    for function in {"attention", "attention_vjp"}.intersection(keywords):
+        if missing := [word for word in NEEDED[layout] if word not in keywords[function]]:
+            raise TargetError(
+                f"{where}{function} must take {', '.join(NEEDED[layout])} in the layout {layout}; "
+                f"it does not take {', '.join(missing)}"
+            )
+    stacked, block_size, groups = (of_layout[name] for name in ("stacked", "block_size", "groups"))
+    if stacked is not None:
+        stacked = one_of("stacked", stacked, tuple(STACKED), target)
+    if layout == "paged" and stacked == "qkv":
+        raise TargetError(f'{where}`stacked` must be "kv" or None in the layout paged, received {stacked!r}')
+    if type(block_size) is not int or not 1 <= block_size <= MOST_SLOTS:
+        raise TargetError(
+            f"{where}`block_size` must be an integer from 1 to {MOST_SLOTS}, received {repr_of(block_size)}"
+        )
+    if not isinstance(groups, bool):
+        raise TargetError(f"{where}`groups` must be True or False, received {repr_of(groups)}")
+    lse_layout = one_of("lse_layout", of_layout["lse_layout"], LSE_LAYOUTS, target)
+    return {
+        "layout": layout,
+        "lse_layout": lse_layout,
+        "block_size": block_size,
+        "groups": groups,
+        "stacked": stacked,
+    }
