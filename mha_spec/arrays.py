@@ -47,15 +47,20 @@ def _library_of_class(cls: type) -> str | None:
     The result is None for descriptions of arrays, which do not compute, for arrays that do not hold an element for
     every index, and for masked arrays of NumPy, since attention would see the elements that they hide.
     """
-    if any(base.__module__.startswith("numpy.ma") for base in cls.__mro__):
+    if any(_module_of(base).startswith("numpy.ma") for base in cls.__mro__):
         return None
     if not hasattr(cls, "__mul__") or any(hasattr(cls, name) for name in _OF_SPARSE_AND_RAGGED):
         return None
     for base in reversed(cls.__mro__):
         if hasattr(base, "dtype") or hasattr(base, "aval"):
-            package = base.__module__.partition(".")[0]
+            package = _module_of(base).partition(".")[0]
             return _LIBRARY_OF_PACKAGE.get(package, package)
     return None
+
+
+def _module_of(cls: type) -> str:
+    """Name the module of a class; the array classes of ctypes have none."""
+    return str(getattr(cls, "__module__", ""))
 
 
 def library_of(value: object) -> str | None:

@@ -85,7 +85,7 @@ def content(path: Path, most_bytes: int) -> bytes:
         FileError: It is not a file, or is larger than `most_bytes`.
         OSError: It cannot be read.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         state = os.fstat(file.fileno())
         if not stat.S_ISREG(state.st_mode):
             raise FileError("is not a file")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .process import PROCESSES, other_processes
+from .process import PROCESSES, STATE, fields_of, other_processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,7 +34,7 @@ SESSION_EVERY = 20
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
-STATE, SESSION, PAGES = 0, 3, 21
+SESSION, PAGES = 3, 21
 """Places in /proc/PID/stat after the name of the program."""
 
 
@@ -126,7 +126,7 @@ class MemoryLimit:
         """Measure each program, or its whole session."""
         if whole_sessions and self._watched:
             return _session_sizes(self._watched.keys(), self.most_bytes)
-        return {program: _resident(_stat(program)) for program in self._watched}
+        return {program: _resident(fields_of(program)) for program in self._watched}
 
     def _kill(self, program: int, size: int) -> None:
         watched = self._watched[program]
@@ -141,7 +141,7 @@ def _session_sizes(programs: Iterable[int], most_bytes: int) -> dict[int, int]:
     """Sum the memory of each session; pages that processes share are counted once if the sum exceeds the limit."""
     members: dict[int, dict[int, int]] = {}
     for process in other_processes():
-        fields = _stat(process)
+        fields = fields_of(process)
         if fields and fields[STATE] != "Z":
             members.setdefault(int(fields[SESSION]), {})[process] = _resident(fields)
     sizes = {program: sum(members.get(program, {}).values()) for program in programs}
@@ -149,14 +149,6 @@ def _session_sizes(programs: Iterable[int], most_bytes: int) -> dict[int, int]:
         program: sum(map(_proportional, members[program])) if size > most_bytes and len(members[program]) > 1 else size
         for program, size in sizes.items()
     }
-
-
-def _stat(process: int) -> list[str]:
-    """Read the state of a process; nothing if it has ended."""
-    try:
-        return (PROCESSES / str(process) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []
 
 
 def _resident(fields: list[str]) -> int:

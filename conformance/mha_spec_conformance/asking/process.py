@@ -17,18 +17,31 @@ from mha_spec_conformance.suite.text import one_line
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["END_WITH_PARENT", "LAUNCH", "MARK", "PROCESSES", "Process", "kill_marked", "other_processes"]
+__all__ = [
+    "LAUNCH",
+    "MARK",
+    "PREPARE",
+    "PROCESSES",
+    "STATE",
+    "Process",
+    "fields_of",
+    "kill_marked",
+    "other_processes",
+]
 
 MARK = "MHA_SPEC_SCRATCH"
 """The environment variable that marks all processes of a run with the folder of the run."""
 
-END_WITH_PARENT = "import ctypes, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9)"
-"""Python code by which Linux kills the process, also after it has become another program, when its parent ends.
+PREPARE = (
+    "import ctypes, sys; sys.platform == 'linux' and [ctypes.CDLL(None).prctl(*call) for call in ((1, 9), (36, 1))]"
+)
+"""Python code by which Linux kills the process when its parent ends, and makes it the parent of all processes below it.
 
-The process runs this code itself: code between fork and exec would run in a copy of a parent that may have threads.
+Both hold after it has become another program. The process runs this code itself: code between fork and exec would run in
+a copy of a parent that may have threads.
 """
 
-LAUNCH = f"{END_WITH_PARENT}; import os; os.execvp(sys.argv[1], sys.argv[1:])"
+LAUNCH = f"{PREPARE}; import os; os.execvp(sys.argv[1], sys.argv[1:])"
 """Python code that becomes the program in its arguments."""
 
 KEPT_BYTES = 4096
@@ -38,6 +51,9 @@ ROUNDS = 20
 """How often the processes of a run are searched, because a process may fork while the others are killed."""
 
 PROCESSES = Path("/proc")
+
+STATE, PARENT = 0, 1
+"""Places in /proc/PID/stat after the name of the program."""
 
 
 class Process:
@@ -136,6 +152,8 @@ class Process:
         for stream in (self._popen.stdin, self._popen.stdout):
             if stream is not None:
                 stream.close()
+        if self._popen.poll() is None:
+            _kill_descendants(self._popen.pid)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.kill()
@@ -153,6 +171,40 @@ def _name_of(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return str(number)
+
+
+def _kill_descendants(program: int) -> None:
+    """Kill all processes below a program, wherever they moved; the program is stopped, so that it starts no more."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(program, signal.SIGSTOP)
+    for _ in range(ROUNDS):
+        descendants = _descendants(program)
+        for process in descendants:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
+        if not descendants:
+            return
+        time.sleep(0.01)
+
+
+def _descendants(program: int) -> set[int]:
+    """Find the running processes below a program."""
+    fields = {process: fields_of(process) for process in other_processes()}
+    parents = {process: int(field[PARENT]) for process, field in fields.items() if field and field[STATE] != "Z"}
+    descendants: set[int] = set()
+    level = {program}
+    while level:
+        level = {process for process, parent in parents.items() if parent in level}
+        descendants |= level
+    return descendants
+
+
+def fields_of(process: int) -> list[str]:
+    """Read the state of a process; nothing if it has ended."""
+    try:
+        return (PROCESSES / str(process) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def kill_marked(folder: Path) -> None:

@@ -6,8 +6,10 @@ output are the pipe of the protocol; what the target prints goes to the standard
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +28,7 @@ from .worker import answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any
+    from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -119,7 +121,10 @@ def _enable_float64(target: Target) -> None:
 
 
 def _reply(target: Target, message: dict[str, Any]) -> dict[str, Any]:
-    """Answer a question; a fault of this package is `internal`, and a file that is gone is `lost`."""
+    """Answer a question; a fault of this package is `internal`, and a file that is gone is `lost`.
+
+    A process that can no longer write files ends, because a target has used up or limited what the process may do.
+    """
     number, path = message["number"], Path(message["answer"])
     try:
         arrays = files.read(Path(message["arrays"]), MOST_BYTES_OF_QUESTION)
@@ -127,9 +132,21 @@ def _reply(target: Target, message: dict[str, Any]) -> dict[str, Any]:
         return {"message": "answer", "number": number, "kind": "lost", "reason": one_line(f"the question {error}")}
     try:
         return answer_message(answer(target, question_from(message, arrays)), number, path, message["most_bytes"])
+    except OSError as error:
+        reason = f"the answer cannot be written: {error.strerror}"
+        if error.errno != errno.ENOSPC:
+            _end(reason)
+        return answer_message(Answer("internal", reason=reason), number, path, 0)
     except Exception as error:
         reason = one_line(f"{message['id']}: {type(error).__name__}: {one_line(error, 1000)}")
         return answer_message(Answer("internal", reason=reason), number, path, 0)
+
+
+def _end(reason: str) -> NoReturn:
+    """End the process at once; handlers of the target might wait."""
+    with suppress(OSError):
+        os.write(2, f"{reason}\n".encode())
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy
 
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec_conformance.suite.functions import FUNCTIONS
-from mha_spec_conformance.suite.text import one_line, repr_of, text_of
+from mha_spec_conformance.suite.text import name_of, one_line, repr_of, text_of
 from mha_spec_conformance.targets.conversion import (
     ConversionError,
     lay_out,
@@ -23,7 +23,7 @@ from mha_spec_conformance.targets.conversion import (
 )
 from mha_spec_conformance.targets.loading import line_in_target
 
-from .calls import MalformedResult, arranged, joined, layer_answers, named
+from .calls import MalformedResult, arranged, joined, layer_answers, named, stacked_operand
 from .question import AGAIN, NEGATED, Answer, Further, Question, Raised
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _guarded(function: Callable[..., object], *arguments: object, **keywords: ob
 
 
 def _raised(error: BaseException) -> Raised:
-    return Raised(tuple(cls.__name__ for cls in type(error).__mro__), text_of(error), line_in_target(error))
+    return Raised(tuple(map(name_of, type(error).__mro__)), text_of(error), line_in_target(error))
 
 
 def _call(target: Target, question: Question, layout: str = "plain") -> _Called:
@@ -205,7 +205,7 @@ def _results(function: Callable[..., object], name: str, arguments: Mapping[str,
         yield from layer_answers(function, name, arguments)
         return
     operands, keywords = arranged(name, arguments)
-    yield named(name, keywords, function(*operands, **keywords))
+    yield named(name, keywords, function(*operands, **keywords), stacked_operand(arguments))
 
 
 def _asked_outputs(question: Question, results: list[dict[str, Array]]) -> list[dict[str, Array]]:
@@ -219,7 +219,7 @@ def _read(name: str, value: Array, most_bytes: int) -> numpy.ndarray:
     """Copy an output to NumPy; one that exceeds the limit is replaced by an array of its shape without memory."""
     try:
         if (shape := _too_large(value, most_bytes)) is not None:
-            return numpy.broadcast_to(numpy.zeros((), dtype_name(value)), shape)
+            return _stand_in(name, value, shape)
         return lay_out(_guarded(to_numpy, value), "plain")
     except Failed as failed:
         if isinstance(failed.error, ConversionError):
@@ -233,6 +233,13 @@ def _too_large(value: Array, most_bytes: int) -> tuple[int, ...] | None:
         return None
     shape = _guarded(lambda: tuple(map(int, value.shape)))
     return shape if math.prod(shape) > most_bytes else None
+
+
+def _stand_in(name: str, value: Array, shape: tuple[int, ...]) -> numpy.ndarray:
+    try:
+        return numpy.broadcast_to(numpy.zeros((), dtype_name(value)), shape)
+    except (ValueError, TypeError) as error:
+        raise Malformed(f"`{name}` must be an array, received one of shape={one_line(shape, 200)}: {error}") from None
 
 
 def _is_stand_in(array: numpy.ndarray) -> bool:
