@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MOST_CHARACTERS", "one_line", "printable", "repr_of", "text_of"]
+__all__ = ["MOST_CHARACTERS", "name_of", "one_line", "printable", "repr_of", "text_of"]
 
 MOST_CHARACTERS = 2000
 """The length of a message; a target may raise an exception whose text is longer."""
@@ -13,7 +13,7 @@ def text_of(value: object, most: int = MOST_CHARACTERS) -> str:
     try:
         text = str.__str__(str(value))
     except BaseException as error:
-        return f"<{type(value).__name__} whose text raises {type(error).__name__}>"
+        return f"<{name_of(type(value))} whose text raises {name_of(type(error))}>"
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
@@ -35,4 +35,9 @@ def repr_of(value: object, most: int = 200) -> str:
     try:
         return one_line(repr(value), most)
     except BaseException:
-        return f"an object of type {type(value).__name__}"
+        return f"an object of type {name_of(type(value))}"
+
+
+def name_of(cls: type) -> str:
+    """Give the name of a class, also if its metaclass has another attribute of that name."""
+    return type.__dict__["__name__"].__get__(cls)

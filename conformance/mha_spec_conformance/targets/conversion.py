@@ -7,6 +7,7 @@ import numpy
 
 from mha_spec.arrays import Array, dtype_name, library_of
 from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.suite.text import name_of
 
 __all__ = [
     "LAYOUTS",
@@ -164,7 +165,7 @@ def described(value: object) -> str:
         return "None (is a `return` missing?)"
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return f"a {type(value).__name__} of {len(value)}"
-    return f"an object of type {type(value).__name__}"
+    return f"an object of type {name_of(type(value))}"
 
 
 def same_bits(a: numpy.ndarray, b: numpy.ndarray) -> bool:
