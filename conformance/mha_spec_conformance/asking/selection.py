@@ -14,6 +14,7 @@ from .alignments import ALIGNMENTS, alignments, has_positions
 from .calls import keyword_of
 from .layouts import obstacle
 from .question import FURTHER, Question
+from .tiles import hidden_by_dense_alone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,11 +66,18 @@ class Ask:
     """If True, all further calls are made: the same again, in every memory layout, and with other numbers."""
     of_suite: frozenset[str] = frozenset()
     """The features of the case that the suite has instead of the target, as it repeats heads."""
+    relaxed: bool = False
+    """True if the profile of the target makes a SHOULD of the case."""
 
     @property
     def key(self) -> tuple[str, str]:
         """The id and dtype, which identify an ask in a run."""
         return self.case.id, self.dtype
+
+    @property
+    def level(self) -> str:
+        """MUST or SHOULD."""
+        return "SHOULD" if self.relaxed else self.case.level
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -128,7 +136,9 @@ def _ask(case: Case, dtype: str, claims: Claims) -> Ask | None:
         return None
     optional, claimed = FUNCTIONS[case.function].optional, claims.keywords[case.function]
     outputs = tuple(name for name in case.expected if name not in optional or optional[name] in claimed)
-    return Ask(case, dtype, outputs, omitted, of_suite=frozenset(() if claims.groups else ("groups",)))
+    of_suite = frozenset(() if claims.groups else ("groups",))
+    relaxed = claims.profile == "fused" and hidden_by_dense_alone(case)
+    return Ask(case, dtype, outputs, omitted, of_suite=of_suite, relaxed=relaxed)
 
 
 def _omitted(case: Case, claims: Claims) -> frozenset[str] | None:
@@ -190,7 +200,7 @@ def tried_in_every_layout(asked: Iterable[Ask]) -> list[Ask]:
     marked: list[Ask] = []
     for ask in asked:
         new = set(ask.features) - covered
-        chosen = bool(new) and ask.case.expect != "error" and ask.case.level == "MUST"
+        chosen = bool(new) and ask.case.expect != "error" and ask.level == "MUST"
         covered |= new if chosen else set()
         marked.append(replace(ask, every_layout=True) if chosen else ask)
     return marked

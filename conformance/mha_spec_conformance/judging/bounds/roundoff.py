@@ -19,6 +19,9 @@ ERROR_OF_EXP = 8
 ERROR_OF_FAST_EXP = 2.0**-13
 """Allowed relative error of exp and tanh with 16-bit inputs, where kernels use exponentials of float16's accuracy."""
 
+ERROR_OF_APPROXIMATE_TANH = 2.0**-11
+"""Allowed relative error of tanh in the profile fused: that of tanh.approx.f32 of GPUs."""
+
 SUBNORMAL_ROUNDING = 2.0**-25
 """Absolute rounding error of subnormal float16 numbers, which no library flushes to 0."""
 
@@ -75,6 +78,7 @@ def precision(dtype: str, profile: str = "standard") -> Precision:
     u_in, u_a = unit_roundoff(dtype), unit_roundoff(softmax_dtype_name(dtype))
     stored = u_a if profile == "strict" else u_in
     error_of_exp = ERROR_OF_FAST_EXP if u_in > u_a else ERROR_OF_EXP * u_a
+    approximates = profile == "fused" and softmax_dtype_name(dtype) == "float32"
     return Precision(
         dtype=dtype,
         u_in=u_in,
@@ -84,7 +88,7 @@ def precision(dtype: str, profile: str = "standard") -> Precision:
         u_o=u_in,
         u_l=u_a,
         e_x=error_of_exp,
-        e_t=error_of_exp,
+        e_t=ERROR_OF_APPROXIMATE_TANH if approximates else error_of_exp,
         w=underflow(dtype),
         f=float(ml_dtypes.finfo(softmax_dtype_name(dtype)).smallest_normal),
         largest=float(ml_dtypes.finfo(dtype).max),
