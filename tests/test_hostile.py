@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.leftovers import nothing_left_behind, wait_until
 
-from mha_spec_conformance.asking import scratch
-from mha_spec_conformance.asking.process import MARK, PROCESSES
 from mha_spec_conformance.asking.selection import Selection
 from mha_spec_conformance.running.runner import Settings, run
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Suite
 
 TARGET = Path(__file__).with_name("hostile_target.py")
-RIGHT = """
-import time
+CORRECT = """
+import os, subprocess, sys, time
 from mha_spec import reference
 
 def attention(query, key, value, *, mask=None):
@@ -33,30 +32,14 @@ def attention(query, key, value, *, mask=None):
     return reference.attention(query, key, value, mask=mask)
 """
 ONLY = ("--only", "attention/smoke/", "--dtypes", "float32")
+COMMAND = (sys.executable, "-P", "-m", "mha_spec_conformance")
 
 
-@pytest.fixture
-def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Put the folders of runs into a folder of this test, and assert that no file and no process is left."""
-    folder = tmp_path / "memory"
-    folder.mkdir()
-    monkeypatch.setattr(scratch, "MEMORY", folder)
-    yield folder
-    assert not list(folder.iterdir())
-    assert not marked(folder)
-
-
-def marked(folder: Path) -> list[str]:
-    """Give the commands of the processes that a run with its files in the folder has left."""
-    mark = f"{MARK}={folder}".encode()
-    left = []
-    for process in PROCESSES.iterdir() if PROCESSES.is_dir() else ():
-        try:
-            if process.name.isdigit() and mark in (process / "environ").read_bytes():
-                left.append((process / "cmdline").read_text())
-        except OSError:
-            continue
-    return left
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Assert that the test leaves no process and no file behind."""
+    with nothing_left_behind(tmp_path / "temporary", monkeypatch):
+        yield
 
 
 @pytest.fixture
@@ -84,36 +67,35 @@ def small_cases(suite: Suite) -> list[str]:
     return [case.id for case in sorted(plain, key=lambda case: sum(x.size for x in case.inputs("float32").values()))]
 
 
-@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("part", range(3))
 def test_every_behaviour_has_its_outcome(part: int, tmp_path: Path, suite: Suite, behaviours: dict[str, str]) -> None:
-    assert len(behaviours) >= 90
+    assert len(behaviours) >= 150
     behaviours = dict(list(behaviours.items())[part::3])
-    smoke = ["attention/smoke/plain", "attention/smoke/head-layout"]
     chosen = small_cases(suite)
-    first = chosen[:2]  # these are marked for further calls
+    asked_further = chosen[:2]  # the first cases of their features are those with further calls
     hostile = dict(zip(behaviours, chosen[2:], strict=False))
     assert len(hostile) == len(behaviours), len(chosen)
     path = tmp_path / "hostile.py"
     path.write_text(f"CASES = { ({case: name for name, case in hostile.items()})!r}\n" + TARGET.read_text())
-    selection = Selection((*smoke, *first, *hostile.values()), ("float32",))
-    done = run(str(path), suite, Settings(selection, jobs=2, limit=2.0))
-    outcomes = {result.ask.case.id: result for result in done.results}
-    wrong = {
-        name: (outcomes[case].outcome, outcomes[case].reason)
-        for name, case in hostile.items()
-        if outcomes[case].outcome != behaviours[name]
-    }
-    assert not wrong
-    others = {name: result.reason for name, result in outcomes.items() if name not in hostile.values()}
-    assert not {name for name in others if outcomes[name].outcome != "pass"}
+    selection = Selection((*SMOKE, *asked_further, *hostile.values()), ("float32",))
+    done = run(str(path), suite, Settings(selection, jobs=2, limit=3.0))
+    results = {result.ask.case.id: result for result in done.results}
+    received = {name: results[case].outcome for name, case in hostile.items()}
+    wrong = {name: results[hostile[name]] for name in received if received[name] != behaviours[name]}
+    assert {name: (result.outcome, result.reason) for name, result in wrong.items()} == {}
+    others = {name: result for name, result in results.items() if name not in hostile.values()}
+    assert set(others) == {*SMOKE, *asked_further}
+    assert {(result.outcome, result.reason) for result in others.values()} == {("pass", None)}
     texts = [text for result in done.results for text in (result.reason or "", done.verdict)]
     assert all(text.isprintable() and len(text) <= 2200 for text in texts)
 
 
+SMOKE = ("attention/smoke/plain", "attention/smoke/head-layout")
+
+
 def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
-    line = [sys.executable, "-P", "-m", "mha_spec_conformance", *map(str, arguments)]
+    line = [*COMMAND, *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120, **options)
 
 
@@ -123,50 +105,44 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
     def write(first: str = "pass", before: str = "") -> Path:
         path = tmp_path / "target.py"
-        path.write_text(before + RIGHT.format(first=first))
+        path.write_text(before + CORRECT.format(first=first))
         return path
 
     return write
 
 
+@contextmanager
+def runner_in_a_call(target: Path, begun: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a run, and give its process when the target has begun its first call; the process does not outlive it."""
+    with subprocess.Popen([*COMMAND, "check", str(target), "--timeout", "60"], stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: begun.exists() or process.poll() is not None)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def sleeping(write: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """Write a target that starts a process, makes a file, and sleeps; give the target and the file."""
+    begun = tmp_path / "begun"
+    return write(f"subprocess.Popen(['sleep', '78']); open({str(begun)!r}, 'w').close(); time.sleep(78)"), begun
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_end_of_the_runner_leaves_nothing(write: Callable[..., Path], tmp_path: Path, number: int, status: int) -> None:
-    marker = tmp_path / "begun"
-    body = f"import subprocess; subprocess.Popen(['sleep', '78']); open({str(marker)!r}, 'w'); time.sleep(78)"
-    code = f"import sys; sys.argv[:] = ['mha-spec', 'check', {str(write(body))!r}, '--timeout', '60']\n"
-    process = subprocess.Popen([sys.executable, "-P", "-c", code + IN_FOLDER.format(folder=tmp_path)])
-    while not marker.exists():
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(30) == status
-    assert not marked(tmp_path)
-    assert not list(tmp_path.glob("mha-spec-*"))
-
-
-IN_FOLDER = """
-import pathlib
-from mha_spec_conformance.asking import scratch
-scratch.MEMORY = pathlib.Path({folder!r})
-from mha_spec_conformance.commands.cli import main
-main()
-""".replace("{folder!r}", "'{folder}'")
+def test_end_of_the_runner_leaves_nothing(sleeping: tuple[Path, Path], number: int, status: int) -> None:
+    with runner_in_a_call(*sleeping) as process:
+        process.send_signal(number)
+        assert process.wait(30) == status
 
 
 def test_run_that_was_killed_is_cleaned_by_the_next(
-    write: Callable[..., Path], tmp_path: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch
+    sleeping: tuple[Path, Path], write: Callable[..., Path], suite: Suite
 ) -> None:
-    marker = tmp_path / "begun"
-    body = f"import subprocess; subprocess.Popen(['sleep', '78']); open({str(marker)!r}, 'w'); time.sleep(78)"
-    code = f"import sys; sys.argv[:] = ['mha-spec', 'check', {str(write(body))!r}]\n"
-    process = subprocess.Popen([sys.executable, "-P", "-c", code + IN_FOLDER.format(folder=tmp_path)])
-    while not marker.exists():
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    monkeypatch.setattr(scratch, "MEMORY", tmp_path)
-    run(str(write()), suite, Settings(Selection(("attention/smoke/plain",), ("float32",))))
-    assert not marked(tmp_path)
-    assert not list(tmp_path.glob("mha-spec-*"))
+    with runner_in_a_call(*sleeping) as process:
+        process.kill()
+    done = run(str(write()), suite, Settings(Selection(("attention/smoke/plain",), ("float32",))))
+    assert done.summary["pass"] == 1
 
 
 def test_report_never_replaces_another_file(write: Callable[..., Path]) -> None:
@@ -217,7 +193,6 @@ def test_run_goes_on_with_the_results_of_a_file(write: Callable[..., Path], tmp_
     assert (other.returncode, "results of another run; it differs in target" in other.stderr) == (2, True)
 
 
-@pytest.mark.usefixtures("nothing_left")
 def test_import_that_fails_again_is_the_outcome_of_the_cases_that_follow(
     write: Callable[..., Path], tmp_path: Path, suite: Suite
 ) -> None:
