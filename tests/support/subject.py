@@ -9,6 +9,7 @@ from mha_spec_conformance.asking.calls import function_over
 from mha_spec_conformance.asking.selection import Ask
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.claims import Claims
 from mha_spec_conformance.targets.loading import Target
@@ -30,7 +31,7 @@ class Subject:
     def __init__(self, functions: Mapping[str, Callable[..., object]]) -> None:
         claims = Claims("reference", {name: f.keywords for name, f in FUNCTIONS.items()}, FLOATING, registered=True)
         self.target = Target(functions, claims)
-        self.judge = Judge(claims)
+        self.judge = Judge(claims, mistakes=MISTAKES)
 
     @classmethod
     def over(cls, steps: Steps | LayerSteps) -> Subject:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from mha_spec_conformance.asking.question import NEGATED
 from mha_spec_conformance.asking.selection import Selection, asks
-from mha_spec_conformance.judging.diagnosis import Diagnosis
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.judging.result import INTERNAL
 from mha_spec_conformance.mistakes import MISTAKES
@@ -49,8 +48,9 @@ class Asker:
     def suspect(self, names: Iterable[str] | None) -> None:
         """Diagnose only with these mistakes and the accepted conventions, which is fast; None means all mistakes."""
         suspects = None if names is None else set(names)
-        mistakes = [m for m in MISTAKES if suspects is None or m.name in suspects or m.convention in self._accepted]
-        self._judge.diagnosis = Diagnosis(mistakes)
+        self._judge.mistakes = [
+            m for m in MISTAKES if suspects is None or m.name in suspects or m.convention in self._accepted
+        ]
 
     def excused(self, result: Result) -> bool:
         """Tell whether every convention that a wrong answer follows is accepted."""

@@ -196,7 +196,7 @@ def wrong_elements(
 
 
 def _in_full_shape(marked: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
-    """Put marks of the rows that the golden holds into an array of the shape of the output, which is False elsewhere."""
+    """Put marks of the rows that the golden holds into an array of the full shape, which is False elsewhere."""
     if wanted.rows is None:
         return marked.reshape(wanted.shape)
     width = marked.size // max(len(wanted.rows), 1)

@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING
 
 from mha_spec.arrays import dtype_name
 from mha_spec_conformance.asking.question import AGAIN
+from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.conventions import Convention
 from mha_spec_conformance.suite.text import one_line, text_of
 from mha_spec_conformance.targets.conversion import same_bits
 
 from .bounds import bounds, precision
 from .compare import gate_b, judge
-from .diagnosis import Diagnosis
 from .form import dtype_clause, dtype_fault, form_clauses, form_fault, wrong_dtype
+from .recognition import Recognition, Wrong
 from .result import INTERNAL, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy
 
     from mha_spec_conformance.asking.question import Answer
     from mha_spec_conformance.asking.selection import Ask
+    from mha_spec_conformance.mistakes import Mistake
     from mha_spec_conformance.targets.claims import Claims
 
     from .bounds import Precision
@@ -37,12 +39,22 @@ MOST_BYTES = 2**31
 
 
 class Judge:
-    """Judges the answers of a target, and remembers which mistakes have explained its failures."""
+    """Judges the answers of a target.
 
-    def __init__(self, claims: Claims, accepted: frozenset[Convention] = frozenset()) -> None:
+    An answer is compared with few mistakes when it arrives, by default with the accepted conventions. When all answers
+    are known, `judging.naming` finds the other mistakes, and `explained` gives a result their names.
+    """
+
+    def __init__(
+        self,
+        claims: Claims,
+        accepted: frozenset[Convention] = frozenset(),
+        mistakes: Sequence[Mistake] | None = None,
+    ) -> None:
         self.claims = claims
         self.accepted = accepted
-        self.diagnosis = Diagnosis()
+        self.mistakes = [m for m in MISTAKES if m.convention in accepted] if mistakes is None else mistakes
+        self.recognition = Recognition(claims.profile)
 
     def result(self, ask: Ask, answer: Answer) -> Result:
         """Judge an answer; a fault of the judgement is the outcome `internal`."""
@@ -81,27 +93,55 @@ class Judge:
 
     def _values(self, ask: Ask, answer: Answer) -> Result:
         run_precision = precision(ask.dtype, self.claims.profile)
-        case_bounds = bounds(ask.case.function, ask.case.inputs(ask.dtype), ask.case.options)
+        case = ask.case
+        case_bounds = bounds(case.function, case.inputs(ask.dtype), case.options, rows=case.sampled_rows)
         allowances = case_bounds.allowances(run_precision)
         judgement = _compare(ask, answer.outputs, allowances, run_precision)
         if judgement.passed:
             result = Result(ask, "pass", None, judgement.allowance_used, judgement.worst)
         else:
-            result = self._explained(ask, answer.outputs, judgement)
-        if result.outcome == "fail":
-            return result
-        for fault, clause in self._further_faults(result, answer, allowances, run_precision):
-            return _failed(result, fault, clause)
-        if (name := wrong_dtype(ask, answer.outputs)) is not None:
-            return _with_dtype(result, name, answer.outputs)
+            wrong = Wrong(ask, answer.outputs, allowances, answer)
+            mistakes = self.recognition.explaining(self.mistakes, wrong)
+            result = Result(ask, "fail", judgement.reason, judgement.allowance_used, judgement.worst, wrong=wrong)
+            result = self._with_names(result, mistakes)
+        result = self._completed(result, answer, allowances)
         if result.outcome == "pass" and "generic" in ask.case.tags:
             return replace(result, note=_note(ask, answer, case_bounds.deviations(run_precision)))
         return result
 
+    def explained(self, result: Result, mistakes: Sequence[Mistake]) -> Result:
+        """Give a result of wrong values the names of the mistakes that explain it."""
+        wrong = result.wrong
+        if wrong is None or wrong.answer is None:
+            return result
+        return self._completed(self._with_names(result, mistakes), wrong.answer, wrong.allowances)
+
+    def _with_names(self, result: Result, mistakes: Sequence[Mistake]) -> Result:
+        """Make a result a deviation if a convention is among the mistakes that explain it."""
+        ordered = sorted(mistakes, key=lambda mistake: mistake.convention is None)
+        conventions = [mistake.convention for mistake in ordered if mistake.convention is not None]
+        result = replace(result, diagnosis=tuple(mistake.name for mistake in ordered))
+        if not conventions:
+            return result
+        accepted = [convention for convention in conventions if convention in self.accepted]
+        convention = (accepted or conventions)[0]
+        return replace(result, outcome="deviation", reason=str(convention), conventions=(convention,))
+
+    def _completed(self, result: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray]) -> Result:
+        """Judge the further calls and the dtype of a result that is right or follows a convention."""
+        if result.outcome == "fail":
+            return result
+        for fault, clause in self._further_faults(result, answer, allowances):
+            return _failed(result, fault, clause)
+        if (name := wrong_dtype(result.ask, answer.outputs)) is not None:
+            return _with_dtype(result, name, answer.outputs)
+        return result
+
     def _further_faults(
-        self, result: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray], run_precision: Precision
+        self, result: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray]
     ) -> Iterator[tuple[str, str]]:
         """Give the faults of the calls, each with its clause: side effects, then wrong answers to further calls."""
+        run_precision = precision(result.ask.dtype, self.claims.profile)
         for name, written in (("plain", answer.written), *((n, f.written) for n, f in answer.further.items())):
             if written:
                 inputs = "" if name in ("plain", AGAIN) else f" in a call with {_shown(name)} inputs"
@@ -112,31 +152,23 @@ class Judge:
             reason = further.reason
             if further.kind == "returned" and (reason := form_fault(result.ask, further.outputs)) is None:
                 judgement = _compare(result.ask, further.outputs, allowances, run_precision)
-                reason = self._unlike(result, further.outputs, judgement)
+                reason = self._unlike(result, further.outputs, judgement, allowances)
             if reason is not None and (further.kind != "unsupported" or name == AGAIN):
                 yield _otherwise(result, name, reason), "MHA-PURE-3" if name == AGAIN else "MHA-PURE-2"
 
-    def _unlike(self, result: Result, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> str | None:
+    def _unlike(
+        self,
+        result: Result,
+        outputs: Mapping[str, numpy.ndarray],
+        judgement: Judgement,
+        allowances: Mapping[str, numpy.ndarray],
+    ) -> str | None:
         """Give the reason why the outputs of a further call are not judged like those of the first call."""
         if result.outcome == "pass" or judgement.passed:
             return judgement.reason if result.outcome == "pass" else "it follows the specification"
-        ask = result.ask
-        mistakes = self.diagnosis.explain(ask.case, ask.dtype, outputs, ask.outputs, self.claims.profile)
-        same = result.conventions[0] in [mistake.convention for mistake in mistakes]
+        mistakes = [mistake for mistake in MISTAKES if mistake.convention == result.conventions[0]]
+        same = self.recognition.explaining(mistakes, Wrong(result.ask, outputs, allowances))
         return None if same else judgement.reason
-
-    def _explained(self, ask: Ask, outputs: Mapping[str, numpy.ndarray], judgement: Judgement) -> Result:
-        """Give the result of wrong values: a deviation if a convention explains them, else a failure."""
-        mistakes = self.diagnosis.explain(ask.case, ask.dtype, outputs, ask.outputs, self.claims.profile)
-        result = Result(
-            ask, "fail", judgement.reason, judgement.allowance_used, judgement.worst, tuple(m.name for m in mistakes)
-        )
-        conventions = [mistake.convention for mistake in mistakes if mistake.convention is not None]
-        if not conventions:
-            return result
-        accepted = [convention for convention in conventions if convention in self.accepted]
-        convention = (accepted or conventions)[0]
-        return replace(result, outcome="deviation", reason=str(convention), conventions=(convention,))
 
 
 def _deterministic(answer: Answer) -> bool | None:
@@ -162,7 +194,7 @@ def _otherwise(result: Result, name: str, reason: str) -> str:
 
 def _failed(result: Result, fault: str, clause: str) -> Result:
     """Give a failure that no convention explains, so that no accepted convention excuses it."""
-    return replace(result, outcome="fail", reason=fault, clauses=(clause,), diagnosis=(), conventions=())
+    return replace(result, outcome="fail", reason=fault, clauses=(clause,), diagnosis=(), conventions=(), wrong=None)
 
 
 def _with_dtype(result: Result, name: str, outputs: Mapping[str, numpy.ndarray]) -> Result:
@@ -172,7 +204,7 @@ def _with_dtype(result: Result, name: str, outputs: Mapping[str, numpy.ndarray])
         result,
         outcome="deviation",
         reason=fault if result.reason is None else f"{result.reason}; {fault}",
-        clauses=(dtype_clause(name),) if result.outcome == "pass" else (),
+        clauses=(dtype_clause(name),) if result.outcome == "pass" else result.clauses,
         conventions=(*result.conventions, Convention("output_dtype", dtype_name(outputs[name]))),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.suite.conventions import Convention
 
     from .compare import Worst
+    from .recognition import Wrong
 
 __all__ = ["FAILING", "INTERNAL", "OUTCOMES", "WITHOUT_ARRAYS", "Result"]
 
@@ -42,6 +43,8 @@ class Result:
     malformed: bool = False
     refused: tuple[str, ...] = ()
     """The further calls that the target refused, as memory layouts that it does not support."""
+    wrong: Wrong | None = field(default=None, repr=False, compare=False)
+    """The answer, if its values are wrong."""
 
     @property
     def compared(self) -> bool:
@@ -51,4 +54,4 @@ class Result:
     @property
     def must(self) -> bool:
         """True if the result counts for the exit status."""
-        return self.ask.case.level == "MUST"
+        return self.ask.level == "MUST"

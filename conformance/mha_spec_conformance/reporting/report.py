@@ -8,12 +8,12 @@ import os
 import platform
 from typing import TYPE_CHECKING
 
-from mha_spec_conformance.judging import diagnosis
 from mha_spec_conformance.judging.bounds import RULE_VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mha_spec_conformance.judging.causes import Cause, Story
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.running.run import Run
 
@@ -65,10 +65,46 @@ def as_json(run: Run) -> dict[str, object]:
         "features": {name: run.tally(r for r in musts if name in r.ask.features) for name in sorted(features)},
         "conventions": run.conventions,
         "refused": {name: {"refused": part, "asked": whole} for name, (part, whole) in run.refused.items()},
-        "diagnosis": diagnosis.summarise(run.results),
+        "failing_features": list(run.failing_features),
+        "shared": _story(run.findings.story),
+        "diagnosis": [
+            {"variant": cause.name, "explains": len(cause.results), "clauses": list(cause.clauses)}
+            for cause in run.findings.causes
+            if cause.kind == "mistake"
+        ],
+        "causes": [_cause(cause) for cause in run.findings.causes],
         "notes": [*run.notes, *run.statistics, *run.stale],
-        "cases": [_case(result) for result in run.results],
+        "cases": [_case(run.findings.with_cause(result)) for result in run.results],
     }
+
+
+def _cause(cause: Cause) -> dict[str, object]:
+    return {
+        "kind": cause.kind,
+        "name": cause.name,
+        "others": list(cause.others),
+        "failures": len(cause.results),
+        "clauses": list(cause.clauses),
+        "features": list(cause.features),
+        **(_story(cause.story) or {}),
+        "cases": [{"id": result.ask.case.id, "dtype": result.ask.dtype} for result in cause.results],
+    }
+
+
+def _story(story: Story | None) -> dict[str, object] | None:
+    """Give what failures share, and where they are wrong; None if there are no failures."""
+    if story is None:
+        return None
+    share = story.share and {
+        "properties": list(story.share.properties),
+        "failures": [story.share.failures, story.share.of_failures],
+        "passes": [story.share.passes, story.share.of_passes],
+    }
+    places, amounts = (
+        [{"text": place.text, "failures": [place.failures, place.of_failures]} for place in kind]
+        for kind in (story.places, story.amounts)
+    )
+    return {"share": share, "places": places, "amounts": amounts}
 
 
 def _case(result: Result) -> dict[str, object]:
@@ -79,7 +115,7 @@ def _case(result: Result) -> dict[str, object]:
         "dtype": result.ask.dtype,
         "clauses": list(result.clauses),
         "features": list(result.ask.features),
-        "level": result.ask.case.level,
+        "level": result.ask.level,
         "outcome": result.outcome,
         "reason": result.reason,
         "allowance_used": _number(result.allowance_used),

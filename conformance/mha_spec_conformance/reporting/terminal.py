@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,21 +13,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mha_spec_conformance.judging.result import FAILING, INTERNAL, OUTCOMES, Result
+from mha_spec_conformance.judging.result import FAILING, OUTCOMES, Result
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.spec import clauses
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
     from typing import Self
 
+    from mha_spec_conformance.judging.causes import Cause, Findings
     from mha_spec_conformance.judging.compare import Worst
     from mha_spec_conformance.running.run import Run
 
-__all__ = ["COLOURS", "Bar", "console", "details", "print_run"]
+__all__ = ["COLOURS", "Bar", "console", "details", "print_run", "summary_of"]
 
-MOST_GROUPS = 8
-"""The number of kinds of failure that are printed; the JSON report has all of them."""
+MOST_CAUSES = 8
+"""The number of causes that are printed; the JSON report has all of them."""
 
 MOST_NAMES = 4
 
@@ -100,18 +102,23 @@ class Bar:
 
 
 def print_run(screen: Console, run: Run) -> None:
-    """Print the failures by kind, a table of the features that failed, and the verdict."""
+    """Print what the failures share, their causes, a table of the features that failed, and the verdict."""
+    for line in summary_of(run.findings):
+        _line(screen, line, "bold")
     for note in run.notes:
         _line(screen, f"Note: {note}.")
-    failing = [r for r in run.results if r.outcome == INTERNAL or (r.outcome in FAILING and r.must)]
-    groups = _groups(failing)
-    for members in groups[:MOST_GROUPS]:
-        _print_group(screen, run, members)
-    if len(groups) > MOST_GROUPS:
-        hidden = sum(len(members) for members in groups[MOST_GROUPS:])
-        kinds = len(groups) - MOST_GROUPS
-        _line(screen, f"{hidden} failures of {kinds} other kinds are not shown; --json FILE writes all failures.\n")
-    if failing:
+    causes = run.findings.causes
+    if causes:
+        _line(screen, "")
+    for number, cause in enumerate(causes[:MOST_CAUSES], 1):
+        _print_cause(screen, run, cause, f"Cause {number} of {len(causes)}" if len(causes) > 1 else "Cause")
+    if len(causes) > MOST_CAUSES:
+        hidden = sum(len(cause.results) for cause in causes[MOST_CAUSES:])
+        number = len(causes) - MOST_CAUSES
+        _line(screen, f"{hidden} failures of {number} other causes are not shown; --json FILE writes all failures.\n")
+    for result in run.internal:
+        _print_example(screen, run, result)
+    if causes:
         _print_features(screen, run)
     for line in _remarks(run):
         _line(screen, line)
@@ -119,44 +126,62 @@ def print_run(screen: Console, run: Run) -> None:
     screen.print(f"[bold {colour}]{escape(run.claims.name)}: {escape(run.verdict)}[/]")
 
 
+def summary_of(findings: Findings) -> list[str]:
+    """Describe all failures in one or two lines: what they share, and where they are wrong."""
+    if findings.story is None:
+        return []
+    number = sum(len(cause.results) for cause in findings.causes)
+    causes = f"{len(findings.causes)} causes" if len(findings.causes) > 1 else "one cause"
+    share = f"; what they share: {findings.story.share}" if findings.story.share else ""
+    where = [f"Where they are wrong: {findings.story.where}."] if findings.story.where else []
+    return [f"{number} failures of {causes}{share}.", *where]
+
+
 def _line(screen: Console, text: str, style: str | None = None) -> None:
     screen.print(text, style=style, markup=False)
 
 
-def _groups(failing: list[Result]) -> list[list[Result]]:
-    """Group the failures that have the same probable cause, the largest group first."""
-    groups: defaultdict[tuple[str, object], list[Result]] = defaultdict(list)
-    for result in failing:
-        mistake = result.conventions or result.diagnosis[:1]
-        error = None if result.compared else result.reason
-        groups[result.outcome, error or mistake or result.clauses[:1]].append(result)
-    return sorted(groups.values(), key=len, reverse=True)
-
-
-def _print_group(screen: Console, run: Run, members: list[Result]) -> None:
-    """Print an example in full, and the ids of other cases."""
-    example = min(
-        members, key=lambda r: (r.ask.dtype != "float32", sum(a.size for a in r.ask.case.inputs(r.ask.dtype).values()))
-    )
-    excuse = run.excuse(example)
-    label = example.outcome.upper() + (f" ({excuse})" if excuse else "")
-    screen.print(
-        f"[bold {COLOURS[example.outcome]}]{label}[/]  {escape(example.ask.case.id)}  {example.ask.dtype}"
-        + f"  (1 of {len(members)} similar results)" * (len(members) > 1)
-    )
-    for line in details(replace(example, diagnosis=_shared(example, members))):
+def _print_cause(screen: Console, run: Run, cause: Cause, label: str) -> None:
+    """Print a cause: its name, what its failures share, where they are wrong, an example, and the other cases."""
+    _line(screen, f"{label}: {_title(cause)} ({_counted(len(cause.results))})", "bold")
+    lines = [f"What they share: {cause.story.share}."] if cause.story.share and len(cause.results) > 1 else []
+    lines += [f"Where they are wrong: {cause.story.where}."] if cause.story.where else []
+    lines += [f"The cases do not distinguish it from {', '.join(cause.others[:MOST_NAMES])}."] if cause.others else []
+    for line in lines:
         _line(screen, f"  {line}")
-    others = dict.fromkeys(r.ask.case.id for r in members if r.ask.case.id != example.ask.case.id)
+    example = min(cause.results, key=lambda r: (r.ask.dtype != "float32", _size(r)))
+    _print_example(screen, run, example)
+    others = dict.fromkeys(r.ask.case.id for r in cause.results if r.ask.case.id != example.ask.case.id)
     if others:
         more = f" and {len(others) - MOST_NAMES} more" if len(others) > MOST_NAMES else ""
         _line(screen, f"  Other cases: {', '.join(list(others)[:MOST_NAMES])}{more}")
     _line(screen, "")
 
 
-def _shared(example: Result, members: list[Result]) -> tuple[str, ...]:
-    """Name the mistakes that explain all members of a group; without any, those that explain the example."""
-    shared = tuple(name for name in example.diagnosis if all(name in member.diagnosis for member in members))
-    return shared or example.diagnosis
+def _counted(number: int) -> str:
+    return f"{number} failures" if number > 1 else "1 failure"
+
+
+def _title(cause: Cause) -> str:
+    """Write the name of a cause as a sentence."""
+    if cause.kind == "mistake":
+        return next(iter(_mistakes([cause.name or ""])), f"the convention {cause.name}")
+    if cause.kind == "rounding":
+        return f"the errors are as large as those of numbers that are stored in {cause.name}"
+    return cause.title if cause.name else "no known mistake has these results"
+
+
+def _size(result: Result) -> int:
+    return sum(array.size for array in result.ask.case.inputs(result.ask.dtype).values())
+
+
+def _print_example(screen: Console, run: Run, example: Result) -> None:
+    """Print a failure in full."""
+    excuse = run.excuse(example)
+    label = example.outcome.upper() + (f" ({excuse})" if excuse else "")
+    screen.print(f"  [bold {COLOURS[example.outcome]}]{label}[/]  {escape(example.ask.case.id)}  {example.ask.dtype}")
+    for line in details(replace(example, diagnosis=())):
+        _line(screen, f"    {line}")
 
 
 def details(result: Result) -> list[str]:
@@ -171,7 +196,7 @@ def details(result: Result) -> list[str]:
     if result.conventions:
         accepting = " ".join(f"--accept {convention}" for convention in result.conventions)
         lines.append(f"This is another known convention; if you intend it, pass {accepting}")
-    lines += [f"It looks like the mistake {mistake}." for mistake in _mistakes(result)]
+    lines += [f"It looks like the mistake {mistake}." for mistake in _mistakes(result.diagnosis)]
     return [*lines, f"To see the case in numbers, run: mha-spec explain {result.ask.case.id}"]
 
 
@@ -207,12 +232,12 @@ def _element(worst: Worst) -> str:
     return f"{worst.output}[{index}] = {worst.got:.9g}, expected {worst.expected:.9g}, allowance {worst.allowance:.2g}"
 
 
-def _mistakes(result: Result) -> list[str]:
-    by_name = {mistake.name: mistake for mistake in MISTAKES}
-    mistakes = [by_name[name] for name in result.diagnosis[:MOST_NAMES] if name in by_name]
+def _mistakes(names: Sequence[str]) -> list[str]:
+    """Describe mistakes and conventions, each with the bugs that made it."""
+    mistakes = [mistake for name in names for mistake in MISTAKES if name in (mistake.name, mistake.variant)]
     return [
         f"{mistake.name}, which {mistake.title}" + (f" ({', '.join(mistake.bugs)})" if mistake.bugs else "")
-        for mistake in mistakes
+        for mistake in mistakes[:MOST_NAMES]
     ]
 
 
@@ -221,7 +246,7 @@ def _print_features(screen: Console, run: Run) -> None:
     from rich.table import Table
 
     table = Table("feature", *OUTCOMES, box=None, pad_edge=False)
-    for feature in run.asked_features:
+    for feature in run.failing_features:
         tally = run.tally(r for r in run.results if r.must and feature in r.ask.features)
         if any(tally[outcome] for outcome in FAILING):
             table.add_row(feature, *(str(tally[outcome] or "") for outcome in OUTCOMES))

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import FLOATING
+from mha_spec_conformance.judging.causes import find_causes
 from mha_spec_conformance.judging.result import FAILING, INTERNAL, OUTCOMES
 
 from .known import excuse, is_open, stale_entries
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mha_spec_conformance.asking.selection import Selection
+    from mha_spec_conformance.judging.causes import Cause, Findings
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Suite
     from mha_spec_conformance.suite.conventions import Convention
@@ -64,6 +66,22 @@ class Run:
     def failures(self) -> list[Result]:
         """The failing results of MUST cases that are neither accepted nor known."""
         return [result for result in self.results if is_open(result, self.accepted, self.known)]
+
+    @cached_property
+    def findings(self) -> Findings:
+        """The causes of the failures of MUST cases."""
+        return find_causes(self.results, self.claims.profile)
+
+    @cached_property
+    def open_causes(self) -> list[Cause]:
+        """The causes of failures that are not accepted."""
+        return [cause for cause in self.findings.causes if any(self.excuse(r) != "accepted" for r in cause.results)]
+
+    @cached_property
+    def failing_features(self) -> tuple[str, ...]:
+        """The features that fail by a cause of their own, in the order of the suite."""
+        blamed = {feature for cause in self.open_causes for feature in cause.features}
+        return tuple(feature for feature in self.asked_features if feature in blamed)
 
     @cached_property
     def asked_features(self) -> tuple[str, ...]:
@@ -176,8 +194,7 @@ class Run:
         if not self.complete:
             return f"partial run: {count}" + (f", {len(self.failures)} failed" if passed < total else "")
         if self.failures or excused["known"] or self.internal:
-            features = dict.fromkeys(f for r in failing if self.excuse(r) != "accepted" for f in r.ask.features)
-            return f"not conformant on {', '.join(features)} ({count}, {len(self.failures)} failed)"
+            return f"not conformant on {', '.join(self.failing_features)} ({count}, {len(self.failures)} failed)"
         accepting = sorted({str(c) for result in self.judged for c in self.accepted.intersection(result.conventions)})
         features = dict.fromkeys(feature for result in self.deciding for feature in result.ask.features)
         return f"conformant on {', '.join(features)} ({count})" + (

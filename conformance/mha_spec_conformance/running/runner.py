@@ -12,6 +12,7 @@ from mha_spec_conformance.judging.judge import Judge
 
 from .again import SecondTime
 from .alignment import find_alignment
+from .diagnosing import diagnosed
 from .known import is_open
 from .results import ResultsFile, read_results
 from .run import Run
@@ -81,21 +82,28 @@ def judge_all(
         NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
     """
     claims = source.claims
-    asked = asks_of(suite, claims, settings.selection)
+    asks_of(suite, claims, settings.selection)  # raises before anything is asked
     notes = try_smoke_cases(suite, source, judge)
     alignment = find_alignment(source, suite, settings.selection, judge)
+    asked = asks_of(suite, alignment.declared_by(claims), settings.selection)
     with ResultsFile(settings.results) as file:
         earlier = read_results(settings.results, suite, claims, asked) if settings.results and settings.resume else {}
         file.begin(suite, claims, resume=settings.resume)
         results, finished = _Asking(source, asked, settings, judge, progress, file).results(earlier)
+        for result in diagnosed(source, judge, results):
+            results[result.ask.key] = result
+            file.add(result)
     return Run(
         suite=suite,
         claims=claims,
         selection=settings.selection,
-        results=(*alignment.failures, *(results[ask.key] for ask in asked if ask.key in results)),
+        results=(
+            *(result for result in alignment.failures if result.ask.key not in results),
+            *(results[ask.key] for ask in asked if ask.key in results),
+        ),
         finished=finished,
         alignment=alignment.name,
-        notes=(*notes, *([alignment.note] if alignment.note else [])),
+        notes=(*notes, *_unclaimed(claims), *([alignment.note] if alignment.note else [])),
         required=settings.required,
         accepted=settings.accepted,
         known=settings.known,
@@ -118,6 +126,15 @@ def asks_of(suite: Suite, claims: Claims, selection: Selection) -> list[Ask]:
             f"--dtypes asks {', '.join(selection.dtypes)}"
         )
     return asked
+
+
+def _unclaimed(claims: Claims) -> list[str]:
+    """Note the functions that take any keyword, and are asked no option because none is declared."""
+    return [
+        f"{name} takes any keyword but claims no option, so it is asked only calls without options: name the features "
+        f'that it has in the target file, as in features = ("mask", "causal")'
+        for name in claims.unclaimed
+    ]
 
 
 def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:

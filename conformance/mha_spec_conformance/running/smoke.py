@@ -10,11 +10,13 @@ import numpy
 from mha_spec import reference
 from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.asking.selection import Selection, asks
+from mha_spec_conformance.mistakes import MISTAKES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mha_spec_conformance.asking.question import Answer, Question, Source
+    from mha_spec_conformance.asking.selection import Ask
     from mha_spec_conformance.judging.judge import Judge
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Suite
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["NothingToJudge", "try_smoke_cases"]
 
 TAG = "smoke"
+
+AXES = {"bhsd": "the heads before the tokens", "bshd": "the axes as (batch, length, heads, size)"}
+"""The dense layouts."""
+
+INVERTED = next(mistake for mistake in MISTAKES if mistake.variant == "mask_polarity=true_hides")
 
 
 class NothingToJudge(MhaSpecError):
@@ -50,7 +57,7 @@ def try_smoke_cases(suite: Suite, source: Source, judge: Judge) -> tuple[str, ..
     plain_first = sorted(asked.values(), key=lambda ask: len(ask.features))
     smokes: list[Smoke] = []
     for question, answer in source.answers([ask.question() for ask in plain_first]):
-        smokes.append(Smoke(question, answer, judge.result(asked[question.id, question.dtype], answer)))
+        smokes.append(Smoke(question, answer, _result(judge, asked[question.id, question.dtype], answer)))
         if answer.kind == "timeout":
             break
     smokes = [smoke for smoke in smokes if smoke.result.outcome != "unsupported"]
@@ -59,13 +66,22 @@ def try_smoke_cases(suite: Suite, source: Source, judge: Judge) -> tuple[str, ..
     return tuple(_notes(smokes))
 
 
+def _result(judge: Judge, ask: Ask, answer: Answer) -> Result:
+    """Judge an answer, and name a mask of the other polarity."""
+    result = judge.result(ask, answer)
+    if result.wrong is None or not judge.recognition.explains(INVERTED, result.wrong):
+        return result
+    return judge.explained(result, [INVERTED])
+
+
 def _fault(smokes: list[Smoke], source: Source) -> str | None:
     """Describe the fault of the target file if no answer can be compared."""
     first = smokes[0]
     if any(smoke.result.outcome == "pass" for smoke in smokes):
         return None
     if _takes_lengths_first(first, source):
-        return "the target takes the axes as (batch, length, heads, size): swap axes 1 and 2 in the target file"
+        other = "bhsd" if source.claims.layout == "bshd" else "bshd"
+        return f"the target takes {AXES[other]}: declare it in the target file, as layout = \"{other}\""
     if any(_judged(smoke) for smoke in smokes):
         return None
     if first.answer.kind in ("crash", "timeout"):
@@ -100,12 +116,16 @@ def _axes(smoke: Smoke) -> str:
         (batch, heads, v_dim, q_len): "(batch, heads, v_dim, q_len)",
         (batch, q_len, heads * v_dim): "(batch, q_len, heads * v_dim)",
     }
-    return f": the axes are {orders[received]}; permute them in the target file" if received in orders else ""
+    if received not in orders:
+        return ""
+    advice = 'declare layout = "bshd"' if received[1:] == (q_len, heads, v_dim) else "permute them in the target file"
+    return f": the axes are {orders[received]}; {advice}"
 
 
 def _takes_lengths_first(smoke: Smoke, source: Source) -> bool:
     """Tell whether the target exchanges heads and lengths, by a call with as many heads as positions."""
-    if smoke.question.function != "attention" or smoke.answer.kind in ("crash", "timeout"):
+    dense = smoke.question.function == "attention" and source.claims.layout in AXES
+    if not dense or smoke.answer.kind in ("crash", "timeout"):
         return False
     arrays = {name: smoke.question.arrays[name] for name in ("query", "key", "value")}
     size = min(length for array in arrays.values() for length in array.shape[1:3])

@@ -1,0 +1,159 @@
+"""Tell how the wrong numbers of a failure differ from the right ones.
+
+They are a factor or a shift of the right ones, right at another place, 0 or not finite, or no further away than the
+roundings of a narrower dtype. A statement holds for every wrong element of a failure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy
+
+from .bounds import bounds, precision, unit_roundoff
+from .compare import judge
+from .places import Place, axes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .places import WrongElements
+    from .recognition import Wrong
+
+__all__ = ["amounts", "rounded_to"]
+
+FEWEST = 3
+"""The number of elements from which a common factor or shift is not a coincidence."""
+
+MOST_ROWS = 32
+"""The number of wrong rows that are looked for at other places."""
+
+NAMED_FACTORS = {
+    -1.0: "the right number negated",
+    math.log2(math.e): "to base 2",
+    math.log(2): "ln 2 times the right one",
+}
+
+NARROWER = ("float32", "float16", "bfloat16")
+
+
+def amounts(failures: Sequence[WrongElements]) -> list[Place]:
+    """Say how the wrong numbers differ from the right ones, if one statement holds for nearly all failures."""
+    count: Counter[str] = Counter()
+    order: dict[str, None] = {}
+    for failure in failures:
+        texts = dict.fromkeys(_statements(failure))
+        order |= texts
+        count.update(texts.keys())
+    best = max(order, key=lambda text: count[text], default=None)
+    if best is None or 2 * count[best] < len(failures):
+        return []
+    return [Place(best, count[best], len(failures))]
+
+
+def _statements(failure: WrongElements) -> Iterator[str]:
+    """Yield the statements that hold for every wrong element of every output of a failure."""
+    by_output = [list(dict.fromkeys(_of_output(failure, name))) for name in failure.outputs]
+    yield from (text for text in by_output[0] if all(text in texts for texts in by_output)) if by_output else ()
+
+
+def _of_output(failure: WrongElements, name: str) -> Iterator[str]:
+    marks = failure.marks[name]
+    expected, received = _full_expected(failure, name)[marks], failure.wrong.outputs[name].astype(numpy.float64)[marks]
+    if numpy.isnan(received).all():
+        yield "NaN"
+    elif numpy.isinf(received).all():
+        yield "infinite"
+    elif not numpy.isfinite(received).any():
+        yield "not finite"
+    elif (received == 0).all():
+        yield "0"
+    elif numpy.isfinite(received).all() and numpy.isfinite(expected).all():
+        yield from _of_numbers(failure, name, expected, received)
+
+
+def _of_numbers(failure: WrongElements, name: str, expected: numpy.ndarray, received: numpy.ndarray) -> Iterator[str]:
+    allowed = failure.wrong.allowances[name][failure.marks[name]]
+    allowed = numpy.where(numpy.isfinite(allowed), allowed, 0.0)
+    if (factor := _factor(expected, received, allowed)) is not None:
+        known = (text for value, text in NAMED_FACTORS.items() if abs(factor / value - 1) < 1e-4)
+        yield next(known, f"{_rounded(factor)} times the right number")
+        yield "a constant factor in each case"
+    shift = float(numpy.median(received - expected))
+    alike = (abs(received - expected - shift) <= 2 * allowed).all()
+    if name == "lse" and alike and expected.size >= FEWEST and numpy.ptp(expected) > 8 * allowed.max():
+        yield f"the right number {'+' if shift > 0 else '-'} {_rounded(abs(shift))}"
+        yield "a constant shift in each case"
+    if (elsewhere := _elsewhere(failure, name)) is not None:
+        yield elsewhere
+    if numpy.ptp(received) == 0 and expected.size >= FEWEST and numpy.ptp(expected) > 0:
+        yield "one number everywhere"
+
+
+def _rounded(number: float) -> str:
+    return f"{number:.4g}"
+
+
+def _factor(expected: numpy.ndarray, received: numpy.ndarray, allowed: numpy.ndarray) -> float | None:
+    """Give the constant factor between right and wrong numbers; None if there is none."""
+    large = abs(expected) > 8 * allowed
+    if large.sum() < FEWEST or numpy.ptp(abs(expected[large])) <= 8 * allowed[large].max():
+        return None
+    factor = float(numpy.median(received[large] / expected[large]))
+    alike = abs(received - factor * expected) <= 2 * max(1.0, abs(factor)) * allowed
+    return factor if alike.all() and factor else None
+
+
+def _elsewhere(failure: WrongElements, name: str) -> str | None:
+    """Tell whether every wrong row is the right row of another place, and on which axes the places differ."""
+    expected, received = _full_expected(failure, name), failure.wrong.outputs[name].astype(numpy.float64)
+    axes = axes_of(name, expected.ndim)
+    last = axes[-1] if axes and axes[-1] in ("component", "key") else None
+    shape = expected.shape[:-1] if last else expected.shape
+    rows, right = (x.reshape(math.prod(shape), -1) for x in (received, expected))
+    allowed = failure.wrong.allowances[name].reshape(rows.shape)
+    wrong = numpy.flatnonzero(failure.marks[name].reshape(rows.shape).any(axis=1))
+    moved: set[str] = set()
+    for row in wrong[:: max(1, len(wrong) // MOST_ROWS)]:
+        with numpy.errstate(invalid="ignore"):
+            same = (abs(right - rows[row]) <= allowed + allowed[row]).all(axis=1) & (abs(right).max(axis=1) > 0)
+        if not 0 < same.sum() <= max(2, len(right) // 8):
+            return None
+        places = [numpy.unravel_index(place, shape) for place in (row, int(numpy.flatnonzero(same)[0]))]
+        moved |= {axis for axis, a, b in zip(axes, *places, strict=False) if a != b}
+    return f"the right numbers of another {' and '.join(axis for axis in axes if axis in moved)}" if moved else None
+
+
+def _full_expected(failure: WrongElements, name: str) -> numpy.ndarray:
+    """Give the expected output in its full shape, with NaN in the rows that the golden does not hold."""
+    golden = failure.expected[name]
+    if golden.rows is None:
+        return golden.values.reshape(golden.shape)
+    width = golden.values.size // max(len(golden.rows), 1)
+    full = numpy.full((math.prod(golden.shape) // max(width, 1), width), numpy.nan)
+    full[golden.rows] = golden.values.reshape(-1, width)
+    return full.reshape(golden.shape)
+
+
+def rounded_to(wrong: Wrong, profile: str = "standard") -> str | None:
+    """Name the narrowest precision that the errors need: the dtype in which an attention may make errors of this size.
+
+    None if the errors are larger than the roundings of bfloat16, or if a constant factor explains them.
+    """
+    case, dtype = wrong.ask.case, wrong.ask.dtype
+    run = precision(dtype, profile)
+    expected = {name: case.expected[name] for name in wrong.ask.outputs}
+    evaluated = bounds(case.function, case.inputs(dtype), case.options)
+    for narrower in NARROWER:
+        unit = unit_roundoff(narrower)
+        if unit <= run.u_a:
+            continue
+        stored = max(run.u_p, unit)
+        coarse = replace(run, u_in=max(run.u_in, unit), u_a=unit, u_p=stored, u_dp=stored, e_x=8 * unit, e_t=8 * unit)
+        coarse = replace(coarse, u_o=max(run.u_o, unit), u_l=max(run.u_l, unit))
+        if judge(case, expected, wrong.outputs, evaluated.allowances(coarse), run).passed:
+            return narrower
+    return None

@@ -1,0 +1,208 @@
+"""Name the mistakes of a target: those that explain its failures and that no passing case refutes.
+
+A mistake is tried on few representative failures. If it explains one of them, it is put on trial: it must explain at
+least 90 % of the failures that it could cause, and must not predict a failure where the target passes. A mistake that
+holds only in some dtypes or functions is named for these. Two mistakes together are tried where one does not suffice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from mha_spec_conformance.mistakes import MISTAKES, Compared, Mistake
+
+from .pairs import together
+from .prediction import can_show
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from mha_spec_conformance.asking.selection import Ask
+    from mha_spec_conformance.suite.cases import Case
+
+    from .recognition import Recognition, Wrong
+
+    Cell = tuple[str, str]
+    Key = tuple[str, str]
+
+__all__ = ["named"]
+
+LEAST = 0.9
+"""The share of the failures that a mistake could cause which it must explain."""
+
+REPRESENTATIVES = 60
+"""The largest number of failures on which every mistake is tried."""
+
+WITNESSES = 300
+"""The largest number of passing cases that are consulted in each trial."""
+
+MOST_PAIRED = 8
+"""The largest number of mistakes of which pairs are made."""
+
+MOST_LEFT = 20
+"""The largest number of unexplained failures on which a pair is tried."""
+
+
+def named(
+    wrong: Sequence[Wrong], passing: Sequence[Ask], recognition: Recognition, mistakes: Sequence[Mistake] = MISTAKES
+) -> dict[Key, tuple[Mistake, ...]]:
+    """Name the mistakes that explain the failures of a run, by case and dtype; a failure without a name is left out.
+
+    Args:
+        wrong: The failures of which the values are wrong.
+        passing: The questions that the target passes.
+        recognition: Compares answers with the predictions of mistakes.
+        mistakes: The mistakes that may be named.
+    """
+    search = _Search(wrong, passing, recognition)
+    search.try_on_representatives(mistakes)
+    search.try_pairs()
+    return search.names
+
+
+class _Search:
+    """The state of the search for names."""
+
+    def __init__(self, wrong: Sequence[Wrong], passing: Sequence[Ask], recognition: Recognition) -> None:
+        self.wrong = sorted(wrong, key=_size)
+        self.passing = sorted(passing, key=lambda ask: _elements(ask.case))
+        self.recognition = recognition
+        self.names: dict[Key, tuple[Mistake, ...]] = {}
+        self.suspects: dict[str, Mistake] = {}
+
+    def try_on_representatives(self, mistakes: Sequence[Mistake]) -> None:
+        """Try every mistake on failures of each kind, and put on trial what explains one and is not refuted nearby."""
+        settled: set[str] = set()
+        refuted: set[tuple[str, Cell]] = set()
+        for representative in _representatives(self.wrong, self.names):
+            cell = _cell(representative.ask)
+            untried = [m for m in mistakes if m.name not in settled and (m.name, cell) not in refuted]
+            for mistake in self.recognition.explaining(untried, representative):
+                self.suspects[mistake.name] = mistake
+                if self.is_refuted(mistake, cell):
+                    refuted.add((mistake.name, cell))
+                else:
+                    settled.add(mistake.name)
+                    self.name(mistake, (mistake,))
+
+    def is_refuted(self, mistake: Mistake, cell: Cell) -> bool:
+        """Tell whether a passing question of the same function and dtype refutes a mistake, which is fast."""
+        if mistake.compared is Compared.WHERE_NOT_FINITE:
+            return False
+        near = [ask for ask in self.passing if _cell(ask) == cell]
+        return any(self.recognition.shows(mistake, ask) for ask in _witnesses(mistake, near))
+
+    def name(self, mistake: Mistake, parts: tuple[Mistake, ...]) -> None:
+        """Put a mistake on trial, and name it where it holds; a failure that a part explains has that name."""
+        trial = Trial.of(mistake, self.wrong, self.passing, self.recognition)
+        holds = trial.cells_that_hold()
+        for wrong in trial.explained:
+            key = wrong.ask.key
+            if _cell(wrong.ask) in holds and (len(parts) == 1 or key not in self.names):
+                alone = tuple(part for part in parts if self.recognition.explains(part, wrong))
+                self.names[key] = (*self.names.get(key, ()), *(alone or (mistake,)))
+
+    def try_pairs(self) -> None:
+        """Try pairs of the mistakes that explain a failure each, where failures are left."""
+        explained = Counter(
+            name for name, mistake in self.suspects.items() for w in self.wrong if w.verdicts.get(mistake.name)
+        )
+        chosen = [self.suspects[name] for name, _ in explained.most_common(MOST_PAIRED)]
+        for first, second in combinations(chosen, 2):
+            left = [wrong for wrong in self.wrong if wrong.ask.key not in self.names][:MOST_LEFT]
+            pair = together(first, second)
+            if pair is None or not any(self.recognition.explains(pair, wrong) for wrong in left):
+                continue
+            if not any(self.is_refuted(pair, cell) for cell in {_cell(wrong.ask) for wrong in left}):
+                self.name(pair, (first, second))
+
+
+def _representatives(wrong: Iterable[Wrong], names: dict[Key, tuple[Mistake, ...]]) -> Iterator[Wrong]:
+    """Yield failures without a name, the smallest of each kind first, and kinds with many failures before others."""
+    kinds: defaultdict[object, list[Wrong]] = defaultdict(list)
+    for failure in wrong:
+        kinds[failure.ask.case.function, failure.ask.features, failure.ask.dtype].append(failure)
+    tried: set[Key] = set()
+    for _ in range(REPRESENTATIVES):
+        left = {kind: [w for w in members if w.ask.key not in names] for kind, members in kinds.items()}
+        fresh = {kind: [w for w in members if w.ask.key not in tried] for kind, members in left.items()}
+        open_kinds = [kind for kind, members in fresh.items() if members]
+        if not open_kinds:
+            return
+        times = {kind: sum(w.ask.key in tried for w in left[kind]) for kind in open_kinds}
+        kind = max(open_kinds, key=lambda kind: (-times[kind], len(fresh[kind])))
+        tried.add(fresh[kind][0].ask.key)
+        yield fresh[kind][0]
+
+
+@dataclass
+class Trial:
+    """The evidence about a mistake in each function and dtype."""
+
+    explained: list[Wrong]
+    unexplained: Counter[Cell]
+    refuting: Counter[Cell]
+
+    @classmethod
+    def of(cls, mistake: Mistake, wrong: Iterable[Wrong], passing: Iterable[Ask], recognition: Recognition) -> Trial:
+        """Ask every failure, and then passing questions, until each function and dtype has refuted the mistake."""
+        explained = [failure for failure in wrong if recognition.explains(mistake, failure)]
+        keys = {failure.ask.key for failure in explained}
+        others = [failure.ask for failure in wrong if failure.ask.key not in keys]
+        by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
+        unexplained = Counter(_cell(ask) for ask in others if by_errors or recognition.shows(mistake, ask))
+        count = Counter(_cell(failure.ask) for failure in explained)
+        tolerated = dict(count) if mistake.compared is Compared.WHERE_NOT_FINITE else {}
+        refuting: Counter[Cell] = Counter()
+        for ask in _witnesses(mistake, passing):
+            cell = _cell(ask)
+            if refuting[cell] <= tolerated.get(cell, 0) and recognition.shows(mistake, ask):
+                refuting[cell] += 1
+        refuting = Counter({cell: n for cell, n in refuting.items() if n > tolerated.get(cell, 0)})
+        return cls(explained, unexplained, refuting)
+
+    def cells_that_hold(self) -> frozenset[Cell]:
+        """Give the functions and dtypes for which the mistake may be named: all, whole dtypes or whole functions."""
+        explained = Counter(_cell(failure.ask) for failure in self.explained)
+        cells = {*explained, *self.unexplained, *self.refuting}
+        if self._hold(cells, explained):
+            return frozenset(cells)
+        for axis in (1, 0):
+            parts = {cell[axis] for cell in cells}
+            groups = [{cell for cell in cells if cell[axis] == part} for part in parts]
+            holding = {cell for group in groups if self._hold(group, explained) for cell in group}
+            if len(self._cases(holding)) > 1:
+                return frozenset(holding)
+        return frozenset()
+
+    def _hold(self, cells: set[Cell], explained: Counter[Cell]) -> bool:
+        right, wrong = (sum(counter[cell] for cell in cells) for counter in (explained, self.unexplained))
+        return right > 0 and right >= LEAST * (right + wrong) and not any(self.refuting[cell] for cell in cells)
+
+    def _cases(self, cells: set[Cell]) -> set[str]:
+        return {failure.ask.case.id for failure in self.explained if _cell(failure.ask) in cells}
+
+
+def _witnesses(mistake: Mistake, passing: Iterable[Ask]) -> list[Ask]:
+    """Choose the passing questions that are consulted, in every dtype: first those that cite clauses of the mistake."""
+    able = [ask for ask in passing if ask.case.expect != "error" and can_show(mistake, ask.case, ask.dtype)]
+    cases = {ask.case.id: ask.case for ask in able}
+    chosen = sorted(cases.values(), key=lambda case: not set(case.clauses) & set(mistake.clauses))[:WITNESSES]
+    ids = {case.id for case in chosen}
+    return [ask for ask in able if ask.case.id in ids]
+
+
+def _cell(ask: Ask) -> tuple[str, str]:
+    return ask.case.function, ask.dtype
+
+
+def _size(wrong: Wrong) -> int:
+    return sum(array.size for array in wrong.outputs.values())
+
+
+def _elements(case: Case) -> int:
+    return sum(math.prod(golden.shape) for golden in case.expected.values())

@@ -1,0 +1,241 @@
+"""Recognise a known mistake in a wrong result, and tell in which questions a mistake shows.
+
+A mistake explains a result if the result equals that of the mistaken reference, within the allowance of the mistaken
+reference, and if the case distinguishes the mistaken reference from the specification.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec_conformance.mistakes import Compared, Mistake
+
+from .bounds import precision, unit_roundoff
+from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, golden_rows, judge
+from .prediction import Predictions, can_show
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mha_spec_conformance.asking.question import Answer
+    from mha_spec_conformance.asking.selection import Ask
+    from mha_spec_conformance.suite.cases import Case, Expected
+
+    from .compare import Judgement
+
+    Outputs = Mapping[str, numpy.ndarray]
+
+__all__ = ["Recognition", "Wrong"]
+
+CLEARLY_OTHER = 0.25
+"""A result that differs by this share of its largest number is not compared further."""
+
+SAME = 1e-12
+"""A prediction in float64 that differs by this share of the largest number is that of the specification."""
+
+CLEARLY_WRONG = 4.0
+"""The share of the allowance from which a predicted error must show in every right implementation of the mistake."""
+
+SIMILAR = 4.0
+"""Errors of two precisions are of similar size if they differ by at most this factor."""
+
+KEPT = 128
+"""The number of cases whose predictions are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Wrong:
+    """A wrong answer: the question, the outputs, and the allowances of the specification."""
+
+    ask: Ask
+    outputs: Outputs
+    allowances: Outputs
+    answer: Answer | None = None
+    """The whole answer, with those to further calls."""
+    verdicts: dict[str, bool] = field(default_factory=dict[str, bool], repr=False)
+    """The mistakes that were compared with the answer, and whether they explain it."""
+
+
+class Recognition:
+    """Compares wrong answers with the predictions of mistakes, and keeps what it computed."""
+
+    def __init__(self, profile: str = "standard") -> None:
+        """Judge by the profile of precision that the target declares."""
+        self.profile = profile
+        self._predictions: OrderedDict[str, Predictions] = OrderedDict()
+        self._shown: dict[tuple[str, str, str, tuple[str, ...]], bool] = {}
+
+    def explaining(self, mistakes: Iterable[Mistake], wrong: Wrong) -> list[Mistake]:
+        """Give the mistakes that explain an answer; mistakes of precision only if no other mistake does."""
+        relevant = [mistake for mistake in mistakes if can_show(mistake, wrong.ask.case, wrong.ask.dtype)]
+        by_errors = [mistake for mistake in relevant if mistake.compared is Compared.BY_SIZE_OF_ERRORS]
+        by_value = [mistake for mistake in relevant if mistake.compared is not Compared.BY_SIZE_OF_ERRORS]
+        return [mistake for mistake in by_value if self.explains(mistake, wrong)] or [
+            mistake for mistake in by_errors if self.explains(mistake, wrong)
+        ]
+
+    def explains(self, mistake: Mistake, wrong: Wrong) -> bool:
+        """Tell whether the mistake gives this answer, and the specification gives another."""
+        if mistake.name not in wrong.verdicts:
+            comparison = _Comparison(self._of(wrong.ask.case), wrong, self.profile)
+            able = can_show(mistake, wrong.ask.case, wrong.ask.dtype)
+            wrong.verdicts[mistake.name] = able and comparison.explains(mistake)
+        return wrong.verdicts[mistake.name]
+
+    def shows(self, mistake: Mistake, ask: Ask) -> bool:
+        """Tell whether an attention with the mistake clearly fails the question."""
+        key = mistake.name, *ask.key, ask.outputs
+        if key not in self._shown:
+            self._shown[key] = can_show(mistake, ask.case, ask.dtype) and self._shows(mistake, ask)
+        return self._shown[key]
+
+    def _shows(self, mistake: Mistake, ask: Ask) -> bool:
+        predictions = self._of(ask.case)
+        mistaken = predictions.outputs(mistake, ask.dtype)
+        if mistaken is None or any(name not in mistaken for name in ask.outputs):
+            return False
+        golden = {name: ask.case.expected[name] for name in ask.outputs}
+        if all(_distance(golden[name], mistaken[name]) < SAME for name in golden):
+            return False
+        if any(_distance(golden[name], mistaken[name]) > CLEARLY_OTHER for name in golden):
+            return True
+        run = precision(ask.dtype, self.profile)
+        allowed = predictions.allowances(None, ask.dtype, run) or {}
+        return judge(ask.case, golden, mistaken, allowed, run).allowance_used > CLEARLY_WRONG
+
+    def _of(self, case: Case) -> Predictions:
+        """Give the predictions on a case; those of the cases that were used least recently are dropped."""
+        predictions = self._predictions.pop(case.id, None)
+        if predictions is None or predictions.case is not case:
+            predictions = Predictions(case)
+        self._predictions[case.id] = predictions
+        if len(self._predictions) > KEPT:
+            self._predictions.popitem(last=False)
+        return predictions
+
+
+def _distance(golden: Expected, mistaken: numpy.ndarray) -> float:
+    """Give the largest difference as a share of the largest number; infinite if only one of two is finite."""
+    if mistaken.shape != tuple(golden.shape):
+        return numpy.inf
+    got, values = golden_rows(mistaken.astype(numpy.float64), golden).ravel(), golden.values.ravel()
+    if golden.kinds is not None:
+        compared = golden.kinds.ravel() != ANY
+        got, values = got[compared], values[compared]
+    with numpy.errstate(invalid="ignore"):
+        differing = (got != values) & ~(numpy.isnan(got) & numpy.isnan(values))
+        size = abs(values[numpy.isfinite(values)]).max(initial=0.0)
+        distance = abs(got[differing] - values[differing]).max(initial=0.0)
+    return float(distance / size) if size and numpy.isfinite(distance) else numpy.inf if differing.any() else 0.0
+
+
+class _Comparison:
+    """Compares a wrong answer with the expected values and with the results of mistakes."""
+
+    def __init__(self, predictions: Predictions, wrong: Wrong, profile: str) -> None:
+        self.predictions = predictions
+        self.case = predictions.case
+        self.dtype = wrong.ask.dtype
+        self.outputs = wrong.outputs
+        self.golden = {name: self.case.expected[name] for name in wrong.ask.outputs}
+        self.standard = precision(self.dtype, profile)
+        self.allowed = wrong.allowances
+
+    def explains(self, mistake: Mistake) -> bool:
+        """Tell whether the mistake gives this result, and the specification gives another."""
+        if mistake.compared is Compared.BY_SIZE_OF_ERRORS:
+            return self._errs_alike(mistake)
+        mistaken = self.predictions.outputs(mistake, self.dtype)
+        if mistaken is None or not self._alike(mistaken):
+            return False
+        if self._judge(self.golden, mistaken, self.allowed).passed:
+            return False
+        allowed = self.predictions.allowances(mistake, self.dtype, self.standard)
+        if allowed is None:
+            return False
+        expected = {name: self._expected(golden, mistaken[name], mistake) for name, golden in self.golden.items()}
+        allowed = {
+            name: self._allowed(name, array, 2 if mistake.native else 1)
+            for name, array in allowed.items()
+            if name in self.golden
+        }
+        if mistake.compared is Compared.WHERE_NOT_FINITE:
+            expected, allowed = self._either(expected, allowed)
+        return self._judge(expected, self.outputs, allowed).passed
+
+    def _errs_alike(self, mistake: Mistake) -> bool:
+        """Tell whether the result has only errors of rounding, about as large as those of the mistake."""
+        coarser = unit_roundoff("bfloat16") / self.standard.u_a
+        loose = {name: coarser * array for name, array in self.allowed.items()}
+        if not self._judge(self.golden, self.outputs, loose).passed:
+            return False
+        mistaken = self.predictions.outputs(mistake, self.dtype)
+        if mistaken is None or (share := self._judge(self.golden, mistaken, self.allowed).allowance_used) <= 1:
+            return False
+        received = self._judge(self.golden, self.outputs, self.allowed).allowance_used
+        return 1 / SIMILAR <= received / share <= SIMILAR
+
+    def _alike(self, mistaken: Mapping[str, numpy.ndarray]) -> bool:
+        """Compare the shapes and the large differences with the result, which is fast."""
+        for name in self.golden:
+            if name not in mistaken or mistaken[name].shape != self.outputs[name].shape:
+                return False
+            a, b = mistaken[name].astype(numpy.float64), self.outputs[name].astype(numpy.float64)
+            finite = numpy.isfinite(a) & numpy.isfinite(b)
+            a, b = a[finite], b[finite]
+            if a.size and not abs(a - b).max() <= CLEARLY_OTHER * max(abs(a).max(), abs(b).max()):
+                return False
+        return True
+
+    def _allowed(self, name: str, allowed: numpy.ndarray, errors: int) -> numpy.ndarray:
+        """Give the allowance of the mistake; if it is not finite, that of the specification, or else the largest."""
+        finite = [array[numpy.isfinite(array)].max(initial=0.0) for array in (allowed, self.allowed[name])]
+        substitute = numpy.where(numpy.isfinite(self.allowed[name]), self.allowed[name], max(finite))
+        return errors * numpy.where(numpy.isfinite(allowed), allowed, substitute)
+
+    def _judge(
+        self,
+        expected: Mapping[str, Expected],
+        outputs: Mapping[str, numpy.ndarray],
+        allowed: Mapping[str, numpy.ndarray],
+    ) -> Judgement:
+        return judge(self.case, expected, outputs, allowed, self.standard)
+
+    def _expected(self, golden: Expected, mistaken: numpy.ndarray, mistake: Mistake) -> Expected:
+        """Give the results of a mistake as expected values, at the elements that the golden compares."""
+        values = golden_rows(mistaken.astype(numpy.float64), golden)
+        kinds = numpy.where(numpy.isnan(values), NAN, numpy.where(numpy.isinf(values), EXACT, FINITE))
+        golden_kinds = _kinds(golden, values.shape)
+        unspecified = (golden_kinds == ANY) | ((golden_kinds == NON_FINITE) & (kinds != FINITE))
+        kinds = numpy.where(unspecified, golden_kinds, kinds)
+        if mistake.compared is Compared.ANYTHING_FOR_NAN:
+            kinds = numpy.where(kinds == NAN, ANY, kinds)
+        if mistake.compared is Compared.WITHOUT_EMPTY_LSE:
+            kinds = numpy.where(golden.values.reshape(values.shape) == -numpy.inf, ANY, kinds)
+        return replace(golden, values=values, kinds=kinds.astype(numpy.uint8))
+
+    def _either(
+        self, expected: Mapping[str, Expected], allowed: Mapping[str, numpy.ndarray]
+    ) -> tuple[dict[str, Expected], dict[str, numpy.ndarray]]:
+        """Expect the golden at right elements, because the reach of a NaN depends on the size of tiles."""
+        merged, allowances = dict(expected), dict(allowed)
+        for name, golden in self.golden.items():
+            got = golden_rows(self.outputs[name], golden)
+            true = golden.values.reshape(got.shape)
+            right = (
+                (numpy.isfinite(got) & numpy.isfinite(true)) | (got == true) | (numpy.isnan(got) & numpy.isnan(true))
+            )
+            values = numpy.where(right, true, expected[name].values)
+            kinds = numpy.where(right, _kinds(golden, got.shape), _kinds(expected[name], got.shape))
+            merged[name] = replace(golden, values=values, kinds=kinds)
+            allowances[name] = numpy.fmax(allowed[name], self.allowed[name])
+        return merged, allowances
+
+
+def _kinds(expected: Expected, shape: tuple[int, ...]) -> numpy.ndarray:
+    """Give the kind of each element of an output; without kinds every element is finite."""
+    return numpy.full(shape, FINITE, numpy.uint8) if expected.kinds is None else expected.kinds.reshape(shape)
