@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["OPTIONS", "Inside", "Kernel", "claims"]
 
 OPTIONS = ("causal", "window", "scale", "softcap", "sinks", "return_lse")
-PACKED_OPTIONS = {"thd": ("cu_seqlens_q", "cu_seqlens_kv"), "paged": ("block_table", "kv_lengths", "cu_seqlens_q")}
+PACKED_OPTIONS = {
+    "thd": ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q"),
+    "paged": ("block_table", "kv_lengths", "cu_seqlens_q", "max_seqlen_kv"),
+}
 
 
 def claims(layout: str, *words: str, dtypes: tuple[str, ...] = ("float32",), **declared: Any) -> Claims:
@@ -75,9 +78,9 @@ class Kernel:
     """Attention over packed tokens or pages; each step may be replaced by a wrong one."""
 
     bounds: Callable[[Array, int], list[slice]] = bounds_of
+    key_bounds: Callable[[Array, int], list[slice]] = bounds_of
     pages: Callable[[int, Array, int], list[tuple[int, slice]]] = keys_of
     position: Callable[[slice, int], int] = position_of
-    gathered: Callable[[Array, int], Array] = lambda keys, length: keys[:length]
     attend: Callable[..., Any] = reference.attention
     differentiate: Callable[..., Any] = reference.attention_vjp
 
@@ -93,19 +96,21 @@ class Kernel:
     def _sequences(self, query: Array, key: Array, options: dict[str, Any]) -> Iterator[tuple[slice, list[Any], int]]:
         """Give for each sequence its queries, the places of its keys, and their number."""
         table, lengths = options.pop("block_table", None), options.pop("kv_lengths", None)
+        for name in ("max_seqlen_q", "max_seqlen_kv"):
+            options.pop(name, None)
         queries = self.bounds(options.pop("cu_seqlens_q"), len(query))
         if table is None:
-            keys = self.bounds(options.pop("cu_seqlens_kv"), len(key))
+            keys = self.key_bounds(options.pop("cu_seqlens_kv"), len(key))
             yield from ((q, [(tokens,)], tokens.stop - tokens.start) for q, tokens in zip(queries, keys, strict=True))
             return
         for q, row, length in zip(queries, table, lengths, strict=True):
             yield q, self.pages(int(length), row, key.shape[1]), int(length)
 
-    def _dense(self, array: Array, places: list[Any], length: int) -> Array:
+    def _dense(self, array: Array, places: list[Any]) -> Array:
         """Give the keys or values of a sequence as dense arrays."""
         parts = [array[place] for place in places]
         joined = numpy.concatenate(parts) if parts else numpy.zeros((0, *array.shape[-2:]), array.dtype)
-        return self.gathered(joined, length).swapaxes(0, 1)[None]
+        return joined.swapaxes(0, 1)[None]
 
     def _of_sequence(self, q: slice, length: int, options: dict[str, Any]) -> dict[str, Any]:
         positional = options.get("causal") or options.get("window")
@@ -117,7 +122,7 @@ class Kernel:
         lse = numpy.full(query.shape[:2], numpy.nan, numpy.result_type(query.dtype, numpy.float32))
         returned = options.pop("return_lse", False)
         for q, places, length in self._sequences(query, key, options):
-            k, v = (self._dense(array, places, length) for array in (key, value))
+            k, v = (self._dense(array, places) for array in (key, value))
             dense = query[q].swapaxes(0, 1)[None]
             result = self.attend(dense, k, v, **self._of_sequence(q, length, options), return_lse=True)
             output[q], lse[q] = result[0][0].swapaxes(0, 1), result[1][0].swapaxes(0, 1)
@@ -128,7 +133,7 @@ class Kernel:
         gradients = [numpy.full_like(array, numpy.nan) for array in (query, key, value)]
         grad_sinks, grad_lse = 0, options.pop("grad_lse", None)
         for q, places, length in self._sequences(query, key, options):
-            k, v = (self._dense(array, places, length) for array in (key, value))
+            k, v = (self._dense(array, places) for array in (key, value))
             dense_q, dense_o = (array[q].swapaxes(0, 1)[None] for array in (query, grad_output))
             of_sequence = self._of_sequence(q, length, options)
             of_sequence |= {} if grad_lse is None else {"grad_lse": grad_lse[q].swapaxes(0, 1)[None]}

@@ -79,7 +79,7 @@ class Function:
     def stacked(self, name: str | None) -> Function:
         """Give the function that takes several operands as one array, "qkv" or "kv", and returns its gradient."""
         parts = STACKED.get(name or "", ())
-        if name is None or not set(parts) <= set(self.operands):
+        if name is None or not parts or not set(parts) <= set(self.operands):
             return self
         fewest = None if self.fewest is None else self.fewest - len(parts) + 1
         operands, outputs = with_stacked(self.operands, name), with_stacked(self.outputs, name)

@@ -69,29 +69,17 @@ def declared_layout(
         TargetError: A declaration is not one of the allowed values, or a function lacks an argument of the layout.
     """
     where = "" if target is None else f"target {target}: "
-    layout = one_of("layout", of_layout["layout"], LAYOUTS, target)
-    for function in {"attention", "attention_vjp"}.intersection(keywords):
-        if missing := [word for word in NEEDED[layout] if word not in keywords[function]]:
-            raise TargetError(
-                f"{where}{function} must take {', '.join(NEEDED[layout])} in the layout {layout}; "
-                f"it does not take {', '.join(missing)}"
-            )
-    stacked, block_size, groups = (of_layout[name] for name in ("stacked", "block_size", "groups"))
+    layout, stacked, block_size = (of_layout[name] for name in ("layout", "stacked", "block_size"))
+    one_of("layout", layout, LAYOUTS, target)
+    one_of("lse_layout", of_layout["lse_layout"], LSE_LAYOUTS, target)
     if stacked is not None:
-        stacked = one_of("stacked", stacked, tuple(STACKED), target)
-    if layout == "paged" and stacked == "qkv":
-        raise TargetError(f'{where}`stacked` must be "kv" or None in the layout paged, received {stacked!r}')
+        one_of("stacked", stacked, tuple(STACKED) if layout != "paged" else ("kv",), target)
     if type(block_size) is not int or not 1 <= block_size <= MOST_SLOTS:
-        raise TargetError(
-            f"{where}`block_size` must be an integer from 1 to {MOST_SLOTS}, received {repr_of(block_size)}"
-        )
-    if not isinstance(groups, bool):
-        raise TargetError(f"{where}`groups` must be True or False, received {repr_of(groups)}")
-    lse_layout = one_of("lse_layout", of_layout["lse_layout"], LSE_LAYOUTS, target)
-    return {
-        "layout": layout,
-        "lse_layout": lse_layout,
-        "block_size": block_size,
-        "groups": groups,
-        "stacked": stacked,
-    }
+        received = repr_of(block_size)
+        raise TargetError(f"{where}`block_size` must be an integer from 1 to {MOST_SLOTS}, received {received}")
+    if not isinstance(of_layout["groups"], bool):
+        raise TargetError(f"{where}`groups` must be True or False, received {repr_of(of_layout['groups'])}")
+    for function in (name for name in ("attention", "attention_vjp") if name in keywords):
+        if missing := [word for word in NEEDED[str(layout)] if word not in keywords[function]]:
+            raise TargetError(f"{where}{function} must take {', '.join(missing)} in the layout {layout}")
+    return dict(of_layout)
