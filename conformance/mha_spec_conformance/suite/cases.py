@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,9 @@ __all__ = ["FORMAT", "Case", "Expected", "GoldensError", "Suite", "load"]
 FORMAT = "mha-spec-goldens/1"
 
 FOLDER = Path(__file__).parents[1] / "goldens"
+
+GENERATED_AT_ONCE = 16
+"""The number of generated arrays that are kept: those of the last few cases, which share many of them."""
 
 _DTYPES = {
     "BOOL": numpy.dtype(bool),
@@ -106,13 +109,22 @@ class Case:
         """Give the shape of an input array, which is not read."""
         return tuple(self._inputs[name]["shape"])
 
+    def has_one_input(self, *names: str) -> bool:
+        """Tell whether the named inputs are the same array, as query, key and value are in self-attention."""
+        entries = [self._inputs.get(name) for name in names]
+        return all(entry is not None and entry == entries[0] for entry in entries)
+
     def inputs(self, dtype: str) -> dict[str, Array]:
         """Give new input arrays for a run in `dtype`, by argument name; bfloat16 is the type of ml-dtypes.
 
         Raises:
             GoldensError: A generated input does not have the sha256 that the index states.
         """
-        return {name: self._input(name, entry, dtype) for name, entry in self._inputs.items()}
+        return {name: self.input(name, dtype) for name in self._inputs}
+
+    def input(self, name: str, dtype: str) -> Array:
+        """Give a new input array for a run in `dtype`; see `inputs`."""
+        return self._input(name, self._inputs[name], dtype)
 
     def dtype_of(self, name: str, dtype: str) -> str:
         """Give the dtype that an input has in a run in `dtype`."""
@@ -126,8 +138,8 @@ class Case:
             return values.astype(ml_dtypes.bfloat16 if wanted == "bfloat16" else numpy.dtype(wanted))
 
     def _generated(self, name: str, entry: Entry) -> Array:
-        values = generated(entry["shape"], **entry["generator"])
-        if hashlib.sha256(values.astype("<f8").tobytes()).hexdigest() != entry["sha256"]:
+        values, digest = _generated(tuple(entry["shape"]), tuple(sorted(entry["generator"].items())))
+        if digest != entry["sha256"]:
             raise GoldensError(
                 f"index.json: case {self.id}: the generator of input `{name}` gives values with another sha256."
             )
@@ -145,10 +157,24 @@ class Case:
         return Expected(self._tensors[_location(entry)], kinds, rows, tuple(entry["shape"]))
 
     @property
+    def sampled_rows(self) -> Array | None:
+        """The rows that the goldens of every output hold, or None if an output is whole."""
+        rows = [expected.rows for expected in self.expected.values()]
+        return rows[0] if rows and all(chosen is not None for chosen in rows) else None
+
+    @property
     def signature(self) -> Hashable:
         """The key of a compiled program: the function, the shapes and the plain options."""
         shapes = tuple((name, tuple(entry["shape"])) for name, entry in sorted(self._inputs.items()))
         return self.function, shapes, repr(sorted(self.options.items()))
+
+
+@lru_cache(maxsize=GENERATED_AT_ONCE)
+def _generated(shape: tuple[int, ...], generator: tuple[tuple[str, Any], ...]) -> tuple[Array, str]:
+    """Give the values of a generator and their sha256."""
+    values = generated(shape, **dict(generator))
+    values.flags.writeable = False
+    return values, hashlib.sha256(values.astype("<f8").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,17 @@ def _are_entries(value: Any) -> bool:
 
 
 def _is_generator(value: Any) -> bool:
-    if not isinstance(value, dict) or not value.keys() <= {"kind", "seed", "unit", "bits"}:
+    if not isinstance(value, dict) or not value.keys() <= {"kind", "seed", "unit", "mean", *_WHOLE_NUMBERS}:
         return False
-    generator: dict[str, Any] = {"bits": 8, "seed": None, "unit": None, **value}
-    seed, unit, bits = (generator[name] for name in ("seed", "unit", "bits"))
-    numbers = type(seed) is int and type(unit) in (int, float) and type(bits) is int
-    return numbers and 0 <= seed < 2**64 and 0 < bits < 63 and _is_text(generator.get("kind"))
+    numbers = (value.get("unit", 1.0), value.get("mean", 0.0))
+    if not _is_text(value.get("kind")) or not all(type(number) in (int, float) for number in numbers):
+        return False
+    return all(
+        type(number) is int and least <= number < end
+        for name, (least, end) in _WHOLE_NUMBERS.items()
+        if name in value or name == "seed"
+        for number in (value.get(name),)
+    )
 
 
 def _is_location(value: Any) -> bool:
@@ -86,6 +91,16 @@ def _is_location(value: Any) -> bool:
 def _is_error(value: Any) -> bool:
     return isinstance(value, dict) and _is_text(value.get("argument")) and value.get("kind") in ("type", "value")
 
+
+_WHOLE_NUMBERS = {
+    "seed": (0, 2**64),
+    "bits": (1, 63),
+    "share": (0, 257),
+    "tile": (1, 2**40),
+    "levels": (0, 2**40),
+    "hidden": (0, 257),
+}
+"""The members of a generator that are whole numbers: the least, and the number after the largest."""
 
 _TEXT = "a string", _is_text
 _TEXTS = "a list of strings", _are_texts
@@ -115,6 +130,6 @@ _OUTPUT: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 _STORED: dict[str, tuple[str, Callable[[Any], bool]]] = {"file": _TEXT, "tensor": _TEXT}
 _GENERATED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "generator": ("an object of kind, seed, unit and bits", _is_generator),
+    "generator": ("an object of kind, seed and their parameters", _is_generator),
     "sha256": _TEXT,
 }

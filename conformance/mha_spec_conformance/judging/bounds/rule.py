@@ -17,6 +17,7 @@ from .backward import BackwardBounds
 from .forward import ForwardBounds, WeightBounds
 from .layer import AlibiBounds, LayerBounds
 from .merge import MergeBounds, MergeGradientBounds
+from .rows import RowBounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,12 +62,16 @@ _BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Any
     **{name: partial(AlibiBounds, name) for name in ("alibi_slopes", "alibi_bias")},
 }
 
+BY_ROW = ("attention", "attention_weights")
+"""The functions whose rows have errors that depend on no other row."""
+
 
 def bounds(
     function: str,
     arrays: Mapping[str, numpy.ndarray],
     options: Mapping[str, Any],
     steps: Steps | LayerSteps = SPECIFICATION,
+    rows: numpy.ndarray | None = None,
 ) -> Bounds:
     """Evaluate a case in float64; the bounds in every precision share this work.
 
@@ -75,8 +80,13 @@ def bounds(
         arrays: The stored array inputs of the case, by name.
         options: The other options of the case.
         steps: The steps of the specification, or of the mistake whose results are bounded.
+        rows: The rows of the outputs that matter, as flat indices over (batch, heads, q_len), or None for all rows. The
+            bounds of other rows may be NaN; only those of `attention` and `attention_weights` are.
     """
-    return _BOUNDS[function](arrays, options, steps)
+    whole = _BOUNDS[function]
+    if rows is not None and function in BY_ROW and steps is SPECIFICATION:
+        return RowBounds(whole, rows, arrays, options, SPECIFICATION)
+    return whole(arrays, options, steps)
 
 
 def allowances(
