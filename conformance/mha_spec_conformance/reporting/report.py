@@ -73,6 +73,9 @@ def as_json(run: Run) -> dict[str, object]:
             if cause.kind == "mistake"
         ],
         "causes": [_cause(cause) for cause in run.findings.causes],
+        "laws": [
+            {"law": law.name, "same": law.same, "close": law.close, "broken": list(law.broken)} for law in run.laws
+        ],
         "notes": [*run.notes, *run.statistics, *run.stale],
         "cases": [_case(run.findings.with_cause(result)) for result in run.results],
     }

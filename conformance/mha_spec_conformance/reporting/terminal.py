@@ -120,6 +120,8 @@ def print_run(screen: Console, run: Run) -> None:
         _print_example(screen, run, result)
     if causes:
         _print_features(screen, run)
+    if run.laws:
+        _print_laws(screen, run)
     for line in _remarks(run):
         _line(screen, line)
     colour = "green" if run.status == 0 else "red"
@@ -127,14 +129,24 @@ def print_run(screen: Console, run: Run) -> None:
 
 
 def summary_of(findings: Findings) -> list[str]:
-    """Describe all failures in one or two lines: what they share, and where they are wrong."""
+    """Describe all failures in one or two lines: their causes, what they share, and where they are wrong."""
     if findings.story is None:
         return []
-    number = sum(len(cause.results) for cause in findings.causes)
-    causes = f"{len(findings.causes)} causes" if len(findings.causes) > 1 else "one cause"
-    share = f"; what they share: {findings.story.share}" if findings.story.share else ""
-    where = [f"Where they are wrong: {findings.story.where}."] if findings.story.where else []
-    return [f"{number} failures of {causes}{share}.", *where]
+    causes = findings.causes
+    named = ", ".join(f"{_short(cause)} ({len(cause.results)})" for cause in causes[:MOST_NAMES])
+    more = f" and {len(causes) - MOST_NAMES} more" if len(causes) > MOST_NAMES else ""
+    counted = _counted(sum(len(cause.results) for cause in causes))
+    number = f"of {len(causes)} causes" if len(causes) > 1 else "of one cause"
+    story = [f"What they share: {findings.story.share}."] if findings.story.share else []
+    story += [f"Where they are wrong: {findings.story.where}."] if findings.story.where else []
+    return [f"{counted} {number}: {named}{more}.", *([" ".join(story)] if story else [])]
+
+
+def _short(cause: Cause) -> str:
+    """Name a cause in a few words; one without a name by what its failures share."""
+    if cause.kind == "unknown":
+        return f"unknown, for {' and '.join(cause.story.share.properties)}" if cause.story.share else "unknown"
+    return "an exception" if cause.kind == "error" else "a fault of the call" if cause.kind == "fault" else cause.title
 
 
 def _line(screen: Console, text: str, style: str | None = None) -> None:
@@ -255,6 +267,17 @@ def _print_features(screen: Console, run: Run) -> None:
         screen.print()
 
 
+def _print_laws(screen: Console, run: Run) -> None:
+    """Print in how many cases the target keeps each law; the verdict does not count them."""
+    from rich.table import Table
+
+    table = Table("law", "same bits", "within the allowance", "broken", box=None, pad_edge=False)
+    for law in run.laws:
+        table.add_row(law.name, *(str(number or "") for number in (law.same, law.close, len(law.broken))))
+    screen.print(table)
+    screen.print()
+
+
 def _unsupported(run: Run) -> Counter[str]:
     """Count the unsupported questions by reason."""
     return Counter(result.reason or "" for result in run.results if result.outcome == "unsupported")
@@ -271,7 +294,8 @@ def _remarks(run: Run) -> list[str]:
         lines.append(f"SHOULD cases do not count for the verdict: {counted}.")
     if run.alignment is not None:
         lines.append(
-            f"The causal alignment of the target is {run.alignment}; declare it in `conventions` to have it judged."
+            f"The causal alignment of the target was found to be {run.alignment}, and the cases with that offset were "
+            "asked; declare it in `conventions` to fix it."
         )
     passed = [r for r in run.results if r.outcome == "pass" and r.allowance_used is not None]
     if passed:

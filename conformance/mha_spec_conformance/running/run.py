@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.targets.claims import Claims
 
     from .known import Known
+    from .laws import Law
 
 __all__ = ["Run"]
 
@@ -42,6 +43,7 @@ class Run:
     required: tuple[str, ...] = ()
     accepted: frozenset[Convention] = frozenset()
     known: tuple[Known, ...] = ()
+    laws: tuple[Law, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -178,6 +180,13 @@ class Run:
         parts += [f"required but refused:{_of(required)}"] if required else []
         return "; ".join(parts)
 
+    @property
+    def _declared(self) -> str:
+        """Write the profile and the layout of the target, if they are not those of the specification, in parentheses."""
+        named = [f"profile {self.claims.profile}"] if self.claims.profile != "standard" else []
+        named += [f"layout {self.claims.layout}"] if self.claims.layout != "bhsd" else []
+        return f" ({', '.join(named)})" if named else ""
+
     def _without_decision(self) -> str:
         """Give the reason why no MUST case was judged."""
         reason = next((result.reason for result in self.results if result.outcome == "unsupported"), None)
@@ -194,10 +203,11 @@ class Run:
         if not self.complete:
             return f"partial run: {count}" + (f", {len(self.failures)} failed" if passed < total else "")
         if self.failures or excused["known"] or self.internal:
-            return f"not conformant on {', '.join(self.failing_features)} ({count}, {len(self.failures)} failed)"
+            on = ", ".join(self.failing_features)
+            return f"not conformant{self._declared} on {on} ({count}, {len(self.failures)} failed)"
         accepting = sorted({str(c) for result in self.judged for c in self.accepted.intersection(result.conventions)})
         features = dict.fromkeys(feature for result in self.deciding for feature in result.ask.features)
-        return f"conformant on {', '.join(features)} ({count})" + (
+        return f"conformant{self._declared} on {', '.join(features)} ({count})" + (
             f", accepting {', '.join(accepting)}" if accepting else ""
         )
 

@@ -14,6 +14,7 @@ from .again import SecondTime
 from .alignment import find_alignment
 from .diagnosing import diagnosed
 from .known import is_open
+from .laws import laws_of
 from .results import ResultsFile, read_results
 from .run import Run
 from .smoke import NothingToJudge, try_smoke_cases
@@ -93,6 +94,8 @@ def judge_all(
         for result in diagnosed(source, judge, results):
             results[result.ask.key] = result
             file.add(result)
+        whole = finished and settings.selection.everything
+        laws = laws_of(source, results.values()) if whole else ()
     return Run(
         suite=suite,
         claims=claims,
@@ -107,6 +110,7 @@ def judge_all(
         required=settings.required,
         accepted=settings.accepted,
         known=settings.known,
+        laws=laws,
     )
 
 
