@@ -341,6 +341,7 @@ def test_claims_come_from_a_file_or_from_the_names_of_functions(tmp_path: Path) 
         ("{}", ("attention",), "export needs either"),
         ("[]", (), "must be a JSON object"),
         ("{", (), "cannot be read as JSON"),
+        ("[" * 100_000, (), "cannot be read as JSON"),
         ("{}", (), "`functions` must map names"),
         (None, ("attend",), "--functions must be one of"),
     ],

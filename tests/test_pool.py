@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -126,6 +127,26 @@ def test_question_that_cannot_be_written_is_not_blamed_on_the_target(
     assert faults == dict.fromkeys(("q/1", "q/4"), "the question cannot be written: No space left on device")
     assert {answers[name].kind for name in faults} == {"internal"}
     assert len(answers) == 7
+
+
+@pytest.mark.parametrize("change", ["shutil.rmtree(f)", "shutil.rmtree(f); open(f, 'w').close()", "os.chmod(f, 0)"])
+def test_folder_that_a_program_changes_is_made_again(start: Start, change: str) -> None:
+    then = f"import shutil; f = os.path.dirname(question['answer'])\n    if asked % 3 == 0: {change}\n    {REPLY}"
+    with start(then) as pool:
+        assert kinds(pool, 11) == ["unsupported"] * 11
+
+
+def test_prints_are_read_when_the_runner_has_many_open_files(start: Start) -> None:
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2000, allowed[1]), allowed[1]))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with start("os.write(2, bytes(2**20)); " + REPLY) as pool:
+            assert kinds(pool, 2) == ["unsupported"] * 2
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
 
 
 @pytest.fixture

@@ -113,7 +113,16 @@ def test_output_whose_dtype_is_not_a_name_of_numbers_is_malformed(tmp_path: Path
     assert answer_from(message, QUESTION, tmp_path / "7.answer").kind == "malformed"
 
 
-@pytest.mark.parametrize("seconds", [10**400, float("inf"), float("nan"), -1, True, "1", None, [1]])
+@pytest.mark.parametrize("kind", ["raised", "unsupported", "malformed"])
+@pytest.mark.parametrize("reason", [{}, {"reason": None}])
+def test_answer_without_a_reason_says_so(tmp_path: Path, kind: str, reason: dict[str, None]) -> None:
+    message = {"message": "answer", "number": 7, "kind": kind, "foreign": None} | reason
+    assert answer_from(message, QUESTION, tmp_path / "7.answer").reason == "it gives no reason"
+
+
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(10**400, id="huge"), float("inf"), float("nan"), -1, True, "1", None, [1]]
+)
 def test_time_that_is_not_a_number_of_seconds_is_refused(tmp_path: Path, seconds: object) -> None:
     message = answer_message(RETURNED, 7, tmp_path / "7.answer", 2**20) | {"seconds": seconds}
     with pytest.raises(ProtocolError, match="not an answer"):

@@ -80,7 +80,7 @@ class Worker:
         """
         self.stop()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._prepare_folder()
             self.process = Process(self.pool.command, self.folder)
         except OSError as error:
             raise TargetError(f"target {self.pool.target} cannot be started: {error.strerror}") from error
@@ -150,12 +150,19 @@ class Worker:
         question = self.held[number]
         message = question_message(question, number, self.folder, self.pool.claims.further)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._prepare_folder()
             files.write(self.folder / f"{number}.question", question.arrays)
         except OSError as error:
             self.unwritten[number] = Answer("internal", reason=f"the question cannot be written: {error.strerror}")
         else:
             self.process.send(line_of(message))
+
+    def _prepare_folder(self) -> None:
+        """Make the folder again if the target removed it, replaced it or took its rights away."""
+        if not self.folder.is_dir():
+            self.folder.unlink(missing_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
 
     def arrived(self, limit: float) -> list[tuple[Question, Answer]]:
         """Give the answers that have arrived; replace a process that ended, hangs, or breaks the protocol."""

@@ -8,8 +8,8 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
-from select import select
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.suite.text import one_line
@@ -37,8 +37,8 @@ PREPARE = (
 )
 """Python code by which Linux kills the process when its parent ends, and makes it the parent of all processes below it.
 
-Both hold after it has become another program. The process runs this code itself: code between fork and exec would run in
-a copy of a parent that may have threads.
+Both hold after it has become another program. The process runs this code itself: code between fork and exec would run
+in a copy of a parent that may have threads.
 """
 
 LAUNCH = f"{PREPARE}; import os; os.execvp(sys.argv[1], sys.argv[1:])"
@@ -88,7 +88,7 @@ class Process:
     def _keep_end_of_printed(self) -> None:
         """Read what the program prints, so that it never waits, and keep the end."""
         while not self._stopped.is_set():
-            if select([self._stderr], [], [], 0.1)[0]:
+            if wait([self._stderr], timeout=0.1):
                 read = os.read(self._stderr, 2**16)
                 if not read:
                     return

@@ -295,7 +295,7 @@ def answer_from(message: Message, question: Question, path: Path) -> Answer:
         or not 0 <= seconds <= MOST_SECONDS
     ):
         raise ProtocolError(f"wrote a message that is not an answer: {one_line(message, 200)}")
-    reason = one_line(message["reason"]) if "reason" in message else None
+    reason = None if message.get("reason") is None else one_line(message["reason"])
     if kind != "returned":
         return Answer(kind, reason=reason or "it gives no reason", raised=_raised_from(message), seconds=float(seconds))
     try:
@@ -309,7 +309,7 @@ def answer_from(message: Message, question: Question, path: Path) -> Answer:
         outputs,
         written=_among(message.get("written"), question.arrays),
         further=further,
-        foreign=one_line(message["foreign"], 200) if "foreign" in message else None,
+        foreign=None if message.get("foreign") is None else one_line(message["foreign"], 200),
         seconds=float(seconds),
         overwritten=_among(message.get("overwritten"), question.outputs),
     )

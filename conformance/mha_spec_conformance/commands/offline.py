@@ -44,7 +44,7 @@ def export(
 def _read(path: Path) -> Claims:
     try:
         message = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--claims {path}: cannot be read as JSON: {error}") from error
     if not isinstance(message, dict):
         raise UsageError(f"--claims {path}: must be a JSON object, as docs/protocol.md describes it")

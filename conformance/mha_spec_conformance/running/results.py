@@ -138,9 +138,8 @@ def read_results(path: Path, suite: Suite, claims: Claims, asked: Iterable[Ask])
     by_key = {ask.key: ask for ask in asked}
     results: dict[Key, Result] = {}
     for entry in data[1:]:
-        if entry is None or (entry.get("id"), entry.get("dtype")) not in by_key:
-            continue
-        result = _result(by_key[entry["id"], entry["dtype"]], entry)
+        ask = None if entry is None else by_key.get((str(entry.get("id")), str(entry.get("dtype"))))
+        result = None if ask is None else _result(ask, entry)
         if result is not None:
             results[result.ask.key] = result
     return results
@@ -150,7 +149,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     """Read a line; None is a line that is incomplete, because the run was killed while it was written."""
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
 
