@@ -50,7 +50,7 @@ def judge(tmp_path: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> Iter
         path = tmp_path / "target.py"
         path.write_text(code)
         settings = {"limit": 5.0, "selection": Selection((SMOKE, *only), ("float32",)), **options}
-        return run(str(path), suite, Settings(**settings))  # pyright: ignore[reportArgumentType]
+        return run(str(path), suite, Settings(**settings))
 
     with nothing_left_behind(tmp_path / "temporary", monkeypatch):
         yield judge

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from mha_spec_conformance.asking import memory
+from mha_spec_conformance.asking import memory, pool
 from mha_spec_conformance.asking.memory import MemoryLimit, half_of_the_machine, parse_size, shown_size
 from mha_spec_conformance.asking.pool import Pool
+from mha_spec_conformance.asking.protocol import PROTOCOL
 from mha_spec_conformance.asking.selection import Selection
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.running.runner import Settings, judge_all
@@ -56,8 +59,9 @@ def test_program_that_exceeds_the_limit_is_killed_and_the_limit_is_named(limit: 
     assert "the limit is 192.0 MiB (--memory)" in reason
 
 
-def test_reserved_addresses_do_not_count(limit: MemoryLimit) -> None:
-    assert ending(limit, "import mmap, time; data = mmap.mmap(-1, 2**30); time.sleep(0.3)") == (0, None)
+@pytest.mark.parametrize("reserve", ["mmap.mmap(-1, 2**30)", "ctypes.CDLL(None).calloc(1, 2**30)"])
+def test_memory_that_is_reserved_but_not_touched_does_not_count(limit: MemoryLimit, reserve: str) -> None:
+    assert ending(limit, f"import ctypes, mmap, time; data = {reserve}; time.sleep(0.3)") == (0, None)
 
 
 def test_memory_of_the_processes_that_it_started_counts(limit: MemoryLimit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +76,31 @@ def test_memory_that_processes_share_counts_once(limit: MemoryLimit, monkeypatch
     monkeypatch.setattr(memory, "SESSION_EVERY", 2)
     code = f"import os, time; data = b'1' * {100 * MIB}; os.fork(); os.fork(); time.sleep(0.5)"
     assert ending(limit, code) == (0, None)
+
+
+def test_processes_that_ended_but_were_not_waited_for_do_not_count(
+    limit: MemoryLimit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "SESSION_EVERY", 2)
+    code = f"""
+import os, time
+for _ in range(3):
+    if (child := os.fork()) == 0:
+        data = b"1" * {120 * MIB}
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+time.sleep(0.5)
+"""
+    assert ending(limit, code) == (0, None)
+
+
+def test_measurements_go_on_while_a_process_has_ended(limit: MemoryLimit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SESSION_EVERY", 2)
+    code = (
+        f"import os, time\nif os.fork() == 0: os._exit(0)\ntime.sleep(0.2); data = b'1' * {256 * MIB}; time.sleep(20)"
+    )
+    status, reason = ending(limit, code)
+    assert (status, reason is None) == (-9, False)
 
 
 def test_program_that_ended_is_not_measured(limit: MemoryLimit) -> None:
@@ -98,8 +127,40 @@ def test_sizes_are_shown_in_units() -> None:
     assert [shown_size(size) for size in (2**33, 3 * 2**19, 2048)] == ["8.0 GiB", "1.5 MiB", "2.0 KiB"]
 
 
-def test_default_is_below_the_memory_of_the_machine() -> None:
-    assert MIB < half_of_the_machine() < 2**45
+MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1073741824\n", 2**29),
+        ("max\n", MACHINE // 2),
+        (f"{2**62}\n", MACHINE // 2),
+        ("", MACHINE // 2),
+        (None, MACHINE // 2),
+    ],
+)
+def test_default_is_half_of_the_machine_or_of_its_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, size: int
+) -> None:
+    container = tmp_path / "memory.max"
+    if text is not None:
+        container.write_text(text)
+    monkeypatch.setattr(memory, "CONTAINER", container)
+    assert half_of_the_machine() == size
+
+
+@pytest.mark.parametrize(("jobs", "size", "expected"), [(1, None, 999), (3, None, 333), (3, 500, 500)])
+def test_workers_share_the_default_and_each_has_the_limit_of_the_option(
+    monkeypatch: pytest.MonkeyPatch, jobs: int, size: int | None, expected: int
+) -> None:
+    monkeypatch.setattr(pool, "half_of_the_machine", lambda: 999 * MIB)
+    program = (sys.executable, "-S", "-c", f"input(); print({json.dumps(CLAIMS)!r}, flush=True); input()")
+    with Pool("program", jobs, command=program, memory=size and size * MIB) as workers:
+        assert workers.memory.most_bytes == expected * MIB
+
+
+CLAIMS = {"message": "claims", "protocol": PROTOCOL, "functions": {"attention": []}, "dtypes": ["float32"]}
 
 
 def test_case_that_exceeds_the_limit_is_a_crash_and_all_others_are_judged(tmp_path: Path, suite: Suite) -> None:
@@ -113,8 +174,8 @@ def test_case_that_exceeds_the_limit_is_a_crash_and_all_others_are_judged(tmp_pa
         "    return reference.attention(query, key, value, mask=mask)\n"
     )
     selection = Selection(("attention/smoke/",), ("float32",))
-    with Pool(str(target), memory=256 * MIB) as pool:
-        done = judge_all(pool, Judge(pool.claims), suite, Settings(selection))
+    with Pool(str(target), memory=256 * MIB) as workers:
+        done = judge_all(workers, Judge(workers.claims), suite, Settings(selection))
     outcomes = {result.ask.case.id.rpartition("/")[2]: result for result in done.results}
     assert {name: result.outcome for name, result in outcomes.items()} == {
         "plain": "pass",

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from protocol_fuzz import Fuzzer
 
-from mha_spec_conformance.asking import files
+from mha_spec import reference
+from mha_spec_conformance.asking import files, protocol
 from mha_spec_conformance.asking.protocol import (
     ProtocolError,
     answer_from,
@@ -28,11 +31,17 @@ from mha_spec_conformance.asking.protocol import (
     question_message,
 )
 from mha_spec_conformance.asking.question import FURTHER, Answer, Further, Question, Raised
-from mha_spec_conformance.asking.selection import Selection
+from mha_spec_conformance.asking.selection import Ask, Selection
+from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.running.runner import Settings, run
 from mha_spec_conformance.targets.claims import Claims
 from mha_spec_conformance.targets.conversion import same_bits
 from mha_spec_conformance.targets.loading import TargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mha_spec_conformance.suite.cases import Suite
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "protocol.schema.json").read_text())
 CLAIMS = Claims("x", {"attention": ("mask", "causal")}, ("float64", "float32"), further=FURTHER)
@@ -50,7 +59,9 @@ RETURNED = Answer(
     {"output": numpy.ones((2, 3), numpy.float32)},
     written=("query",),
     further={"again": Further("returned", {"output": numpy.zeros(2)}), "strided": Further("raised", reason="no")},
+    foreign="torch",
     seconds=0.5,
+    overwritten=("output",),
 )
 RAISED = Answer("raised", reason="no", raised=Raised(("ValueError", "Exception"), "no\nmore", "x.py:3"))
 
@@ -89,6 +100,7 @@ def test_answer_arrives_as_it_was_given(tmp_path: Path) -> None:
     path = tmp_path / "7.answer"
     got = answer_from(check(answer_message(RETURNED, 7, path, 2**20)), QUESTION, path)
     assert (got.kind, got.written, got.seconds) == ("returned", ("query",), 0.5)
+    assert (got.foreign, got.overwritten) == ("torch", ("output",))
     assert same_bits(got.outputs["output"], RETURNED.outputs["output"])
     assert {name: further.kind for name, further in got.further.items()} == {"again": "returned", "strided": "raised"}
     got = answer_from(check(answer_message(RAISED, 7, path, 2**20)), QUESTION, path)
@@ -154,6 +166,32 @@ def test_wrong_claims_are_refused_in_one_line(changes: dict[str, Any], message: 
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(("trusted", "value", "expected"), [(True, True, True), (False, True, False), (True, 1, False)])
+def test_only_a_trusted_program_calls_itself_a_backend(trusted: bool, value: object, expected: bool) -> None:
+    claims = claims_from({**claims_message(CLAIMS), "registered": value}, "x", trusted=trusted)
+    assert claims.registered is expected
+
+
+@pytest.mark.parametrize(
+    ("registered", "answer", "outcome", "clause", "reason"),
+    [
+        (False, {}, "pass", "", "None"),
+        (False, {"overwritten": ("output",)}, "fail", "MHA-PURE-4", "a later call overwrote its result output"),
+        (False, {"foreign": "torch"}, "pass", "", "None"),
+        (True, {"foreign": "torch"}, "fail", "", "an output is an array of torch, but the inputs are arrays of numpy"),
+    ],
+)
+def test_members_of_an_answer_decide_its_outcome(
+    suite: Suite, registered: bool, answer: dict[str, Any], outcome: str, clause: str, reason: str
+) -> None:
+    case = next(case for case in suite.cases if case.id == "attention/smoke/plain")
+    outputs = {"output": numpy.asarray(reference.attention(**case.inputs("float32")))}
+    judge = Judge(replace(CLAIMS, registered=registered))
+    result = judge.result(Ask(case, "float32", ("output",)), Answer("returned", outputs, **answer))
+    assert (result.outcome, str(result.reason)) == (outcome, reason)
+    assert not clause or result.clauses == (clause,)
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -188,6 +226,17 @@ def test_no_answer_escapes(
         assert (answer_from(message, QUESTION, path).reason or "").isprintable()
 
 
+def test_damaged_messages_and_files_raise_only_errors_of_the_protocol(tmp_path: Path) -> None:
+    counts = Fuzzer(0, tmp_path).read(1500)
+    assert min(counts[outcome] for outcome in ("answer: returned", "claims: read", "file: read", "number: read")) > 10
+
+
+def test_damaged_messages_find_a_reader_that_does_not_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_is_names", lambda _: True)
+    with pytest.raises((AttributeError, TypeError, KeyError)):
+        Fuzzer(0, tmp_path).read(1500)
+
+
 @settings(max_examples=300, deadline=None)
 @given(line=st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_no_line_and_no_claims_escape(line: bytes) -> None:
@@ -196,46 +245,86 @@ def test_no_line_and_no_claims_escape(line: bytes) -> None:
 
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import numpy
 from safetensors.numpy import load_file, save_file
 
-print(json.dumps({{"message": "claims", "protocol": json.loads(input())["protocol"],
+print(json.dumps({{"message": "claims", "protocol": json.loads(input())["protocol"], "registered": True,
                   "functions": {{"attention": ["scale"]}}, "dtypes": ["float32"]}}), flush=True)
-held = []
+asked = set()
 for line in sys.stdin:
     question = json.loads(line)
-    a, number = load_file(question["arrays"]), question["number"]
+    number = question["number"]
+    is_new = number not in asked
+    asked.add(number)
+    answer = {{"message": "answer", "number": number, "kind": "returned"}}
+    if is_new:
+        {first}
+    a = load_file(question["arrays"])
     key, value = (numpy.repeat(a[n], a["query"].shape[1] // a[n].shape[1], 1) for n in ("key", "value"))
     scores = a["query"] @ key.swapaxes(2, 3) * question["options"].get("scale", a["query"].shape[3] ** -0.5)
     weights = numpy.exp(scores - scores.max(3, keepdims=True))
     output = numpy.ascontiguousarray(weights / weights.sum(3, keepdims=True) @ value)
     save_file({{"output": output.astype(numpy.float32)}}, question["answer"])
-    held.append(json.dumps({{"message": "answer", "number": number, "kind": "returned"}}))
-    {answer}
+    {then}
+    print(json.dumps(answer), flush=True)
 """
+SAY_LOST = "print(json.dumps(answer | {'kind': 'lost', 'reason': 'no file'}), flush=True); continue"
 
 
-@pytest.mark.parametrize(
-    ("answer", "outcomes"),
-    [
-        ("print(held.pop(), flush=True)", {"pass"}),
-        ("print(held.pop().replace('returned', 'unsupported'), flush=True)", {"unsupported"}),
-        ("print('debug', held.pop(), flush=True)", {"crash"}),
-        ("Path(question['answer']).unlink(); print(held.pop(), flush=True)", {"fail"}),
-        ("sys.exit(3)", {"crash"}),
-    ],
-)
-def test_program_that_is_not_a_module_is_asked(
-    tmp_path: Path, suite: Any, monkeypatch: pytest.MonkeyPatch, answer: str, outcomes: set[str]
-) -> None:
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, ...]]:
+    """Write a program that does `first` when a question arrives the first time, and `then` after each call."""
     from mha_spec_conformance.running import runner
 
     monkeypatch.setattr(runner, "try_smoke_cases", lambda *_: ())
-    path = tmp_path / "program.py"
-    path.write_text(PROGRAM.format(answer=answer))
-    selection = Selection(("attention/smoke/plain", "attention/smoke/head-layout"), ("float32",))
-    done = run("program", suite, Settings(selection, command=(sys.executable, "-P", str(path))))
-    assert {result.outcome for result in done.results} == outcomes
+
+    def command(first: str = "pass", then: str = "pass") -> tuple[str, ...]:
+        path = tmp_path / "program.py"
+        path.write_text(PROGRAM.format(first=first, then=then))
+        return sys.executable, "-P", str(path)
+
+    return command
+
+
+SELECTION = Selection(("attention/smoke/plain", "attention/smoke/head-layout"), ("float32",))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "outcome", "reason"),
+    [
+        ("pass", "pass", "pass", "None"),
+        ("pass", "answer['kind'] = 'unsupported'", "unsupported", "it gives no reason"),
+        ("pass", "print('debug', flush=True)", "crash", "the process wrote a line that is not JSON: debug"),
+        ("pass", "sys.exit(3)", "crash", "the process ended with exit status 3"),
+        ("pass", "Path(question['answer']).unlink()", "fail", "cannot be read: No such file or directory"),
+        ("pass", "is_new and Path(question['answer']).unlink()", "pass", "None"),
+        ("pass", "answer['overwritten'] = ['output']", "fail", "a later call overwrote its result output"),
+        ("pass", "answer['written'] = ['key', 'x']", "fail", "the call wrote to its input key"),
+        ("pass", "answer['foreign'] = 'torch'", "pass", "None"),
+        (SAY_LOST, "pass", "pass", "None"),
+        ("Path(question['arrays']).unlink(); " + SAY_LOST, "pass", "pass", "None"),
+        ("Path(question['arrays']).write_bytes(b''); " + SAY_LOST, "pass", "pass", "None"),
+        ("pass", "answer |= {'kind': 'lost', 'reason': 'no file'}", "internal", "no file"),
+    ],
+)
+def test_program_that_is_not_a_module_is_asked(
+    command: Callable[..., tuple[str, ...]], suite: Suite, first: str, then: str, outcome: str, reason: str
+) -> None:
+    done = run("program", suite, Settings(SELECTION, command=command(first, then)))
+    assert {(result.outcome, str(result.reason)) for result in done.results} == {(outcome, reason)}
+    assert len(done.results) == 2
     assert not done.claims.registered
+
+
+def test_question_that_is_lost_twice_is_a_fault_of_the_suite(
+    command: Callable[..., tuple[str, ...]], suite: Suite
+) -> None:
+    program = command(SAY_LOST, "if question['id'].endswith('plain'): answer |= {'kind': 'lost', 'reason': 'no file'}")
+    done = run("program", suite, Settings(SELECTION, command=program))
+    assert {result.ask.case.id.rpartition("/")[2]: result.outcome for result in done.results} == {
+        "plain": "internal",
+        "head-layout": "pass",
+    }
+    assert done.status == 2
