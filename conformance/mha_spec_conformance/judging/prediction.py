@@ -51,7 +51,12 @@ def can_show(mistake: Mistake, case: Case, dtype: str | None = None) -> bool:
         return False
     if mistake.dtypes and not set(mistake.dtypes) & ({dtype} if dtype else set(case.dtypes)):
         return False
-    return mistake.past == ANY_SIZE or all(size > least for size, least in zip(_sizes(case), mistake.past, strict=True))
+    return mistake.past == ANY_SIZE or (case.expect != "error" and _passes(_sizes(case), mistake.past))
+
+
+def _passes(sizes: Sizes, least: Sizes) -> bool:
+    """Tell whether each size is larger than the least, where that is not 0."""
+    return all(size > bound for size, bound in zip(sizes, least, strict=True) if bound)
 
 
 def _sizes(case: Case) -> Sizes:

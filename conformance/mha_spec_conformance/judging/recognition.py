@@ -184,7 +184,7 @@ class _Comparison:
         for name in self.golden:
             if name not in mistaken or mistaken[name].shape != self.outputs[name].shape:
                 return False
-            a, b = mistaken[name].astype(numpy.float64), self.outputs[name].astype(numpy.float64)
+            a, b = (golden_rows(x, self.golden[name]).astype(float) for x in (mistaken[name], self.outputs[name]))
             finite = numpy.isfinite(a) & numpy.isfinite(b)
             a, b = a[finite], b[finite]
             if a.size and not abs(a - b).max() <= CLEARLY_OTHER * max(abs(a).max(), abs(b).max()):
