@@ -78,6 +78,7 @@ class Conversion:
             outputs=with_stacked(plain.outputs, str(claims.stacked)) if self._parts else plain.outputs,
             host={name: form for name, form in plain.host.items() if name in stored},
             placed=self._placed(stored),
+            sampled={},
             most_bytes=plain.most_bytes + BYTES_OF_ELEMENT * elements,
         )
 

@@ -27,7 +27,7 @@ from mha_spec_conformance.targets.declarations import (
 )
 
 from . import files
-from .question import FURTHER, Answer, Further, Question, Raised
+from .question import FURTHER, Answer, Further, Question, Raised, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -185,6 +185,10 @@ def question_message(question: Question, number: int, folder: Path, further: tup
         "tags": list(question.tags),
         "host": dict(question.host),
         "placed": dict(question.placed),
+        "sampled": {
+            name: {"shape": sample.shape, "rows": sample.rows.tolist(), "width": sample.width}
+            for name, sample in question.sampled.items()
+        },
         "further": [name for name in question.further if name in further],
     }
 
@@ -204,6 +208,10 @@ def question_from(message: Message, arrays: Mapping[str, numpy.ndarray]) -> Ques
         further=tuple(message["further"]),
         host=message["host"],
         placed=message["placed"],
+        sampled={
+            name: Sample(tuple(sample["shape"]), numpy.asarray(sample["rows"], numpy.int64), sample["width"])
+            for name, sample in message.get("sampled", {}).items()
+        },
         most_bytes=message["most_bytes"],
     )
 
@@ -237,9 +245,15 @@ def _decoded(value: object) -> object:
     return value
 
 
-def answer_message(answer: Answer, number: int, path: Path, most_bytes: int) -> Message:
-    """Write the arrays of an answer to its file, and give its message."""
-    arrays, described = _split(answer.outputs, "", most_bytes)
+def answer_message(
+    answer: Answer, number: int, path: Path, most_bytes: int, sampled: Mapping[str, Sample] | None = None
+) -> Message:
+    """Write the arrays of an answer to its file, of sampled outputs the rows alone, and give its message."""
+    outputs = {
+        name: sampled[name].of(array) if sampled and name in sampled and array.shape == sampled[name].shape else array
+        for name, array in answer.outputs.items()
+    }
+    arrays, described = _split(outputs, "", most_bytes)
     further: dict[str, Message] = {}
     for name, call in answer.further.items():
         of_call, of_call_described = _split(call.outputs, f"{name}/", most_bytes)
@@ -352,12 +366,17 @@ def _outputs(
     outputs: dict[str, numpy.ndarray] = {}
     for name in question.outputs:
         if prefix + name in arrays:
-            outputs[name] = arrays[prefix + name]
+            outputs[name] = _whole(arrays[prefix + name], question.sampled.get(name))
         elif isinstance(described, dict) and name in described:
             outputs[name] = _stand_in(name, described[name])
         else:
             raise _Missing(f"`{name}` is missing in the file of the answer")
     return outputs
+
+
+def _whole(array: numpy.ndarray, sample: Sample | None) -> numpy.ndarray:
+    """Give an output of which perhaps only the sampled rows were written."""
+    return array if sample is None or not sample.fits(array.shape) else sample.spread(array)
 
 
 def _stand_in(name: str, description: Any) -> numpy.ndarray:

@@ -8,16 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy
+
 from mha_spec_conformance.targets.conversion import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    import numpy
-
     from mha_spec_conformance.targets.claims import Claims
 
-__all__ = ["AGAIN", "FURTHER", "NEGATED", "Answer", "Further", "Question", "Raised", "Source"]
+__all__ = ["AGAIN", "FURTHER", "NEGATED", "Answer", "Further", "Question", "Raised", "Sample", "Source"]
 
 AGAIN, NEGATED = "again", "negated"
 
@@ -26,6 +26,30 @@ FURTHER = (AGAIN, *LAYOUTS, NEGATED)
 
 The results of the last one are not judged, but it must leave those of all earlier calls as they were (MHA-PURE-4).
 """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """The rows of an output that are compared: indices over all axes that a row does not have, int64."""
+
+    shape: tuple[int, ...]
+    rows: numpy.ndarray
+    width: int
+    """The number of elements of a row."""
+
+    def of(self, array: numpy.ndarray) -> numpy.ndarray:
+        """Take the rows of an output."""
+        return array.reshape(-1, self.width)[self.rows]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether an array of this shape can be the rows alone."""
+        return shape == (len(self.rows), self.width)
+
+    def spread(self, rows: numpy.ndarray) -> numpy.ndarray:
+        """Give the output whose rows are given; all others are 0, and take no memory until they are read."""
+        whole = numpy.zeros(self.shape, rows.dtype)
+        whole.reshape(-1, self.width)[self.rows] = rows
+        return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +71,8 @@ class Question:
     """The arrays that are passed as host data, with their form: "list" or "numpy"."""
     placed: Mapping[str, str] = field(default_factory=dict)
     """The layouts of single arrays; all other arrays have the plain layout."""
+    sampled: Mapping[str, Sample] = field(default_factory=dict)
+    """The outputs of which only rows are compared, so that the others need not come back."""
     most_bytes: int = 2**26
     """The size of the arrays of an answer; an output that is larger is described only by its shape and dtype."""
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+import numpy
+
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .alignments import ALIGNMENTS, alignments, has_positions
 from .calls import keyword_of
 from .layouts import obstacle
-from .question import FURTHER, Question
+from .question import FURTHER, Question, Sample
 from .tiles import hidden_by_dense_alone
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.suite.cases import Case
     from mha_spec_conformance.targets.claims import Claims
+
+MOST_ROWS = 2**14
+"""The largest number of rows that a question names, because a message is short."""
 
 LEAST_ROOM, WIDEST = 2**20, 16
 """The bytes that an answer may have in addition to its outputs, and those of an element of the widest dtype."""
@@ -102,8 +107,18 @@ class Ask:
             clauses=tuple(case.clauses),
             tags=tuple(case.tags),
             further=FURTHER if self.every_layout else (),
+            sampled={} if self.every_layout else self._sampled(),
             most_bytes=self._most_bytes(),
         )
+
+    def _sampled(self) -> dict[str, Sample]:
+        """Give the outputs of which the golden holds only rows."""
+        expected = {name: self.case.expected[name] for name in self.outputs if name in self.case.expected}
+        return {
+            name: Sample(tuple(golden.shape), golden.rows.astype(numpy.int64), golden.values.size // golden.rows.size)
+            for name, golden in expected.items()
+            if golden.rows is not None and 0 < golden.rows.size <= MOST_ROWS
+        }
 
     def _most_bytes(self) -> int:
         """Give a size that the outputs of all calls stay below in every dtype."""

@@ -131,7 +131,8 @@ def _reply(target: Target, message: dict[str, Any]) -> dict[str, Any]:
     except files.FileError as error:
         return {"message": "answer", "number": number, "kind": "lost", "reason": one_line(f"the question {error}")}
     try:
-        return answer_message(answer(target, question_from(message, arrays)), number, path, message["most_bytes"])
+        question = question_from(message, arrays)
+        return answer_message(answer(target, question), number, path, question.most_bytes, question.sampled)
     except OSError as error:
         reason = f"the answer cannot be written: {error.strerror}"
         if error.errno != errno.ENOSPC:

@@ -17,7 +17,9 @@ from mha_spec_conformance.suite.text import name_of, one_line, repr_of, text_of
 from mha_spec_conformance.targets.conversion import (
     ConversionError,
     lay_out,
+    on_host,
     same_bits,
+    some_rows,
     to_library,
     to_numpy,
 )
@@ -73,8 +75,9 @@ def _unsupported(target: Target, question: Question) -> str | None:
 
 @dataclass(frozen=True)
 class _Called:
-    """The results of one call: as the target returned them, call by call of a sequence, and as NumPy arrays."""
+    """One call: its arguments, its results by call of a sequence as the target returned them, and as NumPy arrays."""
 
+    arguments: dict[str, object]
     parts: list[dict[str, Array]]
     read: list[dict[str, numpy.ndarray]]
     outputs: dict[str, numpy.ndarray]
@@ -114,7 +117,9 @@ def _ask(target: Target, question: Question) -> Answer:
 def _further(target: Target, question: Question, layout: str, calls: list[_Called]) -> Further:
     """Make a further call of the question, and add it to the calls."""
     try:
-        call = _call(target, question, layout)
+        # The same arrays are passed again, unless the target has written to them.
+        arguments = calls[0].arguments if layout == "plain" and not calls[0].written else None
+        call = _call(target, question, layout, arguments)
     except Malformed as error:
         return Further("malformed", reason=str(error))
     except Failed as failed:
@@ -143,17 +148,32 @@ def _raised(error: BaseException) -> Raised:
     return Raised(tuple(map(name_of, type(error).__mro__)), text_of(error), line_in_target(error))
 
 
-def _call(target: Target, question: Question, layout: str = "plain") -> _Called:
-    """Call once, with new arrays."""
-    arguments = {name: _argument(target, question, name, question.placed.get(name, layout)) for name in question.arrays}
+def _call(
+    target: Target, question: Question, layout: str = "plain", arguments: dict[str, object] | None = None
+) -> _Called:
+    """Call once, by default with new arrays."""
+    if arguments is None:
+        arguments = {
+            name: _argument(target, question, name, question.placed.get(name, layout)) for name in question.arrays
+        }
+    checked = [name for name in question.arrays if _is_checked(question, name, arguments[name])]
     function = partial(_guarded, target.functions[question.function])
     parts = _answers(function, question, {**arguments, **question.options})
-    read = [{name: _read(name, value, question.most_bytes) for name, value in part.items()} for part in parts]
+    read = [{name: _read(name, value, question) for name, value in part.items()} for part in parts]
     on_device = [name for name in question.arrays if name not in question.host]
     libraries = {_library(value) for part in parts for value in part.values() if on_device} - {target.claims.arrays}
-    kept = {name: array for name, array in question.arrays.items() if question.host.get(name) != "list"}
-    changed = tuple(name for name, array in kept.items() if not _holds(arguments[name], array))
-    return _Called(parts, read, _joined(read), changed, next(iter(libraries), None))
+    changed = tuple(name for name in checked if not _holds(arguments[name], question.arrays[name]))
+    return _Called(arguments, parts, read, _joined(read), changed, next(iter(libraries), None))
+
+
+def _is_checked(question: Question, name: str, argument: Array) -> bool:
+    """Tell whether an argument is read after the call, to see whether the target wrote to it.
+
+    On an accelerator this is a transfer, so it is done only in the questions that are asked in every memory layout.
+    """
+    if name in question.host:
+        return question.host[name] != "list"
+    return bool(question.further) or _guarded(on_host, argument)
 
 
 def _argument(target: Target, question: Question, name: str, layout: str) -> object:
@@ -215,11 +235,17 @@ def _asked_outputs(question: Question, results: list[dict[str, Array]]) -> list[
     return [{name: part[name] for name in question.outputs if name in part} for part in results]
 
 
-def _read(name: str, value: Array, most_bytes: int) -> numpy.ndarray:
-    """Copy an output to NumPy; one that exceeds the limit is replaced by an array of its shape without memory."""
+def _read(name: str, value: Array, question: Question) -> numpy.ndarray:
+    """Copy an output to NumPy, of a sampled output only the rows that are compared.
+
+    An output that exceeds the limit is replaced by an array of its shape without memory.
+    """
     try:
-        if (shape := _too_large(value, most_bytes)) is not None:
+        if (shape := _too_large(value, question.most_bytes)) is not None:
             return _stand_in(name, value, shape)
+        sample = question.sampled.get(name)
+        if sample is not None and _library(value) and _guarded(lambda: tuple(value.shape)) == sample.shape:
+            return sample.spread(_guarded(lambda: to_numpy(some_rows(value, sample.rows, sample.width))))
         return lay_out(_guarded(to_numpy, value), "plain")
     except Failed as failed:
         if isinstance(failed.error, ConversionError):

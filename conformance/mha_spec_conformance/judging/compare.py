@@ -220,7 +220,7 @@ def _overflow_threshold(dtype: str | numpy.dtype) -> float:
 
 
 def _elements(name: str, wanted: Expected, output: numpy.ndarray, allowance: numpy.ndarray) -> _Elements:
-    got, allowed = (golden_rows(x.astype(numpy.float64), wanted).ravel() for x in (output, allowance))
+    got, allowed = (golden_rows(x, wanted).astype(numpy.float64).ravel() for x in (output, allowance))
     values = numpy.ravel(wanted.values)
     kinds = numpy.zeros(values.shape, dtype=numpy.uint8) if wanted.kinds is None else numpy.ravel(wanted.kinds)
     return _Elements(name, values, got, kinds, allowed, tuple(wanted.shape), wanted.rows)

@@ -182,7 +182,7 @@ class Run:
 
     @property
     def _declared(self) -> str:
-        """Write the profile and the layout of the target, if they are not those of the specification, in parentheses."""
+        """Write the profile and the layout of the target in parentheses, if they are not those of the specification."""
         named = [f"profile {self.claims.profile}"] if self.claims.profile != "standard" else []
         named += [f"layout {self.claims.layout}"] if self.claims.layout != "bhsd" else []
         return f" ({', '.join(named)})" if named else ""

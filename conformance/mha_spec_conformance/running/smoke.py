@@ -81,7 +81,7 @@ def _fault(smokes: list[Smoke], source: Source) -> str | None:
         return None
     if _takes_lengths_first(first, source):
         other = "bhsd" if source.claims.layout == "bshd" else "bshd"
-        return f"the target takes {AXES[other]}: declare it in the target file, as layout = \"{other}\""
+        return f'the target takes {AXES[other]}: declare it in the target file, as layout = "{other}"'
     if any(_judged(smoke) for smoke in smokes):
         return None
     if first.answer.kind in ("crash", "timeout"):

@@ -17,7 +17,9 @@ __all__ = [
     "holds_numbers",
     "lay_out",
     "layouts_of",
+    "on_host",
     "same_bits",
+    "some_rows",
     "to_library",
     "to_numpy",
 ]
@@ -136,6 +138,30 @@ def to_numpy(value: Array) -> numpy.ndarray:
     if library is None or not hasattr(value, "__array__"):
         raise ConversionError(f"{described(value)} is not an array")
     return _numbers(numpy.asarray(value))
+
+
+def on_host(array: Array) -> bool:
+    """Tell whether an array of a known library lies in the memory of the processor, where it is read without a copy."""
+    library = library_of(array)
+    if library == "torch":
+        return array.device.type == "cpu"
+    if library == "jax":
+        return all(device.platform == "cpu" for device in array.devices())
+    return library != "tensorflow" or ("GPU" not in array.device and "TPU" not in array.device)
+
+
+def some_rows(array: Array, rows: numpy.ndarray, width: int) -> Array:
+    """Take rows of an array of a known library, each of `width` elements, without moving it to another device."""
+    library = library_of(array)
+    if library == "torch":
+        import torch
+
+        return array.detach().reshape(-1, width)[torch.from_numpy(rows).to(array.device)]
+    if library == "tensorflow":
+        import tensorflow
+
+        return tensorflow.gather(tensorflow.reshape(array, (-1, width)), rows)
+    return array.reshape(-1, width)[rows]
 
 
 def holds_numbers(dtype: numpy.dtype) -> bool:
