@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from typing import TYPE_CHECKING
@@ -239,6 +240,33 @@ def test_result_that_changes_at_the_end_replaces_the_first_one(judge: Callable[.
     lines = path.read_bytes().splitlines()
     assert len(set(lines)) == len(lines) > count + failed
     assert len(judge(WRONG_THE_SECOND_TIME, "attention/mask/", max_fail=1).failures) == 1
+
+
+DAMAGE: list[dict[str, object]] = [
+    {"id": [1]},
+    {"dtype": None},
+    {"outcome": "internal"},
+    {"outcome": ["pass"]},
+    {"seconds": "1"},
+    {"allowance_used": 10**400},
+    {"diagnosis": [[1]]},
+    {"worst": {"output": "output", "index": [[0]], "expected": 0, "got": 0, "allowance": 0}},
+    {"conventions": [["mask_polarity"]]},
+]
+
+
+def test_damaged_results_are_judged_again(judge: Callable[..., Run], tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    judge(RIGHT, "attention/mask/", results=path)
+    header, *lines = path.read_text().splitlines()
+    assert len(lines) > len(DAMAGE)
+    damaged = [json.dumps(json.loads(line) | change) for line, change in zip(lines, DAMAGE, strict=False)]
+    kept = [header, *damaged, "[" * 100_000, *lines[len(damaged) :]]
+    path.write_text("".join(f"{line}\n" for line in kept))
+    done = judge(RIGHT, "attention/mask/", results=path, resume=True)
+    assert len(done.results) == len(lines)
+    assert set(outcomes(done).values()) == {"pass"}
+    assert len(path.read_text().splitlines()) == len(kept) + len(damaged)
 
 
 def test_several_workers_give_the_same_results_in_the_same_order(judge: Callable[..., Run]) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.judging.compare import Worst
-from mha_spec_conformance.judging.result import INTERNAL, OUTCOMES, Result
-from mha_spec_conformance.suite.conventions import Convention
+from mha_spec_conformance.judging.result import OUTCOMES, Result
+from mha_spec_conformance.suite.conventions import check_convention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -29,20 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "ResultsError", "ResultsFile", "read_results"]
 
-FORMAT = "mha-spec-results/1"
+T = TypeVar("T")
 
-FIELDS = (
-    "outcome",
-    "reason",
-    "allowance_used",
-    "diagnosis",
-    "deterministic",
-    "clauses",
-    "seconds",
-    "note",
-    "malformed",
-)
-"""The fields of a result that JSON can hold as they are; NaN and infinities are written as Python does."""
+FORMAT = "mha-spec-results/1"
 
 
 class ResultsError(MhaSpecError):
@@ -111,9 +100,7 @@ def _data(result: Result) -> dict[str, Any]:
     return {
         "id": result.ask.case.id,
         "dtype": result.ask.dtype,
-        **{name: getattr(result, name) for name in FIELDS},
-        "conventions": [list(convention) for convention in result.conventions],
-        "refused": list(result.refused),
+        **{name: getattr(result, name) for name in READERS},
         "worst": result.worst and asdict(result.worst),
     }
 
@@ -137,8 +124,8 @@ def read_results(path: Path, suite: Suite, claims: Claims, asked: Iterable[Ask])
         raise ResultsError(f"--resume: {path} has the results of another run; it differs in {', '.join(differing)}")
     by_key = {ask.key: ask for ask in asked}
     results: dict[Key, Result] = {}
-    for entry in data[1:]:
-        ask = None if entry is None else by_key.get((str(entry.get("id")), str(entry.get("dtype"))))
+    for entry in filter(None, data[1:]):
+        ask = by_key.get((str(entry.get("id")), str(entry.get("dtype"))))
         result = None if ask is None else _result(ask, entry)
         if result is not None:
             results[result.ask.key] = result
@@ -156,13 +143,59 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def _result(ask: Ask, entry: dict[str, Any]) -> Result | None:
     """Give the result of an entry; None if it is damaged or has to be judged again."""
-    if entry.get("outcome") not in OUTCOMES or entry["outcome"] == INTERNAL:
-        return None
     try:
-        fields = {name: entry[name] for name in FIELDS}
-        fields |= {name: tuple(entry[name]) for name in ("diagnosis", "clauses", "refused")}
-        worst = entry["worst"] and Worst(**{**entry["worst"], "index": tuple(entry["worst"]["index"])})
-        conventions = tuple(Convention(*pair) for pair in entry["conventions"])
-        return Result(ask, **fields, worst=worst, conventions=conventions)
-    except (KeyError, TypeError):
+        return Result(ask, **{name: read(entry[name]) for name, read in READERS.items()})
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _is_a(kind: type[T]) -> Callable[[Any], T]:
+    """Give a function that returns values of this type, and raises if it receives another value."""
+
+    def read(value: Any) -> T:
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__}, received {value!r}")
+        return value
+
+    return read
+
+
+def _number(value: Any) -> float:
+    return _is_a(float)(float(value) if type(value) is int else value)
+
+
+def _optional(read: Callable[[Any], T]) -> Callable[[Any], T | None]:
+    return lambda value: None if value is None else read(value)
+
+
+def _each(read: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
+    return lambda values: tuple(map(read, _is_a(list)(values)))
+
+
+def _outcome(value: Any) -> str:
+    """Read an outcome; a case that the suite could not judge is judged again."""
+    if value not in OUTCOMES:
+        raise ValueError(f"expected one of {', '.join(OUTCOMES)}, received {value!r}")
+    return value
+
+
+def _worst(data: Any) -> Worst:
+    numbers = {name: _number(data[name]) for name in ("expected", "got", "allowance")}
+    return Worst(_is_a(str)(data["output"]), _each(_is_a(int))(data["index"]), **numbers)
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "outcome": _outcome,
+    "reason": _optional(_is_a(str)),
+    "allowance_used": _optional(_number),
+    "worst": _optional(_worst),
+    "diagnosis": _each(_is_a(str)),
+    "conventions": _each(lambda pair: check_convention(*_each(_is_a(str))(pair))),
+    "deterministic": _optional(_is_a(bool)),
+    "clauses": _each(_is_a(str)),
+    "seconds": _number,
+    "note": _optional(_is_a(str)),
+    "malformed": _is_a(bool),
+    "refused": _each(_is_a(str)),
+}
+"""The fields of a result in the file, with the functions that read them; NaN is written as Python does."""
