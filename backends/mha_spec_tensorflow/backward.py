@@ -34,10 +34,10 @@ def gradients(problem: Problem, x: Operands, grad_output: Array, grad_lse: Array
         query, key, value, grad_output = (finite(array) for array in (x.query, x.key, x.value, grad_output))
         grad_lse = None if grad_lse is None else finite(grad_lse)
         x = Operands(query, key, value, finite_or_hiding(x.bias), finite_or_hiding(x.sinks))
-    grads = _Backward(problem, x, grad_output, grad_lse).all_blocks()
+    grads = _Backward(problem, problem.scaled(x), grad_output, grad_lse).all_blocks()
     if x.sinks is not None:
         grads["sinks"] = tf.reduce_sum(grads["sinks"], axis=(0, 2), keepdims=True)
-    return Operands(grads["query"], grads["key"], grads["value"], grads.get("bias"), grads.get("sinks"))
+    return Operands(problem.scale * grads["query"], grads["key"], grads["value"], grads.get("bias"), grads.get("sinks"))
 
 
 class _Backward:
@@ -135,14 +135,14 @@ class _Backward:
         return weights * (grad_weights - (row_dot if soft.share is None else soft.share * row_dot)), row_dot
 
     def _grad_operands(self, block: Block, block_scores: Scores, grad_logits: Array) -> tuple[Array, Array]:
-        """Compute dQ and dK, through the slope of the cap (MHA-VJP-2)."""
-        scale, grad_scores = self.problem.scale, grad_logits
+        """Compute the gradients of the scaled query and of the key, through the slope of the cap (MHA-VJP-2)."""
+        grad_scores = grad_logits
         if block_scores.slope is not None:
             grad_scores *= block_scores.slope
             if block_scores.visible is not None:
                 grad_scores = tf.where(block_scores.visible, grad_scores, tf.zeros((), grad_scores.dtype))
-        grad_query = scale * rows_by(grad_scores, block.of_keys(self.x.key))
-        return grad_query, self._sum_over_rows(grad_scores, block.of_rows(self.x.query) * scale)
+        grad_query = rows_by(grad_scores, block.of_keys(self.x.key))
+        return grad_query, self._sum_over_rows(grad_scores, block.of_rows(self.x.query))
 
     def _sum_over_rows(self, pairs: Array, rows: Array) -> Array:
         """Sum over the rows of every head that reads a key/value head (MHA-VJP-4)."""

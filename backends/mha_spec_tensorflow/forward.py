@@ -23,7 +23,7 @@ __all__ = ["attend", "weigh"]
 
 def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> Tensors:
     """Compute the output (batch, heads, q_len, v_dim) and, if it is needed, the lse (batch, heads, q_len, 1)."""
-    rows, dtype = sizes_of(x.query)[:3], x.query.dtype
+    x, rows, dtype = problem.scaled(x), sizes_of(x.query)[:3], x.query.dtype
     like = {"output": Spec((*rows, x.value.shape[3]), dtype)}
     if needs_lse:
         like["lse"] = Spec((*rows, 1), dtype)
@@ -74,7 +74,7 @@ def weigh(problem: Problem, x: Operands) -> Array:
 
     A logit of -inf has the weight 0; in a row with NaN every weight is NaN, at hidden pairs too (MHA-NAN-1).
     """
-    all_scores = scores(problem, x, whole(x))
+    all_scores = scores(problem, problem.scaled(x), whole(x))
     weights, share, _, _ = softmax(x, all_scores, needs_lse=False)
     weights = all_scores.zero_unless_seeing(weights)
     return weights if share is None or x.sinks is None else weights * share

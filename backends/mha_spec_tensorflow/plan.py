@@ -36,10 +36,8 @@ LOWEST, HIGHEST = 64, 512
 """The least and the most queries of a block."""
 SHORTEST_RUN = 64
 """Packed sequences that are shorter on average share blocks; longer ones have separate blocks."""
-COST_OF_BLOCK = 2**17
-"""The number of scores that take the time of starting a block."""
-EAGER_COST = 2
-"""How many times as long a block takes to start in eager mode, where each small product waits for all threads."""
+COST_OF_BLOCK = 2**18
+"""The number of scores that take the time of starting a block, in which each product waits for all threads."""
 CAUSAL_BLOCKS = 4
 """The most blocks of causal queries that only the skipped keys pay for."""
 BODIES = 8
@@ -124,8 +122,7 @@ class Known:
 
     def seen(self, entries: range, queries: range) -> range:
         """Return the keys from the first to the last that the queries see, as far as the host knows."""
-        host_data = (_of(numbers, entries) for numbers in (self.offset, self.q_lengths, self.kv_lengths))
-        keys = range(*key_range((self.left, self.right), queries, self.a.kv_len, *host_data))
+        keys = range(*key_range((self.left, self.right), queries, self.a.kv_len, *self._host_data(entries)))
         if self.ids is None:
             return keys
         q_ids, kv_ids = (ids[entries.start : entries.stop] for ids in self.ids)
@@ -133,12 +130,11 @@ class Known:
 
     def inactive(self, *block: object) -> Inactive:
         """Return the constraints that hide no pair of a block: the first index and the number of each of its axes."""
-        places = [place for place in block if isinstance(place, int)]
-        if len(places) != len(block) or 0 in places[1::2]:
+        ranges = _ranges(block)
+        if ranges is None:
             return Inactive()
-        entries, queries, keys = (range(places[at], places[at] + places[at + 1]) for at in (0, 2, 4))
-        host_data = (_of(numbers, entries) for numbers in (self.offset, self.q_lengths, self.kv_lengths))
-        offset, q_lengths, kv_lengths = host_data
+        entries, queries, keys = ranges
+        offset, q_lengths, kv_lengths = self._host_data(entries)
         return Inactive(
             bool(offset) and self.left is not None and keys[0] >= max(offset) + queries[-1] - self.left,
             bool(offset) and self.right is not None and keys[-1] <= min(offset) + queries[0] + self.right,
@@ -146,6 +142,42 @@ class Known:
             bool(kv_lengths) and keys[-1] < min(kv_lengths),
             self._one_segment(entries, queries, keys),
         )
+
+    def every_row_sees(self, *block: object) -> bool:
+        """Return True if each row of a block is known to see a key of the block, without a mask and a bias."""
+        ranges = _ranges(block)
+        if ranges is None or not self._all_read:
+            return False
+        entries, queries, keys = ranges
+        offset, q_lengths, kv_lengths = self._host_data(entries)
+        last = min(keys[-1], min(kv_lengths) - 1) if kv_lengths else keys[-1]
+        lowest = keys[0] if self.left is None or offset is None else max(offset) + queries[-1] - self.left
+        highest = last if self.right is None or offset is None else min(offset) + queries[0] + self.right
+        return (
+            (self.band is None or self.band >= 0)
+            and keys[0] <= min(last, highest)
+            and lowest <= last
+            and (q_lengths is None or queries[-1] < min(q_lengths))
+            and (self.ids is None or self._one_segment(entries, queries, keys))
+        )
+
+    @property
+    def _all_read(self) -> bool:
+        """Return True if no constraint is an array that must not be read."""
+        a, bounded = self.a, self.left is not None or self.right is not None
+        return (
+            not (bounded and self.offset is None)
+            and (a.q_lengths is None or self.q_lengths is not None)
+            and (a.kv_lengths is None or self.kv_lengths is not None)
+            and (a.q_segment_ids is None or self.ids is not None)
+        )
+
+    def _host_data(self, entries: range) -> tuple[list[int] | None, list[int] | None, list[int] | None]:
+        """Return the offsets, q_lengths and kv_lengths of batch entries; None for those that must not be read."""
+        offset, q_lengths, kv_lengths = (
+            _of(numbers, entries) for numbers in (self.offset, self.q_lengths, self.kv_lengths)
+        )
+        return offset, q_lengths, kv_lengths
 
     def _one_segment(self, entries: range, queries: range, keys: range) -> bool:
         if self.ids is None or len(entries) > 1:
@@ -219,14 +251,25 @@ def _numbered(q_ids: Array | None, kv_ids: Array | None) -> tuple[numpy.ndarray,
     return numbers[: q_ids.size].reshape(q_ids.shape), numbers[q_ids.size :].reshape(kv_ids.shape)
 
 
+def _ranges(block: Sequence[object]) -> tuple[range, range, range] | None:
+    """Return the entries, queries and keys of a block; None if one of its places is a tensor, or an axis is empty."""
+    places = [place for place in block if isinstance(place, int)]
+    if len(places) != len(block) or 0 in places[1::2]:
+        return None
+    entries, queries, keys = (range(places[at], places[at] + places[at + 1]) for at in (0, 2, 4))
+    return entries, queries, keys
+
+
 def _of(numbers: list[int] | None, entries: range) -> list[int] | None:
     return None if numbers is None else numbers[entries.start : entries.stop]
 
 
 def plan_of(known: Known) -> tuple[Run, ...]:
     """Cut a call of known sizes into blocks; treat batch entries separately where that saves time."""
-    whole = _plan(known, [range(known.batch)])
-    exact = _plan(known, known.equal_entries())
+    whole, equal = _plan(known, [range(known.batch)]), known.equal_entries()
+    if len(equal) == 1:
+        return whole
+    exact = _plan(known, equal)
     bodies = sum(len(run.groups) for run in exact)
     if not tf.executing_eagerly() and bodies > BODIES:
         exact = whole
@@ -338,9 +381,8 @@ def _highest_without_left_bound(known: Known) -> int:
     if known.right is None or not known.offset or q_len is None or kv_len is None:
         return HIGHEST
     scores, blocks = known.a.heads * q_len * kv_len, 1
-    cost = COST_OF_BLOCK * (EAGER_COST if tf.executing_eagerly() else 1)
     # To double the blocks skips scores / (4 * blocks) more scores, and starts as many blocks again.
-    while blocks < CAUSAL_BLOCKS and scores >= 4 * blocks * blocks * cost:
+    while blocks < CAUSAL_BLOCKS and scores >= 4 * blocks * blocks * COST_OF_BLOCK:
         blocks *= 2
     return HIGHEST if blocks == 1 else max(LOWEST, min(HIGHEST, q_len // blocks))
 

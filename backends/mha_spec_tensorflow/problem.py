@@ -74,6 +74,10 @@ class Problem:
     plan: tuple[Run, ...] | None
     """The blocks, of which an empty call has none; None if a size is unknown."""
 
+    def scaled(self, x: Operands) -> Operands:
+        """Multiply the query by the scale, once for all blocks (MHA-SCORE-1)."""
+        return x._replace(query=x.query * self.scale)
+
     def runs(self, x: Operands) -> tuple[Run, ...]:
         """Return the blocks; unknown sizes are read from the operands, so that XLA knows them in a gradient too."""
         if self.plan is not None:
