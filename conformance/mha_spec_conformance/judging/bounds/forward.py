@@ -96,8 +96,12 @@ class ForwardErrors:
         Their weight is 0 in float64, but not in exact arithmetic.
         """
         e = self.evaluation
-        lift = self.score + numpy.maximum(self._largest(e.weights > 0), self.sink)
-        return (e.weights > 0) | (e.pairs & (e.logits - e.maximum + lift > LEAST_EXPONENT))
+        return (e.weights > 0) | (e.pairs & (e.logits - e.maximum + self.score + self.lift > LEAST_EXPONENT))
+
+    @cached_property
+    def lift(self) -> numpy.ndarray:
+        """The largest amount by which the error of another logit of the row can raise the weight of a key."""
+        return numpy.maximum(self._largest(self.evaluation.weights > 0), self.sink)
 
     def _largest(self, pairs: numpy.ndarray) -> numpy.ndarray:
         """Return the largest error of a logit in each row, over some of its pairs."""

@@ -1,0 +1,269 @@
+"""The assertions: read the arguments, choose the rows, compare, and describe what is wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from mha_spec.errors import ArgumentValueError
+from mha_spec_conformance.judging.bounds import precision
+
+from .columns import gradients_of_keys
+from .fault import describe
+from .part import Part
+from .problem import Problem, read_problem, read_result
+from .results import compared, forward, gradient_of_query
+from .sampling import Sampler, checked_rows, marks_of
+from .sums import whole_sums
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mha_spec.arrays import Array
+    from mha_spec_conformance.judging.bounds import Precision
+
+    from .results import Compared
+
+__all__ = ["allowance", "assert_attention", "assert_attention_vjp"]
+
+OPERANDS = ("query", "key", "value", "bias", "sinks")
+"""The operands in the order of their gradients."""
+
+PAIRS = 2**23
+"""The number of pairs (query, key) of a forward call that are evaluated in float64."""
+
+GRADIENT_PAIRS = 2**22
+"""The number of pairs of a backward call that are evaluated for the gradient of the query."""
+
+COLUMN_PAIRS = 2**24
+"""The number of pairs that are evaluated for the gradients of key and value; at least one head is compared."""
+
+MOST_KEYS = 64
+"""The number of keys of a head whose gradients are compared in a large problem."""
+
+MOST_SUSPECTS = 32
+"""The number of suspicious rows that are compared."""
+
+
+def assert_attention(
+    output: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    lse: Array | None = None,
+    layout: str = "bhsd",
+    profile: str = "standard",
+    rows: Sequence[int] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> float:
+    """Require that `output`, and `lse` if it is given, are those of the specification, within their allowances.
+
+    Args:
+        output: (batch, heads, q_len, v_dim), of the dtype of the query.
+        query: (batch, heads, q_len, qk_dim).
+        key: (batch, kv_heads, kv_len, qk_dim).
+        value: (batch, kv_heads, kv_len, v_dim).
+        lse: (batch, heads, q_len) in every layout, natural, float32, for float64 inputs float64.
+        layout: "bhsd", or "bshd" for the axes (batch, length, heads, size) of output, query, key and value.
+        profile: The profile of precision; see docs/targets.md.
+        rows: The rows to compare in each head. None compares all rows of a small problem; of a large problem, rows at
+            the edges of tiles and constraints, rows drawn at random, and rows that look suspicious.
+        seed: Another seed draws other rows.
+        **options: The options of `mha_spec.attention`.
+
+    Returns:
+        The largest share of its allowance that an element uses.
+
+    Raises:
+        AssertionError: An element is wrong; the message says where, by how much, and what it looks like.
+        ArgumentValueError, ArgumentTypeError: An argument is wrong, or a result has a wrong shape or dtype.
+    """
+    problem = read_problem({"query": query, "key": key, "value": value}, options, layout)
+    a = problem.arguments
+    shape = (*a.query.shape[:3], a.value.shape[3])
+    results = {"output": read_result("output", output, a.query, shape, layout)}
+    if lse is not None:
+        results["lse"] = read_result("lse", lse, a.query, shape[:3], layout)
+    run = precision(problem.dtype, profile)
+    parts = [(part, forward(part, problem, run)) for part in _parts(problem, rows, seed, PAIRS, results)]
+    comparisons = [
+        compared(name, result, [(part, values[name]) for part, values in parts], run)
+        for name, result in results.items()
+    ]
+    return _conclude(comparisons, problem, run)
+
+
+def assert_attention_vjp(
+    gradients: Sequence[Array | None],
+    grad_output: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    grad_lse: Array | None = None,
+    layout: str = "bhsd",
+    profile: str = "standard",
+    rows: Sequence[int] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> float:
+    """Require that the gradients are those of the specification, within their allowances.
+
+    The gradient of the query is compared as in `assert_attention`. Those of key and value sum over all rows, so that
+    in a large problem some keys of a few key/value heads are compared.
+
+    Args:
+        gradients: The gradients of query, key, value and, if the call has them, bias and sinks, as
+            `mha_spec.attention_vjp` returns them; None is not compared.
+        grad_output: (batch, heads, q_len, v_dim), in the layout `layout`, as are query, key, value and their gradients.
+        query: As in `assert_attention`, and so are key, value, layout, profile, rows, seed and options.
+        key: See `query`.
+        value: See `query`.
+        grad_lse: (batch, heads, q_len), the cotangent of lse; None is 0.
+        layout: See `query`.
+        profile: See `query`.
+        rows: See `query`; they choose rows of the query's gradient.
+        seed: See `query`.
+        **options: The options of `mha_spec.attention_vjp`.
+
+    Returns:
+        The largest share of its allowance that an element uses.
+
+    Raises:
+        AssertionError: An element is wrong; the message says where, by how much, and what it looks like.
+        ArgumentValueError, ArgumentTypeError: An argument is wrong, or a result has a wrong shape or dtype, or the
+            gradient of bias or sinks is given in a problem that is too large for it.
+    """
+    operands = {"grad_output": grad_output, "query": query, "key": key, "value": value}
+    problem = read_problem(operands, {**options, "grad_lse": grad_lse}, layout, "attention_vjp")
+    results, run = _gradients(gradients, problem, layout), precision(problem.dtype, profile)
+    comparisons: list[Compared] = []
+    if "grad_query" in results:
+        own = {"grad_query": results["grad_query"]}
+        parts = _parts(problem, rows, seed, GRADIENT_PAIRS, own)
+        evaluated = [(part, gradient_of_query(part, problem, run)) for part in parts]
+        comparisons.append(compared("grad_query", results["grad_query"], evaluated, run))
+    of_keys = [name for name in ("grad_key", "grad_value") if name in results]
+    if of_keys:
+        columns = [gradients_of_keys(problem, entry, head, keys, run) for entry, head, keys in _columns(problem, seed)]
+        comparisons += [compared(name, results[name], [(p, v[name]) for p, v in columns], run) for name in of_keys]
+    comparisons += whole_sums(problem, results, run)
+    return _conclude(comparisons, problem, run)
+
+
+def _gradients(gradients: Sequence[Array | None], problem: Problem, layout: str) -> dict[str, numpy.ndarray]:
+    """Convert and check the gradients that are compared, by name."""
+    a = problem.arguments
+    if not 3 <= len(gradients) <= len(OPERANDS):
+        raise ArgumentValueError(
+            f"`gradients` must hold the gradients of query, key, value and, where given, bias and sinks, "
+            f"received {len(gradients)}."
+        )
+    results: dict[str, numpy.ndarray] = {}
+    for name, gradient in zip(OPERANDS, gradients, strict=False):
+        operand = getattr(a, name)
+        if gradient is not None:
+            if operand is None:
+                raise ArgumentValueError(f"`gradients` must be None for {name}, which the call does not have.")
+            results[f"grad_{name}"] = read_result(f"grad_{name}", gradient, operand, operand.shape, layout)
+    return results
+
+
+def _columns(problem: Problem, seed: int) -> list[tuple[int, int, numpy.ndarray]]:
+    """Choose batch entries, key/value heads and keys whose gradients are compared."""
+    a = problem.arguments
+    pairs = a.heads // a.kv_heads * a.q_len * a.kv_len
+    sampler = Sampler(a.kv_len, 0, seed)
+    places = [(entry, head) for entry in range(a.batch) for head in range(a.kv_heads)]
+    chosen = sampler.random.permutation(len(places))[: max(1, COLUMN_PAIRS // max(pairs, 1))]
+    if a.kv_len == 0:
+        return []
+    sampler.budget = max(a.kv_len if a.kv_len * pairs <= COLUMN_PAIRS * MOST_KEYS else 0, MOST_KEYS) * len(chosen)
+    taken = [places[i] for i in sorted(chosen.tolist())]
+    return [(entry, head, sampler.rows(len(taken), turn)) for turn, (entry, head) in enumerate(taken)]
+
+
+def allowance(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    layout: str = "bhsd",
+    profile: str = "standard",
+    rows: Sequence[int] | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> numpy.ndarray | tuple[numpy.ndarray, numpy.ndarray]:
+    """Compute the allowance of each element of the output: the largest error that the accuracy rule allows.
+
+    Args:
+        query: As in `assert_attention`, and so are key, value, layout, profile and options.
+        key: See `query`.
+        value: See `query`.
+        layout: See `query`.
+        profile: See `query`.
+        rows: The rows of each head whose allowances are computed; None computes all, however many they are.
+        return_lse: True also returns the allowances of lse.
+        **options: The options of `mha_spec.attention`.
+
+    Returns:
+        The allowances in float64, (batch, heads, rows, v_dim) in the layout `layout`; with `return_lse` also those of
+        lse, (batch, heads, rows). The allowance of a result that must be exact is 0.
+    """
+    problem = read_problem({"query": query, "key": key, "value": value}, options, layout)
+    a, run = problem.arguments, precision(problem.dtype, profile)
+    chosen = checked_rows(rows, a.q_len)
+    chosen = numpy.arange(a.q_len) if chosen is None else chosen
+    output = numpy.zeros((a.batch, a.heads, len(chosen), a.value.shape[3]))
+    lse = numpy.zeros(output.shape[:3])
+    step = max(1, PAIRS // 8 // max(a.kv_len, 1))
+    for entry, head in numpy.ndindex(a.batch, a.heads):
+        for start in range(0, len(chosen), step):
+            block = slice(start, start + step)
+            values = forward(Part(a, entry, (head,), chosen[block]), problem, run)
+            output[entry, head, block] = values["output"].allowance
+            lse[entry, head, block] = values["lse"].allowance
+    output = output if layout == "bhsd" else output.swapaxes(1, 2)
+    return (output, lse) if return_lse else output
+
+
+def _parts(
+    problem: Problem, rows: Sequence[int] | None, seed: int, pairs: int, results: Mapping[str, numpy.ndarray]
+) -> list[Part]:
+    """Choose the rows of each head that are compared."""
+    a = problem.arguments
+    chosen = checked_rows(rows, a.q_len)
+    if chosen is not None:
+        return [Part(a, entry, (head,), chosen) for entry, head in numpy.ndindex(a.batch, a.heads)]
+    sampler = Sampler(a.q_len, pairs // max(a.kv_len, 1), seed)
+    heads = sampler.heads(a.batch, a.heads)
+    marks = {entry: marks_of(problem, entry) for entry in {entry for entry, _ in heads}}
+    drawn = {place: sampler.rows(len(heads), turn, marks[place[0]]) for turn, place in enumerate(heads)}
+    for entry, head, row in _suspects(results, problem, sampler.random):
+        drawn[entry, head] = numpy.union1d(drawn.get((entry, head), numpy.empty(0, numpy.int64)), [row])
+    return [Part(a, entry, (head,), taken) for (entry, head), taken in sorted(drawn.items()) if len(taken)]
+
+
+def _suspects(
+    results: Mapping[str, numpy.ndarray], problem: Problem, random: numpy.random.Generator
+) -> list[tuple[int, int, int]]:
+    """Choose rows that look wrong: they are not finite, or 0, or larger than every value."""
+    name, result = next(iter(results.items()))
+    largest = numpy.zeros(result.shape[:3])
+    numpy.amax(abs(result), axis=-1, out=largest, initial=0.0)
+    limit = abs(problem.arguments.value).max(initial=0.0) if name == "output" else numpy.inf
+    suspicious = ~numpy.isfinite(largest) | (largest == 0) | (largest > limit)
+    places = numpy.argwhere(suspicious)
+    places = random.permutation(places)[:MOST_SUSPECTS]
+    return [(int(entry), int(head), int(row)) for entry, head, row in places]
+
+
+def _conclude(comparisons: Sequence[Compared], problem: Problem, run: Precision) -> float:
+    """Give the largest share of an allowance that is used, or raise if an element is wrong."""
+    comparisons = [comparison for comparison in comparisons if comparison.shares.size]
+    if any(comparison.wrong.any() for comparison in comparisons):
+        raise AssertionError(describe(comparisons, problem, run))
+    return max((float(comparison.shares.max()) for comparison in comparisons), default=0.0)

@@ -1,0 +1,82 @@
+"""The gradients of bias and sinks, which sum over several heads: they are compared in small problems, as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mha_spec.errors import ArgumentValueError
+from mha_spec_conformance.fuzzing.expected import Rows, kinds_of
+from mha_spec_conformance.judging.bounds.backward import BackwardErrors, GradientEvaluation
+from mha_spec_conformance.judging.compare import ANY, FINITE, shares
+from mha_spec_conformance.suite.cases import Expected
+
+from .part import SPECIFICATION
+from .results import Compared, Values
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mha_spec_conformance.judging.bounds import Precision
+
+    from .problem import Problem
+
+__all__ = ["whole_sums"]
+
+MOST_PAIRS = 2**21
+"""The number of pairs of a problem whose sums over heads are compared."""
+
+SUMS = ("grad_bias", "grad_sinks")
+
+
+@numpy.errstate(all="ignore")
+def whole_sums(problem: Problem, results: Mapping[str, numpy.ndarray], run: Precision) -> list[Compared]:
+    """Compare the gradients of bias and sinks, if they are given.
+
+    Raises:
+        ArgumentValueError: The problem is too large.
+    """
+    names, a = [name for name in SUMS if name in results], problem.arguments
+    if not names:
+        return []
+    pairs = a.batch * a.heads * a.q_len * a.kv_len
+    if pairs > MOST_PAIRS:
+        raise ArgumentValueError(
+            f"`gradients` must be None for bias and sinks in a problem of more than {MOST_PAIRS} pairs, received "
+            f"{pairs} pairs. Compare these gradients in a smaller problem."
+        )
+    arrays = {field.name: getattr(a, field.name) for field in fields(a) if hasattr(getattr(a, field.name), "dtype")}
+    options = {
+        field.name: getattr(a, field.name)
+        for field in fields(a)
+        if field.name not in (*arrays, "query", "key", "value", "function") and getattr(a, field.name) is not None
+    }
+    arrays |= {"grad_output": problem.grad_output}
+    arrays |= {} if problem.grad_lse is None else {"grad_lse": problem.grad_lse}
+    evaluation = GradientEvaluation(arrays, options, SPECIFICATION)
+    kinds = kinds_of("attention_vjp", Rows(arrays, options, problem.dtype, evaluation))
+    errors = BackwardErrors(evaluation, run)
+    return [_compared(name, results[name], evaluation, errors, kinds[name], run) for name in names]
+
+
+def _compared(
+    name: str,
+    got: numpy.ndarray,
+    evaluation: GradientEvaluation,
+    errors: BackwardErrors,
+    kinds: numpy.ndarray,
+    run: Precision,
+) -> Compared:
+    """Compare a gradient; its rows are its first three axes, or for sinks the heads."""
+    expected, allowed = getattr(evaluation, name), getattr(errors, name)()
+    kinds = numpy.broadcast_to(kinds, expected.shape)
+    kinds = numpy.where((kinds == FINITE) & ~numpy.isfinite(allowed), ANY, kinds).astype(numpy.uint8)
+    full = numpy.ones((*expected.shape, 1, 1, 1)[:4], int).shape if expected.ndim == 4 else (1, expected.size, 1)
+    places = numpy.stack([index.ravel() for index in numpy.indices(full[:3])], axis=1)
+    shape = (len(places), -1)
+    values = Values(expected.reshape(shape), kinds.reshape(shape), allowed.reshape(shape))
+    wanted = Expected(values.expected, values.kinds, None, values.expected.shape)
+    got = got.reshape(shape)
+    return Compared(name, places, values, got, shares(name, wanted, got, values.allowance, run))
