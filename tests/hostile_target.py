@@ -1,4 +1,4 @@
-# pyright: basic, reportCallIssue=false, reportArgumentType=false
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 """An attention that misbehaves in the case that is called as the behaviour, and is right in all others.
 
 `BEHAVIOURS` has functions of query, key and value by their names, in a table by the outcome of the case. The test writes
@@ -24,6 +24,7 @@ import threading
 import time
 import warnings
 import weakref
+from typing import Any
 
 import ml_dtypes
 import numpy
@@ -43,7 +44,7 @@ def supports(question):
     return "not\x1b[2J today\nconformant" if asked == "supports_forges" else True
 
 
-def attend(query, key, value):
+def attend(query, key, value) -> Any:
     """Compute the right output."""
     return reference.attention(query, key, value)
 
@@ -473,6 +474,7 @@ BEHAVIOURS = {
         "warning_as_error": lambda q, k, v: warn_as_error(),
         "folder_gone": lambda q, k, v: (lose_folder(), raising(ValueError("no kernel"))(q, k, v)),
         "weak_reference": lambda q, k, v: weakref.proxy(attend(q, k, v)),
+        "profile_that_raises": and_attend(lambda: sys.setprofile(raising(ValueError("profile")))),
         "output_without_shape": lambda q, k, v: attend(q, k, v).view(Shapeless),
         "output_with_odd_shape": lambda q, k, v: attend(q, k, v).view(OddlyShaped),
         "supports_raises": attend,
@@ -495,6 +497,7 @@ BEHAVIOURS = {
         "memory_that_is_not_there": lambda q, k, v: Pointer(),
         "odd_tuple": lambda q, k, v: OddTuple((1, 2)),
         "lazy": lambda q, k, v: Lazy(),
+        "trace_that_raises": and_attend(lambda: sys.settrace(raising(ValueError("trace")))),
         "masked_array": lambda q, k, v: numpy.ma.array(attend(q, k, v)),
         "zero_d": lambda q, k, v: attend(q, k, v).sum(),
         "scalar": lambda q, k, v: numpy.float32(1),
