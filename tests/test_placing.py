@@ -16,7 +16,6 @@ from mha_spec_conformance.targets.conversion import LIBRARIES, on_host, some_row
 from mha_spec_conformance.targets.loading import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 SHAPE = (2, 3, 5, 7)
@@ -43,7 +42,7 @@ class Moved:
 
 
 @pytest.fixture
-def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Moved]:
+def moved(monkeypatch: pytest.MonkeyPatch) -> Moved:
     """Take the memory of the processor for that of a device."""
     return Moved(monkeypatch)
 
@@ -71,9 +70,8 @@ def test_inputs_do_not_come_back(moved: Moved) -> None:
 
 
 def test_only_the_rows_that_are_compared_come_back(moved: Moved) -> None:
-    answer = worker.answer(
-        target(lambda q, k, v: q + numpy.arange(210).reshape(SHAPE)), question(sampled={"output": SAMPLE})
-    )
+    counted = target(lambda *_: numpy.arange(210.0, dtype=numpy.float32).reshape(SHAPE))
+    answer = worker.answer(counted, question(sampled={"output": SAMPLE}))
     assert moved.read == [21]
     expected = numpy.zeros((30, 7))
     expected[[0, 11, 29]] = numpy.arange(210).reshape(30, 7)[[0, 11, 29]]

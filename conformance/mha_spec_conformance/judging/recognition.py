@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.asking.question import Answer
     from mha_spec_conformance.asking.selection import Ask
     from mha_spec_conformance.suite.cases import Case, Expected
+    from mha_spec_conformance.suite.conventions import Convention
 
     from .compare import Judgement
 
@@ -42,6 +43,10 @@ CLEARLY_WRONG = 4.0
 
 SIMILAR = 4.0
 """Errors of two precisions are of similar size if they differ by at most this factor."""
+
+ALLOWED_OF_ACCEPTED = 32.0
+"""The errors that an accepted precision explains, in those of the mistake, which rounds to nearest: an implementation
+that truncates errs in one direction, so that the errors of a long sum do not cancel."""
 
 KEPT = 128
 """The number of cases whose predictions are kept."""
@@ -63,9 +68,10 @@ class Wrong:
 class Recognition:
     """Compares wrong answers with the predictions of mistakes, and keeps what it computed."""
 
-    def __init__(self, profile: str = "standard") -> None:
-        """Judge by the profile of precision that the target declares."""
+    def __init__(self, profile: str = "standard", accepted: frozenset[Convention] = frozenset()) -> None:
+        """Judge by the profile that the target declares; an accepted precision explains all errors that it allows."""
         self.profile = profile
+        self.accepted = accepted
         self._predictions: OrderedDict[str, Predictions] = OrderedDict()
         self._shown: dict[tuple[str, str, str, tuple[str, ...]], bool] = {}
 
@@ -81,7 +87,7 @@ class Recognition:
     def explains(self, mistake: Mistake, wrong: Wrong) -> bool:
         """Tell whether the mistake gives this answer, and the specification gives another."""
         if mistake.name not in wrong.verdicts:
-            comparison = _Comparison(self._of(wrong.ask.case), wrong, self.profile)
+            comparison = _Comparison(self._of(wrong.ask.case), wrong, self.profile, self.accepted)
             able = can_show(mistake, wrong.ask.case, wrong.ask.dtype)
             wrong.verdicts[mistake.name] = able and comparison.explains(mistake)
         return wrong.verdicts[mistake.name]
@@ -136,7 +142,8 @@ def _distance(golden: Expected, mistaken: numpy.ndarray) -> float:
 class _Comparison:
     """Compares a wrong answer with the expected values and with the results of mistakes."""
 
-    def __init__(self, predictions: Predictions, wrong: Wrong, profile: str) -> None:
+    def __init__(self, predictions: Predictions, wrong: Wrong, profile: str, accepted: frozenset[Convention]) -> None:
+        self.accepted = accepted
         self.predictions = predictions
         self.case = predictions.case
         self.dtype = wrong.ask.dtype
@@ -174,10 +181,13 @@ class _Comparison:
         if not self._judge(self.golden, self.outputs, loose).passed:
             return False
         mistaken = self.predictions.outputs(mistake, self.dtype)
-        if mistaken is None or (share := self._judge(self.golden, mistaken, self.allowed).allowance_used) <= 1:
+        if mistaken is None:
             return False
+        share = self._judge(self.golden, mistaken, self.allowed).allowance_used
         received = self._judge(self.golden, self.outputs, self.allowed).allowance_used
-        return 1 / SIMILAR <= received / share <= SIMILAR
+        if mistake.convention in self.accepted:
+            return received <= ALLOWED_OF_ACCEPTED * share
+        return share > 1 and 1 / SIMILAR <= received / share <= SIMILAR
 
     def _alike(self, mistaken: Mapping[str, numpy.ndarray]) -> bool:
         """Compare the shapes and the large differences with the result, which is fast."""

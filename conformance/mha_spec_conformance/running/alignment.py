@@ -35,10 +35,10 @@ class Alignment:
 
 
 def find_alignment(source: Source, suite: Suite, selection: Selection, judge: Judge) -> Alignment:
-    """Ask the probes of every alignment, and choose that of which most pass, if these are more than half.
+    """Ask the probes of every alignment, and choose that of which the largest share passes, if it is more than half.
 
-    A probe of another alignment fails only if the call did not return. If no alignment fits, every probe fails that is
-    wrong.
+    Of alignments with the same share, that with the most probes is chosen, because it explains more. A probe of another
+    alignment fails only if the call did not return. If no alignment fits, every probe fails that is wrong.
     """
     by_name = probes(suite.cases, source.claims, selection)
     asked = {ask.key: ask for asks in by_name.values() for ask in asks}
@@ -47,9 +47,9 @@ def find_alignment(source: Source, suite: Suite, selection: Selection, judge: Ju
         result = judge.result(asked[question.id, question.dtype], answer)
         if result.outcome != "unsupported":
             results[result.ask.key] = result
-    shares = {name: _share([results[ask.key] for ask in asks if ask.key in results]) for name, asks in by_name.items()}
-    fitting = max(shares, key=lambda name: shares[name], default=None)
-    fits = fitting is not None and shares[fitting] > 0.5
+    tried = {name: [results[ask.key] for ask in asks if ask.key in results] for name, asks in by_name.items()}
+    fitting = max(tried, key=lambda name: (_share(tried[name]), len(tried[name])), default=None)
+    fits = fitting is not None and _share(tried[fitting]) > 0.5
     counting = WITHOUT_ARRAYS if fits else FAILING | WITHOUT_ARRAYS
     failures = tuple(result for result in results.values() if result.outcome in counting)
     if fits or not results:
