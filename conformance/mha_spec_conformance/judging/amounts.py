@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy
 
 from .bounds import bounds, precision, unit_roundoff
@@ -18,7 +19,9 @@ from .compare import judge
 from .places import Place, axes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from mha_spec_conformance.suite.cases import Expected
 
     from .places import WrongElements
     from .recognition import Wrong
@@ -38,6 +41,9 @@ NAMED_FACTORS = {
 }
 
 NARROWER = ("float32", "float16", "bfloat16")
+
+MOST_UNITS = 16
+"""An error of rounding is at most so many units of the narrower dtype, for numbers of the size of the largest one."""
 
 
 def amounts(failures: Sequence[WrongElements]) -> list[Place]:
@@ -141,19 +147,47 @@ def _full_expected(failure: WrongElements, name: str) -> numpy.ndarray:
 def rounded_to(wrong: Wrong, profile: str = "standard") -> str | None:
     """Name the narrowest precision that the errors need: the dtype in which an attention may make errors of this size.
 
-    None if the errors are larger than the roundings of bfloat16, or if a constant factor explains them.
+    None if the errors are larger than the roundings of bfloat16.
     """
     case, dtype = wrong.ask.case, wrong.ask.dtype
     run = precision(dtype, profile)
     expected = {name: case.expected[name] for name in wrong.ask.outputs}
     evaluated = bounds(case.function, case.inputs(dtype), case.options)
+    stored = _stored_in(wrong.outputs.values(), run.u_in)
     for narrower in NARROWER:
         unit = unit_roundoff(narrower)
         if unit <= run.u_a:
             continue
-        stored = max(run.u_p, unit)
-        coarse = replace(run, u_in=max(run.u_in, unit), u_a=unit, u_p=stored, u_dp=stored, e_x=8 * unit, e_t=8 * unit)
+        kept = max(run.u_p, unit)
+        coarse = replace(run, u_in=max(run.u_in, unit), u_a=unit, u_p=kept, u_dp=kept, e_x=8 * unit, e_t=8 * unit)
         coarse = replace(coarse, u_o=max(run.u_o, unit), u_l=max(run.u_l, unit))
-        if judge(case, expected, wrong.outputs, evaluated.allowances(coarse), run).passed:
-            return narrower
+        allowed = {
+            name: numpy.minimum(array, MOST_UNITS * unit * _largest(case.expected[name]))
+            for name, array in evaluated.allowances(coarse).items()
+            if name in expected
+        }
+        if judge(case, expected, wrong.outputs, allowed, run).passed:
+            return stored or narrower
     return None
+
+
+def _stored_in(outputs: Iterable[numpy.ndarray], unit: float) -> str | None:
+    """Name the narrowest dtype that holds every number exactly, if it is narrower than that of the run."""
+    arrays = [array.astype(numpy.float64) for array in outputs if array.size]
+    for narrower in reversed(NARROWER):
+        if unit_roundoff(narrower) > unit:
+            with numpy.errstate(over="ignore"):
+                cast = [array.astype(_dtype(narrower)).astype(numpy.float64) for array in arrays]
+            if all(((a == b) | ~numpy.isfinite(a)).all() for a, b in zip(arrays, cast, strict=True)):
+                return narrower
+    return None
+
+
+def _dtype(name: str) -> numpy.dtype:
+    """Give the dtype of NumPy or of ml-dtypes."""
+    return numpy.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _largest(golden: Expected) -> float:
+    """Give the largest finite number of an output."""
+    return float(abs(golden.values[numpy.isfinite(golden.values)]).max(initial=0.0))

@@ -57,8 +57,8 @@ class Story:
     @property
     def where(self) -> str:
         """The places and the amounts in a line; empty if nothing was compared."""
-        where = ", ".join(map(str, self.places))
-        return f"{where}: {'; '.join(map(str, self.amounts))}" if self.amounts else where
+        parts = [", ".join(map(str, self.places)), "; ".join(map(str, self.amounts))]
+        return ": ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ LEAST = 0.9
 REPRESENTATIVES = 60
 """The largest number of failures on which every mistake is tried."""
 
+MOST_FRUITLESS = 30
+"""The number of failures in succession without a suspect after which the search ends."""
+
 WITNESSES = 300
 """The largest number of passing cases that are consulted in each trial."""
 
@@ -61,7 +64,7 @@ def named(
     search = _Search(wrong, passing, recognition)
     search.try_on_representatives(mistakes)
     search.try_pairs()
-    return search.names
+    return {key: _exact(names) for key, names in search.names.items()}
 
 
 class _Search:
@@ -78,10 +81,15 @@ class _Search:
         """Try every mistake on failures of each kind, and put on trial what explains one and is not refuted nearby."""
         settled: set[str] = set()
         refuted: set[tuple[str, Cell]] = set()
+        fruitless = 0
         for representative in _representatives(self.wrong, self.names):
+            if fruitless == MOST_FRUITLESS:
+                break
             cell = _cell(representative.ask)
             untried = [m for m in mistakes if m.name not in settled and (m.name, cell) not in refuted]
-            for mistake in self.recognition.explaining(untried, representative):
+            suspects = self.recognition.explaining(untried, representative)
+            fruitless = 0 if suspects else fruitless + 1
+            for mistake in suspects:
                 self.suspects[mistake.name] = mistake
                 if self.is_refuted(mistake, cell):
                     refuted.add((mistake.name, cell))
@@ -119,6 +127,12 @@ class _Search:
                 continue
             if not any(self.is_refuted(pair, cell) for cell in {_cell(wrong.ask) for wrong in left}):
                 self.name(pair, (first, second))
+
+
+def _exact(names: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
+    """Leave out the mistakes whose results are compared only where they are not finite, if others explain more."""
+    exact = tuple(mistake for mistake in names if mistake.compared is not Compared.WHERE_NOT_FINITE)
+    return exact or names
 
 
 def _representatives(wrong: Iterable[Wrong], names: dict[Key, tuple[Mistake, ...]]) -> Iterator[Wrong]:

@@ -208,8 +208,8 @@ def _outputs(failures: Sequence[WrongElements]) -> list[Place]:
     """Name the outputs that are wrong, if others are right."""
     wrong = dict.fromkeys(name for failure in failures for name in failure.outputs)
     right = [name for failure in failures for name in failure.marks if name not in wrong]
-    named = f"{' and '.join(f'`{name}`' for name in wrong)}"
-    return [Place(f"only {named}" if right else named, len(failures), len(failures))] if wrong else []
+    named = " and ".join(f"`{name}`" for name in wrong)
+    return [Place(f"only {named}", len(failures), len(failures))] if wrong and right else []
 
 
 def _tested(failure: WrongElements) -> Iterator[tuple[str, str, bool, float]]:

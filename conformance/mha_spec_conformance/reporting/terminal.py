@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import replace
@@ -32,6 +33,9 @@ MOST_CAUSES = 8
 """The number of causes that are printed; the JSON report has all of them."""
 
 MOST_NAMES = 4
+
+MOST_LETTERS = 60
+"""The length to which the text of an exception is cut in the first line."""
 
 SECONDS_BETWEEN_LINES = 30.0
 """The time between two lines of progress, if the console is not a terminal."""
@@ -146,7 +150,7 @@ def _short(cause: Cause) -> str:
     """Name a cause in a few words; one without a name by what its failures share."""
     if cause.kind == "unknown":
         return f"unknown, for {' and '.join(cause.story.share.properties)}" if cause.story.share else "unknown"
-    return "an exception" if cause.kind == "error" else "a fault of the call" if cause.kind == "fault" else cause.title
+    return textwrap.shorten(cause.title, MOST_LETTERS, placeholder="...")
 
 
 def _line(screen: Console, text: str, style: str | None = None) -> None:

@@ -1,0 +1,122 @@
+"""The places of wrong elements and the size of their errors, told of answers that are wrong in a known way."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy
+import pytest
+
+from mha_spec_conformance.asking.selection import Ask
+from mha_spec_conformance.judging.amounts import amounts, rounded_to
+from mha_spec_conformance.judging.bounds import allowances, precision
+from mha_spec_conformance.judging.places import WrongElements, axes_of, described
+from mha_spec_conformance.judging.recognition import Wrong
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mha_spec_conformance.suite.cases import Case, Suite
+
+    Change = Callable[[dict[str, numpy.ndarray]], object]
+
+
+@pytest.fixture(scope="module")
+def case(suite: Suite) -> Case:
+    """A case with several batch entries, groups, rows and components, of which all rows are stored."""
+    return next(c for c in suite.cases if c.id == "attention/scale/3/generic-1")
+
+
+def wrong(case: Case, change: Change, dtype: str = "float64", outputs: tuple[str, ...] = ("output", "lse")) -> Wrong:
+    """Give the right answer to a case after a change."""
+    answer = {name: numpy.array(case.expected[name].values, dtype) for name in outputs}
+    change(answer)
+    allowed = allowances(case.function, case.inputs(dtype), case.options, precision(dtype))
+    return Wrong(Ask(case, dtype, outputs), answer, allowed)
+
+
+def places(case: Case, change: Change) -> list[str]:
+    return [str(place) for place in described([WrongElements(wrong(case, change))])]
+
+
+def amount(case: Case, change: Change) -> list[str]:
+    return [str(place) for place in amounts([WrongElements(wrong(case, change))])]
+
+
+def add(name: str, *index: int | slice, number: float = 1.0) -> Change:
+    """Add a number to the elements at an index."""
+
+    def change(answer: dict[str, numpy.ndarray]) -> None:
+        answer[name][index] += number
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (add("output", 0), "only batch entry 0"),
+        (add("output", slice(1, None)), "only the last batch entry"),
+        (add("output", slice(None), slice(None), -1), "only the last row"),
+        (add("output", slice(None), slice(None), slice(1, None)), "only rows from 1 on"),
+        (add("output", slice(None), slice(None), slice(None), slice(0, None, 2)), "only even components"),
+        (add("output", slice(None), slice(0, None, 3)), "only the first head of each group"),
+        (add("lse", slice(None)), "only `lse`"),
+    ],
+)
+def test_wrong_elements_are_located(case: Case, change: Change, text: str) -> None:
+    assert case.inputs("float64")["query"].shape[1] // case.inputs("float64")["key"].shape[1] == 3
+    assert text in places(case, change)
+
+
+def test_wrong_elements_everywhere_have_no_place_but_the_output(case: Case) -> None:
+    assert places(case, add("output")) == ["only `output`"]
+
+
+def test_a_place_that_some_failures_contradict_is_given_with_counts_or_not_at_all(case: Case) -> None:
+    first, last = (WrongElements(wrong(case, add("output", entry))) for entry in (0, -1))
+    assert "only batch entry 0" not in map(str, described([first, last]))
+    assert "only batch entry 0 (19 of 20)" in map(str, described([*[first] * 19, last]))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda a: a["output"].__imul__(0.125), "0.125 times the right number"),
+        (lambda a: a["output"].__imul__(-1), "the right number negated"),
+        (lambda a: a["lse"].__imul__(math.log2(math.e)), "to base 2"),
+        (lambda a: a["lse"].__iadd__(0.5), "the right number + 0.5"),
+        (lambda a: a["output"].__imul__(math.nan), "NaN"),
+        (lambda a: a["output"].__imul__(0), "0"),
+        (lambda a: a.update(output=a["output"][:, :, ::-1].copy()), "the right numbers of another row"),
+        (lambda a: a.update(output=a["output"][:, ::-1].copy()), "the right numbers of another head"),
+        (lambda a: a.update(output=a["output"][::-1].copy()), "the right numbers of another batch entry"),
+    ],
+)
+def test_errors_are_described(case: Case, change: Change, text: str) -> None:
+    assert amount(case, change) == [text]
+
+
+def test_errors_without_a_pattern_are_not_described(case: Case) -> None:
+    noise = numpy.random.default_rng(7)
+    assert amount(case, lambda a: a["output"].__iadd__(noise.standard_normal(a["output"].shape))) == []
+
+
+@pytest.mark.parametrize("narrower", ["float32", "float16"])
+def test_rounding_names_the_type_that_lost_the_digits(case: Case, narrower: str) -> None:
+    def rounded(answer: dict[str, numpy.ndarray]) -> None:
+        answer.update({name: array.astype(narrower).astype("float64") for name, array in answer.items()})
+
+    assert rounded_to(wrong(case, rounded)) == narrower
+
+
+def test_a_large_error_is_not_rounding(case: Case) -> None:
+    assert rounded_to(wrong(case, add("output"))) is None
+
+
+def test_axes_have_names() -> None:
+    assert axes_of("output", 4) == ("batch entry", "head", "row", "component")
+    assert axes_of("lse_a", 3) == axes_of("lse", 3) == ("batch entry", "head", "row")
+    assert axes_of("grad_key", 4)[2] == "key"
+    assert axes_of("output", 2) == ("axis 0", "axis 1")
