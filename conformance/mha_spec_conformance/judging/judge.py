@@ -167,9 +167,9 @@ class Judge:
 
         The errors of a lower precision differ from call to call, so they may exceed the allowance in one of them alone.
         """
-        conventions = result.conventions[:1] or [c for c in self.accepted if c.name == "precision"]
+        conventions = result.conventions[:1] or [pair for pair in self.accepted if "precision" in pair]
         if judgement.passed:
-            follows = result.outcome == "pass" or result.conventions[0].name == "precision"
+            follows = result.outcome == "pass" or "precision" in result.conventions[0]
             return None if follows else "it follows the specification"
         mistakes = [mistake for mistake in MISTAKES if mistake.convention in conventions]
         same = self.recognition.explaining(mistakes, Wrong(result.ask, outputs, allowances))
