@@ -206,12 +206,15 @@ def _variants(result: Result) -> list[str]:
 
 
 def _by_name(named: Sequence[Result]) -> Iterator[tuple[str, str, list[Result], tuple[str, ...]]]:
-    """Choose few mistakes that together explain all named failures, in order of the number that each explains."""
+    """Choose few mistakes that together explain all named failures, in order of the number that each explains.
+
+    Of mistakes that explain the same number, a convention comes first.
+    """
     left = {result.ask.key: (result, _variants(result)) for result in named}
     order = {name: i for i, name in enumerate(dict.fromkeys(mistake.variant for mistake in MISTAKES))}
     while left:
         counts = Counter(name for _, names in left.values() for name in names)
-        best = min(counts, key=lambda name: (-counts[name], order.get(name, len(order))))
+        best = min(counts, key=lambda name: (-counts[name], "=" not in name, order.get(name, len(order))))
         members = [(result, names) for result, names in left.values() if best in names]
         shared = set(members[0][1]).intersection(*(names for _, names in members)) - {best}
         yield "mistake", best, [result for result, _ in members], tuple(n for n in members[0][1] if n in shared)

@@ -1,7 +1,8 @@
 """Name the mistakes of a target: those that explain its failures and that no passing case refutes.
 
 A mistake is tried on few representative failures. If it explains one of them, it is put on trial: it must explain at
-least 90 % of the failures that it could cause, and must not predict a failure where the target passes. A mistake that
+least 90 % of the failures that it could cause, and must not predict a failure where the target passes. A failure in
+which NaN of an operand spreads has another cause, and does not count against it. A mistake that
 holds only in some dtypes or functions is named for these. Two mistakes together are tried where one does not suffice.
 """
 
@@ -42,6 +43,9 @@ MOST_FRUITLESS = 30
 
 WITNESSES = 300
 """The largest number of passing cases that are consulted in each trial."""
+
+NOT_FINITE = ("MHA-POISON", "MHA-NAN")
+"""The clauses about numbers that are not finite; NaN in a result alone is evidence only for a mistake against them."""
 
 MOST_PAIRED = 8
 """The largest number of mistakes of which pairs are made."""
@@ -165,8 +169,10 @@ class Trial:
     def of(cls, mistake: Mistake, wrong: Iterable[Wrong], passing: Iterable[Ask], recognition: Recognition) -> Trial:
         """Ask every failure, and then passing questions, until each function and dtype has refuted the mistake."""
         explained = [failure for failure in wrong if recognition.explains(mistake, failure)]
+        if not _is_about_nan(mistake) and all(failure.spreads for failure in explained):
+            explained = []
         keys = {failure.ask.key for failure in explained}
-        others = [failure.ask for failure in wrong if failure.ask.key not in keys]
+        others = [failure.ask for failure in wrong if failure.ask.key not in keys and not failure.spreads]
         by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
         unexplained = Counter(_cell(ask) for ask in others if by_errors or recognition.shows(mistake, ask))
         count = Counter(_cell(failure.ask) for failure in explained)
@@ -199,6 +205,11 @@ class Trial:
 
     def _cases(self, cells: set[Cell]) -> set[str]:
         return {failure.ask.case.id for failure in self.explained if _cell(failure.ask) in cells}
+
+
+def _is_about_nan(mistake: Mistake) -> bool:
+    """Tell whether the mistake is one in the treatment of numbers that are not finite."""
+    return mistake.compared is Compared.WHERE_NOT_FINITE or mistake.clauses[0].startswith(NOT_FINITE)
 
 
 def _witnesses(mistake: Mistake, passing: Iterable[Ask]) -> list[Ask]:

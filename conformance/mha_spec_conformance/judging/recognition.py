@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy
 
+from mha_spec.arrays import FLOATING, dtype_name
 from mha_spec_conformance.mistakes import Compared, Mistake
 
 from .bounds import precision, unit_roundoff
@@ -63,6 +65,17 @@ class Wrong:
     """The whole answer, with those to further calls."""
     verdicts: dict[str, bool] = field(default_factory=dict[str, bool], repr=False)
     """The mistakes that were compared with the answer, and whether they explain it."""
+
+    @cached_property
+    def spreads(self) -> bool:
+        """True if a number that is not finite spreads from an operand to an element that must be finite."""
+        case = self.ask.case
+        operands = (
+            x for name, x in case.inputs(self.ask.dtype).items() if name != "bias" and dtype_name(x) in FLOATING
+        )
+        if all(numpy.isfinite(array.astype(numpy.float64)).all() for array in operands):
+            return False
+        return any(_spread(case.expected[name], self.outputs[name]) for name in self.ask.outputs)
 
 
 class Recognition:
@@ -122,6 +135,15 @@ class Recognition:
         if len(self._predictions) > KEPT:
             self._predictions.popitem(last=False)
         return predictions
+
+
+def _spread(golden: Expected, output: numpy.ndarray) -> bool:
+    """Tell whether an element is not finite that must be."""
+    got = golden_rows(output.astype(numpy.float64), golden).ravel()
+    finite = numpy.isfinite(golden.values).ravel()
+    if golden.kinds is not None:
+        finite &= numpy.isin(golden.kinds.ravel(), (FINITE, EXACT))
+    return bool((finite & ~numpy.isfinite(got)).any())
 
 
 def _distance(golden: Expected, mistaken: numpy.ndarray) -> float:
