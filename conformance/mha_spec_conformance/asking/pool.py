@@ -150,12 +150,18 @@ class Worker:
         question = self.held[number]
         message = question_message(question, number, self.folder, self.pool.claims.further)
         try:
-            self._prepare_folder()
-            files.write(self.folder / f"{number}.question", question.arrays)
+            self._write(self.folder / f"{number}.question", question)
         except OSError as error:
             self.unwritten[number] = Answer("internal", reason=f"the question cannot be written: {error.strerror}")
         else:
             self.process.send(line_of(message))
+
+    def _write(self, path: Path, question: Question) -> None:
+        try:
+            files.write(path, question.arrays)
+        except OSError:
+            self._prepare_folder()
+            files.write(path, question.arrays)
 
     def _prepare_folder(self) -> None:
         """Make the folder again if the target removed it, replaced it or took its rights away."""
