@@ -37,6 +37,19 @@ REPORTED_WITHOUT_COMPARISON = {
 }
 """Mistakes that the report explains without comparing values."""
 
+LEAST_CASES = 3
+"""The number of cases that must catch each mistake."""
+
+CAUGHT_BY_FEWER = {
+    "cap-overflows": 1,
+    "cotangents-unchecked": 2,
+    "dropout-rate-without-mask-ignored": 2,
+    "key-gradient-unset-without-queries": 2,
+    "weights-after-dropout": 2,
+    "cache-padding-kept": 2,
+}
+"""Mistakes that fewer cases can show, and how many."""
+
 LAYER_INPUTS = {*AXES, "key", "value", "rotary", "norm_epsilon", "cache_lengths"}
 """Arguments of the layer, besides the options of attention, that a mistake may need."""
 
@@ -47,30 +60,33 @@ WITHOUT_A_MISTAKE = {"precision": ("strict",)}
 def failures(mistake: Mistake, cases: tuple[Case, ...]) -> Iterator[Result]:
     """Yield the results that do not pass because of the mistake, first for cases of its clauses, one dtype per case."""
     subject = Subject.over(mistake.steps)
+    subject.judge.mistakes = [mistake]
     relevant = [case for case in cases if can_show(mistake, case)]
     for case in sorted(relevant, key=lambda case: not set(case.clauses) & set(mistake.clauses)):
-        for dtype in case.dtypes if mistake.native else ["float32"]:
+        for dtype in dtypes_of(mistake, case):
             result = subject.outcome(case, dtype, every_layout="MHA-PURE-2" in mistake.clauses)
-            if dtype in case.dtypes and result.outcome != "pass":
+            if result.outcome != "pass":
                 yield result
                 break
 
 
+def dtypes_of(mistake: Mistake, case: Case) -> list[str]:
+    """Choose the dtypes in which a case is asked: all that matter to the mistake, or else a single one."""
+    dtypes = [dtype for dtype in case.dtypes if can_show(mistake, case, dtype)]
+    return dtypes if mistake.native else [dtype for dtype in dtypes if dtype == "float32"] or dtypes[:1]
+
+
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
-def test_mistake_is_caught_and_named(mistake: Mistake, smallest_first: tuple[Case, ...]) -> None:
-    caught = failures(mistake, smallest_first)
-    first = next(caught, None)
-    assert first is not None, "no case fails"
-    if mistake.name in REPORTED_WITHOUT_COMPARISON or first.ask.case.expect == "error":
-        assert first.reason
-        assert not first.diagnosis
-    if mistake.name in REPORTED_WITHOUT_COMPARISON or mistake in RAISING:
-        return
-    compared = (result for result in itertools.chain([first], caught) if result.allowance_used is not None)
-    for result in itertools.islice(compared, 2):
-        assert mistake.name in result.diagnosis, (
-            f"{result.ask.case.id} {result.ask.dtype}: {result.reason}: {result.diagnosis}"
-        )
+def test_mistake_is_caught_and_recognised(mistake: Mistake, smallest_first: tuple[Case, ...]) -> None:
+    least = CAUGHT_BY_FEWER.get(mistake.name, LEAST_CASES)
+    caught = list(itertools.islice(failures(mistake, smallest_first), LEAST_CASES))
+    assert len(caught) >= least, f"{len(caught)} cases fail"
+    assert all(result.reason for result in caught)
+    for result in caught:
+        if mistake.name in REPORTED_WITHOUT_COMPARISON or result.ask.case.expect == "error":
+            assert not set(result.diagnosis) - {mistake.name}
+        elif mistake not in RAISING and result.wrong is not None:
+            assert mistake.name in result.diagnosis, f"{result.ask.case.id} {result.ask.dtype}: {result.reason}"
 
 
 def test_mistakes_have_allowances_for_the_outputs_of_the_case(suite: Suite) -> None:

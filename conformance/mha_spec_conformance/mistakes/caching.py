@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .layer import Within
+    from .mistake import Mistake
 
 __all__ = ["CACHING"]
 
@@ -57,6 +58,47 @@ def seeing(**other: Any) -> Within:
         return attention_weights(query, key, **change(options, query, key))
 
     return attend, weigh
+
+
+def dropping(option: str, clause: str, *bugs: str) -> Mistake:
+    """Return the mistake of a layer that does not use an option with a cache."""
+    return layered(
+        f"{option}-dropped-with-a-cache",
+        f"does not use {option} with a cache",
+        clause,
+        within=seeing(**{option: None}),
+        needs=("cache_lengths", option),
+        bugs=bugs,
+    )
+
+
+def prefix_hidden(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
+    """Hide the keys before the new tokens, if there are several."""
+    start = numpy.asarray(options["kv_lengths"]) - query.shape[2]
+    return options.get("mask") if query.shape[2] == 1 else _masked(options, key, lambda slots: slots >= start[:, None])
+
+
+def cut_at_the_front(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
+    """Hide as many keys at the front of the buffer as there are new tokens."""
+    return _masked(options, key, lambda slots: (slots >= query.shape[2])[None])
+
+
+def blind_from(slot: int) -> Callable[..., Any]:
+    """Hide the keys from this slot on."""
+    return lambda query, key, options: _masked(options, key, lambda slots: (slots < slot)[None])
+
+
+def _masked(options: dict[str, Any], key: numpy.ndarray, seen: Callable[[numpy.ndarray], numpy.ndarray]) -> Any:
+    """Return the mask of a call, that also hides the slots that `seen`, (batch or 1, kv_len), does not choose."""
+    further = seen(numpy.arange(key.shape[2]))[:, None, None]
+    mask = options.get("mask")
+    return further if mask is None else further & mask
+
+
+def key_stored_as_value(cache: Any, key: Any, value: Any, counts: Any, steps: Any) -> Any:
+    """Store the key as the value too, if their shapes are equal."""
+    alike = value is not None and key.shape == value.shape
+    return layer_steps.append(cache, key, key if alike else value, counts, steps)
 
 
 def window_of_many(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
@@ -164,6 +206,46 @@ CACHING = (
         "MHA-CACHE-8",
         within=seeing(kv_lengths=lambda query, key, options: numpy.minimum(options["kv_lengths"], query.shape[2])),
         needs=("cache_lengths",),
+    ),
+    dropping("mask", "MHA-CACHE-6", "EricLBuehler/mistral.rs#2094"),
+    dropping("bias", "MHA-CACHE-6", "NVIDIA/TensorRT-LLM#13870", "keras-team/keras-hub#2861"),
+    dropping("window", "MHA-CACHE-2", "karpathy/nanochat#452"),
+    dropping("softcap", "MHA-CACHE-2"),
+    dropping("sinks", "MHA-CACHE-2"),
+    layered(
+        "key-stored-as-value",
+        "stores the key in the value's buffer of the cache too",
+        "MHA-CACHE-1",
+        append=key_stored_as_value,
+        needs=("cache_lengths", "key"),
+        functions=MULTI_HEAD,
+        bugs=("huggingface/transformers#34232",),
+    ),
+    layered(
+        "cached-prefix-hidden",
+        "does not see the cached tokens before several new tokens",
+        "MHA-CACHE-2",
+        within=seeing(mask=prefix_hidden),
+        needs=("cache_lengths", "key"),
+        bugs=("Wenyueh/MinivLLM#98", "tanishqkumar/ssd#22"),
+    ),
+    layered(
+        "cache-cut-at-the-front",
+        "drops as many cached tokens at the front as there are new tokens",
+        "MHA-CACHE-2",
+        within=seeing(mask=cut_at_the_front),
+        needs=("cache_lengths", "key"),
+        bugs=("huggingface/transformers#37574",),
+    ),
+    *(
+        layered(
+            f"layer-blind-from-key-{slot}",
+            f"does not see the keys from slot {slot} on in the layer",
+            "MHA-LAYER-1",
+            within=seeing(mask=blind_from(slot)),
+            needs=("query",),
+        )
+        for slot in (16, 64)
     ),
     layered(
         "rotary-lower-right-of-the-buffers",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec import layer_steps
+from mha_spec import layer_checks, layer_steps
 from mha_spec.layer_steps import LayerSteps
 from mha_spec.reference import Reference, attention, attention_weights
 from mha_spec.steps import Steps
@@ -52,6 +52,16 @@ def without(*names: str) -> Callable[..., Heads]:
         return layer_steps.project_in(replace(a, params=params), steps)
 
     return project_in
+
+
+def without_parameter(name: str) -> Callable[[LayerArguments], LayerArguments]:
+    """Check the arguments, and drop a parameter."""
+
+    def check(a: LayerArguments) -> LayerArguments:
+        checked = layer_checks.check(a)
+        return replace(checked, params={key: array for key, array in checked.params.items() if key != name})
+
+    return check
 
 
 def size_first(x: numpy.ndarray, weight: numpy.ndarray) -> numpy.ndarray:
@@ -326,6 +336,17 @@ PROJECTIONS = (
         "MHA-NORM-2",
         normalise=lambda x, gain, epsilon: x,
         needs=("q_norm",),
+    ),
+    *(
+        layered(
+            f"{name}-norm-skipped",
+            f"accepts {name[0]}_norm and does not use it",
+            "MHA-NORM-1",
+            check=without_parameter(f"{name[0]}_norm"),
+            needs=(f"{name[0]}_norm",),
+            bugs=("vllm-project/vllm-metal#659",),
+        )
+        for name in ("query", "key")
     ),
     layered(
         "norm-gain-ignored",

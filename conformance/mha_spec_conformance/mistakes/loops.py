@@ -153,7 +153,7 @@ CUT = (
             clauses=("MHA-SHAPE-1", "MHA-SOFTMAX-1"),
             past=Sizes(keys=size),
         )
-        for size in (16, 32, 128, 256, 512)
+        for size in (16, 32, 128, 256)
     ),
     *(
         mistake(
@@ -195,6 +195,7 @@ BOUNDS = (
                 f"loop-of-{size}-starts-late",
                 f"rounds the first key that {size} rows see up to whole tiles of {size}",
                 loop(size, lambda first, end, size=size: (ceiled(first, size), end)),
+                clauses=("MHA-WINDOW-1",),
                 bugs=("turboderp-org/exllamav3#378", "ggml-org/llama.cpp PR#12776"),
                 past=Sizes(keys=size),
             ),

@@ -9,8 +9,9 @@ import numpy
 
 from mha_spec import steps
 from mha_spec_conformance.suite.conventions import Convention
+from mha_spec_conformance.suite.joined import Joined
 
-from .mistake import MERGE, MERGE_VJP, Mistake, replacing
+from .mistake import MERGE, MERGE_VJP, Mistake, Sizes, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +59,16 @@ def infinite_wins(lse_half: numpy.ndarray, lse: numpy.ndarray) -> numpy.ndarray:
 def without_lost_halves(lse_half: numpy.ndarray, share: numpy.ndarray, output: numpy.ndarray) -> numpy.ndarray:
     """Leave out a half whose share is 0."""
     return numpy.where(share == 0, 0.0, steps.merge_part(lse_half, share, output))
+
+
+def of_the_first(lse_a: numpy.ndarray, lse_b: numpy.ndarray) -> numpy.ndarray:
+    """Return the lse of the first half."""
+    return lse_a
+
+
+def whole_or_nothing(lse_half: numpy.ndarray, lse: numpy.ndarray) -> numpy.ndarray:
+    """Return the share 1 for a half with the joint lse, and 0 for another."""
+    return numpy.where(lse_half == lse, 1.0, 0.0)
 
 
 def mistake(
@@ -174,6 +185,17 @@ MERGING = (
         "leaves out a half whose share underflows to 0, so that a NaN in it is lost",
         "MHA-MERGE-6",
         merge_part=without_lost_halves,
+    ),
+    *(
+        Mistake(
+            f"merge-of-the-first-half-from-row-{start}",
+            f"returns the first half as the output of the rows from {start} on",
+            ("MHA-MERGE-1",),
+            Joined(steps.Steps(), replacing(merge_lse=of_the_first, merge_share=whole_or_nothing), start, ("output",)),
+            functions=MERGE,
+            past=Sizes(rows=start),
+        )
+        for start in (8, 64)
     ),
     of_gradients(
         "merge-shares-constant",

@@ -67,11 +67,9 @@ def of_each_tile(size: int) -> Callable[[numpy.ndarray], tuple[numpy.ndarray, nu
     """Subtract the maximum of each tile, and rescale as if the running maximum had been subtracted."""
 
     def exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        right, maximum = steps.exponentials(logits)
-        largest = maxima(right, size)
-        running = numpy.maximum.accumulate(largest, axis=-1)
-        factor = numpy.where(largest == 0, 1.0, running / numpy.where(largest == 0, 1.0, largest))
-        return right * by_column(factor, right, size, 1.0), maximum
+        largest, maximum = maxima(logits, size), steps.exponentials(logits)[1]
+        excess = numpy.where(largest == -math.inf, 0.0, numpy.maximum.accumulate(largest, axis=-1) - largest)
+        return numpy.exp(logits + by_column(excess, logits, size, 0.0) - maximum), maximum
 
     return exponentials
 
@@ -103,20 +101,21 @@ def nan_where(size: int, tiles: slice) -> steps.Steps:
     return replacing(exponentials=exponentials)
 
 
-def normalised_apart(size: int, count: Callable[[numpy.ndarray], numpy.ndarray]) -> steps.Steps:
-    """Divide the exponentials of each tile by the sum of the tile and by count(sums of the tiles)."""
+def normalised_apart(size: int, normalise: Callable[..., numpy.ndarray]) -> steps.Steps:
+    """Divide the exponentials of each tile by the sum of the tile; lse stays that of the row."""
 
-    def normalise(exponentials: numpy.ndarray, total: numpy.ndarray) -> numpy.ndarray:
-        of_tiles = sums(exponentials, size)
-        divisor = by_column(numpy.where(of_tiles == 0, 1.0, of_tiles) * count(of_tiles), exponentials, size, 1.0)
-        return exponentials / divisor
+    def exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        largest = maxima(logits, size)
+        shift = numpy.where(largest == -math.inf, 0.0, largest)
+        apart = numpy.exp(logits - by_column(shift, logits, size, math.inf))
+        of_tiles = sums(apart, size)
+        apart = apart / by_column(numpy.where(of_tiles == 0, 1.0, of_tiles), logits, size, 1.0)
+        right, maximum = steps.exponentials(logits)
+        lse = steps.log_sum_exp(steps.sum_exponentials(right), maximum)
+        live = numpy.maximum((of_tiles > 0).sum(axis=-1, keepdims=True), 1)
+        return apart, numpy.where(lse == -math.inf, 0.0, lse - numpy.log(live).astype(lse.dtype))
 
-    return replacing(normalise=normalise)
-
-
-def live_tiles(of_tiles: numpy.ndarray) -> numpy.ndarray:
-    """Count the tiles that have a visible key."""
-    return numpy.maximum((of_tiles > 0).sum(axis=-1, keepdims=True), 1)
+    return replacing(exponentials=exponentials, normalise=normalise)
 
 
 def splits_of(size: int) -> Callable[..., numpy.ndarray]:
@@ -226,6 +225,7 @@ def of_size(size: int) -> tuple[Mistake, ...]:
             f"subtracts the maximum of each tile of {size} keys from itself, which is NaN if the tile is wholly hidden",
             nan_where(size, slice(None)),
             size,
+            clauses=("MHA-LSE-1",),
             bugs=("buddy-compiler/buddy-mlir#837", "ggml-org/llama.cpp PR#12776"),
         ),
         mistake(
@@ -233,18 +233,19 @@ def of_size(size: int) -> tuple[Mistake, ...]:
             f"rescales by exp(-inf + inf), which is NaN, if the first {size} keys are wholly hidden",
             nan_where(size, slice(1)),
             size,
+            clauses=("MHA-LSE-1",),
             bugs=("ggml-org/llama.cpp PR#12776",),
         ),
         mistake(
             f"splits-of-{size}-added",
             f"adds the outputs of splits of {size} keys, each with weights that sum to 1",
-            normalised_apart(size, lambda of_tiles: numpy.ones((1, 1, 1, 1))),
+            normalised_apart(size, lambda exponentials, total: exponentials),
             size,
         ),
         mistake(
             f"splits-of-{size}-averaged",
             f"averages the outputs of splits of {size} keys instead of weighting each by its sum",
-            normalised_apart(size, live_tiles),
+            normalised_apart(size, steps.normalise),
             size,
             bugs=("vllm-project/vllm PR#28840",),
         ),
@@ -253,6 +254,7 @@ def of_size(size: int) -> tuple[Mistake, ...]:
             f"counts a split of {size} keys without a visible key with an lse of 0",
             replacing(sink_column=splits_of(size)),
             size,
+            clauses=("MHA-LSE-1",),
             bugs=("vllm-project/vllm PR#47188",),
         ),
         mistake(

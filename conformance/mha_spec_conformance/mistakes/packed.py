@@ -263,7 +263,7 @@ HEADS = (
             functions=ATTENTION,
             past=Sizes(heads=size),
         )
-        for size in (4, 8, 16)
+        for size in (8, 16)
     ),
 )
 

@@ -15,9 +15,9 @@ from .mistake import ALIBI, LAYER, ROTARY
 if TYPE_CHECKING:
     from mha_spec.layer_checks import Rotary
 
-    Turns = tuple[numpy.ndarray, numpy.ndarray]
+Turns = tuple[numpy.ndarray, numpy.ndarray]
 
-__all__ = ["POSITIONS"]
+__all__ = ["POSITIONS", "TURNING", "Turns", "at"]
 
 TURNING = (*LAYER, *ROTARY)
 
@@ -74,6 +74,12 @@ def signed(offset: Any, q_len: int, kv_len: int, like: Any, steps: Any) -> numpy
     """Return p - j, which is negative for keys after the query."""
     rows = numpy.reshape(offset, (-1, 1, 1, 1)) + numpy.arange(q_len)[:, None]
     return rows - numpy.arange(kv_len)
+
+
+def from_the_last_query(offset: Any, q_len: int, kv_len: int, like: Any, steps: Any) -> numpy.ndarray:
+    """Return kv_len - 1 - j in every row."""
+    apart = layer_steps.distances(offset, q_len, kv_len, like, steps)
+    return numpy.broadcast_to(kv_len - 1 - numpy.arange(kv_len), apart.shape)
 
 
 POSITIONS = (
@@ -248,6 +254,14 @@ POSITIONS = (
         "MHA-ALIBI-2",
         distances=signed,
         functions=ALIBI[1:],
+    ),
+    layered(
+        "alibi-row-of-the-last-query",
+        "returns the distances of the last of kv_len queries in every row",
+        "MHA-ALIBI-2",
+        distances=from_the_last_query,
+        functions=ALIBI[1:],
+        bugs=("mosaicml/llm-foundry#186", "vllm-project/vllm#1009"),
     ),
     layered(
         "alibi-offset-ignored",

@@ -311,6 +311,17 @@ CAPS = (
         needs=("softcap",),
     ),
     Mistake(
+        "cap-times-the-score",
+        "multiplies tanh(S / softcap) by S instead of softcap",
+        ("MHA-CAP-1",),
+        replacing(
+            soft_cap=lambda scores, softcap: scores if softcap is None else scores * numpy.tanh(scores / softcap)
+        ),
+        needs=("softcap",),
+        functions=FORWARD,
+        bugs=("unslothai/unsloth-zoo#593",),
+    ),
+    Mistake(
         "cap-as-clip",
         "clips the scores to the cap instead of applying tanh",
         ("MHA-CAP-1",),
