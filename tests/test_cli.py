@@ -36,6 +36,7 @@ CASE = {
     "allowance_used",
     "worst",
     "diagnosis",
+    "conventions",
     "seconds",
 }
 OUTCOMES = ["pass", "fail", "deviation", "error", "crash", "timeout", "unsupported"]
@@ -111,7 +112,12 @@ def test_report_has_every_key_of_its_schema(mha_spec: Command, starter: Path, tm
     assert report["target"].keys() >= {"name", "versions", "features", "dtypes", "conventions", "profile"}
     assert report["target"]["features"] == ["mask", "causal"]
     assert report["target"]["deterministic"] is True
-    assert report["selection"] == {"only": ["attention/smoke/"], "dtypes": ["float32"]}
+    assert report["selection"] == {
+        "only": ["attention/smoke/"],
+        "dtypes": ["float32"],
+        "exclude": [],
+        "shard": None,
+    }
     assert not report["complete"]
     assert list(report["summary"]) == OUTCOMES
     assert all(list(tally) == OUTCOMES for tally in report["features"].values())

@@ -80,7 +80,6 @@ def message(call: Any, *arguments: Any, **keywords: Any) -> str:
 def test_a_right_implementation_passes_in_every_dtype_and_layout(library: str, dtype: str) -> None:
     if library == "jax" and dtype == "float64":
         pytest.skip("jax has no float64 in this process")
-    import ml_dtypes
 
     arrays = {
         name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in operands().items()

@@ -39,14 +39,19 @@ class Selection:
 
     only: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    shard: tuple[int, int] | None = None
+    """The number of the shard, from 1 on, and the number of shards; see `sharding`."""
 
     @property
     def everything(self) -> bool:
         """True if the whole suite is selected."""
-        return not self.only and not self.dtypes
+        return not self.only and not self.dtypes and not self.exclude and self.shard is None
 
     def takes(self, case: Case) -> bool:
         """Tell whether the case is selected; see `matches`."""
+        if any(matches(case, pattern) for pattern in self.exclude):
+            return False
         return not self.only or any(matches(case, pattern) for pattern in self.only)
 
     def asks_in(self, dtype: str) -> bool:

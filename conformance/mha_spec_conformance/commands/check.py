@@ -7,31 +7,26 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import FLOATING
-from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.asking.memory import parse_size
 from mha_spec_conformance.asking.selection import Selection, matches
-from mha_spec_conformance.reporting.report import SCHEMA, write_json
-from mha_spec_conformance.reporting.terminal import Bar, console, print_run
+from mha_spec_conformance.reporting.terminal import Bar, console
 from mha_spec_conformance.running.known import read_known
 from mha_spec_conformance.running.results import FORMAT
-from mha_spec_conformance.running.runner import NothingToJudge, Settings, run
+from mha_spec_conformance.running.runner import Settings, run
 from mha_spec_conformance.suite.cases import load
 from mha_spec_conformance.suite.conventions import parse_convention
+
+from .reports import Reports, UsageError, check_output, conclude
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from rich.console import Console
-
-    from mha_spec_conformance.running.run import Run
     from mha_spec_conformance.suite.cases import Suite
 
-__all__ = ["UsageError", "among", "check", "conclude", "prepare", "selection_of", "settings_of"]
+__all__ = ["UsageError", "among", "check", "selection_of", "settings_of"]
 
-
-class UsageError(MhaSpecError):
-    """An option has an invalid value."""
+NO_REPORTS = Reports()
 
 
 def check(
@@ -41,7 +36,7 @@ def check(
     required: tuple[str, ...] = (),
     accepted: Iterable[str] = (),
     known: Path | None = None,
-    json: Path | None = None,
+    reports: Reports = NO_REPORTS,
     max_fail: int | None = None,
     jobs: int = 1,
     dtypes: tuple[str, ...] = (),
@@ -51,12 +46,14 @@ def check(
     memory: str | None = None,
     results: Path | None = None,
     resume: bool = False,
+    exclude: tuple[str, ...] = (),
+    shard: str | None = None,
 ) -> int:
-    """Judge a target, write the report, print the verdict, and give the exit status."""
+    """Judge a target, write the reports, print the verdict, and give the exit status."""
     suite = load(cases)
     settings = replace(
         settings_of(suite, required, accepted, known),
-        selection=selection_of(suite, only, dtypes),
+        selection=replace(selection_of(suite, only, dtypes, exclude), shard=_shard(shard)),
         max_fail=max_fail,
         jobs=jobs,
         limit=limit,
@@ -67,12 +64,12 @@ def check(
     )
     if resume and results is None:
         raise UsageError("--resume needs --results FILE, the file of the run that goes on")
-    _check_output("--results", results, FORMAT)
-    prepare(json)
+    check_output("--results", results, FORMAT.encode())
+    reports.prepare()
     screen = console()
     with Bar(screen, target) as bar:
         result = run(target, suite, settings, bar)
-    return conclude(screen, result, json)
+    return conclude(screen, result, reports)
 
 
 def settings_of(suite: Suite, required: tuple[str, ...], accepted: Iterable[str], known: Path | None) -> Settings:
@@ -82,24 +79,6 @@ def settings_of(suite: Suite, required: tuple[str, ...], accepted: Iterable[str]
         accepted=frozenset(parse_convention(text) for text in accepted),
         known=read_known(known) if known else (),
     )
-
-
-def prepare(report: Path | None) -> None:
-    """Make sure that the report can be written, and remove that of an earlier run."""
-    _check_output("--json", report, SCHEMA)
-    if report is not None:
-        _remove_old(report)
-
-
-def conclude(screen: Console, result: Run, report: Path | None) -> int:
-    """Write the report, print the verdict, and give the exit status."""
-    if not result.deciding:
-        raise NothingToJudge(f"target {result.claims.name}: {result.verdict}")
-    fault = None if report is None else _written(result, report)
-    print_run(screen, result)
-    if fault is not None:
-        raise fault
-    return result.status
 
 
 def _program(command: str | None) -> tuple[str, ...] | None:
@@ -123,47 +102,26 @@ def _memory(size: str | None) -> int | None:
         raise UsageError(f"--memory {size}: {error}") from error
 
 
-def _written(result: Run, report: Path) -> UsageError | None:
-    """Write the report; an error is given after the verdict was printed."""
-    try:
-        write_json(result, report)
-    except OSError as error:
-        return UsageError(f"--json {report}: {error.strerror}")
-    return None
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """Read I/N, the number of a shard and the number of shards."""
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"--shard must be I/N with 1<=I<=N, as in 2/4, received {text!r}")
+    return int(number), int(count)
 
 
-def _check_output(option: str, path: Path | None, form: str) -> None:
-    """Raise if the file cannot be written, or if it exists and an earlier run did not write it."""
-    if path is None:
-        return
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: this is a folder, or there is no folder {path.parent}")
-    if path.is_file() and not _has_form(path, form):
-        raise UsageError(f"{option} {path}: the file exists and does not hold {form}; choose another name")
-
-
-def _has_form(path: Path, form: str) -> bool:
-    """Tell whether a file is empty or begins as the files of this form do."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(200)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    return not start.strip() or (start.lstrip().startswith(b"{") and f'"{form}"'.encode() in start)
-
-
-def _remove_old(report: Path) -> None:
-    """Remove the report of an earlier run, so that it is not mistaken for the new report; keep devices and links."""
-    if report.is_file() and not report.is_symlink():
-        report.unlink()
-
-
-def selection_of(suite: Suite, only: tuple[str, ...], dtypes: tuple[str, ...]) -> Selection:
+def selection_of(
+    suite: Suite, only: tuple[str, ...], dtypes: tuple[str, ...], exclude: tuple[str, ...] = ()
+) -> Selection:
     """Give the selection, or raise if it contains a name that does not exist."""
-    selection = Selection(only, among("--dtypes", dtypes, FLOATING))
-    for pattern in only:
-        if not any(matches(case, pattern) for case in suite.cases):
-            raise UsageError(f"--only {pattern} matches none of {len(suite.cases)} cases; `mha-spec cases` lists them")
+    selection = Selection(only, among("--dtypes", dtypes, FLOATING), exclude)
+    for option, patterns in (("--only", only), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not any(matches(case, pattern) for case in suite.cases):
+                number = len(suite.cases)
+                raise UsageError(f"{option} {pattern} matches none of {number} cases; `mha-spec cases` lists them")
     return selection
 
 

@@ -40,6 +40,10 @@ Require = Annotated[Names, typer.Option(help="Fail if one of these features was 
 Accept = Annotated[Names, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")]
 Known = Annotated[Path | None, typer.Option(help="TOML file of known failures: [[known]] with id and reason.")]
 Report = Annotated[Path | None, typer.Option(help="Write the report to this file.")]
+Junit = Annotated[Path | None, typer.Option(help="Write the report as JUnit XML to this file.")]
+Markdown = Annotated[
+    Path | None, typer.Option(help="Append the report as Markdown to this file, as to $GITHUB_STEP_SUMMARY.")
+]
 MaxFail = Annotated[int | None, typer.Option(min=1, help="Stop after this number of failures.")]
 Timeout = Annotated[float, typer.Option(min=0.01, help="Time limit of a call in seconds.")]
 
@@ -114,6 +118,8 @@ def check(
     accept: Accept = None,
     known: Known = None,
     json: Report = None,
+    junit: Junit = None,
+    markdown: Markdown = None,
     max_fail: MaxFail = None,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
     dtypes: Dtypes = None,
@@ -128,9 +134,17 @@ def check(
     ] = None,
     results: Annotated[Path | None, typer.Option(help="Append each result to this file of JSON lines.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run whose results --results has.")] = False,
+    exclude: Annotated[
+        Names,
+        typer.Option(help="Leave out cases whose id matches or contains this pattern, or that cite this clause."),
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Ask only the part I of N parts of similar cost, as in 1/4; see `merge`.")
+    ] = None,
 ) -> None:
     """Judge a target. The exit status is 0 if every case passed, 1 if not, and 2 if the target cannot be judged."""
     from . import check as checking
+    from .reports import Reports
 
     if (target is None) is (command is None):
         raise checking.UsageError("either TARGET or --command must be given, and not both")
@@ -141,7 +155,7 @@ def check(
         required=_names(require),
         accepted=tuple(accept or ()),
         known=known,
-        json=json,
+        reports=Reports(json, junit, markdown),
         max_fail=max_fail,
         jobs=jobs,
         dtypes=_names(dtypes),
@@ -151,6 +165,8 @@ def check(
         memory=memory,
         results=results,
         resume=resume,
+        exclude=tuple(exclude or ()),
+        shard=shard,
     )
 
 
@@ -179,11 +195,30 @@ def verify(
     accept: Accept = None,
     known: Known = None,
     json: Report = None,
+    junit: Junit = None,
+    markdown: Markdown = None,
 ) -> None:
     """Judge the answers in a folder. The exit status is that of `check`; a question without an answer is an error."""
     from . import offline
+    from .reports import Reports
 
-    _end_with_status(offline.verify, folder, _names(require), tuple(accept or ()), known, json)
+    reports = Reports(json, junit, markdown)
+    _end_with_status(offline.verify, folder, _names(require), tuple(accept or ()), known, reports)
+
+
+@app.command()
+def merge(
+    report: Annotated[list[Path], typer.Argument(help="The reports of all shards: check --shard I/N --json FILE.")],
+    require: Require = None,
+    json: Report = None,
+    junit: Junit = None,
+    markdown: Markdown = None,
+) -> None:
+    """Join the reports of the shards of a run. The exit status is that of `check` without shards."""
+    from . import merge as merging
+    from .reports import Reports
+
+    _end_with_status(merging.merge, report, _names(require), Reports(json, junit, markdown))
 
 
 @app.command()
@@ -217,6 +252,19 @@ def fuzz(
         most_calls=calls,
         limit=timeout,
     )
+
+
+@app.command()
+def repro(
+    target: Annotated[str, TARGET],
+    case: Annotated[str, typer.Argument(help="The id of a case that the target fails.")],
+    dtype: Annotated[str | None, typer.Option(help="The dtype; by default, the first in which the case fails.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time to reduce the case in seconds.")] = 30.0,
+) -> None:
+    """Reduce a case that the target fails, and print a script that shows the fault without the suite."""
+    from .repro import repro as reproduction
+
+    print(reproduction(target, case, dtype, seconds=seconds))
 
 
 @app.command()
@@ -264,8 +312,12 @@ def cases(
         str | None,
         typer.Argument(help="List only cases whose id matches or contains this pattern, or that cite this clause."),
     ] = None,
+    *,
+    kinds: Annotated[
+        bool, typer.Option("--kinds", help="Count the cases that each kind of real attention can be asked, by option.")
+    ] = False,
 ) -> None:
     """List the cases: id, level and title."""
     from . import listing
 
-    print(listing.all_cases(pattern))
+    print(listing.all_kinds(pattern) if kinds else listing.all_cases(pattern))

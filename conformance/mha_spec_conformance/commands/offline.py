@@ -13,12 +13,15 @@ from mha_spec_conformance.suite.cases import load
 from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.claims import Claims
 
-from .check import UsageError, among, conclude, prepare, selection_of, settings_of
+from .check import UsageError, among, selection_of, settings_of
+from .reports import Reports, conclude
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["export", "verify"]
+
+NO_REPORTS = Reports()
 
 
 def export(
@@ -65,13 +68,13 @@ def verify(
     required: tuple[str, ...] = (),
     accepted: tuple[str, ...] = (),
     known: Path | None = None,
-    report: Path | None = None,
+    reports: Reports = NO_REPORTS,
 ) -> int:
     """Judge the answers in a folder, print the verdict, write the report, and give the exit status."""
     suite = load()
     settings = settings_of(suite, required, accepted, known)
-    prepare(report)
+    reports.prepare()
     screen = console()
     with Bar(screen, str(folder)) as bar:
         result = offline.verify(folder, suite, settings, bar)
-    return conclude(screen, result, report)
+    return conclude(screen, result, reports)

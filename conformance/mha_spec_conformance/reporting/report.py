@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.judging.bounds import RULE_VERSION
+
+from .files import write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +52,12 @@ def as_json(run: Run) -> dict[str, object]:
             "profile": claims.profile,
             "deterministic": all(deterministic) if deterministic else None,
         },
-        "selection": {"only": list(run.selection.only), "dtypes": list(run.selection.dtypes)},
+        "selection": {
+            "only": list(run.selection.only),
+            "dtypes": list(run.selection.dtypes),
+            "exclude": list(run.selection.exclude),
+            "shard": None if run.selection.shard is None else list(run.selection.shard),
+        },
         "complete": run.complete,
         "verdict": run.verdict,
         "status": run.status,
@@ -131,6 +137,7 @@ def _case(result: Result) -> dict[str, object]:
             "allowance": _number(worst.allowance),
         },
         "diagnosis": list(result.diagnosis),
+        "conventions": [str(convention) for convention in result.conventions],
         "seconds": round(result.seconds, 6),
     }
 
@@ -146,15 +153,4 @@ def write_json(run: Run, path: Path) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    text = json.dumps(as_json(run), indent=1, allow_nan=False) + "\n"
-    path = path.resolve()
-    if path.exists() and not path.is_file():
-        path.write_text(text)
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    write_text(path, json.dumps(as_json(run), indent=1, allow_nan=False) + "\n")

@@ -7,7 +7,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.asking.pool import Pool
-from mha_spec_conformance.asking.selection import Selection, asks, tried_in_every_layout
+from mha_spec_conformance.asking.selection import Selection, asks, probes, tried_in_every_layout
+from mha_spec_conformance.asking.sharding import shard
 from mha_spec_conformance.judging.judge import Judge
 
 from .again import SecondTime
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     Key = tuple[str, str]
     Progress = Callable[[int, int, int], None]
 
-__all__ = ["NothingToJudge", "Settings", "asks_of", "judge_all", "run", "without_progress"]
+__all__ = ["NothingToJudge", "Settings", "asks_of", "check_selection", "judge_all", "run", "without_progress"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def judge_all(
         NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
     """
     claims = source.claims
-    asks_of(suite, claims, settings.selection)  # raises before anything is asked
+    check_selection(suite, claims, settings.selection)
     notes = try_smoke_cases(suite, source, judge)
     alignment = find_alignment(source, suite, settings.selection, judge)
     asked = asks_of(suite, alignment.declared_by(claims), settings.selection)
@@ -121,6 +122,8 @@ def asks_of(suite: Suite, claims: Claims, selection: Selection) -> list[Ask]:
         NothingToJudge: The target claims nothing that is selected, or lacks a selected dtype.
     """
     asked = tried_in_every_layout(asks(suite.cases, claims, selection))
+    if selection.shard is not None:
+        asked = shard(asked, *selection.shard)
     if not asked:
         raise NothingToJudge(f"target {claims.name} has nothing to judge: {_why_nothing(suite, claims, selection)}")
     lacking = [dtype for dtype in selection.dtypes if dtype not in claims.dtypes]
@@ -141,6 +144,16 @@ def _unclaimed(claims: Claims) -> list[str]:
     ]
 
 
+def check_selection(suite: Suite, claims: Claims, selection: Selection) -> None:
+    """Raise if a run has nothing to ask; what can be asked may depend on the alignment, which is read off first.
+
+    Raises:
+        NothingToJudge: The target claims nothing that is selected, or lacks a selected dtype.
+    """
+    if not probes(suite.cases, claims, selection):
+        asks_of(suite, claims, selection)
+
+
 def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
     """Give the reason why the target cannot be asked any selected case."""
     if not any(selection.asks_in(dtype) for dtype in claims.dtypes):
@@ -148,6 +161,8 @@ def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
     functions = dict.fromkeys(case.function for case in suite.cases if selection.takes(case))
     if not functions.keys() & claims.keywords.keys():
         return f"it does not define {', '.join(functions)}"
+    if selection.shard is not None:
+        return "there are fewer kinds of calls than shards"
     return "every selected case needs a feature that it does not claim"
 
 

@@ -114,6 +114,11 @@ class Case:
         entries = [self._inputs.get(name) for name in names]
         return all(entry is not None and entry == entries[0] for entry in entries)
 
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the input arrays by name, which are not read."""
+        return {name: tuple(entry["shape"]) for name, entry in self._inputs.items()}
+
     def inputs(self, dtype: str) -> dict[str, Array]:
         """Give new input arrays for a run in `dtype`, by argument name; bfloat16 is the type of ml-dtypes.
 

@@ -1,0 +1,90 @@
+"""`mha-spec repro`: reduce a case that a target fails, and print a script that shows the fault without the suite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.asking.pool import Pool
+from mha_spec_conformance.asking.selection import Selection, asks
+from mha_spec_conformance.fuzzing.asking import Asker
+from mha_spec_conformance.fuzzing.reduction import call_of, reduced
+from mha_spec_conformance.fuzzing.script import script_of
+from mha_spec_conformance.fuzzing.search import Finding
+from mha_spec_conformance.judging.result import FAILING
+from mha_spec_conformance.reporting.terminal import details
+from mha_spec_conformance.suite.cases import load
+from mha_spec_conformance.suite.text import printable
+
+from .reports import UsageError
+
+if TYPE_CHECKING:
+    from mha_spec_conformance.asking.question import Answer, Question
+    from mha_spec_conformance.asking.selection import Ask
+    from mha_spec_conformance.fuzzing.call import Call
+    from mha_spec_conformance.judging.result import Result
+
+__all__ = ["repro"]
+
+SECONDS = 30.0
+"""The time that the reduction may take."""
+
+
+def repro(target: str, identity: str, dtype: str | None = None, *, seconds: float = SECONDS) -> str:
+    """Give a script that shows the fault of a target in a case, with the case reduced.
+
+    Raises:
+        UsageError: There is no such case, the target is not asked it, or it does not fail.
+        TargetError: The target cannot be loaded.
+    """
+    case = next((case for case in load().cases if case.id == identity), None)
+    if case is None:
+        raise UsageError(f"there is no case {identity}; `mha-spec cases` lists them")
+    with Pool(target) as pool:
+
+        def answered(question: Question) -> Answer:
+            ((_, answer),) = pool.answers([question])
+            return answer
+
+        asker = Asker(pool.claims, answered)
+        asked = asks([case], pool.claims, Selection(dtypes=() if dtype is None else (dtype,)))
+        if not asked:
+            raise UsageError(f"target {target} is not asked {identity}: it does not claim what the case needs")
+        finding = _reduced(_failing(asked, asker), asker, seconds)
+        script = script_of(finding, target, pool.claims.arrays)
+    comments = [f"# {printable(line)}"[:120] for line in details(finding.result)[:-1] if not line.startswith("Call")]
+    return "\n".join([f"# Reduced from the case {identity} of mha-spec.", *comments[:4], script])
+
+
+def _failing(asked: list[Ask], asker: Asker) -> Call:
+    """Give the call of the first dtype in which the case fails; float32 is tried first."""
+    for ask in sorted(asked, key=lambda ask: ask.dtype != "float32"):
+        case = ask.case
+        call = call_of(case.function, ask.dtype, case.inputs(ask.dtype), case.options, lse="lse" in ask.outputs)
+        result = _result(asker, call)
+        if result is not None and result.outcome in FAILING:
+            return call
+    dtypes = ", ".join(ask.dtype for ask in asked)
+    raise UsageError(f"the target does not fail {asked[0].case.id} in {dtypes}, so that there is nothing to reproduce")
+
+
+def _reduced(call: Call, asker: Asker, seconds: float) -> Finding:
+    first = _result(asker, call)
+    assert first is not None
+
+    def fails(candidate: Call) -> bool:
+        result = _result(asker, candidate)
+        return result is not None and result.outcome == first.outcome and result.compared == first.compared
+
+    call = reduced(call, fails, seconds)
+    asker.suspect(None)
+    result = _result(asker, call)
+    return Finding(call, first if result is None else result)
+
+
+def _result(asker: Asker, call: Call) -> Result | None:
+    """Judge the answer to a call; None if the call is not valid."""
+    try:
+        return asker.result(call, "repro")
+    except MhaSpecError:
+        return None
