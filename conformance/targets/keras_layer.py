@@ -1,0 +1,67 @@
+"""Keras' `MultiHeadAttention` with TensorFlow, unchanged; keras_grouped.py asks `GroupQueryAttention`.
+
+Its masks are (batch, q_len, kv_len), the same for all heads; lengths are passed as `key_mask`, and its causal diagonal
+begins at the upper left. All biases exist or none.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import keras
+import tensorflow as tf
+
+arrays = "tensorflow"
+dtypes = ("float64", "float32", "float16", "bfloat16")
+conventions = {"causal_alignment": "upper_left"}
+
+
+def supports(question):
+    """Refuse sizes and masks that the layer does not have."""
+    if not question.function.startswith("multi_head_attention"):
+        return "only the layer is asked"
+    shapes = question.shapes
+    if shapes["w_q"][1] != shapes["w_k"][1]:
+        return "keys have as many heads as queries"
+    return True if shapes.get("mask", (1, 1))[1] == 1 else "attention_mask is the same for all heads"
+
+
+def multi_head_attention(query, key, value, params, *, mask=None, causal=False, kv_lengths=None):
+    """Compute the output."""
+    return call(query, key, value, params, mask, causal, kv_lengths)
+
+
+def multi_head_attention_and_weights(query, key, value, params, *, mask=None, causal=False, kv_lengths=None):
+    """Compute the output and the weights of every head."""
+    return call(query, key, value, params, mask, causal, kv_lengths, return_attention_scores=True)
+
+
+def call(query, key, value, params, mask, causal, kv_lengths, **options):
+    """Call a layer that has these parameters, with 0 for missing biases if it has any."""
+    _, heads, size = params["w_q"].shape
+    bias = any(name.startswith("b_") for name in params)
+    layer = keras.layers.MultiHeadAttention(
+        heads,
+        size,
+        value_dim=params["w_v"].shape[2],
+        use_bias=bias,
+        output_shape=params["w_o"].shape[2],
+        dtype=query.dtype.name,
+    )
+    layer.build(query.shape, value.shape, key.shape)
+    parts = {"q": layer._query_dense, "k": layer._key_dense, "v": layer._value_dense, "o": layer._output_dense}
+    for name, dense in parts.items():
+        dense.kernel.assign(params[f"w_{name}"])
+        if f"b_{name}" in params:
+            dense.bias.assign(params[f"b_{name}"])
+    return layer(
+        query,
+        value,
+        key,
+        attention_mask=None if mask is None else mask[:, 0],
+        key_mask=None if kv_lengths is None else tf.sequence_mask(kv_lengths, key.shape[1]),
+        use_causal_mask=causal,
+        **options,
+    )

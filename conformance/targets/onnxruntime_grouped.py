@@ -1,0 +1,98 @@
+"""ONNX Runtime's contrib operator `GroupQueryAttention` on the CPU, unchanged, in models of a single node.
+
+It is always causal, and its diagonal ends at the last key in use: of the keys in use, the last q_len are passed as new
+keys, and the others as its cache. Its `local_window_size` counts the query's own key. Values have the size of keys.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy
+import onnxruntime
+from onnx import TensorProto, helper
+
+dtypes = ("float32", "float16")
+conventions = {"causal_alignment": "lower_right_of_lengths"}
+
+TYPES = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
+INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length")
+INPUTS = (*INPUTS, "cos_cache", "sin_cache", "position_ids", "attention_bias", "head_sink")
+QUIET = 4
+
+
+def supports(question):
+    """Refuse the calls that the operator does not have."""
+    query, key, value = (question.shapes[name] for name in ("query", "key", "value"))
+    right = question.options.get("window", (None, None))[1]
+    if 0 in query or 0 in key or key[2] < query[2]:
+        return "there are at least as many keys as queries, and no axis is empty"
+    if not (question.options.get("causal") or right == 0 or (query[2] == 1 and right is None)):
+        return "the operator is causal"
+    if query[3] != value[3] or query[3] % 8:
+        return "queries, keys and values have the same size, a multiple of 8"
+    if key[2] > query[2] > 1 < query[0]:
+        return "several queries follow a cache only in a batch of 1"
+    return "bias" not in question.arrays or question.arrays["bias"].dtype.name == question.dtype
+
+
+@cache
+def session(inputs, attributes):
+    """Build and load the model whose inputs have these names and dtypes; other inputs are omitted."""
+    names = [name if name in dict(inputs) else "" for name in INPUTS]
+    outputs = ("output", "present_key", "present_value")
+    node = helper.make_node("GroupQueryAttention", names, outputs, domain="com.microsoft", **dict(attributes))
+    graph = helper.make_graph(
+        [node],
+        "attention",
+        [helper.make_tensor_value_info(name, TYPES[kind], None) for name, kind in inputs],
+        [helper.make_tensor_value_info(name, TYPES[dict(inputs)["query"]], None) for name in outputs],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = QUIET
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def attention(
+    query, key, value, *, causal=False, window=None, kv_lengths=None, bias=None, sinks=None, scale=None, softcap=None
+):
+    """Compute the output."""
+    batch, heads, q_len, size = query.shape
+    kv_len, past = key.shape[2], key.shape[2] - q_len
+    lengths = numpy.full(batch, kv_len) if kv_lengths is None else numpy.minimum(kv_lengths, kv_len)
+    if lengths.min() < q_len:
+        raise NotImplementedError("there are at least as many keys as queries")
+    new = (lengths[:, None] - q_len + numpy.arange(q_len))[:, None, :, None]
+    feed = {
+        "query": joined(query),
+        "key": joined(numpy.take_along_axis(key, new, 2)),
+        "value": joined(numpy.take_along_axis(value, new, 2)),
+        "past_key": key[:, :, :past],
+        "past_value": value[:, :, :past],
+        "seqlens_k": (lengths - 1).astype(numpy.int32),
+        "total_sequence_length": numpy.asarray(lengths.max(), numpy.int32),
+        "attention_bias": bias,
+        "head_sink": sinks,
+    }
+    feed = {name: array for name, array in feed.items() if array is not None}
+    left = None if window is None or window[0] is None else window[0] + 1
+    attributes = {
+        "num_heads": heads,
+        "kv_num_heads": key.shape[1],
+        "scale": scale,
+        "softcap": softcap,
+        "local_window_size": left,
+    }
+    signature = tuple((name, array.dtype.name) for name, array in feed.items())
+    passed = tuple((name, value) for name, value in attributes.items() if value is not None)
+    output = session(signature, passed).run(["output"], feed)[0]
+    return output.reshape(batch, q_len, heads, size).swapaxes(1, 2)
+
+
+def joined(array):
+    """Reshape (batch, heads, length, size) to (batch, length, heads * size)."""
+    batch, heads, length, size = array.shape
+    return numpy.ascontiguousarray(array.swapaxes(1, 2)).reshape(batch, length, heads * size)

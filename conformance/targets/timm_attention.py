@@ -1,0 +1,56 @@
+"""timm's `Attention`, unchanged, in evaluation mode: the layer of its vision transformers.
+
+Queries, keys and values are the same tokens and have the same heads, in a fused projection; mask and bias are the same
+argument, `attn_mask`.
+"""
+
+from __future__ import annotations
+
+import numpy
+import torch
+from timm.layers import Attention
+
+arrays = "torch"
+dtypes = ("float64", "float32", "float16", "bfloat16")
+conventions = {"causal_alignment": "upper_left"}
+
+
+def supports(question):
+    """Refuse the calls that the layer does not have."""
+    if question.function != "multi_head_attention":
+        return "only the layer is asked"
+    query, *others = (question.arrays.get(name) for name in ("query", "key", "value"))
+    if not all(array is not None and numpy.array_equal(query, array) for array in others):
+        return "queries, keys and values are the same tokens"
+    if question.shapes["w_q"] != question.shapes["w_k"] or question.shapes["w_q"] != question.shapes["w_v"]:
+        return "queries, keys and values have the same heads"
+    constraints = ("mask" in question.arrays) + ("bias" in question.arrays) + bool(question.options.get("causal"))
+    return constraints <= 1 or "the layer is causal or takes one attn_mask"
+
+
+def multi_head_attention(query, key, value, params, *, mask=None, bias=None, causal=False):
+    """Call a layer that has these parameters, with 0 for missing biases if it has any of a kind."""
+    embed, heads, size = params["w_q"].shape
+    names = [f"b_{name}" for name in "qkv"]
+    fused = any(name in params for name in names)
+    layer = Attention(
+        embed,
+        heads,
+        attn_head_dim=size,
+        dim_out=params["w_o"].shape[2],
+        qkv_bias=fused,
+        proj_bias="b_o" in params,
+        dtype=query.dtype,
+    )
+    state = {
+        "qkv.weight": torch.cat([params[f"w_{name}"].flatten(1).T for name in "qkv"]),
+        "proj.weight": params["w_o"].flatten(0, 1).T,
+    }
+    if fused:
+        zero = torch.zeros(heads * size, dtype=query.dtype)
+        state["qkv.bias"] = torch.cat([params[name].flatten() if name in params else zero for name in names])
+    if "b_o" in params:
+        state["proj.bias"] = params["b_o"]
+    layer.load_state_dict(state)
+    with torch.no_grad():
+        return layer.eval()(query, attn_mask=bias if mask is None else mask, is_causal=causal)
