@@ -129,7 +129,19 @@ def test_question_that_cannot_be_written_is_not_blamed_on_the_target(
     assert len(answers) == 7
 
 
-@pytest.mark.parametrize("change", ["shutil.rmtree(f)", "shutil.rmtree(f); open(f, 'w').close()", "os.chmod(f, 0)"])
+def test_worker_that_starts_again_does_not_hold_up_the_others(start: Start) -> None:
+    first = "again = os.path.exists(__file__ + '.crashed'); time.sleep(again)"
+    then = f"if question['id'] == 'q/0': open(__file__ + '.crashed', 'w'); os._exit(3)\n    {REPLY}"
+    asked = questions(44)
+    with start(then, first, jobs=2) as pool:
+        names = [question.id for question, _ in pool.answers(asked[:4], asked[4:])]
+    assert names[-3:] == ["q/1", "q/2", "q/3"]
+    assert len(set(names)) == 44
+
+
+@pytest.mark.parametrize(
+    "change", ["shutil.rmtree(f, True)", "shutil.rmtree(f, True); open(f, 'w').close()", "os.chmod(f, 0)"]
+)
 def test_folder_that_a_program_changes_is_made_again(start: Start, change: str) -> None:
     then = f"import shutil; f = os.path.dirname(question['answer'])\n    if asked % 3 == 0: {change}\n    {REPLY}"
     with start(then) as pool:

@@ -69,6 +69,7 @@ class Worker:
         self.lost: set[int] = set()
         self.unwritten: dict[int, Answer] = {}
         self.process: Process | None = None
+        self.ready = False
         self.reason_of_no_process = ""
         self.since = time.monotonic()
 
@@ -89,41 +90,46 @@ class Worker:
         self.process.send(line_of(hello_message()))
 
     def claims(self) -> Claims:
-        """Receive the claims of the process that was launched.
+        """Wait for the claims of the process that was launched.
 
         Raises:
             TargetError: The process does not send claims, or the target cannot be judged.
         """
-        try:
-            claims = claims_from(self._first_message(), self.pool.target, trusted=self.pool.python)
-        except BaseException:
-            self.stop()
-            raise
+        assert self.process is not None
+        while (claims := self._claims_that_arrived(self.process)) is None:
+            wait([self.process.waited_for], timeout=0.1)
+        return claims
+
+    def _claims_that_arrived(self, process: Process) -> Claims | None:
+        """Give the claims as soon as they have arrived; see `claims`."""
+        if (message := self._first_message(process)) is None:
+            return None
+        claims = claims_from(message, self.pool.target, trusted=self.pool.python)
+        self.ready = True
         self.failed_starts = 0
         self.since = time.monotonic()
         return claims
 
-    def _first_message(self) -> dict[str, Any]:
-        assert self.process is not None
+    def _first_message(self, process: Process) -> dict[str, Any] | None:
         limit = min(LONGEST_START, max(SHORTEST_START, STARTS * self.pool.limit))
-        while time.monotonic() < self.since + limit:
-            ended = self.process.ended
-            if lines := self.process.lines(MOST_LINE_BYTES):
-                try:
-                    return message_from(lines[0])
-                except ProtocolError as error:
-                    raise TargetError(f"target {self.pool.target} {error}") from error
-            if ended:
-                what = "ended the process while it was imported" if self.pool.python else "did not send claims"
-                raise TargetError(f"target {self.pool.target} {what}: {self._how_it_ended(self.process)}")
-            wait([self.process.waited_for], timeout=0.1)
-        raise TargetError(f"target {self.pool.target} did not load in {limit:.0f} s")
+        ended = process.ended
+        if lines := process.lines(MOST_LINE_BYTES):
+            try:
+                return message_from(lines[0])
+            except ProtocolError as error:
+                raise TargetError(f"target {self.pool.target} {error}") from error
+        if ended:
+            what = "ended the process while it was imported" if self.pool.python else "did not send claims"
+            raise TargetError(f"target {self.pool.target} {what}: {self._how_it_ended(process)}")
+        if time.monotonic() > self.since + limit:
+            raise TargetError(f"target {self.pool.target} did not load in {limit:.0f} s")
+        return None
 
     def _how_it_ended(self, process: Process) -> str:
         return self.pool.memory.forget(process.id) or process.ending()
 
     def ask(self, question: Question) -> None:
-        """Hold a question, and send it if the process runs; otherwise it is sent when a process is started again."""
+        """Hold a question, and send it if the process is ready; otherwise it is sent when a process is ready again."""
         if not self.held:
             self.since = time.monotonic()
         self.number += 1
@@ -131,13 +137,14 @@ class Worker:
         self._send(self.number)
 
     def _resume(self) -> None:
-        """Start the process again and ask it the held questions; if it does not start, keep the reason."""
-        if self.failed_starts >= MOST_STARTS:
-            return
+        """Start the process again, and ask it the held questions when it is ready; if it does not start, say why."""
         try:
-            self.launch()
-            self.claims()
+            if self.process is None and self.failed_starts < MOST_STARTS:
+                self.launch()
+            if self.process is None or self._claims_that_arrived(self.process) is None:
+                return
         except TargetError as error:
+            self.stop()
             self.failed_starts += 1
             self.reason_of_no_process = f"the target could not be started again: {error}"
             return
@@ -145,7 +152,7 @@ class Worker:
             self.ask(self._drop(number))
 
     def _send(self, number: int) -> None:
-        if self.process is None:
+        if self.process is None or not self.ready:
             return
         question = self.held[number]
         message = question_message(question, number, self.folder, self.pool.claims.further)
@@ -176,10 +183,12 @@ class Worker:
             return []
         if self.unwritten:
             return [(self._drop(number), answer) for number, answer in list(self.unwritten.items())]
-        if self.process is None:
+        if not self.ready:
             self._resume()
         if self.process is None:
             return self._blamed(Answer("crash", reason=self.reason_of_no_process))
+        if not self.ready:
+            return []
         ended = self.process.ended
         answers: list[tuple[Question, Answer]] = []
         for line in self.process.lines(MOST_LINE_BYTES):
@@ -254,6 +263,7 @@ class Worker:
             self.pool.memory.forget(self.process.id)
             self.process.stop()
         self.process = None
+        self.ready = False
 
 
 class Pool:
