@@ -1,7 +1,7 @@
 """timm's `Attention`, unchanged, in evaluation mode: the layer of its vision transformers.
 
-Queries, keys and values are the same tokens and have the same heads, in a fused projection; mask and bias are the same
-argument, `attn_mask`.
+Queries, keys and values are the same tokens and have the same heads, in a fused projection. Mask, bias and lengths are
+the same argument, `attn_mask`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def supports(question):
         return "queries, keys and values are the same tokens"
     if question.shapes["w_q"] != question.shapes["w_k"] or question.shapes["w_q"] != question.shapes["w_v"]:
         return "queries, keys and values have the same heads"
-    constraints = ("mask" in question.arrays) + ("bias" in question.arrays) + bool(question.options.get("causal"))
-    return constraints <= 1 or "the layer is causal or takes one attn_mask"
+    names = {*question.arrays, *(name for name, option in question.options.items() if option is not False)}
+    return len(names & {"mask", "bias", "kv_lengths", "causal"}) <= 1 or "the layer is causal or takes one attn_mask"
 
 
-def multi_head_attention(query, key, value, params, *, mask=None, bias=None, causal=False):
+def multi_head_attention(query, key, value, params, *, mask=None, bias=None, causal=False, kv_lengths=None):
     """Call a layer that has these parameters, with 0 for missing biases if it has any of a kind."""
     embed, heads, size = params["w_q"].shape
     names = [f"b_{name}" for name in "qkv"]
@@ -52,5 +52,8 @@ def multi_head_attention(query, key, value, params, *, mask=None, bias=None, cau
     if "b_o" in params:
         state["proj.bias"] = params["b_o"]
     layer.load_state_dict(state)
+    pairs = bias if mask is None else mask
+    if kv_lengths is not None:
+        pairs = torch.arange(query.shape[1]) < torch.as_tensor(kv_lengths)[:, None, None, None]
     with torch.no_grad():
-        return layer.eval()(query, attn_mask=bias if mask is None else mask, is_causal=causal)
+        return layer.eval()(query, attn_mask=pairs, is_causal=causal)
