@@ -11,7 +11,7 @@ The folder has these files; `docs/protocol.md` describes them:
 from __future__ import annotations
 
 import json
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -88,6 +88,8 @@ class Recorder:
         self.claims = claims
         self.folder = folder
         self.count = 0
+        self._written: Counter[str] = Counter()
+        self._asked: Counter[str] = Counter()
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
@@ -102,15 +104,24 @@ class Recorder:
         Raises:
             FolderError: The folder cannot be written.
         """
-        return in_layout(self.claims, self._written, groups)
+        return in_layout(self.claims, self._write, groups)
 
-    def _written(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
+    def repeat(self, claims: Claims) -> None:
+        """Begin another run, with other claims; its questions are written only as far as no earlier run asked them."""
+        self.claims = claims
+        self._asked.clear()
+
+    def _write(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:
         with _writing(self.folder), (self.folder / QUESTIONS).open("ab") as questions:
             for question in chain(*groups):
-                self.count += 1
-                message = question_message(question, self.count, FILES, self.claims.further)
-                files.write(self.folder / message["arrays"], question.arrays)
-                questions.write(line_of(message))
+                message = question_message(question, self.count + 1, FILES, self.claims.further)
+                identity = _identity(message)
+                self._asked[identity] += 1
+                if self._asked[identity] > self._written[identity]:
+                    self._written[identity] += 1
+                    self.count += 1
+                    files.write(self.folder / message["arrays"], question.arrays)
+                    questions.write(line_of(message))
                 yield question, Answer("returned")
 
 

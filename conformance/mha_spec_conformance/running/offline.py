@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.asking.folder import Recorded, Recorder
+from mha_spec_conformance.asking.selection import asks, probes
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.judging.result import Result
 
-from .runner import Settings, asks_of, judge_all, without_progress
+from .alignment import Alignment
+from .runner import Settings, check_selection, judge_all, without_progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,9 +46,15 @@ def export(folder: Path, claims: Claims, suite: Suite, selection: Selection) -> 
         FolderError: The folder has contents, or cannot be written.
         NothingToJudge: The claims contain nothing that is selected.
     """
-    asks_of(suite, claims, selection)  # raises before the folder is made
+    check_selection(suite, claims, selection)  # raises before the folder is made
     recorder = Recorder(folder, claims, selection, suite)
     judge_all(recorder, _Everything(claims), suite, Settings(selection=selection))
+    # Which alignment the answers will show is not known yet, so the questions of all that are possible are written.
+    for name in probes(suite.cases, claims, selection):
+        declared = Alignment(name).declared_by(claims)
+        if asks(suite.cases, declared, selection):
+            recorder.repeat(declared)
+            judge_all(recorder, _Everything(claims), suite, Settings(selection=selection))
     return recorder.count
 
 
