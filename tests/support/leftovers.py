@@ -48,9 +48,7 @@ def nothing_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     _adopt_orphans(True)
     try:
         yield
-        _wait_for_end(processes)
-        assert {name: text for name, text in _descendants().items() if name not in processes} == {}
-        assert sorted(path for path in _files_in_memory() - files if not _is_used_by_others(path)) == []
+        assert _left_after_a_while(processes, files) == ([], [])
         assert sorted(folder.iterdir()) == []
     finally:
         _adopt_orphans(False)
@@ -61,11 +59,15 @@ def _adopt_orphans(adopt: bool) -> None:
         ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, int(adopt))
 
 
-def _wait_for_end(processes: set[int]) -> None:
-    """Give processes that were killed the time to end."""
-    deadline = time.monotonic() + 3
-    while set(_descendants()) - processes and time.monotonic() < deadline:
-        time.sleep(0.02)
+def _left_after_a_while(processes: set[int], files: set[Path]) -> tuple[list[str], list[Path]]:
+    """Give the new processes and files; those that were killed, and those of other runs, have the time to end."""
+    deadline = time.monotonic() + 5
+    while True:
+        left = [command for process, command in _descendants().items() if process not in processes]
+        new = [path for path in _files_in_memory() - files if not _is_used_by_others(path)]
+        if not (left or new) or time.monotonic() > deadline:
+            return left, new
+        time.sleep(0.05)
 
 
 def _descendants() -> dict[int, str]:
