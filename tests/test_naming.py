@@ -81,7 +81,7 @@ def test_right_attention_has_no_causes(suite: Suite) -> None:
 def test_name_that_passing_cases_refute_is_dropped(suite: Suite) -> None:
     """The mask is ignored for one head size alone, so `mask-ignored` explains failures and is still not named."""
 
-    def attention(query, key, value, *, mask=None, **options):  # type: ignore[no-untyped-def]
+    def attention(query, key, value, *, mask=None, **options):
         return RIGHT(query, key, value, mask=None if key.shape[3] == 64 else mask, **options)
 
     results = judged(suite, attention)
@@ -94,7 +94,7 @@ def test_name_that_passing_cases_refute_is_dropped(suite: Suite) -> None:
 def test_mistake_in_one_dtype_is_named_for_that_dtype(suite: Suite) -> None:
     wrong = over("softcap-ignored")
 
-    def attention(query, key, value, **options):  # type: ignore[no-untyped-def]
+    def attention(query, key, value, **options):
         return (wrong if query.dtype.name == "float16" else RIGHT)(query, key, value, **options)
 
     causes = findings(suite, attention, ("float32", "float16")).causes
@@ -114,7 +114,7 @@ def test_two_mistakes_are_named_where_one_does_not_suffice(suite: Suite) -> None
 
 
 def test_rounding_cites_the_clause_of_accuracy(suite: Suite) -> None:
-    def attention(query, key, value, **options):  # type: ignore[no-untyped-def]
+    def attention(query, key, value, **options):
         results = RIGHT(query, key, value, **options)
         narrowed = [array.astype(bfloat16).astype(array.dtype) for array in _tuple(results)]
         return narrowed[0] if len(narrowed) == 1 else tuple(narrowed)
@@ -125,12 +125,12 @@ def test_rounding_cites_the_clause_of_accuracy(suite: Suite) -> None:
     assert all(result.clauses[0] == "MHA-ACC-1" for cause in causes for result in cause.results)
 
 
-def _tuple(results: object) -> tuple:  # type: ignore[type-arg]
+def _tuple(results: object) -> tuple:
     return results if isinstance(results, tuple) else (results,)
 
 
 def test_exceptions_are_grouped_by_their_text(suite: Suite) -> None:
-    def attention(query, key, value, *, mask=None, **options):  # type: ignore[no-untyped-def]
+    def attention(query, key, value, *, mask=None, **options):
         if mask is not None:
             raise RuntimeError(f"no kernel for {query.shape}")
         return RIGHT(query, key, value, **options)
