@@ -1,7 +1,8 @@
 """ONNX Runtime's contrib operator `GroupQueryAttention` on the CPU, unchanged, in models of a single node.
 
-It is always causal, and its diagonal ends at the last key in use: of the keys in use, the last q_len are passed as new
-keys, and the others as its cache. Its `local_window_size` counts the query's own key. Values have the size of keys.
+It is always causal. With as many keys as queries its diagonal begins at the upper left, and with more it ends at the
+last key in use: of the keys in use, the last q_len are passed as new keys, and the others as its cache. Its
+`local_window_size` counts the query's own key. Values have the size of keys.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 dtypes = ("float32", "float16")
-conventions = {"causal_alignment": "lower_right_of_lengths"}
 
 TYPES = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 INPUTS = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length")
@@ -57,15 +57,31 @@ def session(inputs, attributes):
 
 
 def attention(
-    query, key, value, *, causal=False, window=None, kv_lengths=None, bias=None, sinks=None, scale=None, softcap=None
+    query,
+    key,
+    value,
+    *,
+    causal=False,
+    window=None,
+    q_offset=None,
+    kv_lengths=None,
+    bias=None,
+    sinks=None,
+    scale=None,
+    softcap=None,
 ):
     """Compute the output."""
     batch, heads, q_len, size = query.shape
     kv_len, past = key.shape[2], key.shape[2] - q_len
     lengths = numpy.full(batch, kv_len) if kv_lengths is None else numpy.minimum(kv_lengths, kv_len)
-    if lengths.min() < q_len:
+    if lengths.min() < (q_len if past else 1):
         raise NotImplementedError("there are at least as many keys as queries")
-    new = (lengths[:, None] - q_len + numpy.arange(q_len))[:, None, :, None]
+    first = lengths - q_len if past else 0
+    readings = {None: 0, "upper_left": 0, "lower_right": lengths - q_len}
+    offset = readings[q_offset] if q_offset is None or isinstance(q_offset, str) else q_offset
+    if (causal or window is not None) and numpy.not_equal(offset, first).any():
+        raise NotImplementedError("the diagonal begins at the upper left, or after a cache ends at the last key")
+    new = numpy.broadcast_to(numpy.reshape(first, (-1, 1)) + numpy.arange(q_len), (batch, q_len))[:, None, :, None]
     feed = {
         "query": joined(query),
         "key": joined(numpy.take_along_axis(key, new, 2)),
@@ -73,7 +89,7 @@ def attention(
         "past_key": key[:, :, :past],
         "past_value": value[:, :, :past],
         "seqlens_k": (lengths - 1).astype(numpy.int32),
-        "total_sequence_length": numpy.asarray(lengths.max(), numpy.int32),
+        "total_sequence_length": numpy.asarray(kv_len, numpy.int32),
         "attention_bias": bias,
         "head_sink": sinks,
     }
