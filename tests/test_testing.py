@@ -293,3 +293,19 @@ def test_arrays_of_a_framework_are_read() -> None:
     output = import_module("mha_spec_torch").attention(**arrays)
     assert isinstance(to_numpy(output), numpy.ndarray)
     assert assert_attention(output.requires_grad_(), *arrays.values()) <= 1
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 3, 0), (1, 1, 1)])
+def test_empty_and_tiny_problems_pass(shape: tuple[int, int, int]) -> None:
+    batch, q_len, kv_len = shape
+    arrays = {
+        "query": drawn(batch, 2, q_len, 7),
+        "key": drawn(batch, 2, kv_len, 7),
+        "value": drawn(batch, 2, kv_len, 7),
+    }
+    output, lse = result(**arrays)
+    assert assert_attention(output, *arrays.values(), lse=lse) <= 1
+    assert assert_attention(output, *arrays.values(), rows=[]) == 0
+    gradients = import_module("mha_spec_numpy").attention_vjp(arrays["query"], **arrays)
+    assert assert_attention_vjp(gradients, arrays["query"], *arrays.values()) <= 1
+    assert allowance(**arrays).shape == output.shape

@@ -92,6 +92,7 @@ def assert_attention(
     comparisons = [
         compared(name, result, [(part, values[name]) for part, values in parts], run)
         for name, result in results.items()
+        if parts
     ]
     return _conclude(comparisons, problem, run)
 
@@ -145,11 +146,15 @@ def assert_attention_vjp(
         own = {"grad_query": results["grad_query"]}
         parts = _parts(problem, rows, seed, GRADIENT_PAIRS, own)
         evaluated = [(part, gradient_of_query(part, problem, run)) for part in parts]
-        comparisons.append(compared("grad_query", results["grad_query"], evaluated, run))
+        comparisons += [compared("grad_query", results["grad_query"], evaluated, run)] if evaluated else []
     of_keys = [name for name in ("grad_key", "grad_value") if name in results]
     if of_keys:
         columns = [gradients_of_keys(problem, entry, head, keys, run) for entry, head, keys in _columns(problem, seed)]
-        comparisons += [compared(name, results[name], [(p, v[name]) for p, v in columns], run) for name in of_keys]
+        comparisons += [
+            compared(name, results[name], [(part, values[name]) for part, values in columns], run)
+            for name in of_keys
+            if columns
+        ]
     comparisons += whole_sums(problem, results, run)
     return _conclude(comparisons, problem, run)
 
@@ -179,7 +184,7 @@ def _columns(problem: Problem, seed: int) -> list[tuple[int, int, numpy.ndarray]
     sampler = Sampler(a.kv_len, 0, seed)
     places = [(entry, head) for entry in range(a.batch) for head in range(a.kv_heads)]
     chosen = sampler.random.permutation(len(places))[: max(1, COLUMN_PAIRS // max(pairs, 1))]
-    if a.kv_len == 0:
+    if not places or a.q_len * a.kv_len == 0:
         return []
     sampler.budget = max(a.kv_len if a.kv_len * pairs <= COLUMN_PAIRS * MOST_KEYS else 0, MOST_KEYS) * len(chosen)
     taken = [places[i] for i in sorted(chosen.tolist())]
@@ -237,7 +242,8 @@ def _parts(
     a = problem.arguments
     chosen = checked_rows(rows, a.q_len)
     if chosen is not None:
-        return [Part(a, entry, (head,), chosen) for entry, head in numpy.ndindex(a.batch, a.heads)]
+        places = numpy.ndindex(a.batch, a.heads) if len(chosen) else ()
+        return [Part(a, entry, (head,), chosen) for entry, head in places]
     sampler = Sampler(a.q_len, pairs // max(a.kv_len, 1), seed)
     heads = sampler.heads(a.batch, a.heads)
     marks = {entry: marks_of(problem, entry) for entry in {entry for entry, _ in heads}}
