@@ -24,6 +24,7 @@ from mha_spec_conformance.asking.folder import FolderError
 from mha_spec_conformance.asking.pool import Pool
 from mha_spec_conformance.asking.selection import Selection
 from mha_spec_conformance.commands import offline as commands
+from mha_spec_conformance.commands.reports import Reports
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.reporting.report import as_json
 from mha_spec_conformance.running.offline import export, verify
@@ -318,7 +319,7 @@ def test_folder_with_contents_is_left_alone(tmp_path: Path, suite: Suite) -> Non
 
 def test_commands_have_the_status_and_the_report_of_check(folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    assert commands.verify(folder, ("mask",), (), None, report) == 0
+    assert commands.verify(folder, ("mask",), (), None, Reports(report)) == 0
     assert json.loads(report.read_text())["status"] == 0
     assert commands.verify(folder, ("dropout",)) == 1
 
