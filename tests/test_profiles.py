@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
-from support.layouts import Inside
+from support.layouts import Inside, small_cases
 
 from mha_spec import reference, steps
 from mha_spec.reference import Reference
@@ -47,7 +47,9 @@ def judged(suite: Suite) -> Callable[..., Run]:
         attention: Callable[..., Any], claims: Claims, *only: str, accepted: frozenset[Convention] = frozenset()
     ) -> Run:
         settings = Settings(selection=Selection(only=only), accepted=accepted)
-        return judge_all(Inside({"attention": attention}, claims), Judge(claims, accepted), suite, settings)
+        return judge_all(
+            Inside({"attention": attention}, claims), Judge(claims, accepted), small_cases(suite), settings
+        )
 
     return judged
 

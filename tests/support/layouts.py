@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 
     from mha_spec_conformance.asking.question import Answer, Question
+    from mha_spec_conformance.suite.cases import Case, Suite
 
     Array = numpy.ndarray
 
-__all__ = ["OPTIONS", "Inside", "Kernel", "claims"]
+__all__ = ["OPTIONS", "Inside", "Kernel", "claims", "small_cases"]
+
+MOST_ELEMENTS = 2**14
 
 OPTIONS = ("causal", "window", "scale", "softcap", "sinks", "return_lse")
 PACKED_OPTIONS = {
@@ -38,6 +42,15 @@ def claims(layout: str, *words: str, dtypes: tuple[str, ...] = ("float32",), **d
     keywords = {"attention": taken, "attention_vjp": vjp}
     declared = {"conventions": conventions, **declared}
     return Claims(f"kernel-{layout}", keywords, dtypes, layout=layout, **declared)
+
+
+def small_cases(suite: Suite) -> Suite:
+    """Give the cases of few numbers, because these kernels are slow."""
+
+    def elements(case: Case) -> int:
+        return sum(math.prod(case.shape_of(name)) for name in case.input_names)
+
+    return replace(suite, cases=tuple(case for case in suite.cases if elements(case) <= MOST_ELEMENTS))
 
 
 class Inside:
