@@ -98,7 +98,7 @@ ENTRIES = (
         Mistake(
             f"lse-in-the-order-of-groups-of-{group}",
             f"returns the lse of a single query in the order (group, kv_head) for groups of {group} heads",
-            ("MHA-LSE-1", "MHA-HEAD-1"),
+            ("MHA-LSE-1",),
             of_lse(in_group_order(group)),
             functions=LSE,
             bugs=("vllm-project/flash-attention#87",),

@@ -258,7 +258,7 @@ HEADS = (
         mistake(
             f"kv-heads-past-{size}-wrap",
             f"reads key/value head h - {size} from head {size} on",
-            "MHA-HEAD-1",
+            "MHA-LSE-1",
             reading_heads(lambda head, heads, kv_heads, size=size: head // max(heads // max(kv_heads, 1), 1) % size),
             functions=ATTENTION,
             past=Sizes(heads=size),
