@@ -308,4 +308,4 @@ def test_empty_and_tiny_problems_pass(shape: tuple[int, int, int]) -> None:
     assert assert_attention(output, *arrays.values(), rows=[]) == 0
     gradients = import_module("mha_spec_numpy").attention_vjp(arrays["query"], **arrays)
     assert assert_attention_vjp(gradients, arrays["query"], *arrays.values()) <= 1
-    assert allowance(**arrays).shape == output.shape
+    assert numpy.shape(allowance(**arrays)) == output.shape
