@@ -42,7 +42,8 @@ def in_group_order(group: int) -> Callable[[numpy.ndarray], numpy.ndarray]:
 def overwritten(lse: numpy.ndarray) -> numpy.ndarray:
     """Return 0 for an entry without keys, and +inf for every other entry."""
     empty = (lse == -math.inf).all(axis=(1, 2, 3), keepdims=True)
-    return numpy.where(empty, 0.0, math.inf) + 0 * lse if empty.any() and lse.size else lse
+    values = numpy.where(empty, 0.0, math.inf).astype(lse.dtype)
+    return numpy.broadcast_to(values, lse.shape) if empty.any() else lse
 
 
 def first_entry_alone(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
