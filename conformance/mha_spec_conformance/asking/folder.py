@@ -180,7 +180,7 @@ class Recorded:
             export = json.loads(text)
             received = {name: export[name] for name in expected}
             claims = claims_from(export["claims"], str(self.folder), trusted=False)
-            selection = Selection(*(tuple(map(str, export["selection"][name])) for name in ("only", "dtypes")))
+            only, dtypes = (tuple(map(str, export["selection"][name])) for name in ("only", "dtypes"))
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise FolderError(f"{self.folder / EXPORT}: `mha-spec export` did not write this: {error!r}") from error
         for name, value in expected.items():
@@ -190,7 +190,7 @@ class Recorded:
                     f"{self.folder / EXPORT}: must have {name}={value}, received {name}={shown}; "
                     "export the questions again, with the version of the suite that verifies them"
                 )
-        return claims, selection
+        return claims, Selection(only, dtypes)
 
     def _read(self, name: str) -> bytes:
         try:

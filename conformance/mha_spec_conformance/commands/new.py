@@ -31,9 +31,9 @@ arrays = "numpy"  # the library of arguments and results: "numpy", "torch", "jax
 dtypes = ("float64", "float32")  # also "float16" and "bfloat16"
 # device = "cuda"                             the device of arrays of torch, jax or tensorflow
 # conventions = {{"causal_alignment": "lower_right"}}   the diagonal, if there is no q_offset
-# layout = "bshd"                             (batch, length, heads, size); also "thd" with cu_seqlens_q and cu_seqlens_kv,
-#                                             or "paged" with block_table and kv_lengths: docs/layouts.md
-# groups = False                              the suite repeats keys and values, so that all heads are as many as queries'
+# layout = "bshd"                             (batch, length, heads, size); also "thd", packed with cu_seqlens_q and
+#                                             cu_seqlens_kv, or "paged" with block_table and kv_lengths: docs/layouts.md
+# groups = False                              the suite repeats keys and values, one for each head of the queries
 # stacked = "qkv"                             one array of query, key and value; also "kv"
 # profile = "fused"                           a kernel that multiplies whole tiles and approximates tanh
 
