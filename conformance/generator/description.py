@@ -30,7 +30,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Description:
-    """One case without its expected values; only the outputs named in `outputs` are compared, or all if it is empty."""
+    """One case without its expected values; only the outputs named in `outputs` are compared, or all if it is empty.
+
+    With `edges`, the sampled rows lie at the same few places of all heads, most of them where tiles of kernels end.
+    """
 
     id: str
     title: str
@@ -44,5 +47,6 @@ class Description:
     level: str = "MUST"
     lse: bool = True
     sampled_rows: int | None = None
+    edges: bool = False
     outputs: tuple[str, ...] = ()
     error: Mapping[str, str] | None = None

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parent.parent / "mha_spec_conformance" / "goldens"
 SPEC_VERSION = "1.1"
 SUITE_VERSION = "1.1.0"
-LARGEST_TOTAL = 14_000_000
+LARGEST_TOTAL = 20_000_000
 LAYER = {
     "alibi_bias",
     "alibi_slopes",

@@ -22,13 +22,16 @@ from oracle_merge import merge_attention
 from oracle_merge_vjp import merge_attention_vjp
 from oracle_positions import alibi_bias, alibi_slopes, rotary_embedding
 from oracle_visibility import AttentionCall
+from portable import words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from description import Description
 
-__all__ = ["Answer", "InadmissibleError", "expect", "sample"]
+    Sample = Callable[[tuple[int, ...]], numpy.ndarray | None]
+
+__all__ = ["Answer", "InadmissibleError", "expect", "sample", "sample_edges"]
 
 _WHOLE: dict[str, Callable[[Description], dict[str, Marked]]] = {
     "alibi_bias": alibi_bias,
@@ -43,6 +46,9 @@ _WHOLE: dict[str, Callable[[Description], dict[str, Marked]]] = {
 """Functions that are evaluated as a whole, not row by row."""
 
 TILE_BORDERS = tuple(2**n for n in range(4, 13))
+
+TILE = 64
+"""The distance of the borders at which rows are sampled in cases of tiles."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +73,21 @@ def expect(description: Description) -> dict[str, Answer]:
     """
     if description.error is not None:
         return {}
+    choose = partial(sample_edges if description.edges else sample, count=description.sampled_rows)
     if description.function in _WHOLE:
         answers = _WHOLE[description.function](description)
         wanted = {name: answers[name] for name in description.outputs or answers}
-        return _sampled(wanted, description.sampled_rows)
+        return _sampled(wanted, choose)
     call = AttentionCall(description)
     if description.function == "attention_vjp":
         every = [call.row(*place) for place in numpy.ndindex(call.batch, call.heads, call.q_len)]
-        gradients = attention_vjp(call, every, partial(sample, count=description.sampled_rows))
-        return _sampled(gradients, description.sampled_rows)
-    return _forward(description, call)
+        return _sampled(attention_vjp(call, every, choose), choose)
+    return _forward(description, call, choose)
 
 
-def _forward(description: Description, call: AttentionCall) -> dict[str, Answer]:
+def _forward(description: Description, call: AttentionCall, choose: Sample) -> dict[str, Answer]:
     lead = (call.batch, call.heads, call.q_len)
-    indices = sample(lead, description.sampled_rows)
+    indices = choose(lead)
     places = [numpy.unravel_index(n, lead) for n in (range(math.prod(lead)) if indices is None else indices)]
     rows = [call.row(*map(int, place)) for place in places]
     evaluate = attention_weights if description.function == "attention_weights" else attention
@@ -92,14 +98,14 @@ def _forward(description: Description, call: AttentionCall) -> dict[str, Answer]
     return {name: _answer(marked, indices, shapes[name]) for name, marked in answers.items()}
 
 
-def _sampled(outputs: Mapping[str, Marked], count: int | None) -> dict[str, Answer]:
-    return {name: _sampled_output(marked, name, count) for name, marked in outputs.items()}
+def _sampled(outputs: Mapping[str, Marked], choose: Sample) -> dict[str, Answer]:
+    return {name: _sampled_output(marked, name, choose) for name, marked in outputs.items()}
 
 
-def _sampled_output(marked: Marked, name: str, count: int | None) -> Answer:
+def _sampled_output(marked: Marked, name: str, choose: Sample) -> Answer:
     shape = marked.values.shape
     lead = shape if name == "lse" else shape[:-1]
-    indices = sample(lead, count)
+    indices = choose(lead)
     if indices is None:
         return _answer(marked, None, shape)
     flat = (math.prod(lead), *shape[len(lead) :])
@@ -129,3 +135,20 @@ def sample(lead: tuple[int, ...], count: int | None) -> numpy.ndarray | None:
         for row in (border - 1, border)
     ]
     return numpy.unique(numpy.concatenate([even, numpy.asarray(borders, dtype=numpy.int64)])).astype(numpy.int32)
+
+
+def sample_edges(lead: tuple[int, ...], count: int | None) -> numpy.ndarray | None:
+    """Choose `count` rows of the axes `lead`, each at another place of the last; None if there are at most `count`.
+
+    The places are the first, the last, those on both sides of multiples of 64, and others at random; the heads and
+    batch entries take turns.
+    """
+    total = math.prod(lead)
+    if count is None or total <= count:
+        return None
+    length, entries = lead[-1], total // lead[-1]
+    borders = [place for border in range(TILE, length, TILE) for place in (border - 1, border)]
+    others = (words(2 * count, length) % numpy.uint64(length)).tolist()
+    places = list(dict.fromkeys([0, length - 1, *borders[: count // 2], *others]))[:count]
+    rows = [n % entries * length + place for n, place in enumerate(sorted(places))]
+    return numpy.unique(numpy.asarray(rows)).astype(numpy.int32)

@@ -17,6 +17,18 @@ The kind turns z into an integer k, and the element is k * unit, where unit is a
 The first two are exact in bfloat16 and float16 for unit 2**-10 to 2**6; "full" is exact in a type whose significand has
 `bits` bits (8 for bfloat16, 11 for float16, 24 for float32, 53 for float64).
 
+Two kinds give 0 and 1, for masks:
+
+    "bits"      k = 1 where z >> 56 is less than `share`, so that share / 256 of the elements are 1
+    "tiles"     the same, but each tile of the last two axes has its own share, SHARES[w >> 62]; w is the word of the
+                tile's number, (lead * 2**16 + tile row) * 2**16 + tile column, for the seed ~seed
+
+Members that change the elements of the other kinds:
+
+    levels      LEVELS[(row // levels) % 8] is added to k, where row is the index in the last axis but one
+    mean        is added to the element
+    hidden      the element is -inf where z >> 56 is less than `hidden`
+
     uint64_t mix(uint64_t z) {                          /* C: element n of "bell" is (k - 60) * unit */
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
         z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -36,7 +48,13 @@ import numpy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["generate", "words"]
+__all__ = ["LEVELS", "generate", "words"]
+
+LEVELS = (0, 2, -1, 3, -3, 1, 4, -2)
+"""What is added to the rows of each block: sums over them rise and fall from block to block."""
+
+SHARES = (0, 64, 192, 256)
+"""The shares of ones, of 256, that a tile can have: none, few, many or all."""
 
 _GOLDEN_RATIO = numpy.uint64(0x9E3779B97F4A7C15)
 _FIRST = numpy.uint64(0xBF58476D1CE4E5B9)
@@ -45,17 +63,55 @@ _SECOND = numpy.uint64(0x94D049BB133111EB)
 
 def words(count: int, seed: int) -> numpy.ndarray:
     """Return the first `count` 64-bit words of the counter that starts at `seed`."""
-    z = numpy.uint64(seed) + numpy.arange(1, count + 1, dtype=numpy.uint64) * _GOLDEN_RATIO
+    return _mixed(numpy.arange(count, dtype=numpy.uint64), seed)
+
+
+def _mixed(numbers: numpy.ndarray, seed: int) -> numpy.ndarray:
+    z = numpy.uint64(seed) + (numbers + numpy.uint64(1)) * _GOLDEN_RATIO
     z = (z ^ (z >> numpy.uint64(30))) * _FIRST
     z = (z ^ (z >> numpy.uint64(27))) * _SECOND
     return z ^ (z >> numpy.uint64(31))
 
 
-def generate(shape: Sequence[int], seed: int, kind: str, unit: float, bits: int = 8) -> numpy.ndarray:
-    """Return the float64 array of a generator entry; only the kind "full" uses `bits`."""
+def generate(
+    shape: Sequence[int],
+    seed: int,
+    kind: str,
+    unit: float = 1.0,
+    *,
+    bits: int = 8,
+    share: int = 0,
+    tile: int = 1,
+    levels: int = 0,
+    mean: float = 0.0,
+    hidden: int = 0,
+) -> numpy.ndarray:
+    """Return the float64 array of a generator entry, whose members are the arguments."""
     z = words(math.prod(shape), seed)
-    integers = {"bell": _bell, "contrast": _contrast, "full": lambda z: _full(z, bits)}[kind](z)
-    return (integers * unit).reshape(tuple(shape))
+    makers = {
+        "bell": lambda: _bell(z),
+        "contrast": lambda: _contrast(z),
+        "full": lambda: _full(z, bits),
+        "bits": lambda: (z >> numpy.uint64(56)) < numpy.uint64(share),
+        "tiles": lambda: (z >> numpy.uint64(56)) < _shares(shape, seed, tile),
+    }
+    integers = makers[kind]()
+    if levels:
+        row = numpy.arange(z.size) // shape[-1] % shape[-2]
+        integers = integers + numpy.asarray(LEVELS)[row // levels % len(LEVELS)]
+    values = integers * unit + mean
+    if hidden:
+        values = numpy.where((z >> numpy.uint64(56)) < numpy.uint64(hidden), -numpy.inf, values)
+    return values.reshape(tuple(shape))
+
+
+def _shares(shape: Sequence[int], seed: int, tile: int) -> numpy.ndarray:
+    """Return the share of the tile of each element."""
+    n = numpy.arange(math.prod(shape), dtype=numpy.uint64)
+    rows, columns, size = (numpy.uint64(x) for x in (shape[-2], shape[-1], tile))
+    row, column, lead = n // columns % rows, n % columns, n // columns // rows
+    number = (lead * numpy.uint64(2**16) + row // size) * numpy.uint64(2**16) + column // size
+    return numpy.asarray(SHARES, dtype=numpy.uint64)[_mixed(number, seed ^ (2**64 - 1)) >> numpy.uint64(62)]
 
 
 def _bell(z: numpy.ndarray) -> numpy.ndarray:

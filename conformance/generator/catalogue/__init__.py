@@ -5,21 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import (
+    across_tiles,
     boundaries,
     broadcast,
     caches,
     core,
+    decoding,
     edges,
     errors,
     extremes,
+    far_positions,
     far_sinks,
     flushed,
     gradients,
+    head_shapes,
     id_types,
     last_tiles,
     layer_edges,
     layer_errors,
+    layer_kinds,
     layers,
+    many_rows,
     merge_gradients,
     merges,
     nan_weights,
@@ -73,6 +79,12 @@ THEMES = (
     merge_gradients,
     layer_edges,
     outputs_and_weights,
+    across_tiles,
+    layer_kinds,
+    decoding,
+    head_shapes,
+    far_positions,
+    many_rows,
 )
 
 

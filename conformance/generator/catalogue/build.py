@@ -80,6 +80,7 @@ def describe(
     level: str = "MUST",
     lse: bool | None = None,
     sampled_rows: int | None = None,
+    edges: bool = False,
 ) -> Description:
     """Describe one case; clauses and features that follow from its inputs and options are added."""
     options = options or {}
@@ -99,6 +100,7 @@ def describe(
         level=level,
         lse=with_lse and function == "attention",
         sampled_rows=sampled_rows,
+        edges=edges,
     )
 
 

@@ -43,6 +43,7 @@ def vary_layer(
     variants: Sequence[int] = (0, 1, 2, 3),
     clauses: Sequence[str] = (),
     function: str = LAYER,
+    dtypes: tuple[str, ...] = ALL_DTYPES,
     **options: Any,
 ) -> Iterator[Description]:
     """Yield one case per variant: other data, and other contents of the options in `spec`."""
@@ -50,9 +51,9 @@ def vary_layer(
         more, plain = options_of(sizes.attention, spec or {}, variant)
         flavour = FLAVOURS[variant]
         inputs = {**tokens(sizes, flavour), **parameters(sizes, tuple(optional)), **more}
-        yield describe_layer(
-            f"{name}/{variant + 1}", title, inputs, {**plain, **options}, clauses=clauses, function=function
-        )
+        every = {**plain, **options}
+        label = f"{name}/{variant + 1}"
+        yield describe_layer(label, title, inputs, every, clauses=clauses, function=function, dtypes=dtypes)
 
 
 def cached(

@@ -12,9 +12,14 @@ from mha_spec_conformance.targets.loading import TargetError
 from mha_spec_conformance.targets.loading import load as load_target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["UnknownName", "all_backends", "all_cases", "all_clauses", "clause_text"]
+    from mha_spec_conformance.asking.kinds import AttentionKind, Count, LayerKind
+    from mha_spec_conformance.suite.cases import Case
+
+    Kind = AttentionKind | LayerKind
+
+__all__ = ["UnknownName", "all_backends", "all_cases", "all_clauses", "all_kinds", "clause_text"]
 
 
 class UnknownName(MhaSpecError):
@@ -70,6 +75,13 @@ def _backend_lines(name: str) -> Iterator[str]:
 
 def all_cases(pattern: str | None = None) -> str:
     """Give a line for each case."""
+    cases = _selected(pattern)
+    width = max(len(case.id) for case in cases)
+    lines = [f"{case.id:<{width}}  {case.level:<6} {textwrap.shorten(case.title, 120)}" for case in cases]
+    return "\n".join([*lines, f"{len(cases)} cases"])
+
+
+def _selected(pattern: str | None) -> list[Case]:
     from mha_spec_conformance.asking.selection import Selection
     from mha_spec_conformance.suite.cases import load
 
@@ -77,6 +89,23 @@ def all_cases(pattern: str | None = None) -> str:
     cases = [case for case in load().cases if selection.takes(case)]
     if not cases:
         raise UnknownName(f"no case matches {pattern!r}")
-    width = max(len(case.id) for case in cases)
-    lines = [f"{case.id:<{width}}  {case.level:<6} {textwrap.shorten(case.title, 120)}" for case in cases]
-    return "\n".join([*lines, f"{len(cases)} cases"])
+    return cases
+
+
+def all_kinds(pattern: str | None = None) -> str:
+    """Describe each kind of real attention, with the number of cases that it can be asked for each of its options."""
+    from mha_spec_conformance.asking.kinds import counted, kinds
+
+    counts = counted(_selected(pattern))
+    return "\n\n".join("\n".join(_kind_lines(kind, counts)) for kind in kinds())
+
+
+def _kind_lines(kind: Kind, counts: Sequence[Count]) -> Iterator[str]:
+    yield f"{kind.name}: {kind.like}"
+    for direction in kind.functions:
+        numbers = [
+            f"{count.option} {count.cases}"
+            for count in counts
+            if (count.kind, count.direction) == (kind.name, direction)
+        ]
+        yield textwrap.fill("; ".join(numbers), 120, initial_indent=f"  {direction:<10}", subsequent_indent=" " * 12)

@@ -65,7 +65,8 @@ class RowBounds:
         """Evaluate the rows, which are flat indices over (batch, heads, q_len), with the steps of the specification."""
         self._q_len = arrays["query"].shape[2]
         self._queries = numpy.unique(rows % self._q_len)
-        arguments: dict[str, Any] = {"value": None, **in_float64(arrays), **options}
+        function = "attention" if "value" in arrays else "attention_weights"
+        arguments: dict[str, Any] = {"value": None, **in_float64(arrays), **options, "function": function}
         visible = Reference(steps).visible(steps.check(Arguments(**arguments)))
         fewer = {name: arrays[name] for name in KEPT_ARRAYS if name in arrays}
         fewer |= {name: self._of_queries(arrays[name]) for name in PER_QUERY if name in arrays}
