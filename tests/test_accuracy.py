@@ -267,7 +267,9 @@ def test_precisions_do_not_disturb_each_other() -> None:
 def test_strict_allows_less_where_weights_are_stored() -> None:
     for function in ("attention", "attention_vjp"):
         arrays, options = question(function)
-        standard, strict = (allowances(function, arrays, options, precision("bfloat16", x)) for x in ("standard", "strict"))
+        standard, strict = (
+            allowances(function, arrays, options, precision("bfloat16", x)) for x in ("standard", "strict")
+        )
         for name in standard.keys() - {"lse"}:
             assert (strict[name] <= standard[name]).all()
             assert (strict[name] < standard[name]).any()
