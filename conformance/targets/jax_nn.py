@@ -60,6 +60,7 @@ def attention(
     return result.swapaxes(1, 2)
 
 
+@partial(jax.jit, static_argnames=("causal", "window", "scale"))
 def attention_vjp(grad_output, query, key, value, *, bias=None, grad_lse=None, **options):
     """Give the gradients of jax.vjp, also through lse if its cotangent is passed."""
 
