@@ -53,7 +53,7 @@ CAUGHT_BY_FEWER = {
 }
 """Mistakes that fewer cases can show, and how many."""
 
-LAYER_INPUTS = {*AXES, "query", "key", "value", "rotary", "norm_epsilon", "cache_lengths"}
+LAYER_INPUTS = {*AXES, "key", "value", "rotary", "norm_epsilon", "cache_lengths"}
 """Arguments of the layer, besides the options of attention, that a mistake may need."""
 
 WITHOUT_A_MISTAKE = {"precision": ("strict",)}

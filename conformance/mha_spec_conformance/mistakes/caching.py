@@ -240,10 +240,10 @@ CACHING = (
     *(
         layered(
             f"layer-blind-from-key-{slot}",
-            f"does not see the keys from slot {slot} on in the layer",
-            "MHA-LAYER-1",
+            f"does not see the slots of the cache from slot {slot} on",
+            "MHA-CACHE-6",
             within=seeing(mask=blind_from(slot)),
-            needs=("query",),
+            needs=("cache_lengths",),
         )
         for slot in (16, 64)
     ),
