@@ -15,6 +15,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.mistakes import MISTAKES, Compared, Mistake
+from mha_spec_conformance.suite.functions import OF_ATTENTION
 
 from .pairs import together
 from .prediction import can_show
@@ -44,11 +45,17 @@ MOST_FRUITLESS = 30
 WITNESSES = 300
 """The largest number of passing cases that are consulted in each trial."""
 
+MOST_SCORES = 2**21
+"""The largest number of scores that these cases have together, because a prediction on a large case takes long."""
+
 NOT_FINITE = ("MHA-POISON", "MHA-NAN")
 """The clauses about numbers that are not finite; NaN in a result alone is evidence only for a mistake against them."""
 
-MOST_PAIRED = 8
+MOST_PAIRED = 5
 """The largest number of mistakes of which pairs are made."""
+
+MOST_SCORES_OF_PAIR = 2**15
+"""The largest number of scores of a case on which a pair is tried, because nothing of its prediction is known."""
 
 MOST_LEFT = 20
 """The largest number of unexplained failures on which a pair is tried."""
@@ -124,8 +131,9 @@ class _Search:
             name for name, mistake in self.suspects.items() for w in self.wrong if w.verdicts.get(mistake.name)
         )
         chosen = [self.suspects[name] for name, _ in explained.most_common(MOST_PAIRED)]
+        small = [w for w in self.wrong if _scores(w.ask.case) <= MOST_SCORES_OF_PAIR]
         for first, second in combinations(chosen, 2):
-            left = [wrong for wrong in self.wrong if wrong.ask.key not in self.names][:MOST_LEFT]
+            left = [w for w in small if w.ask.key not in self.names][:MOST_LEFT]
             pair = together(first, second)
             if pair is None or not any(self.recognition.explains(pair, wrong) for wrong in left):
                 continue
@@ -213,12 +221,27 @@ def _is_about_nan(mistake: Mistake) -> bool:
 
 
 def _witnesses(mistake: Mistake, passing: Iterable[Ask]) -> list[Ask]:
-    """Choose the passing questions that are consulted, in every dtype: first those that cite clauses of the mistake."""
+    """Choose the passing questions that are consulted, in every dtype: first those that cite clauses of the mistake.
+
+    The questions come in order of their size. At least one is chosen, whatever its size.
+    """
     able = [ask for ask in passing if ask.case.expect != "error" and can_show(mistake, ask.case, ask.dtype)]
     cases = {ask.case.id: ask.case for ask in able}
-    chosen = sorted(cases.values(), key=lambda case: not set(case.clauses) & set(mistake.clauses))[:WITNESSES]
-    ids = {case.id for case in chosen}
+    ids: set[str] = set()
+    left = MOST_SCORES
+    for case in sorted(cases.values(), key=lambda case: not set(case.clauses) & set(mistake.clauses))[:WITNESSES]:
+        scores = _scores(case)
+        if not ids or scores <= left:
+            ids.add(case.id)
+            left -= scores
     return [ask for ask in able if ask.case.id in ids]
+
+
+def _scores(case: Case) -> int:
+    """Give the number of scores of attention, or of the elements of another function's results."""
+    if case.function not in OF_ATTENTION:
+        return _elements(case)
+    return math.prod(case.shape_of("query")[:3]) * case.shape_of("key")[2]
 
 
 def _cell(ask: Ask) -> tuple[str, str]:
