@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 import pytest
+from support.budget import affordable
 
 from mha_spec import reference
 from mha_spec.steps import Steps
@@ -324,9 +325,10 @@ def with_values(suite: cases.Suite) -> list[Case]:
 
 
 def test_every_case_can_fail(suite: cases.Suite) -> None:
-    """Allowances are finite and small, null answers fail, and each argument matters."""
+    """Allowances are finite and small, null answers fail, and each argument matters; ALL_CASES=1 tries all cases."""
     with numpy.errstate(all="ignore"):
-        refused = [f"{case.id}: {reason}" for case in with_values(suite) for reason in Admission(case).violations()]
+        tried = affordable(with_values(suite), one_in=31)
+        refused = [f"{case.id}: {reason}" for case in tried for reason in Admission(case).violations()]
     assert not refused, f"{len(refused)} reasons to refuse a case:\n" + "\n".join(refused)
 
 
@@ -350,12 +352,14 @@ def test_smoke_cases_are_few_and_ask_for_little(suite: cases.Suite) -> None:
 def test_every_clause_is_cited_twice(suite: cases.Suite) -> None:
     """No case cites an unknown clause either.
 
-    Goldens cannot hold arrays of two libraries, as MHA-ARG-4 needs, and the runner tests MHA-PURE-4 in every case.
+    Goldens cannot hold arrays of two libraries, as MHA-ARG-4 needs, the runner tests MHA-PURE-4 in every case, and the
+    layouts of a target are not those of a golden.
     """
     cited = Counter(clause for case in suite.cases for clause in case.clauses)
     known = spec.clauses()
     assert not cited.keys() - known.keys()
-    assert {clause for clause in known if cited[clause] < 2} <= {"MHA-ARG-4", "MHA-PURE-4"}
+    rare = {clause for clause in known if cited[clause] < 2 and not clause.startswith("MHA-LAYOUT-")}
+    assert rare <= {"MHA-ARG-4", "MHA-PURE-4"}
 
 
 def test_every_feature_is_asked_at_64_and_at_128(suite: cases.Suite) -> None:

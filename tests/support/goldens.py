@@ -16,6 +16,8 @@ from mha_spec_conformance.judging.form import dtype_fault, expected_dtypes
 from mha_spec_conformance.suite.cases import load
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
 
+from .budget import is_small
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -57,8 +59,8 @@ LAYER = ("multi_head_attention", "multi_head_attention_weights", "rotary_embeddi
 
 @lru_cache
 def cases(*functions: str) -> tuple[Case, ...]:
-    """Give the cases of these functions that have an answer."""
-    return tuple(case for case in _suite() if case.function in functions and case.expect == "values")
+    """Give the small cases of these functions that have an answer."""
+    return tuple(case for case in _suite() if case.function in functions and case.expect == "values" and is_small(case))
 
 
 @lru_cache(maxsize=1)
