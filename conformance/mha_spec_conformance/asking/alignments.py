@@ -1,4 +1,4 @@
-"""Read from a case which causal alignments have its offset, for targets that take no q_offset."""
+"""Read the offset of a case, and which causal alignments have it, for targets that take no q_offset or no names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.suite.cases import Case
 
-__all__ = ["ALIGNMENTS", "alignments", "has_positions"]
+__all__ = ["ALIGNMENTS", "alignments", "has_positions", "offset_in_numbers"]
 
 ALIGNMENTS = CONVENTIONS["causal_alignment"]
 
@@ -28,7 +28,7 @@ def has_positions(case: Case) -> bool:
 def alignments(case: Case) -> tuple[str, ...]:
     """Name the causal alignments that equal the offset of a case with positions; without q_offset, it is 0."""
     q_len, kv_len = case.shape_of("query")[2], case.shape_of("key")[2]
-    q_lengths, kv_lengths = _array(case, "q_lengths", q_len), _array(case, "kv_lengths", kv_len)
+    q_lengths, kv_lengths = _lengths(case)
     q_offset = case.options.get("q_offset", _array(case, "q_offset", 0))
     if isinstance(q_offset, str):
         q_offset = offset_of_reading(q_offset, q_lengths, kv_lengths)
@@ -39,6 +39,18 @@ def alignments(case: Case) -> tuple[str, ...]:
         "lower_right_of_lengths": kv_lengths - q_lengths,
     }
     return tuple(name for name in ALIGNMENTS if numpy.all(numpy.equal(q_offset, readings[name])))
+
+
+def offset_in_numbers(case: Case) -> numpy.ndarray:
+    """Give the offset that a case of attention names (MHA-POS-2) as an integer for each batch entry."""
+    offset = offset_of_reading(case.options["q_offset"], *_lengths(case))
+    return numpy.broadcast_to(offset, case.shape_of("query")[:1]).astype(numpy.int32)
+
+
+def _lengths(case: Case) -> tuple[Any, Any]:
+    """Give the numbers of queries and of keys in use, of each batch entry where lengths are given."""
+    q_len, kv_len = case.shape_of("query")[2], case.shape_of("key")[2]
+    return _array(case, "q_lengths", q_len), _array(case, "kv_lengths", kv_len)
 
 
 def _arguments(case: Case) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec.arguments import offset_of_reading
 from mha_spec_conformance.suite.functions import OF_ATTENTION, STACKED, with_stacked
 from mha_spec_conformance.targets.layouts import PACKED, TAIL, Dense, Pages, Tokens
 
@@ -151,13 +150,8 @@ class Conversion:
             self._options[f"max_seqlen_{side}"] = max(tokens.lengths, default=0)
 
     def _pass_offset(self, words: tuple[str, ...]) -> None:
-        """Pass q_offset as numbers; without one it is 0, which sequences of unequal lengths need (MHA-LAYOUT-2)."""
+        """Pass q_offset; without one it is 0, which sequences of unequal lengths need (MHA-LAYOUT-2)."""
         offset = self._arrays.get("q_offset", self._options.get("q_offset"))
-        if isinstance(offset, str):
-            lengths = (numpy.asarray(side, numpy.int32) for side in (self._q_lengths, self._kv_lengths))
-            offset = numpy.broadcast_to(offset_of_reading(offset, *lengths), len(self._q_lengths)).astype(numpy.int32)
-            del self._options["q_offset"]
-            self._arrays["q_offset"] = offset
         positional = self._options.get("causal") or self._options.get("window")
         if offset is None and positional and "q_offset" in words and self._q_lengths != self._kv_lengths:
             self._options["q_offset"] = 0

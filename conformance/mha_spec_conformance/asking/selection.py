@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec.arrays import FLOATING
-from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.functions import FUNCTIONS, OF_ATTENTION
 
-from .alignments import ALIGNMENTS, alignments, has_positions
+from .alignments import ALIGNMENTS, alignments, has_positions, offset_in_numbers
 from .calls import keyword_of
 from .layouts import obstacle
 from .question import FURTHER, Question, Sample
@@ -78,6 +78,8 @@ class Ask:
     """The features of the case that the suite has instead of the target, as it repeats heads."""
     relaxed: bool = False
     """True if the profile of the target makes a SHOULD of the case."""
+    takes_names: bool = True
+    """False if a q_offset that the case names is passed in numbers, because only backends promise to take names."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -101,11 +103,15 @@ class Ask:
         options = {name: _plain(value) for name, value in case.options.items() if name not in self.omitted}
         optional = FUNCTIONS[case.function].optional
         options |= {optional[name]: True for name in self.outputs if name in optional}
+        arrays = {name: array for name, array in case.inputs(self.dtype).items() if name not in self.omitted}
+        if isinstance(options.get("q_offset"), str) and not self.takes_names:
+            del options["q_offset"]
+            arrays["q_offset"] = offset_in_numbers(case)
         return Question(
             id=case.id,
             function=case.function,
             dtype=self.dtype,
-            arrays={name: array for name, array in case.inputs(self.dtype).items() if name not in self.omitted},
+            arrays=arrays,
             options=options,
             outputs=self.outputs,
             features=self.features,
@@ -152,13 +158,13 @@ def _ask(case: Case, dtype: str, claims: Claims) -> Ask | None:
     if case.expect == "error":
         return Ask(case, dtype, ("output",)) if claims.registered and case.function in claims.keywords else None
     omitted = _omitted(case, claims)
-    if omitted is None or _has_obstacle(case, claims):
+    if omitted is None or _has_obstacle(case, claims) or _needs_names(case, claims):
         return None
     optional, claimed = FUNCTIONS[case.function].optional, claims.keywords[case.function]
     outputs = tuple(name for name in case.expected if name not in optional or optional[name] in claimed)
     of_suite = frozenset(() if claims.groups else ("groups",))
     relaxed = claims.profile == "fused" and hidden_by_dense_alone(case)
-    return Ask(case, dtype, outputs, omitted, of_suite=of_suite, relaxed=relaxed)
+    return Ask(case, dtype, outputs, omitted, of_suite=of_suite, relaxed=relaxed, takes_names=claims.registered)
 
 
 def _omitted(case: Case, claims: Claims) -> frozenset[str] | None:
@@ -174,6 +180,12 @@ def _omitted(case: Case, claims: Claims) -> frozenset[str] | None:
             return None
         omitted = keywords & {"q_offset"}
     return omitted if claims.accepts(case.function, keywords - omitted) else None
+
+
+def _needs_names(case: Case, claims: Claims) -> bool:
+    """Tell whether the case names an offset that depends on more than the lengths of attention, as on a cache."""
+    named = isinstance(case.options.get("q_offset"), str)
+    return named and not claims.registered and case.function not in OF_ATTENTION
 
 
 def _has_obstacle(case: Case, claims: Claims) -> bool:
