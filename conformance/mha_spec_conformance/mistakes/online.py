@@ -179,8 +179,8 @@ def mistake(
     return Mistake(name, title, clauses, made, bugs=bugs, past=Sizes(keys=size), **{"functions": FORWARD, **fields})
 
 
-def of_size(size: int) -> tuple[Mistake, ...]:
-    """Return the mistakes of tiles of this number of keys."""
+def of_the_running_maximum(size: int) -> tuple[Mistake, ...]:
+    """Return the mistakes of the maximum, the sum and the output that tiles of this number of keys carry on."""
     return (
         mistake(
             f"output-not-rescaled-in-tiles-of-{size}",
@@ -220,6 +220,12 @@ def of_size(size: int) -> tuple[Mistake, ...]:
             native=True,
             bugs=("NVIDIA/FasterTransformer#43",),
         ),
+    )
+
+
+def of_hidden_tiles(size: int) -> tuple[Mistake, ...]:
+    """Return the mistakes of tiles of this number of keys of which a row sees none."""
+    return (
         mistake(
             f"hidden-tile-of-{size}-nan",
             f"subtracts the maximum of each tile of {size} keys from itself, which is NaN if the tile is wholly hidden",
@@ -236,6 +242,12 @@ def of_size(size: int) -> tuple[Mistake, ...]:
             clauses=("MHA-LSE-1",),
             bugs=("ggml-org/llama.cpp PR#12776",),
         ),
+    )
+
+
+def of_splits(size: int) -> tuple[Mistake, ...]:
+    """Return the mistakes of merging splits of this number of keys."""
+    return (
         mistake(
             f"splits-of-{size}-added",
             f"adds the outputs of splits of {size} keys, each with weights that sum to 1",
@@ -266,6 +278,12 @@ def of_size(size: int) -> tuple[Mistake, ...]:
             needs=("sinks",),
             bugs=("ROCm/rocm-libraries#12227",),
         ),
+    )
+
+
+def of_single_tiles(size: int) -> tuple[Mistake, ...]:
+    """Return the mistakes in which the results of a single tile of this number of keys stand for those of all."""
+    return (
         mistake(
             f"lse-of-the-last-split-of-{size}",
             f"returns the lse of the last split of {size} keys",
@@ -300,8 +318,12 @@ def of_size(size: int) -> tuple[Mistake, ...]:
 
 
 ONLINE = (
-    *of_size(64),
-    *of_size(128),
+    *(
+        entry
+        for size in (64, 128)
+        for of_size in (of_the_running_maximum, of_hidden_tiles, of_splits, of_single_tiles)
+        for entry in of_size(size)
+    ),
     Mistake(
         "exponentials-clamped",
         "clamps the exponentials at exp(-64), so that hidden keys keep a weight of 1.6e-28",

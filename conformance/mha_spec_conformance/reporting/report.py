@@ -26,32 +26,9 @@ SCHEMA = "mha-spec-report/1"
 def as_json(run: Run) -> dict[str, object]:
     """Give the report of a run as plain data."""
     musts = [result for result in run.results if result.must]
-    claims = run.claims
     features = {feature for result in musts for feature in result.ask.features}
-    deterministic = [result.deterministic for result in run.results if result.deterministic is not None]
     return {
-        "schema": SCHEMA,
-        "spec_version": run.suite.spec_version,
-        "suite": {
-            "version": run.suite.version,
-            "goldens_sha256": run.suite.goldens_sha256,
-            "accuracy_rule": RULE_VERSION,
-        },
-        "environment": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "device": claims.hardware,
-            "libraries": dict(claims.versions),
-        },
-        "target": {
-            "name": claims.name,
-            "versions": dict(claims.versions),
-            "features": list(claims.features),
-            "dtypes": list(claims.dtypes),
-            "conventions": dict(claims.conventions),
-            "profile": claims.profile,
-            "deterministic": all(deterministic) if deterministic else None,
-        },
+        **_origin(run),
         "selection": {
             "only": list(run.selection.only),
             "dtypes": list(run.selection.dtypes),
@@ -84,6 +61,36 @@ def as_json(run: Run) -> dict[str, object]:
         ],
         "notes": [*run.notes, *run.statistics, *run.stale],
         "cases": [_case(run.findings.with_cause(result)) for result in run.results],
+    }
+
+
+def _origin(run: Run) -> dict[str, object]:
+    """Give what was judged, by which suite, and where."""
+    claims = run.claims
+    deterministic = [result.deterministic for result in run.results if result.deterministic is not None]
+    return {
+        "schema": SCHEMA,
+        "spec_version": run.suite.spec_version,
+        "suite": {
+            "version": run.suite.version,
+            "goldens_sha256": run.suite.goldens_sha256,
+            "accuracy_rule": RULE_VERSION,
+        },
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": claims.hardware,
+            "libraries": dict(claims.versions),
+        },
+        "target": {
+            "name": claims.name,
+            "versions": dict(claims.versions),
+            "features": list(claims.features),
+            "dtypes": list(claims.dtypes),
+            "conventions": dict(claims.conventions),
+            "profile": claims.profile,
+            "deterministic": all(deterministic) if deterministic else None,
+        },
     }
 
 
