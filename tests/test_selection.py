@@ -151,7 +151,7 @@ def test_a_wrong_backend_is_not_conformant(python: Python, plugin: Callable[...,
     folder = plugin("tinygrad", "mha_tinygrad", BLIND)
     done = python(COMMAND.format(["check", "tinygrad"]), PYTHONPATH=folder)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "It looks like the mistake mask-ignored, which " in done.stdout
+    assert ": mask-ignored, which " in done.stdout
     assert re.search(r"^tinygrad: not conformant", done.stdout, re.MULTILINE), done.stdout
 
 
