@@ -21,7 +21,7 @@ __all__ = ["Indices", "distances", "equal_entries", "key_range", "segment_keys",
 
 
 class Indices(Protocol):
-    """Consecutive indices: a range, or a backend's own class, whose ends may be unknown in a trace."""
+    """Consecutive indices: a range, or a backend's class, whose ends may be unknown in a trace."""
 
     @property
     def start(self) -> int:

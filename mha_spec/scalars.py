@@ -29,7 +29,7 @@ LONGEST = 80
 """The most characters of a value that a message shows."""
 
 PLAIN_TYPES = frozenset({type(None), bool, int, float, str})
-"""The types of options that a prepared call is found by: their values never change, and are equal only if alike."""
+"""The types of options in the key of a prepared call: their values never change, and are equal only if alike."""
 
 _SYMBOLIC = {"SymInt": int, "SymFloat": float}
 

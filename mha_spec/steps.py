@@ -2,7 +2,7 @@
 
 Every function works on any library of the Python array API, cites the clauses that it implements, and is a field of
 `Steps`, where it can be replaced by name: `dataclasses.replace(Steps(), see_mask=lambda mask: ~mask)` is the
-specification with one mistake. Scores have the axes (batch, heads, q_len, kv_len) throughout.
+specification with a mistake. Scores have the axes (batch, heads, q_len, kv_len) throughout.
 """
 
 from __future__ import annotations

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["Dropout", "dropout_of"]
 
 COLUMNS = 256
-"""How many keys have adjacent draws, for one query, in the stream."""
+"""The number of keys with adjacent draws, for a query, in the stream."""
 DRAWS_PER_STEP = 8
 """How many draws of 32 bits a step of Philox's counter gives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """The draws of one call: each pair (b, h, i, j) has a fixed place in the stream of a counter-based generator."""
+    """The draws of a call: each pair (b, h, i, j) has a fixed place in the stream of a counter-based generator."""
 
     seed: int
     rate: float

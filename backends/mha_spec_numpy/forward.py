@@ -60,7 +60,7 @@ def _softmax(
 ) -> Softmax:
     """Give the state of a tile after all blocks; the rows that are `anchored` have an anchor in any case.
 
-    The lse of a row that sees one key is `exact`, its logit, only with the logit as its anchor.
+    The lse of a row that sees a single key is `exact`, its logit, only with the logit as its anchor.
     """
     scaled, softmax = problem.scaled(tile), _of_sink(problem, tile)
     for keys in problem.plan.visibility.key_blocks(tile, max(1, SCORES // tile.rows)):

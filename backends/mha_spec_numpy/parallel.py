@@ -35,7 +35,7 @@ def each(
 ) -> list[_Result]:
     """Give the result of each task in order; on NumPy, large work is spread over as many threads as its BLAS has.
 
-    Each thread has its own scratch memory. `tiny` is the answer of `is_tiny`.
+    Threads share no scratch memory. `tiny` is the answer of `is_tiny`.
     """
     if tiny or not isinstance(a.query, numpy.ndarray):
         return _in_turn(function, tasks)

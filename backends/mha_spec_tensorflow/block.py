@@ -150,7 +150,7 @@ def _seeing(problem: Problem, x: Operands, visible: Array | None, block: Block) 
     if problem.constants.mask is None and x.bias is None and problem.known.every_row_sees(*block):
         return None
     if isinstance(visible, numpy.ndarray):
-        # A constraint of rows alone has one column, also where there are no keys.
+        # A constraint of rows alone has a single column, also where there are no keys.
         seeing = visible.any(axis=-1, keepdims=True) & (int(block.keys) > 0)
         return None if seeing.all() else seeing
     has_keys = None if isinstance(block.keys, int) and block.keys else tf.reshape(block.keys > 0, (1, 1, 1, 1))

@@ -6,7 +6,7 @@
 | traced, sizes known | a `tf.while_loop` for each shape of blocks |
 | traced, batch, q_len or kv_len unknown | the same; tensors hold the number and the sizes of the blocks |
 | a block hides pairs, its output is not finite | the product with the values is computed again from finite values |
-| attention_weights | one block; gradients by differentiating its operations |
+| attention_weights | a single block; gradients by differentiating its operations |
 
 The backward pass takes the path of its forward pass.
 """

@@ -35,7 +35,7 @@ class Spec(NamedTuple):
         return tf.TensorShape([size if isinstance(size, int) else None for size in self.sizes])
 
     def sized(self, axis: int, size: Size) -> Spec:
-        """Return a spec with another size of one axis, unless that size is 1 and broadcasts."""
+        """Return a spec with another size of an axis, unless that size is 1 and broadcasts."""
         before = self.sizes[axis]
         broadcasts = isinstance(before, int) and before == 1
         return self if broadcasts else Spec((*self.sizes[:axis], size, *self.sizes[axis + 1 :]), self.dtype)

@@ -252,7 +252,7 @@ def _numbered(q_ids: Array | None, kv_ids: Array | None) -> tuple[numpy.ndarray,
 
 
 def _ranges(block: Sequence[object]) -> tuple[range, range, range] | None:
-    """Return the entries, queries and keys of a block; None if one of its places is a tensor, or an axis is empty."""
+    """Return the entries, queries and keys of a block; None if any of its places is a tensor, or an axis is empty."""
     places = [place for place in block if isinstance(place, int)]
     if len(places) != len(block) or 0 in places[1::2]:
         return None

@@ -1,4 +1,4 @@
-"""Check the arguments of a call and prepare it; an eager call that is equal to an earlier one is prepared once.
+"""Check the arguments of a call and prepare it; equal eager calls are prepared once.
 
 Two calls are equal if they have the same signature: the shapes, dtypes and devices of all arrays, and the values of all
 other options, lengths and offsets included. Neither the checks nor the preparation look at anything else.

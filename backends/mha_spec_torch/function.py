@@ -26,7 +26,7 @@ def transformed() -> bool:
 
 
 def recorded(problem: Problem, x: Operands) -> torch.Tensor | None:
-    """Compute the output by the kernel, with torch's own gradient; None if `Attention` has to record the call.
+    """Compute the output by the kernel, with torch's gradient; None if `Attention` has to record the call.
 
     `Attention` has the same gradient, but a function in Python takes longer than a small kernel. A hook adds what
     torch's gradient lacks. It reads the saved tensors once more, which a checkpoint forbids.

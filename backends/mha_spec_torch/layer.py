@@ -153,7 +153,7 @@ def turns(positions: Tensor | Sequence[float], frequencies: numpy.ndarray, like:
 
 
 def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:
-    """Return the angle by which each pair turns from one position to the next, for the size of the heads as traced."""
+    """Return the angle by which each pair turns from a position to the next, for the size of the heads as traced."""
     return layer_steps.frequencies(base, _fixed(rotary_dim))
 
 

@@ -83,7 +83,7 @@ def _widened(*halves: Tensor) -> list[Tensor]:
 
 
 def _whole(lse: Tensor) -> Tensor:
-    """Return the share of a half beside an empty one: 1, or NaN where its lse is NaN (MHA-MERGE-3)."""
+    """Return the share of a half if the other is empty: 1, or NaN where its lse is NaN (MHA-MERGE-3)."""
     return torch.where(lse.isnan(), math.nan, 1.0)
 
 

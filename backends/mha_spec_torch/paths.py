@@ -93,7 +93,7 @@ class Sums(NamedTuple):
 
 
 def without_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Switch autocast off for a pass, which chooses its own types."""
+    """Switch autocast off for a pass, which chooses the types."""
 
     @wraps(function)
     def inner(problem: Problem, x: Operands, *arguments: object, **options: object) -> _Result:

@@ -38,7 +38,7 @@ COST_OF_CUT = 2**12
 KEPT_PAIRS = 2**14
 """The most elements of all comparisons that are kept with a call."""
 TILE = 16
-"""The number of keys that the kernel computes together. It computes others one by one, and a mask is faster."""
+"""The number of keys that the kernel computes together. It computes others singly, and a mask is faster."""
 COST_OF_TASK = 2**18
 """The number of scores computed in the time that an additional task costs."""
 
@@ -70,7 +70,7 @@ class PerEntry:
 
 
 class Visibility:
-    """The constraints of a call that do not hold one element for each pair, as a mask or a bias does."""
+    """The constraints of a call that do not hold an element for each pair, as a mask or a bias does."""
 
     def __init__(self, a: Arguments, dtype: torch.dtype, *, host: bool) -> None:
         """Read the constraints that may be read."""

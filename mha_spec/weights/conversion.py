@@ -78,12 +78,12 @@ def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: s
         prefix: The beginning of every name.
 
     Returns:
-        The arrays by name, in the library's own order (`list(state.values())` is what Keras' set_weights takes), nested
+        The arrays by name, in the library's order (`list(state.values())` is what Keras' set_weights takes), nested
         where the library nests.
 
     Raises:
-        ArgumentValueError: The layout has no place for a param, or needs a missing one (all are listed), or has one
-            size for axes that differ here; a shape does not fit (both are named).
+        ArgumentValueError: The layout has no place for a param, or needs a missing param (all are listed), or has
+            the same size for axes that differ here; a shape does not fit (both are named).
         ArgumentTypeError: A value is not an array, or the arrays are of several libraries.
     """
     table = _table(layout)

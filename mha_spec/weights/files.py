@@ -128,7 +128,7 @@ def write_safetensors(
 
 
 def _specification(safetensors: Any, array: numpy.ndarray) -> Any:
-    """Describe an array to the writer, which reads its memory; safetensors' own function fails for float8."""
+    """Describe an array to the writer, which reads its memory; safetensors' function fails for float8."""
     pointer, size = array.ctypes.data, array.nbytes
     return safetensors.TensorSpec(dtype=array.dtype.name, shape=array.shape, data_ptr=pointer, data_len=size)
 

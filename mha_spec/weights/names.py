@@ -25,7 +25,7 @@ NEAR = 0.75
 
 
 DEEPEST = 100
-"""The largest number of dictionaries inside each other, beyond which one of them probably contains itself."""
+"""The largest number of dictionaries inside each other, beyond which a dictionary probably contains itself."""
 
 
 class Expected:

@@ -21,7 +21,7 @@ ALIGNMENTS = CONVENTIONS["causal_alignment"]
 
 
 def has_positions(case: Case) -> bool:
-    """Tell whether the case has a causal diagonal or a window; only functions of query and key have one here."""
+    """Tell whether the case has a causal diagonal or a window; only functions of query and key have them."""
     return case.function in OF_ATTENTION and not {"causal", "window", "q_offset"}.isdisjoint(_arguments(case))
 
 
@@ -48,7 +48,7 @@ def offset_in_numbers(case: Case) -> numpy.ndarray:
 
 
 def _lengths(case: Case) -> tuple[Any, Any]:
-    """Give the numbers of queries and of keys in use, of each batch entry where lengths are given."""
+    """Give the numbers of queries and of keys in use, of each batch entry if the case has lengths."""
     q_len, kv_len = case.shape_of("query")[2], case.shape_of("key")[2]
     return _array(case, "q_lengths", q_len), _array(case, "kv_lengths", kv_len)
 

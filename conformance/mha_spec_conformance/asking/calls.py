@@ -1,7 +1,7 @@
 """Turn a question, which holds plain arrays by name, into calls, and name the results of the calls.
 
 The layer takes `params`, a mapping of arrays, and a cache of three arrays, (key, value, lengths); in a question each of
-these arrays has its own name. A question with `chunks` is a sequence of calls: each call takes the next tokens and the
+these arrays is named. A question with `chunks` is a sequence of calls: each call takes the next tokens and the
 cache that the previous call returned, and the outputs are joined. With `drafts`, each cache is also continued with
 other tokens and the results are discarded, which must change nothing because a cache is a value.
 """

@@ -93,7 +93,7 @@ class Recorder:
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
-                raise FolderError(f"{folder}: the folder must be empty; name another one")
+                raise FolderError(f"{folder}: the folder must be empty; name another")
             (folder / FILES).mkdir()
             (folder / EXPORT).write_text(json.dumps(_export(claims, selection, suite), indent=1) + "\n")
             (folder / QUESTIONS).write_bytes(line_of(hello_message()))

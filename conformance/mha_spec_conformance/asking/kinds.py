@@ -1,4 +1,4 @@
-"""The kinds of real attentions, and the cases that each kind can be asked; kinds.toml has one row for each kind."""
+"""The kinds of real attentions, and the cases that each kind can be asked; kinds.toml has a row for each kind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BIASES = ("b_q", "b_k", "b_v", "b_o")
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What one family of attentions can take; kinds.toml describes the members."""
+    """The options and sizes that a family of attentions takes; kinds.toml describes the members."""
 
     name: str
     like: str
@@ -88,7 +88,7 @@ class AttentionKind:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What one family of layers can take, whose tokens, heads and outputs have the same width, heads * qk_dim."""
+    """The options of a family of layers: tokens, heads and outputs have the same width, heads * qk_dim."""
 
     name: str
     like: str
@@ -127,7 +127,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class Count:
-    """The number of cases of a kind that have an option, for one of its functions."""
+    """The number of cases of a kind that have an option, for a function."""
 
     kind: str
     direction: str

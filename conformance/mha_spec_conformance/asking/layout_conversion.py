@@ -150,7 +150,7 @@ class Conversion:
             self._options[f"max_seqlen_{side}"] = max(tokens.lengths, default=0)
 
     def _pass_offset(self, words: tuple[str, ...]) -> None:
-        """Pass q_offset; without one it is 0, which sequences of unequal lengths need (MHA-LAYOUT-2)."""
+        """Pass q_offset; its default is 0, which sequences of unequal lengths need (MHA-LAYOUT-2)."""
         offset = self._arrays.get("q_offset", self._options.get("q_offset"))
         positional = self._options.get("causal") or self._options.get("window")
         if offset is None and positional and "q_offset" in words and self._q_lengths != self._kv_lengths:
@@ -178,7 +178,7 @@ class Conversion:
         return numpy.ascontiguousarray(stored.swapaxes(axis - 1, axis))
 
     def _stack(self, stored: dict[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-        """Replace the operands that the target takes as one array, along a new axis before that of the heads."""
+        """Replace the operands that the target takes as a single array, along a new axis before that of the heads."""
         if not self._parts:
             return stored
         axis = self._axis_of_parts()
@@ -189,7 +189,7 @@ class Conversion:
         return (self._keys if self.claims.stacked == "kv" else self._queries).heads_axis
 
     def _placed(self, stored: Arrays) -> dict[str, str]:
-        """Give the memory layout of each array; one that the plain question does not have is laid out as its first."""
+        """Give the memory layout of each array; an array that the plain question lacks has that of its first."""
         placed = self.plain.placed
         return {name: placed.get(name, next(iter(placed.values()))) for name in stored} if placed else {}
 

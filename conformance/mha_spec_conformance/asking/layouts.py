@@ -77,7 +77,7 @@ def in_layout(
                 refused.append((question, Answer("unsupported", reason=reason)))
             else:
                 conversion = Conversion(question, claims)
-                # The conversion keeps the question, so that its identity stays its own.
+                # The conversion keeps the question alive, so that no other object gets its id.
                 asked[id(conversion.question)] = conversion
                 yield conversion.question
 

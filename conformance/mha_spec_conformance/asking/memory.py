@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryLimit", "half_of_the_machine", "parse_size", "shown_size"]
 
 CONTAINER = Path("/sys/fs/cgroup/memory.max")
-"""The limit of the container, where there is one."""
+"""The file with the memory limit of the container, if any."""
 
 SECONDS = 0.05
 """The time between two measurements of a program."""

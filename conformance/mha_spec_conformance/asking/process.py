@@ -117,7 +117,7 @@ class Process:
                 self._unsent = self._unsent[os.write(self._stdin, self._unsent) :]
 
     def lines(self, most_bytes: int) -> list[bytes]:
-        """Read the lines that have arrived; a line that exceeds the limit is given in parts."""
+        """Read the lines that have arrived; a line that exceeds the limit is returned in parts."""
         self.send(b"")
         while not self._closed:
             try:
@@ -221,7 +221,7 @@ def kill_marked(folder: Path) -> None:
 
 
 def other_processes() -> list[int]:
-    """List the processes of the machine without this one; a system without /proc lists none."""
+    """List the other processes of the machine; a system without /proc lists none."""
     if not PROCESSES.is_dir():
         return []
     numbers = [int(entry.name) for entry in PROCESSES.iterdir() if entry.name.isdigit()]
@@ -229,7 +229,7 @@ def other_processes() -> list[int]:
 
 
 def _has_mark(process: int, mark: bytes) -> bool:
-    """Tell whether a process runs with the mark in its environment; one that has ended has no environment."""
+    """Tell whether a process runs with the mark in its environment; an ended process has no environment."""
     try:
         return mark in (PROCESSES / str(process) / "environ").read_bytes().split(b"\0")
     except OSError:

@@ -1,6 +1,6 @@
 """The messages between the runner and the program of a target, as docs/protocol.md describes them.
 
-A message is a JSON object on one line. This module converts questions, answers and claims to messages and back; it
+A message is a JSON object on a line. This module converts questions, answers and claims to messages and back; it
 checks every message that it reads, because a target can write anything.
 """
 
@@ -133,7 +133,7 @@ def claims_from(message: Message, name: str, *, trusted: bool) -> Claims:
     """Read the reply to `hello`; only a trusted program may call itself a registered backend.
 
     Raises:
-        TargetError: The program refuses, or its claims are wrong; the message is one line.
+        TargetError: The program refuses, or its claims are wrong; the message is a single line.
     """
     if message["message"] == "refusal":
         raise TargetError(one_line(message.get("reason", "the program refuses and gives no reason")))

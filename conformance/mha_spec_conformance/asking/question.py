@@ -22,9 +22,9 @@ __all__ = ["AGAIN", "FURTHER", "NEGATED", "Answer", "Further", "Question", "Rais
 AGAIN, NEGATED = "again", "negated"
 
 FURTHER = (AGAIN, *LAYOUTS, NEGATED)
-"""The further calls of a question, in order: the same call, one for each memory layout, and one with other numbers.
+"""The further calls of a question, in order: again, in each memory layout, and with other numbers.
 
-The results of the last one are not judged, but it must leave those of all earlier calls as they were (MHA-PURE-4).
+The results of the last call are not judged, but it must leave those of all earlier calls as they were (MHA-PURE-4).
 """
 
 
@@ -46,7 +46,7 @@ class Sample:
         return shape == (len(self.rows), self.width)
 
     def spread(self, rows: numpy.ndarray) -> numpy.ndarray:
-        """Give the output whose rows are given; all others are 0, and take no memory until they are read."""
+        """Give the output with these rows; all others are 0, and take no memory until they are read."""
         whole = numpy.zeros(self.shape, rows.dtype)
         whole.reshape(-1, self.width)[self.rows] = rows
         return whole

@@ -203,7 +203,7 @@ def _keywords(case: Case) -> frozenset[str]:
 def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, list[Ask]]:
     """Give, for a target without an offset and by alignment, the asks that it passes and another alignment fails.
 
-    None are given if no selected case is causal, or the target declares its alignment.
+    There are none if no selected case is causal, or the target declares its alignment.
     """
     taken = claims.keywords.get("attention", ())
     dtype = next((name for name in claims.dtypes if selection.asks_in(name)), None)

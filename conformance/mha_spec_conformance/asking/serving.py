@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 LOADER = "mha_spec_conformance.targets.loading:load"
-"""The function that loads a target, if the arguments name no other one."""
+"""The function that loads a target, if the arguments name no other."""
 
 MOST_BYTES_OF_QUESTION = 2**40
 

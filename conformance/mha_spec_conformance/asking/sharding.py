@@ -1,6 +1,6 @@
 """Split a run into shards of similar cost, which several machines ask at the same time.
 
-The split depends on the suite and the claims of the target alone, so that every machine makes the same one.
+The split depends on the suite and the claims of the target alone, so that every machine makes the same split.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def _joined(read: list[dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:
 
 
 def _holds(argument: Array, array: numpy.ndarray) -> bool:
-    """Tell whether an argument or result still holds the elements of the array; one that was deleted does not."""
+    """Tell whether an argument or result still holds the elements of the array; a deleted array does not."""
     try:
         return _is_stand_in(array) or same_bits(_guarded(to_numpy, argument), array)
     except Failed:
@@ -265,7 +265,7 @@ def _stand_in(name: str, value: Array, shape: tuple[int, ...]) -> numpy.ndarray:
     try:
         return numpy.broadcast_to(numpy.zeros((), dtype_name(value)), shape)
     except (ValueError, TypeError) as error:
-        raise Malformed(f"`{name}` must be an array, received one of shape={one_line(shape, 200)}: {error}") from None
+        raise Malformed(f"`{name}` must be an array, received shape={one_line(shape, 200)}: {error}") from None
 
 
 def _is_stand_in(array: numpy.ndarray) -> bool:

@@ -131,7 +131,7 @@ def _features_of(suite: Suite) -> tuple[str, ...]:
 
 
 def among(option: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """Give the names that an option received, or raise if one of them is not allowed."""
+    """Give the names that an option received, or raise if any of them is not allowed."""
     for name in names:
         if name not in allowed:
             raise UsageError(f"{option} must be one of {', '.join(allowed)}, received {name!r}")

@@ -36,7 +36,7 @@ Only = Annotated[
     Names, typer.Option(help="Ask only cases whose id matches or contains this pattern, or that cite this clause.")
 ]
 Dtypes = Annotated[Names, typer.Option(help="Ask only in these dtypes, as in float32,float16.")]
-Require = Annotated[Names, typer.Option(help="Fail if one of these features was not asked, as in mask,causal.")]
+Require = Annotated[Names, typer.Option(help="Fail if any of these features was not asked, as in mask,causal.")]
 Accept = Annotated[Names, typer.Option(help="Accept a deviation that you intend, as in mask_polarity=true_hides.")]
 Known = Annotated[Path | None, typer.Option(help="TOML file of known failures: [[known]] with id and reason.")]
 Report = Annotated[Path | None, typer.Option(help="Write the report to this file.")]
@@ -96,7 +96,7 @@ def _report(error: Exception) -> None:
 
 
 def _end_with_status(function: Callable[..., int], /, *arguments: object, **options: object) -> NoReturn:
-    """Run the function of a command, and end with its exit status, or with another one if the user interrupts it."""
+    """Run the function of a command, and end with its exit status, or with another if the user interrupts it."""
     try:
         status = function(*arguments, **options)
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ SAME = ("spec_version", "suite", "target", "accepted", "known")
 
 
 class MergeError(MhaSpecError):
-    """Reports are not the shards of one run."""
+    """Reports are not the shards of the same run."""
 
 
 def merge(paths: Sequence[Path], required: tuple[str, ...], reports: Reports) -> int:
@@ -98,7 +98,7 @@ def _check_same(parts: Sequence[Report], suite: Suite) -> None:
         if {**part["selection"], "shard": None} != {**first["selection"], "shard": None}:
             raise MergeError("the reports are of different runs: they differ in the selected cases")
     if first["suite"]["goldens_sha256"] != suite.goldens_sha256:
-        raise MergeError("the reports are of another version of the suite than the installed one")
+        raise MergeError("the reports are of a version of the suite that is not installed")
 
 
 def _comparable(value: Any) -> Any:

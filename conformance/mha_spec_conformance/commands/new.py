@@ -33,8 +33,8 @@ dtypes = ("float64", "float32")  # also "float16" and "bfloat16"
 # conventions = {{"causal_alignment": "lower_right"}}   the diagonal, if there is no q_offset
 # layout = "bshd"                             (batch, length, heads, size); also "thd", packed with cu_seqlens_q and
 #                                             cu_seqlens_kv, or "paged" with block_table and kv_lengths: docs/layouts.md
-# groups = False                              the suite repeats keys and values, one for each head of the queries
-# stacked = "qkv"                             one array of query, key and value; also "kv"
+# groups = False                              the suite repeats keys and values for each head of the queries
+# stacked = "qkv"                             a single array of query, key and value; also "kv"
 # profile = "fused"                           a kernel that multiplies whole tiles and approximates tanh
 
 

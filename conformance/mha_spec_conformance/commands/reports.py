@@ -41,7 +41,7 @@ class Reports:
         check_output("--junit", self.junit, b"<testsuites")
         check_output("--markdown", self.markdown)
         for path in (self.json, self.junit):
-            # An old report could be mistaken for the new one; devices and links are kept.
+            # An old report could be mistaken for the new report; devices and links are kept.
             if path is not None and path.is_file() and not path.is_symlink():
                 path.unlink()
 

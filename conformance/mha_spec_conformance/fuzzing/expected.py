@@ -43,7 +43,7 @@ class Rows:
         dtype: str,
         evaluation: Evaluation | None = None,
     ) -> None:
-        """Evaluate the call, unless its evaluation is given."""
+        """Evaluate the call, unless `evaluation` holds its evaluation."""
         forward = {name: array for name, array in arrays.items() if not name.startswith("grad_")}
         with numpy.errstate(all="ignore"):
             self.evaluation = Evaluation(forward, options, Steps()) if evaluation is None else evaluation

@@ -55,7 +55,7 @@ def _recipe(array: numpy.ndarray) -> Recipe:
 
 
 def reduced(call: Call, fails: Callable[[Call], bool], seconds: float) -> Call:
-    """Give the smallest call that is found in the time, and that still fails."""
+    """Give the smallest failing call that the search reaches in the time."""
     end = time.monotonic() + seconds
     smaller = True
     while smaller:
@@ -104,7 +104,7 @@ def _without_options(call: Call) -> Iterator[Call]:
 
 
 def _with_less(call: Call, axis: str) -> Iterator[Call]:
-    """Give calls with a half of an axis, or without one of its last few elements."""
+    """Give calls with a half of an axis, or without an element of it."""
     sizes = _sizes(call)
     size = sizes.get(axis, 0)
     if size < 2:

@@ -37,17 +37,17 @@ MOST_ROWS = 32
 NAMED_FACTORS = {
     -1.0: "the right number negated",
     math.log2(math.e): "to base 2",
-    math.log(2): "ln 2 times the right one",
+    math.log(2): "ln 2 times the right number",
 }
 
 NARROWER = ("float32", "float16", "bfloat16")
 
 MOST_UNITS = 16
-"""An error of rounding is at most so many units of the narrower dtype, for numbers of the size of the largest one."""
+"""An error of rounding is at most so many units of the narrower dtype, for numbers of the size of the largest."""
 
 
 def amounts(failures: Sequence[WrongElements]) -> list[Place]:
-    """Say how the wrong numbers differ from the right ones, if one statement holds for nearly all failures."""
+    """Say how the wrong numbers differ from the right numbers, if a statement holds for nearly all failures."""
     count: Counter[str] = Counter()
     order: dict[str, None] = {}
     for failure in failures:

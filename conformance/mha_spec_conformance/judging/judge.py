@@ -165,7 +165,7 @@ class Judge:
     ) -> str | None:
         """Give the reason why the outputs of a further call are not judged like those of the first call.
 
-        The errors of a lower precision differ from call to call, so they may exceed the allowance in one of them alone.
+        The errors of a lower precision differ from call to call, so they may exceed the allowance in a single call.
         """
         conventions = result.conventions[:1] or [pair for pair in self.accepted if "precision" in pair]
         if judgement.passed:

@@ -1,9 +1,9 @@
 """Name the mistakes of a target: those that explain its failures and that no passing case refutes.
 
-A mistake is tried on few representative failures. If it explains one of them, it is put on trial: it must explain at
+A mistake is tried on few representative failures. If it explains any of them, it is put on trial: it must explain at
 least 90 % of the failures that it could cause, and must not predict a failure where the target passes. A failure in
 which NaN of an operand spreads has another cause, and does not count against it. A mistake that
-holds only in some dtypes or functions is named for these. Two mistakes together are tried where one does not suffice.
+holds only in some dtypes or functions is named for these. Pairs of mistakes are tried where no single mistake suffices.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Search:
         self.suspects: dict[str, Mistake] = {}
 
     def try_on_representatives(self, mistakes: Sequence[Mistake]) -> None:
-        """Try every mistake on failures of each kind, and put on trial what explains one and is not refuted nearby."""
+        """Try every mistake on failures of each kind; a trial follows if it explains any and is not refuted nearby."""
         settled: set[str] = set()
         refuted: set[tuple[str, Cell]] = set()
         fruitless = 0
@@ -216,14 +216,14 @@ class Trial:
 
 
 def _is_about_nan(mistake: Mistake) -> bool:
-    """Tell whether the mistake is one in the treatment of numbers that are not finite."""
+    """Tell whether the mistake concerns numbers that are not finite."""
     return mistake.compared is Compared.WHERE_NOT_FINITE or mistake.clauses[0].startswith(NOT_FINITE)
 
 
 def _witnesses(mistake: Mistake, passing: Iterable[Ask]) -> list[Ask]:
     """Choose the passing questions that are consulted, in every dtype: first those that cite clauses of the mistake.
 
-    The questions come in order of their size. At least one is chosen, whatever its size.
+    The questions come in order of their size. The first case is chosen whatever its size.
     """
     able = [ask for ask in passing if ask.case.expect != "error" and can_show(mistake, ask.case, ask.dtype)]
     cases = {ask.case.id: ask.case for ask in able}

@@ -1,4 +1,4 @@
-"""Make one mistake of two."""
+"""Combine two mistakes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["together"]
 
 
 def together(first: Mistake, second: Mistake) -> Mistake | None:
-    """Give both mistakes as one; None if they replace the same step, other than the checks, which follow each other."""
+    """Combine both mistakes; None if they replace the same step, other than the checks, which follow each other."""
     if type(first.steps) is not type(second.steps) or isinstance(first.steps, Joined):
         return None
     changed = _replaced(first), _replaced(second)

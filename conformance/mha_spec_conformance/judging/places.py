@@ -41,7 +41,7 @@ AXES = {
     "grad_sinks": ("head",),
     "slopes": ("head",),
 }
-"""The axes of each output; those of other outputs are given by their number of axes."""
+"""The axes of each output; those of other outputs follow from the number of axes."""
 
 BY_RANK = {4: ("batch entry", "head", "row", "component"), 3: ("batch entry", "row", "component")}
 
@@ -51,7 +51,7 @@ LEAST_LEFT_OUT = 0.05
 """A description is worth a line if it leaves out this share of the elements."""
 
 NEARLY_ALL = 0.9
-"""A description is given if it holds for this share of the failures."""
+"""A description is reported if it holds for this share of the failures."""
 
 
 def axes_of(output: str, rank: int) -> tuple[str, ...]:

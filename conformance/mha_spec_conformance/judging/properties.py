@@ -122,7 +122,7 @@ def _of_offset(case: Case, arrays: Inputs) -> Iterator[str]:
 
 
 def _of_broadcasting(sizes: Mapping[str, int], arrays: Inputs) -> Iterator[str]:
-    """Tell along which axes the mask, the bias and the dropout mask have more than one entry."""
+    """Tell along which axes the mask, the bias and the dropout mask have several entries."""
     for name in ("mask", "bias", "dropout_mask"):
         shape = arrays[name].shape if name in arrays else ()
         if len(shape) == 4:
@@ -170,7 +170,7 @@ def _overflows_float16(query: numpy.ndarray, key: numpy.ndarray) -> bool:
 
 
 def visible_pairs(case: Case, arrays: Inputs) -> numpy.ndarray | None:
-    """Mark the visible pairs, (batch, heads, q_len, kv_len); None if the call is another one or has too many."""
+    """Mark the visible pairs, (batch, heads, q_len, kv_len); None for other functions, or if there are too many."""
     if case.function not in ATTENTION:
         return None
     if numpy.prod(arrays["query"].shape[:3]) * arrays["key"].shape[2] > MOST_PAIRS:

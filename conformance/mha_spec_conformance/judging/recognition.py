@@ -48,7 +48,7 @@ SIMILAR = 4.0
 
 ALLOWED_OF_ACCEPTED = 32.0
 """The errors that an accepted precision explains, in those of the mistake, which rounds to nearest: an implementation
-that truncates errs in one direction, so that the errors of a long sum do not cancel."""
+that truncates errs in a constant direction, so that the errors of a long sum do not cancel."""
 
 KEPT = 128
 """The number of cases whose predictions are kept."""
@@ -147,7 +147,7 @@ def _spread(golden: Expected, output: numpy.ndarray) -> bool:
 
 
 def _distance(golden: Expected, mistaken: numpy.ndarray) -> float:
-    """Give the largest difference as a share of the largest number; infinite if only one of two is finite."""
+    """Give the largest difference as a share of the largest number; infinite where just a single number is finite."""
     if mistaken.shape != tuple(golden.shape):
         return numpy.inf
     got, values = golden_rows(mistaken.astype(numpy.float64), golden).ravel(), golden.values.ravel()

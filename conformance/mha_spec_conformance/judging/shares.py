@@ -1,8 +1,8 @@
 """Find the property that separates failures best from passes, by the information that it gives about the outcome.
 
 The information gain of a binary property is the entropy of the outcomes less their entropy within the questions that
-have the property and within those that do not. Of properties with the same gain the one with the fewest words is
-chosen, and a second property is added only if both together give clearly more than one.
+have the property and within those that do not. Of properties with the same gain that with the fewest words is
+chosen, and a second property is added only if both together give clearly more than the first.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _best(chosen: tuple[str, ...], failing: Questions, passing: Questions) -> tu
 
 
 def _counts(chosen: tuple[str, ...], questions: Questions) -> Counter[str]:
-    """Count the questions that have all chosen properties and one more, by that one."""
+    """Count the questions that have all chosen properties, by each further property."""
     having = (properties for properties in questions if properties.issuperset(chosen))
     return Counter(name for properties in having for name in properties if name not in chosen)
 
@@ -91,7 +91,7 @@ def _entropy(failures: int, passes: int) -> float:
 
 
 def cover(failing: Iterable[Sequence[str]], others: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """Choose few labels, such as features or clauses, so that every failure has one of them; the likeliest come first.
+    """Choose few labels, such as features or clauses, that cover every failure; the likeliest come first.
 
     A label is likely if most of the questions that have it fail. Of equally likely labels that of the most failures is
     chosen, and then the first.

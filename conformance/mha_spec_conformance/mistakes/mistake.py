@@ -74,9 +74,9 @@ ANY_SIZE = Sizes()
 
 @dataclass(frozen=True)
 class Mistake:
-    """One way in which an attention can be wrong, as steps of the reference that are wrong in the same way.
+    """A way in which an attention can be wrong, as steps of the reference that are wrong in the same way.
 
-    The mistake can show only in a call of one of `functions` that passes all of `needs`, in one of `dtypes` (none: in
+    The mistake can show only in a call of any of `functions` that passes all of `needs`, in any of `dtypes` (none: in
     all), where each size is larger than that of `past`. `native` marks a mistake that depends on the dtype of
     the run: in rounding, in overflow, or in the dtype of a result. `convention` names a choice that others made on
     purpose. `compared` says how a wrong result is recognised as this mistake.

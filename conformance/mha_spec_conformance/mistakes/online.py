@@ -91,7 +91,7 @@ def from_the_first_tile(size: int) -> Callable[[numpy.ndarray], tuple[numpy.ndar
 
 
 def nan_where(size: int, tiles: slice) -> steps.Steps:
-    """Return NaN in rows that see a key, where one of the tiles `tiles` is wholly hidden."""
+    """Return NaN in rows that see a key, where any of the tiles `tiles` is wholly hidden."""
 
     def exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
         right, maximum = steps.exponentials(logits)
@@ -175,7 +175,7 @@ def mistake(
     bugs: tuple[str, ...] = (),
     **fields: Any,
 ) -> Mistake:
-    """Return a mistake that shows where there is more than one tile of keys."""
+    """Return a mistake that shows where the keys have several tiles."""
     return Mistake(name, title, clauses, made, bugs=bugs, past=Sizes(keys=size), **{"functions": FORWARD, **fields})
 
 

@@ -1,4 +1,4 @@
-"""Mistakes of a backward pass over tiles: loops that start or end at the wrong tile, sums of one tile, 16 bits."""
+"""Mistakes of a backward pass over tiles: loops that start or end at the wrong tile, sums of a single tile, 16 bits."""
 
 from __future__ import annotations
 

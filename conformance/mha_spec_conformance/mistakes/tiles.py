@@ -29,7 +29,7 @@ OF_ROWS = ("output", "lse", "weights")
 """The results whose rows depend on the options of the same row alone."""
 
 OF_KEYS = ("grad_key", "grad_value")
-"""The gradients that a backward pass computes for one tile of keys at a time."""
+"""The gradients that a backward pass computes for a tile of keys at a time."""
 
 
 def from_row(start: int, made: steps.Steps) -> Joined:

@@ -105,7 +105,7 @@ def hide_nan(logits: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
 
 
 def scaled_in_place(a: Arguments) -> Arguments:
-    """Multiply the query by the scale in its own memory."""
+    """Multiply the query by the scale in place."""
     a.query *= a.query.dtype.type(steps.scale_of(a.scale, a.query.shape[3]))
     return replace(a, scale=1.0)
 

@@ -133,21 +133,21 @@ def print_run(screen: Console, run: Run) -> None:
 
 
 def summary_of(findings: Findings) -> list[str]:
-    """Describe all failures in one or two lines: their causes, what they share, and where they are wrong."""
+    """Describe all failures in at most two lines: their causes, what they share, and where they are wrong."""
     if findings.story is None:
         return []
     causes = findings.causes
     named = ", ".join(f"{_short(cause)} ({len(cause.results)})" for cause in causes[:MOST_NAMES])
     more = f" and {len(causes) - MOST_NAMES} more" if len(causes) > MOST_NAMES else ""
     counted = _counted(sum(len(cause.results) for cause in causes))
-    number = f"of {len(causes)} causes" if len(causes) > 1 else "of one cause"
+    number = f"of {len(causes)} causes" if len(causes) > 1 else "of 1 cause"
     story = [f"What they share: {findings.story.share}."] if findings.story.share else []
     story += [f"Where they are wrong: {findings.story.where}."] if findings.story.where else []
     return [f"{counted} {number}: {named}{more}.", *([" ".join(story)] if story else [])]
 
 
 def _short(cause: Cause) -> str:
-    """Name a cause in a few words; one without a name by what its failures share."""
+    """Name a cause in a few words; if it has no name, by the properties that its failures share."""
     if cause.kind == "unknown":
         return f"unknown, for {' and '.join(cause.story.share.properties)}" if cause.story.share else "unknown"
     return textwrap.shorten(cause.title, MOST_LETTERS, placeholder="...")

@@ -28,7 +28,7 @@ class Alignment:
     failures: tuple[Result, ...] = ()
 
     def declared_by(self, claims: Claims) -> Claims:
-        """Give claims that declare the alignment, if it was found."""
+        """Give claims that declare the alignment, if it has a name."""
         if self.name is None:
             return claims
         return replace(claims, conventions={**claims.conventions, "causal_alignment": self.name})

@@ -33,7 +33,7 @@ CASES = 4
 
 OF_BATCH = ("query", "key", "value", "q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids")
 BROADCAST = ("mask", "bias", "dropout_mask")
-"""Arguments with an axis of batch entries, and those in which the axis may have one entry for all."""
+"""Arguments with an axis of batch entries, and those in which the axis may have a single entry for all."""
 
 WITHOUT_POSITIONS = frozenset({"mask", "bias", "scale", "softcap", "return_lse"})
 """The options of a call whose keys can be split into two calls."""
@@ -66,7 +66,7 @@ class _Pair:
     part: Callable[[numpy.ndarray], numpy.ndarray] = field(default=lambda array: array)
     """The part of each output of the case that is compared."""
     join: Callable[[Sequence[Outputs]], Outputs] = field(default=lambda answers: answers[0])
-    """Makes one answer of the answers to the questions."""
+    """Combines the answers to the questions."""
 
 
 def _another_batch_size(ask: Ask, question: Question) -> _Pair | None:
@@ -119,7 +119,7 @@ def _future_data(ask: Ask, question: Question) -> _Pair | None:
 
 
 def _seen_keys(ask: Ask, rows: int | None = None) -> numpy.ndarray | None:
-    """Mark the keys, (batch, kv_heads, kv_len), that one of the first rows sees."""
+    """Mark the keys, (batch, kv_heads, kv_len), that any of the first rows sees."""
     if ask.case.function != "attention":
         return None
     arrays = ask.case.inputs(ask.dtype)
@@ -192,7 +192,7 @@ def _merged(answers: Sequence[Outputs]) -> Outputs:
 
 
 def _chunking(ask: Ask, question: Question) -> _Pair | None:
-    """Append the tokens to the cache one by one."""
+    """Append each token to the cache in a separate call."""
     chunks = question.options.get("chunks")
     if not isinstance(chunks, (list, tuple)):
         return None

@@ -1,6 +1,6 @@
 """Write results to a file as they come, and read them again, so that a run that was killed can go on.
 
-The file has one JSON object on each line: the first describes the run, every other is a result. A later line replaces
+The file has a JSON object on each line: the first describes the run, every other is a result. A later line replaces
 an earlier line about the same case and dtype, and an incomplete last line is ignored.
 """
 

@@ -81,7 +81,7 @@ class Run:
 
     @cached_property
     def failing_features(self) -> tuple[str, ...]:
-        """The features that fail by a cause of their own, in the order of the suite."""
+        """The features of the open causes, in the order of the suite."""
         blamed = {feature for cause in self.open_causes for feature in cause.features}
         return tuple(feature for feature in self.asked_features if feature in blamed)
 

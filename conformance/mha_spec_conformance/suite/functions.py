@@ -38,13 +38,13 @@ OF_ATTENTION = ("attention", "attention_weights", "attention_vjp")
 """The functions of query and key that are not of the layer."""
 
 STACKED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
-"""The operands that a target may take as one array."""
+"""The operands that a target may take as a single array."""
 
 GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_bias", "grad_sinks")
 
 
 def with_stacked(names: tuple[str, ...], stacked: str) -> tuple[str, ...]:
-    """Name one array instead of the operands, or the gradients, that are stacked."""
+    """Name a single array instead of the operands, or the gradients, that are stacked."""
     parts = STACKED[stacked]
     new = {**dict.fromkeys(parts, stacked), **{f"grad_{part}": f"grad_{stacked}" for part in parts}}
     return tuple(dict.fromkeys(new.get(name, name) for name in names))
@@ -77,7 +77,7 @@ class Function:
         return tuple(name for name in self.outputs if values.get(name, True) not in (None, False))
 
     def stacked(self, name: str | None) -> Function:
-        """Give the function that takes several operands as one array, "qkv" or "kv", and returns its gradient."""
+        """Give the function that takes several operands as a single array, "qkv" or "kv", and returns its gradient."""
         parts = STACKED.get(name or "", ())
         if name is None or not parts or not set(parts) <= set(self.operands):
             return self

@@ -19,7 +19,7 @@ __all__ = ["KINDS", "generated"]
 
 KINDS = ("bell", "contrast", "full", "bits", "tiles")
 """Kinds of numbers: bell-shaped small integers; the same, but every sixteenth on average eightfold; odd integers; 0
-and 1 with one share of ones, or with a share for each tile of the last two axes."""
+and 1 with the same share of ones everywhere, or with a share for each tile of the last two axes."""
 
 LEVELS = numpy.array([0, 2, -1, 3, -3, 1, 4, -2])
 """The numbers that are added to the blocks of rows of a generator with `levels`."""
@@ -62,7 +62,7 @@ def generated(
 
 
 def _shares_of_tiles(shape: Sequence[int], seed: int, tile: int) -> Array:
-    """Draw the share of each tile by a counter of its own, whose seed is the complement."""
+    """Draw the share of each tile by a separate counter, whose seed is the complement."""
     lead = numpy.arange(math.prod(shape[:-2])).reshape((*shape[:-2], 1, 1))
     row, column = numpy.arange(shape[-2])[:, None] // tile, numpy.arange(shape[-1]) // tile
     word = _words((lead * 2**16 + row) * 2**16 + column, 2**64 - 1 - seed)

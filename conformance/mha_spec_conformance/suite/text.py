@@ -1,4 +1,4 @@
-"""Make the text of a target fit for a message: one line of printable characters, of limited length."""
+"""Make the text of a target fit for a message: a line of printable characters, of limited length."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def one_line(value: object, most: int = MOST_CHARACTERS) -> str:
-    """Give the text of an object in one printable line."""
+    """Give the text of an object in a single printable line."""
     return text_of(printable(text_of(value, most)), most)
 
 
 def repr_of(value: object, most: int = 200) -> str:
-    """Give the representation of an object in one printable line, also if its `__repr__` raises."""
+    """Give the representation of an object in a single printable line, also if its `__repr__` raises."""
     try:
         return one_line(repr(value), most)
     except BaseException:

@@ -44,13 +44,13 @@ class Claims:
     groups: bool = True
     """False if the suite repeats keys and values, because the target has as many of their heads as of the queries'."""
     stacked: str | None = None
-    """The operands that the target takes as one array, "qkv" or "kv"."""
+    """The operands that the target takes as a single array, "qkv" or "kv"."""
     unclaimed: tuple[str, ...] = ()
     """The functions that take any keyword, and for which the target declares no features."""
 
     @property
     def packs_queries(self) -> bool:
-        """True if the target takes the queries of all sequences one after another."""
+        """True if the target takes the queries of all sequences concatenated."""
         of_pages = self.layout == "paged" and any("cu_seqlens_q" in words for words in self.keywords.values())
         return self.layout == "thd" or of_pages
 

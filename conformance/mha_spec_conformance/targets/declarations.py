@@ -31,7 +31,7 @@ def one_of(declaration: str, value: object, allowed: tuple[str, ...], target: st
     """Give a declared name.
 
     Raises:
-        TargetError: The value is not one of the allowed names.
+        TargetError: The value is not an allowed name.
     """
     if not isinstance(value, str) or value not in allowed:
         where = "" if target is None else f"target {target}: "
@@ -66,7 +66,7 @@ def declared_layout(
     """Check the layout that a target declares, and give it as fields of the claims.
 
     Raises:
-        TargetError: A declaration is not one of the allowed values, or a function lacks an argument of the layout.
+        TargetError: A declaration has a value that is not allowed, or a function lacks an argument of the layout.
     """
     where = "" if target is None else f"target {target}: "
     layout, stacked, block_size = (of_layout[name] for name in ("layout", "stacked", "block_size"))

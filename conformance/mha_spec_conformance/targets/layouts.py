@@ -22,7 +22,7 @@ LAYOUTS = ("bhsd", "bshd", "thd", "paged")
 """Dense with the heads or with the tokens first; packed tokens; packed or dense queries with keys in pages."""
 
 PACKED = ("thd", "paged")
-"""The layouts in which each sequence has its own length, so that dense options, as a mask, have no place."""
+"""The layouts in which the lengths of sequences may differ, so that dense options, as a mask, have no place."""
 
 NEEDED = {
     "bhsd": (),
@@ -37,14 +37,14 @@ LSE_LAYOUTS = ("tokens_first", "heads_first")
 heads before the tokens."""
 
 TAIL = 3
-"""The number of poisoned tokens behind the last one, if there are any."""
+"""The number of tokens in a poisoned tail."""
 
 UNUSED_PAGES = 3
 """The number of poisoned pages that belong to no sequence."""
 
 
 class Storage(Protocol):
-    """Stores arrays of one side, queries or keys, in a layout."""
+    """Stores arrays of a side, queries or keys, in a layout."""
 
     @property
     def heads_axis(self) -> int:
@@ -66,7 +66,7 @@ class Storage(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """All sequences have one length; the tokens stand before the heads or after them."""
+    """All sequences have the same length; the tokens stand before the heads or after them."""
 
     tokens_first: bool
 
@@ -91,7 +91,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sequences stand one after another, (tokens, heads, size), perhaps before a poisoned tail.
+    """Sequences are concatenated, (tokens, heads, size), perhaps before a poisoned tail.
 
     `empty_at` is the place of a further sequence without tokens, or None.
     """
@@ -120,7 +120,7 @@ class Tokens:
             start += length
 
     def store(self, array: numpy.ndarray) -> numpy.ndarray:
-        """Put the sequences one after another, and poison the tail."""
+        """Concatenate the sequences, and poison the tail."""
         stored = numpy.full(self.shape(array.shape), numpy.nan, array.dtype)
         for entry, length, tokens in self._places():
             stored[tokens] = array[entry, :, :length].swapaxes(0, 1)
