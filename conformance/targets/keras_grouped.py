@@ -6,12 +6,7 @@ begins at the upper left. Values have the size of keys, the output has that of t
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-
-import keras
-import tensorflow as tf
+from keras_layer import call_layer, has_bias, keras
 
 arrays = "tensorflow"
 dtypes = ("float64", "float32", "float16", "bfloat16")
@@ -41,22 +36,7 @@ def multi_head_attention_and_weights(query, key, value, params, *, mask=None, ca
 
 
 def call(query, key, value, params, mask, causal, kv_lengths, **options):
-    """Call a layer that has these parameters, with 0 for missing biases if it has any."""
-    _, heads, size = params["w_q"].shape
-    bias = any(name.startswith("b_") for name in params)
-    layer = keras.layers.GroupQueryAttention(size, heads, params["w_k"].shape[1], use_bias=bias, dtype=query.dtype.name)
-    layer.build(query.shape, value.shape, key.shape)
-    parts = {"q": layer._query_dense, "k": layer._key_dense, "v": layer._value_dense, "o": layer._output_dense}
-    for name, dense in parts.items():
-        dense.kernel.assign(params[f"w_{name}"])
-        if f"b_{name}" in params:
-            dense.bias.assign(params[f"b_{name}"])
-    return layer(
-        query,
-        value,
-        key,
-        attention_mask=None if mask is None else mask[:, 0],
-        key_mask=None if kv_lengths is None else tf.sequence_mask(kv_lengths, key.shape[1]),
-        use_causal_mask=causal,
-        **options,
-    )
+    """Call a layer that has these parameters."""
+    (_, heads, size), kv_heads = params["w_q"].shape, params["w_k"].shape[1]
+    layer = keras.layers.GroupQueryAttention(size, heads, kv_heads, use_bias=has_bias(params), dtype=query.dtype.name)
+    return call_layer(layer, query, key, value, params, mask, causal, kv_lengths, **options)

@@ -39,17 +39,26 @@ def multi_head_attention_and_weights(query, key, value, params, *, mask=None, ca
 
 
 def call(query, key, value, params, mask, causal, kv_lengths, **options):
-    """Call a layer that has these parameters, with 0 for missing biases if it has any."""
+    """Call a layer that has these parameters."""
     _, heads, size = params["w_q"].shape
-    bias = any(name.startswith("b_") for name in params)
     layer = keras.layers.MultiHeadAttention(
         heads,
         size,
         value_dim=params["w_v"].shape[2],
-        use_bias=bias,
+        use_bias=has_bias(params),
         output_shape=params["w_o"].shape[2],
         dtype=query.dtype.name,
     )
+    return call_layer(layer, query, key, value, params, mask, causal, kv_lengths, **options)
+
+
+def has_bias(params):
+    """Tell whether the layer has biases: all of them, or none."""
+    return any(name.startswith("b_") for name in params)
+
+
+def call_layer(layer, query, key, value, params, mask, causal, kv_lengths, **options):
+    """Give a layer its parameters, with 0 for missing biases, and call it."""
     layer.build(query.shape, value.shape, key.shape)
     parts = {"q": layer._query_dense, "k": layer._key_dense, "v": layer._value_dense, "o": layer._output_dense}
     for name, dense in parts.items():
