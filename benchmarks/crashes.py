@@ -48,7 +48,7 @@ for line in sys.stdin:
 
 
 def questions(count: int, every: int) -> list[Question]:
-    """Make questions; every n-th one crashes."""
+    """Make questions; every n-th question crashes."""
     arrays = {name: numpy.zeros((1, 1, 2, 3), numpy.float32) for name in ("query", "key", "value")}
     ids = [f"{number}/{'crash' if number % every == 0 else 'right'}" for number in range(count)]
     return [Question(name, "attention", "float32", arrays, {}, ("output",)) for name in ids]

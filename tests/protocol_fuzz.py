@@ -107,7 +107,7 @@ class Fuzzer:
         self.file = self.path.read_bytes()
 
     def read(self, count: int) -> Counter[str]:
-        """Read damaged inputs; an error that is not one of the protocol is raised.
+        """Read damaged inputs; an error that is not of the protocol is raised.
 
         Raises:
             AssertionError: What was read breaks a promise of the reader.

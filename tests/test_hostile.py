@@ -82,7 +82,7 @@ def test_every_behaviour_that_does_not_end_is_a_timeout(
 
 
 def judge_behaviours(behaviours: dict[str, str], limit: float, tmp_path: Path, suite: Suite) -> None:
-    """Judge a target that has these behaviours, each in its own case, and assert the outcome of every case."""
+    """Judge a target that has these behaviours, each in a separate case, and assert the outcome of every case."""
     chosen = small_cases(suite)
     asked_further = chosen[:2]  # the first cases of their features are those with further calls
     hostile = dict(zip(behaviours, chosen[2:], strict=False))

@@ -95,7 +95,7 @@ def whole_pages(length: int, table: Array, block_size: int) -> list[tuple[int, s
 
 
 def one_more_page(length: int, table: Array, block_size: int) -> list[tuple[int, slice]]:
-    """Read the page after the last one, where it exists, if the last one is full."""
+    """Read the page after the last page, where it exists, if the last page is full."""
     pages = keys_of(length, table, block_size)
     return [*pages, (int(table[len(pages)]), slice(0, 1))] if length % block_size == 0 else pages
 
@@ -106,7 +106,7 @@ def sorted_pages(length: int, table: Array, block_size: int) -> list[tuple[int, 
 
 
 def consecutive_pages(length: int, table: Array, block_size: int) -> list[tuple[int, slice]]:
-    """Read the blocks that follow the first one."""
+    """Read the blocks that follow the first block."""
     return keys_of(length, table[0] + numpy.arange(len(table)), block_size)
 
 
@@ -144,7 +144,7 @@ WRONG_PAGED = {
     "the slots past the end have a weight of 0": ("lengths", Kernel(pages=whole_pages, attend=touching)),
     "a page past the end is read": ("lengths", Kernel(pages=one_more_page)),
     "pages are read in the order of memory": ("prime", Kernel(pages=sorted_pages)),
-    "pages follow the first one": ("prime", Kernel(pages=consecutive_pages)),
+    "pages follow the first page": ("prime", Kernel(pages=consecutive_pages)),
     "the first page is read again and again": ("prime", Kernel(pages=first_page_again)),
     "groups wrap": ("prime", Kernel(attend=tiled)),
 }

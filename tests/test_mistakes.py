@@ -74,7 +74,7 @@ def failures(mistake: Mistake, cases: tuple[Case, ...]) -> Iterator[Result]:
 
 
 def dtypes_of(mistake: Mistake, case: Case) -> list[str]:
-    """Choose the dtypes in which a case is asked: all that matter to the mistake, or else a single one."""
+    """Choose the dtypes in which a case is asked: all that matter to the mistake, or else a single dtype."""
     dtypes = [dtype for dtype in case.dtypes if can_show(mistake, case, dtype)]
     return dtypes if mistake.native else [dtype for dtype in dtypes if dtype == "float32"] or dtypes[:1]
 

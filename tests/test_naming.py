@@ -79,7 +79,7 @@ def test_right_attention_has_no_causes(suite: Suite) -> None:
 
 
 def test_name_that_passing_cases_refute_is_dropped(suite: Suite) -> None:
-    """The mask is ignored for one head size alone, so `mask-ignored` explains failures and is still not named."""
+    """The mask is ignored for a single head size, so `mask-ignored` explains failures and is still not named."""
 
     def attention(query, key, value, *, mask=None, **options):
         return RIGHT(query, key, value, mask=None if key.shape[3] == 64 else mask, **options)

@@ -53,7 +53,7 @@ def target(function: Any) -> Target:
 
 
 def question(**fields: Any) -> Question:
-    """Ask for attention to three arrays of one shape."""
+    """Ask for attention to three arrays of the same shape."""
     arrays = {name: numpy.full(SHAPE, n, numpy.float32) for n, name in enumerate(("query", "key", "value"))}
     return Question("case", "attention", "float32", arrays, {}, ("output",), **fields)
 

@@ -163,7 +163,7 @@ def test_prints_are_read_when_the_runner_has_many_open_files(start: Start) -> No
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Put the folders of runs into two folders of this test: the one in memory, and the one of temporary files."""
+    """Put the folders of runs into two folders of this test: in memory, and among the temporary files."""
     memory, temporary = tmp_path / "memory", tmp_path / "temporary"
     for folder in (memory, temporary):
         folder.mkdir()

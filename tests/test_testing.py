@@ -95,14 +95,14 @@ def test_a_right_implementation_passes_in_every_dtype_and_layout(library: str, d
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_allowances_are_those_of_the_rule(options: dict[str, Any]) -> None:
     arrays = operands()
-    given = {
+    converted = {
         n: numpy.asarray(x) if n.endswith("lengths") or (n == "q_offset" and not isinstance(x, (str, int))) else x
         for n, x in options.items()
     }
     expected = allowances(
         "attention",
-        arrays | {n: x for n, x in given.items() if isinstance(x, numpy.ndarray)},
-        {n: x for n, x in given.items() if not isinstance(x, numpy.ndarray)},
+        arrays | {n: x for n, x in converted.items() if isinstance(x, numpy.ndarray)},
+        {n: x for n, x in converted.items() if not isinstance(x, numpy.ndarray)},
         precision("float32"),
     )
     output, lse = allowance(**arrays, **options, return_lse=True)

@@ -14,9 +14,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def listed(name: str) -> list[str]:
     """Read a list of a matrix."""
-    found = re.search(rf"^ +{name}: \[(.*)\]$", WORKFLOW, re.MULTILINE)
-    assert found is not None
-    return [entry.strip().strip('"') for entry in found.group(1).split(",")]
+    line = re.search(rf"^ +{name}: \[(.*)\]$", WORKFLOW, re.MULTILINE)
+    assert line is not None
+    return [entry.strip().strip('"') for entry in line.group(1).split(",")]
 
 
 def sessions() -> list[str]:

@@ -82,13 +82,13 @@ def keys_of(length: int, table: Array, block_size: int) -> list[tuple[int, slice
 
 
 def position_of(q_tokens: slice, kv_length: int) -> int:
-    """Give the position of the first query of a sequence: lower right of its own lengths."""
+    """Give the position of the first query of a sequence: lower right of its lengths."""
     return kv_length - (q_tokens.stop - q_tokens.start)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Attention over packed tokens or pages; each step may be replaced by a wrong one."""
+    """Attention over packed tokens or pages; each step may be replaced by a wrong step."""
 
     bounds: Callable[[Array, int], list[slice]] = bounds_of
     key_bounds: Callable[[Array, int], list[slice]] = bounds_of

@@ -71,7 +71,7 @@ def _left_after_a_while(processes: set[int], files: set[Path]) -> tuple[list[str
 
 
 def _descendants() -> dict[int, str]:
-    """Give the commands of the running processes that descend from this one."""
+    """Give the commands of the running processes that descend from this process."""
     parents: dict[int, int] = {}
     for process in _all_processes():
         state, parent = _state(process)

@@ -1,4 +1,4 @@
-"""Assertions for the tests of a kernel: its own sizes, its own device, and the accuracy rule instead of a tolerance.
+"""Assertions for the tests of a kernel: its sizes, its device, and the accuracy rule instead of a tolerance.
 
     from mha_spec_conformance.testing import assert_attention
 

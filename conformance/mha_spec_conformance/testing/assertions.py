@@ -59,7 +59,7 @@ def assert_attention(
     seed: int = 0,
     **options: Any,
 ) -> float:
-    """Require that `output`, and `lse` if it is given, are those of the specification, within their allowances.
+    """Require that `output`, and `lse` if it is passed, are those of the specification, within their allowances.
 
     Args:
         output: (batch, heads, q_len, v_dim), of the dtype of the query.
@@ -136,15 +136,15 @@ def assert_attention_vjp(
     Raises:
         AssertionError: An element is wrong; the message says where, by how much, and what it looks like.
         ArgumentValueError, ArgumentTypeError: An argument is wrong, or a result has a wrong shape or dtype, or the
-            gradient of bias or sinks is given in a problem that is too large for it.
+            gradient of bias or sinks is passed in a problem that is too large for it.
     """
     operands = {"grad_output": grad_output, "query": query, "key": key, "value": value}
     problem = read_problem(operands, {**options, "grad_lse": grad_lse}, layout, "attention_vjp")
     results, run = _gradients(gradients, problem, layout), precision(problem.dtype, profile)
     comparisons: list[Compared] = []
     if "grad_query" in results:
-        own = {"grad_query": results["grad_query"]}
-        parts = _parts(problem, rows, seed, GRADIENT_PAIRS, own)
+        of_query = {"grad_query": results["grad_query"]}
+        parts = _parts(problem, rows, seed, GRADIENT_PAIRS, of_query)
         evaluated = [(part, gradient_of_query(part, problem, run)) for part in parts]
         comparisons += [compared("grad_query", results["grad_query"], evaluated, run)] if evaluated else []
     of_keys = [name for name in ("grad_key", "grad_value") if name in results]

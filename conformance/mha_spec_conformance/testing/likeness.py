@@ -1,6 +1,6 @@
 """Find what a wrong result looks like: a known mistake, the right result of another place, a factor, or rounding.
 
-Everything that is said holds for the wrong rows that were looked at; their number is limited.
+Every statement holds for the wrong rows that were looked at; their number is limited.
 """
 
 from __future__ import annotations

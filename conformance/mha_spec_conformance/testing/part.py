@@ -29,7 +29,7 @@ SAME = ("causal", "window", "scale", "softcap", "dropout_rate")
 
 @dataclass(frozen=True)
 class Part:
-    """Rows and keys of heads that read the same key/value head, in one batch entry.
+    """Rows and keys of heads that read the same key/value head, in a batch entry.
 
     Attributes:
         whole: The arguments of the whole problem, checked, as NumPy arrays.
@@ -114,7 +114,7 @@ class Part:
         return array[..., _as_slice(self.kept_keys)] if array.shape[3] > 1 else array
 
     def _entry(self, array: numpy.ndarray) -> numpy.ndarray:
-        """Give the batch entry of an array, or the whole array if it has one for all."""
+        """Give the batch entry of an array, or the whole array if all entries share it."""
         return array[self.entry : self.entry + 1] if array.shape[0] > 1 else array
 
     @property

@@ -33,7 +33,7 @@ SUMS = ("grad_bias", "grad_sinks")
 
 @numpy.errstate(all="ignore")
 def whole_sums(problem: Problem, results: Mapping[str, numpy.ndarray], run: Precision) -> list[Compared]:
-    """Compare the gradients of bias and sinks, if they are given.
+    """Compare the gradients of bias and sinks, if `results` has them.
 
     Raises:
         ArgumentValueError: The problem is too large.
