@@ -24,12 +24,13 @@ __all__ = [
     "NAN",
     "NON_FINITE",
     "Judgement",
-    "Statistics",
     "Worst",
     "gate_b",
     "golden_rows",
     "judge",
+    "kinds_of_values",
     "shares",
+    "wrong_elements",
 ]
 
 FINITE, EXACT, NAN, NON_FINITE, ANY = range(5)
@@ -231,6 +232,12 @@ def golden_rows(output: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
     if wanted.rows is None:
         return output
     return output.reshape(-1, wanted.values.size // max(len(wanted.rows), 1))[wanted.rows]
+
+
+def kinds_of_values(values: numpy.ndarray) -> numpy.ndarray:
+    """Give the kinds of the elements of an expected output by its values alone: NaN, exact if infinite, or finite."""
+    kinds = numpy.where(numpy.isnan(values), NAN, numpy.where(numpy.isinf(values), EXACT, FINITE))
+    return kinds.astype(numpy.uint8)
 
 
 def _wrong_kind(elements: _Elements) -> numpy.ndarray:

@@ -17,7 +17,7 @@ from mha_spec.arrays import FLOATING, dtype_name
 from mha_spec_conformance.mistakes import Compared, Mistake
 
 from .bounds import precision, unit_roundoff
-from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, golden_rows, judge
+from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, golden_rows, judge, kinds_of_values
 from .prediction import Predictions, can_show
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class _Comparison:
     def _expected(self, golden: Expected, mistaken: numpy.ndarray, mistake: Mistake) -> Expected:
         """Give the results of a mistake as expected values, at the elements that the golden compares."""
         values = golden_rows(mistaken.astype(numpy.float64), golden)
-        kinds = numpy.where(numpy.isnan(values), NAN, numpy.where(numpy.isinf(values), EXACT, FINITE))
+        kinds = kinds_of_values(values)
         golden_kinds = _kinds(golden, values.shape)
         unspecified = (golden_kinds == ANY) | ((golden_kinds == NON_FINITE) & (kinds != FINITE))
         kinds = numpy.where(unspecified, golden_kinds, kinds)

@@ -181,14 +181,14 @@ def _columns(problem: Problem, seed: int) -> list[tuple[int, int, numpy.ndarray]
     """Choose batch entries, key/value heads and keys whose gradients are compared."""
     a = problem.arguments
     pairs = a.heads // a.kv_heads * a.q_len * a.kv_len
-    sampler = Sampler(a.kv_len, 0, seed)
-    places = [(entry, head) for entry in range(a.batch) for head in range(a.kv_heads)]
-    chosen = sampler.random.permutation(len(places))[: max(1, COLUMN_PAIRS // max(pairs, 1))]
-    if not places or a.q_len * a.kv_len == 0:
+    places = list(numpy.ndindex(a.batch, a.kv_heads))
+    if not places or not pairs:
         return []
-    sampler.budget = max(a.kv_len if a.kv_len * pairs <= COLUMN_PAIRS * MOST_KEYS else 0, MOST_KEYS) * len(chosen)
-    taken = [places[i] for i in sorted(chosen.tolist())]
-    return [(entry, head, sampler.rows(len(taken), turn)) for turn, (entry, head) in enumerate(taken)]
+    heads = min(len(places), max(1, COLUMN_PAIRS // pairs))
+    keys = max(MOST_KEYS, a.kv_len) if a.kv_len * pairs <= COLUMN_PAIRS * MOST_KEYS else MOST_KEYS
+    sampler = Sampler(a.kv_len, keys * heads, seed)
+    chosen = sorted(sampler.random.permutation(len(places))[:heads].tolist())
+    return [(*places[i], sampler.rows(heads, turn)) for turn, i in enumerate(chosen)]
 
 
 def allowance(

@@ -64,8 +64,7 @@ def _clauses(comparison: Compared, like: Likeness, *, hidden: bool) -> tuple[str
     """Name the clauses that are broken: those of the mistake, or those of the kind of the worst element."""
     if like.clauses:
         return like.clauses
-    worst = numpy.unravel_index(int(comparison.shares.argmax()), comparison.shares.shape)
-    kind, got = int(comparison.values.kinds[worst]), float(comparison.got[worst])
+    kind, got = int(comparison.values.kinds[comparison.worst]), float(comparison.got[comparison.worst])
     if kind == EXACT:
         return {"lse": ("MHA-EMPTY-2",), "output": ("MHA-EMPTY-1",)}.get(comparison.name, ("MHA-EMPTY-3",))
     if kind == NAN:
@@ -77,7 +76,7 @@ def _clauses(comparison: Compared, like: Likeness, *, hidden: bool) -> tuple[str
 
 def _worst(comparison: Compared) -> str:
     """Write the worst element."""
-    at = numpy.unravel_index(int(comparison.shares.argmax()), comparison.shares.shape)
+    at = comparison.worst
     index = [*comparison.places[at[0]].tolist(), *(int(i) for i in at[1:])]
     expected, got, share = (float(x[at]) for x in (comparison.values.expected, comparison.got, comparison.shares))
     kind, allowed = int(comparison.values.kinds[at]), float(comparison.values.allowance[at])

@@ -14,13 +14,12 @@ import numpy
 from mha_spec.layer_steps import LayerSteps
 from mha_spec.steps import Steps
 from mha_spec_conformance.judging.bounds import bounds, unit_roundoff
-from mha_spec_conformance.judging.compare import EXACT, FINITE, NAN, shares
+from mha_spec_conformance.judging.compare import FINITE, kinds_of_values
 from mha_spec_conformance.mistakes import MISTAKES, Mistake
 from mha_spec_conformance.mistakes import Compared as HowCompared
-from mha_spec_conformance.suite.cases import Expected
 
 from .part import Part
-from .results import Values, forward, gradient_of_query
+from .results import Values, forward, gradient_of_query, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -124,15 +123,13 @@ class _Rows:
             with numpy.errstate(all="ignore"):
                 whole = steps.check(replace(self.problem.arguments))
                 keys = numpy.arange(whole.kv_len)
-                parts = [Part(whole, *place, numpy.asarray(r), keys, steps) for place, r in self._places(rows)]
-                return all(self._matches(part) for part in parts)
+                return all(
+                    self._matches(Part(whole, entry, (head,), numpy.asarray(chosen), keys, steps))
+                    for (entry, head), chosen in rows.items()
+                    if chosen
+                )
         except CANNOT_ANSWER:
             return False
-
-    def _places(
-        self, rows: Mapping[tuple[int, int], Sequence[int]]
-    ) -> Iterator[tuple[tuple[int, tuple[int]], Sequence[int]]]:
-        return (((entry, (head,)), taken) for (entry, head), taken in rows.items() if taken)
 
     def _matches(self, part: Part, place: tuple[int, int, int] = HERE) -> bool:
         """Tell whether what was received is within the allowance of the results of a part, moved by `place`."""
@@ -154,9 +151,8 @@ class _Rows:
         at = {tuple(p): i for i, p in enumerate(comparison.places.tolist())}
         entry, head, shift = part.entry + place[0], part.heads[0] + place[1], place[2]
         got = comparison.got[[at[entry, head, int(row) + shift] for row in part.rows]]
-        as_received = replace(values, kinds=_kinds(values))
-        judged = _shares(comparison.name, got, as_received, self.run)
-        return bool((judged <= 1).all())
+        as_received = replace(values, kinds=kinds_of_values(values.expected))
+        return bool((shares_of(comparison.name, got, as_received, self.run) <= 1).all())
 
     def elsewhere(self) -> Likeness | None:
         """Tell whether the wrong rows of a head have the right results of another head, entry or row."""
@@ -205,30 +201,17 @@ def rotary_likeness(
             continue
         try:
             mistaken = bounds("rotary_embedding", arrays, options, steps)
-            expected, allowed = (mistaken.values["output"], mistaken.allowances(run)["output"])
+            expected, allowed = mistaken.values["output"], mistaken.allowances(run)["output"]
         except CANNOT_ANSWER:
             continue
         shape = comparison.got.shape
         if expected.size == comparison.got.size:
-            values = Values(expected.reshape(shape), numpy.zeros(shape, numpy.uint8), allowed.reshape(shape))
-            values = replace(values, kinds=_kinds(values))
-            named += [mistake] if (_shares("output", comparison.got, values, run) <= 1).all() else []
+            expected, allowed = expected.reshape(shape), allowed.reshape(shape)
+            values = Values(expected, kinds_of_values(expected), allowed)
+            named += [mistake] if (shares_of("output", comparison.got, values, run) <= 1).all() else []
     if named:
         return _named("It looks like the mistake", named)
     return _constant([comparison]) or _factor([comparison]) or _rounding([comparison], run) or Likeness()
-
-
-def _shares(name: str, got: numpy.ndarray, values: Values, run: Precision) -> numpy.ndarray:
-    """Give the shares of the allowance that received rows use."""
-    wanted = Expected(values.expected, values.kinds, None, values.expected.shape)
-    return shares(name, wanted, got, values.allowance, run)
-
-
-def _kinds(values: Values) -> numpy.ndarray:
-    """Give the kinds of the results of a mistake."""
-    expected = values.expected
-    kinds = numpy.where(numpy.isnan(expected), NAN, numpy.where(numpy.isinf(expected), EXACT, FINITE))
-    return kinds.astype(numpy.uint8)
 
 
 def _applies(mistake: Mistake, whole: Arguments) -> bool:

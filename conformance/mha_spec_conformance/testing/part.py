@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec.steps import Steps
+from mha_spec_conformance.judging.bounds import SPECIFICATION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mha_spec.arguments import Arguments
+    from mha_spec.steps import Steps
 
 __all__ = ["Part"]
-
-SPECIFICATION = Steps()
 
 SAME = ("causal", "window", "scale", "softcap", "dropout_rate")
 """The options that are the same for a part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy
@@ -32,7 +33,9 @@ __all__ = [
     "evaluate_gradients",
     "forward",
     "gradient_of_query",
+    "places_over",
     "row_kinds",
+    "shares_of",
     "values_of",
 ]
 
@@ -57,10 +60,26 @@ class Compared:
     got: numpy.ndarray
     shares: numpy.ndarray
 
-    @property
+    @cached_property
     def wrong(self) -> numpy.ndarray:
         """True for the rows that have a wrong element."""
         return numpy.any(self.shares.reshape(len(self.places), -1) > 1, axis=1, keepdims=False)
+
+    @property
+    def worst(self) -> tuple[numpy.intp, ...]:
+        """The index of the element that uses the largest share of its allowance."""
+        return numpy.unravel_index(int(self.shares.argmax()), self.shares.shape)
+
+
+def shares_of(name: str, got: numpy.ndarray, values: Values, run: Precision) -> numpy.ndarray:
+    """Give the share of its allowance that each element of a received result uses."""
+    wanted = Expected(values.expected, values.kinds, None, values.expected.shape)
+    return shares(name, wanted, got, values.allowance, run)
+
+
+def places_over(shape: tuple[int, ...]) -> numpy.ndarray:
+    """Give the places of all rows of a result whose first three axes have these sizes, (rows, 3)."""
+    return numpy.stack([index.ravel() for index in numpy.indices(shape)], axis=1)
 
 
 def compared(name: str, result: numpy.ndarray, parts: Sequence[tuple[Part, Values]], run: Precision) -> Compared:
@@ -69,8 +88,7 @@ def compared(name: str, result: numpy.ndarray, parts: Sequence[tuple[Part, Value
     joined = (numpy.concatenate([getattr(v, field) for _, v in parts]) for field in ("expected", "kinds", "allowance"))
     values = Values(*joined)
     got = result[places[:, 0], places[:, 1], places[:, 2]]
-    wanted = Expected(values.expected, values.kinds, None, values.expected.shape)
-    return Compared(name, places, values, got, shares(name, wanted, got, values.allowance, run))
+    return Compared(name, places, values, got, shares_of(name, got, values, run))
 
 
 def _places(part: Part, name: str) -> numpy.ndarray:

@@ -9,13 +9,12 @@ import numpy
 
 from mha_spec.layer import Layer
 from mha_spec_conformance.judging.bounds import bounds, precision
-from mha_spec_conformance.judging.compare import ANY, EXACT, FINITE, shares
-from mha_spec_conformance.suite.cases import Expected
+from mha_spec_conformance.judging.compare import ANY, EXACT, FINITE
 
 from .fault import describe_as
 from .likeness import Likeness, rotary_likeness
 from .problem import read_array, read_result, read_tensor
-from .results import Compared, Values
+from .results import Compared, Values, places_over, shares_of
 from .sampling import Sampler, checked_rows
 
 if TYPE_CHECKING:
@@ -91,9 +90,8 @@ def _compared(
     turned = numpy.arange(expected.shape[-1]) < (options.get("rotary_dim") or expected.shape[-1])
     unspecified = ~numpy.isfinite(expected) | ~numpy.isfinite(allowed)
     kinds = numpy.where(unspecified, ANY, numpy.where(turned, FINITE, EXACT)).astype(numpy.uint8)
-    places = numpy.stack([index.ravel() for index in numpy.indices(expected.shape[:3])], axis=1)
+    places = places_over(expected.shape[:3])
     places[:, 2] = rows[places[:, 2]]
     expected, kinds, allowed, got = (array.reshape(len(places), -1) for array in (expected, kinds, allowed, got))
     values = Values(expected, kinds, allowed)
-    used = shares("output", Expected(expected, kinds, None, expected.shape), got, allowed, run)
-    return Compared("output", places, values, got, used)
+    return Compared("output", places, values, got, shares_of("output", got, values, run))

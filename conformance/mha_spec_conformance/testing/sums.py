@@ -9,12 +9,10 @@ import numpy
 
 from mha_spec.errors import ArgumentValueError
 from mha_spec_conformance.fuzzing.expected import Rows, kinds_of
+from mha_spec_conformance.judging.bounds import SPECIFICATION
 from mha_spec_conformance.judging.bounds.backward import BackwardErrors, GradientEvaluation
-from mha_spec_conformance.judging.compare import ANY, FINITE, shares
-from mha_spec_conformance.suite.cases import Expected
 
-from .part import SPECIFICATION
-from .results import Compared, Values
+from .results import Compared, Values, places_over, shares_of, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +49,7 @@ def whole_sums(problem: Problem, results: Mapping[str, numpy.ndarray], run: Prec
     options = {
         field.name: getattr(a, field.name)
         for field in fields(a)
-        if field.name not in (*arrays, "query", "key", "value", "function") and getattr(a, field.name) is not None
+        if field.name not in (*arrays, "function") and getattr(a, field.name) is not None
     }
     arrays |= {"grad_output": problem.grad_output}
     arrays |= {} if problem.grad_lse is None else {"grad_lse": problem.grad_lse}
@@ -70,13 +68,10 @@ def _compared(
     run: Precision,
 ) -> Compared:
     """Compare a gradient; its rows are its first three axes, or for sinks the heads."""
-    expected, allowed = getattr(evaluation, name), getattr(errors, name)()
-    kinds = numpy.broadcast_to(kinds, expected.shape)
-    kinds = numpy.where((kinds == FINITE) & ~numpy.isfinite(allowed), ANY, kinds).astype(numpy.uint8)
-    full = numpy.ones((*expected.shape, 1, 1, 1)[:4], int).shape if expected.ndim == 4 else (1, expected.size, 1)
-    places = numpy.stack([index.ravel() for index in numpy.indices(full[:3])], axis=1)
+    values = values_of(getattr(evaluation, name), kinds, getattr(errors, name)())
+    size = values.expected.shape
+    places = places_over(size[:3] if len(size) == 4 else (1, *size, 1))
     shape = (len(places), -1)
-    values = Values(expected.reshape(shape), kinds.reshape(shape), allowed.reshape(shape))
-    wanted = Expected(values.expected, values.kinds, None, values.expected.shape)
+    values = Values(values.expected.reshape(shape), values.kinds.reshape(shape), values.allowance.reshape(shape))
     got = got.reshape(shape)
-    return Compared(name, places, values, got, shares(name, wanted, got, values.allowance, run))
+    return Compared(name, places, values, got, shares_of(name, got, values, run))
