@@ -153,6 +153,12 @@ def _one_split(arrays: Arrays, options: Options) -> tuple[Arrays, Options]:
 
 
 TILES, GRADIENTS = "attention/tiles/*", "attention_vjp/tiles/*"
+FORGOTTEN = (
+    *((name,) for name in ("mask", "bias", "scale", "softcap", "sinks", "window", "causal")),
+    ("q_segment_ids", "kv_segment_ids"),
+    ("dropout_mask", "dropout_rate"),
+)
+"""The options that are forgotten, alone or with those that they need."""
 WRONG: dict[str, Wrong] = {
     "mask lost from key 64 on": Wrong(TILES, "mask", called(late_keys(lambda mask, late: mask | late, "mask"))),
     "mask lost in tiles below the diagonal": Wrong(TILES, "mask", called(below_the_diagonal)),
@@ -164,34 +170,10 @@ WRONG: dict[str, Wrong] = {
     ),
     "lengths of keys lost from row 64 on": Wrong(TILES, "kv_lengths", rows_of(forgets("kv_lengths"))),
     "lengths of queries lost": Wrong(TILES, "q_lengths", rows_of(forgets("q_lengths"))),
-    **{
-        f"{names[0]} lost from row 64 on": Wrong(TILES, names[0], rows_of(forgets(*names)))
-        for names in (
-            ("mask",),
-            ("bias",),
-            ("scale",),
-            ("softcap",),
-            ("sinks",),
-            ("window",),
-            ("causal",),
-            ("q_segment_ids", "kv_segment_ids"),
-            ("dropout_mask", "dropout_rate"),
-        )
-    },
+    **{f"{names[0]} lost from row 64 on": Wrong(TILES, names[0], rows_of(forgets(*names))) for names in FORGOTTEN},
     **{
         f"gradients without {names[0]} from key 64 on": Wrong(GRADIENTS, names[0], gradients_of(forgets(*names)))
-        for names in (
-            ("mask",),
-            ("bias",),
-            ("scale",),
-            ("softcap",),
-            ("sinks",),
-            ("window",),
-            ("causal",),
-            ("kv_lengths",),
-            ("q_segment_ids", "kv_segment_ids"),
-            ("dropout_mask", "dropout_rate"),
-        )
+        for names in (*FORGOTTEN, ("kv_lengths",))
     },
     "merged rows from 8 on are those of the first half": Wrong("merge_attention/many-rows/*", "lse_a", merges_few_rows),
     "positions clamped at 4,095": Wrong("rotary_embedding/far/*", "positions", called(clamped(4095))),
