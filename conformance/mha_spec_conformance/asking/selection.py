@@ -21,7 +21,7 @@ from .tiles import hidden_by_dense_alone
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mha_spec_conformance.suite.cases import Case
+    from mha_spec_conformance.suite.cases import Case, Expected
     from mha_spec_conformance.targets.claims import Claims
 
 MOST_ROWS = 2**14
@@ -97,6 +97,11 @@ class Ask:
         features = (name for name in self.case.features if name not in self.of_suite)
         return tuple(name for name in features if name != "lse" or "lse" in self.outputs or not self.case.expected)
 
+    @property
+    def expected(self) -> dict[str, Expected]:
+        """The expected outputs that are asked for, by name; empty if the case must raise."""
+        return {name: self.case.expected[name] for name in self.outputs if name in self.case.expected}
+
     def question(self) -> Question:
         """Give the question, with fresh arrays."""
         case = self.case
@@ -124,16 +129,15 @@ class Ask:
 
     def _sampled(self) -> dict[str, Sample]:
         """Give the outputs of which the golden holds only rows."""
-        expected = {name: self.case.expected[name] for name in self.outputs if name in self.case.expected}
         return {
             name: Sample(tuple(golden.shape), golden.rows.astype(numpy.int64), golden.values.size // golden.rows.size)
-            for name, golden in expected.items()
+            for name, golden in self.expected.items()
             if golden.rows is not None and 0 < golden.rows.size <= MOST_ROWS
         }
 
     def _most_bytes(self) -> int:
         """Give a size that the outputs of all calls stay below in every dtype."""
-        elements = sum(math.prod(self.case.expected[name].shape) for name in self.outputs if name in self.case.expected)
+        elements = sum(math.prod(golden.shape) for golden in self.expected.values())
         return LEAST_ROOM + elements * WIDEST * (1 + len(FURTHER))
 
 

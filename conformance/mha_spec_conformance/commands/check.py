@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.suite.cases import Suite
 
-__all__ = ["UsageError", "among", "check", "selection_of", "settings_of"]
+__all__ = ["among", "check", "selection_of", "settings_of"]
 
 NO_REPORTS = Reports()
 
@@ -75,7 +75,7 @@ def check(
 def settings_of(suite: Suite, required: tuple[str, ...], accepted: Iterable[str], known: Path | None) -> Settings:
     """Give the settings that decide which failures count."""
     return Settings(
-        required=among("--require", required, (*_features_of(suite), *FLOATING)),
+        required=among("--require", required, (*suite.features, *FLOATING)),
         accepted=frozenset(parse_convention(text) for text in accepted),
         known=read_known(known) if known else (),
     )
@@ -123,11 +123,6 @@ def selection_of(
                 number = len(suite.cases)
                 raise UsageError(f"{option} {pattern} matches none of {number} cases; `mha-spec cases` lists them")
     return selection
-
-
-def _features_of(suite: Suite) -> tuple[str, ...]:
-    """Name the features of all cases."""
-    return tuple(dict.fromkeys(feature for case in suite.cases for feature in case.features))
 
 
 def among(option: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:

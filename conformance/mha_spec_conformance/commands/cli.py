@@ -144,10 +144,10 @@ def check(
 ) -> None:
     """Judge a target. The exit status is 0 if every case passed, 1 if not, and 2 if the target cannot be judged."""
     from . import check as checking
-    from .reports import Reports
+    from .reports import Reports, UsageError
 
     if (target is None) is (command is None):
-        raise checking.UsageError("either TARGET or --command must be given, and not both")
+        raise UsageError("either TARGET or --command must be given, and not both")
     _end_with_status(
         checking.check,
         target=target or str(command),

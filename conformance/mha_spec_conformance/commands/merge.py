@@ -59,8 +59,7 @@ def joined(parts: Sequence[Report], suite: Suite, required: tuple[str, ...] = ()
     first = parts[0]
     _check_same(parts, suite)
     _check_shards([part["selection"]["shard"] for part in parts])
-    features = tuple(dict.fromkeys(feature for case in suite.cases for feature in case.features))
-    among("--require", required, (*features, *first["target"]["dtypes"]))
+    among("--require", required, (*suite.features, *first["target"]["dtypes"]))
     selection = first["selection"]
     return Run(
         suite=suite,

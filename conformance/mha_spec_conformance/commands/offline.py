@@ -13,8 +13,8 @@ from mha_spec_conformance.suite.cases import load
 from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.claims import Claims
 
-from .check import UsageError, among, selection_of, settings_of
-from .reports import Reports, conclude
+from .check import among, selection_of, settings_of
+from .reports import Reports, UsageError, conclude
 
 if TYPE_CHECKING:
     from pathlib import Path

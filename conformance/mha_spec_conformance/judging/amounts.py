@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy
 
 from .bounds import bounds, precision, unit_roundoff
-from .compare import judge
+from .compare import in_full_shape, judge
 from .places import Place, axes_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .places import WrongElements
     from .recognition import Wrong
 
-__all__ = ["amounts", "rounded_to"]
+__all__ = ["NARROWER", "amounts", "rounded_to"]
 
 FEWEST = 3
 """The number of elements from which a common factor or shift is not a coincidence."""
@@ -136,12 +136,7 @@ def _elsewhere(failure: WrongElements, name: str) -> str | None:
 def _full_expected(failure: WrongElements, name: str) -> numpy.ndarray:
     """Give the expected output in its full shape, with NaN in the rows that the golden does not hold."""
     golden = failure.expected[name]
-    if golden.rows is None:
-        return golden.values.reshape(golden.shape)
-    width = golden.values.size // max(len(golden.rows), 1)
-    full = numpy.full((math.prod(golden.shape) // max(width, 1), width), numpy.nan)
-    full[golden.rows] = golden.values.reshape(-1, width)
-    return full.reshape(golden.shape)
+    return in_full_shape(golden.values, golden, numpy.nan)
 
 
 def rounded_to(wrong: Wrong, profile: str = "standard") -> str | None:
@@ -151,7 +146,7 @@ def rounded_to(wrong: Wrong, profile: str = "standard") -> str | None:
     """
     case, dtype = wrong.ask.case, wrong.ask.dtype
     run = precision(dtype, profile)
-    expected = {name: case.expected[name] for name in wrong.ask.outputs}
+    expected = wrong.ask.expected
     evaluated = bounds(case.function, case.inputs(dtype), case.options)
     stored = _stored_in(wrong.outputs.values(), run.u_in)
     for narrower in NARROWER:
@@ -162,7 +157,7 @@ def rounded_to(wrong: Wrong, profile: str = "standard") -> str | None:
         coarse = replace(run, u_in=max(run.u_in, unit), u_a=unit, u_p=kept, u_dp=kept, e_x=8 * unit, e_t=8 * unit)
         coarse = replace(coarse, u_o=max(run.u_o, unit), u_l=max(run.u_l, unit))
         allowed = {
-            name: numpy.minimum(array, MOST_UNITS * unit * _largest(case.expected[name]))
+            name: numpy.minimum(array, MOST_UNITS * unit * _largest(expected[name]))
             for name, array in evaluated.allowances(coarse).items()
             if name in expected
         }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mha_spec_conformance.mistakes import MISTAKES
 
-from .amounts import amounts, rounded_to
+from .amounts import NARROWER, amounts, rounded_to
 from .places import WrongElements, described
 from .properties import Properties
 from .result import FAILING, WITHOUT_ARRAYS
@@ -231,7 +231,7 @@ def _by_rounding(unnamed: Sequence[Result], profile: str) -> dict[str, list[Resu
     for members in cells.values():
         rounded = [(result, dtype) for result, dtype in members if dtype is not None]
         if len(rounded) >= NEARLY_ALL * len(members):
-            coarsest = max((dtype for _, dtype in rounded), key=("float32", "float16", "bfloat16").index)
+            coarsest = max((dtype for _, dtype in rounded), key=NARROWER.index)
             groups[coarsest] += [result for result, _ in rounded]
     return dict(groups)
 

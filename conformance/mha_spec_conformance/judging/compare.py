@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +28,7 @@ __all__ = [
     "Worst",
     "gate_b",
     "golden_rows",
+    "in_full_shape",
     "judge",
     "kinds_of_values",
     "shares",
@@ -193,16 +195,16 @@ def wrong_elements(
     elements = _elements(name, wanted, output, allowance)
     shares = _shares(elements, overflow_threshold(name, output, precision))
     wrong = _wrong_kind(elements) | (shares > 1)
-    return _in_full_shape(wrong, wanted), _in_full_shape(elements.kinds != ANY, wanted)
+    return in_full_shape(wrong, wanted, False), in_full_shape(elements.kinds != ANY, wanted, False)
 
 
-def _in_full_shape(marked: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
-    """Put marks of the rows that the golden holds into an array of the full shape, which is False elsewhere."""
+def in_full_shape(held: numpy.ndarray, wanted: Expected, elsewhere: float) -> numpy.ndarray:
+    """Put the elements of the rows that the golden holds into an array of the full shape, filled with `elsewhere`."""
     if wanted.rows is None:
-        return marked.reshape(wanted.shape)
-    width = marked.size // max(len(wanted.rows), 1)
-    rows = numpy.zeros((int(numpy.prod(wanted.shape)) // max(width, 1), width), bool)
-    rows[wanted.rows] = marked.reshape(-1, width)
+        return held.reshape(wanted.shape)
+    width = held.size // max(len(wanted.rows), 1)
+    rows = numpy.full((math.prod(wanted.shape) // max(width, 1), width), elsewhere, held.dtype)
+    rows[wanted.rows] = held.reshape(-1, width)
     return rows.reshape(wanted.shape)
 
 

@@ -235,12 +235,10 @@ def _refusal(ask: Ask, answer: Answer) -> Result:
 def _compare(
     ask: Ask, outputs: Mapping[str, numpy.ndarray], allowances: Mapping[str, numpy.ndarray], run_precision: Precision
 ) -> Judgement:
-    expected = {name: ask.case.expected[name] for name in ask.outputs}
-    return judge(ask.case, expected, outputs, allowances, run_precision)
+    return judge(ask.case, ask.expected, outputs, allowances, run_precision)
 
 
 def _note(ask: Ask, answer: Answer, deviations: Mapping[str, numpy.ndarray]) -> str | None:
     """Describe the errors of a generic case that are too large for independent roundings (MHA-ACC-2)."""
-    expected = {name: ask.case.expected[name] for name in ask.outputs}
-    notes = ((name, statistics.note) for name, statistics in gate_b(expected, answer.outputs, deviations).items())
+    notes = ((name, statistics.note) for name, statistics in gate_b(ask.expected, answer.outputs, deviations).items())
     return next((f"`{name}`: {note}" for name, note in notes if note is not None), None)

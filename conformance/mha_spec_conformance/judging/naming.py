@@ -127,9 +127,7 @@ class _Search:
 
     def try_pairs(self) -> None:
         """Try pairs of the mistakes that explain a failure each, where failures are left."""
-        explained = Counter(
-            name for name, mistake in self.suspects.items() for w in self.wrong if w.verdicts.get(mistake.name)
-        )
+        explained = Counter(name for name in self.suspects for w in self.wrong if w.verdicts.get(name))
         chosen = [self.suspects[name] for name, _ in explained.most_common(MOST_PAIRED)]
         small = [w for w in self.wrong if _scores(w.ask.case) <= MOST_SCORES_OF_PAIR]
         for first, second in combinations(chosen, 2):

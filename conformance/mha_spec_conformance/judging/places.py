@@ -68,7 +68,7 @@ class WrongElements:
         """Compare the answer element by element."""
         self.wrong = wrong
         run = precision(wrong.ask.dtype, profile)
-        self.expected = {name: wrong.ask.case.expected[name] for name in wrong.ask.outputs}
+        self.expected = wrong.ask.expected
         self.marks: dict[str, numpy.ndarray] = {}
         self.compared: dict[str, numpy.ndarray] = {}
         for name, golden in self.expected.items():

@@ -69,13 +69,11 @@ class Wrong:
     @cached_property
     def spreads(self) -> bool:
         """True if a number that is not finite spreads from an operand to an element that must be finite."""
-        case = self.ask.case
-        operands = (
-            x for name, x in case.inputs(self.ask.dtype).items() if name != "bias" and dtype_name(x) in FLOATING
-        )
+        inputs = self.ask.case.inputs(self.ask.dtype)
+        operands = (x for name, x in inputs.items() if name != "bias" and dtype_name(x) in FLOATING)
         if all(numpy.isfinite(array.astype(numpy.float64)).all() for array in operands):
             return False
-        return any(_spread(case.expected[name], self.outputs[name]) for name in self.ask.outputs)
+        return any(_spread(golden, self.outputs[name]) for name, golden in self.ask.expected.items())
 
 
 class Recognition:
@@ -117,7 +115,7 @@ class Recognition:
         mistaken = predictions.outputs(mistake, ask.dtype)
         if mistaken is None or any(name not in mistaken for name in ask.outputs):
             return False
-        golden = {name: ask.case.expected[name] for name in ask.outputs}
+        golden = ask.expected
         if all(_distance(golden[name], mistaken[name]) < SAME for name in golden):
             return False
         if any(_distance(golden[name], mistaken[name]) > CLEARLY_OTHER for name in golden):
@@ -170,7 +168,7 @@ class _Comparison:
         self.case = predictions.case
         self.dtype = wrong.ask.dtype
         self.outputs = wrong.outputs
-        self.golden = {name: self.case.expected[name] for name in wrong.ask.outputs}
+        self.golden = wrong.ask.expected
         self.standard = precision(self.dtype, profile)
         self.allowed = wrong.allowances
 

@@ -100,6 +100,11 @@ class Mistake:
         """Return the name in reports: `convention=variant` for a convention, else the name of the mistake."""
         return self.name if self.convention is None else str(self.convention)
 
+    @property
+    def sentence(self) -> str:
+        """Return what an implementation with the mistake does, with the bugs that were this mistake."""
+        return f"{self.name}, which {self.title}" + (f" ({', '.join(self.bugs)})" if self.bugs else "")
+
 
 def replacing(**steps: Callable[..., object]) -> Steps:
     """Return the specification's steps, some of them replaced."""

@@ -251,10 +251,7 @@ def _element(worst: Worst) -> str:
 def _mistakes(names: Sequence[str]) -> list[str]:
     """Describe mistakes and conventions, each with the bugs that made it."""
     mistakes = [mistake for name in names for mistake in MISTAKES if name in (mistake.name, mistake.variant)]
-    return [
-        f"{mistake.name}, which {mistake.title}" + (f" ({', '.join(mistake.bugs)})" if mistake.bugs else "")
-        for mistake in mistakes[:MOST_NAMES]
-    ]
+    return [mistake.sentence for mistake in mistakes[:MOST_NAMES]]
 
 
 def _print_features(screen: Console, run: Run) -> None:

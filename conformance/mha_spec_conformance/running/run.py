@@ -93,9 +93,7 @@ class Run:
     @cached_property
     def not_asked(self) -> tuple[str, ...]:
         """The features and dtypes of the suite that were not judged."""
-        features = dict.fromkeys(feature for case in self.suite.cases for feature in case.features)
-        if not self.claims.registered:
-            features.pop("errors", None)
+        features = [name for name in self.suite.features if name != "errors" or self.claims.registered]
         dtypes = {result.ask.dtype for result in self.judged}
         return (*(f for f in features if f not in self.asked_features), *(d for d in FLOATING if d not in dtypes))
 

@@ -191,6 +191,11 @@ class Suite:
     spec_version: str
     goldens_sha256: str
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The features of all cases, in the order of the suite."""
+        return tuple(dict.fromkeys(feature for case in self.cases for feature in case.features))
+
 
 def load(folder: Path | None = None) -> Suite:
     """Read and verify the goldens of a folder, by default those of this package.

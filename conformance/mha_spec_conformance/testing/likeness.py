@@ -183,11 +183,8 @@ class _Rows:
 
 def _named(intro: str, mistakes: Sequence[Mistake]) -> Likeness:
     """Name mistakes that explain the wrong rows, with the bugs that were this mistake."""
-    sentences = [
-        f"{intro} {mistake.name}, which {mistake.title}" + (f" ({', '.join(mistake.bugs)})" if mistake.bugs else "")
-        for mistake in mistakes[:MOST_MISTAKES]
-    ]
-    return Likeness(tuple(sentences), mistakes[0].clauses[:1])
+    sentences = tuple(f"{intro} {mistake.sentence}" for mistake in mistakes[:MOST_MISTAKES])
+    return Likeness(sentences, mistakes[0].clauses[:1])
 
 
 def rotary_likeness(
