@@ -44,8 +44,7 @@ def markdown(run: Run) -> str:
 
 def _table(run: Run) -> list[str]:
     """Give a table of the outcomes of MUST cases by feature, with the outcomes that occurred."""
-    musts = [result for result in run.results if result.must]
-    tallies = {name: run.tally(r for r in musts if name in r.ask.features) for name in run.asked_features}
+    tallies = {name: run.tally_of(name) for name in run.asked_features}
     total = run.summary
     shown = [outcome for outcome in OUTCOMES if total[outcome]]
     lines = [f"| feature | {' | '.join(shown)} |", f"| --- |{' ---: |' * len(shown)}"]

@@ -25,8 +25,7 @@ SCHEMA = "mha-spec-report/1"
 
 def as_json(run: Run) -> dict[str, object]:
     """Give the report of a run as plain data."""
-    musts = [result for result in run.results if result.must]
-    features = {feature for result in musts for feature in result.ask.features}
+    features = {feature for result in run.musts for feature in result.ask.features}
     return {
         **_origin(run),
         "selection": {
@@ -45,7 +44,7 @@ def as_json(run: Run) -> dict[str, object]:
         ],
         "summary": run.summary,
         "should": run.tally(result for result in run.results if not result.must),
-        "features": {name: run.tally(r for r in musts if name in r.ask.features) for name in sorted(features)},
+        "features": {name: run.tally_of(name) for name in sorted(features)},
         "conventions": run.conventions,
         "refused": {name: {"refused": part, "asked": whole} for name, (part, whole) in run.refused.items()},
         "failing_features": list(run.failing_features),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.judging.compare import Worst
     from mha_spec_conformance.running.run import Run
 
-__all__ = ["COLOURS", "Bar", "console", "details", "print_run", "summary_of"]
+__all__ = ["COLOURS", "Bar", "console", "details", "print_run"]
 
 MOST_CAUSES = 8
 """The number of causes that are printed; the JSON report has all of them."""
@@ -107,7 +107,7 @@ class Bar:
 
 def print_run(screen: Console, run: Run) -> None:
     """Print what the failures share, their causes, a table of the features that failed, and the verdict."""
-    for line in summary_of(run.findings):
+    for line in _summary(run.findings):
         _line(screen, line, "bold")
     for note in run.notes:
         _line(screen, f"Note: {note}.")
@@ -132,7 +132,7 @@ def print_run(screen: Console, run: Run) -> None:
     screen.print(f"[bold {colour}]{escape(run.claims.name)}: {escape(run.verdict)}[/]")
 
 
-def summary_of(findings: Findings) -> list[str]:
+def _summary(findings: Findings) -> list[str]:
     """Describe all failures in at most two lines: their causes, what they share, and where they are wrong."""
     if findings.story is None:
         return []
@@ -202,11 +202,11 @@ def _print_example(screen: Console, run: Run, example: Result) -> None:
 
 def details(result: Result) -> list[str]:
     """Describe a result in lines: the clause, the call, the worst element and the mistakes that explain it."""
-    first = broken(result)
-    lines = [f"{clause}: {sentence}" for clause, sentence in sentences(first)]
+    first = _broken(result)
+    lines = [f"{clause}: {sentence}" for clause, sentence in _sentences(first)]
     if first and (others := [clause for clause in result.clauses if clause not in first]):
         lines.append(f"The case also cites {', '.join(others)}.")
-    lines.append(f"Call: {call_of(result)}")
+    lines.append(f"Call: {_call(result)}")
     wrong_value = result.conventions and result.worst is not None and (result.allowance_used or 0.0) > 1
     lines.append(f"Result: {_element(result.worst) if wrong_value and result.worst else result.reason}")
     if result.conventions:
@@ -216,7 +216,7 @@ def details(result: Result) -> list[str]:
     return [*lines, f"To see the case in numbers, run: mha-spec explain {result.ask.case.id}"]
 
 
-def broken(result: Result) -> tuple[str, ...]:
+def _broken(result: Result) -> tuple[str, ...]:
     """Name the clauses to read first: those of the mistake that explains the answer, else the first clause of the case.
 
     If no output could be compared, the failure breaks no particular clause, and none is named.
@@ -229,13 +229,13 @@ def broken(result: Result) -> tuple[str, ...]:
     return tuple(clause for clause in mistake.clauses if clause in result.clauses) or mistake.clauses
 
 
-def sentences(names: tuple[str, ...]) -> list[tuple[str, str]]:
+def _sentences(names: tuple[str, ...]) -> list[tuple[str, str]]:
     """Give clauses with their normative sentences."""
     by_id = clauses()
     return [(name, by_id[name].sentence) for name in names if name in by_id]
 
 
-def call_of(result: Result) -> str:
+def _call(result: Result) -> str:
     """Write the call in a line."""
     case, arrays = result.ask.case, result.ask.case.inputs(result.ask.dtype)
     shown = [f"{name} {tuple(array.shape)}" for name, array in arrays.items() if name not in result.ask.omitted]
@@ -260,7 +260,7 @@ def _print_features(screen: Console, run: Run) -> None:
 
     table = Table("feature", *OUTCOMES, box=None, pad_edge=False)
     for feature in run.failing_features:
-        tally = run.tally(r for r in run.results if r.must and feature in r.ask.features)
+        tally = run.tally_of(feature)
         if any(tally[outcome] for outcome in FAILING):
             table.add_row(feature, *(str(tally[outcome] or "") for outcome in OUTCOMES))
     if table.row_count:
@@ -279,16 +279,11 @@ def _print_laws(screen: Console, run: Run) -> None:
     screen.print()
 
 
-def _unsupported(run: Run) -> Counter[str]:
-    """Count the unsupported questions by reason."""
-    return Counter(result.reason or "" for result in run.results if result.outcome == "unsupported")
-
-
 def _remarks(run: Run) -> list[str]:
     """Give remarks; only those about stale known failures count for the verdict."""
     should = [result for result in run.results if not result.must]
-    refusals = _unsupported(run).most_common(MOST_NAMES)
-    lines = [f"Unsupported, {number} times: {reason}" for reason, number in refusals]
+    refusals = Counter(result.reason or "" for result in run.results if result.outcome == "unsupported")
+    lines = [f"Unsupported, {number} times: {reason}" for reason, number in refusals.most_common(MOST_NAMES)]
     if should:
         tally = run.tally(should)
         counted = ", ".join(f"{number} {outcome}" for outcome, number in tally.items() if number)

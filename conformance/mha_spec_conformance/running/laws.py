@@ -114,8 +114,11 @@ def _future_data(ask: Ask, question: Question) -> _Pair | None:
     def first(array: numpy.ndarray) -> numpy.ndarray:
         return array[:, :, :rows]
 
-    pair = _Pair((_overwritten(question, ~early),), first)
-    return replace(pair, join=lambda answers: {name: first(array) for name, array in answers[0].items()})
+    return _Pair(
+        (_overwritten(question, ~early),),
+        first,
+        join=lambda answers: {name: first(array) for name, array in answers[0].items()},
+    )
 
 
 def _seen_keys(ask: Ask, rows: int | None = None) -> numpy.ndarray | None:

@@ -51,6 +51,11 @@ class Run:
         return self.finished and self.selection.everything
 
     @cached_property
+    def musts(self) -> list[Result]:
+        """The results of MUST cases."""
+        return [result for result in self.results if result.must]
+
+    @cached_property
     def judged(self) -> list[Result]:
         """The results of answers that were judged."""
         return [result for result in self.results if result.outcome not in ("unsupported", INTERNAL)]
@@ -105,9 +110,8 @@ class Run:
     @cached_property
     def refused(self) -> dict[str, tuple[int, int]]:
         """The features and dtypes of MUST cases that the target refused, each with the numbers refused and asked."""
-        musts = [result for result in self.results if result.must]
-        asked = Counter(name for result in musts for name in _names(result))
-        refused = Counter(name for result in musts if result.outcome == "unsupported" for name in _names(result))
+        asked = Counter(name for result in self.musts for name in _names(result))
+        refused = Counter(name for result in self.musts if result.outcome == "unsupported" for name in _names(result))
         return {name: (refused[name], asked[name]) for name in asked if refused[name]}
 
     @cached_property
@@ -151,7 +155,11 @@ class Run:
     @property
     def summary(self) -> dict[str, int]:
         """The tally of the MUST cases."""
-        return self.tally(result for result in self.results if result.must)
+        return self.tally(self.musts)
+
+    def tally_of(self, feature: str) -> dict[str, int]:
+        """Count the results of the MUST cases that have a feature."""
+        return self.tally(result for result in self.musts if feature in result.ask.features)
 
     @property
     def conventions(self) -> dict[str, str]:
