@@ -1,7 +1,6 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 """What hostile targets do, raise and return; `hostile_target` has the table of the behaviours."""
 
-import builtins
 import ctypes
 import locale
 import mmap
@@ -326,16 +325,15 @@ def print_without_end():
         os.write(1, b"x\n" * 2**15)
 
 
-def replace_builtins():
-    """Replace functions of Python by others that raise."""
-    for name in ("print", "input", "sorted", "open"):
-        setattr(builtins, name, raising(RuntimeError("replaced")))
-
-
 def replace_in(module, *names):
-    """Replace functions of a module by others that raise."""
+    """Replace functions of a module by others that raise, until the next case begins."""
     for name in names:
-        setattr(sys.modules[module], name, raising(RuntimeError("replaced")))
+        REPLACED.setdefault(module, {}).setdefault(name, getattr(module, name))
+        setattr(module, name, raising(RuntimeError("replaced")))
+
+
+REPLACED = {}
+"""The functions of each module that a behaviour replaced: the behaviours that follow in the same process need them."""
 
 
 def warn_as_error():

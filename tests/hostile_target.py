@@ -7,8 +7,10 @@ writes the table of cases, CASES, in front of this file.
 
 import asyncio
 import atexit
+import builtins
 import ctypes
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -76,7 +78,7 @@ BEHAVIOURS = {
         "list_in_pipe": do.then_attend(lambda: do.write_to_pipes(b"[1, 2]\n")),
         "deep_json_in_pipe": do.then_attend(lambda: do.write_to_pipes(b"[" * 5000 + b"\n")),
         "other_message_in_pipe": do.then_attend(lambda: do.write_to_pipes(b'{"message": "claims"}\n')),
-        "json_is_gone": do.then_attend(lambda: do.replace_in("json", "dumps")),
+        "json_is_gone": do.then_attend(lambda: do.replace_in(json, "dumps")),
     },
     "timeout": {
         "sleeps": lambda q, k, v: time.sleep(77),
@@ -171,7 +173,7 @@ BEHAVIOURS = {
         ),
         "half_more": lambda q, k, v: do.attend(q, k, v) * numpy.float32(1.5),
         "writes_to_input": lambda q, k, v: (do.attend(q, k, v), q.fill(0))[0],
-        "patched_and_writes": lambda q, k, v: (do.attend(q, k, v), setattr(numpy, "array_equal", bool), q.fill(0))[0],
+        "patched_and_writes": lambda q, k, v: (do.attend(q, k, v), do.replace_in(numpy, "array_equal"), q.fill(0))[0],
     },
     "deviation": {"double": lambda q, k, v: do.attend(q, k, v).astype(numpy.float64)},
     "unsupported": {
@@ -206,8 +208,8 @@ BEHAVIOURS = {
         "rounds_up": do.and_attend(do.round_up),
         "flushes_subnormals": do.and_attend(do.flush_subnormals),
         "sets_locale": do.and_attend(do.set_locale),
-        "replaces_builtins": do.and_attend(do.replace_builtins),
-        "replaces_functions_of_numpy": do.and_attend(lambda: do.replace_in("numpy", "array_equal", "allclose", "save")),
+        "replaces_builtins": do.and_attend(lambda: do.replace_in(builtins, "print", "input", "sorted", "open")),
+        "replaces_functions_of_numpy": do.and_attend(lambda: do.replace_in(numpy, "array_equal", "allclose", "save")),
         "number_that_is_not_held": do.then_attend(
             lambda: do.write_to_pipes(b'{"message": "answer", "number": 999999, "kind": "returned"}\n')
         ),
@@ -231,6 +233,8 @@ def restore():
     numpy.seterr(all="warn")
     warnings.simplefilter("default")
     ctypes.CDLL("libm.so.6").fesetround(0)
+    for module, functions in do.REPLACED.items():
+        vars(module).update(functions)
 
 
 def attention(query, key, value):
