@@ -32,7 +32,7 @@ GENERIC = ("backends", "benchmarks", "conformance", "docs", "examples", "generat
 
 
 def group(name: str) -> list[str]:
-    """Give the requirements of a dependency group."""
+    """Return the requirements of a dependency group."""
     return list(nox.project.dependency_groups(PROJECT, name))
 
 

@@ -55,7 +55,7 @@ def questions(count: int, every: int) -> list[Question]:
 
 
 def timed(pool: Pool, asked: list[Question], jobs: int) -> tuple[float, Counter[tuple[str, str]]]:
-    """Ask all questions; give the seconds, and the number of answers of each kind to each sort of question."""
+    """Ask all questions; return the seconds, and the number of answers of each kind to each sort of question."""
     start = time.perf_counter()
     groups = [asked[first::jobs] for first in range(jobs)]
     answers = [(question.id, answer.kind) for question, answer in pool.answers(*groups)]

@@ -28,7 +28,7 @@ RUNS = 400
 
 
 def microseconds(function: Callable[[], object]) -> float:
-    """Give the least time of a call, over many runs."""
+    """Return the least time of a call, over many runs."""
     return min(timeit.repeat(function, number=CALLS, repeat=RUNS)) / CALLS * 1e6
 
 

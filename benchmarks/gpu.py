@@ -72,12 +72,12 @@ def main(
 
 
 def elapsed() -> float:
-    """Give the seconds since the start."""
+    """Return the seconds since the start."""
     return time.perf_counter() - START
 
 
 def parts(device: str) -> Iterator[tuple[str, ModuleType | str]]:
-    """Give each backend, or the reason why it cannot be measured."""
+    """Return each backend, or the reason why it cannot be measured."""
     yield "torch", gpu_torch
     try:
         import gpu_jax
@@ -121,7 +121,7 @@ def cells(setting: Setting, backward: bool, times: dict[str, float | None], riva
 
 
 def measured(part: Any, setting: Setting, device: str, *, backward: bool, quick: bool) -> dict[str, float | None]:
-    """Give the median time of each call in seconds, measured in turns; None for a call that raises."""
+    """Return the median time of each call in seconds, measured in turns; None for a call that raises."""
     calls: dict[str, Callable[[], object]] = part.calls(setting, device, backward=backward)
     counts: dict[str, int] = {}
     for name, call in calls.items():
@@ -141,7 +141,7 @@ def measured(part: Any, setting: Setting, device: str, *, backward: bool, quick:
 
 
 def timed(part: Any, device: str, call: Callable[[], object], count: int) -> float:
-    """Give the seconds of a call, of `count` calls in a row."""
+    """Return the seconds of a call, of `count` calls in a row."""
     start = time.perf_counter()
     result: object = None
     for _ in range(count):

@@ -8,7 +8,7 @@ __all__ = ["Setting", "settings"]
 
 
 def settings(*, quick: bool) -> list[Setting]:
-    """Give every setting, with small sizes for a quick run."""
+    """Return every setting, with small sizes for a quick run."""
     everything = [
         Setting("long, causal", (4, 16, 4096, 128), (16, 4096), causal=True, flex=True),
         Setting("long", (4, 16, 4096, 128), (16, 4096)),

@@ -51,7 +51,7 @@ class InProcess:
 
 
 def timed(run: Callable[[], Run]) -> tuple[float, float, int]:
-    """Give the time of a run in seconds, that of the processors with all processes that ended, and the passed cases."""
+    """Return the time of a run in seconds, the processor time of all processes that ended, and the passed cases."""
     start, before = time.perf_counter(), sum(os.times()[:4])
     done = run()
     passed = sum(result.outcome == "pass" for result in done.results)

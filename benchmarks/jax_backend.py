@@ -80,7 +80,7 @@ def memory() -> bool:
 
 
 def temporary(length: int) -> int:
-    """Give the bytes of temporary memory of a causal training step with 8 heads of 64."""
+    """Return the bytes of temporary memory of a causal training step with 8 heads of 64."""
     shape = jax.ShapeDtypeStruct((1, 8, length, 64), jnp.float32)
     program: Any = trained(partial(attention, causal=True))
     return program.lower([shape] * 3).compile().memory_analysis().temp_size_in_bytes

@@ -34,7 +34,7 @@ LINEAR = ("query_proj", "key_proj", "value_proj", "output_proj")
 
 
 def report(name: str, limit: float, measured: tuple[float, float, float]) -> float:
-    """Print a row, and give its ratio."""
+    """Print a row, and return its ratio."""
     measured_ratio, mine, rival = measured
     verdict = "ok" if measured_ratio <= limit else "EXCEEDED"
     print(
@@ -45,7 +45,7 @@ def report(name: str, limit: float, measured: tuple[float, float, float]) -> flo
 
 
 def processor_time(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float, float]:
-    """Give the ratio of the times of two functions, and their times in ms, until their results are ready."""
+    """Return the ratio of the times of two functions, and their times in ms, until their results are ready."""
     runs = (lambda: jax.block_until_ready(ours()), lambda: jax.block_until_ready(theirs()))
     return ratio(*runs, clock=time.process_time)
 
@@ -56,7 +56,7 @@ def trained(call: Callable[..., Array]) -> Callable[..., Any]:
 
 
 def of_nnx() -> tuple[Callable[..., Array], Any, dict[str, Array]]:
-    """Give the layer of flax as a pure function, its state, and its weights in our layout."""
+    """Return the layer of flax as a pure function, its state, and its weights in our layout."""
     layer = nnx.MultiHeadAttention(HEADS, EMBED, decode=False, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
     params = load_weights(nnx.to_pure_dict(state), "flax_nnx")
@@ -64,7 +64,7 @@ def of_nnx() -> tuple[Callable[..., Array], Any, dict[str, Array]]:
 
 
 def of_equinox() -> tuple[Callable[..., Array], Any, dict[str, Array]]:
-    """Give the layer of equinox as a pure function, its arrays, and its weights in our layout."""
+    """Return the layer of equinox as a pure function, its arrays, and its weights in our layout."""
     names = ("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias")
     layer = equinox.nn.MultiheadAttention(HEADS, EMBED, **dict.fromkeys(names, True), key=jax.random.key(0))
     arrays, fixed = equinox.partition(layer, equinox.is_array)

@@ -20,7 +20,7 @@ LEAST, MOST = 7, 201
 
 
 def medians(functions: Mapping[str, Callable[[], object]], seconds: float = 6.0) -> dict[str, float]:
-    """Give the median time of each function in seconds, of the turns that fit in `seconds`; the first turn warms up."""
+    """Return the median time of each function in seconds over the turns that fit in `seconds`; the first warms up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     for turn in range(MOST + 1):
@@ -40,7 +40,7 @@ def ratio(
     clock: Callable[[], float] = time.perf_counter,
     middle: Callable[[Iterable[float]], float] = statistics.median,
 ) -> tuple[float, float, float]:
-    """Give the median ratio of two functions' times, and the median time of each in ms; two turns warm up.
+    """Return the median ratio of two functions' times, and the median time of each in ms; two turns warm up.
 
     `middle=min` gives minima instead of medians.
     """

@@ -50,7 +50,7 @@ class Named:
         return bool(self.names) and mistake.variant in self.names[0]
 
     def wrong(self, mistake: Mistake) -> list[str]:
-        """Give the names of causes that are not the mistake."""
+        """Return the names of causes that are not the mistake."""
         return [names[0] for names in self.names if mistake.variant not in names]
 
 

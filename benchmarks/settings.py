@@ -85,7 +85,7 @@ class Setting:
         return 4.0 * heads * pairs * size
 
     def options(self, array: Any) -> dict[str, Any]:
-        """Give the options of our call; `array` converts NumPy arrays to the library of the call."""
+        """Return the options of our call; `array` converts NumPy arrays to the library of the call."""
         options: dict[str, Any] = {}
         if self.causal:
             options["causal"] = True
@@ -98,7 +98,7 @@ class Setting:
         return options
 
     def small(self) -> Setting:
-        """Give the setting with a sixteenth of the lengths and an eighth of the heads, for a trial run."""
+        """Return the setting with a sixteenth of the lengths and an eighth of the heads, for a trial run."""
         batch, heads, q_len, size = self.query
         heads, group = max(4, heads // 8), heads // self.kv[0]
         window = None if self.window is None else (self.window[0] // 16, self.window[1])

@@ -102,7 +102,7 @@ def decode(batch: int) -> bool:
 
 
 def steps_of(batch: int) -> dict[str, float]:
-    """Give the times of a step; each side writes to separate buffers."""
+    """Return the times of a step; each side writes to separate buffers."""
     ours, theirs = pair()
     for layer in (ours, theirs):
         layer.requires_grad_(False)
@@ -145,7 +145,7 @@ def report(label: str, times: Mapping[str, float], limit: float) -> bool:
 
 
 def speed(times: Mapping[str, float]) -> float:
-    """Give our speed relative to theirs."""
+    """Return our speed relative to theirs."""
     return times["theirs"] / times["ours"]
 
 

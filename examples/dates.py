@@ -49,7 +49,7 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def read(params: dict[str, Any], batch: Pairs) -> tuple[torch.Tensor, transformer.Memory]:
-    """Give the decoder's inputs in training: the embedded target, shifted by one, and the encoder's states."""
+    """Return the decoder's inputs in training: the embedded target, shifted by one, and the encoder's states."""
     source, lengths, target = (torch.from_numpy(array) for array in batch)
     memory = transformer.encode(params, transformer.embed(params, source), lengths)
     before = torch.cat([torch.full_like(target[:, :1], BEGIN), target[:, :-1]], dim=1)
@@ -57,7 +57,7 @@ def read(params: dict[str, Any], batch: Pairs) -> tuple[torch.Tensor, transforme
 
 
 def loss(params: dict[str, Any], batch: Pairs) -> torch.Tensor:
-    """Give the mean cross-entropy of each symbol after the symbols before it."""
+    """Return the mean cross-entropy of each symbol after the symbols before it."""
     scores = transformer.logits(params, transformer.decode(params, *read(params, batch)))
     return torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.from_numpy(batch.target).flatten().long())
 
@@ -79,7 +79,7 @@ def train(steps: int) -> dict[str, Any]:
 
 
 def on_numpy(array: numpy.ndarray) -> Any:
-    """Give the NumPy array itself."""
+    """Return the NumPy array itself."""
     return array
 
 

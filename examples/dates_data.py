@@ -82,5 +82,5 @@ def _numbers(text: str) -> list[int]:
 
 
 def spell(numbers: Sequence[int]) -> str:
-    """Give the sentence that `numbers` encode."""
+    """Return the sentence that `numbers` encode."""
     return "".join(SYMBOLS[number] for number in numbers)

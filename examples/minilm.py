@@ -78,7 +78,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def tokenize(path: Path, sentences: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Give the tokens (batch, length), padded to the longest sentence, and the lengths (batch,), both int32."""
+    """Return the tokens (batch, length), padded to the longest sentence, and the lengths (batch,), both int32."""
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.enable_truncation(LONGEST)
     tokenizer.enable_padding()
@@ -88,7 +88,7 @@ def tokenize(path: Path, sentences: Sequence[str]) -> tuple[numpy.ndarray, numpy
 
 
 def embed(params: Parameters, tokens: Array, lengths: numpy.ndarray) -> Array:
-    """Give sentences as unit vectors (batch, embed); the first `lengths` of tokens (batch, length) are not padding."""
+    """Return sentences as unit vectors (batch, embed); the first `lengths` tokens of (batch, length) count."""
     x = _embedded(params, tokens)
     for block in params["blocks"]:
         attended = mha_spec.multi_head_attention(x, x, x, block["attention"], kv_lengths=lengths)

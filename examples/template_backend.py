@@ -37,7 +37,7 @@ def attention(query, key, value, *, return_lse=False, **options):
 
 
 def kernel(query, key, value, mask, scale):
-    """Give output and lse; replace this function by a call of your kernel."""
+    """Return output and lse; replace this function by a call of your kernel."""
     softmax_type = numpy.float64 if query.dtype == numpy.float64 else numpy.float32
     group = query.shape[1] // key.shape[1]
     q, k, v = (x.astype(softmax_type) for x in (query, key.repeat(group, axis=1), value.repeat(group, axis=1)))

@@ -112,7 +112,7 @@ def decode(params: Parameters, x: Array, memory: Memory, memory_mask: Array | No
 
 
 def cross_weights(params: Parameters, x: Array, memory: Memory) -> Array:
-    """Give the cross-attention weights of the decoder's last block: (batch, heads, target length, source length)."""
+    """Return the cross-attention weights of the decoder's last block: (batch, heads, target length, source length)."""
     *before, last = params["decoder"]
     x = decode({**params, "decoder": before, "norm_decoder": None}, x, memory)
     attended = mha_spec.multi_head_attention(x, x, x, last["attention"], causal=True)
@@ -171,7 +171,7 @@ def logits(params: Parameters, x: Array) -> Array:
 
 
 def greedy(params: Parameters, source: Array, lengths: Array, begin: int, length: int) -> numpy.ndarray:
-    """Translate (batch, source length) token by token, always taking the most likely symbol; give (batch, length)."""
+    """Translate (batch, source length) token by token, always taking the most likely symbol; return (batch, length)."""
     caches = start(params, encode(params, embed(params, source), lengths), length)
     xp = functions(params["embedding"])
     tokens = xp.full_like(source[:, :1], begin)
@@ -184,7 +184,7 @@ def greedy(params: Parameters, source: Array, lengths: Array, begin: int, length
 
 
 def functions(x: Array) -> Any:
-    """Give the functions of the Python array API for `x`; TensorFlow has the needed ones in its NumPy module."""
+    """Return the functions of the Python array API for `x`; TensorFlow has the needed ones in its NumPy module."""
     if library_of(x) == "tensorflow":
         return import_module("tensorflow.experimental.numpy")
     return namespace_of(x)

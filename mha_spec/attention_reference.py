@@ -312,7 +312,7 @@ class Reference:
         return of_output_a, of_lse_a, of_output_b, of_lse_b
 
     def _widened(self, *arrays: Array | None, like: Array | None = None) -> list[Any]:
-        """Give arrays in the type in which halves are merged: that of `like`, or the widest softmax's type of all."""
+        """Return arrays in the type in which halves are merged: that of `like`, or the widest softmax's type of all."""
         xp = namespace_of(arrays[0])
         names = [dtype_name(array) for array in arrays if array is not None]
         name = self.steps.softmax_dtype("float64" if "float64" in names else "float32")
@@ -377,7 +377,7 @@ class Reference:
         return constraints
 
     def _integers(self, value: Array | Sequence[int] | int, like: Array) -> Array:
-        """Give an integer per batch entry, (batch or 1, 1, 1, 1), in the type of `like`."""
+        """Return an integer per batch entry, (batch or 1, 1, 1, 1), in the type of `like`."""
         xp = namespace_of(like)
         array = (
             value

@@ -42,7 +42,7 @@ def key_range(
     q_lengths: Numbers = None,
     kv_lengths: Numbers = None,
 ) -> tuple[int, int]:
-    """Give the start and stop of the keys that some of the queries may see.
+    """Return the start and stop of the keys that some of the queries may see.
 
     `bounds` are those of `Arguments.bounds` (MHA-WINDOW-1, MHA-WINDOW-2, MHA-LEN-1, MHA-LEN-2).
     """
@@ -61,7 +61,7 @@ def key_range(
 
 
 def distances(offsets: Sequence[int], queries: Indices, keys: Indices) -> tuple[int, int]:
-    """Give the least and the greatest distance j - p between keys j and query positions p (MHA-POS-1)."""
+    """Return the least and the greatest distance j - p between keys j and query positions p (MHA-POS-1)."""
     return keys.start - max(offsets) - (queries.stop - 1), keys.stop - 1 - min(offsets) - queries.start
 
 
@@ -99,6 +99,6 @@ def segment_keys(q_ids: numpy.ndarray, kv_ids: numpy.ndarray) -> numpy.ndarray:
 
 
 def trimmed(keys: range, seen: numpy.ndarray) -> range:
-    """Give the keys from the first to the last that is seen."""
+    """Return the keys from the first to the last that is seen."""
     places = numpy.flatnonzero(seen)
     return keys[int(places[0]) : int(places[-1]) + 1] if places.size else range(0)

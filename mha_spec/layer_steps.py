@@ -148,7 +148,7 @@ def new_lengths(
 
 
 def _as_integers(lengths: Array | Sequence[int], like: Array) -> Array:
-    """Give integers as an array of a type of at least 32 bits, so that sums do not wrap."""
+    """Return integers as an array of a type of at least 32 bits, so that sums do not wrap."""
     xp = namespace_of(like)
     array = xp.asarray(lengths, device=device_of(like))
     return xp.astype(array, xp.int32) if dtype_name(array) in NARROW else array

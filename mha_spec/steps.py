@@ -148,7 +148,7 @@ def hide(logits: Array, visible: Array) -> Array:
 
 
 def sink_column(sinks: Array | None, logits: Array) -> Array:
-    """Give the sinks as logits, never scaled, capped, biased or masked; -inf without sinks (MHA-SINK-1, MHA-SINK-2)."""
+    """Return the sinks as logits, never scaled, capped, biased or masked; -inf without sinks (MHA-SINK-1, -2)."""
     xp = namespace_of(logits)
     shape = (*logits.shape[:3], 1)
     if sinks is None:

@@ -40,7 +40,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(params=["mha_spec.reference", "mha_spec_numpy", "mha_spec"])
 def attention_module(request: pytest.FixtureRequest) -> ModuleType:
-    """Give the functions of the specification: of the reference, of a backend, and of the public module."""
+    """Return the functions of the specification: of the reference, of a backend, and of the public module."""
     return importlib.import_module(request.param)
 
 
@@ -96,7 +96,7 @@ def suite() -> Suite:
 
 @pytest.fixture(scope="session")
 def smallest_first(suite: Suite) -> tuple[Case, ...]:
-    """Give the cases of the suite in order of the size of their inputs."""
+    """Return the cases of the suite in order of the size of their inputs."""
     return tuple(
         sorted(suite.cases, key=lambda case: sum(array.size for array in case.inputs(case.dtypes[0]).values()))
     )
@@ -270,5 +270,5 @@ class LayerByLoops:
 
 @pytest.fixture
 def layer_by_loops() -> type[LayerByLoops]:
-    """Give the layer that is written a second time, with bounds."""
+    """Return the layer that is written a second time, with bounds."""
     return LayerByLoops

@@ -348,7 +348,7 @@ async def attend_later(query, key, value):
 
 
 def mapped_file(query, key, value, size=None):
-    """Give the right output in a mapped file that is deleted, and cut to a size."""
+    """Return the right output in a mapped file that is deleted, and cut to a size."""
     output = attend(query, key, value)
     with tempfile.NamedTemporaryFile() as file:
         mapped = numpy.memmap(file.name, output.dtype, "w+", shape=output.shape)
@@ -359,7 +359,7 @@ def mapped_file(query, key, value, size=None):
 
 
 def unaligned(query, key, value):
-    """Give the right output at an odd address."""
+    """Return the right output at an odd address."""
     output = attend(query, key, value)
     memory = numpy.empty(output.nbytes + 1, "u1")[1:]
     memory[...] = numpy.frombuffer(output.tobytes(), "u1")
@@ -367,7 +367,7 @@ def unaligned(query, key, value):
 
 
 def read_only(query, key, value):
-    """Give the right output as an array that cannot be written to."""
+    """Return the right output as an array that cannot be written to."""
     output = attend(query, key, value)
     output.flags.writeable = False
     return output

@@ -140,13 +140,13 @@ def inputs(name: str) -> dict[str, Tensor]:
 
 
 def names_of_tokens(batch: dict[str, Tensor]) -> tuple[str, str]:
-    """Give the names of the decoder's tokens and of their mask."""
+    """Return the names of the decoder's tokens and of their mask."""
     prefix = "decoder_" if "decoder_input_ids" in batch else ""
     return f"{prefix}input_ids", f"{prefix}attention_mask"
 
 
 def real(batch: dict[str, Tensor]) -> Tensor:
-    """Give the mask of the decoder's tokens that are not padding, (batch, length)."""
+    """Return the mask of the decoder's tokens that are not padding, (batch, length)."""
     tokens, mask = names_of_tokens(batch)
     return batch[mask].bool() if mask in batch else torch.ones_like(batch[tokens], dtype=torch.bool)
 
@@ -189,7 +189,7 @@ def gradients(model: Any, implementation: str, batch: dict[str, Tensor]) -> dict
 
 
 def weights(model: Any, implementation: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the weights of every layer of every kind of attention, (layers, tokens, heads, kv_len)."""
+    """Return the weights of every layer of every kind of attention, (layers, tokens, heads, kv_len)."""
     with torch.no_grad():
         answer = ask(model, implementation, batch, output_attentions=True)
     kinds = {kind: torch.stack(answer[kind]).transpose(2, 3) for kind in answer if kind.endswith("attentions")}

@@ -216,7 +216,7 @@ def bias_at(start: Any, q_len: int, capacity: int) -> numpy.ndarray:
 
 
 def options_at(name: str, start: Any, stop: int, capacity: int) -> dict[str, Any]:
-    """Give the options of a call on the tokens from start to stop."""
+    """Return the options of a call on the tokens from start to stop."""
     options = dict(LAWS[name])
     if options.pop("alibi", False):
         options["bias"] = bias_at(start, stop - int(numpy.max(start)), capacity)

@@ -44,7 +44,7 @@ OUTCOMES = ["pass", "fail", "deviation", "error", "crash", "timeout", "unsupport
 
 @pytest.fixture
 def mha_spec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command and give its exit status, stdout and stderr."""
+    """Run a command and return its exit status, stdout and stderr."""
 
     def command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mha-spec", *map(str, arguments)])

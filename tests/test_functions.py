@@ -54,7 +54,7 @@ def with_weights(case: Case) -> Case:
 
 @pytest.fixture(scope="module")
 def case(suite: Suite) -> Case:
-    """Give a case of the layer without options."""
+    """Return a case of the layer without options."""
     plain = (case for case in suite.cases if case.function == "multi_head_attention" and case.expect == "values")
     return with_weights(next(case for case in plain if set(case.expected) == {"output"} and not case.options))
 

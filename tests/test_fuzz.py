@@ -264,7 +264,7 @@ def test_expanded_array_has_stride_0_where_it_is_constant() -> None:
 
 
 def overwriting(function: Any) -> Any:
-    """Give a function that returns the same buffer for all results of one shape."""
+    """Return a function that returns the same buffer for all results of one shape."""
     buffers: dict[tuple[Any, ...], numpy.ndarray] = {}
 
     def call(*operands: Any, **options: Any) -> Any:
@@ -283,7 +283,7 @@ def test_reused_buffer_is_found() -> None:
 
 
 def strided(function: Any) -> Any:
-    """Give a function that reads an array as if its elements lay one behind the other."""
+    """Return a function that reads an array as if its elements lay one behind the other."""
 
     def call(query: Any, *operands: Any, **options: Any) -> Any:
         memory = query if query.base is None else query.base

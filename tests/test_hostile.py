@@ -44,14 +44,14 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.fixture
 def behaviours() -> dict[str, str]:
-    """Give the outcome of each behaviour of the hostile target."""
+    """Return the outcome of each behaviour of the hostile target."""
     names: dict[str, Any] = {}
     exec(compile(TARGET.read_text(), str(TARGET), "exec"), names)
     return {name: outcome for outcome, named in names["BEHAVIOURS"].items() for name in named}
 
 
 def small_cases(suite: Suite) -> list[str]:
-    """Give the ids of plain cases in float32, small ones first, without those that are marked for further calls."""
+    """Return the ids of plain cases in float32, small ones first, without those that are marked for further calls."""
     plain = [
         case
         for case in suite.cases
@@ -125,7 +125,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 @contextmanager
 def runner_in_a_call(target: Path, begun: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a run, and give its process when the target has begun its first call; the process does not outlive it."""
+    """Start a run, and return its process when the target has begun its first call; the process does not outlive it."""
     with subprocess.Popen([*COMMAND, "check", str(target), "--timeout", "60"], stderr=subprocess.DEVNULL) as process:
         try:
             wait_until(lambda: begun.exists() or process.poll() is not None)
@@ -136,7 +136,7 @@ def runner_in_a_call(target: Path, begun: Path) -> Iterator[subprocess.Popen[byt
 
 @pytest.fixture
 def sleeping(write: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
-    """Write a target that starts a process, makes a file, and sleeps; give the target and the file."""
+    """Write a target that starts a process, makes a file, and sleeps; return the target and the file."""
     begun = tmp_path / "begun"
     return write(f"subprocess.Popen(['sleep', '78']); open({str(begun)!r}, 'w').close(); time.sleep(78)"), begun
 

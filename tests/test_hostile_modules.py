@@ -63,7 +63,7 @@ def reasons(run: Run, outcome: str) -> str:
 
 
 def clauses(run: Run) -> set[str]:
-    """Give the clauses of all failures."""
+    """Return the clauses of all failures."""
     return {clause for result in run.failures for clause in result.clauses}
 
 

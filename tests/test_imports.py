@@ -19,7 +19,7 @@ SLOW = {"array_api_compat", "array_api_strict", "importlib.metadata", "jaxtyping
 
 
 def _loaded(python: Python, statement: str) -> set[str]:
-    """Give the watched modules that are loaded after a statement, in a fresh interpreter."""
+    """Return the watched modules that are loaded after a statement, in a fresh interpreter."""
     watched = FRAMEWORKS | SLOW
     done = python(f"{statement}\nimport sys\nprint(*sorted({watched!r} & sys.modules.keys()))")
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def answered(call: Callable[..., Any] = attention, **arguments: Any) -> Answer:
-    """Give output and lse of a case of attention."""
+    """Return output and lse of a case of attention."""
     output, lse = call(**arguments, return_lse=True)
     return {"output": output, "lse": lse}
 
@@ -44,7 +44,7 @@ def answered(call: Callable[..., Any] = attention, **arguments: Any) -> Answer:
 def differentiated(
     call: Callable[..., Any] = attention, *, grad_output: Array, grad_lse: Array | None = None, **arguments: Any
 ) -> Answer:
-    """Give the gradients that jax.vjp takes of attention."""
+    """Return the gradients that jax.vjp takes of attention."""
     leaves = {name: arguments.pop(name) for name in DIFFERENTIABLE if name in arguments}
     (_, lse), pull = jax.vjp(lambda leaves: call(**leaves, **arguments, return_lse=True), leaves)
     (results,) = pull((grad_output, jnp.zeros_like(lse) if grad_lse is None else grad_lse))
@@ -168,7 +168,7 @@ def test_merge_under_jit() -> None:
 
 
 def everything() -> Answer:
-    """Give every option that is a number or an array without a gradient."""
+    """Return every option that is a number or an array without a gradient."""
     generator = numpy.random.default_rng(SEED)
     return {
         "mask": jnp.asarray(generator.random((2, 6, 5, 7)) < 0.8),
@@ -299,7 +299,7 @@ TWO_OF_FOUR_HEADS = pytest.mark.parametrize("cut", [30], indirect=True)
 
 
 def four_heads() -> dict[str, numpy.ndarray]:
-    """Give operands and cotangents of 3 x 4 heads with different masks, biases and sinks."""
+    """Return operands and cotangents of 3 x 4 heads with different masks, biases and sinks."""
     generator = numpy.random.default_rng(SEED)
     shapes = {"query": (3, 4, 5, 11), "key": (3, 4, 3, 11), "value": (3, 4, 3, 13), "bias": (3, 4, 5, 3), "sinks": (4,)}
     shapes |= {"grad_output": (3, 4, 5, 13), "grad_lse": (3, 4, 5)}

@@ -32,7 +32,7 @@ UNIT = 2.0**-24
 
 
 def outputs_of(function: str, call: Call, *, compiled: bool) -> dict[str, numpy.ndarray]:
-    """Give the outputs of a function by name, for arrays that are traced or not; host data stays on the host."""
+    """Return the outputs of a function by name, for arrays that are traced or not; host data stays on the host."""
     arrays = {
         name: jnp.asarray(value)
         for name, value in call.items()
@@ -58,7 +58,7 @@ def assert_right(call: Call, *, compiled: bool) -> None:
 
 
 def hidden(kv_len: int, q_len: int) -> dict[str, Call]:
-    """Give the ways to hide every key from some or all rows of two batch entries."""
+    """Return the ways to hide every key from some or all rows of two batch entries."""
     nothing = numpy.zeros((2, 1, q_len, kv_len), bool)
     return {
         "kv_lengths": {"kv_lengths": numpy.asarray([0, kv_len])},
@@ -238,7 +238,7 @@ def test_a_named_alignment_uses_clamped_lengths() -> None:
 
 
 def halves(dtype: str = "float64") -> list[jax.Array]:
-    """Give two halves: some rows of each are empty and have a non-finite output, and some rows of both are empty."""
+    """Return two halves: some rows of each are empty and have a non-finite output, and some rows of both are empty."""
     random = numpy.random.default_rng(SEED)
     shape = (2, 3, 5, 7)
     output_a, output_b = random.standard_normal(shape), random.standard_normal(shape)
@@ -250,7 +250,7 @@ def halves(dtype: str = "float64") -> list[jax.Array]:
 
 
 def cotangents(dtype: str = "float64") -> tuple[jax.Array, jax.Array]:
-    """Give cotangents of output and lse."""
+    """Return cotangents of output and lse."""
     random = numpy.random.default_rng(SEED + 1)
     grad_output = random.standard_normal((2, 3, 5, 7))
     return jnp.asarray(grad_output, dtype), jnp.asarray(random.standard_normal((2, 3, 5)), dtype)

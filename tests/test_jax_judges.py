@@ -42,7 +42,7 @@ def numbers(*shape: int, seed: int = 5) -> Array:
 
 
 def pulled(call: Callable[..., list[Array]], *arguments: Any) -> tuple[Any, ...]:
-    """Give the outputs of a function, and the gradients of the first output."""
+    """Return the outputs of a function, and the gradients of the first output."""
     outputs, pull = jax.vjp(call, *arguments)
     first, *rest = outputs
     cotangent = jnp.asarray(uneven(first.shape), first.dtype)
@@ -154,7 +154,7 @@ SHARED: dict[str, tuple[Callable[[], Judge], tuple[int, int], Callable[[], Optio
 def own_gradients(
     params: dict[str, Array], x: list[Array], mask: Array | None = None, base: float | None = None, **options: Any
 ) -> tuple[list[Array], dict[str, Array], list[Array]]:
-    """Give our output and weights, and the gradients of params and inputs, in one program for all judges."""
+    """Return our output and weights, and the gradients of params and inputs, in one program for all judges."""
     rotary = None if base is None else {"base": base}
 
     def call(params: dict[str, Array], x: list[Array]) -> list[Array]:

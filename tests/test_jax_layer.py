@@ -104,7 +104,7 @@ def test_dropout_applies_with_a_key() -> None:
 
 
 def new_layers(**options: Any) -> list[tuple[Any, dict[str, Array]]]:
-    """Make a layer of each class, and give its parameters."""
+    """Make a layer of each class, and return its parameters."""
     tree = MultiHeadAttention(64, 4, key=jax.random.key(3), **options)
     module = mha_spec_jax.flax.MultiHeadAttention(64, 4, rngs=nnx.Rngs(3), **options)
     return [(tree, tree.params), (module, module.params)]

@@ -78,7 +78,7 @@ def cudnn_calls(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
 
 
 def half(size: int = 16, kv_len: int = 8, v_dim: int = 16) -> list[jax.Array]:
-    """Give query, key and value of bfloat16, 4 heads over 2."""
+    """Return query, key and value of bfloat16, 4 heads over 2."""
     generator = numpy.random.default_rng(SEED)
     shapes = ((2, 4, 8, size), (2, 2, kv_len, size), (2, 2, kv_len, v_dim))
     return [jnp.asarray(generator.standard_normal(shape), jnp.bfloat16) for shape in shapes]

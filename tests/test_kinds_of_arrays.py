@@ -67,7 +67,7 @@ by_kind = pytest.mark.parametrize(
 
 
 def converter(library: str) -> Callable[[numpy.ndarray], Any]:
-    """Give the function that converts arrays of NumPy to a library."""
+    """Return the function that converts arrays of NumPy to a library."""
     return pytest.importorskip({"jax": "jax.numpy"}.get(library, library)).asarray
 
 

@@ -41,7 +41,7 @@ def started(code: str) -> subprocess.Popen[bytes]:
 
 
 def ending(limit: MemoryLimit, code: str) -> tuple[int, str | None]:
-    """Give the exit status of a program that is measured, and the reason why it was killed."""
+    """Return the exit status of a program that is measured, and the reason why it was killed."""
     program = started(code)
     limit.watch(program.pid)
     status = program.wait(30)

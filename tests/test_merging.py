@@ -40,7 +40,7 @@ def cotangents(dtype: str = "float64") -> dict[str, numpy.ndarray]:
 
 @pytest.fixture(params=["mha_spec.reference", "mha_spec"])
 def module(request: pytest.FixtureRequest) -> ModuleType:
-    """Give the functions of the specification: the reference's and the public functions."""
+    """Return the functions of the specification: the reference's and the public functions."""
     return reference if request.param == "mha_spec.reference" else mha_spec
 
 

@@ -44,7 +44,7 @@ def params() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lost(params: dict[str, Any]) -> float:
-    """Give the largest error of our float32 evaluation."""
+    """Return the largest error of our float32 evaluation."""
     return largest_difference(ours(params, "torch", "float32"), ours(params, "torch", "float64"))
 
 

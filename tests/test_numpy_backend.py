@@ -249,7 +249,7 @@ def without_anchor(unshared: None, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 
 def _with(call: Mapping[str, Any], name: str, number: float) -> dict[str, Any]:
-    """Give a call in which one vector of the first batch entry and head holds another number."""
+    """Return a call in which one vector of the first batch entry and head holds another number."""
     array = call[name].copy()
     array[0, 0, 3] = number
     return {**call, name: array}
@@ -385,7 +385,7 @@ def test_inputs_are_only_read_and_strides_do_not_matter(function: str) -> None:
 
 
 def _drawn(key: int, rate: float, q_len: int, kv_len: int) -> numpy.ndarray:
-    """Give the mask that a seed draws, which is the output of equal weights and one-hot values."""
+    """Return the mask that a seed draws, which is the output of equal weights and one-hot values."""
     query, identity = numpy.zeros((BATCH, HEADS, q_len, 1)), numpy.eye(kv_len)
     value = numpy.broadcast_to(identity, (BATCH, KV_HEADS, kv_len, kv_len))
     keys = numpy.zeros((BATCH, KV_HEADS, kv_len, 1))

@@ -67,13 +67,13 @@ def write_answers(folder: Path, messages: list[dict[str, object]]) -> None:
 
 
 def numbers_of(folder: Path, case: str) -> list[int]:
-    """Give the numbers of the questions that ask a case."""
+    """Return the numbers of the questions that ask a case."""
     questions = [json.loads(line) for line in (folder / "questions.jsonl").read_bytes().splitlines()]
     return [question["number"] for question in questions if question.get("id") == case]
 
 
 def cases_of(run: Run) -> list[dict[str, object]]:
-    """Give the cases of the report, without their times."""
+    """Return the cases of the report, without their times."""
     cases = as_json(run)["cases"]
     assert isinstance(cases, list)
     return [case | {"seconds": 0} for case in cases]

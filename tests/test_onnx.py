@@ -86,7 +86,7 @@ class Node:
         return replace(self, inputs=inputs)
 
     def heads_apart(self, name: str, heads: str) -> numpy.ndarray:
-        """Give an input with the axes (batch, heads, length, size); ONNX also takes (batch, length, heads * size)."""
+        """Return an input with the axes (batch, heads, length, size); ONNX also takes (batch, length, heads * size)."""
         array = self.inputs[name]
         if array.ndim == 4:
             return array

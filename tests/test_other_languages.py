@@ -73,7 +73,7 @@ LANGUAGES = {
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Build the program of a language, with further options of the compiler, and give the command that runs it."""
+    """Build the program of a language, with further options of the compiler, and return the command that runs it."""
     programs: dict[tuple[str, ...], list[str]] = {}
 
     def build(name: str, *options: str) -> list[str]:
@@ -203,7 +203,7 @@ WRONG = {
 
 
 def words_of(answer: Answer) -> list[str]:
-    """Give the names in a reason, as in "`name` must" or "name=value"."""
+    """Return the names in a reason, as in "`name` must" or "name=value"."""
     return re.findall(r"\w+(?=[`=])", str(answer.reason))
 
 
@@ -243,7 +243,7 @@ def test_missing_function_and_drawn_dropout_are_unsupported(ask: Callable[..., A
 
 
 def replies(command: list[str], *lines: str | dict[str, object], folder: Path | None = None) -> list[dict[str, object]]:
-    """Give the messages of a program that receives these lines and then the end of its input."""
+    """Return the messages of a program that receives these lines and then the end of its input."""
     text = "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
     done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=folder, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -256,7 +256,7 @@ def test_another_protocol_is_refused(language: str, build: Build) -> None:
 
 
 def question(number: int, **changes: object) -> dict[str, object]:
-    """Give the message of a question whose files lie in the working directory."""
+    """Return the message of a question whose files lie in the working directory."""
     message = {"message": "question", "number": number, "id": "x", "function": "attention", "dtype": "float32"}
     files = {"arrays": f"{number}.question", "answer": f"{number}.answer", "most_bytes": 10**6}
     return message | files | {"options": {}, "outputs": ["output"]} | changes

@@ -29,7 +29,7 @@ def case(suite: Suite) -> Case:
 
 
 def wrong(case: Case, change: Change, dtype: str = "float64", outputs: tuple[str, ...] = ("output", "lse")) -> Wrong:
-    """Give the right answer to a case after a change."""
+    """Return the right answer to a case after a change."""
     answer = {name: numpy.array(case.expected[name].values, dtype) for name in outputs}
     change(answer)
     allowed = allowances(case.function, case.inputs(dtype), case.options, precision(dtype))

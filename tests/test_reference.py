@@ -34,7 +34,7 @@ LIBRARIES = ("array_api_strict", "torch", "jax")
 
 
 def converter(library: str) -> Callable[[numpy.ndarray], Any]:
-    """Give the function that converts arrays of NumPy to the library."""
+    """Return the function that converts arrays of NumPy to the library."""
     xp = pytest.importorskip(library)
     return xp.asarray if library == "array_api_strict" else lambda array: to_library(array, library)
 
@@ -58,7 +58,7 @@ def set_up(library: str) -> Iterator[None]:
 
 
 def compiled(function: Callable[..., Any], library: str) -> Callable[..., Any]:
-    """Give the function over arrays and static options; JAX compiles it once for each signature."""
+    """Return the function over arrays and static options; JAX compiles it once for each signature."""
     if library != "jax":
         return function
     import jax

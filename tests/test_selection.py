@@ -50,7 +50,7 @@ print(mha_spec.attention(Array(), Array(), Array()))
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> Callable[..., str]:
-    """Install a distribution with a backend in a folder, and give the folder."""
+    """Install a distribution with a backend in a folder, and return the folder."""
 
     def install(name: str, module: str, source: str = THIRD_PARTY, entry: str = "", extra: str = "") -> str:
         (tmp_path / f"{module}.py").write_text(source)

@@ -27,7 +27,7 @@ by_clause = pytest.mark.parametrize("clause", clauses().values(), ids=clauses())
 
 
 def citations(text: str) -> set[str]:
-    """Give every clause that a text cites; ranges and lists such as `MHA-ARG-1 to -4` are expanded."""
+    """Return every clause that a text cites; ranges and lists such as `MHA-ARG-1 to -4` are expanded."""
     cited = set()
     for match in CITED.finditer(text):
         topic, numbers = match["topic"], [int(match["first"])]
@@ -43,13 +43,13 @@ def citations(text: str) -> set[str]:
 
 
 def blocks(text: str) -> list[list[str]]:
-    """Give the indented blocks of a text, without their indentation and empty lines."""
+    """Return the indented blocks of a text, without their indentation and empty lines."""
     indented = re.findall(r"(?:^ {4}.*\n(?:\n(?= {4}))*)+", text + "\n", flags=re.MULTILINE)
     return [[line[4:] for line in block.splitlines() if line.strip()] for block in indented]
 
 
 def split_pictures(clause: Clause) -> list[tuple[str, list[re.Match[str]]]]:
-    """Give the pictures of a clause: the arguments above each, and its rows."""
+    """Return the pictures of a clause: the arguments above each, and its rows."""
     pictures: list[tuple[str, list[re.Match[str]]]] = []
     for block in blocks(clause.text):
         caption = ""
@@ -64,7 +64,7 @@ def split_pictures(clause: Clause) -> list[tuple[str, list[re.Match[str]]]]:
 
 
 def see(caption: str, shape: tuple[int, int, int]) -> numpy.ndarray:
-    """Give the pairs that are visible with the arguments of a caption, (batch, q_len, kv_len)."""
+    """Return the pairs that are visible with the arguments of a caption, (batch, q_len, kv_len)."""
     call = ast.parse(f"call({caption})".replace("-inf", "-1e999"), mode="eval").body
     assert isinstance(call, ast.Call)
     options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}

@@ -27,7 +27,7 @@ def restored_path() -> Iterator[None]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """Write a target file and give its path."""
+    """Write a target file and return its path."""
 
     def write(text: str, name: str = "target.py") -> str:
         path = tmp_path / name

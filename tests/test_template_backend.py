@@ -17,7 +17,7 @@ ENTRY_POINTS = "[mha_spec.backends]\ntemplate = template_backend\n"
 
 @pytest.fixture
 def registered(tmp_path: Path) -> dict[str, str]:
-    """Give the environment of a process in which the template's distribution is installed."""
+    """Return the environment of a process in which the template's distribution is installed."""
     folder = tmp_path / "template-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(METADATA)

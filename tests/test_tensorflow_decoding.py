@@ -83,7 +83,7 @@ def test_one_graph_serves_chunks_of_every_length() -> None:
 
 
 def values_of(layer: Any) -> list[tf.Tensor]:
-    """Give the values of the trainable weights."""
+    """Return the values of the trainable weights."""
     return [variable.value for variable in layer.trainable_weights]
 
 

@@ -43,7 +43,7 @@ def test_goldens_by_xla() -> None:
 
 
 def unknown(name: str, array: tf.Tensor, batch: int | None) -> tf.TensorSpec:
-    """Give the spec of an array whose batch and lengths are unknown; a size of 1 broadcasts."""
+    """Return the spec of an array whose batch and lengths are unknown; a size of 1 broadcasts."""
     first, *rest = array.shape
     sizes = [1 if first == 1 else batch, *(size if size in {1, HEADS} else None for size in rest)]
     return tf.TensorSpec(array.shape if name == "sinks" else sizes, array.dtype)

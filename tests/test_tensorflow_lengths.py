@@ -51,7 +51,7 @@ class Setting:
     def specs(
         self, batch: int | None = None, q_len: int | None = None, kv_len: int | None = None
     ) -> dict[str, tf.TensorSpec]:
-        """Give the specs of the operands and arrays; None is an unknown size."""
+        """Return the specs of the operands and arrays; None is an unknown size."""
         shapes = self.shapes | {
             "query": (batch, HEADS, q_len, QK_DIM),
             "key": (batch, KV_HEADS, kv_len, QK_DIM),
@@ -258,7 +258,7 @@ def arguments(batch: int | None, q_len: int | None, kv_len: int | None) -> Argum
 
 
 def described(runs: Sequence[plan.Run]) -> list[Any]:
-    """Give the sizes and numbers of the blocks."""
+    """Return the sizes and numbers of the blocks."""
     sizes = [[[group.first, group.rows, group.keys, group.count] for group in run.groups] for run in runs]
     return [[run.first, run.count, run.entries, groups] for run, groups in zip(runs, sizes, strict=True)]
 

@@ -33,7 +33,7 @@ SIGNATURE = [tf.TensorSpec(SHAPES[name], tf.float64) for name in ("output", "lse
 
 @pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a way to call a function of six tensors."""
+    """Return a way to call a function of six tensors."""
     return WORLDS[request.param]
 
 

@@ -26,7 +26,7 @@ gradient_of: Callable[..., Any] = tf.GradientTape.gradient
 
 
 def graph_of(call: Callable[..., Any], *specs: tf.TensorSpec) -> tuple[set[str], int]:
-    """Give the operations of a traced call and of all functions in it, and the size of its largest tensor."""
+    """Return the operations of a traced call and of all functions in it, and the size of its largest tensor."""
     definition = tf.function(call).get_concrete_function(*specs).graph.as_graph_def(add_shapes=True)
     nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
     shapes = [shape for node in nodes for shape in node.attr["_output_shapes"].list.shape]

@@ -63,7 +63,7 @@ def result(**arguments: Any) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def separated(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give all arrays of a call, then its other options, as the bounds take them."""
+    """Return all arrays of a call, then its other options, as the bounds take them."""
     values = {name: numpy.asarray(value) if isinstance(value, list) else value for name, value in options.items()}
     further = {name: value for name, value in values.items() if isinstance(value, numpy.ndarray)}
     return arrays | further, {name: value for name, value in values.items() if name not in further}

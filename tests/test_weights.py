@@ -34,7 +34,7 @@ def exceeds(layer: Module, params: Mapping[str, Any]) -> bool:
 
 
 def leaves(state: Any, prefix: str = "") -> dict[str, Array]:
-    """Give the arrays of a state of any form by their names."""
+    """Return the arrays of a state of any form by their names."""
     if isinstance(state, (list, tuple)):
         state = {str(index): array for index, array in enumerate(state)}
     arrays: dict[str, Array] = {}

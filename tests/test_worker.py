@@ -20,7 +20,7 @@ from mha_spec_conformance.targets.loading import Target
 
 @pytest.fixture
 def question() -> Question:
-    """Give a question about plain attention, which is repeated and asked in every layout."""
+    """Return a question about plain attention, which is repeated and asked in every layout."""
     generator = numpy.random.default_rng(3)
     shapes = {"query": (2, 3, 5, 7), "key": (2, 3, 11, 7), "value": (2, 3, 11, 13)}
     arrays = {name: generator.standard_normal(shape).astype(numpy.float32) for name, shape in shapes.items()}
@@ -36,7 +36,7 @@ def question() -> Question:
 
 
 def asked(function: object, question: Question, supports: object = None, name: str = "attention") -> Answer:
-    """Give the answer of a target that consists of this function."""
+    """Return the answer of a target that consists of this function."""
     return answer(Target({name: function}, Claims("x", {}, ("float32",)), supports), question)
 
 

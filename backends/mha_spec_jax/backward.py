@@ -27,7 +27,7 @@ def gradients(
     grad_output: Array,
     grad_lse: Array,
 ) -> Operands:
-    """Give the gradients of the operands, in their shapes and the softmax's type (MHA-VJP-1 to MHA-VJP-6).
+    """Return the gradients of the operands, in their shapes and the softmax's type (MHA-VJP-1 to MHA-VJP-6).
 
     An empty row has output 0, so that nothing of its grad_output reaches D (MHA-EMPTY-3, MHA-POISON-1).
     """
@@ -63,7 +63,7 @@ class _Backward:
             self.clean_query, self.clean_key, self.clean_grad = finite(x.query), finite(x.key), finite(grad_output)
 
     def block(self, sums: _Sums, block: Block) -> tuple[_Sums, Array]:
-        """Add the gradients of a block to the sums, and give the gradient of its queries."""
+        """Add the gradients of a block to the sums, and return the gradient of its queries."""
         dropped, grad_logits, grad_scores = self._block_gradients(block)
         of_key = contract("bkqd,bkqm->bkdm", block.of_rows(self.clean_query), grad_scores)
         of_value = contract("bkqd,bkqm->bkdm", block.of_rows(self.clean_grad), dropped)
@@ -75,7 +75,7 @@ class _Backward:
         return sums, contract("bkqm,bkmd->bkqd", grad_scores, block.of_keys(self.clean_key))
 
     def _block_gradients(self, block: Block) -> tuple[Array, Array, Array]:
-        """Give the dropped weights, dS = P (dP - D), and dS times scale and slope of the cap (MHA-VJP-1, MHA-VJP-2)."""
+        """Return the dropped weights, dS = P (dP - D), and dS times scale and slope of the cap (MHA-VJP-1, -2)."""
         problem, x, constraints = self.problem, self.x, self.constraints
         values, visible, slope = logits(problem, x, constraints, block, slope=True)
         weights = hide(jnp.exp(values - block.of_rows(self.lse)[..., None]), visible)
@@ -93,6 +93,6 @@ def _transposed(array: Array) -> Array:
 
 
 def _sink_gradient(sinks: Array, lse: Array, row_dot: Array) -> Array:
-    """Give -sum over batch and rows of P_sink D (MHA-VJP-6)."""
+    """Return -sum over batch and rows of P_sink D (MHA-VJP-6)."""
     weights = jnp.exp(sinks - lse)
     return -jnp.sum(jnp.where(weights == 0, 0.0, weights * row_dot), axis=(0, 3), keepdims=True)

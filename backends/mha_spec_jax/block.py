@@ -130,7 +130,7 @@ def hide(values: Array, visible: Array | None, fill: float = 0.0) -> Array:
 
 
 def dropout_factor(problem: Problem, x: Operands, constraints: Constraints, block: Block) -> Array | None:
-    """Give the factor of the weights of a block, None without dropout (MHA-DROP-1, MHA-DROP-2).
+    """Return the factor of the weights of a block, None without dropout (MHA-DROP-1, MHA-DROP-2).
 
     A random mask depends on the key and on the position of the block alone, so that the backward pass draws it again.
     """

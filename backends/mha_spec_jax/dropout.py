@@ -16,7 +16,7 @@ __all__ = ["key_of"]
 
 
 def key_of(a: Arguments) -> jax.Array | None:
-    """Give the key of a call that draws a mask, else None; JAX has no global generator (MHA-DROP-4)."""
+    """Return the key of a call that draws a mask, else None; JAX has no global generator (MHA-DROP-4)."""
     if a.dropout_rate == 0 or a.dropout_mask is not None:
         return None
     received = f"received dropout_key={a.dropout_key!r}"

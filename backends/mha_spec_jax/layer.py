@@ -99,7 +99,7 @@ def _scattered(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
 
 
 def _common_start(start: Integers, stop: Integers, length: int) -> int | None:
-    """Give the slot of the first token if it is the same for all entries, on the host, and every token is real."""
+    """Return the slot of the first token if it is the same for all entries, on the host, and every token is real."""
     before, after = host_integers(start), host_integers(stop)
     if not before or not after or {*before} != {before[0]} or {*after} != {before[0] + length}:
         return None
@@ -107,12 +107,12 @@ def _common_start(start: Integers, stop: Integers, length: int) -> int | None:
 
 
 def slopes(heads: int, dtype: str) -> Array:
-    """Give the slopes of all heads (MHA-ALIBI-1)."""
+    """Return the slopes of all heads (MHA-ALIBI-1)."""
     return jnp.asarray(slope_values(heads), dtype=dtype)
 
 
 def distances(offset: Integers | int, q_len: int, kv_len: int, like: Array, _: LayerSteps) -> Array:
-    """Give |p - j|, integers (q_len, kv_len) or (batch, 1, q_len, kv_len); sizes may be symbolic (MHA-ALIBI-2)."""
+    """Return |p - j|, integers (q_len, kv_len) or (batch, 1, q_len, kv_len); sizes may be symbolic (MHA-ALIBI-2)."""
     apart = jnp.abs(positions(offset, q_len, like)[..., None] - jnp.arange(kv_len, dtype=jnp.int32))
     return apart[:, None, :, :] if apart.ndim == 3 else apart
 

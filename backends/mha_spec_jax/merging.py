@@ -62,7 +62,7 @@ def _merged(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> tup
 
 @_merged.defjvp
 def _differential(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[tuple, tuple]:
-    """Give a differential that is linear in the tangents, whose transpose is the formula of MHA-MERGE-7.
+    """Return a differential that is linear in the tangents, whose transpose is the formula of MHA-MERGE-7.
 
     Each term ends with `where`, because its transpose stops a non-finite cotangent before an empty half.
     """
@@ -82,7 +82,7 @@ def _differential(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tu
 
 
 def _merged_lse(lse_a: Array, lse_b: Array) -> Array:
-    """Give ln(exp lse_a + exp lse_b), NaN where an lse is +inf and the other half is not empty (MHA-MERGE-5)."""
+    """Return ln(exp lse_a + exp lse_b), NaN where an lse is +inf and the other half is not empty (MHA-MERGE-5)."""
     maximum = jnp.maximum(lse_a, lse_b)
     anchor = jnp.where(maximum == math.inf, math.nan, anchor_of(maximum))
     total = anchor + jnp.log(jnp.exp(lse_a - anchor) + jnp.exp(lse_b - anchor))
@@ -90,5 +90,5 @@ def _merged_lse(lse_a: Array, lse_b: Array) -> Array:
 
 
 def _share(half: Array, lse: Array) -> Array:
-    """Give exp(half - lse), 1 where the other half is empty (MHA-MERGE-2)."""
+    """Return exp(half - lse), 1 where the other half is empty (MHA-MERGE-2)."""
     return jnp.exp(jnp.where(half == lse, 0.0, half - lse))

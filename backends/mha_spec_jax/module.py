@@ -73,11 +73,11 @@ class MultiHeadAttention(LayerObject):
         return options
 
     def replace(self, **params: Array) -> Self:
-        """Give the same layer with some parameters replaced."""
+        """Return the same layer with some parameters replaced."""
         return self.tree_unflatten(self.settings, (self.params | params,))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], LayerSettings]:
-        """Give the parameters as children, and the settings, which can be compared and hashed."""
+        """Return the parameters as children, and the settings, which can be compared and hashed."""
         return ((jax.tree_util.GetAttrKey("params"), self.params),), self.settings
 
     @classmethod

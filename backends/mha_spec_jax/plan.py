@@ -90,7 +90,7 @@ def are_known(*sizes: object) -> bool:
 
 
 def coarse(plan: Plan, kv_len: int) -> Plan:
-    """Give the same blocks with every key, in a group for each height, which compiles quickly."""
+    """Return the same blocks with every key, in a group for each height, which compiles quickly."""
     runs = (list(run) for _, run in groupby(plan.groups, lambda group: group.rows))
     groups = (Group(run[0].first, sum(part.count for part in run), run[0].rows, kv_len, from_zero=True) for run in runs)
     return Plan(tuple(groups), plan.heads)
@@ -101,7 +101,7 @@ def _shape(block: _Block) -> tuple[int, int, bool]:
 
 
 def _height(a: Arguments) -> tuple[int, int | None]:
-    """Give the number of queries of a block, a power of two, and the number of its key/value heads.
+    """Return the number of queries of a block, a power of two, and the number of its key/value heads.
 
     The taller a block, the more hidden scores it computes outside the band of a window or above a causal diagonal.
     """
@@ -120,7 +120,7 @@ def _height(a: Arguments) -> tuple[int, int | None]:
 
 
 def _heads_at_once(heads: int, most: int) -> int:
-    """Give the largest divisor of the number of heads that is at most `most`."""
+    """Return the largest divisor of the number of heads that is at most `most`."""
     return max((part for part in range(1, most + 1) if heads % part == 0), default=1)
 
 
@@ -144,7 +144,7 @@ def _offset(a: Arguments) -> Array | Sequence[int] | int:
 
 
 def _band(a: Arguments) -> int | None:
-    """Give the number of keys that a row sees, less 1, where a window bounds both sides."""
+    """Return the number of keys that a row sees, less 1, where a window bounds both sides."""
     left, right = a.bounds
     return None if left is None or right is None else left + right
 
@@ -156,7 +156,7 @@ def _rounded(size: int, a: Arguments) -> int:
 
 
 def _visible_keys(a: Arguments, queries: range) -> range:
-    """Give the range of keys that the queries can see, from what the host knows."""
+    """Return the range of keys that the queries can see, from what the host knows."""
     offsets, q_lengths, kv_lengths = (
         None if numbers is None else host_integers(numbers) for numbers in (_offset(a), a.q_lengths, a.kv_lengths)
     )

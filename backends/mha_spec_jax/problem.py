@@ -116,7 +116,7 @@ def with_offset(a: Arguments) -> Arguments:
 def offset_of(
     name: str, q_lengths: Integers | None, kv_lengths: Integers | None, query: Array, key: Array
 ) -> Array | numpy.ndarray | int:
-    """Give the offset that the name of an alignment means: host data where the lengths are, else an array.
+    """Return the offset that the name of an alignment means: host data where the lengths are, else an array.
 
     Axis 2 of `query` and `key` counts queries and keys; lengths are clamped to it (MHA-LEN-3).
     """
@@ -124,7 +124,7 @@ def offset_of(
 
 
 def _length(lengths: Integers | None, size: int) -> Array | numpy.ndarray | int:
-    """Give the length of a buffer that is in use."""
+    """Return the length of a buffer that is in use."""
     if lengths is None:
         return size if are_known(size) else jnp.asarray(size, jnp.int32)
     return _bounded(lengths, size) if isinstance(lengths, jax.Array) else numpy.asarray(lengths, numpy.int32)
@@ -143,7 +143,7 @@ def _integers(value: Integers | int | str | None) -> Array | numpy.ndarray | Non
 
 
 def _segment_ids(a: Arguments) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Give the ids of queries and of keys as digits that can be compared (MHA-SEG-1)."""
+    """Return the ids of queries and of keys as digits that can be compared (MHA-SEG-1)."""
     if a.q_segment_ids is None or a.kv_segment_ids is None:
         return (), ()
     q_ids, kv_ids = zip(*segment_ids(a.q_segment_ids, a.kv_segment_ids, a.query), strict=True)
@@ -186,7 +186,7 @@ def _bounded(lengths: Array | numpy.ndarray, largest: int) -> Array:
 
 
 def anchor_of(maximum: Array) -> Array:
-    """Give the number that is subtracted before exp: the maximum, or 0 in an empty row (MHA-EMPTY-1)."""
+    """Return the number that is subtracted before exp: the maximum, or 0 in an empty row (MHA-EMPTY-1)."""
     return jnp.where(maximum == -math.inf, 0.0, maximum)
 
 

@@ -30,7 +30,7 @@ UNITS = 2.0**32
 
 
 def positions(offset: Array | Sequence[int] | int, length: int, like: Array) -> Array | numpy.ndarray:
-    """Give the position of token i, offset + i, as int32 where the host does not know it (MHA-POS-1)."""
+    """Return the position of token i, offset + i, as int32 where the host does not know it (MHA-POS-1)."""
     if host_integers(offset) is not None and are_known(length):
         return layer_steps.positions(offset, length, like)
     return jnp.asarray(offset, jnp.int32)[..., None] + jnp.arange(length, dtype=jnp.int32)

@@ -28,7 +28,7 @@ FEWEST_ROWS = 64
 
 
 def anchor_of(block: Block, needed: Array | bool = False) -> Array | None:
-    """Give the maximum of each row, made finite; 0 in a row of small logits; None if all logits are small.
+    """Return the maximum of each row, made finite; 0 in a row of small logits; None if all logits are small.
 
     `needed` marks rows, (entries, kv_heads, rows or 1, 1), with an anchor in any case. Each row decides for itself,
     and only with its visible pairs (MHA-PURE-3, MHA-POISON-2).
@@ -42,7 +42,7 @@ def anchor_of(block: Block, needed: Array | bool = False) -> Array | None:
 
 
 def finite_anchor(maximum: Array) -> Array:
-    """Give a maximum, or the lowest finite number where it is -inf, since -inf - -inf is NaN."""
+    """Return a maximum, or the lowest finite number where it is -inf, since -inf - -inf is NaN."""
     if isinstance(maximum, numpy.ndarray):
         return numpy.maximum(maximum, _LOWEST[maximum.dtype])
     xp: Any = namespace_of(maximum)

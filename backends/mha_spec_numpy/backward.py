@@ -39,7 +39,7 @@ class StackGradients:
 
 
 def gradients(problem: Problem, grad_output: Array, grad_lse: Array | None) -> Gradients:
-    """Give the gradients of query, key, value, bias and sinks in their dtypes and shapes (MHA-DTYPE-2)."""
+    """Return the gradients of query, key, value, bias and sinks in their dtypes and shapes (MHA-DTYPE-2)."""
     a, like = problem.a, problem.query
     grad_output = dense(grad_output, dtype_name(like))
     grad_lse = None if grad_lse is None else dense(grad_lse, dtype_name(like))[..., None]
@@ -62,7 +62,7 @@ def _gradients_of_stack(
     stack: Tile,
     scratch: Scratch,
 ) -> StackGradients:
-    """Write the gradients of query, key and value of a stack, and give those of bias and sinks."""
+    """Write the gradients of query, key and value of a stack, and return those of bias and sinks."""
     grad_query, grad_key, grad_value = assemblies
     gradients = _zeros(problem, stack)
     for tile in cut(stack, strip_rows(problem.a)):
@@ -82,7 +82,7 @@ def _gradients_of_stack(
 
 
 def _zeros(problem: Problem, stack: Tile) -> StackGradients:
-    """Give zeros in the shapes of a stack's gradients."""
+    """Return zeros in the shapes of a stack's gradients."""
     a, xp, like = problem.a, problem.xp, problem.query
     key, value = (xp.zeros_like(operand[(*stack.matrices, ...)]) for operand in (problem.key, problem.value))
     bias = sinks = None
@@ -97,7 +97,7 @@ def _zeros(problem: Problem, stack: Tile) -> StackGradients:
 def _through_values(
     problem: Problem, tile: Tile, blocks: list[Block], shared: Array, gradients: StackGradients, scratch: Scratch
 ) -> tuple[list[tuple[Block, Array]], Array]:
-    """Add dV; give each block with its dP, and D, the sum of P dP over the keys (MHA-VJP-1, MHA-VJP-3).
+    """Add dV; return each block with its dP, and D, the sum of P dP over the keys (MHA-VJP-1, MHA-VJP-3).
 
     The blocks hold exponentials, which are not divided by the sums of their rows: `shared`, dO / sum, is divided
     instead, because it is smaller.
@@ -123,7 +123,7 @@ def _through_scores(
     row_dot: Array,
     gradients: StackGradients,
 ) -> Array:
-    """Add dK and dbias from dS = P (dP - D), and give dQ (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5).
+    """Add dK and dbias from dS = P (dP - D), and return dQ (MHA-VJP-1, MHA-VJP-2, MHA-VJP-5).
 
     dP and `row_dot` are divided by the sums of the rows, so that the exponentials stand for P.
     """

@@ -55,7 +55,7 @@ class Dropout:
 
 
 def dropout_of(a: Arguments) -> Dropout | None:
-    """Give the dropout that a call has to draw, or None where it has a mask or a rate of 0 (MHA-DROP-4)."""
+    """Return the dropout that a call has to draw, or None where it has a mask or a rate of 0 (MHA-DROP-4)."""
     if a.dropout_rate == 0 or a.dropout_mask is not None:
         return None
     return Dropout(_seed(a.dropout_key), a.dropout_rate, a.heads, a.q_len, a.kv_len)

@@ -58,7 +58,7 @@ def _softmax(
     *,
     exact: bool,
 ) -> Softmax:
-    """Give the state of a tile after all blocks; the rows that are `anchored` have an anchor in any case.
+    """Return the state of a tile after all blocks; the rows that are `anchored` have an anchor in any case.
 
     The lse of a row that sees a single key is `exact`, its logit, only with the logit as its anchor.
     """
@@ -72,7 +72,7 @@ def _softmax(
 
 
 def _of_sink(problem: Problem, tile: Tile) -> Softmax | None:
-    """Give the state after the sink, a block without a value; the exponential of a sink of -inf is 0 (MHA-SINK-2)."""
+    """Return the state after the sink, a block without a value; the exponential of a sink of -inf is 0 (MHA-SINK-2)."""
     sink = problem.sink_of(tile)
     if sink is None:
         return None
@@ -83,7 +83,7 @@ def _of_sink(problem: Problem, tile: Tile) -> Softmax | None:
 def _with_block(
     problem: Problem, before: Softmax | None, block: Block, anchor: Array | None, place: Array | None
 ) -> Softmax:
-    """Give the state after a further block; the first block writes its sums into `place` unless it is None."""
+    """Return the state after a further block; the first block writes its sums into `place` unless it is None."""
     if before is not None:
         anchor = _joint_anchor(problem, before.anchor, anchor)
     weights = block.logits
@@ -105,7 +105,7 @@ def _with_block(
 
 
 def _joint_anchor(problem: Problem, before: Array | None, anchor: Array | None) -> Array | None:
-    """Give the greater anchor of each row, where None stands for 0."""
+    """Return the greater anchor of each row, where None stands for 0."""
     if before is None and anchor is None:
         return None
     return problem.xp.maximum(0.0 if before is None else before, 0.0 if anchor is None else anchor)

@@ -52,7 +52,7 @@ class Scratch:
         self._taken = 0
 
     def take(self, shape: tuple[int, ...], dtype: numpy.dtype) -> numpy.ndarray:
-        """Give an uninitialised array."""
+        """Return an uninitialised array."""
         index, size = self._taken, math.prod(shape)
         if index == len(self._pieces) or self._pieces[index].size < size:
             self._pieces[index : index + 1] = [numpy.empty(size, dtype)]
@@ -110,14 +110,14 @@ def normalised(sums: Array, total: Array) -> Array:
 
 
 def row_maximum(array: Array) -> Array:
-    """Give the largest number of each row, (..., rows, 1)."""
+    """Return the largest number of each row, (..., rows, 1)."""
     if isinstance(array, numpy.ndarray):
         return numpy.maximum.reduce(array, axis=-1, keepdims=True)
     return namespace_of(array).max(array, axis=-1, keepdims=True)
 
 
 def row_sum(array: Array) -> Array:
-    """Give the sum of each row, (..., rows, 1); a product with ones takes a quarter of the time of `sum`."""
+    """Return the sum of each row, (..., rows, 1); a product with ones takes a quarter of the time of `sum`."""
     if isinstance(array, numpy.ndarray):
         return array @ _ones(array.shape[-1], array.dtype)
     xp: Any = namespace_of(array)
@@ -130,7 +130,7 @@ def _ones(length: int, dtype: numpy.dtype) -> numpy.ndarray:
 
 
 def added(array: Array, where: tuple[Any, ...], block: Array) -> Array:
-    """Add a block to a part of an array, in place if possible, and give the array."""
+    """Add a block to a part of an array, in place if possible, and return the array."""
     if hasattr(array, "at"):
         return array.at[where].add(block)
     array[where] += block

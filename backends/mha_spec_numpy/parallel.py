@@ -33,7 +33,7 @@ _Result = TypeVar("_Result")
 def each(
     function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task], a: Arguments, *, tiny: bool
 ) -> list[_Result]:
-    """Give the result of each task in order; on NumPy, large work is spread over as many threads as its BLAS has.
+    """Return the result of each task in order; on NumPy, large work is spread over as many threads as its BLAS has.
 
     Threads share no scratch memory. `tiny` is the answer of `is_tiny`.
     """
@@ -94,7 +94,7 @@ def _taken(waiting: deque[_Task]) -> Iterator[_Task]:
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    """Give the threads that help the caller's; they are started on demand and kept from call to call."""
+    """Return the threads that help the caller's; they are started on demand and kept from call to call."""
     return ThreadPoolExecutor(os.cpu_count(), "mha_spec_numpy")
 
 

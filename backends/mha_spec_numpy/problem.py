@@ -81,7 +81,7 @@ class Problem:
         return cls(plan, a, plan.xp, query, key, value, sinks, dropout)
 
     def scaled(self, tile: Tile) -> Array:
-        """Give the queries of a tile, (entries, kv_heads, rows, qk_dim), times the scale."""
+        """Return the queries of a tile, (entries, kv_heads, rows, qk_dim), times the scale."""
         return rows_of(self.query, tile) * self.plan.scale
 
     def block(self, scaled: Array, tile: Tile, keys: range, scratch: Scratch, *, slope: bool = False) -> Block:
@@ -98,11 +98,11 @@ class Problem:
         return Block(tile, keys, hide(logits, visible, tile), visible, cap_slope)
 
     def values(self, block: Block) -> Array:
-        """Give the values of a block, (entries, kv_heads, keys, v_dim)."""
+        """Return the values of a block, (entries, kv_heads, keys, v_dim)."""
         return self.value[(*block.tile.matrices, part(block.keys), ...)]
 
     def sink_of(self, tile: Tile) -> Array | None:
-        """Give the sink of each row, (entries, kv_heads, rows, 1); None without sinks (MHA-SINK-1)."""
+        """Return the sink of each row, (entries, kv_heads, rows, 1); None without sinks (MHA-SINK-1)."""
         if self.sinks is None:
             return None
         xp = self.xp
@@ -110,7 +110,7 @@ class Problem:
         return fold(xp.broadcast_to(sinks, (*tile.unfolded, 1)), tile)
 
     def full(self, tile: Tile, columns: int, number: float) -> Array:
-        """Give matrices filled with `number` for the rows of a tile."""
+        """Return matrices filled with `number` for the rows of a tile."""
         shape = (*tile.folded, columns)
         return self.xp.full(shape, number, dtype=self.query.dtype, device=device_of(self.query))
 

@@ -38,14 +38,14 @@ LOWEST, HIGHEST = 64, 512
 
 
 def strip_rows(a: Arguments) -> int:
-    """Give the number of rows of a strip."""
+    """Return the number of rows of a strip."""
     return min(HIGHEST, max(LOWEST, STRIP // max(1, a.kv_len)))
 
 
 def exponentials(
     problem: Problem, tile: Tile, scratch: Scratch, cotangent: Array | None = None
 ) -> tuple[list[Block], Array | None, Array]:
-    """Give the blocks of a strip with exponentials as logits, the exponentials of the sinks, and the sums of the rows.
+    """Return the blocks of a strip with exponentials as logits, the exponentials of the sinks, and the sums of rows.
 
     With the cotangent of the strip's rows, the blocks also have the slope of the soft cap.
     """
@@ -91,7 +91,7 @@ def _needs_anchor(problem: Problem, block: Block, cotangent: Array | None) -> nu
 
 
 def _highest(problem: Problem, anchors: Sequence[Array | None]) -> Array | None:
-    """Give the highest anchor of all blocks, or None if it is 0 in every row."""
+    """Return the highest anchor of all blocks, or None if it is 0 in every row."""
     numbers = [anchor for anchor in anchors if anchor is not None]
     if not numbers:
         return None

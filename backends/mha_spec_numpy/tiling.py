@@ -87,7 +87,7 @@ class Assembly:
         self._whole = numpy.empty(shape, like.dtype) if isinstance(like, numpy.ndarray) else None
 
     def place(self, tile: Tile) -> Array | None:
-        """Give the memory of a tile's matrices, or None where `put` must write them."""
+        """Return the memory of a tile's matrices, or None where `put` must write them."""
         if self._whole is None:
             return None
         place = self._whole[tile.box]
@@ -106,7 +106,7 @@ class Assembly:
             self._parts.append((box, xp.reshape(array, shape)))
 
     def whole(self) -> Array:
-        """Give the whole result, or zeros if no box was written."""
+        """Return the whole result, or zeros if no box was written."""
         if self._whole is not None:
             return self._whole
         if self._parts:
@@ -156,7 +156,7 @@ def blocks(indices: range, length: int) -> list[range]:
 
 
 def part(indices: range) -> slice:
-    """Give the slice of consecutive indices."""
+    """Return the slice of consecutive indices."""
     return slice(indices.start, indices.stop)
 
 

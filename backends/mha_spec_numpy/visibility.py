@@ -68,14 +68,14 @@ class PerEntry:
         self._common = (value, value) if isinstance(value, int) else None
 
     def span(self, entries: range) -> tuple[int, int] | None:
-        """Give the least and the greatest integer of some batch entries, or None where they must not be read."""
+        """Return the least and the greatest integer of some batch entries, or None where they must not be read."""
         if self._common is not None or self._numbers is None:
             return self._common
         numbers = self._numbers[part(entries)]
         return min(numbers), max(numbers)
 
     def get(self, entries: range, like: Array) -> Array | int:
-        """Give the integers of some batch entries: a number if all are equal, else an array (entries, 1, 1, 1)."""
+        """Return the integers of some batch entries: a number if all are equal, else an array (entries, 1, 1, 1)."""
         span = self.span(entries)
         if span is not None and span[0] == span[1]:
             return span[0]
@@ -149,7 +149,7 @@ class Visibility:
         return [block for piece in pieces for block in blocks(piece, length)]
 
     def visible(self, tile: Tile, keys: range, bias: Array | None) -> VisiblePairs | None:
-        """Give the pairs of a block that are visible, or None where all are."""
+        """Return the pairs of a block that are visible, or None where all are."""
         if self.whole and bias is None:
             return None
         band = self._band(tile, keys) if self.positional else None
@@ -168,7 +168,7 @@ class Visibility:
         return VisiblePairs(steps.all_of(constraints if band is None else [band.pairs, *constraints]))
 
     def _key_range(self, tile: Tile) -> range:
-        """Give the keys between the first and the last that positions and lengths let the tile see."""
+        """Return the keys between the first and the last that positions and lengths let the tile see."""
         offset = self.offset.span(tile.entries) if self.positional else None
         q_lengths, kv_lengths = (
             None if lengths is None else lengths.span(tile.entries) for lengths in (self.q_lengths, self.kv_lengths)
@@ -187,7 +187,7 @@ class Visibility:
         return seen
 
     def _band(self, tile: Tile, keys: range) -> VisiblePairs | None:
-        """Give the pairs that positions show, or None where they show all; tiles with equal shifts share them."""
+        """Return the pairs that positions show, or None where they show all; tiles with equal shifts share them."""
         offset = self.offset.span(tile.entries)
         if offset is not None:
             nearest, farthest = distances(offset, tile.queries, keys)
@@ -220,7 +220,7 @@ class Visibility:
             yield steps.see_segments(of_queries[:, None, :, None], of_keys[:, None, None, :])
 
     def _indices(self, indices: range) -> Array:
-        """Give consecutive integers in int32, which is computed twice as fast as int64."""
+        """Return consecutive integers in int32, which is computed twice as fast as int64."""
         xp: Any = namespace_of(self.a.query)
         return xp.arange(indices.start, indices.stop, dtype=xp.int32, device=device_of(self.a.query))
 

@@ -52,7 +52,7 @@ class Layout(NamedTuple):
 
     @property
     def broadcasts(self) -> list[bool]:
-        """Give a flag for each axis, True if it may broadcast."""
+        """Return a flag for each axis, True if it may broadcast."""
         return [axis.endswith("*") for axis in self.axes.split()]
 
 

@@ -51,7 +51,7 @@ def weigh(a: Arguments) -> Tensor:
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    """Give an operator, or its formula for an ONNX model, whose standard operators have no such node."""
+    """Return an operator, or its formula for an ONNX model, whose standard operators have no such node."""
     operator = getattr(torch.ops.mha_spec_torch, name).default
     return DECOMPOSITIONS[operator] if torch.onnx.is_in_onnx_export() else operator
 

@@ -56,7 +56,7 @@ class MhaTarget(pytest.Collector):
     """The cases that a target claims."""
 
     def collect(self) -> Iterator[MhaCase]:
-        """Give a test for each case and dtype."""
+        """Return a test for each case and dtype."""
         from pathlib import Path
 
         from mha_spec.errors import MhaSpecError
@@ -101,13 +101,13 @@ class MhaCase(pytest.Item):
             raise WrongAnswer(outcome.reason)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> str:
-        """Give the report of a wrong answer, and the traceback of any other error."""
+        """Return the report of a wrong answer, and the traceback of any other error."""
         if isinstance(excinfo.value, WrongAnswer):
             return str(excinfo.value)
         return str(super().repr_failure(excinfo))
 
     def reportinfo(self) -> tuple[str, None, str]:
-        """Give the name of the test in reports."""
+        """Return the name of the test in reports."""
         assert self.parent is not None
         return self.parent.name, None, self.name
 

@@ -44,7 +44,7 @@ def attention_weights(query, key, *, mask=None, bias=None, causal=False):
 
 
 def attention_vjp(grad_output, query, key, value, *, mask=None, bias=None, causal=False):
-    """Give the gradients of jax.vjp."""
+    """Return the gradients of jax.vjp."""
 
     def forward(query, key, value, *bias):
         return attention(query, key, value, mask=mask, bias=bias[0] if bias else None, causal=causal)

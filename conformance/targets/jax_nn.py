@@ -62,7 +62,7 @@ def attention(
 
 @partial(jax.jit, static_argnames=("causal", "window", "scale"))
 def attention_vjp(grad_output, query, key, value, *, bias=None, grad_lse=None, **options):
-    """Give the gradients of jax.vjp, also through lse if its cotangent is passed."""
+    """Return the gradients of jax.vjp, also through lse if its cotangent is passed."""
 
     def forward(query, key, value, *bias):
         return attention(query, key, value, bias=bias[0] if bias else None, return_lse=grad_lse is not None, **options)

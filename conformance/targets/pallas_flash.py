@@ -43,7 +43,7 @@ def attention(query, key, value, *, bias=None, causal=False, q_segment_ids=None,
 
 @partial(jax.jit, static_argnames=("causal", "scale"))
 def attention_vjp(grad_output, query, key, value, *, causal=False, q_segment_ids=None, kv_segment_ids=None, scale=None):
-    """Give the gradients of the kernel's backward pass."""
+    """Return the gradients of the kernel's backward pass."""
     options = {"causal": causal, "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "scale": scale}
     with pltpu.force_tpu_interpret_mode():
         return jax.vjp(lambda *operands: attention(*operands, **options), query, key, value)[1](grad_output)

@@ -64,7 +64,7 @@ def attention(
 
 
 def attention_vjp(grad_output, query, key, value, **options):
-    """Give the gradients of the kernel's backward pass."""
+    """Return the gradients of the kernel's backward pass."""
     return jax.vjp(lambda *operands: attention(*operands, **options), query, key, value)[1](grad_output)
 
 

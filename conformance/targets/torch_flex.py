@@ -59,7 +59,7 @@ def attention(
 
 
 def visible(shape, causal, window, q_offset, q_lengths, kv_lengths):
-    """Give the visible pairs (batch, 1, q_len, kv_len) of causal, window and lengths."""
+    """Return the visible pairs (batch, 1, q_len, kv_len) of causal, window and lengths."""
     *_, q_len, kv_len = shape
     row, column = torch.arange(q_len)[:, None], torch.arange(kv_len)[None]
     distance = column - row - torch.as_tensor(0 if q_offset is None else q_offset).reshape(-1, 1, 1, 1)
@@ -75,7 +75,7 @@ def visible(shape, causal, window, q_offset, q_lengths, kv_lengths):
 
 
 def attention_vjp(grad_output, query, key, value, *, bias=None, **options):
-    """Give the gradients of autograd."""
+    """Return the gradients of autograd."""
     operands = [None if x is None else x.detach().requires_grad_() for x in (query, key, value, bias)]
     output = attention(*operands[:3], bias=operands[3], **options)
     gradients = iter(torch.autograd.grad(output, [x for x in operands if x is not None], grad_output))

@@ -54,7 +54,7 @@ def call(query, key, value, params, mask, bias, causal, kv_lengths, *, need_weig
 
 
 def attn_mask(query, key, heads, mask, bias, causal):
-    """Give the mask of (batch * heads, q_len, kv_len), or of (q_len, kv_len) for causal attention."""
+    """Return the mask of (batch * heads, q_len, kv_len), or of (q_len, kv_len) for causal attention."""
     if (mask is not None) + (bias is not None) + causal > 1:
         raise NotImplementedError("attn_mask is boolean, floating-point or causal")
     if causal:

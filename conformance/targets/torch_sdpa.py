@@ -29,7 +29,7 @@ def attention(query, key, value, *, mask=None, bias=None, causal=False, scale=No
 
 
 def attention_vjp(grad_output, query, key, value, *, mask=None, bias=None, causal=False, scale=None):
-    """Give the gradients of autograd."""
+    """Return the gradients of autograd."""
     operands = [None if x is None else x.detach().requires_grad_() for x in (query, key, value, bias)]
     query, key, value, bias = operands
     output = attention(query, key, value, mask=mask, bias=bias, causal=causal, scale=scale)

@@ -35,7 +35,7 @@ def attention(query, key, value, *, causal=False, window=None, scale=None):
 
 
 def attention_vjp(grad_output, query, key, value, **options):
-    """Give the gradients of the kernel's backward pass."""
+    """Return the gradients of the kernel's backward pass."""
     operands = [array.detach().requires_grad_() for array in (query, key, value)]
     return torch.autograd.grad(attention(*operands, **options), operands, grad_output)
 

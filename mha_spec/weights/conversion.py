@@ -34,7 +34,7 @@ def load_weights(
     kv_heads: int | None = None,
     prefix: str = "",
 ) -> dict[str, Array]:
-    """Give the `params` of multi_head_attention from the weights of another library's attention layer.
+    """Return the `params` of multi_head_attention from the weights of another library's attention layer.
 
     Args:
         state: The arrays by name, flat or nested, of a layer or of a whole model; for Keras also `get_weights()`. An

@@ -36,12 +36,12 @@ class Expected:
         self._optional = optional
 
     def missing(self, names: Collection[str]) -> list[str]:
-        """Give the names that `names` lacks; if it has a name of an optional group, it needs the whole group."""
+        """Return the names that `names` lacks; if it has a name of an optional group, it needs the whole group."""
         not_needed = {name for group in self._optional if not set(group) & set(names) for name in group}
         return [name for name in self._names if name not in names and name not in not_needed]
 
     def unknown(self, names: Collection[str]) -> list[str]:
-        """Give the names that are not expected."""
+        """Return the names that are not expected."""
         return [name for name in names if name not in self._names]
 
     def fits(self, names: Collection[str]) -> bool:
@@ -95,7 +95,7 @@ def flat(state: Mapping[str, Array], separator: str) -> dict[str, Array]:
 
 
 def nested(state: Mapping[str, Array], separator: str) -> dict[str, Array]:
-    """Split joined names, and give nested dictionaries."""
+    """Split joined names, and return nested dictionaries."""
     root: dict[str, Array] = {}
     for name, array in state.items():
         *folders, last = name.split(separator)
@@ -107,7 +107,7 @@ def nested(state: Mapping[str, Array], separator: str) -> dict[str, Array]:
 
 
 def layer_tensors(state: Mapping[str, Array] | Sequence[Array], layout: Layout, prefix: str) -> dict[str, Array]:
-    """Give the tensors of the layer of `state` under `prefix`, by the names of the layout.
+    """Return the tensors of the layer of `state` under `prefix`, by the names of the layout.
 
     Raises:
         ArgumentTypeError: The state is neither a mapping nor, where the layout has an order, a list.
@@ -132,7 +132,7 @@ def layer_tensors(state: Mapping[str, Array] | Sequence[Array], layout: Layout, 
 
 
 def beginning(prefix: object, layout: Layout) -> str:
-    """Give the beginning of every name of the layer: the prefix and a separator, or nothing."""
+    """Return the beginning of every name of the layer: the prefix and a separator, or nothing."""
     if not isinstance(prefix, str):
         raise ArgumentTypeError(f"`prefix` must be a string, received prefix={prefix!r}.")
     return f"{prefix.removesuffix(layout.separator)}{layout.separator}" if prefix else ""

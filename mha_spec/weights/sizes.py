@@ -23,12 +23,12 @@ def axes_of(pattern: str) -> Sum:
 
 
 def merged_axis(patterns: Sequence[str]) -> int:
-    """Give the axis along which a fused tensor joins its parts: the first that merges several axes, else axis 0."""
+    """Return the axis along which a fused tensor joins its parts: the first that merges several axes, else axis 0."""
     return next((index for index, axis in enumerate(axes_of(patterns[0])) if len(axis) > 1), 0)
 
 
 def _sums(patterns: Sequence[str]) -> list[Sum]:
-    """Give each axis of a tensor as a sum of products: a product for each part where they are joined, else a single."""
+    """Return each axis of a tensor as a sum of products, with a product for each part that is joined along it."""
     parts = [axes_of(pattern) for pattern in patterns]
     joined = merged_axis(patterns)
     return [[part[index] for part in (parts if index == joined else parts[:1])] for index in range(len(parts[0]))]

@@ -13,7 +13,7 @@ __all__ = ["kinds_of", "multiples"]
 
 
 def kinds_of(answer: Answer) -> list[Any]:
-    """Give the kind of every element; without kinds, every element has kind 0."""
+    """Return the kind of every element; without kinds, every element has kind 0."""
     return numpy.zeros(answer.values.shape, int).tolist() if answer.kinds is None else answer.kinds.tolist()
 
 

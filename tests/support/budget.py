@@ -34,6 +34,6 @@ def _has_scores(case: Case) -> bool:
 
 
 def affordable(cases: Iterable[Case], one_in: int) -> list[Case]:
-    """Give all small cases, and 1 / one_in of the others by their ids; with ALL_CASES=1 in the environment, all."""
+    """Return all small cases, and 1 / one_in of the others by their ids; with ALL_CASES=1 in the environment, all."""
     everything = os.environ.get("ALL_CASES") == "1"
     return [case for case in cases if everything or is_small(case) or zlib.crc32(case.id.encode()) % one_in == 0]

@@ -20,7 +20,7 @@ def operand(*shape: int, dtype: str = "float32") -> numpy.ndarray:
 
 
 def arguments(**changed: Any) -> dict[str, Any]:
-    """Give query, key and value, with the changed and additional arguments."""
+    """Return query, key and value, with the changed and additional arguments."""
     operands = {
         "query": operand(BATCH, HEADS, Q_LEN, QK_DIM),
         "key": operand(BATCH, KV_HEADS, KV_LEN, QK_DIM),

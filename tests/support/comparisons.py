@@ -21,7 +21,7 @@ __all__ = ["assert_equal", "assert_near", "assert_same", "described", "largest_d
 
 
 def leaves(tree: Any) -> Iterator[Array]:
-    """Give the arrays of nested mappings and sequences; mappings are read in the order of their names."""
+    """Return the arrays of nested mappings and sequences; mappings are read in the order of their names."""
     if isinstance(tree, Mapping):
         for name in sorted(tree):
             yield from leaves(tree[name])
@@ -33,12 +33,12 @@ def leaves(tree: Any) -> Iterator[Array]:
 
 
 def described(array: Array, dtype: str | None = None) -> tuple[object, ...]:
-    """Give library, dtype, shape and device of an array; `dtype` replaces its dtype."""
+    """Return library, dtype, shape and device of an array; `dtype` replaces its dtype."""
     return library_of(array), dtype or dtype_name(array), tuple(array.shape), str(device_of(array))
 
 
 def largest_difference(array: Array, other: Array) -> float:
-    """Give the largest distance of two elements; equal infinities have the distance 0."""
+    """Return the largest distance of two elements; equal infinities have the distance 0."""
     array, other = to_numpy(array), to_numpy(other)
     differences = numpy.subtract(array, other, where=array != other, out=numpy.zeros_like(array))
     return float(abs(differences).max(initial=0.0))

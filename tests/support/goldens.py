@@ -59,7 +59,7 @@ LAYER = ("multi_head_attention", "multi_head_attention_weights", "rotary_embeddi
 
 @lru_cache
 def cases(*functions: str) -> tuple[Case, ...]:
-    """Give the small cases of these functions that have an answer."""
+    """Return the small cases of these functions that have an answer."""
     return tuple(case for case in _suite() if case.function in functions and case.expect == "values" and is_small(case))
 
 
@@ -69,7 +69,7 @@ def _suite() -> tuple[Case, ...]:
 
 
 def names(case: Case) -> set[str]:
-    """Give the names of the inputs and options of a case."""
+    """Return the names of the inputs and options of a case."""
     return {*case.options, *case.input_names}
 
 
@@ -126,7 +126,7 @@ def _groups(function: str) -> list[list[Case]]:
 
 
 def arguments_of(case: Case, dtype: str, library: str, host: Iterable[str] = ()) -> Arguments:
-    """Give the arrays and options of a case; the arrays named in `host` stay NumPy arrays."""
+    """Return the arrays and options of a case; the arrays named in `host` stay NumPy arrays."""
     options = {name: tuple(value) if name == "window" else value for name, value in case.options.items()}
     arrays = case.inputs(dtype).items()
     return {name: array if name in host else to_library(array, library) for name, array in arrays} | options

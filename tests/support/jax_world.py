@@ -60,7 +60,7 @@ def floats(tree: Any, dtype: str) -> Any:
 
 
 def with_gradients(call: Callable[..., Any], *arguments: Any) -> list[Array]:
-    """Give the outputs of a function, and gradients for cotangents of which every element differs."""
+    """Return the outputs of a function, and gradients for cotangents of which every element differs."""
     outputs, pull = jax.vjp(call, *arguments)
     cotangents = jax.tree.map(lambda array: jnp.asarray(layers.uneven(array.shape), array.dtype), outputs)
     return jax.tree.leaves((outputs, pull(cotangents)))

@@ -82,12 +82,12 @@ def parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, numpy.ndarray
 
 
 def weight_options(options: Mapping[str, Any]) -> Options:
-    """Give the options that `multi_head_attention_weights` accepts."""
+    """Return the options that `multi_head_attention_weights` accepts."""
     return {name: value for name, value in options.items() if "dropout" not in name}
 
 
 def uneven(shape: Sequence[int]) -> numpy.ndarray:
-    """Give a cotangent whose elements all differ."""
+    """Return a cotangent whose elements all differ."""
     return numpy.linspace(-1, 2, int(numpy.prod(shape, dtype=int))).reshape(shape)
 
 

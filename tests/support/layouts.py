@@ -45,7 +45,7 @@ def claims(layout: str, *words: str, dtypes: tuple[str, ...] = ("float32",), **d
 
 
 def small_cases(suite: Suite) -> Suite:
-    """Give the cases of few numbers, because these kernels are slow."""
+    """Return the cases of few numbers, because these kernels are slow."""
 
     def elements(case: Case) -> int:
         return sum(math.prod(case.shape_of(name)) for name in case.input_names)
@@ -71,18 +71,18 @@ class Inside:
 
 
 def bounds_of(cu_seqlens: Array, _: int) -> list[slice]:
-    """Give the tokens of each sequence; a wrong kernel also looks at their number."""
+    """Return the tokens of each sequence; a wrong kernel also looks at their number."""
     return [slice(int(start), int(stop)) for start, stop in pairwise(cu_seqlens)]
 
 
 def keys_of(length: int, table: Array, block_size: int) -> list[tuple[int, slice]]:
-    """Give the block of each page of a sequence, and the slots that hold its keys."""
+    """Return the block of each page of a sequence, and the slots that hold its keys."""
     starts = range(0, length, block_size)
     return [(int(table[n]), slice(0, min(block_size, length - start))) for n, start in enumerate(starts)]
 
 
 def position_of(q_tokens: slice, kv_length: int) -> int:
-    """Give the position of the first query of a sequence: lower right of its lengths."""
+    """Return the position of the first query of a sequence: lower right of its lengths."""
     return kv_length - (q_tokens.stop - q_tokens.start)
 
 
@@ -107,7 +107,7 @@ class Kernel:
         return {"attention": self.attention, "attention_vjp": self.attention_vjp}
 
     def _sequences(self, query: Array, key: Array, options: dict[str, Any]) -> Iterator[tuple[slice, list[Any], int]]:
-        """Give for each sequence its queries, the places of its keys, and their number."""
+        """Return for each sequence its queries, the places of its keys, and their number."""
         table, lengths = options.pop("block_table", None), options.pop("kv_lengths", None)
         for name in ("max_seqlen_q", "max_seqlen_kv"):
             options.pop(name, None)
@@ -120,7 +120,7 @@ class Kernel:
             yield q, self.pages(int(length), row, key.shape[1]), int(length)
 
     def _dense(self, array: Array, places: list[Any]) -> Array:
-        """Give the keys or values of a sequence as dense arrays."""
+        """Return the keys or values of a sequence as dense arrays."""
         parts = [array[place] for place in places]
         joined = numpy.concatenate(parts) if parts else numpy.zeros((0, *array.shape[-2:]), array.dtype)
         return joined.swapaxes(0, 1)[None]
@@ -142,7 +142,7 @@ class Kernel:
         return (output, lse) if returned else output
 
     def attention_vjp(self, grad_output: Array, query: Array, key: Array, value: Array, **options: Any) -> Any:
-        """Give the gradients; elsewhere they are NaN."""
+        """Return the gradients; elsewhere they are NaN."""
         gradients = [numpy.full_like(array, numpy.nan) for array in (query, key, value)]
         grad_sinks, grad_lse = 0, options.pop("grad_lse", None)
         for q, places, length in self._sequences(query, key, options):

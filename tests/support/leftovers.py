@@ -60,7 +60,7 @@ def _adopt_orphans(adopt: bool) -> None:
 
 
 def _left_after_a_while(processes: set[int], files: set[Path]) -> tuple[list[str], list[Path]]:
-    """Give the new processes and files; those that were killed, and those of other runs, have the time to end."""
+    """Return the new processes and files; those that were killed, and those of other runs, have the time to end."""
     deadline = time.monotonic() + 5
     while True:
         left = [command for process, command in _descendants().items() if process not in processes]
@@ -71,7 +71,7 @@ def _left_after_a_while(processes: set[int], files: set[Path]) -> tuple[list[str
 
 
 def _descendants() -> dict[int, str]:
-    """Give the commands of the running processes that descend from this process."""
+    """Return the commands of the running processes that descend from this process."""
     parents: dict[int, int] = {}
     for process in _all_processes():
         state, parent = _state(process)
@@ -90,7 +90,7 @@ def _all_processes() -> list[int]:
 
 
 def _state(process: int) -> tuple[str, int]:
-    """Give the state and the parent of a process; the state is empty if it has ended."""
+    """Return the state and the parent of a process; the state is empty if it has ended."""
     try:
         state, parent = (PROCESSES / str(process) / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
     except OSError:

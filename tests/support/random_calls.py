@@ -50,7 +50,7 @@ def random_arrays(
 
 
 def random_call(seed: int, **sizes: int) -> dict[str, Any]:
-    """Give arrays with a random choice of options; each option occurs in two calls of five."""
+    """Return arrays with a random choice of options; each option occurs in two calls of five."""
     random, call = numpy.random.default_rng(seed), dict(random_arrays(seed, **sizes))
     batch, _, q_len, _ = call["query"].shape
     kv_len = call["key"].shape[2]
@@ -101,7 +101,7 @@ def arguments_of(function: str, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ask(module: Any, function: str, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Call a function, and give its outputs by name."""
+    """Call a function, and return its outputs by name."""
     options = {"return_lse": True} if function == "attention" else {}
     answer = getattr(module, function)(**arguments_of(function, call), **options)
     answers = answer if isinstance(answer, tuple) else (answer,)

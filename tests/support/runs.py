@@ -11,5 +11,5 @@ __all__ = ["outcomes"]
 
 
 def outcomes(run: Run, folder: str = "") -> dict[str, str]:
-    """Give the outcome of every case by its id, of which the folder is left out."""
+    """Return the outcome of every case by its id, of which the folder is left out."""
     return {result.ask.case.id.removeprefix(folder): result.outcome for result in run.results}

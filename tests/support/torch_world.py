@@ -85,6 +85,6 @@ def heads(length: int, seed: int = 5) -> list[Tensor]:
 
 
 def with_gradients(outputs: Sequence[Tensor], of: Iterable[Tensor]) -> list[Tensor]:
-    """Give the outputs, and the gradients of a sum that weighs every element differently."""
+    """Return the outputs, and the gradients of a sum that weighs every element differently."""
     cotangents = [tensor(layers.uneven(output.shape)).to(output) for output in outputs]
     return [*outputs, *torch.autograd.grad(outputs, list(of), cotangents)]

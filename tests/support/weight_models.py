@@ -47,7 +47,7 @@ def transformer_module(
 
 
 def hidden_future() -> Any:
-    """Give the numbers that are added to the scores to hide later keys."""
+    """Return the numbers that are added to the scores to hide later keys."""
     import torch
 
     return torch.full((1, 1, Q_LEN, Q_LEN), torch.finfo(torch.float32).min).triu(1)
@@ -270,7 +270,7 @@ def gpt_neox() -> Module:
 
 
 def alibi(heads: int) -> tuple[Any, Array]:
-    """Give the linear bias, slope times the position of the key, in the shapes that BLOOM and attention take."""
+    """Return the linear bias, slope times the position of the key, in the shapes that BLOOM and attention take."""
     import torch
 
     slopes = alibi_slopes(heads)

@@ -42,13 +42,13 @@ def alignments(case: Case) -> tuple[str, ...]:
 
 
 def offset_in_numbers(case: Case) -> numpy.ndarray:
-    """Give the offset that a case of attention names (MHA-POS-2) as an integer for each batch entry."""
+    """Return the offset that a case of attention names (MHA-POS-2) as an integer for each batch entry."""
     offset = offset_of_reading(case.options["q_offset"], *_lengths(case))
     return numpy.broadcast_to(offset, case.shape_of("query")[:1]).astype(numpy.int32)
 
 
 def _lengths(case: Case) -> tuple[Any, Any]:
-    """Give the numbers of queries and of keys in use, of each batch entry if the case has lengths."""
+    """Return the numbers of queries and of keys in use, of each batch entry if the case has lengths."""
     q_len, kv_len = case.shape_of("query")[2], case.shape_of("key")[2]
     return _array(case, "q_lengths", q_len), _array(case, "kv_lengths", kv_len)
 
@@ -58,5 +58,5 @@ def _arguments(case: Case) -> tuple[str, ...]:
 
 
 def _array(case: Case, name: str, otherwise: int) -> Any:
-    """Give the lengths or offsets of a case as wide integers, or the number that stands for their absence."""
+    """Return the lengths or offsets of a case as wide integers, or the number that stands for their absence."""
     return case.input(name, case.dtypes[0]).astype(numpy.int64) if name in case.input_names else otherwise

@@ -64,7 +64,7 @@ class MalformedResult(Exception):
 
 
 def function_over(steps: Steps | LayerSteps | Joined, name: str) -> Callable[..., Any]:
-    """Give a function of the specification that is composed of these steps, of attention or of the layer."""
+    """Return a function of the specification that is composed of these steps, of attention or of the layer."""
     if isinstance(steps, Joined):
         return steps.function(name, function_over)
     layer, core = (steps, Steps()) if isinstance(steps, LayerSteps) else (LayerSteps(), steps)
@@ -89,7 +89,7 @@ def stacked_operand(arguments: Iterable[str]) -> str | None:
 
 
 def arranged(function: str, arguments: Arguments) -> tuple[list[Any], dict[str, Any]]:
-    """Give the operands and keywords of a call."""
+    """Return the operands and keywords of a call."""
     keywords = dict(arguments)
     if FUNCTIONS[function].of_layer:
         keywords["params"] = {name: keywords.pop(name) for name in list(keywords) if is_parameter(name)}
@@ -104,7 +104,7 @@ def arranged(function: str, arguments: Arguments) -> tuple[list[Any], dict[str, 
 def named(
     function: str, keywords: Mapping[str, object], returned: object, stacked: str | None = None
 ) -> dict[str, Any]:
-    """Give the results of a call by name; `stacked` is the argument that holds several operands.
+    """Return the results of a call by name; `stacked` is the argument that holds several operands.
 
     Raises:
         MalformedResult: The call did not return the outputs of the function.
@@ -120,7 +120,7 @@ def named(
 
 
 def layer_answers(call: Callable[..., Any], function: str, arguments: Arguments) -> Iterator[dict[str, Array]]:
-    """Give the outputs of each call of a question, by name; only the last call has those of the cache."""
+    """Return the outputs of each call of a question, by name; only the last call has those of the cache."""
     drafts = arguments.get("drafts", False)
     parts = list(_parts({name: value for name, value in arguments.items() if name != "drafts"}))
     cache: KVCache | None = None
@@ -139,20 +139,20 @@ def layer_answers(call: Callable[..., Any], function: str, arguments: Arguments)
 
 
 def _draft(function: str, operands: list[Any]) -> list[Any]:
-    """Give the operands with negated tokens."""
+    """Return the operands with negated tokens."""
     names = FUNCTIONS[function].operands
     return [-array if name in TOKENS else array for name, array in zip(names, operands, strict=True)]
 
 
 def _unpacked(function: str, cache: object) -> KVCache:
-    """Give the cache that a call returned."""
+    """Return the cache that a call returned."""
     if isinstance(cache, (tuple, list)) and len(cache) == 3:
         return KVCache(*cache)
     raise MalformedResult(f"{function} must return its cache as (key, value, lengths), received {described(cache)}")
 
 
 def _parts(arguments: Arguments) -> Iterator[dict[str, Any]]:
-    """Give the arguments of each call of a question."""
+    """Return the arguments of each call of a question."""
     whole = dict(arguments)
     start = 0
     for length in whole.pop("chunks", None) or [None]:

@@ -209,7 +209,7 @@ class Recorded:
                 raise FolderError(f"{self.folder / name}: line {number}: the program {error}") from error
 
     def answers(self, *groups: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
-        """Give all questions with their answers."""
+        """Return all questions with their answers."""
         return in_layout(self.claims, self._read_answers, groups)
 
     def _read_answers(self, *groups: Iterable[Question]) -> Generator[tuple[Question, Answer], None, None]:

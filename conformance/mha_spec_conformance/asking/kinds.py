@@ -141,7 +141,7 @@ def _table() -> dict[str, Any]:
 
 
 def kinds() -> tuple[AttentionKind | LayerKind, ...]:
-    """Give every row of the table."""
+    """Return every row of the table."""
     table = _table()
     return (
         *(AttentionKind(**_members(row)) for row in table["attention"]),
@@ -154,7 +154,7 @@ def _members(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def together() -> dict[str, frozenset[str]]:
-    """Give the combinations of options that models use, by name."""
+    """Return the combinations of options that models use, by name."""
     return {name: frozenset(options) for name, options in _table()["together"].items()}
 
 

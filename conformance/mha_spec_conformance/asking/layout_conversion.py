@@ -47,7 +47,7 @@ def has_layout(claims: Claims, function: str) -> bool:
 
 
 def clipped(lengths: Any, batch: int, most: int) -> tuple[int, ...]:
-    """Give the length of each batch entry, within the buffer (MHA-LEN-3); without lengths, all are full."""
+    """Return the length of each batch entry, within the buffer (MHA-LEN-3); without lengths, all are full."""
     values = numpy.full(batch, most) if lengths is None else numpy.asarray(lengths).astype(numpy.int64)
     return tuple(int(length) for length in numpy.clip(values, 0, most))
 
@@ -91,7 +91,7 @@ class Conversion:
                 self._arrays[name] = numpy.repeat(self._arrays[name], group, axis=1)
 
     def _shapes_of_outputs(self) -> dict[str, tuple[int, ...]]:
-        """Give the dense shape of each output that has axes of heads and tokens."""
+        """Return the dense shape of each output that has axes of heads and tokens."""
         shapes = {name: array.shape for name, array in self._arrays.items()}
         if "value" in shapes:
             shapes["output"] = (*shapes["query"][:3], shapes["value"][3])
@@ -102,7 +102,7 @@ class Conversion:
 
     @staticmethod
     def _side(name: str) -> tuple[str, ...]:
-        """Give the side of an array or output; it is empty for arrays without an axis of tokens."""
+        """Return the side of an array or output; it is empty for arrays without an axis of tokens."""
         return next((side for side in (QUERY_SIDE, KEY_SIDE) if _operand(name) in side), ())
 
     def _choose_storages(self) -> None:
@@ -189,12 +189,12 @@ class Conversion:
         return (self._keys if self.claims.stacked == "kv" else self._queries).heads_axis
 
     def _placed(self, stored: Arrays) -> dict[str, str]:
-        """Give the memory layout of each array; an array that the plain question lacks has that of its first."""
+        """Return the memory layout of each array; an array that the plain question lacks has that of its first."""
         placed = self.plain.placed
         return {name: placed.get(name, next(iter(placed.values()))) for name in stored} if placed else {}
 
     def _stored_shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of an output in the layout."""
+        """Return the shape of an output in the layout."""
         storage = self._storage(name)
         assert storage is not None
         return self._ordered(name, numpy.broadcast_to(0, storage.shape(self._dense_shapes[name]))).shape
@@ -232,7 +232,7 @@ class Conversion:
         return outputs | {f"grad_{part}": together.take(index, axis=axis) for index, part in enumerate(self._parts)}
 
     def _dense(self, name: str, stored: numpy.ndarray) -> numpy.ndarray:
-        """Give an output as the specification has it; rows that are not packed have the results of empty rows."""
+        """Return an output as the specification has it; rows that are not packed have the results of empty rows."""
         storage = self._storage(name)
         assert storage is not None
         self._check(name, stored, self._stored_shape(name))
@@ -261,7 +261,7 @@ class Conversion:
 
 
 def _operand(name: str) -> str:
-    """Give the operand whose gradient an array is, or the name itself."""
+    """Return the operand whose gradient an array is, or the name itself."""
     return name.removeprefix("grad_")
 
 

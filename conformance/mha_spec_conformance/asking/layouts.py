@@ -27,7 +27,7 @@ __all__ = ["in_layout", "obstacle"]
 
 
 def obstacle(claims: Claims, function: str, shapes: Shapes, names: Iterable[str], read: Read) -> str | None:
-    """Give the reason why a call cannot be made in the layout of the target, or None.
+    """Return the reason why a call cannot be made in the layout of the target, or None.
 
     Args:
         claims: The claims of the target.
@@ -65,7 +65,7 @@ def _obstacle_to_stacking(claims: Claims, function: str, shapes: Shapes, names: 
 def in_layout(
     claims: Claims, answers: Callable[..., Generator[Pair, None, None]], groups: Iterable[Iterable[Question]]
 ) -> Iterator[Pair]:
-    """Ask questions in the layout of the target, and give each with its answer in that of the specification."""
+    """Ask questions in the layout of the target, and return each with its answer in that of the specification."""
     asked: dict[int, Conversion] = {}
     refused: list[Pair] = []
 

@@ -39,7 +39,7 @@ SESSION, PAGES = 3, 21
 
 
 def half_of_the_machine() -> int:
-    """Give half of the memory of the machine, or of the container, in bytes."""
+    """Return half of the memory of the machine, or of the container, in bytes."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):
         memory = min(memory, int(CONTAINER.read_text()))
@@ -97,7 +97,7 @@ class MemoryLimit:
             self._thread.start()
 
     def forget(self, program: int) -> str | None:
-        """Stop measuring a program; give the reason if it was killed here."""
+        """Stop measuring a program; return the reason if it was killed here."""
         with self._lock:
             watched = self._watched.pop(program, None)
             if watched is not None:
@@ -156,7 +156,7 @@ def _resident(fields: list[str]) -> int:
 
 
 def _proportional(process: int) -> int:
-    """Give the memory of a process, where a page that n processes share counts as 1/n."""
+    """Return the memory of a process, where a page that n processes share counts as 1/n."""
     with suppress(OSError):
         for line in (PROCESSES / str(process) / "smaps_rollup").read_text().splitlines():
             name, _, value = line.partition(":")

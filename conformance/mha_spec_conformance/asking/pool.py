@@ -101,7 +101,7 @@ class Worker:
         return claims
 
     def _claims_that_arrived(self, process: Process) -> Claims | None:
-        """Give the claims as soon as they have arrived; see `claims`."""
+        """Return the claims as soon as they have arrived; see `claims`."""
         if (message := self._first_message(process)) is None:
             return None
         claims = claims_from(message, self.pool.target, trusted=self.pool.python)
@@ -178,7 +178,7 @@ class Worker:
         self.folder.chmod(0o700)
 
     def arrived(self, limit: float) -> list[tuple[Question, Answer]]:
-        """Give the answers that have arrived; replace a process that ended, hangs, or breaks the protocol."""
+        """Return the answers that have arrived; replace a process that ended, hangs, or breaks the protocol."""
         if not self.held:
             return []
         if self.unwritten:
@@ -232,7 +232,7 @@ class Worker:
         return self.held.pop(number)
 
     def _blamed(self, answer: Answer) -> list[tuple[Question, Answer]]:
-        """Give the answer to the oldest question; a process may also end when no question is held."""
+        """Return the answer to the oldest question; a process may also end when no question is held."""
         return [(self._drop(number), answer) for number in list(self.held)[:1]]
 
     def _replaced(self, kind: str, reason: str) -> list[tuple[Question, Answer]]:

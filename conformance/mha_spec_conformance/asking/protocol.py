@@ -94,7 +94,7 @@ def _shown(line: bytes) -> str:
 
 
 def number_of(message: Message, kind: str) -> int:
-    """Give the number of a message of the kind "question" or "answer".
+    """Return the number of a message of the kind "question" or "answer".
 
     Raises:
         ProtocolError: The message has another kind, or its number is not an integer.
@@ -248,7 +248,7 @@ def _decoded(value: object) -> object:
 def answer_message(
     answer: Answer, number: int, path: Path, most_bytes: int, sampled: Mapping[str, Sample] | None = None
 ) -> Message:
-    """Write the arrays of an answer to its file, of sampled outputs the rows alone, and give its message."""
+    """Write the arrays of an answer to its file, of sampled outputs the rows alone, and return its message."""
     outputs = {
         name: sampled[name].of(array) if sampled and name in sampled and array.shape == sampled[name].shape else array
         for name, array in answer.outputs.items()
@@ -375,7 +375,7 @@ def _outputs(
 
 
 def _whole(array: numpy.ndarray, sample: Sample | None) -> numpy.ndarray:
-    """Give an output of which perhaps only the sampled rows were written."""
+    """Return an output of which perhaps only the sampled rows were written."""
     return array if sample is None or not sample.fits(array.shape) else sample.spread(array)
 
 

@@ -46,7 +46,7 @@ class Sample:
         return shape == (len(self.rows), self.width)
 
     def spread(self, rows: numpy.ndarray) -> numpy.ndarray:
-        """Give the output with these rows; all others are 0, and take no memory until they are read."""
+        """Return the output with these rows; all others are 0, and take no memory until they are read."""
         whole = numpy.zeros(self.shape, rows.dtype)
         whole.reshape(-1, self.width)[self.rows] = rows
         return whole

@@ -75,7 +75,7 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder; give None if another run has locked it, or removed it before it was locked here."""
+    """Lock a folder; return None if another run has locked it, or removed it before it was locked here."""
     with suppress(OSError):
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         with suppress(OSError):

@@ -103,7 +103,7 @@ class Ask:
         return {name: self.case.expected[name] for name in self.outputs if name in self.case.expected}
 
     def question(self) -> Question:
-        """Give the question, with fresh arrays."""
+        """Return the question, with fresh arrays."""
         case = self.case
         options = {name: _plain(value) for name, value in case.options.items() if name not in self.omitted}
         optional = FUNCTIONS[case.function].optional
@@ -128,7 +128,7 @@ class Ask:
         )
 
     def _sampled(self) -> dict[str, Sample]:
-        """Give the outputs of which the golden holds only rows."""
+        """Return the outputs of which the golden holds only rows."""
         return {
             name: Sample(tuple(golden.shape), golden.rows.astype(numpy.int64), golden.values.size // golden.rows.size)
             for name, golden in self.expected.items()
@@ -136,7 +136,7 @@ class Ask:
         }
 
     def _most_bytes(self) -> int:
-        """Give a size that the outputs of all calls stay below in every dtype."""
+        """Return a size that the outputs of all calls stay below in every dtype."""
         elements = sum(math.prod(golden.shape) for golden in self.expected.values())
         return LEAST_ROOM + elements * WIDEST * (1 + len(FURTHER))
 
@@ -147,7 +147,7 @@ def _plain(value: object) -> object:
 
 
 def asks(cases: Iterable[Case], claims: Claims, selection: Selection) -> list[Ask]:
-    """Give all asks of the target, case by case and within a case dtype by dtype."""
+    """Return all asks of the target, case by case and within a case dtype by dtype."""
     return [
         ask
         for case in cases

@@ -20,7 +20,7 @@ COST_OF_SIGNATURE, COST_OF_ASK = 2**18, 2**15
 
 
 def shard(asked: Iterable[Ask], number: int, count: int) -> list[Ask]:
-    """Give the asks of a shard, in their order; `number` is from 1 to `count`.
+    """Return the asks of a shard, in their order; `number` is from 1 to `count`.
 
     Cases of the same signature stay together, because a framework compiles once for all of them. The most expensive
     group comes first, and each goes to the shard that has the lowest cost so far.

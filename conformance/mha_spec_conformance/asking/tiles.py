@@ -40,7 +40,7 @@ def hidden_by_dense_alone(case: Case) -> bool:
 
 
 def _visible(options: Arguments) -> numpy.ndarray:
-    """Give the visible pairs, (batch, heads, q_len, kv_len)."""
+    """Return the visible pairs, (batch, heads, q_len, kv_len)."""
     query, key, reference = options["query"], options["key"], Reference()
     rest = {name: value for name, value in options.items() if name not in OPERANDS}
     checked = reference.steps.check(arguments.Arguments(query, key, options.get("value", key), **rest))

@@ -207,7 +207,7 @@ def _holds(argument: Array, array: numpy.ndarray) -> bool:
 def _answers(
     function: Callable[..., object], question: Question, arguments: Mapping[str, object]
 ) -> list[dict[str, Array]]:
-    """Give the outputs by name, for each call if the question is a sequence of calls."""
+    """Return the outputs by name, for each call if the question is a sequence of calls."""
     try:
         results = list(_results(function, question.function, arguments))
     except MalformedResult as error:
@@ -254,7 +254,7 @@ def _read(name: str, value: Array, question: Question) -> numpy.ndarray:
 
 
 def _too_large(value: Array, most_bytes: int) -> tuple[int, ...] | None:
-    """Give the shape of an array that has more elements than an answer may have bytes."""
+    """Return the shape of an array that has more elements than an answer may have bytes."""
     if _library(value) is None:
         return None
     shape = _guarded(lambda: tuple(map(int, value.shape)))

@@ -49,7 +49,7 @@ def check(
     exclude: tuple[str, ...] = (),
     shard: str | None = None,
 ) -> int:
-    """Judge a target, write the reports, print the verdict, and give the exit status."""
+    """Judge a target, write the reports, print the verdict, and return the exit status."""
     suite = load(cases)
     settings = replace(
         settings_of(suite, required, accepted, known),
@@ -73,7 +73,7 @@ def check(
 
 
 def settings_of(suite: Suite, required: tuple[str, ...], accepted: Iterable[str], known: Path | None) -> Settings:
-    """Give the settings that decide which failures count."""
+    """Return the settings that decide which failures count."""
     return Settings(
         required=among("--require", required, (*suite.features, *FLOATING)),
         accepted=frozenset(parse_convention(text) for text in accepted),
@@ -115,7 +115,7 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 def selection_of(
     suite: Suite, only: tuple[str, ...], dtypes: tuple[str, ...], exclude: tuple[str, ...] = ()
 ) -> Selection:
-    """Give the selection, or raise if it contains a name that does not exist."""
+    """Return the selection, or raise if it contains a name that does not exist."""
     selection = Selection(only, among("--dtypes", dtypes, FLOATING), exclude)
     for option, patterns in (("--only", only), ("--exclude", exclude)):
         for pattern in patterns:
@@ -126,7 +126,7 @@ def selection_of(
 
 
 def among(option: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """Give the names that an option received, or raise if any of them is not allowed."""
+    """Return the names that an option received, or raise if any of them is not allowed."""
     for name in names:
         if name not in allowed:
             raise UsageError(f"{option} must be one of {', '.join(allowed)}, received {name!r}")

@@ -54,7 +54,7 @@ def fuzz(
     most_calls: int | None = None,
     limit: float = 60.0,
 ) -> int:
-    """Search for wrong answers of a target, print each fault once, save them as cases; give the exit status."""
+    """Search for wrong answers of a target, print each fault once, save them as cases; return the exit status."""
     screen, name = console(), target if world is None else f"{target} in {world}"
     entered = None if world is None else world_of(target, world)
     loading = () if world is None else (LOADER_IN_WORLD, world)

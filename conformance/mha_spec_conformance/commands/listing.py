@@ -27,7 +27,7 @@ class UnknownName(MhaSpecError):
 
 
 def clause_text(name: str) -> str:
-    """Give the text of a clause."""
+    """Return the text of a clause."""
     from mha_spec_conformance.suite.spec import clauses
 
     by_id = clauses()
@@ -42,7 +42,7 @@ def clause_text(name: str) -> str:
 
 
 def all_clauses() -> str:
-    """Give a line for each clause."""
+    """Return a line for each clause."""
     from mha_spec_conformance.suite.spec import clauses
 
     return "\n".join(f"{clause.id:<16} {clause.level:<7} {clause.title}" for clause in clauses().values())
@@ -74,7 +74,7 @@ def _backend_lines(name: str) -> Iterator[str]:
 
 
 def all_cases(pattern: str | None = None) -> str:
-    """Give a line for each case."""
+    """Return a line for each case."""
     cases = _selected(pattern)
     width = max(len(case.id) for case in cases)
     lines = [f"{case.id:<{width}}  {case.level:<6} {textwrap.shorten(case.title, 120)}" for case in cases]

@@ -43,7 +43,7 @@ class MergeError(MhaSpecError):
 
 
 def merge(paths: Sequence[Path], required: tuple[str, ...], reports: Reports) -> int:
-    """Join the reports of shards, write and print the whole, and give the exit status.
+    """Join the reports of shards, write and print the whole, and return the exit status.
 
     Raises:
         MergeError: A file is not a report, the reports are of different runs, or a shard or a case is missing or
@@ -55,7 +55,7 @@ def merge(paths: Sequence[Path], required: tuple[str, ...], reports: Reports) ->
 
 
 def joined(parts: Sequence[Report], suite: Suite, required: tuple[str, ...] = ()) -> Run:
-    """Give the run whose shards have these reports."""
+    """Return the run whose shards have these reports."""
     first = parts[0]
     _check_same(parts, suite)
     _check_shards([part["selection"]["shard"] for part in parts])
@@ -132,7 +132,7 @@ def _claims(target: dict[str, Any], environment: dict[str, Any]) -> Claims:
 
 
 def _alignment(parts: Sequence[Report]) -> str | None:
-    """Give the causal alignment that was read off the target; a declared alignment is not repeated."""
+    """Return the causal alignment that was read off the target; a declared alignment is not repeated."""
     if "causal_alignment" in parts[0]["target"]["conventions"]:
         return None
     return next(
@@ -141,7 +141,7 @@ def _alignment(parts: Sequence[Report]) -> str | None:
 
 
 def _results(parts: Sequence[Report], suite: Suite) -> list[Result]:
-    """Give the results of all reports in the order of the suite."""
+    """Return the results of all reports in the order of the suite."""
     cases = {case.id: case for case in suite.cases}
     results: dict[tuple[str, str], Result] = {}
     for part in parts:

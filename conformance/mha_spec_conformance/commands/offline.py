@@ -70,7 +70,7 @@ def verify(
     known: Path | None = None,
     reports: Reports = NO_REPORTS,
 ) -> int:
-    """Judge the answers in a folder, print the verdict, write the report, and give the exit status."""
+    """Judge the answers in a folder, print the verdict, write the report, and return the exit status."""
     suite = load()
     settings = settings_of(suite, required, accepted, known)
     reports.prepare()

@@ -46,7 +46,7 @@ class Reports:
                 path.unlink()
 
     def write(self, run: Run) -> UsageError | None:
-        """Write all files; give the first error, which is shown after the verdict."""
+        """Write all files; return the first error, which is shown after the verdict."""
         errors: list[UsageError] = []
         for option, path, write in self._writers():
             try:
@@ -66,7 +66,7 @@ class Reports:
 
 
 def conclude(screen: Console, result: Run, reports: Reports) -> int:
-    """Write the reports, print the verdict, and give the exit status."""
+    """Write the reports, print the verdict, and return the exit status."""
     if not result.deciding:
         raise NothingToJudge(f"target {result.claims.name}: {result.verdict}")
     fault = reports.write(result)

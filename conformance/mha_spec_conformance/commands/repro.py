@@ -31,7 +31,7 @@ SECONDS = 30.0
 
 
 def repro(target: str, identity: str, dtype: str | None = None, *, seconds: float = SECONDS) -> str:
-    """Give a script that shows the fault of a target in a case, with the case reduced.
+    """Return a script that shows the fault of a target in a case, with the case reduced.
 
     Raises:
         UsageError: There is no such case, the target is not asked it, or it does not fail.
@@ -57,7 +57,7 @@ def repro(target: str, identity: str, dtype: str | None = None, *, seconds: floa
 
 
 def _failing(asked: list[Ask], asker: Asker) -> Call:
-    """Give the call of the first dtype in which the case fails; float32 is tried first."""
+    """Return the call of the first dtype in which the case fails; float32 is tried first."""
     for ask in sorted(asked, key=lambda ask: ask.dtype != "float32"):
         case = ask.case
         call = call_of(case.function, ask.dtype, case.inputs(ask.dtype), case.options, lse="lse" in ask.outputs)

@@ -76,7 +76,7 @@ class Asker:
 
 
 def as_passed(call: Call, question: Question) -> Question:
-    """Give the question with its arrays as the call passes them: some as host data, some in another layout."""
+    """Return the question with its arrays as the call passes them: some as host data, some in another layout."""
     return replace(
         question,
         host={name: form for name, form in call.host.items() if name in question.arrays},

@@ -43,7 +43,7 @@ class Recipe:
 
     @property
     def source(self) -> str:
-        """Give the Python expression of the array without its marks."""
+        """Return the Python expression of the array without its marks."""
         random = f"numpy.random.default_rng({self.seed})"
         return f'numpy.array({self.expression.replace("random.", f"{random}.")}).astype("{self.dtype}")'
 
@@ -79,18 +79,18 @@ class Call:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Give the numbers of arguments and of elements; a smaller call shows a fault better."""
+        """Return the numbers of arguments and of elements; a smaller call shows a fault better."""
         names = len(self.recipes) + len(self.options) + len(self.host) + len(self.layouts) + self.reused + self.lse
         return names, sum(array.size for array in self.arrays.values())
 
     def varied(self, step: int, *, numbers: bool = False) -> Call:
-        """Give a call of the same shapes and options over other random numbers; with `numbers`, other options too."""
+        """Return a call of the same shapes and options over other random numbers; with `numbers`, other options too."""
         recipes = {name: replace(recipe, seed=recipe.seed + 1000 * step) for name, recipe in self.recipes.items()}
         options = {**self.options, **self._other_numbers(step)} if numbers else self.options
         return replace(self, recipes=recipes, options=options) if step else self
 
     def _other_numbers(self, step: int) -> dict[str, Any]:
-        """Give other legal numbers for the options that are numbers; an offset moves towards 0, within its limits."""
+        """Return other legal numbers for the options that are numbers; an offset moves towards 0, within its limits."""
         offset = self.options.get("q_offset")
         towards_zero = -step if isinstance(offset, int) and offset > 0 else step
         changes = {"q_offset": towards_zero, "scale": step / 4, "softcap": step / 2}

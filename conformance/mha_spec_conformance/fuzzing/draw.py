@@ -43,7 +43,7 @@ WEIGHTS = {
 
 
 def calls(claims: Claims, functions: tuple[str, ...] = ()) -> st.SearchStrategy[Call]:
-    """Give a strategy of calls that a target claims to answer.
+    """Return a strategy of calls that a target claims to answer.
 
     Args:
         claims: The claims of the target.

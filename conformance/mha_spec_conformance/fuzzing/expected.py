@@ -200,7 +200,7 @@ class Halves:
 
 
 def _merge_attention(call: Call, rows: None) -> Kinds:
-    """Give NaN for a NaN lse, or for +inf merged with a half that is not empty; an empty half changes nothing."""
+    """Return NaN for a NaN lse, or for +inf merged with a half that is not empty; an empty half changes nothing."""
     h = Halves(call)
     lse = numpy.select([h.nan | (h.infinite & h.live), ~h.live], [NAN, EXACT], FINITE)
     other = numpy.where(h.empty[0][..., None], h.outputs[1], h.outputs[0])
@@ -284,12 +284,12 @@ ATTENTION = ("attention", "attention_weights", "attention_vjp")
 
 
 def kinds_of(function: str, rows: Rows) -> Kinds:
-    """Give the kinds of the elements of each output of attention, broadcastable to the output."""
+    """Return the kinds of the elements of each output of attention, broadcastable to the output."""
     return _KINDS[function](None, rows)
 
 
 def expect(call: Call) -> tuple[dict[str, Array], Kinds, str]:
-    """Give the values and kinds of every output, and the level of the call: MUST, or SHOULD (MHA-POISON-2).
+    """Return the values and kinds of every output, and the level of the call: MUST, or SHOULD (MHA-POISON-2).
 
     Raises:
         NotAdmitted: A gradient or weight exceeds the range of the type that may hold it.

@@ -42,7 +42,7 @@ PAIRED = (("q_segment_ids", "kv_segment_ids"), ("dropout_mask", "dropout_rate"))
 def call_of(
     function: str, dtype: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], *, lse: bool
 ) -> Call:
-    """Give a call whose arrays are written as numbers."""
+    """Return a call whose arrays are written as numbers."""
     recipes = {name: _recipe(array) for name, array in arrays.items()}
     plain = {name: value for name, value in options.items() if name != "return_lse"}
     return Call(function, dtype, recipes, plain, lse=lse)
@@ -55,7 +55,7 @@ def _recipe(array: numpy.ndarray) -> Recipe:
 
 
 def reduced(call: Call, fails: Callable[[Call], bool], seconds: float) -> Call:
-    """Give the smallest failing call that the search reaches in the time."""
+    """Return the smallest failing call that the search reaches in the time."""
     end = time.monotonic() + seconds
     smaller = True
     while smaller:
@@ -70,7 +70,7 @@ def reduced(call: Call, fails: Callable[[Call], bool], seconds: float) -> Call:
 
 
 def _candidates(call: Call) -> Iterator[Call]:
-    """Give smaller calls: without an option, then with a part of an axis, then with rounder numbers."""
+    """Return smaller calls: without an option, then with a part of an axis, then with rounder numbers."""
     yield from _without_options(call)
     if {"query", "key"} <= call.recipes.keys() and all(call.arrays[n].ndim == 4 for n in ("query", "key")):
         for axis in ORDER:
@@ -104,7 +104,7 @@ def _without_options(call: Call) -> Iterator[Call]:
 
 
 def _with_less(call: Call, axis: str) -> Iterator[Call]:
-    """Give calls with a half of an axis, or without an element of it."""
+    """Return calls with a half of an axis, or without an element of it."""
     sizes = _sizes(call)
     size = sizes.get(axis, 0)
     if size < 2:
@@ -126,7 +126,7 @@ def _sizes(call: Call) -> dict[str, int]:
 
 
 def _taking(call: Call, axis: str, indices: list[int], sizes: Mapping[str, int]) -> Call:
-    """Give the call with these indices of an axis alone; lengths are shortened to the new size."""
+    """Return the call with these indices of an axis alone; lengths are shortened to the new size."""
     taken = {axis: indices}
     if axis in ("kv_heads", "group"):
         heads = numpy.arange(sizes["heads"]).reshape(sizes["kv_heads"], sizes["group"])
@@ -139,7 +139,7 @@ def _taking(call: Call, axis: str, indices: list[int], sizes: Mapping[str, int])
 
 
 def _part(name: str, array: numpy.ndarray, taken: Mapping[str, list[int]], sizes: Mapping[str, int]) -> numpy.ndarray:
-    """Give the indices of an array that are taken along each of its axes that is not broadcast."""
+    """Return the indices of an array that are taken along each of its axes that is not broadcast."""
     part = array
     for position, label in enumerate(AXES.get(name, ())):
         if label in taken and position < array.ndim and array.shape[position] == sizes[label]:

@@ -48,7 +48,7 @@ TO_NUMPY = {"torch": "{x}.detach().double().numpy()"}
 
 
 def script_of(finding: Finding, target: str, arrays: str, world: str | None = None) -> str:
-    """Give the script of a finding, for a target whose arrays are of the library `arrays`."""
+    """Return the script of a finding, for a target whose arrays are of the library `arrays`."""
     call = finding.call
     lines = ["import ml_dtypes  # for bfloat16"] if _has_bfloat16(call) else []
     lines += ["import numpy"]
@@ -151,6 +151,6 @@ def _chunks(call: Call) -> list[str]:
 
 
 def _index_of(call: Call, output: str) -> int | None:
-    """Give the index of an output in the returned tuple, or None if the function returns a single array."""
+    """Return the index of an output in the returned tuple, or None if the function returns a single array."""
     outputs = FUNCTIONS[call.function].returned({"return_lse": call.lse, "cache": CACHE[0] in call.recipes})
     return outputs.index(output) if len(outputs) > 1 and output in outputs else None

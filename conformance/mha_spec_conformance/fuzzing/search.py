@@ -71,7 +71,7 @@ class Finding:
 
     @property
     def kind(self) -> int:
-        """Give the kind of the worst element."""
+        """Return the kind of the worst element."""
         worst = self.result.worst
         assert worst is not None
         kinds = self.result.ask.case.expected[worst.output].kinds
@@ -201,7 +201,7 @@ class Search:
             raise Wrong
 
     def _variants(self, drawn: Call) -> Iterator[Call]:
-        """Give the calls that have the shapes and options of the drawn call, so that they share its compilation."""
+        """Return the calls that have the shapes and options of the drawn call, so that they share its compilation."""
         count, numbers = (1, False) if self.world is None else (self.world.reuse, self.world.numbers)
         return (drawn.varied(step, numbers=numbers) for step in range(count))
 
@@ -215,7 +215,7 @@ class Search:
             raise RoundIsOver
 
     def _wrong(self, call: Call) -> Finding | None:
-        """Ask a call; give its fault, unless that is already kept or differs from the fault that is shrunk."""
+        """Ask a call; return its fault, unless that is already kept or differs from the fault that is shrunk."""
         result = self.asker.result(call)
         if result is None or result.outcome == "unsupported":
             self.outcome.unsupported += result is not None
@@ -254,7 +254,7 @@ class Search:
 
 
 def _test(strategy: SearchStrategy[Call], seed: int, attempt: Callable[[Call], None]) -> Callable[[], None]:
-    """Give the test that hypothesis runs."""
+    """Return the test that hypothesis runs."""
 
     @hypothesis.seed(seed)
     @hypothesis.settings(

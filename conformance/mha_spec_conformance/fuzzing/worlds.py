@@ -49,7 +49,7 @@ def load_in_world(name: str, world: str) -> Target:
 
 
 def world_of(name: str, world: str) -> World:
-    """Give a world of a target by its name.
+    """Return a world of a target by its name.
 
     Raises:
         UnknownWorld: The target has no such world; the message names those that it has.

@@ -104,7 +104,7 @@ def _rounded(number: float) -> str:
 
 
 def _factor(expected: numpy.ndarray, received: numpy.ndarray, allowed: numpy.ndarray) -> float | None:
-    """Give the constant factor between right and wrong numbers; None if there is none."""
+    """Return the constant factor between right and wrong numbers; None if there is none."""
     large = abs(expected) > 8 * allowed
     if large.sum() < FEWEST or numpy.ptp(abs(expected[large])) <= 8 * allowed[large].max():
         return None
@@ -134,7 +134,7 @@ def _elsewhere(failure: WrongElements, name: str) -> str | None:
 
 
 def _full_expected(failure: WrongElements, name: str) -> numpy.ndarray:
-    """Give the expected output in its full shape, with NaN in the rows that the golden does not hold."""
+    """Return the expected output in its full shape, with NaN in the rows that the golden does not hold."""
     golden = failure.expected[name]
     return in_full_shape(golden.values, golden, numpy.nan)
 
@@ -179,10 +179,10 @@ def _stored_in(outputs: Iterable[numpy.ndarray], unit: float) -> str | None:
 
 
 def _dtype(name: str) -> numpy.dtype:
-    """Give the dtype of NumPy or of ml-dtypes."""
+    """Return the dtype of NumPy or of ml-dtypes."""
     return numpy.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def _largest(golden: Expected) -> float:
-    """Give the largest finite number of an output."""
+    """Return the largest finite number of an output."""
     return float(abs(golden.values[numpy.isfinite(golden.values)]).max(initial=0.0))

@@ -99,7 +99,7 @@ class Findings:
         return {result.ask.key: result for cause in self.causes for result in cause.results}
 
     def with_cause(self, result: Result) -> Result:
-        """Give a result with the clauses of its cause before its other clauses."""
+        """Return a result with the clauses of its cause before its other clauses."""
         return self._by_key.get(result.ask.key, result)
 
 
@@ -125,7 +125,7 @@ class _Teller:
         self._located: dict[Key, WrongElements] = {}
 
     def share(self, failing: Iterable[Result]) -> Share | None:
-        """Give the properties that separate failures best from passes."""
+        """Return the properties that separate failures best from passes."""
         return separating([self.properties(result.ask) for result in failing], self._passing)
 
     def story(self, failing: Sequence[Result]) -> Story:
@@ -156,7 +156,7 @@ class _Teller:
 
 
 def _of_mistake(name: str | None) -> tuple[str, ...]:
-    """Give the clauses of a mistake or of a convention."""
+    """Return the clauses of a mistake or of a convention."""
     parts = (name or "").split(" + ")
     return tuple(dict.fromkeys(c for m in MISTAKES if {m.name, m.variant} & set(parts) for c in m.clauses))
 
@@ -195,7 +195,7 @@ def _groups(
 
 
 def _template(reason: str | None) -> str:
-    """Give a reason without its numbers and quoted names, so that reasons of the same kind are equal."""
+    """Return a reason without its numbers and quoted names, so that reasons of the same kind are equal."""
     return re.sub(r"[-+]?\d[\d.e+-]*|'[^']*'", "#", reason or "")
 
 

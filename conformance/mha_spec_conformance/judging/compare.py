@@ -109,7 +109,7 @@ class _Elements:
     rows: numpy.ndarray | None
 
     def index(self, position: int) -> tuple[int, ...]:
-        """Give the index in the full output of an element at a flat position."""
+        """Return the index in the full output of an element at a flat position."""
         if self.rows is not None:
             width = self.expected.size // len(self.rows)
             row, column = divmod(position, width)
@@ -168,7 +168,7 @@ def judge(
 def shares(
     name: str, wanted: Expected, output: numpy.ndarray, allowance: numpy.ndarray, precision: Precision
 ) -> numpy.ndarray:
-    """Give the share of its allowance that each element of an output uses; infinity for an element of a wrong kind."""
+    """Return the share of its allowance that each element of an output uses, infinity if it has a wrong kind."""
     elements = _elements(name, wanted, output, allowance)
     used = _shares(elements, overflow_threshold(name, output, precision))
     return numpy.where(_wrong_kind(elements), numpy.inf, used).reshape(numpy.shape(wanted.values))
@@ -177,7 +177,7 @@ def shares(
 def gate_b(
     expected: Mapping[str, Expected], outputs: Mapping[str, numpy.ndarray], deviations: Mapping[str, numpy.ndarray]
 ) -> dict[str, Statistics]:
-    """Give the statistics of each output over the elements that have an allowance (MHA-ACC-2)."""
+    """Return the statistics of each output over the elements that have an allowance (MHA-ACC-2)."""
     statistics: dict[str, Statistics] = {}
     for name, wanted in expected.items():
         elements = _elements(name, wanted, outputs[name], deviations[name])
@@ -209,7 +209,7 @@ def in_full_shape(held: numpy.ndarray, wanted: Expected, elsewhere: float) -> nu
 
 
 def overflow_threshold(name: str, output: numpy.ndarray, precision: Precision) -> float:
-    """Give the smallest number that rounds to infinity in the dtype of the output or of the run, whichever is less."""
+    """Return the smallest number that rounds to infinity in the dtype of the output or of the run."""
     expected_dtype = softmax_dtype_name(precision.dtype) if "lse" in name else precision.dtype
     return min(_overflow_threshold(dtype) for dtype in (expected_dtype, output.dtype))
 
@@ -230,14 +230,14 @@ def _elements(name: str, wanted: Expected, output: numpy.ndarray, allowance: num
 
 
 def golden_rows(output: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
-    """Give the rows of an output that the golden holds, or the whole output if it holds all rows."""
+    """Return the rows of an output that the golden holds, or the whole output if it holds all rows."""
     if wanted.rows is None:
         return output
     return output.reshape(-1, wanted.values.size // max(len(wanted.rows), 1))[wanted.rows]
 
 
 def kinds_of_values(values: numpy.ndarray) -> numpy.ndarray:
-    """Give the kinds of the elements of an expected output by its values alone: NaN, exact if infinite, or finite."""
+    """Return the kinds of the elements of an expected output by its values alone: NaN, exact if infinite, or finite."""
     kinds = numpy.where(numpy.isnan(values), NAN, numpy.where(numpy.isinf(values), EXACT, FINITE))
     return kinds.astype(numpy.uint8)
 
@@ -250,7 +250,7 @@ def _wrong_kind(elements: _Elements) -> numpy.ndarray:
 
 
 def _shares(elements: _Elements, threshold: float) -> numpy.ndarray:
-    """Give the share of the allowance that each element uses.
+    """Return the share of the allowance that each element uses.
 
     An infinity counts as the overflow threshold, or as the size of the expected value if that is larger.
     """

@@ -31,7 +31,7 @@ def form_fault(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> str | None:
 
 
 def form_clauses(ask: Ask, outputs: Mapping[str, numpy.ndarray]) -> tuple[str, ...]:
-    """Give the clause that a wrong form breaks: the clause of shapes, else that of the first wrong dtype."""
+    """Return the clause that a wrong form breaks: the clause of shapes, else that of the first wrong dtype."""
     if any(outputs[name].shape != tuple(ask.case.expected[name].shape) for name in ask.outputs):
         return ("MHA-SHAPE-1",)
     name = wrong_dtype(ask, outputs)
@@ -44,12 +44,12 @@ def dtype_fault(ask: Ask, name: str, outputs: Mapping[str, numpy.ndarray]) -> st
 
 
 def dtype_clause(name: str) -> str:
-    """Give the clause about the dtype of an output."""
+    """Return the clause about the dtype of an output."""
     return "MHA-LSE-2" if name == "lse" else "MHA-DTYPE-2" if name.startswith("grad_") else "MHA-DTYPE-1"
 
 
 def expected_dtypes(ask: Ask, name: str) -> tuple[str, ...]:
-    """Give the dtypes that an output may have.
+    """Return the dtypes that an output may have.
 
     An lse and the bias of ALiBi have the dtype of the softmax, a merged lse that of the halves, and a gradient that of
     its operand. The lengths of a cache are integers of any width. All other outputs have the dtype of the run.

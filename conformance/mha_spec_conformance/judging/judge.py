@@ -140,7 +140,7 @@ class Judge:
     def _further_faults(
         self, result: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray]
     ) -> Iterator[tuple[str, str]]:
-        """Give the faults of the calls, each with its clause: side effects, then wrong answers to further calls."""
+        """Return the faults of the calls, each with its clause: side effects, then wrong answers to further calls."""
         run_precision = precision(result.ask.dtype, self.claims.profile)
         for name, written in (("plain", answer.written), *((n, f.written) for n, f in answer.further.items())):
             if written:
@@ -163,7 +163,7 @@ class Judge:
         judgement: Judgement,
         allowances: Mapping[str, numpy.ndarray],
     ) -> str | None:
-        """Give the reason why the outputs of a further call are not judged like those of the first call.
+        """Return the reason why the outputs of a further call are not judged like those of the first call.
 
         The errors of a lower precision differ from call to call, so they may exceed the allowance in a single call.
         """
@@ -204,7 +204,7 @@ def _otherwise(result: Result, name: str, reason: str) -> str:
 
 
 def _failed(result: Result, fault: str, clause: str) -> Result:
-    """Give a failure that no convention explains, so that no accepted convention excuses it."""
+    """Return a failure that no convention explains, so that no accepted convention excuses it."""
     return replace(result, outcome="fail", reason=fault, clauses=(clause,), diagnosis=(), conventions=(), wrong=None)
 
 

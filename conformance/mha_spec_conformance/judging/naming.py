@@ -192,7 +192,7 @@ class Trial:
         return cls(explained, unexplained, refuting)
 
     def cells_that_hold(self) -> frozenset[Cell]:
-        """Give the functions and dtypes for which the mistake may be named: all, whole dtypes or whole functions."""
+        """Return the functions and dtypes for which the mistake may be named: all, whole dtypes or whole functions."""
         explained = Counter(_cell(failure.ask) for failure in self.explained)
         cells = {*explained, *self.unexplained, *self.refuting}
         if self._hold(cells, explained):
@@ -236,7 +236,7 @@ def _witnesses(mistake: Mistake, passing: Iterable[Ask]) -> list[Ask]:
 
 
 def _scores(case: Case) -> int:
-    """Give the number of scores of attention, or of the elements of another function's results."""
+    """Return the number of scores of attention, or of the elements of another function's results."""
     if case.function not in OF_ATTENTION:
         return _elements(case)
     return math.prod(case.shape_of("query")[:3]) * case.shape_of("key")[2]

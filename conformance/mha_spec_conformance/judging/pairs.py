@@ -44,7 +44,7 @@ def together(first: Mistake, second: Mistake) -> Mistake | None:
 
 
 def _replaced(mistake: Mistake) -> dict[str, Callable[..., Any]]:
-    """Give the steps that a mistake replaces."""
+    """Return the steps that a mistake replaces."""
     default = LayerSteps() if isinstance(mistake.steps, LayerSteps) else Steps()
     steps = {field.name: getattr(mistake.steps, field.name) for field in fields(default)}
     return {name: step for name, step in steps.items() if step is not getattr(default, name)}

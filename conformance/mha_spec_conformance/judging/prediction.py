@@ -35,7 +35,7 @@ CANNOT_ANSWER = (ArithmeticError, IndexError, TypeError, ValueError)
 def answer(
     steps: AnySteps, function: str, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, object]
 ) -> dict[str, numpy.ndarray]:
-    """Give the outputs by name of the reference that is composed of these steps."""
+    """Return the outputs by name of the reference that is composed of these steps."""
     call = function_over(steps, function)
     if FUNCTIONS[function].of_layer:
         return joined(list(layer_answers(call, function, {**arrays, **options})))
@@ -79,21 +79,21 @@ class Predictions:
         self._bounds: dict[tuple[AnySteps, str], Bounds | None] = {}
 
     def outputs(self, mistake: Mistake, dtype: str) -> dict[str, numpy.ndarray] | None:
-        """Give the results of the mistaken reference, or None if it raises."""
+        """Return the results of the mistaken reference, or None if it raises."""
         return self._answer(mistake.steps, dtype, mistake.native)
 
     def allowances(self, mistake: Mistake | None, dtype: str, run: Precision) -> dict[str, numpy.ndarray] | None:
-        """Give the allowances of a mistake (None: of the specification), or None if it cannot be evaluated."""
+        """Return the allowances of a mistake (None: of the specification), or None if it cannot be evaluated."""
         return self._allowances(SPECIFICATION if mistake is None else mistake.steps, dtype, run)
 
     def _arrays(self, dtype: str) -> dict[str, numpy.ndarray]:
-        """Give copies of the inputs, because a mistake may write to them."""
+        """Return copies of the inputs, because a mistake may write to them."""
         if dtype not in self._inputs:
             self._inputs[dtype] = self.case.inputs(dtype)
         return {name: array.copy() for name, array in self._inputs[dtype].items()}
 
     def _answer(self, steps: AnySteps, dtype: str, native: bool) -> dict[str, numpy.ndarray] | None:
-        """Give the results of steps, in float64 unless they depend on the dtype of the run."""
+        """Return the results of steps, in float64 unless they depend on the dtype of the run."""
         if isinstance(steps, Joined):
             first, second = (self._answer(part, dtype, native) for part in (steps.first, steps.second))
             return None if first is None or second is None else steps.join(first, second)

@@ -1,4 +1,4 @@
-"""Give the properties of a question: its function, dtype and features, its sizes, and facts about its data."""
+"""Return the properties of a question: its function, dtype and features, its sizes, and facts about its data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Properties:
         self._of_cases: dict[str, frozenset[str]] = {}
 
     def __call__(self, ask: Ask) -> frozenset[str]:
-        """Give the properties of a question, each in the words of the report."""
+        """Return the properties of a question, each in the words of the report."""
         case = ask.case
         if case.id not in self._of_cases:
             self._of_cases[case.id] = frozenset(() if case.expect == "error" else _of_case(case))
@@ -63,7 +63,7 @@ def _of_case(case: Case) -> Iterator[str]:
 
 
 def sizes_of(arrays: Inputs) -> dict[str, int]:
-    """Give the sizes of a call by name, as far as its arrays have them."""
+    """Return the sizes of a call by name, as far as its arrays have them."""
     shapes = {name: array.shape for name, array in arrays.items()}
     query, key, value = (shapes.get(name, ()) for name in ("query", "key", "value"))
     if "w_q" in shapes:

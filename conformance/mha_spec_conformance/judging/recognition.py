@@ -87,7 +87,7 @@ class Recognition:
         self._shown: dict[tuple[str, str, str, tuple[str, ...]], bool] = {}
 
     def explaining(self, mistakes: Iterable[Mistake], wrong: Wrong) -> list[Mistake]:
-        """Give the mistakes that explain an answer; mistakes of precision only if no other mistake does."""
+        """Return the mistakes that explain an answer; mistakes of precision only if no other mistake does."""
         relevant = [mistake for mistake in mistakes if can_show(mistake, wrong.ask.case, wrong.ask.dtype)]
         by_errors = [mistake for mistake in relevant if mistake.compared is Compared.BY_SIZE_OF_ERRORS]
         by_value = [mistake for mistake in relevant if mistake.compared is not Compared.BY_SIZE_OF_ERRORS]
@@ -125,7 +125,7 @@ class Recognition:
         return judge(ask.case, golden, mistaken, allowed, run).allowance_used > CLEARLY_WRONG
 
     def _of(self, case: Case) -> Predictions:
-        """Give the predictions on a case; those of the cases that were used least recently are dropped."""
+        """Return the predictions on a case; those of the cases that were used least recently are dropped."""
         predictions = self._predictions.pop(case.id, None)
         if predictions is None or predictions.case is not case:
             predictions = Predictions(case)
@@ -145,7 +145,7 @@ def _spread(golden: Expected, output: numpy.ndarray) -> bool:
 
 
 def _distance(golden: Expected, mistaken: numpy.ndarray) -> float:
-    """Give the largest difference as a share of the largest number; infinite where just a single number is finite."""
+    """Return the largest difference as a share of the largest number; infinite where just a single number is finite."""
     if mistaken.shape != tuple(golden.shape):
         return numpy.inf
     got, values = golden_rows(mistaken.astype(numpy.float64), golden).ravel(), golden.values.ravel()
@@ -222,7 +222,7 @@ class _Comparison:
         return True
 
     def _allowed(self, name: str, allowed: numpy.ndarray, errors: int) -> numpy.ndarray:
-        """Give the allowance of the mistake; if it is not finite, that of the specification, or else the largest."""
+        """Return the allowance of the mistake; if it is not finite, that of the specification, or else the largest."""
         finite = [array[numpy.isfinite(array)].max(initial=0.0) for array in (allowed, self.allowed[name])]
         substitute = numpy.where(numpy.isfinite(self.allowed[name]), self.allowed[name], max(finite))
         return errors * numpy.where(numpy.isfinite(allowed), allowed, substitute)
@@ -236,7 +236,7 @@ class _Comparison:
         return judge(self.case, expected, outputs, allowed, self.standard)
 
     def _expected(self, golden: Expected, mistaken: numpy.ndarray, mistake: Mistake) -> Expected:
-        """Give the results of a mistake as expected values, at the elements that the golden compares."""
+        """Return the results of a mistake as expected values, at the elements that the golden compares."""
         values = golden_rows(mistaken.astype(numpy.float64), golden)
         kinds = kinds_of_values(values)
         golden_kinds = _kinds(golden, values.shape)
@@ -267,5 +267,5 @@ class _Comparison:
 
 
 def _kinds(expected: Expected, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Give the kind of each element of an output; without kinds every element is finite."""
+    """Return the kind of each element of an output; without kinds every element is finite."""
     return numpy.full(shape, FINITE, numpy.uint8) if expected.kinds is None else expected.kinds.reshape(shape)

@@ -39,7 +39,7 @@ class Share:
 
 
 def separating(failing: Questions, passing: Questions, most: int = 2) -> Share | None:
-    """Give the properties that separate failures best from passes; None if no property tells anything.
+    """Return the properties that separate failures best from passes; None if no property tells anything.
 
     Args:
         failing: The properties of each question that failed.
@@ -78,7 +78,7 @@ def _counts(chosen: tuple[str, ...], questions: Questions) -> Counter[str]:
 
 
 def _gain(share: Share) -> float:
-    """Give the information gain in bits."""
+    """Return the information gain in bits."""
     failures, passes = share.of_failures, share.of_passes
     within = (share.failures, share.passes), (failures - share.failures, passes - share.passes)
     total = failures + passes

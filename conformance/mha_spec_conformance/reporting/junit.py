@@ -22,7 +22,7 @@ __all__ = ["junit", "write_junit"]
 
 
 def junit(run: Run) -> str:
-    """Give the report of a run as JUnit XML.
+    """Return the report of a run as JUnit XML.
 
     An accepted, known or SHOULD failure is a skipped test, as is an unsupported case; the message says which.
     """
@@ -54,7 +54,7 @@ def _test(run: Run, result: Result) -> ElementTree.Element:
 
 
 def _excuse(run: Run, result: Result) -> str | None:
-    """Give the reason why a result that is not a pass does not count."""
+    """Return the reason why a result that is not a pass does not count."""
     if result.outcome == "unsupported":
         return "unsupported"
     if result.outcome == INTERNAL or result.outcome not in FAILING:

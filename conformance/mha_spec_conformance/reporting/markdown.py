@@ -22,7 +22,7 @@ MOST_FAILURES = 5
 
 
 def markdown(run: Run) -> str:
-    """Give the report of a run as Markdown."""
+    """Return the report of a run as Markdown."""
     sign = "✅" if run.status == 0 else "❌"
     lines = [f"## {sign} {_cell(run.claims.name)}", "", _cell(run.verdict), "", *_table(run)]
     examples = {(r.ask.case.function, r.diagnosis[:1] or r.clauses[:1]): r for r in reversed(run.failures)}
@@ -43,7 +43,7 @@ def markdown(run: Run) -> str:
 
 
 def _table(run: Run) -> list[str]:
-    """Give a table of the outcomes of MUST cases by feature, with the outcomes that occurred."""
+    """Return a table of the outcomes of MUST cases by feature, with the outcomes that occurred."""
     tallies = {name: run.tally_of(name) for name in run.asked_features}
     total = run.summary
     shown = [outcome for outcome in OUTCOMES if total[outcome]]

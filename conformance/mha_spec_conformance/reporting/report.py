@@ -24,7 +24,7 @@ SCHEMA = "mha-spec-report/1"
 
 
 def as_json(run: Run) -> dict[str, object]:
-    """Give the report of a run as plain data."""
+    """Return the report of a run as plain data."""
     features = {feature for result in run.musts for feature in result.ask.features}
     return {
         **_origin(run),
@@ -64,7 +64,7 @@ def as_json(run: Run) -> dict[str, object]:
 
 
 def _origin(run: Run) -> dict[str, object]:
-    """Give what was judged, by which suite, and where."""
+    """Return what was judged, by which suite, and where."""
     claims = run.claims
     deterministic = [result.deterministic for result in run.results if result.deterministic is not None]
     return {
@@ -107,7 +107,7 @@ def _cause(cause: Cause) -> dict[str, object]:
 
 
 def _story(story: Story | None) -> dict[str, object] | None:
-    """Give what failures share, and where they are wrong; None if there are no failures."""
+    """Return what failures share, and where they are wrong; None if there are no failures."""
     if story is None:
         return None
     share = story.share and {

@@ -62,7 +62,7 @@ class Screen(Console):
 
 
 def console() -> Console:
-    """Give the console; if it is not a terminal, lines are neither wrapped nor coloured."""
+    """Return the console; if it is not a terminal, lines are neither wrapped nor coloured."""
     screen = Screen(highlight=False, emoji=False)
     if not screen.is_terminal:
         screen = Screen(highlight=False, emoji=False, soft_wrap=True)
@@ -230,7 +230,7 @@ def _broken(result: Result) -> tuple[str, ...]:
 
 
 def _sentences(names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Give clauses with their normative sentences."""
+    """Return clauses with their normative sentences."""
     by_id = clauses()
     return [(name, by_id[name].sentence) for name in names if name in by_id]
 
@@ -280,7 +280,7 @@ def _print_laws(screen: Console, run: Run) -> None:
 
 
 def _remarks(run: Run) -> list[str]:
-    """Give remarks; only those about stale known failures count for the verdict."""
+    """Return remarks; only those about stale known failures count for the verdict."""
     should = [result for result in run.results if not result.must]
     refusals = Counter(result.reason or "" for result in run.results if result.outcome == "unsupported")
     lines = [f"Unsupported, {number} times: {reason}" for reason, number in refusals.most_common(MOST_NAMES)]

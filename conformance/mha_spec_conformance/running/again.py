@@ -62,7 +62,7 @@ class SecondTime:
             self._digests[result.ask.key] = _digest(answer.outputs)
 
     def amended(self, source: Source, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
-        """Ask the second time, and give the results that differ from the first ones."""
+        """Ask the second time, and return the results that differ from the first ones."""
         yield from self._in_another_order(source, judge, results)
         yield from self._with_stride_0(source, judge, results)
 
@@ -104,7 +104,7 @@ class SecondTime:
 
 
 def _failed(first: Result, second: Result, fault: str, clause: str) -> Result:
-    """Give the failure of a case whose first answer was right and whose second answer is not."""
+    """Return the failure of a case whose first answer was right and whose second answer is not."""
     outcome = second.outcome if second.outcome in WITHOUT_ARRAYS else "fail"
     reason = f"the first answer is right, but {fault}: {second.reason or second.outcome}"
     return replace(first, outcome=outcome, reason=reason, clauses=(clause,), diagnosis=(), conventions=())

@@ -28,7 +28,7 @@ class Alignment:
     failures: tuple[Result, ...] = ()
 
     def declared_by(self, claims: Claims) -> Claims:
-        """Give claims that declare the alignment, if it has a name."""
+        """Return claims that declare the alignment, if it has a name."""
         if self.name is None:
             return claims
         return replace(claims, conventions={**claims.conventions, "causal_alignment": self.name})
@@ -58,5 +58,5 @@ def find_alignment(source: Source, suite: Suite, selection: Selection, judge: Ju
 
 
 def _share(results: list[Result]) -> float:
-    """Give the share of the results that pass."""
+    """Return the share of the results that pass."""
     return sum(result.outcome == "pass" for result in results) / len(results) if results else 0.0

@@ -56,7 +56,7 @@ class Known:
 
 
 def excuse(result: Result, accepted: frozenset[Convention], known: Iterable[Known]) -> str | None:
-    """Give the reason why a failing result does not count: "accepted" or "known"."""
+    """Return the reason why a failing result does not count: "accepted" or "known"."""
     if result.conventions and accepted.issuperset(result.conventions):
         return "accepted"
     return "known" if any(entry.covers(result) and entry.expects(result) for entry in known) else None
@@ -88,7 +88,7 @@ def read_known(path: Path) -> tuple[Known, ...]:
 
 
 def _entries(path: Path, number: int, table: object) -> list[Known]:
-    """Give an entry for each id of a table; `id` is a string or a list."""
+    """Return an entry for each id of a table; `id` is a string or a list."""
     fields = dict(table) if isinstance(table, dict) else {}
     ids = fields.pop("id", None)
     ids = ids if isinstance(ids, list) else [ids]

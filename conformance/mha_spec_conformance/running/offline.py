@@ -40,7 +40,7 @@ class _Everything(Judge):
 
 
 def export(folder: Path, claims: Claims, suite: Suite, selection: Selection) -> int:
-    """Write the questions to a target with these claims to an empty folder, and give their number.
+    """Write the questions to a target with these claims to an empty folder, and return their number.
 
     Raises:
         FolderError: The folder has contents, or cannot be written.

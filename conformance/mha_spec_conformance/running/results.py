@@ -142,7 +142,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _result(ask: Ask, entry: dict[str, Any]) -> Result | None:
-    """Give the result of an entry; None if it is damaged or has to be judged again."""
+    """Return the result of an entry; None if it is damaged or has to be judged again."""
     try:
         return Result(ask, **{name: read(entry[name]) for name, read in READERS.items()})
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -150,7 +150,7 @@ def _result(ask: Ask, entry: dict[str, Any]) -> Result | None:
 
 
 def _is_a(kind: type[T]) -> Callable[[Any], T]:
-    """Give a function that returns values of this type, and raises if it receives another value."""
+    """Return a function that returns values of this type, and raises if it receives another value."""
 
     def read(value: Any) -> T:
         if type(value) is not kind:

@@ -66,7 +66,7 @@ class Run:
         return [result for result in self.judged if result.must]
 
     def excuse(self, result: Result) -> str | None:
-        """Give the reason why a failing result does not count; see `known.excuse`."""
+        """Return the reason why a failing result does not count; see `known.excuse`."""
         return excuse(result, self.accepted, self.known)
 
     @cached_property
@@ -194,7 +194,7 @@ class Run:
         return f" ({', '.join(named)})" if named else ""
 
     def _without_decision(self) -> str:
-        """Give the reason why no MUST case was judged."""
+        """Return the reason why no MUST case was judged."""
         reason = next((result.reason for result in self.results if result.outcome == "unsupported"), None)
         if self.judged:
             return f"no MUST case was judged, only {len(self.judged)} SHOULD cases"

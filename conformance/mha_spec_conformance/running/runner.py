@@ -116,7 +116,7 @@ def judge_all(
 
 
 def asks_of(suite: Suite, claims: Claims, selection: Selection) -> list[Ask]:
-    """Give all asks of a run.
+    """Return all asks of a run.
 
     Raises:
         NothingToJudge: The target claims nothing that is selected, or lacks a selected dtype.
@@ -155,7 +155,7 @@ def check_selection(suite: Suite, claims: Claims, selection: Selection) -> None:
 
 
 def _why_nothing(suite: Suite, claims: Claims, selection: Selection) -> str:
-    """Give the reason why the target cannot be asked any selected case."""
+    """Return the reason why the target cannot be asked any selected case."""
     if not any(selection.asks_in(dtype) for dtype in claims.dtypes):
         return f"it claims {', '.join(claims.dtypes)}; --dtypes asks {', '.join(selection.dtypes)}"
     functions = dict.fromkeys(case.function for case in suite.cases if selection.takes(case))
@@ -180,7 +180,7 @@ class _Asking:
     by_key: dict[Key, Result] = field(default_factory=dict)
 
     def results(self, earlier: Mapping[Key, Result]) -> tuple[dict[Key, Result], bool]:
-        """Give the results by case and dtype, and whether all questions were asked before too many failed."""
+        """Return the results by case and dtype, and whether all questions were asked before too many failed."""
         second_time = SecondTime(self.asked)
         for result in earlier.values():
             self._keep(result)

@@ -45,7 +45,7 @@ class Smoke:
 
 
 def try_smoke_cases(suite: Suite, source: Source, judge: Judge) -> tuple[str, ...]:
-    """Ask the smoke cases, in float32 if the target claims it, and give notes on the target file.
+    """Ask the smoke cases, in float32 if the target claims it, and return notes on the target file.
 
     Raises:
         NothingToJudge: Every answer has a wrong form or wrong axes, or the process ended.
@@ -143,7 +143,7 @@ def _takes_lengths_first(smoke: Smoke, source: Source) -> bool:
 
 
 def _notes(smokes: Iterable[Smoke]) -> list[str]:
-    """Give notes on probable faults of a target file that can be judged."""
+    """Return notes on probable faults of a target file that can be judged."""
     return list(dict.fromkeys(note for smoke in smokes if (note := _note(smoke)) is not None))
 
 

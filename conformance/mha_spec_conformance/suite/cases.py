@@ -106,7 +106,7 @@ class Case:
         return tuple(self._inputs)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Give the shape of an input array, which is not read."""
+        """Return the shape of an input array, which is not read."""
         return tuple(self._inputs[name]["shape"])
 
     def has_one_input(self, *names: str) -> bool:
@@ -120,7 +120,7 @@ class Case:
         return {name: tuple(entry["shape"]) for name, entry in self._inputs.items()}
 
     def inputs(self, dtype: str) -> dict[str, Array]:
-        """Give new input arrays for a run in `dtype`, by argument name; bfloat16 is the type of ml-dtypes.
+        """Return new input arrays for a run in `dtype`, by argument name; bfloat16 is the type of ml-dtypes.
 
         Raises:
             GoldensError: A generated input does not have the sha256 that the index states.
@@ -128,11 +128,11 @@ class Case:
         return {name: self.input(name, dtype) for name in self._inputs}
 
     def input(self, name: str, dtype: str) -> Array:
-        """Give a new input array for a run in `dtype`; see `inputs`."""
+        """Return a new input array for a run in `dtype`; see `inputs`."""
         return self._input(name, self._inputs[name], dtype)
 
     def dtype_of(self, name: str, dtype: str) -> str:
-        """Give the dtype that an input has in a run in `dtype`."""
+        """Return the dtype that an input has in a run in `dtype`."""
         stored: str = self._inputs[name]["dtype"]
         return {"case": dtype, "softmax": softmax_dtype_name(dtype)}.get(stored, stored)
 
@@ -176,7 +176,7 @@ class Case:
 
 @lru_cache(maxsize=GENERATED_AT_ONCE)
 def _generated(shape: tuple[int, ...], generator: tuple[tuple[str, Any], ...]) -> tuple[Array, str]:
-    """Give the values of a generator and their sha256."""
+    """Return the values of a generator and their sha256."""
     values = generated(shape, **dict(generator))
     values.flags.writeable = False
     return values, hashlib.sha256(values.astype("<f8").tobytes()).hexdigest()

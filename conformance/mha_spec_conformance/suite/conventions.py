@@ -43,7 +43,7 @@ class ConventionError(MhaSpecError, ValueError):
 
 
 def check_convention(name: str, variant: str) -> Convention:
-    """Give the convention, or raise a ConventionError that lists the names or variants that exist."""
+    """Return the convention, or raise a ConventionError that lists the names or variants that exist."""
     if name not in CONVENTIONS:
         raise ConventionError(f"{name!r} is not a convention; the conventions are {', '.join(CONVENTIONS)}")
     if variant not in CONVENTIONS[name]:

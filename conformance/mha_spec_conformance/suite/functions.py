@@ -77,7 +77,7 @@ class Function:
         return tuple(name for name in self.outputs if values.get(name, True) not in (None, False))
 
     def stacked(self, name: str | None) -> Function:
-        """Give the function that takes several operands as a single array, "qkv" or "kv", and returns its gradient."""
+        """Return the function whose operands "qkv" or "kv" are a single array, as are their gradients."""
         parts = STACKED.get(name or "", ())
         if name is None or not parts or not set(parts) <= set(self.operands):
             return self

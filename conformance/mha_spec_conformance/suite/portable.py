@@ -41,7 +41,7 @@ def generated(
     mean: float = 0.0,
     hidden: int = 0,
 ) -> Array:
-    """Give the float64 array: element n is `mean` plus unit times an integer made from the n-th word of the counter."""
+    """Return the float64 array: element n is `mean` plus unit times an integer made from word n of the counter."""
     count = math.prod(shape)
     word = _words(numpy.arange(count), seed).reshape(tuple(shape))
     highest = (word >> numpy.uint64(56)).astype(numpy.int64)

@@ -42,13 +42,13 @@ class Clause:
 
 
 def specification() -> str:
-    """Give the text of the SPEC.md that is installed with `mha_spec`."""
+    """Return the text of the SPEC.md that is installed with `mha_spec`."""
     return files("mha_spec").joinpath("SPEC.md").read_text(encoding="utf-8")
 
 
 @cache
 def clauses() -> dict[str, Clause]:
-    """Give every clause of the specification by its id, in the order of SPEC.md."""
+    """Return every clause of the specification by its id, in the order of SPEC.md."""
     return parse(specification())
 
 

@@ -9,7 +9,7 @@ MOST_CHARACTERS = 2000
 
 
 def text_of(value: object, most: int = MOST_CHARACTERS) -> str:
-    """Give the text of an object, also if its `__str__` raises or does not return a string."""
+    """Return the text of an object, also if its `__str__` raises or does not return a string."""
     try:
         text = str.__str__(str(value))
     except BaseException as error:
@@ -26,12 +26,12 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def one_line(value: object, most: int = MOST_CHARACTERS) -> str:
-    """Give the text of an object in a single printable line."""
+    """Return the text of an object in a single printable line."""
     return text_of(printable(text_of(value, most)), most)
 
 
 def repr_of(value: object, most: int = 200) -> str:
-    """Give the representation of an object in a single printable line, also if its `__repr__` raises."""
+    """Return the representation of an object in a single printable line, also if its `__repr__` raises."""
     try:
         return one_line(repr(value), most)
     except BaseException:
@@ -39,5 +39,5 @@ def repr_of(value: object, most: int = 200) -> str:
 
 
 def name_of(cls: type) -> str:
-    """Give the name of a class, also if its metaclass has another attribute of that name."""
+    """Return the name of a class, also if its metaclass has another attribute of that name."""
     return type.__dict__["__name__"].__get__(cls)

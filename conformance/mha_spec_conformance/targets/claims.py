@@ -55,7 +55,7 @@ class Claims:
         return self.layout == "thd" or of_pages
 
     def words(self, function: str) -> frozenset[str]:
-        """Give the options of the specification that the target accepts in a function, whatever its layout is."""
+        """Return the options of the specification that the target accepts in a function, whatever its layout is."""
         words = frozenset(self.keywords.get(function, ()))
         if self.layout not in PACKED or function not in OF_ATTENTION:
             return words

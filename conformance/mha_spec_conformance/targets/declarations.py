@@ -28,7 +28,7 @@ class TargetError(MhaSpecError):
 
 
 def one_of(declaration: str, value: object, allowed: tuple[str, ...], target: str | None = None) -> str:
-    """Give a declared name.
+    """Return a declared name.
 
     Raises:
         TargetError: The value is not an allowed name.
@@ -63,7 +63,7 @@ def declared_conventions(conventions: object) -> dict[str, str]:
 def declared_layout(
     of_layout: Mapping[str, object], keywords: Mapping[str, tuple[str, ...]], target: str | None = None
 ) -> dict[str, Any]:
-    """Check the layout that a target declares, and give it as fields of the claims.
+    """Check the layout that a target declares, and return it as fields of the claims.
 
     Raises:
         TargetError: A declaration has a value that is not allowed, or a function lacks an argument of the layout.

@@ -56,7 +56,7 @@ class Storage(Protocol):
         ...
 
     def shape(self, dense: Sequence[int]) -> tuple[int, ...]:
-        """Give the shape of a stored array from that of the dense array."""
+        """Return the shape of a stored array from that of the dense array."""
         ...
 
     def read(self, stored: numpy.ndarray, dense: numpy.ndarray) -> None:
@@ -80,7 +80,7 @@ class Dense:
         return numpy.ascontiguousarray(array.swapaxes(1, 2)) if self.tokens_first else array
 
     def shape(self, dense: Sequence[int]) -> tuple[int, ...]:
-        """Give the shape after the exchange."""
+        """Return the shape after the exchange."""
         batch, heads, length, *size = dense
         return (batch, length, heads, *size) if self.tokens_first else tuple(dense)
 
@@ -112,7 +112,7 @@ class Tokens:
         return ends if self.empty_at is None else numpy.insert(ends, self.empty_at, ends[self.empty_at])
 
     def _places(self) -> Iterator[tuple[int, int, slice]]:
-        """Give the batch entry, the length and the tokens of each sequence that is not empty."""
+        """Return the batch entry, the length and the tokens of each sequence that is not empty."""
         start = 0
         for entry, length in enumerate(self.lengths):
             if length:
@@ -127,7 +127,7 @@ class Tokens:
         return stored
 
     def shape(self, dense: Sequence[int]) -> tuple[int, ...]:
-        """Give the number of tokens with the tail, and all axes but that of the batch."""
+        """Return the number of tokens with the tail, and all axes but that of the batch."""
         _, heads, _, *size = dense
         return (sum(self.lengths) + self.tail, heads, *size)
 
@@ -158,14 +158,14 @@ class Pages:
         return 2
 
     def _spans(self) -> Iterator[tuple[int, int, slice]]:
-        """Give the sequence, the number and the keys of each page."""
+        """Return the sequence, the number and the keys of each page."""
         for entry, length in enumerate(self.lengths):
             for number, start in enumerate(range(0, length, self.block_size)):
                 yield entry, number, slice(start, min(start + self.block_size, length))
 
     @cached_property
     def _allocation(self) -> tuple[numpy.ndarray, int]:
-        """Give the table of the sequences that are not added, and the number of blocks."""
+        """Return the table of the sequences that are not added, and the number of blocks."""
         numbers: dict[object, int] = {}
         places: dict[tuple[int, int], int] = {}
         for entry, number, keys in self._spans():
@@ -193,7 +193,7 @@ class Pages:
         return stored
 
     def shape(self, dense: Sequence[int]) -> tuple[int, ...]:
-        """Give the number of blocks, their slots, and all axes but those of batch and length."""
+        """Return the number of blocks, their slots, and all axes but those of batch and length."""
         _, heads, _, *size = dense
         return (self._allocation[1], self.block_size, heads, *size)
 

@@ -131,7 +131,7 @@ def line_in_target(error: BaseException) -> str | None:
 
 
 def _working_folder() -> str:
-    """Give the working folder, which a target may have removed."""
+    """Return the working folder, which a target may have removed."""
     try:
         return os.getcwd()  # noqa: PTH109
     except OSError:
@@ -139,7 +139,7 @@ def _working_folder() -> str:
 
 
 def _relative(file: str) -> str:
-    """Give the path of a file from the working folder; generated code has any name."""
+    """Return the path of a file from the working folder; generated code has any name."""
     return os.path.relpath(file, _working_folder()) if Path(file).is_absolute() else file or "<generated>"
 
 
@@ -152,7 +152,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _functions(module: ModuleType, place: str, function: str) -> dict[str, Callable[..., object]]:
-    """Give the functions of the module that the specification names; `function` is used as its attention."""
+    """Return the functions of the module that the specification names; `function` is used as its attention."""
     functions = {name: getattr(module, name) for name in FUNCTIONS if callable(getattr(module, name, None))}
     if function:
         attention = getattr(module, function, None)
@@ -199,7 +199,7 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
 
 
 def _declaration(module: ModuleType, name: str, default: object) -> object:
-    """Give the declaration `name` of the module; a submodule or function of that name is not a declaration."""
+    """Return the declaration `name` of the module; a submodule or function of that name is not a declaration."""
     value = getattr(module, name, default)
     return default if isinstance(value, types.ModuleType) or callable(value) else value
 
@@ -207,7 +207,7 @@ def _declaration(module: ModuleType, name: str, default: object) -> object:
 def _keywords(
     role: str, function: Callable[..., object], features: tuple[str, ...], of_layout: Mapping[str, object]
 ) -> tuple[str, ...]:
-    """Give the keywords of a signature, and those of `features` and of the layout if the function takes any keyword."""
+    """Return the keywords of a signature, and those of features and layout if the function takes any keyword."""
     stacked = of_layout["stacked"]
     operands = FUNCTIONS[role].stacked(stacked if isinstance(stacked, str) else None).operands
     of_features = (*FUNCTIONS[role].keywords_of(features), *NEEDED.get(str(of_layout["layout"]), ()))
@@ -223,7 +223,7 @@ def _keywords(
 
 
 def _signature(function: Callable[..., object]) -> inspect.Signature | None:
-    """Give the signature, or None if it cannot be read."""
+    """Return the signature, or None if it cannot be read."""
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):

@@ -268,7 +268,7 @@ def _suspects(
 
 
 def _conclude(comparisons: Sequence[Compared], problem: Problem, run: Precision) -> float:
-    """Give the largest share of an allowance that is used, or raise if an element is wrong."""
+    """Return the largest share of an allowance that is used, or raise if an element is wrong."""
     comparisons = [comparison for comparison in comparisons if comparison.shares.size]
     if any(comparison.wrong.any() for comparison in comparisons):
         raise AssertionError(describe(comparisons, problem, run))

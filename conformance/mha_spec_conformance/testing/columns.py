@@ -96,7 +96,7 @@ def _block(part: Part, problem: Problem, run: Precision) -> tuple[numpy.ndarray,
 
 
 def _with_sums(steps: Steps, sums: RowSums) -> Steps:
-    """Give steps that take the maximum, lse and D of each row from the first pass."""
+    """Return steps that take the maximum, lse and D of each row from the first pass."""
     total = numpy.where(sums.lse == -numpy.inf, 0.0, numpy.exp(sums.lse - sums.maximum))
     return replace(
         steps,
@@ -134,7 +134,7 @@ class _ErrorsOfRows(ForwardErrors):
 
 
 def _kinds(evaluation: GradientEvaluation, sums: RowSums) -> numpy.ndarray:
-    """Give the kinds of the gradients at each key, (keys, 1): a key that no row sees has the gradient 0."""
+    """Return the kinds of the gradients at each key, (keys, 1): a key that no row sees has the gradient 0."""
     visible, judged = evaluation.trace.visible, sums.kinds != ANY
     good, bad = ((visible & rows).any(axis=(0, 1, 2)) for rows in (judged, ~judged))
     return numpy.select([bad, good], [ANY, FINITE], EXACT)[:, None]

@@ -66,7 +66,7 @@ class Likeness:
 
 
 def likeness(comparisons: Sequence[Compared], problem: Problem, run: Precision) -> Likeness:
-    """Give the first explanation that holds."""
+    """Return the first explanation that holds."""
     wrong = [comparison for comparison in comparisons if comparison.wrong.any()]
     if (like := _constant(wrong)) is not None:
         return like
@@ -220,7 +220,7 @@ def _applies(mistake: Mistake, whole: Arguments) -> bool:
 
 
 def _spread(rows: Sequence[int], most: int) -> list[int]:
-    """Give at most so many rows, from the first to the last."""
+    """Return at most so many rows, from the first to the last."""
     if len(rows) <= most:
         return list(rows)
     return sorted({rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)})
@@ -266,7 +266,7 @@ def _shift(wrong: Sequence[Compared]) -> Likeness | None:
 
 
 def _finite(comparison: Compared) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Give what was expected, received and allowed in the wrong rows, where all are finite."""
+    """Return what was expected, received and allowed in the wrong rows, where all are finite."""
     rows = comparison.wrong
     expected, allowed = comparison.values.expected[rows].ravel(), comparison.values.allowance[rows].ravel()
     got = comparison.got[rows].astype(numpy.float64).ravel()

@@ -67,7 +67,7 @@ class Part:
         return every[seen[0] : seen[-1] + 1] if seen.size else every[:1]
 
     def _constraints(self, keys: numpy.ndarray) -> list[numpy.ndarray]:
-        """Give the constraints of the specification that compare positions, lengths and segments."""
+        """Return the constraints of the specification that compare positions, lengths and segments."""
         whole, steps = self.whole, SPECIFICATION
         distance = keys - self._query_positions(steps)
         left, right = whole.bounds
@@ -101,19 +101,19 @@ class Part:
         return arrays
 
     def of_rows(self, array: numpy.ndarray) -> numpy.ndarray:
-        """Give the rows of the part of an array over (batch, heads, q_len, ...)."""
+        """Return the rows of the part of an array over (batch, heads, q_len, ...)."""
         heads = slice(self.heads[0], self.heads[-1] + 1)
         return array[self.entry : self.entry + 1, heads][:, :, _as_slice(self.rows)]
 
     def _pairwise(self, array: numpy.ndarray) -> numpy.ndarray:
-        """Give the part of an array that broadcasts to (batch, heads, q_len, kv_len)."""
+        """Return the part of an array that broadcasts to (batch, heads, q_len, kv_len)."""
         array = self._entry(array)
         array = array[:, slice(self.heads[0], self.heads[-1] + 1)] if array.shape[1] > 1 else array
         array = array[:, :, _as_slice(self.rows)] if array.shape[2] > 1 else array
         return array[..., _as_slice(self.kept_keys)] if array.shape[3] > 1 else array
 
     def _entry(self, array: numpy.ndarray) -> numpy.ndarray:
-        """Give the batch entry of an array, or the whole array if all entries share it."""
+        """Return the batch entry of an array, or the whole array if all entries share it."""
         return array[self.entry : self.entry + 1] if array.shape[0] > 1 else array
 
     @property
@@ -151,7 +151,7 @@ class Part:
         )
 
     def _query_positions(self, steps: Steps) -> numpy.ndarray:
-        """Give the positions of the rows, (1, 1, rows, 1)."""
+        """Return the positions of the rows, (1, 1, rows, 1)."""
         if not self.whole.positional:
             return numpy.zeros((1, 1, len(self.rows), 1), numpy.int64)
         positions = steps.query_positions(_integers(steps.offset_of(self.whole)), self.whole.q_len)
@@ -159,11 +159,11 @@ class Part:
 
 
 def _integers(values: Any) -> numpy.ndarray:
-    """Give integers of batch entries as an array of shape (batch or 1, 1, 1, 1)."""
+    """Return integers of batch entries as an array of shape (batch or 1, 1, 1, 1)."""
     return numpy.asarray(values, dtype=numpy.int64).reshape(-1, 1, 1, 1)
 
 
 def _as_slice(indices: numpy.ndarray) -> numpy.ndarray | slice:
-    """Give a slice for consecutive indices, which copies nothing."""
+    """Return a slice for consecutive indices, which copies nothing."""
     consecutive = len(indices) > 0 and indices[-1] - indices[0] == len(indices) - 1
     return slice(int(indices[0]), int(indices[-1]) + 1) if consecutive else indices

@@ -64,7 +64,7 @@ def _range(bad: list[int], nouns: str, *, first: bool, last: bool) -> str:
 
 
 def _period(bad: list[int], compared: list[int]) -> tuple[int, int] | None:
-    """Give a period and a remainder that exactly the bad indices have; two indices are listed instead."""
+    """Return a period and a remainder that exactly the bad indices have; two indices are listed instead."""
     if len(bad) < FEWEST_OF_PERIOD:
         return None
     for period in (2, 4, 8, 16, 32, 64, 128, 256):

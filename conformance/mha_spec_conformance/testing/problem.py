@@ -57,7 +57,7 @@ class Problem:
         return used
 
     def offset(self, entry: int) -> int:
-        """Give the position of query 0 of a batch entry."""
+        """Return the position of query 0 of a batch entry."""
         a = self.arguments
         offset: Any = a.q_offset
         if isinstance(offset, str):

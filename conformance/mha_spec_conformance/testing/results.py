@@ -72,13 +72,13 @@ class Compared:
 
 
 def shares_of(name: str, got: numpy.ndarray, values: Values, run: Precision) -> numpy.ndarray:
-    """Give the share of its allowance that each element of a received result uses."""
+    """Return the share of its allowance that each element of a received result uses."""
     wanted = Expected(values.expected, values.kinds, None, values.expected.shape)
     return shares(name, wanted, got, values.allowance, run)
 
 
 def places_over(shape: tuple[int, ...]) -> numpy.ndarray:
-    """Give the places of all rows of a result whose first three axes have these sizes, (rows, 3)."""
+    """Return the places of all rows of a result whose first three axes have these sizes, (rows, 3)."""
     return numpy.stack([index.ravel() for index in numpy.indices(shape)], axis=1)
 
 
@@ -119,7 +119,7 @@ def gradient_of_query(part: Part, problem: Problem, run: Precision) -> Values:
 
 
 def cotangents(part: Part, problem: Problem) -> dict[str, numpy.ndarray]:
-    """Give the cotangents of the rows of a part by name."""
+    """Return the cotangents of the rows of a part by name."""
     pairs = {"grad_output": problem.grad_output, "grad_lse": problem.grad_lse}
     return {name: part.of_rows(array) for name, array in pairs.items() if array is not None}
 
@@ -138,7 +138,7 @@ def values_of(expected: numpy.ndarray, kinds: numpy.ndarray, allowance: numpy.nd
 
 
 def row_kinds(function: str, part: Part, problem: Problem, evaluation: Evaluation) -> dict[str, numpy.ndarray]:
-    """Give the kinds of the results at the rows of a part.
+    """Return the kinds of the results at the rows of a part.
 
     A row is not compared if a non-finite operand that other rows use is hidden from it, which is a SHOULD
     (MHA-POISON-2).
@@ -173,7 +173,7 @@ def _is_plain(evaluation: Evaluation, arrays: Mapping[str, numpy.ndarray], dtype
 
 
 def _plain_kinds(evaluation: Evaluation) -> dict[str, numpy.ndarray]:
-    """Give the kinds for finite operands: a row that sees no key has exact results, but for the lse of a sink."""
+    """Return the kinds for finite operands: a row that sees no key has exact results, but for the lse of a sink."""
     kinds = numpy.where(evaluation.rows, FINITE, EXACT)
     sinks = evaluation.arguments.sinks
     has_sink = numpy.zeros((1, 1, 1)) if sinks is None else (sinks != -numpy.inf)[None, :, None]

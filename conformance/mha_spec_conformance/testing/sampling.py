@@ -31,7 +31,7 @@ MOST_MARKS = 16
 
 
 def checked_rows(rows: Sequence[int] | None, length: int) -> numpy.ndarray | None:
-    """Give the rows that the caller chose, sorted.
+    """Return the rows that the caller chose, sorted.
 
     Raises:
         ArgumentTypeError: The rows are not integers.
@@ -87,7 +87,7 @@ class Sampler:
         return numpy.unique(numpy.asarray([*edges[: number - number // 2], *drawn], numpy.int64))
 
     def _edges(self, turn: int) -> list[int]:
-        """Give rows on both sides of edges of tiles; heads begin at other edges, so that together they have all."""
+        """Return rows on both sides of edges of tiles; heads begin at other edges, so that together they have all."""
         last = self.length - 1
         first = [0, last, 1]
         near = [edge + side for tile in TILES for edge in (tile, last // tile * tile) for side in (-1, 0)]
@@ -97,7 +97,7 @@ class Sampler:
 
 
 def marks_of(problem: Problem, entry: int) -> list[int]:
-    """Give the rows of a batch entry at which a constraint begins or ends."""
+    """Return the rows of a batch entry at which a constraint begins or ends."""
     a, marks = problem.arguments, list[int]()
     if a.q_lengths is not None:
         length = int(numpy.asarray(a.q_lengths)[entry])
