@@ -1,4 +1,4 @@
-"""Read the offset of a case, and which causal alignments have it, for targets that take no q_offset or no names."""
+"""Find the offset of a case and the causal alignments that imply it, for targets without q_offset or its names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def has_positions(case: Case) -> bool:
 
 
 def alignments(case: Case) -> tuple[str, ...]:
-    """Name the causal alignments that equal the offset of a case with positions; without q_offset, it is 0."""
+    """Name the causal alignments that imply the offset of a case; without q_offset, the offset is 0."""
     q_len, kv_len = case.shape_of("query")[2], case.shape_of("key")[2]
     q_lengths, kv_lengths = _lengths(case)
     q_offset = case.options.get("q_offset", _array(case, "q_offset", 0))
@@ -58,5 +58,5 @@ def _arguments(case: Case) -> tuple[str, ...]:
 
 
 def _array(case: Case, name: str, otherwise: int) -> Any:
-    """Return the lengths or offsets of a case as wide integers, or the number that stands for their absence."""
+    """Return the lengths or offsets of a case as wide integers, or `otherwise` if the case has none."""
     return case.input(name, case.dtypes[0]).astype(numpy.int64) if name in case.input_names else otherwise

@@ -43,8 +43,8 @@ def can_hold(array: numpy.ndarray, most_bytes: int) -> bool:
 def write(path: Path, arrays: Mapping[str, numpy.ndarray]) -> None:
     """Write arrays to a file.
 
-    The format is written here, because the writer of the safetensors package knows neither bfloat16 of ml-dtypes nor,
-    in all versions, the same arguments.
+    The writer of the safetensors package is not used, because it does not support bfloat16 of ml-dtypes, and its
+    arguments differ between versions.
     """
     header: dict[str, object] = {}
     parts: list[bytes] = []
@@ -65,7 +65,7 @@ def _little_endian(array: numpy.ndarray) -> numpy.ndarray:
 
 
 def read(path: Path, most_bytes: int) -> dict[str, numpy.ndarray]:
-    """Read all arrays of a file, which can be written to.
+    """Read all arrays of a file; the arrays are writable.
 
     Raises:
         FileError: The file does not exist, is not safetensors, is larger than `most_bytes`, or has another dtype.
@@ -79,7 +79,7 @@ def read(path: Path, most_bytes: int) -> dict[str, numpy.ndarray]:
 
 
 def content(path: Path, most_bytes: int) -> bytes:
-    """Read the bytes of a file; a pipe or a device in its place is refused, because reading it might not end.
+    """Read the bytes of a file; refuse a pipe or a device, because reading it might not end.
 
     Raises:
         FileError: It is not a file, or is larger than `most_bytes`.

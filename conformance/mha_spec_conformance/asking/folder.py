@@ -107,7 +107,7 @@ class Recorder:
         return in_layout(self.claims, self._write, groups)
 
     def repeat(self, claims: Claims) -> None:
-        """Begin another run, with other claims; its questions are written only as far as no earlier run asked them."""
+        """Begin another run, with other claims; questions that an earlier run wrote are not written again."""
         self.claims = claims
         self._asked.clear()
 
@@ -136,7 +136,7 @@ def _export(claims: Claims, selection: Selection, suite: Suite) -> Message:
 
 
 class Recorded:
-    """Answers questions by what a program wrote to a folder."""
+    """Answers questions from the files that a program wrote to a folder."""
 
     def __init__(self, folder: Path, suite: Suite) -> None:
         """Read the folder, but no arrays.
@@ -217,7 +217,7 @@ class Recorded:
             yield question, self._answer(question)
 
     def _answer(self, question: Question) -> Answer:
-        """Read the answer to a question; all must be there if it was exported several times."""
+        """Read the answer to a question; a question that was exported several times needs all of its answers."""
         identity = _identity(question_message(question, 0, FILES, self.claims.further))
         numbers = self._numbers.get(identity)
         if not numbers:

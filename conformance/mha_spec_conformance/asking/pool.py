@@ -171,7 +171,7 @@ class Worker:
             files.write(path, question.arrays)
 
     def _prepare_folder(self) -> None:
-        """Make the folder again if the target removed it, replaced it or took its rights away."""
+        """Make the folder again if the target removed it, replaced it or changed its permissions."""
         if not self.folder.is_dir():
             self.folder.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)

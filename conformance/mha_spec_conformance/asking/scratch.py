@@ -35,7 +35,7 @@ class Scratch:
     """A folder that is locked as long as its run lives."""
 
     def __init__(self) -> None:
-        """Remove what runs that were killed have left, and make a folder.
+        """Remove the folders of runs that were killed, and make a folder.
 
         Raises:
             ScratchError: There is no place where a folder can be made.
@@ -50,7 +50,7 @@ class Scratch:
             raise ScratchError(f"the folder for temporary files cannot be made: {error}") from error
 
     def folder(self, name: str) -> Path:
-        """Make a folder in it."""
+        """Make a subfolder."""
         path = self.path / name
         path.mkdir(exist_ok=True, parents=True)
         return path

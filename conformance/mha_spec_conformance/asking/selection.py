@@ -75,7 +75,7 @@ class Ask:
     every_layout: bool = False
     """If True, all further calls are made: the same again, in every memory layout, and with other numbers."""
     of_suite: frozenset[str] = frozenset()
-    """The features of the case that the suite has instead of the target, as it repeats heads."""
+    """The features of the case that the suite supplies, as when it repeats heads for the target."""
     relaxed: bool = False
     """True if the profile of the target makes a SHOULD of the case."""
     takes_names: bool = True
@@ -136,7 +136,7 @@ class Ask:
         }
 
     def _most_bytes(self) -> int:
-        """Return a size that the outputs of all calls stay below in every dtype."""
+        """Return an upper bound of the size of the outputs of all calls, in every dtype."""
         elements = sum(math.prod(golden.shape) for golden in self.expected.values())
         return LEAST_ROOM + elements * WIDEST * (1 + len(FURTHER))
 
@@ -172,10 +172,10 @@ def _ask(case: Case, dtype: str, claims: Claims) -> Ask | None:
 
 
 def _omitted(case: Case, claims: Claims) -> frozenset[str] | None:
-    """Name the arguments that are not passed, or give None if the target cannot be asked the case.
+    """Name the arguments that are not passed, or return None if the target cannot be asked the case.
 
-    A target without q_offset is asked the cases whose offset is that of its alignment, as far as it is known, and else
-    those whose offset no alignment differs from.
+    A target without q_offset is asked the cases whose offset its alignment implies. If its alignment is not known, it
+    is asked the cases whose offset every alignment implies.
     """
     keywords, omitted = _keywords(case), frozenset[str]()
     if has_positions(case) and "q_offset" not in claims.words(case.function):
@@ -187,7 +187,7 @@ def _omitted(case: Case, claims: Claims) -> frozenset[str] | None:
 
 
 def _needs_names(case: Case, claims: Claims) -> bool:
-    """Tell whether the case names an offset that depends on more than the lengths of attention, as on a cache."""
+    """Tell whether the case names an offset that depends on more than the lengths of attention, such as a cache."""
     named = isinstance(case.options.get("q_offset"), str)
     return named and not claims.registered and case.function not in OF_ATTENTION
 
@@ -205,7 +205,7 @@ def _keywords(case: Case) -> frozenset[str]:
 
 
 def probes(cases: Iterable[Case], claims: Claims, selection: Selection) -> dict[str, list[Ask]]:
-    """Give, for a target without an offset and by alignment, the asks that it passes and another alignment fails.
+    """Return the probes of a target without q_offset: by alignment, the asks that it passes and another fails.
 
     There are none if no selected case is causal, or the target declares its alignment.
     """

@@ -75,7 +75,7 @@ def _unsupported(target: Target, question: Question) -> str | None:
 
 @dataclass(frozen=True)
 class _Called:
-    """One call: its arguments, its results by call of a sequence as the target returned them, and as NumPy arrays."""
+    """One call: its arguments, and the results of each call of a sequence, as returned and as NumPy arrays."""
 
     arguments: dict[str, object]
     parts: list[dict[str, Array]]
@@ -185,7 +185,7 @@ def _argument(target: Target, question: Question, name: str, layout: str) -> obj
 
 
 def _library(value: Array) -> str | None:
-    """Name the library of an output, also if its class answers no question."""
+    """Name the library of an output; an exception of its class becomes `Failed`."""
     return _guarded(library_of, value)
 
 

@@ -133,13 +133,13 @@ def check(
         typer.Option(help="Most memory of a worker, as in 8G; by default, all workers have half of the machine's."),
     ] = None,
     results: Annotated[Path | None, typer.Option(help="Append each result to this file of JSON lines.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run whose results --results has.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that wrote the --results file.")] = False,
     exclude: Annotated[
         Names,
         typer.Option(help="Leave out cases whose id matches or contains this pattern, or that cite this clause."),
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="Ask only the part I of N parts of similar cost, as in 1/4; see `merge`.")
+        str | None, typer.Option(help="Ask only part I of N parts of similar cost, as in 1/4; see `merge`.")
     ] = None,
 ) -> None:
     """Judge a target. The exit status is 0 if every case passed, 1 if not, and 2 if the target cannot be judged."""

@@ -29,7 +29,7 @@ __all__ = ["Asker", "Outcome"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a test runner makes of a result: "pass", "fail", "skip" or "expected", with the reason."""
+    """The outcome of a test: "pass", "fail", "skip" or "expected", with the reason."""
 
     kind: str
     reason: str = ""

@@ -144,7 +144,7 @@ def _poison(array: Array) -> Array:
 
 
 def _row_kinds(rows: Rows) -> Array:
-    """The kind of everything that belongs to a row."""
+    """Return the kind of the results of each row."""
     return numpy.select([rows.unspecified, rows.nan, rows.finite], [ANY, NAN, FINITE], EXACT).astype(numpy.uint8)
 
 

@@ -1,6 +1,6 @@
 """The worlds of our frameworks: the transformations under which a user calls a backend.
 
-A world takes the functions of a backend by name and gives them back as they are called under `torch.compile`, `jax.jit`
+A world takes the functions of a backend by name and returns them transformed by `torch.compile`, `jax.jit`
 and their like, without those that the world does not have.
 """
 

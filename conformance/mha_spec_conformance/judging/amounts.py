@@ -1,7 +1,7 @@
 """Tell how the wrong numbers of a failure differ from the right ones.
 
-They are a factor or a shift of the right ones, right at another place, 0 or not finite, or no further away than the
-roundings of a narrower dtype. A statement holds for every wrong element of a failure.
+They may be the right ones times a factor or plus a shift, the right ones of another place, 0, not finite, or as far
+away as the roundings of a narrower dtype. A statement holds for every wrong element of a failure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FEWEST = 3
 """The number of elements from which a common factor or shift is not a coincidence."""
 
 MOST_ROWS = 32
-"""The number of wrong rows that are looked for at other places."""
+"""The number of wrong rows that are compared with the right rows of other places."""
 
 NAMED_FACTORS = {
     -1.0: "the right number negated",
@@ -43,7 +43,7 @@ NAMED_FACTORS = {
 NARROWER = ("float32", "float16", "bfloat16")
 
 MOST_UNITS = 16
-"""An error of rounding is at most so many units of the narrower dtype, for numbers of the size of the largest."""
+"""The largest error of rounding, in units of the narrower dtype at the size of the largest number."""
 
 
 def amounts(failures: Sequence[WrongElements]) -> list[Place]:

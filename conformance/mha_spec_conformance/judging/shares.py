@@ -39,7 +39,7 @@ class Share:
 
 
 def separating(failing: Questions, passing: Questions, most: int = 2) -> Share | None:
-    """Return the properties that separate failures best from passes; None if no property tells anything.
+    """Return the properties that separate failures best from passes; None if no property separates them.
 
     Args:
         failing: The properties of each question that failed.

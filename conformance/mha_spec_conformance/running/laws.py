@@ -97,7 +97,7 @@ def _with_batch(question: Question, change: Callable[[numpy.ndarray], numpy.ndar
 
 
 def _hidden_data(ask: Ask, question: Question) -> _Pair | None:
-    """Give keys and values that no row sees other numbers."""
+    """Change the keys and values that no row sees."""
     seen = _seen_keys(ask)
     if seen is None or seen.all() or not seen.any():
         return None
@@ -105,7 +105,7 @@ def _hidden_data(ask: Ask, question: Question) -> _Pair | None:
 
 
 def _future_data(ask: Ask, question: Question) -> _Pair | None:
-    """Give keys and values that only later rows see other numbers; earlier rows must not change."""
+    """Change the keys and values that only later rows see; the results of earlier rows must not change."""
     rows = question.arrays["query"].shape[2] // 2 if ask.case.function == "attention" else 0
     seen, early = _seen_keys(ask), _seen_keys(ask, rows)
     if not rows or seen is None or early is None or not (seen & ~early).any():

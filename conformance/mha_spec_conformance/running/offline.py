@@ -1,7 +1,7 @@
 """Export the questions of a run to a folder, and verify the answers that a program wrote there.
 
-Both are runs of the suite. The export asks a source that writes every question, and takes every answer for right, so
-that the run asks all that it can ask. To verify, the run asks a source that reads the answers.
+Both are runs of the suite. The export asks a source that writes every question, and counts every answer as right,
+so that the run asks all that it can ask. To verify, the run asks a source that reads the answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["export", "verify"]
 
 
 class _Everything(Judge):
-    """Takes every answer for right."""
+    """Counts every answer as right."""
 
     def result(self, ask: Ask, answer: Answer) -> Result:
         """Let the ask pass."""

@@ -141,9 +141,9 @@ class Tokens:
 class Pages:
     """Keys and values stand in pages of `block_size` tokens, (blocks, block_size, kv_heads, size), in any order.
 
-    Page n of sequence b is block `table[b, n]`. Pages of which all `operands` hold the same are shared; without
-    operands, none is. All else is poisoned: the ends of last pages, the pages of no sequence, and those that the
-    entries of the table past the end of a sequence name. `empty_at` is the place of a further sequence without keys.
+    Page n of sequence b is block `table[b, n]`. Pages with the same contents in all `operands` are shared; without
+    operands, no page is. All other storage is poisoned: the ends of last pages, the pages of no sequence, and the
+    pages that the table names past the end of a sequence. `empty_at` is the place of a further sequence without keys.
     """
 
     lengths: tuple[int, ...]

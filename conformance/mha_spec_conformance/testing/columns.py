@@ -1,7 +1,7 @@
 """The gradients of keys and values at some keys of a large problem.
 
-They sum over all rows of a group of heads. A first pass over blocks of rows computes what belongs to a row: its
-maximum, its lse, its D, and their errors. A second pass evaluates all rows at the chosen keys alone.
+They sum over all rows of a group of heads. A first pass over blocks of rows computes the maximum, lse and
+D of each row, and their errors. A second pass evaluates all rows at the chosen keys alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCK_PAIRS = 2**19
 
 @dataclass(frozen=True)
 class RowSums:
-    """What belongs to the rows of a group of heads, (1, group, q_len, 1); D is rowsum(P dP) - grad_lse."""
+    """Numbers of each row of a group of heads, (1, group, q_len, 1); `row_dot` is D = rowsum(P dP) - grad_lse."""
 
     maximum: numpy.ndarray
     lse: numpy.ndarray
@@ -42,7 +42,7 @@ class RowSums:
     row_dot_error: numpy.ndarray
     lift: numpy.ndarray
     kinds: numpy.ndarray
-    """The kinds of the query's gradient, which tell the rows that cannot be judged."""
+    """The kinds of the query's gradient, which mark the rows that cannot be judged."""
 
 
 @numpy.errstate(all="ignore")

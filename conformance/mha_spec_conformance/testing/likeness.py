@@ -80,7 +80,7 @@ def likeness(comparisons: Sequence[Compared], problem: Problem, run: Precision) 
 
 
 class _Rows:
-    """Some wrong and some right rows, with what was received there."""
+    """Some wrong and some right rows, with the received results."""
 
     def __init__(self, comparisons: Sequence[Compared], problem: Problem, run: Precision) -> None:
         self.comparisons, self.problem, self.run = comparisons, problem, run
@@ -97,7 +97,7 @@ class _Rows:
         return sorted(rows - self.wrong[entry, head])
 
     def mistakes(self) -> Likeness | None:
-        """Name the known mistakes with whose results all rows agree, or else the wrong rows alone."""
+        """Name the known mistakes whose results equal those of all rows, or else those of the wrong rows."""
         whole = self.problem.arguments
         function = "attention" if self.comparisons[0].name != "grad_query" else "attention_vjp"
         explaining: dict[str, tuple[Mistake, ...]] = {"all": (), "wrong": ()}
@@ -132,7 +132,7 @@ class _Rows:
             return False
 
     def _matches(self, part: Part, place: tuple[int, int, int] = HERE) -> bool:
-        """Tell whether what was received is within the allowance of the results of a part, moved by `place`."""
+        """Tell whether the received results are within the allowance of those of a part, moved by `place`."""
         values = self._evaluate(part)
         return all(
             self._alike(comparison, part, values[comparison.name], place)
@@ -190,7 +190,7 @@ def _named(intro: str, mistakes: Sequence[Mistake]) -> Likeness:
 def rotary_likeness(
     comparison: Compared, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], run: Precision
 ) -> Likeness:
-    """Name the mistakes of rotary_embedding with whose results everything that was compared agrees."""
+    """Name the mistakes of rotary_embedding whose results equal all compared results."""
     named: list[Mistake] = []
     for mistake in MISTAKES:
         steps = mistake.steps
@@ -266,7 +266,7 @@ def _shift(wrong: Sequence[Compared]) -> Likeness | None:
 
 
 def _finite(comparison: Compared) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Return what was expected, received and allowed in the wrong rows, where all are finite."""
+    """Return the expected and received values and the allowances of the wrong rows, where all are finite."""
     rows = comparison.wrong
     expected, allowed = comparison.values.expected[rows].ravel(), comparison.values.allowance[rows].ravel()
     got = comparison.got[rows].astype(numpy.float64).ravel()

@@ -1,4 +1,4 @@
-"""Bounds of the rows of attention that a golden holds: a call with fewer queries, which costs as much less."""
+"""Bounds of the rows of attention that a golden holds: a call with fewer queries, at a proportional cost."""
 
 from __future__ import annotations
 
