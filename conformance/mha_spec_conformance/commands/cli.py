@@ -45,7 +45,22 @@ Markdown = Annotated[
     Path | None, typer.Option(help="Append the report as Markdown to this file, as to $GITHUB_STEP_SUMMARY.")
 ]
 MaxFail = Annotated[int | None, typer.Option(min=1, help="Stop after this number of failures.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Worker processes.")]
 Timeout = Annotated[float, typer.Option(min=0.01, help="Time limit of a call in seconds.")]
+Cases = Annotated[Path | None, typer.Option(help="Ask the cases in this folder (see `fuzz --save`).")]
+Command = Annotated[
+    str | None, typer.Option(help="Judge this program, in any language, instead of TARGET (docs/protocol.md).")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Most memory of a worker, as in 8G; by default, all workers have half of the machine's."),
+]
+Results = Annotated[Path | None, typer.Option(help="Append each result to this file of JSON lines.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that wrote the --results file.")]
+Exclude = Annotated[
+    Names, typer.Option(help="Leave out cases whose id matches or contains this pattern, or that cite this clause.")
+]
+Shard = Annotated[str | None, typer.Option(help="Ask only part I of N parts of similar cost, as in 1/4; see `merge`.")]
 
 NOT_JUDGED = 2
 INTERRUPTED = 130
@@ -121,26 +136,16 @@ def check(
     junit: Junit = None,
     markdown: Markdown = None,
     max_fail: MaxFail = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    jobs: Jobs = 1,
     dtypes: Dtypes = None,
     timeout: Timeout = 60.0,
-    cases: Annotated[Path | None, typer.Option(help="Ask the cases in this folder (see `fuzz --save`).")] = None,
-    command: Annotated[
-        str | None, typer.Option(help="Judge this program, in any language, instead of TARGET (docs/protocol.md).")
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Most memory of a worker, as in 8G; by default, all workers have half of the machine's."),
-    ] = None,
-    results: Annotated[Path | None, typer.Option(help="Append each result to this file of JSON lines.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that wrote the --results file.")] = False,
-    exclude: Annotated[
-        Names,
-        typer.Option(help="Leave out cases whose id matches or contains this pattern, or that cite this clause."),
-    ] = None,
-    shard: Annotated[
-        str | None, typer.Option(help="Ask only part I of N parts of similar cost, as in 1/4; see `merge`.")
-    ] = None,
+    cases: Cases = None,
+    command: Command = None,
+    memory: Memory = None,
+    results: Results = None,
+    resume: Resume = False,
+    exclude: Exclude = None,
+    shard: Shard = None,
 ) -> None:
     """Judge a target. The exit status is 0 if every case passed, 1 if not, and 2 if the target cannot be judged."""
     from . import check as checking

@@ -67,12 +67,7 @@ def fuzz(
 
         def answered(question: Question) -> Answer:
             # The first answer may need a long compilation; without it the search would judge nothing.
-            left = search.left if search.outcome.judged else limit
-            pool.limit = min(limit, max(left, LEAST_SECONDS))
-            ((_, answer),) = pool.answers([question])
-            if answer.kind == "timeout" and pool.limit < limit:
-                raise RoundIsOver
-            return answer
+            return _answer(pool, question, search.left if search.outcome.judged else limit, limit)
 
         def report(finding: Finding) -> None:
             print_finding(screen, finding, script_of(finding, target, pool.claims.arrays, world))
@@ -95,6 +90,15 @@ def fuzz(
         screen.print(f"saved: mha-spec check {target} --cases {folder}", markup=False)
     print_summary(screen, name, outcome)
     return outcome.status
+
+
+def _answer(pool: Pool, question: Question, left: float, limit: float) -> Answer:
+    """Ask a question within the time that is left; raise if the call ends by that time, and not by its limit."""
+    pool.limit = min(limit, max(left, LEAST_SECONDS))
+    ((_, answer),) = pool.answers([question])
+    if answer.kind == "timeout" and pool.limit < limit:
+        raise RoundIsOver
+    return answer
 
 
 class Clock:

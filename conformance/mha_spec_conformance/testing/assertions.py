@@ -141,22 +141,36 @@ def assert_attention_vjp(
     operands = {"grad_output": grad_output, "query": query, "key": key, "value": value}
     problem = read_problem(operands, {**options, "grad_lse": grad_lse}, layout, "attention_vjp")
     results, run = _gradients(gradients, problem, layout), precision(problem.dtype, profile)
-    comparisons: list[Compared] = []
-    if "grad_query" in results:
-        of_query = {"grad_query": results["grad_query"]}
-        parts = _parts(problem, rows, seed, GRADIENT_PAIRS, of_query)
-        evaluated = [(part, gradient_of_query(part, problem, run)) for part in parts]
-        comparisons += [compared("grad_query", results["grad_query"], evaluated, run)] if evaluated else []
-    of_keys = [name for name in ("grad_key", "grad_value") if name in results]
-    if of_keys:
-        columns = [gradients_of_keys(problem, entry, head, keys, run) for entry, head, keys in _columns(problem, seed)]
-        comparisons += [
-            compared(name, results[name], [(part, values[name]) for part, values in columns], run)
-            for name in of_keys
-            if columns
-        ]
-    comparisons += whole_sums(problem, results, run)
+    comparisons = [
+        *_over_rows(results, problem, run, rows, seed),
+        *_over_keys(results, problem, run, seed),
+        *whole_sums(problem, results, run),
+    ]
     return _conclude(comparisons, problem, run)
+
+
+def _over_rows(
+    results: Mapping[str, Array], problem: Problem, run: Precision, rows: Sequence[int] | None, seed: int
+) -> list[Compared]:
+    """Compare the gradient of the query at some rows."""
+    result = results.get("grad_query")
+    if result is None:
+        return []
+    parts = _parts(problem, rows, seed, GRADIENT_PAIRS, {"grad_query": result})
+    evaluated = [(part, gradient_of_query(part, problem, run)) for part in parts]
+    return [compared("grad_query", result, evaluated, run)] if evaluated else []
+
+
+def _over_keys(results: Mapping[str, Array], problem: Problem, run: Precision, seed: int) -> list[Compared]:
+    """Compare the gradients of key and value at some keys."""
+    names = [name for name in ("grad_key", "grad_value") if name in results]
+    chosen = _columns(problem, seed) if names else []
+    columns = [gradients_of_keys(problem, entry, head, keys, run) for entry, head, keys in chosen]
+    return [
+        compared(name, results[name], [(part, values[name]) for part, values in columns], run)
+        for name in names
+        if columns
+    ]
 
 
 def _gradients(gradients: Sequence[Array | None], problem: Problem, layout: str) -> dict[str, numpy.ndarray]:
