@@ -3,6 +3,7 @@
     python benchmarks/fuzzing.py                          every mistake of the catalogue, a minute each at most
     python benchmarks/fuzzing.py --seconds 20 --seed 3    another limit, other calls
     python benchmarks/fuzzing.py causal rotary            the mistakes whose names contain any of these words
+    python benchmarks/fuzzing.py --one-in 10              a part of the catalogue, evenly
 
 The mistaken reference answers in this process, so the figures do not depend on any backend. Seconds are those of the
 processor, drawing and judging included.
@@ -95,9 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how soon the fuzzer finds each known mistake.")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--one-in", type=int, default=1, help="measure one in so many mistakes")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chosen = [m for m in MISTAKES if not options.words or any(word in m.name for word in options.words)]
+    chosen = chosen[:: options.one_in]
     drawn = [m for m in chosen if not any(word in m.name for word in REFUSALS)]
     detections: dict[str, tuple[int, float]] = {}
     for mistake in drawn:
