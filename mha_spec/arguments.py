@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DROPOUT_OPTIONS",
-    "LOWER_RIGHT",
     "OPTIONS",
     "READINGS",
-    "UPPER_LEFT",
     "WEIGHT_FUNCTIONS",
     "Arguments",
     "NoOptions",

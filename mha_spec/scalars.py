@@ -20,7 +20,6 @@ __all__ = [
     "check_integer",
     "check_number",
     "is_integer",
-    "is_number",
     "plain",
     "short_repr",
 ]

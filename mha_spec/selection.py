@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = [
-    "DEFAULT",
-    "ENVIRONMENT_VARIABLE",
     "backend",
     "backend_for",
     "backend_names",
@@ -30,7 +28,6 @@ __all__ = [
     "backend_origin",
     "function_for",
     "function_of",
-    "install_command",
 ]
 
 GROUP = "mha_spec.backends"

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .plan import Run
 
 __all__ = [
-    "Constants",
     "Operands",
     "Problem",
     "Size",

@@ -20,7 +20,7 @@ from .tasks import Operands
 if TYPE_CHECKING:
     from .problem import Problem
 
-__all__ = ["Fused", "attend", "operands_of", "takes"]
+__all__ = ["Fused", "attend", "takes"]
 
 
 def takes(problem: Problem, x: Operands) -> bool:

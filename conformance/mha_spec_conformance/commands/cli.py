@@ -19,7 +19,7 @@ from mha_spec_conformance.suite.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
 
 app = typer.Typer(
     name="mha-spec",

@@ -12,10 +12,7 @@ import numpy
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["HOST", "Call", "Recipe"]
-
-HOST = ("list", "numpy")
-"""The forms of host data in which lengths, offsets and segment ids may be passed (MHA-ARG-4)."""
+__all__ = ["Call", "Recipe"]
 
 
 @dataclass(frozen=True)

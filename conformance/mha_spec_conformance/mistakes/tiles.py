@@ -20,7 +20,7 @@ from .mistake import ATTENTION, FORWARD, VJP, Mistake, Sizes, replacing
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["TILES", "from_key", "from_row"]
+__all__ = ["TILES"]
 
 SIZES = (64, 128)
 """The rows and keys at which these mistakes begin."""

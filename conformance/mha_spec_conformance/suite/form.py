@@ -14,7 +14,7 @@ from .functions import FUNCTIONS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["INPUT_DTYPES", "wrong_member"]
+__all__ = ["wrong_member"]
 
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 INPUT_DTYPES = ("case", "softmax", "bool", *FLOATING, *INTEGERS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MOST_CHARACTERS", "name_of", "one_line", "printable", "repr_of", "text_of"]
+__all__ = ["name_of", "one_line", "printable", "repr_of", "text_of"]
 
 MOST_CHARACTERS = 2000
 """The length of a message; a target may raise an exception whose text is longer."""
