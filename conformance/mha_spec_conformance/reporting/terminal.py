@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import textwrap
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.judging.compare import Worst
     from mha_spec_conformance.running.run import Run
 
-__all__ = ["COLOURS", "Bar", "console", "details", "print_run"]
+__all__ = ["COLOURS", "Bar", "call_of", "console", "details", "example_of", "print_run", "remarks", "title_of"]
 
 MOST_CAUSES = 8
 """The number of causes that are printed; the JSON report has all of them."""
@@ -126,7 +127,7 @@ def print_run(screen: Console, run: Run) -> None:
         _print_features(screen, run)
     if run.laws:
         _print_laws(screen, run)
-    for line in _remarks(run):
+    for line in remarks(run):
         _line(screen, line)
     colour = "green" if run.status == 0 else "red"
     screen.print(f"[bold {colour}]{escape(run.claims.name)}: {escape(run.verdict)}[/]")
@@ -159,13 +160,13 @@ def _line(screen: Console, text: str, style: str | None = None) -> None:
 
 def _print_cause(screen: Console, run: Run, cause: Cause, label: str) -> None:
     """Print a cause: its name, what its failures share, where they are wrong, an example, and the other cases."""
-    _line(screen, f"{label}: {_title(cause)} ({_counted(len(cause.results))})", "bold")
+    _line(screen, f"{label}: {title_of(cause)} ({_counted(len(cause.results))})", "bold")
     lines = [f"What they share: {cause.story.share}."] if cause.story.share and len(cause.results) > 1 else []
     lines += [f"Where they are wrong: {cause.story.where}."] if cause.story.where else []
     lines += [f"The cases do not distinguish it from {', '.join(cause.others[:MOST_NAMES])}."] if cause.others else []
     for line in lines:
         _line(screen, f"  {line}")
-    example = min(cause.results, key=lambda r: (r.ask.dtype != "float32", _size(r)))
+    example = example_of(cause)
     _print_example(screen, run, example)
     others = dict.fromkeys(r.ask.case.id for r in cause.results if r.ask.case.id != example.ask.case.id)
     if others:
@@ -178,7 +179,7 @@ def _counted(number: int) -> str:
     return f"{number} failures" if number > 1 else "1 failure"
 
 
-def _title(cause: Cause) -> str:
+def title_of(cause: Cause) -> str:
     """Write the name of a cause as a sentence."""
     if cause.kind == "mistake":
         return next(iter(_mistakes([cause.name or ""])), f"the convention {cause.name}")
@@ -187,8 +188,13 @@ def _title(cause: Cause) -> str:
     return cause.title if cause.name else "no known mistake has these results"
 
 
+def example_of(cause: Cause) -> Result:
+    """Give the smallest failure of a cause, in float32 if any is; one whose answer is known comes before all others."""
+    return min(cause.results, key=lambda r: (r.wrong is None, r.ask.dtype != "float32", _size(r)))
+
+
 def _size(result: Result) -> int:
-    return sum(array.size for array in result.ask.case.inputs(result.ask.dtype).values())
+    return sum(math.prod(shape) for shape in result.ask.case.input_shapes.values())
 
 
 def _print_example(screen: Console, run: Run, example: Result) -> None:
@@ -206,7 +212,7 @@ def details(result: Result) -> list[str]:
     lines = [f"{clause}: {sentence}" for clause, sentence in _sentences(first)]
     if first and (others := [clause for clause in result.clauses if clause not in first]):
         lines.append(f"The case also cites {', '.join(others)}.")
-    lines.append(f"Call: {_call(result)}")
+    lines.append(f"Call: {call_of(result)}")
     wrong_value = result.conventions and result.worst is not None and (result.allowance_used or 0.0) > 1
     lines.append(f"Result: {_element(result.worst) if wrong_value and result.worst else result.reason}")
     if result.conventions:
@@ -235,7 +241,7 @@ def _sentences(names: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(name, by_id[name].sentence) for name in names if name in by_id]
 
 
-def _call(result: Result) -> str:
+def call_of(result: Result) -> str:
     """Write the call in a line."""
     case, arrays = result.ask.case, result.ask.case.inputs(result.ask.dtype)
     shown = [f"{name} {tuple(array.shape)}" for name, array in arrays.items() if name not in result.ask.omitted]
@@ -279,7 +285,7 @@ def _print_laws(screen: Console, run: Run) -> None:
     screen.print()
 
 
-def _remarks(run: Run) -> list[str]:
+def remarks(run: Run) -> list[str]:
     """Return remarks; only those about stale known failures count for the verdict."""
     should = [result for result in run.results if not result.must]
     refusals = Counter(result.reason or "" for result in run.results if result.outcome == "unsupported")
