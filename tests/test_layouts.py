@@ -246,6 +246,24 @@ def test_dense_layouts_repeated_heads_and_stacked_operands(judged: Callable[...,
     assert ("groups" in run.asked_features) == declared.get("groups", True)
 
 
+def layer_without_groups(query: Array, key: Array, value: Array, params: dict[str, Array], **options: Any) -> Any:
+    """Take no groups in the layer."""
+    if len({params[name].shape[1] for name in ("w_q", "w_k", "w_v")}) > 1:
+        raise ValueError("the heads differ")
+    return reference.multi_head_attention(query, key, value, params, **options)
+
+
+def test_a_layer_without_groups_is_asked_with_repeated_parameters(judged: Callable[..., Run]) -> None:
+    keywords = {"multi_head_attention": ("mask", "bias", "causal", "q_offset", "rotary", "cache")}
+    described = replace(claims("bhsd", groups=False), keywords=keywords)
+    run = judged({"multi_head_attention": layer_without_groups}, described, "multi_head_attention/")
+    asked = {result.ask.case.id for result in run.judged}
+    assert run.status == 0
+    assert {"multi_head_attention/biases/1", "multi_head_attention/mask+bias/1"} <= asked
+    assert not any("/cache/" in name for name in asked)
+    assert "groups" not in run.asked_features
+
+
 @pytest.mark.parametrize("declared", ["bhsd", "bshd"])
 def test_a_dense_layout_that_is_not_the_declared_one_is_named(judged: Callable[..., Run], declared: str) -> None:
     attention = tokens_first if declared == "bhsd" else reference.attention

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec_conformance.suite.functions import OF_ATTENTION, STACKED, with_stacked
+from mha_spec_conformance.suite.functions import FUNCTIONS, OF_ATTENTION, STACKED, with_stacked
 from mha_spec_conformance.targets.layouts import PACKED, TAIL, Dense, Pages, Tokens
 
 from .question import Answer, Further
@@ -33,6 +33,9 @@ KEY_SIDE = ("key", "value")
 WITH_HEADS = (*OF_ATTENTION, "merge_attention", "merge_attention_vjp")
 """The functions whose arrays have axes of heads and tokens; a layout does not concern the others."""
 
+HEADS_OF_PARAMS = {"w_k": 1, "w_v": 1, "b_k": 0, "b_v": 0}
+"""The parameters of the layer that have an axis of key and value heads, with that axis."""
+
 BYTES_OF_ELEMENT = 2**8
 """The bytes that an element of an output may take in the answer: 16 in each of eleven calls, and more."""
 
@@ -43,6 +46,8 @@ class _WrongShape(Exception):
 
 def has_layout(claims: Claims, function: str) -> bool:
     """Tell whether the target takes the arrays of a function otherwise than the specification has them."""
+    if FUNCTIONS[function].of_layer:
+        return not claims.groups
     return function in WITH_HEADS and (claims.layout != "bhsd" or not claims.groups or claims.stacked is not None)
 
 
@@ -60,6 +65,9 @@ class Conversion:
         self.plain = self.question = plain
         self.claims = claims
         if not has_layout(claims, plain.function):
+            return
+        if FUNCTIONS[plain.function].of_layer:
+            self.question = replace(plain, arrays=_with_repeated_params(plain.arrays))
             return
         self._arrays, self._options = dict(plain.arrays), dict(plain.options)
         self._parts: tuple[str, ...] = STACKED.get(claims.stacked or "", ()) if plain.function in OF_ATTENTION else ()
@@ -201,7 +209,8 @@ class Conversion:
 
     def restored(self, answer: Answer) -> Answer:
         """Convert the outputs of an answer, and of its further calls, to those of the plain question."""
-        if self.question is self.plain or answer.kind != "returned":
+        layer = FUNCTIONS[self.plain.function].of_layer
+        if layer or self.question is self.plain or answer.kind != "returned":
             return answer
         try:
             outputs = self._restored(answer.outputs)
@@ -258,6 +267,13 @@ class Conversion:
             raise _WrongShape(
                 f"`{name}` must have shape={shape} in the layout {layout}, received shape={tuple(stored.shape)}"
             )
+
+
+def _with_repeated_params(arrays: Arrays) -> dict[str, numpy.ndarray]:
+    """Repeat the parameters of key and value heads for a layer without groups."""
+    group = arrays["w_q"].shape[1] // arrays["w_k"].shape[1]
+    repeated = {n: numpy.repeat(arrays[n], group, axis) for n, axis in HEADS_OF_PARAMS.items() if n in arrays}
+    return {**arrays, **repeated}
 
 
 def _operand(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from mha_spec_conformance.suite.functions import OF_ATTENTION, STACKED
+from mha_spec_conformance.suite.functions import FUNCTIONS, OF_ATTENTION, STACKED
 from mha_spec_conformance.targets.layouts import PACKED
 
 from .layout_conversion import Conversion, clipped, has_layout
@@ -36,9 +36,11 @@ def obstacle(claims: Claims, function: str, shapes: Shapes, names: Iterable[str]
         names: The names of its arrays and options.
         read: Gives the array of a name.
     """
+    names = set(names)
+    if FUNCTIONS[function].of_layer and not claims.groups and any(name.startswith("cache") for name in names):
+        return "the suite does not repeat the heads of a cache"
     if not has_layout(claims, function) or function not in OF_ATTENTION:
         return None
-    names = set(names)
     if claims.layout in PACKED and function == "attention_weights":
         return f"the layout {claims.layout} has no weights"
     if claims.packs_queries and {"sinks", "grad_lse", "q_lengths"} <= names:
