@@ -177,7 +177,7 @@ def options_of(function: str) -> tuple[str, ...]:
 
 
 def offset_of_reading(reading: str, q_length: Any, kv_length: Any) -> Any:
-    """Compute the q_offset that a reading names from the lengths in use, integers or arrays (MHA-POS-2)."""
+    """Compute the q_offset of a named alignment from the lengths in use, integers or arrays (MHA-POS-2)."""
     return kv_length - q_length if reading == LOWER_RIGHT else 0
 
 

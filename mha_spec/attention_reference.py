@@ -185,7 +185,7 @@ class Reference:
             ArgumentValueError, ArgumentTypeError: As `attention`.
 
         Differs from others:
-            torch's fused kernels give no gradient of the mask's float form on most paths and cannot differentiate lse;
+            Most of torch's fused kernels return no gradient of a float mask, and none can differentiate lse;
             jax.nn silently gives lse the gradient 0.
 
         Source:

@@ -304,7 +304,7 @@ def check_lengths(a: Arguments) -> None:
 
 
 def check_offset(offset: object, query: Array) -> Array | Sequence[int] | int | str | None:
-    """Require an integer, an integer for each batch entry, or the name of a reading (MHA-POS-1, MHA-POS-2)."""
+    """Require an integer, an integer for each batch entry, or the name of an alignment (MHA-POS-1, MHA-POS-2)."""
     held = plain(offset)
     if isinstance(held, str):
         if held not in READINGS:

@@ -369,7 +369,7 @@ class Layer:
         return q, self.steps.turn(k, turns, rotary.interleaved)
 
     def _named_offset(self, a: LayerArguments, reading: str, q: Array, k: Array | None) -> Array | int:
-        """Compute the offset that a reading names from the lengths of the new cache (MHA-POS-2, MHA-CACHE-6)."""
+        """Compute the offset of a named alignment from the lengths of the new cache (MHA-POS-2, MHA-CACHE-6)."""
         q_lengths, kv_lengths = a.options.get("q_lengths"), a.options.get("kv_lengths")
         if a.cache is None:
             return self.steps.offset_of(reading, q_lengths, kv_lengths, q, k)

@@ -24,7 +24,7 @@ def named_offset(
     query: Array,
     key: Array,
 ) -> Array | int:
-    """Compute the offset that a reading names: an integer, or with lengths an integer for each batch entry.
+    """Compute the offset of a named alignment: an integer, or with lengths an integer for each batch entry.
 
     It is host data where the lengths are, else an array of the library of the query; lengths that cannot be read are
     clamped (MHA-LEN-3). Axis 2 of `query` and `key` counts queries and keys.

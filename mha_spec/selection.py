@@ -1,4 +1,4 @@
-"""The choice of a backend by the query's array type, unless MHA_SPEC_BACKEND names a backend at import.
+"""Choose the backend by the query's array type, unless MHA_SPEC_BACKEND fixes a backend at import.
 
 All backends, including ours, are registered in the entry-point group `mha_spec.backends` (name -> module), and each is
 loaded on first use. A backend serves the array library of the same name; `numpy` serves every library of the Python

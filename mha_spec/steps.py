@@ -78,7 +78,7 @@ def logits(scores: Array, softcap: float | None, bias: Array | None, steps: Step
 
 
 def offset_of(a: Arguments) -> Array | Sequence[int] | int:
-    """Query 0 of batch entry b sits at q_offset[b], by default 0 (MHA-POS-1, MHA-POS-2).
+    """Query 0 of batch entry b is at q_offset[b], by default 0 (MHA-POS-1, MHA-POS-2).
 
     A named alignment uses the lengths in use, clamped where they cannot be read (MHA-LEN-3).
     """
@@ -88,7 +88,7 @@ def offset_of(a: Arguments) -> Array | Sequence[int] | int:
 
 
 def query_positions(offset: Array, q_len: int) -> Array:
-    """Query i of batch entry b sits at p = q_offset[b] + i (MHA-POS-1); shape (batch, 1, q_len, 1)."""
+    """Query i of batch entry b is at p = q_offset[b] + i (MHA-POS-1); shape (batch, 1, q_len, 1)."""
     xp = namespace_of(offset)
     steps = xp.arange(q_len, dtype=offset.dtype, device=device_of(offset))
     return xp.reshape(offset, (-1, 1, 1, 1)) + xp.reshape(steps, (1, 1, -1, 1))

@@ -1,4 +1,4 @@
-"""Offsets by the name of a reading, and positions at the edge of their range."""
+"""Offsets by the name of an alignment, and positions at the edge of their range."""
 
 from __future__ import annotations
 

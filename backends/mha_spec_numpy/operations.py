@@ -1,4 +1,4 @@
-"""Operations that are in place on NumPy, and give new arrays in libraries with immutable arrays."""
+"""Operations that are in place on NumPy, and return new arrays in libraries with immutable arrays."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def is_tiny(a: Arguments) -> bool:
 
 
 def _shared(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task], threads: int) -> list[_Result]:
-    """Let the caller's thread and others take the tasks in turn; an error in a task ends all."""
+    """Compute the tasks in the caller's thread and in others; an error in a task stops all of them."""
     waiting, results = deque(enumerate(tasks)), {}
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""What follows from the shapes, dtypes and options of a call: its arguments, checked, and how it is cut into tiles."""
+"""Plan a call by its shapes, dtypes and options: check its arguments, and cut it into tiles."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Plan", "plan_of"]
 PLANS = 64
 """The number of plans that are kept for later calls."""
 PLAIN_OPTIONS = frozenset({"causal", "q_offset", "scale", "softcap"})
-"""The options with which calls share plans: seldom an array, and not different in every call."""
+"""The options with which calls share plans: they are seldom arrays, and do not differ in every call."""
 LARGEST = 2**16
 """Calls with larger queries take so long that a plan saves nothing, and may have many tiles, which a plan keeps."""
 
@@ -37,7 +37,7 @@ _ELEMENT = bytes(numpy.dtype(numpy.longdouble).itemsize)
 
 
 class Plan:
-    """The arguments of a call, checked, and what follows from them without the contents of query, key and value."""
+    """The checked arguments of a call, and the conclusions that do not need the contents of query, key and value."""
 
     def __init__(self, a: Arguments) -> None:
         self.a = a

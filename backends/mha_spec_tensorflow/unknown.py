@@ -126,7 +126,7 @@ def sizes_of(array: Array) -> list[Size]:
 
 
 def _tensor_of(value: Any) -> Any:
-    """Convert a variable of TensorFlow or Keras to a tensor; return anything else, as a symbol of Keras, unchanged."""
+    """Convert a variable of TensorFlow or Keras to a tensor; return other values, such as Keras' symbols, unchanged."""
     if isinstance(value, tf.Tensor) or library_of(value) != "tensorflow":
         return value
     is_variable = isinstance(value, tf.Variable) or hasattr(value, "__tf_tensor__")

@@ -84,7 +84,7 @@ def _attention(
 def _first(
     signature: Signature | None, query: Tensor, key: Tensor, value: Tensor, needs_lse: bool, options: Options
 ) -> tuple[Tensor, Any]:
-    """Check and compute a call without an equal in the past, or in a world other than eager mode."""
+    """Check and compute a call that equals no earlier call, or that is not eager."""
     if isinstance(query, torch.Tensor) and paths.autocasts(query.device.type):
         tensors = cast(query=query, key=key, value=value)
         with torch.autocast(query.device.type, enabled=False):

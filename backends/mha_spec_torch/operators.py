@@ -197,6 +197,6 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 """The formulas of the operators in operators of torch, for `ExportedProgram.run_decompositions`.
 
-They are not in torch's table of decompositions: inductor refuses an operator of that table that it calls as it is,
-but only where the variable `CI` is set.
+They are not in torch's table of decompositions: inductor raises an error for an operator of that table
+that it does not decompose, but only if the variable `CI` is set.
 """

@@ -70,7 +70,7 @@ class PerEntry:
 
 
 class Visibility:
-    """The constraints of a call that do not hold an element for each pair, as a mask or a bias does."""
+    """The constraints of a call, without those that hold an element for each pair, such as a mask or a bias."""
 
     def __init__(self, a: Arguments, dtype: torch.dtype, *, host: bool) -> None:
         """Read the constraints that may be read."""

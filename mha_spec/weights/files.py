@@ -82,7 +82,7 @@ def _representable(name: str, read: Callable[[], numpy.ndarray]) -> numpy.ndarra
 
 
 def _float8(file: Path, name: str) -> Callable[[], numpy.ndarray]:
-    """Return a reader of an array of float8, whose types the reader of safetensors looks for in NumPy, in vain."""
+    """Return a reader of an array of float8; the reader of safetensors fails, because NumPy lacks these types."""
 
     def read() -> numpy.ndarray:
         with file.open("rb") as opened:

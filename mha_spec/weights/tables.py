@@ -189,7 +189,7 @@ _BERT = Layout(
         for kind, letter in {"weight": "w", "bias": "b"}.items()
     },
     equal_axes={**_ONE_HEAD_COUNT, **_ONE_SIZE},
-    refused={"self.distance_embedding.weight": "relative positions add to the scores what params does not describe"},
+    refused={"self.distance_embedding.weight": "relative positions add to the scores a term that params lacks"},
     apart={f"output.LayerNorm.{name}": _POST_NORM for name in ("weight", "bias", "gamma", "beta")},
 )
 _GPT2 = Layout(

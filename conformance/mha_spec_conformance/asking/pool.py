@@ -205,7 +205,7 @@ class Worker:
         return []
 
     def _read(self, line: bytes) -> list[tuple[Question, Answer]]:
-        """Read the answer in a line; an answer to a question that is not held, as of a fork, is dropped."""
+        """Read the answer in a line; an answer to a question that is not held, for example from a fork, is dropped."""
         message = message_from(line)
         number = number_of(message, "answer")
         if number not in self.held:

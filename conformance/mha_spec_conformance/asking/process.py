@@ -173,7 +173,7 @@ def _name_of(number: int) -> str:
 
 
 def _kill_descendants(program: int) -> None:
-    """Kill all processes below a program, wherever they moved; the program is stopped, so that it starts no more."""
+    """Kill all processes below a program, wherever they moved; it is stopped first, so that it starts no others."""
     with suppress(ProcessLookupError, PermissionError):
         os.kill(program, signal.SIGSTOP)
     for _ in range(ROUNDS):

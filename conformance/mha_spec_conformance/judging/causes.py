@@ -48,7 +48,7 @@ ROUNDING = "MHA-ACC-1"
 
 @dataclass(frozen=True)
 class Story:
-    """What failures share, where their wrong elements lie, and how the wrong numbers differ from the right ones."""
+    """The properties that failures share, where wrong elements lie, and how wrong numbers differ from right ones."""
 
     share: Share | None
     places: tuple[Place, ...] = ()

@@ -109,7 +109,7 @@ def _of_sizes(sizes: Mapping[str, int]) -> Iterator[str]:
 def _of_offset(case: Case, arrays: Inputs) -> Iterator[str]:
     offset = arrays.get("q_offset", case.options.get("q_offset"))
     if isinstance(offset, str):
-        yield "q_offset is the name of a reading"
+        yield "q_offset is the name of an alignment"
         return
     if offset is None:
         return

@@ -64,7 +64,7 @@ def as_json(run: Run) -> dict[str, object]:
 
 
 def _origin(run: Run) -> dict[str, object]:
-    """Return what was judged, by which suite, and where."""
+    """Describe the target, the suite and the machine of a run."""
     claims = run.claims
     deterministic = [result.deterministic for result in run.results if result.deterministic is not None]
     return {
@@ -107,7 +107,7 @@ def _cause(cause: Cause) -> dict[str, object]:
 
 
 def _story(story: Story | None) -> dict[str, object] | None:
-    """Return what failures share, and where they are wrong; None if there are no failures."""
+    """Return the shared properties of failures and the places of their wrong elements; None without failures."""
     if story is None:
         return None
     share = story.share and {

@@ -22,7 +22,7 @@ INPUT_DTYPES = ("case", "softmax", "bool", *FLOATING, *INTEGERS)
 
 
 def wrong_member(entry: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a member of a case, or None if the case has the form of an index."""
+    """Describe the first member of a case that has a wrong form; None if all have the form of an index."""
     for name, (expected, holds) in _CASE.items():
         if not holds(entry[name]):
             return f"`{name}` must be {expected}, received {name}={entry[name]!r:.100}"

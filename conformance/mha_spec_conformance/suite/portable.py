@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "generated"]
 
 KINDS = ("bell", "contrast", "full", "bits", "tiles")
-"""Kinds of numbers: bell-shaped small integers; the same, but every sixteenth on average eightfold; odd integers; 0
-and 1 with the same share of ones everywhere, or with a share for each tile of the last two axes."""
+"""Kinds of numbers: small integers with a bell-shaped distribution; the same, but a random sixteenth times 8; odd
+integers; 0 and 1 with the same share of ones everywhere, or with a share for each tile of the last two axes."""
 
 LEVELS = numpy.array([0, 2, -1, 3, -3, 1, 4, -2])
 """The numbers that are added to the blocks of rows of a generator with `levels`."""

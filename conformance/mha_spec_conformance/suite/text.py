@@ -18,7 +18,7 @@ def text_of(value: object, most: int = MOST_CHARACTERS) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Escape every character that a terminal does not print, as control characters and surrogates, except those kept.
+    """Escape every character that a terminal does not print, such as control characters, except those in `keep`.
 
     Such a character could move the cursor, or forge a line of the report.
     """

@@ -22,7 +22,7 @@ LAYOUTS = ("bhsd", "bshd", "thd", "paged")
 """Dense with the heads or with the tokens first; packed tokens; packed or dense queries with keys in pages."""
 
 PACKED = ("thd", "paged")
-"""The layouts in which the lengths of sequences may differ, so that dense options, as a mask, have no place."""
+"""The layouts in which the lengths of sequences may differ, so that dense options, such as a mask, have no place."""
 
 NEEDED = {
     "bhsd": (),

@@ -231,7 +231,7 @@ def _signature(function: Callable[..., object]) -> inspect.Signature | None:
 
 
 def _takes_any(function: Callable[..., object]) -> bool:
-    """Tell whether the function takes any keyword, as far as its signature says so."""
+    """Tell whether the function takes any keyword, according to its signature."""
     signature = _signature(function)
     return signature is not None and any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
@@ -284,7 +284,7 @@ def _versions(arrays: str, module: ModuleType) -> dict[str, str]:
 
 
 def _hardware(arrays: str, device: str | None) -> str:
-    """Name the device that computes, as far as its library names it."""
+    """Name the device that computes, if its library has a name for it."""
     if arrays == "jax":
         import jax
 

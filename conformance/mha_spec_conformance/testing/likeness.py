@@ -45,7 +45,7 @@ SHIFTS = (1, 8, 16, 32, 64, 128, 256)
 """The distances of rows whose right results are compared with a wrong row."""
 
 MOST_ROUNDINGS = 4
-"""An error of this number of roundings of bfloat16, for float64 of float32, may come from a lower precision."""
+"""The largest error that may come from a lower precision, in roundings of bfloat16, or of float32 for float64."""
 
 CANNOT_ANSWER = (ArithmeticError, IndexError, MemoryError, TypeError, ValueError)
 """The exceptions of a mistaken reference in a problem to which the mistake does not apply."""
