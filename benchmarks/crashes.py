@@ -1,4 +1,4 @@
-"""Ask many questions of a target that crashes in some of them: each has its answer, and a crash has its price.
+"""Ask many questions of a target that crashes in some of them, and measure the time that a crash costs.
 
 The target is a file in Python, or, with `--command`, a program without libraries, which starts at once.
 

@@ -1,7 +1,7 @@
-"""Measure what it costs to ask a target in another process, and what a second process gains.
+"""Measure the cost of asking a target in another process, and the gain of a second process.
 
 Three runs of the suite are made in turns: calls in this process, calls in one worker, and calls in two workers. The
-times are those of the clock, and those of the processors, which hardly depend on what else the machine does.
+times are those of the clock, and those of the processors, which hardly depend on other programs.
 
     python benchmarks/isolation.py [TARGET] [--only PATTERN] [--turns N]
 """

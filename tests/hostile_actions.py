@@ -1,5 +1,5 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
-"""What hostile targets do, raise and return; `hostile_target` has the table of the behaviours."""
+"""The actions, errors and results of hostile targets; `hostile_target` has the table of the behaviours."""
 
 import ctypes
 import locale
@@ -177,7 +177,7 @@ class Pointer:
 
 
 def write_to_pipes(text):
-    """Write to every pipe that this process has, but the standard ones."""
+    """Write to every pipe of this process, except the standard ones."""
     for descriptor in range(3, 64):
         try:
             if os.readlink(f"/proc/self/fd/{descriptor}").startswith("pipe:"):
@@ -187,7 +187,7 @@ def write_to_pipes(text):
 
 
 def redirect_everything():
-    """Let every descriptor that this process has, but the standard ones, lead nowhere."""
+    """Redirect every descriptor of this process, except the standard ones, to the null device."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, nowhere}:
         os.dup2(nowhere, descriptor)
@@ -201,7 +201,7 @@ def fork(action):
 
 
 def become_daemon():
-    """Go on in a child, and end this process."""
+    """Continue in a child, and end this process."""
     if os.fork():
         os._exit(0)
     os.setsid()

@@ -222,13 +222,13 @@ BEHAVIOURS = {
         "fortran": lambda q, k, v: numpy.asfortranarray(do.attend(q, k, v)),
     },
 }
-"""What happens, by the outcome that the case then has."""
+"""The behaviours, by the outcome that they give a case."""
 
 FUNCTIONS = {name: function for named in BEHAVIOURS.values() for name, function in named.items()}
 
 
 def restore():
-    """Undo what would change the numbers of the cases that follow in the same process, or what they start."""
+    """Undo what would change the numbers or the processes of the cases that follow in the same process."""
     os.environ.update(ENVIRONMENT)
     numpy.seterr(all="warn")
     warnings.simplefilter("default")

@@ -1,4 +1,4 @@
-"""Damage messages and files of the protocol, and read them: nothing but the errors of the protocol may be raised.
+"""Damage messages and files of the protocol, and read them: only errors of the protocol may be raised.
 
     python tests/protocol_fuzz.py 1000000
 
@@ -110,7 +110,7 @@ class Fuzzer:
         """Read damaged inputs; an error that is not of the protocol is raised.
 
         Raises:
-            AssertionError: What was read breaks a promise of the reader.
+            AssertionError: A result breaks a promise of the reader.
         """
         for _ in range(count):
             self.path.write_bytes(self.damaged_file())
@@ -167,7 +167,7 @@ class Fuzzer:
         return answer.kind
 
     def damaged_line(self) -> bytes:
-        """Draw a line that is a message no more, or that has other members."""
+        """Draw a line that is no longer a message, or has other members."""
         message = json.loads(json.dumps(self.random.choice(self.messages)))
         for _ in range(self.random.choice((0, 1, 1, 2, 3))):
             self._change(message)

@@ -133,7 +133,7 @@ class Row:
 PRECISIONS = [precision(dtype) for dtype in FLOATING]
 PRECISIONS.append(replace(precision("float32"), f=2.0**-12))
 NAMES = [*FLOATING, "float32 that flushes much"]
-"""The last precision flushes so much that the terms of flushed numbers matter."""
+"""The last precision flushes so many numbers that the terms of flushed numbers matter."""
 
 
 def rows(p: Precision) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Every bad argument gets an error of ours that names it, what is expected, what came and how to mend it."""
+"""Every bad argument gets an error of ours that names it, the expected and the received value, and a fix."""
 
 from __future__ import annotations
 

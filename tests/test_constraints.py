@@ -29,7 +29,7 @@ def test_the_range_of_keys_is_the_smallest_that_holds_every_visible_key(seed: in
     assert set(range(*received)) == expected
 
 
-def test_what_must_not_be_read_bounds_nothing() -> None:
+def test_lengths_that_must_not_be_read_bound_nothing() -> None:
     assert key_range((2, 0), range(3, 5), KV_LEN) == (0, KV_LEN)
 
 

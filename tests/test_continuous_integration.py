@@ -1,4 +1,4 @@
-"""What CI uses: the plugin of pytest, JUnit XML, Markdown, excluded cases, and shards that are merged."""
+"""Tools for CI: the plugin of pytest, JUnit XML, Markdown, excluded cases, and shards that are merged."""
 
 from __future__ import annotations
 

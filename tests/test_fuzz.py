@@ -1,4 +1,4 @@
-"""The fuzzer: what it draws, what it expects, what it finds, and how it reports it."""
+"""The fuzzer: its calls, its expectations, the faults that it finds, and its reports."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def mistaken(name: str) -> Subject:
 
 
 def target_file(folder: Path, body: str) -> str:
-    """Write a target whose attention is the specification's, but for `body`, which sees its arguments."""
+    """Write a target with the attention of the specification, after the statement `body`, which sees the arguments."""
     path = folder / "planted.py"
     path.write_text(
         "import os, time\n"

@@ -324,7 +324,7 @@ def _can_be_used(folder: Path) -> bool:
     return True
 
 
-def test_values_of_other_types_are_refused_or_do_no_harm(folder: Path) -> None:
+def test_values_of_other_types_are_refused_or_read_without_an_error(folder: Path) -> None:
     """The checksums match, so that only the form of an entry can be wrong."""
     index = json.loads((folder / "index.json").read_text())
     refused = 0

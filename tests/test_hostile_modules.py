@@ -85,7 +85,7 @@ PASSING = {
 }
 
 
-def test_what_a_module_does_to_its_process_does_not_change_its_verdict(judge: Judge) -> None:
+def test_changes_of_a_module_to_its_process_do_not_change_its_verdict(judge: Judge) -> None:
     done = judge("".join(PASSING.values()) + COMPUTE + ATTENTION.format(then=""), "attention/mask")
     assert {(result.outcome, result.reason) for result in done.results} == {("pass", None)}
     assert len(done.results) > SMOKE_CASES

@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def _modules(package: str) -> dict[str, Path]:
-    """The modules of a package by their dotted names."""
+    """Return the modules of a package by their dotted names."""
     spec = find_spec(package)
     assert spec is not None
     assert spec.origin is not None
@@ -39,7 +39,7 @@ def _name(package: str, path: Path) -> str:
 
 
 def _imports(name: str, path: Path) -> Iterator[tuple[str, str | None]]:
-    """The (module, attribute) pairs that a module imports, at any depth of its text."""
+    """Yield the (module, attribute) pairs that a module imports, in functions too."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -50,7 +50,7 @@ def _imports(name: str, path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _graph(package: str) -> dict[str, set[str]]:
-    """The modules of the package that each module imports."""
+    """Return the modules of the package that each module imports."""
     modules = _modules(package)
     return {
         name: {
@@ -63,7 +63,7 @@ def _graph(package: str) -> dict[str, set[str]]:
 
 
 def _reachable(graph: Graph, start: str) -> set[str]:
-    """The modules that can be reached from one, itself only through a cycle."""
+    """Return the modules that `start` imports, also through others; a cycle contains `start`."""
     reached: set[str] = set()
     waiting = list(graph[start])
     while waiting:

@@ -78,7 +78,7 @@ def test_kinds_have_names_and_options_that_exist() -> None:
         ),
     ],
 )
-def test_a_kind_takes_what_its_members_say(
+def test_a_kind_takes_the_options_and_sizes_of_its_members(
     kind: AttentionKind, taken: str, refused: str, by_id: Mapping[str, Case]
 ) -> None:
     assert kind.takes(by_id[f"attention/{taken}"])

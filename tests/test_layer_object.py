@@ -86,14 +86,15 @@ def layer(**options: Any) -> MultiHeadAttention:
 
 def test_the_object_is_the_function_with_its_parameters() -> None:
     made, options = layer(qk_norm=True, rotary={"base": 7.0}, norm_epsilon=0.5), {"q_offset": 1}
-    own: dict[str, Any] = {"rotary": {"base": 7.0}, "norm_epsilon": 0.5, "q_offset": 1}
+    combined: dict[str, Any] = {"rotary": {"base": 7.0}, "norm_epsilon": 0.5, "q_offset": 1}
     query, key, value = numbers(2, 3, 7), numbers(2, 5, 13), numbers(2, 5, 17)
     assert numpy.array_equal(
-        made(query, key, value, **options), mha_spec_numpy.multi_head_attention(query, key, value, made.params, **own)
+        made(query, key, value, **options),
+        mha_spec_numpy.multi_head_attention(query, key, value, made.params, **combined),
     )
     assert numpy.array_equal(
         made.attention_weights(query, key, **options),
-        mha_spec_numpy.multi_head_attention_weights(query, key, made.params, **own),
+        mha_spec_numpy.multi_head_attention_weights(query, key, made.params, **combined),
     )
     plain = MultiHeadAttention(7, 1, dtype="float64")
     assert numpy.array_equal(plain(query), plain(query, query, query))
@@ -124,7 +125,7 @@ def test_the_object_drops_in_training_alone() -> None:
     assert numpy.array_equal(made(x, dropout_rate=0.0), made(x, dropout_rate=0.0))
 
 
-def test_the_output_beside_weights_drops_in_training_too() -> None:
+def test_the_output_with_weights_has_dropout_in_training_too() -> None:
     made = MultiHeadAttention(8, 2, dropout_rate=0.5, rng=3)
     x = numbers(2, 5, 8).astype("float32")
     assert numpy.array_equal(made.output_and_weights(x)[0], made(x))
@@ -133,14 +134,14 @@ def test_the_output_beside_weights_drops_in_training_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["rotary", "norm_epsilon"])
-def test_a_setting_is_no_option_of_a_call(name: str) -> None:
+def test_a_setting_is_not_an_option_of_a_call(name: str) -> None:
     made, x = MultiHeadAttention(8, 2), numbers(2, 5, 8).astype("float32")
     for call in (made, made.attention_weights, made.output_and_weights):
         with pytest.raises(ArgumentTypeError, match=f"`{name}` is a setting of the layer"):
             call(x, **{name: None})
 
 
-def test_the_object_says_what_it_is() -> None:
+def test_the_object_shows_its_settings() -> None:
     assert repr(MultiHeadAttention(10, 5)) == "MultiHeadAttention(embed=10, heads=5)"
     assert repr(MultiHeadAttention(10, 5, kv_heads=1, bias=False, rotary={"base": 5.0}, dropout_rate=0.1)) == (
         "MultiHeadAttention(embed=10, heads=5, kv_heads=1, bias=False, rotary={'base': 5.0}, dropout_rate=0.1)"

@@ -352,7 +352,7 @@ def test_pages_are_not_shared_where_gradients_are_asked() -> None:
 
 @pytest.mark.parametrize(("layout", "stacked"), sorted({*product(LAYOUTS, ("", "kv", "qkv"))} - {("paged", "qkv")}))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_stored_is_read_again(layout: str, stacked: str, dtype: str) -> None:
+def test_stored_results_are_read_again(layout: str, stacked: str, dtype: str) -> None:
     arrays = {"query": drawn(3, 4, 13, 7), "key": drawn(3, 2, 13, 7), "value": drawn(3, 2, 13, 7) + 1}
     arrays |= {"kv_lengths": numpy.array([4, 0, 13]), "q_lengths": numpy.array([5, 1, 0])}
     if stacked == "qkv":

@@ -434,7 +434,7 @@ def test_without_a_key_the_seed_is_drawn_from_numpy() -> None:
 @pytest.mark.parametrize(
     ("key", "error"), [(0.5, ArgumentTypeError), (True, ArgumentTypeError), (-1, ArgumentValueError)]
 )
-def test_a_dropout_key_that_is_no_seed_is_refused(key: object, error: type[Exception]) -> None:
+def test_a_dropout_key_that_is_not_a_seed_is_refused(key: object, error: type[Exception]) -> None:
     arrays = random_arrays(0)
     with pytest.raises(error, match=r"`dropout_key` must be .* received dropout_key="):
         mha_spec_numpy.attention(arrays["query"], arrays["key"], arrays["value"], dropout_rate=0.1, dropout_key=key)

@@ -54,7 +54,7 @@ def test_an_error_ends_the_work_of_all(in_the_caller: bool) -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("function", ["attention", "attention_vjp"])
 @pytest.mark.parametrize("lengths", [(129, 1031), (1, 2053)])
-def test_batch_entries_do_not_depend_on_one_another(
+def test_batch_entries_do_not_depend_on_each_other(
     function: str, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = converted(random_arrays(0, batch=3, q_len=lengths[0], kv_len=lengths[1]), "float32")

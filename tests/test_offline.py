@@ -289,7 +289,7 @@ def test_file_that_export_did_not_write_is_refused(folder: Path, suite: Suite, t
         verify(folder, suite, Settings())
 
 
-def test_damaged_messages_have_no_other_end_than_an_error_of_ours(folder: Path, suite: Suite) -> None:
+def test_damaged_messages_raise_only_errors_of_the_protocol(folder: Path, suite: Suite) -> None:
     drawn = random.Random(5)
     for name in ("questions.jsonl", "answers.jsonl", "export.json"):
         original = (folder / name).read_bytes()

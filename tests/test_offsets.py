@@ -86,7 +86,7 @@ def test_the_layer_rotates_from_the_offset_that_a_reading_names(lengths: dict[st
 
 
 @pytest.mark.parametrize("rotary", [None, {"base": 7.0}], ids=["plain", "rotary"])
-def test_with_a_cache_a_reading_speaks_of_what_the_new_one_holds(rotary: dict[str, Any] | None) -> None:
+def test_with_a_cache_an_alignment_uses_the_lengths_of_the_new_cache(rotary: dict[str, Any] | None) -> None:
     cache = KVCache(*heads(LENGTH), [2, 4])
     call = layer_call(cache=cache, rotary=rotary, kv_lengths=[5, 3])
     named = reference.multi_head_attention(**call | {"q_offset": "lower_right"})

@@ -35,13 +35,13 @@ ROUNDED_ON_THE_WAY = (
     "test_attention_4d_attn_mask_causal_bf16",
     "test_attention_3d_causal_bf16",
 )
-"""Their expected values were rounded to bfloat16 at every step, where MHA-SOFTMAX-2 computes scores and softmax in
-float32 and MHA-DTYPE-1 rounds once. They are up to 1.7 units in the last place off, so that the tolerance written on
-the tests, rtol 1e-3, refuses every correctly rounded result; the runner's wider one for bfloat16 admits it."""
+"""Tests whose expected values were rounded to bfloat16 at every step; MHA-SOFTMAX-2 computes scores and softmax in
+float32, and MHA-DTYPE-1 rounds once. The values are up to 1.7 units in the last place off. The tolerance of the tests,
+rtol 1e-3, therefore refuses every correctly rounded result; the wider tolerance of the runner for bfloat16 admits it."""
 
 
 def _collect() -> dict[str, TestCase]:
-    """Every node test by name, less the expansions of the same nodes into primitive operators."""
+    """Return every node test by name, without the expansions of the same nodes into primitive operators."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         from onnx.backend.test.case.node import collect_testcases
@@ -132,8 +132,8 @@ def _padded(mask: numpy.ndarray, kv_len: int) -> numpy.ndarray:
 def _scores(node: Node, tensors: dict[str, numpy.ndarray], options: dict[str, Any]) -> numpy.ndarray:
     """The scores that ONNX gives in modes 0 to 2: plain, capped, or with bias and what is hidden at -inf."""
     mode = node.attributes.get("qk_matmul_output_mode", 0)
-    given = options if mode == 2 else {"softcap": options["softcap"] if mode == 1 else None, "scale": options["scale"]}
-    trace = reference.Reference().trace(Arguments(**tensors, **given))
+    chosen = options if mode == 2 else {"softcap": options["softcap"] if mode == 1 else None, "scale": options["scale"]}
+    trace = reference.Reference().trace(Arguments(**tensors, **chosen))
     scores = numpy.where(trace.visible, trace.logits, -numpy.inf)
     return scores.astype(tensors["query"].dtype)
 

@@ -1,4 +1,4 @@
-"""The output and the weights of one call are those of two."""
+"""The output and the weights of a single call equal those of separate calls."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LAYER = "multi_head_attention"
 
 
 def both(library: str) -> Callable[..., Any]:
-    """The output by the call that gives both, whose weights are compared with those of their own call."""
+    """Return a function of the output; it takes output and weights in a single call, and checks the weights."""
     backend = import_module(f"mha_spec_{library}")
 
     def output(query: Any, key: Any, value: Any, params: Any, **options: Any) -> Any:
-        found, weights, *cache = backend.multi_head_attention_and_weights(query, key, value, params, **options)
-        weight_options = {name: one for name, one in options.items() if name not in DROPOUT_OPTIONS}
+        result, weights, *cache = backend.multi_head_attention_and_weights(query, key, value, params, **options)
+        weight_options = {name: value for name, value in options.items() if name not in DROPOUT_OPTIONS}
         assert_equal(weights, backend.multi_head_attention_weights(query, key, params, **weight_options))
-        return (found, *cache) if cache else found
+        return (result, *cache) if cache else result
 
     return output
 
@@ -63,7 +63,7 @@ def test_gradients_of_both_are_those_of_two_calls(options: dict[str, Any]) -> No
     assert_near(gradients(*layer.output_and_weights(x, **options)), expected)
 
 
-def test_weights_know_no_dropout() -> None:
+def test_weights_refuse_dropout() -> None:
     layer, x = module(), torch.as_tensor(numbers(2, 3, 7))
     keep = torch.zeros((2, 6, 3, 3), dtype=torch.bool)
     output, weights = layer.output_and_weights(x, dropout_mask=keep, dropout_rate=0.5)

@@ -1,4 +1,4 @@
-"""The places of wrong elements and the size of their errors, told of answers that are wrong in a known way."""
+"""The report describes the places and the errors of answers that are wrong in a known way."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def test_wrong_elements_are_located(case: Case, change: Change, text: str) -> No
     assert text in places(case, change)
 
 
-def test_wrong_elements_everywhere_have_no_place_but_the_output(case: Case) -> None:
+def test_wrong_elements_everywhere_are_located_by_output_alone(case: Case) -> None:
     assert places(case, add("output")) == ["only `output`"]
 
 
-def test_a_place_that_some_failures_contradict_is_given_with_counts_or_not_at_all(case: Case) -> None:
+def test_a_place_that_some_failures_contradict_has_counts_or_is_left_out(case: Case) -> None:
     first, last = (WrongElements(wrong(case, add("output", entry))) for entry in (0, -1))
     assert "only batch entry 0" not in map(str, described([first, last]))
     assert "only batch entry 0 (19 of 20)" in map(str, described([*[first] * 19, last]))

@@ -1,4 +1,4 @@
-"""Arrays of a target on an accelerator are placed once, and only what is compared comes back."""
+"""Arrays of a target on an accelerator are placed once, and only compared rows come back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLE = Sample(SHAPE, numpy.array([0, 11, 29]), 7)
 
 
 class Moved:
-    """Counts what is placed on the device and what is read from it."""
+    """Counts the arrays that are placed on the device, and those that are read from it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.placed: list[str] = []
@@ -43,7 +43,7 @@ class Moved:
 
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> Moved:
-    """Take the memory of the processor for that of a device."""
+    """Treat the memory of the processor as that of a device."""
     return Moved(monkeypatch)
 
 

@@ -189,7 +189,7 @@ def test_folders_that_killed_runs_left_are_removed_from_both_places(
 
 @pytest.mark.parametrize(("module", "name"), [(fcntl, "flock"), (os, "open")])
 @pytest.mark.parametrize("ends", [True, False])
-def test_run_that_begins_at_the_same_time_takes_no_folder_away(
+def test_a_run_that_begins_at_the_same_time_keeps_the_folders_of_others(
     places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, ends: bool
 ) -> None:
     function = getattr(module, name)
@@ -210,7 +210,7 @@ def test_run_that_begins_at_the_same_time_takes_no_folder_away(
         folder.remove()
 
 
-def test_place_for_no_folder_is_named(places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_place_without_a_folder(places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "ENOUGH_MEMORY", 2**62)
     places[1].rmdir()
     with pytest.raises(ScratchError, match=r"folder for temporary files cannot be made: .*temporary"):

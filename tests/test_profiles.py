@@ -108,7 +108,7 @@ def test_a_fused_kernel_conforms_and_the_verdict_names_the_profile(judged: Calla
     assert not any(result.must for result in relaxed)
 
 
-def test_what_lengths_hide_stays_a_must_in_the_profile_fused(judged: Callable[..., Run]) -> None:
+def test_data_that_lengths_hide_stays_a_must_in_the_profile_fused(judged: Callable[..., Run]) -> None:
     run = judged(with_leak_past_lengths, claims("kv_lengths", profile="fused"), "poison/", "kv_lengths/", "smoke")
     assert len(run.failures) >= 3
     assert all("kv_lengths" in result.ask.features for result in run.failures)

@@ -1,4 +1,4 @@
-"""The protocol between the runner and a target: its messages fit the schema, and nothing that is read escapes."""
+"""The protocol between the runner and a target: messages fit the schema, and reading raises ProtocolError alone."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ MESSAGES = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(message=MESSAGES, data=st.binary(max_size=60) | st.none())
-def test_no_answer_escapes(
+def test_every_answer_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, message: dict[str, Any], data: bytes | None
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.answer"
@@ -239,7 +239,7 @@ def test_damaged_messages_find_a_reader_that_does_not_check(tmp_path: Path, monk
 
 @settings(max_examples=300, deadline=None)
 @given(line=st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_no_line_and_no_claims_escape(line: bytes) -> None:
+def test_every_line_and_all_claims_are_read_or_refused(line: bytes) -> None:
     with suppress(ProtocolError, TargetError):
         claims_from({**message_from(line), "protocol": "mha-spec-protocol/1"}, "x", trusted=False)
 

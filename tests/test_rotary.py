@@ -41,7 +41,7 @@ def by_loops(
     interleaved: bool = False,
     rotary_dim: int | None = None,
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Every pair turned as a complex number, and how large its two parts are."""
+    """Turn every pair as a complex number; return also the size of its two parts."""
     r = x.shape[-1] if rotary_dim is None else rotary_dim
     turned, size = x.astype(float), numpy.zeros(x.shape)
     for b, h, t in numpy.ndindex(x.shape[:3]):
@@ -146,7 +146,7 @@ def test_turns_add_up_and_keep_the_length(first: float, second: float, interleav
 
 
 def exact_turn(position: int, size: int, i: int) -> tuple[float, float]:
-    """Cosine and sine of a pair's angle, from arithmetic of 400 bits."""
+    """Compute cosine and sine of the angle of a pair in arithmetic of 400 bits."""
     flint = pytest.importorskip("flint")
     before, flint.ctx.prec = flint.ctx.prec, 400
     try:
@@ -160,7 +160,7 @@ def exact_turn(position: int, size: int, i: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("position", [1, 4095, 131071, 2**30])
 def test_positions_on_the_host_are_exact_to_the_result(module: ModuleType, position: int) -> None:
-    """Angles in float64 leave float32 and float16 nothing but the roundings of cosine, sine, products and sum."""
+    """With angles in float64, the only errors are the roundings of cosine, sine, products and sum."""
     for dtype, stored in (("float32", 2.0**-24), ("float16", 2.0**-11)):
         x = numbers(1, 1, 1, SIZE).astype(dtype)
         turned = module.rotary_embedding(x, [position])[0, 0, 0].astype(float)
@@ -177,7 +177,7 @@ def test_positions_on_the_host_are_exact_to_the_result(module: ModuleType, posit
 def test_positions_of_a_library_are_as_exact_as_its_type(library: str) -> None:
     xp = pytest.importorskip(library)
     x, positions = numbers(BATCH, HEADS, LENGTH, SIZE).astype("float32"), POSITIONS["batch"].astype("int32") + 1000
-    arrays = [xp.asarray(one) if library == "array_api_strict" else to_library(one, library) for one in (x, positions)]
+    arrays = [xp.asarray(a) if library == "array_api_strict" else to_library(a, library) for a in (x, positions)]
     turned = reference.rotary_embedding(*arrays, interleaved=True)
     assert library_of(turned) == library
     assert dtype_name(turned) == "float32"

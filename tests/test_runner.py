@@ -362,7 +362,7 @@ def test_dropped_answers_do_not_arrive_later(tmp_path: Path, suite: Suite, jobs:
         assert [question.id for question, _ in pool.answers(questions[-1:])] == [questions[-1].id]
 
 
-def test_a_group_goes_to_one_process(tmp_path: Path, suite: Suite) -> None:
+def test_questions_of_a_group_go_to_the_same_process(tmp_path: Path, suite: Suite) -> None:
     path = tmp_path / "target.py"
     path.write_text(
         "import os\n\n\ndef attention(query, key, value):\n    raise NotImplementedError(str(os.getpid()))\n"

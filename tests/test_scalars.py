@@ -1,4 +1,4 @@
-"""Scalars of NumPy count as the Python value that they hold, and nothing else counts as one (MHA-ARG-2)."""
+"""Scalars of NumPy count as the Python value that they hold; no other object does (MHA-ARG-2)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_not_such_a_value_is_refused(attention_module: ModuleType, name: str) -> None:
+def test_other_values_are_refused(attention_module: ModuleType, name: str) -> None:
     changed, error = WRONG[name]
     with pytest.raises(MhaSpecError, match=f"`{name.split('-', maxsplit=1)[0]}` must ") as caught:
         attention_module.attention(**arguments(**changed))

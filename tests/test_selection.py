@@ -89,7 +89,7 @@ def test_the_error_of_an_unknown_name_lists_the_names() -> None:
         mha_spec.backend("nunpy")
 
 
-def test_third_party_is_found_and_answers_for_its_arrays(python: Python, plugin: Callable[..., str]) -> None:
+def test_a_backend_of_others_is_found_and_answers_for_its_arrays(python: Python, plugin: Callable[..., str]) -> None:
     folder = plugin("tinygrad", "mha_tinygrad")
     names = python("import mha_spec; print(*mha_spec.backend_names())", PYTHONPATH=folder)
     assert {"numpy", "tinygrad"} <= set(names.stdout.split())

@@ -1,4 +1,4 @@
-"""The program of a target in Python gives the target a process that looks like a program of its own."""
+"""The program of a target in Python gives the target a process that looks like an ordinary program."""
 
 from __future__ import annotations
 

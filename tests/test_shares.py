@@ -23,7 +23,7 @@ def test_property_of_all_failures_and_no_pass_is_found_with_its_counts() -> None
     assert str(share) == "mask (3 of 3 failures, 0 of 3 passes)"
 
 
-def test_second_property_is_added_if_both_together_tell_more() -> None:
+def test_a_second_property_is_added_if_both_together_separate_better() -> None:
     failing = questions(*["mask f16"] * 4)
     passing = questions(*["mask f32"] * 7, *["bias f16"] * 9, *["bias f32"] * 11)
     share = separating(failing, passing)

@@ -20,7 +20,7 @@ from mha_spec_conformance.judging.bounds import allowances, deviations, precisio
 BATCH, HEADS, GROUP, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
 KV_HEADS = HEADS // GROUP
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float32 that flushes much")
-"""The last precision flushes so much that the terms of flushed numbers matter."""
+"""The last precision flushes so many numbers that the terms of flushed numbers matter."""
 
 
 def precision_of(dtype, profile="standard"):

@@ -25,7 +25,7 @@ def registered(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(EXAMPLES)])}
 
 
-def test_it_is_found_and_answers(registered: dict[str, str]) -> None:
+def test_the_backend_is_found_and_answers(registered: dict[str, str]) -> None:
     code = (
         "import numpy, mha_spec; backend = mha_spec.backend('template'); x = numpy.ones((1, 2, 3, 5), 'float32');"
         "print(backend.__name__, backend.attention(x, x, x).shape)"

@@ -35,7 +35,7 @@ def ours(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, bias: tf.Tensor, si
 
 
 def plain(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, bias: tf.Tensor, sinks: tf.Tensor) -> Any:
-    """Compute the same in plain operations."""
+    """Compute output and lse in plain operations."""
     key, value = tf.repeat(key, 2, 1), tf.repeat(value, 2, 1)
     scores = 3 * tf.tanh(tf.matmul(query, key, transpose_b=True) / 5**0.5 / 3) + bias
     scores = tf.where(numpy.tril(numpy.ones((7, 7), bool)), scores, -math.inf)

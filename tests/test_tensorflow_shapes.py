@@ -153,7 +153,7 @@ def test_xla_compiles_a_call_of_unknown_sizes() -> None:
         assert numpy.allclose(result, expected, atol=1e-4)
 
 
-def test_a_size_that_one_argument_knows_is_that_of_all() -> None:
+def test_a_size_that_is_known_from_an_argument_holds_for_all() -> None:
     tensors = {name: array(name, shapes()[name]) for name in ("query", "key", "value")}
 
     def call(arrays: Arrays) -> Any:

@@ -28,17 +28,17 @@ INTEGERS = ("q_offset", "kv_lengths", "lengths", "cache.lengths")
 
 
 def array(name: str, shape: list[int]) -> tf.Tensor:
-    """An argument of the layer or of append_cache, of any shape."""
+    """Make an argument of the layer or of append_cache, of any shape."""
     return tf.ones(shape, tf.int32) if name in INTEGERS else tf.constant(numbers(*shape))
 
 
 def shapes(layouts: Mapping[str, Layout]) -> dict[str, list[int]]:
-    """The right shape of each argument."""
+    """Return the right shape of each argument."""
     return {name: [SIZES[size] for size in layout.sizes] for name, layout in layouts.items()}
 
 
 def tensors(layouts: Mapping[str, Layout], **changed: list[int]) -> dict[str, tf.Tensor]:
-    """The arguments, some of them in other shapes."""
+    """Make the arguments, some of them in other shapes."""
     return {name: array(name, shape) for name, shape in (shapes(layouts) | changed).items()}
 
 
@@ -47,13 +47,13 @@ def parameters(arguments: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
 
 
 def called(arguments: dict[str, tf.Tensor]) -> Any:
-    """The layer with a key of other tokens."""
+    """Call the layer with a key of other tokens."""
     operands = {name: arguments[name] for name in OPERANDS}
     return mha_spec_tensorflow.multi_head_attention(**operands, params=parameters(arguments), causal=True, rotary={})
 
 
 def appended(arguments: dict[str, tf.Tensor]) -> Any:
-    """The buffers of a cache after an append."""
+    """Return the buffers of a cache after an append."""
     fields = ("key", "value", "lengths")
     cache = mha_spec_tensorflow.KVCache(*(arguments[f"cache.{name}"] for name in fields))
     after = mha_spec_tensorflow.append_cache(cache, *(arguments[name] for name in fields))
@@ -61,7 +61,7 @@ def appended(arguments: dict[str, tf.Tensor]) -> Any:
 
 
 def graph_of(call: Any, layouts: Mapping[str, Layout]) -> Any:
-    """A graph that knows no size but those that it must know."""
+    """Trace a graph that knows only the sizes that it must know."""
     specs = {
         name: tf.TensorSpec([SIZES[size] if size in KNOWN else None for size in layout.sizes], array(name, [1]).dtype)
         for name, layout in layouts.items()
@@ -80,7 +80,7 @@ def append() -> Any:
 
 
 def unknown_axes(layouts: Mapping[str, Layout]) -> list[tuple[str, int]]:
-    """The axes of whose size the graph knows nothing, and that something else has too."""
+    """Return the axes whose size the graph does not know and other arrays share."""
     sizes = [size for layout in layouts.values() for size in layout.sizes]
     return [
         (name, axis)

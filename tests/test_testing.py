@@ -147,7 +147,7 @@ def test_a_single_wrong_row_at_the_edge_of_a_tile_is_found_in_a_large_problem() 
     assert "compared rows: batch entry 0, all compared heads, row 64" in text
 
 
-def test_rows_that_are_not_finite_or_zero_are_found_wherever_they_are() -> None:
+def test_rows_that_are_not_finite_or_zero_are_always_compared() -> None:
     arrays = {name: drawn(1, 2, 8 * LARGE, 4) for name in ("query", "key", "value")}
     output = numpy.zeros_like(arrays["query"])
     output[...] = result(**arrays)[0]

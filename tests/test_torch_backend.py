@@ -123,7 +123,7 @@ def test_nothing_is_read_on_an_accelerator(function: str, monkeypatch: pytest.Mo
 
 
 def compiled_failures(function: str, ask: Callable[..., dict[str, Tensor]], backend: str, dtype: str) -> list[str]:
-    """Compile a graph for each signature, and return what is wrong with its results."""
+    """Compile a graph for each signature, and return the faults of its results."""
     wrong: list[str] = []
     for _, same_signature in groupby(alike(function, 90), key=lambda case: case.signature):
         torch.compiler.reset()
@@ -353,7 +353,7 @@ def test_tasks_leave_out_hidden_keys() -> None:
     assert [shape[1][2] for shape in shapes] == [256] * 16
 
 
-def test_options_that_are_none_have_no_effect() -> None:
+def test_an_option_of_none_has_no_effect() -> None:
     arguments = operands()
     without = {name: None for name in OPTIONS if name not in {"causal", "dropout_rate"}}
     assert torch.equal(attention(*arguments, **without), attention(*arguments))

@@ -44,7 +44,7 @@ def problem() -> Problem:
 
 
 def parameters(model: torch.nn.Transformer) -> dict[str, Any]:
-    """The weights of PyTorch's model under the names of the example's."""
+    """Return the weights of PyTorch's model under the names of the example."""
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
 
     def norm(prefix: str) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -73,11 +73,11 @@ def parameters(model: torch.nn.Transformer) -> dict[str, Any]:
 
 
 def theirs(problem: Problem, *, masked: bool) -> numpy.ndarray:
-    """PyTorch's output; its masks are True where a pair is hidden."""
+    """Compute the output of PyTorch; its masks are True where a pair is hidden."""
     hidden = numpy.arange(SOURCE) >= problem.lengths[:, None]
     with torch.no_grad():
         output = problem.model(
-            *(torch.from_numpy(one) for one in (problem.source, problem.target)),
+            *(torch.from_numpy(tokens) for tokens in (problem.source, problem.target)),
             tgt_mask=torch.ones(TARGET, TARGET, dtype=torch.bool).triu(1),
             src_key_padding_mask=torch.from_numpy(hidden),
             memory_key_padding_mask=torch.from_numpy(hidden),
@@ -87,10 +87,10 @@ def theirs(problem: Problem, *, masked: bool) -> numpy.ndarray:
 
 
 def ours(problem: Problem, library: str, dtype: str, *, masked: bool = False, cached: bool = False) -> numpy.ndarray:
-    """The example's output by the backend of `library`."""
+    """Compute the output of the example by the backend of `library`."""
     with with_float64(library):
-        given = parameters(problem.model), problem.source, problem.target, problem.lengths, problem.memory_mask
-        params, source, target, lengths, mask = converted(given, library, dtype)
+        arrays = parameters(problem.model), problem.source, problem.target, problem.lengths, problem.memory_mask
+        params, source, target, lengths, mask = converted(arrays, library, dtype)
         memory = transformer.encode(params, source, lengths)
         if cached:
             return token_by_token(params, target, memory)
@@ -100,14 +100,14 @@ def ours(problem: Problem, library: str, dtype: str, *, masked: bool = False, ca
 
 
 def token_by_token(params: dict[str, Any], target: Any, memory: transformer.Memory) -> numpy.ndarray:
-    """The decoder's output by as many cached steps as there are tokens."""
+    """Compute the output of the decoder token by token, with a cache."""
     caches = transformer.start(params, memory, TARGET)
-    found = []
+    outputs = []
     for step in range(TARGET):
         x, caches = transformer.decode_cached(params, target[:, step : step + 1], caches)
         assert library_of(x) == library_of(target)
-        found.append(to_numpy(x))
-    return numpy.concatenate(found, axis=1)
+        outputs.append(to_numpy(x))
+    return numpy.concatenate(outputs, axis=1)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -1,4 +1,4 @@
-"""safetensors files: every dtype bit for bit, and errors of ours for files, states and paths that cannot be."""
+"""safetensors files: every dtype bit for bit, and errors of ours for impossible files, states and paths."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_metadata_that_are_not_text(metadata: Any, tmp_path: Path) -> None:
         write_safetensors(tmp_path / "state.safetensors", {"a": ARRAY}, metadata=metadata)
 
 
-def test_what_is_not_a_regular_file_is_not_replaced(tmp_path: Path) -> None:
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     """safetensors renames a new file to the path, which would replace a device such as /dev/null."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

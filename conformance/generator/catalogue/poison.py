@@ -30,7 +30,7 @@ HIDING = {"mask", "bias", "causal", "window", "q_lengths", "kv_lengths", "segmen
 def poisoned(
     sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[str, Any], garbage: tuple[float, ...] = GARBAGE
 ) -> dict[str, Input]:
-    """Poison what no pair reads: keys and values that no row sees, queries and cotangents of empty rows."""
+    """Poison unread data: keys and values that no row sees, queries and cotangents of empty rows."""
     visible = visible_pairs(sizes, inputs, options)
     grouped = visible.reshape(sizes.batch, sizes.kv_heads, -1, sizes.q_len, sizes.kv_len)
     unseen, blind = numpy.asarray(~grouped.any(axis=(2, 3))), numpy.asarray(~visible.any(axis=-1))

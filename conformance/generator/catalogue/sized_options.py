@@ -28,7 +28,7 @@ QUERY = {"kind": "bell", "unit": 2.0**-3, "mean": 1.5}
 KEY = {"kind": "bell", "unit": 2.0**-4}
 VALUE = {"kind": "bell", "unit": 2.0**-3, "mean": 1.0}
 COTANGENT = {"kind": "bell", "unit": 2.0**-5, "mean": 0.5}
-"""The sum of a key over its components is what a query sees of it, because queries have a mean other than 0."""
+"""A score depends on the sum of a key over its components, because queries have a mean other than 0."""
 
 LEVELS = (0, 64, 32, 128)
 """The lengths of the blocks of keys whose scores rise and fall, by variant; 0 has no blocks."""
