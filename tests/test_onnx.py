@@ -37,7 +37,7 @@ ROUNDED_ON_THE_WAY = (
 )
 """Tests whose expected values were rounded to bfloat16 at every step; MHA-SOFTMAX-2 computes scores and softmax in
 float32, and MHA-DTYPE-1 rounds once. The values are up to 1.7 units in the last place off. The tolerance of the tests,
-rtol 1e-3, therefore refuses every correctly rounded result; the wider tolerance of the runner for bfloat16 admits it."""
+rtol 1e-3, therefore refuses every correctly rounded result; the wider one of the runner for bfloat16 admits it."""
 
 
 def _collect() -> dict[str, TestCase]:
