@@ -46,7 +46,7 @@ WAYS: tuple[Callable[[date], str], ...] = (
     lambda d: f"{d.day}.{d.month}.{d.year % 100:02}",
     lambda d: f"{d.year}{d.month:02}{d.day:02}",
 )
-"""How people write a date; the model sees the words in lower case."""
+"""The formats in which people write a date; the model sees the words in lower case."""
 
 
 class Pairs(NamedTuple):

@@ -309,7 +309,7 @@ def exit_at_numpy_errors():
 
 
 def print_for_a_while():
-    """Print in a thread that goes on after the call."""
+    """Print in a thread that continues after the call."""
 
     def print_lines():
         for _ in range(100):

@@ -45,7 +45,7 @@ class Group:
     rows: int
     keys: int
     from_zero: bool
-    """Whether every stretch begins at key 0."""
+    """True if every stretch begins at key 0."""
 
 
 @dataclass(frozen=True)

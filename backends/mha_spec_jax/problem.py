@@ -55,7 +55,7 @@ class Problem:
     right: int | None
     dropout_rate: float
     excludes: bool
-    """Whether a pair can be hidden, or a row empty."""
+    """True if a pair can be hidden, or a row empty."""
     plan: Plan
 
 

@@ -20,7 +20,7 @@ __all__ = ["Dropout", "dropout_of"]
 COLUMNS = 256
 """The number of keys with adjacent draws, for a query, in the stream."""
 DRAWS_PER_STEP = 8
-"""How many draws of 32 bits a step of Philox's counter gives."""
+"""The number of draws of 32 bits that a step of Philox's counter gives."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ __all__ = ["exponentials", "strip_rows", "weigh"]
 SCORES = 5 * 2**16
 """The largest number of scores in a block: 640 in each of 512 rows, since 512 would make the rows share cache lines."""
 STRIP = 2**21
-"""How many scores a strip has, 8 MiB in float32, unless the bounds of its rows demand another number."""
+"""The number of scores of a strip, 8 MiB in float32, unless the bounds of its rows demand another number."""
 LOWEST, HIGHEST = 64, 512
 """Bounds of a strip's rows; matrix products with fewer rows than the lowest are slow."""
 

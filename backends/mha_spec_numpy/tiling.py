@@ -31,7 +31,7 @@ __all__ = [
 ROWS = 512
 """The largest number of rows of a matrix."""
 STACK = 2**16
-"""How many scores the matrices of a stack have together. Every operation costs some microseconds however small its
+"""The number of scores of all matrices of a stack. Every operation costs some microseconds however small its
 arrays are, so that small matrices are stacked as long as they stay in a core's cache."""
 
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["LEVELS", "generate", "words"]
 
 LEVELS = (0, 2, -1, 3, -3, 1, 4, -2)
-"""What is added to the rows of each block: sums over them rise and fall from block to block."""
+"""The numbers that are added to the rows of each block, so that sums over rows rise and fall from block to block."""
 
 SHARES = (0, 64, 192, 256)
 """The shares of ones, of 256, that a tile can have: none, few, many or all."""

@@ -29,7 +29,7 @@ SECONDS = 0.05
 """The time between two measurements of a program."""
 
 SESSION_EVERY = 20
-"""How often the processes that the program started are measured too: all processes of the machine are read for that."""
+"""The processes that the program started are measured once in this number of times, because all of /proc is read."""
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)

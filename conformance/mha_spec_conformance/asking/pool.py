@@ -250,7 +250,7 @@ class Worker:
             self.ask(question)
 
     def forget(self) -> None:
-        """Drop the questions that are held, and stop the process, because it would go on to answer them."""
+        """Drop the questions that are held, and stop the process, because it would still answer them."""
         self.group = iter(())
         if self.held:
             self.stop()

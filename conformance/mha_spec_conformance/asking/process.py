@@ -47,7 +47,7 @@ KEPT_BYTES = 4096
 """The part of the printed text that is kept: the end."""
 
 ROUNDS = 20
-"""How often the processes of a run are searched, because a process may fork while the others are killed."""
+"""The number of searches for processes of a run, because a process may fork while the others are killed."""
 
 PROCESSES = Path("/proc")
 

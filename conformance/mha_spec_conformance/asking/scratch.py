@@ -24,7 +24,7 @@ MEMORY = Path("/dev/shm")
 ENOUGH_MEMORY = 2**28
 
 ATTEMPTS = 10
-"""How often a folder is made, because another run may remove it before it is locked."""
+"""The number of attempts to make a folder, because another run may remove it before it is locked."""
 
 
 class ScratchError(MhaSpecError):

@@ -63,7 +63,7 @@ def check(
         resume=resume,
     )
     if resume and results is None:
-        raise UsageError("--resume needs --results FILE, the file of the run that goes on")
+        raise UsageError("--resume needs --results FILE, the file of the run that is continued")
     check_output("--results", results, FORMAT.encode())
     reports.prepare()
     screen = console()

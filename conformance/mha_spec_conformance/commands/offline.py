@@ -31,7 +31,7 @@ def export(
     dtypes: tuple[str, ...] = (),
     only: tuple[str, ...] = (),
 ) -> str:
-    """Write the questions to a folder, and say how to go on."""
+    """Write the questions to a folder, and return instructions for the next step."""
     if (claims is None) == (not functions):
         raise UsageError("export needs either --claims FILE, or --functions as in --functions attention")
     suite = load()

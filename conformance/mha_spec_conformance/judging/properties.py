@@ -101,7 +101,7 @@ def _of_sizes(sizes: Mapping[str, int]) -> Iterator[str]:
     for name, size in (("q_len", q_len), ("kv_len", kv_len), ("qk_dim", sizes.get("qk_dim"))):
         if size is not None:
             yield from (f"{name} > {tile}" for tile in TILES if size > tile)
-            yield from (f"{name} > {tile} and no multiple of it" for tile in TILES if size > tile and size % tile)
+            yield from (f"{name} > {tile} and not a multiple of it" for tile in TILES if size > tile and size % tile)
     if "v_dim" in sizes and "qk_dim" in sizes:
         yield "v_dim != qk_dim" if sizes["v_dim"] != sizes["qk_dim"] else "v_dim = qk_dim"
 

@@ -44,7 +44,7 @@ UNITS = 4
 
 @dataclass(frozen=True)
 class Law:
-    """How often a law held: with the same bits, within the allowance, or not at all."""
+    """The number of cases in which a law held: with the same bits, within the allowance, or not at all."""
 
     name: str
     same: int = 0

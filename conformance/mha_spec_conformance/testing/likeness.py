@@ -59,7 +59,7 @@ BY_ROW = ("output", "lse", "grad_query")
 
 @dataclass(frozen=True)
 class Likeness:
-    """What a wrong result looks like, in sentences, and the clauses that this breaks."""
+    """The mistakes that a wrong result may show, in sentences, and the clauses that they break."""
 
     sentences: tuple[str, ...] = ()
     clauses: tuple[str, ...] = ()

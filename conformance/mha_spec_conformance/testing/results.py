@@ -173,7 +173,7 @@ def _is_plain(evaluation: Evaluation, arrays: Mapping[str, numpy.ndarray], dtype
 
 
 def _plain_kinds(evaluation: Evaluation) -> dict[str, numpy.ndarray]:
-    """Return the kinds for finite operands: a row that sees no key has exact results, but for the lse of a sink."""
+    """Return the kinds for finite operands: a row that sees no key has exact results, except for the lse of a sink."""
     kinds = numpy.where(evaluation.rows, FINITE, EXACT)
     sinks = evaluation.arguments.sinks
     has_sink = numpy.zeros((1, 1, 1)) if sinks is None else (sinks != -numpy.inf)[None, :, None]

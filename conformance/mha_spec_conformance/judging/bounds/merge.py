@@ -230,7 +230,7 @@ class MergeGradientBounds:
         return errors
 
     def _variance_through_shares(self, half: Half, squares: numpy.ndarray, precision: Precision) -> numpy.ndarray:
-        """Return U_t, the larger variance of t by both ways to compute it."""
+        """Return U_t, the larger of the variances of t over the two ways to compute it."""
         p, h = precision, self._halves
         shared, difference = h.a.share * h.b.share, self._through_shares**2
         summed = p.u_a**2 * (self._depth * (difference / 3 + squares / 2) / 3 + squares)
