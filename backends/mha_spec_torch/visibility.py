@@ -95,7 +95,7 @@ class Visibility:
         return [self._described(task) for task in self._cut()]
 
     def _described(self, task: Task) -> Task:
-        """Fill in what is known about a task before it is computed."""
+        """Fill in the properties of a task that are known before it is computed."""
         has_all_rows = (task.batch, task.queries) == (self.whole.batch, self.whole.queries)
         sees_all, is_diagonal = self.sees_all(task), self.diagonal(task)
         task = replace(task, has_all_rows=has_all_rows, sees_all=sees_all, is_diagonal=is_diagonal)
