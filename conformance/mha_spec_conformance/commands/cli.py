@@ -44,6 +44,7 @@ Junit = Annotated[Path | None, typer.Option(help="Write the report as JUnit XML 
 Markdown = Annotated[
     Path | None, typer.Option(help="Append the report as Markdown to this file, as to $GITHUB_STEP_SUMMARY.")
 ]
+Html = Annotated[Path | None, typer.Option(help="Write the report as a page to this file, which needs no other file.")]
 MaxFail = Annotated[int | None, typer.Option(min=1, help="Stop after this number of failures.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Worker processes.")]
 Timeout = Annotated[float, typer.Option(min=0.01, help="Time limit of a call in seconds.")]
@@ -135,6 +136,7 @@ def check(
     json: Report = None,
     junit: Junit = None,
     markdown: Markdown = None,
+    html: Html = None,
     max_fail: MaxFail = None,
     jobs: Jobs = 1,
     dtypes: Dtypes = None,
@@ -160,7 +162,7 @@ def check(
         required=_names(require),
         accepted=tuple(accept or ()),
         known=known,
-        reports=Reports(json, junit, markdown),
+        reports=Reports(json, junit, markdown, html),
         max_fail=max_fail,
         jobs=jobs,
         dtypes=_names(dtypes),
@@ -202,12 +204,13 @@ def verify(
     json: Report = None,
     junit: Junit = None,
     markdown: Markdown = None,
+    html: Html = None,
 ) -> None:
     """Judge the answers in a folder. The exit status is that of `check`; a question without an answer is an error."""
     from . import offline
     from .reports import Reports
 
-    reports = Reports(json, junit, markdown)
+    reports = Reports(json, junit, markdown, html)
     _end_with_status(offline.verify, folder, _names(require), tuple(accept or ()), known, reports)
 
 
@@ -218,12 +221,13 @@ def merge(
     json: Report = None,
     junit: Junit = None,
     markdown: Markdown = None,
+    html: Html = None,
 ) -> None:
     """Join the reports of the shards of a run. The exit status is that of `check` without shards."""
     from . import merge as merging
     from .reports import Reports
 
-    _end_with_status(merging.merge, report, _names(require), Reports(json, junit, markdown))
+    _end_with_status(merging.merge, report, _names(require), Reports(json, junit, markdown, html))
 
 
 @app.command()

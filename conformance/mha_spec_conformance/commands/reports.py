@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mha_spec.errors import MhaSpecError
+from mha_spec_conformance.reporting.html import FORMAT, write_html
 from mha_spec_conformance.reporting.junit import write_junit
 from mha_spec_conformance.reporting.markdown import write_markdown
 from mha_spec_conformance.reporting.report import SCHEMA, write_json
@@ -34,13 +35,15 @@ class Reports:
     json: Path | None = None
     junit: Path | None = None
     markdown: Path | None = None
+    html: Path | None = None
 
     def prepare(self) -> None:
         """Make sure that the files can be written, and remove those of an earlier run."""
         check_output("--json", self.json, SCHEMA.encode())
         check_output("--junit", self.junit, b"<testsuites")
         check_output("--markdown", self.markdown)
-        for path in (self.json, self.junit):
+        check_output("--html", self.html, FORMAT.encode())
+        for path in (self.json, self.junit, self.html):
             # An old report could be mistaken for the new report; devices and links are kept.
             if path is not None and path.is_file() and not path.is_symlink():
                 path.unlink()
@@ -60,6 +63,7 @@ class Reports:
             ("--json", self.json, write_json),
             ("--junit", self.junit, write_junit),
             ("--markdown", self.markdown, write_markdown),
+            ("--html", self.html, write_html),
         ):
             if path is not None:
                 yield option, path, write

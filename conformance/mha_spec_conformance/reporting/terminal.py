@@ -57,7 +57,7 @@ class Screen(Console):
     """A console whose reader may leave early, as `head` does; the exit status stays that of the run."""
 
     def on_broken_pipe(self) -> None:
-        """Write the rest to nowhere."""
+        """Discard the rest of the output."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -188,9 +188,9 @@ def title_of(cause: Cause) -> str:
     return cause.title if cause.name else "no known mistake has these results"
 
 
-def example_of(cause: Cause) -> Result:
-    """Give the smallest failure of a cause, in float32 if any is; one whose answer is known comes before all others."""
-    return min(cause.results, key=lambda r: (r.wrong is None, r.ask.dtype != "float32", _size(r)))
+def example_of(cause: Cause, least: int = 0) -> Result:
+    """Give the smallest failure of a cause with this many inputs, whose answer is known, in float32, if possible."""
+    return min(cause.results, key=lambda r: (r.wrong is None, _size(r) < least, r.ask.dtype != "float32", _size(r)))
 
 
 def _size(result: Result) -> int:

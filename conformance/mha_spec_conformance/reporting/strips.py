@@ -1,0 +1,113 @@
+"""Plot how much of the allowance the results use: for each feature and dtype a strip with a logarithmic axis.
+
+Results whose shares fall into the same bin of an eighth of a decade are a single dot, whose size tells how many they
+are, so that a plot of thousands of results stays small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    Cases = Sequence[Mapping[str, Any]]
+
+__all__ = ["HEIGHT", "LIMIT", "TICKS", "WIDTH", "Strip", "strips"]
+
+DECADES = (-3, 3)
+"""The powers of ten at the ends of the axis; what lies beyond is drawn at the end."""
+
+BINS = 8
+"""The number of bins of a decade."""
+
+LEFT, DECADE, HEIGHT, MIDDLE = 26, 25, 18, 9
+"""The place of the lower end of the axis, the length of a decade, and the height of a strip."""
+
+ZERO = 6
+"""The place of results without any error."""
+
+INFINITE = LEFT + DECADE * (DECADES[1] - DECADES[0]) + 20
+"""The place of results whose error is infinite, or that are wrong in another way than by a number."""
+
+WIDTH = INFINITE + 8
+
+RADII = (2.0, 3.0, 4.0, 5.5)
+"""The sizes of dots for 1, at least 2, at least 10 and at least 100 results."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The results of a feature in a dtype: their numbers, the largest share that passed, and their dots by size."""
+
+    passed: int
+    failed: int
+    largest: float | None
+    """The largest share of the allowance of a result that passed; None if no number was compared."""
+    right: Mapping[float, str]
+    """The data of SVG paths by radius; a dot is a line of length 0 with round ends."""
+    wrong: str
+    """The data of an SVG path of diamonds."""
+
+
+def _place(share: float) -> float:
+    """Give the place of a share of the allowance along the axis."""
+    if share == 0:
+        return ZERO
+    if not math.isfinite(share):
+        return INFINITE
+    power = min(max(math.log10(share), DECADES[0]), DECADES[1])
+    return LEFT + DECADE * (round(power * BINS) / BINS - DECADES[0])
+
+
+LIMIT = _place(1.0)
+"""The place of the allowance itself."""
+
+TICKS = (
+    (ZERO, "0"),
+    *((_place(10.0**power), f"{10.0**power:g}".replace("0.", ".")) for power in range(DECADES[0], DECADES[1] + 1)),
+    (INFINITE, "∞"),
+)
+"""The places and labels of the axis."""
+
+
+def strips(cases: Cases, features: Iterable[str], dtypes: Sequence[str]) -> dict[str, list[Strip]]:
+    """Give for each feature, and for all features together, the strip of each dtype.
+
+    Args:
+        cases: The cases of a report, as `as_json` gives them.
+        features: The features in order.
+        dtypes: The dtypes in order.
+    """
+    rows = {"all": cases} | {name: [case for case in cases if name in case["features"]] for name in features}
+    return {name: [_strip([c for c in row if c["dtype"] == dtype]) for dtype in dtypes] for name, row in rows.items()}
+
+
+def _strip(cases: Cases) -> Strip:
+    measured = [(float(case["allowance_used"]), case) for case in cases if case["allowance_used"] is not None]
+    passed = [share for share, case in measured if case["outcome"] == "pass"]
+    failed = [share for share, case in measured if case["outcome"] != "pass"]
+    outcomes = Counter(case["outcome"] for case in cases)
+    return Strip(
+        passed=outcomes["pass"],
+        failed=outcomes.total() - outcomes["pass"] - outcomes["unsupported"],
+        largest=max(passed, default=None),
+        right=_dots(passed),
+        wrong="".join(f"M{x - r:g} {MIDDLE}l{r} {-r} {r} {r} {-r} {r}z" for x, r in _binned(failed)),
+    )
+
+
+def _binned(shares: Iterable[float]) -> list[tuple[float, float]]:
+    """Give the place and the radius of each dot; the radius tells how many results the dot stands for."""
+    counts = Counter(map(_place, shares))
+    return [(x, RADII[min(len(str(n)), 3) if n > 1 else 0]) for x, n in sorted(counts.items())]
+
+
+def _dots(shares: Iterable[float]) -> dict[float, str]:
+    paths: dict[float, str] = {}
+    for x, radius in _binned(shares):
+        paths[radius] = paths.get(radius, "") + f"M{x:g} {MIDDLE}h0"
+    return paths
