@@ -13,6 +13,7 @@ from mha_spec.reference import Reference
 from mha_spec_conformance.suite.conventions import Convention
 
 from .ignored import everywhere
+from .loops import first_keys, seeing, whole_tiles
 from .mistake import FORWARD, Mistake, changing, replacing
 from .visibility import first_along
 
@@ -58,17 +59,6 @@ def scaled_by(scale: Callable[[Arguments], float]) -> steps.Steps:
 def first_components(x: numpy.ndarray, size: int) -> numpy.ndarray:
     """Keep the first `size` components and set the others to 0."""
     return numpy.where(numpy.arange(x.shape[3]) < size, x, 0).astype(x.dtype)
-
-
-def first_keys(constraints: list[numpy.ndarray], count: Callable[[int], int]) -> numpy.ndarray:
-    """Hide the keys from count(kv_len) on."""
-    visible = steps.all_of(constraints)
-    return visible & (numpy.arange(visible.shape[3]) < count(visible.shape[3]))
-
-
-def whole_tiles(kv_len: int) -> int:
-    """Return the number of keys in whole tiles, or of all keys if they do not fill a tile."""
-    return kv_len // TILE * TILE or kv_len
 
 
 def scaled_bias(a: Arguments) -> Arguments:
@@ -171,20 +161,20 @@ HEADS = (
         "keys-past-64-dropped",
         "reads only the first 64 keys",
         ("MHA-SHAPE-1", "MHA-SOFTMAX-1"),
-        replacing(all_of=lambda constraints: first_keys(constraints, lambda kv_len: TILE)),
+        seeing(first_keys(lambda kv_len: TILE)),
     ),
     Mistake(
         "partial-tile-dropped",
         "drops the keys past the last whole tile of 64",
         ("MHA-SHAPE-1", "MHA-SOFTMAX-1"),
-        replacing(all_of=lambda constraints: first_keys(constraints, whole_tiles)),
+        seeing(first_keys(whole_tiles(TILE))),
         bugs=("jax-ml/jax#27224",),
     ),
     Mistake(
         "last-key-dropped",
         "does not read the last key",
         ("MHA-SHAPE-1", "MHA-SOFTMAX-1"),
-        replacing(all_of=lambda constraints: first_keys(constraints, lambda kv_len: kv_len - 1)),
+        seeing(first_keys(lambda kv_len: kv_len - 1)),
     ),
 )
 
