@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .selection import Ask
 
-__all__ = ["shard"]
+__all__ = ["elements", "shard"]
 
 COST_OF_SIGNATURE, COST_OF_ASK = 2**18, 2**15
 """The costs of a compilation and of a call, in elements of the arrays of a call."""
@@ -40,10 +40,10 @@ def shard(asked: Iterable[Ask], number: int, count: int) -> list[Ask]:
 
 
 def _cost(group: list[Ask]) -> float:
-    return COST_OF_SIGNATURE + len(group) * (COST_OF_ASK + _elements(group[0]))
+    return COST_OF_SIGNATURE + len(group) * (COST_OF_ASK + elements(group[0]))
 
 
-def _elements(ask: Ask) -> int:
+def elements(ask: Ask) -> int:
     """Count the elements of the inputs and of the scores of a case."""
     shapes = ask.case.input_shapes
     query, key = shapes.get("query"), shapes.get("key")

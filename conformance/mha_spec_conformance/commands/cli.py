@@ -277,6 +277,14 @@ def repro(
 
 
 @app.command()
+def detect(target: Annotated[str, TARGET], json: Report = None, timeout: Timeout = 60.0) -> None:
+    """Print the conventions that a target follows, from its answers to a few questions about each."""
+    from .detect import detect as detection
+
+    detection(target, json_file=json, limit=timeout)
+
+
+@app.command()
 def new(file: Annotated[Path, typer.Argument(help="The file to write, as in my_attention.py.")]) -> None:
     """Write a target file to start from."""
     from .new import write_starter

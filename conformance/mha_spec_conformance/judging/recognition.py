@@ -120,9 +120,17 @@ class Recognition:
             return False
         if any(_distance(golden[name], mistaken[name]) > CLEARLY_OTHER for name in golden):
             return True
+        return self._used(ask, mistaken) > CLEARLY_WRONG
+
+    def share(self, mistake: Mistake, ask: Ask) -> float | None:
+        """Return the largest share of its allowance that a result of the mistake uses; None if it gives no result."""
+        mistaken = self._of(ask.case).outputs(mistake, ask.dtype)
+        return None if mistaken is None else self._used(ask, mistaken)
+
+    def _used(self, ask: Ask, outputs: Outputs) -> float:
         run = precision(ask.dtype, self.profile)
-        allowed = predictions.allowances(None, ask.dtype, run) or {}
-        return judge(ask.case, golden, mistaken, allowed, run).allowance_used > CLEARLY_WRONG
+        allowed = self._of(ask.case).allowances(None, ask.dtype, run) or {}
+        return judge(ask.case, ask.expected, outputs, allowed, run).allowance_used
 
     def _of(self, case: Case) -> Predictions:
         """Return the predictions on a case; those of the cases that were used least recently are dropped."""
@@ -150,7 +158,8 @@ def _distance(golden: Expected, mistaken: numpy.ndarray) -> float:
         return numpy.inf
     got, values = golden_rows(mistaken.astype(numpy.float64), golden).ravel(), golden.values.ravel()
     if golden.kinds is not None:
-        compared = golden.kinds.ravel() != ANY
+        kinds = golden.kinds.ravel()
+        compared = (kinds != ANY) & ~((kinds == NON_FINITE) & ~numpy.isfinite(got))
         got, values = got[compared], values[compared]
     with numpy.errstate(invalid="ignore"):
         differing = (got != values) & ~(numpy.isnan(got) & numpy.isnan(values))

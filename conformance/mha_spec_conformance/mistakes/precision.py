@@ -14,7 +14,7 @@ from .mistake import ATTENTION, Compared, Mistake, replacing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["PRECISION"]
+__all__ = ["PRECISION", "to_bits"]
 
 
 def to_bits(x: numpy.ndarray, bits: int) -> numpy.ndarray:
