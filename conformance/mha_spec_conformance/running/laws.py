@@ -83,6 +83,13 @@ def _another_place(ask: Ask, question: Question) -> _Pair | None:
     return _Pair((_with_batch(question, lambda array: array[::-1].copy()),), lambda array: array[::-1])
 
 
+def _another_table(ask: Ask, question: Question) -> _Pair | None:
+    """Ask the same again: the conversion to pages chooses another table for each name of a question."""
+    if ask.case.function != "attention" or not question.arrays["key"].size:
+        return None
+    return _Pair((question,))
+
+
 def _has_batch(ask: Ask, question: Question) -> bool:
     return ask.case.function == "attention" and len(question.arrays["query"]) > 1
 
@@ -202,9 +209,13 @@ def _chunking(ask: Ask, question: Question) -> _Pair | None:
     return _Pair((replace(question, options={**question.options, "chunks": (1,) * sum(chunks)}),))
 
 
+PAGES = "another page table"
+"""The law of targets that take keys in pages."""
+
 LAWS: Mapping[str, Callable[[Ask, Question], _Pair | None]] = {
     "another batch size": _another_batch_size,
     "another place in the batch": _another_place,
+    PAGES: _another_table,
     "other numbers in hidden keys and values": _hidden_data,
     "other numbers in keys and values of later rows": _future_data,
     "another chunking": _chunking,
@@ -218,7 +229,8 @@ def laws_of(source: Source, results: Iterable[Result]) -> tuple[Law, ...]:
     """Ask a few cases that passed for each law; a law that no case is about is left out."""
     passed = [r for r in results if r.outcome == "pass" and r.must and r.ask.case.expect != "error" and _plain(r)]
     passed.sort(key=lambda result: (result.ask.dtype != "float32", "generic" not in result.ask.case.tags))
-    laws = (Law(name, *_counts(source, list(_chosen(passed, law)))) for name, law in LAWS.items())
+    kept = {name: law for name, law in LAWS.items() if name != PAGES or source.claims.layout == "paged"}
+    laws = (Law(name, *_counts(source, list(_chosen(passed, law)))) for name, law in kept.items())
     return tuple(law for law in laws if law.asked)
 
 
