@@ -66,7 +66,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Picture:
-    """Grids of the same kind, what their axes are, and the number of grids that are left out."""
+    """Grids of the same kind, their axes, and the number of grids that are left out."""
 
     name: str
     axes: tuple[str, str]
@@ -83,7 +83,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Element:
-    """A wrong element: its index, the expected number, the number that the target gave, and the allowance."""
+    """A wrong element: its index, the expected number, the received number, and the allowance."""
 
     index: tuple[int, ...]
     expected: float
@@ -95,7 +95,7 @@ class Element:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a page shows of a failing answer."""
+    """The parts of a failing answer that a page shows."""
 
     pairs: Picture | None
     errors: tuple[Picture, ...]
@@ -131,7 +131,7 @@ def drawing_of(result: Result, profile: str = "standard") -> Drawing | None:
 
 
 def _used(elements: WrongElements, name: str, profile: str) -> numpy.ndarray:
-    """Give the share of the allowance that each element of an output uses; NaN if it is not compared."""
+    """Return the share of the allowance that each element of an output uses; NaN if it is not compared."""
     wrong, golden = elements.wrong, elements.expected[name]
     used = shares(name, golden, wrong.outputs[name], wrong.allowances[name], precision(wrong.ask.dtype, profile))
     return numpy.where(elements.compared[name], in_full_shape(used, golden, numpy.nan), numpy.nan)
@@ -214,7 +214,7 @@ def _wrong_along(elements: WrongElements, axis: str, at: Mapping[str, int], size
 
 
 def _block(size: int) -> int:
-    """Give the smallest power of two by which a size is at most the number of cells on a side."""
+    """Return the smallest power of two by which a size is at most the number of cells on a side."""
     return 1 << max(0, (-(-size // MOST_CELLS) - 1).bit_length())
 
 
@@ -227,7 +227,7 @@ def _reduced(matrix: numpy.ndarray, reduce: numpy.ufunc) -> numpy.ndarray:
 
 
 def _shades(used: numpy.ndarray) -> numpy.ndarray:
-    """Give the shade of each share of the allowance; -1 for an element that is not compared."""
+    """Return the shade of each share of the allowance; -1 for an element that is not compared."""
     shades = numpy.where(numpy.isinf(used), len(STEPS) + 1, numpy.searchsorted(STEPS, used))
     return numpy.where(numpy.isnan(used), -1, shades)
 

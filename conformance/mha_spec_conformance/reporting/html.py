@@ -1,8 +1,7 @@
-"""Write a run as one HTML page that needs nothing else: no network, no script, no other file.
+"""Write a run as a self-contained HTML page: it needs no network, no script and no other file.
 
-The page is made of the report, as `as_json` gives it, and of a drawing of one failure of each cause. All texts may come
-from the target, so every text is escaped in a single place, and the page forbids its reader's browser to load or run
-anything.
+The page consists of the report, as `as_json` returns it, and of a drawing of a failure of each cause. Any text may come
+from the target, so all texts are escaped in a single place, and the page forbids the browser to load or run anything.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "page", "write_html"]
 
 FORMAT = "mha-spec-page/1"
-"""The attribute `data-format` of the page, by which a page is known from other files."""
+"""The attribute `data-format` of the page, which distinguishes a page from other files."""
 
 MOST_CAUSES = 30
 """The number of causes that are described; the JSON report has all of them."""
@@ -57,7 +56,7 @@ MOST_CHARACTERS = 400
 """The length of a text of the target."""
 
 LEAST_DRAWN = 1000
-"""A failure with fewer numbers among its inputs is drawn only if the cause has no larger one."""
+"""A failure with fewer numbers among its inputs is drawn only if the cause has no larger failure."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Section:
 
 
 def page(run: Run) -> str:
-    """Give the report of a run as HTML, in ASCII alone, so that no encoding can change it."""
+    """Return the report of a run as HTML, in ASCII alone, so that no encoding can change it."""
     report: dict[str, Any] = as_json(run)
     dtypes = [name for name in FLOATING if any(case["dtype"] == name for case in report["cases"])]
     environment = _environment()
@@ -103,7 +102,7 @@ def page(run: Run) -> str:
 
 
 def _environment() -> Environment:
-    """Give the templates; every text that they insert is made printable, cut and escaped."""
+    """Return the templates; every text that they insert is made printable, cut and escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -123,7 +122,7 @@ def _environment() -> Environment:
 
 
 def _style(environment: Environment) -> str:
-    """Give the style sheet, which is part of the page."""
+    """Return the style sheet, which is part of the page."""
     from markupsafe import Markup
 
     assert environment.loader is not None
@@ -132,7 +131,7 @@ def _style(environment: Environment) -> str:
 
 
 def _label(run: Run) -> str:
-    """Give the verdict in a few words; only a complete run is called conformant or not."""
+    """Return the verdict in a few words; only a complete run is called conformant or not."""
     if run.status == 0:
         return "Conformant" if run.complete else "Passed, partial run"
     if run.status == 2:
@@ -173,7 +172,7 @@ def _section(run: Run, cause: Cause, report: Mapping[str, Any], example: Result,
 
 
 def _title(cause: Cause) -> str:
-    """Name a cause; one without a name by the properties that its failures share."""
+    """Name a cause; a cause without a name is described by the properties that its failures share."""
     if cause.kind == "unknown" and cause.story.share is not None:
         return f"No known mistake; what they share: {' and '.join(cause.story.share.properties)}"
     return title_of(cause)
