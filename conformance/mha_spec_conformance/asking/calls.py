@@ -18,6 +18,7 @@ from mha_spec.layer_steps import LayerSteps
 from mha_spec.parameters import AXES
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps
+from mha_spec_conformance.suite.changed import Changed
 from mha_spec_conformance.suite.functions import FUNCTIONS, STACKED
 from mha_spec_conformance.suite.joined import Joined
 from mha_spec_conformance.targets.conversion import described
@@ -38,6 +39,7 @@ __all__ = [
     "joined",
     "keyword_of",
     "layer_answers",
+    "layer_over",
     "named",
     "stacked_operand",
 ]
@@ -63,12 +65,21 @@ class MalformedResult(Exception):
     """A call did not return the results of its function."""
 
 
-def function_over(steps: Steps | LayerSteps | Joined, name: str) -> Callable[..., Any]:
+def function_over(steps: Steps | LayerSteps | Joined | Changed, name: str) -> Callable[..., Any]:
     """Return a function of the specification that is composed of these steps, of attention or of the layer."""
-    if isinstance(steps, Joined):
+    if isinstance(steps, (Joined, Changed)):
         return steps.function(name, function_over)
-    layer, core = (steps, Steps()) if isinstance(steps, LayerSteps) else (LayerSteps(), steps)
-    return getattr(Reference(core) if hasattr(Reference, name) else Layer(layer), name)
+    if hasattr(Reference, name):
+        return getattr(Reference(Steps() if isinstance(steps, LayerSteps) else steps), name)
+    return getattr(Layer(layer_over(steps)), name)
+
+
+def layer_over(steps: Steps | LayerSteps) -> LayerSteps:
+    """Return the steps of a layer whose attention is composed of these steps; steps of a layer are unchanged."""
+    if isinstance(steps, LayerSteps):
+        return steps
+    attention = Reference(steps)
+    return LayerSteps(attend=attention.attention, weigh=attention.attention_weights)
 
 
 def keyword_of(function: str, name: str) -> str:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy
 
 from .bounds import bounds, precision, unit_roundoff
-from .compare import in_full_shape, judge
+from .compare import gate_b, in_full_shape, judge
 from .places import Place, axes_of
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.suite.cases import Expected
 
+    from .bounds import Precision
     from .places import WrongElements
     from .recognition import Wrong
 
@@ -42,8 +43,9 @@ NAMED_FACTORS = {
 
 NARROWER = ("float32", "float16", "bfloat16")
 
-MOST_UNITS = 16
-"""The largest error of rounding, in units of the narrower dtype at the size of the largest number."""
+MOST_UNITS, USUAL_UNITS = 16, 1
+"""An error of rounding is at most so many units of the narrower dtype, for numbers of the size of the largest; and at
+most so many in the root mean square of a result, because a wrong factor of the scores gives larger errors."""
 
 
 def amounts(failures: Sequence[WrongElements]) -> list[Place]:
@@ -146,24 +148,33 @@ def rounded_to(wrong: Wrong, profile: str = "standard") -> str | None:
     """
     case, dtype = wrong.ask.case, wrong.ask.dtype
     run = precision(dtype, profile)
-    expected = wrong.ask.expected
-    evaluated = bounds(case.function, case.inputs(dtype), case.options)
-    stored = _stored_in(wrong.outputs.values(), run.u_in)
-    for narrower in NARROWER:
-        unit = unit_roundoff(narrower)
-        if unit <= run.u_a:
-            continue
-        kept = max(run.u_p, unit)
-        coarse = replace(run, u_in=max(run.u_in, unit), u_a=unit, u_p=kept, u_dp=kept, e_x=8 * unit, e_t=8 * unit)
-        coarse = replace(coarse, u_o=max(run.u_o, unit), u_l=max(run.u_l, unit))
-        allowed = {
-            name: numpy.minimum(array, MOST_UNITS * unit * _largest(expected[name]))
-            for name, array in evaluated.allowances(coarse).items()
-            if name in expected
-        }
-        if judge(case, expected, wrong.outputs, allowed, run).passed:
-            return stored or narrower
+    narrower = [name for name in NARROWER if unit_roundoff(name) > run.u_a]
+    if not narrower or not _are_roundings(wrong, unit_roundoff(narrower[-1]), run):
+        return None
+    evaluated = bounds(case.function, case.inputs(dtype), case.options, rows=case.sampled_rows)
+    for name in narrower:
+        unit = unit_roundoff(name)
+        allowed = evaluated.allowances(_coarse(run, unit))
+        if _are_roundings(wrong, unit, run) and judge(case, wrong.ask.expected, wrong.outputs, allowed, run).passed:
+            return _stored_in(wrong.outputs.values(), run.u_in) or name
     return None
+
+
+def _are_roundings(wrong: Wrong, unit: float, run: Precision) -> bool:
+    """Tell whether no error is many units of a dtype for numbers of the size of the largest, and most are below one."""
+    expected = wrong.ask.expected
+    units = {name: numpy.full(wrong.outputs[name].shape, unit * _largest(golden)) for name, golden in expected.items()}
+    most = {name: MOST_UNITS * array for name, array in units.items()}
+    if not judge(wrong.ask.case, expected, wrong.outputs, most, run).passed:
+        return False
+    return all(statistics.rms <= USUAL_UNITS for statistics in gate_b(expected, wrong.outputs, units).values())
+
+
+def _coarse(run: Precision, unit: float) -> Precision:
+    """Return a precision that computes and stores in a narrower dtype of this unit roundoff."""
+    kept = max(run.u_p, unit)
+    coarse = replace(run, u_in=max(run.u_in, unit), u_a=unit, u_p=kept, u_dp=kept, e_x=8 * unit, e_t=8 * unit)
+    return replace(coarse, u_o=max(run.u_o, unit), u_l=max(run.u_l, unit))
 
 
 def _stored_in(outputs: Iterable[numpy.ndarray], unit: float) -> str | None:

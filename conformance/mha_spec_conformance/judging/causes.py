@@ -223,17 +223,35 @@ def _by_name(named: Sequence[Result]) -> Iterator[tuple[str, str, list[Result], 
 
 def _by_rounding(unnamed: Sequence[Result], profile: str) -> dict[str, list[Result]]:
     """Group failures that have only errors of rounding, if nearly all failures of their function and dtype do."""
-    cells: defaultdict[tuple[str, str], list[tuple[Result, str | None]]] = defaultdict(list)
+    cells: defaultdict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in unnamed:
-        assert result.wrong is not None
-        cells[result.ask.case.function, result.ask.dtype].append((result, rounded_to(result.wrong, profile)))
+        cells[result.ask.case.function, result.ask.dtype].append(result)
     groups: defaultdict[str, list[Result]] = defaultdict(list)
     for members in cells.values():
-        rounded = [(result, dtype) for result, dtype in members if dtype is not None]
-        if len(rounded) >= NEARLY_ALL * len(members):
-            coarsest = max((dtype for _, dtype in rounded), key=NARROWER.index)
-            groups[coarsest] += [result for result, _ in rounded]
+        if rounded := _rounded(members, profile):
+            coarsest = max(rounded.values(), key=NARROWER.index)
+            groups[coarsest] += [result for result in members if result.ask.key in rounded]
     return dict(groups)
+
+
+def _rounded(members: Sequence[Result], profile: str) -> dict[Key, str]:
+    """Return the dtype of the rounding of nearly all failures, the small ones first; empty if too many are larger."""
+    rounded: dict[Key, str] = {}
+    others = 0
+    for result in sorted(members, key=_elements):
+        assert result.wrong is not None
+        dtype = rounded_to(result.wrong, profile)
+        if dtype is not None:
+            rounded[result.ask.key] = dtype
+        else:
+            others += 1
+        if others > (1 - NEARLY_ALL) * len(members):
+            return {}
+    return rounded
+
+
+def _elements(result: Result) -> int:
+    return sum(array.size for array in result.wrong.outputs.values()) if result.wrong is not None else 0
 
 
 def _by_property(unknown: Sequence[Result], teller: _Teller) -> Iterator[list[Result]]:

@@ -8,23 +8,22 @@ holds only in some dtypes or functions is named for these. Pairs of mistakes are
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from mha_spec.steps import Steps
 from mha_spec_conformance.mistakes import MISTAKES, Compared, Mistake
-from mha_spec_conformance.suite.functions import OF_ATTENTION
+from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .pairs import together
-from .prediction import can_show
+from .prediction import can_show, elements, scores_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from mha_spec_conformance.asking.selection import Ask
-    from mha_spec_conformance.suite.cases import Case
 
     from .recognition import Recognition, Wrong
 
@@ -47,6 +46,15 @@ WITNESSES = 300
 
 MOST_SCORES = 2**21
 """The largest number of scores that these cases have together, because a prediction on a large case takes long."""
+
+SMALL = 2**12
+"""The largest number of scores of a small case, on which a prediction takes a millisecond."""
+
+MOST_SCORES_TRIED = 2**28
+"""The largest number of scores of the predictions on large representatives, which are about 10 seconds of work."""
+
+FIRST_WITNESSES = 12
+"""The number of small passing cases that are consulted before a mistake is tried on a large failure."""
 
 NOT_FINITE = ("MHA-POISON", "MHA-NAN")
 """The clauses about numbers that are not finite; NaN in a result alone is evidence only for a mistake against them."""
@@ -73,7 +81,7 @@ def named(
         mistakes: The mistakes that may be named.
     """
     search = _Search(wrong, passing, recognition)
-    search.try_on_representatives(mistakes)
+    search.try_on_representatives([_in_layers(mistake) for mistake in mistakes])
     search.try_pairs()
     return {key: _exact(names) for key, names in search.names.items()}
 
@@ -83,30 +91,61 @@ class _Search:
 
     def __init__(self, wrong: Sequence[Wrong], passing: Sequence[Ask], recognition: Recognition) -> None:
         self.wrong = sorted(wrong, key=_size)
-        self.passing = sorted(passing, key=lambda ask: _elements(ask.case))
+        self.passing = sorted(passing, key=lambda ask: elements(ask.case))
         self.recognition = recognition
         self.names: dict[Key, tuple[Mistake, ...]] = {}
         self.suspects: dict[str, Mistake] = {}
+        self.settled: set[str] = set()
+        self.refuted: set[tuple[str, Cell]] = set()
 
     def try_on_representatives(self, mistakes: Sequence[Mistake]) -> None:
         """Try every mistake on failures of each kind; a trial follows if it explains any and is not refuted nearby."""
-        settled: set[str] = set()
-        refuted: set[tuple[str, Cell]] = set()
-        fruitless = 0
-        for representative in _representatives(self.wrong, self.names):
-            if fruitless == MOST_FRUITLESS:
-                break
-            cell = _cell(representative.ask)
-            untried = [m for m in mistakes if m.name not in settled and (m.name, cell) not in refuted]
-            suspects = self.recognition.explaining(untried, representative)
-            fruitless = 0 if suspects else fruitless + 1
-            for mistake in suspects:
-                self.suspects[mistake.name] = mistake
-                if self.is_refuted(mistake, cell):
-                    refuted.add((mistake.name, cell))
-                else:
-                    settled.add(mistake.name)
-                    self.name(mistake, (mistake,))
+        small = [failure for failure in self.wrong if scores_of(failure.ask.case) <= SMALL]
+        large = [failure for failure in self.wrong if scores_of(failure.ask.case) > SMALL]
+        for failures in (small, large):
+            fruitless, left = 0, MOST_SCORES_TRIED
+            for representative in _representatives(failures, self.names):
+                scores = scores_of(representative.ask.case)
+                untried = self._untried(mistakes, representative)
+                left -= scores * len(untried) if scores > SMALL else 0
+                if fruitless == MOST_FRUITLESS or left < 0:
+                    break
+                fruitless = 0 if self._try(untried, representative) else fruitless + 1
+
+    def _untried(self, mistakes: Sequence[Mistake], representative: Wrong) -> list[Mistake]:
+        """Choose the mistakes to try; a large case is tried only with those that no small passing case refutes."""
+        ask = representative.ask
+        able = [
+            mistake
+            for mistake in mistakes
+            if mistake.name not in self.settled and can_show(mistake, ask.case, ask.dtype)
+        ]
+        if scores_of(ask.case) > SMALL:
+            for mistake in able:
+                self._is_refuted_early(mistake, _cell(ask))
+        return [mistake for mistake in able if (mistake.name, _cell(ask)) not in self.refuted]
+
+    def _is_refuted_early(self, mistake: Mistake, cell: Cell) -> None:
+        """Consult a few small passing questions of the same function and dtype, which is faster than a prediction."""
+        if mistake.compared is Compared.WHERE_NOT_FINITE or (mistake.name, cell) in self.refuted:
+            return
+        small = [ask for ask in self.passing if _cell(ask) == cell and scores_of(ask.case) <= SMALL]
+        witnesses = _witnesses(mistake, small)[:FIRST_WITNESSES]
+        if any(self.recognition.shows(mistake, ask) for ask in witnesses):
+            self.refuted.add((mistake.name, cell))
+
+    def _try(self, mistakes: Sequence[Mistake], representative: Wrong) -> bool:
+        """Try mistakes on a failure; tell whether any explains it."""
+        cell = _cell(representative.ask)
+        suspects = self.recognition.explaining(mistakes, representative)
+        for mistake in suspects:
+            self.suspects[mistake.name] = mistake
+            if self.is_refuted(mistake, cell):
+                self.refuted.add((mistake.name, cell))
+            else:
+                self.settled.add(mistake.name)
+                self.name(mistake, (mistake,))
+        return bool(suspects)
 
     def is_refuted(self, mistake: Mistake, cell: Cell) -> bool:
         """Tell whether a passing question of the same function and dtype refutes a mistake, which is fast."""
@@ -129,7 +168,7 @@ class _Search:
         """Try pairs of the mistakes that explain a failure each, where failures are left."""
         explained = Counter(name for name in self.suspects for w in self.wrong if w.verdicts.get(name))
         chosen = [self.suspects[name] for name, _ in explained.most_common(MOST_PAIRED)]
-        small = [w for w in self.wrong if _scores(w.ask.case) <= MOST_SCORES_OF_PAIR]
+        small = [w for w in self.wrong if scores_of(w.ask.case) <= MOST_SCORES_OF_PAIR]
         for first, second in combinations(chosen, 2):
             left = [w for w in small if w.ask.key not in self.names][:MOST_LEFT]
             pair = together(first, second)
@@ -137,6 +176,14 @@ class _Search:
                 continue
             if not any(self.is_refuted(pair, cell) for cell in {_cell(wrong.ask) for wrong in left}):
                 self.name(pair, (first, second))
+
+
+def _in_layers(mistake: Mistake) -> Mistake:
+    """Return a mistake of attention as one that layers can have too, because a layer contains an attention."""
+    if "attention" not in mistake.functions or not isinstance(mistake.steps, Steps):
+        return mistake
+    layers = tuple(name for name, function in FUNCTIONS.items() if function.of_layer and name not in mistake.functions)
+    return replace(mistake, functions=(*mistake.functions, *layers))
 
 
 def _exact(names: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
@@ -228,18 +275,11 @@ def _witnesses(mistake: Mistake, passing: Iterable[Ask]) -> list[Ask]:
     ids: set[str] = set()
     left = MOST_SCORES
     for case in sorted(cases.values(), key=lambda case: not set(case.clauses) & set(mistake.clauses))[:WITNESSES]:
-        scores = _scores(case)
+        scores = scores_of(case)
         if not ids or scores <= left:
             ids.add(case.id)
             left -= scores
     return [ask for ask in able if ask.case.id in ids]
-
-
-def _scores(case: Case) -> int:
-    """Return the number of scores of attention, or of the elements of another function's results."""
-    if case.function not in OF_ATTENTION:
-        return _elements(case)
-    return math.prod(case.shape_of("query")[:3]) * case.shape_of("key")[2]
 
 
 def _cell(ask: Ask) -> tuple[str, str]:
@@ -248,7 +288,3 @@ def _cell(ask: Ask) -> tuple[str, str]:
 
 def _size(wrong: Wrong) -> int:
     return sum(array.size for array in wrong.outputs.values())
-
-
-def _elements(case: Case) -> int:
-    return sum(math.prod(golden.shape) for golden in case.expected.values())

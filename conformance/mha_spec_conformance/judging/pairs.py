@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from mha_spec.layer_steps import LayerSteps
 from mha_spec.steps import Steps
 from mha_spec_conformance.mistakes import Compared
-from mha_spec_conformance.suite.joined import Joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +19,7 @@ __all__ = ["together"]
 
 def together(first: Mistake, second: Mistake) -> Mistake | None:
     """Combine both mistakes; None if they replace the same step, other than the checks, which follow each other."""
-    if type(first.steps) is not type(second.steps) or isinstance(first.steps, Joined):
+    if type(first.steps) is not type(second.steps) or not isinstance(first.steps, (Steps, LayerSteps)):
         return None
     changed = _replaced(first), _replaced(second)
     if (changed[0].keys() & changed[1].keys()) - {"check"}:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from mha_spec_conformance.asking.calls import arranged, function_over, joined, layer_answers, named
 from mha_spec_conformance.mistakes import ANY_SIZE, Sizes
-from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.changed import Changed
+from mha_spec_conformance.suite.functions import FUNCTIONS, OF_ATTENTION
 from mha_spec_conformance.suite.joined import Joined
 
 from .bounds import SPECIFICATION, bounds
@@ -24,9 +26,12 @@ if TYPE_CHECKING:
 
     from .bounds import Bounds, Precision
 
-    AnySteps = Steps | LayerSteps | Joined
+    AnySteps = Steps | LayerSteps | Joined | Changed
 
-__all__ = ["Predictions", "answer", "can_show"]
+__all__ = ["Predictions", "answer", "can_show", "elements", "scores_of"]
+
+MOST_KEPT = 2**20
+"""The largest number of scores of the evaluations of a case that are kept, because each holds many arrays of scores."""
 
 CANNOT_ANSWER = (ArithmeticError, IndexError, TypeError, ValueError)
 """The exceptions of a mistaken reference on a case to which the mistake does not apply."""
@@ -62,8 +67,29 @@ def _passes(sizes: Sizes, least: Sizes) -> bool:
 def _sizes(case: Case) -> Sizes:
     if "query" not in case.input_names:
         return Sizes(rows=case.shape_of("lse_a")[2])
+    if FUNCTIONS[case.function].of_layer:
+        return _sizes_of_layer(case)
     (_, heads, rows, _), (_, _, keys, _) = case.shape_of("query"), case.shape_of("key")
     return Sizes(rows, keys, heads)
+
+
+def _sizes_of_layer(case: Case) -> Sizes:
+    """Return the sizes of the attention within a layer, whose keys are all slots of a cache."""
+    (_, rows, _), (_, heads, _) = case.shape_of("query"), case.shape_of("w_q")
+    name = next((name for name in ("cache_key", "key") if name in case.input_names), None)
+    return Sizes(rows, rows if name is None else case.shape_of(name)[2 if name == "cache_key" else 1], heads)
+
+
+def scores_of(case: Case) -> int:
+    """Return the number of scores of attention, or of the elements of another function's results."""
+    if case.function not in OF_ATTENTION:
+        return elements(case)
+    return math.prod(case.shape_of("query")[:3]) * case.shape_of("key")[2]
+
+
+def elements(case: Case) -> int:
+    """Return the number of elements of the results."""
+    return sum(math.prod(golden.shape) for golden in case.expected.values())
 
 
 class Predictions:
@@ -92,13 +118,20 @@ class Predictions:
             self._inputs[dtype] = self.case.inputs(dtype)
         return {name: array.copy() for name, array in self._inputs[dtype].items()}
 
+    def _arguments(self, dtype: str) -> dict[str, Any]:
+        return {**self._arrays(dtype), **self.case.options}
+
     def _answer(self, steps: AnySteps, dtype: str, native: bool) -> dict[str, numpy.ndarray] | None:
         """Return the results of steps, in float64 unless they depend on the dtype of the run."""
         if isinstance(steps, Joined):
             first, second = (self._answer(part, dtype, native) for part in (steps.first, steps.second))
             return None if first is None or second is None else steps.join(first, second)
+        if isinstance(steps, Changed):
+            unchanged = self._answer(steps.steps, dtype, native)
+            return None if unchanged is None else steps.of(unchanged, self._arguments(dtype))
         key = steps, dtype if native else "float64"
         if key not in self._outputs:
+            self._drop_oldest(self._outputs)
             self._outputs[key] = self._evaluate(steps, dtype, native)
         return self._outputs[key]
 
@@ -114,11 +147,20 @@ class Predictions:
         if isinstance(steps, Joined):
             first, second = (self._allowances(part, dtype, run) for part in (steps.first, steps.second))
             return None if first is None or second is None else steps.join(first, second)
+        if isinstance(steps, Changed):
+            unchanged = self._allowances(steps.steps, dtype, run)
+            return None if unchanged is None else steps.of(unchanged, self._arguments(dtype))
         key = steps, dtype
         if key not in self._bounds:
+            self._drop_oldest(self._bounds)
             self._bounds[key] = self._bounded(steps, dtype)
         case_bounds = self._bounds[key]
         return None if case_bounds is None else case_bounds.allowances(run)
+
+    def _drop_oldest(self, kept: dict[Any, Any]) -> None:
+        """Drop what was computed first, if there is more than memory should hold."""
+        while len(kept) * scores_of(self.case) > MOST_KEPT:
+            del kept[next(iter(kept))]
 
     def _bounded(self, steps: Steps | LayerSteps, dtype: str) -> Bounds | None:
         try:

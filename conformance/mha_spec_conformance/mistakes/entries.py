@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from mha_spec import steps
+from mha_spec_conformance.suite.changed import Changed
 
-from .mistake import ATTENTION, Compared, Mistake, Sizes, changing, replacing
+from .mistake import ATTENTION, Compared, Mistake, changing, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mha_spec.arguments import Arguments
 
@@ -27,23 +28,30 @@ def of_lse(change: Callable[[numpy.ndarray], numpy.ndarray]) -> steps.Steps:
     return replacing(log_sum_exp=lambda total, maximum: change(steps.log_sum_exp(total, maximum)))
 
 
-def in_group_order(group: int) -> Callable[[numpy.ndarray], numpy.ndarray]:
+def of_stored_lse(change: Callable[[numpy.ndarray, Mapping[str, Any]], numpy.ndarray]) -> Changed:
+    """Change lse, (batch, heads, q_len), by the arguments of the call."""
+    return Changed(steps.Steps(), lambda name, array, call: change(array, call) if name == "lse" else array)
+
+
+def in_group_order(lse: numpy.ndarray, call: Mapping[str, Any]) -> numpy.ndarray:
+    """Return lse in the order (group, kv_head)."""
+    batch, heads, q_len = lse.shape
+    kv_heads = call["key"].shape[1]
+    return lse.reshape(batch, kv_heads, heads // max(kv_heads, 1), q_len).swapaxes(1, 2).reshape(lse.shape)
+
+
+def in_group_order_of_one_query(lse: numpy.ndarray, call: Mapping[str, Any]) -> numpy.ndarray:
     """Return the lse of a single query in the order (group, kv_head)."""
-
-    def change(lse: numpy.ndarray) -> numpy.ndarray:
-        batch, heads, q_len, _ = lse.shape
-        if q_len != 1 or heads % group:
-            return lse
-        return lse.reshape(batch, heads // group, group, q_len, 1).swapaxes(1, 2).reshape(lse.shape)
-
-    return change
+    return in_group_order(lse, call) if lse.shape[2] == 1 else lse
 
 
-def overwritten(lse: numpy.ndarray) -> numpy.ndarray:
-    """Return 0 for an entry without keys, and +inf for every other entry."""
-    empty = (lse == -math.inf).all(axis=(1, 2, 3), keepdims=True)
-    values = numpy.where(empty, 0.0, math.inf).astype(lse.dtype)
-    return numpy.broadcast_to(values, lse.shape) if empty.any() else lse
+def overwritten(lse: numpy.ndarray, call: Mapping[str, Any]) -> numpy.ndarray:
+    """Return 0 for an entry e without keys, and +inf in the first heads of the entry e * kv_heads modulo the batch."""
+    lse, kv_heads = lse.copy(), call["key"].shape[1]
+    for entry in numpy.flatnonzero(numpy.asarray(call["kv_lengths"]) == 0):
+        lse[entry] = 0.0
+        lse[entry * kv_heads % len(lse), : lse.shape[1] // kv_heads] = math.inf
+    return lse
 
 
 def first_entry_alone(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
@@ -95,17 +103,20 @@ ENTRIES = (
         functions=LSE,
         bugs=("AMD-AGI/Primus-Turbo#326", "vllm-project/vllm-xpu-kernels PR#479"),
     ),
-    *(
-        Mistake(
-            f"lse-in-the-order-of-groups-of-{group}",
-            f"returns the lse of a single query in the order (group, kv_head) for groups of {group} heads",
-            ("MHA-LSE-1",),
-            of_lse(in_group_order(group)),
-            functions=LSE,
-            bugs=("vllm-project/flash-attention#87",),
-            past=Sizes(heads=2 * group - 1),
-        )
-        for group in (2, 8)
+    Mistake(
+        "lse-in-group-order",
+        "returns lse in the order (group, kv_head) of the heads",
+        ("MHA-LSE-1",),
+        of_stored_lse(in_group_order),
+        functions=LSE,
+    ),
+    Mistake(
+        "lse-in-group-order-of-one-query",
+        "returns the lse of a single query in the order (group, kv_head) of the heads",
+        ("MHA-LSE-1",),
+        of_stored_lse(in_group_order_of_one_query),
+        functions=LSE,
+        bugs=("vllm-project/flash-attention#87",),
     ),
     Mistake(
         "lse-of-the-entry-before",
@@ -125,11 +136,10 @@ ENTRIES = (
         "lse-overwritten-by-an-empty-entry",
         "returns 0 as the lse of a batch entry without keys, and writes +inf over the lse of another entry",
         ("MHA-EMPTY-2",),
-        of_lse(overwritten),
+        of_stored_lse(overwritten),
         needs=("kv_lengths",),
         functions=LSE,
         bugs=("Dao-AILab/flash-attention#2573",),
-        compared=Compared.WHERE_NOT_FINITE,
     ),
     Mistake(
         "entries-past-the-first-zero",

@@ -18,7 +18,7 @@ from mha_spec.cache import KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, turn
 from mha_spec.steps import Steps
-from mha_spec_conformance.asking.calls import joined, layer_answers
+from mha_spec_conformance.asking.calls import joined, layer_answers, layer_over
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .evaluation import Evaluation, as_float64, in_float64, weighted_sum
@@ -67,9 +67,9 @@ class StepErrors:
     A layer runs with `steps`; then `of` returns the error of an array. Errors are kept by identity of the array.
     """
 
-    def __init__(self, steps: LayerSteps, precision: Precision, dtypes: Mapping[str, str]) -> None:
-        """Wrap the steps; arrays that no step returned have the error 0."""
-        self._precision, self._dtypes = precision, dtypes
+    def __init__(self, steps: LayerSteps, attention: Steps, precision: Precision, dtypes: Mapping[str, str]) -> None:
+        """Wrap the steps of a layer and of its attention; arrays that no step returned have the error 0."""
+        self._attention, self._precision, self._dtypes = attention, precision, dtypes
         self._errors: dict[int, tuple[object, Any]] = {}
         self._depths: dict[int, int] = {}
         names = ("project", "add_bias", "normalise", "turns", "turn", "append", "attend", "weigh")
@@ -158,7 +158,7 @@ class StepErrors:
         return new.key, new.value
 
     def _evaluation(self, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Evaluation:
-        evaluation = Evaluation(arrays, options, Steps())
+        evaluation = Evaluation(arrays, options, self._attention)
         evaluation.dtypes = {**evaluation.dtypes, **self._dtypes}
         return evaluation
 
@@ -193,7 +193,8 @@ class LayerBounds:
     ) -> None:
         """Evaluate the case."""
         self._function = function
-        self._steps = steps if isinstance(steps, LayerSteps) else LayerSteps()
+        self._attention = steps if isinstance(steps, Steps) else Steps()
+        self._steps = steps if isinstance(steps, LayerSteps) else layer_over(self._attention)
         self._dtypes = {name: dtype_name(array) for name, array in arrays.items() if name in ("bias", "sinks")}
         self._arguments = in_float64(arrays) | dict(options)
         self.values = joined(self._answers(self._steps))
@@ -207,7 +208,7 @@ class LayerBounds:
     @numpy.errstate(all="ignore")
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the largest error of each element."""
-        errors = StepErrors(self._steps, precision, self._dtypes)
+        errors = StepErrors(self._steps, self._attention, precision, self._dtypes)
         answers = self._answers(errors.steps)
         return joined([{name: errors.of(array) for name, array in part.items()} for part in answers])
 
