@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .recognition import Wrong
 
-__all__ = ["Place", "WrongElements", "axes_of", "described"]
+__all__ = ["Place", "WrongElements", "axes_of", "described", "plural"]
 
 TILES = (256, 128, 64, 32, 16)
 
@@ -45,8 +45,6 @@ AXES = {
 
 BY_RANK = {4: ("batch entry", "head", "row", "component"), 3: ("batch entry", "row", "component")}
 
-PLURAL = {"batch entry": "batch entries"}
-
 LEAST_LEFT_OUT = 0.05
 """A description is worth a line if it leaves out this share of the elements."""
 
@@ -59,6 +57,11 @@ def axes_of(output: str, rank: int) -> tuple[str, ...]:
     name = output.removesuffix("_a").removesuffix("_b")
     axes = AXES.get(name, BY_RANK.get(rank, ()))
     return axes if len(axes) == rank else tuple(f"axis {axis}" for axis in range(rank))
+
+
+def plural(axis: str) -> str:
+    """Return the plural of the name of an axis."""
+    return "batch entries" if axis == "batch entry" else f"{axis}s"
 
 
 class WrongElements:
@@ -139,7 +142,7 @@ def _kinds_of_rows(visible: numpy.ndarray, seen: numpy.ndarray) -> Iterator[tupl
 
 def _sets_along(axis: str, size: int, group: int) -> Iterator[tuple[str, numpy.ndarray]]:
     """Yield sets of indices along an axis, each with its description."""
-    index, names = numpy.arange(size), PLURAL.get(axis, f"{axis}s")
+    index, names = numpy.arange(size), plural(axis)
     if size < 2:
         return
     yield f"{axis} 0", index == 0

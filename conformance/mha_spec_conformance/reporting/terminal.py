@@ -189,7 +189,7 @@ def title_of(cause: Cause) -> str:
 
 
 def example_of(cause: Cause, least: int = 0) -> Result:
-    """Give the smallest failure of a cause with this many inputs, whose answer is known, in float32, if possible."""
+    """Return a small failure of a cause: if possible, with its answer, at least `least` numbers, in float32."""
     return min(cause.results, key=lambda r: (r.wrong is None, _size(r) < least, r.ask.dtype != "float32", _size(r)))
 
 

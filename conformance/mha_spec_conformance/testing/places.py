@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from mha_spec_conformance.judging.places import plural
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -20,7 +22,6 @@ FEWEST_OF_PERIOD = 3
 """The number of bad indices from which a period is named."""
 
 AXES = ("batch entry", "head", "row")
-PLURALS = {"batch entry": "batch entries", "head": "heads", "row": "rows", "key": "keys", "component": "components"}
 
 
 def where(comparison: Compared, row: str = "row") -> str:
@@ -43,7 +44,7 @@ def where(comparison: Compared, row: str = "row") -> str:
 def described(bad: Sequence[int], compared: Sequence[int], noun: str) -> str:
     """Describe which of the compared indices are bad; both are sorted."""
     bad, compared = list(bad), list(compared)
-    nouns = PLURALS[noun]
+    nouns = plural(noun)
     if bad == compared:
         return f"{noun} {bad[0]}" if len(bad) == 1 else f"all compared {nouns}"
     if len(bad) == 1:
