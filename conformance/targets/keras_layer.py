@@ -1,7 +1,8 @@
 """Keras' `MultiHeadAttention` with TensorFlow, unchanged; keras_grouped.py asks `GroupQueryAttention`.
 
-Its masks are (batch, q_len, kv_len), the same for all heads; lengths are passed as `key_mask`, and its causal diagonal
-begins at the upper left. All biases exist or none.
+Its masks are (batch, q_len, kv_len), or have an axis of heads if nothing else hides keys; lengths are passed as
+`key_mask`, and its causal diagonal begins at the upper left. All biases exist or none, and keys have as many heads as
+queries.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ import tensorflow as tf
 
 arrays = "tensorflow"
 dtypes = ("float64", "float32", "float16", "bfloat16")
+groups = False
 conventions = {"causal_alignment": "upper_left"}
 
 
 def supports(question):
-    """Refuse sizes and masks that the layer does not have."""
-    if not question.function.startswith("multi_head_attention"):
-        return "only the layer is asked"
-    shapes = question.shapes
-    if shapes["w_q"][1] != shapes["w_k"][1]:
-        return "keys have as many heads as queries"
-    return True if shapes.get("mask", (1, 1))[1] == 1 else "attention_mask is the same for all heads"
+    """Refuse calls that the layer does not have."""
+    return takes_mask(question) if question.function.startswith("multi_head_attention") else "only the layer is asked"
+
+
+def takes_mask(question):
+    """Refuse masks of heads together with other constraints, which the layer computes without an axis of heads."""
+    of_heads = question.shapes.get("mask", (1, 1))[1] > 1
+    together = question.options.get("causal") or "kv_lengths" in question.arrays
+    return "a mask of heads is the only constraint" if of_heads and together else True
 
 
 def multi_head_attention(query, key, value, params, *, mask=None, causal=False, kv_lengths=None):
@@ -69,7 +73,7 @@ def call_layer(layer, query, key, value, params, mask, causal, kv_lengths, **opt
         query,
         value,
         key,
-        attention_mask=None if mask is None else mask[:, 0],
+        attention_mask=mask if mask is None or mask.shape[1] > 1 else mask[:, 0],
         key_mask=None if kv_lengths is None else tf.sequence_mask(kv_lengths, key.shape[1]),
         use_causal_mask=causal,
         **options,

@@ -6,7 +6,8 @@ It has no scale: the query is multiplied here.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
+from operator import and_
 
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -32,9 +33,7 @@ def supports(question):
     query, key = shapes["query"], shapes["key"]
     if query != (*key[:2], query[2], key[3]) or shapes["value"] != key:
         return "queries, keys and values have the same heads and sizes"
-    if query[2] % BLOCK or key[2] % BLOCK or 0 in query:
-        return f"lengths are multiples of {BLOCK}"
-    return not (question.options.get("causal") and question.options.get("window")) or "a mask is causal or a window"
+    return not (query[2] % BLOCK or key[2] % BLOCK or 0 in query) or f"lengths are multiples of {BLOCK}"
 
 
 @partial(jax.jit, static_argnames=("causal", "window", "scale", "softcap"))
@@ -53,7 +52,9 @@ def attention(
 ):
     """Call the kernel for every batch entry."""
     shape = query.shape[2], key.shape[2]
-    mask = CausalMask(shape) if causal else FullMask(shape) if window is None else LocalMask(shape, window, 0)
+    constraints = [CausalMask(shape)] if causal else []
+    constraints += [] if window is None else [LocalMask(shape, window, 0)]
+    mask = reduce(and_, constraints) if constraints else FullMask(shape)
     masks = MultiHeadMask([mask] * query.shape[1])
     kernel = make_splash_mha(masks, head_shards=1, q_seq_shards=1, interpret=True, attn_logits_soft_cap=softcap)
     scaled = query * (query.shape[3] ** -0.5 if scale is None else scale)

@@ -1,7 +1,7 @@
 """timm's `Attention`, unchanged, in evaluation mode: the layer of its vision transformers.
 
 Queries, keys and values are the same tokens and have the same heads, in a fused projection. Mask, bias and lengths are
-the same argument, `attn_mask`.
+the same argument, `attn_mask`, which is boolean or a bias.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def supports(question):
     if question.shapes["w_q"] != question.shapes["w_k"] or question.shapes["w_q"] != question.shapes["w_v"]:
         return "queries, keys and values have the same heads"
     names = {*question.arrays, *(name for name, option in question.options.items() if option is not False)}
-    return len(names & {"mask", "bias", "kv_lengths", "causal"}) <= 1 or "the layer is causal or takes one attn_mask"
+    kinds = {"mask" if name == "kv_lengths" else name for name in names & {"mask", "bias", "kv_lengths", "causal"}}
+    return len(kinds) <= 1 or "the layer is causal, or takes a boolean mask or a bias"
 
 
 def multi_head_attention(query, key, value, params, *, mask=None, bias=None, causal=False, kv_lengths=None):
@@ -54,6 +55,7 @@ def multi_head_attention(query, key, value, params, *, mask=None, bias=None, cau
     layer.load_state_dict(state)
     pairs = bias if mask is None else mask
     if kv_lengths is not None:
-        pairs = torch.arange(query.shape[1]) < torch.as_tensor(kv_lengths)[:, None, None, None]
+        within = torch.arange(query.shape[1]) < torch.as_tensor(kv_lengths)[:, None, None, None]
+        pairs = within if pairs is None else pairs & within
     with torch.no_grad():
         return layer.eval()(query, attn_mask=pairs, is_causal=causal)
