@@ -1,4 +1,4 @@
-"""`mha-spec detect`: print the conventions that a target follows, as its answers show them."""
+"""`mha-spec detect`: read the conventions of a target off its answers, and print them."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ NAMED_FACTORS = {
 NARROWER = ("float32", "float16", "bfloat16")
 
 MOST_UNITS, USUAL_UNITS = 16, 1
-"""An error of rounding is at most so many units of the narrower dtype, for numbers of the size of the largest; and at
-most so many in the root mean square of a result, because a wrong factor of the scores gives larger errors."""
+"""The largest error of rounding, in units of the narrower dtype at the size of the largest number; and the largest root
+mean square of the errors of a result, because a wrong factor of the scores gives larger errors."""
 
 
 def amounts(failures: Sequence[WrongElements]) -> list[Place]:
@@ -98,7 +98,7 @@ def _of_numbers(failure: WrongElements, name: str, expected: numpy.ndarray, rece
     if (elsewhere := _elsewhere(failure, name)) is not None:
         yield elsewhere
     if numpy.ptp(received) == 0 and expected.size >= FEWEST and numpy.ptp(expected) > 0:
-        yield "one number everywhere"
+        yield "the same number everywhere"
 
 
 def _rounded(number: float) -> str:
@@ -161,7 +161,7 @@ def rounded_to(wrong: Wrong, profile: str = "standard") -> str | None:
 
 
 def _are_roundings(wrong: Wrong, unit: float, run: Precision) -> bool:
-    """Tell whether no error is many units of a dtype for numbers of the size of the largest, and most are below one."""
+    """Tell whether the errors are few units of a dtype at the size of the largest number, and most below a unit."""
     expected = wrong.ask.expected
     units = {name: numpy.full(wrong.outputs[name].shape, unit * _largest(golden)) for name, golden in expected.items()}
     most = {name: MOST_UNITS * array for name, array in units.items()}

@@ -158,7 +158,7 @@ class Predictions:
         return None if case_bounds is None else case_bounds.allowances(run)
 
     def _drop_oldest(self, kept: dict[Any, Any]) -> None:
-        """Drop what was computed first, if there is more than memory should hold."""
+        """Drop the oldest evaluations if all of them hold too many scores."""
         while len(kept) * scores_of(self.case) > MOST_KEPT:
             del kept[next(iter(kept))]
 

@@ -90,7 +90,7 @@ def _of_sizes(sizes: Mapping[str, int]) -> Iterator[str]:
     if heads and kv_heads:
         yield "group > 1" if heads > kv_heads else "group = 1"
         if kv_heads == 1 < heads:
-            yield "one kv head"
+            yield "a single kv head"
         elif heads > kv_heads:
             yield "group > 1 and several kv heads"
     if q_len is not None:

@@ -112,7 +112,7 @@ def readings(source: Source, questions: Questions) -> tuple[Reading, ...]:
         by_name[group.convention].append(_reading(group, evidence))
     alignment = "causal_alignment"
     probes = {v: Evidence(alignment, of(asks), questions.recognition) for v, asks in questions.probes.items()}
-    probes = {variant: evidence.beside(chosen) for variant, evidence in probes.items()}
+    probes = {variant: evidence.allowing_for(chosen) for variant, evidence in probes.items()}
     by_name[alignment] = [_aligned(by_name[alignment][0], probes, takes_offset=_takes_offset(claims))]
     by_name["output_dtype"] = [_output_dtype(of(questions.dtypes))]
     strict = of(questions.strict)
@@ -143,10 +143,11 @@ def _relative(evidence: Evidence, chosen: Mapping[str, Sequence[Mistake]], judge
     """Return evidence that allows for the other conventions that the target follows."""
     of_attention = any("attention" in mistake.functions for mistake in chosen.get("lse_base", ()))
     if evidence.convention != "empty_row_lse" or not of_attention:
-        return evidence.beside(chosen)
+        return evidence.allowing_for(chosen)
     # Both change the same step, so that they have no joint prediction: the base is taken out of the answers.
     natural = [_natural(answered, judge) for answered in evidence.answers]
-    return replace(evidence, answers=natural).beside({name: m for name, m in chosen.items() if name != "lse_base"})
+    others = {name: mistakes for name, mistakes in chosen.items() if name != "lse_base"}
+    return replace(evidence, answers=natural).allowing_for(others)
 
 
 def _natural(answered: Answered, judge: Judge) -> Answered:
@@ -208,7 +209,7 @@ def _counted(answers: Sequence[Answered]) -> str:
 
 
 def _aligned(reading: Reading, asked: Mapping[str, Evidence], *, takes_offset: bool) -> Reading:
-    """Return the alignment of a target that takes no offset, or whether a target obeys the offset that it takes."""
+    """Return the alignment of a target without q_offset, or BY_OFFSET for a target that obeys its q_offset."""
     name = reading.convention
     fitting = [variant for variant, evidence in asked.items() if evidence.judged and not evidence.wrong]
     silent = [answered for evidence in asked.values() for answered in evidence.silent]
@@ -228,7 +229,7 @@ def _aligned(reading: Reading, asked: Mapping[str, Evidence], *, takes_offset: b
 
 
 def _without_offset(fitting: Sequence[str], silent: Sequence[Answered]) -> str:
-    """Say what a target that obeys an offset does without it."""
+    """Describe the calls without q_offset of a target that obeys it."""
     if any(answered.result.outcome == "error" for answered in silent):
         return "; a call without it raises where the readings differ"
     return f"; a call without it has {fitting[0]}" if fitting else ""

@@ -72,7 +72,7 @@ class Evidence:
         """The answers that neither the specification nor another convention alone explains."""
         return [a for a in self.judged if not a.right and not any(a.shows(o, self.recognition) for o in self.others)]
 
-    def beside(self, chosen: Mapping[str, Sequence[Mistake]]) -> Evidence:
+    def allowing_for(self, chosen: Mapping[str, Sequence[Mistake]]) -> Evidence:
         """Return the evidence that allows for other conventions; a lower precision is allowed its errors."""
         others = [mistake for name, mistakes in chosen.items() if name != self.convention for mistake in mistakes]
         lower = frozenset(m.convention for m in others if m.convention is not None and m.convention.name == "precision")
@@ -132,7 +132,7 @@ class Evidence:
         return counts, [answered for answered in self.wrong if id(answered) not in some]
 
     def _distance(self, variant: str) -> float:
-        """Return how far the sizes of the errors are from those of a variant, as the mean of a logarithm."""
+        """Return the distance of the sizes of the errors from those of a variant, as the mean of a logarithm."""
         return min(self._mean_distance(mistake) for mistake in readings_of(self.convention)[variant])
 
     def _mean_distance(self, mistake: Mistake) -> float:
@@ -147,7 +147,7 @@ def conventions_followed(groups: Mapping[Group, Evidence]) -> dict[str, list[Mis
     chosen = _by_value([evidence for group, evidence in groups.items() if group.convention != "precision"])
     for group, evidence in groups.items():
         if group.convention == "precision" and group.dtype == usual:
-            relative = evidence.beside(chosen)
+            relative = evidence.allowing_for(chosen)
             names = relative.variants()[:1]
             lower = [m for name in names for m in readings_of("precision")[name] if relative.stands(m)]
             return chosen | ({"precision": lower} if lower else {})
@@ -155,7 +155,7 @@ def conventions_followed(groups: Mapping[Group, Evidence]) -> dict[str, list[Mis
 
 
 def _by_value(evidence: Sequence[Evidence]) -> dict[str, list[Mistake]]:
-    """Choose the conventions that explain the most wrong answers, each only if it explains one that is left."""
+    """Choose the conventions that explain the most wrong answers, each only if it explains an answer that is left."""
     answers = [(answered, of.recognition) for of in evidence for answered in of.wrong]
     candidates = {of.convention: _candidates(of) for of in evidence}
     explained = {

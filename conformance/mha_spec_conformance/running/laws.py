@@ -84,7 +84,7 @@ def _another_place(ask: Ask, question: Question) -> _Pair | None:
 
 
 def _another_table(ask: Ask, question: Question) -> _Pair | None:
-    """Ask the same again: the conversion to pages chooses another table for each name of a question."""
+    """Ask the same under another name, for which the conversion to pages chooses another table."""
     if ask.case.function != "attention" or not question.arrays["key"].size:
         return None
     return _Pair((question,))

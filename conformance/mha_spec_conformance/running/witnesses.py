@@ -43,7 +43,7 @@ FEATURES = {
     "group_order": {"groups"},
     "nonfinite": {"nonfinite", "poison"},
 }
-"""The features of which a case must have one to be about a convention."""
+"""A case is about a convention only if it has any of these features."""
 
 OF_LSE = ("lse_base", "empty_row_lse")
 
@@ -143,7 +143,7 @@ def _strict(asked: Sequence[Ask]) -> Iterator[Ask]:
 
 
 def _about(convention: str, ask: Ask) -> Ask | None:
-    """Return an ask with the output alone that the convention is about; None if the case is not about it."""
+    """Return an ask for the only output that the convention is about; None if the case is not about it."""
     if convention in FEATURES and FEATURES[convention].isdisjoint(ask.features):
         return None
     if ask.case.function != "attention":
@@ -170,7 +170,7 @@ def _of_dtypes(asked: Sequence[Ask], claims: Claims) -> list[Ask]:
 def _probes(suite: Suite, claims: Claims) -> dict[str, list[Ask]]:
     """Choose causal calls without an offset, by the alignment that passes them; see `probes`.
 
-    A target that takes an offset is not passed it, so that its default shows.
+    A target that takes an offset does not receive it, so that its default shows.
     """
     without: Mapping[str, tuple[str, ...]] = {
         function: tuple(word for word in words if word != "q_offset") for function, words in claims.keywords.items()
