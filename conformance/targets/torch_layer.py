@@ -1,9 +1,10 @@
 """PyTorch's `torch.nn.MultiheadAttention`, unchanged, in evaluation mode with `batch_first=True`.
 
 It has as many heads of keys as of queries, its query, its output and all heads together have the same size, and it has
-all biases or none. Its masks hide where they are True; mask and bias are the same argument, `attn_mask`, and a causal
-call passes the causal mask as well. Where query, key and value are the same tokens, they are one tensor, with which the
-layer takes its fast path.
+all biases or none: smaller tokens, values and outputs are passed with zeros at their end. Its masks hide where they are
+True; mask and bias are the same argument, `attn_mask`, and a causal call passes the causal mask as well. Where query,
+key and value are the same tokens, they are one tensor, with which the layer takes its fast path if it has biases and
+an even number of heads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 arrays = "torch"
 dtypes = ("float64", "float32", "float16", "bfloat16")
+groups = False
 conventions = {"causal_alignment": "upper_left"}
 
 
@@ -20,9 +22,9 @@ def supports(question):
     if not question.function.startswith("multi_head_attention"):
         return "only the layer is asked"
     embed, heads, size = question.shapes["w_q"]
-    if question.shapes["w_v"][1:] != (heads, size) or question.shapes["w_k"][1] != heads:
-        return "queries, keys and values have the same heads"
-    return True if (embed, embed) == (heads * size, question.shapes["w_o"][2]) else "embed_dim is heads * size"
+    if max(embed, question.shapes["w_o"][2]) > heads * size:
+        return "the query and the output are no larger than all heads together"
+    return question.shapes["w_v"][2] <= size or "values are no larger than keys"
 
 
 def multi_head_attention(query, key, value, params, *, mask=None, bias=None, causal=False, kv_lengths=None):
@@ -38,10 +40,12 @@ def multi_head_attention_and_weights(query, key, value, params, *, mask=None, bi
 def call(query, key, value, params, mask, bias, causal, kv_lengths, *, need_weights=False):
     """Call a layer with these parameters."""
     itself = torch.equal(query, key) and torch.equal(query, value) if query.shape == key.shape == value.shape else False
+    out_size = params["w_o"].shape[2]
+    (query, key, value), params = widened((query, key, value), params)
     key, value = (query, query) if itself else (key, value)
     hidden = None if kv_lengths is None else torch.arange(key.shape[1]) >= torch.as_tensor(kv_lengths)[:, None]
     with torch.no_grad():
-        return layer(params, query.dtype)(
+        output, weights = layer(params, query.dtype)(
             query,
             key,
             value,
@@ -51,6 +55,25 @@ def call(query, key, value, params, mask, bias, causal, kv_lengths, *, need_weig
             need_weights=need_weights,
             average_attn_weights=False,
         )
+    return output[..., :out_size], weights
+
+
+def widened(tokens, params):
+    """Append zeros to tokens of the query's size, to values and to the output, up to the sizes of the layer."""
+    embed, heads, size = params["w_q"].shape
+    wide = heads * size
+    sizes = {"b_v": (heads, size), "w_o": (heads, size, wide), "b_o": (wide,)}
+    for name in ("w_q", "w_k", "w_v"):
+        tokens_size = params[name].shape[0]
+        sizes[name] = (wide if tokens_size == embed else tokens_size, heads, size)
+    tokens = [padded(array, (*array.shape[:2], wide)) if array.shape[2] == embed else array for array in tokens]
+    return tokens, {name: padded(array, sizes.get(name, array.shape)) for name, array in params.items()}
+
+
+def padded(array, shape):
+    """Append zeros up to a shape."""
+    ends = [end for size, length in zip(shape[::-1], array.shape[::-1], strict=True) for end in (0, size - length)]
+    return torch.nn.functional.pad(array, ends)
 
 
 def attn_mask(query, key, heads, mask, bias, causal):
