@@ -54,21 +54,26 @@ class Strip:
 
 
 def _place(share: float) -> float:
-    """Give the place of a share of the allowance along the axis."""
+    """Give the place of a share of the allowance along the axis, the middle of its bin; that of 1 ends at the line."""
     if share == 0:
         return ZERO
     if not math.isfinite(share):
         return INFINITE
     power = min(max(math.log10(share), DECADES[0]), DECADES[1])
-    return LEFT + DECADE * (round(power * BINS) / BINS - DECADES[0])
+    return _tick((math.ceil(power * BINS) - 0.5) / BINS)
 
 
-LIMIT = _place(1.0)
+def _tick(power: float) -> float:
+    """Give the place of a power of ten."""
+    return LEFT + DECADE * (power - DECADES[0])
+
+
+LIMIT = _tick(0)
 """The place of the allowance itself."""
 
 TICKS = (
     (ZERO, "0"),
-    *((_place(10.0**power), f"{10.0**power:g}".replace("0.", ".")) for power in range(DECADES[0], DECADES[1] + 1)),
+    *((_tick(power), f"{10.0**power:g}".replace("0.", ".")) for power in range(DECADES[0], DECADES[1] + 1)),
     (INFINITE, "∞"),
 )
 """The places and labels of the axis."""
@@ -96,7 +101,7 @@ def _strip(cases: Cases) -> Strip:
         failed=outcomes.total() - outcomes["pass"] - outcomes["unsupported"],
         largest=max(passed, default=None),
         right=_dots(passed),
-        wrong="".join(f"M{x - r:g} {MIDDLE}l{r} {-r} {r} {r} {-r} {r}z" for x, r in _binned(failed)),
+        wrong="".join(f"M{x - r:.4g} {MIDDLE}l{r} {-r} {r} {r} {-r} {r}z" for x, r in _binned(failed)),
     )
 
 
@@ -109,5 +114,5 @@ def _binned(shares: Iterable[float]) -> list[tuple[float, float]]:
 def _dots(shares: Iterable[float]) -> dict[float, str]:
     paths: dict[float, str] = {}
     for x, radius in _binned(shares):
-        paths[radius] = paths.get(radius, "") + f"M{x:g} {MIDDLE}h0"
+        paths[radius] = paths.get(radius, "") + f"M{x:.4g} {MIDDLE}h0"
     return paths
