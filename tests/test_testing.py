@@ -10,12 +10,14 @@ from typing import Any
 import ml_dtypes
 import numpy
 import pytest
+from support.layouts import Kernel
 from support.numbers import numbers
 
 from mha_spec.arrays import FLOATING
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError, MhaSpecError
 from mha_spec_conformance.judging.bounds import allowances, bounds, precision
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
+from mha_spec_conformance.targets.layouts import Pages, Tokens
 from mha_spec_conformance.testing import allowance, assert_attention, assert_attention_vjp, assert_rotary
 from mha_spec_conformance.testing.columns import gradients_of_keys
 from mha_spec_conformance.testing.places import described
@@ -309,3 +311,107 @@ def test_empty_and_tiny_problems_pass(shape: tuple[int, int, int]) -> None:
     gradients = import_module("mha_spec_numpy").attention_vjp(arrays["query"], **arrays)
     assert assert_attention_vjp(gradients, arrays["query"], *arrays.values()) <= 1
     assert numpy.shape(allowance(**arrays)) == output.shape
+
+
+LENGTHS = {"q": (7, 0, 131, 3), "kv": (13, 5, 97, 2)}
+CAUSAL = {"causal": True, "q_offset": "lower_right"}
+
+
+def packed(layout: str) -> tuple[dict[str, Any], dict[str, Any], Tokens]:
+    """Return query, key, value and grad_output in a layout, its arguments, and the storage of the queries."""
+    dense = {
+        "query": drawn(4, HEADS, 131, QK_DIM),
+        "key": drawn(4, KV_HEADS, 97, QK_DIM),
+        "value": drawn(4, KV_HEADS, 97, V_DIM),
+        "grad_output": drawn(4, HEADS, 131, V_DIM),
+    }
+    queries, tokens, pages = Tokens(LENGTHS["q"], 3), Tokens(LENGTHS["kv"], 5), Pages(LENGTHS["kv"], 16, seed=1)
+    keys = tokens if layout == "thd" else pages
+    arrays = {n: (keys if n in ("key", "value") else queries).store(array) for n, array in dense.items()}
+    of_pages = {"block_table": pages.table, "kv_lengths": numpy.asarray(LENGTHS["kv"])}
+    lengths = {"cu_seqlens_q": queries.bounds, **({"cu_seqlens_kv": tokens.bounds} if keys is tokens else of_pages)}
+    return arrays, lengths, queries
+
+
+@pytest.mark.parametrize("layout", ["thd", "paged"])
+def test_packed_sequences_and_pages_are_compared_and_nothing_else(layout: str) -> None:
+    arrays, lengths, queries = packed(layout)
+    grad_output = arrays.pop("grad_output")
+    sinks = drawn(HEADS)
+    output, lse = Kernel().attention(**arrays, **lengths, causal=True, sinks=sinks, return_lse=True)
+    options = {"layout": layout, **lengths, **CAUSAL, "sinks": sinks}
+    assert numpy.isnan(output[-3:]).all()
+    assert 0 < assert_attention(output, *arrays.values(), lse=lse, **options) <= 1
+    assert 0 < assert_attention(output, *arrays.values(), rows=[0, 6, 130], **options) <= 1
+    allowed, of_lse = allowance(**arrays, **options, return_lse=True)
+    assert numpy.shape(allowed) == output.shape
+    assert numpy.shape(of_lse) == lse.shape
+    assert (allowed[: LENGTHS["q"][0]] > 0).all()
+    assert (allowed[-3:] == 0).all()
+    grad_lse = drawn(*lse.shape)
+    gradients = Kernel().attention_vjp(grad_output, **arrays, **lengths, causal=True, sinks=sinks, grad_lse=grad_lse)
+    gradients = [gradients[0], gradients[1], gradients[2], None, gradients[4].astype(sinks.dtype)]
+    assert 0 < assert_attention_vjp(gradients, grad_output, *arrays.values(), grad_lse=grad_lse, **options) <= 1
+
+    token = int(queries.bounds[2]) + 67
+    output[token, 1] += 1
+    assert "batch entry 2, head 1, row 67, all compared" in message(
+        assert_attention, output, *arrays.values(), **options
+    )
+    key = int(lengths["cu_seqlens_kv"][3]) + 1 if layout == "thd" else (int(lengths["block_table"][3, 0]), 1)
+    gradients[1][key] += 1
+    text = message(assert_attention_vjp, gradients, grad_output, *arrays.values(), grad_lse=grad_lse, **options)
+    assert "batch entry 3" in text
+    assert "key 1" in text
+
+
+def test_dense_queries_attend_to_pages() -> None:
+    arrays, lengths, _ = packed("paged")
+    query = drawn(4, 1, HEADS, QK_DIM)
+    each = {**lengths, "cu_seqlens_q": numpy.arange(5, dtype=numpy.int32)}
+    output = Kernel().attention(query[:, 0], arrays["key"], arrays["value"], **each)[:, None]
+    del lengths["cu_seqlens_q"]
+    assert 0 < assert_attention(output, query, arrays["key"], arrays["value"], layout="paged", **lengths) <= 1
+    output[2, 0, 3, 0] += 1
+    text = message(assert_attention, output, query, arrays["key"], arrays["value"], layout="paged", **lengths)
+    assert "batch entry 2, head 3, row 0, component 0" in text
+
+
+PACKED_REFUSED: dict[str, tuple[str, dict[str, Any], type[MhaSpecError], str]] = {
+    "no bounds": ("thd", {"cu_seqlens_kv": None}, ArgumentTypeError, "`cu_seqlens_kv` must be given"),
+    "bounds of another side": ("thd", {"cu_seqlens_kv": [0, 3, 4]}, ArgumentValueError, "must have 4 sequences"),
+    "bounds that fall": ("thd", {"cu_seqlens_q": [0, 7, 3, 5, 9]}, ArgumentValueError, "never fall"),
+    "bounds past the end": ("thd", {"cu_seqlens_q": [0, 7, 7, 138, 999]}, ArgumentValueError, "number of tokens, 144"),
+    "floats": ("thd", {"cu_seqlens_q": numpy.zeros(5)}, ArgumentTypeError, "integers of rank 1"),
+    "mask": ("thd", {"mask": numpy.ones((4, 1, 1, 1), bool)}, ArgumentValueError, "`mask` must be None"),
+    "lengths": ("thd", {"kv_lengths": [1, 1, 1, 1]}, ArgumentValueError, "`kv_lengths` must be None"),
+    "value": ("thd", {"value": drawn(9, KV_HEADS, V_DIM)}, ArgumentValueError, "`value` must have"),
+    "output": ("thd", {"output": drawn(9, HEADS, V_DIM)}, ArgumentValueError, "shape=.144, 6, 13."),
+    "no table": ("paged", {"block_table": None}, ArgumentTypeError, "`block_table` must be given"),
+    "table": ("paged", {"block_table": numpy.full((4, 9), 999)}, ArgumentValueError, "block<"),
+    "long": ("paged", {"kv_lengths": [13, 5, 999, 2]}, ArgumentValueError, "slots of a row"),
+    "key": ("paged", {"key": drawn(9, KV_HEADS, QK_DIM)}, ArgumentValueError, "`key` must be .blocks"),
+    "a layout with bounds": ("bshd", {}, ArgumentTypeError, "cu_seqlens_q"),
+}
+
+
+@pytest.mark.parametrize(("layout", "changed", "error", "fragment"), PACKED_REFUSED.values(), ids=PACKED_REFUSED)
+def test_a_wrong_argument_of_a_packed_layout_is_refused(
+    layout: str, changed: dict[str, Any], error: type[MhaSpecError], fragment: str
+) -> None:
+    arrays, lengths, queries = packed(layout if layout == "paged" else "thd")
+    del arrays["grad_output"]
+    if layout == "bshd":
+        arrays = {name: array[None] for name, array in arrays.items()}
+    output = drawn(queries.bounds[-1] + 3, HEADS, V_DIM)
+    with pytest.raises(error, match=fragment):
+        assert_attention(**({"output": output, **arrays, **lengths} | changed), layout=layout)
+
+
+def test_gradients_of_a_shared_page_are_refused() -> None:
+    arrays, lengths, _ = packed("paged")
+    grad_output = arrays.pop("grad_output")
+    lengths["block_table"][1] = lengths["block_table"][0]
+    gradients = (arrays["query"], arrays["key"], arrays["value"])
+    with pytest.raises(ArgumentValueError, match="must not share a block"):
+        assert_attention_vjp(gradients, grad_output, *arrays.values(), layout="paged", **lengths)

@@ -66,11 +66,14 @@ def assert_attention(
         query: (batch, heads, q_len, qk_dim).
         key: (batch, kv_heads, kv_len, qk_dim).
         value: (batch, kv_heads, kv_len, v_dim).
-        lse: (batch, heads, q_len) in every layout, natural, float32, for float64 inputs float64.
-        layout: "bhsd", or "bshd" for the axes (batch, length, heads, size) of output, query, key and value.
+        lse: (batch, heads, q_len), for packed queries (tokens, heads); natural, float32, for float64 inputs float64.
+        layout: "bhsd", "bshd", "thd" or "paged". In "bshd" output, query, key and value have the axes (batch, length,
+            heads, size). "thd" has (tokens, heads, size), with the further options `cu_seqlens_q` and `cu_seqlens_kv`.
+            In "paged", key and value are (blocks, block_size, kv_heads, size), with the options `block_table` and
+            `kv_lengths`; query and output are packed if `cu_seqlens_q` is passed, and else as in "bshd".
         profile: The profile of precision; see docs/targets.md.
-        rows: The rows to compare in each head. None compares all rows of a small problem; of a large problem, rows at
-            the edges of tiles and constraints, rows drawn at random, and rows that look suspicious.
+        rows: The rows to compare in each head of each sequence. None compares all rows of a small problem; of a large
+            problem, rows at the edges of tiles and constraints, rows drawn at random, and rows that look suspicious.
         seed: Another seed draws other rows.
         **options: The options of `mha_spec.attention`.
 
@@ -84,9 +87,10 @@ def assert_attention(
     problem = read_problem({"query": query, "key": key, "value": value}, options, layout)
     a = problem.arguments
     shape = (*a.query.shape[:3], a.value.shape[3])
-    results = {"output": read_result("output", output, a.query, shape, layout)}
+    rows_storage = problem.sides.queries
+    results = {"output": read_result("output", output, a.query, shape, rows_storage)}
     if lse is not None:
-        results["lse"] = read_result("lse", lse, a.query, shape[:3], layout)
+        results["lse"] = read_result("lse", lse, a.query, shape[:3], rows_storage)
     run = precision(problem.dtype, profile)
     parts = [(part, forward(part, problem, run)) for part in _parts(problem, rows, seed, PAIRS, results)]
     comparisons = [
@@ -123,7 +127,7 @@ def assert_attention_vjp(
         query: As in `assert_attention`, and so are key, value, layout, profile, rows, seed and options.
         key: See `query`.
         value: See `query`.
-        grad_lse: (batch, heads, q_len), the cotangent of lse; None is 0.
+        grad_lse: The cotangent of lse, of its shape; None is 0.
         layout: See `query`.
         profile: See `query`.
         rows: See `query`; they choose rows of the query's gradient.
@@ -140,7 +144,7 @@ def assert_attention_vjp(
     """
     operands = {"grad_output": grad_output, "query": query, "key": key, "value": value}
     problem = read_problem(operands, {**options, "grad_lse": grad_lse}, layout, "attention_vjp")
-    results, run = _gradients(gradients, problem, layout), precision(problem.dtype, profile)
+    results, run = _gradients(gradients, problem), precision(problem.dtype, profile)
     comparisons = [
         *_over_rows(results, problem, run, rows, seed),
         *_over_keys(results, problem, run, seed),
@@ -173,7 +177,7 @@ def _over_keys(results: Mapping[str, Array], problem: Problem, run: Precision, s
     ]
 
 
-def _gradients(gradients: Sequence[Array | None], problem: Problem, layout: str) -> dict[str, numpy.ndarray]:
+def _gradients(gradients: Sequence[Array | None], problem: Problem) -> dict[str, numpy.ndarray]:
     """Convert and check the gradients that are compared, by name."""
     a = problem.arguments
     if not 3 <= len(gradients) <= len(OPERANDS):
@@ -187,7 +191,8 @@ def _gradients(gradients: Sequence[Array | None], problem: Problem, layout: str)
         if gradient is not None:
             if operand is None:
                 raise ArgumentValueError(f"`gradients` must be None for {name}, which the call does not have.")
-            results[f"grad_{name}"] = read_result(f"grad_{name}", gradient, operand, operand.shape, layout)
+            storage = problem.sides.of(name) if name in ("query", "key", "value") else None
+            results[f"grad_{name}"] = read_result(f"grad_{name}", gradient, operand, operand.shape, storage)
     return results
 
 
@@ -202,7 +207,10 @@ def _columns(problem: Problem, seed: int) -> list[tuple[int, int, numpy.ndarray]
     keys = max(MOST_KEYS, a.kv_len) if a.kv_len * pairs <= COLUMN_PAIRS * MOST_KEYS else MOST_KEYS
     sampler = Sampler(a.kv_len, keys * heads, seed)
     chosen = sorted(sampler.random.permutation(len(places))[:heads].tolist())
-    return [(*places[i], sampler.rows(heads, turn)) for turn, i in enumerate(chosen)]
+    columns = [
+        (*places[i], sampler.rows(heads, turn, (), problem.keys_of(places[i][0]))) for turn, i in enumerate(chosen)
+    ]
+    return [(entry, head, keys) for entry, head, keys in columns if len(keys)]
 
 
 def allowance(
@@ -224,16 +232,19 @@ def allowance(
         value: See `query`.
         layout: See `query`.
         profile: See `query`.
-        rows: The rows of each head whose allowances are computed; None computes all, however many they are.
+        rows: The rows of each head whose allowances are computed, None for packed queries; None computes all, however
+            many they are.
         return_lse: True also returns the allowances of lse.
         **options: The options of `mha_spec.attention`.
 
     Returns:
         The allowances in float64, (batch, heads, rows, v_dim) in the layout `layout`; with `return_lse` also those of
-        lse, (batch, heads, rows). The allowance of a result that must be exact is 0.
+        lse, in its layout. The allowance of a result that must be exact is 0.
     """
     problem = read_problem({"query": query, "key": key, "value": value}, options, layout)
     a, run = problem.arguments, precision(problem.dtype, profile)
+    if rows is not None and problem.sides.packs_queries:
+        raise ArgumentValueError(f"`rows` must be None with packed queries, received rows={rows!r}.")
     chosen = checked_rows(rows, a.q_len)
     chosen = numpy.arange(a.q_len) if chosen is None else chosen
     output = numpy.zeros((a.batch, a.heads, len(chosen), a.value.shape[3]))
@@ -245,7 +256,8 @@ def allowance(
             values = forward(Part(a, entry, (head,), chosen[block]), problem, run)
             output[entry, head, block] = values["output"].allowance
             lse[entry, head, block] = values["lse"].allowance
-    output = output if layout == "bhsd" else output.swapaxes(1, 2)
+    storage = problem.sides.queries
+    output, lse = (storage.stored(array) for array in (output, lse))
     return (output, lse) if return_lse else output
 
 
@@ -256,12 +268,16 @@ def _parts(
     a = problem.arguments
     chosen = checked_rows(rows, a.q_len)
     if chosen is not None:
-        places = numpy.ndindex(a.batch, a.heads) if len(chosen) else ()
-        return [Part(a, entry, (head,), chosen) for entry, head in places]
+        existing = {entry: chosen[chosen < problem.rows_of(entry)] for entry in range(a.batch)}
+        places = numpy.ndindex(a.batch, a.heads)
+        return [Part(a, entry, (head,), existing[entry]) for entry, head in places if len(existing[entry])]
     sampler = Sampler(a.q_len, pairs // max(a.kv_len, 1), seed)
     heads = sampler.heads(a.batch, a.heads)
     marks = {entry: marks_of(problem, entry) for entry in {entry for entry, _ in heads}}
-    drawn = {place: sampler.rows(len(heads), turn, marks[place[0]]) for turn, place in enumerate(heads)}
+    drawn = {
+        (entry, head): sampler.rows(len(heads), turn, marks[entry], problem.rows_of(entry))
+        for turn, (entry, head) in enumerate(heads)
+    }
     for entry, head, row in _suspects(results, problem, sampler.random):
         drawn[entry, head] = numpy.union1d(drawn.get((entry, head), numpy.empty(0, numpy.int64)), [row])
     return [Part(a, entry, (head,), taken) for (entry, head), taken in sorted(drawn.items()) if len(taken)]
@@ -276,6 +292,8 @@ def _suspects(
     numpy.amax(abs(result), axis=-1, out=largest, initial=0.0)
     limit = abs(problem.arguments.value).max(initial=0.0) if name == "output" else numpy.inf
     suspicious = ~numpy.isfinite(largest) | (largest == 0) | (largest > limit)
+    for entry in range(len(suspicious)):
+        suspicious[entry, :, problem.rows_of(entry) :] = False
     places = numpy.argwhere(suspicious)
     places = random.permutation(places)[:MOST_SUSPECTS]
     return [(int(entry), int(head), int(row)) for entry, head, row in places]

@@ -13,6 +13,7 @@ import numpy
 
 from mha_spec.layer_steps import LayerSteps
 from mha_spec.steps import Steps
+from mha_spec_conformance.judging.amounts import common_factor, common_shift
 from mha_spec_conformance.judging.bounds import bounds, unit_roundoff
 from mha_spec_conformance.judging.compare import FINITE, kinds_of_values
 from mha_spec_conformance.mistakes import MISTAKES, Mistake
@@ -242,13 +243,8 @@ def _factor(wrong: Sequence[Compared]) -> Likeness | None:
     """Tell whether the wrong rows of every wrong result are a constant times the expected values."""
     factors: list[str] = []
     for comparison in wrong:
-        expected, got, allowed = _finite(comparison)
-        if not expected.size:
-            return None
-        large = numpy.argsort(-abs(expected))[: max(1, expected.size // 4)]
-        factor = float(numpy.median(got[large] / expected[large])) if (expected[large] != 0).all() else 0.0
-        errors = abs(got - factor * expected)
-        if abs(factor) < unit_roundoff("bfloat16") or not (errors <= 2 * allowed * max(1.0, abs(factor))).all():
+        factor = common_factor(*_finite(comparison))
+        if factor is None:
             return None
         factors.append(f"`{comparison.name}` is {factor:.6g} times the expected values in the wrong rows")
     return Likeness(tuple(factors)) if factors else None
@@ -258,9 +254,8 @@ def _shift(wrong: Sequence[Compared]) -> Likeness | None:
     """Tell whether the wrong values of lse differ from the right values by a constant."""
     if [comparison.name for comparison in wrong] != ["lse"]:
         return None
-    expected, got, allowed = _finite(wrong[0])
-    shift = float(numpy.median(got - expected)) if expected.size else 0.0
-    if not shift or not (abs(got - expected - shift) <= 2 * allowed).all():
+    shift = common_shift(*_finite(wrong[0]))
+    if not shift:
         return None
     return Likeness((f"`lse` is the expected value plus {shift:.6g} in the wrong rows",))
 

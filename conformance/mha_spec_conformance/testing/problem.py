@@ -17,15 +17,19 @@ from mha_spec.errors import ArgumentValueError, refuse_type, refuse_value
 from mha_spec.offsets import named_offset
 from mha_spec_conformance.targets.conversion import to_numpy
 
+from .packing import DENSE, Dense, Sides, sides_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mha_spec.arrays import Array
 
+    from .packing import Storage
+
 __all__ = ["Problem", "read_array", "read_problem", "read_result", "read_tensor", "rows_of_result"]
 
-LAYOUTS = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3)}
-"""The axes of (batch, heads, length, size) in each layout of query, key, value, output and their gradients."""
+
+BHSD = Sides(Dense(DENSE["bhsd"]), Dense(DENSE["bhsd"]), {})
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,17 @@ class Problem:
     arguments: Arguments
     grad_output: numpy.ndarray | None = None
     grad_lse: numpy.ndarray | None = None
+    sides: Sides = BHSD
+
+    def rows_of(self, entry: int) -> int:
+        """Return the number of rows that the layout has in a batch entry."""
+        length = self.sides.queries.length(entry)
+        return self.arguments.q_len if length is None else length
+
+    def keys_of(self, entry: int) -> int:
+        """Return the number of keys that the layout has in a batch entry."""
+        length = self.sides.keys.length(entry)
+        return self.arguments.kv_len if length is None else length
 
     @property
     def dtype(self) -> str:
@@ -74,21 +89,39 @@ def read_problem(
     Args:
         operands: Query, key and value, and for attention_vjp grad_output; arrays of any library.
         options: The options of the function, and for attention_vjp grad_lse.
-        layout: The layout of the operands.
+        layout: The layout of the operands, whose own arguments are among the options.
         function: The name of the function that was called.
 
     Raises:
         ArgumentValueError, ArgumentTypeError: An argument is wrong, as for the function itself.
     """
-    tensors = {name: read_tensor(name, array, layout) for name, array in operands.items()}
+    stored = {name: _read_operand(name, array) for name, array in operands.items()}
     converted = {name: read_array(value) for name, value in options.items() if value is not None}
+    sides = sides_of(layout, stored, converted, function)
+    tensors = {name: _dense(name, array, sides.of(name), layout, 4) for name, array in stored.items()}
     grad_output, grad_lse = tensors.pop("grad_output", None), converted.pop("grad_lse", None)
     refuse_unknown(converted, function)
-    arguments = check(Arguments(**tensors, **converted, function=function))
+    arguments = check(Arguments(**tensors, **converted, **sides.lengths, function=function))
+    if grad_lse is not None:
+        require_array("grad_lse", grad_lse, "MHA-VJP-7")
+        grad_lse = _dense("grad_lse", grad_lse, sides.of("grad_lse"), layout, 3)
     check_dropout_mask(arguments)
     if function == "attention_vjp":
         check_cotangents(arguments, grad_output, grad_lse)
-    return Problem(arguments, grad_output, grad_lse)
+    return Problem(arguments, grad_output, grad_lse, sides)
+
+
+def _read_operand(name: str, array: Array) -> numpy.ndarray:
+    require_array(name, array, "MHA-SHAPE-3")
+    return read_array(array)
+
+
+def _dense(name: str, stored: numpy.ndarray, storage: Storage, layout: str, rank: int) -> numpy.ndarray:
+    """Convert an array from a layout to the axes (batch, heads, length) or (batch, heads, length, size)."""
+    if not storage.fits(stored, rank):
+        wanted = f"rank {rank}" if layout in DENSE else "the tokens of its side"
+        refuse_value("MHA-SHAPE-1", f"`{name}` must have {wanted}, {layout}, received shape={stored.shape}.")
+    return storage.dense(stored)
 
 
 def read_array(value: Any) -> Any:
@@ -101,32 +134,37 @@ def read_array(value: Any) -> Any:
 
 
 def read_tensor(name: str, array: Array, layout: str) -> numpy.ndarray:
-    """Convert an array of rank 4 to NumPy, with the axes (batch, heads, length, size)."""
-    if layout not in LAYOUTS:
-        raise ArgumentValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, received layout={layout!r}.")
-    require_array(name, array, "MHA-SHAPE-3")
-    converted = read_array(array)
-    if converted.ndim != 4:
-        refuse_value("MHA-SHAPE-1", f"`{name}` must have rank 4, {layout}, received shape={converted.shape}.")
-    return converted.transpose(LAYOUTS[layout])
+    """Convert an array of rank 4 in a dense layout to NumPy, with the axes (batch, heads, length, size)."""
+    if layout not in DENSE:
+        raise ArgumentValueError(f"`layout` must be one of {', '.join(DENSE)}, received layout={layout!r}.")
+    return _dense(name, _read_operand(name, array), Dense(DENSE[layout]), layout, 4)
 
 
-def read_result(name: str, array: Array, like: numpy.ndarray, shape: tuple[int, ...], layout: str) -> numpy.ndarray:
-    """Convert a result to NumPy; require its shape, and the dtype of its operand `like`, for lse that of the softmax.
+def read_result(
+    name: str, array: Array, like: numpy.ndarray, shape: tuple[int, ...], storage: Storage | None
+) -> numpy.ndarray:
+    """Convert a result to a dense NumPy array.
+
+    Args:
+        name: The name of the result.
+        array: The result, an array of any library.
+        like: The operand whose dtype the result must have; an lse has that of its softmax.
+        shape: The shape of the dense array.
+        storage: The storage of the result; None if it is not stored in a layout.
 
     Raises:
         ArgumentValueError: The shape is wrong.
         ArgumentTypeError: The result is not an array, or its dtype is wrong.
     """
-    received = read_tensor(name, array, layout) if len(shape) == 4 and name != "grad_bias" else read_array(array)
-    require_array(name, received, "MHA-SHAPE-3")
-    if received.shape != shape:
-        refuse_value("MHA-SHAPE-1", f"`{name}` must have shape={shape}, received shape={received.shape}.")
+    received = _read_operand(name, array)
+    wanted = shape if storage is None else storage.shape(shape)
+    if received.shape != wanted:
+        refuse_value("MHA-SHAPE-1", f"`{name}` must have shape={wanted}, received shape={received.shape}.")
     expected = softmax_dtype_name(dtype_name(like)) if name == "lse" else dtype_name(like)
     clause = "MHA-LSE-2" if name == "lse" else "MHA-DTYPE-2" if name.startswith("grad_") else "MHA-DTYPE-1"
     if dtype_name(received) != expected:
         refuse_type(clause, f"`{name}` must have dtype={expected}, received dtype={dtype_name(received)}.")
-    return received
+    return received if storage is None else storage.dense(received)
 
 
 def rows_of_result(name: str) -> str:

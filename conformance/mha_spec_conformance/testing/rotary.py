@@ -13,6 +13,7 @@ from mha_spec_conformance.judging.compare import ANY, EXACT, FINITE
 
 from .fault import describe_as
 from .likeness import Likeness, rotary_likeness
+from .packing import DENSE, Dense
 from .problem import read_array, read_result, read_tensor
 from .results import Compared, Values, places_over, shares_of
 from .sampling import Sampler, checked_rows
@@ -63,7 +64,8 @@ def assert_rotary(
     where = numpy.asarray(read_array(positions))
     Layer().rotary_embedding(tensor[:, :, :0], where[..., :0], **options)
     Layer().steps.check_positions(tensor, where)
-    result, chosen = read_result("output", output, tensor, tensor.shape, layout), checked_rows(rows, tensor.shape[2])
+    result = read_result("output", output, tensor, tensor.shape, Dense(DENSE[layout]))
+    chosen = checked_rows(rows, tensor.shape[2])
     if chosen is None:
         tokens = ELEMENTS // max(tensor.shape[0] * tensor.shape[1] * tensor.shape[3], 1)
         chosen = Sampler(tensor.shape[2], tokens, seed).rows(1, 0)

@@ -52,7 +52,7 @@ class Sampler:
     """Draws the rows of each head; the same seed draws the same rows.
 
     Attributes:
-        length: The number of rows of a head.
+        length: The number of rows of the longest head.
         budget: The number of rows that are compared in all heads together.
         seed: The seed of the random rows.
     """
@@ -77,18 +77,21 @@ class Sampler:
         turns = ((i % batch, (i + i // numpy.lcm(batch, heads)) % heads) for i in range(number))
         return sorted({(int(entries[b]), int(columns[h])) for b, h in turns})
 
-    def rows(self, heads: int, turn: int, marks: Sequence[int] = ()) -> numpy.ndarray:
-        """Choose the rows of the head number `turn` of so many heads; half lie at edges, half are random."""
-        number = max(FEWEST, self.budget // max(heads, 1))
-        if number >= self.length:
-            return numpy.arange(self.length)
-        edges = [mark for mark in dict.fromkeys([*marks, *self._edges(turn)]) if 0 <= mark < self.length]
-        drawn = self.random.integers(0, self.length, number // 2)
+    def rows(self, heads: int, turn: int, marks: Sequence[int] = (), length: int | None = None) -> numpy.ndarray:
+        """Choose the rows of the head number `turn` of so many heads; half lie at edges, half are random.
+
+        A head may have fewer rows than the longest, `length`.
+        """
+        length, number = self.length if length is None else length, max(FEWEST, self.budget // max(heads, 1))
+        if number >= length:
+            return numpy.arange(length)
+        edges = [mark for mark in dict.fromkeys([*marks, *self._edges(turn, length)]) if 0 <= mark < length]
+        drawn = self.random.integers(0, length, number // 2)
         return numpy.unique(numpy.asarray([*edges[: number - number // 2], *drawn], numpy.int64))
 
-    def _edges(self, turn: int) -> list[int]:
+    def _edges(self, turn: int, length: int) -> list[int]:
         """Return rows on both sides of edges of tiles; heads begin at other edges, so that together they have all."""
-        last = self.length - 1
+        last = length - 1
         first = [0, last, 1]
         near = [edge + side for tile in TILES for edge in (tile, last // tile * tile) for side in (-1, 0)]
         shift = turn * 4 % len(near)
