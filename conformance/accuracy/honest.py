@@ -3,8 +3,9 @@
     python conformance/accuracy/honest.py [--problems 500]
 
 The program prints, for each dtype and output, the largest share of the allowance that an honest implementation uses and
-its largest error in standard deviations, then by how much planted mistakes exceed their allowances. The exit status is
-1 if an honest implementation exceeds its allowance, or if a mistake in float32 or float16 does not.
+its largest error in standard deviations, the same for kernels that read 1,000 keys and more in blocks and splits, then
+by how much planted mistakes exceed their allowances. The exit status is 1 if an honest implementation exceeds its
+allowance, or if a mistake in float32 or float16 does not.
 """
 
 from __future__ import annotations
@@ -46,41 +47,55 @@ def layers_of(dtype: str, first: int, count: int) -> LayerTally:
     return try_layers(dtype, first, count)
 
 
+def many_keys_of(dtype: str, first: int, count: int, each: int) -> Tally:
+    """Run the trials of many keys in one dtype."""
+    from many_keys import try_many_keys
+
+    return try_many_keys(dtype, first, count, each)
+
+
 def main(
     problems: Annotated[int, typer.Option(help="Random problems for each dtype.")] = 500,
     each: Annotated[int, typer.Option(help="NumPy variants that answer one problem.")] = 3,
     seed: Annotated[int, typer.Option(help="Number of the first problem.")] = 0,
     layers: Annotated[int, typer.Option(help="Random layers for each dtype.")] = 100,
+    many_keys: Annotated[int, typer.Option(help="Random problems with 1,000 keys and more for each dtype.")] = 12,
+    kernels: Annotated[int, typer.Option(help="Kernels that answer one problem with many keys.")] = 5,
     jobs: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Try every dtype, print the tables and exit with 1 if the rule does not hold."""
-    console, started, total = Console(width=120), time.monotonic(), Tally()
+    console, started, total, of_blocks = Console(width=120), time.monotonic(), Tally(), Tally()
     os.environ.update(ENVIRONMENT)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for part in pool.map(trials_of, FLOATING, *([value] * len(FLOATING) for value in (seed, problems, each))):
             total.add(part)
-        # Layers are not tried in float64, because the goldens judge it.
+        # Layers and many keys are not tried in float64, because the goldens judge it.
+        for part in pool.map(many_keys_of, FLOATING[1:], *([value] * 3 for value in (seed, many_keys, kernels))):
+            of_blocks.add(part)
         of_layers = list(pool.map(layers_of, FLOATING[1:], [seed] * 3, [layers] * 3))
-    console.print(outputs_table(total), implementations_table(total))
+    console.print(outputs_table(total, "Honest, by output"), implementations_table(total, "Honest, by implementation"))
+    console.print(outputs_table(of_blocks, "1,000 keys and more, by output"))
+    console.print(implementations_table(of_blocks, "1,000 keys and more, by kernel"))
     table, overlooked = mistakes_table()
     console.print(table)
     joined = of_layers[0]
     for more in of_layers[1:]:
         joined.add(more)
     console.print(*layers_tables(joined))
-    total.refused += joined.refused
+    total.refused += of_blocks.refused + joined.refused
     overlooked += joined.overlooked
     for line in [*total.refused[:20], *overlooked]:
         console.print(f"[red]{line}[/red]", highlight=False)
-    answers, seconds = sum(total.runs.values()) + sum(joined.answers.values()), time.monotonic() - started
+    answers = sum(sum(counts.values()) for counts in (total.runs, of_blocks.runs, joined.answers))
+    seconds = time.monotonic() - started
     console.print(f"rule version {RULE_VERSION}: {answers} answers judged in {seconds:.0f} s")
     sys.exit(bool(total.refused or overlooked))
 
 
-def outputs_table(total: Tally) -> Table:
+def outputs_table(total: Tally, title: str) -> Table:
     """Show by dtype and output the share of the allowance, and the error on generic data in standard deviations."""
     columns = ("dtype", "output", "elements", "largest share", "largest |z|", "largest rms z")
-    table = Table(*columns, title="Honest, by output")
+    table = Table(*columns, title=title)
     for key in total.used:
         z, rms = total.largest.get(key, 0.0), total.rms.get(key, 0.0)
         figures = (f"{total.elements[key]:,}", f"{total.used[key]:.3f}", f"{z:.2f}", f"{rms:.2f}" if rms else "")
@@ -88,12 +103,13 @@ def outputs_table(total: Tally) -> Table:
     return table
 
 
-def implementations_table(total: Tally) -> Table:
+def implementations_table(total: Tally, title: str) -> Table:
     """Show by implementation and dtype the number of answers and the largest share of the allowance."""
-    problems = [f"{dtype}, {total.problems[dtype]} problems" for dtype in FLOATING]
-    table = Table("implementation", *problems, title="Honest, by implementation: answers, largest share in its profile")
+    dtypes = [dtype for dtype in FLOATING if total.problems[dtype]]
+    problems = [f"{dtype}, {total.problems[dtype]} problems" for dtype in dtypes]
+    table = Table("implementation", *problems, title=f"{title}: answers, largest share in its profile")
     for name in dict.fromkeys(name for _, name in total.runs):
-        cells = [(total.runs[dtype, name], total.used_by.get((dtype, name), 0.0)) for dtype in FLOATING]
+        cells = [(total.runs[dtype, name], total.used_by.get((dtype, name), 0.0)) for dtype in dtypes]
         table.add_row(name, *(f"{runs}, {share:.3f}" if runs else "" for runs, share in cells))
     return table
 

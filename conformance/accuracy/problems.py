@@ -12,11 +12,11 @@ import numpy
 from mha_spec_conformance.judging.bounds import precision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from mha_spec.arrays import Array
 
-__all__ = ["REGIMES", "SHAPES", "Problem", "draw"]
+__all__ = ["LONG_SHAPES", "REGIMES", "SHAPES", "TRENDS", "Problem", "draw", "overflows"]
 
 SHAPES = (
     (2, 2, 2, 13, 17, 8, 8),
@@ -28,6 +28,15 @@ SHAPES = (
     (1, 1, 1, 16, 1024, 64, 64),
 )
 """(batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim)."""
+
+LONG_SHAPES = (
+    (1, 2, 1, 1, 4096, 64, 64),
+    (1, 4, 2, 5, 8192, 64, 64),
+    (2, 2, 1, 8, 2049, 128, 96),
+    (1, 2, 2, 65, 1000, 64, 64),
+    (1, 1, 1, 130, 1290, 32, 32),
+)
+"""Shapes of decoding, of chunks and of training with 1,000 keys and more."""
 
 BIAS_SHAPES = ((1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 0, 1), (1, 0, 1, 0), (0, 0, 0, 0))
 """The axes of the scores that a bias has; the others have size 1."""
@@ -56,7 +65,7 @@ class Problem:
     @property
     def generic(self) -> bool:
         """True if the roundings are independent of each other."""
-        return self.regime not in STRUCTURED
+        return self.regime in REGIMES and self.regime not in STRUCTURED
 
     @property
     def work(self) -> type[numpy.floating]:
@@ -146,6 +155,16 @@ def _self_match(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype:
     x["key"][:, :, :length] = x["query"][:, : x["key"].shape[1], :length]
 
 
+def _trend(of_keys: Callable[[numpy.ndarray], numpy.ndarray]) -> Callable[..., None]:
+    """Add scores that depend on the position of the key, from 0 at the first key to 1 at the last."""
+
+    def change(rng: numpy.random.Generator, x: dict[str, numpy.ndarray], dtype: str) -> None:
+        x["query"][..., 0] = x["query"].shape[-1] ** 0.5
+        x["key"][..., 0] = of_keys(numpy.linspace(0, 1, x["key"].shape[2]))
+
+    return change
+
+
 REGIMES: dict[str, Callable[..., None]] = {
     "normal": _normal,
     "contrast_4": _contrast(4.0),
@@ -160,11 +179,25 @@ REGIMES: dict[str, Callable[..., None]] = {
     "self_match": _self_match,
 }
 
+TRENDS: dict[str, Callable[..., None]] = {
+    "rising": _trend(lambda t: 40 * t - 20),
+    "falling": _trend(lambda t: 20 - 40 * t),
+    "waves": _trend(lambda t: 10 * numpy.sin(60 * t)),
+}
+"""Regimes whose largest score rises or falls from block to block, so that sums are scaled again and again."""
 
-def draw(rng: numpy.random.Generator, dtype: str, *, plain: bool = False) -> Problem:
+
+def draw(
+    rng: numpy.random.Generator,
+    dtype: str,
+    *,
+    plain: bool = False,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    regimes: Mapping[str, Callable[..., None]] = REGIMES,
+) -> Problem:
     """Draw a regime and a shape, and, unless `plain`, each option with a probability of about a third."""
-    batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim = SHAPES[rng.choice(len(SHAPES))]
-    regime = str(rng.choice(list(REGIMES)))
+    batch, heads, kv_heads, q_len, kv_len, qk_dim, v_dim = shapes[rng.choice(len(shapes))]
+    regime = str(rng.choice(list(regimes)))
     scores = (batch, heads, q_len, kv_len)
     x = {
         "query": rng.standard_normal((batch, heads, q_len, qk_dim)),
@@ -172,7 +205,7 @@ def draw(rng: numpy.random.Generator, dtype: str, *, plain: bool = False) -> Pro
         "value": rng.standard_normal((batch, kv_heads, kv_len, v_dim)),
         "grad_output": rng.standard_normal((batch, heads, q_len, v_dim)),
     }
-    REGIMES[regime](rng, x, dtype)
+    regimes[regime](rng, x, dtype)
     wide = "float64" if dtype == "float64" else "float32"
     arrays = {name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in x.items()}
     options: dict[str, float] = {}
