@@ -111,8 +111,9 @@ def _to_torch(array: numpy.ndarray, device: str | None) -> Array:
 def _to_jax(array: numpy.ndarray, device: str | None) -> Array:
     import jax
 
+    # `jax.numpy.asarray` would compile a program for each shape and dtype.
     if device is None:
-        return jax.numpy.asarray(array)
+        return jax.device_put(array)
     platform, _, index = device.partition(":")
     return jax.device_put(array, jax.devices(platform)[int(index or 0)])
 
@@ -151,7 +152,9 @@ def on_host(array: Array) -> bool:
 
 
 def some_rows(array: Array, rows: numpy.ndarray, width: int) -> Array:
-    """Take rows of an array of a known library, each of `width` elements, without moving it to another device."""
+    """Take rows of an array of a known library, each of `width` elements; only these leave an accelerator."""
+    if on_host(array):
+        return to_numpy(array).reshape(-1, width)[rows]
     library = library_of(array)
     if library == "torch":
         import torch
