@@ -65,12 +65,25 @@ MOST_PAIRED = 5
 MOST_SCORES_OF_PAIR = 2**15
 """The largest number of scores of a case on which a pair is tried, because nothing of its prediction is known."""
 
+LEAST_OF_PAIR = 3
+"""The number of failures that a pair must explain and neither of its mistakes does."""
+
+LEAST_OF_CELL = 4
+"""The number of cases that a mistake must explain if it holds only for some functions in some dtypes."""
+
+MOST_FORMS = 3
+"""The number of malformed answers on which every mistake is tried."""
+
 MOST_LEFT = 20
 """The largest number of unexplained failures on which a pair is tried."""
 
 
 def named(
-    wrong: Sequence[Wrong], passing: Sequence[Ask], recognition: Recognition, mistakes: Sequence[Mistake] = MISTAKES
+    wrong: Sequence[Wrong],
+    passing: Sequence[Ask],
+    recognition: Recognition,
+    mistakes: Sequence[Mistake] = MISTAKES,
+    malformed: Sequence[tuple[Ask, str]] = (),
 ) -> dict[Key, tuple[Mistake, ...]]:
     """Name the mistakes that explain the failures of a run, by case and dtype; a failure without a name is left out.
 
@@ -79,10 +92,13 @@ def named(
         passing: The questions that the target passes.
         recognition: Compares answers with the predictions of mistakes.
         mistakes: The mistakes that may be named.
+        malformed: The questions to which an answer has a wrong shape or dtype, each with the fault in words.
     """
     search = _Search(wrong, passing, recognition)
-    search.try_on_representatives([_in_layers(mistake) for mistake in mistakes])
+    wherever = [_wherever_it_can_be(mistake) for mistake in mistakes]
+    search.try_on_representatives(wherever)
     search.try_pairs()
+    search.try_on_forms(wherever, malformed)
     return {key: _exact(names) for key, names in search.names.items()}
 
 
@@ -164,6 +180,19 @@ class _Search:
                 alone = tuple(part for part in parts if self.recognition.explains(part, wrong))
                 self.names[key] = (*self.names.get(key, ()), *(alone or (mistake,)))
 
+    def try_on_forms(self, mistakes: Sequence[Mistake], malformed: Sequence[tuple[Ask, str]]) -> None:
+        """Name a mistake that gives nearly all of the malformed results; those that explain values come first."""
+        if not malformed:
+            return
+        smallest = sorted(malformed, key=lambda fault: elements(fault[0].case))[:MOST_FORMS]
+        for mistake in sorted(mistakes, key=lambda mistake: mistake.name not in self.settled):
+            if all(self.recognition.gives_fault(mistake, *fault) for fault in smallest):
+                explained = [ask for ask, fault in malformed if self.recognition.gives_fault(mistake, ask, fault)]
+                cells = {_cell(ask) for ask in explained}
+                if len(explained) >= LEAST * len(malformed) and not any(self.is_refuted(mistake, c) for c in cells):
+                    self.names |= dict.fromkeys((ask.key for ask in explained), (mistake,))
+                    return
+
     def try_pairs(self) -> None:
         """Try pairs of the mistakes that explain a failure each, where failures are left."""
         explained = Counter(name for name in self.suspects for w in self.wrong if w.verdicts.get(name))
@@ -172,18 +201,18 @@ class _Search:
         for first, second in combinations(chosen, 2):
             left = [w for w in small if w.ask.key not in self.names][:MOST_LEFT]
             pair = together(first, second)
-            if pair is None or not any(self.recognition.explains(pair, wrong) for wrong in left):
+            if pair is None or sum(self.recognition.explains(pair, wrong) for wrong in left) < LEAST_OF_PAIR:
                 continue
             if not any(self.is_refuted(pair, cell) for cell in {_cell(wrong.ask) for wrong in left}):
                 self.name(pair, (first, second))
 
 
-def _in_layers(mistake: Mistake) -> Mistake:
-    """Return a mistake of attention as one that layers can have too, because a layer contains an attention."""
+def _wherever_it_can_be(mistake: Mistake) -> Mistake:
+    """Return a mistake of attention as one that its gradients and layers can have too, because they contain it."""
     if "attention" not in mistake.functions or not isinstance(mistake.steps, Steps):
         return mistake
-    layers = tuple(name for name, function in FUNCTIONS.items() if function.of_layer and name not in mistake.functions)
-    return replace(mistake, functions=(*mistake.functions, *layers))
+    containing = ("attention_vjp", *(name for name, function in FUNCTIONS.items() if function.of_layer))
+    return replace(mistake, functions=tuple(dict.fromkeys((*mistake.functions, *containing))))
 
 
 def _exact(names: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
@@ -239,7 +268,10 @@ class Trial:
         return cls(explained, unexplained, refuting)
 
     def cells_that_hold(self) -> frozenset[Cell]:
-        """Return the functions and dtypes for which the mistake may be named: all, whole dtypes or whole functions."""
+        """Return the functions and dtypes for which the mistake may be named.
+
+        These are all, whole dtypes or whole functions; or functions in dtypes, if more cases are the evidence.
+        """
         explained = Counter(_cell(failure.ask) for failure in self.explained)
         cells = {*explained, *self.unexplained, *self.refuting}
         if self._hold(cells, explained):
@@ -250,7 +282,8 @@ class Trial:
             holding = {cell for group in groups if self._hold(group, explained) for cell in group}
             if len(self._cases(holding)) > 1:
                 return frozenset(holding)
-        return frozenset()
+        holding = {cell for cell in cells if self._hold({cell}, explained)}
+        return frozenset(holding if len(self._cases(holding)) >= LEAST_OF_CELL else ())
 
     def _hold(self, cells: set[Cell], explained: Counter[Cell]) -> bool:
         right, wrong = (sum(counter[cell] for cell in cells) for counter in (explained, self.unexplained))

@@ -18,6 +18,7 @@ from mha_spec_conformance.mistakes import Compared, Mistake
 
 from .bounds import precision, unit_roundoff
 from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, golden_rows, judge, kinds_of_values
+from .form import form_fault
 from .prediction import Predictions, can_show
 
 if TYPE_CHECKING:
@@ -109,6 +110,13 @@ class Recognition:
         if key not in self._shown:
             self._shown[key] = can_show(mistake, ask.case, ask.dtype) and self._shows(mistake, ask)
         return self._shown[key]
+
+    def gives_fault(self, mistake: Mistake, ask: Ask, fault: str) -> bool:
+        """Tell whether the results of the mistake have this fault of form, in the same words."""
+        if not can_show(mistake, ask.case, ask.dtype):
+            return False
+        mistaken = self._of(ask.case).outputs(mistake, ask.dtype)
+        return mistaken is not None and set(ask.outputs) <= set(mistaken) and form_fault(ask, mistaken) == fault
 
     def _shows(self, mistake: Mistake, ask: Ask) -> bool:
         predictions = self._of(ask.case)
@@ -231,9 +239,13 @@ class _Comparison:
         return True
 
     def _allowed(self, name: str, allowed: numpy.ndarray, errors: int) -> numpy.ndarray:
-        """Return the allowance of the mistake; if it is not finite, that of the specification, or else the largest."""
+        """Return the allowance of the mistake; if it is not finite, that of the specification, or else the largest.
+
+        The specification allows no error where its result is exact, as in an empty row; the mistake has errors there.
+        """
         finite = [array[numpy.isfinite(array)].max(initial=0.0) for array in (allowed, self.allowed[name])]
-        substitute = numpy.where(numpy.isfinite(self.allowed[name]), self.allowed[name], max(finite))
+        has_errors = numpy.isfinite(self.allowed[name]) & (self.allowed[name] > 0)
+        substitute = numpy.where(has_errors, self.allowed[name], max(finite))
         return errors * numpy.where(numpy.isfinite(allowed), allowed, substitute)
 
     def _judge(

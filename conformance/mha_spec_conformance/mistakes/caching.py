@@ -78,6 +78,15 @@ def prefix_hidden(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, A
     return options.get("mask") if query.shape[2] == 1 else _masked(options, key, lambda slots: slots >= start[:, None])
 
 
+def prefix_hidden_alone(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
+    """Hide the keys before several new tokens in a call that has no array for pairs of queries and keys."""
+    start = numpy.reshape(options["q_offset"], (-1, 1))
+    for_pairs = ("mask", "bias", "q_segment_ids", "kv_segment_ids", "dropout_mask")
+    if query.shape[2] == 1 or any(options.get(name) is not None for name in for_pairs):
+        return options.get("mask")
+    return _masked(options, key, lambda slots: slots >= start)
+
+
 def cut_at_the_front(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
     """Hide as many keys at the front of the buffer as there are new tokens."""
     return _masked(options, key, lambda slots: (slots >= query.shape[2])[None])
@@ -226,6 +235,14 @@ CACHING = (
         "does not see the cached tokens before several new tokens",
         "MHA-CACHE-2",
         within=seeing(mask=prefix_hidden),
+        needs=("cache_lengths", "key"),
+        bugs=("Wenyueh/MinivLLM#98", "tanishqkumar/ssd#22"),
+    ),
+    layered(
+        "cached-prefix-hidden-without-mask",
+        "does not see the cached tokens before several new tokens if there is no mask, bias, segment or dropout",
+        "MHA-CACHE-2",
+        within=seeing(mask=prefix_hidden_alone),
         needs=("cache_lengths", "key"),
         bugs=("Wenyueh/MinivLLM#98", "tanishqkumar/ssd#22"),
     ),

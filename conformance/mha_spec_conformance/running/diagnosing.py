@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.judging.naming import named
@@ -29,10 +30,22 @@ def diagnosed(source: Source, judge: Judge, results: Mapping[Key, Result]) -> It
     failing = {r.ask.key: r for r in known.values() if r.outcome == "fail" and r.wrong is not None}
     wrong = [result.wrong for result in failing.values() if result.wrong is not None]
     passing = [result.ask for result in known.values() if result.outcome == "pass"]
-    names = named(wrong, passing, judge.recognition) if wrong else {}
+    malformed = {r.ask.key: r for r in known.values() if _is_malformed(r)}
+    faults = [(result.ask, result.reason or "") for result in malformed.values()]
+    names = named(wrong, passing, judge.recognition, malformed=faults) if wrong or malformed else {}
     for key, result in failing.items():
         if key in names or result is not results[key]:
             yield judge.explained(result, names.get(key, ()))
+    for key, result in malformed.items():
+        if key in names:
+            yield replace(result, diagnosis=tuple(mistake.name for mistake in names[key]))
+
+
+def _is_malformed(result: Result) -> bool:
+    """Tell whether an answer has a wrong shape or dtype."""
+    return (result.outcome, result.wrong, result.allowance_used) == ("fail", None, None) and (
+        result.ask.case.expect != "error" and (result.reason or "").startswith("`")
+    )
 
 
 def _with_answers(source: Source, judge: Judge, results: Mapping[Key, Result]) -> Iterator[Result]:
