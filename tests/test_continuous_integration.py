@@ -181,6 +181,7 @@ def test_known_failures_are_strict(target: str, tmp_path: Path, whole: tuple[Pat
     assert f"{passing}[float32]" in summary
     assert "did not fail" in done.stdout
     assert f"mha-spec explain {wrong}" in done.stdout
+    assert "It looks like the mistake offset-ignored" in done.stdout
     assert "test_other" not in summary
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.asking.pool import Pool
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.judging.result import FAILING, INTERNAL
+from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.reporting.terminal import details
 from mha_spec_conformance.running.alignment import find_alignment
 from mha_spec_conformance.running.known import excuse, read_known
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
     from mha_spec_conformance.judging.result import Result
 
 __all__ = ["Asker", "Outcome"]
+
+MOST_NAMES = 3
+"""The number of mistakes from which a failure gets no name, because it does not tell them apart."""
+
+SECONDS_OF_NAMES = 60.0
+"""The time after which further failures of a run get no names."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class Asker:
             self._pool.close()
             raise
         self._asks = {ask.key: ask for ask in asked}
+        self._seconds_of_names = 0.0
 
     @property
     def keys(self) -> tuple[tuple[str, str], ...]:
@@ -77,7 +86,16 @@ class Asker:
         """Ask the target a case in a dtype, and judge the answer."""
         ask = self._asks[identity, dtype]
         ((_, answer),) = self._pool.answers([ask.question()])
-        return self._outcome(self._judge.result(ask, answer))
+        return self._outcome(self._with_names(self._judge.result(ask, answer)))
+
+    def _with_names(self, result: Result) -> Result:
+        """Name the known mistakes that explain a failure, unless the case does not tell many of them apart."""
+        if result.outcome != "fail" or result.wrong is None or self._seconds_of_names > SECONDS_OF_NAMES:
+            return result
+        begin = time.monotonic()
+        mistakes = self._judge.recognition.explaining(MISTAKES, result.wrong)
+        self._seconds_of_names += time.monotonic() - begin
+        return self._judge.explained(result, mistakes) if len(mistakes) <= MOST_NAMES else result
 
     def _outcome(self, result: Result) -> Outcome:
         covering = [entry for entry in self._known if entry.covers(result)]
