@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .places import WrongElements
     from .recognition import Wrong
 
-__all__ = ["NARROWER", "amounts", "rounded_to"]
+__all__ = ["NARROWER", "amounts", "common_factor", "common_shift", "rounded_to"]
 
 FEWEST = 3
 """The number of elements from which a common factor or shift is not a coincidence."""
@@ -86,13 +86,11 @@ def _of_output(failure: WrongElements, name: str) -> Iterator[str]:
 def _of_numbers(failure: WrongElements, name: str, expected: numpy.ndarray, received: numpy.ndarray) -> Iterator[str]:
     allowed = failure.wrong.allowances[name][failure.marks[name]]
     allowed = numpy.where(numpy.isfinite(allowed), allowed, 0.0)
-    if (factor := _factor(expected, received, allowed)) is not None:
+    if (factor := common_factor(expected, received, allowed)) is not None:
         known = (text for value, text in NAMED_FACTORS.items() if abs(factor / value - 1) < 1e-4)
         yield next(known, f"{_rounded(factor)} times the right number")
         yield "a constant factor in each case"
-    shift = float(numpy.median(received - expected))
-    alike = (abs(received - expected - shift) <= 2 * allowed).all()
-    if name == "lse" and alike and expected.size >= FEWEST and numpy.ptp(expected) > 8 * allowed.max():
+    if name == "lse" and (shift := common_shift(expected, received, allowed)) is not None:
         yield f"the right number {'+' if shift > 0 else '-'} {_rounded(abs(shift))}"
         yield "a constant shift in each case"
     if (elsewhere := _elsewhere(failure, name)) is not None:
@@ -105,7 +103,7 @@ def _rounded(number: float) -> str:
     return f"{number:.4g}"
 
 
-def _factor(expected: numpy.ndarray, received: numpy.ndarray, allowed: numpy.ndarray) -> float | None:
+def common_factor(expected: numpy.ndarray, received: numpy.ndarray, allowed: numpy.ndarray) -> float | None:
     """Return the constant factor between right and wrong numbers; None if there is none."""
     large = abs(expected) > 8 * allowed
     if large.sum() < FEWEST or numpy.ptp(abs(expected[large])) <= 8 * allowed[large].max():
@@ -113,6 +111,14 @@ def _factor(expected: numpy.ndarray, received: numpy.ndarray, allowed: numpy.nda
     factor = float(numpy.median(received[large] / expected[large]))
     alike = abs(received - factor * expected) <= 2 * max(1.0, abs(factor)) * allowed
     return factor if alike.all() and factor else None
+
+
+def common_shift(expected: numpy.ndarray, received: numpy.ndarray, allowed: numpy.ndarray) -> float | None:
+    """Return the constant difference between right and wrong numbers; None if there is none."""
+    if expected.size < FEWEST or numpy.ptp(expected) <= 8 * allowed.max():
+        return None
+    shift = float(numpy.median(received - expected))
+    return shift if (abs(received - expected - shift) <= 2 * allowed).all() else None
 
 
 def _elsewhere(failure: WrongElements, name: str) -> str | None:
