@@ -113,6 +113,17 @@ def test_inputs_written_to_are_named_in_every_call(question: Question, layout: s
     assert written == {name: ("key",) if name == layout else () for name in ("plain", "again", "strided")}
 
 
+def test_an_input_that_the_library_converted_is_not_written_to(question: Question) -> None:
+    jax = pytest.importorskip("jax")
+    wide = numpy.full((1, 1, 5, 11), 0.1)
+    target = Target({"attention": lambda *operands, **_: operands[2]}, Claims("x", {}, ("float32",), arrays="jax"))
+    asking = replace(question, arrays={**question.arrays, "bias": wide}, further=("again",))
+    with jax.enable_x64(False):
+        got = answer(target, asking)
+    assert got.kind == "returned", got.reason
+    assert (got.written, got.further["again"].written) == ((), ())
+
+
 def test_deleted_input_counts_as_written(question: Question) -> None:
     pytest.importorskip("jax")
 
