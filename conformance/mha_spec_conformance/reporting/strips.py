@@ -1,6 +1,6 @@
 """Plot how much of the allowance the results use: for each feature and dtype a strip with a logarithmic axis.
 
-Results whose shares fall into the same bin of an eighth of a decade are a single dot, whose size tells how many they
+Results whose shares fall into the same bin of an eighth of a decade are a single mark, whose height tells how many they
 are, so that a plot of thousands of results stays small.
 """
 
@@ -35,22 +35,22 @@ INFINITE = LEFT + DECADE * (DECADES[1] - DECADES[0]) + 20
 
 WIDTH = INFINITE + 8
 
-RADII = (2.0, 3.0, 4.0, 5.5)
-"""The sizes of dots for 1, at least 2, at least 10 and at least 100 results."""
+LEAST, DOUBLED = 3.0, 1.6
+"""The height of the mark of a single result, and the height that each doubling of their number adds."""
 
 
 @dataclass(frozen=True)
 class Strip:
-    """The results of a feature in a dtype: their numbers, the largest share that passed, and their dots by size."""
+    """The results of a feature in a dtype: their numbers, the largest share that passed, and their marks."""
 
     passed: int
     failed: int
     largest: float | None
     """The largest share of the allowance of a result that passed; None if no number was compared."""
-    right: Mapping[float, str]
-    """The data of SVG paths by radius; a dot is a line of length 0 with round ends."""
+    right: str
+    """The data of an SVG path of bars, for the results that passed."""
     wrong: str
-    """The data of an SVG path of diamonds."""
+    """The data of an SVG path of diamonds, for the results that did not."""
 
 
 def _place(share: float) -> float:
@@ -100,19 +100,14 @@ def _strip(cases: Cases) -> Strip:
         passed=outcomes["pass"],
         failed=outcomes.total() - outcomes["pass"] - outcomes["unsupported"],
         largest=max(passed, default=None),
-        right=_dots(passed),
-        wrong="".join(f"M{x - r:.4g} {MIDDLE}l{r} {-r} {r} {r} {-r} {r}z" for x, r in _binned(failed)),
+        right="".join(f"M{x:.4g} {MIDDLE - h:.3g}v{2 * h:.3g}" for x, h in _marks(passed)),
+        wrong="".join(
+            f"M{x - h:.4g} {MIDDLE}l{h:.3g}-{h:.3g} {h:.3g} {h:.3g}-{h:.3g} {h:.3g}z" for x, h in _marks(failed)
+        ),
     )
 
 
-def _binned(shares: Iterable[float]) -> list[tuple[float, float]]:
-    """Give the place and the radius of each dot; the radius tells how many results the dot stands for."""
+def _marks(shares: Iterable[float]) -> list[tuple[float, float]]:
+    """Give the place and half the height of each mark."""
     counts = Counter(map(_place, shares))
-    return [(x, RADII[min(len(str(n)), 3) if n > 1 else 0]) for x, n in sorted(counts.items())]
-
-
-def _dots(shares: Iterable[float]) -> dict[float, str]:
-    paths: dict[float, str] = {}
-    for x, radius in _binned(shares):
-        paths[radius] = paths.get(radius, "") + f"M{x:.4g} {MIDDLE}h0"
-    return paths
+    return [(x, min(LEAST + DOUBLED * math.log2(n), HEIGHT - 2) / 2) for x, n in sorted(counts.items())]
