@@ -182,7 +182,8 @@ def _counted(number: int) -> str:
 def title_of(cause: Cause) -> str:
     """Write the name of a cause as a sentence."""
     if cause.kind == "mistake":
-        return next(iter(_mistakes([cause.name or ""])), f"the convention {cause.name}")
+        sentences = [text for name in (cause.name or "").split(" + ") for text in _mistakes([name])[:1]]
+        return " and ".join(sentences) or f"the convention {cause.name}"
     if cause.kind == "rounding":
         return f"the errors are as large as those of numbers that are stored in {cause.name}"
     return cause.title if cause.name else "no known mistake has these results"
