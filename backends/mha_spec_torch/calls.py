@@ -47,28 +47,31 @@ MOST_PREPARED, MOST_TASKS = 256, 64
 
 def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Signature | None:
     """Return the signature of an eager call of attention; None if an argument has no description here."""
-    if not _is_eager(query):
+    if not _is_eager():
         return None
     signature: list[object] = []
     for array in (query, key, value):
         if type(array) not in TENSORS or array.is_nested or array.layout is not torch.strided:
             return None
-        signature += array.shape, array.stride(), array.dtype, array.device
+        signature.append((array.shape, array.stride(), array.dtype, array.is_cpu or array.device))
     for name, option in options.items():
         kind = type(option)
         if kind in PLAIN_TYPES:
-            signature += name, kind, option
+            signature.append((name, kind, option))
         elif kind in TENSORS and name in ARRAYS and not option.is_nested:
-            signature += name, option.shape, option.dtype, option.device, option.layout
+            signature.append((name, option.shape, option.dtype, option.is_cpu or option.device, option.layout))
         elif not _described_in(signature, name, option):
             return None
     return tuple(signature)
 
 
-def _is_eager(query: Any) -> bool:
-    """Tell whether a tensor has contents, and no tracer, transform, dispatch mode or autocast affects the call."""
+def _is_eager() -> bool:
+    """Tell whether no tracer, transform, dispatch mode or autocast affects the call."""
     return not (
-        traced(query) or transformed() or torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack()
+        torch._C._get_tracing_state() is not None
+        or transformed()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
     )
 
 
@@ -95,11 +98,11 @@ def _described_in(signature: list[object], name: str, option: Any) -> bool:
     kind = type(option)
     if kind is list or kind is tuple:
         kinds = tuple(map(type, option))
-        signature += name, kind, kinds, tuple(option)
+        signature.append((name, kind, kinds, tuple(option)))
         return PLAIN_TYPES.issuperset(kinds)
     if name not in INTEGERS or not _is_read(option) or option.ndim != 1:
         return False
-    signature += name, kind, option.dtype, tuple(option.tolist())
+    signature.append((name, kind, option.dtype, tuple(option.tolist())))
     return True
 
 

@@ -120,7 +120,11 @@ def _attend(problem: Problem, x: Operands, needs_lse: bool) -> tuple[Tensor, Any
 
 
 def _any_needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    # A loop takes half of the time that `any` takes with a generator.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 @expand_options

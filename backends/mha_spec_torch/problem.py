@@ -35,8 +35,8 @@ class Problem(NamedTuple):
     """True if tensors may be read: they are on the CPU and the call is not traced."""
     suits_flash: bool
     """True if the flash kernel for the CPU has all options."""
-    is_dense: bool
-    """True if query, key and value are known to have contiguous rows that do not overlap."""
+    is_ready: bool
+    """True if query, key and value are known to have contiguous rows of one size that do not overlap."""
     suits_autograd: bool
     """True if, moreover, the kernel takes the call whole, and torch's gradient of the kernel is accurate enough."""
     dropout_mask: torch.Tensor | None
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
             visibility=Visibility(a, dtype, host=host),
             host=host,
             suits_flash=host and a.softcap is None and a.dropout_mask is None and draws_of(a) is None,
-            is_dense=False,
+            is_ready=False,
             suits_autograd=False,
             dropout_mask=a.dropout_mask,
             draws=draws_of(a),
@@ -63,10 +63,10 @@ class Problem(NamedTuple):
 
     def described(self, x: Operands) -> Problem:
         """Fill in what is known about the operands."""
-        is_dense = all(dense_rows(operand) is operand for operand in x[:3])
-        is_alike = x.query.dtype == self.dtype and x.query.shape[3] == x.value.shape[3]
+        is_ready = x.query.shape[3] == x.value.shape[3] and all(dense_rows(operand) is operand for operand in x[:3])
         is_whole = self.host and [task.is_whole for task in self.visibility.tasks] == [True]
-        return self._replace(is_dense=is_dense, suits_autograd=self.suits_flash and is_dense and is_alike and is_whole)
+        suits_autograd = self.suits_flash and is_ready and x.query.dtype == self.dtype and is_whole
+        return self._replace(is_ready=is_ready, suits_autograd=suits_autograd)
 
     def unread(self) -> Problem:
         """Return the problem with tensors that must not be read."""
@@ -102,10 +102,11 @@ class Problem(NamedTuple):
         return kept.to(self.dtype) / (1 - self.dropout_rate)
 
     def is_nan(self, array: torch.Tensor) -> bool:
-        """Return True if a tensor of rank 4 that may be read holds NaN; its minimum is then NaN."""
-        array = array.detach() if array.requires_grad else array
-        # A kernel stores its results as (batch, length, heads, size), and reading them in this order is fastest.
-        return math.isnan((array if array.is_contiguous() else array.transpose(1, 2)).min().item())
+        """Return True if a tensor that may be read holds NaN, or if its sum is NaN because it has both infinities.
+
+        A sum never drops a NaN, and is faster than a minimum, because it reads a tensor in the order of its memory.
+        """
+        return math.isnan((array.detach() if array.requires_grad else array).sum().item())
 
     def finite(self, *arrays: torch.Tensor) -> bool:
         """Return True if tensors may be read and have finite sums, so that all their elements are finite."""

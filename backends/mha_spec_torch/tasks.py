@@ -98,7 +98,7 @@ def converted(array: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def logits_of(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert visible pairs to logits that are added to the scores: 0, or -inf where a pair is hidden."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+    return converted(torch.where(visible, 0.0, -math.inf), dtype)
 
 
 def softmax_dtype(query: torch.Tensor) -> torch.dtype:
