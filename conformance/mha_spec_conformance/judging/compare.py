@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import ml_dtypes
@@ -107,6 +108,8 @@ class _Elements:
     allowance: numpy.ndarray
     shape: tuple[int, ...]
     rows: numpy.ndarray | None
+    all_finite: bool
+    """True if every element has the kind FINITE."""
 
     def index(self, position: int) -> tuple[int, ...]:
         """Return the index in the full output of an element at a flat position."""
@@ -214,6 +217,7 @@ def overflow_threshold(name: str, output: numpy.ndarray, precision: Precision) -
     return min(_overflow_threshold(dtype) for dtype in (expected_dtype, output.dtype))
 
 
+@lru_cache
 def _overflow_threshold(dtype: str | numpy.dtype) -> float:
     if numpy.dtype(dtype).kind in "iu":
         return numpy.inf
@@ -223,10 +227,10 @@ def _overflow_threshold(dtype: str | numpy.dtype) -> float:
 
 
 def _elements(name: str, wanted: Expected, output: numpy.ndarray, allowance: numpy.ndarray) -> _Elements:
-    got, allowed = (golden_rows(x, wanted).astype(numpy.float64).ravel() for x in (output, allowance))
+    got, allowed = (golden_rows(x, wanted).astype(numpy.float64, copy=False).ravel() for x in (output, allowance))
     values = numpy.ravel(wanted.values)
     kinds = numpy.zeros(values.shape, dtype=numpy.uint8) if wanted.kinds is None else numpy.ravel(wanted.kinds)
-    return _Elements(name, values, got, kinds, allowed, tuple(wanted.shape), wanted.rows)
+    return _Elements(name, values, got, kinds, allowed, tuple(wanted.shape), wanted.rows, wanted.kinds is None)
 
 
 def golden_rows(output: numpy.ndarray, wanted: Expected) -> numpy.ndarray:
@@ -245,6 +249,8 @@ def kinds_of_values(values: numpy.ndarray) -> numpy.ndarray:
 def _wrong_kind(elements: _Elements) -> numpy.ndarray:
     """Mark the elements that must be exact, NaN or non-finite and are not; an undefined kind is never right."""
     kinds, got = elements.kinds, elements.got
+    if elements.all_finite:
+        return numpy.zeros(kinds.shape, dtype=bool)
     right = [kinds == FINITE, got == elements.expected, numpy.isnan(got), ~numpy.isfinite(got), kinds == ANY]
     return ~numpy.choose(numpy.minimum(kinds, len(right)), [*right, numpy.zeros(kinds.shape, dtype=bool)])
 
@@ -254,14 +260,17 @@ def _shares(elements: _Elements, threshold: float) -> numpy.ndarray:
 
     An infinity counts as the overflow threshold, or as the size of the expected value if that is larger.
     """
-    finite = elements.kinds == FINITE
-    overflowed = numpy.isinf(elements.got) & numpy.isfinite(threshold)
-    beyond = numpy.copysign(numpy.maximum(threshold, abs(elements.expected)), elements.got)
-    got = numpy.where(overflowed, beyond, elements.got)
+    expected, got, allowance = elements.expected, elements.got, elements.allowance
+    overflowed = numpy.isinf(got)
+    if overflowed.any() and numpy.isfinite(threshold):
+        got = numpy.where(overflowed, numpy.copysign(numpy.maximum(threshold, abs(expected)), got), got)
     with numpy.errstate(all="ignore"):
-        shares = numpy.where(elements.got == elements.expected, 0.0, abs(got - elements.expected) / elements.allowance)
-    shares = numpy.where(numpy.isnan(shares) | ~numpy.isfinite(elements.allowance), numpy.inf, shares)
-    return numpy.where(finite, shares, 0.0)
+        shares = abs(got - expected) / allowance
+    shares[elements.got == expected] = 0.0
+    shares[numpy.isnan(shares) | ~numpy.isfinite(allowance)] = numpy.inf
+    if not elements.all_finite:
+        shares[elements.kinds != FINITE] = 0.0
+    return shares
 
 
 def _failed(case: HasId, elements: _Elements, position: int, share: float) -> Judgement:

@@ -13,7 +13,7 @@ from mha_spec_conformance.suite.conventions import Convention
 from mha_spec_conformance.suite.text import one_line, text_of
 from mha_spec_conformance.targets.conversion import same_bits
 
-from .bounds import bounds, precision
+from .bounds import SharedBounds, precision
 from .compare import gate_b, judge
 from .form import dtype_clause, dtype_fault, form_clauses, form_fault, wrong_dtype
 from .recognition import Recognition, Wrong
@@ -55,6 +55,7 @@ class Judge:
         self.accepted = accepted
         self.mistakes = [m for m in MISTAKES if m.convention in accepted] if mistakes is None else mistakes
         self.recognition = Recognition(claims.profile, accepted)
+        self._bounds = SharedBounds()
 
     def result(self, ask: Ask, answer: Answer) -> Result:
         """Judge an answer; a fault of the judgement is the outcome `internal`."""
@@ -94,7 +95,7 @@ class Judge:
     def _values(self, ask: Ask, answer: Answer) -> Result:
         run_precision = precision(ask.dtype, self.claims.profile)
         case = ask.case
-        case_bounds = bounds(case.function, case.inputs(ask.dtype), case.options, rows=case.sampled_rows)
+        case_bounds = self._bounds.of(case, ask.dtype)
         allowances = case_bounds.allowances(run_precision)
         judgement = _compare(ask, answer.outputs, allowances, run_precision)
         if judgement.passed:

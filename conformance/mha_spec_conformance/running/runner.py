@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from threadpoolctl import threadpool_limits
+
 from mha_spec_conformance.asking.pool import Pool
 from mha_spec_conformance.asking.selection import Selection, asks, probes, tried_in_every_layout
 from mha_spec_conformance.asking.sharding import shard
@@ -71,7 +73,11 @@ def run(target: str, suite: Suite, settings: Settings, progress: Progress = with
         TargetError: The target cannot be loaded.
         NothingToJudge: The target claims nothing that is selected, or none of its answers can be compared.
     """
-    with Pool(target, settings.jobs, settings.limit, command=settings.command, memory=settings.memory) as pool:
+    # Judging makes small products. Threads of the BLAS would take processors from the target, whose process is another.
+    with (
+        threadpool_limits(1, user_api="blas"),
+        Pool(target, settings.jobs, settings.limit, command=settings.command, memory=settings.memory) as pool,
+    ):
         return judge_all(pool, Judge(pool.claims, settings.accepted), suite, settings, progress)
 
 

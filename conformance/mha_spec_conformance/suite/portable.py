@@ -52,13 +52,20 @@ def generated(
     elif kind == "tiles":
         integers = highest < _shares_of_tiles(shape, seed, tile)
     else:
-        digits = [(word >> numpy.uint64(4 * n)) % numpy.uint64(16) for n in range(8)]
-        integers = numpy.stack(digits).astype(numpy.int64).sum(axis=0) - 60
+        integers = _sum_of_digits(word) - 60
         if kind == "contrast":
             integers = numpy.where(word < numpy.uint64(2**60), 8 * integers, integers)
     if levels:
         integers = integers + LEVELS[numpy.arange(shape[-2]) // levels % len(LEVELS)][:, None]
     return numpy.where(highest < hidden, -numpy.inf, integers * unit + mean)
+
+
+def _sum_of_digits(word: Array) -> Array:
+    """Return the sum of the lowest eight hexadecimal digits of each word: all bytes at once, then the sum of bytes."""
+    digits = numpy.uint64(0x0F0F0F0F)
+    pairs = (word & digits) + ((word >> numpy.uint64(4)) & digits)
+    sums = pairs * numpy.uint64(0x01010101)
+    return ((sums >> numpy.uint64(24)) & numpy.uint64(0xFF)).astype(numpy.int64)
 
 
 def _shares_of_tiles(shape: Sequence[int], seed: int, tile: int) -> Array:

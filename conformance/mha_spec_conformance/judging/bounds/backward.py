@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from .evaluation import Evaluation, weighted_sum
+from .evaluation import AttentionBounds, Evaluation, weighted_sum
 from .forward import ForwardErrors, ForwardVariances
 from .roundoff import underflow, unit_roundoff
 
@@ -93,9 +93,43 @@ class GradientEvaluation(Evaluation):
         return {name: getattr(self, name) for name in names}
 
     @cached_property
+    def grad_weight_sizes(self) -> numpy.ndarray:
+        """sum_c |dO_ic| |v_jc|: the sum of the sizes of the terms of dP."""
+        return self.keep(self.seen(abs(self.grad_output) @ abs(self.value).swapaxes(-1, -2)))
+
+    @cached_property
+    def grad_operand_sizes(self) -> numpy.ndarray:
+        """The change of dP, per flushed amount, if each product and each of its factors is flushed."""
+        gradient, value = (numpy.sum(abs(array), axis=-1) for array in (self.grad_output, self.value))
+        factors = self.seen(gradient[..., :, None] + value[..., None, :] + 2 * self.value.shape[-1])
+        return self.seen(self.keep(factors) + 1)
+
+    @cached_property
+    def query_sizes(self) -> numpy.ndarray:
+        """sum_j |dX_ij| + |k_jc|: the change of the query's gradient, per flushed amount, by flushed factors."""
+        key = weighted_sum(self.indicator, abs(self.trace.key))
+        return numpy.sum(abs(self.grad_scores), axis=-1, keepdims=True) + key
+
+    @cached_property
+    def key_sizes(self) -> numpy.ndarray:
+        """sum_i |dX_ij| + |q_ic|: the change of the key's gradient, per flushed amount, by flushed factors."""
+        query = self.over_rows(self.indicator, abs(self.trace.query))
+        return self.over_rows(abs(self.grad_scores), self.ones) + query
+
+    @cached_property
+    def value_sizes(self) -> numpy.ndarray:
+        """sum_i |dO_ic| over the rows that see a key, after dropout."""
+        return self.over_rows(self.keep(self.indicator), abs(self.grad_output))
+
+    @cached_property
+    def value_flushes(self) -> numpy.ndarray:
+        """sum_i P_ij + 2: the change of the value's gradient, per flushed amount, by a flushed cotangent or product."""
+        return self.over_rows(self.dropped + 2 * self.keep(self.indicator), self.ones)
+
+    @cached_property
     def difference(self) -> numpy.ndarray:
         """|dP - D|, at least the roundoff of the two, which cancel where a single key has nearly all the weight."""
-        sizes = self.keep(self.seen(abs(self.grad_output) @ abs(self.value).swapaxes(-1, -2)))
+        sizes = self.grad_weight_sizes
         size = sizes + numpy.sum(self.weights * sizes, axis=-1, keepdims=True) + abs(self.grad_lse)
         roundoff = self.roundoff + self.value.shape[-1] * unit_roundoff("float64")
         return abs(self.grad_weights - self.row_dot) + roundoff * size
@@ -161,13 +195,9 @@ class BackwardErrors:
     def grad_weights(self) -> numpy.ndarray:
         """eta_ij: the error of dP, a sum of v_dim products that may be stored."""
         e, p = self.evaluation, self.precision
-        product = e.seen(abs(e.grad_output) @ abs(e.value).swapaxes(-1, -2))
         stored = p.u_dp + 2 * p.u_a * (e.kept is not None)
-        depth = e.value.shape[-1]
-        gradient, value = (numpy.sum(abs(array), axis=-1) for array in (e.grad_output, e.value))
-        factors = e.seen(gradient[..., :, None] + value[..., None, :] + 2 * depth)
-        flushed = p.f * e.seen(e.keep(factors) + 1)
-        return e.keep(product) * p.u_a * depth + stored * abs(e.grad_weights) + flushed
+        rounded = e.grad_weight_sizes * p.u_a * e.value.shape[-1] + stored * abs(e.grad_weights)
+        return rounded + p.f * e.grad_operand_sizes
 
     @cached_property
     def row_dot(self) -> numpy.ndarray:
@@ -215,8 +245,7 @@ class BackwardErrors:
         shared = self.row_dot * abs(weighted_sum(e.weights * e.cap_slope, e.trace.key))
         error = abs(e.trace.scale) * (weighted_sum(summed, abs(e.trace.key)) + shared)
         rounded = (p.u_o + 2 * p.u_a) * abs(e.grad_query)
-        sizes = numpy.sum(abs(e.grad_scores), axis=-1, keepdims=True) + weighted_sum(e.indicator, abs(e.trace.key))
-        flushed = p.f * (1 + abs(e.trace.scale)) * (sizes + 2 * e.kv_len + 1)
+        flushed = p.f * (1 + abs(e.trace.scale)) * (e.query_sizes + 2 * e.kv_len + 1)
         return numpy.where(e.rows, error + rounded + p.w + flushed, 0.0)
 
     def grad_key(self) -> numpy.ndarray:
@@ -227,21 +256,17 @@ class BackwardErrors:
         summed = self.grad_scores + shared + partial * abs(e.grad_scores)
         error = abs(e.trace.scale) * e.over_rows(summed, abs(e.trace.query))
         rounded = (p.u_o + 2 * p.u_a) * abs(e.grad_key)
-        sizes = e.over_rows(abs(e.grad_scores), e.ones) + e.over_rows(e.indicator, abs(e.trace.query))
-        flushed = p.f * (1 + abs(e.trace.scale)) * (sizes + 2 * e.q_depth + e.group)
+        flushed = p.f * (1 + abs(e.trace.scale)) * (e.key_sizes + 2 * e.q_depth + e.group)
         return numpy.where(e.read, error + rounded + p.w * e.group + flushed, 0.0)
 
     def grad_value(self) -> numpy.ndarray:
         """Return the error of the value's gradient."""
         e, p = self.evaluation, self.precision
-        gradient = abs(e.grad_output)
         stored = p.u_p + 2 * p.u_a * (e.kept is not None)
         relative = self.weights + stored + p.u_a * e.q_depth + p.u_o * (e.group - 1)
-        error = e.over_rows(e.dropped * relative, gradient) + p.u_o * abs(e.grad_value)
-        kept = e.keep(e.indicator)
-        lost = e.over_rows(kept, gradient)
-        flushed = p.f * (e.over_rows(e.dropped + 2 * kept, e.ones) + lost + e.group)
-        return numpy.where(e.read, error + p.w * (e.group + lost) + flushed, 0.0)
+        error = e.over_rows(e.dropped * relative, abs(e.grad_output)) + p.u_o * abs(e.grad_value)
+        flushed = p.f * (e.value_flushes + e.value_sizes + e.group)
+        return numpy.where(e.read, error + p.w * (e.group + e.value_sizes) + flushed, 0.0)
 
     def grad_bias(self) -> numpy.ndarray:
         """Return the error of the bias's gradient."""
@@ -344,9 +369,8 @@ class BackwardVariances:
         e, p = self.evaluation, self.precision
         squares = e.grad_output**2
         variance = e.over_rows(e.dropped**2 * (self.weights + p.u_p**2 / 3 + self._partial() / 6), squares)
-        lost = e.over_rows(e.keep(e.indicator), abs(e.grad_output))
         rounded = self._rounded() * e.grad_value**2
-        return numpy.where(e.read, variance + rounded + (p.w * (e.group + lost)) ** 2, 0.0)
+        return numpy.where(e.read, variance + rounded + (p.w * (e.group + e.value_sizes)) ** 2, 0.0)
 
     def grad_bias(self) -> numpy.ndarray:
         """Return the variance of the bias's gradient."""
@@ -382,23 +406,23 @@ class BackwardVariances:
         return p.u_o**2 * (1 + (e.group - 1) / 3) / 3 + p.u_a**2 * e.q_depth / 9
 
 
-class BackwardBounds:
+class BackwardBounds(AttentionBounds[GradientEvaluation]):
     """Bounds of `attention_vjp`: the gradients of query, key, value, and of bias and sinks if the call has them."""
 
     @numpy.errstate(all="ignore")
     def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
         """Evaluate the case."""
-        self._evaluation = GradientEvaluation(arrays, options, steps)
-        self.values = self._evaluation.values
+        self.evaluation = GradientEvaluation(arrays, options, steps)
+        self.values = self.evaluation.values
 
     @numpy.errstate(all="ignore")
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the largest error of each element."""
-        errors = BackwardErrors(self._evaluation, precision)
+        errors = BackwardErrors(self.evaluation, precision)
         return {name: getattr(errors, name)() for name in self.values}
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the standard deviation of the error of each element."""
-        variances = BackwardVariances(self._evaluation, precision)
+        variances = BackwardVariances(self.evaluation, precision)
         return {name: numpy.sqrt(getattr(variances, name)()) for name in self.values}

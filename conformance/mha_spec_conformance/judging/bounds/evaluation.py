@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy
 
@@ -17,7 +18,9 @@ from .roundoff import unit_roundoff
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Evaluation", "as_float64", "in_float64", "weighted_sum"]
+    from .roundoff import Precision
+
+__all__ = ["AttentionBounds", "Evaluation", "as_float64", "in_float64", "weighted_sum"]
 
 
 def as_float64(array: numpy.ndarray) -> numpy.ndarray:
@@ -62,7 +65,7 @@ class Evaluation:
         no row sees the others.
         """
         self.steps = steps
-        self.dtypes = {name: dtype_name(array) for name, array in arrays.items()}
+        self.dtypes: Mapping[str, str] = {name: dtype_name(array) for name, array in arrays.items()}
         self.arrays = in_float64(arrays)
         function = "attention" if "value" in self.arrays else "attention_weights"
         arguments: dict[str, Any] = {"value": None, **self.arrays, **options, "function": function}
@@ -204,3 +207,25 @@ class Evaluation:
     def roundoff(self) -> float:
         """The relative error of a sum over the keys in float64, with a few further operations."""
         return 2 * (self.kv_len + 4) * unit_roundoff("float64")
+
+
+E = TypeVar("E", bound=Evaluation)
+
+
+class AttentionBounds(ABC, Generic[E]):
+    """Bounds that are computed from an evaluation of attention."""
+
+    evaluation: E
+    values: dict[str, numpy.ndarray]
+
+    def use(self, dtypes: Mapping[str, str]) -> None:
+        """Bound the errors of a run whose arrays have the same numbers in other dtypes."""
+        self.evaluation.dtypes = dtypes
+
+    @abstractmethod
+    def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """Return the largest error of each element."""
+
+    @abstractmethod
+    def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
+        """Return the standard deviation of the error of each element."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from .evaluation import Evaluation, weighted_sum
+from .evaluation import AttentionBounds, Evaluation, weighted_sum
 from .roundoff import unit_roundoff
 
 if TYPE_CHECKING:
@@ -209,44 +209,44 @@ class ForwardVariances:
         return e.seen(e.weights**2 * (self.score + self.mean + p.u_o**2 / 3) + p.w**2)
 
 
-class ForwardBounds:
+class ForwardBounds(AttentionBounds[Evaluation]):
     """Bounds of `attention`: output and lse."""
 
     @numpy.errstate(all="ignore")
     def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
         """Evaluate the case."""
-        self._evaluation = e = Evaluation(arrays, options, steps)
+        self.evaluation = e = Evaluation(arrays, options, steps)
         self.values = {"output": e.output, "lse": e.trace.lse[..., 0]}
 
     @numpy.errstate(all="ignore")
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the largest error of each element."""
-        errors = ForwardErrors(self._evaluation, precision)
+        errors = ForwardErrors(self.evaluation, precision)
         return {"output": errors.output, "lse": errors.lse[..., 0]}
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the standard deviation of the error of each element."""
-        variances = ForwardVariances(self._evaluation, precision, ForwardErrors(self._evaluation, precision))
+        variances = ForwardVariances(self.evaluation, precision, ForwardErrors(self.evaluation, precision))
         return {"output": numpy.sqrt(variances.output), "lse": numpy.sqrt(variances.lse)[..., 0]}
 
 
-class WeightBounds:
+class WeightBounds(AttentionBounds[Evaluation]):
     """Bounds of `attention_weights`."""
 
     @numpy.errstate(all="ignore")
     def __init__(self, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any], steps: Steps) -> None:
         """Evaluate the case."""
-        self._evaluation = Evaluation(arrays, options, steps)
-        self.values = {"weights": self._evaluation.trace.weights}
+        self.evaluation = Evaluation(arrays, options, steps)
+        self.values = {"weights": self.evaluation.trace.weights}
 
     @numpy.errstate(all="ignore")
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the largest error of each element."""
-        return {"weights": ForwardErrors(self._evaluation, precision).weights}
+        return {"weights": ForwardErrors(self.evaluation, precision).weights}
 
     @numpy.errstate(all="ignore")
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the standard deviation of the error of each element."""
-        errors = ForwardErrors(self._evaluation, precision)
-        return {"weights": numpy.sqrt(ForwardVariances(self._evaluation, precision, errors).weights)}
+        errors = ForwardErrors(self.evaluation, precision)
+        return {"weights": numpy.sqrt(ForwardVariances(self.evaluation, precision, errors).weights)}

@@ -197,7 +197,16 @@ class LayerBounds:
         self._steps = steps if isinstance(steps, LayerSteps) else layer_over(self._attention)
         self._dtypes = {name: dtype_name(array) for name, array in arrays.items() if name in ("bias", "sinks")}
         self._arguments = in_float64(arrays) | dict(options)
-        self.values = joined(self._answers(self._steps))
+
+    @property
+    def values(self) -> dict[str, numpy.ndarray]:
+        """The results in float64; an allowance needs none of them."""
+        return self._values
+
+    @cached_property
+    @numpy.errstate(all="ignore")
+    def _values(self) -> dict[str, numpy.ndarray]:
+        return joined(self._answers(self._steps))
 
     def _answers(self, steps: LayerSteps) -> list[dict[str, numpy.ndarray]]:
         call = getattr(Layer(steps), self._function)

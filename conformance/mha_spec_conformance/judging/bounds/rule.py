@@ -39,8 +39,10 @@ SPECIFICATION = Steps()
 class Bounds(Protocol):
     """One case evaluated in float64, from which its bounds in any precision are computed."""
 
-    values: dict[str, numpy.ndarray]
-    """The results in float64, by name of the output."""
+    @property
+    def values(self) -> dict[str, numpy.ndarray]:
+        """The results in float64, by name of the output."""
+        ...
 
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the largest error of each element (gate A: sums of linear depth); 0 where the result is exact."""
@@ -62,7 +64,7 @@ _BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Any
     **{name: partial(AlibiBounds, name) for name in ("alibi_slopes", "alibi_bias")},
 }
 
-BY_ROW = ("attention", "attention_weights")
+BY_ROW = {"attention": ForwardBounds, "attention_weights": WeightBounds}
 """The functions whose rows have errors that depend on no other row."""
 
 
@@ -83,10 +85,9 @@ def bounds(
         rows: The rows of the outputs that matter, as flat indices over (batch, heads, q_len), or None for all rows. The
             bounds of other rows may be NaN; only those of `attention` and `attention_weights` are.
     """
-    whole = _BOUNDS[function]
     if rows is not None and function in BY_ROW and steps is SPECIFICATION:
-        return RowBounds(whole, rows, arrays, options, SPECIFICATION)
-    return whole(arrays, options, steps)
+        return RowBounds(BY_ROW[function], rows, arrays, options, SPECIFICATION)
+    return _BOUNDS[function](arrays, options, steps)
 
 
 def allowances(
