@@ -1,4 +1,4 @@
-"""The assertions: read the arguments, choose the rows, compare, and describe what is wrong."""
+"""The assertions: read the arguments, choose the rows, compare them, and describe the wrong ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mha_spec.arrays import Array
     from mha_spec_conformance.judging.bounds import Precision
 
-    from .results import Compared
+    from .results import Compared, Values
 
 __all__ = ["allowance", "assert_attention", "assert_attention_vjp"]
 
@@ -93,12 +93,7 @@ def assert_attention(
         results["lse"] = read_result("lse", lse, a.query, shape[:3], rows_storage)
     run = precision(problem.dtype, profile)
     parts = [(part, forward(part, problem, run)) for part in _parts(problem, rows, seed, PAIRS, results)]
-    comparisons = [
-        compared(name, result, [(part, values[name]) for part, values in parts], run)
-        for name, result in results.items()
-        if parts
-    ]
-    return _conclude(comparisons, problem, run)
+    return _conclude(_compared(results, parts, run), problem, run)
 
 
 def assert_attention_vjp(
@@ -167,13 +162,19 @@ def _over_rows(
 
 def _over_keys(results: Mapping[str, Array], problem: Problem, run: Precision, seed: int) -> list[Compared]:
     """Compare the gradients of key and value at some keys."""
-    names = [name for name in ("grad_key", "grad_value") if name in results]
-    chosen = _columns(problem, seed) if names else []
-    columns = [gradients_of_keys(problem, entry, head, keys, run) for entry, head, keys in chosen]
+    of_keys = {name: results[name] for name in ("grad_key", "grad_value") if name in results}
+    chosen = _columns(problem, seed) if of_keys else []
+    return _compared(of_keys, [gradients_of_keys(problem, *place, run) for place in chosen], run)
+
+
+def _compared(
+    results: Mapping[str, Array], parts: Sequence[tuple[Part, Mapping[str, Values]]], run: Precision
+) -> list[Compared]:
+    """Compare each result with its expected values in the parts, if there are any."""
     return [
-        compared(name, results[name], [(part, values[name]) for part, values in columns], run)
-        for name in names
-        if columns
+        compared(name, result, [(part, values[name]) for part, values in parts], run)
+        for name, result in results.items()
+        if parts
     ]
 
 
