@@ -70,7 +70,7 @@ class Measured(Search):
 
 
 def target_of(mistake: Mistake) -> Target:
-    """Give the mistaken reference as a target that claims everything."""
+    """Return the mistaken reference as a target that claims everything."""
     claims = Claims(
         "mha_spec.reference", {name: f.keywords for name, f in FUNCTIONS.items()}, FLOATING, registered=True
     )
@@ -78,7 +78,7 @@ def target_of(mistake: Mistake) -> Target:
 
 
 def first_fault(mistake: Mistake, seed: int, seconds: float) -> tuple[int, float] | None:
-    """Give the calls and seconds until the first wrong answer; None if there was none in time."""
+    """Return the calls and seconds until the first wrong answer; None if there was none in time."""
     target = target_of(mistake)
     asker = Watching(target.claims, lambda question: answer(target, question))
     asker.suspect(())

@@ -1,7 +1,7 @@
 """Plot how much of the allowance the results use: for each feature and dtype a strip with a logarithmic axis.
 
-Results whose shares fall into the same bin of an eighth of a decade are a single mark, whose height tells how many they
-are, so that a plot of thousands of results stays small.
+Results whose shares fall into the same bin of an eighth of a decade are a single mark, whose height shows their
+number, so that a plot of thousands of results stays small.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["HEIGHT", "LIMIT", "TICKS", "WIDTH", "Strip", "strips"]
 
 DECADES = (-3, 3)
-"""The powers of ten at the ends of the axis; what lies beyond is drawn at the end."""
+"""The powers of ten at the ends of the axis; results beyond them are drawn at the ends."""
 
 BINS = 8
 """The number of bins of a decade."""
@@ -31,7 +31,7 @@ ZERO = 6
 """The place of results without any error."""
 
 INFINITE = LEFT + DECADE * (DECADES[1] - DECADES[0]) + 20
-"""The place of results whose error is infinite, or that are wrong in another way than by a number."""
+"""The place of results whose error is infinite, or that are wrong for another reason than a number."""
 
 WIDTH = INFINITE + 8
 
@@ -54,7 +54,7 @@ class Strip:
 
 
 def _place(share: float) -> float:
-    """Give the place of a share of the allowance along the axis, the middle of its bin; that of 1 ends at the line."""
+    """Return the place of a share of the allowance on the axis, the middle of its bin; that of 1 ends at the line."""
     if share == 0:
         return ZERO
     if not math.isfinite(share):
@@ -64,7 +64,7 @@ def _place(share: float) -> float:
 
 
 def _tick(power: float) -> float:
-    """Give the place of a power of ten."""
+    """Return the place of a power of ten."""
     return LEFT + DECADE * (power - DECADES[0])
 
 
@@ -80,10 +80,10 @@ TICKS = (
 
 
 def strips(cases: Cases, features: Iterable[str], dtypes: Sequence[str]) -> dict[str, list[Strip]]:
-    """Give for each feature, and for all features together, the strip of each dtype.
+    """Return the strip of each dtype for each feature, and for all features together.
 
     Args:
-        cases: The cases of a report, as `as_json` gives them.
+        cases: The cases of a report, as `as_json` returns them.
         features: The features in order.
         dtypes: The dtypes in order.
     """
@@ -108,6 +108,6 @@ def _strip(cases: Cases) -> Strip:
 
 
 def _marks(shares: Iterable[float]) -> list[tuple[float, float]]:
-    """Give the place and half the height of each mark."""
+    """Return the place and half the height of each mark."""
     counts = Counter(map(_place, shares))
     return [(x, min(LEAST + DOUBLED * math.log2(n), HEIGHT - 2) / 2) for x, n in sorted(counts.items())]

@@ -1,4 +1,4 @@
-"""The bounds that the runs of a case in several dtypes share."""
+"""Share the bounds of a case among its runs in several dtypes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["SharedBounds"]
 
 MOST = 2
-"""The number of cases whose bounds are kept. Two workers answer in turns, each about one case in all its dtypes."""
+"""The number of cases whose bounds are kept. Two workers answer in turns, each about a case in all its dtypes."""
 
 
 class SharedBounds:
-    """Evaluates each case once for all its dtypes, if they are asked one after the other.
+    """Evaluates each case once for all its dtypes, if they are asked in succession.
 
     The inputs of a case are exact in each of its dtypes, so that their numbers in float64 are the same.
     """
