@@ -150,7 +150,7 @@ def _band(a: Arguments) -> int | None:
 
 
 def _rounded(size: int, a: Arguments) -> int:
-    """Round the size of a stretch up, finely for segments alone: stretches of other sizes compile other programs."""
+    """Round the size of a stretch up, because each size compiles a program; with segments, the units are smaller."""
     unit = max(LOWEST, -(-a.kv_len // (SIZES if a.q_segment_ids is None else SIZES**2)))
     return min(a.kv_len, size if _band(a) is not None else max(1, -(-size // unit)) * unit)
 
