@@ -303,8 +303,12 @@ print(most(int(os.environ["LENGTH"])) - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Only Linux tells the largest memory of a process.")
 def test_memory_grows_with_the_length(python: Callable[..., Any]) -> None:
-    """The scores of all pairs take 256 MiB in float32, which a block over all queries needs."""
+    """Blocks need less memory than the scores of all pairs, 256 MiB in float32; a block over all queries needs more.
+
+    The order in which TensorFlow's threads take and free memory changes the result: it was 70 to 118 MiB with blocks,
+    and 837 MiB with a block over all queries.
+    """
     length = 8192
     pairs = 4 * length**2
-    assert int(python(GROWTH, LENGTH=str(length)).stdout) < pairs / 2
+    assert int(python(GROWTH, LENGTH=str(length)).stdout) < pairs
     assert int(python(GROWTH, LENGTH=str(length), HEIGHT=str(length)).stdout) > pairs
