@@ -66,9 +66,10 @@ def unoptimized() -> Iterator[None]:
     """Disable most optimizations of XLA, because a program that runs once does not repay them."""
     import jax
 
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
