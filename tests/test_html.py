@@ -153,7 +153,7 @@ class Structure(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "rect", "path"):
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -395,7 +395,7 @@ def visited(
 
 
 def ground_of(opened: Page) -> list[int]:
-    """Give the red, green and blue of the background."""
+    """Return the red, green and blue of the background."""
     colour = opened.evaluate("getComputedStyle(document.body).backgroundColor")
     return [int(number) for number in re.findall(r"\d+", colour)[:3]]
 

@@ -87,6 +87,7 @@ def page(run: Run) -> str:
         format=FORMAT,
         style=style,
         style_digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        name=one_line(run.claims.name, MOST_CHARACTERS),
         label=_label(run),
         report=report,
         remarks=remarks(run),
