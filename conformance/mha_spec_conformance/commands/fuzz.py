@@ -93,7 +93,7 @@ def fuzz(
 
 
 def _answer(pool: Pool, question: Question, left: float, limit: float) -> Answer:
-    """Ask a question within the time that is left; raise if the call ends by that time, and not by its limit."""
+    """Ask a question in the time that is left; raise RoundIsOver if a time shorter than the limit ends the call."""
     pool.limit = min(limit, max(left, LEAST_SECONDS))
     ((_, answer),) = pool.answers([question])
     if answer.kind == "timeout" and pool.limit < limit:

@@ -1,4 +1,4 @@
-"""Write a run as Markdown, as for the summary of a job: the verdict, a table by feature, and the failures by cause."""
+"""Write a run as Markdown, for the summary of a CI job: the verdict, a table by feature, and the failures by cause."""
 
 from __future__ import annotations
 
