@@ -163,6 +163,12 @@ def test_a_target_that_takes_nothing_is_asked_what_it_can_be_asked(suite: Suite)
     assert not detection.declared
 
 
+def test_a_right_attention_without_other_functions_has_the_readings_of_the_specification(suite: Suite) -> None:
+    attention = function_over(Steps(), "attention")
+    found = variants(detect(InThisProcess({"attention": attention}), suite).readings)
+    assert found == RIGHT
+
+
 def test_weights_that_are_not_rounded_are_the_profile_strict(suite: Suite) -> None:
     attention = function_over(Steps(), "attention")
     detection = detect(InThisProcess({"attention": attention}, ("bfloat16",)), suite)

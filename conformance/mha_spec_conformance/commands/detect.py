@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from mha_spec_conformance.asking.pool import Pool
-from mha_spec_conformance.reporting.terminal import console
+from mha_spec_conformance.reporting.terminal import Bar, console
 from mha_spec_conformance.running.detecting import detect as detection_of
 from mha_spec_conformance.suite.cases import load
 
@@ -36,9 +36,9 @@ def detect(target: str, *, json_file: Path | None = None, limit: float = 60.0) -
         UsageError: The file cannot be written.
     """
     check_output("--json", json_file, SCHEMA.encode())
-    with Pool(target, limit=limit) as pool:
-        detection = detection_of(pool, load())
     screen = console()
+    with Pool(target, limit=limit) as pool, Bar(screen, target) as bar:
+        detection = detection_of(pool, load(), bar)
     _print(screen, target, detection)
     if json_file is not None:
         _write(json_file, target, detection)

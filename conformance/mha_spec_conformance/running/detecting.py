@@ -11,6 +11,7 @@ from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.suite.conventions import CONVENTIONS
 
 from .evidence import Answered, Evidence, conventions_followed
+from .runner import without_progress
 from .smoke import try_smoke_cases
 from .witnesses import questions_of
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Suite
     from mha_spec_conformance.targets.claims import Claims
 
+    from .runner import Progress
     from .witnesses import Group, Questions
 
     Key = tuple[object, ...]
@@ -86,20 +88,20 @@ class Detection:
         return declared
 
 
-def detect(source: Source, suite: Suite) -> Detection:
-    """Ask a target a few questions about each convention.
+def detect(source: Source, suite: Suite, progress: Progress = without_progress) -> Detection:
+    """Ask a target a few questions about each convention; `progress` is called as by `runner.run`, without failures.
 
     Raises:
         NothingToJudge: No answer to a smoke case can be compared.
     """
     notes = try_smoke_cases(suite, source, Judge(source.claims))
-    return Detection(source.claims, readings(source, questions_of(suite, source.claims)), notes)
+    return Detection(source.claims, readings(source, questions_of(suite, source.claims), progress), notes)
 
 
-def readings(source: Source, questions: Questions) -> tuple[Reading, ...]:
+def readings(source: Source, questions: Questions, progress: Progress = without_progress) -> tuple[Reading, ...]:
     """Ask the questions, and return the readings of all conventions."""
     claims, judge = source.claims, Judge(source.claims, mistakes=())
-    answers = _answers(source, questions.asks, judge)
+    answers = _answers(source, questions.asks, judge, progress)
 
     def of(asks: Sequence[Ask]) -> list[Answered]:
         return [answers[_key(ask)] for ask in asks]
@@ -124,7 +126,7 @@ def _takes_offset(claims: Claims) -> bool:
     return "q_offset" in claims.words("attention")
 
 
-def _answers(source: Source, asks: Sequence[Ask], judge: Judge) -> dict[Key, Answered]:
+def _answers(source: Source, asks: Sequence[Ask], judge: Judge, progress: Progress) -> dict[Key, Answered]:
     """Ask each question once, and judge the answers."""
     named = {f"{ask.case.id}/detect-{i}": ask for i, ask in enumerate({_key(ask): ask for ask in asks}.values())}
     answers: dict[Key, Answered] = {}
@@ -132,6 +134,7 @@ def _answers(source: Source, asks: Sequence[Ask], judge: Judge) -> dict[Key, Ans
         # Inputs that the call wrote to say nothing about a convention.
         ask, unwritten = named[question.id], replace(answer, written=())
         answers[_key(ask)] = Answered(ask, unwritten, judge.result(ask, unwritten))
+        progress(len(answers), len(named), 0)
     return answers
 
 

@@ -115,11 +115,14 @@ class Evidence:
         return bool(pairs) and not any(answered.shows(m, self.recognition) for m in (mistake, *pairs))
 
     def refuted(self) -> dict[str, int]:
-        """Count the answers that refute each variant, that is each of its mistakes."""
+        """Count the answers that refute each variant, that is each of its mistakes that the questions show."""
         return {
-            variant: min(len(self.refuting(mistake)) for mistake in mistakes)
+            variant: min((len(self.refuting(mistake)) for mistake in mistakes if self._asked(mistake)), default=0)
             for variant, mistakes in readings_of(self.convention).items()
         }
+
+    def _asked(self, mistake: Mistake) -> bool:
+        return any(self.recognition.shows(mistake, answered.ask) for answered in self.answers)
 
     def shared_out(self) -> tuple[dict[str, int], list[Answered]]:
         """Count the wrong answers that each variant explains, and return those that none explains."""
