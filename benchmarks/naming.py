@@ -1,6 +1,7 @@
 """Plant each known mistake in the reference, judge it by the whole suite, and count how often its name comes first.
 
     python benchmarks/naming.py                      # every mistake in every dtype: hours
+    python benchmarks/naming.py --one-dtype --one-large-in 16   # every mistake in one dtype: about half an hour
     python benchmarks/naming.py --one-in 20          # a part of them
     python benchmarks/naming.py --only mask --dtypes float32,float16
 
@@ -22,7 +23,7 @@ from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.judging.causes import find_causes
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.judging.naming import named
-from mha_spec_conformance.judging.prediction import can_show
+from mha_spec_conformance.judging.prediction import can_show, scores_of
 from mha_spec_conformance.judging.result import Result
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.cases import load
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.mistakes import Mistake
     from mha_spec_conformance.suite.cases import Case
+
+
+LARGE = 2**12
+"""The number of scores from which a case is large."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,10 @@ class Named:
 
 
 def planted(mistake: Mistake, cases: Iterable[Case], dtype: str) -> Named:
-    """Judge the reference with a mistake by the cases in a dtype; cases in which it cannot show are taken as passed."""
-    keywords = {name: function.keywords for name, function in FUNCTIONS.items()}
+    """Judge the functions of a mistake by the cases in a dtype; cases in which it cannot show are taken as passed."""
+    keywords = {name: FUNCTIONS[name].keywords for name in mistake.functions}
     claims = Claims("reference", keywords, (dtype,), registered=True)
-    functions = {name: function_over(mistake.steps, name) for name in FUNCTIONS}
+    functions = {name: function_over(mistake.steps, name) for name in mistake.functions}
     target, judge = Target(functions, claims), Judge(claims)
     results: list[Result] = []
     for ask in asks(cases, claims, Selection(dtypes=(dtype,))):
@@ -72,21 +77,38 @@ def planted(mistake: Mistake, cases: Iterable[Case], dtype: str) -> Named:
     return Named(sum(result.outcome != "pass" for result in results), len(wrong), mistaken)
 
 
+def sampled(cases: Iterable[Case], one_large_in: int) -> list[Case]:
+    """Choose all small cases, and one of so many large ones."""
+    asked = [case for case in cases if case.expect != "error"]
+    small = [case for case in asked if scores_of(case) <= LARGE]
+    large = [case for case in asked if scores_of(case) > LARGE]
+    return [*small, *large[::one_large_in]]
+
+
+def planted_dtypes(mistake: Mistake, dtypes: list[str], number: int | None) -> list[str]:
+    """Choose the dtypes in which the mistake can show, or the one of this number if it is given."""
+    able = [dtype for dtype in dtypes if dtype in (mistake.dtypes or dtypes)]
+    return able if number is None or not able else [able[number % len(able)]]
+
+
 def main() -> None:
     """Print the mistakes that are not named or named wrongly, and the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one-in", type=int, default=1, help="plant one in so many mistakes")
     parser.add_argument("--first", type=int, default=0, help="the index of the first mistake")
+    parser.add_argument("--one-large-in", type=int, default=1, help="ask one in so many large cases")
+    parser.add_argument("--one-dtype", action="store_true", help="plant each mistake in one of the dtypes, in turn")
     parser.add_argument("--only", default="", help="plant mistakes whose name contains this")
     parser.add_argument("--dtypes", default=",".join(FLOATING))
     options = parser.parse_args()
-    cases = load().cases
+    cases = sampled(load().cases, options.one_large_in)
     chosen = [mistake for mistake in MISTAKES if options.only in mistake.name][options.first :: options.one_in]
     first = shown = 0
     wrong: list[str] = []
-    for mistake in chosen:
-        for dtype in options.dtypes.split(","):
-            start = time.monotonic()
+    dtypes = options.dtypes.split(",")
+    for number, mistake in enumerate(chosen):
+        for dtype in planted_dtypes(mistake, dtypes, number if options.one_dtype else None):
+            start = time.process_time()
             result = planted(mistake, cases, dtype)
             if not result.compared:
                 continue
@@ -95,7 +117,7 @@ def main() -> None:
             wrong += result.wrong(mistake)
             verdict = "right" if result.right(mistake) and not result.wrong(mistake) else "WRONG"
             names = "; ".join(f"{names[0]} (+{len(names) - 1})" for names in result.names)
-            seconds = time.monotonic() - start
+            seconds = time.process_time() - start
             print(
                 f"{verdict} {mistake.name} {dtype}: {result.failures} fail, {names or 'no name'}, {seconds:.0f} s",
                 flush=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,15 +14,17 @@ from mha_spec_conformance.asking.selection import Selection, asks
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.judging.causes import find_causes
 from mha_spec_conformance.judging.judge import Judge
-from mha_spec_conformance.judging.naming import named
 from mha_spec_conformance.judging.pairs import together
 from mha_spec_conformance.mistakes import MISTAKES
+from mha_spec_conformance.running.diagnosing import diagnosed
+from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.claims import Claims
 from mha_spec_conformance.targets.loading import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from mha_spec_conformance.asking.question import Answer, Question
     from mha_spec_conformance.judging.causes import Findings
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.cases import Expected, Suite
@@ -36,15 +39,37 @@ def judged(
     attention: Callable[..., object],
     dtypes: Sequence[str] = ("float32",),
     patterns: tuple[str, ...] = PATTERNS,
+    function: str = "attention",
 ) -> list[Result]:
-    """Judge an attention by a few cases, and name the mistakes that explain its failures."""
-    claims = Claims("mine", {"attention": KEYWORDS}, tuple(dtypes))
-    target, judge = Target({"attention": attention}, claims), Judge(claims)
+    """Judge a function by a few cases, and name the mistakes that explain its failures."""
+    keywords = KEYWORDS if function == "attention" else FUNCTIONS[function].keywords
+    return judged_functions(suite, {function: attention}, {function: keywords}, dtypes, patterns)
+
+
+def judged_functions(
+    suite: Suite,
+    functions: Mapping[str, Callable[..., object]],
+    keywords: Mapping[str, tuple[str, ...]],
+    dtypes: Sequence[str],
+    patterns: tuple[str, ...],
+) -> list[Result]:
+    claims = Claims("mine", keywords, tuple(dtypes))
+    source, judge = InProcess(Target(functions, claims)), Judge(claims)
     asked = [ask for ask in asks(suite.cases, claims, Selection(patterns)) if _small(ask.case.expected)]
-    results = [judge.result(ask, answer(target, ask.question())) for ask in asked]
-    wrong = [result.wrong for result in results if result.wrong is not None]
-    names = named(wrong, [result.ask for result in results if result.outcome == "pass"], judge.recognition)
-    return [judge.explained(r, names[r.ask.key]) if r.ask.key in names else r for r in results]
+    results = {ask.key: judge.result(ask, answer(source.target, ask.question())) for ask in asked}
+    results |= {result.ask.key: result for result in list(diagnosed(source, judge, results))}
+    return list(results.values())
+
+
+class InProcess:
+    """A source of answers that calls the target in this process."""
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.claims = target, target.claims
+
+    def answers(self, *groups: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
+        for question in itertools.chain(*groups):
+            yield question, answer(self.target, question)
 
 
 def _small(expected: Mapping[str, Expected]) -> bool:
@@ -102,6 +127,58 @@ def test_mistake_in_one_dtype_is_named_for_that_dtype(suite: Suite) -> None:
     assert {result.ask.dtype for result in causes[0].results} == {"float16"}
     assert causes[0].story.share is not None
     assert {"softcap", "dtype float16"} == set(causes[0].story.share.properties)
+
+
+def test_mistake_of_one_function_in_one_dtype_is_named(suite: Suite) -> None:
+    """The output ignores softcap in float16 alone; attention in float32 and the weights are right."""
+    wrong = over("softcap-ignored")
+    right = function_over(Steps(), "attention_weights")
+
+    def attention(query, key, value, **options):
+        return (wrong if query.dtype.name == "float16" else RIGHT)(query, key, value, **options)
+
+    functions = {"attention": attention, "attention_weights": right}
+    keywords = {"attention": KEYWORDS, "attention_weights": ("softcap", "mask", "causal")}
+    patterns = ("attention/softcap", "attention_weights/softcap")
+    causes = find_causes(judged_functions(suite, functions, keywords, ("float32", "float16"), patterns)).causes
+    assert [cause.name for cause in causes] == ["softcap-ignored"]
+
+
+def test_mistake_of_attention_is_named_in_a_layer(suite: Suite) -> None:
+    layer = function_over(BY_NAME["mask-ignored"].steps, "multi_head_attention")
+    patterns = ("multi_head_attention/mask", "multi_head_attention/self/", "multi_head_attention/cache/")
+    causes = find_causes(judged(suite, layer, patterns=patterns, function="multi_head_attention")).causes
+    assert [cause.name for cause in causes] == ["mask-ignored"]
+
+
+def test_wrong_shape_has_the_name_of_the_mistake_that_gives_it(suite: Suite) -> None:
+    causes = findings(suite, over("lse-with-axes-exchanged")).causes
+    assert [cause.name for cause in causes] == ["lse-with-axes-exchanged"]
+    assert any("must have shape" in (result.reason or "") for result in causes[0].results)
+
+
+def test_error_has_the_name_of_the_mistake_that_raises_it(suite: Suite) -> None:
+    def attention(query, key, value, *, causal=False, **options):
+        if causal and 1 != query.shape[2] != key.shape[2]:
+            raise RuntimeError(f"mask of {query.shape[2]} x {query.shape[2]}")
+        return RIGHT(query, key, value, causal=causal, **options)
+
+    patterns = ("attention/causal", "attention/smoke/")
+    results = judged_functions(
+        suite, {"attention": attention}, {"attention": (*KEYWORDS, "q_offset")}, ("float32",), patterns
+    )
+    assert [cause.name for cause in find_causes(results).causes] == ["causal-mask-square"]
+
+
+def test_wrong_factor_of_the_scores_is_not_called_rounding(suite: Suite) -> None:
+    def layer(query, key, value, params, *, scale=None, **options):
+        factor = params["w_q"].shape[2] ** -0.5 if scale is None else scale
+        return right(query, key, value, params, scale=1.07 * factor, **options)
+
+    right = function_over(Steps(), "multi_head_attention")
+    patterns = tuple(f"multi_head_attention/{name}/" for name in ("self", "cross", "cube", "biases", "partial"))
+    causes = find_causes(judged(suite, layer, patterns=patterns, function="multi_head_attention")).causes
+    assert {cause.kind for cause in causes} == {"unknown"}
 
 
 def test_two_mistakes_are_named_where_one_does_not_suffice(suite: Suite) -> None:

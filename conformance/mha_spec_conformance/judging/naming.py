@@ -50,7 +50,7 @@ MOST_SCORES = 2**21
 SMALL = 2**12
 """The largest number of scores of a small case, on which a prediction takes a millisecond."""
 
-MOST_SCORES_TRIED = 2**28
+MOST_SCORES_TRIED = 2**27
 """The largest number of scores of the predictions on large representatives, which are about 10 seconds of work."""
 
 FIRST_WITNESSES = 12
@@ -66,13 +66,13 @@ MOST_SCORES_OF_PAIR = 2**15
 """The largest number of scores of a case on which a pair is tried, because nothing of its prediction is known."""
 
 LEAST_OF_PAIR = 3
-"""The number of failures that a pair must explain and neither of its mistakes does."""
+"""The number of failures that a pair, or a mistake that raises, must explain and no other mistake does."""
 
 LEAST_OF_CELL = 4
 """The number of cases that a mistake must explain if it holds only for some functions in some dtypes."""
 
-MOST_FORMS = 3
-"""The number of malformed answers on which every mistake is tried."""
+MOST_FAULTS = 3
+"""The number of errors and malformed answers on which every mistake is tried."""
 
 MOST_LEFT = 20
 """The largest number of unexplained failures on which a pair is tried."""
@@ -83,7 +83,7 @@ def named(
     passing: Sequence[Ask],
     recognition: Recognition,
     mistakes: Sequence[Mistake] = MISTAKES,
-    malformed: Sequence[tuple[Ask, str]] = (),
+    faults: Sequence[tuple[Ask, str | None]] = (),
 ) -> dict[Key, tuple[Mistake, ...]]:
     """Name the mistakes that explain the failures of a run, by case and dtype; a failure without a name is left out.
 
@@ -92,13 +92,13 @@ def named(
         passing: The questions that the target passes.
         recognition: Compares answers with the predictions of mistakes.
         mistakes: The mistakes that may be named.
-        malformed: The questions to which an answer has a wrong shape or dtype, each with the fault in words.
+        faults: The failures without values that can be compared: a wrong shape or dtype in words, None for an error.
     """
     search = _Search(wrong, passing, recognition)
     wherever = [_wherever_it_can_be(mistake) for mistake in mistakes]
     search.try_on_representatives(wherever)
     search.try_pairs()
-    search.try_on_forms(wherever, malformed)
+    search.try_without_values(wherever, faults)
     return {key: _exact(names) for key, names in search.names.items()}
 
 
@@ -112,6 +112,7 @@ class _Search:
         self.names: dict[Key, tuple[Mistake, ...]] = {}
         self.suspects: dict[str, Mistake] = {}
         self.settled: set[str] = set()
+        self._small: dict[Cell, list[Ask]] = {}
         self.refuted: set[tuple[str, Cell]] = set()
 
     def try_on_representatives(self, mistakes: Sequence[Mistake]) -> None:
@@ -145,8 +146,10 @@ class _Search:
         """Consult a few small passing questions of the same function and dtype, which is faster than a prediction."""
         if mistake.compared is Compared.WHERE_NOT_FINITE or (mistake.name, cell) in self.refuted:
             return
-        small = [ask for ask in self.passing if _cell(ask) == cell and scores_of(ask.case) <= SMALL]
-        witnesses = _witnesses(mistake, small)[:FIRST_WITNESSES]
+        if cell not in self._small:
+            small = [ask for ask in self.passing if _cell(ask) == cell and scores_of(ask.case) <= SMALL]
+            self._small[cell] = small[:WITNESSES]
+        witnesses = _witnesses(mistake, self._small[cell])[:FIRST_WITNESSES]
         if any(self.recognition.shows(mistake, ask) for ask in witnesses):
             self.refuted.add((mistake.name, cell))
 
@@ -180,18 +183,22 @@ class _Search:
                 alone = tuple(part for part in parts if self.recognition.explains(part, wrong))
                 self.names[key] = (*self.names.get(key, ()), *(alone or (mistake,)))
 
-    def try_on_forms(self, mistakes: Sequence[Mistake], malformed: Sequence[tuple[Ask, str]]) -> None:
-        """Name a mistake that gives nearly all of the malformed results; those that explain values come first."""
-        if not malformed:
-            return
-        smallest = sorted(malformed, key=lambda fault: elements(fault[0].case))[:MOST_FORMS]
+    def try_without_values(self, mistakes: Sequence[Mistake], faults: Sequence[tuple[Ask, str | None]]) -> None:
+        """Name the mistakes that raise or give malformed results where the target does; named ones come first."""
+        smallest = sorted(faults, key=lambda fault: elements(fault[0].case))[:MOST_FAULTS]
         for mistake in sorted(mistakes, key=lambda mistake: mistake.name not in self.settled):
-            if all(self.recognition.gives_fault(mistake, *fault) for fault in smallest):
-                explained = [ask for ask, fault in malformed if self.recognition.gives_fault(mistake, ask, fault)]
-                cells = {_cell(ask) for ask in explained}
-                if len(explained) >= LEAST * len(malformed) and not any(self.is_refuted(mistake, c) for c in cells):
-                    self.names |= dict.fromkeys((ask.key for ask in explained), (mistake,))
-                    return
+            if not any(self.recognition.gives_fault(mistake, *fault) for fault in smallest):
+                continue
+            able = [fault for fault in faults if can_show(mistake, fault[0].case, fault[0].dtype)]
+            explained = [ask for ask, fault in able if self.recognition.gives_fault(mistake, ask, fault)]
+            cells = {_cell(ask) for ask in explained}
+            refuted = any(self.is_refuted(mistake, cell) or self._raises_where_passing(mistake, cell) for cell in cells)
+            if len(explained) >= max(LEAST_OF_PAIR, LEAST * len(able)) and not refuted:
+                self.names |= {ask.key: (mistake,) for ask in explained if ask.key not in self.names}
+
+    def _raises_where_passing(self, mistake: Mistake, cell: Cell) -> bool:
+        near = [ask for ask in self.passing if _cell(ask) == cell]
+        return any(self.recognition.gives_fault(mistake, ask, None) for ask in _witnesses(mistake, near))
 
     def try_pairs(self) -> None:
         """Try pairs of the mistakes that explain a failure each, where failures are left."""
@@ -256,7 +263,12 @@ class Trial:
         keys = {failure.ask.key for failure in explained}
         others = [failure.ask for failure in wrong if failure.ask.key not in keys and not failure.spreads]
         by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
-        unexplained = Counter(_cell(ask) for ask in others if by_errors or recognition.shows(mistake, ask))
+        most = len(explained) * (1 / LEAST - 1)
+        unexplained: Counter[Cell] = Counter()
+        for ask in others:
+            # No group of functions and dtypes holds that contains one with more unexplained failures than this.
+            if unexplained[_cell(ask)] <= most and (by_errors or recognition.shows(mistake, ask)):
+                unexplained[_cell(ask)] += 1
         count = Counter(_cell(failure.ask) for failure in explained)
         tolerated = dict(count) if mistake.compared is Compared.WHERE_NOT_FINITE else {}
         refuting: Counter[Cell] = Counter()

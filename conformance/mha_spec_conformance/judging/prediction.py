@@ -164,6 +164,7 @@ class Predictions:
 
     def _bounded(self, steps: Steps | LayerSteps, dtype: str) -> Bounds | None:
         try:
-            return bounds(self.case.function, self._arrays(dtype), self.case.options, steps)
+            rows = self.case.sampled_rows
+            return bounds(self.case.function, self._arrays(dtype), self.case.options, steps, rows)
         except CANNOT_ANSWER:
             return None

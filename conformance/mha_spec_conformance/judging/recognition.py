@@ -111,12 +111,14 @@ class Recognition:
             self._shown[key] = can_show(mistake, ask.case, ask.dtype) and self._shows(mistake, ask)
         return self._shown[key]
 
-    def gives_fault(self, mistake: Mistake, ask: Ask, fault: str) -> bool:
-        """Tell whether the results of the mistake have this fault of form, in the same words."""
+    def gives_fault(self, mistake: Mistake, ask: Ask, fault: str | None) -> bool:
+        """Tell whether the results of the mistake have this fault of form, in the same words; None: it raises."""
         if not can_show(mistake, ask.case, ask.dtype):
             return False
         mistaken = self._of(ask.case).outputs(mistake, ask.dtype)
-        return mistaken is not None and set(ask.outputs) <= set(mistaken) and form_fault(ask, mistaken) == fault
+        if mistaken is None or fault is None:
+            return mistaken is None and fault is None
+        return set(ask.outputs) <= set(mistaken) and form_fault(ask, mistaken) == fault
 
     def _shows(self, mistake: Mistake, ask: Ask) -> bool:
         predictions = self._of(ask.case)

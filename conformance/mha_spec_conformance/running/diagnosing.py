@@ -30,13 +30,13 @@ def diagnosed(source: Source, judge: Judge, results: Mapping[Key, Result]) -> It
     failing = {r.ask.key: r for r in known.values() if r.outcome == "fail" and r.wrong is not None}
     wrong = [result.wrong for result in failing.values() if result.wrong is not None]
     passing = [result.ask for result in known.values() if result.outcome == "pass"]
-    malformed = {r.ask.key: r for r in known.values() if _is_malformed(r)}
-    faults = [(result.ask, result.reason or "") for result in malformed.values()]
-    names = named(wrong, passing, judge.recognition, malformed=faults) if wrong or malformed else {}
+    without_values = {r.ask.key: r for r in known.values() if r.outcome == "error" or _is_malformed(r)}
+    faults = [(r.ask, None if r.outcome == "error" else r.reason) for r in without_values.values()]
+    names = named(wrong, passing, judge.recognition, faults=faults) if wrong or faults else {}
     for key, result in failing.items():
         if key in names or result is not results[key]:
             yield judge.explained(result, names.get(key, ()))
-    for key, result in malformed.items():
+    for key, result in without_values.items():
         if key in names:
             yield replace(result, diagnosis=tuple(mistake.name for mistake in names[key]))
 
