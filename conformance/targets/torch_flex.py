@@ -1,7 +1,7 @@
 """PyTorch's `flex_attention`, unchanged, without `torch.compile`.
 
 Constraints are its `score_mod`, which gives hidden pairs the score -inf; the caps, biases and offsets are those of the
-specification, since the caller writes them.
+specification, since the caller writes them. On the CPU it has no gradients.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ arrays = "torch"
 dtypes = ("float64", "float32", "float16", "bfloat16")
 
 warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+
+
+def supports(question):
+    """Refuse ids that PyTorch does not compare with others."""
+    ids = (question.arrays.get(name) for name in ("q_segment_ids", "kv_segment_ids"))
+    wide = any(array is not None and array.dtype.name in ("uint16", "uint32", "uint64") for array in ids)
+    return not wide or "PyTorch does not compare unsigned ids with others"
 
 
 def attention(
@@ -72,14 +79,3 @@ def visible(shape, causal, window, q_offset, q_lengths, kv_lengths):
         if lengths is not None:
             seen = seen & (index < torch.as_tensor(lengths).reshape(-1, 1, 1, 1))
     return seen
-
-
-def attention_vjp(grad_output, query, key, value, *, bias=None, **options):
-    """Return the gradients of autograd."""
-    operands = [None if x is None else x.detach().requires_grad_() for x in (query, key, value, bias)]
-    output = attention(*operands[:3], bias=operands[3], **options)
-    gradients = iter(torch.autograd.grad(output, [x for x in operands if x is not None], grad_output))
-    return (*(None if x is None else next(gradients) for x in operands), None)
-
-
-features = ("mask", "bias", "causal", "window", "offset", "q_lengths", "kv_lengths", "segments", "scale", "softcap")
