@@ -115,7 +115,7 @@ class Judge:
         wrong = result.wrong
         if wrong is None or wrong.answer is None:
             return result
-        return self._completed(self._with_names(result, mistakes), wrong.answer, wrong.allowances)
+        return self._completed(self._with_names(result, mistakes), wrong.answer, wrong.allowances, mistakes)
 
     def _with_names(self, result: Result, mistakes: Sequence[Mistake]) -> Result:
         """Make a result a deviation if a convention is among the mistakes that explain it."""
@@ -128,18 +128,28 @@ class Judge:
         convention = (accepted or conventions)[0]
         return replace(result, outcome="deviation", reason=str(convention), conventions=(convention,))
 
-    def _completed(self, result: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray]) -> Result:
+    def _completed(
+        self,
+        result: Result,
+        answer: Answer,
+        allowances: Mapping[str, numpy.ndarray],
+        mistakes: Sequence[Mistake] = (),
+    ) -> Result:
         """Judge the further calls and the dtype of a result that is right or follows a convention."""
         if result.outcome == "fail":
             return result
-        for fault, clause in self._further_faults(result, answer, allowances):
+        for fault, clause in self._further_faults(result, answer, allowances, mistakes):
             return _failed(result, fault, clause)
         if (name := wrong_dtype(result.ask, answer.outputs)) is not None:
             return _with_dtype(result, name, answer.outputs)
         return result
 
     def _further_faults(
-        self, result: Result, answer: Answer, allowances: Mapping[str, numpy.ndarray]
+        self,
+        result: Result,
+        answer: Answer,
+        allowances: Mapping[str, numpy.ndarray],
+        mistakes: Sequence[Mistake],
     ) -> Iterator[tuple[str, str]]:
         """Return the faults of the calls, each with its clause: side effects, then wrong answers to further calls."""
         run_precision = precision(result.ask.dtype, self.claims.profile)
@@ -153,7 +163,7 @@ class Judge:
             reason = further.reason
             if further.kind == "returned" and (reason := form_fault(result.ask, further.outputs)) is None:
                 judgement = _compare(result.ask, further.outputs, allowances, run_precision)
-                reason = self._unlike(result, further.outputs, judgement, allowances)
+                reason = self._unlike(result, further.outputs, judgement, allowances, mistakes)
             if reason is not None and (further.kind != "unsupported" or name == AGAIN):
                 yield _otherwise(result, name, reason), "MHA-PURE-3" if name == AGAIN else "MHA-PURE-2"
 
@@ -163,6 +173,7 @@ class Judge:
         outputs: Mapping[str, numpy.ndarray],
         judgement: Judgement,
         allowances: Mapping[str, numpy.ndarray],
+        mistakes: Sequence[Mistake],
     ) -> str | None:
         """Return the reason why the outputs of a further call are not judged like those of the first call.
 
@@ -172,8 +183,8 @@ class Judge:
         if judgement.passed:
             follows = result.outcome == "pass" or "precision" in result.conventions[0]
             return None if follows else "it follows the specification"
-        mistakes = [mistake for mistake in MISTAKES if mistake.convention in conventions]
-        same = self.recognition.explaining(mistakes, Wrong(result.ask, outputs, allowances))
+        named = [mistake for mistake in (*mistakes, *MISTAKES) if mistake.convention in conventions]
+        same = self.recognition.explaining(named, Wrong(result.ask, outputs, allowances))
         return None if same else judgement.reason
 
     def accepts(self, result: Result) -> bool:

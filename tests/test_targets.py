@@ -1,0 +1,60 @@
+"""The attentions of other libraries: what is known of them names cases and clauses, and the page has a row of each."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mha_spec_conformance.asking.calls import function_over
+from mha_spec_conformance.asking.selection import Selection, asks
+from mha_spec_conformance.asking.worker import answer
+from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.judging.naming import named
+from mha_spec_conformance.mistakes import MISTAKES
+from mha_spec_conformance.running.known import read_known
+from mha_spec_conformance.suite.spec import clauses
+from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.targets.loading import Target
+
+if TYPE_CHECKING:
+    from mha_spec_conformance.suite.cases import Suite
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "conformance" / "targets"
+TARGETS = sorted(path.stem for path in FOLDER.glob("*.py"))
+KNOWN = sorted(FOLDER.glob("*.known.toml"))
+
+
+@pytest.mark.parametrize("file", KNOWN, ids=lambda file: file.name)
+def test_known_deviations_name_a_target_cases_and_a_clause(suite: Suite, file: Path) -> None:
+    cases = {case.id: case for case in suite.cases}
+    known = read_known(file)
+    assert file.name.removesuffix(".known.toml") in TARGETS
+    assert {entry.id for entry in known} <= set(cases)
+    assert all(cases[entry.id].level == "MUST" for entry in known)
+    assert {entry.reason.partition(":")[0] for entry in known} <= set(clauses())
+
+
+def test_the_page_has_a_row_of_every_target_and_says_which_deviate() -> None:
+    page = (ROOT / "docs" / "targets.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| .+ \| (\d+) \| (\d+) \|.* \| (?:CI|by hand) \|$", page, re.MULTILINE)
+    assert sorted(name for name, _, _ in rows) == TARGETS
+    deviating = {f"{name}.known.toml" for name, asked, passed in rows if asked != passed}
+    assert deviating == {file.name for file in KNOWN}
+
+
+def test_further_calls_of_a_layer_follow_the_convention_of_the_first(suite: Suite) -> None:
+    claims = Claims("mine", {"multi_head_attention": ("kv_lengths",)}, ("float64",))
+    mean = next(mistake for mistake in MISTAKES if mistake.name == "empty-row-mean")
+    layer = function_over(mean.steps, "multi_head_attention")
+    judge, (ask, *_) = Judge(claims), asks(suite.cases, claims, Selection(("multi_head_attention/one-token/",)))
+    ask = replace(ask, every_layout=True)
+    result = judge.result(ask, answer(Target({"multi_head_attention": layer}, claims), ask.question()))
+    assert result.wrong is not None
+    names = named([result.wrong], [], judge.recognition)
+    explained = judge.explained(result, names[ask.key])
+    assert (explained.outcome, explained.reason) == ("deviation", "fully_masked_row=mean_of_values")
