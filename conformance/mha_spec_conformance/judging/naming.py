@@ -50,7 +50,7 @@ MOST_SCORES = 2**21
 SMALL = 2**12
 """The largest number of scores of a small case, on which a prediction takes a millisecond."""
 
-MOST_SCORES_TRIED = 2**27
+MOST_SCORES_TRIED = 2**26
 """The largest number of scores of the predictions on large representatives, which are about 10 seconds of work."""
 
 FIRST_WITNESSES = 12
@@ -61,9 +61,6 @@ NOT_FINITE = ("MHA-POISON", "MHA-NAN")
 
 MOST_PAIRED = 5
 """The largest number of mistakes of which pairs are made."""
-
-MOST_SCORES_OF_PAIR = 2**15
-"""The largest number of scores of a case on which a pair is tried, because nothing of its prediction is known."""
 
 LEAST_OF_PAIR = 3
 """The number of failures that a pair, or a mistake that raises, must explain and no other mistake does."""
@@ -122,11 +119,11 @@ class _Search:
         for failures in (small, large):
             fruitless, left = 0, MOST_SCORES_TRIED
             for representative in _representatives(failures, self.names):
+                if fruitless == MOST_FRUITLESS or left < 0:
+                    break
                 scores = scores_of(representative.ask.case)
                 untried = self._untried(mistakes, representative)
                 left -= scores * len(untried) if scores > SMALL else 0
-                if fruitless == MOST_FRUITLESS or left < 0:
-                    break
                 fruitless = 0 if self._try(untried, representative) else fruitless + 1
 
     def _untried(self, mistakes: Sequence[Mistake], representative: Wrong) -> list[Mistake]:
@@ -204,7 +201,7 @@ class _Search:
         """Try pairs of the mistakes that explain a failure each, where failures are left."""
         explained = Counter(name for name in self.suspects for w in self.wrong if w.verdicts.get(name))
         chosen = [self.suspects[name] for name, _ in explained.most_common(MOST_PAIRED)]
-        small = [w for w in self.wrong if scores_of(w.ask.case) <= MOST_SCORES_OF_PAIR]
+        small = [w for w in self.wrong if scores_of(w.ask.case) <= SMALL]
         for first, second in combinations(chosen, 2):
             left = [w for w in small if w.ask.key not in self.names][:MOST_LEFT]
             pair = together(first, second)
@@ -232,7 +229,7 @@ def _representatives(wrong: Iterable[Wrong], names: dict[Key, tuple[Mistake, ...
     """Yield failures without a name, the smallest of each kind first, and kinds with many failures before others."""
     kinds: defaultdict[object, list[Wrong]] = defaultdict(list)
     for failure in wrong:
-        kinds[failure.ask.case.function, failure.ask.features, failure.ask.dtype].append(failure)
+        kinds[_kind(failure)].append(failure)
     tried: set[Key] = set()
     for _ in range(REPRESENTATIVES):
         left = {kind: [w for w in members if w.ask.key not in names] for kind, members in kinds.items()}
@@ -246,6 +243,29 @@ def _representatives(wrong: Iterable[Wrong], names: dict[Key, tuple[Mistake, ...
         yield fresh[kind][0]
 
 
+def _compared(mistake: Mistake, wrong: Iterable[Wrong], recognition: Recognition) -> tuple[list[Wrong], list[Wrong]]:
+    """Divide the failures into those that the mistake explains and others.
+
+    If the first large failure of a kind is not explained, the others of the kind are not compared, to save time.
+    """
+    explained: list[Wrong] = []
+    unlike: list[Wrong] = []
+    kinds: dict[object, bool] = {}
+    for failure in wrong:
+        kind = _kind(failure) if scores_of(failure.ask.case) > SMALL else None
+        if not kinds.get(kind, True):
+            continue
+        explains = recognition.explains(mistake, failure)
+        (explained if explains else unlike).append(failure)
+        if kind is not None:
+            kinds.setdefault(kind, explains)
+    return explained, unlike
+
+
+def _kind(failure: Wrong) -> object:
+    return failure.ask.case.function, failure.ask.features, failure.ask.dtype
+
+
 @dataclass
 class Trial:
     """The evidence about a mistake in each function and dtype."""
@@ -257,11 +277,10 @@ class Trial:
     @classmethod
     def of(cls, mistake: Mistake, wrong: Iterable[Wrong], passing: Iterable[Ask], recognition: Recognition) -> Trial:
         """Ask every failure, and then passing questions, until each function and dtype has refuted the mistake."""
-        explained = [failure for failure in wrong if recognition.explains(mistake, failure)]
+        explained, unlike = _compared(mistake, wrong, recognition)
         if not _is_about_nan(mistake) and all(failure.spreads for failure in explained):
-            explained = []
-        keys = {failure.ask.key for failure in explained}
-        others = [failure.ask for failure in wrong if failure.ask.key not in keys and not failure.spreads]
+            explained, unlike = [], [*explained, *unlike]
+        others = [failure.ask for failure in unlike if not failure.spreads]
         by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
         most = len(explained) * (1 / LEAST - 1)
         unexplained: Counter[Cell] = Counter()

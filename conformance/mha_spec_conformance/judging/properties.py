@@ -47,6 +47,7 @@ class Properties:
         if case.id not in self._of_cases:
             self._of_cases[case.id] = frozenset(() if case.expect == "error" else _of_case(case))
         words = {f"function {case.function}", f"dtype {ask.dtype}", *ask.features}
+        words |= {"attention, alone or in a layer"} if "query" in case.input_names else set()
         words |= {"a dtype of 16 bits"} if ask.dtype in ("float16", "bfloat16") else set()
         words |= {f"result `{name}`" for name in ask.outputs if len(ask.outputs) > 1}
         return self._of_cases[case.id] | words
@@ -157,6 +158,7 @@ def _of_data(case: Case, arrays: Inputs) -> Iterator[str]:
     if visible is None:
         return
     yield from ["a row sees no key"] if not visible.any(axis=3).all() else ["every row sees a key"]
+    yield from ["a row sees several keys"] if (visible.sum(axis=3) > 1).any() else []
     yield from ["a pair is hidden"] if not visible.all() else ["every pair is visible"]
 
 
