@@ -157,6 +157,14 @@ def test_run_that_was_killed_is_cleaned_by_the_next(
     assert done.summary["pass"] == 1
 
 
+@pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)", "time.sleep(60)"])
+def test_orphan_without_a_mark_ends_with_its_worker(write: Callable[..., Path], end: str) -> None:
+    orphan = "subprocess.Popen(['sleep', '79'], start_new_session=True, env={})"
+    done = command("check", write(f"if mask is not None: {orphan}; {end}"), *ONLY, "--timeout", "2")
+    assert done.returncode == 1
+    assert "partial run" in done.stdout
+
+
 def test_report_never_replaces_another_file(write: Callable[..., Path]) -> None:
     target = write()
     text = target.read_text()

@@ -193,7 +193,15 @@ def test_not_implemented_is_unsupported(question: Question) -> None:
 
 
 @pytest.mark.parametrize(
-    ("returned", "reason"), [("no bfloat16", "no bfloat16"), (False, "supports(question) returned False")]
+    ("returned", "reason"),
+    [
+        ("no bfloat16", "no bfloat16"),
+        (False, "supports(question) returned False"),
+        (numpy.False_, "supports(question) returned False"),
+        (numpy.array(False), "supports(question) returned False"),
+        (1, "supports(question) returned 1"),
+        (numpy.array([True]), "supports(question) returned array([ True])"),
+    ],
 )
 def test_supports_is_called_first(question: Question, returned: object, reason: str) -> None:
     got = asked(
@@ -202,6 +210,11 @@ def test_supports_is_called_first(question: Question, returned: object, reason: 
         supports=lambda question: returned if question.shapes["query"][3] == 7 else True,
     )
     assert (got.kind, got.reason) == ("unsupported", reason)
+
+
+@pytest.mark.parametrize("returned", [True, numpy.True_, numpy.array(True)])
+def test_supports_may_return_any_bool(question: Question, returned: object) -> None:
+    assert asked(reference.attention, question, supports=lambda _: returned).kind == "returned"
 
 
 def test_array_of_another_library_is_reported(question: Question) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .process import PROCESSES, STATE, fields_of, other_processes
+from .process import PROCESSES, SESSION, STATE, fields_of, other_processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,8 +34,8 @@ SESSION_EVERY = 20
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
-SESSION, PAGES = 3, 21
-"""Places in /proc/PID/stat after the name of the program."""
+PAGES = 21
+"""Place in /proc/PID/stat after the name of the program."""
 
 
 def half_of_the_machine() -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mha_spec_conformance.suite.text import one_line
 
@@ -21,8 +23,10 @@ __all__ = [
     "LAUNCH",
     "PREPARE",
     "PROCESSES",
+    "SESSION",
     "STATE",
     "Process",
+    "adopt_orphans",
     "fields_of",
     "kill_marked",
     "other_processes",
@@ -40,6 +44,8 @@ Both hold after it has become another program. The process runs this code itself
 in a copy of a parent that may have threads.
 """
 
+PR_SET_CHILD_SUBREAPER = 36
+
 LAUNCH = f"{PREPARE}; import os; os.execvp(sys.argv[1], sys.argv[1:])"
 """Python code that becomes the program in its arguments."""
 
@@ -51,8 +57,26 @@ ROUNDS = 20
 
 PROCESSES = Path("/proc")
 
-STATE, PARENT = 0, 1
+STATE, PARENT, SESSION = 0, 1, 3
 """Places in /proc/PID/stat after the name of the program."""
+
+
+class _Adoption:
+    """The children of this process that are not orphans of a program, if orphans become its children."""
+
+    active = False
+    others: ClassVar[set[int]] = set()
+
+
+def adopt_orphans() -> None:
+    """Become the parent of the processes whose program ends by itself, so that they are killed wherever they moved.
+
+    From now on, each other child that leads or joins another session is killed at the end of a program. So only a
+    process that starts nothing but programs may call this, as the command line does.
+    """
+    if sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) == 0:
+        _Adoption.active = True
+        _Adoption.others.update(_children_in_other_sessions())
 
 
 class Process:
@@ -74,6 +98,7 @@ class Process:
             env={**os.environ, MARK: str(folder)},
             start_new_session=True,
         )
+        _Adoption.others.add(self._popen.pid)
         streams = self._popen.stdin, self._popen.stdout, self._popen.stderr
         self._stdin, self._stdout, self._stderr = (stream.fileno() for stream in streams if stream is not None)
         os.set_blocking(self._stdin, False)
@@ -157,7 +182,10 @@ class Process:
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.kill()
         self._popen.wait()
+        _Adoption.others.discard(self._popen.pid)
         kill_marked(self._folder)
+        if _Adoption.active:
+            _kill_adopted()
         self._stopped.set()
         self._drain.join()
         if self._popen.stderr is not None:
@@ -184,6 +212,24 @@ def _kill_descendants(program: int) -> None:
         if not descendants:
             return
         time.sleep(0.01)
+
+
+def _kill_adopted() -> None:
+    """Kill the orphans of programs; their children are adopted next. A program has a session different from ours."""
+    for _ in range(ROUNDS):
+        orphans = _children_in_other_sessions() - _Adoption.others
+        for process in orphans:
+            with suppress(ProcessLookupError, PermissionError, ChildProcessError):
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+        if not orphans:
+            return
+
+
+def _children_in_other_sessions() -> set[int]:
+    fields = {process: fields_of(process) for process in other_processes()}
+    children = {process: field for process, field in fields.items() if field and int(field[PARENT]) == os.getpid()}
+    return {process for process, field in children.items() if int(field[SESSION]) != os.getsid(0)}
 
 
 def _descendants(program: int) -> set[int]:

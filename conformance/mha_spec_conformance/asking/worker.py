@@ -23,6 +23,7 @@ from mha_spec_conformance.targets.conversion import (
     to_library,
     to_numpy,
 )
+from mha_spec_conformance.targets.declarations import flag_of
 from mha_spec_conformance.targets.loading import line_in_target
 
 from .calls import MalformedResult, arranged, joined, layer_answers, named, stacked_operand
@@ -67,7 +68,7 @@ def answer(target: Target, question: Question) -> Answer:
 
 
 def _unsupported(target: Target, question: Question) -> str | None:
-    supported = True if target.supports is None else _guarded(target.supports, question)
+    supported = True if target.supports is None else flag_of(_guarded(target.supports, question))
     if supported is True:
         return None
     return text_of(supported) if isinstance(supported, str) else f"supports(question) returned {repr_of(supported)}"

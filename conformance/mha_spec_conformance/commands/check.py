@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.asking.memory import parse_size
+from mha_spec_conformance.asking.process import adopt_orphans
 from mha_spec_conformance.asking.selection import Selection, matches
 from mha_spec_conformance.reporting.terminal import Bar, console
 from mha_spec_conformance.running.known import read_known
@@ -67,6 +68,7 @@ def check(
     check_output("--results", results, FORMAT.encode())
     reports.prepare()
     screen = console()
+    adopt_orphans()
     with Bar(screen, target) as bar:
         result = run(target, suite, settings, bar)
     return conclude(screen, result, reports)

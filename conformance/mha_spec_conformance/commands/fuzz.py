@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from mha_spec.arrays import FLOATING
 from mha_spec_conformance.asking.pool import Pool
+from mha_spec_conformance.asking.process import adopt_orphans
 from mha_spec_conformance.fuzzing.asking import Asker
 from mha_spec_conformance.fuzzing.case import case_of, save
 from mha_spec_conformance.fuzzing.script import script_of
@@ -58,6 +59,7 @@ def fuzz(
     screen, name = console(), target if world is None else f"{target} in {world}"
     entered = None if world is None else world_of(target, world)
     loading = () if world is None else (LOADER_IN_WORLD, world)
+    adopt_orphans()
     with (
         TemporaryDirectory() as home,
         Pool(target, limit=limit, loading=loading) as pool,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mha_spec.arrays import dtype_name
 from mha_spec.errors import MhaSpecError
+from mha_spec.scalars import plain
 from mha_spec_conformance.suite.conventions import CONVENTIONS, ConventionError, check_convention
 from mha_spec_conformance.suite.functions import STACKED
 from mha_spec_conformance.suite.text import repr_of
@@ -14,7 +16,7 @@ from .layouts import LAYOUTS, LSE_LAYOUTS, NEEDED
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["OF_LAYOUT", "TargetError", "declared_conventions", "declared_layout", "one_of"]
+__all__ = ["OF_LAYOUT", "TargetError", "declared_conventions", "declared_layout", "flag_of", "one_of"]
 
 OF_LAYOUT = {"layout": "bhsd", "lse_layout": "tokens_first", "block_size": 16, "groups": True, "stacked": None}
 """The declarations of a layout, with their defaults."""
@@ -25,6 +27,15 @@ MOST_SLOTS = 2**16
 
 class TargetError(MhaSpecError):
     """A target cannot be judged: it does not exist, its import fails, or a declaration is invalid."""
+
+
+def flag_of(value: object) -> object:
+    """Return the bool that a scalar or an array without axes holds, and any other value unchanged."""
+    try:
+        holds_a_bool = getattr(value, "shape", None) == () and dtype_name(value) == "bool"
+        return bool(value) if holds_a_bool else value
+    except Exception:  # an object of the target, whose attributes may raise
+        return value
 
 
 def one_of(declaration: str, value: object, allowed: tuple[str, ...], target: str | None = None) -> str:
@@ -69,6 +80,7 @@ def declared_layout(
         TargetError: A declaration has a value that is not allowed, or a function lacks an argument of the layout.
     """
     where = "" if target is None else f"target {target}: "
+    of_layout = {**of_layout, "groups": flag_of(of_layout["groups"]), "block_size": plain(of_layout["block_size"])}
     layout, stacked, block_size = (of_layout[name] for name in ("layout", "stacked", "block_size"))
     one_of("layout", layout, LAYOUTS, target)
     one_of("lse_layout", of_layout["lse_layout"], LSE_LAYOUTS, target)
