@@ -131,6 +131,14 @@ def made(first: Mistake, second: Mistake) -> Mistake:
     return pair
 
 
+def test_rows_that_are_empty_by_a_mask_of_the_other_polarity_are_read(suite: Suite) -> None:
+    inverted, mean = (m for m in PLANTED if m.name in ("mask-polarity-inverted", "empty-row-mean"))
+    attention = function_over(made(inverted, mean).steps, "attention")
+    others = [word for word in FUNCTIONS["attention"].keywords if word != "mask"]
+    detection = detect(InThisProcess({"attention": attention}).without(*others), suite)
+    assert detection.accepted == ("mask_polarity=true_hides", "fully_masked_row=mean_of_values")
+
+
 @pytest.mark.parametrize("alignment", CONVENTIONS["causal_alignment"])
 def test_the_alignment_of_a_target_without_an_offset_is_read_off(suite: Suite, alignment: str) -> None:
     attention = function_over(Steps(), "attention")

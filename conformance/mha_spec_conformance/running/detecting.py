@@ -180,7 +180,7 @@ def _of_specification(evidence: Evidence) -> tuple[str, str]:
     counts = evidence.refuted()
     refuted, left = ([v for v, number in counts.items() if bool(number) is wanted] for wanted in (True, False))
     if not refuted:
-        others = dict.fromkeys(str(mistake.convention) for mistake in evidence.others)
+        others = dict.fromkeys(str(mistake.convention) for mistake in evidence.following())
         return NOT_TOLD, f"{_counted(evidence.judged)} do not tell {', '.join(left)} from {', '.join(others)}"
     remark = f"; no question tells {', '.join(left)} from it" if left else ""
     variant = BY_OFFSET if evidence.convention == "causal_alignment" else CONVENTIONS[evidence.convention][0]

@@ -124,6 +124,10 @@ class Evidence:
     def _asked(self, mistake: Mistake) -> bool:
         return any(self.recognition.shows(mistake, answered.ask) for answered in self.answers)
 
+    def following(self) -> list[Mistake]:
+        """Return the mistakes of other conventions that an answer shows."""
+        return [other for other in self.others if any(a.shows(other, self.recognition) for a in self.judged)]
+
     def shared_out(self) -> tuple[dict[str, int], list[Answered]]:
         """Count the wrong answers that each variant explains, and return those that none explains."""
         explained = {

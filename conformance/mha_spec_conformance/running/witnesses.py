@@ -46,6 +46,7 @@ FEATURES = {
 """A case is about a convention only if it has any of these features."""
 
 OF_LSE = ("lse_base", "empty_row_lse")
+OF_EMPTY_ROWS = ("fully_masked_row", "empty_row_lse")
 
 BITS = {"float16": 11, "bfloat16": 8}
 
@@ -129,9 +130,16 @@ def _witnesses(convention: str, dtype: str, asked: Sequence[Ask], recognition: R
     """Yield different asks that the readings of a convention fail, a few for each reading."""
     about = [narrow for ask in asked if ask.dtype == dtype and (narrow := _about(convention, ask)) is not None]
     chosen: dict[tuple[str, str], Ask] = {}
+    sources = [about, _with_full_row(about)] if convention in OF_EMPTY_ROWS else [about]
     for mistake in (m for of_variant in readings_of(convention).values() for m in of_variant):
-        chosen |= {ask.key: ask for ask in _showing(mistake, about, recognition)}
+        chosen |= {ask.key: ask for source in sources for ask in _showing(mistake, source, recognition)}
     yield from chosen.values()
+
+
+def _with_full_row(about: Sequence[Ask]) -> list[Ask]:
+    """Return small asks with a mask that shows a row all keys, so that this row is empty if True hides."""
+    masked = [ask for ask in about if "mask" in ask.case.input_names and elements(ask) <= SMALL]
+    return [ask for ask in masked if ask.case.input("mask", ask.dtype).all(axis=-1).any()]
 
 
 def _strict(asked: Sequence[Ask]) -> Iterator[Ask]:
