@@ -16,12 +16,11 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from mha_spec_conformance.asking.pool import Pool
 from mha_spec_conformance.asking.question import AGAIN, NEGATED
 from mha_spec_conformance.asking.selection import Selection
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.judging.judge import Judge
-from mha_spec_conformance.running.runner import Settings, judge_all
+from mha_spec_conformance.running.runner import Settings, judge_all, run
 from mha_spec_conformance.suite.cases import load
 from mha_spec_conformance.targets.conversion import layouts_of
 from mha_spec_conformance.targets.loading import load as load_target
@@ -50,10 +49,10 @@ class InProcess:
         return tuple(name for name in question.further if name in self.claims.further)
 
 
-def timed(run: Callable[[], Run]) -> tuple[float, float, int]:
+def timed(make_run: Callable[[], Run]) -> tuple[float, float, int]:
     """Return the time of a run in seconds, the processor time of all processes that ended, and the passed cases."""
     start, before = time.perf_counter(), sum(os.times()[:4])
-    done = run()
+    done = make_run()
     passed = sum(result.outcome == "pass" for result in done.results)
     return time.perf_counter() - start, sum(os.times()[:4]) - before, passed
 
@@ -68,20 +67,16 @@ def main() -> None:
     suite, settings = load(), Settings(Selection(tuple(options.only)))
     here = InProcess(options.target)
 
-    def in_workers(jobs: int) -> Run:
-        with Pool(options.target, jobs) as pool:
-            return judge_all(pool, Judge(pool.claims), suite, settings)
-
     runs: dict[str, Callable[[], Run]] = {
         "in this process": lambda: judge_all(here, Judge(here.claims), suite, settings),
-        "one worker": lambda: in_workers(1),
-        "two workers": lambda: in_workers(2),
+        "one worker": lambda: run(options.target, suite, settings),
+        "two workers": lambda: run(options.target, suite, replace(settings, jobs=2)),
     }
     times: dict[str, list[tuple[float, float, int]]] = {name: [] for name in runs}
     runs["in this process"]()  # reads the cases
     for _ in range(options.turns):
-        for name, run in runs.items():
-            times[name].append(timed(run))
+        for name, make_run in runs.items():
+            times[name].append(timed(make_run))
     clock, processors = (
         {name: statistics.median(turn[part] for turn in turns) for name, turns in times.items()} for part in (0, 1)
     )
