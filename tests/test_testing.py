@@ -383,6 +383,7 @@ PACKED_REFUSED: dict[str, tuple[str, dict[str, Any], type[MhaSpecError], str]] =
     "bounds that fall": ("thd", {"cu_seqlens_q": [0, 7, 3, 5, 9]}, ArgumentValueError, "never fall"),
     "bounds past the end": ("thd", {"cu_seqlens_q": [0, 7, 7, 138, 999]}, ArgumentValueError, "number of tokens, 144"),
     "floats": ("thd", {"cu_seqlens_q": numpy.zeros(5)}, ArgumentTypeError, "integers of rank 1"),
+    "rows of different lengths": ("thd", {"cu_seqlens_q": [0, [1]]}, ArgumentTypeError, "integers of rank 1"),
     "mask": ("thd", {"mask": numpy.ones((4, 1, 1, 1), bool)}, ArgumentValueError, "`mask` must be None"),
     "lengths": ("thd", {"kv_lengths": [1, 1, 1, 1]}, ArgumentValueError, "`kv_lengths` must be None"),
     "value": ("thd", {"value": drawn(9, KV_HEADS, V_DIM)}, ArgumentValueError, "`value` must have"),

@@ -221,7 +221,10 @@ def _integers(name: str, layout: str, options: dict[str, object], rank: int) -> 
     """Take an array of integers out of the options."""
     if options.get(name) is None:
         raise ArgumentTypeError(f"`{name}` must be given with layout={layout!r}.")
-    array = numpy.asarray(options.pop(name))
+    try:
+        array = numpy.asarray(options.pop(name))
+    except ValueError as error:
+        raise ArgumentTypeError(f"`{name}` must be an array of integers of rank {rank}: {error}") from error
     if array.dtype.kind not in "iu" or array.ndim != rank:
         raise ArgumentTypeError(
             f"`{name}` must be an array of integers of rank {rank}, received dtype={array.dtype}, shape={array.shape}."
@@ -231,4 +234,6 @@ def _integers(name: str, layout: str, options: dict[str, object], rank: int) -> 
 
 def _require_sequences(name: str, received: int, expected: int) -> None:
     if received != expected:
-        raise ArgumentValueError(f"`{name}` must have {expected} sequences, as the queries, received {received}.")
+        raise ArgumentValueError(
+            f"`{name}` must have {expected} sequences, as the other arguments, received {received}."
+        )
