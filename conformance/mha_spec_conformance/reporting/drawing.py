@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.judging.result import Result
 
-__all__ = ["ERRORS", "PAIRS", "Drawing", "Element", "Grid", "Picture", "drawing_of"]
+__all__ = ["ERRORS", "PAIRS", "Drawing", "Element", "drawing_of"]
 
 MOST_CELLS = 32
 """The number of cells on a side of a grid."""

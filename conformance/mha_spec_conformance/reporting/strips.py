@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     Cases = Sequence[Mapping[str, Any]]
 
-__all__ = ["HEIGHT", "LIMIT", "TICKS", "WIDTH", "Strip", "strips"]
+__all__ = ["HEIGHT", "LIMIT", "TICKS", "WIDTH", "strips"]
 
 DECADES = (-3, 3)
 """The powers of ten at the ends of the axis; results beyond them are drawn at the ends."""
