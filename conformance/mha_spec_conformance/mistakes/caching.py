@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec import layer_steps
+from mha_spec import layer_checks, layer_steps
 from mha_spec.layer_checks import Rotary
 from mha_spec.offsets import named_offset
 from mha_spec.reference import attention, attention_weights
@@ -15,7 +16,9 @@ from .layer import layered
 from .mistake import ALIBI, LAYER, MULTI_HEAD, ROTARY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from mha_spec.layer_checks import LayerArguments
 
     from .layer import Within
     from .mistake import Mistake
@@ -78,13 +81,24 @@ def prefix_hidden(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, A
     return options.get("mask") if query.shape[2] == 1 else _masked(options, key, lambda slots: slots >= start[:, None])
 
 
-def prefix_hidden_alone(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
-    """Hide the keys before several new tokens in a call that has no array for pairs of queries and keys."""
-    start = numpy.reshape(options["q_offset"], (-1, 1))
+def of_new_tokens(query: numpy.ndarray, options: Mapping[str, Any]) -> bool:
+    """Tell whether several queries come without an array for pairs of queries and keys."""
     for_pairs = ("mask", "bias", "q_segment_ids", "kv_segment_ids", "dropout_mask")
-    if query.shape[2] == 1 or any(options.get(name) is not None for name in for_pairs):
-        return options.get("mask")
-    return _masked(options, key, lambda slots: slots >= start)
+    return query.shape[-2] > 1 and all(options.get(name) is None for name in for_pairs)
+
+
+def prefix_hidden_alone(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
+    """Hide the keys before several new tokens, which `at_new_tokens` puts at their slots."""
+    start = numpy.reshape(options["q_offset"], (-1, 1))
+    return _masked(options, key, lambda slots: slots >= start) if of_new_tokens(query, options) else options.get("mask")
+
+
+def at_new_tokens(a: LayerArguments) -> LayerArguments:
+    """Do not use the offset of several new tokens."""
+    checked = layer_checks.check(a)
+    if checked.cache is None or not of_new_tokens(checked.query, checked.options):
+        return checked
+    return replace(checked, options={**checked.options, "q_offset": None})
 
 
 def cut_at_the_front(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
@@ -243,6 +257,7 @@ CACHING = (
         "does not see the cached tokens before several new tokens if there is no mask, bias, segment or dropout",
         "MHA-CACHE-2",
         within=seeing(mask=prefix_hidden_alone),
+        check=at_new_tokens,
         needs=("cache_lengths", "key"),
         bugs=("Wenyueh/MinivLLM#98", "tanishqkumar/ssd#22"),
     ),
