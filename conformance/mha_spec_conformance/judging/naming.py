@@ -21,7 +21,7 @@ from .pairs import together
 from .prediction import can_show, elements, scores_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from mha_spec_conformance.asking.selection import Ask
 
@@ -50,8 +50,8 @@ MOST_SCORES = 2**21
 SMALL = 2**12
 """The largest number of scores of a small case, on which a prediction takes a millisecond."""
 
-MOST_SCORES_TRIED = 2**26
-"""The largest number of scores of the predictions on large representatives, which are about 10 seconds of work."""
+MOST_SCORES_TRIED = 2**25
+"""The number of scores of the predictions on large representatives, about 5 seconds of work, after which they end."""
 
 FIRST_WITNESSES = 12
 """The number of small passing cases that are consulted before a mistake is tried on a large failure."""
@@ -96,7 +96,7 @@ def named(
     search.try_on_representatives(wherever)
     search.try_pairs()
     search.try_without_values(wherever, faults)
-    return {key: _exact(names) for key, names in search.names.items()}
+    return _without_leftovers({key: _exact(names) for key, names in search.names.items()})
 
 
 class _Search:
@@ -217,6 +217,20 @@ def _wherever_it_can_be(mistake: Mistake) -> Mistake:
         return mistake
     containing = ("attention_vjp", *(name for name, function in FUNCTIONS.items() if function.of_layer))
     return replace(mistake, functions=tuple(dict.fromkeys((*mistake.functions, *containing))))
+
+
+def _without_leftovers(names: Mapping[Key, tuple[Mistake, ...]]) -> dict[Key, tuple[Mistake, ...]]:
+    """Drop a name where it explains only what is left of another, which explains nearly all that it does and more."""
+    explained: defaultdict[str, set[Key]] = defaultdict(set)
+    for key, mistakes in names.items():
+        for mistake in mistakes:
+            explained[mistake.name].add(key)
+    kept = dict(explained)
+    for name, keys in explained.items():
+        larger = [other for other in explained.values() if len(other) > len(keys) <= len(other & keys) / LEAST]
+        kept[name] = keys & max(larger, key=len) if larger else keys
+    chosen = {key: tuple(m for m in mistakes if key in kept[m.name]) for key, mistakes in names.items()}
+    return {key: mistakes for key, mistakes in chosen.items() if mistakes}
 
 
 def _exact(names: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
