@@ -215,7 +215,10 @@ def _wherever_it_can_be(mistake: Mistake) -> Mistake:
     """Return a mistake of attention as one that its gradients and layers can have too, because they contain it."""
     if "attention" not in mistake.functions or not isinstance(mistake.steps, Steps):
         return mistake
-    containing = ("attention_vjp", *(name for name, function in FUNCTIONS.items() if function.of_layer))
+    layers = [name for name, function in FUNCTIONS.items() if function.of_layer]
+    if "attention_weights" not in mistake.functions:
+        layers.remove("multi_head_attention_weights")
+    containing = ("attention_vjp", *layers)
     return replace(mistake, functions=tuple(dict.fromkeys((*mistake.functions, *containing))))
 
 

@@ -33,7 +33,7 @@ __all__ = ["Predictions", "answer", "can_show", "elements", "scores_of"]
 MOST_KEPT = 2**20
 """The largest number of scores of the evaluations of a case that are kept, because each holds many arrays of scores."""
 
-CANNOT_ANSWER = (ArithmeticError, IndexError, TypeError, ValueError)
+CANNOT_ANSWER = (ArithmeticError, AttributeError, IndexError, TypeError, ValueError)
 """The exceptions of a mistaken reference on a case to which the mistake does not apply."""
 
 
