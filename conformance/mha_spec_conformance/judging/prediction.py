@@ -155,7 +155,10 @@ class Predictions:
             self._drop_oldest(self._bounds)
             self._bounds[key] = self._bounded(steps, dtype)
         case_bounds = self._bounds[key]
-        return None if case_bounds is None else case_bounds.allowances(run)
+        try:
+            return None if case_bounds is None else case_bounds.allowances(run)
+        except CANNOT_ANSWER:
+            return None
 
     def _drop_oldest(self, kept: dict[Any, Any]) -> None:
         """Drop the oldest evaluations if all of them hold too many scores."""
