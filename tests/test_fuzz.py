@@ -112,7 +112,7 @@ def test_planted_mistake_is_found_named_and_shrunk(name: str) -> None:
 
 
 def test_mistake_is_reported_once() -> None:
-    outcome = Search(asker_of(mistaken("window-left-exclusive")), 1, 30.0).run()
+    outcome = Search(asker_of(mistaken("window-left-exclusive")), 1, 15.0).run()
     # A fault of the last seconds may be left without a diagnosis, so only the named faults are counted.
     assert sum("window-left-exclusive" in finding.result.diagnosis for finding in outcome.findings) == 1
     assert outcome.status == 1
