@@ -150,7 +150,7 @@ def draw_positions(d: Drawing, batch: int, q_len: int, kv_len: int) -> None:
     positional = d.options.get("causal") or d.options.get("window", (None, None)) != (None, None)
     ambiguous = positional and (q_len != kv_len or lengths)
     if known and (d.takes("q_offset") or ambiguous):
-        d.offset(batch, q_len, kv_len)
+        d.offset(batch, 0, 1, -1, kv_len - q_len, 5, -q_len, kv_len, 2**30 - 3, -(2**30))
     elif ambiguous:
         d.declared_offset(q_len, kv_len)
 

@@ -101,7 +101,8 @@ def _rotary(d: Drawing, size: int) -> dict[str, Any]:
     if d.often():
         rotary["base"] = d.one_of(500.0, 1e6)
     if size > 2 and d.often():
-        rotary["rotary_dim"] = 2
+        # The only angle of two rotated components is the position, whatever the base is: more components say more.
+        rotary["rotary_dim"] = d.one_of(*range(2, size, 2))
     return rotary
 
 
@@ -144,11 +145,7 @@ def _offset(d: Drawing, batch: int, q_len: int, kv_len: int, *, cached: bool) ->
     looks = {"causal", "window", "rotary"} & d.options.keys()
     ambiguous = looks and not cached and (q_len != kv_len or "kv_lengths" in d.recipes)
     if "q_offset" in d.keywords and (ambiguous or d.takes("q_offset")):
-        choices = (0, 1, kv_len - q_len, -2, 1000)
-        if d.often():
-            d.options["q_offset"] = d.one_of(*choices)
-        else:
-            d.integers("q_offset", [d.one_of(*choices) for _ in range(batch)])
+        d.offset(batch, 0, 1, kv_len - q_len, -2, 1000)
 
 
 def draw_rotary(d: Drawing) -> Call:

@@ -151,9 +151,8 @@ class Drawing:
         """True if the target declares its causal alignment."""
         return "causal_alignment" in self.claims.conventions
 
-    def offset(self, batch: int, q_len: int, kv_len: int) -> None:
-        """Draw an offset, the same for all batch entries or a separate offset for each."""
-        choices = (0, 1, -1, kv_len - q_len, 5, -q_len, kv_len, 2**30 - 3, -(2**30))
+    def offset(self, batch: int, *choices: int) -> None:
+        """Draw an offset, the same for all batch entries, by number or by name, or a separate offset for each."""
         if self.often():
             readings = ("lower_right", "upper_left") if self.claims.registered else ()
             self.options["q_offset"] = self.one_of(*choices, *readings)

@@ -318,9 +318,8 @@ def expect(call: Call) -> tuple[dict[str, Array], Kinds, str]:
 
 def _admit(evaluated: Any, largest: float) -> None:
     """Refuse a gradient whose intermediate values may be stored in a type that does not hold them."""
-    evaluation = getattr(evaluated, "_evaluation", evaluated)
     for name in ("grad_weights", "grad_logits", "grad_scores"):
-        array = numpy.asarray(getattr(evaluation, name))
+        array = numpy.asarray(getattr(evaluated.evaluation, name))
         if (abs(array[numpy.isfinite(array)]) > largest / 4).any():
             raise NotAdmitted
     for value in evaluated.values.values():
