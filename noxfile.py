@@ -156,7 +156,8 @@ def wheel(session: nox.Session) -> None:
             return str(session.run(*command, external=True, silent=True))
 
         def summary(program: str) -> object:
-            session.run(program, "check", "numpy", "--only", "attention/causal*", "--json", "short.json", external=True)
+            reports = ("--json", "short.json", "--html", "short.html")  # the page needs its template from the wheel
+            session.run(program, "check", "numpy", "--only", "attention/causal*", *reports, external=True)
             return json.loads(Path("short.json").read_text())["summary"]
 
         if output_of(str(fresh / "python"), "-c", names).strip() != "[]":

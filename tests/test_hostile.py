@@ -126,7 +126,12 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 @contextmanager
 def runner_in_a_call(target: Path, begun: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Start a run, and return its process when the target has begun its first call; the process does not outlive it."""
-    with subprocess.Popen([*COMMAND, "check", str(target), "--timeout", "60"], stderr=subprocess.DEVNULL) as process:
+    line = [*COMMAND, "check", str(target), "--timeout", "60"]
+    # A shell starts background jobs with SIGINT ignored, which programs inherit; the tests may be such a job.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, inherited)
+    with process:
         try:
             wait_until(lambda: begun.exists() or process.poll() is not None)
             yield process

@@ -37,7 +37,7 @@ def obstacle(claims: Claims, function: str, shapes: Shapes, names: Iterable[str]
         read: Gives the array of a name.
     """
     names = set(names)
-    if FUNCTIONS[function].of_layer and not claims.groups and any(name.startswith("cache") for name in names):
+    if not claims.groups and FUNCTIONS[function].of_layer and any(name.startswith("cache") for name in names):
         return "the suite does not repeat the heads of a cache"
     if not has_layout(claims, function) or function not in OF_ATTENTION:
         return None
