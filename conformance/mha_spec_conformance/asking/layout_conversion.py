@@ -46,9 +46,9 @@ class _WrongShape(Exception):
 
 def has_layout(claims: Claims, function: str) -> bool:
     """Tell whether the target takes the arrays of a function otherwise than the specification has them."""
-    if FUNCTIONS[function].of_layer:
-        return not claims.groups
-    return function in WITH_HEADS and (claims.layout != "bhsd" or not claims.groups or claims.stacked is not None)
+    if claims.layout == "bhsd" and claims.groups and claims.stacked is None:
+        return False
+    return not claims.groups if FUNCTIONS[function].of_layer else function in WITH_HEADS
 
 
 def clipped(lengths: Any, batch: int, most: int) -> tuple[int, ...]:
@@ -209,8 +209,7 @@ class Conversion:
 
     def restored(self, answer: Answer) -> Answer:
         """Convert the outputs of an answer, and of its further calls, to those of the plain question."""
-        layer = FUNCTIONS[self.plain.function].of_layer
-        if layer or self.question is self.plain or answer.kind != "returned":
+        if self.question is self.plain or FUNCTIONS[self.plain.function].of_layer or answer.kind != "returned":
             return answer
         try:
             outputs = self._restored(answer.outputs)
