@@ -75,10 +75,10 @@ def planted(mistake: Mistake, *dtypes: str) -> InThisProcess:
     return InThisProcess(functions, dtypes)
 
 
-def variants(found: Iterable[Reading]) -> dict[str, set[str]]:
+def variants(detected: Iterable[Reading]) -> dict[str, set[str]]:
     """Return the variants of each convention."""
     by_name: dict[str, set[str]] = {name: set() for name in CONVENTIONS}
-    for reading in found:
+    for reading in detected:
         by_name[reading.convention].add(reading.variant)
     return by_name
 
@@ -99,11 +99,11 @@ def test_a_planted_convention_is_named_and_no_other(questions: dict[str, Questio
     name, variant = mistake.convention
     dtype = "float16" if name == "output_dtype" else "float32"
     source = planted(mistake, dtype)
-    found = readings(source, questions[dtype])
+    detected = readings(source, questions[dtype])
     # A row of NaN has an lse of NaN, which tells nothing about the lse of an empty row.
     with_it = {"empty_row_lse": {NOT_TOLD}} if mistake.name == "empty-row-nan" else {}
-    assert variants(found) == RIGHT | {name: {variant}} | with_it, found
-    assert Detection(source.claims, found).accepted == (str(mistake.convention),)
+    assert variants(detected) == RIGHT | {name: {variant}} | with_it, detected
+    assert Detection(source.claims, detected).accepted == (str(mistake.convention),)
 
 
 def test_conventions_that_hide_each_other_are_both_named(questions: dict[str, Questions]) -> None:
@@ -114,9 +114,9 @@ def test_conventions_that_hide_each_other_are_both_named(questions: dict[str, Qu
         ("heads-tiled", "window-left-exclusive"),
     ):
         both = [by_name[first], by_name[second]]
-        found = variants(readings(planted(made(*both), "float32"), questions["float32"]))
+        followed = variants(readings(planted(made(*both), "float32"), questions["float32"]))
         for mistake in both:
-            assert found[mistake.convention.name] == {mistake.convention.variant}, (first, second, found)
+            assert followed[mistake.convention.name] == {mistake.convention.variant}, (first, second, followed)
 
 
 def made(first: Mistake, second: Mistake) -> Mistake:
@@ -173,8 +173,8 @@ def test_a_target_that_takes_nothing_is_asked_what_it_can_be_asked(suite: Suite)
 
 def test_a_right_attention_without_other_functions_has_the_readings_of_the_specification(suite: Suite) -> None:
     attention = function_over(Steps(), "attention")
-    found = variants(detect(InThisProcess({"attention": attention}), suite).readings)
-    assert found == RIGHT
+    followed = variants(detect(InThisProcess({"attention": attention}), suite).readings)
+    assert followed == RIGHT
 
 
 def test_weights_that_are_not_rounded_are_the_profile_strict(suite: Suite) -> None:

@@ -407,8 +407,8 @@ def test_axe_and_the_console_are_silent(visited: tuple[Page, list[str]], scheme:
 
     opened, complaints = visited
     opened.emulate_media(media="screen", color_scheme=scheme)
-    found = Axe().run(opened)
-    assert [(violation["id"], violation["nodes"][0]["html"]) for violation in found.response["violations"]] == []
+    audit = Axe().run(opened)
+    assert [(violation["id"], violation["nodes"][0]["html"]) for violation in audit.response["violations"]] == []
     assert complaints == []
     assert (max(ground_of(opened)) < 100) is (scheme == "dark")
 

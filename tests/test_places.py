@@ -11,6 +11,7 @@ import pytest
 from mha_spec_conformance.asking.selection import Ask
 from mha_spec_conformance.judging.amounts import amounts, rounded_to
 from mha_spec_conformance.judging.bounds import allowances, precision
+from mha_spec_conformance.judging.causes import Story
 from mha_spec_conformance.judging.places import WrongElements, axes_of, described
 from mha_spec_conformance.judging.recognition import Wrong
 
@@ -96,6 +97,12 @@ def test_a_place_that_some_failures_contradict_has_counts_or_is_left_out(case: C
 )
 def test_errors_are_described(case: Case, change: Change, text: str) -> None:
     assert amount(case, change) == [text]
+
+
+def test_amounts_are_those_of_most_failures_and_say_where_no_place_is_common(case: Case) -> None:
+    zero, noise = (WrongElements(wrong(case, change)) for change in (lambda a: a["output"].__imul__(0), add("output")))
+    assert amounts([zero, noise]) == []
+    assert Story(None, (), tuple(amounts([zero, zero, noise]))).where == "no common place: 0 (2 of 3)"
 
 
 def test_errors_without_a_pattern_are_not_described(case: Case) -> None:

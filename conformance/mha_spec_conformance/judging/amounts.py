@@ -49,7 +49,7 @@ mean square of the errors of a result, because a wrong factor of the scores give
 
 
 def amounts(failures: Sequence[WrongElements]) -> list[Place]:
-    """Say how the wrong numbers differ from the right numbers, if a statement holds for nearly all failures."""
+    """Say how the wrong numbers differ from the right numbers, if a statement holds for most failures."""
     count: Counter[str] = Counter()
     order: dict[str, None] = {}
     for failure in failures:
@@ -57,7 +57,7 @@ def amounts(failures: Sequence[WrongElements]) -> list[Place]:
         order |= texts
         count.update(texts.keys())
     best = max(order, key=lambda text: count[text], default=None)
-    if best is None or 2 * count[best] < len(failures):
+    if best is None or 2 * count[best] <= len(failures):
         return []
     return [Place(best, count[best], len(failures))]
 

@@ -57,8 +57,8 @@ class Story:
     @property
     def where(self) -> str:
         """The places and the amounts in a line; empty if nothing was compared."""
-        parts = [", ".join(map(str, self.places)), "; ".join(map(str, self.amounts))]
-        return ": ".join(part for part in parts if part)
+        places, amounts = ", ".join(map(str, self.places)), "; ".join(map(str, self.amounts))
+        return f"{places or 'no common place'}: {amounts}" if amounts else places
 
 
 @dataclass(frozen=True)
