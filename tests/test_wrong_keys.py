@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
@@ -16,6 +15,7 @@ from mha_spec_conformance.asking.question import Answer
 from mha_spec_conformance.asking.selection import Selection, asks
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.reporting.html import page
 from mha_spec_conformance.reporting.report import as_json
 from mha_spec_conformance.running.keys import MOST_CALLS, MOST_CAUSES, with_wrong_keys
 from mha_spec_conformance.running.run import Run
@@ -55,10 +55,14 @@ class InThisProcess:
 
 
 class Failing(InThisProcess):
-    """A source that does not answer the questions that are asked again."""
+    """A source that gives no outputs for the questions that are asked again."""
+
+    def __init__(self, steps: Steps, kind: str) -> None:
+        super().__init__(steps)
+        self.kind = kind
 
     def answer(self, question: Question) -> Answer:
-        return Answer("crash", reason="the process ended") if "/keys-" in question.id else super().answer(question)
+        return Answer(self.kind) if "/keys-" in question.id else super().answer(question)
 
 
 def judged(suite: Suite, source: InThisProcess, *only: str) -> Run:
@@ -216,7 +220,69 @@ def test_right_attention_is_not_asked_again(suite: Suite) -> None:
 
 def test_wrong_values_of_right_weights_are_not_wrong_keys(suite: Suite) -> None:
     source = InThisProcess(
-        replace(RIGHT, sum_over_visible=lambda w, values, seen: RIGHT.sum_over_visible(w, values[..., ::-1, :, :], seen))
+        replace(
+            RIGHT, sum_over_visible=lambda w, values, seen: RIGHT.sum_over_visible(w, values[..., ::-1, :, :], seen)
+        )
     )
     assert keys(judged(suite, source, "attention/smoke/head-layout")) == []
     assert source.further
+
+
+def test_failures_of_many_causes_are_asked_again_few_times(suite: Suite) -> None:
+    """Each of the largest causes has few further calls, and repeated runs give the same report."""
+    hides_its_last_key = seen(lambda pairs: pairs & (index(pairs) < pairs.shape[-1] - 1))
+    only = [f"attention/{part}/size-" for part in ("mask", "causal", "kv_lengths", "segments", "window")]
+    sources = [InThisProcess(hides_its_last_key), InThisProcess(hides_its_last_key)]
+    reports = [as_json(judged(suite, source, *only)) for source in sources]
+    assert reports[0]["causes"] == reports[1]["causes"]
+    cases = {question.id.partition("/keys-")[0] for question in sources[0].further}
+    assert 0 < len(cases) <= MOST_CAUSES
+    assert len(sources[0].further) <= MOST_CALLS * len(cases)
+
+
+@pytest.mark.parametrize("kind", ["crash", "timeout", "raised", "unsupported", "returned"])
+def test_missing_answer_leaves_the_report_as_it_is(suite: Suite, kind: str) -> None:
+    lost = seen(lambda pairs: pairs & (index(pairs) < 64))
+    source = Failing(lost, kind)
+    done = judged(suite, source, "attention/lengths-65-129/generic-1")
+    assert len(source.further) == 1
+    assert done.located is None
+    assert [cause.story.keys for cause in done.findings.causes] == [None]
+
+
+TARGET = """
+import os
+import numpy
+from mha_spec import reference
+
+def attention(query, key, value, *, mask=None):
+    if (value.max(), value.min()) == (1, 0):
+        {further}
+    seen = numpy.arange(key.shape[2]) % 4 != 3
+    return reference.attention(query, key, value, mask=seen.reshape(1, 1, 1, -1) if mask is None else mask & seen)
+"""
+
+
+@pytest.mark.parametrize(("further", "text"), [("pass", f"only key 3{VISIBLE}"), ("os._exit(7)", None)])
+def test_keys_are_asked_in_the_process_of_the_target(
+    suite: Suite, tmp_path: Path, further: str, text: str | None
+) -> None:
+    """A process that ends changes nothing in the report; the text is in each form of the report."""
+    path = tmp_path / "target.py"
+    path.write_text(TARGET.format(further=further))
+    done = run(str(path), suite, Settings(Selection(("attention/smoke/plain",), ("float32",))))
+    assert [result.outcome for result in done.results] == ["fail"]
+    assert keys(done) == ([] if text is None else [text])
+    report: dict[str, Any] = as_json(done)
+    assert report["shared"]["keys"] == report["causes"][0]["keys"]
+    assert ("asked again" in page(done)) == (text is not None)
+    if text is not None:
+        assert report["causes"][0]["keys"] == {"text": text, "id": "attention/smoke/plain", "dtype": "float32"}
+        assert f"{text} [asked again: attention/smoke/plain float32]" in done.findings.causes[0].story.where
+
+
+def test_stopped_run_is_not_asked_again(suite: Suite) -> None:
+    source = InThisProcess(seen(lambda pairs: pairs & (index(pairs) < 64)))
+    settings = Settings(Selection(("attention/lengths-65-129/",), ("float32",)), max_fail=1)
+    assert judge_all(source, Judge(source.claims), suite, settings).status == 1
+    assert source.further == []

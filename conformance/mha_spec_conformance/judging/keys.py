@@ -26,10 +26,13 @@ __all__ = ["Weights", "wrong_keys"]
 DECISIVE = 2
 """A row has a common factor if at least this many times more of its weights have the factor than have another."""
 
+FEWEST, FEW_OF = 2, 16
+"""A common factor needs this many weights, and the second number's share of the weights that must not be 0."""
+
 ALIKE = 1.1
 """Of descriptions that keep nearly the same number of pairs, up to this factor, the first is chosen."""
 
-MOST_KEPT = 0.9
+MOST_KEPT = 0.75
 """A description that says nothing else is worth a line if it keeps at most this share of the pairs."""
 
 
@@ -64,15 +67,19 @@ class Weights:
         received, wanted, allowed = self.received, self.expected, self.allowance
         voters = self.compared & numpy.isfinite(received) & (received > allowed) & (wanted > allowed)
         with numpy.errstate(all="ignore"):
-            low = numpy.where(received <= wanted + allowed, (received - allowed) / wanted, received / (wanted + allowed))
-            high = numpy.where(received <= wanted - allowed, (received + allowed) / wanted, received / (wanted - allowed))
+            low = numpy.where(
+                received <= wanted + allowed, (received - allowed) / wanted, received / (wanted + allowed)
+            )
+            high = numpy.where(
+                received <= wanted - allowed, (received + allowed) / wanted, received / (wanted - allowed)
+            )
         low, high = (numpy.where(voters, bound, numpy.inf) for bound in (low, high))
         factor, votes = _most_common(low, high, voters)
         total = voters.sum(axis=3, keepdims=True)
         right = ((low <= 1) & (high >= 1)).sum(axis=3, keepdims=True)
-        empty = ~(self.compared & (wanted > allowed)).any(axis=3, keepdims=True)
-        decisive = (votes >= DECISIVE * (total - votes)) & ((votes > 0) | empty)
-        return numpy.where(right == votes, 1.0, factor), decisive
+        clear = (self.compared & (wanted > allowed)).sum(axis=3, keepdims=True)
+        enough = votes >= numpy.minimum(clear, numpy.maximum(FEWEST, clear / FEW_OF))
+        return numpy.where(right == votes, 1.0, factor), enough & (votes >= DECISIVE * (total - votes))
 
     def of_keys(self, columns: Array) -> Array:
         """Repeat what is known about columns for each of their keys."""
@@ -138,10 +145,12 @@ class _Pairs:
         self.weights, self.arguments = weights, weights.arguments
         self.wrong = wrong
         self.single = weights.width == 1
-        seen = weights.visible
-        self.added = self.single and not (wrong & seen).any()
-        self.lost = self.single and not (wrong & ~(seen & (weights.received <= weights.allowance))).any()
-        self.compared = compared & (~seen if self.added else seen if self.lost else True)
+        seen, received = weights.visible, weights.of_keys(weights.received)
+        hidden_alone, visible_alone = not (wrong & seen).any(), not (wrong & ~seen).any()
+        self.added = self.single and hidden_alone and bool(numpy.isfinite(received[wrong]).all())
+        near_0 = weights.of_keys(weights.received <= weights.allowance)
+        self.lost = self.single and visible_alone and bool(near_0[wrong].all())
+        self.compared = compared & (~seen if hidden_alone else seen if visible_alone else True)
         self.key = numpy.arange(wrong.shape[3]).reshape(1, 1, 1, -1)
         positions = weights.offset + numpy.arange(wrong.shape[2]).reshape(1, 1, -1, 1)
         self.distance = self.key - positions
@@ -153,11 +162,13 @@ class _Pairs:
         kept = [(text, int((members & self.compared).sum())) for text, members in self._descriptions()]
         fewest = min(number for _, number in kept)
         text, number = next(entry for entry in kept if entry[1] <= ALIKE * fewest)
-        if not (self.added or self.lost or number <= MOST_KEPT * self.compared.sum()):
+        if not (self.added or self.lost) and number > MOST_KEPT * self.compared.sum():
             return None
         if text == "keys":
             return "only hidden keys, which have a weight" if self.added else "only visible keys, which have no weight"
-        effect = " (hidden, but with a weight)" if self.added else " (visible, but without a weight)" if self.lost else ""
+        effect = (
+            " (hidden, but with a weight)" if self.added else " (visible, but without a weight)" if self.lost else ""
+        )
         return f"only {text}{effect}"
 
     def _descriptions(self) -> Iterator[tuple[str, Array]]:
@@ -170,7 +181,7 @@ class _Pairs:
                 along, of_keys = self._along(self.key, members, "key", TILES)
                 last = along == f"key {self.key.size - 1}" and self.key.size > 1
                 yield f"{'the last key' if last else along}{text}", members & of_keys
-        if self.single and self.arguments.positional:
+        if self.single and (self.arguments.positional or self.added or self.lost):
             yield self._by_distance()
 
     def _kinds(self) -> Iterator[tuple[str, Array]]:
@@ -210,9 +221,7 @@ class _Pairs:
         name = names.get(int(wrong[0])) if len(wrong) == 1 else None
         return name or f"keys at {text} (j - p)", members
 
-    def _along(
-        self, coordinate: Array, kind: Array | bool, noun: str, tiles: Sequence[int]
-    ) -> tuple[str, Array]:
+    def _along(self, coordinate: Array, kind: Array | bool, noun: str, tiles: Sequence[int]) -> tuple[str, Array]:
         """Describe the wrong pairs of a kind by a coordinate of the pairs."""
         whole = numpy.broadcast_to(coordinate, self.wrong.shape)
         compared = numpy.unique(whole[(self.compared & kind) | self.wrong]).tolist()

@@ -1,7 +1,7 @@
 """Find which keys have wrong weights, by asking failing cases again with values that tell the keys apart.
 
-With v_jc = 1 where c = j, and 0 elsewhere, component c of the output is the weight of key c. If there are more keys than
-components, several calls ask for the weights of all keys; if these would be too many, for the sums of small tiles.
+With v_jc = 1 where c = j, and 0 elsewhere, component c of the output is the weight of key c. If there are more keys
+than components, several calls ask for the weights of all keys; if these would be too many, for the sums of small tiles.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _preference(result: Result) -> tuple[object, ...]:
     (batch, _, rows, _), (keys, components) = case.shape_of("query"), case.shape_of("value")[2:]
     single = _width(keys, components) == 1
     wide = dtype in ("float32", "float64")
-    return not wide, not single, rows < MANY_ROWS, -min(keys, MANY_KEYS), batch < 2, _pairs(result), case.id, dtype
+    plenty = not single, rows < MANY_ROWS, -min(keys, MANY_KEYS), "generic" not in case.tags, batch < 2
+    return not wide, *plenty, _pairs(result), case.id, dtype
 
 
 def _width(keys: int, components: int) -> int:
