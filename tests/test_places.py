@@ -12,6 +12,7 @@ from mha_spec_conformance.asking.selection import Ask
 from mha_spec_conformance.judging.amounts import amounts, rounded_to
 from mha_spec_conformance.judging.bounds import allowances, precision
 from mha_spec_conformance.judging.causes import Story
+from mha_spec_conformance.judging.indices import TILES, covering, described_indices
 from mha_spec_conformance.judging.places import WrongElements, axes_of, described
 from mha_spec_conformance.judging.recognition import Wrong
 
@@ -127,3 +128,16 @@ def test_axes_have_names() -> None:
     assert axes_of("lse_a", 3) == axes_of("lse", 3) == ("batch entry", "head", "row")
     assert axes_of("grad_key", 4)[2] == "key"
     assert axes_of("output", 2) == ("axis 0", "axis 1")
+
+
+def test_ranges_of_few_indices_begin_and_end_at_the_edge_of_a_tile() -> None:
+    assert described_indices([65, 67, 70], [3, 9, 65, 67, 70], "key", tiles=TILES) == "keys from 64 on"
+    assert described_indices([65, 120], [3, 65, 120, 140], "key", tiles=TILES) == "keys 64 to 127"
+    assert described_indices([3, 9], [3, 9, 65], "key", tiles=TILES) == "keys up to 63"
+    assert described_indices([65, 66], [64, 65, 66, 67], "key", tiles=TILES) == "keys 65 to 66"
+
+
+def test_scattered_indices_are_covered_by_a_range() -> None:
+    assert covering([1, 5, 9], range(12)) == [1, 5, 9]
+    assert covering([1, 3, 5, 7, 9, 11], range(12)) == [1, 3, 5, 7, 9, 11]
+    assert covering([1, 2, 5, 9], range(12)) == [1, 2, 3, 4, 5, 6, 7, 8, 9]

@@ -16,11 +16,11 @@ from support.numbers import numbers
 from mha_spec.arrays import FLOATING
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError, MhaSpecError
 from mha_spec_conformance.judging.bounds import allowances, bounds, precision
+from mha_spec_conformance.judging.indices import described_indices
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
 from mha_spec_conformance.targets.layouts import Pages, Tokens
 from mha_spec_conformance.testing import allowance, assert_attention, assert_attention_vjp, assert_rotary
 from mha_spec_conformance.testing.columns import gradients_of_keys
-from mha_spec_conformance.testing.places import described
 from mha_spec_conformance.testing.problem import read_problem
 
 BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 131, 137, 11, 13
@@ -274,13 +274,13 @@ def test_a_wrong_argument_is_refused(changed: dict[str, Any], error: type[MhaSpe
 
 
 def test_places_are_described() -> None:
-    assert described([3], [0, 3, 4], "row") == "row 3"
-    assert described([0, 3, 4], [0, 3, 4], "head") == "all compared heads"
-    assert described([3, 4], [0, 3, 4], "row") == "rows from 3 on"
-    assert described([0, 3], [0, 3, 4], "row") == "rows up to 3"
-    assert described([64, 128], [0, 64, 128, 129], "row") == "rows 64 to 128"
-    assert described([0, 64, 128], [0, 1, 64, 65, 128], "row") == "rows 0 modulo 2"
-    assert described([1, 64], [0, 1, 2, 64, 65], "batch entry") == "batch entries 1, 64"
+    assert described_indices([3], [0, 3, 4], "row") == "row 3"
+    assert described_indices([0, 3, 4], [0, 3, 4], "head") == "all compared heads"
+    assert described_indices([3, 4], [0, 3, 4], "row") == "rows from 3 on"
+    assert described_indices([0, 3], [0, 3, 4], "row") == "rows up to 3"
+    assert described_indices([64, 128], [0, 64, 128, 129], "row") == "rows 64 to 128"
+    assert described_indices([0, 64, 128], [0, 1, 64, 65, 128], "row") == "rows 0 modulo 2"
+    assert described_indices([1, 64], [0, 1, 2, 64, 65], "batch entry") == "batch entries 1, 64"
 
 
 def test_the_import_needs_no_framework() -> None:

@@ -21,7 +21,7 @@ from .result import FAILING, WITHOUT_ARRAYS
 from .shares import cover, separating
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from .places import Place
     from .result import Result
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Key = tuple[str, str]
 
-__all__ = ["Cause", "Findings", "Story", "find_causes"]
+__all__ = ["Cause", "Findings", "Story", "WrongKeys", "find_causes"]
 
 MOST_UNKNOWN = 12
 """The largest number of groups of failures without a name."""
@@ -47,17 +47,31 @@ ROUNDING = "MHA-ACC-1"
 
 
 @dataclass(frozen=True)
+class WrongKeys:
+    """A description of the keys that have wrong weights in a failure, which was asked again with other values."""
+
+    text: str
+    case: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.text} [asked again: {self.case} {self.dtype}]"
+
+
+@dataclass(frozen=True)
 class Story:
     """The properties that failures share, where wrong elements lie, and how wrong numbers differ from right ones."""
 
     share: Share | None
     places: tuple[Place, ...] = ()
     amounts: tuple[Place, ...] = ()
+    keys: WrongKeys | None = None
 
     @property
     def where(self) -> str:
-        """The places and the amounts in a line; empty if nothing was compared."""
-        places, amounts = ", ".join(map(str, self.places)), "; ".join(map(str, self.amounts))
+        """The places, the keys and the amounts in a line; empty if nothing was compared."""
+        places = ", ".join(map(str, [*self.places, *([self.keys] if self.keys else [])]))
+        amounts = "; ".join(map(str, self.amounts))
         return f"{places or 'no common place'}: {amounts}" if amounts else places
 
 
@@ -97,6 +111,14 @@ class Findings:
     @cached_property
     def _by_key(self) -> dict[Key, Result]:
         return {result.ask.key: result for cause in self.causes for result in cause.results}
+
+    def with_keys(self, keys: Mapping[int, WrongKeys]) -> Findings:
+        """Add the wrong keys to the causes with these numbers; the keys of a single cause are those of all failures."""
+        causes = tuple(
+            replace(cause, story=replace(cause.story, keys=keys[number])) if number in keys else cause
+            for number, cause in enumerate(self.causes)
+        )
+        return Findings(causes[0].story if len(causes) == 1 else self.story, causes)
 
     def with_cause(self, result: Result) -> Result:
         """Return a result with the clauses of its cause before its other clauses."""

@@ -16,6 +16,7 @@ import numpy
 
 from .bounds import precision
 from .compare import wrong_elements
+from .indices import TILES, plural
 from .properties import sizes_of, visible_pairs
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 
     from .recognition import Wrong
 
-__all__ = ["Place", "WrongElements", "axes_of", "described", "plural"]
-
-TILES = (256, 128, 64, 32, 16)
+__all__ = ["Place", "WrongElements", "axes_of", "described"]
 
 AXES = {
     "lse": ("batch entry", "head", "row"),
@@ -57,11 +56,6 @@ def axes_of(output: str, rank: int) -> tuple[str, ...]:
     name = output.removesuffix("_a").removesuffix("_b")
     axes = AXES.get(name, BY_RANK.get(rank, ()))
     return axes if len(axes) == rank else tuple(f"axis {axis}" for axis in range(rank))
-
-
-def plural(axis: str) -> str:
-    """Return the plural of the name of an axis."""
-    return "batch entries" if axis == "batch entry" else f"{axis}s"
 
 
 class WrongElements:

@@ -107,7 +107,7 @@ def _cause(cause: Cause) -> dict[str, object]:
 
 
 def _story(story: Story | None) -> dict[str, object] | None:
-    """Return the shared properties of failures and the places of their wrong elements; None without failures."""
+    """Return what failures share, the places of their wrong elements and keys; None without failures."""
     if story is None:
         return None
     share = story.share and {
@@ -119,7 +119,8 @@ def _story(story: Story | None) -> dict[str, object] | None:
         [{"text": place.text, "failures": [place.failures, place.of_failures]} for place in kind]
         for kind in (story.places, story.amounts)
     )
-    return {"share": share, "places": places, "amounts": amounts}
+    keys = story.keys and {"text": story.keys.text, "id": story.keys.case, "dtype": story.keys.dtype}
+    return {"share": share, "places": places, "amounts": amounts, "keys": keys}
 
 
 def _case(result: Result) -> dict[str, object]:

@@ -44,6 +44,8 @@ class Run:
     accepted: frozenset[Convention] = frozenset()
     known: tuple[Known, ...] = ()
     laws: tuple[Law, ...] = ()
+    located: Findings | None = None
+    """The causes with the keys that have wrong weights, if the target was asked again."""
 
     @property
     def complete(self) -> bool:
@@ -77,7 +79,7 @@ class Run:
     @cached_property
     def findings(self) -> Findings:
         """The causes of the failures of MUST cases."""
-        return find_causes(self.results, self.claims.profile)
+        return self.located or find_causes(self.results, self.claims.profile)
 
     @cached_property
     def open_causes(self) -> list[Cause]:

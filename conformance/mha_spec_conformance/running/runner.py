@@ -16,6 +16,7 @@ from mha_spec_conformance.judging.judge import Judge
 from .again import SecondTime
 from .alignment import find_alignment
 from .diagnosing import diagnosed
+from .keys import with_wrong_keys
 from .known import is_open
 from .laws import laws_of
 from .results import ResultsFile, read_results
@@ -103,7 +104,7 @@ def judge_all(
             file.add(result)
         whole = finished and settings.selection.everything
         laws = laws_of(source, results.values()) if whole else ()
-    return Run(
+    done = Run(
         suite=suite,
         claims=claims,
         selection=settings.selection,
@@ -119,6 +120,7 @@ def judge_all(
         known=settings.known,
         laws=laws,
     )
+    return with_wrong_keys(source, done) if finished else done
 
 
 def asks_of(suite: Suite, claims: Claims, selection: Selection) -> list[Ask]:
