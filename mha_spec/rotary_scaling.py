@@ -286,12 +286,12 @@ def _llama3(p: Parameters) -> tuple[numpy.ndarray, float]:
     """Divide the frequencies of long waves, mix those between, keep those of short waves (MHA-ROTARY-14)."""
     factor, length = p.number("factor", least=1.0), p.original
     low, high = p.positive("low_freq_factor"), p.positive("high_freq_factor")
-    if high <= low:
-        p.refuse("high_freq_factor", f"be high_freq_factor>low_freq_factor={short_repr(low)}")
+    if high < low:
+        p.refuse("high_freq_factor", f"be high_freq_factor>=low_freq_factor={short_repr(low)}")
     frequencies = 1 / _powers(p.base, p.turned, p.turned)
     # PyTorch computes a number divided by an array as the array's reciprocal times the number.
     waves = 1 / frequencies * (2 * math.pi)
-    kept = (1 / waves * length - low) / (high - low)
+    kept = (1 / waves * length - low) / (high - low)  # Not a number if both are equal; no wave is then between.
     divided = numpy.where(waves > length / low, frequencies / factor, frequencies)
     mixed = (1 - kept) * divided / factor + kept * divided
     between = (waves >= length / high) & (waves <= length / low)
