@@ -114,7 +114,8 @@ def _numbers(frequencies: object) -> tuple[float, ...]:
         refuse_type(
             "MHA-ROTARY-7",
             "`frequencies` must be None, a sequence of numbers or a NumPy array (rotary_dim/2,), since they are read "
-            f"on the host, received {short_repr(listed)} of type {type(listed).__name__}.",
+            f"on the host, received {short_repr(listed)} of type {type(listed).__name__}. "
+            "Pass a tuple of its numbers; a function that is compiled makes tensors of NumPy arrays, too.",
         )
     return tuple(float(number) if abs(number) <= LARGEST else math.inf for number in numbers)
 

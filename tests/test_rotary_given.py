@@ -17,6 +17,7 @@ from mha_spec import ArgumentTypeError, ArgumentValueError, KVCache, MhaSpecErro
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.layer_object import LayerSettings
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
+from mha_spec_conformance.testing import assert_rotary
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -105,6 +106,16 @@ def test_a_config_gives_the_arguments(module: ModuleType) -> None:
     angle = 9 * float(frequencies[2])
     pair = complex(first, second) * complex(math.cos(angle), math.sin(angle)) * factor
     assert abs(complex(turned[0, 0, 1, 2], turned[0, 0, 1, 2 + TURNED // 2]) - pair) <= 16 * 2.0**-53 * abs(pair)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_the_assertion_of_kernels_takes_both(dtype: str) -> None:
+    x = numbers(BATCH, HEADS, LENGTH, SIZE).astype(dtype)
+    assert assert_rotary(reference.rotary_embedding(x, POSITIONS, **OPTIONS), x, POSITIONS, **OPTIONS) <= 1
+    for wrong in ({"attention_factor": 1.0}, {"attention_factor": FACTOR**2}, {"frequencies": FREQUENCIES * 1.01}):
+        output = reference.rotary_embedding(x, POSITIONS, **OPTIONS | wrong)
+        with pytest.raises(AssertionError):
+            assert_rotary(output, x, POSITIONS, **OPTIONS)
 
 
 PARAMS = {
