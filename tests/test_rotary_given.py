@@ -16,6 +16,7 @@ import mha_spec
 from mha_spec import ArgumentTypeError, ArgumentValueError, KVCache, MhaSpecError, reference
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.layer_object import LayerSettings
+from mha_spec_conformance.judging.bounds import bounds, precision
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
 from mha_spec_conformance.testing import assert_rotary
 
@@ -116,6 +117,19 @@ def test_the_assertion_of_kernels_takes_both(dtype: str) -> None:
         output = reference.rotary_embedding(x, POSITIONS, **OPTIONS | wrong)
         with pytest.raises(AssertionError):
             assert_rotary(output, x, POSITIONS, **OPTIONS)
+
+
+def test_the_allowance_grows_with_the_factor() -> None:
+    arrays = {"x": numbers(1, HEADS, 2, SIZE).astype("float32"), "positions": POSITIONS[1, 2:4]}
+    run = precision("float32")
+    plain, magnified = (
+        bounds("rotary_embedding", arrays, OPTIONS | {"attention_factor": factor}).allowances(run)["output"]
+        for factor in (1.0, 8.0)
+    )
+    turning = [0, 1, 3, 4]  # The last pair has a frequency of 0.
+    assert (magnified[..., turning] > 7 * plain[..., turning]).all()
+    assert numpy.array_equal(magnified[..., TURNED:], plain[..., TURNED:])
+    assert numpy.isfinite(magnified).all()
 
 
 PARAMS = {

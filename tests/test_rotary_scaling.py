@@ -109,6 +109,7 @@ def test_the_sequence_length_changes_dynamic_and_longrope_alone() -> None:
         assert changes == (name in {"internlm/internlm3-8b-instruct", "microsoft/Phi-3-vision-128k-instruct"})
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 factors = st.floats(1, 100)
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"factor": factors},
@@ -159,6 +160,23 @@ def test_any_parameters_give_the_same_bits(
         assert_same(ours, of_transformers(dict(scaling), dim, base, **outside, seq_len=seq_len))
 
 
+RARE: dict[str, dict[str, Any]] = {
+    "equal-bounds": {"beta_fast": 4.0, "beta_slow": 4.0, "truncate": False},
+    "bounds-below-the-first-pair": {"original_max_position_embeddings": 4, "truncate": False},
+    "two-magnitudes": {"mscale": 0.707, "mscale_all_dim": 1.25},
+    "a-single-magnitude": {"mscale": 0.707},
+    "a-magnitude-of-zero": {"mscale": 0.707, "mscale_all_dim": 0},
+    "factor-of-one": {"factor": 1.0, "mscale": 0.5, "mscale_all_dim": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_rare_parameters_of_yarn_give_the_same_bits(name: str) -> None:
+    scaling = YARN | RARE[name]
+    with rounded_powers():
+        assert_same(rotary_frequencies(scaling, 40, 700.0), of_transformers({**scaling}, 40, 700.0))
+
+
 def test_longrope_chooses_its_factors_by_the_length() -> None:
     dim, base, scaling, outside = CONFIGS["microsoft/Phi-3-vision-128k-instruct"]
     powers = 1 / rotary_frequencies(None, dim, base)[0].astype(float)
@@ -190,7 +208,6 @@ def test_the_dictionary_is_not_written_to() -> None:
         assert scaling == before
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 LLAMA3 = CONFIGS["meta-llama/Llama-3.1-8B"].scaling or {}
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 4.0}
 LONGROPE["original_max_position_embeddings"] = 4096
