@@ -163,6 +163,7 @@ def test_any_parameters_give_the_same_bits(
 RARE: dict[str, dict[str, Any]] = {
     "equal-bounds": {"beta_fast": 4.0, "beta_slow": 4.0, "truncate": False},
     "bounds-below-the-first-pair": {"original_max_position_embeddings": 4, "truncate": False},
+    "equal-bounds-at-a-pair": {"original_max_position_embeddings": 6},
     "two-magnitudes": {"mscale": 0.707, "mscale_all_dim": 1.25},
     "a-single-magnitude": {"mscale": 0.707},
     "a-magnitude-of-zero": {"mscale": 0.707, "mscale_all_dim": 0},
