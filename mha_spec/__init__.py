@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .arguments import expand_options
 from .cache import KVCache
 from .errors import ArgumentTypeError, ArgumentValueError, BackendError, MhaSpecError
+from .rotary_scaling import rotary_frequencies
 from .scalars import plain
 from .selection import backend, backend_for, backend_names, backend_of_numbers, function_for, function_of
 
@@ -76,9 +77,19 @@ else:
         settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
         return function_for("multi_head_attention_weights", query)(query, key, params, **settings, **options)
 
-    def rotary_embedding(x, positions, *, base=10000.0, interleaved=False, rotary_dim=None):
+    def rotary_embedding(
+        x,
+        positions,
+        *,
+        base=10000.0,
+        interleaved=False,
+        rotary_dim=None,
+        frequencies=None,
+        attention_factor=1.0,
+    ):
         """Rotate by positions with the operands' backend; see `mha_spec.reference.rotary_embedding`."""
         settings = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
+        settings |= {"frequencies": frequencies, "attention_factor": attention_factor}
         return function_for("rotary_embedding", x, "x")(x, positions, **settings)
 
     def alibi_slopes(heads, *, dtype="float32"):
@@ -111,6 +122,7 @@ __all__ = [
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
+    "rotary_frequencies",
 ]
 
 SPEC_VERSION = "1.1"

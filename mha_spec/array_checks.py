@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn, TypeGuard
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, placement_of, storage_of
 from .errors import refuse_type, refuse_value
@@ -17,6 +18,7 @@ __all__ = [
     "check_integers",
     "check_library",
     "check_same_device",
+    "is_mapping",
     "is_sequence",
     "require_array",
     "shape_of",
@@ -80,6 +82,11 @@ def check_floating(label: str, array: Array, clause: str) -> str:
     if name not in FLOATING:
         refuse_type(clause, f"`{label}` must have a dtype of {FLOATING_NAMES}, received dtype={name}.")
     return name
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Tell whether a value maps names to values."""
+    return isinstance(value, (dict, Mapping))
 
 
 def is_sequence(value: object) -> TypeGuard[Sequence[object]]:

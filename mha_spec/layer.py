@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .arguments import Options, WeightOptions
     from .cache import KVCache
-    from .layer_checks import Rotary
+    from .rotary_checks import Rotary
 
 __all__ = [
     "Layer",
@@ -186,11 +186,13 @@ class Layer:
         base: float = 10000.0,
         interleaved: bool = False,
         rotary_dim: int | None = None,
+        frequencies: numpy.ndarray | Sequence[float] | None = None,
+        attention_factor: float = 1.0,
     ) -> Float[Array, "batch heads length size"]:
         """Turn pairs of components by angles that grow with the position.
 
-            angle_i = position * base^(-2i / rotary_dim)
-            (x_a, x_b) -> (x_a cos - x_b sin, x_b cos + x_a sin)
+            angle_i = position * frequencies[i]    by default base^(-2i / rotary_dim)
+            (x_a, x_b) -> attention_factor * (x_a cos - x_b sin, x_b cos + x_a sin)
             (a, b) = (i, i + rotary_dim/2), or (2i, 2i + 1) where interleaved
 
         Args:
@@ -199,22 +201,32 @@ class Layer:
             base: Greater than 0; a larger base turns more slowly.
             interleaved: True pairs neighbours, False components half of rotary_dim apart.
             rotary_dim: The number of components that turn, from the first on; even. None turns all of them.
+            frequencies: (rotary_dim/2,), finite numbers >= 0 on the host, which replace the base; see
+                `mha_spec.rotary_frequencies`. None computes them from the base.
+            attention_factor: Greater than 0; multiplies cosines and sines, as YaRN does.
 
         Returns:
             x with its pairs turned, in its dtype; the other components are unchanged.
 
         Raises:
-            ArgumentValueError, ArgumentTypeError: size is odd without rotary_dim, or positions do not fit.
+            ArgumentValueError, ArgumentTypeError: size is odd without rotary_dim, positions or frequencies do not fit,
+                or both frequencies and a base are given.
 
         Differs from others:
             GPT-NeoX and Llama pair halves, GPT-J pairs neighbours; weights fit a single pairing.
             ONNX `RotaryEmbedding` takes cosine and sine from the caller.
 
         Source:
-            SPEC.md, MHA-ROTARY-1 to MHA-ROTARY-6; Su et al. 2021.
+            SPEC.md, MHA-ROTARY-1 to MHA-ROTARY-8; Su et al. 2021.
         """
         self.steps.check_positions(x, positions)
-        rotary = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
+        rotary = {
+            "base": base,
+            "interleaved": interleaved,
+            "rotary_dim": rotary_dim,
+            "frequencies": frequencies,
+            "attention_factor": attention_factor,
+        }
         options = self.steps.check_rotary(rotary, x.shape[3])
         return self.steps.turn(x, self._turns(positions, options, x), options.interleaved)
 
@@ -378,8 +390,12 @@ class Layer:
         return self.steps.offset_of(reading, q_lengths, new, q, a.cache.key)
 
     def _turns(self, positions: Array | Sequence[float], rotary: Rotary, x: Array) -> tuple[Array, Array]:
-        rotary_dim = x.shape[3] if rotary.rotary_dim is None else rotary.rotary_dim
-        return self.steps.turns(positions, self.steps.frequencies(rotary.base, rotary_dim), x)
+        if rotary.frequencies is None:
+            rotary_dim = x.shape[3] if rotary.rotary_dim is None else rotary.rotary_dim
+            frequencies = self.steps.frequencies(rotary.base, rotary_dim)
+        else:
+            frequencies = self.steps.given_frequencies(rotary.frequencies)
+        return self.steps.magnify(self.steps.turns(positions, frequencies, x), rotary.attention_factor)
 
     def _output(self, a: LayerArguments, attended: Array) -> Array:
         return self.steps.project_out(attended, a.params, self.steps)

@@ -7,27 +7,28 @@ of host data only. A size that is unknown in a trace, None, fits every size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy
 
 from .arguments import WEIGHT_FUNCTIONS
-from .array_checks import check_alike, check_floating, is_sequence, require_array
+from .array_checks import check_alike, check_floating, is_mapping, is_sequence, require_array
 from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, storage_of
 from .cache import KVCache
 from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
 from .errors import refuse_type, refuse_value
 from .parameters import AXES, REQUIRED
-from .scalars import check_flag, check_integer, check_number, is_integer, plain, short_repr
+from .rotary_checks import check_rotary
+from .scalars import check_integer, check_number, is_integer, plain, short_repr
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from .rotary_checks import Rotary
 
 __all__ = [
     "LayerArguments",
-    "Rotary",
     "check",
     "check_alibi",
     "check_append",
@@ -35,24 +36,9 @@ __all__ = [
     "check_heads",
     "check_like",
     "check_positions",
-    "check_rotary",
-    "check_rotary_dim",
     "check_slope_dtype",
     "empty_shapes",
 ]
-
-
-class Rotary(NamedTuple):
-    """The options of rotary_embedding."""
-
-    base: float = 10000.0
-    interleaved: bool = False
-    rotary_dim: int | None = None
-    """The number of components that turn, from the first on; None turns all."""
-
-    def non_defaults(self) -> dict[str, Any]:
-        """Return the options that differ from the defaults."""
-        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
 
 @dataclass(slots=True)
@@ -161,7 +147,7 @@ def _fit(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 
 def _check_params(a: LayerArguments) -> None:
     """Require known names, shapes that agree with each other, and the query's dtype (MHA-PROJ-4)."""
-    if not _is_mapping(a.params):
+    if not is_mapping(a.params):
         refuse_type("MHA-PROJ-4", f"`params` must be a mapping of names to arrays, received {type(a.params).__name__}.")
     required = REQUIRED[:2] if a.weighs else REQUIRED
     missing = [name for name in required if name not in a.params]
@@ -220,10 +206,6 @@ def _check_sizes(name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes
     sizes.update(learned)
 
 
-def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(value, (dict, Mapping))
-
-
 LARGEST = sys.float_info.max
 
 
@@ -236,51 +218,6 @@ def check_epsilon(epsilon: object) -> float:
             f"`norm_epsilon` must be finite and norm_epsilon>=0, received norm_epsilon={short_repr(number)}.",
         )
     return number
-
-
-def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
-    """Return the options of rotary_embedding with defaults, for vectors of `size` components (MHA-ROTARY-6)."""
-    if not _is_mapping(rotary):
-        refuse_type(
-            "MHA-ROTARY-6",
-            "`rotary` must be a mapping of the options of rotary_embedding, {} for the defaults, "
-            f"received {short_repr(rotary)} of type {type(rotary).__name__}. None means no rotation.",
-        )
-    for name in rotary:
-        if name not in Rotary._fields:
-            refuse_type(
-                "MHA-ROTARY-6",
-                f"`rotary` must hold options of rotary_embedding, {', '.join(Rotary._fields)}, received {name!r}.",
-            )
-    base, interleaved, rotary_dim = (rotary.get(name, Rotary._field_defaults[name]) for name in Rotary._fields)
-    base = check_number("base", base, "MHA-ROTARY-6")
-    interleaved = check_flag("interleaved", interleaved, "MHA-ROTARY-6")
-    if not 0 < base <= LARGEST:
-        refuse_value("MHA-ROTARY-6", f"`base` must be finite and base>0, received base={short_repr(base)}.")
-    return Rotary(base, interleaved, check_rotary_dim(rotary_dim, size))
-
-
-def check_rotary_dim(rotary_dim: object, size: int) -> int | None:
-    """Return the number of components that turn in vectors of `size`, or None for all (MHA-ROTARY-6)."""
-    rotary_dim = plain(rotary_dim)
-    if rotary_dim is None:
-        if size % 2:
-            refuse_value(
-                "MHA-ROTARY-6",
-                f"`rotary_dim` must be given for vectors of an odd size, received size={size}, rotary_dim=None: "
-                f"components turn in pairs. rotary_dim={size - 1} leaves the last component unchanged.",
-            )
-        return None
-    if not is_integer(rotary_dim):
-        refuse_type(
-            "MHA-ROTARY-6", f"`rotary_dim` must be an integer or None, received rotary_dim={short_repr(rotary_dim)}."
-        )
-    if rotary_dim % 2 or not 2 <= rotary_dim <= size:
-        refuse_value(
-            "MHA-ROTARY-6",
-            f"`rotary_dim` must be even and 2<=rotary_dim<=size={size}, received rotary_dim={short_repr(rotary_dim)}.",
-        )
-    return rotary_dim
 
 
 def check_positions(x: Array, positions: Array) -> None:

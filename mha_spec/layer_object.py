@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 from .checks import check_rate
 from .errors import refuse_type, refuse_value
-from .layer_checks import Rotary, check_epsilon, check_rotary
+from .layer_checks import check_epsilon
 from .parameters import AXES, REQUIRED
+from .rotary_checks import Rotary, check_rotary
 from .scalars import check_flag, check_integer
 
 if TYPE_CHECKING:

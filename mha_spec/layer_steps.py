@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from . import layer_checks
+from . import layer_checks, rotary_checks
 from .arguments import DROPOUT_OPTIONS
 from .arrays import Array, device_of, dtype_name, host_integers, library_of, namespace_of, softmax_dtype_name
 from .attention_reference import attention as attend
@@ -24,7 +24,8 @@ from .offsets import named_offset
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from .layer_checks import LayerArguments, Rotary
+    from .layer_checks import LayerArguments
+    from .rotary_checks import Rotary
 
 __all__ = ["LayerSteps", "narrow", "slope_values", "widen"]
 
@@ -96,6 +97,14 @@ def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:
     return values
 
 
+@lru_cache(maxsize=256)
+def given_frequencies(frequencies: tuple[float, ...]) -> numpy.ndarray:
+    """Pair i turns by frequencies[i] for each position, in float64 on the host (MHA-ROTARY-7)."""
+    values = numpy.asarray(frequencies, dtype=numpy.float64)
+    values.flags.writeable = False  # The cache returns the same array to every caller.
+    return values
+
+
 def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: Array) -> tuple[Array, Array]:
     """Cosine and sine of position * frequency, (length, pairs) or (batch, 1, length, pairs) (MHA-ROTARY-5).
 
@@ -111,6 +120,11 @@ def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: 
         angles = xp.astype(positions, wide)[..., None] * xp.asarray(frequencies.copy(), dtype=wide, device=device)
         cosine, sine = xp.cos(angles), xp.sin(angles)
     return (cosine[:, None, :, :], sine[:, None, :, :]) if cosine.ndim == 3 else (cosine, sine)
+
+
+def magnify(turns: tuple[Array, Array], factor: float) -> tuple[Array, Array]:
+    """Multiply cosine and sine by a factor, so that it multiplies only components that turn (MHA-ROTARY-8)."""
+    return turns if factor == 1 else (turns[0] * factor, turns[1] * factor)
 
 
 def turn(x: Array, turns: tuple[Array, Array], interleaved: bool) -> Array:
@@ -249,7 +263,7 @@ class LayerSteps:
     """The steps of the layer by name; `dataclasses.replace` exchanges single steps."""
 
     check: Callable[..., LayerArguments] = layer_checks.check
-    check_rotary: Callable[..., Rotary] = layer_checks.check_rotary
+    check_rotary: Callable[..., Rotary] = rotary_checks.check_rotary
     check_positions: Callable[..., None] = layer_checks.check_positions
     check_append: Callable[..., None] = layer_checks.check_append
     check_heads: Callable[..., None] = layer_checks.check_heads
@@ -261,7 +275,9 @@ class LayerSteps:
     offset_of: Callable[..., Array | int] = named_offset
     positions: Callable[..., Array] = positions
     frequencies: Callable[..., numpy.ndarray] = frequencies
+    given_frequencies: Callable[..., numpy.ndarray] = given_frequencies
     turns: Callable[..., tuple[Array, Array]] = turns
+    magnify: Callable[..., tuple[Array, Array]] = magnify
     turn: Callable[..., Array] = turn
     empty_cache: Callable[..., KVCache] = empty_cache
     new_lengths: Callable[..., Array] = new_lengths

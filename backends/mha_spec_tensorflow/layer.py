@@ -280,10 +280,14 @@ def rotary_embedding(
     base: float = 10000.0,
     interleaved: bool = False,
     rotary_dim: int | None = None,
+    frequencies: numpy.ndarray | Sequence[float] | None = None,
+    attention_factor: float = 1.0,
 ) -> Float[tf.Tensor, "batch heads length size"]:
     """Encode positions as rotations; see `mha_spec.reference.rotary_embedding`."""
     x, positions = _rotation_with_known_shapes(x, positions)
-    return _LAYER.rotary_embedding(x, positions, base=base, interleaved=interleaved, rotary_dim=rotary_dim)
+    rotary = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
+    rotary |= {"frequencies": frequencies, "attention_factor": attention_factor}
+    return _LAYER.rotary_embedding(x, positions, **rotary)
 
 
 def _rotation_with_known_shapes(x: Array, positions: Array) -> tuple[Array, Array]:

@@ -327,9 +327,12 @@ def rotary_embedding(
     base: float = 10000.0,
     interleaved: bool = False,
     rotary_dim: int | None = None,
+    frequencies: numpy.ndarray | Sequence[float] | None = None,
+    attention_factor: float = 1.0,
 ) -> Float[Tensor, "batch heads length size"]:
     """Rotate vectors by their positions; see `mha_spec.reference.rotary_embedding`."""
-    return _rotated(x, positions, {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim})
+    rotary = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
+    return _rotated(x, positions, rotary | {"frequencies": frequencies, "attention_factor": attention_factor})
 
 
 @torch.compiler.allow_in_graph
@@ -391,6 +394,8 @@ def _fixed(setting: Any) -> Any:
     """Fix the symbols in settings at their values, because other settings make another layer."""
     if isinstance(setting, dict):
         return {name: _fixed(value) for name, value in setting.items()}
+    if isinstance(setting, (list, tuple)):
+        return [_fixed(value) for value in setting]
     if isinstance(setting, torch.SymFloat):
         return float(setting)
     return int(setting) if isinstance(setting, torch.SymInt) else setting

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mha_spec.errors import ArgumentValueError
-from mha_spec.layer_checks import check_rotary_dim
 from mha_spec.parameters import AXES, REQUIRED
+from mha_spec.rotary_checks import check_rotary_dim
 
 from .names import Expected
 from .operations import Operations, mapping_of, operations_of, shape_of

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from mha_spec import layer_checks, layer_steps
-from mha_spec.layer_checks import Rotary
 from mha_spec.offsets import named_offset
 from mha_spec.reference import attention, attention_weights
+from mha_spec.rotary_checks import Rotary
 
 from .layer import layered
 from .mistake import ALIBI, LAYER, MULTI_HEAD, ROTARY

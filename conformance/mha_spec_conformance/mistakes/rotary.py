@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec import layer_checks, layer_steps
+from mha_spec import layer_steps, rotary_checks
 from mha_spec.arrays import dtype_name
 
 from .layer import layered
 from .mistake import ALIBI, LAYER, ROTARY
 
 if TYPE_CHECKING:
-    from mha_spec.layer_checks import Rotary
+    from mha_spec.rotary_checks import Rotary
 
 Turns = tuple[numpy.ndarray, numpy.ndarray]
 
@@ -44,7 +44,7 @@ def last_components(x: numpy.ndarray, turns: Turns, interleaved: bool) -> numpy.
 
 def of_the_whole_size(rotary: dict[str, Any], size: int) -> Rotary:
     """Use the frequencies of the whole size instead of rotary_dim: base^(-2i / size)."""
-    checked = layer_checks.check_rotary(rotary, size)
+    checked = rotary_checks.check_rotary(rotary, size)
     return checked._replace(base=checked.base ** ((checked.rotary_dim or size) / size))
 
 
@@ -157,7 +157,7 @@ POSITIONS = (
         "rotary-dim-ignored",
         "rotates every component, whatever rotary_dim is",
         "MHA-ROTARY-3",
-        check_rotary=lambda rotary, size: layer_checks.check_rotary(rotary, size)._replace(rotary_dim=None),
+        check_rotary=lambda rotary, size: rotary_checks.check_rotary(rotary, size)._replace(rotary_dim=None),
         functions=TURNING,
         bugs=("AI-Hypercomputer/maxtext#4742",),
     ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy
 
-from mha_spec import layer_checks, layer_steps
+from mha_spec import layer_steps, rotary_checks
 
 from .layer import layered
 from .mistake import ROTARY
@@ -17,7 +17,7 @@ from .rotary import TURNING, at
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mha_spec.layer_checks import Rotary
+    from mha_spec.rotary_checks import Rotary
 
     from .mistake import Mistake
     from .rotary import Turns
@@ -78,7 +78,7 @@ def over_the_whole_size(x: numpy.ndarray, turns: Turns, interleaved: bool) -> nu
 
 def squared_share(rotary: dict[str, Any], size: int) -> Rotary:
     """Apply the share rotary_dim / size twice."""
-    checked = layer_checks.check_rotary(rotary, size)
+    checked = rotary_checks.check_rotary(rotary, size)
     turned = checked.rotary_dim or size
     return checked._replace(rotary_dim=max(turned * turned // size // 2 * 2, 2))
 

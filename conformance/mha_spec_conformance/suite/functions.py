@@ -159,7 +159,7 @@ _FUNCTIONS = (
         "rotary_embedding",
         operands=("x", "positions"),
         outputs=("output",),
-        keywords=("base", "interleaved", "rotary_dim"),
+        keywords=("base", "interleaved", "rotary_dim", "frequencies", "attention_factor"),
         features=("rotary",),
     ),
     Function("alibi_slopes", operands=("heads",), outputs=("slopes",), keywords=("dtype",), features=("alibi",)),

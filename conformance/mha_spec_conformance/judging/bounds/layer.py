@@ -72,7 +72,7 @@ class StepErrors:
         self._attention, self._precision, self._dtypes = attention, precision, dtypes
         self._errors: dict[int, tuple[object, Any]] = {}
         self._depths: dict[int, int] = {}
-        names = ("project", "add_bias", "normalise", "turns", "turn", "append", "attend", "weigh")
+        names = ("project", "add_bias", "normalise", "turns", "magnify", "turn", "append", "attend", "weigh")
         names += ("merge_heads", "combine", "add_output_bias")
         self.steps = replace(steps, **{name: self._recording(name, getattr(steps, name)) for name in names})
 
@@ -128,10 +128,17 @@ class StepErrors:
         """Bound the error of cosine and sine: of the angle, whose frequency is a power, and of the functions."""
         p = self._precision
         angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
-        angle = p.u_a * abs(angles) * (10 + abs(numpy.log(frequencies)))
+        logarithms = numpy.log(numpy.where(frequencies == 0, 1.0, frequencies))  # A pair may not turn at all.
+        angle = p.u_a * abs(angles) * (10 + abs(logarithms))
         angle = angle[:, None] if result[0].ndim == 4 else angle
         second_order = angle**2 / 2 + p.e_x
         cosine, sine = (numpy.minimum(abs(other) * angle + second_order, 2.0) for other in reversed(result))
+        return cosine, sine
+
+    def _magnify(self, step: Callable[..., Any], result: Any, turns: Turns, factor: float) -> Turns:
+        """Bound the error of cosine and sine times the factor; a factor of 1 does not round."""
+        rounding = 0.0 if factor == 1 else self._precision.u_a
+        cosine, sine = (factor * self.of(turn) + rounding * abs(factor * turn) for turn in turns)
         return cosine, sine
 
     def _turn(self, step: Callable[..., Any], result: Any, x: Any, turns: Turns, interleaved: bool) -> Any:

@@ -1,0 +1,132 @@
+"""The options of rotary embedding, and their checks (MHA-ROTARY-6, MHA-ROTARY-7, MHA-ROTARY-8)."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy
+
+from .array_checks import is_mapping, is_sequence
+from .errors import refuse_type, refuse_value
+from .scalars import check_flag, check_number, is_integer, is_number, plain, short_repr
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Rotary", "check_rotary", "check_rotary_dim"]
+
+LARGEST = sys.float_info.max
+
+
+class Rotary(NamedTuple):
+    """The options of rotary_embedding."""
+
+    base: float = 10000.0
+    interleaved: bool = False
+    rotary_dim: int | None = None
+    """The number of components that turn, from the first on; None turns all."""
+    frequencies: tuple[float, ...] | None = None
+    """The frequency of each pair; None computes them from the base."""
+    attention_factor: float = 1.0
+    """The factor of cosines and sines."""
+
+    def non_defaults(self) -> dict[str, Any]:
+        """Return the options that differ from the defaults."""
+        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
+
+
+def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
+    """Return the options of rotary_embedding with defaults, for vectors of `size` components (MHA-ROTARY-6)."""
+    if not is_mapping(rotary):
+        refuse_type(
+            "MHA-ROTARY-6",
+            "`rotary` must be a mapping of the options of rotary_embedding, {} for the defaults, "
+            f"received {short_repr(rotary)} of type {type(rotary).__name__}. None means no rotation.",
+        )
+    for name in rotary:
+        if name not in Rotary._fields:
+            refuse_type(
+                "MHA-ROTARY-6",
+                f"`rotary` must hold options of rotary_embedding, {', '.join(Rotary._fields)}, received {name!r}.",
+            )
+    options = Rotary(**rotary)
+    base = check_number("base", options.base, "MHA-ROTARY-6")
+    interleaved = check_flag("interleaved", options.interleaved, "MHA-ROTARY-6")
+    if not 0 < base <= LARGEST:
+        refuse_value("MHA-ROTARY-6", f"`base` must be finite and base>0, received base={short_repr(base)}.")
+    rotary_dim = check_rotary_dim(options.rotary_dim, size)
+    frequencies = _check_frequencies(options.frequencies, base, size if rotary_dim is None else rotary_dim)
+    return Rotary(base, interleaved, rotary_dim, frequencies, _check_factor(options.attention_factor))
+
+
+def check_rotary_dim(rotary_dim: object, size: int) -> int | None:
+    """Return the number of components that turn in vectors of `size`, or None for all (MHA-ROTARY-6)."""
+    rotary_dim = plain(rotary_dim)
+    if rotary_dim is None:
+        if size % 2:
+            refuse_value(
+                "MHA-ROTARY-6",
+                f"`rotary_dim` must be given for vectors of an odd size, received size={size}, rotary_dim=None: "
+                f"components turn in pairs. rotary_dim={size - 1} leaves the last component unchanged.",
+            )
+        return None
+    if not is_integer(rotary_dim):
+        refuse_type(
+            "MHA-ROTARY-6", f"`rotary_dim` must be an integer or None, received rotary_dim={short_repr(rotary_dim)}."
+        )
+    if rotary_dim % 2 or not 2 <= rotary_dim <= size:
+        refuse_value(
+            "MHA-ROTARY-6",
+            f"`rotary_dim` must be even and 2<=rotary_dim<=size={size}, received rotary_dim={short_repr(rotary_dim)}.",
+        )
+    return rotary_dim
+
+
+def _check_frequencies(frequencies: object, base: float, rotary_dim: int) -> tuple[float, ...] | None:
+    """Return the frequency of each pair, a finite number of at least 0, instead of a base (MHA-ROTARY-7)."""
+    if frequencies is None:
+        return None
+    if base != Rotary._field_defaults["base"]:
+        refuse_value(
+            "MHA-ROTARY-7",
+            f"`base` must be left out where `frequencies` are given, received base={short_repr(base)}: "
+            "frequencies replace the base.",
+        )
+    numbers = _numbers(frequencies)
+    if len(numbers) != rotary_dim // 2:
+        refuse_value(
+            "MHA-ROTARY-7",
+            f"`frequencies` must have shape (rotary_dim/2,)=({rotary_dim // 2},), received shape=({len(numbers)},)."
+            f" rotary_dim={2 * len(numbers)} turns that many components.",
+        )
+    if not all(0 <= number < math.inf for number in numbers):
+        refuse_value("MHA-ROTARY-7", f"`frequencies` must be finite and >=0, received {short_repr(frequencies)}.")
+    return numbers
+
+
+def _numbers(frequencies: object) -> tuple[float, ...]:
+    """Convert a sequence of numbers or a NumPy array of rank 1 to Python floats."""
+    listed: object = cast("Any", frequencies).tolist() if isinstance(frequencies, numpy.ndarray) else frequencies
+    numbers: list[Any] = [plain(number) for number in listed] if is_sequence(listed) else [None]
+    if not all(map(is_number, numbers)):
+        refuse_type(
+            "MHA-ROTARY-7",
+            "`frequencies` must be None, a sequence of numbers or a NumPy array (rotary_dim/2,), since they are read "
+            f"on the host, received {short_repr(listed)} of type {type(listed).__name__}. "
+            "Pass a tuple of its numbers; a function that is compiled makes tensors of NumPy arrays, too.",
+        )
+    return tuple(float(number) if abs(number) <= LARGEST else math.inf for number in numbers)
+
+
+def _check_factor(factor: object) -> float:
+    """Return a finite factor above 0 (MHA-ROTARY-8)."""
+    number = check_number("attention_factor", factor, "MHA-ROTARY-8")
+    if not 0 < number <= LARGEST:
+        refuse_value(
+            "MHA-ROTARY-8",
+            "`attention_factor` must be finite and attention_factor>0, "
+            f"received attention_factor={short_repr(number)}.",
+        )
+    return number
