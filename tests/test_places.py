@@ -123,6 +123,26 @@ def test_a_large_error_is_not_rounding(case: Case) -> None:
     assert rounded_to(wrong(case, add("output"))) is None
 
 
+def test_truncation_is_rounding(case: Case) -> None:
+    def truncated(answer: dict[str, numpy.ndarray]) -> None:
+        bits = answer["output"].astype(numpy.float32).view(numpy.uint32) & numpy.uint32(0xFFFF0000)
+        answer["output"] = bits.view(numpy.float32).astype(numpy.float64)
+
+    assert rounded_to(wrong(case, truncated)) == "bfloat16"
+
+
+@pytest.mark.parametrize("place", [..., (slice(None), slice(1, None), 2), (..., slice(4, None))])
+def test_small_factor_is_not_rounding(case: Case, place: object) -> None:
+    def multiplied(answer: dict[str, numpy.ndarray]) -> None:
+        answer["output"][place] *= 1.003
+
+    assert rounded_to(wrong(case, multiplied)) is None
+
+
+def test_small_shift_is_not_rounding(case: Case) -> None:
+    assert rounded_to(wrong(case, add("lse", number=0.001))) is None
+
+
 def test_axes_have_names() -> None:
     assert axes_of("output", 4) == ("batch entry", "head", "row", "component")
     assert axes_of("lse_a", 3) == axes_of("lse", 3) == ("batch entry", "head", "row")

@@ -99,14 +99,19 @@ def _most_common(low: Array, high: Array, voters: Array) -> tuple[Array, Array]:
 
 
 def wrong_keys(weights: Weights) -> str | None:
-    """Describe which keys have wrong weights; None if no weight is wrong, or if the wrong keys have no pattern."""
-    if not weights.off(1.0).any():
+    """Describe which keys have wrong weights; None if no weight is wrong, or if the wrong keys have no pattern.
+
+    Rows without a finite weight are left out: one NaN makes the whole row NaN.
+    """
+    told = numpy.isfinite(weights.received).any(axis=3, keepdims=True)
+    if not (told & weights.off(1.0)).any():
         return None
     if (order := _order(weights)) is not None:
         return f"each key has the weight of another, as if {order}"
     factor, decisive = weights.factors
+    decisive = decisive & told
     if not (decisive & weights.off(1.0)).any():
-        factor, decisive = numpy.ones_like(factor), numpy.ones_like(decisive)
+        factor, decisive = numpy.ones_like(factor), told
     wrong = weights.off(factor) & decisive
     if not wrong.any():
         return "no key in particular: all weights of a row are wrong by the same factor"

@@ -297,14 +297,19 @@ class Trial:
         explained, unlike = _compared(mistake, wrong, recognition)
         if not _is_about_nan(mistake) and all(failure.spreads for failure in explained):
             explained, unlike = [], [*explained, *unlike]
-        others = [failure.ask for failure in unlike if not failure.spreads]
+        others = [failure for failure in unlike if not failure.spreads]
         by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
+        made = mistake.compared is Compared.WHERE_NOT_FINITE and any(wrong.of_finite_operands for wrong in explained)
         most = len(explained) * (1 / LEAST - 1)
         unexplained: Counter[Cell] = Counter()
-        for ask in others:
+        for failure in others:
+            cell = _cell(failure.ask)
             # No group of functions and dtypes holds that contains one with more unexplained failures than this.
-            if unexplained[_cell(ask)] <= most and (by_errors or recognition.shows(mistake, ask)):
-                unexplained[_cell(ask)] += 1
+            # A mistake that makes a NaN must also explain the failures with a NaN in which it cannot make any.
+            if unexplained[cell] <= most and (
+                by_errors or (made and failure.loses_finite) or recognition.shows(mistake, failure.ask)
+            ):
+                unexplained[cell] += 1
         count = Counter(_cell(failure.ask) for failure in explained)
         tolerated = dict(count) if mistake.compared is Compared.WHERE_NOT_FINITE else {}
         refuting: Counter[Cell] = Counter()

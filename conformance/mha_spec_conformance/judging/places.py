@@ -20,7 +20,7 @@ from .indices import TILES, plural
 from .properties import sizes_of, visible_pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from .recognition import Wrong
 
@@ -46,6 +46,9 @@ BY_RANK = {4: ("batch entry", "head", "row", "component"), 3: ("batch entry", "r
 
 LEAST_LEFT_OUT = 0.05
 """A description is worth a line if it leaves out this share of the elements."""
+
+MOST_OUTPUTS = 3
+"""The largest number of outputs that are listed."""
 
 NEARLY_ALL = 0.9
 """A description is reported if it holds for this share of the failures."""
@@ -205,8 +208,15 @@ def _outputs(failures: Sequence[WrongElements]) -> list[Place]:
     """Name the outputs that are wrong, if others are right."""
     wrong = dict.fromkeys(name for failure in failures for name in failure.outputs)
     right = [name for failure in failures for name in failure.marks if name not in wrong]
-    named = " and ".join(f"`{name}`" for name in wrong)
-    return [Place(f"only {named}", len(failures), len(failures))] if wrong and right else []
+    if not wrong or not right:
+        return []
+    right = list(dict.fromkeys(right))
+    text = f"only {_listed(wrong)}" if len(wrong) <= MOST_OUTPUTS else f"not {_listed(right)}"
+    return [Place(text, len(failures), len(failures))] if min(len(wrong), len(right)) <= MOST_OUTPUTS else []
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
 
 
 def _tested(failure: WrongElements) -> Iterator[tuple[str, str, bool, float]]:
