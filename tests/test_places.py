@@ -72,6 +72,12 @@ def test_wrong_elements_are_located(case: Case, change: Change, text: str) -> No
     assert text in places(case, change)
 
 
+def test_outputs_that_are_wrong_in_few_failures_are_left_out(case: Case) -> None:
+    often, rarely = (WrongElements(wrong(case, add(name))) for name in ("lse", "output"))
+    assert "only `lse` (10 of 11)" in [str(place) for place in described([*[often] * 10, rarely])]
+    assert not [place for place in described([*[often] * 5, rarely]) if "`" in place.text]
+
+
 def test_wrong_elements_everywhere_are_located_by_output_alone(case: Case) -> None:
     assert places(case, add("output")) == ["only `output`"]
 

@@ -29,6 +29,9 @@ DECISIVE = 2
 FEWEST, FEW_OF = 2, 16
 """A common factor needs this many weights, and the second number's share of the weights that must not be 0."""
 
+LEAST_DECISIVE = 0.5
+"""The share of the wrong rows that must have a common factor; in few rows it may be a coincidence."""
+
 ALIKE = 1.1
 """Of descriptions that keep nearly the same number of pairs, up to this factor, the first is chosen."""
 
@@ -110,7 +113,8 @@ def wrong_keys(weights: Weights) -> str | None:
         return f"each key has the weight of another, as if {order}"
     factor, decisive = weights.factors
     decisive = decisive & told
-    if not (decisive & weights.off(1.0)).any():
+    rows = (told & weights.off(1.0)).any(axis=3, keepdims=True)
+    if not (decisive & rows).any() or (decisive & rows).sum() < LEAST_DECISIVE * rows.sum():
         factor, decisive = numpy.ones_like(factor), told
     wrong = weights.off(factor) & decisive
     if not wrong.any():

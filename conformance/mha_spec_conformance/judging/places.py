@@ -7,7 +7,7 @@ which it holds is part of the text.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from .indices import TILES, plural
 from .properties import sizes_of, visible_pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from .recognition import Wrong
 
@@ -205,18 +205,25 @@ def described(failures: Sequence[WrongElements]) -> list[Place]:
 
 
 def _outputs(failures: Sequence[WrongElements]) -> list[Place]:
-    """Name the outputs that are wrong, if others are right."""
-    wrong = dict.fromkeys(name for failure in failures for name in failure.outputs)
-    right = [name for failure in failures for name in failure.marks if name not in wrong]
-    if not wrong or not right:
+    """Name the fewest outputs that hold all wrong elements of nearly all failures, if there are others."""
+    count = Counter(name for failure in failures for name in failure.outputs)
+    kept = {name for name, _ in count.most_common()}
+    for name in reversed([name for name, _ in count.most_common()]):
+        if _within(kept - {name}, failures) < NEARLY_ALL * len(failures):
+            break
+        kept.remove(name)
+    others = {name for failure in failures for name in failure.marks} - kept
+    if not kept or not others or min(len(kept), len(others)) > MOST_OUTPUTS:
         return []
-    right = list(dict.fromkeys(right))
-    text = f"only {_listed(wrong)}" if len(wrong) <= MOST_OUTPUTS else f"not {_listed(right)}"
-    return [Place(text, len(failures), len(failures))] if min(len(wrong), len(right)) <= MOST_OUTPUTS else []
+    few = len(kept) <= MOST_OUTPUTS
+    order = dict.fromkeys(name for failure in failures for name in failure.marks if few == (name in kept))
+    named = " and ".join(f"`{name}`" for name in order)
+    return [Place(f"only {named}" if few else f"all outputs but {named}", _within(kept, failures), len(failures))]
 
 
-def _listed(names: Iterable[str]) -> str:
-    return " and ".join(f"`{name}`" for name in names)
+def _within(outputs: set[str], failures: Sequence[WrongElements]) -> int:
+    """Count the failures of which no other output is wrong."""
+    return sum(outputs.issuperset(failure.outputs) for failure in failures)
 
 
 def _tested(failure: WrongElements) -> Iterator[tuple[str, str, bool, float]]:
