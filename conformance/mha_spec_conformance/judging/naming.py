@@ -96,7 +96,8 @@ def named(
     search.try_on_representatives(wherever)
     search.try_pairs()
     search.try_without_values(wherever, faults)
-    return _without_leftovers({key: _exact(names) for key, names in search.names.items()})
+    explained = Counter(mistake.name for names in search.names.values() for mistake in names)
+    return _without_leftovers({key: _exact(names, explained) for key, names in search.names.items()})
 
 
 class _Search:
@@ -236,10 +237,11 @@ def _without_leftovers(names: Mapping[Key, tuple[Mistake, ...]]) -> dict[Key, tu
     return {key: mistakes for key, mistakes in chosen.items() if mistakes}
 
 
-def _exact(names: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
-    """Leave out the mistakes whose results are compared only where they are not finite, if others explain more."""
+def _exact(names: tuple[Mistake, ...], explained: Mapping[str, int]) -> tuple[Mistake, ...]:
+    """Leave out the mistakes whose results are compared only where they are not finite, if another explains as many."""
     exact = tuple(mistake for mistake in names if mistake.compared is not Compared.WHERE_NOT_FINITE)
-    return exact or names
+    most = max((explained[mistake.name] for mistake in exact), default=0)
+    return tuple(mistake for mistake in names if mistake in exact or explained[mistake.name] > most)
 
 
 def _representatives(wrong: Iterable[Wrong], names: dict[Key, tuple[Mistake, ...]]) -> Iterator[Wrong]:
