@@ -247,6 +247,12 @@ def test_nan_of_rows_that_see_no_key_is_named(suite: Suite) -> None:
     assert [cause.name for cause in causes] == ["empty-row-nan-in-all-gradients"]
 
 
+@pytest.mark.parametrize("name", ["infinite-bias-shown", "wide-bias-saturated"])
+def test_mistake_that_shows_only_where_operands_are_not_finite_is_named(suite: Suite, name: str) -> None:
+    patterns = ("attention/bias/*", "attention/poison/unused/bias/*", "attention/poison/seen-by-some/bias/*")
+    assert [cause.name for cause in find_causes(judged(suite, over(name), patterns=patterns)).causes] == [name]
+
+
 def test_two_mistakes_are_named_where_one_does_not_suffice(suite: Suite) -> None:
     pair = together(BY_NAME["softcap-ignored"], BY_NAME["causal-shows-the-next"])
     assert pair is not None

@@ -350,7 +350,8 @@ class Trial:
 
 def _is_about_nan(mistake: Mistake) -> bool:
     """Tell whether the mistake concerns numbers that are not finite."""
-    return mistake.compared is Compared.WHERE_NOT_FINITE or mistake.clauses[0].startswith(NOT_FINITE)
+    about = any(clause.startswith(NOT_FINITE) for clause in mistake.clauses)
+    return about or mistake.compared is Compared.WHERE_NOT_FINITE
 
 
 def _witnesses(mistake: Mistake, passing: Iterable[Ask]) -> list[Ask]:
