@@ -106,14 +106,19 @@ _LAST, _WORD = 0, 1
 _SYNCHRONOUS, _CHARACTERS, _UTF8, _RATE, _PITCH = 2, 1, 1, 1, 3
 """Numbers of speak_lib.h."""
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+_SYNTH = [
+    *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
+    *(ctypes.c_void_p, ctypes.c_void_p),
+]
 
 
 class _Synthesiser:
-    """The library, of which a process has a single instance, and what it has said since `parts` was emptied."""
+    """The library, of which a process has a single instance, and the samples and word events of the last text."""
 
     def __init__(self) -> None:
         self.library: Any = ctypes.CDLL(espeakng_loader.get_library_path())
         self.library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+        self.library.espeak_Synth.argtypes = _SYNTH
         self.parts: list[numpy.ndarray] = []
         self.starts: list[int] = []
         self._callback = _CALLBACK(self._collect)  # The library keeps a pointer to it, so it must live as long.
