@@ -6,6 +6,7 @@ decoding give the same logits with our layer as its attention.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import listener
@@ -119,9 +120,10 @@ class Ours(NamedTuple):
         return listener.logits(self.params, x)
 
     def token_by_token(self) -> list[Any]:
+        """Decode a prompt at once, and then token by token, with a cache."""
         caches, outputs = transformer.start(self.params, self.memory, TOKENS), []
-        for step in range(TOKENS):
-            x = listener.embed(self.params, self.tokens[:, step : step + 1], step)
+        for first, end in pairwise([0, *range(PROMPT, TOKENS + 1)]):
+            x = listener.embed(self.params, self.tokens[:, first:end], first)
             x, caches = listener.decode_cached(self.params, x, caches)
             outputs.append(listener.logits(self.params, x))
         return outputs
