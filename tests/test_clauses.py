@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 PROVEN_ELSEWHERE = {
     "MHA-ARG-4": "tests/test_arguments.py: goldens are arrays of no library and no device",
     "MHA-PURE-4": "tests/test_worker.py: a golden is about a single call",
-    **{f"MHA-ROTARY-{n}": "tests/test_rotary_given.py: no golden has the options yet" for n in (7, 8)},
     **{f"MHA-ROTARY-{n}": "tests/test_rotary_scaling.py: a golden calls a backend" for n in range(9, 17)},
     **{f"MHA-LAYOUT-{n}": "tests/test_layouts.py: a golden has no layout" for n in (1, 2, 3, 4, 5)},
 }
