@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 import vision_transformer
-from support.comparisons import assert_equal, assert_same, largest_difference
+from support.comparisons import assert_equal, assert_near, assert_same, largest_difference
 from support.libraries import converted, with_float64
 from support.numbers import numbers, pattern
 from support.timm_modules import layers, models
@@ -90,6 +90,23 @@ def test_the_weights_of_the_layer_give_its_output(name: str, library: str, fused
             return to_numpy(output)
 
     assert_same(ours, judged.numpy())
+
+
+def test_a_row_without_keys_is_nan_in_the_formula_of_timm() -> None:
+    layer, x = timm_layer(), torch.from_numpy(numbers(BATCH, LENGTH, EMBED))
+    mask = torch.from_numpy(pattern(LENGTH, LENGTH))[None, None]
+    mask[:, :, 2] = False
+    output = mha_spec.multi_head_attention(x, x, x, converted(loaded(layer), "torch", "float64"), mask=mask)
+    for fused in (True, False):
+        layer.fused_attn = fused
+        with torch.no_grad():
+            judged = layer(x, attn_mask=mask)
+        assert_near(judged[:, 3], output[:, 3])
+        if fused:
+            assert_equal(output[:, 2], layer.proj.bias.expand(BATCH, -1))
+            assert_equal(judged[:, 2], output[:, 2])
+        else:
+            assert judged[:, 2].isnan().all()
 
 
 def test_timm_loads_the_saved_weights() -> None:
