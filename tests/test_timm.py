@@ -96,7 +96,7 @@ def test_a_row_without_keys_is_nan_in_the_formula_of_timm() -> None:
     layer, x = timm_layer(), torch.from_numpy(numbers(BATCH, LENGTH, EMBED))
     mask = torch.from_numpy(pattern(LENGTH, LENGTH))[None, None]
     mask[:, :, 2] = False
-    output = mha_spec.multi_head_attention(x, x, x, converted(loaded(layer), "torch", "float64"), mask=mask)
+    output: Any = mha_spec.multi_head_attention(x, x, x, converted(loaded(layer), "torch", "float64"), mask=mask)
     for fused in (True, False):
         layer.fused_attn = fused
         with torch.no_grad():
@@ -196,15 +196,17 @@ def test_the_weights_of_the_model_give_its_logits_in_the_example(library: str) -
     assert_same(ours, judged.numpy())
 
 
-class Ours(mha_spec_torch.MultiHeadAttention):
-    """Our layer, with the weights of timm's attention and its call."""
+class Ours(torch.nn.Module):
+    """Our layer, with the weights of timm's attention, called as timm's is."""
 
     def __init__(self, attention: Any) -> None:
-        super().__init__(attention.qkv.in_features, attention.num_heads, dtype=attention.qkv.weight.dtype)
-        self.load_state_dict(load_weights(dict(attention.state_dict()), "vit_timm", heads=attention.num_heads))
+        super().__init__()
+        embed, heads, dtype = attention.qkv.in_features, attention.num_heads, attention.qkv.weight.dtype
+        self.layer = mha_spec_torch.MultiHeadAttention(embed, heads, dtype=dtype)
+        self.layer.load_state_dict(load_weights(dict(attention.state_dict()), "vit_timm", heads=heads))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        return super().forward(x, mask=attn_mask, causal=is_causal)
+        return self.layer(x, mask=attn_mask, causal=is_causal)
 
 
 def replaced(model: Any) -> Any:
@@ -229,7 +231,7 @@ def logits_and_gradients(model: Any, dtype: str) -> dict[str, Tensor]:
     for number, block in enumerate(model.blocks):
         if isinstance(block.attn, Ours):
             prefix = f"blocks.{number}.attn"
-            params = {name: named.pop(f"{prefix}.{name}") for name in block.attn.params}
+            params = {name: named.pop(f"{prefix}.layer.{name}") for name in block.attn.layer.params}
             named |= save_weights(params, "vit_timm", prefix=prefix)
     return {"logits": scores, "images": of_images, **named}
 
@@ -254,7 +256,8 @@ MISTAKES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 def test_a_mistake_exceeds_the_tolerance(mistake: str) -> None:
     model = timm_model()
     ours, wrong = replaced(model), replaced(model)
-    params = dict(wrong.blocks[1].attn.params)
-    wrong.blocks[1].attn.load_state_dict(params | MISTAKES[mistake](params))
+    layer = wrong.blocks[1].attn.layer
+    params = dict(layer.params)
+    layer.load_state_dict(params | MISTAKES[mistake](params))
     lost = largest_difference(logits(ours, "float32"), logits(ours, "float64"))
     assert largest_difference(logits(wrong, "float64"), logits(model, "float64")) > lost
