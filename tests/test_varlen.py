@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Call = dict[str, Any]
 
-MODULES = {"mha_spec.reference": "numpy", "mha_spec_numpy": "numpy"}
+MODULES = {"mha_spec.reference": "numpy", "mha_spec_numpy": "numpy", "mha_spec_torch": "torch"}
 """The modules that have the functions, each with the library of the arrays that it is given."""
 
 NAN, INF = numpy.nan, numpy.inf
