@@ -20,6 +20,7 @@ import typer
 from dates_data import BEGIN, SYMBOLS, TARGET_LENGTH, Pairs, pairs, spell, split
 from rich.console import Console
 from rich.progress import track
+from trees import BACKENDS, each, leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,20 +33,6 @@ RATE = 3e-3
 """The highest learning rate, reached after a tenth of the steps; it then falls as a cosine."""
 
 console = Console()
-
-
-def each(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply `function` to every array of nested parameters."""
-    if isinstance(tree, dict):
-        return {name: each(branch, function) for name, branch in tree.items()}
-    return type(tree)(each(branch, function) for branch in tree) if isinstance(tree, (list, tuple)) else function(tree)
-
-
-def leaves(tree: Any) -> list[Any]:
-    """List every array of nested parameters."""
-    arrays: list[Any] = []
-    each(tree, arrays.append)
-    return arrays
 
 
 def read(params: dict[str, Any], batch: Pairs) -> tuple[torch.Tensor, transformer.Memory]:
@@ -78,37 +65,11 @@ def train(steps: int) -> dict[str, Any]:
     return each(params, lambda tensor: tensor.detach().numpy())
 
 
-def on_numpy(array: numpy.ndarray) -> Any:
-    """Return the NumPy array itself."""
-    return array
-
-
-def on_torch(array: numpy.ndarray) -> Any:
-    """Convert to a tensor of PyTorch."""
-    return torch.from_numpy(array)
-
-
-def on_jax(array: numpy.ndarray) -> Any:
-    """Convert to an array of JAX."""
-    import jax.numpy
-
-    return jax.numpy.asarray(array)
-
-
-def on_tensorflow(array: numpy.ndarray) -> Any:
-    """Convert to a tensor of TensorFlow."""
-    import tensorflow
-
-    return tensorflow.convert_to_tensor(array)
-
-
-BACKENDS = {"torch": on_torch, "numpy": on_numpy, "jax": on_jax, "tensorflow": on_tensorflow}
-
-
 def translate(params: dict[str, Any], asked: Pairs, convert: Callable[[numpy.ndarray], Any]) -> numpy.ndarray:
     """Translate with the backend of the arrays that `convert` makes."""
-    source, lengths = convert(asked.source), convert(asked.source_lengths)
-    return transformer.greedy(each(params, convert), source, lengths, BEGIN, TARGET_LENGTH)
+    weights, source, lengths = each((params, asked.source, asked.source_lengths), convert)
+    memory = transformer.encode(weights, transformer.embed(weights, source), lengths)
+    return transformer.greedy(weights, memory, BEGIN, TARGET_LENGTH)
 
 
 def draw(params: dict[str, Any], asked: Pairs, path: Path) -> None:
