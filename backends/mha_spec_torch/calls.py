@@ -55,7 +55,7 @@ def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str
     for array in (query, key, value):
         if type(array) not in TENSORS or array.is_nested or array.layout is not torch.strided:
             return None
-        signature.append((array.shape, array.stride(), array.dtype, array.is_cpu or array.device))
+        signature += array.shape, array.stride(), array.dtype, array.is_cpu or array.device
     for name, option in options.items():
         kind = type(option)
         if kind in PLAIN_TYPES:
@@ -70,7 +70,7 @@ def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str
 def _is_eager() -> bool:
     """Tell whether no tracer, transform, dispatch mode or autocast affects the call."""
     return not (
-        torch._C._get_tracing_state() is not None
+        torch._C._is_tracing()
         or transformed()
         or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack()
