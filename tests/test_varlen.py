@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     Call = dict[str, Any]
 
-MODULES = {"mha_spec.reference": "numpy", "mha_spec_numpy": "numpy"}
+MODULES = {"mha_spec.reference": "numpy", "mha_spec_numpy": "numpy", "mha_spec_torch": "torch"}
 """The modules that have the functions, each with the library of the arrays that it is given."""
 
 NAN, INF = numpy.nan, numpy.inf
@@ -398,6 +399,14 @@ def test_strides_do_not_matter(module: str) -> None:
     call = packed(**OPTIONS["all"])
     strided = {name: numpy.asfortranarray(call[name][::-1])[::-1] for name in ("query", "key", "value")}
     assert_near(call_of(module, call | strided), call_of(module, call))
+
+
+def test_the_example_of_the_page_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "packed.md").read_text(encoding="utf-8")
+    names: Call = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    assert names["step"].shape == (2, 8, 64)
+    assert not names["output"][290:].any()
 
 
 def test_the_public_functions_are_those_of_the_backend() -> None:
