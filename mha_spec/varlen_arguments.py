@@ -70,9 +70,10 @@ class VarlenArguments:
     """The name of the function that was called."""
 
     @property
-    def sequences(self) -> int:
-        """Number of sequences."""
-        return count_of(self.cu_seqlens_q) - 1
+    def sequences(self) -> int | None:
+        """Number of sequences; None where a trace of TensorFlow does not know it."""
+        count: int | None = count_of(self.cu_seqlens_q)
+        return None if count is None else count - 1
 
     @property
     def q_tokens(self) -> int:
