@@ -18,7 +18,7 @@ from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, stor
 from .cache import KVCache
 from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
 from .errors import refuse_type, refuse_value
-from .parameters import AXES, REQUIRED
+from .parameters import AXES, JOINT_NORMS, REQUIRED
 from .rotary_checks import check_rotary
 from .scalars import check_integer, check_number, is_integer, plain, short_repr
 
@@ -159,6 +159,13 @@ def _check_params(a: LayerArguments) -> None:
             f"`params` must hold {', '.join(required)}, and may hold {', '.join(optional)}, received "
             f"missing={', '.join(missing) or None}, unknown={', '.join(unknown) or None}.",
         )
+    for single, joint in JOINT_NORMS.items():
+        if single in a.params and joint in a.params:
+            refuse_value(
+                "MHA-NORM-3",
+                f"`params` must hold {single}, whose mean is over a head, or {joint}, whose mean is over all heads, "
+                "received both.",
+            )
     sizes = {"embed": a.query.shape[2]}
     if a.key is not None:
         sizes["k_embed"] = a.key.shape[2]

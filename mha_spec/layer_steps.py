@@ -77,6 +77,13 @@ def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
     return narrow(wide / xp.sqrt(mean_square + epsilon) * widen(gain), x)
 
 
+def normalise_jointly(x: Array, gain: Array, epsilon: float) -> Array:
+    """Divide the vectors of all heads of a token by their common root mean square (MHA-NORM-3)."""
+    xp, wide = namespace_of(x), widen(x)
+    mean_square = xp.mean(wide * wide, axis=(1, 3), keepdims=True)
+    return narrow(wide / xp.sqrt(mean_square + epsilon) * widen(gain)[:, None, :], x)
+
+
 def positions(offset: Array, length: int, like: Array) -> Array:
     """Compute the positions offset + i, (length,), or offset[b] + i, (batch, length) (MHA-POS-1, MHA-ROTARY-4).
 
@@ -272,6 +279,7 @@ class LayerSteps:
     project: Callable[..., Array] = project
     add_bias: Callable[..., Array] = add_bias
     normalise: Callable[..., Array] = normalise
+    normalise_jointly: Callable[..., Array] = normalise_jointly
     offset_of: Callable[..., Array | int] = named_offset
     positions: Callable[..., Array] = positions
     frequencies: Callable[..., numpy.ndarray] = frequencies

@@ -115,6 +115,13 @@ def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
     return tf.cast(wide / tf.sqrt(mean_square + epsilon) * widen(gain), x.dtype)
 
 
+def normalise_jointly(x: Array, gain: Array, epsilon: float) -> Array:
+    """Divide the vectors of all heads of a token by their common root mean square (MHA-NORM-3)."""
+    wide = widen(x)
+    mean_square = tf.reduce_mean(wide * wide, axis=(1, 3), keepdims=True)
+    return tf.cast(wide / tf.sqrt(mean_square + epsilon) * widen(gain)[:, None, :], x.dtype)
+
+
 def positions(offset: Integers | int, length: int | None, like: Array) -> numpy.ndarray | Array:
     """Return the positions offset[b] + i, as an array of NumPy if offset and length are known (MHA-POS-1)."""
     if host_integers(offset) is not None and length is not None:
@@ -230,6 +237,7 @@ _LAYER = Layer(
         check=check,
         project_in=project_in,
         normalise=normalise,
+        normalise_jointly=normalise_jointly,
         positions=positions,
         offset_of=named_offset,
         turns=turns,

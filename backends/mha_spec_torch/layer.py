@@ -129,6 +129,11 @@ def normalise(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
     return rms_norm(x.to(dtype), gain.shape, gain.to(dtype), epsilon).to(x.dtype)
 
 
+def normalise_jointly(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """Divide the vectors of all heads of a token by their common root mean square (MHA-NORM-3)."""
+    return normalise(x.transpose(1, 2), gain, epsilon).transpose(1, 2)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return getattr(torch, softmax_dtype_name(dtype_name(x)))
 
@@ -269,6 +274,7 @@ _LAYER = Layer(
         check_alibi=check_alibi,
         project_in=project_in,
         normalise=normalise,
+        normalise_jointly=normalise_jointly,
         positions=positions,
         frequencies=frequencies,
         turns=turns,

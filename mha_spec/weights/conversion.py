@@ -47,8 +47,7 @@ def load_weights(
 
     Returns:
         w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim), w_o (heads, v_dim,
-        out), and those of b_q, b_k, b_v, b_o, q_norm and k_norm that the state has; dtypes, library and device are
-        unchanged.
+        out), and the biases and gains that the state has; dtypes, library and device are unchanged.
 
     Raises:
         ArgumentValueError: A name is missing, unknown or without a place in params (all are listed); a shape does not
@@ -66,7 +65,7 @@ def load_weights(
     params: dict[str, Array] = {}
     for name, parts in held.items():
         params |= _taken_apart(tensors[name], parts, sizes, operations, by_kv_head=name in table.by_kv_head)
-    return {name: params[name] for name in AXES if name in params}
+    return {name: params[name] + 1 if name in table.one_less else params[name] for name in AXES if name in params}
 
 
 def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: str = "") -> dict[str, Array]:
@@ -94,6 +93,7 @@ def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: s
         if name in params:
             sizes.fit(name, [" ".join(AXES[name])], shape_of(params[name]))
     sizes.check_groups()
+    params = {name: array - 1 if name in table.one_less else array for name, array in params.items()}
     head = beginning(prefix, table)
     state = {
         head + name: _put_together(params, parts, sizes, operations, by_kv_head=name in table.by_kv_head)

@@ -76,7 +76,7 @@ def cotangents(call: Call, *, lse: bool = True) -> Call:
     return {"grad_output": grad_output} | ({"grad_lse": grad_lse} if lse else {})
 
 
-def separate(call: Call) -> tuple[numpy.ndarray, ...]:
+def separate(call: Call) -> tuple[Any, ...]:
     """Compute output, lse and, with cotangents, the gradients of query, key, value and sinks, sequence by sequence."""
     query, key, value, sinks = (call.get(name) for name in ("query", "key", "value", "sinks"))
     output, lse = numpy.zeros((*query.shape[:2], V_DIM)), numpy.full((HEADS, len(query)), -numpy.inf)

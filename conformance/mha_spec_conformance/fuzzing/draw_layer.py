@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mha_spec.parameters import AXES
+from mha_spec.parameters import AXES, JOINT_NORMS
 
 from .call import Call
 
@@ -73,7 +73,7 @@ def _tokens(d: Drawing, sizes: dict[str, int], *, weights: bool) -> None:
 def _parameters(d: Drawing, sizes: dict[str, int], *, weights: bool) -> None:
     for name, axes in AXES.items():
         present = name.startswith("w_") or (d.often() if name in OPTIONAL else d.takes("norm_epsilon"))
-        if present and (name in OF_WEIGHTS or not weights):
+        if present and name not in JOINT_NORMS.values() and (name in OF_WEIGHTS or not weights):
             d.floats(name, tuple(sizes[axis] for axis in axes), "scores")
     if {"q_norm", "k_norm"} & d.recipes.keys() and d.often():
         d.options["norm_epsilon"] = d.one_of(1e-3, 1e-6, 0.5)
