@@ -21,7 +21,19 @@ from .plan import are_known
 if TYPE_CHECKING:
     from jax import Array
 
-__all__ = ["Block", "Lengths", "Packing", "Sequences", "Sizes", "Tile", "cut", "put", "sequences_of", "shapes_of", "with_room"]
+__all__ = [
+    "Block",
+    "Lengths",
+    "Packing",
+    "Sequences",
+    "Sizes",
+    "Tile",
+    "cut",
+    "put",
+    "sequences_of",
+    "shapes_of",
+    "with_room",
+]
 
 ROWS = 256
 """The most queries of a block."""

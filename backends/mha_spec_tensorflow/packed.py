@@ -233,27 +233,27 @@ def _gradients(
             parts["sinks"] = tf.reshape(grads.sinks, (1, -1))
         return parts
 
-    specs = {name: (tuple(array.shape[-2:]), dtype) for name, array in zip(("query", "key", "value"), x[:3], strict=True)}
+    specs = {
+        name: (tuple(array.shape[-2:]), dtype) for name, array in zip(("query", "key", "value"), x[:3], strict=True)
+    }
     if sequences.page is not None:
         specs["slots"] = ((), tf.int64)
     if x.sinks is not None:
         specs["sinks"] = ((a.heads,), dtype)
     parts = _joined(sequences, step, specs)
-    return Operands(
-        tf.cast(_placed(parts["query"], sequences.q_ends, sequences.q_tokens), x.query.dtype),
-        *(tf.cast(_of_keys(sequences, parts, name, array), array.dtype) for name, array in (("key", x.key), ("value", x.value))),
-        None,
-        tf.reduce_sum(parts["sinks"], 0) if x.sinks is not None else None,
-    )
+    query = _placed(parts["query"], sequences.q_ends, sequences.q_tokens)
+    key, value = (_of_keys(sequences, parts, name, getattr(x, name)) for name in ("key", "value"))
+    sinks = None if x.sinks is None else tf.reduce_sum(parts["sinks"], 0)
+    return Operands(tf.cast(query, x.query.dtype), key, value, None, sinks)
 
 
 def _of_keys(sequences: Sequences, parts: Tensors, name: str, like: Array) -> Array:
     """Put the gradient of each key at its token, or add it to its slot, which several keys may name."""
     sizes = sizes_of(like)
     if sequences.page is None:
-        return _placed(parts[name], sequences.kv_ends, sizes[0])
+        return tf.cast(_placed(parts[name], sequences.kv_ends, sizes[0]), like.dtype)
     summed = tf.math.unsorted_segment_sum(parts[name], parts["slots"], sizes[0] * sizes[1])
-    return tf.reshape(summed, sizes)
+    return tf.cast(tf.reshape(summed, sizes), like.dtype)
 
 
 class _Call:
@@ -309,7 +309,7 @@ def _placed(rows: Array, ends: Any, tokens: Size, fill: float = 0.0) -> Array:
 def _joined(
     sequences: Sequences, step: Callable[[Sequence], Tensors], specs: dict[str, tuple[tuple[int, ...], tf.DType]]
 ) -> Tensors:
-    """Take a step for each sequence, and concatenate what they return; `specs` names the sizes behind the first axis."""
+    """Take a step for each sequence, and concatenate the results, whose other axes and dtypes `specs` describes."""
     if not sequences.is_read:
         return _looped(sequences, step, specs)
     parts = [step(sequences[index]) for index in range(sequences.count)]
