@@ -186,7 +186,7 @@ class Layer:
         base: float = 10000.0,
         interleaved: bool = False,
         rotary_dim: int | None = None,
-        frequencies: numpy.ndarray | Sequence[float] | None = None,
+        frequencies: Array | Sequence[float] | None = None,
         attention_factor: float = 1.0,
     ) -> Float[Array, "batch heads length size"]:
         """Turn pairs of components by angles that grow with the position.
@@ -201,8 +201,8 @@ class Layer:
             base: Greater than 0; a larger base turns more slowly.
             interleaved: True pairs neighbours, False components half of rotary_dim apart.
             rotary_dim: The number of components that turn, from the first on; even. None turns all of them.
-            frequencies: (rotary_dim/2,), finite numbers >= 0 on the host, which replace the base; see
-                `mha_spec.rotary_frequencies`. None computes them from the base.
+            frequencies: (rotary_dim/2,), finite numbers >= 0 on the host or an array of the library of x, which is not
+                read; they replace the base. See `mha_spec.rotary_frequencies`. None computes them from the base.
             attention_factor: Greater than 0; multiplies cosines and sines, as YaRN does.
 
         Returns:
@@ -227,7 +227,7 @@ class Layer:
             "frequencies": frequencies,
             "attention_factor": attention_factor,
         }
-        options = self.steps.check_rotary(rotary, x.shape[3])
+        options = self.steps.check_rotary(rotary, x.shape[3], x)
         return self.steps.turn(x, self._turns(positions, options, x), options.interleaved)
 
     def alibi_slopes(self, heads: int, *, dtype: str = "float32") -> Float[Array, "heads"]:

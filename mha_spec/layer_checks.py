@@ -71,7 +71,7 @@ def check(a: LayerArguments) -> LayerArguments:
     _check_params(a)
     a.norm_epsilon = check_epsilon(a.norm_epsilon)
     if a.rotary is not None:
-        a.rotation = check_rotary(a.rotary, a.params["w_q"].shape[2])
+        a.rotation = check_rotary(a.rotary, a.params["w_q"].shape[2], a.query)
     if a.cache is not None:
         _check_cache(a, a.cache)
     elif a.key is None:
@@ -362,7 +362,7 @@ def _check_alignment(a: LayerArguments) -> None:
         if a.cache is None and a.key is not None:
             check_entries("kv_lengths", kv_lengths, a.query, 0, a.key.shape[1], "kv_len")
     if a.rotary is not None and a.cache is None and a.key is not None and offset is None:
-        refuse_ambiguity(f"rotary={dict(a.rotary)}", a.query.shape[1], a.key.shape[1], kv_lengths)
+        refuse_ambiguity(f"rotary={short_repr(dict(a.rotary))}", a.query.shape[1], a.key.shape[1], kv_lengths)
 
 
 def check_heads(heads: object, label: str = "heads") -> None:

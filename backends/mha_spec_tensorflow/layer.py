@@ -140,15 +140,15 @@ def named_offset(
 
 
 def turns(
-    positions: Array | Sequence[float] | numpy.ndarray, frequencies: numpy.ndarray, like: Array
+    positions: Array | Sequence[float] | numpy.ndarray, frequencies: numpy.ndarray | Array, like: Array
 ) -> tuple[Array, Array]:
     """Compute cosine and sine of position * frequency in the softmax's type, the product in float64 (MHA-ROTARY-5)."""
     dtype = softmax_dtype_name(dtype_name(like))
-    if library_of(positions) in (None, "numpy"):
+    if layer_steps.are_on_host(positions, frequencies):
         angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
         pair = [tf.constant(turn, dtype) for turn in (numpy.cos(angles), numpy.sin(angles))]
     else:
-        angles = tf.expand_dims(tf.cast(positions, tf.float64), -1) * tf.constant(frequencies)
+        angles = tf.expand_dims(tf.cast(positions, tf.float64), -1) * tf.cast(frequencies, tf.float64)
         pair = [tf.cast(turn, dtype) for turn in (tf.cos(angles), tf.sin(angles))]
     cosine, sine = (turn[:, None] if turn.shape.rank == 3 else turn for turn in pair)
     return cosine, sine
@@ -288,7 +288,7 @@ def rotary_embedding(
     base: float = 10000.0,
     interleaved: bool = False,
     rotary_dim: int | None = None,
-    frequencies: numpy.ndarray | Sequence[float] | None = None,
+    frequencies: tf.Tensor | numpy.ndarray | Sequence[float] | None = None,
     attention_factor: float = 1.0,
 ) -> Float[tf.Tensor, "batch heads length size"]:
     """Encode positions as rotations; see `mha_spec.reference.rotary_embedding`."""

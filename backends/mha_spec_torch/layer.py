@@ -146,11 +146,13 @@ def positions(offset: Integers | int, length: int, like: Tensor) -> Tensor:
     return starts[..., None] + torch.arange(length, device=like.device)
 
 
-def turns(positions: Tensor | Sequence[float], frequencies: numpy.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
+def turns(
+    positions: Tensor | Sequence[float], frequencies: numpy.ndarray | Tensor, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of position * frequency, computed in float64 if the device has it (MHA-ROTARY-5)."""
     device, dtype = like.device, _wide(like)
     wide = dtype if device.type == "mps" else torch.float64
-    factors = positions, frequencies.copy()
+    factors = positions, frequencies if isinstance(frequencies, Tensor) else frequencies.copy()
     positions, rates = (torch.as_tensor(factor, device=device).to(wide) for factor in factors)
     angles = positions[..., None] * rates
     angles = angles[:, None] if angles.ndim == 3 else angles
@@ -333,7 +335,7 @@ def rotary_embedding(
     base: float = 10000.0,
     interleaved: bool = False,
     rotary_dim: int | None = None,
-    frequencies: numpy.ndarray | Sequence[float] | None = None,
+    frequencies: Tensor | numpy.ndarray | Sequence[float] | None = None,
     attention_factor: float = 1.0,
 ) -> Float[Tensor, "batch heads length size"]:
     """Rotate vectors by their positions; see `mha_spec.reference.rotary_embedding`."""

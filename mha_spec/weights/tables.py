@@ -223,13 +223,13 @@ _LLAMA = Layout(
 _QWEN3 = replace(
     _LLAMA,
     describes="Qwen3",
-    tensors=_LLAMA.tensors | {f"{part}_norm.weight": _linear(f"{part}_norm") for part in "qk"},
+    tensors={**_LLAMA.tensors, **{f"{part}_norm.weight": _linear(f"{part}_norm") for part in "qk"}},
 )
 _GEMMA3 = replace(_QWEN3, describes="Gemma 3", one_less=("q_norm", "k_norm"))
 _OLMO2 = replace(
     _LLAMA,
     describes="OLMo 2",
-    tensors=_LLAMA.tensors | {f"{part}_norm.weight": _linear(f"{part}_joint_norm") for part in "qk"},
+    tensors={**_LLAMA.tensors, **{f"{part}_norm.weight": _linear(f"{part}_joint_norm") for part in "qk"}},
 )
 _PHI3 = Layout(
     describes="Phi-3",
