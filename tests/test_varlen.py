@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 MODULES = {
     "mha_spec.reference": "numpy",
     "mha_spec_numpy": "numpy",
+    "mha_spec_torch": "torch",
     "mha_spec_jax": "jax",
     "mha_spec_tensorflow": "tensorflow",
 }
@@ -421,6 +423,14 @@ def test_strides_do_not_matter(module: str) -> None:
     call = packed(**OPTIONS["all"])
     strided = {name: numpy.asfortranarray(call[name][::-1])[::-1] for name in ("query", "key", "value")}
     assert_near(call_of(module, call | strided), call_of(module, call))
+
+
+def test_the_example_of_the_page_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "packed.md").read_text(encoding="utf-8")
+    names: Call = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    assert names["step"].shape == (2, 8, 64)
+    assert not names["output"][290:].any()
 
 
 def test_the_public_functions_are_those_of_the_backend() -> None:
