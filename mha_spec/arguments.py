@@ -6,6 +6,8 @@ import inspect
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+from .varlen_arguments import VARLEN_FUNCTIONS, VARLEN_OPTIONS, VarlenArguments
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -170,9 +172,11 @@ _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
 def options_of(function: str) -> tuple[str, ...]:
-    """Name the options of attention that a function of the specification accepts."""
+    """Name the options that a function of the specification accepts, those of attention or of packed calls."""
     if function in MERGING_FUNCTIONS:
         return ()
+    if function in VARLEN_FUNCTIONS:
+        return VARLEN_OPTIONS
     return WEIGHT_OPTIONS if function in WEIGHT_FUNCTIONS else OPTIONS
 
 
@@ -192,9 +196,10 @@ def expand_options(function: _Function) -> _Function:
     """Set the signature of a function to name every option of its `**options`, with the default."""
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
+    arguments = VarlenArguments if function.__name__ in VARLEN_FUNCTIONS else Arguments
     options = [
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
-        for field in fields(Arguments)
+        for field in fields(arguments)
         if field.name in options_of(function.__name__)
     ]
     positional = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]

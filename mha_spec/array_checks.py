@@ -107,8 +107,15 @@ def check_integers(label: str, value: object, query: Array, shape: tuple[int, ..
         if not dtype_name(value).startswith(("int", "uint")):
             _refuse_integers(label, f"dtype={dtype_name(value)}", shape, axes, clause)
         received = shape_of(value)
-    if received != shape:
+    if received != shape and not _may_be_equal(received, shape):
         refuse_value(clause, f"`{label}` must have shape {axes}={shape}, received shape={received}.")
+
+
+def _may_be_equal(received: tuple[int | None, ...], shape: tuple[int | None, ...]) -> bool:
+    """Tell whether two shapes have the same rank and differ at most in sizes that are unknown in a trace, None."""
+    return len(received) == len(shape) and all(
+        None in (size, wanted) or size == wanted for size, wanted in zip(received, shape, strict=True)
+    )
 
 
 def _refuse_integers(label: str, received: str, shape: tuple[int, ...], axes: str, clause: str) -> NoReturn:

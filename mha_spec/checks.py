@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from .arguments import Arguments
+    from .varlen_arguments import VarlenArguments
 
 __all__ = [
     "CHECKS",
+    "LARGEST_POSITION",
     "check",
+    "check_common_offset",
     "check_cotangents",
     "check_dropout_mask",
     "check_entries",
@@ -43,8 +46,13 @@ __all__ = [
     "check_library",
     "check_merge_cotangents",
     "check_offset",
+    "check_position",
     "check_rate",
+    "check_result",
     "check_same_device",
+    "check_score_numbers",
+    "check_sinks",
+    "check_window",
     "refuse_ambiguity",
     "refuse_unknown",
 ]
@@ -56,6 +64,7 @@ RANGE = {name: (float(numpy.finfo(name).tiny), float(numpy.finfo(name).max)) for
 """The smallest normal and the largest number of each type of the softmax."""
 
 LAYER_KEYWORDS = ("rotary", "norm_epsilon", "cache")
+CUMULATIVE = ("cu_seqlens_q", "cu_seqlens_kv")
 HALVES = ("output_a", "lse_a", "output_b", "lse_b")
 
 OWN_KEYWORDS = {
@@ -66,6 +75,8 @@ OWN_KEYWORDS = {
     "multi_head_attention": LAYER_KEYWORDS,
     "multi_head_attention_and_weights": LAYER_KEYWORDS,
     "multi_head_attention_weights": LAYER_KEYWORDS,
+    "varlen_attention": (*CUMULATIVE, "return_lse"),
+    "varlen_attention_vjp": (*CUMULATIVE, "grad_output", "grad_lse"),
 }
 """The arguments of each function that are not options, for hints about misspelt keywords."""
 
@@ -164,15 +175,20 @@ def _refuse_size_of_zero(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, .
 
 def check_numbers(a: Arguments) -> None:
     """Require Python values in their range for causal, scale, softcap and dropout_rate (MHA-ARG-2)."""
+    check_score_numbers(a)
+    a.dropout_rate = check_rate(a.dropout_rate)
+
+
+def check_score_numbers(a: Arguments | VarlenArguments) -> None:
+    """Require Python values in their range for causal, scale and softcap (MHA-ARG-2)."""
     a.causal = check_flag("causal", a.causal)
     if a.scale is not None:
         a.scale = _scale(a)
     if a.softcap is not None:
         a.softcap = _softcap(a)
-    a.dropout_rate = check_rate(a.dropout_rate)
 
 
-def _scale(a: Arguments) -> float:
+def _scale(a: Arguments | VarlenArguments) -> float:
     scale, (_, largest) = check_number("scale", a.scale), _range(a)
     if not abs(scale) <= largest:
         refuse_value(
@@ -183,7 +199,7 @@ def _scale(a: Arguments) -> float:
     return as_float(scale)
 
 
-def _softcap(a: Arguments) -> float:
+def _softcap(a: Arguments | VarlenArguments) -> float:
     softcap, (smallest, largest) = check_number("softcap", a.softcap), _range(a)
     if not smallest <= softcap <= largest:
         refuse_value(
@@ -204,11 +220,11 @@ def check_rate(rate: object) -> float:
     return as_float(number)
 
 
-def _range(a: Arguments) -> tuple[float, float]:
+def _range(a: Arguments | VarlenArguments) -> tuple[float, float]:
     return RANGE[softmax_dtype_name(dtype_name(a.query))]
 
 
-def check_window(a: Arguments) -> None:
+def check_window(a: Arguments | VarlenArguments) -> None:
     """Require a pair (left, right) of numbers of positions, each None or 0..2^30 (MHA-ARG-3)."""
     if a.window is None:
         return
@@ -281,7 +297,7 @@ def _check_pairwise_dtype(label: str, name: str) -> None:
         )
 
 
-def check_sinks(a: Arguments) -> None:
+def check_sinks(a: Arguments | VarlenArguments) -> None:
     """Require a floating logit for each query head (MHA-SINK-1)."""
     if a.sinks is None:
         return
@@ -306,15 +322,24 @@ def check_lengths(a: Arguments) -> None:
 def check_offset(offset: object, query: Array) -> Array | Sequence[int] | int | str | None:
     """Require an integer, an integer for each batch entry, or the name of an alignment (MHA-POS-1, MHA-POS-2)."""
     held = plain(offset)
-    if isinstance(held, str):
-        if held not in READINGS:
-            names = " or ".join(repr(reading) for reading in READINGS)
-            refuse_value("MHA-POS-2", f"`q_offset` must be integers or {names}, received q_offset={short_repr(held)}.")
-    elif is_integer(held):
-        _check_position("q_offset", held, -LARGEST_POSITION, LARGEST_POSITION, "2**30")
-    else:
+    if not check_common_offset(held):
         check_entries("q_offset", held, query, -LARGEST_POSITION, LARGEST_POSITION, "2**30")
     return held
+
+
+def check_common_offset(offset: object) -> bool:
+    """Check an offset that all batch entries share; return False if it holds an integer for each (MHA-POS-2)."""
+    if isinstance(offset, str):
+        if offset not in READINGS:
+            names = " or ".join(repr(reading) for reading in READINGS)
+            refuse_value(
+                "MHA-POS-2", f"`q_offset` must be integers or {names}, received q_offset={short_repr(offset)}."
+            )
+        return True
+    if is_integer(offset):
+        check_position("q_offset", offset, -LARGEST_POSITION, LARGEST_POSITION, "2**30")
+        return True
+    return False
 
 
 def check_entries(label: str, value: object, query: Array, low: int, high: int | None, high_name: str) -> None:
@@ -326,10 +351,11 @@ def check_entries(label: str, value: object, query: Array, low: int, high: int |
         return
     check_integers(label, value, query, (query.shape[0],), "(batch,)", "MHA-LEN-3")
     for number in host_integers(value) or ():
-        _check_position(label, number, low, high, high_name)
+        check_position(label, number, low, high, high_name)
 
 
-def _check_position(label: str, number: int, low: int, high: int | None, high_name: str) -> None:
+def check_position(label: str, number: int, low: int, high: int | None, high_name: str) -> None:
+    """Require an integer in a range; a limit of None is unknown (MHA-LEN-3)."""
     if number < low or (high is not None and number > high):
         limits = f"-2**30<={label}<=2**30" if high_name == "2**30" else f"{low}<={label}<={high_name}={high}"
         refuse_value("MHA-LEN-3", f"`{label}` must be in {limits}, received {short_repr(number)}.")
@@ -412,17 +438,17 @@ def check_dropout_mask(a: Arguments) -> None:
 def check_cotangents(a: Arguments, grad_output: Array, grad_lse: Array | None) -> None:
     """Require floating cotangents of the shapes of the output and of lse (MHA-VJP-7)."""
     rows = shape_of(a.query)[:3]
-    _check_result("MHA-VJP-7", "grad_output", grad_output, "query", a.query, (*rows, a.value.shape[3]))
+    check_result("MHA-VJP-7", "grad_output", grad_output, "query", a.query, (*rows, a.value.shape[3]))
     if grad_lse is not None:
-        _check_result("MHA-VJP-7", "grad_lse", grad_lse, "query", a.query, rows)
+        check_result("MHA-VJP-7", "grad_lse", grad_lse, "query", a.query, rows)
 
 
 def check_merge_cotangents(grad_output: Array, grad_lse: Array | None, output_a: Array) -> None:
     """Require floating cotangents of the shapes of the merged output and lse (MHA-MERGE-7)."""
     shape = shape_of(output_a)
-    _check_result("MHA-MERGE-7", "grad_output", grad_output, "output_a", output_a, shape)
+    check_result("MHA-MERGE-7", "grad_output", grad_output, "output_a", output_a, shape)
     if grad_lse is not None:
-        _check_result("MHA-MERGE-7", "grad_lse", grad_lse, "output_a", output_a, shape[:-1])
+        check_result("MHA-MERGE-7", "grad_lse", grad_lse, "output_a", output_a, shape[:-1])
 
 
 def check_halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> None:
@@ -436,7 +462,7 @@ def check_halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -
     halves = {"output_a": output_a, "lse_a": lse_a, "output_b": output_b, "lse_b": lse_b}
     for label, array in halves.items():
         shape = shape_of(output_a) if label.startswith("output") else shape_of(output_a)[:-1]
-        _check_result("MHA-MERGE-4", label, array, "output_a", output_a, shape)
+        check_result("MHA-MERGE-4", label, array, "output_a", output_a, shape)
     for label, first in (("output_b", output_a), ("lse_b", lse_a)):
         if dtype_name(halves[label]) != dtype_name(first):
             refuse_type(
@@ -446,7 +472,7 @@ def check_halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -
             )
 
 
-def _check_result(clause: str, label: str, array: Array, other: str, like: Array, shape: tuple[int, ...]) -> None:
+def check_result(clause: str, label: str, array: Array, other: str, like: Array, shape: tuple[int, ...]) -> None:
     """Require a floating array of a shape, and of the library and device of `like`."""
     check_alike(label, array, like, other, clause)
     check_floating(label, array, clause)

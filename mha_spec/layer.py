@@ -82,9 +82,9 @@ class Layer:
             key: (batch, kv_len, k_embed), of the query's dtype; with a cache, None appends nothing.
             value: (batch, kv_len, v_embed), of the query's dtype; None where key is.
             params: w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim) and
-                w_o (heads, v_dim, out); optional b_q, b_k, b_v, b_o, q_norm and k_norm. See `mha_spec.parameters.AXES`.
+                w_o (heads, v_dim, out); optional biases and norms. See `mha_spec.parameters.AXES`.
             rotary: The options of `rotary_embedding`, {} for its defaults; None does not rotate.
-            norm_epsilon: Added to the mean square of q_norm and k_norm.
+            norm_epsilon: Added to the mean square of the norms.
             cache: The tokens so far. q_offset defaults to its lengths; kv_lengths counts the real new keys; mask, bias,
                 dropout_mask and kv_segment_ids cover its whole capacity.
             **options: See `mha_spec.arguments.Options`.
@@ -186,7 +186,7 @@ class Layer:
         base: float = 10000.0,
         interleaved: bool = False,
         rotary_dim: int | None = None,
-        frequencies: numpy.ndarray | Sequence[float] | None = None,
+        frequencies: Array | Sequence[float] | None = None,
         attention_factor: float = 1.0,
     ) -> Float[Array, "batch heads length size"]:
         """Turn pairs of components by angles that grow with the position.
@@ -201,8 +201,8 @@ class Layer:
             base: Greater than 0; a larger base turns more slowly.
             interleaved: True pairs neighbours, False components half of rotary_dim apart.
             rotary_dim: The number of components that turn, from the first on; even. None turns all of them.
-            frequencies: (rotary_dim/2,), finite numbers >= 0 on the host, which replace the base; see
-                `mha_spec.rotary_frequencies`. None computes them from the base.
+            frequencies: (rotary_dim/2,), finite numbers >= 0 on the host or an array of the library of x, which is not
+                read; they replace the base. See `mha_spec.rotary_frequencies`. None computes them from the base.
             attention_factor: Greater than 0; multiplies cosines and sines, as YaRN does.
 
         Returns:
@@ -227,7 +227,7 @@ class Layer:
             "frequencies": frequencies,
             "attention_factor": attention_factor,
         }
-        options = self.steps.check_rotary(rotary, x.shape[3])
+        options = self.steps.check_rotary(rotary, x.shape[3], x)
         return self.steps.turn(x, self._turns(positions, options, x), options.interleaved)
 
     def alibi_slopes(self, heads: int, *, dtype: str = "float32") -> Float[Array, "heads"]:
@@ -357,13 +357,18 @@ class Layer:
     def _heads(self, a: LayerArguments) -> tuple[Array, Array | None, Array | None]:
         """Project, normalise and rotate query, key and value (MHA-NORM-2)."""
         q, k, v = self.steps.project_in(a, self.steps)
-        if "q_norm" in a.params:
-            q = self.steps.normalise(q, a.params["q_norm"], a.norm_epsilon)
-        if "k_norm" in a.params and k is not None:
-            k = self.steps.normalise(k, a.params["k_norm"], a.norm_epsilon)
+        q = self._normalised(a, "q", q)
+        k = None if k is None else self._normalised(a, "k", k)
         if a.rotation is not None:
             q, k = self._rotated(a, a.rotation, q, k)
         return q, k, v
+
+    def _normalised(self, a: LayerArguments, name: str, x: Array) -> Array:
+        """Normalise queries or keys by the gain that params holds for them, if any (MHA-NORM-1, MHA-NORM-3)."""
+        single, joint = a.params.get(f"{name}_norm"), a.params.get(f"{name}_joint_norm")
+        if joint is not None:
+            return self.steps.normalise_jointly(x, joint, a.norm_epsilon)
+        return x if single is None else self.steps.normalise(x, single, a.norm_epsilon)
 
     def _rotated(self, a: LayerArguments, rotary: Rotary, q: Array, k: Array | None) -> tuple[Array, Array | None]:
         """Rotate query i by its position and new key i by its slot in the cache (MHA-ROTARY-4, MHA-CACHE-6)."""

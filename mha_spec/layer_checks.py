@@ -18,7 +18,7 @@ from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, stor
 from .cache import KVCache
 from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
 from .errors import refuse_type, refuse_value
-from .parameters import AXES, REQUIRED
+from .parameters import AXES, JOINT_NORMS, REQUIRED
 from .rotary_checks import check_rotary
 from .scalars import check_integer, check_number, is_integer, plain, short_repr
 
@@ -71,7 +71,7 @@ def check(a: LayerArguments) -> LayerArguments:
     _check_params(a)
     a.norm_epsilon = check_epsilon(a.norm_epsilon)
     if a.rotary is not None:
-        a.rotation = check_rotary(a.rotary, a.params["w_q"].shape[2])
+        a.rotation = check_rotary(a.rotary, a.params["w_q"].shape[2], a.query)
     if a.cache is not None:
         _check_cache(a, a.cache)
     elif a.key is None:
@@ -159,6 +159,13 @@ def _check_params(a: LayerArguments) -> None:
             f"`params` must hold {', '.join(required)}, and may hold {', '.join(optional)}, received "
             f"missing={', '.join(missing) or None}, unknown={', '.join(unknown) or None}.",
         )
+    for single, joint in JOINT_NORMS.items():
+        if single in a.params and joint in a.params:
+            refuse_value(
+                "MHA-NORM-3",
+                f"`params` must hold {single}, whose mean is over a head, or {joint}, whose mean is over all heads, "
+                "received both.",
+            )
     sizes = {"embed": a.query.shape[2]}
     if a.key is not None:
         sizes["k_embed"] = a.key.shape[2]
@@ -355,7 +362,7 @@ def _check_alignment(a: LayerArguments) -> None:
         if a.cache is None and a.key is not None:
             check_entries("kv_lengths", kv_lengths, a.query, 0, a.key.shape[1], "kv_len")
     if a.rotary is not None and a.cache is None and a.key is not None and offset is None:
-        refuse_ambiguity(f"rotary={dict(a.rotary)}", a.query.shape[1], a.key.shape[1], kv_lengths)
+        refuse_ambiguity(f"rotary={short_repr(dict(a.rotary))}", a.query.shape[1], a.key.shape[1], kv_lengths)
 
 
 def check_heads(heads: object, label: str = "heads") -> None:

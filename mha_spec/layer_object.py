@@ -15,7 +15,7 @@ from .errors import refuse_type, refuse_value
 from .layer_checks import check_epsilon
 from .parameters import AXES, REQUIRED
 from .rotary_checks import Rotary, check_rotary
-from .scalars import check_flag, check_integer
+from .scalars import check_flag, check_integer, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,8 +46,8 @@ class LayerOptions(TypedDict, total=False):
     """embed by default."""
     bias: bool
     """True adds b_q, b_k, b_v and b_o; the default (MHA-PROJ-2, MHA-PROJ-3)."""
-    qk_norm: bool
-    """True adds q_norm and k_norm; False by default (MHA-NORM-1)."""
+    qk_norm: bool | str
+    """True adds q_norm and k_norm, "joint" q_joint_norm and k_joint_norm; False by default (MHA-NORM-1, MHA-NORM-3)."""
     rotary: Mapping[str, Any] | None
     """The options of rotary_embedding, {} for its defaults; None, the default, means no rotation (MHA-ROTARY-4)."""
     norm_epsilon: float
@@ -69,7 +69,7 @@ class LayerSettings:
     v_embed: int
     out: int
     bias: bool = True
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     rotary: Rotary | None = None
     norm_epsilon: float = 1e-6
     dropout_rate: float = 0.0
@@ -98,7 +98,7 @@ class LayerSettings:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter of the layer by its name."""
         names = REQUIRED + (("b_q", "b_k", "b_v", "b_o") if self.bias else ())
-        names += ("q_norm", "k_norm") if self.qk_norm else ()
+        names += NORMS[self.qk_norm]
         return {name: tuple(getattr(self, axis) for axis in AXES[name]) for name in names}
 
     def initial_bound(self, name: str) -> float | None:
@@ -125,6 +125,12 @@ class LayerSettings:
         default |= _default_sizes(self.embed, self.heads, share) | {"v_dim": self.qk_dim}
         return ", ".join(f"{name}={value}" for name, value in self.arguments.items() if value != default[name])
 
+
+JOINT = "joint"
+"""The value of qk_norm for a norm over all heads."""
+
+NORMS = {False: (), True: ("q_norm", "k_norm"), JOINT: ("q_joint_norm", "k_joint_norm")}
+"""The gains of a layer by its qk_norm."""
 
 MAY_BE_NONE = ("kv_heads", "qk_dim", "v_dim", "k_embed", "v_embed", "out", "rotary")
 """The options for which None means the default."""
@@ -156,13 +162,21 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
 def _checked_option(name: str, value: Any) -> Any:
     if name == "rotary" or (value is None and name in MAY_BE_NONE):
         return value
-    if name in {"bias", "qk_norm"}:
+    if name == "bias" or (name == "qk_norm" and not isinstance(value, str)):
         return check_flag(name, value, "MHA-PROJ-4")
+    if name == "qk_norm":
+        return _checked_norm(value)
     if name == "norm_epsilon":
         return check_epsilon(value)
     if name == "dropout_rate":
         return check_rate(value)
     return check_integer(name, value, 1, "MHA-PROJ-4")
+
+
+def _checked_norm(value: object) -> str:
+    if value != JOINT:
+        refuse_value("MHA-NORM-3", f'`qk_norm` must be True, False or "{JOINT}", received qk_norm={short_repr(value)}.')
+    return JOINT
 
 
 _Init = TypeVar("_Init", bound="Callable[..., None]")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .layer_checks import LayerArguments
     from .rotary_checks import Rotary
 
-__all__ = ["LayerSteps", "narrow", "slope_values", "widen"]
+__all__ = ["LayerSteps", "are_on_host", "narrow", "slope_values", "widen"]
 
 
 NARROW = ("int8", "uint8", "int16", "uint16")
@@ -77,6 +77,13 @@ def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
     return narrow(wide / xp.sqrt(mean_square + epsilon) * widen(gain), x)
 
 
+def normalise_jointly(x: Array, gain: Array, epsilon: float) -> Array:
+    """Divide the vectors of all heads of a token by their common root mean square (MHA-NORM-3)."""
+    xp, wide = namespace_of(x), widen(x)
+    mean_square = xp.mean(wide * wide, axis=(1, 3), keepdims=True)
+    return narrow(wide / xp.sqrt(mean_square + epsilon) * widen(gain)[:, None, :], x)
+
+
 def positions(offset: Array, length: int, like: Array) -> Array:
     """Compute the positions offset + i, (length,), or offset[b] + i, (batch, length) (MHA-POS-1, MHA-ROTARY-4).
 
@@ -97,29 +104,45 @@ def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:
     return values
 
 
+def given_frequencies(frequencies: tuple[float, ...] | Array) -> numpy.ndarray | Array:
+    """Pair i turns by frequencies[i] for each position, in float64 if they are on the host (MHA-ROTARY-7)."""
+    return frequencies if library_of(frequencies) else _on_host(cast("tuple[float, ...]", frequencies))
+
+
 @lru_cache(maxsize=256)
-def given_frequencies(frequencies: tuple[float, ...]) -> numpy.ndarray:
-    """Pair i turns by frequencies[i] for each position, in float64 on the host (MHA-ROTARY-7)."""
+def _on_host(frequencies: tuple[float, ...]) -> numpy.ndarray:
     values = numpy.asarray(frequencies, dtype=numpy.float64)
     values.flags.writeable = False  # The cache returns the same array to every caller.
     return values
 
 
-def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: Array) -> tuple[Array, Array]:
+def turns(positions: Array | Sequence[float], frequencies: Array, like: Array) -> tuple[Array, Array]:
     """Cosine and sine of position * frequency, (length, pairs) or (batch, 1, length, pairs) (MHA-ROTARY-5).
 
-    They are in the softmax's type. Positions on the host are multiplied in float64, those of an array library in the
-    softmax's type.
+    They are in the softmax's type. Positions and frequencies on the host are multiplied in float64, those of an array
+    library in the softmax's type.
     """
     xp, device = namespace_of(like), device_of(like)
     wide = getattr(xp, softmax_dtype_name(dtype_name(like)))
-    if library_of(positions) in (None, "numpy"):
+    if are_on_host(positions, frequencies):
         angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
         cosine, sine = (xp.asarray(turn, dtype=wide, device=device) for turn in (numpy.cos(angles), numpy.sin(angles)))
     else:
-        angles = xp.astype(positions, wide)[..., None] * xp.asarray(frequencies.copy(), dtype=wide, device=device)
+        factors: list[Any] = [
+            # A copy can be written to, without which PyTorch warns.
+            xp.asarray(numpy.array(factor), dtype=wide, device=device)
+            if are_on_host(factor)
+            else xp.astype(factor, wide)
+            for factor in (positions, frequencies)
+        ]
+        angles = factors[0][..., None] * factors[1]
         cosine, sine = xp.cos(angles), xp.sin(angles)
     return (cosine[:, None, :, :], sine[:, None, :, :]) if cosine.ndim == 3 else (cosine, sine)
+
+
+def are_on_host(*factors: object) -> bool:
+    """Tell whether all are numbers on the host, whose product can be computed in float64."""
+    return all(library_of(factor) in (None, "numpy") for factor in factors)
 
 
 def magnify(turns: tuple[Array, Array], factor: float) -> tuple[Array, Array]:
@@ -272,10 +295,11 @@ class LayerSteps:
     project: Callable[..., Array] = project
     add_bias: Callable[..., Array] = add_bias
     normalise: Callable[..., Array] = normalise
+    normalise_jointly: Callable[..., Array] = normalise_jointly
     offset_of: Callable[..., Array | int] = named_offset
     positions: Callable[..., Array] = positions
     frequencies: Callable[..., numpy.ndarray] = frequencies
-    given_frequencies: Callable[..., numpy.ndarray] = given_frequencies
+    given_frequencies: Callable[..., Array] = given_frequencies
     turns: Callable[..., tuple[Array, Array]] = turns
     magnify: Callable[..., tuple[Array, Array]] = magnify
     turn: Callable[..., Array] = turn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AXES", "REQUIRED"]
+__all__ = ["AXES", "JOINT_NORMS", "REQUIRED"]
 
 AXES = {
     "w_q": ("embed", "heads", "qk_dim"),
@@ -15,8 +15,13 @@ AXES = {
     "b_o": ("out",),
     "q_norm": ("qk_dim",),
     "k_norm": ("qk_dim",),
+    "q_joint_norm": ("heads", "qk_dim"),
+    "k_joint_norm": ("kv_heads", "qk_dim"),
 }
-"""The axes of every parameter (MHA-PROJ-1, MHA-PROJ-2, MHA-PROJ-3, MHA-NORM-1)."""
+"""The axes of every parameter (MHA-PROJ-1, MHA-PROJ-2, MHA-PROJ-3, MHA-NORM-1, MHA-NORM-3)."""
+
+JOINT_NORMS = {"q_norm": "q_joint_norm", "k_norm": "k_joint_norm"}
+"""The gain of a norm over all heads that excludes each gain of a norm per head (MHA-NORM-3)."""
 
 REQUIRED = ("w_q", "w_k", "w_v", "w_o")
 """The parameters that every layer has."""

@@ -27,6 +27,7 @@ from .layer import (
     multi_head_attention_weights,
     rotary_embedding,
 )
+from .varlen_reference import varlen_attention, varlen_attention_vjp
 
 __all__ = [
     "Gradients",
@@ -46,4 +47,6 @@ __all__ = [
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
+    "varlen_attention",
+    "varlen_attention_vjp",
 ]

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy
 
-from .array_checks import is_mapping, is_sequence
+from .array_checks import is_mapping, is_sequence, require_array
+from .arrays import FLOATING, dtype_name, library_of
 from .errors import refuse_type, refuse_value
 from .scalars import check_flag, check_number, is_integer, is_number, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from .arrays import Array
 
 __all__ = ["Rotary", "check_rotary", "check_rotary_dim"]
 
@@ -27,8 +30,8 @@ class Rotary(NamedTuple):
     interleaved: bool = False
     rotary_dim: int | None = None
     """The number of components that turn, from the first on; None turns all."""
-    frequencies: tuple[float, ...] | None = None
-    """The frequency of each pair; None computes them from the base."""
+    frequencies: tuple[float, ...] | Array | None = None
+    """The frequency of each pair, numbers or an array that is not read; None computes them from the base."""
     attention_factor: float = 1.0
     """The factor of cosines and sines."""
 
@@ -37,8 +40,11 @@ class Rotary(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
 
-def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
-    """Return the options of rotary_embedding with defaults, for vectors of `size` components (MHA-ROTARY-6)."""
+def check_rotary(rotary: Mapping[str, Any], size: int, like: Array | None = None) -> Rotary:
+    """Return the options of rotary_embedding with defaults, for vectors of `size` components (MHA-ROTARY-6).
+
+    Without vectors `like`, the options are settings, which are compared and hashed and hold no array.
+    """
     if not is_mapping(rotary):
         refuse_type(
             "MHA-ROTARY-6",
@@ -57,7 +63,7 @@ def check_rotary(rotary: Mapping[str, Any], size: int) -> Rotary:
     if not 0 < base <= LARGEST:
         refuse_value("MHA-ROTARY-6", f"`base` must be finite and base>0, received base={short_repr(base)}.")
     rotary_dim = check_rotary_dim(options.rotary_dim, size)
-    frequencies = _check_frequencies(options.frequencies, base, size if rotary_dim is None else rotary_dim)
+    frequencies = _check_frequencies(options.frequencies, base, size if rotary_dim is None else rotary_dim, like)
     return Rotary(base, interleaved, rotary_dim, frequencies, _check_factor(options.attention_factor))
 
 
@@ -84,8 +90,10 @@ def check_rotary_dim(rotary_dim: object, size: int) -> int | None:
     return rotary_dim
 
 
-def _check_frequencies(frequencies: object, base: float, rotary_dim: int) -> tuple[float, ...] | None:
-    """Return the frequency of each pair, a finite number of at least 0, instead of a base (MHA-ROTARY-7)."""
+def _check_frequencies(
+    frequencies: Any, base: float, rotary_dim: int, like: Array | None
+) -> tuple[float, ...] | Array | None:
+    """Return the frequency of each pair, on the host a finite number of at least 0 (MHA-ROTARY-7)."""
     if frequencies is None:
         return None
     if base != Rotary._field_defaults["base"]:
@@ -94,6 +102,9 @@ def _check_frequencies(frequencies: object, base: float, rotary_dim: int) -> tup
             f"`base` must be left out where `frequencies` are given, received base={short_repr(base)}: "
             "frequencies replace the base.",
         )
+    if like is not None and library_of(frequencies) not in (None, "numpy"):
+        _check_unread(frequencies, rotary_dim, like)
+        return frequencies
     numbers = _numbers(frequencies)
     if len(numbers) != rotary_dim // 2:
         refuse_value(
@@ -106,6 +117,27 @@ def _check_frequencies(frequencies: object, base: float, rotary_dim: int) -> tup
     return numbers
 
 
+def _check_unread(frequencies: Array, rotary_dim: int, like: Array) -> None:
+    """Require a floating array of the library of the vectors, of a known shape; its numbers are not read."""
+    library = library_of(like)
+    if require_array("frequencies", frequencies, "MHA-ROTARY-7") != library:
+        refuse_type(
+            "MHA-ARG-4",
+            f"`frequencies` must be numbers on the host or an array of {library}, as the vectors that turn are, "
+            f"received an array of {library_of(frequencies)}.",
+        )
+    kind = dtype_name(frequencies)
+    if kind not in FLOATING:
+        refuse_type("MHA-ROTARY-7", f"`frequencies` must have a floating dtype, received dtype={kind}.")
+    shape = None if getattr(frequencies.shape, "rank", 1) is None else tuple(frequencies.shape)
+    if shape != (rotary_dim // 2,):
+        refuse_value(
+            "MHA-ROTARY-7",
+            f"`frequencies` must have shape (rotary_dim/2,)=({rotary_dim // 2},), "
+            f"received shape={'<unknown>' if shape is None else shape}.",
+        )
+
+
 def _numbers(frequencies: object) -> tuple[float, ...]:
     """Convert a sequence of numbers or a NumPy array of rank 1 to Python floats."""
     listed: object = cast("Any", frequencies).tolist() if isinstance(frequencies, numpy.ndarray) else frequencies
@@ -113,9 +145,8 @@ def _numbers(frequencies: object) -> tuple[float, ...]:
     if not all(map(is_number, numbers)):
         refuse_type(
             "MHA-ROTARY-7",
-            "`frequencies` must be None, a sequence of numbers or a NumPy array (rotary_dim/2,), since they are read "
-            f"on the host, received {short_repr(listed)} of type {type(listed).__name__}. "
-            "Pass a tuple of its numbers; a function that is compiled makes tensors of NumPy arrays, too.",
+            "`frequencies` must be None, a sequence of numbers or an array (rotary_dim/2,), in settings of a layer a "
+            f"NumPy array, received {short_repr(listed)} of type {type(listed).__name__}.",
         )
     return tuple(float(number) if abs(number) <= LARGEST else math.inf for number in numbers)
 

@@ -18,7 +18,6 @@ from support.numbers import numbers
 import mha_spec
 import mha_spec_jax.flax
 from mha_spec import ArgumentValueError
-from mha_spec.parameters import AXES
 from mha_spec.weights import read_safetensors, write_safetensors
 from mha_spec_jax import MultiHeadAttention
 
@@ -34,7 +33,7 @@ def test_the_layer_is_a_pytree_of_its_parameters() -> None:
     options: dict[str, Any] = {"qk_norm": True, "dropout_rate": 0.25}
     layer = sized(rotary={"base": 5.0, "interleaved": True}, **options)
     leaves, structure = jax.tree.flatten(layer)
-    assert all(array is layer.params[name] for array, name in zip(leaves, sorted(AXES), strict=True))
+    assert all(array is layer.params[name] for array, name in zip(leaves, sorted(layer.params), strict=True))
     again = jax.tree.unflatten(structure, leaves)
     assert (repr(again), again.settings) == (repr(layer), layer.settings)
     assert_equal(again(tokens()), layer(tokens()))
@@ -43,7 +42,7 @@ def test_the_layer_is_a_pytree_of_its_parameters() -> None:
     assert hash(structure) == hash(jax.tree.structure(other))
     assert structure != jax.tree.structure(sized(rotary={"base": 5.0}, **options))
     paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(layer)}
-    assert paths == {f".params['{name}']" for name in AXES}
+    assert paths == {f".params['{name}']" for name in layer.settings.shapes()}
 
 
 def test_a_training_step_maps_over_pytrees() -> None:

@@ -17,7 +17,6 @@ from mha_spec.arrays import device_of, dtype_name, library_of
 from mha_spec.layer import Layer
 from mha_spec.layer_object import LayerSettings
 from mha_spec.layer_steps import LayerSteps
-from mha_spec.parameters import AXES
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ SIZES = LayerSettings(
 
 def parameters(*without: str) -> dict[str, numpy.ndarray]:
     shapes = SIZES.shapes()
-    return {name: numbers(*shapes[name], seed=seed) / 2 for seed, name in enumerate(AXES) if name not in without}
+    return {name: numbers(*shapes[name], seed=seed) / 2 for seed, name in enumerate(shapes) if name not in without}
 
 
 def tensors() -> dict[str, Any]:

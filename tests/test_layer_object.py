@@ -34,8 +34,11 @@ def test_sizes_have_defaults(arguments: dict[str, int], shapes: dict[str, tuple[
 
 def test_sizes_say_which_parameters_there_are() -> None:
     assert set(LayerSettings.of(10, 5).shapes()) == {name for name in AXES if not name.endswith("norm")}
-    assert set(LayerSettings.of(10, 5, qk_norm=True).shapes()) == set(AXES)
+    joint = {"q_joint_norm", "k_joint_norm"}
+    assert set(LayerSettings.of(10, 5, qk_norm=True).shapes()) == set(AXES) - joint
+    assert set(LayerSettings.of(10, 5, qk_norm="joint").shapes()) == set(AXES) - {"q_norm", "k_norm"}
     assert str(LayerSettings.of(10, 5, bias=False, qk_norm=True)) == "embed=10, heads=5, bias=False, qk_norm=True"
+    assert str(LayerSettings.of(10, 5, qk_norm="joint")) == "embed=10, heads=5, qk_norm=joint"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,8 @@ def test_sizes_say_which_parameters_there_are() -> None:
         ({"embed": 10, "heads": 5, "norm_epsilon": None}, ArgumentTypeError, ("`norm_epsilon`", "None")),
         ({"embed": 10, "heads": 5, "dropout_rate": None}, ArgumentTypeError, ("`dropout_rate`", "None")),
         ({"embed": 10, "heads": 5, "bias": 1}, ArgumentTypeError, ("`bias`", "True or False", "bias=1")),
-        ({"embed": 10, "heads": 5, "qk_norm": "yes"}, ArgumentTypeError, ("`qk_norm`", "'yes'")),
+        ({"embed": 10, "heads": 5, "qk_norm": "yes"}, ArgumentValueError, ("`qk_norm`", '"joint"', "'yes'")),
+        ({"embed": 10, "heads": 5, "qk_norm": 1}, ArgumentTypeError, ("`qk_norm`", "True or False", "qk_norm=1")),
         ({"embed": 10, "heads": 5, "norm_epsilon": -1.0}, ArgumentValueError, ("`norm_epsilon`", ">=0", "-1.0")),
         ({"embed": 10, "heads": 5, "dropout_rate": 1.0}, ArgumentValueError, ("`dropout_rate`", "<1", "=1.0")),
         ({"embed": 10, "heads": 5, "dropout_rate": "0"}, ArgumentTypeError, ("`dropout_rate`", "number", "'0'")),

@@ -17,11 +17,14 @@ from mha_spec import ArgumentTypeError, ArgumentValueError, KVCache, MhaSpecErro
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.layer_object import LayerSettings
 from mha_spec_conformance.judging.bounds import bounds, precision
+from mha_spec_conformance.mistakes.rotary_given import TABLES as GIVEN_TABLES
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
 from mha_spec_conformance.testing import assert_rotary
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from mha_spec_conformance.suite.cases import Suite
 
 BATCH, HEADS, LENGTH, SIZE, TURNED = 2, 3, 5, 14, 6
 FREQUENCIES = numpy.asarray([0.71828, 0.03125, 0.0], dtype="float32")
@@ -148,6 +151,14 @@ def test_the_layer_turns_queries_and_keys_by_both(module: ModuleType) -> None:
     assert_near(module.multi_head_attention(x, x, x, PARAMS, rotary=OPTIONS, causal=True), expected)
 
 
+@pytest.mark.parametrize("name", GIVEN_TABLES)
+def test_goldens_hold_the_tables_of_configs(name: str, suite: Suite) -> None:
+    cases = [case for case in suite.cases if case.id.startswith(f"rotary_embedding/frequencies/{name}")]
+    assert len(cases) == 2
+    for case in cases:
+        assert case.options["frequencies"] == list(GIVEN_TABLES[name])
+
+
 def test_decoding_gives_the_same_as_a_single_call(module: ModuleType) -> None:
     x, outputs = numbers(BATCH, LENGTH, 7, seed=11), []
     cache = KVCache.empty(BATCH, 2, LENGTH, SIZE, 5, like=x)
@@ -209,11 +220,3 @@ def test_bad_argument_is_refused(module: ModuleType, name: str) -> None:
     assert re.search(r"\[MHA-ROTARY-[78]\]$", message)
     with pytest.raises(error, match=argument):
         LayerSettings.of(28, 2, rotary=wrong)
-
-
-@pytest.mark.parametrize("library", ["torch", "jax", "tensorflow"])
-def test_frequencies_of_another_library_are_not_read(library: str) -> None:
-    pytest.importorskip(library)
-    x, frequencies = to_library(x_of.astype("float32"), library), to_library(numpy.ones(7, "float32"), library)
-    with pytest.raises(ArgumentTypeError, match=r"`frequencies` must be .*NumPy array.*MHA-ROTARY-7"):
-        mha_spec.rotary_embedding(x, range(LENGTH), frequencies=frequencies)

@@ -15,7 +15,6 @@ from support.tensorflow_world import sized, tokens
 
 import mha_spec
 import mha_spec_tensorflow
-from mha_spec.parameters import AXES
 from mha_spec_tensorflow import MultiHeadAttention
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def test_the_object_calls_the_function_with_its_parameters() -> None:
     assert_equal(layer.attention_weights(x, key, **of_call), expected)
     assert_equal(layer(x), layer(x, x, x))
     assert {name: tuple(param.shape) for name, param in layer.params.items()} == layer.settings.shapes()
-    assert [weight.name for weight in layer.weights] == list(AXES)
+    assert [weight.name for weight in layer.weights] == list(layer.settings.shapes())
 
 
 def test_initial_weights_are_those_of_the_paper() -> None:

@@ -15,7 +15,6 @@ from torch.func import functional_call
 
 import mha_spec
 from mha_spec import ArgumentTypeError, ArgumentValueError
-from mha_spec.parameters import AXES
 from mha_spec_torch import MultiHeadAttention
 from mha_spec_torch import layer as functions
 
@@ -153,7 +152,7 @@ def test_state_is_saved_and_loaded() -> None:
     layer, other = sized(qk_norm=True), sized(qk_norm=True)
     other.reset_parameters()
     assert not torch.equal(other(tokens()), layer(tokens()))
-    assert list(layer.state_dict()) == list(AXES)
+    assert list(layer.state_dict()) == list(layer.settings.shapes())
     other.load_state_dict(layer.state_dict(), strict=True)
     assert_equal(other(tokens()), layer(tokens()))
     assert list(sized(bias=False).state_dict()) == ["w_q", "w_k", "w_v", "w_o"]

@@ -37,11 +37,14 @@ def params_of(layout: Layout, *, optional: bool = True, dtype: Any = numpy.float
     """Make the params that the layout can hold, with as many different sizes as it allows."""
     absent = set() if optional else {name for group in layout.optional for name in group}
     held = {param for name, parts in layout.tensors.items() if name not in absent for param in parts}
-    return {
-        param: numbers(*(SIZES[layout.equal_axes.get(axis, axis)] for axis in axes), dtype=dtype)
+    drawn = {
+        param: numbers(*(SIZES[layout.equal_axes.get(axis, axis)] for axis in axes))
         for param, axes in AXES.items()
         if param in held
     }
+    # Gains that are stored less 1 have few digits, so that 1 is added without a rounding.
+    few = {param: (array * 32).round() / 32 if param in layout.one_less else array for param, array in drawn.items()}
+    return {param: array.astype(dtype) for param, array in few.items()}
 
 
 def zeros(**shapes: tuple[int, ...]) -> dict[str, Array]:
@@ -127,10 +130,25 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
         ArgumentValueError,
         ("unknown: sinks", "expected: q_proj.weight", "received: k_proj.weight"),
     ),
-    "half of a group": (
-        lambda: load_weights(LLAMA | without("q_norm.weight", NORMS), "llama", heads=6),
+    "norms without a meaning": (
+        lambda: load_weights(LLAMA | NORMS, "llama", heads=6),
         ArgumentValueError,
-        ("missing: q_norm.weight", "[q_norm.weight]"),
+        ("These names are of layout 'qwen3' or 'gemma3' or 'olmo2'", "unknown: q_norm.weight"),
+    ),
+    "norms of all heads": (
+        lambda: load_weights(LLAMA | zeros(q_norm__weight=(60,), k_norm__weight=(30,)), "qwen3", heads=6),
+        ArgumentValueError,
+        ("`q_norm.weight` must have shape=(qk_dim)=(10), received shape=(60,)",),
+    ),
+    "norms of a head": (
+        lambda: load_weights(LLAMA | NORMS, "olmo2", heads=6),
+        ArgumentValueError,
+        ("`q_norm.weight` must have shape=(heads*qk_dim)=(60), received shape=(10,)",),
+    ),
+    "half of a group": (
+        lambda: load_weights(LLAMA | without("q_norm.weight", NORMS), "qwen3", heads=6),
+        ArgumentValueError,
+        ("missing: q_norm.weight", "received: k_norm.weight"),
     ),
     "nothing under the prefix": (
         lambda: load_weights(under("layers.3.self_attn", LLAMA), "llama", heads=6, prefix="layers.30.self_attn"),
@@ -359,10 +377,26 @@ def test_an_alternating_tensor_is_split_within_each_kv_head() -> None:
     assert all(same_bits(array, state[name]) for name, array in save_weights(params, "falcon").items())
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax", "tensorflow"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_a_gain_that_is_stored_less_1_is_rounded_once(library: str, dtype: Any) -> None:
+    pytest.importorskip(library)
+    stored = LLAMA | {f"{part}_norm.weight": numbers(10, seed=seed) / 8 for seed, part in enumerate("qk")}
+    narrow = {name: array.astype(dtype) for name, array in stored.items()}
+    params = load_weights({name: to_library(array, library) for name, array in narrow.items()}, "gemma3", heads=6)
+    saved = save_weights(params, "gemma3")
+    for part in "qk":
+        weight = narrow[f"{part}_norm.weight"]
+        assert (library_of(params[f"{part}_norm"]), dtype_name(params[f"{part}_norm"])) == (library, weight.dtype.name)
+        assert same_bits(to_numpy(params[f"{part}_norm"]), (weight.astype("float64") + 1).astype(dtype))
+        again = to_numpy(saved[f"{part}_norm.weight"]).astype("float64")
+        assert (abs(again - weight.astype("float64")) <= ml_dtypes.finfo(dtype).eps).all()
+
+
 def test_pairs_are_moved_along_qk_dim() -> None:
-    params = params_of(layouts()["llama"])
+    params = params_of(layouts()["qwen3"]) | params_of(layouts()["olmo2"])
     split, partly = half_split_pairs(params), half_split_pairs(params, rotary_dim=4)
-    for param in ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm"):
+    for param in ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm", "q_joint_norm", "k_joint_norm"):
         assert same_bits(split[param], params[param][..., [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]])
         assert same_bits(partly[param], params[param][..., [0, 2, 1, 3, 4, 5, 6, 7, 8, 9]])
     assert all(split[param] is params[param] for param in ("w_v", "w_o", "b_v", "b_o"))

@@ -118,6 +118,7 @@ def distances(offset: Integers | int, q_len: int, kv_len: int, like: Array, _: L
 
 
 normalise = jax.jit(layer_steps.normalise, static_argnums=2)
+normalise_jointly = jax.jit(layer_steps.normalise_jointly, static_argnums=2)
 turn = jax.jit(layer_steps.turn, static_argnums=2)
 
 
@@ -129,6 +130,7 @@ _LAYER = Layer(
         check_alibi=check_alibi,
         project_in=project_in,
         normalise=normalise,
+        normalise_jointly=normalise_jointly,
         offset_of=offset_of,
         positions=positions,
         turns=turns,

@@ -36,9 +36,10 @@ def positions(offset: Array | Sequence[int] | int, length: int, like: Array) -> 
     return jnp.asarray(offset, jnp.int32)[..., None] + jnp.arange(length, dtype=jnp.int32)
 
 
-def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray, like: Array) -> tuple[Array, Array]:
+def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray | Array, like: Array) -> tuple[Array, Array]:
     """Compute cosine and sine of position * frequency in the softmax's type (MHA-ROTARY-5)."""
-    if not isinstance(positions, jax.Array) or softmax_dtype_name(like.dtype.name) == "float64":
+    on_host = not isinstance(positions, jax.Array)
+    if on_host or isinstance(frequencies, jax.Array) or softmax_dtype_name(like.dtype.name) == "float64":
         return layer_steps.turns(positions, frequencies, like)
     units, rest = numpy.divmod(numpy.remainder(frequencies / (2 * math.pi), 1.0) * UNITS, 1.0)
     return _turns(positions, units.astype(numpy.uint32), rest.astype(numpy.float32), frequencies.astype(numpy.float32))

@@ -69,16 +69,26 @@ class Problem:
     key: Array
     value: Array
     sinks: Array | None
-    dropout: Dropout | None
+    dropout: Dropout | None = None
+    slopes: Array | None = None
+    """The slopes of a linear bias, (heads,), in the softmax's type (MHA-VARLEN-8)."""
 
     @classmethod
-    def of(cls, plan: Plan, query: Array, key: Array, value: Array | None, dropout: Dropout | None = None) -> Problem:
+    def of(
+        cls,
+        plan: Plan,
+        query: Array,
+        key: Array,
+        value: Array | None,
+        dropout: Dropout | None = None,
+        slopes: Array | None = None,
+    ) -> Problem:
         """Convert the operands of a call; an operand of the right type and layout is not copied."""
         a, dtype = plan.a, plan.dtype
         query, key = dense(query, dtype), dense(key, dtype)
         value = None if value is None else dense(value, dtype)
         sinks = None if a.sinks is None else dense(a.sinks, dtype)
-        return cls(plan, a, plan.xp, query, key, value, sinks, dropout)
+        return cls(plan, a, plan.xp, query, key, value, sinks, dropout, slopes)
 
     def scaled(self, tile: Tile) -> Array:
         """Return the queries of a tile, (entries, kv_heads, rows, qk_dim), times the scale."""
@@ -94,8 +104,20 @@ class Problem:
         if a.bias is not None:
             bias = self.xp.astype(cut_pairs(a.bias, tile, keys), logits.dtype)
             logits = fold(steps.add_bias(unfold(logits, tile), bias), tile)
+        if self.slopes is not None:
+            logits = fold(steps.add_bias(unfold(logits, tile), self.linear_bias(tile, keys)), tile)
         visible = self.plan.visibility.visible(tile, keys, bias)
         return Block(tile, keys, hide(logits, visible, tile), visible, cap_slope)
+
+    def linear_bias(self, tile: Tile, keys: range) -> Array:
+        """Compute -slope[h] |p - j| for a block, (1, heads, queries, keys) (MHA-VARLEN-8)."""
+        xp, slopes = self.xp, self.slopes
+        assert slopes is not None
+        device = device_of(slopes)
+        offset: Any = steps.offset_of(self.a)
+        queries = xp.arange(offset + tile.queries.start, offset + tile.queries.stop, device=device)
+        distances = xp.abs(xp.arange(keys.start, keys.stop, device=device) - queries[:, None])
+        return -slopes[part(tile.heads)][:, None, None] * xp.astype(distances, slopes.dtype)[None, None]
 
     def values(self, block: Block) -> Array:
         """Return the values of a block, (entries, kv_heads, keys, v_dim)."""

@@ -115,6 +115,13 @@ def normalise(x: Array, gain: Array | None, epsilon: float) -> Array:
     return tf.cast(wide / tf.sqrt(mean_square + epsilon) * widen(gain), x.dtype)
 
 
+def normalise_jointly(x: Array, gain: Array, epsilon: float) -> Array:
+    """Divide the vectors of all heads of a token by their common root mean square (MHA-NORM-3)."""
+    wide = widen(x)
+    mean_square = tf.reduce_mean(wide * wide, axis=(1, 3), keepdims=True)
+    return tf.cast(wide / tf.sqrt(mean_square + epsilon) * widen(gain)[:, None, :], x.dtype)
+
+
 def positions(offset: Integers | int, length: int | None, like: Array) -> numpy.ndarray | Array:
     """Return the positions offset[b] + i, as an array of NumPy if offset and length are known (MHA-POS-1)."""
     if host_integers(offset) is not None and length is not None:
@@ -133,15 +140,15 @@ def named_offset(
 
 
 def turns(
-    positions: Array | Sequence[float] | numpy.ndarray, frequencies: numpy.ndarray, like: Array
+    positions: Array | Sequence[float] | numpy.ndarray, frequencies: numpy.ndarray | Array, like: Array
 ) -> tuple[Array, Array]:
     """Compute cosine and sine of position * frequency in the softmax's type, the product in float64 (MHA-ROTARY-5)."""
     dtype = softmax_dtype_name(dtype_name(like))
-    if library_of(positions) in (None, "numpy"):
+    if layer_steps.are_on_host(positions, frequencies):
         angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
         pair = [tf.constant(turn, dtype) for turn in (numpy.cos(angles), numpy.sin(angles))]
     else:
-        angles = tf.expand_dims(tf.cast(positions, tf.float64), -1) * tf.constant(frequencies)
+        angles = tf.expand_dims(tf.cast(positions, tf.float64), -1) * tf.cast(frequencies, tf.float64)
         pair = [tf.cast(turn, dtype) for turn in (tf.cos(angles), tf.sin(angles))]
     cosine, sine = (turn[:, None] if turn.shape.rank == 3 else turn for turn in pair)
     return cosine, sine
@@ -230,6 +237,7 @@ _LAYER = Layer(
         check=check,
         project_in=project_in,
         normalise=normalise,
+        normalise_jointly=normalise_jointly,
         positions=positions,
         offset_of=named_offset,
         turns=turns,
@@ -280,7 +288,7 @@ def rotary_embedding(
     base: float = 10000.0,
     interleaved: bool = False,
     rotary_dim: int | None = None,
-    frequencies: numpy.ndarray | Sequence[float] | None = None,
+    frequencies: tf.Tensor | numpy.ndarray | Sequence[float] | None = None,
     attention_factor: float = 1.0,
 ) -> Float[tf.Tensor, "batch heads length size"]:
     """Encode positions as rotations; see `mha_spec.reference.rotary_embedding`."""

@@ -129,6 +129,11 @@ def normalise(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
     return rms_norm(x.to(dtype), gain.shape, gain.to(dtype), epsilon).to(x.dtype)
 
 
+def normalise_jointly(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """Divide the vectors of all heads of a token by their common root mean square (MHA-NORM-3)."""
+    return normalise(x.transpose(1, 2), gain, epsilon).transpose(1, 2)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return getattr(torch, softmax_dtype_name(dtype_name(x)))
 
@@ -141,11 +146,13 @@ def positions(offset: Integers | int, length: int, like: Tensor) -> Tensor:
     return starts[..., None] + torch.arange(length, device=like.device)
 
 
-def turns(positions: Tensor | Sequence[float], frequencies: numpy.ndarray, like: Tensor) -> tuple[Tensor, Tensor]:
+def turns(
+    positions: Tensor | Sequence[float], frequencies: numpy.ndarray | Tensor, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of position * frequency, computed in float64 if the device has it (MHA-ROTARY-5)."""
     device, dtype = like.device, _wide(like)
     wide = dtype if device.type == "mps" else torch.float64
-    factors = positions, frequencies.copy()
+    factors = positions, frequencies if isinstance(frequencies, Tensor) else frequencies.copy()
     positions, rates = (torch.as_tensor(factor, device=device).to(wide) for factor in factors)
     angles = positions[..., None] * rates
     angles = angles[:, None] if angles.ndim == 3 else angles
@@ -269,6 +276,7 @@ _LAYER = Layer(
         check_alibi=check_alibi,
         project_in=project_in,
         normalise=normalise,
+        normalise_jointly=normalise_jointly,
         positions=positions,
         frequencies=frequencies,
         turns=turns,
@@ -327,7 +335,7 @@ def rotary_embedding(
     base: float = 10000.0,
     interleaved: bool = False,
     rotary_dim: int | None = None,
-    frequencies: numpy.ndarray | Sequence[float] | None = None,
+    frequencies: Tensor | numpy.ndarray | Sequence[float] | None = None,
     attention_factor: float = 1.0,
 ) -> Float[Tensor, "batch heads length size"]:
     """Rotate vectors by their positions; see `mha_spec.reference.rotary_embedding`."""

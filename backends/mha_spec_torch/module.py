@@ -26,8 +26,8 @@ __all__ = ["MultiHeadAttention"]
 class MultiHeadAttention(torch.nn.Module, LayerObject):
     """Multi-head attention with its parameters; see `mha_spec.reference.multi_head_attention`.
 
-    The parameters have the same names: w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, q_norm and k_norm. `dropout_rate`
-    applies in training, unless a call has another rate. docs/judges.md lists how `torch.nn.MultiheadAttention` differs.
+    The parameters have the names of `mha_spec.parameters.AXES`. `dropout_rate` applies in training, unless a call has
+    another rate. docs/judges.md lists how `torch.nn.MultiheadAttention` differs.
     """
 
     functions = layer

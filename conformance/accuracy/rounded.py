@@ -96,6 +96,16 @@ class Rounded:
         value, largest = self.value / root, self.largest / (root - moved) * (1 + steps)
         return Rounded(value * gain.value, (largest - abs(value)) * abs(gain.value) + gamma(1) * largest * gain.largest)
 
+    def normalised_jointly(self, gain: Rounded, epsilon: float) -> Rounded:
+        """Normalise (batch, heads, length, size) by the root mean square over heads and size."""
+        batch, heads, length, size = self.value.shape
+        values, errors = (x.transpose(0, 2, 1, 3).reshape(batch, length, -1) for x in (self.value, self.error))
+        whole = Rounded(values, errors).normalised(Rounded(gain.value.reshape(-1), gain.error.reshape(-1)), epsilon)
+        values, errors = (
+            x.reshape(batch, length, heads, size).transpose(0, 2, 1, 3) for x in (whole.value, whole.error)
+        )
+        return Rounded(values, errors)
+
     def rotated(self, base: float = 10000.0, interleaved: bool = False, rotary_dim: int | None = None) -> Rounded:
         """Rotate the first rotary_dim components, pair i by position / base^(2i/rotary_dim)."""
         length, size = self.value.shape[-2:]
@@ -130,8 +140,8 @@ def attended(
 ) -> Rounded:
     """Compute a layer: projections, norms, rotation, softmax over the visible keys, output projection."""
     known = {name: Rounded.exact(array) for name, array in params.items()}
-    queries = placed(projected(known, "q", query), known.get("q_norm"), norm_epsilon, rotary)
-    keys = placed(projected(known, "k", key), known.get("k_norm"), norm_epsilon, rotary)
+    queries = placed(projected(known, "q", query), known, "q", norm_epsilon, rotary)
+    keys = placed(projected(known, "k", key), known, "k", norm_epsilon, rotary)
     values = projected(known, "v", value)
     group = queries.value.shape[1] // keys.value.shape[1]
     products = queries.einsum("bhqd,bhkd->bhqk", keys.repeated(group), roundings=4)
@@ -151,7 +161,12 @@ def projected(known: Mapping[str, Rounded], name: str, sequence: Array) -> Round
     return heads + known[f"b_{name}"].for_each_position() if f"b_{name}" in known else heads
 
 
-def placed(heads: Rounded, gain: Rounded | None, epsilon: float, rotary: Mapping[str, Any] | None) -> Rounded:
+def placed(
+    heads: Rounded, known: Mapping[str, Rounded], name: str, epsilon: float, rotary: Mapping[str, Any] | None
+) -> Rounded:
     """Normalise heads if there is a gain, and rotate them if there is a rotation."""
-    heads = heads if gain is None else heads.normalised(gain, epsilon)
+    if f"{name}_norm" in known:
+        heads = heads.normalised(known[f"{name}_norm"], epsilon)
+    elif f"{name}_joint_norm" in known:
+        heads = heads.normalised_jointly(known[f"{name}_joint_norm"], epsilon)
     return heads if rotary is None else heads.rotated(**rotary)

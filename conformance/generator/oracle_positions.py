@@ -30,6 +30,8 @@ class Rotation:
     base: float = 10000.0
     interleaved: bool = False
     rotary_dim: int | None = None
+    frequencies: Sequence[float] | None = None
+    attention_factor: float = 1.0
 
     @property
     def rotated(self) -> int:
@@ -42,16 +44,18 @@ class Rotation:
         return [(2 * n, 2 * n + 1) if self.interleaved else (n, n + half) for n in range(half)]
 
     def angle(self, position: float, pair: int) -> arb:
-        """Return position * base^(-2 pair / rotary_dim)."""
+        """Return position * frequencies[pair], by default position * base^(-2 pair / rotary_dim)."""
+        if self.frequencies is not None:
+            return arb(position) * arb(self.frequencies[pair])
         return arb(position) * (arb(self.base).log() * arb(-2 * pair) / arb(self.rotated)).exp()
 
     def rotate(self, x: numpy.ndarray, positions: Sequence[Sequence[float]]) -> numpy.ndarray:
-        """Rotate balls (batch, heads, length, size), each vector by the angles of its position."""
-        result = x.copy()
+        """Rotate balls (batch, heads, length, size), each vector by the angles of its position, times the factor."""
+        result, factor = x.copy(), arb(self.attention_factor)
         for b, line in enumerate(positions):
             for i, position in enumerate(line):
                 for pair, (first, second) in enumerate(self.pairs()):
-                    sine, cosine = self.angle(position, pair).sin_cos()
+                    sine, cosine = (factor * turn for turn in self.angle(position, pair).sin_cos())
                     a, c = x[b, :, i, first], x[b, :, i, second]
                     result[b, :, i, first], result[b, :, i, second] = a * cosine - c * sine, c * cosine + a * sine
         return result

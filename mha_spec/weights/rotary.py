@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["half_split_pairs", "interleaved_pairs"]
 
-_ROTATED = ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm")
+_ROTATED = ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm", "q_joint_norm", "k_joint_norm")
 
 
 def half_split_pairs(params: Mapping[str, Array], *, rotary_dim: int | None = None) -> dict[str, Array]:
@@ -28,7 +28,7 @@ def half_split_pairs(params: Mapping[str, Array], *, rotary_dim: int | None = No
     with `rotary={"interleaved": True}`. Meta's Llama has interleaved pairs, Hugging Face's half-split pairs.
 
     Args:
-        params: As load_weights gives them; w_q, w_k, b_q, b_k, q_norm and k_norm are reordered along qk_dim.
+        params: As load_weights gives them; the weights, biases and norms of query and key are reordered along qk_dim.
         rotary_dim: The number of components of each head that turn; None is all of qk_dim.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,8 @@ class Layout:
     """True if the library also returns its weights as a list, in the order of `tensors`."""
     by_kv_head: tuple[str, ...] = ()
     """Fused tensors that alternate: the queries, the key and the value of kv head 0, then those of kv head 1, ..."""
+    one_less: tuple[str, ...] = ()
+    """Gains that the library stores less 1; 1 is added when they are loaded."""
 
 
 _LINEAR = {
@@ -57,6 +59,8 @@ _LINEAR = {
     "b_o": "out",
     "q_norm": "qk_dim",
     "k_norm": "qk_dim",
+    "q_joint_norm": "heads*qk_dim",
+    "k_joint_norm": "kv_heads*qk_dim",
 }
 _TRANSPOSED = _LINEAR | {
     "w_q": "embed heads*qk_dim",
@@ -89,7 +93,7 @@ _TORCH_REFUSED = {
     f"to the projected {tensor} yourself"
     for name, tensor in {"bias_k": "key", "bias_v": "value"}.items()
 }
-_GATE = "use_gate multiplies the heads' output by a sigmoid of the query, which params does not describe"
+_GATE = "multiplies the heads' output by a sigmoid of the query, which params does not describe"
 _LAYER_NORM = "normalises by LayerNorm, which subtracts the mean; q_norm and k_norm are gains of RMS normalisation"
 _INVERSE_FREQUENCIES = "follows from the base of rotary="
 _POST_NORM = "the LayerNorm of the block, after the residual"
@@ -127,7 +131,7 @@ _KERAS_TENSORS = {
     for kind, letter in {"kernel": "w", "bias": "b"}.items()
 }
 _KERAS_BIASES = (tuple(name for name in _KERAS_TENSORS if name.endswith("bias")),)
-_KERAS_REFUSED = {"gate/kernel": _GATE, "gate/bias": _GATE}
+_KERAS_REFUSED = {f"gate/{kind}": f"use_gate {_GATE}" for kind in ("kernel", "bias")}
 _KERAS = Layout(
     describes="keras.layers.MultiHeadAttention",
     tensors=_KERAS_TENSORS,
@@ -209,14 +213,28 @@ _LLAMA = Layout(
     tensors={
         **{f"{part}_proj.weight": _linear(f"w_{part}") for part in "qkvo"},
         **{f"{part}_proj.bias": _linear(f"b_{part}") for part in "qkvo"},
-        **{f"{part}_norm.weight": _linear(f"{part}_norm") for part in "qk"},
     },
-    optional=(
-        ("q_proj.bias", "k_proj.bias", "v_proj.bias"),
-        ("o_proj.bias",),
-        ("q_norm.weight", "k_norm.weight"),
-    ),
+    optional=(("q_proj.bias", "k_proj.bias", "v_proj.bias"), ("o_proj.bias",)),
     equal_axes=_ONE_SIZE,
+    options={"causal": True, "rotary": {}},
+    apart={"rotary_emb.inv_freq": _INVERSE_FREQUENCIES},
+)
+# Three norms have the names q_norm.weight and k_norm.weight. Each has a layout, so that the caller chooses.
+_QWEN3 = replace(
+    _LLAMA,
+    describes="Qwen3",
+    tensors={**_LLAMA.tensors, **{f"{part}_norm.weight": _linear(f"{part}_norm") for part in "qk"}},
+)
+_GEMMA3 = replace(_QWEN3, describes="Gemma 3", one_less=("q_norm", "k_norm"))
+_OLMO2 = replace(
+    _LLAMA,
+    describes="OLMo 2",
+    tensors={**_LLAMA.tensors, **{f"{part}_norm.weight": _linear(f"{part}_joint_norm") for part in "qk"}},
+)
+_PHI3 = Layout(
+    describes="Phi-3",
+    tensors={"qkv_proj.weight": _linear("w_q", "w_k", "w_v"), "o_proj.weight": _linear("w_o")},
+    equal_axes={**_SELF, **_ONE_SIZE},
     options={"causal": True, "rotary": {}},
     apart={"rotary_emb.inv_freq": _INVERSE_FREQUENCIES},
 )
@@ -252,6 +270,7 @@ _VIT_TIMM = Layout(
             for kind in ("weight", "bias")
         },
         **{f"norm.{kind}": "scale_norm normalises the merged heads before proj" for kind in ("weight", "bias")},
+        **{f"gate.{kind}": f"gated {_GATE}" for kind in ("weight", "bias")},
     },
 )
 _BART_TENSORS = {
@@ -359,6 +378,10 @@ LAYOUTS = MappingProxyType(
         "gpt2": _GPT2,
         "llama": _LLAMA,
         "llama_meta": _LLAMA_META,
+        "qwen3": _QWEN3,
+        "gemma3": _GEMMA3,
+        "olmo2": _OLMO2,
+        "phi3": _PHI3,
         "t5": _T5,
         "vit_timm": _VIT_TIMM,
         "bart": _BART,

@@ -47,6 +47,7 @@ STEPS = {"token by token": [1] * LENGTH, "chunks": [5, 1, 5], "at once": [LENGTH
 OPTIONS: dict[str, tuple[Options, Callable[[], Options]]] = {
     "plain": ({"bias": False}, dict),
     "norms": ({"qk_norm": True, "norm_epsilon": 0.25}, lambda: {"causal": True, "q_offset": -1}),
+    "joint norms": ({"qk_norm": "joint", "norm_epsilon": 0.25, "rotary": {}}, lambda: {"causal": True, "q_offset": 2}),
     "halves": ({"rotary": {}}, lambda: {"q_offset": [2, 5]}),
     "interleaved": ({"rotary": {"interleaved": True, "base": 7.0}}, lambda: {"q_offset": numpy.asarray([1, 3])}),
     "partial": ({"rotary": {"rotary_dim": 2}, "qk_norm": True}, lambda: {"window": (4, 1), "q_offset": 3}),

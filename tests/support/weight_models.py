@@ -98,7 +98,46 @@ def llama() -> Module:
 @module
 def qwen3() -> Module:
     model = transformer("Qwen3", **LLAMA)
-    return transformer_module("llama", model, "layers.1.self_attn", 6, 18, lambda x: llama_output(model, x))
+    return transformer_module("qwen3", model, "layers.1.self_attn", 6, 18, lambda x: llama_output(model, x))
+
+
+@module
+def gemma3() -> Module:
+    """Round the weights of the norms, so that 1 + weight - 1 is the weight."""
+    import torch
+
+    model = transformer("Gemma3Text", **LLAMA, query_pre_attn_scalar=17)
+    positions = model.rotary_emb(torch.zeros(1), torch.arange(Q_LEN)[None], "sliding_attention")
+    layer = model.layers[1].self_attn
+    for norm in (layer.q_norm, layer.k_norm):
+        norm.weight.data = (norm.weight * 1024).round() / 1024
+    return transformer_module(
+        "gemma3",
+        model,
+        "layers.1.self_attn",
+        6,
+        18,
+        lambda x: layer(x, position_embeddings=positions, attention_mask=hidden_future())[0],
+        scale=17**-0.5,
+    )
+
+
+@module
+def olmo2() -> Module:
+    model = transformer(
+        "Olmo2", **{name: size for name, size in LLAMA.items() if name != "head_dim"} | {"hidden_size": 60}
+    )
+    return transformer_module(
+        "olmo2", model, "layers.1.self_attn", 6, 60, lambda x: llama_output(model, x), norm_epsilon=1e-5
+    )
+
+
+@module
+def phi3() -> Module:
+    model = transformer(
+        "Phi3", **{name: size for name, size in LLAMA.items() if name != "head_dim"} | {"hidden_size": 60}
+    )
+    return transformer_module("phi3", model, "layers.1.self_attn", 6, 60, lambda x: llama_output(model, x))
 
 
 @module

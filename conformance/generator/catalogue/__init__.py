@@ -17,6 +17,7 @@ from . import (
     far_positions,
     far_sinks,
     flushed,
+    frequencies,
     gradients,
     head_shapes,
     id_types,
@@ -85,6 +86,7 @@ THEMES = (
     head_shapes,
     far_positions,
     many_rows,
+    frequencies,
 )
 
 

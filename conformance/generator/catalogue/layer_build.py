@@ -127,6 +127,8 @@ def _clauses(inputs: Mapping[str, Input], options: Mapping[str, Any]) -> list[st
         "MHA-ROTARY-2": rotary is not None and "interleaved" in rotary,
         "MHA-ROTARY-3": rotary is not None and "rotary_dim" in rotary,
         "MHA-ROTARY-4": rotary is not None,
+        "MHA-ROTARY-7": rotary is not None and "frequencies" in rotary,
+        "MHA-ROTARY-8": rotary is not None and "attention_factor" in rotary,
         "MHA-CACHE-1": cached_keys and "key" in inputs,
         "MHA-CACHE-2": "chunks" in options,
         "MHA-CACHE-5": cached_keys and "kv_lengths" in inputs,

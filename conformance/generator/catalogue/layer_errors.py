@@ -66,7 +66,10 @@ def _of(*shape: int, dtype: str = "case") -> Input:
     return Input(bell(shape, 2.0**-3, "refused"), dtype)
 
 
-_TURNED = {"rotary": {}, "q_offset": 0}
+def _turned(**rotary: Any) -> dict[str, Any]:
+    return {"rotary": rotary, "q_offset": 0}
+
+
 _LAYER: tuple[tuple[str, str, str, str, Change, dict[str, Any]], ...] = (
     ("parameter-missing", "w_o", "value", "MHA-PROJ-4", {"w_o": None}, {}),
     ("parameter-unknown", "w_g", "value", "MHA-PROJ-4", {"w_g": _of(7, 4, 6)}, {}),
@@ -82,7 +85,10 @@ _LAYER: tuple[tuple[str, str, str, str, Change, dict[str, Any]], ...] = (
     ("epsilon-text", "norm_epsilon", "type", "MHA-NORM-1", {}, {"norm_epsilon": "small"}),
     ("rotary-true", "rotary", "type", "MHA-ROTARY-6", {}, {"rotary": True, "q_offset": 0}),
     ("rotary-option-unknown", "rotary", "type", "MHA-ROTARY-6", {}, {"rotary": {"theta": 500.0}, "q_offset": 0}),
-    ("rotary-odd", "rotary_dim", "value", "MHA-ROTARY-6", {"w_q": _of(7, 4, 5), "w_k": _of(11, 2, 5)}, _TURNED),
+    ("rotary-odd", "rotary_dim", "value", "MHA-ROTARY-6", {"w_q": _of(7, 4, 5), "w_k": _of(11, 2, 5)}, _turned()),
+    ("frequencies-too-many", "frequencies", "value", "MHA-ROTARY-7", {}, _turned(frequencies=[1.0] * 4)),
+    ("frequencies-and-base", "base", "value", "MHA-ROTARY-7", {}, _turned(frequencies=[1.0] * 3, base=500.0)),
+    ("factor-zero", "attention_factor", "value", "MHA-ROTARY-8", {}, _turned(attention_factor=0.0)),
     ("rotary-ambiguous", "q_offset", "value", "MHA-LAYER-6", {}, {"rotary": {}}),
     ("rotary-of-lengths", "q_offset", "value", "MHA-LAYER-6", {}, {"rotary": {}, "kv_lengths": (5, 3)}),
     ("query-with-heads", "query", "value", "MHA-LAYER-2", {"query": _of(2, 4, 3, 7)}, {}),
@@ -113,6 +119,25 @@ _ROTARY: tuple[tuple[str, str, str, str, Change, dict[str, Any]], ...] = (
     ("base-zero", "base", "value", "MHA-ROTARY-6", {}, {"rotary_dim": 4, "base": 0.0}),
     ("base-infinite", "base", "value", "MHA-ROTARY-6", {}, {"rotary_dim": 4, "base": math.inf}),
     ("interleaved-number", "interleaved", "type", "MHA-ROTARY-6", {}, {"rotary_dim": 4, "interleaved": 1}),
+    *(
+        (f"frequencies-{name}", argument, kind, "MHA-ROTARY-7", {}, {"rotary_dim": 4, **options})
+        for name, argument, kind, options in (
+            ("too-few", "frequencies", "value", {"frequencies": [1.0]}),
+            ("of-the-whole-size", "frequencies", "value", {"frequencies": [1.0, 0.5, 0.25]}),
+            ("negative", "frequencies", "value", {"frequencies": [1.0, -0.5]}),
+            ("single", "frequencies", "type", {"frequencies": 1.0}),
+            ("and-base", "base", "value", {"frequencies": [1.0, 0.5], "base": 500.0}),
+        )
+    ),
+    *(
+        (f"factor-{name}", "attention_factor", kind, "MHA-ROTARY-8", {}, {"rotary_dim": 4, "attention_factor": factor})
+        for name, kind, factor in (
+            ("zero", "value", 0.0),
+            ("negative", "value", -1.5),
+            ("nan", "value", math.nan),
+            ("text", "type", "yarn"),
+        )
+    ),
     ("positions-too-few", "positions", "value", "MHA-ROTARY-6", {"positions": integers(range(4))}, {"rotary_dim": 4}),
     (
         "positions-of-heads",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mha_spec.parameters import AXES
+from mha_spec.parameters import AXES, JOINT_NORMS
 
 from .call import Call
 
@@ -73,7 +73,7 @@ def _tokens(d: Drawing, sizes: dict[str, int], *, weights: bool) -> None:
 def _parameters(d: Drawing, sizes: dict[str, int], *, weights: bool) -> None:
     for name, axes in AXES.items():
         present = name.startswith("w_") or (d.often() if name in OPTIONAL else d.takes("norm_epsilon"))
-        if present and (name in OF_WEIGHTS or not weights):
+        if present and name not in JOINT_NORMS.values() and (name in OF_WEIGHTS or not weights):
             d.floats(name, tuple(sizes[axis] for axis in axes), "scores")
     if {"q_norm", "k_norm"} & d.recipes.keys() and d.often():
         d.options["norm_epsilon"] = d.one_of(1e-3, 1e-6, 0.5)
@@ -98,12 +98,23 @@ def _rotary(d: Drawing, size: int) -> dict[str, Any]:
     rotary: dict[str, Any] = {}
     if d.often():
         rotary["interleaved"] = True
-    if d.often():
-        rotary["base"] = d.one_of(500.0, 1e6)
     if size > 2 and d.often():
         # The only angle of two rotated components is the position, whatever the base is: more components say more.
         rotary["rotary_dim"] = d.one_of(*range(2, size, 2))
+    if d.rarely():
+        rotary["frequencies"] = _frequencies(d, rotary.get("rotary_dim", size) // 2)
+    elif d.often():
+        rotary["base"] = d.one_of(500.0, 1e6)
+    if d.rarely():
+        rotary["attention_factor"] = d.one_of(0.5, 1.25, 1.1386, 4.0)
     return rotary
+
+
+def _frequencies(d: Drawing, pairs: int) -> list[float]:
+    """Draw frequencies that fall or rise, as a scaled table does and does not; the last may be 0."""
+    first, ratio = d.one_of(1.0, 0.125, 1.75), d.one_of(0.5, 0.3, 1.0, 1.25)
+    turning = pairs - d.below(pairs) if d.often() else pairs
+    return [min(first * ratio**pair, 2.0) for pair in range(turning)] + [0.0] * (pairs - turning)
 
 
 def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) -> None:

@@ -52,11 +52,17 @@ def answer(
 
 def can_show(mistake: Mistake, case: Case, dtype: str | None = None) -> bool:
     """Tell whether the case calls a function of the mistake with the arguments, sizes and dtype that it needs."""
-    if case.function not in mistake.functions or not {*case.options, *case.input_names}.issuperset(mistake.needs):
+    if case.function not in mistake.functions or not _names(case).issuperset(mistake.needs):
         return False
     if mistake.dtypes and not set(mistake.dtypes) & ({dtype} if dtype else set(case.dtypes)):
         return False
     return mistake.past == ANY_SIZE or (case.expect != "error" and _passes(_sizes(case), mistake.past))
+
+
+def _names(case: Case) -> set[str]:
+    """Return the names of the arguments, and of the options of a rotation."""
+    rotary = case.options.get("rotary")
+    return {*case.options, *case.input_names, *(rotary if isinstance(rotary, dict) else ())}
 
 
 def _passes(sizes: Sizes, least: Sizes) -> bool:

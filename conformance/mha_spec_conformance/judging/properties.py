@@ -31,6 +31,9 @@ LARGEST_FLOAT16 = 65504.0
 MOST_PAIRS = 2**23
 """The largest number of pairs (i, j) that are marked as visible or hidden."""
 
+ROTARY = ("base", "interleaved", "rotary_dim", "frequencies", "attention_factor")
+"""The options of a rotation."""
+
 ATTENTION = ("attention", "attention_weights", "attention_vjp")
 """The functions whose pairs (i, j) the reference can mark as visible from the arguments alone."""
 
@@ -138,7 +141,7 @@ def _of_options(case: Case) -> Iterator[str]:
     if "positions" in names or "rotary" in names:
         rotary = case.options.get("rotary")
         options = {**case.options, **(rotary if isinstance(rotary, dict) else {})}
-        yield from (f"rotary with {name}" for name in ("base", "interleaved", "rotary_dim") if options.get(name))
+        yield from (f"rotary with {name}" for name in ROTARY if options.get(name))
     yield from (f"with {name}" for name in ("grad_lse", "chunks", "drafts", "k_norm", "q_norm") if name in names)
     left, right = (case.options.get("window") or (None, None))[:2]
     yield from ["window has a left side"] if left is not None else []

@@ -21,6 +21,7 @@ from .packed import PACKED
 from .precision import PRECISION
 from .raising import RAISING
 from .rotary import POSITIONS
+from .rotary_given import GIVEN
 from .rotary_tables import TABLES
 from .scores import SCORES
 from .softmax import SOFTMAX
@@ -45,6 +46,7 @@ MISTAKES: tuple[Mistake, ...] = (
     *PROJECTIONS,
     *POSITIONS,
     *TABLES,
+    *GIVEN,
     *CACHING,
     *FILLS_ADDED,
     *ENTRIES,

@@ -42,7 +42,7 @@ def last_components(x: numpy.ndarray, turns: Turns, interleaved: bool) -> numpy.
     return numpy.concatenate([x[..., :start], layer_steps.turn(x[..., start:], turns, interleaved)], axis=-1)
 
 
-def of_the_whole_size(rotary: dict[str, Any], size: int) -> Rotary:
+def of_the_whole_size(rotary: dict[str, Any], size: int, _: object = None) -> Rotary:
     """Use the frequencies of the whole size instead of rotary_dim: base^(-2i / size)."""
     checked = rotary_checks.check_rotary(rotary, size)
     return checked._replace(base=checked.base ** ((checked.rotary_dim or size) / size))
@@ -157,7 +157,7 @@ POSITIONS = (
         "rotary-dim-ignored",
         "rotates every component, whatever rotary_dim is",
         "MHA-ROTARY-3",
-        check_rotary=lambda rotary, size: rotary_checks.check_rotary(rotary, size)._replace(rotary_dim=None),
+        check_rotary=lambda rotary, size, _: rotary_checks.check_rotary(rotary, size)._replace(rotary_dim=None),
         functions=TURNING,
         bugs=("AI-Hypercomputer/maxtext#4742",),
     ),

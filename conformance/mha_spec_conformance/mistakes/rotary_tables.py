@@ -76,7 +76,7 @@ def over_the_whole_size(x: numpy.ndarray, turns: Turns, interleaved: bool) -> nu
     return layer_steps.turn(x, (cosine, sine), interleaved)
 
 
-def squared_share(rotary: dict[str, Any], size: int) -> Rotary:
+def squared_share(rotary: dict[str, Any], size: int, _: object = None) -> Rotary:
     """Apply the share rotary_dim / size twice."""
     checked = rotary_checks.check_rotary(rotary, size)
     turned = checked.rotary_dim or size
