@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
 
 from mha_spec_conformance.asking.selection import Ask
 from mha_spec_conformance.judging.amounts import amounts, rounded_to
+from mha_spec_conformance.judging.axes import axes_of
 from mha_spec_conformance.judging.bounds import allowances, precision
 from mha_spec_conformance.judging.causes import Story
 from mha_spec_conformance.judging.indices import TILES, covering, described_indices
-from mha_spec_conformance.judging.places import WrongElements, axes_of, described
+from mha_spec_conformance.judging.places import WrongElements, described
 from mha_spec_conformance.judging.recognition import Wrong
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def test_truncation_is_rounding(case: Case) -> None:
 
 
 @pytest.mark.parametrize("place", [..., (slice(None), slice(1, None), 2), (..., slice(4, None))])
-def test_small_factor_is_not_rounding(case: Case, place: object) -> None:
+def test_small_factor_is_not_rounding(case: Case, place: Any) -> None:
     def multiplied(answer: dict[str, numpy.ndarray]) -> None:
         answer["output"][place] *= 1.003
 

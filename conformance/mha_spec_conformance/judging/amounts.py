@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy
 
+from .axes import axes_of
 from .bounds import bounds, precision, unit_roundoff
 from .compare import gate_b, in_full_shape, judge, wrong_elements
-from .places import Place, axes_of
+from .places import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -142,7 +143,7 @@ def _elsewhere(failure: WrongElements, name: str) -> str | None:
             same = (abs(right - rows[row]) <= allowed + allowed[row]).all(axis=1) & (abs(right).max(axis=1) > 0)
         if not 0 < same.sum() <= max(2, len(right) // 8):
             return None
-        moved |= min((_moved(axes, shape, row, place) for place in numpy.flatnonzero(same)), key=len)
+        moved |= min((_moved(axes, shape, int(row), int(place)) for place in numpy.flatnonzero(same)), key=len)
     return f"the right numbers of another {' and '.join(axis for axis in axes if axis in moved)}" if moved else None
 
 

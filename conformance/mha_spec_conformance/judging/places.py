@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from .axes import axes_of
 from .bounds import precision
 from .compare import wrong_elements
 from .indices import TILES, plural
@@ -24,25 +25,7 @@ if TYPE_CHECKING:
 
     from .recognition import Wrong
 
-__all__ = ["Place", "WrongElements", "axes_of", "described"]
-
-AXES = {
-    "lse": ("batch entry", "head", "row"),
-    "grad_lse": ("batch entry", "head", "row"),
-    "weights": ("batch entry", "head", "row", "key"),
-    "bias": ("batch entry", "head", "row", "key"),
-    "grad_bias": ("batch entry", "head", "row", "key"),
-    "grad_key": ("batch entry", "kv head", "key", "component"),
-    "grad_value": ("batch entry", "kv head", "key", "component"),
-    "cache_key": ("batch entry", "kv head", "key", "component"),
-    "cache_value": ("batch entry", "kv head", "key", "component"),
-    "cache_lengths": ("batch entry",),
-    "grad_sinks": ("head",),
-    "slopes": ("head",),
-}
-"""The axes of each output; those of other outputs follow from the number of axes."""
-
-BY_RANK = {4: ("batch entry", "head", "row", "component"), 3: ("batch entry", "row", "component")}
+__all__ = ["Place", "WrongElements", "described"]
 
 LEAST_LEFT_OUT = 0.05
 """A description is worth a line if it leaves out this share of the elements."""
@@ -52,13 +35,6 @@ MOST_OUTPUTS = 3
 
 NEARLY_ALL = 0.9
 """A description is reported if it holds for this share of the failures."""
-
-
-def axes_of(output: str, rank: int) -> tuple[str, ...]:
-    """Name the axes of an output."""
-    name = output.removesuffix("_a").removesuffix("_b")
-    axes = AXES.get(name, BY_RANK.get(rank, ()))
-    return axes if len(axes) == rank else tuple(f"axis {axis}" for axis in range(rank))
 
 
 class WrongElements:

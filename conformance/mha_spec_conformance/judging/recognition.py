@@ -16,10 +16,10 @@ import numpy
 from mha_spec.arrays import FLOATING, dtype_name
 from mha_spec_conformance.mistakes import Compared, Mistake
 
+from .axes import axes_of
 from .bounds import precision, unit_roundoff
 from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, golden_rows, judge, kinds_of_values
 from .form import form_fault
-from .places import axes_of
 from .prediction import Predictions, can_show
 
 if TYPE_CHECKING:
