@@ -218,7 +218,7 @@ class Varlen:
         Differs from others:
             torch `varlen_attn`, FlashAttention and vLLM put the causal diagonal at the lower right without being asked,
             need max_seqlen, and leave tokens of no sequence unwritten. FlashInfer returns lse in base 2.
-            TransformerEngine has lse (tokens, heads). `attention` with segment ids packs a dense batch.
+            `attention` with segment ids packs sequences into a dense batch, in which positions run on.
 
         Source:
             SPEC.md, MHA-VARLEN-1 to MHA-VARLEN-12; Kwon et al. 2023 (paged attention).
