@@ -2,13 +2,15 @@
 
 Run `python benchmarks/small.py numpy|torch|jax|tensorflow`; a row past its limit fails the run. Every call is in
 float32 and has 8 heads of 64 unless its name gives another shape. Calls alternate with the peer's, and the times are
-medians in microseconds; with `--least` they are minima, for a machine that other processes use.
+medians in microseconds. For a machine that other processes use, `--least` gives minima, and `--processor` gives the
+processor time of all threads.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -155,9 +157,9 @@ def tensorflow_rows() -> Iterator[Row]:
 ROWS = {"numpy": numpy_rows, "torch": torch_rows, "jax": jax_rows, "tensorflow": tensorflow_rows}
 
 
-def measured(table: Table, row: Row, middle: Callable[[Iterable[float]], float]) -> bool:
+def measured(table: Table, row: Row, middle: Callable[[Iterable[float]], float], clock: Callable[[], float]) -> bool:
     """Add a row to the table; return True if it is within its limit."""
-    *_, ours, peer = (milliseconds * 1000 for milliseconds in ratio(row.ours, row.theirs, 2.0, middle=middle))
+    *_, ours, peer = (milliseconds * 1000 for milliseconds in ratio(row.ours, row.theirs, 2.0, clock, middle))
     good = row.limit.holds(ours, peer)
     times = (f"{ours:.0f}", f"{peer:.0f}", f"{ours - peer:+.0f}", f"{ours / peer:.2f}")
     table.add_row(row.call, row.peer, *times, str(row.limit), "ok" if good else "EXCEEDED")
@@ -166,16 +168,17 @@ def measured(table: Table, row: Row, middle: Callable[[Iterable[float]], float])
 
 def main() -> None:
     """Print the table of the backend that the command line names."""
-    names = [name for name in sys.argv[1:] if name != "--least"]
+    names = [name for name in sys.argv[1:] if name not in ("--least", "--processor")]
     if len(names) != 1 or names[0] not in ROWS:
         sys.exit(f"small.py: name one backend, {', '.join(ROWS)}")
     middle = min if "--least" in sys.argv else statistics.median
+    clock = time.process_time if "--processor" in sys.argv else time.perf_counter
     table = Table(title=f"mha_spec_{names[0]}, small calls")
     table.add_column("call")
     table.add_column("peer")
     for heading in ("ours us", "peer us", "more us", "ours / peer", "limit", ""):
         table.add_column(heading, justify="right")
-    good = [measured(table, row, middle) for row in ROWS[names[0]]()]
+    good = [measured(table, row, middle, clock) for row in ROWS[names[0]]()]
     Console(width=140).print(table)
     sys.exit(not all(good))
 

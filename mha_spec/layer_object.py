@@ -187,7 +187,7 @@ def _checked_option(name: str, value: Any) -> Any:
     return check_integer(name, value, 1, "MHA-PROJ-4")
 
 
-def _checked_norm(value: str) -> str:
+def _checked_norm(value: object) -> str:
     if value != JOINT:
         refuse_value("MHA-NORM-3", f'`qk_norm` must be True, False or "{JOINT}", received qk_norm={short_repr(value)}.')
     return JOINT

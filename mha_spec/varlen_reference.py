@@ -136,7 +136,7 @@ def add_to_pages(parts: Sequence[tuple[Sequence[int], Array]], shape: tuple[int,
     pages: list[Any] = [rows_outside(like, (block_size, *row), 0.0) for _ in range(blocks)]
     for numbers, rows in parts:
         for index, block in enumerate(numbers):
-            part = rows[index * block_size : (index + 1) * block_size, ...]
+            part = rows[index * block_size : min((index + 1) * block_size, rows.shape[0]), ...]
             rest = rows_outside(like, (block_size - part.shape[0], *row), 0.0)
             pages[block] = pages[block] + xp.concat([part, rest], axis=0)
     return xp.stack(pages) if pages else rows_outside(like, shape, 0.0)
@@ -218,7 +218,7 @@ class Varlen:
         Differs from others:
             torch `varlen_attn`, FlashAttention and vLLM put the causal diagonal at the lower right without being asked,
             need max_seqlen, and leave tokens of no sequence unwritten. FlashInfer returns lse in base 2.
-            TransformerEngine has lse (tokens, heads). `attention` with segment ids packs a dense batch.
+            `attention` with segment ids packs sequences into a dense batch, in which positions run on.
 
         Source:
             SPEC.md, MHA-VARLEN-1 to MHA-VARLEN-12; Kwon et al. 2023 (paged attention).

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy
 
 from .arguments import offset_of_reading
 from .arrays import host_integers
@@ -83,19 +85,20 @@ def _offsets(a: VarlenArguments, queries: list[range], keys: list[range]) -> lis
 
 def _blocks(a: VarlenArguments, keys: list[range]) -> list[list[int]]:
     """Return the blocks of each sequence, without those of the entries that its keys do not need (MHA-VARLEN-7)."""
-    table: Any = a.block_table
     blocks, block_size = a.key.shape[:2]
-    columns, numbers = table.shape[1], _integers_of_table(table)
-    starts = range(0, columns * len(keys), max(columns, 1)) if columns else [0] * len(keys)
-    return [
-        [min(max(number, 0), blocks - 1) for number in numbers[start : start - (-len(tokens) // block_size)]]
-        for start, tokens in zip(starts, keys, strict=True)
-    ]
+    table = numpy.clip(_table_of(a.block_table), 0, max(blocks - 1, 0))
+    counts = (-(-len(tokens) // block_size) for tokens in keys)
+    return [row[:count].tolist() for row, count in zip(table, counts, strict=True)]
 
 
-def _integers_of_table(table: Any) -> list[int]:
-    """Read a table of integers of any library, row by row."""
-    if hasattr(table, "tolist"):
-        return table.reshape(-1).tolist()
+def _table_of(table: Any) -> numpy.ndarray:
+    """Read a table of integers of any library."""
+    if isinstance(table, numpy.ndarray):
+        return cast("numpy.ndarray", table)
     rows, columns = table.shape
-    return [int(table[row, column]) for row in range(rows) for column in range(columns)]
+    numbers = (
+        table.tolist()
+        if hasattr(table, "tolist")
+        else [[int(table[row, column]) for column in range(columns)] for row in range(rows)]
+    )
+    return numpy.array(numbers, numpy.int64).reshape(rows, columns)

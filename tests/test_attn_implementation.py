@@ -6,7 +6,6 @@ float32 evaluation is therefore the tolerance.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from itertools import pairwise
@@ -17,11 +16,11 @@ import torch
 import transformers
 import transformers_attention
 from support.comparisons import assert_equal, assert_same, largest_difference
-from torch.overrides import TorchFunctionMode
+from support.transformers_world import InFloat64, in_dtype_of, randomized
 from transformers.masking_utils import sdpa_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -88,22 +87,6 @@ MODELS: dict[str, Callable[[], Any]] = {
 """Encoders and decoders without and with cross attention; position bias; softcap and window; sinks and window."""
 
 
-class InFloat64(TorchFunctionMode):
-    """Replaces float32 by float64 in every call.
-
-    transformers computes softmax and norms in float32, even in a float64 model. The number by which its masks hide keys
-    then becomes -inf, and a padded query NaN.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        def wide(argument: object) -> object:
-            return torch.float64 if argument is torch.float32 else argument
-
-        return func(*map(wide, args), **{name: wide(argument) for name, argument in (kwargs or {}).items()})
-
-
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
     """Register mha_spec, and use a single thread, which is fastest for such small models."""
@@ -118,10 +101,7 @@ def registered() -> Iterator[None]:
 def models(name: str) -> dict[str, Any]:
     """Make a model with weights in float64, and the same model rounded to float32."""
     torch.manual_seed(7)
-    double = MODELS[name]().double().eval()
-    with torch.no_grad():
-        for parameter in double.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    double = randomized(MODELS[name]())
     return {"float64": double, "float32": deepcopy(double).float()}
 
 
@@ -155,7 +135,7 @@ def ask(model: Any, implementation: str, batch: dict[str, Tensor], **options: An
     """Call a model with an implementation of attention."""
     model.set_attn_implementation(implementation)
     cast = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in batch.items()}
-    with InFloat64() if model.dtype == torch.float64 else nullcontext():
+    with in_dtype_of(model):
         return model(**cast, **options)
 
 

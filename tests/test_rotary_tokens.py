@@ -75,10 +75,10 @@ def test_sections_turn_as_those_of_qwen2_vl() -> None:
 @pytest.mark.parametrize("traced", [False, True], ids=["called", "compiled"])
 @pytest.mark.parametrize("host", [False, True], ids=["of-the-library", "on-the-host"])
 def test_axes_turn_their_sections(library: str, host: bool, traced: bool) -> None:
-    module = backend(library)
+    module, listed = backend(library), OF_AXES.tolist()
 
     def rotated(x: Any, positions: Any) -> Any:
-        where = OF_AXES.tolist() if host else positions
+        where = listed if host else positions
         return module.rotary_embedding(x, where, sections=SECTIONS, interleaved=True)
 
     function = compiled(library, rotated) if traced else rotated

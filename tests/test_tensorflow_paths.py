@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import pytest
 import tensorflow as tf
 from support.comparisons import assert_near
 from support.tensorflow_world import operands
+from tensorflow.python.eager.context import context
 
 import mha_spec
 import mha_spec_tensorflow
@@ -99,6 +101,57 @@ def test_hidden_keys_are_left_out_where_the_constraints_can_be_read(monkeypatch:
     seen.clear()
     attention(query, key, value, kv_lengths=tf.constant([512]))
     assert {block.keys for _, _, block in seen} == {512}
+
+
+@pytest.fixture
+def two_blocks(monkeypatch: pytest.MonkeyPatch) -> list[tf.Tensor]:
+    """Return operands whose causal queries are cut into two blocks."""
+    monkeypatch.setattr(plan, "COST_OF_BLOCK", 2**10)
+    return [array[:1] for array in operands(q_len=2 * plan.LOWEST, kv_len=2 * plan.LOWEST)]
+
+
+def test_few_blocks_are_computed_in_threads(two_blocks: list[tf.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, places = forward.scores, []
+
+    def watch(*arguments: Any) -> Any:
+        places.append((threading.current_thread(), context().device_name))
+        return real(*arguments)
+
+    monkeypatch.setattr(forward, "scores", watch)
+    with tf.device("/CPU:0"):
+        output = attention(*two_blocks, causal=True)
+        scope = context().device_name
+    assert len({thread for thread, _ in places}) == 2
+    assert {name for _, name in places} == {scope}
+    places.clear()
+    monkeypatch.setattr(tf.config.threading, "get_inter_op_parallelism_threads", lambda: 1)
+    assert (attention(*two_blocks, causal=True).numpy() == output.numpy()).all()
+    assert [thread for thread, _ in places] == [threading.main_thread()] * 2
+
+
+def test_an_error_in_a_thread_reaches_the_caller(two_blocks: list[tf.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = forward.scores
+
+    def fail(problem: Any, x: Any, block: Any) -> Any:
+        if block.query == 0:
+            raise MemoryError
+        return real(problem, x, block)
+
+    monkeypatch.setattr(forward, "scores", fail)
+    with pytest.raises(MemoryError):
+        attention(*two_blocks, causal=True)
+
+
+def test_blocks_of_a_graph_wait_for_each_other_unless_they_fit_into_memory_together(
+    two_blocks: list[tf.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waits() -> bool:
+        call = tf.function(lambda *arrays: attention(*arrays, causal=True)).get_concrete_function(*two_blocks)
+        return any(name.startswith("^") for node in call.graph.as_graph_def().node for name in node.input)
+
+    assert not waits()
+    monkeypatch.setattr(plan, "SCORES", plan.LOWEST**2 * two_blocks[0].shape[1])
+    assert waits()
 
 
 def test_the_product_is_computed_again_only_if_it_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:

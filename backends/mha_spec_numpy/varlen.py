@@ -1,7 +1,4 @@
-"""Packed and paged attention: the attention of this backend for each sequence.
-
-Keys and values in blocks are copied once, into the layout that the products need.
-"""
+"""Packed and paged attention: the attention of this backend for each sequence."""
 
 from __future__ import annotations
 
@@ -11,59 +8,104 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from mha_spec import varlen_reference
-from mha_spec.arguments import Arguments
+from mha_spec.arguments import Arguments, expand_options
 from mha_spec.varlen_reference import Varlen, VarlenSteps
 
 from .backward import gradients
 from .forward import attend
+from .operations import Scratch
 from .parallel import each
 from .plan import Plan
 from .problem import Problem
 from .tiling import Assembly
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Unpack
+
     from mha_spec.arrays import Array
+    from mha_spec.varlen_arguments import VarlenOptions
     from mha_spec.varlen_reference import Call, VarlenGradients
     from mha_spec.varlen_sequences import PackedSequence
 
 __all__ = ["varlen_attention", "varlen_attention_vjp"]
 
 
-def attend_to_sequence(call: Call, _: VarlenSteps, *, return_lse: bool) -> tuple[Array, Any]:
-    """Compute the output of a sequence and, if needed, its lse."""
-    problem = problem_of(call)
-    plan, rows = problem.plan, call.query.shape[:3]
-    output = Assembly((*rows, call.value.shape[3]), problem.query)
-    lse = Assembly(rows, problem.query) if return_lse else None
-    each(partial(attend, problem, output, lse), plan.tiles, plan.a, tiny=plan.is_tiny)
-    return output.whole(), None if lse is None else lse.whole()
+class Sequences:
+    """The attention of each sequence of a call, one after the other.
+
+    Blocks are gathered into memory that the sequences of the call share, and that stays in a core's cache.
+    """
+
+    def __init__(self) -> None:
+        self._scratch = Scratch()
+
+    def keys_of(self, x: Array, sequence: PackedSequence, steps: VarlenSteps) -> Array:
+        """Return the keys in use of a sequence, or its values, until its attention is computed (MHA-VARLEN-6)."""
+        if sequence.blocks is None or not isinstance(x, numpy.ndarray):
+            return varlen_reference.keys_of(x, sequence, steps)
+        blocks, (block_size, kv_heads, size) = numpy.array(sequence.blocks, numpy.intp), x.shape[1:]
+        gathered = self._scratch.take((len(blocks), block_size, kv_heads, size), x.dtype)
+        numpy.take(x, blocks, axis=0, out=gathered, mode="clip")
+        keys = self._scratch.take((1, kv_heads, len(sequence.keys), size), x.dtype)
+        keys[...] = gathered.reshape(-1, kv_heads, size)[: len(sequence.keys)].swapaxes(0, 1)
+        return keys
+
+    def attend(self, call: Call, _: VarlenSteps, *, return_lse: bool) -> tuple[Array, Any]:
+        """Compute the output of a sequence and, if needed, its lse."""
+        problem = _problem_of(call)
+        plan, rows = problem.plan, call.query.shape[:3]
+        output = Assembly((*rows, call.value.shape[3]), problem.query)
+        lse = Assembly(rows, problem.query) if return_lse else None
+        each(partial(attend, problem, output, lse), plan.tiles, plan.a, tiny=plan.is_tiny)
+        self._scratch.clear()
+        return output.whole(), None if lse is None else lse.whole()
+
+    def differentiate(self, call: Call, grad_output: Array, grad_lse: Array | None, _: VarlenSteps) -> VarlenGradients:
+        """Compute the gradients of a sequence."""
+        query, key, value, _bias, sinks = gradients(_problem_of(call), grad_output, grad_lse)
+        self._scratch.clear()
+        return query, key, value, sinks
+
+    def functions(self) -> Varlen:
+        """Return the functions over these steps."""
+        return Varlen(VarlenSteps(keys_of=self.keys_of, attend=self.attend, differentiate=self.differentiate))
 
 
-def differentiate_sequence(call: Call, grad_output: Array, grad_lse: Array | None, _: VarlenSteps) -> VarlenGradients:
-    """Compute the gradients of a sequence."""
-    query, key, value, _bias, sinks = gradients(problem_of(call), grad_output, grad_lse)
-    return query, key, value, sinks
-
-
-def problem_of(call: Call) -> Problem:
+def _problem_of(call: Call) -> Problem:
     """Plan the attention of a sequence, whose arguments are checked."""
     plan = Plan(Arguments(*call[:3], sinks=call.sinks, **call.options))
     return Problem.of(plan, *call[:3], slopes=call.slopes)
 
 
-def keys_of(x: Array, sequence: PackedSequence, steps: VarlenSteps) -> Array:
-    """Return the keys in use of a sequence, or its values; blocks are copied once, with the heads first."""
-    if sequence.blocks is None or not isinstance(x, numpy.ndarray):
-        return varlen_reference.keys_of(x, sequence, steps)
-    length, (block_size, kv_heads, size) = len(sequence.keys), x.shape[1:]
-    joined = numpy.empty((kv_heads, length, size), x.dtype)
-    for index, block in enumerate(sequence.blocks):
-        place = joined[:, index * block_size : (index + 1) * block_size]
-        place[...] = x[block, : place.shape[1]].swapaxes(0, 1)
-    return joined[None]
+@expand_options
+def varlen_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    cu_seqlens_q: Array | Sequence[int],
+    cu_seqlens_kv: Array | Sequence[int] | None,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[VarlenOptions],
+) -> Array | tuple[Array, Array]:
+    """Compute packed or paged attention; see `mha_spec.reference.varlen_attention`."""
+    function = Sequences().functions().varlen_attention
+    return function(query, key, value, cu_seqlens_q, cu_seqlens_kv, return_lse=return_lse, **options)
 
 
-_VARLEN = Varlen(VarlenSteps(keys_of=keys_of, attend=attend_to_sequence, differentiate=differentiate_sequence))
-
-varlen_attention = _VARLEN.varlen_attention
-varlen_attention_vjp = _VARLEN.varlen_attention_vjp
+@expand_options
+def varlen_attention_vjp(
+    grad_output: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    cu_seqlens_q: Array | Sequence[int],
+    cu_seqlens_kv: Array | Sequence[int] | None,
+    *,
+    grad_lse: Array | None = None,
+    **options: Unpack[VarlenOptions],
+) -> VarlenGradients:
+    """Compute the gradients; see `mha_spec.reference.varlen_attention_vjp`."""
+    function = Sequences().functions().varlen_attention_vjp
+    return function(grad_output, query, key, value, cu_seqlens_q, cu_seqlens_kv, grad_lse=grad_lse, **options)

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from .block import Block, covers, kept, rows_by, scores, softmax, stacked
 from .loops import Spec, over_entries, over_queries, whole
-from .problem import Operands, finite, finite_or_hiding, sizes_of
+from .problem import Operands, finite, finite_or_hiding, sizes_of, sum_is_finite
 
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
@@ -128,8 +128,7 @@ class _Backward:
                 visible_only = tf.where(visible, grad_weights, tf.zeros((), weights.dtype))
                 return visible_only, tf.reduce_sum(weights * visible_only, axis=-1, keepdims=True)
 
-            is_finite = tf.math.is_finite(tf.reduce_sum(row_dot))
-            grad_weights, row_dot = tf.cond(is_finite, lambda: (grad_weights, row_dot), again)
+            grad_weights, row_dot = tf.cond(sum_is_finite(row_dot), lambda: (grad_weights, row_dot), again)
         if self.grad_lse is not None:
             row_dot -= block.of_rows(self.grad_lse)
         return weights * (grad_weights - (row_dot if soft.share is None else soft.share * row_dot)), row_dot

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from .block import Block, kept, rows_by, scores, softmax
 from .loops import Spec, Tensors, over_entries, over_queries, whole
-from .problem import finite, sizes_of
+from .problem import finite, sizes_of, sum_is_finite
 
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
@@ -66,7 +66,7 @@ def _product(weights: Array, value: Array, block_scores: Scores) -> Array:
         product = tf.where(not_finite, tf.constant(math.nan, weights.dtype), rows_by(weights, finite(value)))
         return block_scores.zero_unless_seeing(product)
 
-    return tf.cond(tf.math.is_finite(tf.reduce_sum(plain)), lambda: plain, again)
+    return tf.cond(sum_is_finite(plain), lambda: plain, again)
 
 
 def weigh(problem: Problem, x: Operands) -> Array:

@@ -1,4 +1,7 @@
-"""Compute blocks in sequence: in Python in eager mode, in loops of the graph where a call is traced."""
+"""Compute blocks: in Python in eager mode, in loops of the graph where a call is traced.
+
+Blocks are computed in sequence, which bounds the memory, unless the plan says that they fit into memory together.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import tensorflow as tf
 
 from .block import Block
 from .problem import sizes_of
+from .threads import results_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +86,8 @@ def over_queries(
     like: dict[str, Spec],
 ) -> tuple[Tensors, Tensors]:
     """Compute blocks of queries; the arrays of a block have its queries on axis 2."""
+    if run.at_once and not carry and tf.executing_eagerly():
+        return carry, _concatenated(_at_once(run, entry, body), 2)
     joined: list[Tensors] = []
     for group in run.groups:
 
@@ -90,10 +96,20 @@ def over_queries(
             return body(carry, Block(entry, run.entries, query, group.rows, group.key(index), group.keys))
 
         specs = {name: spec.sized(0, run.entries).sized(2, group.rows) for name, spec in like.items()}
-        with tf.control_dependencies([*joined[-1].values()] if joined else []):
+        with tf.control_dependencies([*joined[-1].values()] if joined and not run.at_once else []):
             carry, arrays = _repeated(group.count, step, carry, specs, 2)
         joined.append(arrays)
     return carry, _concatenated(joined, 2)
+
+
+def _at_once(run: Run, entry: Size, body: Callable[[Tensors, Block], tuple[Tensors, Tensors]]) -> list[Tensors]:
+    """Compute the blocks of an eager call in threads."""
+    blocks = [
+        Block(entry, run.entries, _place(group.first, index, group.rows), group.rows, group.key(index), group.keys)
+        for group in run.groups
+        for index in range(group.count)
+    ]
+    return results_of([lambda block=block: body({}, block)[1] for block in blocks])
 
 
 def _place(first: Size, index: Size, size: Size) -> Size:

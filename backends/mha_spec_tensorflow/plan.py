@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Known", "Run", "as_int64", "offset_of", "plan_of", "unknown_plan"]
 
 SCORES = 2**23
-"""The most scores of a block, unless the least number of queries has more: 32 MiB in float32."""
+"""The most scores that are computed at a time, unless the least number of queries has more: 32 MiB in float32."""
 LOWEST, HIGHEST = 64, 512
 """The least and the most queries of a block."""
 SHORTEST_RUN = 64
@@ -72,6 +72,8 @@ class Run:
     count: Size
     entries: Size
     groups: tuple[Group, ...]
+    at_once: bool = False
+    """True if the blocks of an entry are computed at the same time, since they are few and fit into memory together."""
 
     @property
     def scores(self) -> Size:
@@ -285,8 +287,9 @@ def unknown_plan(known: Known, batch: Size, q_len: Size, kv_len: Size) -> tuple[
     if not (isinstance(q_len, int) and isinstance(kv_len, int)):
         return (_run(known, 0, batch, _unknown_groups(known, q_len, kv_len)),)
     groups = _known_groups(known, range(1))
-    together = _together(known, groups)
-    return (Run(0, batch, 1, groups) if together == 1 else Run(0, 1, batch, groups),)
+    together, at_once = _together(known, groups), _at_once(known, groups)
+    count, entries = (batch, 1) if together == 1 else (1, batch)
+    return (Run(0, count, entries, groups, at_once),)
 
 
 def _plan(known: Known, runs: list[range]) -> tuple[Run, ...]:
@@ -294,16 +297,32 @@ def _plan(known: Known, runs: list[range]) -> tuple[Run, ...]:
 
 
 def _run(known: Known, first: int, entries: Size, groups: tuple[Group, ...]) -> Run:
-    """Compute as many entries at once as a block may hold, the same number in each step."""
+    """Compute as many entries at once as fit into memory, the same number in each step."""
     together = _divisor(entries, _together(known, groups))
-    return Run(first, entries // together, together, groups)
+    return Run(first, entries // together, together, groups, _at_once(known, groups))
 
 
 def _together(known: Known, groups: tuple[Group, ...]) -> Size:
-    """Return the number of entries that a block may hold."""
+    """Return the number of entries whose block, or all blocks where these are computed at once, fit into memory."""
     sizes = [group.rows * group.keys for group in groups]
-    largest = max(sizes) if all(isinstance(size, int) for size in sizes) else sizes[0]
+    if _at_once(known, groups):
+        largest = sum(group.count * size for group, size in zip(groups, sizes, strict=True))
+    else:
+        largest = max(sizes) if all(isinstance(size, int) for size in sizes) else sizes[0]
     return _most(1, SCORES // known.a.heads // _most(1, largest))
+
+
+def _at_once(known: Known, groups: tuple[Group, ...]) -> bool:
+    """Return True if the blocks of an entry are few, large enough for a thread each, and fit into memory together.
+
+    TensorFlow computes the products of a small block on a single thread, so that blocks in sequence would leave the
+    other threads idle.
+    """
+    if not all(isinstance(size, int) for group in groups for size in (group.rows, group.keys, group.count)):
+        return False
+    blocks = sum(group.count for group in groups)
+    scores = known.a.heads * sum(group.count * group.rows * group.keys for group in groups)
+    return 1 < blocks <= CAUSAL_BLOCKS and blocks * COST_OF_BLOCK <= scores <= SCORES
 
 
 def _known_groups(known: Known, entries: range) -> tuple[Group, ...]:

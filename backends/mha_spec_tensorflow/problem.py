@@ -30,6 +30,7 @@ __all__ = [
     "problem_of",
     "sizes_of",
     "softmax_dtype",
+    "sum_is_finite",
 ]
 
 
@@ -57,6 +58,8 @@ class Constants(NamedTuple):
     """Pairs of integers for queries and keys; ids are equal where all pairs are."""
     dropout_mask: Array | None
     dropout_seed: Array | None
+    slopes: Array | None = None
+    """The linear bias of each head, (1, heads, 1, 1) in the softmax's type (MHA-VARLEN-8)."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,14 @@ def softmax_dtype(query: Array) -> tf.DType:
 def finite(array: Array) -> Array:
     """Replace every number that is not finite by 0, so that a weight of 0 hides it (MHA-POISON-2)."""
     return tf.where(tf.math.is_finite(array), array, tf.zeros((), array.dtype))
+
+
+def sum_is_finite(array: Array) -> Array | bool:
+    """Return True if the sum of an array is finite; NumPy finds out faster where it can read the memory."""
+    if tf.executing_eagerly() and "CPU" in array.device:
+        with numpy.errstate(all="ignore"):
+            return bool(numpy.isfinite(numpy.asarray(array).sum()))
+    return tf.math.is_finite(tf.reduce_sum(array))
 
 
 def finite_or_hiding(array: Array | None) -> Array | None:

@@ -28,6 +28,8 @@ __all__ = [
     "HALVES",
     "KNOWN",
     "LAYER",
+    "PACKED",
+    "PAGED",
     "POSITIONS",
     "POSITIONS_OF_LAYER",
     "ROTATED",
@@ -79,6 +81,31 @@ ATTENTION = {
     "grad_lse": Layout(_ROWS, "MHA-VJP-7"),
 }
 """The arguments of attention, its weights and its gradients."""
+
+_ROWS_OF_TOKENS = {
+    "query": Layout("q_tokens heads qk_dim", "MHA-VARLEN-1"),
+    "cu_seqlens_q": Layout("ends", "MHA-VARLEN-2"),
+    "cu_seqlens_kv": Layout("ends", "MHA-VARLEN-2"),
+    "seqused_kv": Layout("sequences", "MHA-VARLEN-4"),
+    "q_offset": Layout("sequences", "MHA-VARLEN-5"),
+    "sinks": Layout("heads", "MHA-SINK-1"),
+    "alibi_slopes": Layout("heads", "MHA-VARLEN-8"),
+    "grad_output": Layout("q_tokens heads v_dim", "MHA-VARLEN-11"),
+    "grad_lse": Layout("heads q_tokens", "MHA-VARLEN-11"),
+}
+
+PACKED = _ROWS_OF_TOKENS | {
+    "key": Layout("kv_tokens kv_heads qk_dim", "MHA-VARLEN-1"),
+    "value": Layout("kv_tokens kv_heads v_dim", "MHA-VARLEN-1"),
+}
+"""The arguments of varlen_attention and of its gradients."""
+
+PAGED = _ROWS_OF_TOKENS | {
+    "key": Layout("blocks block_size kv_heads qk_dim", "MHA-VARLEN-6"),
+    "value": Layout("blocks block_size kv_heads v_dim", "MHA-VARLEN-6"),
+    "block_table": Layout("sequences max_blocks", "MHA-VARLEN-6"),
+}
+"""The same with a block table."""
 
 HALVES = {
     f"{kind}_{half}": Layout(axes, "MHA-MERGE-4")

@@ -17,21 +17,23 @@ from mha_spec.arguments import Arguments
 from mha_spec.array_checks import check_library
 from mha_spec.checks import check, refuse_unknown
 from mha_spec.scalars import PLAIN_TYPES
+from mha_spec.varlen_checks import varlen_arguments
 
 from .function import transformed
 from .paths import autocasts
 from .problem import Problem, readable
-from .symbols import TENSORS, checked, entries, is_open, traced
+from .symbols import TENSORS, checked, entries, example, is_open, traced
 from .visibility import with_integers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mha_spec.arguments import WeightOptions
+    from mha_spec.varlen_arguments import VarlenArguments
 
     from .tasks import Operands
 
-__all__ = ["PREPARED", "arguments_of", "cast", "prepared", "problem_of", "signature_of"]
+__all__ = ["PREPARED", "arguments_of", "cast", "prepared", "problem_of", "signature_of", "varlen_arguments_of"]
 
 ARRAYS = frozenset({"mask", "bias", "sinks"})
 """The options of which neither the checks nor the preparation read an element."""
@@ -53,7 +55,7 @@ def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str
     for array in (query, key, value):
         if type(array) not in TENSORS or array.is_nested or array.layout is not torch.strided:
             return None
-        signature.append((array.shape, array.stride(), array.dtype, array.is_cpu or array.device))
+        signature += array.shape, array.stride(), array.dtype, array.is_cpu or array.device
     for name, option in options.items():
         kind = type(option)
         if kind in PLAIN_TYPES:
@@ -68,7 +70,7 @@ def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str
 def _is_eager() -> bool:
     """Tell whether no tracer, transform, dispatch mode or autocast affects the call."""
     return not (
-        torch._C._get_tracing_state() is not None
+        torch._C._is_tracing()
         or transformed()
         or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack()
@@ -128,6 +130,23 @@ def arguments_of(function: str, query: Tensor, key: Tensor, value: Tensor | None
     if not traced(query):
         return with_integers(check(a))
     return with_integers(checked(_with_tensors(a)))
+
+
+def varlen_arguments_of(function: str, options: Mapping[str, Any], *tensors: Any) -> VarlenArguments:
+    """Check the arguments of a packed call, `tensors` being the first five; symbols are checked by examples."""
+    query, key, value, *bounds = tensors
+    check_library("torch", query)
+    if autocasts(query.device.type):
+        query, key, value = cast(query=query, key=key, value=value).values()
+    if not traced(query):
+        return varlen_arguments(function, dict(options), query, key, value, *bounds)
+    # A sequence that holds a symbol becomes a tensor, because tensors are never read here.
+    bounds = [entries(value, query.device) if is_open(value) else value for value in bounds]
+    opened = {name: value for name, value in options.items() if is_open(value)}
+    for name in opened.keys() & {"seqused_kv", "q_offset"}:
+        opened[name] = entries(opened[name], query.device)
+    a = varlen_arguments(function, {**options, **example(opened)}, query, key, value, *bounds)
+    return replace(a, **opened)
 
 
 def _with_tensors(a: Arguments) -> Arguments:

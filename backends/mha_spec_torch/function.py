@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .problem import Problem
 
-__all__ = ["Attention", "gradients", "recorded", "transformed"]
+__all__ = ["Attention", "gradients", "needs_operations", "recorded", "transformed"]
 
 
 def transformed() -> bool:
@@ -45,7 +45,7 @@ def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Seque
     """Replace torch's gradients if they must be differentiable too, or if a NaN has passed a hidden pair."""
     if grad_outputs[0] is None:
         return None
-    is_differentiated = _needs_operations(grad_outputs)
+    is_differentiated = needs_operations(grad_outputs)
     if not is_differentiated and not _may_be_poisoned(problem, grad_inputs):
         return None
     node: Any = torch._C._current_autograd_node()
@@ -58,7 +58,7 @@ def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Seque
     return tuple(None if old is None else new for old, new in zip(grad_inputs, results[:3], strict=True))
 
 
-def _needs_operations(grad_outputs: Sequence[Any]) -> bool:
+def needs_operations(grad_outputs: Sequence[Any]) -> bool:
     """Tell whether the gradient itself is differentiated or transformed, also by `is_grads_batched` of autograd."""
     batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
     return (
@@ -95,7 +95,7 @@ class Attention(torch.autograd.Function):
         *operands, output, lse = ctx.saved_tensors
         x, (grad_output, grad_lse) = Operands(*operands), grad_outputs
         grad_output = torch.zeros_like(output) if grad_output is None else grad_output
-        if _needs_operations(grad_outputs):
+        if needs_operations(grad_outputs):
             results = gradients(ctx.problem, x, grad_output, grad_lse)
         else:
             needs_bias = ctx.needs_input_grad[4]

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 __all__ = [
+    "Rows",
     "attend",
     "autocasts",
     "backward",
     "differentiable",
     "forward",
+    "gradients",
     "output_and_weights",
     "weigh",
     "weigh_backward",
@@ -117,7 +119,7 @@ def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Ten
     """Return the output in the query's dtype, with the kernel's memory layout, and lse if it is needed."""
     tasks = problem.visibility.tasks
     if len(tasks) == 1 and tasks[0].has_all_rows and problem.suits_flash:
-        results = native.attend(problem, tasks[0], x.cut(tasks[0]), needs_lse=needs_lse)
+        results = native.attend(problem, tasks[0], problem.cut(x, tasks[0]), needs_lse=needs_lse)
         if results is not None:
             return results
     return _by_task(problem, x, needs_lse=needs_lse)
@@ -145,10 +147,12 @@ forward = without_autocast(attend)
 def _of_task(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> list[tuple[Task, torch.Tensor, Any]]:
     """Return output and lse of each piece of a task; the kernel takes the task whole."""
     if problem.suits_flash:
-        results = native.attend(problem, task, x.cut(task), needs_lse=needs_lse)
+        results = native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse)
         if results is not None:
             return [(task, *results)]
-    return [(piece, *formula.attend(problem, piece, x.cut(piece), needs_lse=needs_lse)) for piece in pieces(task)]
+    return [
+        (piece, *formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)) for piece in pieces(task)
+    ]
 
 
 def _empty_lse(problem: Problem, x: Operands) -> torch.Tensor:
@@ -178,9 +182,14 @@ def backward(
         part = native.gradients(problem, tasks[0], x, output, lse, grad_output, grad_lse)
         if part is not None:
             return _rounded(x, Sums(*part, None), None)
-    rows = Rows(output, lse, grad_output, grad_lse)
+    return _rounded(x, *gradients(problem, x, Rows(output, lse, grad_output, grad_lse), needs_bias=needs_bias))
+
+
+@without_autocast
+def gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -> tuple[Sums, torch.Tensor | None]:
+    """Return the gradients of query, key, value and bias, and of the sinks, in the softmax's type."""
     sums, row_dot = _gradients(problem, x, rows, needs_bias=needs_bias)
-    return _rounded(x, sums, None if row_dot is None or x.sinks is None else _of_sinks(x.sinks, lse, row_dot))
+    return sums, None if row_dot is None or x.sinks is None else _of_sinks(x.sinks, rows.lse, row_dot)
 
 
 @without_autocast
@@ -220,7 +229,7 @@ def _gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -
     sums, row_dot = None, None if x.sinks is None else _row_dot(problem, rows)
     for task in problem.visibility.tasks:
         flash = not needs_bias and problem.suits_flash
-        part = native.gradients(problem, task, x.cut(task), *rows.cut(task)) if flash else None
+        part = native.gradients(problem, task, problem.cut(x, task), *rows.cut(task)) if flash else None
         if part is not None and x.bias is None and task.is_whole:
             return Sums(*part, None), row_dot
         sums = Sums.of(problem, x) if sums is None else sums
@@ -229,7 +238,7 @@ def _gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -
             continue
         for piece in pieces(task):
             of_rows = rows.cut(piece)
-            part = formula.gradients(problem, piece, x.cut(piece), of_rows.lse, of_rows.cotangents)
+            part = formula.gradients(problem, piece, problem.cut(x, piece), of_rows.lse, of_rows.cotangents)
             sums.add(piece, part)
             if row_dot is not None:
                 piece.of_rows(row_dot).copy_(part.row_dot)

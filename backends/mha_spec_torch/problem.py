@@ -12,6 +12,8 @@ from .tasks import dense_rows, softmax_dtype
 from .visibility import Visibility, all_hold
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from mha_spec.arguments import Arguments
@@ -42,6 +44,8 @@ class Problem(NamedTuple):
     dropout_mask: torch.Tensor | None
     draws: Draws | None
     """The random integers of dropout, unless it has a mask."""
+    cutter: Callable[[Operands, Task], Operands] | None = None
+    """Selects the part of each operand that a task of a packed call reads."""
 
     @classmethod
     def of(cls, a: Arguments, *, host: bool) -> Problem:
@@ -76,6 +80,10 @@ class Problem(NamedTuple):
     def drops(self) -> bool:
         """Tell whether the call has dropout, by a mask or by draws."""
         return self.dropout_mask is not None or self.draws is not None
+
+    def cut(self, x: Operands, task: Task) -> Operands:
+        """Select the part of each operand that a task reads."""
+        return x.cut(task) if self.cutter is None else self.cutter(x, task)
 
     def visible(self, task: Task, x: Operands) -> torch.Tensor | None:
         """Tell which pairs of a task are visible, (batch*, heads*, queries*, keys*); None stands for all.

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from .conversion import layouts, load_weights, save_weights
 from .files import read_safetensors, write_safetensors
+from .loaded import LoadedLayer
 from .rotary import half_split_pairs, interleaved_pairs
 from .tables import Layout
 
 __all__ = [
     "Layout",
+    "LoadedLayer",
     "half_split_pairs",
     "interleaved_pairs",
     "layouts",

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec.parameters import AXES
+from mha_spec.scalars import check_integer
 
+from .configs import mapping_of_config
+from .families import read_config
+from .loaded import LoadedLayer
 from .names import Expected, beginning, layer_tensors, nested
-from .operations import Operations, mapping_of, operations_of, shape_of
+from .operations import Operations, is_mapping, mapping_of, operations_of, shape_of
 from .sizes import Sizes, axes_of, merged_axis
 from .tables import LAYOUTS, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from os import PathLike
 
     from mha_spec.arrays import Array
 
@@ -26,6 +32,7 @@ def layouts() -> Mapping[str, Layout]:
     return LAYOUTS
 
 
+@overload
 def load_weights(
     state: Mapping[str, Array] | Sequence[Array],
     layout: str | Layout,
@@ -33,31 +40,90 @@ def load_weights(
     heads: int | None = None,
     kv_heads: int | None = None,
     prefix: str = "",
-) -> dict[str, Array]:
+) -> dict[str, Array]: ...
+@overload
+def load_weights(
+    state: Mapping[str, Array] | Sequence[Array],
+    layout: str | Layout | None = None,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    prefix: str = "",
+    config: Mapping[str, Any] | str | PathLike[str],
+    layer: int | None = None,
+    seq_len: int | None = None,
+) -> LoadedLayer: ...
+def load_weights(
+    state: Mapping[str, Array] | Sequence[Array],
+    layout: str | Layout | None = None,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    prefix: str = "",
+    config: Mapping[str, Any] | str | PathLike[str] | None = None,
+    layer: int | None = None,
+    seq_len: int | None = None,
+) -> dict[str, Array] | LoadedLayer:
     """Return the `params` of multi_head_attention from the weights of another library's attention layer.
 
     Args:
         state: The arrays by name, flat or nested, of a layer or of a whole model; for Keras also `get_weights()`. An
             array of params shares memory with its array in `state` where the library reshapes without a copy.
-        layout: A name in `layouts()`, or a Layout.
+        layout: A name in `layouts()`, or a Layout; with a config, None is the layout of its model_type.
         heads: Required where the layout merges heads and sizes in an axis; elsewhere it must agree with the shapes.
         kv_heads: Required where the shapes leave it open; elsewhere it must agree with the shapes.
         prefix: The beginning of the layer's names, such as "layers.0.self_attn"; names without it are ignored, and
             every name with it must be known.
+        config: The configuration of a model of Hugging Face, the dictionary or the path of its config.json; it sets the
+            sizes and the options. docs/weights.md lists its models and keys.
+        layer: The index of the layer, where the layers of the config differ; None reads it from the prefix.
+        seq_len: The number of tokens, on which the rotations "dynamic" and "longrope" depend; see rotary_frequencies.
 
     Returns:
         w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim), w_o (heads, v_dim,
-        out), and the biases and gains that the state has; dtypes, library and device are unchanged.
+        out), and the biases and gains that the state has; dtypes, library and device are unchanged. With a config, a
+        LoadedLayer, which has these params, the options of the call, and the keys of the config that were ignored.
 
     Raises:
         ArgumentValueError: A name is missing, unknown or without a place in params (all are listed); a shape does not
-            fit (both are named); the layout is unknown.
+            fit (both are named); the layout or the model of the config is unknown; the config asks for a computation
+            that the layer lacks, or contradicts the shapes.
         ArgumentTypeError: A value is not an array, or the arrays are of several libraries.
     """
-    table = _table(layout)
+    if config is None:
+        for name, value in {"layer": layer, "seq_len": seq_len}.items():
+            if value is not None:
+                raise ArgumentValueError(f"`{name}` must be None without a config, received {name}={value!r}.")
+        return _loaded(state, _table(layout), {"heads": heads, "kv_heads": kv_heads}, prefix)
+    read = read_config(mapping_of_config(config), _index(prefix, layer), seq_len)
+    table = _table(read.layout if layout is None else layout)
+    for name, value in {"heads": heads, "kv_heads": kv_heads}.items():
+        if value not in (None, read.sizes[name]):
+            raise ArgumentValueError(f"`{name}` must be that of config, {read.sizes[name]}, received {name}={value!r}.")
+    if table.one_less != _table(read.layout).one_less:
+        raise ArgumentValueError(
+            f"`layout` must store the gains of norms as {read.layout} does, the layout of this config, "
+            f"received layout={layout!r}."
+        )
+    params = _loaded(state, table, read.sizes, prefix)
+    biases = tuple(name for name in params if name.startswith("b_"))
+    if biases != read.biases:
+        raise ArgumentValueError(
+            f"`state` must hold the biases that config says, {', '.join(read.biases) or 'none'}, "
+            f"received {', '.join(biases) or 'none'}."
+        )
+    return LoadedLayer(
+        params, _of_table(read.options, table), read.ignored, alibi=read.alibi, dropout_rate=read.dropout_rate
+    )
+
+
+def _loaded(
+    state: Mapping[str, Array] | Sequence[Array], table: Layout, known: Mapping[str, int | None], prefix: str
+) -> dict[str, Array]:
+    """Return the params of a layer, some sizes of which are known."""
     tensors = layer_tensors(state, table, prefix)
     operations = operations_of(tensors, "state")
-    sizes = Sizes(table.equal_axes, heads=heads, kv_heads=kv_heads)
+    sizes = Sizes(table.equal_axes, **known)
     held = {name: parts for name, parts in table.tensors.items() if name in tensors}
     head = beginning(prefix, table)
     sizes.fit_all({head + name: (list(parts.values()), shape_of(tensors[name])) for name, parts in held.items()})
@@ -66,6 +132,26 @@ def load_weights(
     for name, parts in held.items():
         params |= _taken_apart(tensors[name], parts, sizes, operations, by_kv_head=name in table.by_kv_head)
     return {name: params[name] + 1 if name in table.one_less else params[name] for name in AXES if name in params}
+
+
+def _index(prefix: object, layer: int | None) -> int | None:
+    """Return the index of the layer, which a prefix with a single number has, too."""
+    if layer is not None:
+        layer = check_integer("layer", layer, 0, "MHA-PROJ-4")
+    numbers = re.findall(r"(?:^|[./])([0-9]+)(?=[./]|$)", prefix) if isinstance(prefix, str) else []
+    if len(numbers) != 1:
+        return layer
+    if layer not in (None, int(numbers[0])):
+        raise ArgumentValueError(f"`layer` must be that of prefix={prefix!r}, received layer={layer}.")
+    return int(numbers[0])
+
+
+def _of_table(options: Mapping[str, Any], table: Layout) -> dict[str, Any]:
+    """Return the options with the order of the pairs of another layout, such as Meta's names of Llama."""
+    rotary = table.options.get("rotary")
+    if not options.get("rotary") or not is_mapping(rotary):
+        return dict(options)
+    return {**options, "rotary": {**options["rotary"], **rotary}}
 
 
 def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: str = "") -> dict[str, Array]:

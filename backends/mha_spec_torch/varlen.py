@@ -1,0 +1,105 @@
+"""Packed and paged attention for PyTorch, by the paths of dense attention.
+
+| call | forward and backward |
+| --- | --- |
+| eager | the tasks of every sequence, see `packing` |
+| graph | an operator that does the same when it runs, see `varlen_operators` |
+| transforms, the backward of a backward | the formula of each sequence, in differentiable operations |
+
+The integers of a call are read when it runs, also from an accelerator, where that waits for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mha_spec.arguments import expand_options
+from mha_spec.checks import check_flag
+from mha_spec.varlen_checks import check_cotangents
+
+from . import varlen_operators
+from .calls import varlen_arguments_of
+from .function import transformed
+from .packing import Packed
+from .symbols import traced
+from .varlen_passes import Results, backward, differentiable, forward, gradients, operands_of, recorded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Unpack
+
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from mha_spec.varlen_arguments import VarlenOptions
+    from mha_spec.varlen_reference import VarlenGradients
+
+__all__ = ["varlen_attention", "varlen_attention_vjp"]
+
+
+@expand_options
+def varlen_attention(
+    query: Float[Tensor, "q_tokens heads qk_dim"],
+    key: Float[Tensor, "kv_tokens kv_heads qk_dim"],
+    value: Float[Tensor, "kv_tokens kv_heads v_dim"],
+    cu_seqlens_q: Int[Tensor, "sequences+1"] | Sequence[int],
+    cu_seqlens_kv: Int[Tensor, "sequences+1"] | Sequence[int] | None,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[VarlenOptions],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute packed or paged attention; see `mha_spec.reference.varlen_attention`.
+
+    Under autocast query, key and value are cast first.
+    """
+    return _attend((query, key, value, cu_seqlens_q, cu_seqlens_kv), return_lse, options)
+
+
+@torch.compiler.allow_in_graph
+def _attend(tensors: Sequence[Any], return_lse: bool, options: VarlenOptions) -> Tensor | tuple[Tensor, Tensor]:
+    a = varlen_arguments_of("varlen_attention", options, *tensors)
+    return_lse = check_flag("return_lse", return_lse)
+    operands = operands_of(a)
+    if transformed():
+        output, lse = differentiable(Packed.of(a), *operands)
+    elif traced(a.query):
+        output, lse = varlen_operators.attend(a)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        output, lse = recorded(Packed.of(a), *operands)
+    else:
+        output, lse = forward(Packed.of(a), *operands, needs_lse=return_lse)
+    return (output, lse) if return_lse else output
+
+
+@expand_options
+def varlen_attention_vjp(
+    grad_output: Float[Tensor, "q_tokens heads v_dim"],
+    query: Float[Tensor, "q_tokens heads qk_dim"],
+    key: Float[Tensor, "kv_tokens kv_heads qk_dim"],
+    value: Float[Tensor, "kv_tokens kv_heads v_dim"],
+    cu_seqlens_q: Int[Tensor, "sequences+1"] | Sequence[int],
+    cu_seqlens_kv: Int[Tensor, "sequences+1"] | Sequence[int] | None,
+    *,
+    grad_lse: Float[Tensor, "heads q_tokens"] | None = None,
+    **options: Unpack[VarlenOptions],
+) -> VarlenGradients:
+    """Compute the gradients of `varlen_attention`; see `mha_spec.reference.varlen_attention_vjp`."""
+    return _differentiate((grad_output, grad_lse), (query, key, value, cu_seqlens_q, cu_seqlens_kv), options)
+
+
+@torch.compiler.allow_in_graph
+def _differentiate(
+    cotangents: tuple[Tensor, Tensor | None], tensors: Sequence[Any], options: VarlenOptions
+) -> VarlenGradients:
+    a = varlen_arguments_of("varlen_attention_vjp", options, *tensors)
+    check_cotangents(a, *cotangents)
+    operands = operands_of(a)
+    is_differentiated = any(x is not None and x.requires_grad for x in (*operands, *cotangents))
+    if transformed() or (torch.is_grad_enabled() and is_differentiated):
+        return gradients(Packed.of(a), operands, *cotangents)
+    if traced(a.query):
+        return varlen_operators.gradients(a, *cotangents)
+    packed = Packed.of(a)
+    return backward(packed, Results(*operands, *forward(packed, *operands, needs_lse=True)), *cotangents)
