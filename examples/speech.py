@@ -117,11 +117,11 @@ def draw(params: dict[str, Any], recording: Recording, path: Path) -> None:
     words = [*spell(single.words[0]).split(), SYMBOLS[END]]
     tensors = each(params, torch.from_numpy)
     weights = listener.cross_weights(tensors, *read(tensors, single))[0].mean(0)[: len(words)].numpy()
-    end = len(recording.frames) * FRAME_SECONDS
+    ends = len(recording.frames) * FRAME_SECONDS, weights.shape[1] * 2 * FRAME_SECONDS
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 4.5), sharex=True, layout="constrained")
-    above.imshow(recording.frames.T, cmap="magma", origin="lower", aspect="auto", extent=(0, end, 0, MELS))
+    above.imshow(recording.frames.T, cmap="magma", origin="lower", aspect="auto", extent=(0, ends[0], 0, MELS))
     above.set_ylabel("mel band")
-    below.imshow(weights, cmap="Blues", vmin=0, aspect="auto", extent=(0, end, len(words) - 0.5, -0.5))
+    below.imshow(weights, cmap="Blues", vmin=0, aspect="auto", extent=(0, ends[1], len(words) - 0.5, -0.5))
     below.set_yticks(range(len(words)), words)
     below.set_xlabel("seconds")
     for axis in (above, below):

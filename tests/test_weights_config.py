@@ -256,12 +256,22 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "more layers than a model has": (
         lambda: loaded(num_hidden_layers=10**12),
         ArgumentValueError,
-        ("num_hidden_layers must be num_hidden_layers<=65536",),
+        ("num_hidden_layers must be num_hidden_layers<=1048576",),
     ),
     "a scalar beyond float64": (
         lambda: loaded(model_type="gemma2", query_pre_attn_scalar=10**400, layer=0),
         ArgumentValueError,
         ("query_pre_attn_scalar must be finite",),
+    ),
+    "a size that no array has": (
+        lambda: loaded(head_dim=2**70),
+        ArgumentValueError,
+        ("head_dim must be head_dim<=1048576",),
+    ),
+    "no flag": (
+        lambda: loaded(model_type="falcon", alibi=[1]),
+        ArgumentTypeError,
+        ("`alibi` must be True or False", "[1]"),
     ),
     "no number": (
         lambda: loaded(STATE | NORMS, model_type="qwen3", rms_norm_eps=float("nan")),

@@ -23,8 +23,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 BIASES = ("b_q", "b_k", "b_v", "b_o")
 
-MOST_LAYERS = 2**16
-"""The largest number of layers, each of which has an entry in a list."""
+LARGEST = 2**20
+"""The largest size, and the largest number of layers, for which lists are made."""
 
 
 @dataclass(frozen=True)
@@ -327,8 +327,8 @@ def read_config(keys: Mapping[str, Any], layer: int | None, seq_len: int | None)
     config.get("model_type")
     for key, reason in family.refused.items():
         config.refuse_use(key, f"in {name}, {reason}")
-    embed, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    qk_dim = config.optional_integer("head_dim") or _share(config, embed, heads)
+    embed, heads = (config.integer(key, most=LARGEST) for key in ("hidden_size", "num_attention_heads"))
+    qk_dim = config.optional_integer("head_dim", most=LARGEST) or _share(config, embed, heads)
     read_kv_heads = _grouped if family.kv_heads is None else family.kv_heads
     kv_heads = read_kv_heads(config, heads)
     kind, position = _kind_of_layer(config, family, layer)
@@ -395,9 +395,7 @@ def _is_scaled(config: Config, family: Family) -> bool:
 
 def _kind_of_layer(config: Config, family: Family, layer: int | None) -> tuple[str, int]:
     """Return the kind of the layer and its index, which may be unknown, 0, where all layers are the same."""
-    layers = config.integer("num_hidden_layers")
-    if layers > MOST_LAYERS:
-        config.refuse("num_hidden_layers", f"be num_hidden_layers<={MOST_LAYERS}")
+    layers = config.integer("num_hidden_layers", most=LARGEST)
     kinds = None if family.types is None else config.layer_types(layers) or family.types(config, layers)
     kinds = [FULL] * layers if kinds is None else kinds
     if layer is None and (len({*kinds[:layers]}) > 1 or _is_scaled(config, family)):
@@ -416,7 +414,7 @@ def _rotary(config: Config, family: Family, qk_dim: int, kind: str, seq_len: int
     base, original = config.get(family.base), None
     share = config.get(family.share or "partial_rotary_factor")
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
-    if scaling is not None and parameters is not None and scaling != parameters:
+    if scaling is not None and parameters is not None and repr(scaling) != repr(parameters):
         config.refuse("rope_scaling", "be null where rope_parameters are given")
     scaling = parameters if scaling is None else scaling
     if family.layout == "gemma3":
@@ -426,7 +424,7 @@ def _rotary(config: Config, family: Family, qk_dim: int, kind: str, seq_len: int
     if is_mapping(scaling):
         base = None if scaling.get("rope_theta") is not None else base
         share = share if scaling.get("partial_rotary_factor") is None else scaling["partial_rotary_factor"]
-    if family.share is None and share not in (None, 1):
+    if family.share is None and share is not None and repr(share) not in ("1", "1.0"):
         raise ArgumentValueError(
             f"`config` has partial_rotary_factor={short_repr(share)}, but this model turns whole heads."
         )
