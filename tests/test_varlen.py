@@ -400,6 +400,22 @@ def test_numpy_scalars_count_as_numbers(module: str) -> None:
     assert_equal(call_of(module, packed(**scalars), "float32"), call_of(module, packed(**plain), "float32"))
 
 
+@pytest.mark.parametrize("name", ["mha_spec.reference", "mha_spec_numpy", "mha_spec"])
+@pytest.mark.parametrize("layout", [packed, paged])
+def test_a_strict_library_of_the_array_api_has_the_same_results(name: str, layout: Any) -> None:
+    xp = pytest.importorskip("array_api_strict")
+    functions, call = importlib.import_module(name), layout() | OPTIONS["all"]
+    expected = separate(call | cotangents(call))
+    strict, cotangent = (
+        {label: xp.asarray(x) if isinstance(x, numpy.ndarray) else x for label, x in arguments.items()}
+        for arguments in (call, cotangents(call))
+    )
+    results = functions.varlen_attention(**strict, return_lse=True)
+    results = (*results, *functions.varlen_attention_vjp(**cotangent, **strict))
+    assert all(type(result) is type(strict["query"]) for result in results)
+    assert_near([numpy.asarray(result) for result in results], expected)
+
+
 def test_sequences_are_read_without_a_library() -> None:
     call = paged()
     tensors = [call[name] for name in ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_kv")]
