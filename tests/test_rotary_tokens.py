@@ -47,7 +47,7 @@ def compiled(library: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function as the library compiles or traces it as a whole."""
     if library == "numpy":
         return function
-    framework = importlib.import_module(library)
+    framework: Any = importlib.import_module(library)
     if library == "torch":
         return framework.compile(function, fullgraph=True, backend="eager")
     return framework.jit(function) if library == "jax" else framework.function(function, autograph=False)
