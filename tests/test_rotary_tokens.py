@@ -54,7 +54,7 @@ def compiled(library: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attended(positions: Any, **options: Any) -> Any:
-    return reference.multi_head_attention(*[TOKENS] * 3, PARAMS, positions=positions, **options)
+    return reference.multi_head_attention(TOKENS, TOKENS, TOKENS, PARAMS, positions=positions, **options)
 
 
 def test_sections_turn_as_those_of_qwen2_vl() -> None:
