@@ -47,14 +47,14 @@ def compiled(library: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function as the library compiles or traces it as a whole."""
     if library == "numpy":
         return function
-    framework = importlib.import_module(library)
+    framework: Any = importlib.import_module(library)
     if library == "torch":
         return framework.compile(function, fullgraph=True, backend="eager")
     return framework.jit(function) if library == "jax" else framework.function(function, autograph=False)
 
 
 def attended(positions: Any, **options: Any) -> Any:
-    return reference.multi_head_attention(*[TOKENS] * 3, PARAMS, positions=positions, **options)
+    return reference.multi_head_attention(TOKENS, TOKENS, TOKENS, PARAMS, positions=positions, **options)
 
 
 def test_sections_turn_as_those_of_qwen2_vl() -> None:
