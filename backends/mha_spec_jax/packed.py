@@ -142,7 +142,7 @@ class Sequences(NamedTuple):
     """The number of queries of a block."""
 
     @property
-    def count(self) -> Array:
+    def total(self) -> Array:
         """The number of blocks of all sequences."""
         return jnp.max(self.blocks, initial=0)
 

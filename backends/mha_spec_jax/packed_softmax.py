@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from .problem import anchor_of, finite
 from .reverse import differentiable_once, reverse_only
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jax import Array
 
     from .packed import Block, Lengths, Packing
@@ -49,13 +51,14 @@ class _Work:
         self.packing, self.tokens = packing, x.query.shape[0]
         self.heads, self.kv_heads = x.query.shape[1], x.key.shape[-2]
         self.group, self.dtype = self.heads // self.kv_heads, jnp.promote_types(x.query.dtype, jnp.float32)
-        self.table = None if lengths.block_table is None else with_room(lengths.block_table.T, 1).T
-        self.page = None if self.table is None else x.key.shape[1]
+        table: Any = lengths.block_table
+        self.table: Any = None if table is None else with_room(table.T, 1).T
+        self.page: Any = None if table is None else x.key.shape[1]
         room = packing.keys if self.page is None else 1
         self.query, self.key, self.value = (
             with_room(array, size) for array, size in ((x.query, packing.rows), (x.key, room), (x.value, room))
         )
-        kv_tokens = x.key.shape[0] if self.page is None else lengths.block_table.shape[1] * x.key.shape[1]
+        kv_tokens = x.key.shape[0] if table is None else table.shape[1] * self.page
         self.sequences = sequences_of(packing, lengths, self.tokens, kv_tokens)
         self.slopes, self.sinks = lengths.alibi_slopes, x.sinks
 
@@ -113,28 +116,28 @@ class _Work:
         place = jnp.clip(numbers, 0, self.key.shape[0] - 1).astype(jnp.int32)
         return Tile(block.head, place, keys, keys < stop)
 
-    def over_tiles(self, block: Block, body: partial, carry: object) -> object:
+    def over_tiles(self, block: Block, body: Callable[[Any, Any], Any], carry: Any) -> Any:
         """Run `body(carry, tile)` on the tiles that hold the keys that a block sees."""
         first, stop = block.keys(self.packing, self.sequences.kv_length[block.sequence])
         if self.page is not None:
             first = first // self.page * self.page
         count = jnp.maximum(0, -(-(stop - first) // self.packing.keys))
 
-        def step(index: Array, carry: object) -> object:
+        def step(index: Array, carry: Any) -> Any:
             return body(carry, self.tile(block, first + index * self.packing.keys, stop))
 
         return lax.fori_loop(0, count, step, carry)
 
-    def over_blocks(self, body: partial, carry: object) -> object:
+    def over_blocks(self, body: Callable[[Any, Any], Any], carry: Any) -> Any:
         """Run `body(carry, block)` on all heads of all blocks."""
         parts, sequences = self.kv_heads // self.packing.heads, self.sequences.q_first.shape[0]
         if are_known(sequences) and sequences == 0:
             return carry
 
-        def step(index: Array, carry: object) -> object:
+        def step(index: Array, carry: Any) -> Any:
             return body(carry, self.sequences.block(index // parts, index % parts * self.packing.heads))
 
-        return lax.fori_loop(0, parts * self.sequences.count, step, carry)
+        return lax.fori_loop(0, parts * self.sequences.total, step, carry)
 
     def keys(self, tile: Tile) -> Array:
         """Return the keys of a tile, (keys, kv_heads, qk_dim)."""
@@ -300,9 +303,13 @@ def _gradients(
 
     zeros = (jnp.zeros(array.shape, work.dtype) for array in (work.query, work.key, work.value))
     of_query, of_key, of_value = work.over_blocks(body, tuple(zeros))
-    sinks = None if x.sinks is None else _sink_gradient(x.sinks.astype(work.dtype), lse, row_dot)
-    gradients = of_query[: work.tokens], of_key[: x.key.shape[0]], of_value[: x.value.shape[0]], sinks
-    return Packed(*(None if part is None else part.astype(like.dtype) for part, like in zip(gradients, x, strict=True)))
+    sinks: Any = None if x.sinks is None else _sink_gradient(x.sinks.astype(work.dtype), lse, row_dot)
+    return Packed(
+        of_query[: work.tokens].astype(x.query.dtype),
+        of_key[: x.key.shape[0]].astype(x.key.dtype),
+        of_value[: x.value.shape[0]].astype(x.value.dtype),
+        None if x.sinks is None else sinks.astype(x.sinks.dtype),
+    )
 
 
 def _sink_gradient(sinks: Array, lse: Array, row_dot: Array) -> Array:

@@ -72,11 +72,11 @@ def varlen_attention_vjp(
     return tuple(packed_softmax.vjp(*_problem(a), grad_output, grad_lse))
 
 
-def _arguments(function: str, options: dict[str, Any], *tensors: Any) -> VarlenArguments:
+def _arguments(function: str, options: VarlenOptions, *tensors: Any) -> VarlenArguments:
     check_library("jax", tensors[0])
-    a = varlen_arguments(function, options, *tensors)
+    a = varlen_arguments(function, {**options}, *tensors)
     names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_kv")
-    check_devices(dict(zip(names, tensors, strict=True)) | options)
+    check_devices(dict(zip(names, tensors, strict=True)) | {**options})
     return a
 
 
@@ -90,11 +90,18 @@ def _problem(a: VarlenArguments) -> tuple[Packing, Packed, Lengths]:
     softcap = None if a.softcap is None else float(a.softcap)
     scale = float(scale_of(a.scale, a.query.shape[2]))
     packing = Packing(scale, softcap, left, 0 if a.causal else right, alignment, *shapes_of(sizes))
-    bounds = (a.cu_seqlens_q, a.cu_seqlens_kv, a.seqused_kv, a.block_table, None if alignment else a.q_offset)
-    return packing, Packed(a.query, a.key, a.value, a.sinks), Lengths(*map(_integers, bounds), a.alibi_slopes)
+    lengths = Lengths(
+        _integers(a.cu_seqlens_q),
+        _integers(a.cu_seqlens_kv),
+        _integers(a.seqused_kv),
+        _integers(a.block_table),
+        None if alignment else _integers(a.q_offset),
+        a.alibi_slopes,
+    )
+    return packing, Packed(a.query, a.key, a.value, a.sinks), lengths
 
 
-def _integers(value: Array | Sequence[int] | int | None) -> Array | None:
+def _integers(value: Any) -> Any:
     """Convert host integers to an array, within the range of int32, which tells them from what the table may hold."""
     if value is None or isinstance(value, jax.Array):
         return value

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from mha_spec.arrays import Array
     from mha_spec.varlen_arguments import VarlenArguments
+    from mha_spec.varlen_reference import VarlenGradients
 
     from .loops import Tensors
     from .problem import Problem, Size
@@ -62,9 +63,9 @@ class Sequences:
 
     def __init__(self, a: VarlenArguments) -> None:
         self.a, self.is_read = a, _is_read(a)
-        self.page = sizes_of(a.key)[1] if a.is_paged else None
+        self.page: Any = sizes_of(a.key)[1] if a.is_paged else None
         self.q_tokens, key_sizes = sizes_of(a.query)[0], sizes_of(a.key)
-        self.table = None if a.block_table is None else self._integers(a.block_table)
+        self.table: Any = None if a.block_table is None else self._integers(a.block_table)
         self.q_ends = self._ends(a.cu_seqlens_q, self.q_tokens)
         self.count = len(self.q_ends) - 1 if self.is_read else tf.size(self.q_ends) - 1
         self.q_lengths = self.q_ends[1:] - self.q_ends[:-1]
@@ -119,8 +120,10 @@ class Sequences:
     def __getitem__(self, index: Size) -> Sequence:
         """Return the sequence of an index."""
         arrays = (self.q_ends, self.q_lengths, self.kv_ends, self.kv_lengths, self.kv_rooms, self.offsets)
-        numbers = [int(array[index]) if self.is_read else array[index] for array in arrays]
-        return Sequence(*numbers, None if self.table is None else self._pages(index, numbers[3]))
+        numbers: list[Any] = [int(array[index]) if self.is_read else array[index] for array in arrays]
+        q_first, q_length, kv_first, kv_length, kv_room, offset = numbers
+        pages = None if self.table is None else self._pages(index, kv_length)
+        return Sequence(q_first, q_length, kv_first, kv_length, kv_room, offset, pages)
 
     def _pages(self, index: Size, length: Size) -> Array:
         """Return the numbers of the pages that hold the keys in use of a sequence; no other entry is used."""
@@ -131,7 +134,8 @@ class Sequences:
     def slots(self, sequence: Sequence) -> Array:
         """Return the index of the slot of each key in use of a sequence, among the slots of all pages."""
         page = tf.cast(self.page, tf.int64)
-        slots = tf.convert_to_tensor(sequence.pages)[:, None] * page + tf.range(page)
+        pages: Any = sequence.pages
+        slots = tf.convert_to_tensor(pages)[:, None] * page + tf.range(page)
         return tf.reshape(slots, (-1,))[: sequence.kv_length]
 
 
@@ -182,13 +186,14 @@ def _differentiable(a: VarlenArguments, sequences: Sequences, x: Operands) -> tu
     return call(*present.values())
 
 
-def vjp(a: VarlenArguments, grad_output: Array, grad_lse: Array | None) -> tuple[Array | None, ...]:
+def vjp(a: VarlenArguments, grad_output: Array, grad_lse: Array | None) -> VarlenGradients:
     """Compute the gradients of query, key, value and sinks as a tape does, in their dtypes (MHA-VARLEN-11)."""
     x, dtype = _operands(a), softmax_dtype(a.query)
     grad_lse = None if grad_lse is None else tf.transpose(tf.cast(grad_lse, dtype))
     grads = _gradients(a, Sequences(a), x, tf.cast(grad_output, dtype), grad_lse)
-    pairs = ((grads.query, a.query), (grads.key, a.key), (grads.value, a.value), (grads.sinks, a.sinks))
-    return tuple(None if gradient is None else tf.cast(gradient, operand.dtype) for gradient, operand in pairs)
+    sinks: Any = grads.sinks
+    sinks = None if a.sinks is None else tf.cast(sinks, a.sinks.dtype)
+    return grads.query, grads.key, grads.value, sinks
 
 
 def _operands(a: VarlenArguments) -> Operands:

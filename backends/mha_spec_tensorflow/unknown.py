@@ -31,7 +31,9 @@ __all__ = [
     "PACKED",
     "PAGED",
     "POSITIONS",
+    "POSITIONS_OF_LAYER",
     "ROTATED",
+    "Layout",
     "Size",
     "sizes_of",
     "with_known_shapes",
@@ -139,8 +141,10 @@ APPENDED = {
 ALIBI = {"slopes": Layout("heads", "MHA-ALIBI-3"), "q_offset": Layout("batch", "MHA-LEN-3")}
 
 ROTATED = Layout("batch heads length size", "MHA-ROTARY-6")
-POSITIONS = (Layout("length", "MHA-ROTARY-6"), Layout("batch length", "MHA-ROTARY-6"))
-"""The positions of rotary_embedding, of rank 1 and 2."""
+POSITIONS = tuple(Layout(axes, "MHA-ROTARY-6") for axes in ("length", "batch length", "axes batch length"))
+"""The positions of rotary_embedding, of rank 1 to 3."""
+POSITIONS_OF_LAYER = tuple(Layout(axes, "MHA-LAYER-7") for axes in ("q_len", "batch q_len", "axes batch q_len"))
+"""The positions of the layer, of rank 1 to 3."""
 
 
 def sizes_of(array: Array) -> list[Size]:

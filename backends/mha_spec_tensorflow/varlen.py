@@ -11,7 +11,7 @@ from mha_spec.checks import check_flag, check_library
 from mha_spec.varlen_checks import check_cotangents, varlen_arguments
 
 from . import packed
-from .unknown import PACKED, PAGED, with_known_shapes
+from .unknown import KNOWN, PACKED, PAGED, with_known_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-    from mha_spec.varlen_arguments import VarlenArguments, VarlenOptions
+    from mha_spec.varlen_arguments import VarlenOptions
     from mha_spec.varlen_reference import VarlenGradients
 
 __all__ = ["varlen_attention", "varlen_attention_vjp"]
@@ -71,16 +71,14 @@ def varlen_attention_vjp(
 
 
 def _checked(
-    function: str, options: dict[str, Any], *tensors: Any, cotangents: dict[str, Any] | None = None
+    function: str, options: VarlenOptions, *tensors: Any, cotangents: dict[str, Any] | None = None
 ) -> tuple[Any, ...]:
     """Check the arguments of a call; return them and the cotangents, which depend on their shapes."""
     names, cotangents = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_kv"), cotangents or {}
     layouts = PACKED if options.get("block_table") is None else PAGED
-    values = with_known_shapes(
-        layouts, dict(zip(names, tensors, strict=True)) | options | cotangents, ("heads", "kv_heads", "qk_dim", "v_dim")
-    )
+    arguments = dict(zip(names, tensors, strict=True)) | {**options} | cotangents
+    values = with_known_shapes(layouts, arguments, KNOWN)
     rest = [values.pop(name) for name in cotangents]
-    tensors = [values.pop(name) for name in names]
-    check_library("tensorflow", tensors[0])
-    a: VarlenArguments = varlen_arguments(function, values, *tensors)
-    return a, *rest
+    first = [values.pop(name) for name in names]
+    check_library("tensorflow", first[0])
+    return varlen_arguments(function, values, *first), *rest

@@ -33,6 +33,7 @@ from . import (
     outputs_and_weights,
     pairs,
     poison,
+    positions,
     readings,
     rotations,
     rounding,
@@ -87,6 +88,7 @@ THEMES = (
     far_positions,
     many_rows,
     frequencies,
+    positions,
 )
 
 

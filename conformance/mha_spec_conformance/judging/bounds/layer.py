@@ -17,7 +17,7 @@ import numpy
 from mha_spec.arrays import dtype_name
 from mha_spec.cache import KVCache
 from mha_spec.layer import Layer
-from mha_spec.layer_steps import LayerSteps, turn
+from mha_spec.layer_steps import LayerSteps, for_each_pair, turn
 from mha_spec.steps import Steps
 from mha_spec_conformance.asking.calls import joined, layer_answers, layer_over
 from mha_spec_conformance.suite.functions import FUNCTIONS
@@ -134,7 +134,7 @@ class StepErrors:
     def _turns(self, step: Callable[..., Any], result: Any, positions: Any, frequencies: Any, like: Any) -> Turns:
         """Bound the error of cosine and sine: of the angle, whose frequency is a power, and of the functions."""
         p = self._precision
-        angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
+        angles = for_each_pair(numpy.asarray(positions, dtype=numpy.float64)) * frequencies
         logarithms = numpy.log(numpy.where(frequencies == 0, 1.0, frequencies))  # A pair may not turn at all.
         angle = p.u_a * abs(angles) * (10 + abs(logarithms))
         angle = angle[:, None] if result[0].ndim == 4 else angle
