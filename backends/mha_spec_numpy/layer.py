@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from mha_spec import layer_steps
+from mha_spec import layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import host_integers
 from mha_spec.cache import HighWater, KVCache
@@ -14,6 +14,7 @@ from mha_spec.layer import Layer, alibi_bias, alibi_slopes, rotary_embedding
 from mha_spec.layer_steps import LayerSteps
 
 from .core import attention, attention_weights
+from .varlen import varlen_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,26 @@ def append(
     return new if shared else _BUFFERS.register(new)
 
 
-_LAYER = Layer(LayerSteps(attend=attention, weigh=attention_weights, empty_cache=empty, append=append))
+def store_pages(pages: Array, new: Array, slots: Array) -> Array:
+    """Write new tokens to their slots in a copy of the blocks (MHA-CACHE-9)."""
+    if not isinstance(pages, numpy.ndarray):
+        return paged_steps.store_pages(pages, new, slots)
+    stored = pages.copy()
+    entries, tokens = numpy.nonzero(slots >= 0)
+    stored.reshape(-1, *pages.shape[2:])[slots[entries, tokens]] = new[entries, :, tokens]
+    return stored
+
+
+_LAYER = Layer(
+    LayerSteps(
+        attend=attention,
+        weigh=attention_weights,
+        empty_cache=empty,
+        append=append,
+        store_pages=store_pages,
+        varlen=varlen_attention,
+    )
+)
 
 _quiet = numpy.errstate(all="ignore")
 

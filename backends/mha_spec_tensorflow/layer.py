@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import tensorflow as tf
 
-from mha_spec import layer_checks, layer_steps
+from mha_spec import layer_checks, layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
 from mha_spec.cache import KVCache
@@ -31,6 +31,7 @@ from .unknown import (
     sizes_of,
     with_known_shapes,
 )
+from .varlen import varlen_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from mha_spec.arrays import Array
+    from mha_spec.cache import PagedKVCache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int] | numpy.ndarray
@@ -222,6 +224,45 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     return tf.where(written[:, None, :, None], tf.gather(new, taken, axis=2, batch_dims=1), buffer)
 
 
+def new_slots(cache: PagedKVCache, stop: Integers, new: Array) -> Array:
+    """Return the slot of each new token among those of all blocks, (batch, length); -1 stores it nowhere."""
+    start, stop, table = (tf.cast(numbers, tf.int64) for numbers in (cache.lengths, stop, cache.block_table))
+    sizes = (*sizes_of(cache.key)[:2], sizes_of(table)[1])
+    blocks, size, columns = (tf.cast(number, tf.int64) for number in sizes)
+    positions = start[:, None] + tf.range(sizes_of(new)[2], dtype=tf.int64)
+    inside = (positions >= 0) & (positions < stop[:, None]) & (positions < columns * size)
+    positions = tf.where(inside, positions, tf.zeros((), tf.int64))
+    # A row of the table may have no entry.
+    numbers = tf.gather(tf.pad(table, [[0, 0], [0, 1]]), positions // size, axis=1, batch_dims=1)
+    inside &= (numbers >= 0) & (numbers < blocks)
+    return tf.where(inside, numbers * size + positions % size, tf.constant(-1, tf.int64))
+
+
+def store_pages(pages: Array, new: Array, slots: Array) -> Array:
+    """Write new tokens to their slots of new blocks (MHA-CACHE-9)."""
+    inside, tokens = slots >= 0, tf.transpose(new, (0, 2, 1, 3))
+    sizes = sizes_of(pages)
+    flat = tf.reshape(pages, (sizes[0] * sizes[1], *sizes[2:]))
+    # A row for the tokens without a slot, whose number XLA does not know.
+    flat = tf.pad(flat, [[0, 1], [0, 0], [0, 0]])
+    slots = tf.where(inside, slots, tf.cast(sizes[0] * sizes[1], tf.int64))
+    stored = tf.tensor_scatter_nd_update(flat, slots[..., None], tokens)
+    return tf.reshape(stored[:-1], sizes)
+
+
+def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], steps: LayerSteps) -> Array:
+    """Attend to the tokens of a paged cache by a packed call, a sequence for each batch entry (MHA-CACHE-10)."""
+    batch, heads, length, size = sizes_of(query)
+    tokens = tf.reshape(tf.transpose(query, (0, 2, 1, 3)), (batch * length, heads, size))
+    is_known = isinstance(batch, int) and isinstance(length, int)
+    bounds = (numpy.arange(batch + 1, dtype=numpy.int32) if is_known else tf.range(batch + 1)) * length
+    known = {name: options[name] for name in paged_steps.OPTIONS if name in options}
+    output = steps.varlen(
+        tokens, cache.key, cache.value, bounds, None, block_table=cache.block_table, seqused_kv=cache.lengths, **known
+    )
+    return tf.transpose(tf.reshape(output, (batch, length, heads, output.shape[2])), (0, 2, 1, 3))
+
+
 def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
     """Create buffers of zeros, and lengths of 0 on the host."""
     key, value = (tf.zeros(shape, like.dtype) for shape in shapes)
@@ -285,6 +326,10 @@ _LAYER = Layer(
         slopes=slopes,
         distances=distances,
         alibi=alibi,
+        new_slots=new_slots,
+        store_pages=store_pages,
+        attend_paged=attend_paged,
+        varlen=varlen_attention,
     )
 )
 

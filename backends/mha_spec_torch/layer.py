@@ -21,6 +21,7 @@ from .core import attention, attention_and_weights, attention_weights
 from .function import transformed
 from .paths import autocasts
 from .symbols import entries, example, is_open, traced
+from .varlen import varlen_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -197,6 +198,14 @@ def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers |
     return new if shared else _BUFFERS.register(new)
 
 
+def store_pages(pages: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """Return blocks with new tokens in their slots; those without a slot go to a row that is cut off (MHA-CACHE-9)."""
+    flat, tokens = pages.flatten(0, 1), new.transpose(1, 2).flatten(0, 1)
+    slots = torch.where(slots < 0, flat.shape[0], slots).flatten()
+    stored = torch.cat([flat, flat.new_zeros((1, *flat.shape[1:]))]).index_copy(0, slots, tokens)
+    return stored[:-1].view(pages.shape)
+
+
 def _write(buffer: Tensor, tokens: Tensor, start: list[int], stop: list[int]) -> None:
     """Write to a buffer; callers pass `.data`, because autograd may have saved the buffer."""
     ranges = set(zip(start, stop, strict=True))
@@ -288,6 +297,8 @@ _LAYER = Layer(
         attend_and_weigh=attend_and_weigh,
         project_out=project_out,
         slopes=slopes,
+        store_pages=store_pages,
+        varlen=varlen_attention,
     )
 )
 
