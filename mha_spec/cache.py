@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import finalize
 
 from .arrays import host_integers
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .arrays import Array
 
-__all__ = ["HighWater", "KVCache", "PagedKVCache"]
+__all__ = ["Cache", "HighWater", "KVCache", "PagedKVCache"]
 
 
 class KVCache(NamedTuple):
@@ -109,6 +109,10 @@ class PagedKVCache(NamedTuple):
         arrays = self.key, self.value, self.block_table
         key, value, table = (tuple(getattr(array, "shape", ())) for array in arrays)
         return f"PagedKVCache(key={key}, value={value}, lengths={self.lengths!r}, block_table={table})"
+
+
+Cache = TypeVar("Cache", KVCache, PagedKVCache)
+"""The type of a cache, which an append keeps."""
 
 
 def _function_for(name: str, array: Array, label: str) -> Callable[..., Any]:

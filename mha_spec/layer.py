@@ -13,7 +13,7 @@ import numpy
 
 from .arguments import decorate_method, expand_options, offset_of_reading
 from .arrays import Array, library_of
-from .cache import KVCache, PagedKVCache
+from .cache import PagedKVCache
 from .layer_checks import LayerArguments, check_like, check_slope_dtype, check_vectors, empty_shapes
 from .layer_steps import LayerSteps
 from .scalars import plain
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from .arguments import Options, WeightOptions
+    from .cache import Cache, KVCache
     from .rotary_checks import Rotary
 
 __all__ = [
@@ -334,11 +335,11 @@ class Layer:
 
     def append_cache(
         self,
-        cache: KVCache | PagedKVCache,
+        cache: Cache,
         key: Float[Array, "batch kv_heads length qk_dim"],
         value: Float[Array, "batch kv_heads length v_dim"],
         lengths: Int[Array, "batch"] | Sequence[int] | None = None,
-    ) -> KVCache | PagedKVCache:
+    ) -> Cache:
         """Make a cache with new tokens after those of each batch entry; also `KVCache.append`.
 
         Args:

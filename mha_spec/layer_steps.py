@@ -334,6 +334,7 @@ class LayerSteps:
     store_pages: Callable[..., Array] = paged_steps.store_pages
     append_paged: Callable[..., PagedKVCache] = paged_steps.append_paged
     attend_paged: Callable[..., Array] = paged_steps.attend_paged
+    bounds: Callable[..., Array] = paged_steps.bounds
     varlen: Callable[..., Any] = paged_steps.varlen
     attend: Callable[..., Array] = attend
     weigh: Callable[..., Array] = weigh

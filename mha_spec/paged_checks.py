@@ -59,7 +59,7 @@ def check_options(function: str, options: Mapping[str, Any], *, weighs: bool) ->
 def check_buffers(cache: PagedKVCache, like: Array, other: str, sizes: tuple[Any, Any, Any], v_dim: int | None) -> None:
     """Require blocks of the library, dtype and device of `like`, and of (batch, kv_heads, qk_dim) (MHA-CACHE-9)."""
     batch, kv_heads, qk_dim = sizes
-    blocks: tuple[Any, Any] = (None, None)
+    blocks: tuple[Any, ...] = (None, None)
     for name, buffer, last in (("key", cache.key, qk_dim), ("value", cache.value, v_dim)):
         label = f"cache.{name}"
         require_array(label, buffer, "MHA-CACHE-9")
@@ -95,22 +95,16 @@ def _check_table(cache: PagedKVCache, like: Array, batch: int | None) -> None:
     """Require a row of integers for each batch entry, and lengths."""
     require_array("cache.block_table", cache.block_table, "MHA-CACHE-9", "an array of integers (batch, max_blocks)")
     shape = shape_of(cache.block_table)
-    columns = shape[1] if len(shape) == 2 else 0
-    check_integers(
-        "cache.block_table",
-        cache.block_table,
-        like,
-        (batch, columns),
-        "(batch, max_blocks)",
-        "MHA-CACHE-9",  # pyright: ignore[reportArgumentType]
-    )
+    expected: Any = (batch, shape[1] if len(shape) == 2 else 0)
+    check_integers("cache.block_table", cache.block_table, like, expected, "(batch, max_blocks)", "MHA-CACHE-9")
     if cache.lengths is None:
         refuse_type("MHA-CACHE-9", "`cache.lengths` must hold an integer for each batch entry, received None.")
 
 
 def _capacity(cache: PagedKVCache) -> int | None:
     """Return the most tokens of a batch entry; None if a trace does not know it."""
-    size, columns = shape_of(cache.key)[1], shape_of(cache.block_table)[1]
+    sizes: Any = shape_of(cache.key)[1], shape_of(cache.block_table)[1]
+    size, columns = sizes
     return None if size is None or columns is None else size * columns
 
 
@@ -128,7 +122,8 @@ def check_room(cache: PagedKVCache, length: int | None, counts: Array | Sequence
             f"`cache` must have room for the new tokens, max_blocks * block_size={capacity}, received lengths={before} "
             f"and {more} more. Nothing was stored. Append columns to block_table.",
         )
-    if library_of(cache.block_table) == "numpy" and None not in shape_of(cache.key)[:2]:
+    sizes: Any = shape_of(cache.key)[:2]
+    if library_of(cache.block_table) == "numpy" and None not in sizes:
         _check_slots(cache, before, after)
 
 

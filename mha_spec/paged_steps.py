@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .arrays import Array
     from .layer_steps import LayerSteps
 
-__all__ = ["append_paged", "attend_paged", "new_slots", "store_pages", "varlen"]
+__all__ = ["append_paged", "attend_paged", "bounds", "new_slots", "store_pages", "varlen"]
 
 OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "sinks")
 """The options of the layer that paged attention has (MHA-CACHE-10)."""
@@ -43,9 +43,9 @@ def new_slots(cache: PagedKVCache, stop: Array | Sequence[int], new: Array) -> A
     (blocks, size), (batch, columns), length = cache.key.shape[:2], cache.block_table.shape, new.shape[2]
     if 0 in (blocks, batch, columns, length):
         return xp.full((batch, length), -1, device=device)
-    start, stop, table = (_integers(numbers, new) for numbers in (cache.lengths, stop, cache.block_table))
-    positions = start[:, None] + xp.arange(length, dtype=start.dtype, device=device)
-    inside = (positions >= 0) & (positions < stop[:, None]) & (positions < columns * size)
+    start, end, table = (_integers(numbers, new) for numbers in (cache.lengths, stop, cache.block_table))
+    positions: Array = start[:, None] + xp.arange(length, dtype=start.dtype, device=device)
+    inside: Array = (positions >= 0) & (positions < end[:, None]) & (positions < columns * size)
     positions = xp.clip(positions, 0, columns * size - 1)
     entries = xp.arange(batch, dtype=start.dtype, device=device)[:, None] * columns + positions // size
     numbers = xp.reshape(xp.take(xp.reshape(table, (-1,)), xp.reshape(entries, (-1,)), axis=0), (batch, length))
@@ -84,13 +84,18 @@ def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], ste
         tokens,
         cache.key,
         cache.value,
-        numpy.arange(batch + 1, dtype=numpy.int32) * length,
+        steps.bounds(batch, length, query),
         None,
         block_table=cache.block_table,
         seqused_kv=cache.lengths,
         **{name: options[name] for name in OPTIONS if name in options},
     )
     return xp.permute_dims(xp.reshape(output, (batch, length, heads, output.shape[2])), (0, 2, 1, 3))
+
+
+def bounds(batch: int, length: int, _: Array) -> Array:
+    """Return the cumulative lengths of sequences of the same length."""
+    return numpy.arange(batch + 1, dtype=numpy.int32) * length
 
 
 def varlen(*operands: Any, **options: Any) -> Any:

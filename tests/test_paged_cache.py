@@ -126,8 +126,7 @@ def new(module: str, length: int, seed: int = 5) -> list[Any]:
 
 def test_new_tokens_go_to_the_slots_that_the_table_names(module: str) -> None:
     start = pages(module, lengths=(2, 4))
-    cache = start.append(*new(module, 3), [3, 2]) if module != "mha_spec.reference" else None
-    cache = cache or reference.append_cache(start, *new(module, 3), [3, 2])
+    cache = importlib.import_module(module).append_cache(start, *new(module, 3), [3, 2])
     assert to_numpy(cache.lengths).tolist() == [5, 6]
     for before, after, tokens in zip(start[:2], cache[:2], map(to_numpy, new(module, 3)), strict=True):
         wanted = to_numpy(before).copy()
@@ -251,4 +250,6 @@ def test_the_class_shows_its_sizes() -> None:
     cache = pages("mha_spec_numpy")
     assert (cache.batch, cache.block_size, cache.capacity) == (BATCH, SIZE, CAPACITY)
     assert "block_table=(2, 4)" in repr(cache)
+    key, value = new("mha_spec_numpy", 1)
+    assert list(cache.append(key, value).lengths) == [1, 1]
     assert mha_spec.PagedKVCache is PagedKVCache

@@ -199,10 +199,11 @@ def test_a_few_queries_of_all_sequences_are_computed_at_once(
     monkeypatch.setattr(decoding, "attend", lambda *arguments: results.append(attend(*arguments)) or results[-1])
     query, key, value = numbers(6, 4, 3), numbers(19, 2, 3), numbers(19, 2, 5)
     key[3], value[11], value[2, 1] = numpy.nan, numpy.nan, numpy.nan if broken else 1.0
-    bounds = [0, 2, 4, 6], [0, 4, 12, 19]
-    options: dict[str, Any] = {"seqused_kv": [3, 7, 7], "causal": True, "q_offset": "lower_right", "return_lse": True}
-    expected = reference.varlen_attention(query, key, value, *bounds, **options)
-    ours = mha_spec_tensorflow.varlen_attention(*map(tf.constant, (query, key, value)), *bounds, **options)
+    options: dict[str, Any] = {"cu_seqlens_q": [0, 2, 4, 6], "cu_seqlens_kv": [0, 4, 12, 19]}
+    options |= {"seqused_kv": [3, 7, 7], "causal": True, "q_offset": "lower_right", "return_lse": True}
+    expected: Any = reference.varlen_attention(query, key, value, **options)
+    operands: Any = map(tf.constant, (query, key, value))
+    ours: Any = mha_spec_tensorflow.varlen_attention(*operands, **options)
     assert [result is None for result in results] == [broken]
     for result, wanted in zip(ours, expected, strict=True):
         assert numpy.array_equal(numpy.isnan(result), numpy.isnan(wanted))

@@ -81,8 +81,9 @@ class _Call:
         options: dict[str, Any] = {"causal": a.causal, "window": a.window, "kv_lengths": self.lengths}
         options |= {"q_offset": sequences.offsets[self.order], "scale": a.scale, "softcap": a.softcap}
         # A problem reads only the sizes of keys and values.
-        sizes = (numpy.broadcast_to(0.0, (batch, a.kv_heads, longest, array.shape[-1])) for array in (x.key, x.value))
-        self.problem: Problem = with_slopes(problem_of(Arguments(query, *sizes, **options)), a.alibi_slopes, dtype)
+        shapes = ((batch, a.kv_heads, longest, array.shape[-1]) for array in (x.key, x.value))
+        key, value = (numpy.broadcast_to(0.0, shape) for shape in shapes)
+        self.problem: Problem = with_slopes(problem_of(Arguments(query, key, value, **options)), a.alibi_slopes, dtype)
         sinks = None if x.sinks is None else tf.reshape(x.sinks, (1, -1, 1, 1))
         self.x = self.problem.scaled(Operands(query, x.key, x.value, None, sinks))
         self.block = Block(0, batch, 0, rows, 0, longest)

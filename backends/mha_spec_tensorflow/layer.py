@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from mha_spec.arrays import Array
-    from mha_spec.cache import PagedKVCache
+    from mha_spec.cache import Cache, PagedKVCache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int] | numpy.ndarray
@@ -83,13 +83,13 @@ def _layouts(a: LayerArguments) -> dict[str, Layout]:
     return LAYER if layout is None else LAYER | {"positions": layout}
 
 
-def _of_cache(cache: KVCache | None) -> dict[str, Any]:
+def _of_cache(cache: KVCache | PagedKVCache | None) -> dict[str, Any]:
     if not isinstance(cache, KVCache):
         return {}
     return {"cache.key": cache.key, "cache.value": cache.value, "cache.lengths": cache.lengths}
 
 
-def _cache_of(tensors: Mapping[str, Any], cache: KVCache | None) -> KVCache | None:
+def _cache_of(tensors: Mapping[str, Any], cache: KVCache | PagedKVCache | None) -> KVCache | PagedKVCache | None:
     """Return the cache with the checked buffers; return anything else, which a later check refuses, unchanged."""
     return KVCache(*(tensors[name] for name in _of_cache(cache))) if isinstance(cache, KVCache) else cache
 
@@ -235,7 +235,7 @@ def new_slots(cache: PagedKVCache, stop: Integers, new: Array) -> Array:
     # A row of the table may have no entry.
     numbers = tf.gather(tf.pad(table, [[0, 0], [0, 1]]), positions // size, axis=1, batch_dims=1)
     inside &= (numbers >= 0) & (numbers < blocks)
-    return tf.where(inside, numbers * size + positions % size, tf.constant(-1, tf.int64))
+    return tf.where(inside, numbers * size + tf.math.floormod(positions, size), tf.constant(-1, tf.int64))
 
 
 def store_pages(pages: Array, new: Array, slots: Array) -> Array:
@@ -344,11 +344,11 @@ empty_cache = decorate_method(_unconverted, _LAYER.empty_cache)
 
 @_unconverted
 def append_cache(
-    cache: KVCache,
+    cache: Cache,
     key: Float[tf.Tensor, "batch kv_heads length qk_dim"],
     value: Float[tf.Tensor, "batch kv_heads length v_dim"],
     lengths: Int[tf.Tensor, "batch"] | Sequence[int] | None = None,
-) -> KVCache:
+) -> Cache:
     """Return a new cache with new tokens after those of each batch entry; see `mha_spec.reference.append_cache`."""
     operands = {"key": key, "value": value, "lengths": lengths, **_of_cache(cache)}
     tensors = with_known_shapes(APPENDED, operands, ("kv_heads", "qk_dim", "v_dim"))

@@ -45,7 +45,8 @@ __all__ = ["attention", "vjp"]
 class Sequence(NamedTuple):
     """Where a sequence lies: numbers where they are read, else scalar tensors."""
 
-    index: Size
+    number: Size
+    """Its place among the sequences."""
     q_first: Size
     q_length: Size
     kv_first: Size
@@ -310,12 +311,12 @@ class _Parts:
 
     def rows(self, tokens: _Tokens, sequence: Sequence) -> Array:
         """Return the rows of a sequence, (q_length, heads, ...)."""
-        return tokens.of(sequence.index, sequence.q_first, sequence.q_length)
+        return tokens.of(sequence.number, sequence.q_first, sequence.q_length)
 
     def keys(self, source: _Tokens | Array, sequence: Sequence) -> Array:
         """Return the keys in use of a sequence or their values, (kv_length, kv_heads, size)."""
         if isinstance(source, _Tokens):
-            return source.of(sequence.index, sequence.kv_first, sequence.kv_length)
+            return source.of(sequence.number, sequence.kv_first, sequence.kv_length)
         pages = tf.reshape(tf.gather(source, sequence.pages), (-1, *source.shape[2:]))
         return pages if pages.shape[0] == sequence.kv_length else pages[: sequence.kv_length]
 

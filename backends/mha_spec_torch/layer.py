@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from mha_spec import layer_checks, layer_steps
+from mha_spec import layer_checks, layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, softmax_dtype_name
 from mha_spec.cache import HighWater, KVCache
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
+    from mha_spec.cache import Cache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Tensor | Sequence[int]
@@ -206,6 +207,13 @@ def store_pages(pages: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     return stored[:-1].view(pages.shape)
 
 
+def bounds(batch: int, length: int, like: Tensor) -> Integers:
+    """Return the cumulative lengths of sequences of the same length; a tensor where a tracer left sizes open."""
+    if not traced(like):
+        return paged_steps.bounds(batch, length, like)
+    return torch.arange(batch + 1, device=like.device) * length
+
+
 def _write(buffer: Tensor, tokens: Tensor, start: list[int], stop: list[int]) -> None:
     """Write to a buffer; callers pass `.data`, because autograd may have saved the buffer."""
     ranges = set(zip(start, stop, strict=True))
@@ -298,6 +306,7 @@ _LAYER = Layer(
         project_out=project_out,
         slopes=slopes,
         store_pages=store_pages,
+        bounds=bounds,
         varlen=varlen_attention,
     )
 )
@@ -390,21 +399,22 @@ def _biased(slopes: Tensor | int, q_len: int, kv_len: int, q_offset: Integers | 
 
 
 def append_cache(
-    cache: KVCache,
+    cache: Cache,
     key: Float[Tensor, "batch kv_heads length qk_dim"],
     value: Float[Tensor, "batch kv_heads length v_dim"],
     lengths: Int[Tensor, "batch"] | Sequence[int] | None = None,
-) -> KVCache:
+) -> Cache:
     """Append tokens to a cache; see `mha_spec.reference.append_cache`."""
-    return _appended(_unread(cache) or cache, key, value, lengths)
+    unread: Any = _unread(cache) or cache
+    return _appended(unread, key, value, lengths)
 
 
 @torch.compiler.allow_in_graph
-def _appended(cache: KVCache, key: Tensor, value: Tensor, lengths: Integers | None) -> KVCache:
+def _appended(cache: Cache, key: Tensor, value: Tensor, lengths: Integers | None) -> Cache:
     return _LAYER.append_cache(cache, key, value, lengths)
 
 
-def _unread(cache: KVCache | None) -> KVCache | None:
+def _unread(cache: Any) -> Any:
     """Convert lengths to a tensor in a compiled graph: other lengths on the host would compile a new graph."""
     if cache is None or not torch.compiler.is_compiling() or isinstance(cache.lengths, torch.Tensor):
         return cache
