@@ -17,6 +17,7 @@ from .cache import PagedKVCache
 from .layer_checks import LayerArguments, check_like, check_slope_dtype, check_vectors, empty_shapes
 from .layer_steps import LayerSteps
 from .scalars import plain
+from .varlen_reference import varlen_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -112,7 +113,8 @@ class Layer:
         a = LayerArguments(name, query, key, value, params, rotary, norm_epsilon, cache, {**options}, positions)
         x = self._operands(self.steps.check(a))
         if isinstance(x.cache, PagedKVCache):
-            attended = self.steps.attend_paged(x.query, x.cache, x.options, self.steps)
+            varlen = self.steps.varlen or varlen_attention
+            attended = self.steps.attend_paged(x.query, x.cache, x.options, varlen, self.steps)
         else:
             attended = self.steps.attend(x.query, x.key, x.value, **x.options)
         output = self._output(a, attended)

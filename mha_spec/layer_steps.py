@@ -335,7 +335,8 @@ class LayerSteps:
     append_paged: Callable[..., PagedKVCache] = paged_steps.append_paged
     attend_paged: Callable[..., Array] = paged_steps.attend_paged
     bounds: Callable[..., Array] = paged_steps.bounds
-    varlen: Callable[..., Any] = paged_steps.varlen
+    varlen: Callable[..., Any] | None = None
+    """varlen_attention; None is that of the reference, whose module imports this one."""
     attend: Callable[..., Array] = attend
     weigh: Callable[..., Array] = weigh
     attend_and_weigh: Callable[..., tuple[Array, Array]] = attend_and_weigh

@@ -13,16 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .arrays import Array
-    from .layer_steps import LayerSteps
 
-__all__ = ["append_paged", "attend_paged", "bounds", "new_slots", "store_pages", "varlen"]
+__all__ = ["append_paged", "attend_paged", "bounds", "new_slots", "store_pages"]
 
 OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "sinks")
 """The options of the layer that paged attention has (MHA-CACHE-10)."""
 
 
 def append_paged(
-    cache: PagedKVCache, key: Array, value: Array, counts: Array | Sequence[int] | None, steps: LayerSteps
+    cache: PagedKVCache, key: Array, value: Array, counts: Array | Sequence[int] | None, steps: Any
 ) -> PagedKVCache:
     """Append new tokens to each batch entry, in the blocks that the table names (MHA-CACHE-9)."""
     stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
@@ -76,11 +75,11 @@ def store_pages(pages: Array, new: Array, slots: Array) -> Array:
     return xp.reshape(xp.where(xp.any(hits, axis=0)[:, None, None], moved, flat), pages.shape)
 
 
-def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], steps: LayerSteps) -> Array:
+def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], varlen: Any, steps: Any) -> Array:
     """Attend to the tokens of a paged cache by a packed call, a sequence for each batch entry (MHA-CACHE-10)."""
     xp, (batch, heads, length, size) = namespace_of(query), query.shape
     tokens = xp.reshape(xp.permute_dims(query, (0, 2, 1, 3)), (batch * length, heads, size))
-    output = steps.varlen(
+    output = varlen(
         tokens,
         cache.key,
         cache.value,
@@ -96,10 +95,3 @@ def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], ste
 def bounds(batch: int, length: int, _: Array) -> Array:
     """Return the cumulative lengths of sequences of the same length."""
     return numpy.arange(batch + 1, dtype=numpy.int32) * length
-
-
-def varlen(*operands: Any, **options: Any) -> Any:
-    """Compute packed attention by the reference, whose module imports the steps of the layer."""
-    from .varlen_reference import varlen_attention
-
-    return varlen_attention(*operands, **options)

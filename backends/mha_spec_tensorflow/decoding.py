@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from mha_spec.varlen_arguments import VarlenArguments
 
     from .block import Scores
-    from .packed import Sequences
     from .problem import Problem
 
 __all__ = ["attend", "suits"]
@@ -42,7 +41,7 @@ PADDING = 4
 """How many times the keys the scores may cover: the longest sequence sets their number for all."""
 
 
-def suits(a: VarlenArguments, sequences: Sequences) -> bool:
+def suits(a: VarlenArguments, sequences: Any) -> bool:
     """Return True if the sequences have the same few queries, and keys of comparable numbers."""
     if not tf.executing_eagerly() or sequences.count < 2:
         return False
@@ -52,7 +51,7 @@ def suits(a: VarlenArguments, sequences: Sequences) -> bool:
     return is_even and 0 < a.heads * rows <= ROWS and bool((queries == rows).all())
 
 
-def attend(a: VarlenArguments, sequences: Sequences, x: Operands) -> tuple[Array, Array] | None:
+def attend(a: VarlenArguments, sequences: Any, x: Operands) -> tuple[Array, Array] | None:
     """Compute output and lse, (tokens, heads, ...), of all sequences; None if a result is not finite."""
     call = _Call(a, sequences, x)
     scores = call.scores()
@@ -70,7 +69,7 @@ def attend(a: VarlenArguments, sequences: Sequences, x: Operands) -> tuple[Array
 class _Call:
     """The operands of a call, with a batch entry for each sequence, from the longest on."""
 
-    def __init__(self, a: VarlenArguments, sequences: Sequences, x: Operands) -> None:
+    def __init__(self, a: VarlenArguments, sequences: Any, x: Operands) -> None:
         self.order = numpy.argsort(-sequences.kv_lengths, kind="stable")
         self.lengths = sequences.kv_lengths[self.order]
         self.slots = _slots(sequences, self.order, self.lengths)
@@ -136,7 +135,7 @@ def _filled(rows: Array, count: int) -> Array:
     return tf.pad(rows, [[0, missing], [0, 0], [0, 0]]) if missing else rows
 
 
-def _slots(sequences: Sequences, order: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
+def _slots(sequences: Any, order: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
     """Return the slot of every key of every sequence; its last key behind them, because others may hold NaN."""
     keys = numpy.minimum(numpy.arange(lengths[0]), numpy.maximum(lengths, 1)[:, None] - 1)
     if sequences.page is None:

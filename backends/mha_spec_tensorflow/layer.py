@@ -250,14 +250,14 @@ def store_pages(pages: Array, new: Array, slots: Array) -> Array:
     return tf.reshape(stored[:-1], sizes)
 
 
-def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], steps: LayerSteps) -> Array:
+def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], varlen: Any, _: LayerSteps) -> Array:
     """Attend to the tokens of a paged cache by a packed call, a sequence for each batch entry (MHA-CACHE-10)."""
     batch, heads, length, size = sizes_of(query)
     tokens = tf.reshape(tf.transpose(query, (0, 2, 1, 3)), (batch * length, heads, size))
     is_known = isinstance(batch, int) and isinstance(length, int)
     bounds = (numpy.arange(batch + 1, dtype=numpy.int32) if is_known else tf.range(batch + 1)) * length
     known = {name: options[name] for name in paged_steps.OPTIONS if name in options}
-    output = steps.varlen(
+    output = varlen(
         tokens, cache.key, cache.value, bounds, None, block_table=cache.block_table, seqused_kv=cache.lengths, **known
     )
     return tf.transpose(tf.reshape(output, (batch, length, heads, output.shape[2])), (0, 2, 1, 3))
