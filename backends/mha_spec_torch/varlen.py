@@ -17,13 +17,14 @@ import torch
 
 from mha_spec.arguments import expand_options
 from mha_spec.checks import check_flag
+from mha_spec.errors import ArgumentTypeError
 from mha_spec.varlen_checks import check_cotangents
 
 from . import varlen_operators
 from .calls import varlen_arguments_of
 from .function import transformed
 from .packing import Packed
-from .symbols import traced
+from .symbols import traced, unwrapped
 from .varlen_passes import Results, backward, differentiable, forward, gradients, operands_of, recorded
 
 if TYPE_CHECKING:
@@ -62,10 +63,11 @@ def _attend(tensors: Sequence[Any], return_lse: bool, options: VarlenOptions) ->
     a = varlen_arguments_of("varlen_attention", options, *tensors)
     return_lse = check_flag("return_lse", return_lse)
     operands = operands_of(a)
-    if transformed():
-        output, lse = differentiable(Packed.of(a), *operands)
-    elif traced(a.query):
+    if traced(unwrapped(a.query)):
         output, lse = varlen_operators.attend(a)
+    elif transformed():
+        _check_integers(a)
+        output, lse = differentiable(Packed.of(a), *operands)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         output, lse = recorded(Packed.of(a), *operands)
     else:
@@ -97,9 +99,23 @@ def _differentiate(
     check_cotangents(a, *cotangents)
     operands = operands_of(a)
     is_differentiated = any(x is not None and x.requires_grad for x in (*operands, *cotangents))
-    if transformed() or (torch.is_grad_enabled() and is_differentiated):
-        return gradients(Packed.of(a), operands, *cotangents)
-    if traced(a.query):
+    if traced(unwrapped(a.query)):
         return varlen_operators.gradients(a, *cotangents)
+    if transformed() or (torch.is_grad_enabled() and is_differentiated):
+        _check_integers(a)
+        return gradients(Packed.of(a), operands, *cotangents)
     packed = Packed.of(a)
     return backward(packed, Results(*operands, *forward(packed, *operands, needs_lse=True)), *cotangents)
+
+
+def _check_integers(a: VarlenArguments) -> None:
+    """Refuse integers that `torch.func.vmap` maps, because each entry would be a call of other sizes."""
+    for name in ("cu_seqlens_q", "cu_seqlens_kv", "seqused_kv", "q_offset", "block_table"):
+        value = getattr(a, name)
+        while isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            if torch._C._functorch.is_batchedtensor(value):
+                raise ArgumentTypeError(
+                    f"`{name}` of {a.function} must be the same for all entries of torch.func.vmap, received a tensor "
+                    f"that vmap maps. Pass in_dims=None for `{name}`, or call {a.function} for each entry. [MHA-ARG-4]"
+                )
+            value = torch._C._functorch.get_unwrapped(value)
