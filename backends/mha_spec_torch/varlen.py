@@ -63,11 +63,11 @@ def _attend(tensors: Sequence[Any], return_lse: bool, options: VarlenOptions) ->
     a = varlen_arguments_of("varlen_attention", options, *tensors)
     return_lse = check_flag("return_lse", return_lse)
     operands = operands_of(a)
-    if traced(unwrapped(a.query)):
-        output, lse = varlen_operators.attend(a)
-    elif transformed():
-        _check_integers(a)
+    if transformed():
+        _check_transform(a)
         output, lse = differentiable(Packed.of(a), *operands)
+    elif traced(a.query):
+        output, lse = varlen_operators.attend(a)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         output, lse = recorded(Packed.of(a), *operands)
     else:
@@ -99,17 +99,23 @@ def _differentiate(
     check_cotangents(a, *cotangents)
     operands = operands_of(a)
     is_differentiated = any(x is not None and x.requires_grad for x in (*operands, *cotangents))
-    if traced(unwrapped(a.query)):
-        return varlen_operators.gradients(a, *cotangents)
     if transformed() or (torch.is_grad_enabled() and is_differentiated):
-        _check_integers(a)
+        _check_transform(a)
         return gradients(Packed.of(a), operands, *cotangents)
+    if traced(a.query):
+        return varlen_operators.gradients(a, *cotangents)
     packed = Packed.of(a)
     return backward(packed, Results(*operands, *forward(packed, *operands, needs_lse=True)), *cotangents)
 
 
-def _check_integers(a: VarlenArguments) -> None:
-    """Refuse integers that `torch.func.vmap` maps, because each entry would be a call of other sizes."""
+def _check_transform(a: VarlenArguments) -> None:
+    """Refuse integers that cannot be read: those of a graph, and those that `torch.func.vmap` maps."""
+    if traced(unwrapped(a.query)):
+        raise ArgumentTypeError(
+            f"`query` of {a.function} must not be transformed by torch.func, nor require gradients of gradients, where "
+            "torch.compile traces the call, received such a tensor. Compile without the transform and take gradients "
+            "with torch.autograd or varlen_attention_vjp under torch.no_grad(), or leave out torch.compile. [MHA-ARG-4]"
+        )
     for name in ("cu_seqlens_q", "cu_seqlens_kv", "seqused_kv", "q_offset", "block_table"):
         value = getattr(a, name)
         while isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
