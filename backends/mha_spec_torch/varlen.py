@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 from mha_spec.arguments import expand_options
 from mha_spec.checks import check_flag
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from mha_spec.varlen_arguments import VarlenOptions
+    from mha_spec.varlen_arguments import VarlenArguments, VarlenOptions
     from mha_spec.varlen_reference import VarlenGradients
 
 __all__ = ["varlen_attention", "varlen_attention_vjp"]
@@ -118,10 +119,10 @@ def _check_transform(a: VarlenArguments) -> None:
         )
     for name in ("cu_seqlens_q", "cu_seqlens_kv", "seqused_kv", "q_offset", "block_table"):
         value = getattr(a, name)
-        while isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
-            if torch._C._functorch.is_batchedtensor(value):
+        while isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
+            if is_batchedtensor(value):
                 raise ArgumentTypeError(
                     f"`{name}` of {a.function} must be the same for all entries of torch.func.vmap, received a tensor "
                     f"that vmap maps. Pass in_dims=None for `{name}`, or call {a.function} for each entry. [MHA-ARG-4]"
                 )
-            value = torch._C._functorch.get_unwrapped(value)
+            value = get_unwrapped(value)
