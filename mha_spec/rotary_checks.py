@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .array_checks import is_mapping, python_values, require_array
 from .arrays import FLOATING, dtype_name, library_of
@@ -108,7 +106,7 @@ def _check_frequencies(
     if like is not None and library_of(frequencies) not in (None, "numpy"):
         _check_unread(frequencies, rotary_dim, like)
         return frequencies
-    shape = frequencies.shape if isinstance(frequencies, numpy.ndarray) else None
+    shape = cast("tuple[int, ...] | None", getattr(frequencies, "shape", None))
     numbers = _numbers(frequencies) if shape is None or len(shape) == 1 else ()
     if len(numbers) != rotary_dim // 2:
         fix = f" rotary_dim={2 * len(numbers)} turns that many components." if numbers else ""
