@@ -70,9 +70,9 @@ class Layer:
         rotary: Mapping[str, Any] | None = None,
         positions: Array | Sequence[Any] | None = None,
         norm_epsilon: float = 1e-6,
-        cache: KVCache | PagedKVCache | None = None,
+        cache: Cache | None = None,
         **options: Unpack[Options],
-    ) -> Array | tuple[Array, KVCache | PagedKVCache]:
+    ) -> Array | tuple[Array, Cache]:
         """Multi-head attention: project query, key and value, attend in every head, and project the heads.
 
             Q = rotate(norm(query w_q + b_q)),  K = rotate(norm(key w_k + b_k)),  V = value w_v + b_v
@@ -118,7 +118,8 @@ class Layer:
         else:
             attended = self.steps.attend(x.query, x.key, x.value, **x.options)
         output = self._output(a, attended)
-        return output if x.cache is None else (output, x.cache)
+        new: Any = x.cache
+        return output if new is None else (output, new)
 
     @expand_options
     def multi_head_attention_and_weights(
@@ -131,9 +132,9 @@ class Layer:
         rotary: Mapping[str, Any] | None = None,
         positions: Array | Sequence[Any] | None = None,
         norm_epsilon: float = 1e-6,
-        cache: KVCache | PagedKVCache | None = None,
+        cache: KVCache | None = None,
         **options: Unpack[Options],
-    ) -> tuple[Array, Array] | tuple[Array, Array, KVCache | PagedKVCache]:
+    ) -> tuple[Array, Array] | tuple[Array, Array, KVCache]:
         """Compute the output of `multi_head_attention` and its weights from the same projections.
 
         The arguments and errors are those of `multi_head_attention`; the weights are those before dropout. With a cache
@@ -148,7 +149,8 @@ class Layer:
         x = self._operands(self.steps.check(a))
         attended, weights = self.steps.attend_and_weigh(x.query, x.key, x.value, self.steps, **x.options)
         output = self._output(a, attended)
-        return (output, weights) if x.cache is None else (output, weights, x.cache)
+        new: Any = x.cache
+        return (output, weights) if new is None else (output, weights, new)
 
     @expand_options
     def multi_head_attention_weights(
@@ -160,7 +162,7 @@ class Layer:
         rotary: Mapping[str, Any] | None = None,
         positions: Array | Sequence[Any] | None = None,
         norm_epsilon: float = 1e-6,
-        cache: KVCache | PagedKVCache | None = None,
+        cache: KVCache | None = None,
         **options: Unpack[WeightOptions],
     ) -> Float[Array, "batch heads q_len kv_len"]:
         """Compute the weights of every head in `multi_head_attention`, before dropout.

@@ -117,7 +117,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         cache: KVCache | PagedKVCache | OnTheHost | None = None,
         training: bool | None = None,
         **options: Unpack[Options],
-    ) -> tf.Tensor | tuple[tf.Tensor, KVCache]:
+    ) -> tf.Tensor | tuple[tf.Tensor, KVCache | PagedKVCache]:
         """Attend from the query to the key, by default the query, and to the value, by default the key."""
         cache = cache.cache if isinstance(cache, OnTheHost) else cache
         options["mask"] = attention_mask
