@@ -6,7 +6,11 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import finalize
 
-from .arrays import host_integers
+import numpy
+
+from .arrays import host_integers, library_of
+from .errors import refuse_type
+from .scalars import check_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,6 +83,30 @@ class PagedKVCache(NamedTuple):
     """The number of tokens of each batch entry; only host data is checked."""
     block_table: Int[Array, "batch max_blocks"]
     """The blocks of each batch entry; only an array of NumPy is checked."""
+
+    @classmethod
+    def empty(
+        cls,
+        block_table: Int[Array, "batch max_blocks"],
+        blocks: int,
+        block_size: int,
+        kv_heads: int,
+        qk_dim: int,
+        v_dim: int | None = None,
+        *,
+        like: Array,
+    ) -> PagedKVCache:
+        """Make blocks without tokens, with the library, dtype and device of `like`; v_dim is qk_dim by default."""
+        if library_of(block_table) is None:
+            refuse_type(
+                "MHA-CACHE-9",
+                f"`block_table` must be an array (batch, max_blocks), received {type(block_table).__name__}.",
+            )
+        sizes = {"blocks": (blocks, 0), "block_size": (block_size, 1)}
+        first = [check_integer(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
+        # The buffers of a cache in which each batch entry is a block have the same axes, except for their order.
+        pools = _function_for("empty_cache", like, "like")(*first, kv_heads, qk_dim, v_dim, like=like)
+        return cls(pools.key, pools.value, numpy.zeros(block_table.shape[0], dtype=numpy.int32), block_table)
 
     def append(
         self,

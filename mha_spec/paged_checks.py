@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy
 
@@ -10,6 +10,7 @@ from .array_checks import check_alike, check_integers, require_array, shape_of
 from .arrays import dtype_name, host_integers, library_of
 from .checks import check_entries
 from .errors import refuse_type, refuse_value
+from .pools import slots_of_positions
 from .scalars import short_repr
 
 if TYPE_CHECKING:
@@ -136,26 +137,38 @@ def _counts(before: list[int] | None, length: int | None, counts: Array | Sequen
 def _check_slots(cache: PagedKVCache, before: list[int], after: list[int]) -> None:
     """Require blocks that exist, and new tokens in slots that hold no token (MHA-CACHE-9, MHA-CACHE-11)."""
     table: Any = cache.block_table
-    (blocks, size), held = shape_of(cache.key)[:2], set[int]()
-    new: list[tuple[int, numpy.ndarray]] = []
-    for entry, (first, last) in enumerate(zip(before, after, strict=True)):
-        row = numpy.asarray(table[entry, : -(-last // size)])
-        for column in numpy.flatnonzero((row < 0) | (row >= blocks)).tolist():
-            refuse_value(
-                "MHA-CACHE-9",
-                f"`cache.block_table` must name blocks that exist, 0<=block_table[{entry}, {column}]<blocks={blocks}, "
-                f"received {int(row[column])}. Nothing was stored. Only entries behind its {last} tokens are not used.",
-            )
-        slots = (row.astype(numpy.int64)[:, None] * size + numpy.arange(size)).reshape(-1)
-        held.update(slots[:first].tolist())
-        new.append((entry, slots[first:last]))
-    for entry, slots in new:
-        for token, slot in enumerate(slots.tolist(), start=before[entry]):
-            if slot in held:
-                refuse_value(
-                    "MHA-CACHE-11",
-                    f"`cache.block_table` must give token {token} of batch entry {entry} a slot that holds no token, "
-                    f"received slot {slot % size} of block {slot // size}, which another token has. "
-                    "Nothing was stored. Copy a shared block before a token is appended to it.",
-                )
-            held.add(slot)
+    sizes: Any = shape_of(cache.key)[:2]
+    _check_blocks(numpy.asarray(table), sizes, after)
+    held = numpy.zeros(sizes[0] * sizes[1], dtype=bool)
+    held[slots_of_positions(table, sizes, numpy.zeros(len(before), int), before)] = True
+    new = slots_of_positions(table, sizes, before, after)
+    if held[new].any() or len(numpy.unique(new)) < len(new):
+        _refuse_slot(held, new, before, after, sizes[1])
+
+
+def _check_blocks(table: numpy.ndarray, sizes: tuple[int, int], after: list[int]) -> None:
+    """Require a block that exists in each entry of the table that a token needs (MHA-CACHE-9)."""
+    blocks, size = sizes
+    needed = numpy.arange(table.shape[1]) * size < numpy.reshape(after, (-1, 1))
+    for entry, column in numpy.argwhere(needed & ((table < 0) | (table >= blocks)))[:1].tolist():
+        refuse_value(
+            "MHA-CACHE-9",
+            f"`cache.block_table` must name blocks that exist, 0<=block_table[{entry}, {column}]<blocks={blocks}, "
+            f"received {int(table[entry, column])}. Nothing was stored. "
+            f"Only entries behind its {after[entry]} tokens are not used.",
+        )
+
+
+def _refuse_slot(held: numpy.ndarray, new: numpy.ndarray, before: list[int], after: list[int], size: int) -> NoReturn:
+    """Refuse the first new token whose slot holds another token, or is that of an earlier new token (MHA-CACHE-11)."""
+    tokens = [(entry, token) for entry, ends in enumerate(zip(before, after, strict=True)) for token in range(*ends)]
+    earlier = numpy.ones(len(new), dtype=bool)
+    earlier[numpy.unique(new, return_index=True)[1]] = False
+    place = int(numpy.argmax(held[new] | earlier))
+    (entry, token), slot = tokens[place], int(new[place])
+    refuse_value(
+        "MHA-CACHE-11",
+        f"`cache.block_table` must give token {token} of batch entry {entry} a slot that holds no token, "
+        f"received slot {slot % size} of block {slot // size}, which another token has. "
+        "Nothing was stored. Copy a shared block before a token is appended to it.",
+    )

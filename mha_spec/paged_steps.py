@@ -8,13 +8,15 @@ import numpy
 
 from .arrays import device_of, host_integers, namespace_of
 from .cache import PagedKVCache
+from .pools import slots_of_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from .arrays import Array
+    from .pools import WrittenSlots
 
-__all__ = ["append_paged", "attend_paged", "bounds", "new_slots", "store_pages"]
+__all__ = ["append_in_place", "append_paged", "attend_paged", "bounds", "new_slots", "store_pages"]
 
 OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "sinks")
 """The options of the layer that paged attention has (MHA-CACHE-10)."""
@@ -30,6 +32,28 @@ def append_paged(
         steps.store_pages(pages, new, slots) for pages, new in ((cache.key, key), (cache.value, value))
     )
     return PagedKVCache(new_key, new_value, stop, cache.block_table)
+
+
+def append_in_place(
+    written: WrittenSlots,
+    cache: PagedKVCache,
+    stop: Array | Sequence[int],
+    slots: numpy.ndarray,
+    copy: Callable[[Array], Array],
+    write: Callable[[Array, Array], None],
+) -> PagedKVCache:
+    """Append new tokens where no other cache reads their slots, else in a copy of the blocks (MHA-CACHE-3).
+
+    `slots` are those of the new tokens, with -1 where a token has none; `write` writes the tokens to key and value.
+    """
+    lengths = numpy.asarray(cache.lengths)
+    tokens = slots_of_positions(cache.block_table, cache.key.shape[:2], numpy.zeros_like(lengths), lengths)
+    new = slots[slots >= 0]
+    shared = written.claim(cache, tokens, new)
+    key, value = (pool if shared else copy(pool) for pool in (cache.key, cache.value))
+    write(key, value)
+    result = PagedKVCache(key, value, stop, cache.block_table)
+    return result if shared else written.register(result, tokens, new)
 
 
 def new_slots(cache: PagedKVCache, stop: Array | Sequence[int], new: Array) -> Array:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+import torch
 from support.comparisons import assert_same
 from support.libraries import converted, with_float64
 from support.numbers import numbers
 
 import mha_spec
-from mha_spec import ArgumentTypeError, ArgumentValueError, PagedKVCache, reference
+import mha_spec_numpy.layer as numpy_layer
+from mha_spec import ArgumentTypeError, ArgumentValueError, PagedKVCache, paged_steps, reference
+from mha_spec.layer import Layer
 from mha_spec.layer_object import LayerSettings
+from mha_spec.layer_steps import LayerSteps
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MODULES = {
     "mha_spec.reference": "numpy",
@@ -43,6 +48,8 @@ LAYER = LayerSettings(
 )
 TABLE = numpy.array([[7, 2, 9, 4], [10, 0, 3, -1]], "int32")
 """Blocks in no order, the last entry of the second row of which names no block."""
+RAGGED = [[3, 1], [3, 3], [0, 1]]
+"""The number of tokens of each batch entry that are real, in three steps."""
 STEPS = {"at once": [LENGTH], "chunks": [3, 1, 0, 2, 1], "token by token": [1] * LENGTH}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -77,15 +84,17 @@ def operands(module: str, dtype: str) -> tuple[dict[str, Any], Any]:
     return converted(params, library, dtype), converted({"x": numbers(BATCH, LENGTH, EMBED)}, library, dtype)["x"]
 
 
-def decoded(module: str, cache: Any, steps: list[int], dtype: str, **options: Any) -> tuple[list[Any], Any]:
+def decoded(
+    module: str, cache: Any, steps: list[int], dtype: str, *, layer: Any = None, ragged: bool = False, **options: Any
+) -> tuple[list[Any], Any]:
     """Return the outputs of all steps, and the last cache."""
     params, x = operands(module, dtype)
-    layer = importlib.import_module(module).multi_head_attention
+    layer = layer or importlib.import_module(module).multi_head_attention
     options |= converted({"sinks": options["sinks"]}, MODULES[module], dtype) if "sinks" in options else {}
     outputs, first = [], 0
-    for length in steps:
+    for length, counts in zip(steps, RAGGED if ragged else [None] * len(steps), strict=True):
         part = x[:, first : first + length]
-        output, cache = layer(part, part, part, params, cache=cache, **options)
+        output, cache = layer(part, part, part, params, cache=cache, kv_lengths=counts, **options)
         outputs.append(output)
         first += length
     return outputs, cache
@@ -107,12 +116,12 @@ def test_a_paged_cache_equals_a_contiguous_cache(module: str, steps: list[int], 
 def test_lengths_and_table_may_be_arrays_of_the_library(module: str) -> None:
     library = MODULES[module]
     table, lengths = (to_library(array, library) for array in (TABLE, numpy.zeros(BATCH, "int32")))
-    steps, options = [3, 3, 1], OPTIONS["all"]
+    steps, options = [3, 3, 1], OPTIONS["all"] | {"ragged": True}
     wanted = [converted({"x": x}, library, "float64")["x"] for x in expected(steps, **options)]
 
     def ours(dtype: str) -> list[Any]:
         outputs, cache = decoded(module, pages(module, table, dtype, lengths), steps, dtype, **options)
-        assert to_numpy(cache.lengths).tolist() == [LENGTH] * BATCH
+        assert to_numpy(cache.lengths).tolist() == numpy.sum(RAGGED, axis=0).tolist()
         assert cache.block_table is table
         return outputs
 
@@ -157,14 +166,131 @@ def test_entries_may_share_the_blocks_of_a_prefix(module: str) -> None:
     numpy.testing.assert_allclose(to_numpy(ours), wanted, rtol=1e-12, atol=1e-12)
 
 
+def tokens_of(cache: PagedKVCache) -> list[Any]:
+    """Return the keys and the values of each batch entry."""
+    lengths, table = to_numpy(cache.lengths), to_numpy(cache.block_table)
+    pools = [to_numpy(pool).reshape(-1, *pool.shape[2:]) for pool in cache[:2]]
+    slots = [[row[j // SIZE] * SIZE + j % SIZE for j in range(n)] for row, n in zip(table, lengths, strict=True)]
+    return [pool[places].tolist() for pool in pools for places in slots]
+
+
 def test_an_append_does_not_change_the_old_cache(module: str) -> None:
     functions = importlib.import_module(module)
     start = functions.append_cache(pages(module), *new(module, 3))
-    before = [to_numpy(array).copy() for array in start[:2]]
+    before = tokens_of(start)
     first, second = (functions.append_cache(start, *new(module, 2, seed=seed)) for seed in (7, 9))
-    assert not numpy.array_equal(to_numpy(first.key), to_numpy(second.key), equal_nan=True)
-    for array, kept in zip(start[:2], before, strict=True):
-        numpy.testing.assert_array_equal(to_numpy(array), kept)
+    assert tokens_of(first) != tokens_of(second)
+    after = [tokens_of(cache) for cache in (first, second)]
+    functions.append_cache(first, *new(module, 4, seed=11))
+    assert [tokens_of(cache) for cache in (first, second)] == after
+    assert tokens_of(start) == before
+
+
+@pytest.mark.parametrize("module", ["mha_spec_numpy", "mha_spec_torch"], indirect=True)
+@pytest.mark.parametrize("of_library", [False, True])
+def test_blocks_are_copied_only_where_an_append_would_change_another_cache(module: str, of_library: bool) -> None:
+    functions, table = importlib.import_module(module), to_library(TABLE, MODULES[module]) if of_library else TABLE
+    start = pages(module, table)
+    first = functions.append_cache(start, *new(module, 2))
+    assert numpy.isnan(to_numpy(start.key)).all(), "blocks of the caller were written to"
+    second = functions.append_cache(first, *new(module, 3), [3, 1])
+    assert second.key is first.key
+    assert second.value is first.value
+    branch = functions.append_cache(first, *new(module, 1, seed=7))
+    assert branch.key is not first.key
+    assert functions.append_cache(branch, *new(module, 1)).key is branch.key
+
+
+def test_blocks_of_a_request_that_ended_are_copied_once() -> None:
+    cache = pages("mha_spec_numpy").append(*new("mha_spec_numpy", 5))
+    others = numpy.array([[1, 5, 6], [8, 7, 2]])  # 7 and 2 held the tokens of the first request.
+    cache = cache._replace(block_table=others, lengths=[0, 0]).append(*new("mha_spec_numpy", 3))
+    held = tokens_of(cache)
+    copied = cache.append(*new("mha_spec_numpy", 1))
+    assert copied.key is not cache.key
+    later = copied.append(*new("mha_spec_numpy", 2)).append(*new("mha_spec_numpy", 3))
+    assert later.key is copied.key
+    assert tokens_of(cache) == held
+
+
+def test_marks_are_removed_with_their_blocks() -> None:
+    gc.collect()
+    before = len(numpy_layer._BLOCKS._written)
+    caches = [pages("mha_spec_numpy").append(*new("mha_spec_numpy", 1)) for _ in range(3)]
+    assert len(numpy_layer._BLOCKS._written) == before + 3
+    del caches
+    gc.collect()
+    assert len(numpy_layer._BLOCKS._written) == before
+
+
+def test_the_layout_of_the_blocks_of_a_caller_does_not_matter() -> None:
+    arrays = [numpy.full((SIZE, size, KV_HEADS, BLOCKS), numpy.nan).transpose(3, 0, 2, 1) for size in (QK_DIM, V_DIM)]
+    for module, pools in (("mha_spec_numpy", arrays), ("mha_spec_torch", map(torch.from_numpy, arrays))):
+        cache = PagedKVCache(*pools, lengths=[0, 0], block_table=TABLE)
+        assert tokens_of(cache.append(*new(module, 4))) == tokens_of(pages(module).append(*new(module, 4)))
+
+
+def test_empty_blocks_have_the_sizes_and_the_type_of_their_arguments(module: str) -> None:
+    like = converted({"like": numbers(2)}, MODULES[module], "float32")["like"]
+    cache = PagedKVCache.empty(TABLE, BLOCKS, SIZE, KV_HEADS, QK_DIM, V_DIM, like=like)
+    assert (cache.key.shape, cache.value.shape) == ((BLOCKS, SIZE, KV_HEADS, QK_DIM), (BLOCKS, SIZE, KV_HEADS, V_DIM))
+    assert type(cache.key) is type(like)
+    assert cache.key.dtype == cache.value.dtype == like.dtype
+    assert list(cache.lengths) == [0] * BATCH
+    with pytest.raises(ArgumentValueError, match=r"`block_size` must be block_size>=1.*MHA-CACHE-9"):
+        PagedKVCache.empty(TABLE, BLOCKS, 0, KV_HEADS, QK_DIM, like=like)
+    with pytest.raises(ArgumentTypeError, match="`block_table` must be an array"):
+        PagedKVCache.empty(TABLE.tolist(), BLOCKS, SIZE, KV_HEADS, QK_DIM, like=like)
+
+
+def at(change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a layer's step that finds the slots of new tokens by another table."""
+    return {
+        "new_slots": lambda cache, stop, new: paged_steps.new_slots(
+            cache._replace(block_table=change(cache.block_table)), stop, new
+        )
+    }
+
+
+def reading(change: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Return a layer's step that attends with other arguments of the packed call."""
+    return {"varlen": lambda *operands, **options: reference.varlen_attention(*operands, **options | change(options))}
+
+
+MISTAKES: dict[str, dict[str, Any]] = {
+    "tokens go to the block of the first entry": at(lambda table: table[:1].repeat(BATCH, 0)),
+    "tokens go to the next block": at(lambda table: (table + 1) % BLOCKS),
+    "tokens ignore the table": at(lambda table: numpy.arange(table.size).reshape(table.shape) % BLOCKS),
+    "tokens go to the next slot": {
+        "new_slots": lambda cache, stop, new: (paged_steps.new_slots(cache, stop, new) + 1) % (BLOCKS * SIZE)
+    },
+    "tokens go to a block from its first slot on": {
+        "new_slots": lambda cache, stop, new: paged_steps.new_slots(
+            cache._replace(lengths=numpy.asarray(cache.lengths) // SIZE * SIZE), stop, new
+        )
+    },
+    "keys ignore the table": reading(
+        lambda _: {"block_table": numpy.arange(BATCH * 4).reshape(BATCH, -1).astype("int32")}
+    ),
+    "keys are those of the first entry": reading(lambda options: {"block_table": options["block_table"][[0, 0]]}),
+    "keys of the whole block are seen": reading(
+        lambda options: {"seqused_kv": -(-numpy.asarray(options["seqused_kv"]) // SIZE) * SIZE}
+    ),
+    "the window is ignored": reading(lambda _: {"window": None}),
+    "queries are at the end of the keys": reading(lambda _: {"q_offset": "lower_right"}),
+}
+
+
+@pytest.mark.parametrize("steps", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gives_another_output(steps: dict[str, Any]) -> None:
+    name, options = "mha_spec.reference", {**OPTIONS["all"], "ragged": True}
+    lengths, wanted = [3, 3, 1], expected([3, 3, 1], **options)
+    layer = Layer(LayerSteps()).multi_head_attention
+    right = decoded(name, pages(name), lengths, "float64", layer=layer, **options)[0]
+    numpy.testing.assert_allclose(numpy.concat(right, 1), numpy.concat(wanted, 1), rtol=1e-12, atol=1e-12)
+    layer = Layer(LayerSteps(**steps)).multi_head_attention
+    outputs = decoded(name, pages(name), lengths, "float64", layer=layer, **options)[0]
+    assert not numpy.allclose(numpy.concat(outputs, 1), numpy.concat(wanted, 1), rtol=1e-3, atol=1e-3)
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,6 +12,7 @@ from mha_spec.arrays import host_integers
 from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer, alibi_bias, alibi_slopes, rotary_embedding
 from mha_spec.layer_steps import LayerSteps
+from mha_spec.pools import WrittenSlots
 
 from .core import attention, attention_weights
 from .varlen import varlen_attention
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mha_spec.arrays import Array
+    from mha_spec.cache import PagedKVCache
 
 __all__ = [
     "alibi_bias",
@@ -32,7 +34,7 @@ __all__ = [
     "rotary_embedding",
 ]
 
-_BUFFERS = HighWater()
+_BUFFERS, _BLOCKS = HighWater(), WrittenSlots()
 
 
 def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
@@ -57,14 +59,21 @@ def append(
     return new if shared else _BUFFERS.register(new)
 
 
-def store_pages(pages: Array, new: Array, slots: Array) -> Array:
-    """Write new tokens to their slots in a copy of the blocks (MHA-CACHE-9)."""
-    if not isinstance(pages, numpy.ndarray):
-        return paged_steps.store_pages(pages, new, slots)
-    stored = pages.copy()
+def append_paged(
+    cache: PagedKVCache, key: Array, value: Array, counts: Array | Sequence[int] | None, steps: LayerSteps
+) -> PagedKVCache:
+    """Append tokens to blocks, in place where that changes no other cache (MHA-CACHE-9, MHA-CACHE-3)."""
+    if not isinstance(cache.key, numpy.ndarray):
+        return paged_steps.append_paged(cache, key, value, counts, steps)
+    stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
+    slots = steps.new_slots(cache, stop, key)
     entries, tokens = numpy.nonzero(slots >= 0)
-    stored.reshape(-1, *pages.shape[2:])[slots[entries, tokens]] = new[entries, :, tokens]
-    return stored
+
+    def write(*pools: Array) -> None:
+        for pool, new in zip(pools, (key, value), strict=True):
+            pool.reshape(-1, *pool.shape[2:])[slots[entries, tokens]] = new[entries, :, tokens]
+
+    return paged_steps.append_in_place(_BLOCKS, cache, stop, slots, numpy.ndarray.copy, write)
 
 
 _LAYER = Layer(
@@ -73,7 +82,7 @@ _LAYER = Layer(
         weigh=attention_weights,
         empty_cache=empty,
         append=append,
-        store_pages=store_pages,
+        append_paged=append_paged,
         varlen=varlen_attention,
     )
 )

@@ -16,6 +16,7 @@ from mha_spec.arrays import dtype_name, host_integers, softmax_dtype_name
 from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
+from mha_spec.pools import WrittenSlots
 
 from .core import attention, attention_and_weights, attention_weights
 from .function import transformed
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-    from mha_spec.cache import Cache
+    from mha_spec.cache import Cache, PagedKVCache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Tensor | Sequence[int]
@@ -44,7 +45,7 @@ __all__ = [
     "rotary_embedding",
 ]
 
-_BUFFERS = HighWater()
+_BUFFERS, _BLOCKS = HighWater(), WrittenSlots()
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
@@ -199,6 +200,35 @@ def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers |
     return new if shared else _BUFFERS.register(new)
 
 
+def append_paged(
+    cache: PagedKVCache, key: Tensor, value: Tensor, counts: Integers | None, steps: LayerSteps
+) -> PagedKVCache:
+    """Append tokens to blocks, in place if that changes no other cache (MHA-CACHE-9, MHA-CACHE-3)."""
+    if traced(key) or not _writable(key, value, cache.key, cache.value):
+        return paged_steps.append_paged(cache, key, value, counts, steps)
+    stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
+    slots = steps.new_slots(cache, stop, key)
+    inside = slots >= 0
+
+    def write(*pools: Tensor) -> None:
+        for pool, new in zip(pools, (key, value), strict=True):
+            # Autograd may have saved the blocks, which `.data` does not tell it about.
+            pool.data.flatten(0, 1)[slots[inside]] = new.transpose(1, 2)[inside]
+
+    host = cache._replace(lengths=_on_host(cache.lengths), block_table=_on_host(cache.block_table))
+    new = paged_steps.append_in_place(_BLOCKS, host, stop, slots.numpy(force=True), _contiguous, write)
+    return new._replace(block_table=cache.block_table)
+
+
+def _on_host(integers: Any) -> numpy.ndarray:
+    """Return integers as an array of NumPy, also from an accelerator, as a packed call does when it runs."""
+    return integers.numpy(force=True) if isinstance(integers, Tensor) else numpy.asarray(integers)
+
+
+def _contiguous(pool: Tensor) -> Tensor:
+    return pool.clone(memory_format=torch.contiguous_format)
+
+
 def store_pages(pages: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     """Return blocks with new tokens in their slots; those without a slot go to a row that is cut off (MHA-CACHE-9)."""
     flat, tokens = pages.flatten(0, 1), new.transpose(1, 2).flatten(0, 1)
@@ -305,6 +335,7 @@ _LAYER = Layer(
         attend_and_weigh=attend_and_weigh,
         project_out=project_out,
         slopes=slopes,
+        append_paged=append_paged,
         store_pages=store_pages,
         bounds=bounds,
         varlen=varlen_attention,
