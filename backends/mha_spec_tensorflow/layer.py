@@ -11,7 +11,7 @@ import tensorflow as tf
 from mha_spec import layer_checks, layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
-from mha_spec.cache import KVCache
+from mha_spec.cache import KVCache, PagedKVCache
 from mha_spec.checks import check_library
 from mha_spec.errors import refuse_value
 from mha_spec.layer import Layer
@@ -24,6 +24,7 @@ from .unknown import (
     APPENDED,
     KNOWN,
     LAYER,
+    PAGED_CACHE,
     POSITIONS,
     POSITIONS_OF_LAYER,
     ROTATED,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from mha_spec.arrays import Array
-    from mha_spec.cache import Cache, PagedKVCache
+    from mha_spec.cache import Cache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int] | numpy.ndarray
@@ -72,26 +73,33 @@ def check(a: LayerArguments) -> LayerArguments:
     return layer_checks.check(a)
 
 
-def _layouts(a: LayerArguments) -> dict[str, Layout]:
+def _layouts(a: LayerArguments) -> Mapping[str, Layout]:
     """Return the layouts of the arguments; the rank of positions determines their axes (MHA-LAYER-7)."""
     positions: Any = a.positions
+    all_layouts = _with_cache(LAYER, a.cache)
     if not tf.is_tensor(positions):
-        return LAYER
+        return all_layouts
     _require_rank(positions, "MHA-LAYER-7")
     layouts = {len(layout.sizes): layout for layout in POSITIONS_OF_LAYER}
     layout = layouts.get(positions.shape.rank)  # The shared checks refuse another rank.
-    return LAYER if layout is None else LAYER | {"positions": layout}
+    return all_layouts if layout is None else {**all_layouts, "positions": layout}
 
 
-def _of_cache(cache: KVCache | PagedKVCache | None) -> dict[str, Any]:
-    if not isinstance(cache, KVCache):
+def _with_cache(layouts: Mapping[str, Layout], cache: object) -> Mapping[str, Layout]:
+    """Return layouts with those of a paged cache, if the cache is one."""
+    return {**layouts, **PAGED_CACHE} if isinstance(cache, PagedKVCache) else layouts
+
+
+def _of_cache(cache: object) -> dict[str, Any]:
+    if not isinstance(cache, (KVCache, PagedKVCache)):
         return {}
-    return {"cache.key": cache.key, "cache.value": cache.value, "cache.lengths": cache.lengths}
+    return {f"cache.{name}": array for name, array in cache._asdict().items()}
 
 
-def _cache_of(tensors: Mapping[str, Any], cache: KVCache | PagedKVCache | None) -> KVCache | PagedKVCache | None:
+def _cache_of(tensors: Mapping[str, Any], cache: Any) -> Any:
     """Return the cache with the checked buffers; return anything else, which a later check refuses, unchanged."""
-    return KVCache(*(tensors[name] for name in _of_cache(cache))) if isinstance(cache, KVCache) else cache
+    names = _of_cache(cache)
+    return type(cache)(*(tensors[name] for name in names)) if names else cache
 
 
 def widen(x: Array) -> Array:
@@ -351,8 +359,8 @@ def append_cache(
 ) -> Cache:
     """Return a new cache with new tokens after those of each batch entry; see `mha_spec.reference.append_cache`."""
     operands = {"key": key, "value": value, "lengths": lengths, **_of_cache(cache)}
-    tensors = with_known_shapes(APPENDED, operands, ("kv_heads", "qk_dim", "v_dim"))
-    checked_cache: Any = _cache_of(tensors, cache)
+    tensors = with_known_shapes(_with_cache(APPENDED, cache), operands, ("kv_heads", "qk_dim", "v_dim"))
+    checked_cache = _cache_of(tensors, cache)
     check_library("tensorflow", tensors["key"], "key")
     return _LAYER.append_cache(checked_cache, tensors["key"], tensors["value"], tensors["lengths"])
 
