@@ -194,6 +194,25 @@ def test_tensorflow_traces_once_for_all_sizes(layout: Any) -> None:
     assert program.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.parametrize(
+    ("layout", "name", "shape", "fragment"),
+    [
+        (filled, "seqused_kv", (3,), r"`seqused_kv` must have shape \(sequences\)=\] \[5\].* \[3\] \[\[MHA-VARLEN-4"),
+        (filled, "q_offset", (3,), r"`q_offset` must have shape \(sequences\)=\] \[5\].* \[3\] \[\[MHA-VARLEN-5"),
+        (filled, "cu_seqlens_q", (0,), r"`cu_seqlens_q` must have shape \(sequences\+1\)=\] \[1\].* \[0\]"),
+        (paged, "block_table", (2, 3), r"`block_table` must have shape \(sequences, max_blocks\)=\] \[5 3\].* \[2 3\]"),
+    ],
+)
+def test_tensorflow_compares_unknown_numbers_of_sequences(layout: Any, name: str, shape: Any, fragment: str) -> None:
+    call = layout() | {name: numpy.ones(shape, "int32")}
+    program: Any = tf.function(
+        lambda arrays: mha_spec_tensorflow.varlen_attention(**{"cu_seqlens_kv": None} | arrays),
+        input_signature=[signature(call)],
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match=fragment):
+        program({name: tf.constant(x) for name, x in call.items() if x is not None})
+
+
 def test_tensorflow_has_forward_mode_in_a_graph() -> None:
     call = filled(**bounds(LENGTHS[0])) | OPTIONS
     tensors = arrays_of(call, tf.constant)
