@@ -136,11 +136,11 @@ def test_a_compiled_call_takes_one_tensor_for_both_bounds_and_refuses_two() -> N
 def test_a_compiled_call_takes_changing_numbers_in_equal_bounds() -> None:
     torch.compiler.reset()
     x, value = numbers(12, HEADS, QK_DIM), numbers(12, HEADS, V_DIM)
-    operands = [torch.tensor(array) for array in (x, x, value)]
+    query, values = torch.tensor(x), torch.tensor(value)
 
     def attend(length: int) -> Any:
         bounds = [0, length, 12]
-        return mha_spec_torch.varlen_attention(*operands, bounds, list(bounds), causal=True)
+        return mha_spec_torch.varlen_attention(query, query, values, bounds, list(bounds), causal=True)
 
     compiled = torch.compile(attend, backend="eager", fullgraph=True)
     for length in (5, 6, 7):
