@@ -144,7 +144,7 @@ def test_distorted_recordings_keep_their_shape_and_lose_little() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "said", "errors"),
+    ("written", "spoken", "errors"),
     [
         ("one two", "one two", 0),
         ("", "one two", 2),
@@ -155,14 +155,14 @@ def test_distorted_recordings_keep_their_shape_and_lose_little() -> None:
         ("four two", "one two", 1),
     ],
 )
-def test_wrong_words_are_counted(written: str, said: str, errors: int) -> None:
-    assert speech.word_errors(written.split(), said.split()) == errors
+def test_wrong_words_are_counted(written: str, spoken: str, errors: int) -> None:
+    assert speech.word_errors(written.split(), spoken.split()) == errors
 
 
 def test_the_error_rate_is_that_of_words() -> None:
-    said = numpy.asarray([[2, 3, 4, 0], [5, 0, 0, 0]])
-    assert speech.error_rate(said, said) == 0
-    assert speech.error_rate(numpy.asarray([[2, 4, 0, 0], [6, 0, 9, 0]]), said) == 2 / 4
+    spoken = numpy.asarray([[2, 3, 4, 0], [5, 0, 0, 0]])
+    assert speech.error_rate(spoken, spoken) == 0
+    assert speech.error_rate(numpy.asarray([[2, 4, 0, 0], [6, 0, 9, 0]]), spoken) == 2 / 4
 
 
 def test_the_alignment_is_drawn(tmp_path: Any) -> None:

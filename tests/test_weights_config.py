@@ -74,8 +74,8 @@ def test_the_config_sets_the_sizes_and_the_options() -> None:
 def test_a_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG), encoding="utf-8")
-    for given in (path, str(path)):
-        assert load_weights(STATE, config=given).options == loaded().options
+    for config in (path, str(path)):
+        assert load_weights(STATE, config=config).options == loaded().options
 
 
 def test_the_object_holds_the_settings() -> None:
