@@ -63,7 +63,7 @@ def batches(spoken: Sequence[Recording], rng: numpy.random.Generator) -> Iterato
 
 
 def read(params: dict[str, Any], batch: Batch) -> tuple[torch.Tensor, listener.Memory]:
-    """Return the decoder's inputs in training: the embedded words, shifted by one, and the encoder's states."""
+    """Return the decoder's inputs in training: the embedded words, shifted by a place, and the encoder's states."""
     frames, lengths, words = (torch.from_numpy(array) for array in batch)
     memory = listener.encode(params, frames, lengths)
     before = torch.cat([torch.full_like(words[:, :1], BEGIN), words[:, :-1]], dim=1)
@@ -89,20 +89,20 @@ def write_down(params: dict[str, Any], heard: Batch, convert: Callable[[numpy.nd
     return listener.greedy(weights, listener.encode(weights, frames, lengths), BEGIN, LONGEST + 1)
 
 
-def word_errors(written: Sequence[str], said: Sequence[str]) -> int:
+def word_errors(written: Sequence[str], spoken: Sequence[str]) -> int:
     """Count the words that must be replaced, inserted or deleted to turn one text into the other, at least."""
-    costs = list(range(len(said) + 1))
+    costs = list(range(len(spoken) + 1))
     for number, word in enumerate(written, 1):
         row = [number]
-        for column, other in enumerate(said):
+        for column, other in enumerate(spoken):
             row.append(min(costs[column] + (word != other), costs[column + 1] + 1, row[-1] + 1))
         costs = row
     return costs[-1]
 
 
-def error_rate(written: numpy.ndarray, said: numpy.ndarray) -> float:
-    """Return the word error rate: the errors of all phrases, divided by the number of words that were said."""
-    phrases = [(spell(ours).split(), spell(theirs).split()) for ours, theirs in zip(written, said, strict=True)]
+def error_rate(written: numpy.ndarray, spoken: numpy.ndarray) -> float:
+    """Return the word error rate: the errors of all phrases, divided by the number of words that were spoken."""
+    phrases = [(spell(ours).split(), spell(theirs).split()) for ours, theirs in zip(written, spoken, strict=True)]
     return sum(word_errors(*pair) for pair in phrases) / sum(len(words) for _, words in phrases)
 
 
@@ -133,14 +133,15 @@ def draw(params: dict[str, Any], recording: Recording, path: Path) -> None:
 def main(steps: int = 2500, spoken: int = 10000, picture: Path = Path("speech.png")) -> None:
     """Train, test, write down on every backend, and draw."""
     start = time.perf_counter()
-    # The synthesiser's noise depends on what it has said, so that the test, which comes first, is always the same.
+    torch.set_num_threads(1)  # More threads do not help matrices of this size, and would change the last bits.
+    # The synthesiser's noise depends on all earlier phrases, so that the test, which comes first, is always the same.
     unheard = recordings("test", HELD_OUT, SEED + 1)
     drawn = batches(recordings("train", spoken, SEED), numpy.random.default_rng(SEED))
     params = train(initial(), lambda params: loss(params, next(drawn)), steps, RATE)
     asked = joined(unheard)
     written = {name: write_down(params, asked, convert) for name, convert in BACKENDS.items()}
-    for said, ours in zip(asked.words[:5], written["torch"], strict=False):
-        console.print(f"{spell(said):>30}  ->  {spell(ours)}", highlight=False)
+    for words, ours in zip(asked.words[:5], written["torch"], strict=False):
+        console.print(f"{spell(words):>30}  ->  {spell(ours)}", highlight=False)
     errors = error_rate(written["torch"], asked.words)
     console.print(f"{1 - errors:.2%} of the words right, by voices and at speeds that were held out")
     for name, words in written.items():
