@@ -149,7 +149,7 @@ def _check_slots(cache: PagedKVCache, before: list[int], after: list[int]) -> No
 def _check_blocks(table: numpy.ndarray, sizes: tuple[int, int], after: list[int]) -> None:
     """Require a block that exists in each entry of the table that a token needs (MHA-CACHE-9)."""
     blocks, size = sizes
-    needed = numpy.arange(table.shape[1]) * size < numpy.reshape(after, (-1, 1))
+    needed = numpy.arange(int(table.shape[1])) * size < numpy.reshape(after, (-1, 1))
     for entry, column in numpy.argwhere(needed & ((table < 0) | (table >= blocks)))[:1].tolist():
         refuse_value(
             "MHA-CACHE-9",

@@ -22,7 +22,7 @@ def slots_of_positions(table: Any, sizes: tuple[int, int], first: Any, last: Any
     (blocks, size), (first, last) = sizes, (numpy.asarray(first), numpy.asarray(last))
     columns = -(-int(last.max(initial=0)) // size)
     numbers = numpy.asarray(table)[:, :columns].astype(numpy.int64)[:, :, None]
-    positions = numpy.arange(numbers.shape[1] * size).reshape(-1, size)
+    positions = numpy.arange(int(numbers.shape[1]) * size).reshape(-1, size)
     inside = (positions >= first[:, None, None]) & (positions < last[:, None, None])
     inside &= (numbers >= 0) & (numbers < blocks)
     return (numbers * size + numpy.arange(size))[inside]

@@ -92,13 +92,12 @@ def _pairs(packed: Packed) -> Pairs | None:
             counts.append(len(row))
     lengths, longest = numpy.repeat(counts, heads), max(counts)
     bounds = numpy.concatenate([[0], numpy.cumsum(lengths)])
-    if not 0 < len(lengths) * longest <= PADDING * bounds[-1]:
+    # torch takes no more elements than a dense matrix has.
+    most = len(lengths) * math.prod(packed.a.key.shape[:3])
+    if bounds[-1] > most or not 0 < len(lengths) * longest <= PADDING * bounds[-1]:
         return None
-    if bounds[-1] > len(lengths) * math.prod(
-        packed.a.key.shape[:3]
-    ):  # torch takes no more elements than a dense matrix.
-        return None
-    return Pairs(*map(torch.from_numpy, (bounds, numpy.concatenate(chosen), lengths)), longest)
+    bounds, slots, lengths = (torch.from_numpy(array) for array in (bounds, numpy.concatenate(chosen), lengths))
+    return Pairs(bounds, slots, lengths, longest)
 
 
 def _visible(part: Part) -> list[slice]:
