@@ -251,6 +251,24 @@ def _bound(side: str, bound: object) -> int | None:
     return number
 
 
+def check_chunk(a: Arguments) -> None:
+    """Require a Python integer in 1..2^30 (MHA-WINDOW-3)."""
+    if a.chunk is None:
+        return
+    number = plain(a.chunk)
+    if not is_integer(number):
+        refuse_type(
+            "MHA-WINDOW-3",
+            f"`chunk` must be an integer, the number of positions of each chunk, received chunk={short_repr(a.chunk)}.",
+        )
+    if not 1 <= number <= LARGEST_POSITION:
+        refuse_value(
+            "MHA-WINDOW-3",
+            f"`chunk` must be in 1<=chunk<=2**30, or chunk=None for no chunks, received chunk={short_repr(number)}.",
+        )
+    a.chunk = number
+
+
 def check_pairwise(a: Arguments) -> None:
     """Require rank 4 and axes that broadcast to the scores; masks are boolean (MHA-MASK-2, MHA-BIAS-1)."""
     if a.mask is not None:
@@ -315,6 +333,9 @@ def check_lengths(a: Arguments) -> None:
         check_entries("q_lengths", a.q_lengths, a.query, 0, a.q_len, "q_len")
     if a.kv_lengths is not None:
         check_entries("kv_lengths", a.kv_lengths, a.query, 0, a.kv_len, "kv_len")
+    for label, value in (("kv_starts", a.kv_starts), ("prefix_lengths", a.prefix_lengths)):
+        if value is not None:
+            check_entries(label, value, a.query, 0, a.kv_len, "kv_len", "MHA-LEN-5")
     if a.q_offset is not None:
         a.q_offset = check_offset(a.q_offset, a.query)
 
@@ -342,23 +363,52 @@ def check_common_offset(offset: object) -> bool:
     return False
 
 
-def check_entries(label: str, value: object, query: Array, low: int, high: int | None, high_name: str) -> None:
+def check_prefix(a: Arguments) -> None:
+    """Require causal with prefix_lengths, and a window that leaves room for its effect (MHA-CAUSAL-2)."""
+    if a.prefix_lengths is None:
+        return
+    if not a.causal:
+        refuse_value(
+            "MHA-CAUSAL-2",
+            "`prefix_lengths` must be given with causal=True, which then hides no key of the prefix, received "
+            f"causal={a.causal}. Without causal every key is visible already.",
+        )
+    left, right = a.window or (None, None)
+    if right == 0:
+        refuse_value(
+            "MHA-CAUSAL-2",
+            "`prefix_lengths` must be given with a window whose right bound is not 0, which would hide the rest of the "
+            f"prefix, received window={a.window}. causal=True with window=({left}, None) is the window of a prefix-LM.",
+        )
+
+
+def check_entries(
+    label: str,
+    value: object,
+    query: Array,
+    low: int,
+    high: int | None,
+    high_name: str,
+    clause: str = "MHA-LEN-3",
+) -> None:
     """Require an integer for each batch entry of `query`, within its range where it is host data (MHA-LEN-3).
 
     A limit of None stands for a size that is unknown in a trace, and is not checked.
     """
     if value is None:
         return
-    check_integers(label, value, query, (query.shape[0],), "(batch,)", "MHA-LEN-3")
+    check_integers(label, value, query, (query.shape[0],), "(batch,)", clause)
     for number in host_integers(value) or ():
-        check_position(label, number, low, high, high_name)
+        check_position(label, number, low, high, high_name, clause)
 
 
-def check_position(label: str, number: int, low: int, high: int | None, high_name: str) -> None:
+def check_position(
+    label: str, number: int, low: int, high: int | None, high_name: str, clause: str = "MHA-LEN-3"
+) -> None:
     """Require an integer in a range; a limit of None is unknown (MHA-LEN-3)."""
     if number < low or (high is not None and number > high):
         limits = f"-2**30<={label}<=2**30" if high_name == "2**30" else f"{low}<={label}<={high_name}={high}"
-        refuse_value("MHA-LEN-3", f"`{label}` must be in {limits}, received {short_repr(number)}.")
+        refuse_value(clause, f"`{label}` must be in {limits}, received {short_repr(number)}.")
 
 
 def check_segments(a: Arguments) -> None:
@@ -379,7 +429,8 @@ def check_segments(a: Arguments) -> None:
 def check_alignment(a: Arguments) -> None:
     """Require q_offset where a constraint compares positions and lengths differ (MHA-POS-2)."""
     if a.q_offset is None and a.positional:
-        refuse_ambiguity("causal=True" if a.causal else f"window={a.window}", a.q_len, a.kv_len, a.kv_lengths)
+        window = f"chunk={a.chunk}" if a.bounded_window is None else f"window={a.window}"
+        refuse_ambiguity("causal=True" if a.causal else window, a.q_len, a.kv_len, a.kv_lengths)
 
 
 def refuse_ambiguity(user: str, q_len: int, kv_len: int, kv_lengths: Array | Sequence[int] | None) -> None:
@@ -406,11 +457,13 @@ CHECKS: tuple[Callable[[Arguments], None], ...] = (
     check_sizes,
     check_numbers,
     check_window,
+    check_chunk,
     check_pairwise,
     check_sinks,
     check_lengths,
     check_segments,
     check_alignment,
+    check_prefix,
 )
 
 
