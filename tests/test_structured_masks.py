@@ -6,23 +6,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 import array_api_strict
+import jax
 import numpy
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.comparisons import assert_near
+from support.libraries import converted, with_float64
 from support.random_calls import ask
 
+import mha_spec_numpy
 from mha_spec import reference
 from mha_spec.arguments import Arguments
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec_conformance.targets.conversion import to_numpy
 from mha_spec_numpy.plan import plan_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
 BATCH, KV_HEADS, GROUP, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 2, 3, 7, 11, 5, 3
 FUNCTIONS = ("attention", "attention_weights", "attention_vjp")
+PER_ENTRY = ("q_offset", "prefix_lengths", "kv_starts", "q_lengths", "kv_lengths", "window", "chunk", "causal")
 POSITIONAL = ("causal", "window", "chunk", "prefix_lengths", "kv_starts", "q_lengths", "kv_lengths")
 
 
@@ -122,11 +129,19 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
 }
 MODULES = ["mha_spec.reference", "mha_spec_numpy"]
+LIBRARIES = ("torch",)
 
 
 @pytest.fixture(params=MODULES)
 def module(request: pytest.FixtureRequest) -> ModuleType:
     return importlib.import_module(request.param)
+
+
+def ask_library(library: str, function: str, call: dict[str, Any]) -> list[numpy.ndarray]:
+    """Return the results of the backend of a library in float64; integers stay host data."""
+    with with_float64(library):
+        moved = {name: x if name in PER_ENTRY else converted(x, library, "float64") for name, x in call.items()}
+        return [to_numpy(x) for x in ask(importlib.import_module(f"mha_spec_{library}"), function, moved).values()]
 
 
 def results(module: ModuleType, function: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -172,11 +187,42 @@ def test_the_results_of_random_calls_are_those_of_the_mask(
         options |= {"kv_segment_ids": draw.integers(0, 2, (BATCH, KV_LEN))}
     if masked:
         options = options | {"mask": draw.random((BATCH, KV_HEADS * GROUP, Q_LEN, KV_LEN)) < 0.7}
-    for name in MODULES[1:]:
-        module = importlib.import_module(name)
-        for function in FUNCTIONS:
-            expected = results(reference, function, with_mask(options))
-            assert_near(list(results(module, function, options).values()), list(expected.values()))
+    for function in FUNCTIONS:
+        expected = list(results(reference, function, with_mask(options)).values())
+        assert_near(list(results(mha_spec_numpy, function, options).values()), expected)
+        for library in LIBRARIES:
+            assert_near(ask_library(library, function, arrays() | options), expected)
+
+
+@pytest.mark.parametrize("options", EXAMPLES.values(), ids=EXAMPLES)
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_results_of_a_library_are_those_of_the_mask(library: str, function: str, options: dict[str, Any]) -> None:
+    expected = list(results(reference, function, with_mask(options)).values())
+    assert_near(ask_library(library, function, arrays() | options), expected)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", ["kv_starts", "prefix_lengths"])
+@pytest.mark.parametrize("numbers", [[-3, 100], [5, 2**30], [4, 7]])
+def test_numbers_of_a_library_are_clamped_in_a_trace_and_without(library: str, name: str, numbers: list[int]) -> None:
+    options = {"causal": True, "q_offset": 2, "chunk": 4, "window": (5, None)}
+    clamped = [min(max(number, 0), KV_LEN) for number in numbers]
+    expected = list(results(reference, "attention_vjp", options | {name: clamped}).values())
+    attention_vjp = importlib.import_module(f"mha_spec_{library}").attention_vjp
+    with with_float64(library):
+        operands = {operand: converted(x, library, "float64") for operand, x in arrays().items()}
+        function = traced(library, lambda operands, numbers: attention_vjp(**operands, **options, **{name: numbers}))
+        unread = converted(numpy.asarray(numbers), library, "int64")
+        got = [*function(operands, unread)[:3], *attention_vjp(**operands, **options, **{name: unread})[:3]]
+    assert_near([to_numpy(x) for x in got], expected * 2)
+
+
+def traced(library: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of arrays by the means of their library."""
+    if library == "torch":
+        return torch.compile(function, backend="eager", fullgraph=True)
+    return jax.jit(function)
 
 
 def test_padding_on_the_left_changes_no_result(module: ModuleType) -> None:
@@ -263,8 +309,8 @@ LONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", LONG.values(), ids=LONG)
-@pytest.mark.parametrize("name", MODULES[1:])
-def test_long_calls_are_cut_into_blocks_that_are_right(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("library", ["numpy", *LIBRARIES])
+def test_long_calls_are_cut_into_blocks_that_are_right(library: str, options: dict[str, Any]) -> None:
     q_len, kv_len, draw = 641, 1283, numpy.random.default_rng(5)
     call = {
         "query": draw.standard_normal((BATCH, 2, q_len, 3)),
@@ -276,8 +322,7 @@ def test_long_calls_are_cut_into_blocks_that_are_right(name: str, options: dict[
     mask = reference.Reference().visible(Arguments(call["query"], call["key"], call["value"], **options))
     for function in FUNCTIONS:
         expected = ask(reference, function, call | {"mask": numpy.broadcast_to(mask, (BATCH, 1, q_len, kv_len))})
-        got = ask(importlib.import_module(name), function, call | options)
-        assert_near(list(got.values()), list(expected.values()))
+        assert_near(ask_library(library, function, call | options), list(expected.values()))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ __all__ = ["TENSORS", "checked", "entries", "example", "is_open", "surely", "tra
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 """The classes of tensors that hold their contents; a subclass may trace or change the call."""
 SYMBOLS = (torch.SymInt, torch.SymFloat)
-NUMBERS = ("q_offset", "window", "scale", "softcap", "dropout_rate")
+NUMBERS = ("q_offset", "window", "chunk", "scale", "softcap", "dropout_rate")
 """The options that are Python numbers, or hold Python numbers."""
 
 
