@@ -9,6 +9,7 @@ import array_api_strict
 import jax
 import numpy
 import pytest
+import tensorflow
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,7 +130,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
 }
 MODULES = ["mha_spec.reference", "mha_spec_numpy"]
-LIBRARIES = ("torch",)
+LIBRARIES = ("torch", "tensorflow")
 
 
 @pytest.fixture(params=MODULES)
@@ -206,23 +207,48 @@ def test_the_results_of_a_library_are_those_of_the_mask(library: str, function: 
 @pytest.mark.parametrize("name", ["kv_starts", "prefix_lengths"])
 @pytest.mark.parametrize("numbers", [[-3, 100], [5, 2**30], [4, 7]])
 def test_numbers_of_a_library_are_clamped_in_a_trace_and_without(library: str, name: str, numbers: list[int]) -> None:
-    options = {"causal": True, "q_offset": 2, "chunk": 4, "window": (5, None)}
+    options, offsets = {"causal": True, "chunk": 4, "window": (5, None)}, [2, 5]
     clamped = [min(max(number, 0), KV_LEN) for number in numbers]
-    expected = list(results(reference, "attention_vjp", options | {name: clamped}).values())
+    host = options | {"q_offset": offsets, name: clamped}
+    expected = list(results(reference, "attention_vjp", host).values())
     attention_vjp = importlib.import_module(f"mha_spec_{library}").attention_vjp
+
+    def call(operands: dict[str, Any], offsets: Any, numbers: Any) -> list[Any]:
+        return attention_vjp(**operands, **options, q_offset=offsets, **{name: numbers})[:3]
+
     with with_float64(library):
         operands = {operand: converted(x, library, "float64") for operand, x in arrays().items()}
-        function = traced(library, lambda operands, numbers: attention_vjp(**operands, **options, **{name: numbers}))
-        unread = converted(numpy.asarray(numbers), library, "int64")
-        got = [*function(operands, unread)[:3], *attention_vjp(**operands, **options, **{name: unread})[:3]]
-    assert_near([to_numpy(x) for x in got], expected * 2)
+        unread = [converted(numpy.asarray(x, "int32"), library, "int32") for x in (offsets, numbers)]
+        got = [*traced(library, call)(operands, *unread), *call(operands, *unread), *call(operands, offsets, unread[1])]
+    assert_near([to_numpy(x) for x in got], expected * 3)
 
 
 def traced(library: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of arrays by the means of their library."""
     if library == "torch":
         return torch.compile(function, backend="eager", fullgraph=True)
-    return jax.jit(function)
+    return jax.jit(function) if library == "jax" else tensorflow.function(function)
+
+
+@pytest.mark.parametrize("name", ["all", "chunk and starts", "prefix and window"])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_graph_of_unknown_sizes_has_the_same_results(name: str, on_host: bool) -> None:
+    options = {**EXAMPLES[name]}
+    expected = list(results(reference, "attention", options).values())
+    integers = {key: x for key, x in options.items() if isinstance(x, list) and not on_host}
+    rest = {key: x for key, x in options.items() if key not in integers}
+    shapes = [tensorflow.TensorSpec((None, x, None, y), "float64") for x, y in ((6, 5), (2, 5), (2, 3))]
+    specs = {key: tensorflow.TensorSpec((None,), "int32") for key in integers}
+
+    @tensorflow.function(input_signature=[*shapes, specs])
+    def attend(query: Any, key: Any, value: Any, integers: dict[str, Any]) -> Any:
+        return importlib.import_module("mha_spec_tensorflow").attention(
+            query, key, value, **rest, **integers, return_lse=True
+        )
+
+    tensors = [tensorflow.constant(arrays()[operand]) for operand in ("query", "key", "value")]
+    got = attend(*tensors, {key: tensorflow.constant(x, "int32") for key, x in integers.items()})
+    assert_near([x.numpy() for x in got], expected)
 
 
 def test_padding_on_the_left_changes_no_result(module: ModuleType) -> None:
