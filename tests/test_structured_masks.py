@@ -18,6 +18,7 @@ from support.comparisons import assert_near
 from support.libraries import converted, with_float64
 from support.random_calls import ask
 
+import mha_spec
 import mha_spec_numpy
 from mha_spec import reference
 from mha_spec.arguments import Arguments
@@ -328,6 +329,28 @@ def test_a_numpy_integer_is_a_chunk(module: ModuleType) -> None:
     a = arrays()
     outputs = [module.attention(a["query"], a["key"], a["value"], chunk=n, q_offset=0) for n in (4, numpy.int32(4))]
     numpy.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize("library", ["numpy", *LIBRARIES])
+def test_the_layer_decodes_a_batch_that_is_padded_on_the_left(library: str) -> None:
+    """Prefill in one call and decode token by token, as one call without a cache; the capacity is larger."""
+    draw, length, prefill, embed = numpy.random.default_rng(2), 9, 6, 5
+    shapes = {"w_q": (embed, 6, 7), "w_k": (embed, 2, 7), "w_v": (embed, 2, 3), "w_o": (6, 3, embed)}
+    params = {name: draw.standard_normal(shape) for name, shape in shapes.items()}
+    x = draw.standard_normal((BATCH, length, embed))
+    options = {"causal": True, "chunk": 4, "kv_starts": [3, 1], "prefix_lengths": [5, 3], "window": (3, None)}
+    expected = reference.multi_head_attention(x, x, x, params, q_offset=0, **options, rotary={"rotary_dim": 6})
+    with with_float64(library):
+        x, params = converted(x, library, "float64"), converted(params, library, "float64")
+        cache = mha_spec.KVCache.empty(BATCH, 2, 13, 7, 3, like=x)
+        outputs = []
+        for start, stop in ((0, prefill), *((i, i + 1) for i in range(prefill, length))):
+            new = x[:, start:stop]
+            output, cache = mha_spec.multi_head_attention(
+                new, new, new, params, **options, rotary={"rotary_dim": 6}, cache=cache
+            )
+            outputs.append(to_numpy(output))
+    assert_near(numpy.concatenate(outputs, axis=1), expected)
 
 
 LONG: dict[str, dict[str, Any]] = {
