@@ -356,7 +356,7 @@ class Reference:
         if a.kv_lengths is not None:
             constraints.append(steps.see_kv_lengths(positions, self._integers(a.kv_lengths, positions)))
         if a.kv_starts is not None:
-            constraints.append(steps.see_kv_starts(positions, self._within_keys(a.kv_starts, a, positions)))
+            constraints.append(steps.see_kv_starts(positions, self._integers(a.kv_starts, positions)))
         if a.q_lengths is not None:
             constraints.append(steps.see_q_lengths(indices[:, None], self._integers(a.q_lengths, positions)))
         if a.q_segment_ids is not None and a.kv_segment_ids is not None:
@@ -367,7 +367,7 @@ class Reference:
     def _see_positions(self, a: Arguments, positions: Array) -> list[Array]:
         if not a.positional:
             return []
-        steps = self.steps
+        xp, steps = namespace_of(positions), self.steps
         queries = steps.query_positions(self._integers(steps.offset_of(a), positions), a.q_len)
         distance = positions - queries
         constraints = [self._see_causal(a, distance, positions)] if a.causal else []
@@ -377,7 +377,7 @@ class Reference:
         if right is not None:
             constraints.append(steps.see_window_right(distance, right))
         if a.chunk is not None:
-            starts = 0 if a.kv_starts is None else self._within_keys(a.kv_starts, a, positions)
+            starts = 0 if a.kv_starts is None else xp.clip(self._integers(a.kv_starts, positions), 0, a.kv_len)
             constraints.append(steps.see_chunk(queries, positions, a.chunk, starts))
         return constraints
 
@@ -385,10 +385,7 @@ class Reference:
         causal = self.steps.see_causal(distance)
         if a.prefix_lengths is None:
             return causal
-        return self.steps.see_prefix(causal, positions, self._within_keys(a.prefix_lengths, a, positions))
-
-    def _within_keys(self, value: Array | Sequence[int], a: Arguments, like: Array) -> Array:
-        return self.steps.within_keys(self._integers(value, like), a.kv_len)
+        return self.steps.see_prefix(causal, positions, self._integers(a.prefix_lengths, positions))
 
     def _integers(self, value: Array | Sequence[int] | int, like: Array) -> Array:
         """Return an integer per batch entry, (batch or 1, 1, 1, 1), in the type of `like`."""

@@ -139,11 +139,6 @@ def see_kv_starts(kv_positions: Array, kv_starts: Array) -> Array:
     return kv_positions >= kv_starts
 
 
-def within_keys(numbers: Array, kv_len: int) -> Array:
-    """Clamp starts and lengths of prefixes, which may be unread, to 0..kv_len (MHA-LEN-5)."""
-    return namespace_of(numbers).clip(numbers, 0, kv_len)
-
-
 def see_q_lengths(q_indices: Array, q_lengths: Array) -> Array:
     """Query rows at or past q_lengths[b] see no key (MHA-LEN-2)."""
     return q_indices < q_lengths
@@ -382,7 +377,6 @@ class Steps:
     see_prefix: Callable[..., Array] = see_prefix
     see_kv_lengths: Callable[..., Array] = see_kv_lengths
     see_kv_starts: Callable[..., Array] = see_kv_starts
-    within_keys: Callable[..., Array] = within_keys
     see_q_lengths: Callable[..., Array] = see_q_lengths
     see_segments: Callable[..., Array] = see_segments
     all_of: Callable[..., Array] = all_of

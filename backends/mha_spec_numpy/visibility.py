@@ -237,21 +237,22 @@ class Visibility:
         distance = key_indices - positions
         constraints: list[Array] = [steps.see_causal(distance)] if a.causal else []
         if self.prefixes is not None:
-            constraints = [steps.see_prefix(*constraints, key_indices, self._within_keys(self.prefixes, tile))]
+            constraints = [steps.see_prefix(*constraints, key_indices, self.prefixes.get(tile.entries, a.query))]
         left, right = a.window or (None, None)
         if left is not None:
             constraints.append(steps.see_window_left(distance, left))
         if right is not None:
             constraints.append(steps.see_window_right(distance, right))
         if a.chunk is not None:
-            starts = 0 if self.kv_starts is None else self._within_keys(self.kv_starts, tile)
-            constraints.append(steps.see_chunk(positions, key_indices, a.chunk, starts))
+            constraints.append(steps.see_chunk(positions, key_indices, a.chunk, self._starts_of_chunks(tile)))
         return steps.all_of(constraints)
 
-    def _within_keys(self, numbers: PerEntry, tile: Tile) -> Array | int:
-        """Return starts or prefixes in 0..kv_len (MHA-LEN-5); those that have been checked are there already."""
-        held = numbers.get(tile.entries, self.a.query)
-        return held if numbers.span(tile.entries) is not None else steps.within_keys(held, self.a.kv_len)
+    def _starts_of_chunks(self, tile: Tile) -> Array | int:
+        """Return the starts in 0..kv_len (MHA-LEN-5); those that have been checked are there already."""
+        if self.kv_starts is None:
+            return 0
+        starts = self.kv_starts.get(tile.entries, self.a.query)
+        return starts if isinstance(starts, int) else namespace_of(starts).clip(starts, 0, self.a.kv_len)
 
     def _see_lengths(self, tile: Tile, keys: range) -> Iterator[Array]:
         like = self.a.query

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mha_spec.arguments import Arguments
-from mha_spec.checks import check_chunk, check_numbers, check_window
+from mha_spec.checks import check_numbers
+from mha_spec.position_checks import check_chunk, check_window
 
 from .dropout import Draws, draws_of
 from .paths import backward, differentiable, forward, weigh_backward

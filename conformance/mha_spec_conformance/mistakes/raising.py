@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mha_spec import checks
+from mha_spec import checks, position_checks
 from mha_spec.arguments import OPTIONS
 
 from .mistake import MERGE, MERGE_VJP, VJP, Mistake, replacing, unchecked
@@ -39,7 +39,7 @@ RAISING = (
         "window-unchecked",
         "accepts a window that is not a pair of counts",
         ("MHA-ARG-3",),
-        unchecked(checks.check_window),
+        unchecked(position_checks.check_window),
     ),
     Mistake(
         "masks-unchecked",
@@ -58,7 +58,7 @@ RAISING = (
         "lengths-unchecked",
         "accepts lengths beyond the buffer and below 0",
         ("MHA-LEN-3",),
-        unchecked(checks.check_lengths),
+        unchecked(position_checks.check_lengths),
         bugs=("facebookresearch/xformers#1122",),
     ),
     Mistake(
@@ -71,7 +71,7 @@ RAISING = (
         "alignment-guessed",
         "puts the causal diagonal at the upper left if q_offset is missing and ambiguous",
         ("MHA-POS-2",),
-        unchecked(checks.check_alignment),
+        unchecked(position_checks.check_alignment),
         bugs=("pytorch/pytorch#108108", "NVIDIA/cudnn-frontend PR#493"),
     ),
     Mistake(
