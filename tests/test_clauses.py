@@ -18,10 +18,6 @@ PROVEN_ELSEWHERE = {
     "MHA-ARG-4": "tests/test_arguments.py: goldens are arrays of no library and no device",
     "MHA-PURE-4": "tests/test_worker.py: a golden is about a single call",
     "MHA-NORM-3": "tests/test_joint_norm.py: no golden has a norm over all heads yet",
-    **dict.fromkeys(
-        ("MHA-CAUSAL-2", "MHA-WINDOW-3", "MHA-LEN-4", "MHA-LEN-5"),
-        "tests/test_structured_masks.py: no golden has a prefix, a chunk or a start yet",
-    ),
     **{f"MHA-ROTARY-{n}": "tests/test_rotary_scaling.py: a golden calls a backend" for n in range(9, 17)},
     **{f"MHA-VARLEN-{n}": "tests/test_varlen.py: no golden is packed yet" for n in range(1, 13)},
     **{f"MHA-LAYOUT-{n}": "tests/test_layouts.py: a golden has no layout" for n in (1, 2, 3, 4, 5)},

@@ -147,8 +147,7 @@ def test_every_step_is_replaced_by_some_mistake() -> None:
         for field in fields(Steps)
         if isinstance(mistake.steps, Steps) and getattr(mistake.steps, field.name) is not getattr(default, field.name)
     }
-    without_goldens = {"see_chunk", "see_prefix", "see_kv_starts", "within_keys"}  # No golden has these masks yet.
-    assert {field.name for field in fields(Steps)} - replaced == {"softmax_dtype"} | without_goldens
+    assert {field.name for field in fields(Steps)} - replaced == {"softmax_dtype"}
 
 
 def test_every_step_of_the_layer_is_replaced_by_some_mistake() -> None:
@@ -163,7 +162,6 @@ def test_every_option_is_ignored_by_some_mistake() -> None:
     needed = {name for mistake in MISTAKES if "ignored" in mistake.name for name in mistake.needs}
     by_segments = {"kv_segment_ids"}
     by_key = {"dropout_key"}
-    without_goldens = {"chunk", "prefix_lengths", "kv_starts"}
-    assert set(OPTIONS) - needed - by_segments - by_key == {"q_offset"} | without_goldens
+    assert set(OPTIONS) - needed - by_segments - by_key == {"q_offset"}
     assert "offset-ignored" in {mistake.name for mistake in MISTAKES}
     assert "grad_lse" in needed

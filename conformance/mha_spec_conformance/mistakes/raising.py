@@ -42,6 +42,20 @@ RAISING = (
         unchecked(position_checks.check_window),
     ),
     Mistake(
+        "chunk-unchecked",
+        "accepts a chunk that is not a count of positions",
+        ("MHA-WINDOW-3",),
+        unchecked(position_checks.check_chunk),
+        needs=("chunk",),
+    ),
+    Mistake(
+        "prefix-unchecked",
+        "accepts prefix_lengths that have no effect",
+        ("MHA-CAUSAL-2",),
+        unchecked(position_checks.check_prefix),
+        needs=("prefix_lengths",),
+    ),
+    Mistake(
         "masks-unchecked",
         "accepts masks and biases of any dtype and of any shape that broadcasts",
         ("MHA-MASK-1", "MHA-MASK-2", "MHA-BIAS-1", "MHA-DROP-1"),
@@ -56,8 +70,8 @@ RAISING = (
     ),
     Mistake(
         "lengths-unchecked",
-        "accepts lengths beyond the buffer and below 0",
-        ("MHA-LEN-3",),
+        "accepts lengths and starts beyond the buffer and below 0",
+        ("MHA-LEN-3", "MHA-LEN-5"),
         unchecked(position_checks.check_lengths),
         bugs=("facebookresearch/xformers#1122",),
     ),

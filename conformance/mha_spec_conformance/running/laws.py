@@ -31,7 +31,10 @@ __all__ = ["LAWS", "Law", "laws_of"]
 CASES = 4
 """The number of cases that each law is asked with."""
 
-OF_BATCH = ("query", "key", "value", "q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids")
+OF_BATCH = (
+    *("query", "key", "value", "q_offset", "q_lengths", "kv_lengths", "kv_starts", "prefix_lengths"),
+    *("q_segment_ids", "kv_segment_ids"),
+)
 BROADCAST = ("mask", "bias", "dropout_mask")
 """Arguments with an axis of batch entries, and those in which the axis may have a single entry for all."""
 
