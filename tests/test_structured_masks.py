@@ -255,14 +255,14 @@ def test_a_graph_of_unknown_sizes_has_the_same_results(name: str, on_host: bool)
     shapes = [tensorflow.TensorSpec((None, x, None, y), "float64") for x, y in ((6, 5), (2, 5), (2, 3))]
     specs = {key: tensorflow.TensorSpec((None,), "int32") for key in integers}
 
-    @tensorflow.function(input_signature=[*shapes, specs])
     def attend(query: Any, key: Any, value: Any, integers: dict[str, Any]) -> Any:
         return importlib.import_module("mha_spec_tensorflow").attention(
             query, key, value, **rest, **integers, return_lse=True
         )
 
+    graph: Any = tensorflow.function(attend, input_signature=[*shapes, specs])
     tensors = [tensorflow.constant(arrays()[operand]) for operand in ("query", "key", "value")]
-    got = attend(*tensors, {key: tensorflow.constant(x, "int32") for key, x in integers.items()})
+    got = graph(*tensors, {key: tensorflow.constant(x, "int32") for key, x in integers.items()})
     assert_near([x.numpy() for x in got], expected)
 
 

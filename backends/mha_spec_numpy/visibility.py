@@ -235,9 +235,10 @@ class Visibility:
         a, key_indices = self.a, self._indices(keys)
         positions = self._indices(tile.queries)[:, None] + self.offset.get(tile.entries, a.query)
         distance = key_indices - positions
-        constraints: list[Array] = [steps.see_causal(distance)] if a.causal else []
+        causal = steps.see_causal(distance)
         if self.prefixes is not None:
-            constraints = [steps.see_prefix(*constraints, key_indices, self.prefixes.get(tile.entries, a.query))]
+            causal = steps.see_prefix(causal, key_indices, self.prefixes.get(tile.entries, a.query))
+        constraints: list[Array] = [causal] if a.causal else []
         left, right = a.window or (None, None)
         if left is not None:
             constraints.append(steps.see_window_left(distance, left))
