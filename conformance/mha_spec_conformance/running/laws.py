@@ -159,7 +159,7 @@ def _decoding(ask: Ask, question: Question) -> _Pair | None:
     if ask.case.function != "attention" or "q_lengths" in arrays or arrays["query"].shape[2] < 2:
         return None
     before = arrays["query"].shape[2] - 1
-    positional = options.get("causal") or options.get("window") or "q_offset" in arrays
+    positional = any(options.get(name) for name in ("causal", "window", "chunk")) or "q_offset" in arrays
     if positional and "q_offset" in ask.omitted:
         return None
     if positional and "q_offset" in arrays:
