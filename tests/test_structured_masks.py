@@ -218,9 +218,7 @@ def test_the_results_of_a_library_are_those_of_the_mask(library: str, function: 
     assert_near(ask_library(library, function, arrays() | options), expected)
 
 
-@pytest.mark.parametrize(
-    ("library", "numbers"), [*product(EAGER, ([-3, 100], [5, 2**30], [4, 7])), ("jax", [-3, 2**30])]
-)
+@pytest.mark.parametrize(("library", "numbers"), [*product(EAGER, ([-3, 100], [5, 2**30])), ("jax", [-3, 2**30])])
 @pytest.mark.parametrize("name", ["kv_starts", "prefix_lengths"])
 def test_numbers_of_a_library_are_clamped_in_a_trace_and_without(library: str, name: str, numbers: list[int]) -> None:
     options, offsets = {"causal": True, "chunk": 4, "window": (5, None)}, [2, 5]
