@@ -17,7 +17,7 @@ from mha_spec_conformance.asking.selection import Selection, asks
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.judging.causes import find_causes
 from mha_spec_conformance.judging.judge import Judge
-from mha_spec_conformance.judging.naming import named
+from mha_spec_conformance.judging.naming import LEAST_OF_CELL, named
 from mha_spec_conformance.judging.pairs import together
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.running.diagnosing import diagnosed
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 BY_NAME = {mistake.name: mistake for mistake in MISTAKES}
 KEYWORDS = ("mask", "causal", "softcap", "bias", "scale", "return_lse")
+MORE = ("q_offset", "kv_lengths", "window", "sinks")
 PATTERNS = ("attention/mask/", "attention/causal/", "attention/softcap", "attention/bias/", "attention/smoke/")
 
 
@@ -146,6 +147,51 @@ def test_mistake_of_one_function_in_one_dtype_is_named(suite: Suite) -> None:
     patterns = ("attention/softcap", "attention_weights/softcap")
     causes = find_causes(judged_functions(suite, functions, keywords, ("float32", "float16"), patterns)).causes
     assert [cause.name for cause in causes] == ["softcap-ignored"]
+
+
+def test_mistake_is_not_named_in_a_dtype_if_the_same_failures_have_another_cause_in_the_next(suite: Suite) -> None:
+    """Float64 has only cases of 129 to 191 keys, where the last tile of 64 begins at key 128."""
+    claims = Claims("mine", {"attention": (*KEYWORDS, *MORE)}, ("float64", "bfloat16"))
+    target = Target({"attention": over("causal-lost-in-the-last-tile-of-64")}, claims)
+    judge, mistake = Judge(claims), BY_NAME["causal-lost-from-key-128"]
+    patterns = (
+        "attention/last-tile/causal/129",
+        "attention/causal+offset/lengths-67-131/",
+        "attention/decode/100-of-200/",
+    )
+    asked = asks(suite.cases, claims, Selection(patterns))
+    wrong = [judge.result(ask, answer(target, ask.question())).wrong for ask in asked]
+    failures = [failure for failure in wrong if failure is not None]
+    few = [failure for failure in failures if failure.ask.dtype == "float64"]
+    assert len(named(few, [], judge.recognition, (mistake,))) == len(few) > LEAST_OF_CELL
+    assert named(failures, [], judge.recognition, (mistake,)) == {}
+
+
+def test_mistake_is_recognised_where_no_element_has_an_allowance(suite: Suite) -> None:
+    """Every row is empty, so that the specification allows no error, and the mean of the values is rounded."""
+
+    def attention(query, key, value, *, return_lse=False, **options):
+        wide = (array.astype("float64") for array in (query, key, value))
+        output, lse = over("mask-added-as-the-lowest-number")(*wide, return_lse=True, **options)
+        with numpy.errstate(over="ignore"):
+            return (output.astype(query.dtype), lse.astype("float32")) if return_lse else output.astype(query.dtype)
+
+    causes = find_causes(judged(suite, attention, patterns=("attention/broadcast/mask-1111/*",))).causes
+    assert "mask-added-as-the-lowest-number" in {name for cause in causes for name in (cause.name, *cause.others)}
+
+
+def test_unknown_failures_of_groups_are_not_blamed_on_other_features(suite: Suite) -> None:
+    """A call of one query reads another head; the offsets and lengths of such calls have nothing to do with it."""
+
+    def attention(query, key, value, **options):
+        if query.shape[2] == 1:
+            key, value = (numpy.roll(array, 1, axis=1) for array in (key, value))
+        return RIGHT(query, key, value, **options)
+
+    keywords = {"attention": (*KEYWORDS, *MORE)}
+    patterns = ("attention/*one-query*", "attention/lengths-1-257-size-129/generic-1", "attention/mask/prime/*")
+    causes = find_causes(judged_functions(suite, {"attention": attention}, keywords, ("float32",), patterns)).causes
+    assert [(cause.kind, cause.features) for cause in causes] == [("unknown", ("groups",))]
 
 
 def test_mistake_of_attention_is_named_in_a_layer(suite: Suite) -> None:

@@ -16,7 +16,7 @@ from mha_spec_conformance.mistakes import MISTAKES
 
 from .amounts import NARROWER, amounts, rounded_to
 from .places import WrongElements, described
-from .properties import Properties
+from .properties import Properties, feature_of
 from .result import FAILING, WITHOUT_ARRAYS
 from .shares import cover, separating
 
@@ -176,14 +176,23 @@ class _Teller:
 
     def cause(self, kind: str, name: str | None, failing: Sequence[Result], others: tuple[str, ...] = ()) -> Cause:
         """Describe a group of failures."""
-        features = cover([r.ask.features for r in failing], [r.ask.features for r in self.passing])
+        story = self.story(failing)
+        features = _of_share(story.share, failing)
+        features = features or cover([r.ask.features for r in failing], [r.ask.features for r in self.passing])
         clauses = cover([r.clauses for r in failing], [r.ask.case.clauses for r in self.passing])
         if kind == "mistake":
             clauses = _of_mistake(name) or clauses
         if kind == "rounding":
             clauses = (ROUNDING,)
         results = tuple(replace(result, clauses=_first(clauses, result)) for result in failing)
-        return Cause(kind, name, results, self.story(failing), others, clauses, features)
+        return Cause(kind, name, results, story, others, clauses, features)
+
+
+def _of_share(share: Share | None, failing: Sequence[Result]) -> tuple[str, ...]:
+    """Return the feature of the first shared property that belongs to one which all failures have; empty if none does."""
+    common = frozenset.intersection(*(frozenset(result.ask.features) for result in failing))
+    texts = share.properties if share is not None and share.failures == share.of_failures else ()
+    return tuple(feature for feature in map(feature_of, texts) if feature in common)[:1]
 
 
 def _of_mistake(name: str | None) -> tuple[str, ...]:

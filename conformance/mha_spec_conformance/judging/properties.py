@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Inputs = Mapping[str, numpy.ndarray]
 
-__all__ = ["Properties", "sizes_of", "visible_pairs"]
+__all__ = ["Properties", "feature_of", "sizes_of", "visible_pairs"]
 
 TILES = (16, 32, 64, 128, 256, 512)
 """The sizes of tiles that kernels use."""
@@ -36,6 +36,15 @@ ROTARY = ("base", "interleaved", "rotary_dim", "frequencies", "attention_factor"
 
 ATTENTION = ("attention", "attention_weights", "attention_vjp")
 """The functions whose pairs (i, j) the reference can mark as visible from the arguments alone."""
+
+
+FEATURES = {"group > 1": "groups", "a single kv head": "groups", "v_dim != qk_dim": "value_size", "q_offset": "offset"}
+"""The features that sizes and arguments are a part of, by the beginning of the property."""
+
+
+def feature_of(text: str) -> str:
+    """Return the feature that a property belongs to; a property that begins with none of FEATURES may be a feature."""
+    return next((feature for beginning, feature in FEATURES.items() if text.startswith(beginning)), text)
 
 
 class Properties:

@@ -48,6 +48,9 @@ CLEARLY_WRONG = 4.0
 SIMILAR = 4.0
 """Errors of two precisions are of similar size if they differ by at most this factor."""
 
+ROUNDINGS = 16
+"""The roundings that are allowed to the result of a mistake for which no element has an allowance."""
+
 ALLOWED_OF_ACCEPTED = 32.0
 """The errors that an accepted precision explains, in those of the mistake, which rounds to nearest: an implementation
 that truncates errs in a constant direction, so that the errors of a long sum do not cancel."""
@@ -218,7 +221,7 @@ class _Comparison:
             return False
         expected = {name: self._expected(golden, mistaken[name], mistake) for name, golden in self.golden.items()}
         allowed = {
-            name: self._allowed(name, array, 2 if mistake.native else 1)
+            name: self._allowed(name, array, mistaken[name], 2 if mistake.native else 1)
             for name, array in allowed.items()
             if name in self.golden
         }
@@ -253,14 +256,16 @@ class _Comparison:
                 return False
         return True
 
-    def _allowed(self, name: str, allowed: numpy.ndarray, errors: int) -> numpy.ndarray:
+    def _allowed(self, name: str, allowed: numpy.ndarray, mistaken: numpy.ndarray, errors: int) -> numpy.ndarray:
         """Return the allowance of the mistake; if it is not finite, that of the specification, or else the largest.
 
         The specification allows no error where its result is exact, as in an empty row; the mistake has errors there.
+        If every row is empty, there is no allowance, and a few roundings of the largest number are allowed.
         """
         finite = [array[numpy.isfinite(array)].max(initial=0.0) for array in (allowed, self.allowed[name])]
+        largest = abs(mistaken[numpy.isfinite(mistaken)].astype(numpy.float64)).max(initial=0.0)
         has_errors = numpy.isfinite(self.allowed[name]) & (self.allowed[name] > 0)
-        substitute = numpy.where(has_errors, self.allowed[name], max(finite))
+        substitute = numpy.where(has_errors, self.allowed[name], max(finite) or ROUNDINGS * self.standard.u_o * largest)
         return errors * numpy.where(numpy.isfinite(allowed), allowed, substitute)
 
     def _judge(
