@@ -73,6 +73,12 @@ def test_properties_name_sizes_features_and_data(suite: Suite) -> None:
     assert not any("offset" in name for name in properties)
 
 
+def test_properties_tell_lengths_that_differ_and_lengths_of_0(suite: Suite) -> None:
+    case = case_called(suite, "attention_vjp/one-key/q_lengths+grad_lse/prime")
+    assert set(case.input("q_lengths", "float32").tolist()) == {0, 3}
+    assert {"q_lengths differ", "q_lengths contain 0"} <= Properties()(Ask(case, "float32", ("grad_key",)))
+
+
 def test_every_case_has_properties(suite: Suite) -> None:
     properties = Properties()
     for case in suite.cases[::17]:

@@ -43,6 +43,9 @@ LEAST_SHARED = 0.5
 NEARLY_ALL = 0.9
 """The share of the unnamed failures of a function and dtype that must have only errors of rounding."""
 
+FEWEST_ROUNDED = 4
+"""The failures in a dtype that are called rounding although the function has larger errors in other dtypes."""
+
 ROUNDING = "MHA-ACC-1"
 
 
@@ -189,7 +192,7 @@ class _Teller:
 
 
 def _of_share(share: Share | None, failing: Sequence[Result]) -> tuple[str, ...]:
-    """Return the feature of the first shared property that belongs to one which all failures have; empty if none does."""
+    """Return the feature of the first shared property that belongs to one that all failures have, or none."""
     common = frozenset.intersection(*(frozenset(result.ask.features) for result in failing))
     texts = share.properties if share is not None and share.failures == share.of_failures else ()
     return tuple(feature for feature in map(feature_of, texts) if feature in common)[:1]
@@ -263,15 +266,20 @@ def _by_name(named: Sequence[Result]) -> Iterator[tuple[str, str, list[Result], 
 
 
 def _by_rounding(unnamed: Sequence[Result], profile: str) -> dict[str, list[Result]]:
-    """Group failures that have only errors of rounding, if nearly all failures of their function and dtype do."""
+    """Group failures that have only errors of rounding, if nearly all failures of their function and dtype do.
+
+    A few failures in a dtype are not enough if most of the function in all dtypes have larger errors.
+    """
     cells: defaultdict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in unnamed:
         cells[result.ask.case.function, result.ask.dtype].append(result)
+    rounded = {cell: _rounded(members, profile) for cell, members in cells.items()}
     groups: defaultdict[str, list[Result]] = defaultdict(list)
-    for members in cells.values():
-        if rounded := _rounded(members, profile):
-            coarsest = max(rounded.values(), key=NARROWER.index)
-            groups[coarsest] += [result for result in members if result.ask.key in rounded]
+    for cell, members in cells.items():
+        others = sum(len(cells[c]) - len(rounded[c]) for c in cells if c[0] == cell[0])
+        if rounded[cell] and len(members) >= min(FEWEST_ROUNDED, 1 + others):
+            coarsest = max(rounded[cell].values(), key=NARROWER.index)
+            groups[coarsest] += [result for result in members if result.ask.key in rounded[cell]]
     return dict(groups)
 
 

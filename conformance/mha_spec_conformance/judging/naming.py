@@ -342,7 +342,7 @@ class Trial:
         return frozenset(_without(disproved, holding) if len(self._cases(holding)) >= LEAST_OF_CELL else ())
 
     def _is_disproved(self, cell: Cell, explained: Counter[Cell]) -> bool:
-        """Tell whether the mistake gives some failures of a cell, and most failures or a pass show that it is not there."""
+        """Tell whether most failures, or a pass, show that the failures it gives in a cell have another cause."""
         return self.unexplained[cell] > explained[cell] or self.refuting[cell] > 0
 
     def _hold(self, cells: set[Cell], explained: Counter[Cell]) -> bool:

@@ -70,6 +70,7 @@ def _of_case(case: Case) -> Iterator[str]:
     sizes = sizes_of(arrays)
     yield from _of_sizes(sizes)
     yield from _of_offset(case, arrays)
+    yield from _of_lengths(arrays)
     yield from _of_broadcasting(sizes, arrays)
     yield from _of_options(case)
     yield from _of_data(case, arrays)
@@ -132,6 +133,14 @@ def _of_offset(case: Case, arrays: Inputs) -> Iterator[str]:
     yield from (f"q_offset >= {tile}" for tile in TILES if (values >= tile).any())
     if values.size > 1 and (values != values.ravel()[0]).any():
         yield "q_offset differs between batch entries"
+
+
+def _of_lengths(arrays: Inputs) -> Iterator[str]:
+    """Tell whether the lengths of the batch entries differ, and whether one of them is 0."""
+    for name in ("q_lengths", "kv_lengths", "cache_lengths"):
+        lengths = arrays.get(name, numpy.ones(0))
+        yield from [f"{name} differ"] if len(set(lengths.tolist())) > 1 else []
+        yield from [f"{name} contain 0"] if (lengths <= 0).any() else []
 
 
 def _of_broadcasting(sizes: Mapping[str, int], arrays: Inputs) -> Iterator[str]:

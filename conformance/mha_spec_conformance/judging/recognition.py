@@ -136,6 +136,8 @@ class Recognition:
         if mistaken is None or any(name not in mistaken for name in ask.outputs):
             return False
         golden = ask.expected
+        if mistake.compared is Compared.WITHOUT_EMPTY_LSE:
+            mistaken = {name: _with_empty_lse(golden[name], mistaken[name]) for name in golden}
         if all(_distance(golden[name], mistaken[name]) < SAME for name in golden):
             return False
         if any(_distance(golden[name], mistaken[name]) > CLEARLY_OTHER for name in golden):
@@ -192,6 +194,19 @@ def _distance(golden: Expected, mistaken: numpy.ndarray) -> float:
         size = abs(values[numpy.isfinite(values)]).max(initial=0.0)
         distance = abs(got[differing] - values[differing]).max(initial=0.0)
     return float(distance / size) if size and numpy.isfinite(distance) else numpy.inf if differing.any() else 0.0
+
+
+def _with_empty_lse(golden: Expected, mistaken: numpy.ndarray) -> numpy.ndarray:
+    """Return the result of a mistake that keeps an lse of -inf."""
+    if mistaken.shape != tuple(golden.shape) or not (golden.values == -numpy.inf).any():
+        return mistaken
+    kept = (
+        mistaken.reshape(-1, 1) if golden.rows is None else mistaken.reshape(-1, golden.values.size // len(golden.rows))
+    )
+    rows = slice(None) if golden.rows is None else golden.rows
+    kept = kept.copy()
+    kept[rows] = numpy.where(golden.values.reshape(kept[rows].shape) == -numpy.inf, -numpy.inf, kept[rows])
+    return kept.reshape(mistaken.shape)
 
 
 class _Comparison:
