@@ -41,7 +41,8 @@ LEAST_SHARED = 0.5
 """A property is called shared if this share of the failures has it."""
 
 NEARLY_ALL = 0.9
-"""The share of the unnamed failures of a function and dtype that must have only errors of rounding."""
+"""The share of the unnamed failures of a function and dtype that must have only errors of rounding, and that of all
+questions of a function from which its failures are not split."""
 
 FEWEST_ROUNDED = 4
 """The failures in a dtype that are called rounding although the function has larger errors in other dtypes."""
@@ -314,8 +315,16 @@ def _alike(groups: Iterable[list[Result]], teller: _Teller) -> list[list[Result]
 
 
 def _by_property(unknown: Sequence[Result], teller: _Teller) -> Iterator[list[Result]]:
-    """Split failures by the property that separates most of them from passes, then the rest in the same way."""
+    """Split failures by the property that separates most of them from passes, then the rest in the same way.
+
+    If nearly every question of their functions fails, no property separates them, and they are one group.
+    """
     left = list(unknown)
+    functions = {result.ask.case.function for result in left}
+    passes = sum(result.ask.case.function in functions for result in teller.passing)
+    if len(left) >= NEARLY_ALL * (len(left) + passes):
+        yield from [left] if left else []
+        return
     for _ in range(MOST_UNKNOWN):
         share = teller.share(left)
         members = [r for r in left if share is None or teller.properties(r.ask).issuperset(share.properties)]
