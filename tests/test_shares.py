@@ -32,6 +32,15 @@ def test_a_second_property_is_added_if_both_together_separate_better() -> None:
     assert (share.failures, share.of_failures, share.passes, share.of_passes) == (4, 4, 0, 27)
 
 
+def test_first_property_is_chosen_again_beside_the_second() -> None:
+    """The longer property tells more alone, and no more than `bias` in the questions that have lengths."""
+    failing = [frozenset({"bias", "bias differs", "lengths"})] * 4
+    passing = [frozenset({"bias"})] * 9 + [frozenset({"bias", "bias differs"})] * 5 + [frozenset({"lengths"})] * 20
+    share = separating(failing, passing)
+    assert share is not None
+    assert share.properties == ("lengths", "bias")
+
+
 def test_second_property_is_not_added_if_the_first_tells_all() -> None:
     share = separating(questions("mask long", "mask long"), questions("long", "short"))
     assert share is not None
