@@ -98,12 +98,15 @@ class WrongElements:
         if axes != ("batch entry", "kv head", "key", "component") or (visible := self._visible) is None:
             return
         shape = self.marks[output].shape
-        by_head = visible.any(axis=2)
-        seen = by_head.reshape(shape[0], shape[1], -1, shape[2]).any(axis=2)
-        empty = numpy.broadcast_to(~seen.any(axis=(1, 2))[:, None, None, None], shape)
-        yield "seen", "batch entries that see no key", empty
-        yield "seen", "keys that no row sees", numpy.broadcast_to(~seen[..., None], shape)
-        yield "seen", "keys that a row sees", numpy.broadcast_to(seen[..., None], shape)
+        pairs = visible.reshape(shape[0], shape[1], -1, visible.shape[2], shape[2])
+        rows = pairs.sum(axis=(2, 3))[..., None]
+        yield (
+            "seen",
+            "batch entries that see no key",
+            numpy.broadcast_to(rows.sum(axis=(1, 2), keepdims=True) == 0, shape),
+        )
+        yield "seen", "keys that no row sees", numpy.broadcast_to(rows == 0, shape)
+        yield "seen", "keys that a row sees", numpy.broadcast_to(rows > 0, shape)
 
     @cached_property
     def _visible(self) -> numpy.ndarray | None:
