@@ -269,7 +269,7 @@ def _by_name(named: Sequence[Result]) -> Iterator[tuple[str, str, list[Result], 
 def _by_rounding(unnamed: Sequence[Result], profile: str) -> dict[str, list[Result]]:
     """Group failures that have only errors of rounding, if nearly all failures of their function and dtype do.
 
-    A few failures in a dtype are not enough if most of the function in all dtypes have larger errors.
+    A few failures in a dtype are not enough if the function has as many with larger errors.
     """
     cells: defaultdict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in unnamed:
