@@ -213,7 +213,7 @@ class _Search:
 
 
 def _wherever_it_can_be(mistake: Mistake) -> Mistake:
-    """Return a mistake of attention as one that its gradients and layers can have too, because they contain it."""
+    """Extend a mistake of attention to its gradients and to layers, which contain it."""
     if "attention" not in mistake.functions or not isinstance(mistake.steps, Steps):
         return mistake
     layers = [name for name, function in FUNCTIONS.items() if function.of_layer]
@@ -307,7 +307,7 @@ class Trial:
         unexplained: Counter[Cell] = Counter()
         for failure in others:
             cell = _cell(failure.ask)
-            # No group of functions and dtypes holds that contains one with more unexplained failures than `most`.
+            # A group of functions and dtypes is refuted if any of them has more unexplained failures than `most`.
             # A mistake that makes a NaN must also explain the failures with a NaN in which it cannot make any.
             if unexplained[cell] <= max(most, count[cell]) and (
                 by_errors or (made and failure.loses_finite) or recognition.shows(mistake, failure.ask)
