@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy
 
+from .arguments import options_of
 from .array_checks import check_alike, check_integers, require_array, shape_of
 from .arrays import dtype_name, host_integers, library_of
-from .checks import check_entries
 from .errors import refuse_type, refuse_value
+from .paged_steps import OPTIONS
 from .pools import slots_of_positions
+from .position_checks import check_entries
 from .scalars import short_repr
 
 if TYPE_CHECKING:
@@ -21,16 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_buffers", "check_options", "check_room"]
 
-REFUSED = (
-    "mask",
-    "bias",
-    "q_lengths",
-    "q_segment_ids",
-    "kv_segment_ids",
-    "dropout_rate",
-    "dropout_mask",
-    "dropout_key",
-)
+REFUSED = tuple(name for name in options_of("multi_head_attention") if name not in (*OPTIONS, "kv_lengths"))
 """The options that paged attention does not have."""
 
 

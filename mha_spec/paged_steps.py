@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .arrays import Array
     from .pools import WrittenSlots
 
-__all__ = ["append_in_place", "append_paged", "attend_paged", "bounds", "new_slots", "store_pages"]
+__all__ = ["OPTIONS", "append_in_place", "append_paged", "attend_paged", "bounds", "new_slots", "store_pages"]
 
 OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "sinks")
 """The options of the layer that paged attention has (MHA-CACHE-10)."""

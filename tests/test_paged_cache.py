@@ -337,6 +337,9 @@ REFUSED: dict[str, Any] = {
     "q_segment_ids": numpy.zeros((BATCH, LENGTH), int),
     "kv_segment_ids": numpy.zeros((BATCH, CAPACITY), int),
     "dropout_rate": 0.5,
+    "chunk": 3,
+    "prefix_lengths": [1, 1],
+    "kv_starts": [1, 1],
     "q_offset": "lower_right",
 }
 
