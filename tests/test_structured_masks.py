@@ -23,6 +23,8 @@ import mha_spec
 import mha_spec_jax.plan as jax_plan
 import mha_spec_numpy
 import mha_spec_tensorflow.plan as tensorflow_plan
+import mha_spec_torch
+import mha_spec_torch.layer as torch_layer
 import mha_spec_torch.visibility as torch_visibility
 from mha_spec import reference
 from mha_spec.arguments import Arguments
@@ -358,6 +360,38 @@ def test_the_layer_decodes_a_batch_that_is_padded_on_the_left(library: str) -> N
             )
             outputs.append(to_numpy(output))
     assert_near(numpy.concatenate(outputs, axis=1), expected)
+
+
+def test_decoding_in_torch_reads_no_free_slot_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts and prefixes past the tokens of a cache, but not past its slots, act as the number of tokens."""
+    shapes = {"w_q": (5, 2, 4), "w_k": (5, 2, 4), "w_v": (5, 2, 3), "w_o": (2, 3, 5)}
+    params = {name: torch.from_numpy(numpy.random.default_rng(1).standard_normal(x)) for name, x in shapes.items()}
+    x = torch.from_numpy(numpy.random.default_rng(2).standard_normal((BATCH, 3, 5)))
+    options = {
+        "causal": True,
+        "chunk": 2,
+        "kv_starts": [1, 7],
+        "prefix_lengths": [2, 9],
+        "q_offset": numpy.asarray([0, 0]),
+    }
+    keys: list[int] = []
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+        keys.append(key.shape[2])
+        return mha_spec_torch.attention(query, key, value, **options)
+
+    def call(lengths: Any) -> numpy.ndarray:
+        cache = mha_spec.KVCache.empty(BATCH, 2, 9, 4, 3, like=x)
+        cache = mha_spec.KVCache(cache.key, cache.value, lengths)
+        return mha_spec.multi_head_attention(x, x, x, params, **options, cache=cache)[0].numpy()
+
+    monkeypatch.setattr(torch_layer, "attention", attention)
+    results = [call(lengths) for lengths in (numpy.asarray([0, 0]), torch.tensor([0, 0]))]
+    assert keys == [3, 9]
+    assert_near(results[:1], results[1:])
+    options["kv_starts"] = [1, 10]
+    with pytest.raises(ArgumentValueError, match="MHA-LEN-5"):
+        call(numpy.asarray([0, 0]))
 
 
 LONG: dict[str, dict[str, Any]] = {
