@@ -340,6 +340,27 @@ def test_a_numpy_integer_is_a_chunk(module: ModuleType) -> None:
     numpy.testing.assert_array_equal(*outputs)
 
 
+THREE: dict[str, dict[str, Any]] = {
+    "window and starts": {"window": (2, 3), "q_offset": [1, 0, 4], "kv_starts": [3, 0, 8]},
+    "chunk and starts": {"chunk": 4, "q_offset": 2, "kv_starts": [3, 1, 2], "causal": True},
+    "chunk and offsets": {"chunk": 3, "q_offset": [2, -1, 5], "kv_lengths": [9, 11, 7]},
+    "prefix and offsets": {"causal": True, "q_offset": [0, -4, 3], "prefix_lengths": [4, 0, 9], "kv_starts": [1, 2, 0]},
+    "prefix and offset": {"causal": True, "q_offset": 1, "prefix_lengths": [4, 0, 9], "q_lengths": [7, 3, 5]},
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [*product(["numpy", *EAGER], THREE), ("jax", "window and starts"), ("jax", "prefix and offsets")],
+)
+def test_a_batch_of_three_has_the_results_of_the_reference(library: str, name: str) -> None:
+    """Two entries are as many as the least and the greatest number of a batch, and hide a confusion of both."""
+    call = {key: x for key, x in arrays().items() if not key.startswith("grad")}
+    call = {key: numpy.concatenate([x, x[:1] + 0.5]) for key, x in call.items()} | THREE[name]
+    expected = list(ask(reference, "attention", call).values())
+    assert_near(ask_library(library, "attention", call), expected)
+
+
 @pytest.mark.parametrize("library", ["numpy", *LIBRARIES])
 def test_the_layer_decodes_a_batch_that_is_padded_on_the_left(library: str) -> None:
     """Prefill in one call and decode token by token, as one call without a cache; the capacity is larger."""
