@@ -31,6 +31,7 @@ from . import (
     merges,
     nan_weights,
     outputs_and_weights,
+    packed,
     pairs,
     poison,
     readings,
@@ -87,6 +88,7 @@ THEMES = (
     far_positions,
     many_rows,
     frequencies,
+    packed,
 )
 
 

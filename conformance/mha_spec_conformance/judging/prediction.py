@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 from mha_spec_conformance.asking.calls import arranged, function_over, joined, layer_answers, named
 from mha_spec_conformance.mistakes import ANY_SIZE, Sizes
 from mha_spec_conformance.suite.changed import Changed
@@ -75,6 +76,8 @@ def _sizes(case: Case) -> Sizes:
         return Sizes(rows=case.shape_of("lse_a")[2])
     if FUNCTIONS[case.function].of_layer:
         return _sizes_of_layer(case)
+    if case.function in VARLEN_FUNCTIONS:
+        return Sizes(*case.shape_of("query")[:1], case.shape_of("key")[0], case.shape_of("query")[1])
     (_, heads, rows, _), (_, _, keys, _) = case.shape_of("query"), case.shape_of("key")
     return Sizes(rows, keys, heads)
 

@@ -28,6 +28,7 @@ from .softmax import SOFTMAX
 from .tiled_gradients import TILED_GRADIENTS
 from .tiles import TILES
 from .values import VALUES
+from .varlen import VARLEN
 from .visibility import VISIBILITY
 
 __all__ = ["ANY_SIZE", "MISTAKES", "Compared", "Mistake", "Sizes"]
@@ -55,5 +56,6 @@ MISTAKES: tuple[Mistake, ...] = (
     *ONLINE,
     *PACKED,
     *TILED_GRADIENTS,
+    *VARLEN,
 )
 """Every known mistake, conventions included."""

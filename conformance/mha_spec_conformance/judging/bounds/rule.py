@@ -18,6 +18,7 @@ from .forward import ForwardBounds, WeightBounds
 from .layer import AlibiBounds, LayerBounds
 from .merge import MergeBounds, MergeGradientBounds
 from .rows import RowBounds
+from .varlen import VarlenBounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,6 +62,7 @@ _BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Any
     "merge_attention_vjp": MergeGradientBounds,
     **{name: partial(LayerBounds, name) for name, function in FUNCTIONS.items() if function.of_layer},
     "rotary_embedding": partial(LayerBounds, "rotary_embedding"),
+    **{name: partial(VarlenBounds, name) for name in ("varlen_attention", "varlen_attention_vjp")},
     **{name: partial(AlibiBounds, name) for name in ("alibi_slopes", "alibi_bias")},
 }
 
