@@ -53,6 +53,7 @@ def group(name: str) -> list[str]:
 def environment(session: nox.Session) -> None:
     """Install the wheel, every framework and every tool once, for the sessions that need all of them."""
     session.install(".[conformance]", *group("dev"))
+    session.install("--no-deps", *group("judges-alone"))
 
 
 def run_tool(session: nox.Session, tool: str, *arguments: str) -> None:

@@ -18,9 +18,8 @@ import torch
 import transformer
 import typer
 from dates_data import BEGIN, SYMBOLS, TARGET_LENGTH, Pairs, pairs, spell, split
-from rich.console import Console
-from rich.progress import track
-from trees import BACKENDS, each, leaves
+from training import console, train
+from trees import BACKENDS, each
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,9 +29,6 @@ HELD_OUT = 2000
 EMBED, HEADS, FEED, BLOCKS = 64, 4, 128, 2
 BATCH = 64
 RATE = 3e-3
-"""The highest learning rate, reached after a tenth of the steps; it then falls as a cosine."""
-
-console = Console()
 
 
 def read(params: dict[str, Any], batch: Pairs) -> tuple[torch.Tensor, transformer.Memory]:
@@ -49,20 +45,12 @@ def loss(params: dict[str, Any], batch: Pairs) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.from_numpy(batch.target).flatten().long())
 
 
-def train(steps: int) -> dict[str, Any]:
+def learn(steps: int) -> dict[str, Any]:
     """Train on random days, each written in a random format."""
     rng = numpy.random.default_rng(SEED)
     days, _ = split(SEED, HELD_OUT)
     first = transformer.initial(rng, len(SYMBOLS), EMBED, HEADS, FEED, BLOCKS)
-    params = each(first, lambda array: torch.from_numpy(array).requires_grad_())
-    optimizer = torch.optim.Adam(leaves(params), betas=(0.9, 0.98), eps=1e-9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    for _ in track(range(steps), "training", console=console):
-        optimizer.zero_grad()
-        loss(params, pairs(days, rng, BATCH)).backward()
-        optimizer.step()
-        schedule.step()
-    return each(params, lambda tensor: tensor.detach().numpy())
+    return train(first, lambda params: loss(params, pairs(days, rng, BATCH)), steps, RATE)
 
 
 def translate(params: dict[str, Any], asked: Pairs, convert: Callable[[numpy.ndarray], Any]) -> numpy.ndarray:
@@ -96,7 +84,7 @@ def main(steps: int = 1000, picture: Path = Path("dates.png")) -> None:
     """Train, test, translate on every backend, and draw."""
     start = time.perf_counter()
     torch.manual_seed(SEED)
-    params = train(steps)
+    params = learn(steps)
     _, unseen = split(SEED, HELD_OUT)
     asked = pairs(unseen, numpy.random.default_rng(SEED + 1))
     translated = {name: translate(params, asked, convert) for name, convert in BACKENDS.items()}

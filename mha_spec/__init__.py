@@ -72,23 +72,27 @@ else:
         return function(grad_output, query, key, value, cu_seqlens_q, cu_seqlens_kv, grad_lse=grad_lse, **options)
 
     @expand_options
-    def multi_head_attention(query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
+    def multi_head_attention(
+        query, key, value, params, *, rotary=None, positions=None, norm_epsilon=1e-6, cache=None, **options
+    ):
         """Compute the layer with the query's backend; see `mha_spec.reference.multi_head_attention`."""
-        settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
+        settings = {"rotary": rotary, "positions": positions, "norm_epsilon": norm_epsilon, "cache": cache}
         return function_for("multi_head_attention", query)(query, key, value, params, **settings, **options)
 
     @expand_options
     def multi_head_attention_and_weights(
-        query, key, value, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options
+        query, key, value, params, *, rotary=None, positions=None, norm_epsilon=1e-6, cache=None, **options
     ):
         """Compute output and weights; see `mha_spec.reference.multi_head_attention_and_weights`."""
-        settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
+        settings = {"rotary": rotary, "positions": positions, "norm_epsilon": norm_epsilon, "cache": cache}
         return function_for("multi_head_attention_and_weights", query)(query, key, value, params, **settings, **options)
 
     @expand_options
-    def multi_head_attention_weights(query, key, params, *, rotary=None, norm_epsilon=1e-6, cache=None, **options):
+    def multi_head_attention_weights(
+        query, key, params, *, rotary=None, positions=None, norm_epsilon=1e-6, cache=None, **options
+    ):
         """Compute the layer's weights; see `mha_spec.reference.multi_head_attention_weights`."""
-        settings = {"rotary": rotary, "norm_epsilon": norm_epsilon, "cache": cache}
+        settings = {"rotary": rotary, "positions": positions, "norm_epsilon": norm_epsilon, "cache": cache}
         return function_for("multi_head_attention_weights", query)(query, key, params, **settings, **options)
 
     def rotary_embedding(
@@ -100,10 +104,11 @@ else:
         rotary_dim=None,
         frequencies=None,
         attention_factor=1.0,
+        sections=None,
     ):
         """Rotate by positions with the operands' backend; see `mha_spec.reference.rotary_embedding`."""
         settings = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
-        settings |= {"frequencies": frequencies, "attention_factor": attention_factor}
+        settings |= {"frequencies": frequencies, "attention_factor": attention_factor, "sections": sections}
         return function_for("rotary_embedding", x, "x")(x, positions, **settings)
 
     def alibi_slopes(heads, *, dtype="float32"):

@@ -63,7 +63,7 @@ LARGEST_POSITION = 2**30
 RANGE = {name: (float(numpy.finfo(name).tiny), float(numpy.finfo(name).max)) for name in ("float32", "float64")}
 """The smallest normal and the largest number of each type of the softmax."""
 
-LAYER_KEYWORDS = ("rotary", "norm_epsilon", "cache")
+LAYER_KEYWORDS = ("rotary", "positions", "norm_epsilon", "cache")
 CUMULATIVE = ("cu_seqlens_q", "cu_seqlens_kv")
 HALVES = ("output_a", "lse_a", "output_b", "lse_b")
 

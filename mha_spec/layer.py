@@ -13,7 +13,7 @@ import numpy
 
 from .arguments import decorate_method, expand_options, offset_of_reading
 from .arrays import Array, library_of
-from .layer_checks import LayerArguments, check_like, check_slope_dtype, empty_shapes
+from .layer_checks import LayerArguments, check_like, check_slope_dtype, check_vectors, empty_shapes
 from .layer_steps import LayerSteps
 from .scalars import plain
 
@@ -66,6 +66,7 @@ class Layer:
         params: Mapping[str, Array],
         *,
         rotary: Mapping[str, Any] | None = None,
+        positions: Array | Sequence[Any] | None = None,
         norm_epsilon: float = 1e-6,
         cache: KVCache | None = None,
         **options: Unpack[Options],
@@ -84,6 +85,9 @@ class Layer:
             params: w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim) and
                 w_o (heads, v_dim, out); optional biases and norms. See `mha_spec.parameters.AXES`.
             rotary: The options of `rotary_embedding`, {} for its defaults; None does not rotate.
+            positions: (q_len,) or (batch, q_len), by which query i and new key i turn, as position_ids of transformers;
+                with sections also (len(sections), batch, q_len). None counts them from q_offset, and keys from the end
+                of the cache. Causal, window and ALiBi always count.
             norm_epsilon: Added to the mean square of the norms.
             cache: The tokens so far. q_offset defaults to its lengths; kv_lengths counts the real new keys; mask, bias,
                 dropout_mask and kv_segment_ids cover its whole capacity.
@@ -104,7 +108,7 @@ class Layer:
             SPEC.md, MHA-LAYER-1; Vaswani et al. 2017, section 3.2.2.
         """
         name = "multi_head_attention"
-        a = LayerArguments(name, query, key, value, params, rotary, norm_epsilon, cache, {**options})
+        a = LayerArguments(name, query, key, value, params, rotary, norm_epsilon, cache, {**options}, positions)
         x = self._operands(self.steps.check(a))
         output = self._output(a, self.steps.attend(x.query, x.key, x.value, **x.options))
         return output if x.cache is None else (output, x.cache)
@@ -118,6 +122,7 @@ class Layer:
         params: Mapping[str, Array],
         *,
         rotary: Mapping[str, Any] | None = None,
+        positions: Array | Sequence[Any] | None = None,
         norm_epsilon: float = 1e-6,
         cache: KVCache | None = None,
         **options: Unpack[Options],
@@ -132,7 +137,7 @@ class Layer:
             SPEC.md, MHA-LAYER-4.
         """
         name = "multi_head_attention_and_weights"
-        a = LayerArguments(name, query, key, value, params, rotary, norm_epsilon, cache, {**options})
+        a = LayerArguments(name, query, key, value, params, rotary, norm_epsilon, cache, {**options}, positions)
         x = self._operands(self.steps.check(a))
         attended, weights = self.steps.attend_and_weigh(x.query, x.key, x.value, self.steps, **x.options)
         output = self._output(a, attended)
@@ -146,6 +151,7 @@ class Layer:
         params: Mapping[str, Array],
         *,
         rotary: Mapping[str, Any] | None = None,
+        positions: Array | Sequence[Any] | None = None,
         norm_epsilon: float = 1e-6,
         cache: KVCache | None = None,
         **options: Unpack[WeightOptions],
@@ -157,6 +163,7 @@ class Layer:
             key: (batch, kv_len, k_embed), of the query's dtype; with a cache, None appends no keys.
             params: Those of `multi_head_attention`; those of value and output may be absent.
             rotary: As in `multi_head_attention`.
+            positions: As in `multi_head_attention`.
             norm_epsilon: As in `multi_head_attention`.
             cache: As in `multi_head_attention`; the new cache is not returned.
             **options: Those of `multi_head_attention` without dropout; see `mha_spec.arguments.WeightOptions`.
@@ -174,7 +181,7 @@ class Layer:
             SPEC.md, MHA-LAYER-4 and MHA-WEIGHTS-1.
         """
         name = "multi_head_attention_weights"
-        a = LayerArguments(name, query, key, None, params, rotary, norm_epsilon, cache, {**options})
+        a = LayerArguments(name, query, key, None, params, rotary, norm_epsilon, cache, {**options}, positions)
         x = self._operands(self.steps.check(a))
         return self.steps.weigh(x.query, x.key, **x.options)
 
@@ -188,6 +195,7 @@ class Layer:
         rotary_dim: int | None = None,
         frequencies: Array | Sequence[float] | None = None,
         attention_factor: float = 1.0,
+        sections: Sequence[int] | None = None,
     ) -> Float[Array, "batch heads length size"]:
         """Turn pairs of components by angles that grow with the position.
 
@@ -197,13 +205,16 @@ class Layer:
 
         Args:
             x: (batch, heads, length, size), float64, float32, float16 or bfloat16.
-            positions: (length,) or (batch, length), integers or floats, on the host or of the library of x.
+            positions: (length,) or (batch, length), integers or floats, on the host or of the library of x; with
+                sections also (len(sections), batch, length).
             base: Greater than 0; a larger base turns more slowly.
             interleaved: True pairs neighbours, False components half of rotary_dim apart.
             rotary_dim: The number of components that turn, from the first on; even. None turns all of them.
             frequencies: (rotary_dim/2,), finite numbers >= 0 on the host or an array of the library of x, which is not
                 read; they replace the base. See `mha_spec.rotary_frequencies`. None computes them from the base.
             attention_factor: Greater than 0; multiplies cosines and sines, as YaRN does.
+            sections: The number of pairs that turn by the positions on each axis, such as time, height and width, in
+                blocks from the first pair on; their sum is rotary_dim/2. None is a single axis.
 
         Returns:
             x with its pairs turned, in its dtype; the other components are unchanged.
@@ -217,17 +228,19 @@ class Layer:
             ONNX `RotaryEmbedding` takes cosine and sine from the caller.
 
         Source:
-            SPEC.md, MHA-ROTARY-1 to MHA-ROTARY-8; Su et al. 2021.
+            SPEC.md, MHA-ROTARY-1 to MHA-ROTARY-8 and MHA-ROTARY-17; Su et al. 2021.
         """
-        self.steps.check_positions(x, positions)
+        check_vectors(x)
         rotary = {
             "base": base,
             "interleaved": interleaved,
             "rotary_dim": rotary_dim,
             "frequencies": frequencies,
             "attention_factor": attention_factor,
+            "sections": sections,
         }
         options = self.steps.check_rotary(rotary, x.shape[3], x)
+        self.steps.check_positions(x, positions, options.sections)
         return self.steps.turn(x, self._turns(positions, options, x), options.interleaved)
 
     def alibi_slopes(self, heads: int, *, dtype: str = "float32") -> Float[Array, "heads"]:
@@ -371,7 +384,14 @@ class Layer:
         return x if single is None else self.steps.normalise(x, single, a.norm_epsilon)
 
     def _rotated(self, a: LayerArguments, rotary: Rotary, q: Array, k: Array | None) -> tuple[Array, Array | None]:
-        """Rotate query i by its position and new key i by its slot in the cache (MHA-ROTARY-4, MHA-CACHE-6)."""
+        """Rotate query i by its position and new key i by its slot in the cache (MHA-ROTARY-4, MHA-CACHE-6).
+
+        Positions of the caller turn both (MHA-LAYER-7).
+        """
+        if a.positions is not None:
+            turns = self._turns(a.positions, rotary, q)
+            q = self.steps.turn(q, turns, rotary.interleaved)
+            return q, None if k is None else self.steps.turn(k, turns, rotary.interleaved)
         start = 0 if a.cache is None else a.cache.lengths
         offset = a.options.get("q_offset")
         if isinstance(offset, str):
@@ -400,6 +420,7 @@ class Layer:
             frequencies = self.steps.frequencies(rotary.base, rotary_dim)
         else:
             frequencies = self.steps.given_frequencies(rotary.frequencies)
+        positions = positions if rotary.sections is None else self.steps.spread(positions, rotary.sections)
         return self.steps.magnify(self.steps.turns(positions, frequencies, x), rotary.attention_factor)
 
     def _output(self, a: LayerArguments, attended: Array) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import numpy
 
@@ -37,6 +37,7 @@ __all__ = [
     "check_like",
     "check_positions",
     "check_slope_dtype",
+    "check_vectors",
     "empty_shapes",
 ]
 
@@ -55,6 +56,8 @@ class LayerArguments:
     cache: KVCache | None
     options: dict[str, Any]
     """The options of attention that the call has."""
+    positions: Array | Sequence[Any] | None = None
+    """The positions by which queries and new keys turn; None counts them."""
     rotation: Rotary | None = None
     """`rotary` with its defaults, which `check` sets."""
 
@@ -72,6 +75,8 @@ def check(a: LayerArguments) -> LayerArguments:
     a.norm_epsilon = check_epsilon(a.norm_epsilon)
     if a.rotary is not None:
         a.rotation = check_rotary(a.rotary, a.params["w_q"].shape[2], a.query)
+    if a.positions is not None:
+        _check_positions_of_layer(a)
     if a.cache is not None:
         _check_cache(a, a.cache)
     elif a.key is None:
@@ -227,44 +232,87 @@ def check_epsilon(epsilon: object) -> float:
     return number
 
 
-def check_positions(x: Array, positions: Array) -> None:
-    """Require a floating x of rank 4 and a number for each token, its position (MHA-ROTARY-4, MHA-ROTARY-6)."""
-    library = require_array("x", x, "MHA-ROTARY-6")
+def check_vectors(x: Array) -> None:
+    """Require a floating x of rank 4 (MHA-ROTARY-6)."""
+    require_array("x", x, "MHA-ROTARY-6")
     check_floating("x", x, "MHA-ROTARY-6")
     if len(x.shape) != 4:
         refuse_value(
             "MHA-ROTARY-6", f"`x` must have rank 4, (batch, heads, length, size), received shape={tuple(x.shape)}."
         )
+
+
+def check_positions(x: Array, positions: Array | Sequence[Any], sections: tuple[int, ...] | None = None) -> None:
+    """Require a number for each token of x, or for each axis and token (MHA-ROTARY-4, MHA-ROTARY-6, MHA-ROTARY-17)."""
+    batch, _, length, _ = x.shape
+    _check_numbers(positions, x, "x", (batch, length), "length", sections)
+
+
+def _check_positions_of_layer(a: LayerArguments) -> None:
+    """Require positions that turn something, for as many queries as new keys (MHA-LAYER-7)."""
+    if a.rotation is None:
+        refuse_value(
+            "MHA-LAYER-7",
+            "`positions` must be None without rotary, because they only turn queries and keys. "
+            "Causal and window count from q_offset.",
+        )
+    batch, length, _ = a.query.shape
+    if a.key is not None and _differ(length, a.key.shape[1]):
+        refuse_value(
+            "MHA-LAYER-7",
+            f"`positions` must be None where q_len={length} and kv_len={a.key.shape[1]} differ, "
+            "because they turn query i and new key i alike.",
+        )
+    _check_numbers(a.positions, a.query, "query", (batch, length), "q_len", a.rotation.sections)
+
+
+def _check_numbers(
+    positions: Any, like: Array, other: str, sizes: tuple[int, int], length: str, sections: tuple[int, ...] | None
+) -> None:
+    """Require integers or floats of the library of `like`, of shape (length,), (batch, length) or with all axes."""
+    library = library_of(like)
     array = _of_numbers(positions) if library_of(positions) is None else positions
     if require_array("positions", array, "MHA-ROTARY-6") not in ("numpy", library):
         refuse_type(
             "MHA-ARG-4",
-            f"`positions` must be numbers on the host or an array of {library}, as `x` is, "
+            f"`positions` must be numbers on the host or an array of {library}, as `{other}` is, "
             f"received an array of {library_of(positions)}.",
         )
     kind = dtype_name(array)
     if kind not in FLOATING and not kind.startswith(("int", "uint")):
         refuse_type("MHA-ROTARY-6", f"`positions` must be integers or floats, received dtype={kind}.")
-    batch, _, length, _ = x.shape
-    shape = tuple(array.shape)
-    if len(shape) not in (1, 2) or any(_differ(*pair) for pair in zip(shape[::-1], (length, batch), strict=False)):
+    shape = None if getattr(array.shape, "rank", 1) is None else tuple(array.shape)
+    axes = () if sections is None else (len(sections),)
+    expected = (*axes, *sizes)
+    if shape is None or not 1 <= len(shape) <= len(expected) or not _fit(shape, expected[-len(shape) :]):
+        last = f"({length},)={sizes[1:]}, (batch, {length})={sizes}"
+        every = f" or (len(sections), batch, {length})={expected}" if axes else ""
         refuse_value(
-            "MHA-ROTARY-6",
-            f"`positions` must have shape (length,)={(length,)} or (batch, length)={(batch, length)}, "
-            f"received shape={shape}.",
+            "MHA-ROTARY-6" if sections is None else "MHA-ROTARY-17",
+            f"`positions` must have shape {last}{every}, received shape={'<unknown>' if shape is None else shape}.",
         )
 
 
 def _of_numbers(positions: object) -> numpy.ndarray:
     """Convert a sequence of positions, or of sequences of equal length; a later check refuses a single number."""
-    rows = list(positions) if _is_series(positions) else [positions]
-    rows = [list(row) for row in rows if _is_series(row)] or [rows]
-    even = {len(row) for row in rows} == {len(rows[0])}
-    if not even or not all(map(_is_position, (number for row in rows for number in row))):
-        refuse_type(
-            "MHA-ROTARY-6", f"`positions` must be an array or a sequence of numbers, received {short_repr(positions)}."
-        )
-    return numpy.asarray(positions, dtype=numpy.float64)
+    if not all(map(_is_position, _leaves(positions))):
+        _refuse_sequence(positions)
+    try:
+        return numpy.asarray(positions, dtype=numpy.float64)
+    except ValueError:  # Sequences of different lengths.
+        _refuse_sequence(positions)
+
+
+def _leaves(positions: object) -> Iterable[object]:
+    if not _is_series(positions):
+        return [positions]
+    return (leaf for part in positions for leaf in _leaves(part))
+
+
+def _refuse_sequence(positions: object) -> NoReturn:
+    refuse_type(
+        "MHA-ROTARY-6", f"`positions` must be an array or a sequence of numbers, received {short_repr(positions)}."
+    )
 
 
 def _is_position(number: object) -> bool:
@@ -361,7 +409,8 @@ def _check_alignment(a: LayerArguments) -> None:
         check_entries("q_lengths", a.options.get("q_lengths"), a.query, 0, a.query.shape[1], "q_len")
         if a.cache is None and a.key is not None:
             check_entries("kv_lengths", kv_lengths, a.query, 0, a.key.shape[1], "kv_len")
-    if a.rotary is not None and a.cache is None and a.key is not None and offset is None:
+    counts = a.positions is None and a.cache is None and offset is None
+    if counts and a.rotary is not None and a.key is not None:
         refuse_ambiguity(f"rotary={short_repr(dict(a.rotary))}", a.query.shape[1], a.key.shape[1], kv_lengths)
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
+from .arguments import Options, WeightOptions
 from .checks import check_rate
 from .errors import refuse_type, refuse_value
 from .layer_checks import check_epsilon
@@ -18,15 +19,28 @@ from .rotary_checks import Rotary, check_rotary
 from .scalars import check_flag, check_integer, short_repr
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
     from typing import Unpack
 
-    from .arguments import Options, WeightOptions
     from .arrays import Array
     from .cache import KVCache
 
-__all__ = ["LayerObject", "LayerOptions", "LayerSettings", "expand_layer_options"]
+__all__ = ["CallOptions", "CallWeightOptions", "LayerObject", "LayerOptions", "LayerSettings", "expand_layer_options"]
+
+
+class CallWeightOptions(WeightOptions, total=False):
+    """The options of a call that returns weights."""
+
+    positions: Array | Sequence[Any] | None
+    """By which queries and new keys turn; counted by default (MHA-LAYER-7)."""
+
+
+class CallOptions(Options, total=False):
+    """The options of a call of a layer."""
+
+    positions: Array | Sequence[Any] | None
+    """By which queries and new keys turn; counted by default (MHA-LAYER-7)."""
 
 
 class LayerOptions(TypedDict, total=False):
@@ -211,7 +225,7 @@ class LayerObject:
         value: Array | None,
         *,
         cache: KVCache | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> Any:
         """Attend from the query to the key, by default the query, and its value, by default the key."""
         key = query if key is None else key
@@ -220,7 +234,12 @@ class LayerObject:
         return self.functions.multi_head_attention(query, key, value, self.params, cache=cache, **self._all(options))
 
     def attention_weights(
-        self, query: Array, key: Array | None = None, *, cache: KVCache | None = None, **options: Unpack[WeightOptions]
+        self,
+        query: Array,
+        key: Array | None = None,
+        *,
+        cache: KVCache | None = None,
+        **options: Unpack[CallWeightOptions],
     ) -> Array:
         """Return the weights of every head, (batch, heads, q_len, kv_len), before dropout (MHA-LAYER-4)."""
         key = query if key is None else key
@@ -233,7 +252,7 @@ class LayerObject:
         value: Array | None = None,
         *,
         cache: KVCache | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> tuple[Any, ...]:
         """Return the output, the weights before dropout and, with a cache, the new cache (MHA-LAYER-4)."""
         key = query if key is None else key
@@ -250,7 +269,7 @@ class LayerObject:
         """Show the settings that differ from the defaults."""
         return f"{type(self).__name__}({self.settings})"
 
-    def _in_training(self, options: Options) -> Options:
+    def _in_training(self, options: CallOptions) -> CallOptions:
         """Return the options of a call with the dropout of the layer's mode, training or evaluation."""
         return options
 

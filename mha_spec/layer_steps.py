@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .layer_checks import LayerArguments
     from .rotary_checks import Rotary
 
-__all__ = ["LayerSteps", "are_on_host", "narrow", "slope_values", "widen"]
+__all__ = ["LayerSteps", "are_on_host", "for_each_pair", "narrow", "slope_values", "widen"]
 
 
 NARROW = ("int8", "uint8", "int16", "uint16")
@@ -125,7 +125,7 @@ def turns(positions: Array | Sequence[float], frequencies: Array, like: Array) -
     xp, device = namespace_of(like), device_of(like)
     wide = getattr(xp, softmax_dtype_name(dtype_name(like)))
     if are_on_host(positions, frequencies):
-        angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
+        angles = for_each_pair(numpy.asarray(positions, dtype=numpy.float64)) * frequencies
         cosine, sine = (xp.asarray(turn, dtype=wide, device=device) for turn in (numpy.cos(angles), numpy.sin(angles)))
     else:
         factors: list[Any] = [
@@ -135,9 +135,30 @@ def turns(positions: Array | Sequence[float], frequencies: Array, like: Array) -
             else xp.astype(factor, wide)
             for factor in (positions, frequencies)
         ]
-        angles = factors[0][..., None] * factors[1]
+        angles = for_each_pair(factors[0]) * factors[1]
         cosine, sine = xp.cos(angles), xp.sin(angles)
     return (cosine[:, None, :, :], sine[:, None, :, :]) if cosine.ndim == 3 else (cosine, sine)
+
+
+def for_each_pair(positions: Array) -> Array:
+    """Add the axis of pairs, which positions of several sections already have (MHA-ROTARY-17)."""
+    return positions if positions.ndim == 3 else positions[..., None]
+
+
+def spread(positions: Array | Sequence[Any], sections: Sequence[int]) -> Array | Sequence[Any]:
+    """Give each pair the positions on its axis: (axes, batch, length) to (batch, length, pairs) (MHA-ROTARY-17).
+
+    Positions of rank 1 or 2 are those on every axis.
+    """
+    axes = numpy.repeat(numpy.arange(len(sections)), sections)
+    if are_on_host(positions):
+        host = numpy.asarray(positions)
+        return numpy.moveaxis(host, 0, -1)[..., axes] if host.ndim == 3 else positions
+    array: Any = positions
+    if array.ndim != 3:
+        return positions
+    xp = namespace_of(array)
+    return xp.take(xp.permute_dims(array, (1, 2, 0)), xp.asarray(axes, device=device_of(array)), axis=-1)
 
 
 def are_on_host(*factors: object) -> bool:
@@ -300,6 +321,7 @@ class LayerSteps:
     positions: Callable[..., Array] = positions
     frequencies: Callable[..., numpy.ndarray] = frequencies
     given_frequencies: Callable[..., Array] = given_frequencies
+    spread: Callable[..., Array | Sequence[Any]] = spread
     turns: Callable[..., tuple[Array, Array]] = turns
     magnify: Callable[..., tuple[Array, Array]] = magnify
     turn: Callable[..., Array] = turn

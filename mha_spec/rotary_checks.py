@@ -34,6 +34,8 @@ class Rotary(NamedTuple):
     """The frequency of each pair, numbers or an array that is not read; None computes them from the base."""
     attention_factor: float = 1.0
     """The factor of cosines and sines."""
+    sections: tuple[int, ...] | None = None
+    """The number of pairs that turn by the positions on each axis; None is a single axis."""
 
     def non_defaults(self) -> dict[str, Any]:
         """Return the options that differ from the defaults."""
@@ -64,7 +66,8 @@ def check_rotary(rotary: Mapping[str, Any], size: int, like: Array | None = None
         refuse_value("MHA-ROTARY-6", f"`base` must be finite and base>0, received base={short_repr(base)}.")
     rotary_dim = check_rotary_dim(options.rotary_dim, size)
     frequencies = _check_frequencies(options.frequencies, base, size if rotary_dim is None else rotary_dim, like)
-    return Rotary(base, interleaved, rotary_dim, frequencies, _check_factor(options.attention_factor))
+    sections = _check_sections(options.sections, size if rotary_dim is None else rotary_dim)
+    return Rotary(base, interleaved, rotary_dim, frequencies, _check_factor(options.attention_factor), sections)
 
 
 def check_rotary_dim(rotary_dim: object, size: int) -> int | None:
@@ -161,3 +164,23 @@ def _check_factor(factor: object) -> float:
             f"received attention_factor={short_repr(number)}.",
         )
     return number
+
+
+def _check_sections(sections: object, rotary_dim: int) -> tuple[int, ...] | None:
+    """Return the number of pairs of each axis of positions, together all pairs that turn (MHA-ROTARY-17)."""
+    if sections is None:
+        return None
+    held: object = cast("Any", sections).tolist() if isinstance(sections, numpy.ndarray) else sections
+    counts: list[Any] = [plain(count) for count in held] if is_sequence(held) else [None]
+    if not all(map(is_integer, counts)):
+        refuse_type(
+            "MHA-ROTARY-17",
+            f"`sections` must be None or a sequence of integers, received sections={short_repr(held)}.",
+        )
+    if min(counts, default=-1) < 0 or sum(counts) != rotary_dim // 2:
+        refuse_value(
+            "MHA-ROTARY-17",
+            f"`sections` must be integers >= 0 whose sum is rotary_dim/2={rotary_dim // 2}, the number of pairs, "
+            f"received sections={short_repr(held)}.",
+        )
+    return tuple(counts)

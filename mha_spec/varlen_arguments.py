@@ -70,9 +70,10 @@ class VarlenArguments:
     """The name of the function that was called."""
 
     @property
-    def sequences(self) -> int:
-        """Number of sequences."""
-        return count_of(self.cu_seqlens_q) - 1
+    def sequences(self) -> Any:
+        """Number of sequences; None where a trace of TensorFlow does not know it."""
+        count = count_of(self.cu_seqlens_q)
+        return None if count is None else count - 1
 
     @property
     def q_tokens(self) -> int:
@@ -119,7 +120,7 @@ VARLEN_OPTIONS = tuple(
 """The names of all options, in the order of the signature."""
 
 
-def count_of(value: Any) -> int:
-    """Return the number of entries of a sequence or of an array of one axis."""
+def count_of(value: Any) -> Any:
+    """Return the number of entries of a sequence or of an array of one axis; None if a trace does not know it."""
     shape = getattr(value, "shape", None)
     return len(value) if shape is None else shape[0]

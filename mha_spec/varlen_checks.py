@@ -194,9 +194,9 @@ def check_used(a: VarlenArguments) -> None:
     """Require that each sequence has the keys in use, and its blocks exist, where that is host data (MHA-VARLEN-4)."""
     if a.seqused_kv is not None:
         check_integers("seqused_kv", a.seqused_kv, a.query, (a.sequences,), "(sequences,)", "MHA-VARLEN-4")
-    given = None if a.cu_seqlens_kv is None else _differences(a.cu_seqlens_kv)
+    rooms = _host_differences(a.cu_seqlens_kv)
     for sequence, length in enumerate(host_integers_of(a.seqused_kv) or ()):
-        limit = a.capacity if given is None or None in (given[sequence], a.capacity) else given[sequence]
+        limit = a.capacity if rooms is None else rooms[sequence]
         if length < 0 or (limit is not None and length > limit):
             refuse_value(
                 "MHA-VARLEN-4",
@@ -314,11 +314,6 @@ def host_integers_of(value: Any) -> list[int] | None:
 def _host_differences(bounds: Any) -> list[int] | None:
     numbers = host_integers_of(bounds)
     return None if numbers is None else [stop - start for start, stop in pairwise(numbers)]
-
-
-def _differences(bounds: Array | Sequence[int]) -> list[int | None]:
-    """Return the length of each sequence; None for each that must not be read."""
-    return list(_host_differences(bounds) or [None] * (count_of(bounds) - 1))
 
 
 CHECKS: tuple[Callable[[VarlenArguments], None], ...] = (

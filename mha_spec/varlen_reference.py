@@ -136,7 +136,7 @@ def add_to_pages(parts: Sequence[tuple[Sequence[int], Array]], shape: tuple[int,
     pages: list[Any] = [rows_outside(like, (block_size, *row), 0.0) for _ in range(blocks)]
     for numbers, rows in parts:
         for index, block in enumerate(numbers):
-            part = rows[index * block_size : (index + 1) * block_size, ...]
+            part = rows[index * block_size : min((index + 1) * block_size, rows.shape[0]), ...]
             rest = rows_outside(like, (block_size - part.shape[0], *row), 0.0)
             pages[block] = pages[block] + xp.concat([part, rest], axis=0)
     return xp.stack(pages) if pages else rows_outside(like, shape, 0.0)

@@ -6,6 +6,9 @@ import numpy
 import pytest
 from layers import LayerProblem, share_of
 
+import mha_spec
+from mha_spec.parameters import AXES
+
 
 def problem(seed: int) -> LayerProblem:
     """Return a layer over one token, whose output is small compared with its bias."""
@@ -43,3 +46,30 @@ def test_a_sum_may_begin_with_its_bias(seed: int) -> None:
 def test_an_output_without_its_bias_is_refused() -> None:
     p = problem(0)
     assert share_of(p)(fused(p) - p.arrays["b_o"]) > 1
+
+
+def with_joint_norms(seed: int) -> LayerProblem:
+    """Return a layer with norms over all heads."""
+    rng = numpy.random.default_rng(seed)
+    shapes = {
+        "query": (2, 3, 7),
+        "w_q": (7, 6, 5),
+        "w_k": (7, 2, 5),
+        "w_v": (7, 2, 3),
+        "w_o": (6, 3, 11),
+        "q_joint_norm": (6, 5),
+        "k_joint_norm": (2, 5),
+    }
+    arrays = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+    return LayerProblem("float32", arrays | {"key": arrays["query"], "value": arrays["query"]}, {})
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_norms_over_all_heads_have_an_allowance(seed: int) -> None:
+    p = with_joint_norms(seed)
+    params = {name: array for name, array in p.arrays.items() if name in AXES}
+    x = p.arrays["query"]
+    share = share_of(p)(mha_spec.multi_head_attention(x, x, x, params))
+    assert 2**-16 < share <= 1
+    moved = params | {"q_joint_norm": params["q_joint_norm"] * numpy.float32(1.001)}
+    assert share_of(p)(mha_spec.multi_head_attention(x, x, x, moved)) > 1

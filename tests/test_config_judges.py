@@ -173,7 +173,7 @@ class Ours(torch.nn.Module):
         x, layer, options = hidden_states, self.loaded, self.loaded.options
         if layer.alibi:
             options = options | {"bias": self.bias(x.shape[1]).to(x.dtype)}
-        result = mha_spec.multi_head_attention(x, x, x, layer.params, cache=self.cache, **options)
+        result: Any = mha_spec.multi_head_attention(x, x, x, layer.params, cache=self.cache, **options)
         output, self.cache = (result, None) if self.cache is None else result
         # The attention of BLOOM adds the residual, its second argument.
         return output + others[0] if layer.alibi else output, None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy
 import pytest
 from ml_dtypes import bfloat16
 
@@ -14,6 +17,7 @@ from mha_spec_conformance.asking.selection import Selection, asks
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.judging.causes import find_causes
 from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.judging.naming import named
 from mha_spec_conformance.judging.pairs import together
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.running.diagnosing import diagnosed
@@ -179,6 +183,74 @@ def test_wrong_factor_of_the_scores_is_not_called_rounding(suite: Suite) -> None
     patterns = tuple(f"multi_head_attention/{name}/" for name in ("self", "cross", "cube", "biases", "partial"))
     causes = find_causes(judged(suite, layer, patterns=patterns, function="multi_head_attention")).causes
     assert {cause.kind for cause in causes} == {"unknown"}
+
+
+def test_failure_that_only_a_lesser_mistake_explains_is_not_named(suite: Suite) -> None:
+    """The ignored mask explains what an ignored mask and bias explain, and more too; the rest is a coincidence."""
+    mask = BY_NAME["mask-ignored"]
+    lesser = together(mask, BY_NAME["bias-ignored"])
+    assert lesser is not None
+    lesser = replace(lesser, functions=("attention",), needs=("mask",))
+
+    def attention(query, key, value, *, mask=None, bias=None, **options):
+        return RIGHT(query, key, value, bias=None if mask is not None else bias, **options)
+
+    functions = {"attention": attention, "attention_weights": function_over(mask.steps, "attention_weights")}
+    keywords = dict.fromkeys(functions, (*KEYWORDS, "q_offset"))
+    claims = Claims("mine", keywords, ("float32",))
+    target, judge = Target(functions, claims), Judge(claims)
+    both = "attention/causal+mask+bias+offset/generic-1"
+    patterns = (both, "attention/mask/*", "attention/causal+mask/*", "attention_weights/mask+bias+softcap/*")
+    asked = asks(suite.cases, claims, Selection(patterns))
+    wrong = [judge.result(ask, answer(target, ask.question())).wrong for ask in asked]
+    names = named([failure for failure in wrong if failure is not None], [], judge.recognition, (mask, lesser))
+    assert {mistake.name for mistakes in names.values() for mistake in mistakes} == {mask.name, lesser.name}
+    assert (both, "float32") not in names
+    assert len(names) == len(wrong) - 1
+
+
+@pytest.mark.parametrize("name", ["output-not-rescaled-in-tiles-of-64", "sum-not-rescaled-in-tiles-of-128"])
+def test_tiles_that_are_not_rescaled_do_not_underflow(suite: Suite, name: str) -> None:
+    """In float32 the exponentials of early tiles underflow relative to the maximum of all, and not to their own."""
+    case = next(case for case in suite.cases if case.id == "attention/lengths-3-300/rising-1")
+    call = function_over(BY_NAME[name].steps, "attention")
+    narrow, wide = (
+        numpy.asarray(call(*(case.input(name, dtype) for name in ("query", "key", "value")), **case.options))
+        for dtype in ("float32", "float64")
+    )
+    assert numpy.allclose(narrow, wide, rtol=1e-3)
+    assert abs(wide - case.expected["output"].values).max() > 1
+
+
+def test_nan_of_another_origin_is_not_the_name_of_a_mistake_that_gives_nan(suite: Suite) -> None:
+    """A NaN in one component is not that of a weight, and a NaN in every case not that of rows that see no key."""
+
+    def vjp(component: int | slice) -> Callable[..., object]:
+        def spoilt(*operands, **options):
+            gradients = right(*operands, **options)
+            gradients[1][..., component] = math.nan
+            return gradients
+
+        return spoilt
+
+    right = function_over(Steps(), "attention_vjp")
+    hiding = ("attention_vjp/bias/hidden-rows", "attention_vjp/bias/float64-hides/*")
+    for component, patterns in ((-1, hiding), (slice(None), ("attention_vjp/bias/*",))):
+        causes = find_causes(judged(suite, vjp(component), patterns=patterns, function="attention_vjp")).causes
+        assert [cause.kind for cause in causes] == ["unknown"]
+
+
+def test_nan_of_rows_that_see_no_key_is_named(suite: Suite) -> None:
+    wrong = function_over(BY_NAME["empty-row-nan-in-all-gradients"].steps, "attention_vjp")
+    patterns = ("attention_vjp/bias/*",)
+    causes = find_causes(judged(suite, wrong, patterns=patterns, function="attention_vjp")).causes
+    assert [cause.name for cause in causes] == ["empty-row-nan-in-all-gradients"]
+
+
+@pytest.mark.parametrize("name", ["infinite-bias-shown", "wide-bias-saturated"])
+def test_mistake_that_shows_only_where_operands_are_not_finite_is_named(suite: Suite, name: str) -> None:
+    patterns = ("attention/bias/*", "attention/poison/unused/bias/*", "attention/poison/seen-by-some/bias/*")
+    assert [cause.name for cause in find_causes(judged(suite, over(name), patterns=patterns)).causes] == [name]
 
 
 def test_two_mistakes_are_named_where_one_does_not_suffice(suite: Suite) -> None:

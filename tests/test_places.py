@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
 
 from mha_spec_conformance.asking.selection import Ask
 from mha_spec_conformance.judging.amounts import amounts, rounded_to
+from mha_spec_conformance.judging.axes import axes_of
 from mha_spec_conformance.judging.bounds import allowances, precision
 from mha_spec_conformance.judging.causes import Story
 from mha_spec_conformance.judging.indices import TILES, covering, described_indices
-from mha_spec_conformance.judging.places import WrongElements, axes_of, described
+from mha_spec_conformance.judging.places import WrongElements, described
 from mha_spec_conformance.judging.recognition import Wrong
 
 if TYPE_CHECKING:
@@ -72,6 +73,12 @@ def test_wrong_elements_are_located(case: Case, change: Change, text: str) -> No
     assert text in places(case, change)
 
 
+def test_outputs_that_are_wrong_in_few_failures_are_left_out(case: Case) -> None:
+    often, rarely = (WrongElements(wrong(case, add(name))) for name in ("lse", "output"))
+    assert "only `lse` (10 of 11)" in [str(place) for place in described([*[often] * 10, rarely])]
+    assert not [place for place in described([*[often] * 5, rarely]) if "`" in place.text]
+
+
 def test_wrong_elements_everywhere_are_located_by_output_alone(case: Case) -> None:
     assert places(case, add("output")) == ["only `output`"]
 
@@ -121,6 +128,26 @@ def test_rounding_names_the_type_that_lost_the_digits(case: Case, narrower: str)
 
 def test_a_large_error_is_not_rounding(case: Case) -> None:
     assert rounded_to(wrong(case, add("output"))) is None
+
+
+def test_truncation_is_rounding(case: Case) -> None:
+    def truncated(answer: dict[str, numpy.ndarray]) -> None:
+        bits = answer["output"].astype(numpy.float32).view(numpy.uint32) & numpy.uint32(0xFFFF0000)
+        answer["output"] = bits.view(numpy.float32).astype(numpy.float64)
+
+    assert rounded_to(wrong(case, truncated)) == "bfloat16"
+
+
+@pytest.mark.parametrize("place", [..., (slice(None), slice(1, None), 2), (..., slice(4, None))])
+def test_small_factor_is_not_rounding(case: Case, place: Any) -> None:
+    def multiplied(answer: dict[str, numpy.ndarray]) -> None:
+        answer["output"][place] *= 1.003
+
+    assert rounded_to(wrong(case, multiplied)) is None
+
+
+def test_small_shift_is_not_rounding(case: Case) -> None:
+    assert rounded_to(wrong(case, add("lse", number=0.001))) is None
 
 
 def test_axes_have_names() -> None:

@@ -15,6 +15,7 @@ from support.varlen import BLOCK_SIZE, HEADS, KV_HEADS, Q_LENGTHS, QK_DIM, V_DIM
 
 import mha_spec
 from mha_spec import ArgumentTypeError, ArgumentValueError, reference
+from mha_spec.arrays import dtype_name
 from mha_spec.varlen_checks import varlen_arguments
 from mha_spec.varlen_sequences import sequences_of
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
@@ -24,8 +25,24 @@ if TYPE_CHECKING:
 
     Call = dict[str, Any]
 
-MODULES = {"mha_spec.reference": "numpy", "mha_spec_numpy": "numpy", "mha_spec_torch": "torch"}
+MODULES = {
+    "mha_spec.reference": "numpy",
+    "mha_spec_numpy": "numpy",
+    "mha_spec_torch": "torch",
+    "mha_spec_jax": "jax",
+    "mha_spec_tensorflow": "tensorflow",
+}
 """The modules that have the functions, each with the library of the arrays that it is given."""
+
+COMPILED = {
+    "test_types_are_those_of_attention",
+    "test_a_call_without_sequences_is_empty",
+    "test_a_pool_without_blocks_is_legal",
+    "test_nothing_crosses_sequences",
+    "test_an_error_names_the_argument_and_the_fix",
+    "test_wrong_cotangents_are_refused",
+}
+"""The tests that ask JAX too, which compiles a program for every choice of options in seconds."""
 
 NAN, INF = numpy.nan, numpy.inf
 INTEGERS = ("cu_seqlens_q", "cu_seqlens_kv", "block_table", "seqused_kv", "q_offset")
@@ -57,7 +74,14 @@ OPTIONS: dict[str, Call] = {
 CALLS = {"packed": packed, "used": lambda: packed(seqused_kv=numpy.array([5, 1, 0, 9, 2])), "paged": paged}
 
 
-@pytest.fixture(params=MODULES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Choose the modules that a test asks."""
+    if "module" in metafunc.fixturenames:
+        modules = [name for name in MODULES if name != "mha_spec_jax" or metafunc.function.__name__ in COMPILED]
+        metafunc.parametrize("module", modules, indirect=True)
+
+
+@pytest.fixture
 def module(request: pytest.FixtureRequest) -> Iterator[str]:
     """Name a module that has the functions."""
     with with_float64(MODULES[request.param]):
@@ -99,7 +123,7 @@ def test_a_sequence_is_a_separate_call(module: str, layout: Any, options: Call) 
 def test_types_are_those_of_attention(module: str, dtype: str) -> None:
     call = paged() | OPTIONS["all"]
     output, lse, *gradients = call_of(module, call | cotangents(call), dtype)
-    assert [str(x.dtype).rpartition(".")[2] for x in (output, lse, *gradients)] == [dtype, "float32", *[dtype] * 4]
+    assert [dtype_name(x) for x in (output, lse, *gradients)] == [dtype, "float32", *[dtype] * 4]
     rounded = call | {
         name: to_numpy(x)
         for name, x in converted(
@@ -374,6 +398,22 @@ def test_numpy_scalars_count_as_numbers(module: str) -> None:
     }
     plain = {"causal": True, "q_offset": 2, "scale": 0.3, "max_seqlen_q": 5}
     assert_equal(call_of(module, packed(**scalars), "float32"), call_of(module, packed(**plain), "float32"))
+
+
+@pytest.mark.parametrize("name", ["mha_spec.reference", "mha_spec_numpy", "mha_spec"])
+@pytest.mark.parametrize("layout", [packed, paged])
+def test_a_strict_library_of_the_array_api_has_the_same_results(name: str, layout: Any) -> None:
+    xp = pytest.importorskip("array_api_strict")
+    functions, call = importlib.import_module(name), layout() | OPTIONS["all"]
+    expected = separate(call | cotangents(call))
+    strict, cotangent = (
+        {label: xp.asarray(x) if isinstance(x, numpy.ndarray) else x for label, x in arguments.items()}
+        for arguments in (call, cotangents(call))
+    )
+    results = functions.varlen_attention(**strict, return_lse=True)
+    results = (*results, *functions.varlen_attention_vjp(**cotangent, **strict))
+    assert all(type(result) is type(strict["query"]) for result in results)
+    assert_near([numpy.asarray(result) for result in results], expected)
 
 
 def test_sequences_are_read_without_a_library() -> None:

@@ -234,6 +234,7 @@ def test_the_kv_heads_of_falcon(keys: dict[str, Any], kv_heads: int) -> None:
     assert read.sizes == {"embed": 12, "heads": 6, "kv_heads": kv_heads, "qk_dim": 2}
 
 
+UNTYPED: Any = load_weights
 GEMMA3 = {"model_type": "gemma3_text", "rope_theta": None}
 BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]] = {
     "unknown model": (
@@ -255,12 +256,22 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "more layers than a model has": (
         lambda: loaded(num_hidden_layers=10**12),
         ArgumentValueError,
-        ("num_hidden_layers must be num_hidden_layers<=65536",),
+        ("num_hidden_layers must be num_hidden_layers<=1048576",),
     ),
     "a scalar beyond float64": (
         lambda: loaded(model_type="gemma2", query_pre_attn_scalar=10**400, layer=0),
         ArgumentValueError,
         ("query_pre_attn_scalar must be finite",),
+    ),
+    "a size that no array has": (
+        lambda: loaded(head_dim=2**70),
+        ArgumentValueError,
+        ("head_dim must be head_dim<=1048576",),
+    ),
+    "no flag": (
+        lambda: loaded(model_type="falcon", alibi=[1]),
+        ArgumentTypeError,
+        ("`alibi` must be True or False", "[1]"),
     ),
     "no number": (
         lambda: loaded(STATE | NORMS, model_type="qwen3", rms_norm_eps=float("nan")),
@@ -361,12 +372,27 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
         ArgumentValueError,
         ("num_attention_heads must equal n_head=3",),
     ),
+    "no biases": (
+        lambda: loaded(attention_bias=True),
+        ArgumentValueError,
+        ("`state` must hold the biases that config says, b_q, b_k, b_v, b_o, received none",),
+    ),
+    "biases that no config says": (
+        lambda: loaded(STATE | zeros(q_proj__bias=(60,), k_proj__bias=(30,), v_proj__bias=(30,))),
+        ArgumentValueError,
+        ("`state` must hold the biases that config says, none, received b_q, b_k, b_v",),
+    ),
+    "the norms of another layout": (
+        lambda: loaded(STATE | NORMS, model_type="gemma3_text", layout="qwen3", layer=0),
+        ArgumentValueError,
+        ("`layout` must store the gains of norms as gemma3 does", "layout='qwen3'"),
+    ),
     "a layer without a config": (
-        lambda: load_weights(STATE, "llama", heads=6, layer=1),
+        lambda: UNTYPED(STATE, "llama", heads=6, layer=1),
         ArgumentValueError,
         ("`layer` must be None without a config, received layer=1",),
     ),
-    "neither a layout nor a config": (lambda: load_weights(STATE), ArgumentTypeError, ("`layout`", "NoneType")),
+    "neither a layout nor a config": (lambda: UNTYPED(STATE), ArgumentTypeError, ("`layout`", "NoneType")),
     "a negative layer": (lambda: loaded(layer=-1), ArgumentValueError, ("layer>=0",)),
 }
 

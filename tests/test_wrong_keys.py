@@ -228,6 +228,32 @@ def test_wrong_values_of_right_weights_are_not_wrong_keys(suite: Suite) -> None:
     assert source.further
 
 
+def test_rows_of_nan_have_no_wrong_keys(suite: Suite) -> None:
+    """A tile of 64 keys that a row does not see makes all its weights NaN; no key is to blame."""
+
+    def exponentials(logits: Array) -> tuple[Array, Array]:
+        numbers, maximum = RIGHT.exponentials(logits)
+        hidden = (logits[..., 64:128] == -numpy.inf).all(axis=-1, keepdims=True)
+        return numpy.where(hidden, numpy.nan, numbers), maximum
+
+    assert (
+        keys(judged(suite, InThisProcess(replace(RIGHT, exponentials=exponentials)), "attention/tiles/257/causal/*"))
+        == []
+    )
+
+
+def test_equal_weights_of_a_few_rows_do_not_make_a_key_wrong(suite: Suite) -> None:
+    """An even function of the scores leaves a common factor in the rows in which two scores have the same size."""
+
+    def scores(query: Array, key: Array, scale: float) -> Array:
+        right = RIGHT.scores(query, key, scale)
+        return right * numpy.tanh(right / 2)
+
+    source = InThisProcess(replace(RIGHT, scores=scores), ("float64",))
+    source.claims = replace(source.claims, keywords={"attention": (*KEYWORDS, "softcap")})
+    assert keys(judged(suite, source, "attention/scale+softcap+kv_lengths/generic-1")) == []
+
+
 def test_few_causes_are_asked_again_in_few_calls(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     """Repeated runs give the same report."""
     monkeypatch.setattr("mha_spec_conformance.running.keys.MOST_CAUSES", 1)

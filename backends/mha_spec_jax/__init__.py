@@ -18,6 +18,7 @@ from .layer import (
     rotary_embedding,
 )
 from .module import MultiHeadAttention
+from .varlen import varlen_attention, varlen_attention_vjp
 
 __all__ = [
     "KVCache",
@@ -35,4 +36,6 @@ __all__ = [
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
+    "varlen_attention",
+    "varlen_attention_vjp",
 ]

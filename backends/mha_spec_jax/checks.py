@@ -45,7 +45,7 @@ def check_devices(arguments: Mapping[str, object]) -> None:
 def check_layer(a: LayerArguments) -> LayerArguments:
     """Check the arguments of a layer, and the devices of all its arrays (MHA-ARG-4)."""
     layer_checks.check(a)
-    arrays: dict[str, object] = {"query": a.query, "key": a.key, "value": a.value}
+    arrays: dict[str, object] = {"query": a.query, "key": a.key, "value": a.value, "positions": a.positions}
     arrays |= {f"params[{name!r}]": array for name, array in a.params.items()}
     check_devices(arrays | _cache_arrays(a.cache) | a.options)
     return a
@@ -57,9 +57,9 @@ def check_append(cache: KVCache, key: Array, value: Array, lengths: Integers | N
     check_devices({"key": key, "value": value, "lengths": lengths} | _cache_arrays(cache))
 
 
-def check_positions(x: Array, positions: Array | Sequence[float]) -> None:
+def check_positions(x: Array, positions: Array | Sequence[float], sections: tuple[int, ...] | None) -> None:
     """Check the arrays of rotary_embedding, and their devices (MHA-ARG-4)."""
-    layer_checks.check_positions(x, positions)
+    layer_checks.check_positions(x, positions, sections)
     check_devices({"x": x, "positions": positions})
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flax import nnx
 
-from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, expand_layer_options
+from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
 
 from . import layer
 from .module import initial
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from jax import Array
     from jax.typing import DTypeLike
 
-    from mha_spec.arguments import Options
     from mha_spec.cache import KVCache
 
 __all__ = ["MultiHeadAttention"]
@@ -55,12 +54,12 @@ class MultiHeadAttention(nnx.Module, LayerObject):
         value: Array | None = None,
         *,
         cache: KVCache | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> Array | tuple[Array, KVCache]:
         """Attend from the query to the key, by default the query itself; the value is by default the key."""
         return self.attend(query, key, value, cache=cache, **options)
 
-    def _in_training(self, options: Options) -> Options:
+    def _in_training(self, options: CallOptions) -> CallOptions:
         if self.rngs is not None and not self.deterministic and "dropout_rate" not in options:
             options["dropout_rate"] = self.settings.dropout_rate
             options.setdefault("dropout_key", self.rngs())

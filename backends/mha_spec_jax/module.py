@@ -9,7 +9,7 @@ import jax
 import jax.export
 
 from mha_spec.cache import KVCache
-from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, expand_layer_options
+from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
 
 from . import layer
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from jax import Array
     from jax.typing import DTypeLike
 
-    from mha_spec.arguments import Options
 
 __all__ = ["MultiHeadAttention", "initial"]
 
@@ -62,12 +61,12 @@ class MultiHeadAttention(LayerObject):
         value: Array | None = None,
         *,
         cache: KVCache | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> Array | tuple[Array, KVCache]:
         """Attend from the query to the key, by default the query itself; the value is by default the key."""
         return self.attend(query, key, value, cache=cache, **options)
 
-    def _in_training(self, options: Options) -> Options:
+    def _in_training(self, options: CallOptions) -> CallOptions:
         if options.get("dropout_key") is not None:
             options.setdefault("dropout_rate", self.settings.dropout_rate)
         return options

@@ -86,8 +86,13 @@ def _forward(options: tuple[float | None, bool], *operands: jax.Array) -> tuple[
     return jax.vjp(partial(_call_cudnn, options), *operands)
 
 
+_once = differentiable_once(
+    "attention of mha_spec_jax by cuDNN has no second derivatives. Use return_lse=True, whose kernel has them."
+)
+
+
 def _backward(_: tuple[float | None, bool], pull: Callable, grad_output: jax.Array) -> tuple[jax.Array, ...]:
-    return jax.tree.map(differentiable_once, pull)(differentiable_once(grad_output))
+    return jax.tree.map(_once, pull)(_once(grad_output))
 
 
 _attention.defvjp(_forward, _backward)

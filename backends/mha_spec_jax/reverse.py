@@ -11,6 +11,8 @@ from jax.interpreters import ad, batching, mlir
 from mha_spec.errors import ArgumentTypeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jax import Array
 
 __all__ = ["differentiable_once", "reverse_only"]
@@ -43,13 +45,15 @@ def reverse_only(array: Array) -> Array:
     return _reverse_only.bind(array)
 
 
-@jax.custom_jvp
-def differentiable_once(array: Array) -> Array:
-    """Return an array of a backward pass that cannot be differentiated again."""
-    return array
+def differentiable_once(refusal: str) -> Callable[[Array], Array]:
+    """Make an identity for the arrays of a backward pass that cannot be differentiated again: it raises `refusal`."""
 
+    @jax.custom_jvp
+    def identity(array: Array) -> Array:
+        return array
 
-@differentiable_once.defjvp
-def _refuse_second(*_: object) -> NoReturn:
-    fix = "Use return_lse=True, whose kernel has them."
-    raise ArgumentTypeError(f"attention of mha_spec_jax by cuDNN has no second derivatives. {fix}")
+    @identity.defjvp
+    def refuse(*_: object) -> NoReturn:
+        raise ArgumentTypeError(refusal)
+
+    return identity

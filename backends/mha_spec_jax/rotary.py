@@ -50,7 +50,7 @@ def _turns(
     positions: Array, units: numpy.ndarray, rest: numpy.ndarray, frequencies: numpy.ndarray
 ) -> tuple[Array, Array]:
     """Compute cosine and sine; a frequency consists of whole units, the fraction of a unit, and radians."""
-    positions = positions[..., None]
+    positions = layer_steps.for_each_pair(positions)
     whole, fraction = positions, None
     if jnp.issubdtype(positions.dtype, jnp.floating):
         nearest = jnp.round(jax.lax.stop_gradient(positions))

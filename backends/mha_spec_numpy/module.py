@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, expand_layer_options
+from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
 
 from . import layer
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from mha_spec.arguments import Options
     from mha_spec.arrays import Array
     from mha_spec.cache import KVCache
 
@@ -51,12 +50,12 @@ class MultiHeadAttention(LayerObject):
         value: Array | None = None,
         *,
         cache: KVCache | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> Array | tuple[Array, KVCache]:
         """Attend from the query to the key, by default the query; the value is by default the key."""
         return self.attend(query, key, value, cache=cache, **options)
 
-    def _in_training(self, options: Options) -> Options:
+    def _in_training(self, options: CallOptions) -> CallOptions:
         if self.training:
             options.setdefault("dropout_rate", self.settings.dropout_rate)
         return options

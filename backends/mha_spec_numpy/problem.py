@@ -117,7 +117,7 @@ class Problem:
         offset: Any = steps.offset_of(self.a)
         queries = xp.arange(offset + tile.queries.start, offset + tile.queries.stop, device=device)
         distances = xp.abs(xp.arange(keys.start, keys.stop, device=device) - queries[:, None])
-        return -slopes[part(tile.heads)][:, None, None] * xp.astype(distances, slopes.dtype)[None, None]
+        return -slopes[part(tile.heads)][:, None, None] * xp.astype(distances, slopes.dtype)[None, None, ...]
 
     def values(self, block: Block) -> Array:
         """Return the values of a block, (entries, kv_heads, keys, v_dim)."""

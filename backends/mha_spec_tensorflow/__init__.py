@@ -21,6 +21,7 @@ from .layer import (
     multi_head_attention_weights,
     rotary_embedding,
 )
+from .varlen import varlen_attention, varlen_attention_vjp
 
 if TYPE_CHECKING:
     from .module import MultiHeadAttention
@@ -41,6 +42,8 @@ __all__ = [
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
+    "varlen_attention",
+    "varlen_attention_vjp",
 ]
 
 

@@ -136,6 +136,8 @@ def scores(problem: Problem, x: Operands, block: Block, *, slope: bool = False) 
         logits = problem.softcap * tanh
     if x.bias is not None:
         logits += block.of_pairs(x.bias)
+    if problem.constants.slopes is not None:
+        logits -= problem.constants.slopes * _distances(problem, block, logits.dtype)
     visible = _visible(problem, x, block)
     seeing = _seeing(problem, x, visible, block)
     if visible is None:
@@ -249,6 +251,12 @@ def _by_position(problem: Problem, block: Block) -> Iterator[Array]:
         yield keys < block.of_rows(arrays.kv_lengths)
     for q_ids, kv_ids in () if inactive.segments else arrays.segment_ids:
         yield block.of_pairs(q_ids) == block.of_pairs(kv_ids)
+
+
+def _distances(problem: Problem, block: Block, dtype: tf.DType) -> Array:
+    """Return the distance of each key from the position of each query, (batch, 1, queries, keys)."""
+    rows, keys = (_indices(first, count) for first, count in (block[2:4], block[4:]))
+    return tf.cast(tf.abs(keys - (rows[:, None] + block.of_rows(problem.constants.q_offset))), dtype)
 
 
 def _indices(first: Size, count: Size) -> Array:

@@ -2,7 +2,7 @@
 
 | call | path |
 | --- | --- |
-| eager | a loop in Python, a few large blocks in threads; tensors on the CPU are read, so that hidden keys are left out |
+| eager | a loop in Python, a few large blocks in threads; tensors on the CPU are read, hidden keys are left out |
 | traced, sizes known | a `tf.while_loop` for each shape of blocks |
 | traced, batch, q_len or kv_len unknown | the same; tensors hold the number and the sizes of the blocks |
 | a block hides pairs, its output is not finite | the product with the values is computed again from finite values |

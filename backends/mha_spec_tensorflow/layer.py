@@ -19,7 +19,18 @@ from mha_spec.layer_steps import LayerSteps, slope_values
 
 from .core import attention, attention_weights
 from .plan import offset_of
-from .unknown import ALIBI, APPENDED, KNOWN, LAYER, POSITIONS, ROTATED, sizes_of, with_known_shapes
+from .unknown import (
+    ALIBI,
+    APPENDED,
+    KNOWN,
+    LAYER,
+    POSITIONS,
+    POSITIONS_OF_LAYER,
+    ROTATED,
+    Layout,
+    sizes_of,
+    with_known_shapes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,15 +58,27 @@ def check(a: LayerArguments) -> LayerArguments:
     """Check the arguments of the layer, after the known sizes are set in the shape of each tensor."""
     params = {f"params[{name!r}]": array for name, array in a.params.items()} if isinstance(a.params, Mapping) else {}
     options = {name: value for name, value in a.options.items() if name in LAYER}
-    without_offset = a.cache is None and a.key is not None and not options.keys() & {"q_offset", "kv_lengths"}
+    without_offset = a.cache is None and not options.keys() & {"q_offset", "kv_lengths"}
+    aligned = a.key is not None and (a.positions is not None or (a.rotary is not None and without_offset))
     operands = {"query": a.query, "key": a.key, "value": a.value, **params, **options, **_of_cache(a.cache)}
-    tensors = with_known_shapes(LAYER, operands, KNOWN, aligned=a.rotary is not None and without_offset)
-    a.query, a.key, a.value = (tensors[name] for name in ("query", "key", "value"))
+    tensors = with_known_shapes(_layouts(a), operands | {"positions": a.positions}, KNOWN, aligned=aligned)
+    a.query, a.key, a.value, a.positions = (tensors[name] for name in ("query", "key", "value", "positions"))
     a.params = {name: tensors[f"params[{name!r}]"] for name in a.params} if params else a.params
     a.options |= {name: tensors[name] for name in options}
     a.cache = _cache_of(tensors, a.cache)
     check_library("tensorflow", a.query)
     return layer_checks.check(a)
+
+
+def _layouts(a: LayerArguments) -> dict[str, Layout]:
+    """Return the layouts of the arguments; the rank of positions determines their axes (MHA-LAYER-7)."""
+    positions: Any = a.positions
+    if not tf.is_tensor(positions):
+        return LAYER
+    _require_rank(positions, "MHA-LAYER-7")
+    layouts = {len(layout.sizes): layout for layout in POSITIONS_OF_LAYER}
+    layout = layouts.get(positions.shape.rank)  # The shared checks refuse another rank.
+    return LAYER if layout is None else LAYER | {"positions": layout}
 
 
 def _of_cache(cache: KVCache | None) -> dict[str, Any]:
@@ -139,16 +162,24 @@ def named_offset(
     return tf.fill(sizes_of(query)[:1], offset) if is_scalar else offset
 
 
+def spread(positions: Any, sections: Sequence[int]) -> Any:
+    """Give each pair the positions on its axis: (axes, batch, length) to (batch, length, pairs) (MHA-ROTARY-17)."""
+    if layer_steps.are_on_host(positions):
+        return layer_steps.spread(positions, sections)
+    axes = numpy.repeat(numpy.arange(len(sections)), sections)
+    return tf.gather(tf.transpose(positions, (1, 2, 0)), axes, axis=-1) if positions.shape.rank == 3 else positions
+
+
 def turns(
     positions: Array | Sequence[float] | numpy.ndarray, frequencies: numpy.ndarray | Array, like: Array
 ) -> tuple[Array, Array]:
     """Compute cosine and sine of position * frequency in the softmax's type, the product in float64 (MHA-ROTARY-5)."""
     dtype = softmax_dtype_name(dtype_name(like))
     if layer_steps.are_on_host(positions, frequencies):
-        angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
+        angles = layer_steps.for_each_pair(numpy.asarray(positions, dtype=numpy.float64)) * frequencies
         pair = [tf.constant(turn, dtype) for turn in (numpy.cos(angles), numpy.sin(angles))]
     else:
-        angles = tf.expand_dims(tf.cast(positions, tf.float64), -1) * tf.cast(frequencies, tf.float64)
+        angles = layer_steps.for_each_pair(tf.cast(positions, tf.float64)) * tf.cast(frequencies, tf.float64)
         pair = [tf.cast(turn, dtype) for turn in (tf.cos(angles), tf.sin(angles))]
     cosine, sine = (turn[:, None] if turn.shape.rank == 3 else turn for turn in pair)
     return cosine, sine
@@ -240,6 +271,7 @@ _LAYER = Layer(
         normalise_jointly=normalise_jointly,
         positions=positions,
         offset_of=named_offset,
+        spread=spread,
         turns=turns,
         turn=turn,
         empty_cache=empty,
@@ -290,29 +322,36 @@ def rotary_embedding(
     rotary_dim: int | None = None,
     frequencies: tf.Tensor | numpy.ndarray | Sequence[float] | None = None,
     attention_factor: float = 1.0,
+    sections: Sequence[int] | None = None,
 ) -> Float[tf.Tensor, "batch heads length size"]:
     """Encode positions as rotations; see `mha_spec.reference.rotary_embedding`."""
-    x, positions = _rotation_with_known_shapes(x, positions)
+    x, positions = _rotation_with_known_shapes(x, positions, sections)
     rotary = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
-    rotary |= {"frequencies": frequencies, "attention_factor": attention_factor}
+    rotary |= {"frequencies": frequencies, "attention_factor": attention_factor, "sections": sections}
     return _LAYER.rotary_embedding(x, positions, **rotary)
 
 
-def _rotation_with_known_shapes(x: Array, positions: Array) -> tuple[Array, Array]:
+def _rotation_with_known_shapes(x: Array, positions: Any, sections: Sequence[int] | None) -> tuple[Array, Any]:
     """Return x and its positions, whose rank determines their axes, with the known sizes set in their shapes."""
     tensors = with_known_shapes({"x": ROTATED}, {"x": x, "positions": positions}, ("size",))
     x, positions = tensors["x"], tensors["positions"]
     check_library("tensorflow", x, "x")
     if tf.executing_eagerly():
         return x, positions
-    if tf.is_tensor(positions) and positions.shape.rank is None:
-        fix = "received shape=<unknown>. Set it with tf.ensure_shape."
-        refuse_value("MHA-ROTARY-6", f"`positions` must have a known rank when they are traced, {fix}")
-    layer_checks.check_positions(x, positions)
+    _require_rank(positions, "MHA-ROTARY-6")
+    layer_checks.check_vectors(x)
+    layer_checks.check_positions(x, positions, None if sections is None else tuple(sections))
     array = positions if library_of(positions) else numpy.asarray(positions)
     layouts = {"x": ROTATED, "positions": POSITIONS[len(array.shape) - 1]}
     tensors = with_known_shapes(layouts, {"x": x, "positions": array})
     return tensors["x"], tensors["positions"]
+
+
+def _require_rank(positions: Any, clause: str) -> None:
+    """Refuse a tensor of an unknown rank, which determines the axes of positions."""
+    if tf.is_tensor(positions) and positions.shape.rank is None:
+        fix = "received shape=<unknown>. Set it with tf.ensure_shape."
+        refuse_value(clause, f"`positions` must have a known rank when they are traced, {fix}")
 
 
 @_unconverted

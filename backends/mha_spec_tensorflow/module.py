@@ -9,26 +9,32 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy
 
-from mha_spec.arguments import expand_options
+from mha_spec.arguments import Options, expand_options
 from mha_spec.arrays import host_integers
 from mha_spec.cache import KVCache
 from mha_spec.errors import BackendError
-from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, expand_layer_options
+from mha_spec.layer_object import (
+    CallOptions,
+    CallWeightOptions,
+    LayerObject,
+    LayerOptions,
+    LayerSettings,
+    expand_layer_options,
+)
 
 from . import layer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Unpack
 
     import tensorflow as tf
 
-    from mha_spec.arguments import Options, WeightOptions
 
 __all__ = ["MultiHeadAttention"]
 
 
-COUNTS = ("q_offset", "q_lengths", "kv_lengths")
+COUNTS = ("q_offset", "q_lengths", "kv_lengths", "positions")
 """Options that stay on the host where they are host data."""
 
 
@@ -107,6 +113,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         value: tf.Tensor | None = None,
         *,
         attention_mask: tf.Tensor | None = None,
+        positions: tf.Tensor | Sequence[Any] | None = None,
         cache: KVCache | OnTheHost | None = None,
         training: bool | None = None,
         **options: Unpack[Options],
@@ -117,7 +124,8 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         if training and self.seed_generator is not None and "dropout_rate" not in options:
             options["dropout_rate"] = self.settings.dropout_rate
             options.setdefault("dropout_key", self._next_key(self.seed_generator))
-        return self.attend(query, key, value, cache=cache, **options)
+        of_call: CallOptions = {**options, "positions": positions}
+        return self.attend(query, key, value, cache=cache, **of_call)
 
     def attention_weights(
         self,
@@ -125,7 +133,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         key: tf.Tensor | None = None,
         *,
         cache: KVCache | None = None,
-        **options: Unpack[WeightOptions],
+        **options: Unpack[CallWeightOptions],
     ) -> tf.Tensor:
         """Compute the weights of every head, (batch, heads, q_len, kv_len), before dropout.
 
@@ -140,7 +148,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         value: tf.Tensor | None = None,
         *,
         cache: KVCache | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> tuple[Any, ...]:
         """Compute the output, the weights of every head and, with a cache, the new cache; `training` has no effect."""
         operands = (self._cast(x) for x in (query, key, value))

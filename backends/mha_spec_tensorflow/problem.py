@@ -58,6 +58,8 @@ class Constants(NamedTuple):
     """Pairs of integers for queries and keys; ids are equal where all pairs are."""
     dropout_mask: Array | None
     dropout_seed: Array | None
+    slopes: Array | None = None
+    """The linear bias of each head, (1, heads, 1, 1) in the softmax's type (MHA-VARLEN-8)."""
 
 
 @dataclass(frozen=True)

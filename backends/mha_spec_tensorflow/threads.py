@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tensorflow as tf
 from tensorflow.python.eager.context import context
@@ -25,8 +25,8 @@ def results_of(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
         return [call() for call in calls]
     *others, last = calls
     # A scope of a device holds for its own thread only.
-    device = context().device_name
-    started = [_pool(threads).submit(_placed, call, device) for call in others]
+    eager: Any = context()
+    started = [_pool(threads).submit(_placed, call, eager.device_name) for call in others]
     try:
         result = last()
     finally:

@@ -28,8 +28,12 @@ __all__ = [
     "HALVES",
     "KNOWN",
     "LAYER",
+    "PACKED",
+    "PAGED",
     "POSITIONS",
+    "POSITIONS_OF_LAYER",
     "ROTATED",
+    "Layout",
     "Size",
     "sizes_of",
     "with_known_shapes",
@@ -78,6 +82,31 @@ ATTENTION = {
 }
 """The arguments of attention, its weights and its gradients."""
 
+_ROWS_OF_TOKENS = {
+    "query": Layout("q_tokens heads qk_dim", "MHA-VARLEN-1"),
+    "cu_seqlens_q": Layout("ends", "MHA-VARLEN-2"),
+    "cu_seqlens_kv": Layout("ends", "MHA-VARLEN-2"),
+    "seqused_kv": Layout("sequences", "MHA-VARLEN-4"),
+    "q_offset": Layout("sequences", "MHA-VARLEN-5"),
+    "sinks": Layout("heads", "MHA-SINK-1"),
+    "alibi_slopes": Layout("heads", "MHA-VARLEN-8"),
+    "grad_output": Layout("q_tokens heads v_dim", "MHA-VARLEN-11"),
+    "grad_lse": Layout("heads q_tokens", "MHA-VARLEN-11"),
+}
+
+PACKED = _ROWS_OF_TOKENS | {
+    "key": Layout("kv_tokens kv_heads qk_dim", "MHA-VARLEN-1"),
+    "value": Layout("kv_tokens kv_heads v_dim", "MHA-VARLEN-1"),
+}
+"""The arguments of varlen_attention and of its gradients."""
+
+PAGED = _ROWS_OF_TOKENS | {
+    "key": Layout("blocks block_size kv_heads qk_dim", "MHA-VARLEN-6"),
+    "value": Layout("blocks block_size kv_heads v_dim", "MHA-VARLEN-6"),
+    "block_table": Layout("sequences max_blocks", "MHA-VARLEN-6"),
+}
+"""The same with a block table."""
+
 HALVES = {
     f"{kind}_{half}": Layout(axes, "MHA-MERGE-4")
     for half in "ab"
@@ -112,8 +141,10 @@ APPENDED = {
 ALIBI = {"slopes": Layout("heads", "MHA-ALIBI-3"), "q_offset": Layout("batch", "MHA-LEN-3")}
 
 ROTATED = Layout("batch heads length size", "MHA-ROTARY-6")
-POSITIONS = (Layout("length", "MHA-ROTARY-6"), Layout("batch length", "MHA-ROTARY-6"))
-"""The positions of rotary_embedding, of rank 1 and 2."""
+POSITIONS = tuple(Layout(axes, "MHA-ROTARY-6") for axes in ("length", "batch length", "axes batch length"))
+"""The positions of rotary_embedding, of rank 1 to 3."""
+POSITIONS_OF_LAYER = tuple(Layout(axes, "MHA-LAYER-7") for axes in ("q_len", "batch q_len", "axes batch q_len"))
+"""The positions of the layer, of rank 1 to 3."""
 
 
 def sizes_of(array: Array) -> list[Size]:

@@ -154,7 +154,7 @@ def turns(
     wide = dtype if device.type == "mps" else torch.float64
     factors = positions, frequencies if isinstance(frequencies, Tensor) else frequencies.copy()
     positions, rates = (torch.as_tensor(factor, device=device).to(wide) for factor in factors)
-    angles = positions[..., None] * rates
+    angles = layer_steps.for_each_pair(positions) * rates
     angles = angles[:, None] if angles.ndim == 3 else angles
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -337,10 +337,12 @@ def rotary_embedding(
     rotary_dim: int | None = None,
     frequencies: Tensor | numpy.ndarray | Sequence[float] | None = None,
     attention_factor: float = 1.0,
+    sections: Sequence[int] | None = None,
 ) -> Float[Tensor, "batch heads length size"]:
     """Rotate vectors by their positions; see `mha_spec.reference.rotary_embedding`."""
     rotary = {"base": base, "interleaved": interleaved, "rotary_dim": rotary_dim}
-    return _rotated(x, positions, rotary | {"frequencies": frequencies, "attention_factor": attention_factor})
+    rotary |= {"frequencies": frequencies, "attention_factor": attention_factor, "sections": sections}
+    return _rotated(x, positions, rotary)
 
 
 @torch.compiler.allow_in_graph

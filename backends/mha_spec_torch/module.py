@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import init
 
-from mha_spec.layer_object import LayerObject, LayerOptions, LayerSettings, expand_layer_options
+from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
 from mha_spec.parameters import AXES
 
 from . import layer
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mha_spec.arguments import Options
     from mha_spec.cache import KVCache
 
 __all__ = ["MultiHeadAttention"]
@@ -74,12 +73,12 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
         value: Tensor | None = None,
         *,
         cache: KVCache | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CallOptions],
     ) -> Tensor | tuple[Tensor, KVCache]:
         """Attend from the query to the key; the key defaults to the query, and the value to the key."""
         return self.attend(query, key, value, cache=cache, **options)
 
-    def _in_training(self, options: Options) -> Options:
+    def _in_training(self, options: CallOptions) -> CallOptions:
         if self.training and self.settings.dropout_rate:
             options.setdefault("dropout_rate", self.settings.dropout_rate)
         return options

@@ -71,6 +71,8 @@ class Layer:
         rotary: dict[str, Any] | None = self.options.get("rotary")
         if rotary is None or positions is None:
             return x
+        if "positions" in self.arrays:
+            return Rotation(x.shape[3], **rotary).rotate(x, self.arrays["positions"])
         return Rotation(x.shape[3], **rotary).rotate(x, positions)
 
     def _normalised(self, x: numpy.ndarray, gain: numpy.ndarray) -> numpy.ndarray:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from description import Description
+    from numpy.typing import ArrayLike
 
 __all__ = ["Rotation", "alibi_bias", "alibi_slopes", "as_balls", "rotary_embedding"]
 
@@ -32,6 +33,7 @@ class Rotation:
     rotary_dim: int | None = None
     frequencies: Sequence[float] | None = None
     attention_factor: float = 1.0
+    sections: Sequence[int] | None = None
 
     @property
     def rotated(self) -> int:
@@ -49,12 +51,20 @@ class Rotation:
             return arb(position) * arb(self.frequencies[pair])
         return arb(position) * (arb(self.base).log() * arb(-2 * pair) / arb(self.rotated)).exp()
 
-    def rotate(self, x: numpy.ndarray, positions: Sequence[Sequence[float]]) -> numpy.ndarray:
-        """Rotate balls (batch, heads, length, size), each vector by the angles of its position, times the factor."""
+    def rotate(self, x: numpy.ndarray, positions: ArrayLike) -> numpy.ndarray:
+        """Rotate balls (batch, heads, length, size), each vector by the angles of its position, times the factor.
+
+        Positions are (length,) or (batch, length), with sections also (axes, batch, length).
+        """
         result, factor = x.copy(), arb(self.attention_factor)
-        for b, line in enumerate(positions):
-            for i, position in enumerate(line):
+        places = numpy.asarray(positions)
+        sections = self.sections if places.ndim == 3 and self.sections is not None else [len(self.pairs())]
+        axes = numpy.repeat(range(len(sections)), sections)
+        lines = numpy.broadcast_to(places, (len(sections), len(x), x.shape[2]))
+        for b in range(len(x)):
+            for i in range(x.shape[2]):
                 for pair, (first, second) in enumerate(self.pairs()):
+                    position = lines[axes[pair], b, i].item()
                     sine, cosine = (factor * turn for turn in self.angle(position, pair).sin_cos())
                     a, c = x[b, :, i, first], x[b, :, i, second]
                     result[b, :, i, first], result[b, :, i, second] = a * cosine - c * sine, c * cosine + a * sine
@@ -75,9 +85,9 @@ def rotary_embedding(description: Description) -> dict[str, Marked]:
     """Compute the rotated vectors, (batch, heads, length, size)."""
     arrays = {name: numpy.asarray(item.values) for name, item in description.inputs.items()}
     x = arrays["x"]
-    positions = numpy.broadcast_to(arrays["positions"], (x.shape[0], x.shape[2])).tolist()
     rotation = Rotation(x.shape[3], **description.options)
-    turned = _rounded_finite(description.id, lambda: {"output": rotation.rotate(as_balls(x), positions)})["output"]
+    places = arrays["positions"]
+    turned = _rounded_finite(description.id, lambda: {"output": rotation.rotate(as_balls(x), places)})["output"]
     turned.kinds[..., rotation.rotated :] = EXACT
     return {"output": turned}
 

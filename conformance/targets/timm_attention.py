@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy
 import torch
-from timm.layers import Attention
+from timm.layers.attention import Attention
 
 arrays = "torch"
 dtypes = ("float64", "float32", "float16", "bfloat16")

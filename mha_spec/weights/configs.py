@@ -61,7 +61,7 @@ class Config:
         names = [name for name in dict.fromkeys((key, self._other_names.get(key, key))) if name in self._keys]
         self._read.update((key, *names))
         values = [plain(self._keys[name]) for name in names]
-        if any(value != values[0] for value in values[1:]):
+        if any(repr(value) != repr(values[0]) for value in values[1:]):
             self.refuse(key, f"equal {names[1]}={short_repr(values[1])}")
         return values[0] if values else self._defaults.get(key)
 
@@ -69,16 +69,18 @@ class Config:
         """Tell whether a key is present with a value."""
         return self._keys.get(key) is not None
 
-    def integer(self, key: str, least: int = 1) -> int:
-        """Return an integer that is at least `least`."""
+    def integer(self, key: str, least: int = 1, most: int = 2**53) -> int:
+        """Return an integer in a range."""
         value = self.get(key)
         if value is None:
             self.refuse(key, "be given")
-        return check_integer(key, value, least, CLAUSE)
+        if check_integer(key, value, least, CLAUSE) > most:
+            self.refuse(key, f"be {key}<={most}")
+        return value
 
-    def optional_integer(self, key: str) -> int | None:
+    def optional_integer(self, key: str, most: int = 2**53) -> int | None:
         """Return an integer above 0, or None for null."""
-        return None if self.get(key) is None else self.integer(key)
+        return None if self.get(key) is None else self.integer(key, most=most)
 
     def flag(self, key: str) -> bool:
         """Return a bool; null is False."""
@@ -109,10 +111,9 @@ class Config:
         raise ArgumentValueError(f"`config` must be legal: {key} must {must}, received {key}={short_repr(value)}.")
 
     def refuse_use(self, key: str, reason: str) -> None:
-        """Raise an error if a key has a value that asks for a computation that the layer lacks."""
-        value = self.get(key)
-        if value not in (None, False, 0):
-            raise ArgumentValueError(f"`config` has {key}={short_repr(value)}, which cannot be loaded: {reason}.")
+        """Raise an error if a flag asks for a computation that the layer lacks."""
+        if self.flag(key):
+            raise ArgumentValueError(f"`config` has {key}=True, which cannot be loaded: {reason}.")
 
     @property
     def unread(self) -> list[str]:

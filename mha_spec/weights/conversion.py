@@ -100,7 +100,18 @@ def load_weights(
     for name, value in {"heads": heads, "kv_heads": kv_heads}.items():
         if value not in (None, read.sizes[name]):
             raise ArgumentValueError(f"`{name}` must be that of config, {read.sizes[name]}, received {name}={value!r}.")
+    if table.one_less != _table(read.layout).one_less:
+        raise ArgumentValueError(
+            f"`layout` must store the gains of norms as {read.layout} does, the layout of this config, "
+            f"received layout={layout!r}."
+        )
     params = _loaded(state, table, read.sizes, prefix)
+    biases = tuple(name for name in params if name.startswith("b_"))
+    if biases != read.biases:
+        raise ArgumentValueError(
+            f"`state` must hold the biases that config says, {', '.join(read.biases) or 'none'}, "
+            f"received {', '.join(biases) or 'none'}."
+        )
     return LoadedLayer(
         params, _of_table(read.options, table), read.ignored, alibi=read.alibi, dropout_rate=read.dropout_rate
     )

@@ -17,12 +17,14 @@ from .operations import is_mapping
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["FAMILIES", "AttentionConfig", "read_config"]
+__all__ = ["BIASES", "FAMILIES", "AttentionConfig", "read_config"]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-MOST_LAYERS = 2**16
-"""The largest number of layers, each of which has an entry in a list."""
+BIASES = ("b_q", "b_k", "b_v", "b_o")
+
+LARGEST = 2**20
+"""The largest size, and the largest number of layers, for which lists are made."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class AttentionConfig:
     """The rate in training."""
     alibi: bool
     """True if the scores have linear biases."""
+    biases: tuple[str, ...]
+    """The names of the biases that the weights must have."""
     ignored: tuple[str, ...]
     """The keys with a value that were not read."""
 
@@ -67,8 +71,8 @@ class Family:
     """True if queries and keys are normalised."""
     dropout: str = "attention_dropout"
     alibi: bool = False
-    decided_by_weights: tuple[str, ...] = ("attention_bias",)
-    """Keys that the presence of weights decides."""
+    biases: str | tuple[str, ...] = "attention_bias"
+    """The biases of every such model, or the key that says whether it has all four."""
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     """Keys that ask for a computation that the layer lacks, with the reason."""
     scaled_by_layer: str | None = None
@@ -138,6 +142,7 @@ _MISTRAL = replace(
         "max_position_embeddings": 131072,
     },
     types=_every_layer,
+    biases=(),
 )
 _QWEN2 = replace(
     _LLAMA,
@@ -149,9 +154,14 @@ _QWEN2 = replace(
         "max_position_embeddings": 32768,
     },
     types=_last_layers,
+    biases=BIASES[:3],
 )
 _QWEN3 = replace(
-    _QWEN2, layout="qwen3", defaults={**_QWEN2.defaults, "head_dim": 128, "rms_norm_eps": 1e-6}, epsilon=True
+    _QWEN2,
+    layout="qwen3",
+    defaults={**_QWEN2.defaults, "head_dim": 128, "rms_norm_eps": 1e-6},
+    epsilon=True,
+    biases="attention_bias",
 )
 _GEMMA = replace(
     _LLAMA,
@@ -216,7 +226,7 @@ _PHI3 = replace(
     },
     share="partial_rotary_factor",
     types=_every_layer,
-    decided_by_weights=(),
+    biases=(),
 )
 _GPT_NEOX = Family(
     "gpt_neox",
@@ -226,6 +236,7 @@ _GPT_NEOX = Family(
         "num_hidden_layers": 44,
         "max_position_embeddings": 2048,
         "rotary_pct": 0.25,
+        "attention_bias": True,
     },
     kv_heads=_every_head,
     base="rotary_emb_base",
@@ -242,7 +253,7 @@ _FALCON = Family(
     },
     other_names={"hidden_size": "n_embed", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
     kv_heads=_falcon_kv_heads,
-    decided_by_weights=("bias",),
+    biases="bias",
     refused={"alibi": "Falcon rounds the biases of its heads to bfloat16 and scales them"},
 )
 _BLOOM = Family(
@@ -252,7 +263,7 @@ _BLOOM = Family(
     kv_heads=_every_head,
     turns=False,
     alibi=True,
-    decided_by_weights=(),
+    biases=BIASES,
 )
 _GPT2 = Family(
     "gpt2",
@@ -268,7 +279,7 @@ _GPT2 = Family(
     turns=False,
     scale=_gpt2_scale,
     dropout="attn_pdrop",
-    decided_by_weights=(),
+    biases=BIASES,
     scaled_by_layer="scale_attn_by_inverse_layer_idx",
 )
 
@@ -314,12 +325,10 @@ def read_config(keys: Mapping[str, Any], layer: int | None, seq_len: int | None)
     name, family, inner = _family_of(keys)
     config = Config(inner, family.defaults, family.other_names)
     config.get("model_type")
-    for key in family.decided_by_weights:
-        config.flag(key)
     for key, reason in family.refused.items():
         config.refuse_use(key, f"in {name}, {reason}")
-    embed, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    qk_dim = config.optional_integer("head_dim") or _share(config, embed, heads)
+    embed, heads = (config.integer(key, most=LARGEST) for key in ("hidden_size", "num_attention_heads"))
+    qk_dim = config.optional_integer("head_dim", most=LARGEST) or _share(config, embed, heads)
     read_kv_heads = _grouped if family.kv_heads is None else family.kv_heads
     kv_heads = read_kv_heads(config, heads)
     kind, position = _kind_of_layer(config, family, layer)
@@ -339,8 +348,15 @@ def read_config(keys: Mapping[str, Any], layer: int | None, seq_len: int | None)
         options | {option: value for option, value in optional.items() if value is not None},
         config.number(family.dropout) or 0.0,
         family.alibi,
+        _biases(config, family),
         _ignored(keys, inner, config.unread),
     )
+
+
+def _biases(config: Config, family: Family) -> tuple[str, ...]:
+    if isinstance(family.biases, tuple):
+        return family.biases
+    return BIASES if config.flag(family.biases) else ()
 
 
 def _ignored(keys: Mapping[str, Any], inner: Mapping[str, Any], unread: list[str]) -> tuple[str, ...]:
@@ -379,9 +395,7 @@ def _is_scaled(config: Config, family: Family) -> bool:
 
 def _kind_of_layer(config: Config, family: Family, layer: int | None) -> tuple[str, int]:
     """Return the kind of the layer and its index, which may be unknown, 0, where all layers are the same."""
-    layers = config.integer("num_hidden_layers")
-    if layers > MOST_LAYERS:
-        config.refuse("num_hidden_layers", f"be num_hidden_layers<={MOST_LAYERS}")
+    layers = config.integer("num_hidden_layers", most=LARGEST)
     kinds = None if family.types is None else config.layer_types(layers) or family.types(config, layers)
     kinds = [FULL] * layers if kinds is None else kinds
     if layer is None and (len({*kinds[:layers]}) > 1 or _is_scaled(config, family)):
@@ -400,7 +414,7 @@ def _rotary(config: Config, family: Family, qk_dim: int, kind: str, seq_len: int
     base, original = config.get(family.base), None
     share = config.get(family.share or "partial_rotary_factor")
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
-    if scaling is not None and parameters is not None and scaling != parameters:
+    if scaling is not None and parameters is not None and repr(scaling) != repr(parameters):
         config.refuse("rope_scaling", "be null where rope_parameters are given")
     scaling = parameters if scaling is None else scaling
     if family.layout == "gemma3":
@@ -410,7 +424,7 @@ def _rotary(config: Config, family: Family, qk_dim: int, kind: str, seq_len: int
     if is_mapping(scaling):
         base = None if scaling.get("rope_theta") is not None else base
         share = share if scaling.get("partial_rotary_factor") is None else scaling["partial_rotary_factor"]
-    if family.share is None and share not in (None, 1):
+    if family.share is None and share is not None and repr(share) not in ("1", "1.0"):
         raise ArgumentValueError(
             f"`config` has partial_rotary_factor={short_repr(share)}, but this model turns whole heads."
         )

@@ -9,6 +9,7 @@ from mha_spec.errors import ArgumentValueError
 from mha_spec.layer_object import NORMS, LayerSettings
 from mha_spec.parameters import REQUIRED
 
+from .families import BIASES
 from .operations import shape_of
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedLayer"]
 
-BIASES = ("b_q", "b_k", "b_v", "b_o")
 OF_SETTINGS = ("rotary", "norm_epsilon")
 """The options that a layer as an object holds."""
 

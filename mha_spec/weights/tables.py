@@ -93,7 +93,7 @@ _TORCH_REFUSED = {
     f"to the projected {tensor} yourself"
     for name, tensor in {"bias_k": "key", "bias_v": "value"}.items()
 }
-_GATE = "use_gate multiplies the heads' output by a sigmoid of the query, which params does not describe"
+_GATE = "multiplies the heads' output by a sigmoid of the query, which params does not describe"
 _LAYER_NORM = "normalises by LayerNorm, which subtracts the mean; q_norm and k_norm are gains of RMS normalisation"
 _INVERSE_FREQUENCIES = "follows from the base of rotary="
 _POST_NORM = "the LayerNorm of the block, after the residual"
@@ -131,7 +131,7 @@ _KERAS_TENSORS = {
     for kind, letter in {"kernel": "w", "bias": "b"}.items()
 }
 _KERAS_BIASES = (tuple(name for name in _KERAS_TENSORS if name.endswith("bias")),)
-_KERAS_REFUSED = {"gate/kernel": _GATE, "gate/bias": _GATE}
+_KERAS_REFUSED = {f"gate/{kind}": f"use_gate {_GATE}" for kind in ("kernel", "bias")}
 _KERAS = Layout(
     describes="keras.layers.MultiHeadAttention",
     tensors=_KERAS_TENSORS,
@@ -270,6 +270,7 @@ _VIT_TIMM = Layout(
             for kind in ("weight", "bias")
         },
         **{f"norm.{kind}": "scale_norm normalises the merged heads before proj" for kind in ("weight", "bias")},
+        **{f"gate.{kind}": f"gated {_GATE}" for kind in ("weight", "bias")},
     },
 )
 _BART_TENSORS = {

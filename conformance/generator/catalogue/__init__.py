@@ -34,6 +34,7 @@ from . import (
     packed,
     pairs,
     poison,
+    positions,
     readings,
     rotations,
     rounding,
@@ -88,6 +89,7 @@ THEMES = (
     far_positions,
     many_rows,
     frequencies,
+    positions,
     packed,
 )
 

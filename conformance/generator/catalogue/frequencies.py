@@ -13,7 +13,9 @@ from .options import integers
 from .tensors import bell
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import ArrayLike
 
 __all__ = ["TABLES", "Table"]
 
@@ -124,7 +126,7 @@ def _embedded(
     name: str,
     title: str,
     shape: tuple[int, ...],
-    positions: Sequence[object],
+    positions: ArrayLike,
     options: Mapping[str, Any],
     dtypes: tuple[str, ...] = ALL_DTYPES,
 ) -> Description:

@@ -44,16 +44,17 @@ def vary_layer(
     clauses: Sequence[str] = (),
     function: str = LAYER,
     dtypes: tuple[str, ...] = ALL_DTYPES,
+    inputs: Mapping[str, Input] | None = None,
     **options: Any,
 ) -> Iterator[Description]:
     """Yield one case per variant: other data, and other contents of the options in `spec`."""
     for variant in variants:
         more, plain = options_of(sizes.attention, spec or {}, variant)
         flavour = FLAVOURS[variant]
-        inputs = {**tokens(sizes, flavour), **parameters(sizes, tuple(optional)), **more}
+        arrays = {**tokens(sizes, flavour), **parameters(sizes, tuple(optional)), **more, **(inputs or {})}
         every = {**plain, **options}
         label = f"{name}/{variant + 1}"
-        yield describe_layer(label, title, inputs, every, clauses=clauses, function=function, dtypes=dtypes)
+        yield describe_layer(label, title, arrays, every, clauses=clauses, function=function, dtypes=dtypes)
 
 
 def cached(
@@ -107,6 +108,7 @@ def _features(inputs: Mapping[str, Input], options: Mapping[str, Any], function:
         "cross": "key" in inputs and inputs["key"].values.shape[2] != inputs["query"].values.shape[2],
         "groups": inputs["w_q"].values.shape[1] != inputs["w_k"].values.shape[1],
         "rotary": "rotary" in options,
+        "positions": "positions" in inputs,
         "norm": any(name in inputs for name in NORMS),
         "cache": "cache_lengths" in inputs,
     }.items():
@@ -129,6 +131,8 @@ def _clauses(inputs: Mapping[str, Input], options: Mapping[str, Any]) -> list[st
         "MHA-ROTARY-4": rotary is not None,
         "MHA-ROTARY-7": rotary is not None and "frequencies" in rotary,
         "MHA-ROTARY-8": rotary is not None and "attention_factor" in rotary,
+        "MHA-ROTARY-17": rotary is not None and "sections" in rotary,
+        "MHA-LAYER-7": "positions" in inputs,
         "MHA-CACHE-1": cached_keys and "key" in inputs,
         "MHA-CACHE-2": "chunks" in options,
         "MHA-CACHE-5": cached_keys and "kv_lengths" in inputs,

@@ -89,6 +89,16 @@ _LAYER: tuple[tuple[str, str, str, str, Change, dict[str, Any]], ...] = (
     ("frequencies-too-many", "frequencies", "value", "MHA-ROTARY-7", {}, _turned(frequencies=[1.0] * 4)),
     ("frequencies-and-base", "base", "value", "MHA-ROTARY-7", {}, _turned(frequencies=[1.0] * 3, base=500.0)),
     ("factor-zero", "attention_factor", "value", "MHA-ROTARY-8", {}, _turned(attention_factor=0.0)),
+    ("sections-too-few", "sections", "value", "MHA-ROTARY-17", {}, _turned(sections=[1, 1])),
+    (
+        "positions-without-rotary",
+        "positions",
+        "value",
+        "MHA-LAYER-7",
+        {"key": _of(2, 3, 11), "value": _of(2, 3, 13), "positions": integers([0, 1, 2])},
+        {},
+    ),
+    ("positions-of-fewer-keys", "positions", "value", "MHA-LAYER-7", {"positions": integers([0, 1, 2])}, _turned()),
     ("rotary-ambiguous", "q_offset", "value", "MHA-LAYER-6", {}, {"rotary": {}}),
     ("rotary-of-lengths", "q_offset", "value", "MHA-LAYER-6", {}, {"rotary": {}, "kv_lengths": (5, 3)}),
     ("query-with-heads", "query", "value", "MHA-LAYER-2", {"query": _of(2, 4, 3, 7)}, {}),
@@ -137,6 +147,22 @@ _ROTARY: tuple[tuple[str, str, str, str, Change, dict[str, Any]], ...] = (
             ("nan", "value", math.nan),
             ("text", "type", "yarn"),
         )
+    ),
+    *(
+        (f"sections-{name}", "sections", kind, "MHA-ROTARY-17", {}, {"rotary_dim": 4, "sections": sections})
+        for name, kind, sections in (
+            ("of-components", "value", [2, 2]),
+            ("negative", "value", [3, -1]),
+            ("single", "type", 2),
+        )
+    ),
+    (
+        "positions-of-fewer-axes",
+        "positions",
+        "value",
+        "MHA-ROTARY-17",
+        {"positions": integers([[[0] * 5] * 2] * 2)},
+        {"rotary_dim": 4, "sections": [1, 1, 0]},
     ),
     ("positions-too-few", "positions", "value", "MHA-ROTARY-6", {"positions": integers(range(4))}, {"rotary_dim": 4}),
     (

@@ -185,6 +185,8 @@ def _parts(arguments: Arguments) -> Iterator[dict[str, Any]]:
             return
         stop = start + length
         part = {name: array[:, start:stop] if name in TOKENS else array for name, array in whole.items()}
+        if "positions" in part:
+            part["positions"] = part["positions"][..., start:stop]
         for name in PER_QUERY:
             if name in part and part[name].shape[2] != 1:
                 part[name] = part[name][:, :, start:stop]

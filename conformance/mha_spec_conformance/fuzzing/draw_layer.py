@@ -36,6 +36,8 @@ def draw_layer(d: Drawing) -> Call:
             d.options["drafts"] = True
     if d.takes("rotary"):
         d.options["rotary"] = _rotary(d, sizes["qk_dim"])
+        if sizes["q_len"] == sizes["kv_len"] and d.takes("positions"):
+            _positions(d, d.options["rotary"], (sizes["batch"], sizes["q_len"]))
     _options(d, sizes, cached=cached, chunked=chunked)
     return Call(d.function, d.dtype, d.recipes, d.options)
 
@@ -107,7 +109,23 @@ def _rotary(d: Drawing, size: int) -> dict[str, Any]:
         rotary["base"] = d.one_of(500.0, 1e6)
     if d.rarely():
         rotary["attention_factor"] = d.one_of(0.5, 1.25, 1.1386, 4.0)
+    if d.rarely():
+        rotary["sections"] = _sections(d, rotary.get("rotary_dim", size) // 2)
     return rotary
+
+
+def _positions(d: Drawing, rotary: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Draw positions of tokens, sometimes on the axes of `sections`, which are drawn too."""
+    if "sections" in rotary and d.often():
+        shape = (len(rotary["sections"]), *shape)
+    d.array("positions", f"random.integers(-5, {d.one_of(10, 1000)}, {shape})", d.one_of("int32", "int64"))
+
+
+def _sections(d: Drawing, pairs: int) -> list[int]:
+    """Draw the number of pairs of each of three axes."""
+    first = d.below(pairs + 1)
+    second = d.below(pairs - first + 1)
+    return [first, second, pairs - first - second]
 
 
 def _frequencies(d: Drawing, pairs: int) -> list[float]:
@@ -164,11 +182,13 @@ def draw_rotary(d: Drawing) -> Call:
     size = d.one_of(4, 2, 6, 8, 64)
     batch, length = d.one_of(1, 2, 0), d.one_of(*LENGTHS)
     d.floats("x", (batch, d.one_of(1, 2, 3), length, size), "scores")
+    options = {name: value for name, value in _rotary(d, size).items() if name in d.keywords}
     shape = (batch, length) if d.often() else (length,)
+    if "sections" in options and d.often():
+        shape = (len(options["sections"]), batch, length)
     far = d.one_of(10, 1000, 100_000)
     dtype = d.one_of("int32", "int64", "float32")
     d.array("positions", f"random.integers(-{far}, {far}, {shape})" + (" / 4" if dtype == "float32" else ""), dtype)
-    options = {name: value for name, value in _rotary(d, size).items() if name in d.keywords}
     return Call(d.function, d.dtype, d.recipes, options)
 
 

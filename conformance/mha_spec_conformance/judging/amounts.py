@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy
 
+from .axes import axes_of
 from .bounds import bounds, precision, unit_roundoff
-from .compare import gate_b, in_full_shape, judge
-from .places import Place, axes_of
+from .compare import gate_b, in_full_shape, judge, wrong_elements
+from .places import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +47,12 @@ NARROWER = ("float32", "float16", "bfloat16")
 MOST_UNITS, USUAL_UNITS = 16, 1
 """The largest error of rounding, in units of the narrower dtype at the size of the largest number; and the largest root
 mean square of the errors of a result, because a wrong factor of the scores gives larger errors."""
+
+FEWEST_OF_RULE, FEWEST_ROWS = 8, 2
+"""The numbers of different numbers and of wrong rows from which errors that follow a rule are not roundings."""
+
+NEAR, LEAST_NEAR = 0.25, 0.75
+"""Errors follow a rule if this share of them is this near to the median; of truncations a fourth is."""
 
 
 def amounts(failures: Sequence[WrongElements]) -> list[Place]:
@@ -136,9 +143,14 @@ def _elsewhere(failure: WrongElements, name: str) -> str | None:
             same = (abs(right - rows[row]) <= allowed + allowed[row]).all(axis=1) & (abs(right).max(axis=1) > 0)
         if not 0 < same.sum() <= max(2, len(right) // 8):
             return None
-        places = [numpy.unravel_index(place, shape) for place in (row, int(numpy.flatnonzero(same)[0]))]
-        moved |= {axis for axis, a, b in zip(axes, *places, strict=False) if a != b}
+        moved |= min((_moved(axes, shape, int(row), int(place)) for place in numpy.flatnonzero(same)), key=len)
     return f"the right numbers of another {' and '.join(axis for axis in axes if axis in moved)}" if moved else None
+
+
+def _moved(axes: Sequence[str], shape: Sequence[int], row: int, place: int) -> set[str]:
+    """Return the axes on which two places differ."""
+    places = (numpy.unravel_index(index, shape) for index in (row, place))
+    return {axis for axis, a, b in zip(axes, *places, strict=False) if a != b}
 
 
 def _full_expected(failure: WrongElements, name: str) -> numpy.ndarray:
@@ -160,20 +172,67 @@ def rounded_to(wrong: Wrong, profile: str = "standard") -> str | None:
     evaluated = bounds(case.function, case.inputs(dtype), case.options, rows=case.sampled_rows)
     for name in narrower:
         unit = unit_roundoff(name)
-        allowed = evaluated.allowances(_coarse(run, unit))
-        if _are_roundings(wrong, unit, run) and judge(case, wrong.ask.expected, wrong.outputs, allowed, run).passed:
+        if not _are_roundings(wrong, unit, run):
+            continue
+        most = _units(wrong, MOST_UNITS * unit)
+        # A sum that is too long for the narrower dtype has no finite allowance.
+        allowed = {
+            name: numpy.where(numpy.isfinite(array), array, most[name])
+            for name, array in evaluated.allowances(_coarse(run, unit)).items()
+            if name in most
+        }
+        if judge(case, wrong.ask.expected, wrong.outputs, allowed, run).passed:
             return _stored_in(wrong.outputs.values(), run.u_in) or name
     return None
 
 
 def _are_roundings(wrong: Wrong, unit: float, run: Precision) -> bool:
-    """Tell whether the errors are few units of a dtype at the size of the largest number, and most below a unit."""
+    """Tell whether the errors are few units of a dtype at the size of the largest number, and most below a unit.
+
+    Errors that follow the right numbers, as those of a wrong factor or a shift do, are not those of rounding.
+    """
     expected = wrong.ask.expected
-    units = {name: numpy.full(wrong.outputs[name].shape, unit * _largest(golden)) for name, golden in expected.items()}
-    most = {name: MOST_UNITS * array for name, array in units.items()}
-    if not judge(wrong.ask.case, expected, wrong.outputs, most, run).passed:
+    if not judge(wrong.ask.case, expected, wrong.outputs, _units(wrong, MOST_UNITS * unit), run).passed:
         return False
-    return all(statistics.rms <= USUAL_UNITS for statistics in gate_b(expected, wrong.outputs, units).values())
+    statistics = gate_b(expected, wrong.outputs, _units(wrong, unit))
+    if any(of_output.rms > USUAL_UNITS for of_output in statistics.values()):
+        return False
+    return not any(_follows(name, golden, wrong, run) for name, golden in expected.items())
+
+
+def _units(wrong: Wrong, unit: float) -> dict[str, numpy.ndarray]:
+    """Return a share of the largest number of each output as the allowance of all its elements."""
+    outputs = wrong.ask.expected.items()
+    return {name: numpy.full(wrong.outputs[name].shape, unit * _largest(golden)) for name, golden in outputs}
+
+
+def _follows(name: str, golden: Expected, wrong: Wrong, run: Precision) -> bool:
+    """Tell whether the errors of several rows are nearly a constant factor of the right numbers, or nearly a shift.
+
+    The errors of a single row may be a factor by rounding, that of the sum by which the row is divided.
+    """
+    marks, _ = wrong_elements(name, golden, wrong.outputs[name], wrong.allowances[name], run)
+    if marks.reshape(-1, marks.shape[-1]).any(axis=1).sum() < FEWEST_ROWS:
+        return False
+    # The right elements between the wrong ones count, because all large errors of a truncation are alike.
+    box = numpy.ix_(*map(numpy.unique, marks.nonzero()))
+    expected = in_full_shape(golden.values, golden, numpy.nan)[box]
+    received = wrong.outputs[name].astype(numpy.float64)[box]
+    finite = numpy.isfinite(expected) & numpy.isfinite(received)
+    expected, errors = expected[finite], received[finite] - expected[finite]
+    # Numbers that round to the same number have nearly the same error.
+    with numpy.errstate(over="ignore"):
+        different = numpy.unique(expected.astype(_dtype(NARROWER[-1]))).size
+    if different < FEWEST_OF_RULE:
+        return False
+    return _are_alike(errors[expected != 0] / expected[expected != 0]) or _are_alike(errors)
+
+
+def _are_alike(numbers: numpy.ndarray) -> bool:
+    """Tell whether most numbers are near their median; few large numbers do not count more than others."""
+    middle = numpy.median(numbers) if numbers.size else 0.0
+    near = abs(numbers - middle) <= NEAR * abs(middle)
+    return bool(middle != 0 and near.sum() >= LEAST_NEAR * numbers.size)
 
 
 def _coarse(run: Precision, unit: float) -> Precision:

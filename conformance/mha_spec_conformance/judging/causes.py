@@ -152,12 +152,21 @@ class _Teller:
 
     def story(self, failing: Sequence[Result]) -> Story:
         """Tell what failures share, where they are wrong and by how much."""
-        located = [self._elements(result) for result in failing if result.wrong is not None]
-        located = located[:: max(1, -(-len(located) // MOST_LOCATED))]
+        located = self._spread(failing)
         share = self.share(failing)
         if share is not None and share.failures < LEAST_SHARED * share.of_failures:
             share = None
         return Story(share, tuple(described(located)), tuple(amounts(located)))
+
+    def symptoms(self, failing: Sequence[Result]) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the texts about the places and the amounts of failures."""
+        located = self._spread(failing)
+        return frozenset(p.text for p in described(located)), frozenset(p.text for p in amounts(located))
+
+    def _spread(self, failing: Sequence[Result]) -> list[WrongElements]:
+        """Locate the wrong elements of failures that are spread over all."""
+        located = [result for result in failing if result.wrong is not None]
+        return [self._elements(result) for result in located[:: max(1, -(-len(located) // MOST_LOCATED))]]
 
     def _elements(self, result: Result) -> WrongElements:
         if result.ask.key not in self._located:
@@ -212,7 +221,8 @@ def _groups(
     for dtype, members in rounding.items():
         yield "rounding", dtype, members, ()
     rounded = {result.ask.key for members in rounding.values() for result in members}
-    for members in _by_property([result for result in unnamed if result.ask.key not in rounded], teller):
+    unknown = [result for result in unnamed if result.ask.key not in rounded]
+    for members in _alike(_by_property(unknown, teller), teller):
         yield "unknown", None, members, ()
 
 
@@ -274,6 +284,16 @@ def _rounded(members: Sequence[Result], profile: str) -> dict[Key, str]:
 
 def _elements(result: Result) -> int:
     return sum(array.size for array in result.wrong.outputs.values()) if result.wrong is not None else 0
+
+
+def _alike(groups: Iterable[list[Result]], teller: _Teller) -> list[list[Result]]:
+    """Join the groups that are wrong at the same places by the same amounts, because they have one cause."""
+    joined: dict[object, list[Result]] = {}
+    for number, members in enumerate(groups):
+        symptoms = teller.symptoms(members)
+        key = symptoms if all(symptoms) else number
+        joined[key] = [*joined.get(key, []), *members]
+    return list(joined.values())
 
 
 def _by_property(unknown: Sequence[Result], teller: _Teller) -> Iterator[list[Result]]:

@@ -29,6 +29,9 @@ DECISIVE = 2
 FEWEST, FEW_OF = 2, 16
 """A common factor needs this many weights, and the second number's share of the weights that must not be 0."""
 
+LEAST_DECISIVE = 0.5
+"""The share of the wrong rows that must have a common factor; in few rows it may be a coincidence."""
+
 ALIKE = 1.1
 """Of descriptions that keep nearly the same number of pairs, up to this factor, the first is chosen."""
 
@@ -99,14 +102,20 @@ def _most_common(low: Array, high: Array, voters: Array) -> tuple[Array, Array]:
 
 
 def wrong_keys(weights: Weights) -> str | None:
-    """Describe which keys have wrong weights; None if no weight is wrong, or if the wrong keys have no pattern."""
-    if not weights.off(1.0).any():
+    """Describe which keys have wrong weights; None if no weight is wrong, or if the wrong keys have no pattern.
+
+    Rows without a finite weight are left out: one NaN makes the whole row NaN.
+    """
+    told = numpy.isfinite(weights.received).any(axis=3, keepdims=True)
+    if not (told & weights.off(1.0)).any():
         return None
     if (order := _order(weights)) is not None:
         return f"each key has the weight of another, as if {order}"
     factor, decisive = weights.factors
-    if not (decisive & weights.off(1.0)).any():
-        factor, decisive = numpy.ones_like(factor), numpy.ones_like(decisive)
+    decisive = decisive & told
+    rows = (told & weights.off(1.0)).any(axis=3, keepdims=True)
+    if not (decisive & rows).any() or (decisive & rows).sum() < LEAST_DECISIVE * rows.sum():
+        factor, decisive = numpy.ones_like(factor), told
     wrong = weights.off(factor) & decisive
     if not wrong.any():
         return "no key in particular: all weights of a row are wrong by the same factor"

@@ -96,7 +96,8 @@ def named(
     search.try_on_representatives(wherever)
     search.try_pairs()
     search.try_without_values(wherever, faults)
-    return _without_leftovers({key: _exact(names) for key, names in search.names.items()})
+    explained = Counter(mistake.name for names in search.names.values() for mistake in names)
+    return _without_leftovers({key: _exact(names, explained) for key, names in search.names.items()})
 
 
 class _Search:
@@ -236,10 +237,11 @@ def _without_leftovers(names: Mapping[Key, tuple[Mistake, ...]]) -> dict[Key, tu
     return {key: mistakes for key, mistakes in chosen.items() if mistakes}
 
 
-def _exact(names: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
-    """Leave out the mistakes whose results are compared only where they are not finite, if others explain more."""
+def _exact(names: tuple[Mistake, ...], explained: Mapping[str, int]) -> tuple[Mistake, ...]:
+    """Leave out the mistakes whose results are compared only where they are not finite, if another explains as many."""
     exact = tuple(mistake for mistake in names if mistake.compared is not Compared.WHERE_NOT_FINITE)
-    return exact or names
+    most = max((explained[mistake.name] for mistake in exact), default=0)
+    return tuple(mistake for mistake in names if mistake in exact or explained[mistake.name] > most)
 
 
 def _representatives(wrong: Iterable[Wrong], names: dict[Key, tuple[Mistake, ...]]) -> Iterator[Wrong]:
@@ -297,14 +299,19 @@ class Trial:
         explained, unlike = _compared(mistake, wrong, recognition)
         if not _is_about_nan(mistake) and all(failure.spreads for failure in explained):
             explained, unlike = [], [*explained, *unlike]
-        others = [failure.ask for failure in unlike if not failure.spreads]
+        others = [failure for failure in unlike if not failure.spreads]
         by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
+        made = mistake.compared is Compared.WHERE_NOT_FINITE and any(wrong.of_finite_operands for wrong in explained)
         most = len(explained) * (1 / LEAST - 1)
         unexplained: Counter[Cell] = Counter()
-        for ask in others:
+        for failure in others:
+            cell = _cell(failure.ask)
             # No group of functions and dtypes holds that contains one with more unexplained failures than this.
-            if unexplained[_cell(ask)] <= most and (by_errors or recognition.shows(mistake, ask)):
-                unexplained[_cell(ask)] += 1
+            # A mistake that makes a NaN must also explain the failures with a NaN in which it cannot make any.
+            if unexplained[cell] <= most and (
+                by_errors or (made and failure.loses_finite) or recognition.shows(mistake, failure.ask)
+            ):
+                unexplained[cell] += 1
         count = Counter(_cell(failure.ask) for failure in explained)
         tolerated = dict(count) if mistake.compared is Compared.WHERE_NOT_FINITE else {}
         refuting: Counter[Cell] = Counter()
@@ -343,7 +350,8 @@ class Trial:
 
 def _is_about_nan(mistake: Mistake) -> bool:
     """Tell whether the mistake concerns numbers that are not finite."""
-    return mistake.compared is Compared.WHERE_NOT_FINITE or mistake.clauses[0].startswith(NOT_FINITE)
+    about = any(clause.startswith(NOT_FINITE) for clause in mistake.clauses)
+    return about or mistake.compared is Compared.WHERE_NOT_FINITE
 
 
 def _witnesses(mistake: Mistake, passing: Iterable[Ask]) -> list[Ask]:

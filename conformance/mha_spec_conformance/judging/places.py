@@ -7,13 +7,14 @@ which it holds is part of the text.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy
 
+from .axes import axes_of
 from .bounds import precision
 from .compare import wrong_elements
 from .indices import TILES, plural
@@ -24,38 +25,16 @@ if TYPE_CHECKING:
 
     from .recognition import Wrong
 
-__all__ = ["Place", "WrongElements", "axes_of", "described"]
-
-AXES = {
-    "lse": ("batch entry", "head", "row"),
-    "grad_lse": ("batch entry", "head", "row"),
-    "weights": ("batch entry", "head", "row", "key"),
-    "bias": ("batch entry", "head", "row", "key"),
-    "grad_bias": ("batch entry", "head", "row", "key"),
-    "grad_key": ("batch entry", "kv head", "key", "component"),
-    "grad_value": ("batch entry", "kv head", "key", "component"),
-    "cache_key": ("batch entry", "kv head", "key", "component"),
-    "cache_value": ("batch entry", "kv head", "key", "component"),
-    "cache_lengths": ("batch entry",),
-    "grad_sinks": ("head",),
-    "slopes": ("head",),
-}
-"""The axes of each output; those of other outputs follow from the number of axes."""
-
-BY_RANK = {4: ("batch entry", "head", "row", "component"), 3: ("batch entry", "row", "component")}
+__all__ = ["Place", "WrongElements", "described"]
 
 LEAST_LEFT_OUT = 0.05
 """A description is worth a line if it leaves out this share of the elements."""
 
+MOST_OUTPUTS = 3
+"""The largest number of outputs that are listed."""
+
 NEARLY_ALL = 0.9
 """A description is reported if it holds for this share of the failures."""
-
-
-def axes_of(output: str, rank: int) -> tuple[str, ...]:
-    """Name the axes of an output."""
-    name = output.removesuffix("_a").removesuffix("_b")
-    axes = AXES.get(name, BY_RANK.get(rank, ()))
-    return axes if len(axes) == rank else tuple(f"axis {axis}" for axis in range(rank))
 
 
 class WrongElements:
@@ -202,11 +181,25 @@ def described(failures: Sequence[WrongElements]) -> list[Place]:
 
 
 def _outputs(failures: Sequence[WrongElements]) -> list[Place]:
-    """Name the outputs that are wrong, if others are right."""
-    wrong = dict.fromkeys(name for failure in failures for name in failure.outputs)
-    right = [name for failure in failures for name in failure.marks if name not in wrong]
-    named = " and ".join(f"`{name}`" for name in wrong)
-    return [Place(f"only {named}", len(failures), len(failures))] if wrong and right else []
+    """Name the fewest outputs that hold all wrong elements of nearly all failures, if there are others."""
+    count = Counter(name for failure in failures for name in failure.outputs)
+    kept = {name for name, _ in count.most_common()}
+    for name in reversed([name for name, _ in count.most_common()]):
+        if _within(kept - {name}, failures) < NEARLY_ALL * len(failures):
+            break
+        kept.remove(name)
+    others = {name for failure in failures for name in failure.marks} - kept
+    if not kept or not others or min(len(kept), len(others)) > MOST_OUTPUTS:
+        return []
+    few = len(kept) <= MOST_OUTPUTS
+    order = dict.fromkeys(name for failure in failures for name in failure.marks if few == (name in kept))
+    named = " and ".join(f"`{name}`" for name in order)
+    return [Place(f"only {named}" if few else f"all outputs but {named}", _within(kept, failures), len(failures))]
+
+
+def _within(outputs: set[str], failures: Sequence[WrongElements]) -> int:
+    """Count the failures of which no other output is wrong."""
+    return sum(outputs.issuperset(failure.outputs) for failure in failures)
 
 
 def _tested(failure: WrongElements) -> Iterator[tuple[str, str, bool, float]]:

@@ -31,7 +31,7 @@ LARGEST_FLOAT16 = 65504.0
 MOST_PAIRS = 2**23
 """The largest number of pairs (i, j) that are marked as visible or hidden."""
 
-ROTARY = ("base", "interleaved", "rotary_dim", "frequencies", "attention_factor")
+ROTARY = ("base", "interleaved", "rotary_dim", "frequencies", "attention_factor", "sections")
 """The options of a rotation."""
 
 ATTENTION = ("attention", "attention_weights", "attention_vjp")
@@ -138,6 +138,7 @@ def _of_broadcasting(sizes: Mapping[str, int], arrays: Inputs) -> Iterator[str]:
 
 def _of_options(case: Case) -> Iterator[str]:
     names = {*case.options, *case.input_names}
+    yield from ["with positions of the caller"] if {"positions", "rotary"} <= names else []
     if "positions" in names or "rotary" in names:
         rotary = case.options.get("rotary")
         options = {**case.options, **(rotary if isinstance(rotary, dict) else {})}

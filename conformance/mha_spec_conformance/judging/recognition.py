@@ -16,6 +16,7 @@ import numpy
 from mha_spec.arrays import FLOATING, dtype_name
 from mha_spec_conformance.mistakes import Compared, Mistake
 
+from .axes import axes_of
 from .bounds import precision, unit_roundoff
 from .compare import ANY, EXACT, FINITE, NAN, NON_FINITE, golden_rows, judge, kinds_of_values
 from .form import form_fault
@@ -68,13 +69,19 @@ class Wrong:
     """The mistakes that were compared with the answer, and whether they explain it."""
 
     @cached_property
+    def of_finite_operands(self) -> bool:
+        """True if every operand is finite; a bias may hide pairs by -inf."""
+        return _are_finite(self.ask.case.inputs(self.ask.dtype))
+
+    @cached_property
+    def loses_finite(self) -> bool:
+        """True if an element is not finite that must be."""
+        return any(_loses_finite(golden, self.outputs[name]) for name, golden in self.ask.expected.items())
+
+    @property
     def spreads(self) -> bool:
         """True if a number that is not finite spreads from an operand to an element that must be finite."""
-        inputs = self.ask.case.inputs(self.ask.dtype)
-        operands = (x for name, x in inputs.items() if name != "bias" and dtype_name(x) in FLOATING)
-        if all(numpy.isfinite(array.astype(numpy.float64)).all() for array in operands):
-            return False
-        return any(_spread(golden, self.outputs[name]) for name, golden in self.ask.expected.items())
+        return not self.of_finite_operands and self.loses_finite
 
 
 class Recognition:
@@ -153,7 +160,13 @@ class Recognition:
         return predictions
 
 
-def _spread(golden: Expected, output: numpy.ndarray) -> bool:
+def _are_finite(inputs: Mapping[str, numpy.ndarray]) -> bool:
+    """Tell whether every operand is finite."""
+    operands = (x for name, x in inputs.items() if name != "bias" and dtype_name(x) in FLOATING)
+    return all(numpy.isfinite(array.astype(numpy.float64)).all() for array in operands)
+
+
+def _loses_finite(golden: Expected, output: numpy.ndarray) -> bool:
     """Tell whether an element is not finite that must be."""
     got = golden_rows(output.astype(numpy.float64), golden).ravel()
     finite = numpy.isfinite(golden.values).ravel()
@@ -274,7 +287,11 @@ class _Comparison:
     def _either(
         self, expected: Mapping[str, Expected], allowed: Mapping[str, numpy.ndarray]
     ) -> tuple[dict[str, Expected], dict[str, numpy.ndarray]]:
-        """Expect the golden at right elements, because the reach of a NaN depends on the size of tiles."""
+        """Expect the golden at right elements, because the reach of a NaN depends on the size of tiles.
+
+        A NaN that is made in the call is that of a weight, and reaches every component of a row.
+        """
+        made_in_call = _are_finite(self.case.inputs(self.dtype))
         merged, allowances = dict(expected), dict(allowed)
         for name, golden in self.golden.items():
             got = golden_rows(self.outputs[name], golden)
@@ -282,6 +299,8 @@ class _Comparison:
             right = (
                 (numpy.isfinite(got) & numpy.isfinite(true)) | (got == true) | (numpy.isnan(got) & numpy.isnan(true))
             )
+            if made_in_call and axes_of(name, len(golden.shape))[-1:] == ("component",):
+                right = numpy.broadcast_to(right.all(axis=-1, keepdims=True), right.shape)
             values = numpy.where(right, true, expected[name].values)
             kinds = numpy.where(right, _kinds(golden, got.shape), _kinds(expected[name], got.shape))
             merged[name] = replace(golden, values=values, kinds=kinds)

@@ -23,6 +23,7 @@ from .raising import RAISING
 from .rotary import POSITIONS
 from .rotary_given import GIVEN
 from .rotary_tables import TABLES
+from .rotary_tokens import OF_TOKENS
 from .scores import SCORES
 from .softmax import SOFTMAX
 from .tiled_gradients import TILED_GRADIENTS
@@ -48,6 +49,7 @@ MISTAKES: tuple[Mistake, ...] = (
     *POSITIONS,
     *TABLES,
     *GIVEN,
+    *OF_TOKENS,
     *CACHING,
     *FILLS_ADDED,
     *ENTRIES,

@@ -116,7 +116,7 @@ EDGES = (
     Mistake(
         "wide-bias-saturated",
         "converts a bias below the range of the softmax's type to its least finite number, which hides nothing",
-        ("MHA-BIAS-2", "MHA-BIAS-3"),
+        ("MHA-BIAS-2", "MHA-BIAS-3", "MHA-POISON-1"),
         replacing(convert_bias=saturated),
         needs=("bias",),
         native=True,

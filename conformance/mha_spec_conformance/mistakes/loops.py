@@ -122,11 +122,15 @@ def causal_by_tiles(size: int) -> Callable[[Arguments], Arguments]:
     return change
 
 
-def leaking_diagonal(distance: numpy.ndarray) -> numpy.ndarray:
-    """Show every key of the tokens of a call that has 64 keys of history or more."""
-    history, q_len = -distance[:, :, :1, :1], distance.shape[2]
-    keys = distance[:, :, :1] + history
-    return steps.see_causal(distance) | ((keys < history + q_len) & (history >= 64))
+def leaking_diagonal(size: int) -> Callable[[numpy.ndarray], numpy.ndarray]:
+    """Show every key of the tokens of a call that has this number of keys of history or more."""
+
+    def see_causal(distance: numpy.ndarray) -> numpy.ndarray:
+        history, q_len = -distance[:, :, :1, :1], distance.shape[2]
+        keys = distance[:, :, :1] + history
+        return steps.see_causal(distance) | ((keys < history + q_len) & (history >= size))
+
+    return see_causal
 
 
 def mistake(
@@ -327,14 +331,17 @@ WRONG_TILES = (
         )
         for size in (8, 16, 64)
     ),
-    mistake(
-        "causal-leaks-behind-64-keys",
-        "does not apply causal within the tokens of a call that has 64 keys of history or more",
-        replacing(see_causal=leaking_diagonal),
-        clauses=("MHA-CAUSAL-1",),
-        needs=("causal",),
-        bugs=("tenstorrent/tt-metal#48899",),
-        past=Sizes(keys=64),
+    *(
+        mistake(
+            f"causal-leaks-behind-{size}-keys",
+            f"does not apply causal within the tokens of a call that has {size} keys of history or more",
+            replacing(see_causal=leaking_diagonal(size)),
+            clauses=("MHA-CAUSAL-1",),
+            needs=("causal",),
+            bugs=("tenstorrent/tt-metal#48899",) if size == 64 else (),
+            past=Sizes(keys=size),
+        )
+        for size in (16, 32, 64, 128)
     ),
 )
 

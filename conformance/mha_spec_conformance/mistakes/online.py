@@ -49,16 +49,29 @@ def not_rescaled(exponentials: numpy.ndarray, size: int, tile: int) -> numpy.nda
     return exponentials * by_column(numpy.where(running[..., -1:] == 0, 1.0, factor), exponentials, size, 1.0)
 
 
+def with_wide_exponentials(**replaced: Callable[..., numpy.ndarray]) -> steps.Steps:
+    """Compute the exponentials in float64, because those of an early tile underflow in float32 if they are rescaled."""
+
+    def exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        wide, maximum = steps.exponentials(logits.astype(numpy.float64))
+        return wide, maximum.astype(logits.dtype)
+
+    def log_sum_exp(total: numpy.ndarray, maximum: numpy.ndarray) -> numpy.ndarray:
+        return steps.log_sum_exp(total.astype(maximum.dtype), maximum)
+
+    return replacing(exponentials=exponentials, log_sum_exp=log_sum_exp, **replaced)
+
+
 def accumulator_not_rescaled(size: int, tile: int) -> steps.Steps:
     """Rescale the sum of exponentials, and not the accumulated output, from the tile with this number on."""
-    return replacing(
+    return with_wide_exponentials(
         normalise=lambda exponentials, total: steps.normalise(not_rescaled(exponentials, size, tile), total)
     )
 
 
 def sum_not_rescaled(size: int, tile: int) -> steps.Steps:
     """Rescale the accumulated output, and not the sum of exponentials, from the tile with this number on."""
-    return replacing(
+    return with_wide_exponentials(
         sum_exponentials=lambda exponentials: steps.sum_exponentials(not_rescaled(exponentials, size, tile))
     )
 

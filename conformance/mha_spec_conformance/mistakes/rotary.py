@@ -55,7 +55,7 @@ def at(change: Any) -> Any:
 
 def narrow_turns(positions: Any, frequencies: numpy.ndarray, like: numpy.ndarray) -> Turns:
     """Compute the angles in the dtype of the vectors."""
-    angles = numpy.asarray(positions).astype(like.dtype)[..., None] * frequencies.astype(like.dtype)
+    angles = layer_steps.for_each_pair(numpy.asarray(positions).astype(like.dtype)) * frequencies.astype(like.dtype)
     cosine, sine = numpy.cos(angles), numpy.sin(angles)
     return (cosine[:, None], sine[:, None]) if cosine.ndim == 3 else (cosine, sine)
 
@@ -194,7 +194,7 @@ POSITIONS = (
         "rotary-positions-of-the-first-entry",
         "uses the positions of the first batch entry for all",
         "MHA-ROTARY-4",
-        turns=at(lambda positions: positions[:1] if positions.ndim == 2 else positions),
+        turns=at(lambda positions: positions if positions.ndim == 1 else positions[:1]),
         functions=TURNING,
         bugs=("unslothai/unsloth#3699", "rasbt/reasoning-from-scratch#33"),
     ),

@@ -411,7 +411,7 @@ BIASES = (
     Mistake(
         "infinite-bias-shown",
         "adds a bias of -inf without hiding the pair, so that a NaN remains",
-        ("MHA-BIAS-3",),
+        ("MHA-BIAS-3", "MHA-POISON-1"),
         replacing(see_bias=everywhere),
         needs=("bias",),
         bugs=("deepbeepmeep/Wan2GP PR#1628",),

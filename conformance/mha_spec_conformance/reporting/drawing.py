@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from mha_spec_conformance.judging.axes import axes_of
 from mha_spec_conformance.judging.bounds import precision
 from mha_spec_conformance.judging.compare import in_full_shape, shares
-from mha_spec_conformance.judging.places import WrongElements, axes_of
+from mha_spec_conformance.judging.places import WrongElements
 from mha_spec_conformance.judging.properties import visible_pairs
 
 if TYPE_CHECKING:

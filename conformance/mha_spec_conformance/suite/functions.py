@@ -29,7 +29,7 @@ OPTION_FEATURES = {
 }
 """The features of attention's options, each with its keywords."""
 
-LAYER_FEATURES = {"rotary": ("rotary",), "norm": ("norm_epsilon",), "cache": ("cache",)}
+LAYER_FEATURES = {"rotary": ("rotary",), "positions": ("positions",), "norm": ("norm_epsilon",), "cache": ("cache",)}
 """The features of the keywords that only the layer has."""
 
 VARLEN_FEATURES = {
@@ -184,7 +184,7 @@ _FUNCTIONS = (
         "rotary_embedding",
         operands=("x", "positions"),
         outputs=("output",),
-        keywords=("base", "interleaved", "rotary_dim", "frequencies", "attention_factor"),
+        keywords=("base", "interleaved", "rotary_dim", "frequencies", "attention_factor", "sections"),
         features=("rotary",),
     ),
     Function("alibi_slopes", operands=("heads",), outputs=("slopes",), keywords=("dtype",), features=("alibi",)),

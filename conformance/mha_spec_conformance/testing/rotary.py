@@ -46,7 +46,7 @@ def assert_rotary(
     Args:
         output: (batch, heads, length, size), of the dtype of x.
         x: (batch, heads, length, size).
-        positions: (length,) or (batch, length).
+        positions: (length,) or (batch, length), or with sections (len(sections), batch, length).
         layout: "bhsd", or "bshd" for the axes (batch, length, heads, size) of output and x.
         profile: The profile of precision; see docs/targets.md.
         rows: The tokens to compare; None compares all, or in a large problem tokens at edges of tiles and at random.
@@ -63,7 +63,7 @@ def assert_rotary(
     tensor = read_tensor("x", x, layout)
     where = numpy.asarray(read_array(positions))
     Layer().rotary_embedding(tensor[:, :, :0], where[..., :0], **options)
-    Layer().steps.check_positions(tensor, where)
+    Layer().steps.check_positions(tensor, where, options.get("sections"))
     result = read_result("output", output, tensor, tensor.shape, Dense(DENSE[layout]))
     chosen = checked_rows(rows, tensor.shape[2])
     if chosen is None:

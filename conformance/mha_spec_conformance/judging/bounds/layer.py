@@ -7,6 +7,7 @@ further errors of the scores, and the weights average the errors of the value.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import numpy
 from mha_spec.arrays import dtype_name
 from mha_spec.cache import KVCache
 from mha_spec.layer import Layer
-from mha_spec.layer_steps import LayerSteps, turn
+from mha_spec.layer_steps import LayerSteps, for_each_pair, turn
 from mha_spec.steps import Steps
 from mha_spec_conformance.asking.calls import joined, layer_answers, layer_over
 from mha_spec_conformance.suite.functions import FUNCTIONS
@@ -73,7 +74,7 @@ class StepErrors:
         self._errors: dict[int, tuple[object, Any]] = {}
         self._depths: dict[int, int] = {}
         names = ("project", "add_bias", "normalise", "turns", "magnify", "turn", "append", "attend", "weigh")
-        names += ("merge_heads", "combine", "add_output_bias")
+        names += ("normalise_jointly", "merge_heads", "combine", "add_output_bias")
         self.steps = replace(steps, **{name: self._recording(name, getattr(steps, name)) for name in names})
 
     def of(self, array: object) -> Any:
@@ -113,21 +114,27 @@ class StepErrors:
     _add_output_bias = _add_bias
 
     def _normalise(self, step: Callable[..., Any], result: Any, x: Any, gain: Any, epsilon: float) -> Any:
+        return self._normalised(result, x, gain, epsilon, axes=(3,))
+
+    def _normalise_jointly(self, step: Callable[..., Any], result: Any, x: Any, gain: Any, epsilon: float) -> Any:
+        return self._normalised(result, x, gain[:, None, :], epsilon, axes=(1, 3))
+
+    def _normalised(self, result: Any, x: Any, gain: Any, epsilon: float, axes: tuple[int, ...]) -> Any:
         """Bound x / rms(x) with the rms of the smallest and of the largest vector that x may be."""
-        error, size = self.of(x), abs(x)
+        error, size, terms = self.of(x), abs(x), math.prod(x.shape[axis] for axis in axes)
 
         def inverse(vector: numpy.ndarray) -> numpy.ndarray:
-            return 1 / numpy.sqrt(numpy.mean(vector**2, axis=-1, keepdims=True) + epsilon)
+            return 1 / numpy.sqrt(numpy.mean(vector**2, axis=axes, keepdims=True) + epsilon)
 
         factor, most, least = inverse(x), inverse(numpy.maximum(size - error, 0)), inverse(size + error)
         moved = error * most + size * numpy.maximum(most - factor, factor - least)
-        roundings = (self._precision.u_a * (x.shape[-1] / 2 + 8) + self._precision.u_o) * abs(result)
+        roundings = (self._precision.u_a * (terms / 2 + 8) + self._precision.u_o) * abs(result)
         return self._rounded(abs(gain) * moved + roundings, result)
 
     def _turns(self, step: Callable[..., Any], result: Any, positions: Any, frequencies: Any, like: Any) -> Turns:
         """Bound the error of cosine and sine: of the angle, whose frequency is a power, and of the functions."""
         p = self._precision
-        angles = numpy.asarray(positions, dtype=numpy.float64)[..., None] * frequencies
+        angles = for_each_pair(numpy.asarray(positions, dtype=numpy.float64)) * frequencies
         logarithms = numpy.log(numpy.where(frequencies == 0, 1.0, frequencies))  # A pair may not turn at all.
         angle = p.u_a * abs(angles) * (10 + abs(logarithms))
         angle = angle[:, None] if result[0].ndim == 4 else angle

@@ -1,0 +1,343 @@
+"""Packed and paged sequences, each a call of attention: in Python in eager mode, in a loop of the graph when traced.
+
+| call | lengths | path |
+| --- | --- | --- |
+| eager | any; tensors are read | a loop in Python over the sequences |
+| traced | any | a `tf.while_loop` over the sequences; a graph for all lengths |
+| traced for XLA | on the host, and the table too | a loop in Python; other lengths compile again |
+| traced for XLA | tensors | an error, because XLA has no arrays of unknown sizes |
+
+The work and the memory are those of a call for each sequence. Gradients are in closed form, from the operands alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy
+import tensorflow as tf
+from tensorflow.python.eager.record import could_possibly_record
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from mha_spec.arguments import Arguments, offset_of_reading
+from mha_spec.errors import ArgumentTypeError
+from mha_spec.scalars import is_integer
+
+from . import forward
+from .backward import gradients
+from .plan import as_int64
+from .problem import Operands, problem_of, sizes_of, softmax_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mha_spec.arrays import Array
+    from mha_spec.varlen_arguments import VarlenArguments
+    from mha_spec.varlen_reference import VarlenGradients
+
+    from .loops import Tensors
+    from .problem import Problem, Size
+
+__all__ = ["attention", "vjp"]
+
+
+class Sequence(NamedTuple):
+    """Where a sequence lies: numbers where they are read, else scalar tensors."""
+
+    q_first: Size
+    q_length: Size
+    kv_first: Size
+    kv_length: Size
+    """The number of keys in use."""
+    kv_room: Size
+    """The number of keys, in use or not."""
+    offset: Size
+    pages: Array | None
+    """The numbers of the pages of the keys in use."""
+
+
+class Sequences:
+    """The sequences of a call; integers are clamped (MHA-VARLEN-2, MHA-VARLEN-4, MHA-VARLEN-6)."""
+
+    def __init__(self, a: VarlenArguments) -> None:
+        self.a, self.is_read = a, _is_read(a)
+        self.page: Any = sizes_of(a.key)[1] if a.is_paged else None
+        self.q_tokens, key_sizes = sizes_of(a.query)[0], sizes_of(a.key)
+        self.table: Any = None if a.block_table is None else self._integers(a.block_table)
+        self.q_ends = self._ends(a.cu_seqlens_q, self.q_tokens)
+        self.count = len(self.q_ends) - 1 if self.is_read else tf.size(self.q_ends) - 1
+        self.q_lengths = self.q_ends[1:] - self.q_ends[:-1]
+        if self.page is None:
+            self.kv_ends = self._ends(a.cu_seqlens_kv, key_sizes[0])
+            self.kv_rooms = self.kv_ends[1:] - self.kv_ends[:-1]
+        else:
+            columns = self.table.shape[1] if self.is_read else tf.shape(self.table)[1]
+            self.kv_ends = self.q_ends * 0
+            self.kv_rooms = self._rooms_of_pages(self._minimum(key_sizes[0], 1) * columns * self.page)
+        self.kv_lengths = self.kv_rooms if a.seqused_kv is None else self._clip(a.seqused_kv, self.kv_rooms)
+        self.offsets = self._offsets()
+
+    def _rooms_of_pages(self, capacity: Size) -> Array:
+        if self.a.cu_seqlens_kv is None:
+            return self.q_lengths * 0 + capacity
+        ends = self._ends(self.a.cu_seqlens_kv, 2**31 - 1)
+        return self._minimum(ends[1:] - ends[:-1], capacity)
+
+    def _minimum(self, a: Any, b: Any) -> Any:
+        return numpy.minimum(a, b) if self.is_read else tf.minimum(a, b)
+
+    def _integers(self, value: Any) -> Any:
+        """Return integers as an array of NumPy where they are read, else as a tensor; both of int64."""
+        if self.is_read:
+            array = numpy.asarray(value)
+            return (numpy.minimum(array, 2**62) if array.dtype == numpy.uint64 else array).astype(numpy.int64)
+        return as_int64(value)
+
+    def _clip(self, value: Any, largest: Any) -> Any:
+        value = self._integers(value)
+        if self.is_read:
+            return numpy.clip(value, 0, largest)
+        return tf.cast(tf.clip_by_value(value, 0, tf.cast(largest, tf.int64)), tf.int32)
+
+    def _ends(self, value: Any, largest: Any) -> Any:
+        """Return cumulative lengths within the tokens, none below an earlier one."""
+        ends = self._clip(value, largest)
+        if self.is_read:
+            return numpy.maximum.accumulate(ends)
+        return tf.scan(tf.maximum, ends) if ends.shape[0] != 0 else ends
+
+    def _offsets(self) -> Any:
+        offset = self.a.q_offset
+        if isinstance(offset, str):
+            offset = offset_of_reading(offset, self.q_lengths, self.kv_lengths)
+        elif offset is not None and not is_integer(offset):
+            offset = self._integers(offset)
+            offset = offset if self.is_read else tf.cast(offset, tf.int32)
+        return self.q_lengths * 0 + (0 if offset is None else offset)
+
+    def __getitem__(self, index: Size) -> Sequence:
+        """Return the sequence of an index."""
+        arrays = (self.q_ends, self.q_lengths, self.kv_ends, self.kv_lengths, self.kv_rooms, self.offsets)
+        numbers: list[Any] = [int(array[index]) if self.is_read else array[index] for array in arrays]
+        q_first, q_length, kv_first, kv_length, kv_room, offset = numbers
+        pages = None if self.table is None else self._pages(index, kv_length)
+        return Sequence(q_first, q_length, kv_first, kv_length, kv_room, offset, pages)
+
+    def _pages(self, index: Size, length: Size) -> Array:
+        """Return the numbers of the pages that hold the keys in use of a sequence; no other entry is used."""
+        pages = self.table[index, : -(-length // self.page)]
+        last = sizes_of(self.a.key)[0] - 1
+        return numpy.clip(pages, 0, last) if self.is_read else tf.clip_by_value(pages, 0, tf.cast(last, tf.int64))
+
+    def slots(self, sequence: Sequence) -> Array:
+        """Return the index of the slot of each key in use of a sequence, among the slots of all pages."""
+        page = tf.cast(self.page, tf.int64)
+        pages: Any = sequence.pages
+        slots = tf.convert_to_tensor(pages)[:, None] * page + tf.range(page)
+        return tf.reshape(slots, (-1,))[: sequence.kv_length]
+
+
+def _is_read(a: VarlenArguments) -> bool:
+    """Return True if the loop over the sequences is one of Python."""
+    if tf.executing_eagerly():
+        return True
+    if not GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        return False
+    names = ("cu_seqlens_q", "cu_seqlens_kv", "seqused_kv", "q_offset", "block_table")
+    values = {name: getattr(a, name) for name in names}
+    for name, value in values.items():
+        if tf.is_tensor(value):
+            raise ArgumentTypeError(
+                f"`{name}` must be host data where XLA compiles {a.function} of mha_spec_tensorflow, received a "
+                "tensor. Pass a list or an array of NumPy, or leave out jit_compile=True. [MHA-ARG-4]"
+            )
+    return True
+
+
+def attention(a: VarlenArguments) -> tuple[Array, Array]:
+    """Compute output (tokens, heads, v_dim) in the query's dtype, and lse (heads, tokens) in the softmax's."""
+    x, sequences = _operands(a), Sequences(a)
+    output, lse = _differentiable(a, sequences, x)
+    return tf.cast(output, a.query.dtype), tf.transpose(lse)
+
+
+def _differentiable(a: VarlenArguments, sequences: Sequences, x: Operands) -> tuple[Array, Array]:
+    """Compute the forward pass without recording it, with gradients in closed form from the operands."""
+    if tf.executing_eagerly() and not could_possibly_record():
+        return _attend(a, sequences, x)
+    present = {name: operand for name, operand in x._asdict().items() if operand is not None}
+
+    @tf.custom_gradient
+    def call(*arrays: Array) -> tuple:
+        operands = x._replace(**dict(zip(present, arrays, strict=True)))
+        stopped = [None if operand is None else tf.stop_gradient(operand) for operand in operands]
+        output, lse = _attend(a, sequences, Operands(*stopped))
+
+        def pull(grad_output: Array, grad_lse: Array) -> list[Array]:
+            grad_output.set_shape(output.shape)  # The rank of a caller's gradient may be unknown.
+            grad_lse.set_shape(lse.shape)
+            grads = _gradients(a, sequences, operands, grad_output, grad_lse)
+            return [gradient for gradient in grads if gradient is not None]
+
+        return (output, lse), pull
+
+    return call(*present.values())
+
+
+def vjp(a: VarlenArguments, grad_output: Array, grad_lse: Array | None) -> VarlenGradients:
+    """Compute the gradients of query, key, value and sinks as a tape does, in their dtypes (MHA-VARLEN-11)."""
+    x, dtype = _operands(a), softmax_dtype(a.query)
+    grad_lse = None if grad_lse is None else tf.transpose(tf.cast(grad_lse, dtype))
+    grads = _gradients(a, Sequences(a), x, tf.cast(grad_output, dtype), grad_lse)
+    sinks: Any = grads.sinks
+    sinks = None if a.sinks is None else tf.cast(sinks, a.sinks.dtype)
+    return grads.query, grads.key, grads.value, sinks
+
+
+def _operands(a: VarlenArguments) -> Operands:
+    """Return the operands in the softmax's type; pages are converted after they are gathered."""
+    dtype = softmax_dtype(a.query)
+    sinks = None if a.sinks is None else tf.cast(a.sinks, dtype)
+    return Operands(a.query, a.key, a.value, None, sinks)
+
+
+def _attend(a: VarlenArguments, sequences: Sequences, x: Operands) -> tuple[Array, Array]:
+    """Compute output and lse, (tokens, heads, ...), in the softmax's type."""
+    dtype, heads = softmax_dtype(a.query), a.heads
+
+    def step(sequence: Sequence) -> Tensors:
+        call = _Call(a, sequence, x)
+        results = forward.attend(call.problem, call.operands, needs_lse=True)
+        return {"output": _tokens(results["output"]), "lse": _tokens(results["lse"])[..., 0]}
+
+    rows = _joined(sequences, step, {"output": ((heads, x.value.shape[-1]), dtype), "lse": ((heads,), dtype)})
+    output = _placed(rows["output"], sequences.q_ends, sequences.q_tokens)
+    return output, _placed(rows["lse"], sequences.q_ends, sequences.q_tokens, -math.inf)
+
+
+def _gradients(
+    a: VarlenArguments, sequences: Sequences, x: Operands, grad_output: Array, grad_lse: Array | None
+) -> Operands:
+    """Compute the gradients, in the dtypes of `x` and the shapes of the operands."""
+    dtype = softmax_dtype(a.query)
+
+    def step(sequence: Sequence) -> Tensors:
+        call = _Call(a, sequence, x)
+        rows = slice(sequence.q_first, sequence.q_first + sequence.q_length)
+        of_lse = None if grad_lse is None else _dense(grad_lse[rows])[..., None]
+        grads = gradients(call.problem, call.operands, _dense(grad_output[rows]), of_lse)
+        parts = {"query": _tokens(grads.query), "key": _tokens(grads.key), "value": _tokens(grads.value)}
+        if sequence.pages is not None:
+            parts["slots"] = sequences.slots(sequence)
+        else:
+            unused = [[0, sequence.kv_room - sequence.kv_length], [0, 0], [0, 0]]
+            parts |= {name: tf.pad(parts[name], unused) for name in ("key", "value")}
+        if grads.sinks is not None:
+            parts["sinks"] = tf.reshape(grads.sinks, (1, -1))
+        return parts
+
+    specs = {
+        name: (tuple(array.shape[-2:]), dtype) for name, array in zip(("query", "key", "value"), x[:3], strict=True)
+    }
+    if sequences.page is not None:
+        specs["slots"] = ((), tf.int64)
+    if x.sinks is not None:
+        specs["sinks"] = ((a.heads,), dtype)
+    parts = _joined(sequences, step, specs)
+    query = _placed(parts["query"], sequences.q_ends, sequences.q_tokens)
+    key, value = (_of_keys(sequences, parts, name, getattr(x, name)) for name in ("key", "value"))
+    sinks = None if x.sinks is None else tf.reduce_sum(parts["sinks"], 0)
+    return Operands(tf.cast(query, x.query.dtype), key, value, None, sinks)
+
+
+def _of_keys(sequences: Sequences, parts: Tensors, name: str, like: Array) -> Array:
+    """Put the gradient of each key at its token, or add it to its slot, which several keys may name."""
+    sizes = sizes_of(like)
+    if sequences.page is None:
+        return tf.cast(_placed(parts[name], sequences.kv_ends, sizes[0]), like.dtype)
+    summed = tf.math.unsorted_segment_sum(parts[name], parts["slots"], sizes[0] * sizes[1])
+    return tf.cast(tf.reshape(summed, sizes), like.dtype)
+
+
+class _Call:
+    """A sequence as a call of attention with a single batch entry."""
+
+    def __init__(self, a: VarlenArguments, sequence: Sequence, x: Operands) -> None:
+        self.sequence, self.dtype = sequence, softmax_dtype(a.query)
+        query = self._dense(x.query[sequence.q_first : sequence.q_first + sequence.q_length])
+        key, value = (self._dense(self._keys(array)) for array in (x.key, x.value))
+        sinks = None if x.sinks is None else tf.reshape(x.sinks, (1, -1, 1, 1))
+        self.operands = Operands(query, key, value, None, sinks)
+        offset = sequence.offset if isinstance(sequence.offset, int) else tf.reshape(sequence.offset, (1,))
+        arguments = Arguments(
+            query, key, value, causal=a.causal, q_offset=offset, window=a.window, scale=a.scale, softcap=a.softcap
+        )
+        self.problem = _with_slopes(problem_of(arguments), a.alibi_slopes, self.dtype)
+
+    def _dense(self, tokens: Array) -> Array:
+        return _dense(tf.cast(tokens, self.dtype))
+
+    def _keys(self, array: Array) -> Array:
+        sequence = self.sequence
+        if sequence.pages is None:
+            return array[sequence.kv_first : sequence.kv_first + sequence.kv_length]
+        pages = tf.gather(array, sequence.pages)
+        return tf.reshape(pages, (-1, *array.shape[2:]))[: sequence.kv_length]
+
+
+def _with_slopes(problem: Problem, slopes: Array | None, dtype: tf.DType) -> Problem:
+    if slopes is None:
+        return problem
+    slopes = tf.reshape(tf.cast(tf.stop_gradient(slopes), dtype), (1, -1, 1, 1))
+    return replace(problem, constants=problem.constants._replace(slopes=slopes))
+
+
+def _dense(tokens: Array) -> Array:
+    """Transpose tokens of a sequence, (length, heads, ...), to a batch with a single entry."""
+    return tf.transpose(tokens, (1, 0, *range(2, len(tokens.shape))))[None]
+
+
+def _tokens(rows: Array) -> Array:
+    """Transpose a batch with a single entry, (1, heads, length, size), to tokens."""
+    return tf.transpose(rows[0], (1, 0, 2))
+
+
+def _placed(rows: Array, ends: Any, tokens: Size, fill: float = 0.0) -> Array:
+    """Append rows for the tokens before the first sequence and behind the last (MHA-VARLEN-3)."""
+    before = ends[0]
+    paddings = [[before, tokens - before - sizes_of(rows)[0]], *[[0, 0]] * (len(rows.shape) - 1)]
+    return tf.pad(rows, paddings, constant_values=tf.constant(fill, rows.dtype))
+
+
+def _joined(
+    sequences: Sequences, step: Callable[[Sequence], Tensors], specs: dict[str, tuple[tuple[int, ...], tf.DType]]
+) -> Tensors:
+    """Take a step for each sequence, and concatenate the results, whose other axes and dtypes `specs` describes."""
+    if not sequences.is_read:
+        return _looped(sequences, step, specs)
+    parts = [step(sequences[index]) for index in range(sequences.count)]
+    if not parts:
+        return {name: tf.zeros((0, *sizes), dtype) for name, (sizes, dtype) in specs.items()}
+    return {name: tf.concat([part[name] for part in parts], 0) for name in specs}
+
+
+def _looped(
+    sequences: Sequences, step: Callable[[Sequence], Tensors], specs: dict[str, tuple[tuple[int, ...], tf.DType]]
+) -> Tensors:
+    arrays = {
+        name: tf.TensorArray(dtype, sequences.count, element_shape=(None, *sizes), infer_shape=False)
+        for name, (sizes, dtype) in specs.items()
+    }
+
+    def body(index: Array, arrays: dict[str, tf.TensorArray]) -> tuple:
+        parts = step(sequences[index])
+        return index + 1, {name: array.write(index, parts[name]) for name, array in arrays.items()}
+
+    start = (tf.constant(0), arrays)
+    _, arrays = tf.while_loop(lambda index, _: index < sequences.count, body, start, parallel_iterations=1)
+    joined = {name: array.concat() for name, array in arrays.items()}
+    for name, (sizes, _) in specs.items():
+        joined[name].set_shape((None, *sizes))
+    return joined

@@ -1,0 +1,120 @@
+"""Compare packed and paged calls of each backend with the calls that they replace.
+
+Run `python benchmarks/packed.py numpy|torch|jax|tensorflow`; a row past its limit fails the run. Every call is in
+float32 and has 8 heads of 64. Calls alternate with their peer's, and the times are medians in milliseconds; with
+`--least` they are minima, and with `--processor` they are of processor time, for a machine that other processes use.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from measure import ratio, report
+
+import mha_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Row = tuple[str, float | None, Callable[[], object], Callable[[], object]]
+
+HEADS, SIZE, PAGE = 8, 64, 16
+SKEWED = [1024, *[16] * 15]
+"""The lengths of sequences of which padding makes 16 times the longest."""
+
+
+def arrays(library: str) -> Callable[[numpy.ndarray], Any]:
+    """Return the function that makes an array of a library."""
+    if library == "numpy":
+        return lambda array: array
+    if library == "torch":
+        import torch
+
+        return torch.from_numpy
+    if library == "jax":
+        import jax.numpy
+
+        return jax.numpy.asarray
+    import tensorflow
+
+    return tensorflow.constant
+
+
+def drawn(*shape: int) -> numpy.ndarray:
+    """Draw standard normal numbers."""
+    return numpy.random.default_rng(7).standard_normal(shape, dtype=numpy.float32)
+
+
+def bounds(lengths: list[int]) -> numpy.ndarray:
+    """Return the cumulative lengths."""
+    return numpy.cumsum([0, *lengths]).astype("int32")
+
+
+def call(function: Callable[..., Any], *operands: Any, **options: Any) -> Callable[[], object]:
+    """Return a call that waits for its result, which JAX computes later."""
+
+    def run() -> object:
+        result = function(*operands, **options)
+        return result.block_until_ready() if hasattr(result, "block_until_ready") else result
+
+    return run
+
+
+def packed_rows(array: Callable[[numpy.ndarray], Any], limit: float | None) -> Iterator[Row]:
+    """Compare 16 sequences of 256 with 16 calls, and sequences of skewed lengths with the padded masked call."""
+    for causal in (False, True):
+        ends = array(bounds([256] * 16))
+        tokens = [array(drawn(16 * 256, HEADS, SIZE))] * 3
+        ours = call(mha_spec.varlen_attention, *tokens, ends, ends, causal=causal)
+        dense = array(drawn(1, HEADS, 256, SIZE))
+        theirs = call(mha_spec.attention, dense, dense, dense, causal=causal)
+        name = f"16 x 256{', causal' if causal else ''}: separate calls"
+        yield name, 1.1, ours, lambda theirs=theirs: [theirs() for _ in range(16)]
+    ends, longest = array(bounds(SKEWED)), max(SKEWED)
+    tokens = [array(drawn(sum(SKEWED), HEADS, SIZE))] * 3
+    dense = array(drawn(len(SKEWED), HEADS, longest, SIZE))
+    visible = numpy.arange(longest) < numpy.array(SKEWED)[:, None]
+    mask = array(visible[:, None, None, :] & numpy.tri(longest, dtype=bool))
+    ours = call(mha_spec.varlen_attention, *tokens, ends, ends, causal=True)
+    yield "1024 and 15 x 16, causal: padded", limit, ours, call(mha_spec.attention, dense, dense, dense, mask=mask)
+
+
+def decoding_rows(array: Callable[[numpy.ndarray], Any]) -> Iterator[Row]:
+    """Compare a step of 16 sequences of 1024 keys in pages with the same step in packed tokens and in a batch."""
+    count, length = 16, 1024
+    table = numpy.random.default_rng(1).permutation(count * length // PAGE).reshape(count, -1).astype("int32")
+    pages = array(drawn(table.size, PAGE, HEADS, SIZE))
+    query, lengths = array(drawn(count, HEADS, SIZE)), array(numpy.full(count, length, "int32"))
+    steps, ends = array(bounds([1] * count)), array(bounds([length] * count))
+    paged = {"block_table": array(table), "seqused_kv": lengths}
+    ours = call(mha_spec.varlen_attention, query, pages, pages, steps, None, **paged)
+    tokens = array(drawn(count * length, HEADS, SIZE))
+    theirs = call(mha_spec.varlen_attention, query, tokens, tokens, steps, ends)
+    yield "decoding, 16 x 1024, paged: packed", 1.3, ours, theirs
+    dense, single = array(drawn(count, HEADS, length, SIZE)), array(drawn(count, HEADS, 1, SIZE))
+    theirs = call(mha_spec.attention, single, dense, dense, kv_lengths=lengths)
+    yield "decoding, 16 x 1024, paged: batch", None, ours, theirs
+
+
+def main() -> None:
+    """Print the rows of the backend that the command line names."""
+    names = [name for name in sys.argv[1:] if not name.startswith("--")]
+    if len(names) != 1 or names[0] not in ("numpy", "torch", "jax", "tensorflow"):
+        sys.exit("packed.py: name one backend, numpy, torch, jax or tensorflow")
+    array = arrays(names[0])
+    middle = min if "--least" in sys.argv else statistics.median
+    measured = partial(ratio, middle=middle)
+    clock = time.process_time if "--processor" in sys.argv else time.perf_counter
+    # The masked call of NumPy leaves out the blocks that its mask hides.
+    rows = [*packed_rows(array, None if names[0] == "numpy" else 0.1), *decoding_rows(array)]
+    good = [report(name, limit, measured(ours, theirs, 2.0, clock)) for name, limit, ours, theirs in rows]
+    sys.exit(not all(good))
+
+
+if __name__ == "__main__":
+    main()
