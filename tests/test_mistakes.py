@@ -52,8 +52,6 @@ CAUGHT_BY_FEWER = {
     "key-gradient-unset-without-queries": 2,
     "weights-after-dropout": 2,
     "cache-padding-kept": 2,
-    "packed-used-ignored": 2,
-    "pages-gradient-stored": 2,
 }
 """Mistakes that fewer cases can show, and how many."""
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 from description import ALL_DTYPES, Description, Input
+from portable import generate
 
 from .options import integers
-from .tensors import bell
+from .tensors import bell, seed_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,9 @@ Q_LENGTHS, KV_LENGTHS = (3, 0, 5, 1), (5, 4, 0, 11)
 EQUAL = (3, 1, 7, 0)
 USED = (4, 4, 0, 9)
 Q_TAIL, KV_TAIL = 2, 3
-SLOPES = (0.5, 0.25, 1.0, 0.125, 0.75, 0.0625)
+SLOPES = (0.5, 0.25, 1.0, 0.125)
+UNITS = {"query": 2.0**-3, "key": 2.0**-6, "value": 2.0**-3}
+"""The units of generated inputs: the logits of long heads stay small."""
 
 FEATURES = {
     "block_table": "paged",
@@ -46,8 +49,8 @@ def packed(
     q_lengths: Sequence[int] = Q_LENGTHS,
     kv_lengths: Sequence[int] = KV_LENGTHS,
     *,
-    heads: int = 6,
-    kv_heads: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
     sizes: tuple[int, int] = (7, 5),
     tails: tuple[int, int] = (Q_TAIL, KV_TAIL),
     tail: float = numpy.nan,
@@ -65,6 +68,16 @@ def packed(
     return inputs | {"cu_seqlens_q": bounds(q_lengths), "cu_seqlens_kv": bounds(kv_lengths)}
 
 
+def generated(inputs: Inputs) -> Inputs:
+    """Replace the floating inputs by generated ones of their shapes; the index stores only the seeds of these."""
+    more: Inputs = {}
+    for name, unit in UNITS.items():
+        shape = inputs[name].values.shape
+        how = {"seed": seed_of(*shape, "packed", name), "kind": "bell", "unit": unit}
+        more[name] = Input(generate(shape, **how), "case", how)
+    return inputs | more
+
+
 def bounds(lengths: Sequence[int]) -> Input:
     """Return the cumulative lengths of sequences."""
     return integers(numpy.cumsum([0, *lengths]))
@@ -77,8 +90,8 @@ def paged(
     *,
     blocks: int = 8,
     block_size: int = 4,
-    heads: int = 6,
-    kv_heads: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
     sizes: tuple[int, int] = (7, 5),
     poison: bool = True,
     by: str = "seqused_kv",
@@ -99,6 +112,11 @@ def paged(
 PERMUTED = ((6, 2, -1), (5, -1, 1000), (-1, -1, -1), (3, 0, 7))
 SHARED = ((6, 2, -1), (6, -1, 1000), (-1, -1, -1), (6, 2, 7))
 REPEATED = ((6, 6, -1), (5, -1, 1000), (-1, -1, -1), (3, 3, 3))
+
+
+def with_used(inputs: Inputs) -> Inputs:
+    """Use only the first keys of each sequence."""
+    return inputs | {"seqused_kv": integers(numpy.array(USED))}
 
 
 def with_options(inputs: Inputs, **options: Any) -> tuple[Inputs, dict[str, Any]]:
@@ -147,10 +165,10 @@ CALLS: dict[str, tuple[str, Inputs, dict[str, Any], tuple[str, ...]]] = {
         {"slopes": True, "q_offset": "lower_right"},
         (),
     ),
-    "all": ("All options together.", packed(), ALL_PACKED, ("MHA-VARLEN-10",)),
+    "all": ("All options together.", with_used(packed()), ALL_PACKED, ("MHA-VARLEN-10",)),
     "no-groups": ("As many key heads as query heads.", packed(heads=3, kv_heads=3), LOWER_RIGHT, ()),
-    "one-kv-head": ("A single key head.", packed(heads=4, kv_heads=1), LOWER_RIGHT, ()),
-    "used": ("Keys behind those in use.", packed() | {"seqused_kv": integers(numpy.array(USED))}, LOWER_RIGHT, ()),
+    "one-kv-head": ("A single key head.", packed(heads=3, kv_heads=1), LOWER_RIGHT, ()),
+    "used": ("Keys behind those in use.", with_used(packed()), LOWER_RIGHT, ()),
     "one-sequence": ("A single sequence, which fills the arrays.", packed((7,), (5,), tails=(0, 0)), {}, ()),
     "no-sequences": ("No sequence: every token belongs to none.", packed((), ()), {"sinks": True}, ("MHA-VARLEN-3",)),
     "singles": (
@@ -161,12 +179,16 @@ CALLS: dict[str, tuple[str, Inputs, dict[str, Any], tuple[str, ...]]] = {
     ),
     "long": (
         "Sequences that end inside of tiles.",
-        packed((33, 5, 65), (70, 5, 40), heads=2, kv_heads=1),
+        packed((33, 5, 65), (70, 5, 40), heads=1, kv_heads=1),
         LOWER_RIGHT,
         (),
     ),
-    "size-64": ("Heads of 64.", packed((4, 3), (6, 5), heads=2, kv_heads=2, sizes=(64, 64)), LOWER_RIGHT, ()),
-    "size-128": ("Heads of 128.", packed((4, 3), (6, 5), heads=2, kv_heads=1, sizes=(128, 128)), LOWER_RIGHT, ()),
+    "size-64": (
+        "Heads of 64.",
+        generated(packed((2, 3), (6, 5), heads=2, kv_heads=2, sizes=(64, 64), tails=(0, 0))),
+        LOWER_RIGHT,
+        (),
+    ),
     "paged": ("Blocks in another order.", paged(PERMUTED, (5, 1, 0, 9)), {}, ("MHA-VARLEN-7",)),
     "paged-shared": ("Blocks that sequences share.", paged(SHARED, (5, 1, 0, 11)), LOWER_RIGHT, ("MHA-VARLEN-7",)),
     "paged-repeated": (
@@ -184,10 +206,10 @@ CALLS: dict[str, tuple[str, Inputs, dict[str, Any], tuple[str, ...]]] = {
         {},
         (),
     ),
-    "paged-all": ("All options together, in blocks.", paged(PERMUTED, (5, 1, 0, 9)), {**ALL, "slopes": True}, ()),
-    "paged-size-64": (
-        "Decoding with heads of 64.",
-        paged(((1, 0),), (21,), (1,), blocks=3, block_size=16, heads=4, kv_heads=2, sizes=(64, 64)),
+    "paged-all": ("All options together, in blocks.", paged(SHARED, (5, 1, 0, 11)), {**ALL, "slopes": True}, ()),
+    "paged-size-128": (
+        "Decoding with heads of 128.",
+        generated(paged(((1, 0),), (21,), (1,), blocks=3, block_size=16, heads=2, kv_heads=1, sizes=(128, 128))),
         LOWER_RIGHT,
         (),
     ),
@@ -198,8 +220,6 @@ GRADIENTS = (
     "plain",
     "lower-right",
     "offsets",
-    "window",
-    "softcap",
     "sinks",
     "slopes",
     "all",
