@@ -216,6 +216,9 @@ CALLS: dict[str, tuple[str, Inputs, dict[str, Any], tuple[str, ...]]] = {
 }
 """Title, inputs, options and further clauses of each call."""
 
+IN_ALL_DTYPES = ("plain", "all", "paged", "paged-all")
+"""The calls that are asked in all dtypes; a compiled target compiles for each."""
+
 GRADIENTS = (
     "plain",
     "lower-right",
@@ -276,7 +279,6 @@ def describe(
     inputs: Mapping[str, Input],
     options: Mapping[str, Any],
     clauses: Sequence[str] = (),
-    **more: Any,
 ) -> Description:
     """Describe a case; the clauses and features that follow from its arguments are added."""
     words = [word for word in (*inputs, *options) if word in FEATURES]
@@ -293,7 +295,7 @@ def describe(
         options=options,
         tags=("structured",),
         lse=function == FORWARD,
-        **{"dtypes": ALL_DTYPES, **more},
+        dtypes=ALL_DTYPES if name in IN_ALL_DTYPES else ("float32", "bfloat16"),
     )
 
 
