@@ -92,6 +92,11 @@ class VarlenBounds:
         array = self._arrays.get(name)
         return softmax_dtype_name(self._dtype) if array is None else dtype_name(array)
 
+    @property
+    def parts(self) -> list[AttentionBounds[Any]]:
+        """The bounds of each sequence."""
+        return [part for _, part in self._parts]
+
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the largest error of each element."""
         parts = [(sequence, part, part.allowances(precision)) for sequence, part in self._parts]
