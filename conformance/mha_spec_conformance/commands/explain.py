@@ -247,7 +247,7 @@ def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None)
     ]
     keywords += [f"{word}=True" for name, word in function.optional.items() if name in case.expected]
     keywords = [word for word in keywords if word.partition("=")[0] not in function.operands]
-    operands = [str(case.options.get(name, name)) for name in function.operands]
+    operands = [name if name in inputs else str(case.options.get(name)) for name in function.operands]
     call = f"{case.function}({', '.join([*operands, *keywords])})"
     body = "\n".join([*head, f"print({call})"])
     return "without the suite:\n" + textwrap.indent(body, "    ")
