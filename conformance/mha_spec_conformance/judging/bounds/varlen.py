@@ -83,12 +83,11 @@ class VarlenBounds:
         arrays |= {name: x for name, x in (("bias", bias), ("sinks", call.sinks)) if x is not None}
         part = kind(arrays, call.options, steps.attention)
         part.use({name: self._dtype_of(name) for name in arrays})
+        part.evaluation.linear_bias = 0.0 if bias is None else bias
         self._parts.append((call.sequence, part))
 
     def _dtype_of(self, name: str) -> str:
-        """Return the dtype of an array in the run; a bias is rounded to the softmax's type."""
-        if name == "bias":
-            return "float64"
+        """Return the dtype of an array in the run; that of a linear bias is the softmax's type."""
         array = self._arrays.get(name)
         return softmax_dtype_name(self._dtype) if array is None else dtype_name(array)
 
