@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, cast
+
+import numpy
 
 from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, placement_of, storage_of
 from .errors import refuse_type, refuse_value
@@ -20,6 +22,7 @@ __all__ = [
     "check_same_device",
     "is_mapping",
     "is_sequence",
+    "python_values",
     "require_array",
     "shape_of",
 ]
@@ -92,6 +95,12 @@ def is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
 def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
     """Tell whether a value is a list or a tuple."""
     return isinstance(value, (list, tuple))
+
+
+def python_values(value: object) -> list[Any] | None:
+    """Return the entries of a list, a tuple or a NumPy array as Python values, or None for another value."""
+    entries: object = cast("Any", value).tolist() if isinstance(value, numpy.ndarray) else value
+    return [plain(entry) for entry in entries] if is_sequence(entries) else None
 
 
 def check_integers(label: str, value: object, query: Array, shape: tuple[int, ...], axes: str, clause: str) -> None:

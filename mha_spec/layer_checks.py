@@ -285,11 +285,12 @@ def _check_numbers(
     axes = () if sections is None else (len(sections),)
     expected = (*axes, *sizes)
     if shape is None or not 1 <= len(shape) <= len(expected) or not _fit(shape, expected[-len(shape) :]):
-        last = f"({length},)={sizes[1:]}, (batch, {length})={sizes}"
-        every = f" or (len(sections), batch, {length})={expected}" if axes else ""
+        labels = (f"({length},)", f"(batch, {length})", f"(len(sections), batch, {length})")[: len(expected)]
+        shapes = [f"{label}={expected[-rank:]}" for rank, label in enumerate(labels, start=1)]
         refuse_value(
             "MHA-ROTARY-6" if sections is None else "MHA-ROTARY-17",
-            f"`positions` must have shape {last}{every}, received shape={'<unknown>' if shape is None else shape}.",
+            f"`positions` must have shape {' or '.join(shapes)}, "
+            f"received shape={'<unknown>' if shape is None else shape}.",
         )
 
 

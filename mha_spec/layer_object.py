@@ -33,14 +33,14 @@ class CallWeightOptions(WeightOptions, total=False):
     """The options of a call that returns weights."""
 
     positions: Array | Sequence[Any] | None
-    """By which queries and new keys turn; counted by default (MHA-LAYER-7)."""
+    """The positions of queries and new keys in the rotation; by default they are counted (MHA-LAYER-7)."""
 
 
 class CallOptions(Options, total=False):
     """The options of a call of a layer."""
 
     positions: Array | Sequence[Any] | None
-    """By which queries and new keys turn; counted by default (MHA-LAYER-7)."""
+    """The positions of queries and new keys in the rotation; by default they are counted (MHA-LAYER-7)."""
 
 
 class LayerOptions(TypedDict, total=False):

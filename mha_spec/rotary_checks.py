@@ -6,9 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import numpy
-
-from .array_checks import is_mapping, is_sequence, require_array
+from .array_checks import is_mapping, python_values, require_array
 from .arrays import FLOATING, dtype_name, library_of
 from .errors import refuse_type, refuse_value
 from .scalars import check_flag, check_number, is_integer, is_number, plain, short_repr
@@ -108,12 +106,14 @@ def _check_frequencies(
     if like is not None and library_of(frequencies) not in (None, "numpy"):
         _check_unread(frequencies, rotary_dim, like)
         return frequencies
-    numbers = _numbers(frequencies)
+    shape = cast("tuple[int, ...] | None", getattr(frequencies, "shape", None))
+    numbers = _numbers(frequencies) if shape is None or len(shape) == 1 else ()
     if len(numbers) != rotary_dim // 2:
+        fix = f" rotary_dim={2 * len(numbers)} turns that many components." if numbers else ""
         refuse_value(
             "MHA-ROTARY-7",
-            f"`frequencies` must have shape (rotary_dim/2,)=({rotary_dim // 2},), received shape=({len(numbers)},)."
-            f" rotary_dim={2 * len(numbers)} turns that many components.",
+            f"`frequencies` must have shape (rotary_dim/2,)=({rotary_dim // 2},), "
+            f"received shape={(len(numbers),) if shape is None else shape}.{fix}",
         )
     if not all(0 <= number < math.inf for number in numbers):
         refuse_value("MHA-ROTARY-7", f"`frequencies` must be finite and >=0, received {short_repr(frequencies)}.")
@@ -143,13 +143,12 @@ def _check_unread(frequencies: Array, rotary_dim: int, like: Array) -> None:
 
 def _numbers(frequencies: object) -> tuple[float, ...]:
     """Convert a sequence of numbers or a NumPy array of rank 1 to Python floats."""
-    listed: object = cast("Any", frequencies).tolist() if isinstance(frequencies, numpy.ndarray) else frequencies
-    numbers: list[Any] = [plain(number) for number in listed] if is_sequence(listed) else [None]
-    if not all(map(is_number, numbers)):
+    numbers = python_values(frequencies)
+    if numbers is None or not all(map(is_number, numbers)):
         refuse_type(
             "MHA-ROTARY-7",
             "`frequencies` must be None, a sequence of numbers or an array (rotary_dim/2,), in settings of a layer a "
-            f"NumPy array, received {short_repr(listed)} of type {type(listed).__name__}.",
+            f"NumPy array, received {short_repr(frequencies)} of type {type(frequencies).__name__}.",
         )
     return tuple(float(number) if abs(number) <= LARGEST else math.inf for number in numbers)
 
@@ -170,17 +169,16 @@ def _check_sections(sections: object, rotary_dim: int) -> tuple[int, ...] | None
     """Return the number of pairs of each axis of positions, together all pairs that turn (MHA-ROTARY-17)."""
     if sections is None:
         return None
-    held: object = cast("Any", sections).tolist() if isinstance(sections, numpy.ndarray) else sections
-    counts: list[Any] = [plain(count) for count in held] if is_sequence(held) else [None]
-    if not all(map(is_integer, counts)):
+    counts = python_values(sections)
+    if counts is None or not all(map(is_integer, counts)):
         refuse_type(
             "MHA-ROTARY-17",
-            f"`sections` must be None or a sequence of integers, received sections={short_repr(held)}.",
+            f"`sections` must be None or a sequence of integers, received sections={short_repr(sections)}.",
         )
     if min(counts, default=-1) < 0 or sum(counts) != rotary_dim // 2:
         refuse_value(
             "MHA-ROTARY-17",
             f"`sections` must be integers >= 0 whose sum is rotary_dim/2={rotary_dim // 2}, the number of pairs, "
-            f"received sections={short_repr(held)}.",
+            f"received sections={short_repr(counts)}.",
         )
     return tuple(counts)

@@ -9,20 +9,22 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy
 
-from .array_checks import is_mapping, is_sequence
+from .array_checks import is_mapping, is_sequence, python_values
 from .errors import refuse_type, refuse_value
-from .scalars import check_flag, check_integer, is_integer, is_number, plain, short_repr
+from .scalars import are_equal_numbers, check_flag, check_integer, is_integer, is_number, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["rotary_frequencies"]
+__all__ = ["LARGEST_DIM", "rotary_frequencies"]
 
-LARGEST = float(numpy.finfo(numpy.float32).max)
+LARGEST_FLOAT32 = float(numpy.finfo(numpy.float32).max)
+LARGEST_DIM = 2**20
+"""The largest size for which frequencies are computed."""
 DEFAULT_BASE = 10000.0
 
 
@@ -85,10 +87,17 @@ def rotary_frequencies(
     keys = _keys(scaling)
     method = METHODS[_kind(keys)]
     _check_keys(keys, method)
-    parameters = Parameters(_joined(keys, outside), check_integer("dim", dim, 2, "MHA-ROTARY-16"), _length(seq_len))
+    parameters = Parameters(_joined(keys, outside), _checked_dim(dim), _length(seq_len))
     parameters.check()
-    with numpy.errstate(all="ignore"):  # Numbers near the ends of float32 overflow, as they do in transformers.
-        return method.compute(parameters)
+    with numpy.errstate(all="ignore"):  # Overflow in float32 is an error below.
+        frequencies, attention_factor = method.compute(parameters)
+    if not numpy.isfinite(frequencies).all():
+        refuse_value(
+            "MHA-ROTARY-16",
+            "`base` and `scaling` must give frequencies that are finite in float32, "
+            f"received base={short_repr(parameters.base)}, scaling={short_repr(scaling)}.",
+        )
+    return frequencies, attention_factor
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class Parameters:
             self.refuse("rope_theta", "be rope_theta>0")
 
     def has(self, key: str) -> bool:
-        """Tell whether a key has a value; null is none."""
+        """Tell whether a key has a value other than None."""
         return self.keys.get(key) is not None
 
     def number(self, key: str, *, default: float | None = None, least: float = 0.0) -> float:
@@ -153,7 +162,7 @@ class Parameters:
             return default
         if not is_number(value):
             self.refuse(key, "be a number", refuse_type if value is not None else refuse_value)
-        if not least <= value <= LARGEST:
+        if not least <= value <= LARGEST_FLOAT32:
             self.refuse(key, f"be finite and {key}>={least:g}")
         return value
 
@@ -176,11 +185,10 @@ class Parameters:
     def factors(self, key: str, pairs: int) -> numpy.ndarray:
         """Return a list with a positive factor for each pair, in float32."""
         value = self.keys.get(key)
-        listed: object = cast("Any", value).tolist() if isinstance(value, numpy.ndarray) else value
-        numbers: list[Any] = [plain(number) for number in listed] if is_sequence(listed) else [None]
-        if not all(map(is_number, numbers)):
+        numbers = python_values(value)
+        if numbers is None or not all(map(is_number, numbers)):
             self.refuse(key, "be a list of numbers", refuse_type)
-        if len(numbers) != pairs or not all(0 < number <= LARGEST for number in numbers):
+        if len(numbers) != pairs or not all(0 < number <= LARGEST_FLOAT32 for number in numbers):
             self.refuse(key, f"hold a number above 0 for each of {pairs} pairs")
         return numpy.asarray(numbers, dtype=numpy.float32)
 
@@ -216,7 +224,7 @@ def _dynamic(p: Parameters) -> tuple[numpy.ndarray, float]:
     length = max(longest if p.seq_len is None else p.seq_len, longest)
     growth = (factor * length / longest) - (factor - 1)
     base = p.base * growth ** (turned / (turned - 2))
-    if base > LARGEST:
+    if base > LARGEST_FLOAT32:
         refuse_value(
             "MHA-ROTARY-16", f"`seq_len` must leave a base in the range of float32, received seq_len={p.seq_len}."
         )
@@ -340,7 +348,7 @@ WITHOUT_EFFECT = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta", 
 
 
 def _keys(scaling: object) -> dict[str, Any]:
-    """Return the keys that have a value; null is none."""
+    """Return the keys that have a value other than None."""
     if scaling is None:
         return {}
     if not is_mapping(scaling):
@@ -392,13 +400,21 @@ def _joined(keys: Mapping[str, Any], outside: Mapping[str, Any]) -> dict[str, An
     """Join the dictionary with the arguments of the call, which must not contradict it."""
     for key, value in outside.items():
         held = keys.get(key)
-        if value is not None and held is not None and plain(value) != plain(held):
+        if value is not None and held is not None and value is not held and not are_equal_numbers(value, held):
             label = "base" if key == "rope_theta" else key
-            refuse_value(
+            refuse = refuse_value if is_number(plain(value)) else refuse_type
+            refuse(
                 "MHA-ROTARY-16",
                 f"`{label}` must be {key} of `scaling`, {short_repr(held)}, or None, received {short_repr(value)}.",
             )
     return {key: keys.get(key) if value is None else value for key, value in outside.items()} | dict(keys)
+
+
+def _checked_dim(dim: object) -> int:
+    size = check_integer("dim", dim, 2, "MHA-ROTARY-16")
+    if size > LARGEST_DIM:
+        refuse_value("MHA-ROTARY-16", f"`dim` must be dim<={LARGEST_DIM}, received dim={short_repr(size)}.")
+    return size
 
 
 def _length(seq_len: object) -> int | None:

@@ -15,6 +15,7 @@ from .errors import refuse_type, refuse_value
 
 __all__ = [
     "PLAIN_TYPES",
+    "are_equal_numbers",
     "as_float",
     "check_flag",
     "check_integer",
@@ -61,6 +62,12 @@ def is_number(value: object) -> TypeGuard[float]:
     return _kind_of(type(value)) is not None
 
 
+def are_equal_numbers(first: object, second: object) -> bool:
+    """Tell whether two values are Python or NumPy numbers with the same value."""
+    numbers = plain(first), plain(second)
+    return all(map(is_number, numbers)) and numbers[0] == numbers[1]
+
+
 def check_flag(label: str, value: object, clause: str = "MHA-ARG-2") -> bool:
     """Require True or False, and return it as a Python bool (MHA-ARG-2)."""
     if value is True or value is False:
@@ -100,7 +107,7 @@ def short_repr(value: object) -> str:
     """Format a value for a message, on a line of bounded length."""
     try:
         spelled = repr(value)
-    except ValueError:  # an integer of more than 4300 digits
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits, or deeply nested lists
         return f"a value of type {type(value).__name__} that is too long to show"
     spelled = " ".join(spelled.split())
     return spelled if len(spelled) <= LONGEST else f"{spelled[: LONGEST - 3]}..."

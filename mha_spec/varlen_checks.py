@@ -53,6 +53,9 @@ PAGED = PACKED | {
 SIZES = {"query": ("heads", "qk_dim"), "key": ("kv_heads", "qk_dim"), "value": ("kv_heads", "v_dim")}
 """The last axes, of which none may have size 0."""
 
+LARGEST_LENGTH = 2**53
+"""The largest cumulative length of keys in blocks, which no backend's integers exceed."""
+
 
 def varlen_arguments(function: str, options: dict[str, Any], *tensors: Any) -> VarlenArguments:
     """Check the arguments of a packed or paged call, and return them; `tensors` are the first five."""
@@ -172,10 +175,11 @@ def _check_bounds(label: str, value: Array | Sequence[int], tokens: int | None, 
                 f"`{label}` must not decrease, {label}[{index}]>={label}[{index - 1}]={before}, "
                 f"received {label}[{index}]={short_repr(number)}. Pass cumulative lengths, not lengths.",
             )
-    if tokens is not None and numbers[-1] > tokens:
+    limit, name = (LARGEST_LENGTH, "2**53") if tokens is None else (tokens, f"{axis}={tokens}")
+    if numbers[-1] > limit:
         refuse_value(
             "MHA-VARLEN-2",
-            f"`{label}` must end within the tokens, {label}[{len(numbers) - 1}]<={axis}={tokens}, "
+            f"`{label}` must end within the tokens, {label}[{len(numbers) - 1}]<={name}, "
             f"received {label}[{len(numbers) - 1}]={short_repr(numbers[-1])}.",
         )
 

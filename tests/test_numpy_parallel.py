@@ -35,6 +35,14 @@ def test_results_come_in_the_order_of_the_tasks(threads: int) -> None:
     assert parallel._shared(lambda task, _: task * task, range(101), threads) == [task * task for task in range(101)]
 
 
+def test_the_caller_works_alone_when_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool is closed when the main thread has ended, while another thread may still call."""
+    closed = ThreadPoolExecutor(1)
+    closed.shutdown()
+    monkeypatch.setattr(parallel, "_pool", lambda: closed)
+    assert parallel._shared(lambda task, _: task * task, range(7), 3) == [task * task for task in range(7)]
+
+
 @pytest.mark.parametrize("in_the_caller", [False, True])
 def test_an_error_ends_the_work_of_all(in_the_caller: bool) -> None:
     caller, failed, worked = threading.get_ident(), threading.Event(), []

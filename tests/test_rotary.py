@@ -231,6 +231,12 @@ BAD: dict[str, tuple[dict[str, Any], type[MhaSpecError], str, tuple[str, ...]]] 
     "base-text": ({"base": "10000"}, ArgumentTypeError, "base", ("number", "'10000'")),
     "flag-tuple": ({"interleaved": (False,)}, ArgumentTypeError, "interleaved", ("True or False", "(False,)")),
     "positions-long": ({"positions": range(6)}, ArgumentValueError, "positions", ("(length,)=(5,)", "shape=(6,)")),
+    "positions-expected": (
+        {"positions": range(6)},
+        ArgumentValueError,
+        "positions",
+        ("(length,)=(5,) or (batch, length)=(2, 5), received",),
+    ),
     "positions-one": ({"positions": [3]}, ArgumentValueError, "positions", ("(5,)", "shape=(1,)")),
     "positions-number": ({"positions": 3}, ArgumentValueError, "positions", ("(length,)", "shape=()")),
     "positions-batch": (

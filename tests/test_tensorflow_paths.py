@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -18,7 +19,7 @@ import mha_spec
 import mha_spec_tensorflow
 from mha_spec.arguments import OPTIONS
 from mha_spec.errors import ArgumentValueError, MhaSpecError
-from mha_spec_tensorflow import forward, plan
+from mha_spec_tensorflow import forward, plan, threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,3 +205,12 @@ def test_lengths_of_a_diagonal_are_compared_when_it_runs() -> None:
     assert partly_known(tf.zeros((1, 1, 5, 8)), tf.zeros((1, 1, 5, 8))).shape == (1, 1, 5, 8)
     with pytest.raises(tf.errors.InvalidArgumentError, match="diagonal is ambiguous"):
         partly_known(tf.zeros((1, 1, 3, 8)), tf.zeros((1, 1, 5, 8)))
+
+
+def test_the_caller_works_alone_when_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool is closed when the main thread has ended, while another thread may still call."""
+    closed = ThreadPoolExecutor(1)
+    closed.shutdown()
+    monkeypatch.setattr(threads, "_pool", lambda _: closed)
+    monkeypatch.setattr(threads, "_cores", lambda: 2)
+    assert threads.results_of([lambda number=number: number for number in range(5)]) == list(range(5))

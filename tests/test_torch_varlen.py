@@ -9,10 +9,10 @@ import pytest
 import torch
 from support.comparisons import assert_equal, assert_near
 from support.numbers import numbers
-from support.varlen import HEADS, cotangents, packed, paged
+from support.varlen import HEADS, QK_DIM, cotangents, packed, paged
 
 import mha_spec_torch
-from mha_spec import ArgumentValueError
+from mha_spec import ArgumentTypeError, ArgumentValueError
 from mha_spec_torch.calls import varlen_arguments_of
 from mha_spec_torch.packing import Packed
 
@@ -133,6 +133,39 @@ def test_a_compiled_call_takes_one_tensor_for_both_bounds_and_refuses_two() -> N
         compiled(**call | {"cu_seqlens_kv": bounds.clone()})
     with pytest.raises(ArgumentValueError, match="MHA-VARLEN-5"):
         mha_spec_torch.varlen_attention(**call | {"cu_seqlens_kv": bounds.clone()})
+
+
+def test_a_compiled_call_takes_changing_numbers_in_equal_bounds() -> None:
+    torch.compiler.reset()
+    query = torch.tensor(numbers(12, HEADS, QK_DIM))
+
+    def attend(length: int) -> Any:
+        bounds = [0, length, 12]
+        return mha_spec_torch.varlen_attention(query, query, query, bounds, list(bounds), causal=True)
+
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for length in (5, 6, 7):
+        assert_equal(compiled(length), attend(length))
+
+
+def test_a_transform_in_a_graph_is_refused() -> None:
+    torch.compiler.reset()
+    call, _ = call_of(packed)
+
+    def attend(query: torch.Tensor) -> Any:
+        output: Any = mha_spec_torch.varlen_attention(**call | {"query": query})
+        return output.nansum()
+
+    compiled = torch.compile(torch.func.grad(attend), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"`query` of varlen_attention must not be transformed by torch\.func"):
+        compiled(call["query"])
+
+
+def test_integers_that_vmap_maps_are_refused() -> None:
+    call, _ = call_of(packed)
+    bounds = torch.stack([call["cu_seqlens_q"]] * 2)
+    with pytest.raises(ArgumentTypeError, match="`cu_seqlens_q` of varlen_attention must be the same for all entries"):
+        torch.func.vmap(lambda x: mha_spec_torch.varlen_attention(**call | {"cu_seqlens_q": x}))(bounds)
 
 
 def test_the_operators_have_the_shapes_that_they_promise() -> None:

@@ -289,6 +289,12 @@ def test_one_array_of_a_library_for_both_bounds_needs_no_offset() -> None:
             ArgumentValueError,
             ["cu_seqlens_kv[5]<=kv_tokens=29", "=30"],
         ),
+        (
+            paged,
+            {"cu_seqlens_kv": [0, 5, 9, 9, 20, 10**30]},
+            ArgumentValueError,
+            ["cu_seqlens_kv[5]<=2**53", "=1000000", "VARLEN-2"],
+        ),
         (packed, {"cu_seqlens_kv": [0, 5]}, ArgumentValueError, ["`cu_seqlens_kv`", "(6,)", "(2,)", "VARLEN-2"]),
         (packed, {"cu_seqlens_kv": None}, ArgumentTypeError, ["`cu_seqlens_kv`", "block_table", "VARLEN-2"]),
         (packed, {"seqused_kv": [5, 5, 0, 1, 1]}, ArgumentValueError, ["seqused_kv[1]<=4", "=5", "VARLEN-4"]),

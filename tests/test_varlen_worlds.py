@@ -192,6 +192,21 @@ def test_tensorflow_traces_once_for_all_sizes(layout: Any) -> None:
     assert program.experimental_get_tracing_count() == 1
 
 
+def test_tensorflow_has_forward_mode_in_a_graph() -> None:
+    call = filled(**bounds(LENGTHS[0])) | OPTIONS
+    tensors = arrays_of(call, tf.constant)
+    tangent = tf.cos(7 * tensors["query"])
+
+    def push(arrays: Call) -> Any:
+        with tf.autodiff.ForwardAccumulator(tensors["query"], tangent) as accumulator:
+            results = mha_spec_tensorflow.varlen_attention(**tensors | arrays, return_lse=True)
+        return accumulator.jvp(results)
+
+    wanted = [*map(to_numpy, push({}))]
+    assert_near([*map(to_numpy, tf.function(push)(bounds(LENGTHS[0])))], wanted)
+    assert_near([*map(to_numpy, tf.function(lambda: push(LENGTHS[0]))())], wanted)
+
+
 def test_xla_needs_lengths_on_the_host() -> None:
     call = filled(**bounds(LENGTHS[0])) | OPTIONS
     tensors = arrays_of(call, tf.constant)

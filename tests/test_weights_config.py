@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from support.comparisons import assert_equal
 from support.numbers import numbers
 
 import mha_spec
 from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError
 from mha_spec.weights import LoadedLayer, layouts, load_weights
 from mha_spec.weights.families import FAMILIES, read_config
-from mha_spec_conformance.targets.conversion import same_bits
+from mha_spec_conformance.targets.conversion import same_bits, to_library
 from mha_spec_numpy import MultiHeadAttention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Array = numpy.ndarray
 
@@ -92,6 +93,20 @@ def test_the_object_holds_the_settings() -> None:
     assert numpy.array_equal(made(x, **layer.call_options), expected)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax", "tensorflow"])
+def test_the_lines_of_the_page_load_the_object_of_each_framework(library: str) -> None:
+    pytest.importorskip(library)
+    page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in page.split("```python")]
+    lines = next(block for block in blocks if f"from mha_spec_{library} import" in block)
+    state = {name: to_library(numbers(*array.shape).astype("float32"), library) for name, array in STATE.items()}
+    layer, x = loaded(state), to_library(numbers(2, 5, 11).astype("float32"), library)
+    names: dict[str, Any] = {"layer": layer, "x": x}
+    exec(lines, names)
+    assert_equal(names["attention"].params, layer.params)
+    assert_equal(names["output"], names["attention"](x, **layer.call_options))  # Nothing is dropped at random.
+
+
 def test_the_object_needs_all_biases_or_none() -> None:
     biases = zeros(q_proj__bias=(60,), k_proj__bias=(30,), v_proj__bias=(30,))
     layer = loaded(STATE | biases, model_type="qwen2")
@@ -155,8 +170,8 @@ def test_the_layer_is_read_from_the_prefix() -> None:
     assert window("model.layers.2.self_attn") == window("attn", layer=2) == window("experts.1.layers.0", layer=2)
     assert window("model.layers.3.self_attn") is None
     assert window("layer2", layer=3) is None
-    with pytest.raises(ArgumentValueError, match=r"`layer` must be that of prefix='layers\.2', received layer=3"):
-        window("layers.2", layer=3)
+    assert window("layers.2", layer=3) is None
+    assert window("layers.7", layer=2) == window("layers.2")
     with pytest.raises(ArgumentValueError, match="0<=layer<num_hidden_layers=5, received layer=5"):
         window("layers.5")
 
@@ -181,6 +196,11 @@ def test_the_bases_of_gemma_3() -> None:
     }
     for form in (older, newer):
         assert (rotary(0, **form), rotary(1, **form)) == (frequencies(5.0), frequencies(7.0, linear))
+
+
+def test_both_forms_may_name_the_same_base() -> None:
+    for base in (500, numpy.float64(500.0)):
+        assert loaded(rope_theta=base, rope_parameters={"rope_theta": 500.0}).options == loaded().options
 
 
 def test_longrope_depends_on_the_number_of_tokens() -> None:
@@ -236,6 +256,7 @@ def test_the_kv_heads_of_falcon(keys: dict[str, Any], kv_heads: int) -> None:
 
 UNTYPED: Any = load_weights
 GEMMA3 = {"model_type": "gemma3_text", "rope_theta": None}
+BASES_OF_GEMMA3 = {"rope_parameters": {"full_attention": {"rope_theta": 7.0}, "sliding_attention": {"rope_theta": 5.0}}}
 BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]] = {
     "unknown model": (
         lambda: loaded(model_type="qwen33"),
@@ -248,6 +269,59 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
         ArgumentValueError,
         ("kv_lora_rank", "mscale_all_dim"),
     ),
+    "sinks": (lambda: loaded(model_type="gpt_oss"), ArgumentValueError, ("take `sinks` out of the state",)),
+    "a size under its older name": (
+        lambda: load_weights(STATE, config={"model_type": "gpt2", "n_embd": 770, "n_head": 12}),
+        ArgumentValueError,
+        ("`config['n_embd']` must be a multiple of num_attention_heads=12", "received n_embd=770"),
+    ),
+    "no heads under their older name": (
+        lambda: load_weights(STATE, config={"model_type": "gpt2", "n_head": 0}),
+        ArgumentValueError,
+        ("`n_head` must be n_head>=1, received n_head=0",),
+    ),
+    "an odd size of a head": (
+        lambda: loaded(head_dim=9),
+        ArgumentValueError,
+        ("`config` must have an even head_dim", "received head_dim=9"),
+    ),
+    "two bases": (
+        lambda: loaded(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+        ArgumentValueError,
+        ("`config['rope_theta']` must equal rope_theta=10000.0", "received rope_theta=500.0"),
+    ),
+    "two bases in the older form": (
+        lambda: loaded(rope_scaling={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        ArgumentValueError,
+        ("`config['rope_theta']` must equal rope_theta=10000.0", "received rope_theta=500.0"),
+    ),
+    "two bases of the layers with a window": (
+        lambda: read_config({**CONFIG, **GEMMA3, **BASES_OF_GEMMA3, "rope_local_base_freq": 6.0}, 0, None),
+        ArgumentValueError,
+        ("`config['rope_local_base_freq']` must equal rope_theta=5.0", "received rope_local_base_freq=6.0"),
+    ),
+    "two shares": (
+        lambda: read_config(
+            {"model_type": "gpt_neox", "rotary_pct": 0.25, "rope_parameters": {"partial_rotary_factor": 0.5}}, 0, None
+        ),
+        ArgumentValueError,
+        ("`config['rotary_pct']` must equal partial_rotary_factor=0.5", "received rotary_pct=0.25"),
+    ),
+    "a base that is an array": (
+        lambda: loaded(rope_theta=None, rope_parameters={"rope_theta": numpy.ones(2)}),
+        ArgumentTypeError,
+        ("`rope_theta`, the base, must be a number",),
+    ),
+    "a rate of 2": (
+        lambda: loaded(attention_dropout=2),
+        ArgumentValueError,
+        ("`config['attention_dropout']` must be 0<=attention_dropout<1", "received attention_dropout=2"),
+    ),
+    "heads as an array": (
+        lambda: loaded(heads=numpy.array([4, 4])),
+        ArgumentTypeError,
+        ("`heads` must be an integer", "ndarray"),
+    ),
     "a model without a name": (
         lambda: loaded(model_type=["llama"]),
         ArgumentValueError,
@@ -256,17 +330,17 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "more layers than a model has": (
         lambda: loaded(num_hidden_layers=10**12),
         ArgumentValueError,
-        ("num_hidden_layers must be num_hidden_layers<=1048576",),
+        ("`config['num_hidden_layers']` must be num_hidden_layers<=1048576",),
     ),
     "a scalar beyond float64": (
         lambda: loaded(model_type="gemma2", query_pre_attn_scalar=10**400, layer=0),
         ArgumentValueError,
-        ("query_pre_attn_scalar must be finite",),
+        ("`config['query_pre_attn_scalar']` must be finite",),
     ),
     "a size that no array has": (
         lambda: loaded(head_dim=2**70),
         ArgumentValueError,
-        ("head_dim must be head_dim<=1048576",),
+        ("`config['head_dim']` must be head_dim<=1048576",),
     ),
     "no flag": (
         lambda: loaded(model_type="falcon", alibi=[1]),
@@ -276,7 +350,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "no number": (
         lambda: loaded(STATE | NORMS, model_type="qwen3", rms_norm_eps=float("nan")),
         ArgumentValueError,
-        ("rms_norm_eps must be finite", "nan"),
+        ("`config['rms_norm_eps']` must be finite", "nan"),
     ),
     "no dictionary": (
         lambda: load_weights(STATE, config=3),
@@ -299,7 +373,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "heads that do not divide": (
         lambda: loaded(head_dim=None),
         ArgumentValueError,
-        ("hidden_size must be a multiple of num_attention_heads=6", "hidden_size=11"),
+        ("`config['hidden_size']` must be a multiple of num_attention_heads=6", "received hidden_size=11"),
     ),
     "norms of another model": (
         lambda: loaded(STATE | NORMS),
@@ -330,7 +404,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "both forms": (
         lambda: loaded(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "default"}),
         ArgumentValueError,
-        ("rope_scaling must be null where rope_parameters are given",),
+        ("`config['rope_scaling']` must be null where rope_parameters are given",),
     ),
     "a part of the head": (
         lambda: loaded(partial_rotary_factor=0.5),
@@ -340,7 +414,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "a flat dictionary for Gemma 3": (
         lambda: loaded(STATE | NORMS, **GEMMA3, rope_parameters={"rope_type": "default"}, layer=0),
         ArgumentValueError,
-        ("rope_parameters must hold a dictionary for full_attention and for sliding_attention",),
+        ("`config['rope_parameters']` must hold a dictionary for full_attention and for sliding_attention",),
     ),
     "both directions": (
         lambda: loaded(model_type="gemma2", use_bidirectional_attention=True, layer=0),
@@ -360,7 +434,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "too few kinds": (
         lambda: loaded(model_type="gemma2", layer_types=["full_attention"]),
         ArgumentValueError,
-        ("layer_types must be a list with a kind for each of num_hidden_layers=5",),
+        ("`config['layer_types']` must be a list with a kind for each of num_hidden_layers=5",),
     ),
     "a softcap of 0": (
         lambda: loaded(model_type="gemma2", attn_logit_softcapping=0.0, layer=0),
@@ -370,7 +444,7 @@ BAD: dict[str, tuple[Callable[[], object], type[MhaSpecError], tuple[str, ...]]]
     "two names of a size": (
         lambda: loaded(model_type="gpt2", n_head=3),
         ArgumentValueError,
-        ("num_attention_heads must equal n_head=3",),
+        ("`config['num_attention_heads']` must equal n_head=3",),
     ),
     "no biases": (
         lambda: loaded(attention_bias=True),
@@ -405,7 +479,7 @@ def test_bad_configs_are_errors_that_say_what_is_expected(case: str) -> None:
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", "", "\xff"])
+@pytest.mark.parametrize("content", ["[1]", "{", "", "\xff", "[" * 100_000])
 def test_a_file_that_is_not_a_dictionary_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(content, encoding="latin-1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
@@ -73,7 +73,9 @@ def _shared(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task
 
     others: list[Future[None]] = []
     try:
-        others += (_pool().submit(work) for _ in range(threads - 1))
+        # Python starts no thread once its main thread has ended.
+        with suppress(RuntimeError):
+            others += (_pool().submit(work) for _ in range(threads - 1))
         work()
     finally:
         waiting.clear()

@@ -13,63 +13,81 @@ The backward pass takes the path of its forward pass.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 from tensorflow.python.eager.forwardprop_util import pack_tangents
-from tensorflow.python.eager.record import could_possibly_record
+from tensorflow.python.eager.record import could_possibly_record, record_operation, stop_recording
 
 from . import forward
 from .backward import gradients
 from .problem import Operands, problem_of, sizes_of, softmax_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
 
-    from .problem import Problem
-
-__all__ = ["attention", "vjp", "weights"]
+__all__ = ["attention", "differentiable", "vjp", "weights"]
 
 
 def attention(a: Arguments, seed: Array | None, *, needs_lse: bool) -> tuple[Array, Array | None]:
     """Compute the output in the query's dtype and, if needed, lse in the softmax's (MHA-DTYPE-1, MHA-LSE-2)."""
-    results = _differentiable(problem_of(a, seed), _operands(a), needs_lse=needs_lse)
+    problem = problem_of(a, seed)
+
+    def attend(x: Operands) -> tuple[Array, ...]:
+        return tuple(forward.attend(problem, x, needs_lse=needs_lse).values())
+
+    results = differentiable(attend, partial(gradients, problem), _operands(a))
     return tf.cast(results[0], a.query.dtype), tf.squeeze(results[1], -1) if needs_lse else None
 
 
-def _differentiable(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[Array, ...]:
-    """Compute the forward pass without recording it, with gradients in closed form.
+def differentiable(
+    attend: Callable[[Operands], tuple[Array, ...]], differentiate: Callable[..., Operands], x: Operands
+) -> tuple[Array, ...]:
+    """Return `attend(x)`, a forward pass that is not recorded, with gradients in closed form.
 
-    The gradients depend on the operands only, and can be differentiated again.
+    The gradients, `differentiate(x, *cotangents)`, depend on the operands only, and can be differentiated again.
     """
     if tf.executing_eagerly() and not could_possibly_record():
-        return tuple(forward.attend(problem, x, needs_lse=needs_lse).values())
+        return attend(x)
     present = {name: operand for name, operand in x._asdict().items() if operand is not None}
 
-    @tf.custom_gradient
     def call(*arrays: Array) -> tuple:
         operands = x._replace(**dict(zip(present, arrays, strict=True)))
-        results = forward.attend(problem, _unrecorded(operands), needs_lse=needs_lse)
+        results = attend(Operands(*(None if operand is None else tf.stop_gradient(operand) for operand in operands)))
 
         def pull(*cotangents: Array) -> list[Array]:
-            for cotangent, result in zip(cotangents, results.values(), strict=True):
+            for cotangent, result in zip(cotangents, results, strict=True):
                 cotangent.set_shape(result.shape)  # The rank of a caller's gradient may be unknown.
-            return [array for array in gradients(problem, operands, *cotangents) if array is not None]
+            return [array for array in differentiate(operands, *cotangents) if array is not None]
 
-        return tuple(results.values()), pull
+        return results, pull
 
-    return call(*present.values())
+    return _with_gradient(call, list(present.values()))
 
 
-def _unrecorded(x: Operands) -> Operands:
-    """Return the operands so that no tape records the forward pass.
+def _with_gradient(call: Callable[..., tuple], arrays: list[Array]) -> tuple[Array, ...]:
+    """Return the results of `call`, which returns them and a function for their gradients.
 
-    In a graph, forward mode differentiates the operations of the forward pass, not the gradients in closed form.
+    In a graph, `tf.custom_gradient` gives forward mode the operations of `call`, and not the gradients. Here they are
+    recorded with the results, so that forward mode differentiates them as it does in eager mode.
     """
-    if not tf.executing_eagerly() and pack_tangents([operand for operand in x if operand is not None]).indices:
-        return x
-    return Operands(*(None if operand is None else tf.stop_gradient(operand) for operand in x))
+    if tf.executing_eagerly() or not pack_tangents(arrays).indices:
+        return tf.custom_gradient(call)(*arrays)
+    pulls = []
+
+    def kept(*arrays: Array) -> tuple:
+        results, pull = call(*arrays)
+        pulls.append(pull)
+        return results, pull
+
+    with stop_recording():
+        results = tf.custom_gradient(kept)(*arrays)
+    record_operation("attention", list(results), arrays, pulls[0])
+    return results
 
 
 def vjp(a: Arguments, grad_output: Array, grad_lse: Array | None) -> Operands:

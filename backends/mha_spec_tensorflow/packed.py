@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import tensorflow as tf
-from tensorflow.python.eager.record import could_possibly_record
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from mha_spec.arguments import Arguments, offset_of_reading
@@ -27,6 +27,7 @@ from mha_spec.scalars import is_integer
 
 from . import forward
 from .backward import gradients
+from .function import differentiable
 from .plan import as_int64
 from .problem import Operands, problem_of, sizes_of, softmax_dtype
 
@@ -158,32 +159,9 @@ def _is_read(a: VarlenArguments) -> bool:
 
 def attention(a: VarlenArguments) -> tuple[Array, Array]:
     """Compute output (tokens, heads, v_dim) in the query's dtype, and lse (heads, tokens) in the softmax's."""
-    x, sequences = _operands(a), Sequences(a)
-    output, lse = _differentiable(a, sequences, x)
+    sequences = Sequences(a)
+    output, lse = differentiable(partial(_attend, a, sequences), partial(_gradients, a, sequences), _operands(a))
     return tf.cast(output, a.query.dtype), tf.transpose(lse)
-
-
-def _differentiable(a: VarlenArguments, sequences: Sequences, x: Operands) -> tuple[Array, Array]:
-    """Compute the forward pass without recording it, with gradients in closed form from the operands."""
-    if tf.executing_eagerly() and not could_possibly_record():
-        return _attend(a, sequences, x)
-    present = {name: operand for name, operand in x._asdict().items() if operand is not None}
-
-    @tf.custom_gradient
-    def call(*arrays: Array) -> tuple:
-        operands = x._replace(**dict(zip(present, arrays, strict=True)))
-        stopped = [None if operand is None else tf.stop_gradient(operand) for operand in operands]
-        output, lse = _attend(a, sequences, Operands(*stopped))
-
-        def pull(grad_output: Array, grad_lse: Array) -> list[Array]:
-            grad_output.set_shape(output.shape)  # The rank of a caller's gradient may be unknown.
-            grad_lse.set_shape(lse.shape)
-            grads = _gradients(a, sequences, operands, grad_output, grad_lse)
-            return [gradient for gradient in grads if gradient is not None]
-
-        return (output, lse), pull
-
-    return call(*present.values())
 
 
 def vjp(a: VarlenArguments, grad_output: Array, grad_lse: Array | None) -> VarlenGradients:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,21 +21,28 @@ _Result = TypeVar("_Result")
 
 def results_of(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
     """Return the results of independent calls, as many at a time as TensorFlow may run operations; none is recorded."""
-    threads = tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count()
+    threads = tf.config.threading.get_inter_op_parallelism_threads() or _cores()
     if threads == 1:
         return [call() for call in calls]
-    *others, last = calls
     # A scope of a device holds for its own thread only.
     eager: Any = context()
-    started = [_pool(threads).submit(_placed, call, eager.device_name) for call in others]
+    started: list[Future[_Result]] = []
+    # Python starts no thread once its main thread has ended.
+    with suppress(RuntimeError):
+        started += (_pool(threads - 1).submit(_on_device, call, eager.device_name) for call in calls[:-1])
     try:
-        result = last()
+        results = [call() for call in calls[len(started) :]]
     finally:
         wait(started)
-    return [*(future.result() for future in started), result]
+    return [*(future.result() for future in started), *results]
 
 
-def _placed(call: Callable[[], _Result], device: str | None) -> _Result:
+def _cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _on_device(call: Callable[[], _Result], device: str | None) -> _Result:
     with tf.device(device):
         return call()
 
@@ -43,8 +51,3 @@ def _placed(call: Callable[[], _Result], device: str | None) -> _Result:
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Return the threads that help the caller's; they are started on demand and kept from call to call."""
     return ThreadPoolExecutor(threads, "mha_spec_tensorflow")
-
-
-if hasattr(os, "register_at_fork"):
-    # A forked process does not have the threads.
-    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -22,7 +22,7 @@ from mha_spec.varlen_checks import varlen_arguments
 from .function import transformed
 from .paths import autocasts
 from .problem import Problem, readable
-from .symbols import TENSORS, checked, entries, example, is_open, traced
+from .symbols import TENSORS, all_equal, checked, entries, example, is_open, traced, unwrapped
 from .visibility import with_integers
 
 if TYPE_CHECKING:
@@ -138,10 +138,12 @@ def varlen_arguments_of(function: str, options: Mapping[str, Any], *tensors: Any
     check_library("torch", query)
     if autocasts(query.device.type):
         query, key, value = cast(query=query, key=key, value=value).values()
-    if not traced(query):
+    if not traced(unwrapped(query)):
         return varlen_arguments(function, dict(options), query, key, value, *bounds)
     # A sequence that holds a symbol becomes a tensor, because tensors are never read here.
+    is_shared = all_equal(*bounds)
     bounds = [entries(value, query.device) if is_open(value) else value for value in bounds]
+    bounds = [bounds[0], bounds[0]] if is_shared else bounds
     opened = {name: value for name, value in options.items() if is_open(value)}
     for name in opened.keys() & {"seqused_kv", "q_offset"}:
         opened[name] = entries(opened[name], query.device)

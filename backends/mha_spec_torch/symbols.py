@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mha_spec.checks import check
@@ -16,7 +17,7 @@ from mha_spec.checks import check
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
-__all__ = ["TENSORS", "checked", "entries", "example", "is_open", "surely", "traced"]
+__all__ = ["TENSORS", "all_equal", "checked", "entries", "example", "is_open", "surely", "traced", "unwrapped"]
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 """The classes of tensors that hold their contents; a subclass may trace or change the call."""
@@ -58,6 +59,20 @@ def entries(value: Any, device: torch.device) -> Any:
     if not isinstance(value, (list, tuple)):
         return value
     return torch.stack([torch.scalar_tensor(number, dtype=torch.int64, device=device) for number in value])
+
+
+def all_equal(first: object, second: object) -> bool:
+    """Tell whether two sequences of integers are known to be equal for all values of their symbols."""
+    if not (isinstance(first, (list, tuple)) and isinstance(second, (list, tuple))) or len(first) != len(second):
+        return False
+    return all(surely(a == b) for a, b in zip(first, second, strict=True))
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor within the wrappers of the transforms of torch.func."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
 
 
 def traced(tensor: torch.Tensor) -> bool:

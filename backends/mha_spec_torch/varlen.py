@@ -14,16 +14,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 from mha_spec.arguments import expand_options
 from mha_spec.checks import check_flag
+from mha_spec.errors import ArgumentTypeError
 from mha_spec.varlen_checks import check_cotangents
 
 from . import varlen_operators
 from .calls import varlen_arguments_of
 from .function import transformed
 from .packing import Packed
-from .symbols import traced
+from .symbols import traced, unwrapped
 from .varlen_passes import Results, backward, differentiable, forward, gradients, operands_of, recorded
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from mha_spec.varlen_arguments import VarlenOptions
+    from mha_spec.varlen_arguments import VarlenArguments, VarlenOptions
     from mha_spec.varlen_reference import VarlenGradients
 
 __all__ = ["varlen_attention", "varlen_attention_vjp"]
@@ -63,6 +65,7 @@ def _attend(tensors: Sequence[Any], return_lse: bool, options: VarlenOptions) ->
     return_lse = check_flag("return_lse", return_lse)
     operands = operands_of(a)
     if transformed():
+        _check_transform(a)
         output, lse = differentiable(Packed.of(a), *operands)
     elif traced(a.query):
         output, lse = varlen_operators.attend(a)
@@ -98,8 +101,28 @@ def _differentiate(
     operands = operands_of(a)
     is_differentiated = any(x is not None and x.requires_grad for x in (*operands, *cotangents))
     if transformed() or (torch.is_grad_enabled() and is_differentiated):
+        _check_transform(a)
         return gradients(Packed.of(a), operands, *cotangents)
     if traced(a.query):
         return varlen_operators.gradients(a, *cotangents)
     packed = Packed.of(a)
     return backward(packed, Results(*operands, *forward(packed, *operands, needs_lse=True)), *cotangents)
+
+
+def _check_transform(a: VarlenArguments) -> None:
+    """Refuse integers that cannot be read: those of a graph, and those that `torch.func.vmap` maps."""
+    if traced(unwrapped(a.query)):
+        raise ArgumentTypeError(
+            f"`query` of {a.function} must not be transformed by torch.func, nor require gradients of gradients, where "
+            "torch.compile traces the call, received such a tensor. Compile without the transform and take gradients "
+            "with torch.autograd or varlen_attention_vjp under torch.no_grad(), or leave out torch.compile. [MHA-ARG-4]"
+        )
+    for name in ("cu_seqlens_q", "cu_seqlens_kv", "seqused_kv", "q_offset", "block_table"):
+        value = getattr(a, name)
+        while isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
+            if is_batchedtensor(value):
+                raise ArgumentTypeError(
+                    f"`{name}` of {a.function} must be the same for all entries of torch.func.vmap, received a tensor "
+                    f"that vmap maps. Pass in_dims=None for `{name}`, or call {a.function} for each entry. [MHA-ARG-4]"
+                )
+            value = get_unwrapped(value)

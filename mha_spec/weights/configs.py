@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from mha_spec.array_checks import is_sequence
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
-from mha_spec.scalars import check_flag, check_integer, is_integer, is_number, plain, short_repr
+from mha_spec.scalars import are_equal_numbers, check_flag, check_integer, is_integer, is_number, plain, short_repr
 
 from .operations import is_mapping
 
@@ -39,7 +39,7 @@ def mapping_of_config(config: object) -> Mapping[str, Any]:
     path = Path(cast("str", config))
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArgumentValueError(f"`config` must be a JSON file, received config={str(path)!r}: {error}") from error
     if not is_mapping(held):
         raise ArgumentValueError(
@@ -58,7 +58,7 @@ class Config:
 
     def get(self, key: str) -> Any:
         """Return the value of a key, which may be null, or its default where the key is absent."""
-        names = [name for name in dict.fromkeys((key, self._other_names.get(key, key))) if name in self._keys]
+        names = self._names(key)
         self._read.update((key, *names))
         values = [plain(self._keys[name]) for name in names]
         if any(repr(value) != repr(values[0]) for value in values[1:]):
@@ -74,8 +74,8 @@ class Config:
         value = self.get(key)
         if value is None:
             self.refuse(key, "be given")
-        if check_integer(key, value, least, CLAUSE) > most:
-            self.refuse(key, f"be {key}<={most}")
+        if check_integer(self._name(key), value, least, CLAUSE) > most:
+            self.refuse(key, f"be {self._name(key)}<={most}")
         return value
 
     def optional_integer(self, key: str, most: int = 2**53) -> int | None:
@@ -85,7 +85,7 @@ class Config:
     def flag(self, key: str) -> bool:
         """Return a bool; null is False."""
         value = self.get(key)
-        return value is not None and check_flag(key, value, CLAUSE)
+        return value is not None and check_flag(self._name(key), value, CLAUSE)
 
     def number(self, key: str) -> float | None:
         """Return a finite number of at least 0, or None for null."""
@@ -106,9 +106,17 @@ class Config:
         return value
 
     def refuse(self, key: str, must: str) -> NoReturn:
-        """Raise an error that names a key."""
-        value = self._keys.get(key, self._defaults.get(key))
-        raise ArgumentValueError(f"`config` must be legal: {key} must {must}, received {key}={short_repr(value)}.")
+        """Raise an error that names a key as the configuration does."""
+        name = self._name(key)
+        value = self._keys.get(name, self._defaults.get(key))
+        raise ArgumentValueError(f"`config[{name!r}]` must {must}, received {name}={short_repr(value)}.")
+
+    def _names(self, key: str) -> list[str]:
+        """Return the names of a key that the configuration has."""
+        return [name for name in dict.fromkeys((key, self._other_names.get(key, key))) if name in self._keys]
+
+    def _name(self, key: str) -> str:
+        return next(iter(self._names(key)), key)
 
     def refuse_use(self, key: str, reason: str) -> None:
         """Raise an error if a flag asks for a computation that the layer lacks."""
@@ -128,6 +136,23 @@ class Config:
         if not is_sequence(types) or len(types) < layers:
             self.refuse("layer_types", f"be a list with a kind for each of num_hidden_layers={layers}")
         return [str(kind) for kind in types]
+
+    def rate(self, key: str) -> float:
+        """Return a rate of dropout; null is 0."""
+        rate = self.number(key) or 0.0
+        if rate >= 1:
+            self.refuse(key, f"be 0<={key}<1")
+        return rate
+
+    def value_of_rotation(self, key: str, rotation: Any, name: str) -> Any:
+        """Return the value of a key, or of `name` in the dictionary of the rotation, which must not contradict it."""
+        value = self.get(key)
+        held = rotation.get(name) if is_mapping(rotation) else None
+        if held is None:
+            return value
+        if self.has(key) and not are_equal_numbers(value, held):
+            self.refuse(key, f"equal {name}={short_repr(held)}, which the dictionary of the rotation holds")
+        return held
 
     def index(self, key: str, position: object, length: int) -> int:
         """Return a position below `length`."""

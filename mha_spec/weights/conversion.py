@@ -76,7 +76,7 @@ def load_weights(
             every name with it must be known.
         config: The configuration of a model of Hugging Face, the dictionary or the path of its config.json; it sets the
             sizes and the options. docs/weights.md lists its models and keys.
-        layer: The index of the layer, where the layers of the config differ; None reads it from the prefix.
+        layer: The index of the layer, where the layers of the config differ; None is the number in the prefix.
         seq_len: The number of tokens, on which the rotations "dynamic" and "longrope" depend; see rotary_frequencies.
 
     Returns:
@@ -98,7 +98,7 @@ def load_weights(
     read = read_config(mapping_of_config(config), _index(prefix, layer), seq_len)
     table = _table(read.layout if layout is None else layout)
     for name, value in {"heads": heads, "kv_heads": kv_heads}.items():
-        if value not in (None, read.sizes[name]):
+        if value is not None and check_integer(name, value, 1, "MHA-PROJ-4") != read.sizes[name]:
             raise ArgumentValueError(f"`{name}` must be that of config, {read.sizes[name]}, received {name}={value!r}.")
     if table.one_less != _table(read.layout).one_less:
         raise ArgumentValueError(
@@ -135,15 +135,14 @@ def _loaded(
 
 
 def _index(prefix: object, layer: int | None) -> int | None:
-    """Return the index of the layer, which a prefix with a single number has, too."""
+    """Return the index of the layer: `layer`, or else the single number of a prefix.
+
+    The names of a part of a model count its layers from 0, so that an explicit `layer` may differ from the prefix.
+    """
     if layer is not None:
-        layer = check_integer("layer", layer, 0, "MHA-PROJ-4")
+        return check_integer("layer", layer, 0, "MHA-PROJ-4")
     numbers = re.findall(r"(?:^|[./])([0-9]+)(?=[./]|$)", prefix) if isinstance(prefix, str) else []
-    if len(numbers) != 1:
-        return layer
-    if layer not in (None, int(numbers[0])):
-        raise ArgumentValueError(f"`layer` must be that of prefix={prefix!r}, received layer={layer}.")
-    return int(numbers[0])
+    return int(numbers[0]) if len(numbers) == 1 else None
 
 
 def _of_table(options: Mapping[str, Any], table: Layout) -> dict[str, Any]:

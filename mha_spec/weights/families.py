@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mha_spec.errors import ArgumentValueError
-from mha_spec.rotary_scaling import rotary_frequencies
-from mha_spec.scalars import short_repr
+from mha_spec.rotary_scaling import LARGEST_DIM, rotary_frequencies
+from mha_spec.scalars import are_equal_numbers, short_repr
 
 from .configs import Config
 from .operations import is_mapping
@@ -23,8 +23,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 BIASES = ("b_q", "b_k", "b_v", "b_o")
 
-LARGEST = 2**20
-"""The largest size, and the largest number of layers, for which lists are made."""
+MOST_LAYERS = 2**20
+"""The largest number of layers for which a list of their kinds is made."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _every_head(_: Config, heads: int) -> int:
 
 def _falcon_kv_heads(config: Config, heads: int) -> int:
     multi_query, grouped = config.flag("multi_query"), config.flag("new_decoder_architecture")
-    given = config.optional_integer("num_kv_heads")
-    return (given or heads) if grouped else 1 if multi_query else heads
+    kv_heads = config.optional_integer("num_kv_heads")
+    return (kv_heads or heads) if grouped else 1 if multi_query else heads
 
 
 _LLAMA = Family(
@@ -309,7 +309,8 @@ REFUSED = {
         "that follows from mscale_all_dim",
     ),
     **dict.fromkeys(("cohere", "cohere2"), "its norms subtract the mean"),
-    "gpt_oss": "sinks belong to the weights; load them with the layout llama and pass sinks=",
+    "gpt_oss": "sinks belong to the weights; take `sinks` out of the state, load the others with the layout llama, and "
+    "pass sinks=",
     "llama4_text": "queries are scaled by their position, and layers attend within chunks",
 }
 """Types of models that the layer cannot compute, with the reason."""
@@ -327,8 +328,8 @@ def read_config(keys: Mapping[str, Any], layer: int | None, seq_len: int | None)
     config.get("model_type")
     for key, reason in family.refused.items():
         config.refuse_use(key, f"in {name}, {reason}")
-    embed, heads = (config.integer(key, most=LARGEST) for key in ("hidden_size", "num_attention_heads"))
-    qk_dim = config.optional_integer("head_dim", most=LARGEST) or _share(config, embed, heads)
+    embed, heads = (config.integer(key, most=LARGEST_DIM) for key in ("hidden_size", "num_attention_heads"))
+    qk_dim = config.optional_integer("head_dim", most=LARGEST_DIM) or _share(config, embed, heads)
     read_kv_heads = _grouped if family.kv_heads is None else family.kv_heads
     kv_heads = read_kv_heads(config, heads)
     kind, position = _kind_of_layer(config, family, layer)
@@ -346,7 +347,7 @@ def read_config(keys: Mapping[str, Any], layer: int | None, seq_len: int | None)
         family.layout,
         {"embed": embed, "heads": heads, "kv_heads": kv_heads, "qk_dim": qk_dim},
         options | {option: value for option, value in optional.items() if value is not None},
-        config.number(family.dropout) or 0.0,
+        config.rate(family.dropout),
         family.alibi,
         _biases(config, family),
         _ignored(keys, inner, config.unread),
@@ -395,7 +396,7 @@ def _is_scaled(config: Config, family: Family) -> bool:
 
 def _kind_of_layer(config: Config, family: Family, layer: int | None) -> tuple[str, int]:
     """Return the kind of the layer and its index, which may be unknown, 0, where all layers are the same."""
-    layers = config.integer("num_hidden_layers", most=LARGEST)
+    layers = config.integer("num_hidden_layers", most=MOST_LAYERS)
     kinds = None if family.types is None else config.layer_types(layers) or family.types(config, layers)
     kinds = [FULL] * layers if kinds is None else kinds
     if layer is None and (len({*kinds[:layers]}) > 1 or _is_scaled(config, family)):
@@ -411,22 +412,25 @@ def _kind_of_layer(config: Config, family: Family, layer: int | None) -> tuple[s
 
 def _rotary(config: Config, family: Family, qk_dim: int, kind: str, seq_len: int | None) -> dict[str, Any]:
     """Return the options of the rotation, from either form of the configuration."""
-    base, original = config.get(family.base), None
-    share = config.get(family.share or "partial_rotary_factor")
+    key_of_base, original = family.base, None
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
     if scaling is not None and parameters is not None and repr(scaling) != repr(parameters):
         config.refuse("rope_scaling", "be null where rope_parameters are given")
     scaling = parameters if scaling is None else scaling
     if family.layout == "gemma3":
-        scaling, base = _rotary_of_gemma3(config, scaling, kind, base)
+        scaling, key_of_base = _rotary_of_gemma3(config, scaling, kind)
     if family.layout == "phi3":
         original, scaling = config.optional_integer("original_max_position_embeddings"), _longrope(scaling)
-    if is_mapping(scaling):
-        base = None if scaling.get("rope_theta") is not None else base
-        share = share if scaling.get("partial_rotary_factor") is None else scaling["partial_rotary_factor"]
-    if family.share is None and share is not None and repr(share) not in ("1", "1.0"):
+    base = config.value_of_rotation(key_of_base, scaling, "rope_theta")
+    share = config.value_of_rotation(family.share or "partial_rotary_factor", scaling, "partial_rotary_factor")
+    if family.share is None and share is not None and not are_equal_numbers(share, 1):
         raise ArgumentValueError(
             f"`config` has partial_rotary_factor={short_repr(share)}, but this model turns whole heads."
+        )
+    if qk_dim % 2 and (share is None or are_equal_numbers(share, 1)):
+        raise ArgumentValueError(
+            "`config` must have an even head_dim, by default hidden_size / num_attention_heads, because components "
+            f"turn in pairs, received head_dim={qk_dim}."
         )
     frequencies, factor = rotary_frequencies(
         scaling,
@@ -441,14 +445,16 @@ def _rotary(config: Config, family: Family, qk_dim: int, kind: str, seq_len: int
     return {"rotary_dim": 2 * len(numbers), "frequencies": numbers, "attention_factor": factor}
 
 
-def _rotary_of_gemma3(config: Config, scaling: Any, kind: str, base: Any) -> tuple[Any, Any]:
-    """Layers with a window have a base of their own, which is not scaled."""
-    local = config.get("rope_local_base_freq")
+def _rotary_of_gemma3(config: Config, scaling: Any, kind: str) -> tuple[Any, str]:
+    """Return the dictionary of a kind of layer and the key of its base; layers with a window are not scaled."""
+    keys = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
+    for key in keys.values():
+        config.get(key)  # Both are read: a layer of the other kind has the other.
     if config.has("rope_parameters"):
         if not is_mapping(scaling) or scaling.keys().isdisjoint((FULL, SLIDING)):
             config.refuse("rope_parameters", f"hold a dictionary for {FULL} and for {SLIDING}")
-        return scaling.get(kind), base if kind == FULL else local
-    return (scaling, base) if kind == FULL else (None, local)
+        return scaling.get(kind), keys[kind]
+    return scaling if kind == FULL else None, keys[kind]
 
 
 def _longrope(scaling: Any) -> Any:
