@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 FORWARD, VJP = "varlen_attention", "varlen_attention_vjp"
 
-Q_LENGTHS, KV_LENGTHS = (3, 0, 5, 1), (5, 4, 0, 11)
-EQUAL = (3, 1, 7, 0)
-USED = (4, 4, 0, 9)
-Q_TAIL, KV_TAIL = 2, 3
+Q_LENGTHS, KV_LENGTHS = (1, 0, 1, 2, 3), (3, 2, 0, 5, 1)
+Q_TOKENS, KV_TOKENS = 8, 13
+"""The tokens of most calls, so that a compiled target compiles once for calls that differ in their lengths."""
+USED = (2, 2, 0, 4, 1)
 SLOPES = (0.5, 0.25, 1.0, 0.125)
 UNITS = {"query": 2.0**-3, "key": 2.0**-6, "value": 2.0**-3}
 """The units of generated inputs: the logits of long heads stay small."""
@@ -51,19 +51,18 @@ def packed(
     *,
     heads: int = 4,
     kv_heads: int = 2,
-    sizes: tuple[int, int] = (7, 5),
-    tails: tuple[int, int] = (Q_TAIL, KV_TAIL),
-    tail: float = numpy.nan,
+    sizes: tuple[int, int] = (5, 3),
+    tokens: tuple[int, int] = (Q_TOKENS, KV_TOKENS),
 ) -> Inputs:
-    """Return a packed call, whose tokens behind the last sequence hold `tail`."""
-    q_tokens, kv_tokens = sum(q_lengths) + tails[0], sum(kv_lengths) + tails[1]
+    """Return a packed call, whose tokens behind the last sequence hold NaN."""
+    q_tokens, kv_tokens = tokens
     shapes = {"query": (q_tokens, heads, sizes[0]), "key": (kv_tokens, kv_heads, sizes[0])}
     shapes["value"] = (kv_tokens, kv_heads, sizes[1])
     inputs = {}
     for name, shape in shapes.items():
         array = bell(shape, 2.0**-3, "packed", name)
         end = sum(q_lengths if name == "query" else kv_lengths)
-        array[end:] = tail
+        array[end:] = numpy.nan
         inputs[name] = Input(array)
     return inputs | {"cu_seqlens_q": bounds(q_lengths), "cu_seqlens_kv": bounds(kv_lengths)}
 
@@ -88,30 +87,32 @@ def paged(
     used: Sequence[int],
     q_lengths: Sequence[int] = Q_LENGTHS,
     *,
-    blocks: int = 8,
-    block_size: int = 4,
+    blocks: int = 7,
+    block_size: int = 3,
     heads: int = 4,
     kv_heads: int = 2,
-    sizes: tuple[int, int] = (7, 5),
-    poison: bool = True,
+    sizes: tuple[int, int] = (5, 3),
+    q_tokens: int = Q_TOKENS,
     by: str = "seqused_kv",
 ) -> Inputs:
-    """Return a paged call, with lengths `by` an argument; slots that no sequence has hold NaN, if `poison`."""
-    inputs = {"query": packed(q_lengths, used, heads=heads, sizes=sizes)["query"], "cu_seqlens_q": bounds(q_lengths)}
+    """Return a paged call, with lengths `by` an argument; slots that no sequence has hold NaN."""
+    query = packed(q_lengths, (), heads=heads, sizes=sizes, tokens=(q_tokens, 0))["query"]
+    inputs = {"query": query, "cu_seqlens_q": bounds(q_lengths)}
     seen = numpy.zeros((blocks, block_size), dtype=bool)
     for row, length in zip(table, used, strict=True):
         for j in range(length):
             seen[row[j // block_size], j % block_size] = True
     for name, size in zip(("key", "value"), sizes, strict=True):
         array = bell((blocks, block_size, kv_heads, size), 2.0**-3, "paged", name)
-        inputs[name] = Input(numpy.where(seen[..., None, None], array, numpy.nan) if poison else array)
+        inputs[name] = Input(numpy.where(seen[..., None, None], array, numpy.nan))
     lengths = bounds(used) if by == "cu_seqlens_kv" else integers(numpy.array(used))
     return inputs | {"block_table": integers(numpy.array(table)), by: lengths}
 
 
-PERMUTED = ((6, 2, -1), (5, -1, 1000), (-1, -1, -1), (3, 0, 7))
-SHARED = ((6, 2, -1), (6, -1, 1000), (-1, -1, -1), (6, 2, 7))
-REPEATED = ((6, 6, -1), (5, -1, 1000), (-1, -1, -1), (3, 3, 3))
+PERMUTED = ((4, 2, -1), (3, -1, 1000), (-1, -1, -1), (6, 0, 5), (1, -1, -1))
+SHARED = ((4, 2, -1), (4, -1, 1000), (-1, -1, -1), (4, 2, 6), (2, -1, 9))
+REPEATED = ((4, 4, -1), (5, -1, 1000), (-1, -1, -1), (3, 3, 3), (3, -1, 9))
+IN_BLOCKS, IN_SHARED = (4, 1, 0, 7, 1), (4, 1, 0, 8, 2)
 
 
 def with_used(inputs: Inputs) -> Inputs:
@@ -133,18 +134,13 @@ def with_options(inputs: Inputs, **options: Any) -> tuple[Inputs, dict[str, Any]
     return inputs | arrays, options
 
 
-ALL = {"causal": True, "q_offset": "lower_right", "window": (6, None), "scale": 0.75, "softcap": 2.0, "sinks": True}
-HINTS, TEN = {"max_seqlen_q": 5, "max_seqlen_kv": 11}, ("MHA-VARLEN-10",)
-ALL_PACKED = {**ALL, "slopes": True, "max_seqlen_q": 7, "max_seqlen_kv": 11}
+ALL = {"causal": True, "q_offset": "lower_right", "window": (2, None), "scale": 0.75, "softcap": 2.0, "sinks": True}
+HINTS, TEN = {"max_seqlen_q": 3, "max_seqlen_kv": 5}, ("MHA-VARLEN-10",)
+ALL_PACKED = {**ALL, "slopes": True, "max_seqlen_q": 7, "max_seqlen_kv": 5}
 
 CALLS: dict[str, tuple[str, Inputs, dict[str, Any], tuple[str, ...]]] = {
-    "plain": ("Four sequences, of which one has no queries and one no keys.", packed(), {}, ("MHA-VARLEN-3",)),
-    "equal": (
-        "Causal self-attention of packed sequences.",
-        packed(EQUAL, EQUAL),
-        {"causal": True, "q_offset": "lower_right"},
-        (),
-    ),
+    "plain": ("Five sequences, of which one has no queries and one no keys.", packed(), {}, ("MHA-VARLEN-3",)),
+    "equal": ("Causal self-attention of packed sequences.", packed(*[(2, 1, 3, 0, 1)] * 2), LOWER_RIGHT, ()),
     "lower-right": ("The diagonal at the lower right of each sequence.", packed(), LOWER_RIGHT, ("MHA-VARLEN-5",)),
     "upper-left": (
         "The diagonal at the upper left of each sequence.",
@@ -152,9 +148,9 @@ CALLS: dict[str, tuple[str, Inputs, dict[str, Any], tuple[str, ...]]] = {
         {"causal": True, "q_offset": "upper_left"},
         (),
     ),
-    "offsets": ("An offset for each sequence.", packed(), {"causal": True, "q_offset": [2, 0, -1, 8]}, ()),
-    "one-offset": ("One offset for all sequences.", packed(), {"causal": True, "q_offset": 3}, ()),
-    "window": ("A window of both sides in each sequence.", packed(), {"window": (2, 1), "q_offset": "lower_right"}, ()),
+    "offsets": ("An offset for each sequence.", packed(), {"causal": True, "q_offset": [0, 0, -1, 1, 0]}, ()),
+    "one-offset": ("One offset for all sequences.", packed(), {"causal": True, "q_offset": 2}, ()),
+    "window": ("A window of both sides in each sequence.", packed(), {"window": (2, 0), "q_offset": "lower_right"}, ()),
     "scale": ("A negative scale, and the longest length of the keys.", packed(), {"scale": -0.5, **HINTS}, TEN),
     "softcap": ("A soft cap, and the longest length of the keys.", packed(), {"softcap": 1.5, **HINTS}, TEN),
     "hints": ("The longest lengths, which change nothing.", packed(), HINTS, TEN),
@@ -165,59 +161,84 @@ CALLS: dict[str, tuple[str, Inputs, dict[str, Any], tuple[str, ...]]] = {
         {"slopes": True, "q_offset": "lower_right"},
         (),
     ),
-    "all": ("All options together.", with_used(packed()), ALL_PACKED, ("MHA-VARLEN-10",)),
+    "all": ("All options together.", with_used(packed()), ALL_PACKED, TEN),
     "no-groups": ("As many key heads as query heads.", packed(heads=3, kv_heads=3), LOWER_RIGHT, ()),
     "one-kv-head": ("A single key head.", packed(heads=3, kv_heads=1), LOWER_RIGHT, ()),
-    "used": ("Keys behind those in use.", with_used(packed()), LOWER_RIGHT, ()),
-    "one-sequence": ("A single sequence, which fills the arrays.", packed((7,), (5,), tails=(0, 0)), {}, ()),
-    "no-sequences": ("No sequence: every token belongs to none.", packed((), ()), {"sinks": True}, ("MHA-VARLEN-3",)),
-    "singles": (
-        "Sequences of a single token.",
-        packed((1,) * 5, (1,) * 5),
-        {"causal": True, "q_offset": "lower_right"},
+    "used": (
+        "Keys behind those in use, which no diagonal hides.",
+        with_used(packed()),
+        {"window": (2, None), "q_offset": "lower_right"},
         (),
     ),
+    "one-sequence": ("A single sequence, which fills the arrays.", packed((7,), (5,), tokens=(7, 5)), {}, ()),
+    "no-sequences": (
+        "No sequence: every token belongs to none.",
+        packed((), (), tokens=(2, 3)),
+        {"sinks": True},
+        ("MHA-VARLEN-3",),
+    ),
+    "singles": ("Sequences of a single token.", packed((1,) * 5, (1,) * 5), LOWER_RIGHT, ()),
     "long": (
         "Sequences that end inside of tiles.",
-        packed((33, 5, 65), (70, 5, 40), heads=1, kv_heads=1),
+        generated(packed((33, 5, 65), (70, 5, 40), heads=1, kv_heads=1, tokens=(103, 115))),
         LOWER_RIGHT,
         (),
     ),
     "size-64": (
         "Heads of 64.",
-        generated(packed((2, 3), (6, 5), heads=2, kv_heads=2, sizes=(64, 64), tails=(0, 0))),
+        generated(packed((1, 2), (6, 5), heads=2, kv_heads=1, sizes=(64, 64), tokens=(3, 11))),
         LOWER_RIGHT,
         (),
     ),
-    "paged": ("Blocks in another order.", paged(PERMUTED, (5, 1, 0, 9)), {}, ("MHA-VARLEN-7",)),
-    "paged-shared": ("Blocks that sequences share.", paged(SHARED, (5, 1, 0, 11)), LOWER_RIGHT, ("MHA-VARLEN-7",)),
+    "paged": ("Blocks in another order.", paged(PERMUTED, IN_BLOCKS), {}, ("MHA-VARLEN-7",)),
+    "paged-shared": ("Blocks that sequences share.", paged(SHARED, IN_SHARED), LOWER_RIGHT, ("MHA-VARLEN-7",)),
     "paged-repeated": (
         "Blocks that occur repeatedly in a row.",
-        paged(REPEATED, (7, 1, 0, 12)),
+        paged(REPEATED, (5, 1, 0, 9, 2)),
         {"slopes": True, "q_offset": "lower_right"},
         (),
     ),
-    "paged-bounds": ("Lengths of keys by cu_seqlens_kv.", paged(PERMUTED, (5, 1, 0, 9), by="cu_seqlens_kv"), {}, ()),
-    "paged-full": ("Sequences that fill their blocks.", paged(PERMUTED, (8, 4, 0, 12)), LOWER_RIGHT, ()),
-    "paged-decode": ("A query of each sequence.", paged(PERMUTED, (5, 1, 0, 9), (1, 1, 1, 1)), LOWER_RIGHT, ()),
+    "paged-bounds": ("Lengths of keys by cu_seqlens_kv.", paged(PERMUTED, IN_BLOCKS, by="cu_seqlens_kv"), {}, ()),
+    "paged-full": ("Sequences that fill their blocks.", paged(PERMUTED, (6, 3, 0, 9, 3)), LOWER_RIGHT, ()),
+    "paged-decode": ("A query of each sequence.", paged(PERMUTED, IN_BLOCKS, (1,) * 5), LOWER_RIGHT, ()),
     "paged-single-slots": (
         "Blocks of a single slot.",
         paged(((3, 1), (0, 2)), (2, 1), (2, 3), blocks=4, block_size=1),
         {},
         (),
     ),
-    "paged-all": ("All options together, in blocks.", paged(SHARED, (5, 1, 0, 11)), {**ALL, "slopes": True}, ()),
+    "paged-all": ("All options together, in blocks.", paged(SHARED, IN_SHARED), {**ALL, "slopes": True}, ()),
     "paged-size-128": (
         "Decoding with heads of 128.",
-        generated(paged(((1, 0),), (21,), (1,), blocks=3, block_size=16, heads=2, kv_heads=1, sizes=(128, 128))),
+        generated(
+            paged(((1, 0),), (21,), (1,), blocks=3, block_size=16, heads=2, kv_heads=1, sizes=(128, 128), q_tokens=1)
+        ),
         LOWER_RIGHT,
         (),
     ),
 }
 """Title, inputs, options and further clauses of each call."""
 
-IN_ALL_DTYPES = ("plain", "all", "paged", "paged-all")
+IN_ALL_DTYPES = ("all", "paged-all")
 """The calls that are asked in all dtypes; a compiled target compiles for each."""
+
+IN_BFLOAT16 = (
+    "equal",
+    "long",
+    "lower-right",
+    "paged",
+    "paged-decode",
+    "paged-full",
+    "paged-shared",
+    "paged-size-128",
+    "plain",
+    "poisoned-sequence",
+    "singles",
+    "size-64",
+    "used",
+    "window",
+)
+"""The calls that kernels without float32 are asked, too: their options are those that such kernels have."""
 
 GRADIENTS = (
     "plain",
@@ -229,7 +250,6 @@ GRADIENTS = (
     "one-kv-head",
     "used",
     "no-sequences",
-    "paged",
     "paged-shared",
     "paged-repeated",
     "paged-all",
@@ -263,7 +283,7 @@ def poisoned(function: str) -> Description:
     inputs = packed()
     for name in ("query", "key", "value"):
         array = inputs[name].values.copy()
-        array[:3] = numpy.nan
+        array[: 1 if name == "query" else 3] = numpy.nan
         inputs[name] = Input(array)
     inputs, options = with_options(inputs, **LOWER_RIGHT)
     inputs = with_cotangents(inputs) if function == VJP else inputs
@@ -295,27 +315,34 @@ def describe(
         options=options,
         tags=("structured",),
         lse=function == FORWARD,
-        dtypes=ALL_DTYPES if name in IN_ALL_DTYPES else ("float32", "bfloat16"),
+        dtypes=dtypes_of(name),
     )
 
 
+def dtypes_of(name: str) -> tuple[str, ...]:
+    """Return the dtypes that a call is asked in."""
+    if name in IN_ALL_DTYPES:
+        return ALL_DTYPES
+    return ("float32", "bfloat16") if name in IN_BFLOAT16 else ("float32",)
+
+
 ERRORS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "bounds-from-one": ("cu_seqlens_q", "value", "MHA-VARLEN-2", {"cu_seqlens_q": (1, 3, 3, 8, 9)}),
-    "bounds-decrease": ("cu_seqlens_kv", "value", "MHA-VARLEN-2", {"cu_seqlens_kv": (0, 5, 4, 9, 20)}),
-    "bounds-beyond-tokens": ("cu_seqlens_q", "value", "MHA-VARLEN-2", {"cu_seqlens_q": (0, 3, 3, 8, 12)}),
-    "bounds-of-another-count": ("cu_seqlens_kv", "value", "MHA-VARLEN-2", {"cu_seqlens_kv": (0, 5, 9)}),
+    "bounds-from-one": ("cu_seqlens_q", "value", "MHA-VARLEN-2", {"cu_seqlens_q": (1, 1, 2, 4, 7, 7)}),
+    "bounds-decrease": ("cu_seqlens_kv", "value", "MHA-VARLEN-2", {"cu_seqlens_kv": (0, 3, 2, 5, 10, 11)}),
+    "bounds-beyond-tokens": ("cu_seqlens_q", "value", "MHA-VARLEN-2", {"cu_seqlens_q": (0, 1, 1, 2, 4, 9)}),
+    "bounds-of-another-count": ("cu_seqlens_kv", "value", "MHA-VARLEN-2", {"cu_seqlens_kv": (0, 3, 5)}),
     "used-beyond-keys": (
         "seqused_kv",
         "value",
         "MHA-VARLEN-4",
-        {"cu_seqlens_kv": (0, 5, 9, 9, 20), "seqused_kv": (5, 5, 0, 11)},
+        {"cu_seqlens_kv": (0, 3, 5, 5, 10, 11), "seqused_kv": (3, 3, 0, 5, 1)},
     ),
     "ambiguous-causal": ("q_offset", "value", "MHA-VARLEN-5", {"causal": True}),
     "longest-too-small": (
         "max_seqlen_q",
         "value",
         "MHA-VARLEN-10",
-        {"max_seqlen_q": 4, "cu_seqlens_q": (0, 3, 3, 8, 9)},
+        {"max_seqlen_q": 2, "cu_seqlens_q": (0, 1, 1, 2, 4, 7)},
     ),
     "mask": ("mask", "type", "MHA-ARG-1", {"mask": None}),
 }
@@ -325,7 +352,7 @@ ERRORS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 def errors() -> Iterator[Description]:
     """Yield calls that must raise an error that names the argument; their integers are host data."""
     for name, (argument, kind, clause, options) in ERRORS.items():
-        inputs = {label: item for label, item in packed(tail=0.0).items() if label not in options}
+        inputs = {label: item for label, item in packed().items() if label not in options}
         title = f"{name.replace('-', ' ').capitalize()} is refused, and the message names `{argument}`."
         yield Description(
             id=f"{FORWARD}/error/{name}",
