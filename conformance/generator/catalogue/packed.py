@@ -240,6 +240,14 @@ IN_BFLOAT16 = (
 )
 """The calls that kernels without float32 are asked, too: their options are those that such kernels have."""
 
+TAGS = {
+    "equal": ("boundary",),
+    "singles": ("boundary", "decode"),
+    "paged-decode": ("decode",),
+    "paged-size-128": ("decode",),
+}
+"""The tags of calls in which the diagonal by another name, or no diagonal, gives the same result."""
+
 GRADIENTS = (
     "plain",
     "lower-right",
@@ -313,7 +321,7 @@ def describe(
         features=tuple(dict.fromkeys(features)),
         inputs=inputs,
         options=options,
-        tags=("structured",),
+        tags=("structured", *TAGS.get(name, ())),
         lse=function == FORWARD,
         dtypes=dtypes_of(name),
     )
