@@ -111,5 +111,5 @@ def embed(params: Parameters, tokens: Array, first: int = 0) -> Array:
 
 
 def greedy(params: Parameters, memory: Memory, begin: int, length: int) -> numpy.ndarray:
-    """Write down what was said, token by token with a cache, always taking the most likely: (batch, length)."""
+    """Write recordings down token by token with a cache, always the most likely token: (batch, length)."""
     return transformer.greedy(params, memory, begin, length, embed=embed, style=STYLE)

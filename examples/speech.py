@@ -33,7 +33,7 @@ from speech_data import (
     record,
     spell,
 )
-from training import console, train
+from training import compared, console, subplots, train
 from trees import BACKENDS, each
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def batches(spoken: Sequence[Recording], rng: numpy.random.Generator) -> Iterato
 
 
 def read(params: dict[str, Any], batch: Batch) -> tuple[torch.Tensor, listener.Memory]:
-    """Return the decoder's inputs in training: the embedded words, shifted by one, and the encoder's states."""
+    """Return the decoder's inputs in training: the embedded words, shifted by a place, and the encoder's states."""
     frames, lengths, words = (torch.from_numpy(array) for array in batch)
     memory = listener.encode(params, frames, lengths)
     before = torch.cat([torch.full_like(words[:, :1], BEGIN), words[:, :-1]], dim=1)
@@ -89,36 +89,31 @@ def write_down(params: dict[str, Any], heard: Batch, convert: Callable[[numpy.nd
     return listener.greedy(weights, listener.encode(weights, frames, lengths), BEGIN, LONGEST + 1)
 
 
-def word_errors(written: Sequence[str], said: Sequence[str]) -> int:
+def word_errors(written: Sequence[str], spoken: Sequence[str]) -> int:
     """Count the words that must be replaced, inserted or deleted to turn one text into the other, at least."""
-    costs = list(range(len(said) + 1))
+    costs = list(range(len(spoken) + 1))
     for number, word in enumerate(written, 1):
         row = [number]
-        for column, other in enumerate(said):
+        for column, other in enumerate(spoken):
             row.append(min(costs[column] + (word != other), costs[column + 1] + 1, row[-1] + 1))
         costs = row
     return costs[-1]
 
 
-def error_rate(written: numpy.ndarray, said: numpy.ndarray) -> float:
-    """Return the word error rate: the errors of all phrases, divided by the number of words that were said."""
-    phrases = [(spell(ours).split(), spell(theirs).split()) for ours, theirs in zip(written, said, strict=True)]
+def error_rate(written: numpy.ndarray, spoken: numpy.ndarray) -> float:
+    """Return the word error rate: the errors of all phrases, divided by the number of words that were spoken."""
+    phrases = [(spell(ours).split(), spell(theirs).split()) for ours, theirs in zip(written, spoken, strict=True)]
     return sum(word_errors(*pair) for pair in phrases) / sum(len(words) for _, words in phrases)
 
 
 def draw(params: dict[str, Any], recording: Recording, path: Path) -> None:
     """Draw a recording, and where the last block of the decoder listened for each word, in the mean over the heads."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot
-
     single = joined([recording])
     words = [*spell(single.words[0]).split(), SYMBOLS[END]]
     tensors = each(params, torch.from_numpy)
     weights = listener.cross_weights(tensors, *read(tensors, single))[0].mean(0)[: len(words)].numpy()
     ends = len(recording.frames) * FRAME_SECONDS, weights.shape[1] * 2 * FRAME_SECONDS
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 4.5), sharex=True, layout="constrained")
+    figure, (above, below) = subplots(2, 1, figsize=(8, 4.5), sharex=True)
     above.imshow(recording.frames.T, cmap="magma", origin="lower", aspect="auto", extent=(0, ends[0], 0, MELS))
     above.set_ylabel("mel band")
     below.imshow(weights, cmap="Blues", vmin=0, aspect="auto", extent=(0, ends[1], len(words) - 0.5, -0.5))
@@ -133,22 +128,20 @@ def draw(params: dict[str, Any], recording: Recording, path: Path) -> None:
 def main(steps: int = 2500, spoken: int = 10000, picture: Path = Path("speech.png")) -> None:
     """Train, test, write down on every backend, and draw."""
     start = time.perf_counter()
-    # The synthesiser's noise depends on what it has said, so that the test, which comes first, is always the same.
+    # The synthesiser's noise depends on all earlier phrases, so that the test, which comes first, is always the same.
     unheard = recordings("test", HELD_OUT, SEED + 1)
     drawn = batches(recordings("train", spoken, SEED), numpy.random.default_rng(SEED))
     params = train(initial(), lambda params: loss(params, next(drawn)), steps, RATE)
     asked = joined(unheard)
     written = {name: write_down(params, asked, convert) for name, convert in BACKENDS.items()}
-    for said, ours in zip(asked.words[:5], written["torch"], strict=False):
-        console.print(f"{spell(said):>30}  ->  {spell(ours)}", highlight=False)
+    for words, ours in zip(asked.words[:5], written["torch"], strict=False):
+        console.print(f"{spell(words):>30}  ->  {spell(ours)}", highlight=False)
     errors = error_rate(written["torch"], asked.words)
     console.print(f"{1 - errors:.2%} of the words right, by voices and at speeds that were held out")
-    for name, words in written.items():
-        same = (words == written["torch"]).all(axis=1)
-        console.print(f"{name}: {same.sum()} of {same.size} written down as on PyTorch")
+    agree = compared(written, "written down")
     draw(params, max(unheard, key=lambda recording: len(recording.words)), picture)
     console.print(f"{picture}: shows where the decoder listened; {time.perf_counter() - start:.0f} s in total")
-    if errors >= 0.05 or any((words != written["torch"]).any() for words in written.values()):
+    if errors >= 0.05 or not agree:
         raise typer.Exit(1)
 
 

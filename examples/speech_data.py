@@ -49,7 +49,7 @@ FRAME_SECONDS = HOP / SAMPLE_RATE
 QUIETEST = 6.0
 """What lies this many powers of ten under the loudest energy of a recording counts as silence."""
 
-ACCENTS = (*("en", "en-029", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-gb-x-rp", "en-us", "en-us-nyc"),)
+ACCENTS = ("en", "en-029", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-gb-x-rp", "en-us", "en-us-nyc")
 SPEEDS = range(110, 260, 10)
 """Words per minute."""
 
@@ -107,8 +107,14 @@ _SYNCHRONOUS, _CHARACTERS, _UTF8, _RATE, _PITCH = 2, 1, 1, 1, 3
 """Numbers of speak_lib.h."""
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 _SYNTH = [
-    *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
-    *(ctypes.c_void_p, ctypes.c_void_p),
+    ctypes.c_char_p,
+    ctypes.c_size_t,
+    ctypes.c_uint,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
 ]
 
 
@@ -178,7 +184,7 @@ def log_mel(samples: numpy.ndarray) -> numpy.ndarray:
 
 
 def phrase(words: Sequence[int]) -> str:
-    """Return the text of a phrase, given as numbers of SYMBOLS."""
+    """Return the text of a phrase, whose words are indices of SYMBOLS."""
     return " ".join(SYMBOLS[number] for number in words)
 
 

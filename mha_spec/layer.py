@@ -419,7 +419,7 @@ class Layer:
             rotary_dim = x.shape[3] if rotary.rotary_dim is None else rotary.rotary_dim
             frequencies = self.steps.frequencies(rotary.base, rotary_dim)
         else:
-            frequencies = self.steps.given_frequencies(rotary.frequencies)
+            frequencies = self.steps.explicit_frequencies(rotary.frequencies)
         positions = positions if rotary.sections is None else self.steps.spread(positions, rotary.sections)
         return self.steps.magnify(self.steps.turns(positions, frequencies, x), rotary.attention_factor)
 

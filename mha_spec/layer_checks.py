@@ -6,7 +6,6 @@ of host data only. A size that is unknown in a trace, None, fits every size.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
@@ -20,7 +19,7 @@ from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknow
 from .errors import refuse_type, refuse_value
 from .parameters import AXES, JOINT_NORMS, REQUIRED
 from .rotary_checks import check_rotary
-from .scalars import check_integer, check_number, is_integer, plain, short_repr
+from .scalars import LARGEST_FLOAT, check_integer, check_number, is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -218,13 +217,10 @@ def _check_sizes(name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes
     sizes.update(learned)
 
 
-LARGEST = sys.float_info.max
-
-
 def check_epsilon(epsilon: object) -> float:
     """Return epsilon as a Python number; it is finite and >= 0 (MHA-NORM-1)."""
     number = check_number("norm_epsilon", epsilon, "MHA-NORM-1")
-    if not 0 <= number <= LARGEST:
+    if not 0 <= number <= LARGEST_FLOAT:
         refuse_value(
             "MHA-NORM-1",
             f"`norm_epsilon` must be finite and norm_epsilon>=0, received norm_epsilon={short_repr(number)}.",
@@ -318,7 +314,7 @@ def _refuse_sequence(positions: object) -> NoReturn:
 
 def _is_position(number: object) -> bool:
     held = plain(number)
-    return isinstance(held, float) or (is_integer(held) and abs(held) <= LARGEST)
+    return isinstance(held, float) or (is_integer(held) and abs(held) <= LARGEST_FLOAT)
 
 
 def _is_series(value: object) -> TypeGuard[Sequence[object]]:

@@ -104,8 +104,8 @@ def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:
     return values
 
 
-def given_frequencies(frequencies: tuple[float, ...] | Array) -> numpy.ndarray | Array:
-    """Pair i turns by frequencies[i] for each position, in float64 if they are on the host (MHA-ROTARY-7)."""
+def explicit_frequencies(frequencies: tuple[float, ...] | Array) -> numpy.ndarray | Array:
+    """Pair i turns by frequencies[i] of the caller, in float64 if they are on the host (MHA-ROTARY-7)."""
     return frequencies if library_of(frequencies) else _on_host(cast("tuple[float, ...]", frequencies))
 
 
@@ -320,7 +320,7 @@ class LayerSteps:
     offset_of: Callable[..., Array | int] = named_offset
     positions: Callable[..., Array] = positions
     frequencies: Callable[..., numpy.ndarray] = frequencies
-    given_frequencies: Callable[..., Array] = given_frequencies
+    explicit_frequencies: Callable[..., Array] = explicit_frequencies
     spread: Callable[..., Array | Sequence[Any]] = spread
     turns: Callable[..., tuple[Array, Array]] = turns
     magnify: Callable[..., tuple[Array, Array]] = magnify

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .array_checks import is_mapping, python_values, require_array
 from .arrays import FLOATING, dtype_name, library_of
 from .errors import refuse_type, refuse_value
-from .scalars import check_flag, check_number, is_integer, is_number, plain, short_repr
+from .scalars import LARGEST_FLOAT, check_flag, check_number, is_integer, is_number, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from .arrays import Array
 
 __all__ = ["Rotary", "check_rotary", "check_rotary_dim"]
-
-LARGEST = sys.float_info.max
 
 
 class Rotary(NamedTuple):
@@ -60,7 +57,7 @@ def check_rotary(rotary: Mapping[str, Any], size: int, like: Array | None = None
     options = Rotary(**rotary)
     base = check_number("base", options.base, "MHA-ROTARY-6")
     interleaved = check_flag("interleaved", options.interleaved, "MHA-ROTARY-6")
-    if not 0 < base <= LARGEST:
+    if not 0 < base <= LARGEST_FLOAT:
         refuse_value("MHA-ROTARY-6", f"`base` must be finite and base>0, received base={short_repr(base)}.")
     rotary_dim = check_rotary_dim(options.rotary_dim, size)
     frequencies = _check_frequencies(options.frequencies, base, size if rotary_dim is None else rotary_dim, like)
@@ -150,13 +147,13 @@ def _numbers(frequencies: object) -> tuple[float, ...]:
             "`frequencies` must be None, a sequence of numbers or an array (rotary_dim/2,), in settings of a layer a "
             f"NumPy array, received {short_repr(frequencies)} of type {type(frequencies).__name__}.",
         )
-    return tuple(float(number) if abs(number) <= LARGEST else math.inf for number in numbers)
+    return tuple(float(number) if abs(number) <= LARGEST_FLOAT else math.inf for number in numbers)
 
 
 def _check_factor(factor: object) -> float:
     """Return a finite factor above 0 (MHA-ROTARY-8)."""
     number = check_number("attention_factor", factor, "MHA-ROTARY-8")
-    if not 0 < number <= LARGEST:
+    if not 0 < number <= LARGEST_FLOAT:
         refuse_value(
             "MHA-ROTARY-8",
             "`attention_factor` must be finite and attention_factor>0, "

@@ -52,7 +52,7 @@ def rotary_frequencies(
 
     Args:
         scaling: `rope_scaling` or `rope_parameters` of the config, with `rope_type` or `type`; None is "default". Of
-            `rope_parameters` that hold a dictionary for each kind of layer, pass one.
+            `rope_parameters` that hold a dictionary for each kind of layer, pass that of the layer.
         dim: The size of a head; of DeepSeek, `qk_rope_head_dim`.
         base: `rope_theta`; None is that of `scaling`, or else 10000.
         max_position_embeddings: Required by "dynamic"; "yarn" and "longrope" without `factor` divide it by the next.
@@ -89,6 +89,11 @@ def rotary_frequencies(
     _check_keys(keys, method)
     parameters = Parameters(_joined(keys, outside), _checked_dim(dim), _length(seq_len))
     parameters.check()
+    return _computed(method, parameters, scaling)
+
+
+def _computed(method: Method, parameters: Parameters, scaling: Mapping[str, Any] | None) -> tuple[numpy.ndarray, float]:
+    """Compute by a method, and require frequencies that are finite (MHA-ROTARY-16)."""
     with numpy.errstate(all="ignore"):  # Overflow in float32 is an error below.
         frequencies, attention_factor = method.compute(parameters)
     if not numpy.isfinite(frequencies).all():
@@ -131,7 +136,7 @@ class Parameters:
 
     @property
     def factor(self) -> float:
-        """The factor of the context, given or the ratio of both lengths."""
+        """The factor of the context, by default the ratio of both lengths."""
         if self.has("factor"):
             return self.number("factor", least=1.0)
         if not self.has("max_position_embeddings"):
@@ -271,7 +276,7 @@ def _magnitude(factor: float, scale: float) -> float:
 
 
 def _longrope(p: Parameters) -> tuple[numpy.ndarray, float]:
-    """Divide each frequency by its own factor, a short or a long one (MHA-ROTARY-13)."""
+    """Divide each frequency by its factor in the short or the long list (MHA-ROTARY-13)."""
     powers = _powers(p.base, p.turned, p.turned)
     length = "long" if p.seq_len is not None and p.seq_len > p.original else "short"
     factors = {name: p.factors(f"{name}_factor", len(powers)) for name in ("short", "long")}

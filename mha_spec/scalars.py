@@ -6,6 +6,7 @@ Python number that changes between the calls of a compiled function, counts as t
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import Any, TypeGuard, cast
 
@@ -14,6 +15,7 @@ import numpy
 from .errors import refuse_type, refuse_value
 
 __all__ = [
+    "LARGEST_FLOAT",
     "PLAIN_TYPES",
     "are_equal_numbers",
     "as_float",
@@ -24,6 +26,8 @@ __all__ = [
     "plain",
     "short_repr",
 ]
+
+LARGEST_FLOAT = sys.float_info.max
 
 LONGEST = 80
 """The most characters of a value that a message shows."""

@@ -118,6 +118,12 @@ refused(lambda: lone(x, q_offset=away[2]))
 refused(lambda: J.append_cache(jax.device_put(cache(layer), devices[1]), half, half, away[2]))
 refused(lambda: J.append_cache(cache(layer)._replace(lengths=away[1]), half, half, away[2]))
 refused(lambda: J.rotary_embedding(jax.device_put(q, devices[2]), jnp.arange(3, device=devices[1])))
+places, rates = ([jax.device_put(array, device) for device in devices] for array in (jnp.arange(3), jnp.ones(4)))
+for vectors, where in ((q, places[1]), (jax.device_put(q, devices[1]), [0, 1, 2])):
+    refused(lambda: J.rotary_embedding(vectors, where, frequencies=rates[2]))
+rotary = {"frequencies": rates[2][:2]}
+refused(lambda: J.multi_head_attention(x, x, x, lone.params, rotary=rotary))
+refused(lambda: J.multi_head_attention(x, x, x, layer.params, rotary=rotary, positions=places[1]))
 refused(lambda: J.alibi_bias(jax.device_put(jnp.ones(2), devices[2]), 3, 3, q_offset=away[1]))
 """
 

@@ -82,10 +82,10 @@ def test_frequencies_of_the_layer_may_be_an_argument_of_a_compiled_function(libr
         return backend(library).multi_head_attention(x, x, x, params, rotary=rotary, causal=True)
 
     x = numbers(BATCH, LENGTH, 7, seed=11).astype("float32")
-    given = compiled(library, layer)(to_library(x, library), to_library(FREQUENCIES, library))
+    turned = compiled(library, layer)(to_library(x, library), to_library(FREQUENCIES, library))
     on_the_host = {"rotary": {"frequencies": FREQUENCIES, **OPTIONS}, "causal": True}
     expected = bounds("multi_head_attention", {"query": x, "key": x, "value": x, **PARAMS}, on_the_host)
-    errors = abs(to_numpy(given).astype("float64") - expected.values["output"])
+    errors = abs(to_numpy(turned).astype("float64") - expected.values["output"])
     assert (errors <= expected.allowances(precision("float32"))["output"]).all()
 
 

@@ -9,12 +9,16 @@ import numpy
 import pytest
 import speech
 import speech_data
+import typer
+from matplotlib import image
 from support.comparisons import assert_near
 from trees import BACKENDS, each, leaves
 
 from mha_spec.arrays import library_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 MELS, SYMBOLS, LONGEST = 5, 11, 7
@@ -144,7 +148,7 @@ def test_distorted_recordings_keep_their_shape_and_lose_little() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "said", "errors"),
+    ("written", "spoken", "errors"),
     [
         ("one two", "one two", 0),
         ("", "one two", 2),
@@ -155,17 +159,42 @@ def test_distorted_recordings_keep_their_shape_and_lose_little() -> None:
         ("four two", "one two", 1),
     ],
 )
-def test_wrong_words_are_counted(written: str, said: str, errors: int) -> None:
-    assert speech.word_errors(written.split(), said.split()) == errors
+def test_wrong_words_are_counted(written: str, spoken: str, errors: int) -> None:
+    assert speech.word_errors(written.split(), spoken.split()) == errors
 
 
 def test_the_error_rate_is_that_of_words() -> None:
-    said = numpy.asarray([[2, 3, 4, 0], [5, 0, 0, 0]])
-    assert speech.error_rate(said, said) == 0
-    assert speech.error_rate(numpy.asarray([[2, 4, 0, 0], [6, 0, 9, 0]]), said) == 2 / 4
+    spoken = numpy.asarray([[2, 3, 4, 0], [5, 0, 0, 0]])
+    assert speech.error_rate(spoken, spoken) == 0
+    assert speech.error_rate(numpy.asarray([[2, 4, 0, 0], [6, 0, 9, 0]]), spoken) == 2 / 4
 
 
-def test_the_alignment_is_drawn(tmp_path: Any) -> None:
+def test_the_picture_shows_the_frames_the_weights_and_the_beginnings_of_words(tmp_path: Path) -> None:
+    def drawn(params: dict[str, Any], recording: speech_data.Recording) -> list[numpy.ndarray]:
+        """Return the upper part of the picture, which has the frames, and the lower part, which has the weights."""
+        speech.draw(params, recording, tmp_path / "speech.png")
+        above, _, _, below = numpy.array_split(image.imread(tmp_path / "speech.png"), 4)
+        return [above, below]
+
     (recording,) = speech.recordings("test", 1, 7)
-    speech.draw(speech.initial(), recording, tmp_path / "speech.png")
-    assert (tmp_path / "speech.png").stat().st_size > 5000
+    first = speech.initial()
+    others = first | {"decoder": first["decoder"][::-1]}
+    frames, weights = drawn(first, recording)
+    assert frames.size > 10**5
+    for params, other, expected in (
+        (others, recording, [False, True]),
+        (first, recording._replace(frames=recording.frames[::-1]), [True, True]),
+        (first, recording._replace(starts=[start + 0.05 for start in recording.starts]), [True, True]),
+    ):
+        above, below = drawn(params, other)
+        assert [bool((above != frames).any()), bool((below != weights).any())] == expected
+
+
+def test_the_program_fails_if_too_few_words_are_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speech, "HELD_OUT", 7)
+    with pytest.raises(typer.Exit):
+        speech.main(steps=2, spoken=11, picture=tmp_path / "speech.png")
+    assert (tmp_path / "speech.png").exists()
+    assert capsys.readouterr().out.count("7 of 7 written down as on PyTorch") == 4

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import pytest
 import torch
-from support.comparisons import assert_equal, assert_near
+from support.comparisons import assert_near
 from support.numbers import numbers
-from support.varlen import HEADS, QK_DIM, cotangents, packed, paged
+from support.varlen import HEADS, QK_DIM, V_DIM, cotangents, packed, paged, separate
 
 import mha_spec_torch
 from mha_spec import ArgumentTypeError, ArgumentValueError
@@ -43,6 +43,12 @@ def call_of(layout: Any, **options: Any) -> tuple[Call, Call]:
     return moved(call), moved(cotangents(call))
 
 
+def expected_of(layout: Any, **options: Any) -> list[torch.Tensor]:
+    """Return output, lse and gradients by separate calls of the reference."""
+    call = layout() | options
+    return [torch.tensor(x) for x in separate(call | cotangents(call)) if x is not None]
+
+
 def recorded(function: Any, call: Call, cotangent: Call, **graph: Any) -> list[torch.Tensor]:
     """Return output, lse, and the gradients of autograd."""
     leaves = {name: call[name].clone().requires_grad_() for name in OPERANDS if name in call}
@@ -51,24 +57,18 @@ def recorded(function: Any, call: Call, cotangent: Call, **graph: Any) -> list[t
     return [output.detach(), lse.detach(), *gradients]
 
 
-def in_closed_form(call: Call, cotangent: Call) -> list[torch.Tensor]:
-    output, lse = mha_spec_torch.varlen_attention(**call, return_lse=True)
-    gradients = mha_spec_torch.varlen_attention_vjp(**cotangent, **call)
-    return [output, lse, *(gradient for gradient in gradients if gradient is not None)]
-
-
 @pytest.mark.parametrize("layout", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all"])
-def test_autograd_has_the_gradients_of_the_vjp(layout: Any, options: Call) -> None:
+def test_autograd_has_the_gradients_of_separate_calls(layout: Any, options: Call) -> None:
     call, cotangent = call_of(layout, **options)
-    assert_near(recorded(mha_spec_torch.varlen_attention, call, cotangent), in_closed_form(call, cotangent))
+    assert_near(recorded(mha_spec_torch.varlen_attention, call, cotangent), expected_of(layout, **options))
 
 
 @pytest.mark.parametrize("layout", CALLS.values(), ids=CALLS)
 def test_a_differentiable_gradient_is_the_same(layout: Any) -> None:
     call, cotangent = call_of(layout, **OPTIONS)
     ours = recorded(mha_spec_torch.varlen_attention, call, cotangent, create_graph=True)
-    assert_near([x.detach() for x in ours], in_closed_form(call, cotangent))
+    assert_near([x.detach() for x in ours], expected_of(layout, **OPTIONS))
     with torch.enable_grad():
         leaf = call["query"].clone().requires_grad_()
         first = mha_spec_torch.varlen_attention_vjp(cotangent["grad_output"], **call | {"query": leaf})[0]
@@ -85,10 +85,10 @@ def test_transforms_of_torch_func_have_the_same_results(layout: Any) -> None:
 
     operands = [call[name] for name in OPERANDS]
     results, pull = torch.func.vjp(function, *operands)[:2]
-    assert_near([*results, *pull(tuple(cotangent.values()))], in_closed_form(call, cotangent))
+    expected = expected_of(layout, **OPTIONS)
+    assert_near([*results, *pull(tuple(cotangent.values()))], expected)
     stacked = [torch.stack([operand, operand]) for operand in operands]
-    for results in torch.func.vmap(function)(*stacked):
-        assert_near(results[1], in_closed_form(call, cotangent)[0 if results.ndim == 4 else 1])
+    assert_near([results[1] for results in torch.func.vmap(function)(*stacked)], expected[:2])
 
 
 @pytest.mark.parametrize("layout", CALLS.values(), ids=CALLS)
@@ -102,13 +102,10 @@ def test_a_compiled_call_is_one_graph_for_all_lengths(layout: Any) -> None:
 
     compiled = torch.compile(mha_spec_torch.varlen_attention, backend=count, fullgraph=True, dynamic=True)
     for size in (1, 2):
-        call, _ = call_of(layout, **OPTIONS)
-        call["query"] = torch.cat([call["query"]] * size)
-        if layout is packed:
-            call["cu_seqlens_kv"] = call["cu_seqlens_kv"] // size
-        else:
-            call["seqused_kv"] = call["seqused_kv"] // size
-        assert_near(compiled(**call, return_lse=True), mha_spec_torch.varlen_attention(**call, return_lse=True))
+        call = layout() | OPTIONS
+        name = "cu_seqlens_kv" if layout is packed else "seqused_kv"
+        call |= {"query": numpy.concatenate([call["query"]] * size), name: call[name] // size}
+        assert_near(compiled(**moved(call), return_lse=True), [torch.tensor(x) for x in separate(call)])
     assert len(graphs) == 1
 
 
@@ -117,9 +114,10 @@ def test_a_compiled_call_has_gradients(layout: Any) -> None:
     torch.compiler.reset()
     call, cotangent = call_of(layout, **OPTIONS)
     compiled = torch.compile(mha_spec_torch.varlen_attention, backend="aot_eager", fullgraph=True)
-    assert_near(recorded(compiled, call, cotangent), in_closed_form(call, cotangent))
+    expected = expected_of(layout, **OPTIONS)
+    assert_near(recorded(compiled, call, cotangent), expected)
     vjp = torch.compile(mha_spec_torch.varlen_attention_vjp, backend="aot_eager", fullgraph=True)
-    assert_near(vjp(**cotangent, **call), mha_spec_torch.varlen_attention_vjp(**cotangent, **call))
+    assert_near(vjp(**cotangent, **call), expected[2:])
 
 
 def test_a_compiled_call_takes_one_tensor_for_both_bounds_and_refuses_two() -> None:
@@ -127,8 +125,8 @@ def test_a_compiled_call_takes_one_tensor_for_both_bounds_and_refuses_two() -> N
     call, _ = call_of(packed, causal=True)
     compiled = torch.compile(mha_spec_torch.varlen_attention, backend="eager", fullgraph=True)
     bounds = call["cu_seqlens_q"]
-    wanted = mha_spec_torch.varlen_attention(**call | {"cu_seqlens_kv": bounds})
-    assert_equal(compiled(**call | {"cu_seqlens_kv": bounds}), wanted)
+    expected = separate(packed(causal=True, cu_seqlens_kv=bounds.numpy()))[0]
+    assert_near(compiled(**call | {"cu_seqlens_kv": bounds}), torch.tensor(expected))
     with pytest.raises(Exception, match="MHA-VARLEN-5"):
         compiled(**call | {"cu_seqlens_kv": bounds.clone()})
     with pytest.raises(ArgumentValueError, match="MHA-VARLEN-5"):
@@ -137,15 +135,19 @@ def test_a_compiled_call_takes_one_tensor_for_both_bounds_and_refuses_two() -> N
 
 def test_a_compiled_call_takes_changing_numbers_in_equal_bounds() -> None:
     torch.compiler.reset()
-    query = torch.tensor(numbers(12, HEADS, QK_DIM))
+    x, value = numbers(12, HEADS, QK_DIM), numbers(12, HEADS, V_DIM)
+    query, values = torch.tensor(x), torch.tensor(value)
 
     def attend(length: int) -> Any:
         bounds = [0, length, 12]
-        return mha_spec_torch.varlen_attention(query, query, query, bounds, list(bounds), causal=True)
+        return mha_spec_torch.varlen_attention(query, query, values, bounds, list(bounds), causal=True)
 
     compiled = torch.compile(attend, backend="eager", fullgraph=True)
     for length in (5, 6, 7):
-        assert_equal(compiled(length), attend(length))
+        bounds = [0, length, 12]
+        call = {"query": x, "key": x, "value": value, "cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "causal": True}
+        expected = separate(call)[0]
+        assert_near(compiled(length), torch.tensor(expected))
 
 
 def test_a_transform_in_a_graph_is_refused() -> None:

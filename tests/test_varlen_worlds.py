@@ -124,8 +124,10 @@ def test_jax_refuses_other_derivatives() -> None:
     def attend(query: Any) -> Any:
         return jnp.sum(mha_spec_jax.varlen_attention(**arrays | {"query": query})[0])
 
-    with pytest.raises(ArgumentTypeError, match="no forward-mode derivative"):
-        jax.jvp(attend, (arrays["query"],), (arrays["query"],))
+    for forward in (attend, jax.jit(attend)):
+        with pytest.raises(ArgumentTypeError, match=r"^varlen_attention .* no forward-mode derivative") as caught:
+            jax.jvp(forward, (arrays["query"],), (arrays["query"],))
+        assert "jax.jacrev(jax.jacrev" not in str(caught.value)
     with pytest.raises(ArgumentTypeError, match=r"varlen_attention.*no second derivatives"):
         jax.grad(lambda query: jax.grad(attend)(query).sum())(arrays["query"])
 
@@ -190,6 +192,25 @@ def test_tensorflow_traces_once_for_all_sizes(layout: Any) -> None:
         without_lse = {name: x for name, x in other.items() if name != "grad_lse"}
         assert_near([*map(to_numpy, again)], list(separate(without_lse | OPTIONS))[2:])
     assert program.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "shape", "fragment"),
+    [
+        (filled, "seqused_kv", (3,), r"`seqused_kv` must have shape \(sequences\)=\] \[5\].* \[3\] \[\[MHA-VARLEN-4"),
+        (filled, "q_offset", (3,), r"`q_offset` must have shape \(sequences\)=\] \[5\].* \[3\] \[\[MHA-VARLEN-5"),
+        (filled, "cu_seqlens_q", (0,), r"`cu_seqlens_q` must have shape \(sequences\+1\)=\] \[1\].* \[0\]"),
+        (paged, "block_table", (2, 3), r"`block_table` must have shape \(sequences, max_blocks\)=\] \[5 3\].* \[2 3\]"),
+    ],
+)
+def test_tensorflow_compares_unknown_numbers_of_sequences(layout: Any, name: str, shape: Any, fragment: str) -> None:
+    call = layout() | {name: numpy.ones(shape, "int32")}
+    program: Any = tf.function(
+        lambda arrays: mha_spec_tensorflow.varlen_attention(**{"cu_seqlens_kv": None} | arrays),
+        input_signature=[signature(call)],
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match=fragment):
+        program({name: tf.constant(x) for name, x in call.items() if x is not None})
 
 
 def test_tensorflow_has_forward_mode_in_a_graph() -> None:

@@ -10,8 +10,10 @@ import torch
 import typer
 import vision
 import vision_transformer
+from matplotlib import image
 from support.comparisons import assert_equal, assert_near
 from support.numbers import numbers
+from training import compared
 from trees import BACKENDS, each
 
 import mha_spec
@@ -88,18 +90,28 @@ def test_the_drawn_weights_are_those_of_the_last_block(params: dict[str, Any], m
     assert_near(vision_transformer.class_attention(params, images), last[:, :, 0, 1:])
 
 
-def test_the_picture_shows_the_weights(params: dict[str, Any], tmp_path: Path) -> None:
-    from matplotlib import image
+def test_the_picture_shows_the_digits_and_the_weights(params: dict[str, Any], tmp_path: Path) -> None:
+    def drawn(weights: dict[str, Any], digits: vision.Digits) -> numpy.ndarray:
+        vision.draw(weights, digits, tmp_path / "vision.png")
+        return image.imread(tmp_path / "vision.png")
 
     digits = vision.split()[1]
-    others = params | {"encoder": params["encoder"][::-1]}
-    for name, weights in {"first": params, "again": params, "other": others}.items():
-        vision.draw(weights, digits, tmp_path / f"{name}.png")
-    first, again, other = (image.imread(tmp_path / f"{name}.png") for name in ("first", "again", "other"))
+    first = drawn(params, digits)
     height, width, _ = first.shape
     assert width > 2 * height > 200
-    numpy.testing.assert_array_equal(first, again)
-    assert (first != other).any()
+    numpy.testing.assert_array_equal(first, drawn(params, digits))
+    others = params | {"encoder": params["encoder"][::-1]}
+    rows = numpy.array_split(first != drawn(others, digits), 1 + HEADS)
+    assert [bool(row.any()) for row in rows] == [False, True, True]
+    rows = numpy.array_split(first != drawn(params, digits._replace(images=digits.images[:, :, ::-1])), 1 + HEADS)
+    assert all(row.any() for row in rows)
+
+
+def test_results_of_the_backends_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    results = {"torch": numpy.asarray([[1, 2], [3, 4], [5, 6]]), "numpy": numpy.asarray([[1, 2], [3, 7], [5, 6]])}
+    assert not compared(results, "read")
+    assert capsys.readouterr().out == "torch: 3 of 3 read as on PyTorch\nnumpy: 2 of 3 read as on PyTorch\n"
+    assert compared(dict.fromkeys(results, results["numpy"]), "read")
 
 
 def test_the_program_fails_if_too_few_digits_are_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,15 +67,26 @@ def test_the_config_sets_the_sizes_and_the_options() -> None:
     assert layer.ignored == ("architectures", "vocab_size")
     assert (layer.dropout_rate, layer.alibi) == (0.25, False)
     assert layer.params["w_q"].shape == (11, 6, 10)
-    plain = load_weights(STATE, "llama", heads=6)
-    assert all(same_bits(layer.params[name], plain[name]) for name in plain)
+
+
+def test_the_weights_are_those_of_the_layout() -> None:
+    state = {name: numbers(*array.shape) for name, array in STATE.items()}
+    params, plain = loaded(state).params, load_weights(state, "llama", heads=6)
+    assert params.keys() == plain.keys()
+    assert all(same_bits(params[name], plain[name]) for name in plain)
+    assert_equal(params["w_k"], state["k_proj.weight"].reshape(3, 10, 11).transpose(2, 0, 1))
+
+
+def test_bloom_has_linear_biases() -> None:
+    state = zeros(query_key_value__weight=(18, 6), query_key_value__bias=(18,), dense__weight=(6, 6), dense__bias=(6,))
+    assert load_weights(state, config={"model_type": "bloom", "hidden_size": 6, "n_head": 3}).alibi
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG), encoding="utf-8")
-    for given in (path, str(path)):
-        assert load_weights(STATE, config=given).options == loaded().options
+    for config in (path, str(path)):
+        assert load_weights(STATE, config=config).options == loaded().options
 
 
 def test_the_object_holds_the_settings() -> None:

@@ -70,7 +70,7 @@ def judged(suite: Suite, source: InThisProcess, *only: str) -> Run:
     selection, judge = Selection(only, source.claims.dtypes), Judge(source.claims)
     asked = {ask.key: ask for ask in asks(suite.cases, source.claims, selection)}
     answers = source.answers([ask.question() for ask in asked.values()])
-    results = tuple(judge.result(asked[question.id, question.dtype], given) for question, given in answers)
+    results = tuple(judge.result(asked[question.id, question.dtype], reply) for question, reply in answers)
     return with_wrong_keys(source, Run(suite, source.claims, selection, results, finished=True))
 
 

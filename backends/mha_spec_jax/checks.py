@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Integers = Array | Sequence[int]
 
-__all__ = ["check_alibi", "check_append", "check_devices", "check_layer", "check_positions"]
+__all__ = ["check_alibi", "check_append", "check_devices", "check_layer"]
 
 
 def check_devices(arguments: Mapping[str, object]) -> None:
@@ -46,6 +46,7 @@ def check_layer(a: LayerArguments) -> LayerArguments:
     """Check the arguments of a layer, and the devices of all its arrays (MHA-ARG-4)."""
     layer_checks.check(a)
     arrays: dict[str, object] = {"query": a.query, "key": a.key, "value": a.value, "positions": a.positions}
+    arrays |= {} if a.rotation is None else {"rotary['frequencies']": a.rotation.frequencies}
     arrays |= {f"params[{name!r}]": array for name, array in a.params.items()}
     check_devices(arrays | _cache_arrays(a.cache) | a.options)
     return a
@@ -55,12 +56,6 @@ def check_append(cache: KVCache, key: Array, value: Array, lengths: Integers | N
     """Check the arguments of append_cache, and the devices of all its arrays (MHA-ARG-4)."""
     layer_checks.check_append(cache, key, value, lengths)
     check_devices({"key": key, "value": value, "lengths": lengths} | _cache_arrays(cache))
-
-
-def check_positions(x: Array, positions: Array | Sequence[float], sections: tuple[int, ...] | None) -> None:
-    """Check the arrays of rotary_embedding, and their devices (MHA-ARG-4)."""
-    layer_checks.check_positions(x, positions, sections)
-    check_devices({"x": x, "positions": positions})
 
 
 def check_alibi(slopes: Array | int, q_len: Any, kv_len: Any, q_offset: Integers | int | str | None) -> None:

@@ -21,6 +21,7 @@ __all__ = ["attention", "program", "vjp", "weights"]
 
 
 _attention = jax.custom_vjp(attend, nondiff_argnums=(0,))
+_in_reverse = reverse_only("attention", "A Hessian is jax.jacrev(jax.jacrev(...)).")
 
 
 def _forward(problem: Problem, x: Operands, constraints: Constraints) -> tuple[tuple[Array, Array], tuple]:
@@ -43,7 +44,7 @@ def program(problem: Problem, x: Operands, constraints: Constraints) -> tuple[Ar
     if not problem.plan.groups:
         rows = x.query.shape[:3]
         return jnp.zeros((*rows, x.value.shape[3]), x.query.dtype), jnp.zeros(rows, x.query.dtype)
-    output, lse = _attention(problem, *folded(jax.tree.map(reverse_only, x), constraints))
+    output, lse = _attention(problem, *folded(jax.tree.map(_in_reverse, x), constraints))
     return unfold(output), unfold(lse)
 
 

@@ -12,14 +12,16 @@ from mha_spec.arrays import host_integers, softmax_dtype_name
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
-from .checks import check_alibi, check_append, check_layer, check_positions
+from . import rotary
+from .checks import check_alibi, check_append, check_devices, check_layer
 from .core import attention, attention_weights
 from .problem import offset_of
-from .rotary import positions, turns
+from .rotary import positions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy
     from jax import Array
 
     from mha_spec.layer_checks import LayerArguments
@@ -117,6 +119,12 @@ def distances(offset: Integers | int, q_len: int, kv_len: int, like: Array, _: L
     return apart[:, None, :, :] if apart.ndim == 3 else apart
 
 
+def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray | Array, like: Array) -> tuple[Array, Array]:
+    """Compute cosine and sine of position * frequency from arrays on the same devices (MHA-ROTARY-5, MHA-ARG-4)."""
+    check_devices({"x": like, "positions": positions, "frequencies": frequencies})
+    return rotary.turns(positions, frequencies, like)
+
+
 normalise = jax.jit(layer_steps.normalise, static_argnums=2)
 normalise_jointly = jax.jit(layer_steps.normalise_jointly, static_argnums=2)
 turn = jax.jit(layer_steps.turn, static_argnums=2)
@@ -125,7 +133,6 @@ turn = jax.jit(layer_steps.turn, static_argnums=2)
 _LAYER = Layer(
     LayerSteps(
         check=check_layer,
-        check_positions=check_positions,
         check_append=check_append,
         check_alibi=check_alibi,
         project_in=project_in,

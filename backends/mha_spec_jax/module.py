@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from jax import Array
     from jax.typing import DTypeLike
 
-
 __all__ = ["MultiHeadAttention", "initial"]
 
 

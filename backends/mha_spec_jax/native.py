@@ -69,7 +69,7 @@ def has_kernel(array: jax.Array) -> bool:
 
 def attention(a: Arguments) -> jax.Array:
     """Compute attention by cuDNN."""
-    return _attention((a.scale, a.causal), *map(reverse_only, (a.query, a.key, a.value)))
+    return _attention((a.scale, a.causal), *map(_in_reverse, (a.query, a.key, a.value)))
 
 
 def _call_cudnn(options: tuple[float | None, bool], *operands: jax.Array) -> jax.Array:
@@ -86,9 +86,8 @@ def _forward(options: tuple[float | None, bool], *operands: jax.Array) -> tuple[
     return jax.vjp(partial(_call_cudnn, options), *operands)
 
 
-_once = differentiable_once(
-    "attention of mha_spec_jax by cuDNN has no second derivatives. Use return_lse=True, whose kernel has them."
-)
+_SECOND = "attention of mha_spec_jax by cuDNN has no second derivatives. Use return_lse=True, whose kernel has them."
+_in_reverse, _once = reverse_only("attention", _SECOND), differentiable_once(_SECOND)
 
 
 def _backward(_: tuple[float | None, bool], pull: Callable, grad_output: jax.Array) -> tuple[jax.Array, ...]:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Block",
     "Lengths",
+    "PackedSequences",
     "Packing",
-    "Sequences",
     "Sizes",
     "Tile",
     "cut",
@@ -126,7 +126,7 @@ def put(array: Array, part: Array, at: tuple[Array | int, ...]) -> Array:
     return lax.dynamic_update_slice(array, part, [jnp.asarray(index, jnp.int32) for index in at])
 
 
-class Sequences(NamedTuple):
+class PackedSequences(NamedTuple):
     """Where each sequence lies: arrays of int32, (sequences,)."""
 
     q_first: Array
@@ -155,7 +155,7 @@ class Sequences(NamedTuple):
         return Block(head, sequence, self.q_first[sequence] + skipped, jnp.minimum(length, self.rows), offset)
 
 
-def sequences_of(packing: Packing, lengths: Lengths, q_tokens: int, kv_tokens: int) -> Sequences:
+def sequences_of(packing: Packing, lengths: Lengths, q_tokens: int, kv_tokens: int) -> PackedSequences:
     """Locate the sequences; ends are clamped to the tokens, and a sequence never ends before it begins (MHA-LEN-3).
 
     `kv_tokens` is the number of keys, or the most keys of a sequence where they lie in pages.
@@ -168,7 +168,7 @@ def sequences_of(packing: Packing, lengths: Lengths, q_tokens: int, kv_tokens: i
     else:
         offset = jnp.zeros_like(q_length) if lengths.q_offset is None else lengths.q_offset.astype(jnp.int32)
     blocks = jnp.cumsum(-(-q_length // packing.rows), dtype=jnp.int32)
-    return Sequences(
+    return PackedSequences(
         q_first, q_length, kv_first, kv_length, jnp.broadcast_to(offset, q_length.shape), blocks, packing.rows
     )
 

@@ -250,10 +250,11 @@ def _forward(packing: Packing, x: Packed, lengths: Lengths) -> tuple[tuple[Array
     return (output, lse), (x, lengths, output, lse)
 
 
-_once = differentiable_once(
+_SECOND = (
     "varlen_attention of mha_spec_jax has no second derivatives, because its loops have no fixed number of steps. "
     "attention with q_segment_ids and kv_segment_ids has them."
 )
+_in_reverse, _once = reverse_only("varlen_attention", _SECOND), differentiable_once(_SECOND)
 
 
 def _backward(packing: Packing, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple[Packed, None]:
@@ -321,7 +322,7 @@ def _sink_gradient(sinks: Array, lse: Array, row_dot: Array) -> Array:
 @partial(jax.jit, static_argnums=0)
 def attention(packing: Packing, x: Packed, lengths: Lengths) -> tuple[Array, Array]:
     """Compute output in the query's dtype, and lse (heads, tokens) in the softmax's (MHA-DTYPE-1, MHA-VARLEN-9)."""
-    output, lse = _attention(packing, jax.tree.map(reverse_only, x), lengths)
+    output, lse = _attention(packing, jax.tree.map(_in_reverse, x), lengths)
     return output.astype(x.query.dtype), lse.T
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["varlen_attention", "varlen_attention_vjp"]
 
 
-class Sequences:
+class SequenceAttention:
     """The attention of each sequence of a call, one after the other.
 
     Blocks are gathered into memory that the sequences of the call share, and that stays in a core's cache.
@@ -90,7 +90,7 @@ def varlen_attention(
     **options: Unpack[VarlenOptions],
 ) -> Array | tuple[Array, Array]:
     """Compute packed or paged attention; see `mha_spec.reference.varlen_attention`."""
-    function = Sequences().functions().varlen_attention
+    function = SequenceAttention().functions().varlen_attention
     return function(query, key, value, cu_seqlens_q, cu_seqlens_kv, return_lse=return_lse, **options)
 
 
@@ -107,5 +107,5 @@ def varlen_attention_vjp(
     **options: Unpack[VarlenOptions],
 ) -> VarlenGradients:
     """Compute the gradients; see `mha_spec.reference.varlen_attention_vjp`."""
-    function = Sequences().functions().varlen_attention_vjp
+    function = SequenceAttention().functions().varlen_attention_vjp
     return function(grad_output, query, key, value, cu_seqlens_q, cu_seqlens_kv, grad_lse=grad_lse, **options)

@@ -104,7 +104,7 @@ class _Backward:
         dropped = soft.weights if keep is None else soft.weights * keep
         query, key = self._grad_operands(block, block_scores, grad_logits)
         value = self._sum_over_rows(dropped, grad_output)
-        parts = {"key": self._placed(block, key, 2), "value": self._placed(block, value, 2)}
+        parts = {"key": self._for_all_keys(block, key, 2), "value": self._for_all_keys(block, value, 2)}
         rows = {"query": query}
         if soft.sink_share is not None:
             # A sink of -inf has the gradient 0, even if D is NaN (MHA-VJP-6).
@@ -152,9 +152,9 @@ class _Backward:
         """Sum dS over the axes on which the size of the bias is 1 (MHA-VJP-5)."""
         axes = [axis for axis, size in enumerate(bias.shape) if size == 1]
         part = tf.reduce_sum(grad_logits, axis=axes, keepdims=True) if axes else grad_logits
-        return part if bias.shape[3] == 1 else self._placed(block, part, 3)
+        return part if bias.shape[3] == 1 else self._for_all_keys(block, part, 3)
 
-    def _placed(self, block: Block, part: Array, axis: int) -> Array:
+    def _for_all_keys(self, block: Block, part: Array, axis: int) -> Array:
         """Pad the gradient of a block's keys with 0 for all other keys."""
         if covers(block.key, block.keys, self.x.key.shape[2]):
             return part

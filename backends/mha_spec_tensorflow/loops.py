@@ -66,7 +66,7 @@ def over_entries(
     for run in runs:
 
         def step(carry: Tensors, index: Size, run: Run = run) -> tuple[Tensors, Tensors]:
-            return work(carry, run, _place(run.first, index, run.entries))
+            return work(carry, run, _start_of_step(run.first, index, run.entries))
 
         specs = {name: spec.sized(0, run.entries) for name, spec in like.items()}
         with tf.control_dependencies([*joined[-1].values()] if joined else []):
@@ -92,7 +92,7 @@ def over_queries(
     for group in run.groups:
 
         def step(carry: Tensors, index: Size, group: Group = group) -> tuple[Tensors, Tensors]:
-            query = _place(group.first, index, group.rows)
+            query = _start_of_step(group.first, index, group.rows)
             return body(carry, Block(entry, run.entries, query, group.rows, group.key(index), group.keys))
 
         specs = {name: spec.sized(0, run.entries).sized(2, group.rows) for name, spec in like.items()}
@@ -105,14 +105,16 @@ def over_queries(
 def _at_once(run: Run, entry: Size, body: Callable[[Tensors, Block], tuple[Tensors, Tensors]]) -> list[Tensors]:
     """Compute the blocks of an eager call in threads."""
     blocks = [
-        Block(entry, run.entries, _place(group.first, index, group.rows), group.rows, group.key(index), group.keys)
+        Block(
+            entry, run.entries, _start_of_step(group.first, index, group.rows), group.rows, group.key(index), group.keys
+        )
         for group in run.groups
         for index in range(group.count)
     ]
     return results_of([lambda block=block: body({}, block)[1] for block in blocks])
 
 
-def _place(first: Size, index: Size, size: Size) -> Size:
+def _start_of_step(first: Size, index: Size, size: Size) -> Size:
     return first if isinstance(index, int) and index == 0 else first + index * size
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     import tensorflow as tf
 
-
 __all__ = ["MultiHeadAttention"]
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["attention", "vjp"]
 
 
-class Sequence(NamedTuple):
+class SequenceBounds(NamedTuple):
     """Where a sequence lies: numbers where they are read, else scalar tensors."""
 
     q_first: Size
@@ -59,7 +59,7 @@ class Sequence(NamedTuple):
     """The numbers of the pages of the keys in use."""
 
 
-class Sequences:
+class PackedSequences:
     """The sequences of a call; integers are clamped (MHA-VARLEN-2, MHA-VARLEN-4, MHA-VARLEN-6)."""
 
     def __init__(self, a: VarlenArguments) -> None:
@@ -118,13 +118,13 @@ class Sequences:
             offset = offset if self.is_read else tf.cast(offset, tf.int32)
         return self.q_lengths * 0 + (0 if offset is None else offset)
 
-    def __getitem__(self, index: Size) -> Sequence:
+    def __getitem__(self, index: Size) -> SequenceBounds:
         """Return the sequence of an index."""
         arrays = (self.q_ends, self.q_lengths, self.kv_ends, self.kv_lengths, self.kv_rooms, self.offsets)
         numbers: list[Any] = [int(array[index]) if self.is_read else array[index] for array in arrays]
         q_first, q_length, kv_first, kv_length, kv_room, offset = numbers
         pages = None if self.table is None else self._pages(index, kv_length)
-        return Sequence(q_first, q_length, kv_first, kv_length, kv_room, offset, pages)
+        return SequenceBounds(q_first, q_length, kv_first, kv_length, kv_room, offset, pages)
 
     def _pages(self, index: Size, length: Size) -> Array:
         """Return the numbers of the pages that hold the keys in use of a sequence; no other entry is used."""
@@ -132,7 +132,7 @@ class Sequences:
         last = sizes_of(self.a.key)[0] - 1
         return numpy.clip(pages, 0, last) if self.is_read else tf.clip_by_value(pages, 0, tf.cast(last, tf.int64))
 
-    def slots(self, sequence: Sequence) -> Array:
+    def slots(self, sequence: SequenceBounds) -> Array:
         """Return the index of the slot of each key in use of a sequence, among the slots of all pages."""
         page = tf.cast(self.page, tf.int64)
         pages: Any = sequence.pages
@@ -159,7 +159,7 @@ def _is_read(a: VarlenArguments) -> bool:
 
 def attention(a: VarlenArguments) -> tuple[Array, Array]:
     """Compute output (tokens, heads, v_dim) in the query's dtype, and lse (heads, tokens) in the softmax's."""
-    sequences = Sequences(a)
+    sequences = PackedSequences(a)
     output, lse = differentiable(partial(_attend, a, sequences), partial(_gradients, a, sequences), _operands(a))
     return tf.cast(output, a.query.dtype), tf.transpose(lse)
 
@@ -168,7 +168,7 @@ def vjp(a: VarlenArguments, grad_output: Array, grad_lse: Array | None) -> Varle
     """Compute the gradients of query, key, value and sinks as a tape does, in their dtypes (MHA-VARLEN-11)."""
     x, dtype = _operands(a), softmax_dtype(a.query)
     grad_lse = None if grad_lse is None else tf.transpose(tf.cast(grad_lse, dtype))
-    grads = _gradients(a, Sequences(a), x, tf.cast(grad_output, dtype), grad_lse)
+    grads = _gradients(a, PackedSequences(a), x, tf.cast(grad_output, dtype), grad_lse)
     sinks: Any = grads.sinks
     sinks = None if a.sinks is None else tf.cast(sinks, a.sinks.dtype)
     return grads.query, grads.key, grads.value, sinks
@@ -181,27 +181,27 @@ def _operands(a: VarlenArguments) -> Operands:
     return Operands(a.query, a.key, a.value, None, sinks)
 
 
-def _attend(a: VarlenArguments, sequences: Sequences, x: Operands) -> tuple[Array, Array]:
+def _attend(a: VarlenArguments, sequences: PackedSequences, x: Operands) -> tuple[Array, Array]:
     """Compute output and lse, (tokens, heads, ...), in the softmax's type."""
     dtype, heads = softmax_dtype(a.query), a.heads
 
-    def step(sequence: Sequence) -> Tensors:
+    def step(sequence: SequenceBounds) -> Tensors:
         call = _Call(a, sequence, x)
         results = forward.attend(call.problem, call.operands, needs_lse=True)
         return {"output": _tokens(results["output"]), "lse": _tokens(results["lse"])[..., 0]}
 
     rows = _joined(sequences, step, {"output": ((heads, x.value.shape[-1]), dtype), "lse": ((heads,), dtype)})
-    output = _placed(rows["output"], sequences.q_ends, sequences.q_tokens)
-    return output, _placed(rows["lse"], sequences.q_ends, sequences.q_tokens, -math.inf)
+    output = _for_all_tokens(rows["output"], sequences.q_ends, sequences.q_tokens)
+    return output, _for_all_tokens(rows["lse"], sequences.q_ends, sequences.q_tokens, -math.inf)
 
 
 def _gradients(
-    a: VarlenArguments, sequences: Sequences, x: Operands, grad_output: Array, grad_lse: Array | None
+    a: VarlenArguments, sequences: PackedSequences, x: Operands, grad_output: Array, grad_lse: Array | None
 ) -> Operands:
     """Compute the gradients, in the dtypes of `x` and the shapes of the operands."""
     dtype = softmax_dtype(a.query)
 
-    def step(sequence: Sequence) -> Tensors:
+    def step(sequence: SequenceBounds) -> Tensors:
         call = _Call(a, sequence, x)
         rows = slice(sequence.q_first, sequence.q_first + sequence.q_length)
         of_lse = None if grad_lse is None else _dense(grad_lse[rows])[..., None]
@@ -224,17 +224,17 @@ def _gradients(
     if x.sinks is not None:
         specs["sinks"] = ((a.heads,), dtype)
     parts = _joined(sequences, step, specs)
-    query = _placed(parts["query"], sequences.q_ends, sequences.q_tokens)
+    query = _for_all_tokens(parts["query"], sequences.q_ends, sequences.q_tokens)
     key, value = (_of_keys(sequences, parts, name, getattr(x, name)) for name in ("key", "value"))
     sinks = None if x.sinks is None else tf.reduce_sum(parts["sinks"], 0)
     return Operands(tf.cast(query, x.query.dtype), key, value, None, sinks)
 
 
-def _of_keys(sequences: Sequences, parts: Tensors, name: str, like: Array) -> Array:
+def _of_keys(sequences: PackedSequences, parts: Tensors, name: str, like: Array) -> Array:
     """Put the gradient of each key at its token, or add it to its slot, which several keys may name."""
     sizes = sizes_of(like)
     if sequences.page is None:
-        return tf.cast(_placed(parts[name], sequences.kv_ends, sizes[0]), like.dtype)
+        return tf.cast(_for_all_tokens(parts[name], sequences.kv_ends, sizes[0]), like.dtype)
     summed = tf.math.unsorted_segment_sum(parts[name], parts["slots"], sizes[0] * sizes[1])
     return tf.cast(tf.reshape(summed, sizes), like.dtype)
 
@@ -242,7 +242,7 @@ def _of_keys(sequences: Sequences, parts: Tensors, name: str, like: Array) -> Ar
 class _Call:
     """A sequence as a call of attention with a single batch entry."""
 
-    def __init__(self, a: VarlenArguments, sequence: Sequence, x: Operands) -> None:
+    def __init__(self, a: VarlenArguments, sequence: SequenceBounds, x: Operands) -> None:
         self.sequence, self.dtype = sequence, softmax_dtype(a.query)
         query = self._dense(x.query[sequence.q_first : sequence.q_first + sequence.q_length])
         key, value = (self._dense(self._keys(array)) for array in (x.key, x.value))
@@ -282,7 +282,7 @@ def _tokens(rows: Array) -> Array:
     return tf.transpose(rows[0], (1, 0, 2))
 
 
-def _placed(rows: Array, ends: Any, tokens: Size, fill: float = 0.0) -> Array:
+def _for_all_tokens(rows: Array, ends: Any, tokens: Size, fill: float = 0.0) -> Array:
     """Append rows for the tokens before the first sequence and behind the last (MHA-VARLEN-3)."""
     before = ends[0]
     paddings = [[before, tokens - before - sizes_of(rows)[0]], *[[0, 0]] * (len(rows.shape) - 1)]
@@ -290,7 +290,9 @@ def _placed(rows: Array, ends: Any, tokens: Size, fill: float = 0.0) -> Array:
 
 
 def _joined(
-    sequences: Sequences, step: Callable[[Sequence], Tensors], specs: dict[str, tuple[tuple[int, ...], tf.DType]]
+    sequences: PackedSequences,
+    step: Callable[[SequenceBounds], Tensors],
+    specs: dict[str, tuple[tuple[int, ...], tf.DType]],
 ) -> Tensors:
     """Take a step for each sequence, and concatenate the results, whose other axes and dtypes `specs` describes."""
     if not sequences.is_read:
@@ -302,7 +304,9 @@ def _joined(
 
 
 def _looped(
-    sequences: Sequences, step: Callable[[Sequence], Tensors], specs: dict[str, tuple[tuple[int, ...], tf.DType]]
+    sequences: PackedSequences,
+    step: Callable[[SequenceBounds], Tensors],
+    specs: dict[str, tuple[tuple[int, ...], tf.DType]],
 ) -> Tensors:
     arrays = {
         name: tf.TensorArray(dtype, sequences.count, element_shape=(None, *sizes), infer_shape=False)

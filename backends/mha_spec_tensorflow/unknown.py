@@ -44,15 +44,28 @@ Size: TypeAlias = "int | Array"
 
 
 class Layout(NamedTuple):
-    """The axes of an argument, and the clause that defines them; an axis marked `*` may have size 1 and broadcast."""
+    """The axes of an argument, and the clause that defines them.
+
+    An axis marked `*` may have size 1 and broadcast; an axis marked `+1` has an entry more than the size that it names.
+    """
 
     axes: str
     clause: str
 
     @property
+    def labels(self) -> list[str]:
+        """The label of each axis in an error."""
+        return self.axes.replace("*", "").split()
+
+    @property
     def sizes(self) -> list[str]:
         """The name of the size of each axis."""
-        return self.axes.replace("*", "").split()
+        return [label.removesuffix("+1") for label in self.labels]
+
+    @property
+    def more(self) -> list[int]:
+        """The entries of each axis beyond the size that it names."""
+        return [int(label.endswith("+1")) for label in self.labels]
 
     @property
     def broadcasts(self) -> list[bool]:
@@ -84,8 +97,8 @@ ATTENTION = {
 
 _ROWS_OF_TOKENS = {
     "query": Layout("q_tokens heads qk_dim", "MHA-VARLEN-1"),
-    "cu_seqlens_q": Layout("ends", "MHA-VARLEN-2"),
-    "cu_seqlens_kv": Layout("ends", "MHA-VARLEN-2"),
+    "cu_seqlens_q": Layout("sequences+1", "MHA-VARLEN-2"),
+    "cu_seqlens_kv": Layout("sequences+1", "MHA-VARLEN-2"),
     "seqused_kv": Layout("sequences", "MHA-VARLEN-4"),
     "q_offset": Layout("sequences", "MHA-VARLEN-5"),
     "sinks": Layout("heads", "MHA-SINK-1"),
@@ -214,9 +227,9 @@ def _known_sizes(layouts: Mapping[str, Layout], shapes: Mapping[str, list[int | 
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         layout = layouts[name]
-        for size, broadcasts, number in zip(layout.sizes, layout.broadcasts, shape, strict=True):
+        for size, more, broadcasts, number in zip(layout.sizes, layout.more, layout.broadcasts, shape, strict=True):
             if number is not None and not (broadcasts and number == 1):
-                sizes.setdefault(size, number)
+                sizes.setdefault(size, max(number - more, 0))
     return sizes
 
 
@@ -277,9 +290,10 @@ class _Assertions:
         """Take an unknown size from the first tensor that has it on an axis that does not broadcast."""
         for name, shape in shapes.items():
             layout = self.layouts[name]
-            for axis, (size, broadcasts) in enumerate(zip(layout.sizes, layout.broadcasts, strict=True)):
+            axes = zip(layout.sizes, layout.more, layout.broadcasts, strict=True)
+            for axis, (size, more, broadcasts) in enumerate(axes):
                 if not broadcasts and size not in self.sizes:
-                    self.sizes[size] = shape[axis]
+                    self.sizes[size] = tf.maximum(shape[axis] - more, 0) if more else shape[axis]
 
     def _check_lengths(self, shapes: Mapping[str, Array]) -> Any:
         axes = {"query": "q_len", "key": "kv_len"}
@@ -289,20 +303,20 @@ class _Assertions:
 
     def _check_shape(self, name: str, shape: Array) -> Any:
         layout = self.layouts[name]
-        expected = tf.stack([self.sizes.get(size, 1) for size in layout.sizes])
+        expected = tf.stack([self.sizes.get(size, 1) for size in layout.sizes]) + tf.constant(layout.more)
         fits = (shape == expected) | (tf.constant(layout.broadcasts) & (shape == 1))
         tensor = self.tensors[name]
         condition = tf.reduce_all(fits) & (tf.rank(tensor) == len(layout.sizes))
         verb = "broadcast to" if any(layout.broadcasts) else "have shape"
-        message = f"`{name}` must {verb} ({', '.join(layout.sizes)})="
+        message = f"`{name}` must {verb} ({', '.join(layout.labels)})="
         return _assertion(condition, message, expected, "received shape=", tf.shape(tensor), layout.clause)
 
     def _static(self, name: str) -> list[int | None]:
         layout = self.layouts[name]
-        axes = zip(layout.sizes, layout.broadcasts, self.shapes[name], strict=True)
+        axes = zip(layout.sizes, layout.more, layout.broadcasts, self.shapes[name], strict=True)
         return [
-            number if number is not None or broadcasts or not isinstance(self.sizes[size], int) else self.sizes[size]
-            for size, broadcasts, number in axes
+            size + more if number is None and not broadcasts and isinstance(size := self.sizes[label], int) else number
+            for label, more, broadcasts, number in axes
         ]
 
 

@@ -36,15 +36,15 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tup
     if sinks is not None:
         # A 16-bit output would be rounded twice: by the kernel, and as a product with the share of the keys.
         query, key, value = (converted(operand, problem.dtype) for operand in (query, key, value))
-    causal, mask = _constraints(problem, task, x)
-    if needs_lse or sinks is not None or (mask is None and key.shape[2] < FEWEST_KEYS):
-        results: Any = _with_lse(problem, task, (query, key, value), causal, mask)
+    causal, added = _constraints(problem, task, x)
+    if needs_lse or sinks is not None or (added is None and key.shape[2] < FEWEST_KEYS):
+        results: Any = _with_lse(problem, task, (query, key, value), causal, added)
     else:
         output = scaled_dot_product_attention(
-            query, key, value, mask, 0.0, causal, scale=problem.scale, enable_gqa=task.group > 1
+            query, key, value, added, 0.0, causal, scale=problem.scale, enable_gqa=task.group > 1
         )
         results = output, None
-    if results is None or ((causal or mask is not None) and problem.is_nan(results[0])):
+    if results is None or ((causal or added is not None) and problem.is_nan(results[0])):
         return None
     output, lse = results
     if value is not x.value:
@@ -53,10 +53,9 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tup
 
 
 def _with_lse(
-    problem: Problem, task: Task, operands: tuple[torch.Tensor, ...], causal: bool, mask: torch.Tensor | None
+    problem: Problem, task: Task, operands: tuple[torch.Tensor, ...], causal: bool, added: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Compute output and lse; None if a NaN may be lost. The kernel gives lse = 0 to a row that it takes for empty."""
-    added = None if mask is None else _added(mask, problem.dtype)
     output, lse = _forward(*operands, 0.0, causal, attn_mask=added, scale=problem.scale)
     may_be_empty = added is not None and (added is not task.added or task.has_empty_rows)
     if not (may_be_empty or operands[1].shape[2] < FEWEST_KEYS) or int(torch.count_nonzero(lse)) == lse.numel():
@@ -64,11 +63,6 @@ def _with_lse(
     if added is None:
         return (output, lse) if problem.finite(*operands[:2]) else None
     return output, torch.where(added.amax(-1) == -math.inf, -math.inf, lse)
-
-
-def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Convert a mask to the numbers that the kernel adds to the scores."""
-    return logits_of(mask, dtype) if mask.dtype == torch.bool else converted(mask, dtype)
 
 
 def _with_sinks(
@@ -94,8 +88,7 @@ def gradients(
 
     If O and lse include the sink, the kernel's formula is that of attention with a sink.
     """
-    causal, mask = _constraints(problem, task, x)
-    added = None if mask is None else _added(mask, problem.dtype)
+    causal, added = _constraints(problem, task, x)
     query, key, value = x[:3]
     is_padded = query.shape[3] != value.shape[3] or grad_lse is not None
     if is_padded or query.dtype != problem.dtype or grad_output.dtype != problem.dtype:
@@ -125,9 +118,10 @@ def _with_grad_lse(operands: list[torch.Tensor], grad_lse: torch.Tensor | None) 
 
 
 def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch.Tensor | None]:
-    """Return the kernel's arguments for hidden pairs: is_causal, and a mask that is boolean or added to the scores.
+    """Return the kernel's arguments for hidden pairs: is_causal, and logits that are added to the scores, or None.
 
-    The kernel multiplies the -inf of is_causal by the scale, so that the scale must be positive.
+    SDPA would convert a boolean mask in more steps. The kernel multiplies the -inf of is_causal by the scale, so that
+    the scale must be positive.
     """
     if x.mask is None and x.bias is None:
         if task.sees_all:
@@ -137,8 +131,10 @@ def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch
         if task.added is not None:
             return False, task.added
     visible = problem.visible(task, x)
-    if visible is None or x.bias is None:
-        return False, visible
+    if visible is None:
+        return False, None
+    if x.bias is None:
+        return False, logits_of(visible, problem.dtype)
     return False, converted(torch.where(visible, x.bias, -math.inf), problem.dtype)
 
 

@@ -6,7 +6,7 @@ are scalars, because a `float` would fix a value that a tracer left open. Length
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,18 @@ from .tasks import Operands, softmax_dtype
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["DECOMPOSITIONS", "attend", "gradients", "weigh"]
+__all__ = [
+    "DECOMPOSITIONS",
+    "attend",
+    "filled",
+    "gradients",
+    "keep",
+    "kept",
+    "needed",
+    "register",
+    "tensor_of",
+    "weigh",
+]
 
 SCHEMA = ", ".join(
     [
@@ -72,18 +83,19 @@ def _spelled(a: Arguments) -> list[Any]:
     spelled: dict[str, Any] = {"left": left, "right": right, "row_draws": rows, "key_draws": keys}
     spelled["value"] = a.key[..., :0] if a.value is None else a.value
     for name in ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids"):
-        spelled[name] = _tensor(getattr(a, name), a)
+        spelled[name] = tensor_of(getattr(a, name), a.batch, a.query.device)
     return [spelled[name] if name in spelled else getattr(a, name) for name in NAMES]
 
 
-def _tensor(value: Tensor | Sequence[int] | int | None, a: Arguments) -> Tensor | None:
+def tensor_of(value: Any, count: int, device: torch.device) -> Tensor | None:
+    """Convert integers to a tensor, and repeat a single one `count` times."""
     if value is None:
         return None
     if isinstance(value, Tensor):  # torch.jit.trace turns sizes into tensors without axes
-        return value if value.ndim else value.expand(a.batch)
+        return value if value.ndim else value.expand(count)
     if isinstance(value, (int, torch.SymInt)):
-        return torch.full((a.batch,), value, dtype=torch.int64, device=a.query.device)
-    return torch.as_tensor(value, device=a.query.device)
+        return torch.full((count,), cast("int", value), dtype=torch.int64, device=device)
+    return torch.as_tensor(value, device=device)
 
 
 def _called(spelled: Sequence[Any], *, host: bool = True) -> tuple[Problem, Operands]:
@@ -113,7 +125,7 @@ def _gradients(
     grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor, of_bias: bool, *spelled: Any
 ) -> tuple[Tensor, ...]:
     problem, x = _called(spelled)
-    return _filled(x, backward(problem, x, output, lse, grad_output, grad_lse, needs_bias=of_bias))
+    return filled(x.query, backward(problem, x, output, lse, grad_output, grad_lse, needs_bias=of_bias)[:OPERANDS])
 
 
 def _weigh(*spelled: Any) -> Tensor:
@@ -127,12 +139,12 @@ def _weigh_shape(*spelled: Any) -> Tensor:
 
 def _weigh_gradients(grad_weights: Tensor, *spelled: Any) -> tuple[Tensor, ...]:
     problem, x = _called(spelled)
-    return _filled(x, weigh_backward(problem, x, grad_weights))
+    return filled(x.query, weigh_backward(problem, x, grad_weights)[:OPERANDS])
 
 
-def _filled(x: Operands, results: Operands) -> tuple[Tensor, ...]:
+def filled(query: Tensor, results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Replace a gradient of None by an empty tensor, because an operator cannot return None."""
-    return tuple(x.query.new_empty(0) if result is None else result.contiguous() for result in results[:OPERANDS])
+    return tuple(query.new_empty(0) if result is None else result.contiguous() for result in results)
 
 
 def _gradient_shapes(*arguments: Any) -> tuple[Tensor, ...]:
@@ -141,7 +153,8 @@ def _gradient_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(query.new_empty(0) if operand is None else operand.new_empty(operand.shape) for operand in operands)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor] | Tensor) -> None:
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor] | Tensor) -> None:
+    """Save the results of a forward and its arguments for the backward."""
     tensors = [isinstance(argument, Tensor) for argument in inputs]
     results = (output,) if isinstance(output, Tensor) else output
     saved = (argument for argument, is_tensor in zip(inputs, tensors, strict=True) if is_tensor)
@@ -151,7 +164,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor] | Ten
     ctx.set_materialize_grads(False)
 
 
-def _kept(ctx: Any, results: int) -> tuple[Sequence[Tensor], list[Any]]:
+def kept(ctx: Any, results: int) -> tuple[Sequence[Tensor], list[Any]]:
     """Return the results of the forward, and its arguments."""
     tensors = iter(ctx.saved_tensors[results:])
     arguments = zip(ctx.spelled, ctx.tensors, strict=True)
@@ -159,23 +172,24 @@ def _kept(ctx: Any, results: int) -> tuple[Sequence[Tensor], list[Any]]:
 
 
 def _through_attend(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    (output, lse), spelled = _kept(ctx, 2)
+    (output, lse), spelled = kept(ctx, 2)
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output
     of_bias = ctx.needs_input_grad[3]
-    return _needed(ctx, torch.ops.mha_spec_torch.gradients(grad_output, grad_lse, output, lse, of_bias, *spelled))
+    return needed(ctx, torch.ops.mha_spec_torch.gradients(grad_output, grad_lse, output, lse, of_bias, *spelled))
 
 
 def _through_weigh(ctx: Any, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, torch.ops.mha_spec_torch.weigh_gradients(grad_weights, *_kept(ctx, 1)[1]))
+    return needed(ctx, torch.ops.mha_spec_torch.weigh_gradients(grad_weights, *kept(ctx, 1)[1]))
 
 
-def _needed(ctx: Any, results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def needed(ctx: Any, results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """Keep the gradients that autograd needs; every option has None."""
     operands = (result if ctx.needs_input_grad[index] else None for index, result in enumerate(results))
-    return *operands, *[None] * (len(NAMES) - OPERANDS)
+    return *operands, *[None] * (len(ctx.needs_input_grad) - len(results))
 
 
-def _register(name: str, signature: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+def register(name: str, signature: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Define an operator; `shapes` returns empty results of its shapes."""
     _library.define(f"{name}{signature}")
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mha_spec_torch::{name}", shapes, lib=_library)
@@ -183,12 +197,12 @@ def _register(name: str, signature: str, run: Callable[..., Any], shapes: Callab
 
 FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 COTANGENTS = "Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, bool of_bias"
-_register("attend", f"({SCHEMA}) -> (Tensor, Tensor)", _attend, _attend_shapes)
-_register("gradients", f"({COTANGENTS}, {SCHEMA}) -> {FIVE}", _gradients, _gradient_shapes)
-_register("weigh", f"({SCHEMA}) -> Tensor", _weigh, _weigh_shape)
-_register("weigh_gradients", f"(Tensor grad_weights, {SCHEMA}) -> {FIVE}", _weigh_gradients, _gradient_shapes)
+register("attend", f"({SCHEMA}) -> (Tensor, Tensor)", _attend, _attend_shapes)
+register("gradients", f"({COTANGENTS}, {SCHEMA}) -> {FIVE}", _gradients, _gradient_shapes)
+register("weigh", f"({SCHEMA}) -> Tensor", _weigh, _weigh_shape)
+register("weigh_gradients", f"(Tensor grad_weights, {SCHEMA}) -> {FIVE}", _weigh_gradients, _gradient_shapes)
 for _name, _through in (("attend", _through_attend), ("weigh", _through_weigh)):
-    torch.library.register_autograd(f"mha_spec_torch::{_name}", _through, setup_context=_keep, lib=_library)
+    torch.library.register_autograd(f"mha_spec_torch::{_name}", _through, setup_context=keep, lib=_library)
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {

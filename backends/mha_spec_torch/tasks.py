@@ -96,9 +96,16 @@ def converted(array: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return array if array.dtype == dtype else array.to(dtype)
 
 
+# `torch.where` would make these tensors anew from Python's numbers, and convert the result.
+_SEEN, _HIDDEN = (
+    {dtype: torch.tensor(logit, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+    for logit in (0.0, -math.inf)
+)
+
+
 def logits_of(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert visible pairs to logits that are added to the scores: 0, or -inf where a pair is hidden."""
-    return converted(torch.where(visible, 0.0, -math.inf), dtype)
+    return torch.where(visible, _SEEN[dtype], _HIDDEN[dtype])
 
 
 def softmax_dtype(query: torch.Tensor) -> torch.dtype:

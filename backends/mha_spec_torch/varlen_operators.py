@@ -13,12 +13,13 @@ from torch import Tensor
 from mha_spec.checks import check_score_numbers, check_window
 from mha_spec.varlen_arguments import VarlenArguments
 
+from .operators import filled, keep, kept, needed, register, tensor_of
 from .packing import Packed
 from .tasks import softmax_dtype
 from .varlen_passes import Results, backward, forward, operands_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from .varlen_passes import Differentiated
 
@@ -34,8 +35,6 @@ SCHEMA = ", ".join(
 OPERANDS = 4
 """The number of arguments that have gradients."""
 NAMES = tuple(argument.split()[1] for argument in SCHEMA.split(", "))
-
-_library = torch.library.Library("mha_spec_torch", "FRAGMENT")
 
 
 def attend(a: VarlenArguments) -> tuple[Tensor, Tensor]:
@@ -56,20 +55,11 @@ def _spelled(a: VarlenArguments) -> list[Any]:
     """The arguments of a call in the order of the schema."""
     left, right = a.window or (None, None)
     reading = a.q_offset if isinstance(a.q_offset, str) else None
-    offset = None if reading is not None else _tensor(a.q_offset, a)
+    offset = None if reading is not None else tensor_of(a.q_offset, a.sequences, a.query.device)
     spelled: dict[str, Any] = {"left": left, "right": right, "reading": reading, "q_offset": offset}
     for name in ("cu_seqlens_q", "cu_seqlens_kv", "block_table", "seqused_kv"):
-        spelled[name] = _tensor(getattr(a, name), a)
+        spelled[name] = tensor_of(getattr(a, name), a.sequences, a.query.device)
     return [spelled[name] if name in spelled else getattr(a, name) for name in NAMES]
-
-
-def _tensor(value: Any, a: VarlenArguments) -> Tensor | None:
-    if value is None or isinstance(value, Tensor):
-        return value
-    if isinstance(value, (int, torch.SymInt)):
-        number: Any = value
-        return torch.full((a.sequences,), number, dtype=torch.int64, device=a.query.device)
-    return torch.as_tensor(value, device=a.query.device)
 
 
 def _called(spelled: Sequence[Any]) -> tuple[Packed, Differentiated]:
@@ -100,8 +90,7 @@ def _gradients(
     grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor, *spelled: Any
 ) -> tuple[Tensor, ...]:
     packed, operands = _called(spelled)
-    results = backward(packed, Results(*operands, output, lse), grad_output, grad_lse)
-    return tuple(operands[0].new_empty(0) if result is None else result.contiguous() for result in results)
+    return filled(operands[0], backward(packed, Results(*operands, output, lse), grad_output, grad_lse))
 
 
 def _gradient_shapes(*arguments: Any) -> tuple[Tensor, ...]:
@@ -109,33 +98,14 @@ def _gradient_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(operands[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in operands)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors = [isinstance(argument, Tensor) for argument in inputs]
-    saved = (argument for argument, is_tensor in zip(inputs, tensors, strict=True) if is_tensor)
-    ctx.save_for_backward(*output, *saved)
-    ctx.spelled = [None if is_tensor else argument for argument, is_tensor in zip(inputs, tensors, strict=True)]
-    ctx.tensors = tensors
-    ctx.set_materialize_grads(False)
-
-
 def _through_attend(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    output, lse, *saved = ctx.saved_tensors
-    tensors = iter(saved)
-    spelled = [next(tensors) if kept else other for other, kept in zip(ctx.spelled, ctx.tensors, strict=True)]
+    (output, lse), spelled = kept(ctx, 2)
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output
-    results = torch.ops.mha_spec_torch.varlen_gradients(grad_output, grad_lse, output, lse, *spelled)
-    needed = (result if ctx.needs_input_grad[index] else None for index, result in enumerate(results))
-    return *needed, *[None] * (len(NAMES) - OPERANDS)
-
-
-def _register(name: str, signature: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    _library.define(f"{name}{signature}")
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mha_spec_torch::{name}", shapes, lib=_library)
+    return needed(ctx, torch.ops.mha_spec_torch.varlen_gradients(grad_output, grad_lse, output, lse, *spelled))
 
 
 COTANGENTS = "Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse"
-_register("varlen_attend", f"({SCHEMA}) -> (Tensor, Tensor)", _attend, _attend_shapes)
+register("varlen_attend", f"({SCHEMA}) -> (Tensor, Tensor)", _attend, _attend_shapes)
 FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-_register("varlen_gradients", f"({COTANGENTS}, {SCHEMA}) -> {FOUR}", _gradients, _gradient_shapes)
-torch.library.register_autograd("mha_spec_torch::varlen_attend", _through_attend, setup_context=_keep, lib=_library)
+register("varlen_gradients", f"({COTANGENTS}, {SCHEMA}) -> {FOUR}", _gradients, _gradient_shapes)
+torch.library.register_autograd("mha_spec_torch::varlen_attend", _through_attend, setup_context=keep)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from mha_spec.array_checks import is_sequence
+from mha_spec.array_checks import is_mapping, is_sequence
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
-from mha_spec.scalars import are_equal_numbers, check_flag, check_integer, is_integer, is_number, plain, short_repr
-
-from .operations import is_mapping
+from mha_spec.scalars import (
+    LARGEST_FLOAT,
+    are_equal_numbers,
+    check_flag,
+    check_integer,
+    is_integer,
+    is_number,
+    plain,
+    short_repr,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +29,7 @@ CLAUSE = "MHA-PROJ-4"
 
 
 def mapping_of_config(config: object) -> Mapping[str, Any]:
-    """Return a configuration that is given as a dictionary or as the path of its config.json.
+    """Return a configuration, which is a dictionary or the path of its config.json.
 
     Raises:
         ArgumentTypeError: It is neither.
@@ -94,7 +100,7 @@ class Config:
             return None
         if not is_number(value):
             self.refuse(key, "be a number")
-        if not 0 <= value <= sys.float_info.max:
+        if not 0 <= value <= LARGEST_FLOAT:
             self.refuse(key, f"be finite and {key}>=0")
         return value
 

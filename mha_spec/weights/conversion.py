@@ -6,15 +6,16 @@ import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, overload
 
+from mha_spec.array_checks import is_mapping
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec.parameters import AXES
 from mha_spec.scalars import check_integer
 
 from .configs import mapping_of_config
-from .families import read_config
+from .families import AttentionConfig, read_config
 from .loaded import LoadedLayer
 from .names import Expected, beginning, layer_tensors, nested
-from .operations import Operations, is_mapping, mapping_of, operations_of, shape_of
+from .operations import Operations, mapping_of, operations_of, shape_of
 from .sizes import Sizes, axes_of, merged_axis
 from .tables import LAYOUTS, Layout
 
@@ -66,6 +67,9 @@ def load_weights(
 ) -> dict[str, Array] | LoadedLayer:
     """Return the `params` of multi_head_attention from the weights of another library's attention layer.
 
+    Without a config, the result is a dictionary of the params; with a config, a LoadedLayer, which has the params, the
+    options of the call, and the keys of the config that were ignored.
+
     Args:
         state: The arrays by name, flat or nested, of a layer or of a whole model; for Keras also `get_weights()`. An
             array of params shares memory with its array in `state` where the library reshapes without a copy.
@@ -81,31 +85,39 @@ def load_weights(
 
     Returns:
         w_q (embed, heads, qk_dim), w_k (k_embed, kv_heads, qk_dim), w_v (v_embed, kv_heads, v_dim), w_o (heads, v_dim,
-        out), and the biases and gains that the state has; dtypes, library and device are unchanged. With a config, a
-        LoadedLayer, which has these params, the options of the call, and the keys of the config that were ignored.
+        out), and the biases and gains that the state has; dtypes, library and device are unchanged. With a config, they
+        are `params` of the LoadedLayer.
 
     Raises:
         ArgumentValueError: A name is missing, unknown or without a place in params (all are listed); a shape does not
             fit (both are named); the layout or the model of the config is unknown; the config asks for a computation
-            that the layer lacks, or contradicts the shapes.
+            that the layer lacks, or contradicts heads, kv_heads, the shapes or the biases of the state; layer or
+            seq_len has a value without a config.
         ArgumentTypeError: A value is not an array, or the arrays are of several libraries.
     """
     if config is None:
         for name, value in {"layer": layer, "seq_len": seq_len}.items():
             if value is not None:
                 raise ArgumentValueError(f"`{name}` must be None without a config, received {name}={value!r}.")
-        return _loaded(state, _table(layout), {"heads": heads, "kv_heads": kv_heads}, prefix)
+        return _params(state, _table(layout), {"heads": heads, "kv_heads": kv_heads}, prefix)
     read = read_config(mapping_of_config(config), _index(prefix, layer), seq_len)
-    table = _table(read.layout if layout is None else layout)
     for name, value in {"heads": heads, "kv_heads": kv_heads}.items():
         if value is not None and check_integer(name, value, 1, "MHA-PROJ-4") != read.sizes[name]:
             raise ArgumentValueError(f"`{name}` must be that of config, {read.sizes[name]}, received {name}={value!r}.")
+    return _configured(state, layout, read, prefix)
+
+
+def _configured(
+    state: Mapping[str, Array] | Sequence[Array], layout: str | Layout | None, read: AttentionConfig, prefix: str
+) -> LoadedLayer:
+    """Return the layer that a configuration describes, whose state must have its norms and biases."""
+    table = _table(read.layout if layout is None else layout)
     if table.one_less != _table(read.layout).one_less:
         raise ArgumentValueError(
             f"`layout` must store the gains of norms as {read.layout} does, the layout of this config, "
             f"received layout={layout!r}."
         )
-    params = _loaded(state, table, read.sizes, prefix)
+    params = _params(state, table, read.sizes, prefix)
     biases = tuple(name for name in params if name.startswith("b_"))
     if biases != read.biases:
         raise ArgumentValueError(
@@ -117,7 +129,7 @@ def load_weights(
     )
 
 
-def _loaded(
+def _params(
     state: Mapping[str, Array] | Sequence[Array], table: Layout, known: Mapping[str, int | None], prefix: str
 ) -> dict[str, Array]:
     """Return the params of a layer, some sizes of which are known."""

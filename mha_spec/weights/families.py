@@ -7,12 +7,12 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from mha_spec.array_checks import is_mapping
 from mha_spec.errors import ArgumentValueError
 from mha_spec.rotary_scaling import LARGEST_DIM, rotary_frequencies
 from mha_spec.scalars import are_equal_numbers, short_repr
 
 from .configs import Config
-from .operations import is_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -361,7 +361,7 @@ def _biases(config: Config, family: Family) -> tuple[str, ...]:
 
 
 def _ignored(keys: Mapping[str, Any], inner: Mapping[str, Any], unread: list[str]) -> tuple[str, ...]:
-    """Return the keys that were not read; those of a text model within a larger one have its name in front."""
+    """Return the keys that were not read; those of the text model within a model of images have its name in front."""
     if inner is keys:
         return tuple(unread)
     outside = (key for key, value in keys.items() if value is not None and key not in ("text_config", "model_type"))

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from mha_spec.array_checks import is_mapping
 from mha_spec.arrays import Array, dtype_name, library_of, namespace_of
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError, MhaSpecError
 
 from .names import flat
-from .operations import is_mapping, mapping_of
+from .operations import mapping_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

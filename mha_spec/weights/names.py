@@ -5,9 +5,10 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mha_spec.array_checks import is_mapping
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 
-from .operations import is_mapping, mapping_of
+from .operations import mapping_of
 from .tables import LAYOUTS, Layout
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def flat(state: Mapping[str, Array], separator: str) -> dict[str, Array]:
             continue
         joined = separator.join(names)
         if joined in arrays:
-            raise ArgumentValueError(f"`state` holds two arrays of the name {joined!r}; rename one of them.")
+            raise ArgumentValueError(f"`state` holds two arrays of the name {joined!r}; rename either.")
         arrays[joined] = value
     return arrays
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
+from mha_spec.array_checks import is_mapping
 from mha_spec.arrays import Array, library_of, namespace_of
 from mha_spec.errors import ArgumentTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-__all__ = ["Operations", "is_mapping", "mapping_of", "operations_of", "shape_of"]
+__all__ = ["Operations", "mapping_of", "operations_of", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,6 @@ class Operations:
     reshape: Callable[..., Array]
     transpose: Callable[..., Array]
     join: Callable[..., Array]
-
-
-def is_mapping(value: object) -> TypeGuard[Mapping[str, Array]]:
-    """Tell whether a value is a mapping; a type checker may then assume names as keys, which states and params have."""
-    return isinstance(value, Mapping)
 
 
 def mapping_of(value: object, argument: str) -> Mapping[str, Array]:

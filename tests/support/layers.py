@@ -51,7 +51,7 @@ OPTIONS: dict[str, tuple[Options, Callable[[], Options]]] = {
     "halves": ({"rotary": {}}, lambda: {"q_offset": [2, 5]}),
     "interleaved": ({"rotary": {"interleaved": True, "base": 7.0}}, lambda: {"q_offset": numpy.asarray([1, 3])}),
     "partial": ({"rotary": {"rotary_dim": 2}, "qk_norm": True}, lambda: {"window": (4, 1), "q_offset": 3}),
-    "given": ({"rotary": {"frequencies": [0.7, 0.05], "attention_factor": 1.3}}, lambda: {"q_offset": [4, 1]}),
+    "frequencies": ({"rotary": {"frequencies": [0.7, 0.05], "attention_factor": 1.3}}, lambda: {"q_offset": [4, 1]}),
     "cross": (CROSS, lambda: {"kv_lengths": [5, 8], "q_lengths": numpy.asarray([3, 2])}),
     "mask": ({}, lambda: {"mask": pattern(BATCH, 1, 3, 8), "scale": -0.7, "softcap": 1.9, "sinks": numbers(HEADS)}),
     "dropout": (

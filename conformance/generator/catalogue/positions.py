@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 CAUSAL = {"causal": True}
-OF_TOKENS: dict[str, tuple[str, ArrayLike, dict[str, Any]]] = {
+PATTERNS: dict[str, tuple[str, ArrayLike, dict[str, Any]]] = {
     "packed": (
         "Two sequences in each entry, whose positions begin at 0 again",
         [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]],
@@ -41,7 +41,7 @@ SECTIONS = {"halves": {"sections": [1, 2, 1]}, "interleaved": {"sections": [2, 1
 
 def descriptions() -> Iterator[Description]:
     """Yield positions in the layer, behind a cache, and on three axes."""
-    for number, (name, (title, positions, spec)) in enumerate(OF_TOKENS.items()):
+    for number, (name, (title, positions, spec)) in enumerate(PATTERNS.items()):
         inputs = {"positions": integers(positions)}
         yield from vary_layer(
             f"positions/{name}", f"{title}.", SELF, (), spec, inputs=inputs, rotary={}, variants=(number % 4,)

@@ -287,7 +287,7 @@ def _elements(result: Result) -> int:
 
 
 def _alike(groups: Iterable[list[Result]], teller: _Teller) -> list[list[Result]]:
-    """Join the groups that are wrong at the same places by the same amounts, because they have one cause."""
+    """Join the groups that are wrong at the same places by the same amounts, because they have a common cause."""
     joined: dict[object, list[Result]] = {}
     for number, members in enumerate(groups):
         symptoms = teller.symptoms(members)

@@ -30,7 +30,8 @@ def plural(axis: str) -> str:
 def described_indices(bad: Sequence[int], compared: Sequence[int], noun: str, *, tiles: Sequence[int] = ()) -> str:
     """Describe which of the compared indices are bad; both are sorted.
 
-    Where indices are missing between the bad and the others, a range begins and ends at the edge of one of `tiles`.
+    Where indices are missing between the bad and the others, a range begins and ends at the edge of a tile, whose size
+    is in `tiles`.
     """
     bad, compared = list(bad), list(compared)
     nouns = plural(noun)

@@ -104,7 +104,7 @@ def _most_common(low: Array, high: Array, voters: Array) -> tuple[Array, Array]:
 def wrong_keys(weights: Weights) -> str | None:
     """Describe which keys have wrong weights; None if no weight is wrong, or if the wrong keys have no pattern.
 
-    Rows without a finite weight are left out: one NaN makes the whole row NaN.
+    Rows without a finite weight are left out: a single NaN makes the whole row NaN.
     """
     told = numpy.isfinite(weights.received).any(axis=3, keepdims=True)
     if not (told & weights.off(1.0)).any():

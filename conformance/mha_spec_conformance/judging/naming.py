@@ -313,7 +313,7 @@ class Trial:
         unexplained: Counter[Cell] = Counter()
         for failure in others:
             cell = _cell(failure.ask)
-            # No group of functions and dtypes holds that contains one with more unexplained failures than this.
+            # A group of functions and dtypes is refuted if any of them has more unexplained failures than this.
             # A mistake that makes a NaN must also explain the failures with a NaN in which it cannot make any.
             if unexplained[cell] <= most and (
                 by_errors or (made and failure.loses_finite) or recognition.shows(mistake, failure.ask)

@@ -21,9 +21,9 @@ from .packed import PACKED
 from .precision import PRECISION
 from .raising import RAISING
 from .rotary import POSITIONS
-from .rotary_given import GIVEN
+from .rotary_frequencies import FREQUENCIES
+from .rotary_positions import TOKEN_POSITIONS
 from .rotary_tables import TABLES
-from .rotary_tokens import OF_TOKENS
 from .scores import SCORES
 from .softmax import SOFTMAX
 from .tiled_gradients import TILED_GRADIENTS
@@ -48,8 +48,8 @@ MISTAKES: tuple[Mistake, ...] = (
     *PROJECTIONS,
     *POSITIONS,
     *TABLES,
-    *GIVEN,
-    *OF_TOKENS,
+    *FREQUENCIES,
+    *TOKEN_POSITIONS,
     *CACHING,
     *FILLS_ADDED,
     *ENTRIES,

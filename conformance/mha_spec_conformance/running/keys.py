@@ -60,7 +60,7 @@ def with_wrong_keys(source: Source, run: Run) -> Run:
 
 
 def _example(cause: Cause, profile: str) -> Result | None:
-    """Choose a failure whose output is wrong; one with many keys and several rows tells more places apart."""
+    """Choose a failure whose output is wrong; a case with many keys and several rows tells more places apart."""
     if cause.kind not in ("mistake", "rounding", "unknown"):
         return None
     able = sorted((result for result in cause.results if _can_ask(result)), key=_preference)

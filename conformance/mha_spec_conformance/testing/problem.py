@@ -89,7 +89,7 @@ def read_problem(
     Args:
         operands: Query, key and value, and for attention_vjp grad_output; arrays of any library.
         options: The options of the function, and for attention_vjp grad_lse.
-        layout: The layout of the operands, whose own arguments are among the options.
+        layout: The layout of the operands, whose arguments are among the options.
         function: The name of the function that was called.
 
     Raises:

@@ -92,7 +92,7 @@ class RowBounds(AttentionBounds[Evaluation]):
 
 
 def _have_own_keys(array: numpy.ndarray, heads: int) -> numpy.ndarray:
-    """Return the keys or values as they are, because each head of the smaller call has its own."""
+    """Return the keys or values as they are, because each head of the smaller call has keys and values."""
     return array
 
 

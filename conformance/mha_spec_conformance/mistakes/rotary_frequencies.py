@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .mistake import Mistake
     from .rotary import Turns
 
-__all__ = ["GIVEN", "TABLES"]
+__all__ = ["FREQUENCIES", "TABLES"]
 
 SIZE = 16
 """The number of components that turn in the cases with the table of a scaling."""
@@ -31,7 +31,7 @@ IGNORED = ("lablup/mlxcel#1355", "jmaczan/tiny-vllm#1", "felafax/felafax#59")
 def frequency(name: str, title: str, change: Callable[[numpy.ndarray], numpy.ndarray], *bugs: str) -> Mistake:
     """Return a mistake that changes the frequencies of the caller."""
 
-    def given_frequencies(frequencies: tuple[float, ...]) -> numpy.ndarray:
+    def explicit_frequencies(frequencies: tuple[float, ...]) -> numpy.ndarray:
         with numpy.errstate(all="ignore"):
             return change(numpy.asarray(frequencies, dtype=numpy.float64))
 
@@ -42,7 +42,7 @@ def frequency(name: str, title: str, change: Callable[[numpy.ndarray], numpy.nda
         needs=("frequencies",),
         functions=TURNING,
         bugs=bugs,
-        given_frequencies=given_frequencies,
+        explicit_frequencies=explicit_frequencies,
     )
 
 
@@ -89,7 +89,7 @@ def scaled(scaling: Mapping[str, Any], **keys: Any) -> numpy.ndarray:
 
 
 def confused(table: numpy.ndarray, other: numpy.ndarray) -> Callable[[numpy.ndarray], numpy.ndarray]:
-    """Use another table where the frequencies are this one."""
+    """Replace a table by another, and leave other frequencies unchanged."""
     return lambda frequencies: other if numpy.array_equal(frequencies, table) else frequencies
 
 
@@ -132,27 +132,27 @@ def without_a_mixed_band() -> numpy.ndarray:
     return numpy.where(2 * math.pi / DEFAULT < longest_kept, DEFAULT, DEFAULT / LLAMA3["factor"])
 
 
-GIVEN = (
+FREQUENCIES = (
     frequency(
-        "rotary-given-frequencies-ignored", "accepts frequencies and uses those of the base", of_the_base, *IGNORED
+        "rotary-explicit-frequencies-ignored", "accepts frequencies and uses those of the base", of_the_base, *IGNORED
     ),
     frequency(
-        "rotary-given-frequencies-inverted", "uses 1 / frequency, a scaled wavelength, as the frequency", inverted
+        "rotary-explicit-frequencies-inverted", "uses 1 / frequency, a scaled wavelength, as the frequency", inverted
     ),
     frequency(
-        "rotary-given-frequencies-as-turns",
+        "rotary-explicit-frequencies-as-turns",
         "multiplies frequencies by 2 pi, as if they counted whole turns",
         lambda frequencies: frequencies * (2 * math.pi),
     ),
-    frequency("rotary-given-frequencies-reversed", "reads the frequencies from the last to the first", numpy.flip),
+    frequency("rotary-explicit-frequencies-reversed", "reads the frequencies from the last to the first", numpy.flip),
     frequency(
-        "rotary-given-frequencies-of-zero-ignored",
+        "rotary-explicit-frequencies-of-zero-ignored",
         "uses the frequency of the base for each pair whose frequency is 0",
         lambda frequencies: numpy.where(frequencies == 0, of_the_base(frequencies), frequencies),
     ),
     *(
         frequency(
-            f"rotary-given-frequencies-in-{dtype.__name__}",
+            f"rotary-explicit-frequencies-in-{dtype.__name__}",
             f"rounds the frequencies of the caller to {dtype.__name__}",
             lambda frequencies, dtype=dtype: frequencies.astype(dtype).astype(numpy.float64),
             "huggingface/candle#3698",

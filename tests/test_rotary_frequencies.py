@@ -17,7 +17,7 @@ from mha_spec import ArgumentTypeError, ArgumentValueError, KVCache, MhaSpecErro
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.layer_object import LayerSettings
 from mha_spec_conformance.judging.bounds import bounds, precision
-from mha_spec_conformance.mistakes.rotary_given import TABLES as GIVEN_TABLES
+from mha_spec_conformance.mistakes.rotary_frequencies import TABLES as SCALED_TABLES
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
 from mha_spec_conformance.testing import assert_rotary
 
@@ -54,7 +54,7 @@ def by_loops(x: numpy.ndarray, interleaved: bool) -> tuple[numpy.ndarray, numpy.
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_given_frequencies_turn_and_the_factor_multiplies(library: str, interleaved: bool) -> None:
+def test_explicit_frequencies_turn_and_the_factor_multiplies(library: str, interleaved: bool) -> None:
     """With positions on the host, cosine, sine, factor, products and sum are rounded, and no angle."""
     pytest.importorskip(library)
     x = numbers(BATCH, HEADS, LENGTH, SIZE).astype("float32")
@@ -81,8 +81,8 @@ def test_the_frequencies_of_a_base_are_the_base(module: ModuleType) -> None:
     x, options = numbers(BATCH, HEADS, LENGTH, SIZE), {"rotary_dim": 10, "interleaved": True}
     for kind in (list, tuple, numpy.asarray):
         frequencies = kind(7.5 ** (numpy.arange(0, 10, 2) / -10))
-        given = module.rotary_embedding(x, POSITIONS, frequencies=frequencies, **options)
-        assert numpy.array_equal(given, module.rotary_embedding(x, POSITIONS, base=7.5, **options))
+        turned = module.rotary_embedding(x, POSITIONS, frequencies=frequencies, **options)
+        assert numpy.array_equal(turned, module.rotary_embedding(x, POSITIONS, base=7.5, **options))
 
 
 def test_a_frequency_of_zero_leaves_its_pair_but_for_the_factor(module: ModuleType) -> None:
@@ -151,12 +151,12 @@ def test_the_layer_turns_queries_and_keys_by_both(module: ModuleType) -> None:
     assert_near(module.multi_head_attention(x, x, x, PARAMS, rotary=OPTIONS, causal=True), expected)
 
 
-@pytest.mark.parametrize("name", GIVEN_TABLES)
+@pytest.mark.parametrize("name", SCALED_TABLES)
 def test_goldens_hold_the_tables_of_configs(name: str, suite: Suite) -> None:
     cases = [case for case in suite.cases if case.id.startswith(f"rotary_embedding/frequencies/{name}")]
     assert len(cases) == 2
     for case in cases:
-        assert case.options["frequencies"] == list(GIVEN_TABLES[name])
+        assert case.options["frequencies"] == list(SCALED_TABLES[name])
 
 
 def test_decoding_gives_the_same_as_a_single_call(module: ModuleType) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .mistake import Mistake
 
-__all__ = ["OF_TOKENS"]
+__all__ = ["TOKEN_POSITIONS"]
 
 
 def positions(name: str, title: str, change: Callable[[LayerArguments], None], *bugs: str) -> Mistake:
@@ -86,7 +86,7 @@ def in_blocks(sections: Sequence[int]) -> numpy.ndarray:
     return numpy.repeat(numpy.arange(len(sections)), sections)
 
 
-OF_TOKENS = (
+TOKEN_POSITIONS = (
     positions(
         "positions-ignored",
         "accepts positions and counts them from the offset and the cache",
