@@ -17,6 +17,7 @@ from mha_spec_conformance.fuzzing.expected import expect
 from mha_spec_conformance.fuzzing.search import Finding, Search
 from mha_spec_conformance.judging.axes import axes_of
 from mha_spec_conformance.judging.bounds import allowances, bounds, precision
+from mha_spec_conformance.judging.bounds.varlen import VarlenBounds
 from mha_spec_conformance.judging.compare import FINITE
 from mha_spec_conformance.judging.properties import Properties, sizes_of
 from mha_spec_conformance.mistakes import MISTAKES
@@ -103,6 +104,7 @@ def test_a_linear_bias_may_be_rounded(suite: Suite, dtype: str) -> None:
     case = case_of(suite, "varlen_attention/slopes")
     arrays, run = case.inputs(dtype), precision(dtype)
     evaluated = bounds(case.function, arrays, case.options)
+    assert isinstance(evaluated, VarlenBounds)
     with_bias = evaluated.allowances(run)["lse"]
     for part in evaluated.parts:
         part.evaluation.linear_bias = 0.0
@@ -118,6 +120,7 @@ def test_the_terms_of_a_shared_slot_add_their_errors(suite: Suite) -> None:
     arrays, run = case.inputs("float32"), precision("float32")
     assert arrays["block_table"][3].tolist() == [3, 3, 3]
     evaluated = bounds(case.function, arrays, case.options)
+    assert isinstance(evaluated, VarlenBounds)
     allowed = evaluated.allowances(run)["grad_value"]
     # A slot is the sum of at most four terms, so three additions round.
     terms = [

@@ -131,6 +131,12 @@ def unshifted_bias(call: Call) -> Any:
     return linear_bias(call._replace(sequence=call.sequence._replace(offset=0)))
 
 
+def added_bias(call: Call) -> Any:
+    """Return the linear bias with the other sign."""
+    bias = linear_bias(call)
+    return None if bias is None else -bias
+
+
 def last_of_each_block(parts: Any, shape: Any, like: Any) -> Any:
     """Store the gradients of a block instead of adding them."""
     whole = add_to_pages([], shape, like)
@@ -298,7 +304,7 @@ VARLEN = (
         "slopes-added",
         "adds the slope times the distance instead of subtracting it",
         ("MHA-VARLEN-8",),
-        replace(VarlenSteps(), linear_bias=lambda call: None if call.slopes is None else -linear_bias(call)),
+        replace(VarlenSteps(), linear_bias=added_bias),
         needs=("alibi_slopes",),
     ),
     mistake(

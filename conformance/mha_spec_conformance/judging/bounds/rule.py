@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy
 
     from mha_spec.layer_steps import LayerSteps
+    from mha_spec.varlen_reference import VarlenSteps
 
     from .roundoff import Precision
 
@@ -74,7 +75,7 @@ def bounds(
     function: str,
     arrays: Mapping[str, numpy.ndarray],
     options: Mapping[str, Any],
-    steps: Steps | LayerSteps = SPECIFICATION,
+    steps: Steps | LayerSteps | VarlenSteps = SPECIFICATION,
     rows: numpy.ndarray | None = None,
 ) -> Bounds:
     """Evaluate a case in float64; the bounds in every precision share this work.
@@ -97,7 +98,7 @@ def allowances(
     arrays: Mapping[str, numpy.ndarray],
     options: Mapping[str, Any],
     precision: Precision,
-    steps: Steps | LayerSteps = SPECIFICATION,
+    steps: Steps | LayerSteps | VarlenSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
     """Return the allowance of each element of each output of a case; see `bounds`."""
     return bounds(function, arrays, options, steps).allowances(precision)
@@ -108,7 +109,7 @@ def deviations(
     arrays: Mapping[str, numpy.ndarray],
     options: Mapping[str, Any],
     precision: Precision,
-    steps: Steps | LayerSteps = SPECIFICATION,
+    steps: Steps | LayerSteps | VarlenSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
     """Return the standard deviation of the error of each element of each output of a case; see `bounds`."""
     return bounds(function, arrays, options, steps).deviations(precision)
