@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
+
 from .call import Call, Recipe
+from .reduction_packed import smaller_packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +78,9 @@ def _candidates(call: Call) -> Iterator[Call]:
     if {"query", "key"} <= call.recipes.keys() and all(call.arrays[n].ndim == 4 for n in ("query", "key")):
         for axis in ORDER:
             yield from _with_less(call, axis)
+    if call.function in VARLEN_FUNCTIONS:
+        for arrays in smaller_packed(call.arrays):
+            yield call_of(call.function, call.dtype, arrays, call.options, lse=call.lse)
     for digits in (0, 1, 2):
         rounded = {name: _rounded(array, digits) for name, array in call.arrays.items()}
         if any(not numpy.array_equal(rounded[name], array, equal_nan=True) for name, array in _numbers(call).items()):
