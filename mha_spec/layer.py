@@ -90,7 +90,8 @@ class Layer:
                 of the cache. Causal, window and ALiBi always count.
             norm_epsilon: Added to the mean square of the norms.
             cache: The tokens so far. q_offset defaults to its lengths; kv_lengths counts the real new keys; mask, bias,
-                dropout_mask and kv_segment_ids cover its whole capacity.
+                dropout_mask and kv_segment_ids cover its whole capacity; kv_starts and prefix_lengths are indices of
+                its tokens.
             **options: See `mha_spec.arguments.Options`.
 
         Returns:

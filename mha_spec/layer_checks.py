@@ -15,9 +15,10 @@ from .arguments import WEIGHT_FUNCTIONS
 from .array_checks import check_alike, check_floating, is_mapping, is_sequence, require_array
 from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, storage_of
 from .cache import KVCache
-from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
+from .checks import refuse_unknown
 from .errors import refuse_type, refuse_value
 from .parameters import AXES, JOINT_NORMS, REQUIRED
+from .position_checks import check_entries, check_offset, refuse_ambiguity
 from .rotary_checks import check_rotary
 from .scalars import LARGEST_FLOAT, check_integer, check_number, is_integer, plain, short_repr
 

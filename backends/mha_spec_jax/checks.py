@@ -10,7 +10,7 @@ from jax.export import is_symbolic_dim
 
 from mha_spec import layer_checks
 from mha_spec.array_checks import check_same_device
-from mha_spec.checks import refuse_ambiguity
+from mha_spec.position_checks import refuse_ambiguity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -244,7 +244,16 @@ def _by_position(problem: Problem, block: Block) -> Iterator[Array]:
     if known.left is not None and not inactive.left:
         yield keys + known.left >= rows + block.of_rows(arrays.q_offset)
     if known.right is not None and not inactive.right:
-        yield keys - known.right <= rows + block.of_rows(arrays.q_offset)
+        shows = keys - known.right <= rows + block.of_rows(arrays.q_offset)
+        yield shows if arrays.prefix_lengths is None else shows | (keys < block.of_rows(arrays.prefix_lengths))
+    if known.a.unlifted_right is not None and not inactive.right:
+        yield keys - known.a.unlifted_right <= rows + block.of_rows(arrays.q_offset)
+    if known.a.chunk is not None and not inactive.chunk:
+        starts = 0 if arrays.kv_starts is None else block.of_rows(arrays.kv_starts)
+        positions = rows + block.of_rows(arrays.q_offset)
+        yield (positions - starts) // known.a.chunk == (keys - starts) // known.a.chunk
+    if arrays.kv_starts is not None and not inactive.kv_starts:
+        yield keys >= block.of_rows(arrays.kv_starts)
     if arrays.q_lengths is not None and not inactive.q_lengths:
         yield rows < block.of_rows(arrays.q_lengths)
     if arrays.kv_lengths is not None and not inactive.kv_lengths:

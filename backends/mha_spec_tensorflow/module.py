@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["MultiHeadAttention"]
 
 
-COUNTS = ("q_offset", "q_lengths", "kv_lengths", "positions")
+COUNTS = ("q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts", "positions")
 """Options that stay on the host where they are host data."""
 
 

@@ -77,7 +77,10 @@ KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
 """The sizes that a trace must know."""
 
 _PAIRS, _ROWS = "batch* heads* q_len* kv_len*", "batch heads q_len"
-_PER_ENTRY = dict.fromkeys(("q_offset", "q_lengths", "kv_lengths"), Layout("batch", "MHA-LEN-3"))
+_PER_ENTRY = {
+    **dict.fromkeys(("q_offset", "q_lengths", "kv_lengths"), Layout("batch", "MHA-LEN-3")),
+    **dict.fromkeys(("prefix_lengths", "kv_starts"), Layout("batch", "MHA-LEN-5")),
+}
 
 ATTENTION = {
     "query": Layout("batch heads q_len qk_dim", "MHA-SHAPE-1"),

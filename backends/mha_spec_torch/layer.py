@@ -231,8 +231,8 @@ def attend_and_weigh(query: Tensor, key: Tensor, value: Tensor, _: LayerSteps, *
     return attention_and_weights(query, key, value, **options)
 
 
-OF_KEYS = {"mask", "bias", "dropout_mask", "kv_segment_ids"}
-"""The options that have an axis for keys."""
+OF_KEYS = {"mask", "bias", "dropout_mask", "kv_segment_ids", "kv_starts", "prefix_lengths"}
+"""The options that have an axis for keys, or indices of keys that may lie past the tokens of a cache."""
 
 
 def _common_length(query: Tensor, key: Tensor, options: dict[str, Any]) -> int | None:
@@ -324,7 +324,7 @@ def _in_tensor(name: str, value: Any, query: Tensor) -> Any:
     return entries(value, query.device) if name in PER_ENTRY and is_open(value) else value
 
 
-PER_ENTRY = {"q_offset", "q_lengths", "kv_lengths"}
+PER_ENTRY = {"q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts"}
 """The options that may be sequences with an integer for each batch entry."""
 
 

@@ -41,6 +41,7 @@ from . import (
     single_keys,
     singles,
     smoke,
+    structured_masks,
     tiles,
     weights,
     wide_bias,
@@ -91,6 +92,7 @@ THEMES = (
     frequencies,
     positions,
     packed,
+    structured_masks,
 )
 
 

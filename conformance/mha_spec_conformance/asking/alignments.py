@@ -25,7 +25,7 @@ def has_positions(case: Case) -> bool:
     """Tell whether the case compares positions; only functions of query and key do."""
     if case.function in VARLEN_FUNCTIONS:
         return not {"causal", "window", "q_offset", "alibi_slopes"}.isdisjoint(_arguments(case))
-    return case.function in OF_ATTENTION and not {"causal", "window", "q_offset"}.isdisjoint(_arguments(case))
+    return case.function in OF_ATTENTION and not {"causal", "window", "chunk", "q_offset"}.isdisjoint(_arguments(case))
 
 
 def alignments(case: Case) -> tuple[str, ...]:
