@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .problem import Operands, Problem, Size
 
-__all__ = ["Block", "Scores", "Softmax", "covers", "kept", "rows_by", "scores", "softmax", "stacked"]
+__all__ = ["Block", "Scores", "Softmax", "constrained", "covers", "kept", "rows_by", "scores", "softmax", "stacked"]
 
 
 class Block(NamedTuple):
@@ -127,8 +127,14 @@ def rows_by(rows: Array, matrix: Array, *, transpose: bool = False) -> Array:
 
 
 def scores(problem: Problem, x: Operands, block: Block, *, slope: bool = False) -> Scores:
-    """Compute scores of scaled queries; cap, bias and hide them (MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
-    logits = rows_by(block.of_rows(x.query), block.of_keys(x.key), transpose=True)
+    """Compute scores of scaled queries; cap, bias and hide them."""
+    return constrained(
+        problem, x, block, rows_by(block.of_rows(x.query), block.of_keys(x.key), transpose=True), slope=slope
+    )
+
+
+def constrained(problem: Problem, x: Operands, block: Block, logits: Array, *, slope: bool = False) -> Scores:
+    """Cap, bias and hide scores (MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
     cap_slope = None
     if problem.softcap is not None:
         tanh = tf.tanh(logits / problem.softcap)

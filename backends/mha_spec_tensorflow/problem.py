@@ -31,6 +31,7 @@ __all__ = [
     "sizes_of",
     "softmax_dtype",
     "sum_is_finite",
+    "with_slopes",
 ]
 
 
@@ -111,6 +112,14 @@ def problem_of(a: Arguments, seed: Array | None = None) -> Problem:
     plan = () if 0 in sizes[:2] else None if None in sizes else plan_of(known)
     scale, softcap = float(scale_of(a.scale, a.query.shape[3])), None if a.softcap is None else float(a.softcap)
     return Problem(scale, softcap, float(a.dropout_rate), known, _constants(a, known, seed), excludes, plan)
+
+
+def with_slopes(problem: Problem, slopes: Array | None, dtype: tf.DType) -> Problem:
+    """Add a linear bias, whose slopes are constants for gradients (MHA-VARLEN-8)."""
+    if slopes is None:
+        return problem
+    slopes = tf.reshape(tf.cast(tf.stop_gradient(slopes), dtype), (1, -1, 1, 1))
+    return replace(problem, constants=problem.constants._replace(slopes=slopes))
 
 
 def _constants(a: Arguments, known: Known, seed: Array | None) -> Constants:

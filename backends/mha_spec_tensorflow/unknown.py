@@ -30,6 +30,7 @@ __all__ = [
     "LAYER",
     "PACKED",
     "PAGED",
+    "PAGED_CACHE",
     "POSITIONS",
     "POSITIONS_OF_LAYER",
     "ROTATED",
@@ -135,6 +136,14 @@ _CACHE = {
     "cache.value": Layout("batch kv_heads capacity v_dim", "MHA-CACHE-7"),
     "cache.lengths": Layout("batch", "MHA-CACHE-7"),
 }
+
+PAGED_CACHE = {
+    "cache.key": Layout("blocks block_size kv_heads qk_dim", "MHA-CACHE-9"),
+    "cache.value": Layout("blocks block_size kv_heads v_dim", "MHA-CACHE-9"),
+    "cache.lengths": Layout("batch", "MHA-CACHE-9"),
+    "cache.block_table": Layout("batch max_blocks", "MHA-CACHE-9"),
+}
+"""A paged cache, whose layouts replace those of a cache."""
 
 LAYER = {
     "query": Layout("batch q_len embed", "MHA-LAYER-2"),
