@@ -54,7 +54,7 @@ OPTIONS = {
 FEATURES = OPTIONS | {
     "core", "groups", "value_size", "empty", "lse", "weights", "vjp", "merge", "poison", "nonfinite", "errors",
 }  # fmt: skip
-MASK_FEATURES = {"prefix_lengths", "chunk", "kv_starts"}
+MASK_FEATURES = {"chunk", "kv_starts", "prefix_lengths"}
 PACKED_FEATURES = {"varlen", "paged", "kv_used", "slopes"}
 LAYER_FEATURES = {"projection", "cross", "rotary", "positions", "norm", "cache", "alibi"}
 PARAMETERS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "q_norm", "k_norm")
@@ -180,8 +180,9 @@ def null_answers(function: str, arrays: Arrays, zeros: Outputs) -> Iterator[tupl
 _LEFT_OUT = (
     *(
         (name,)
-        for name in ("mask", "bias", "sinks", "grad_lse", "causal", "softcap", "scale", "q_lengths", "kv_lengths")
+        for name in ("mask", "bias", "sinks", "grad_lse", "softcap", "scale", "q_lengths", "kv_lengths", *MASK_FEATURES)
     ),
+    ("causal", "prefix_lengths"),
     ("q_segment_ids", "kv_segment_ids"),
     ("dropout_mask", "dropout_rate"),
 )
@@ -402,9 +403,8 @@ def test_every_feature_is_asked_at_64_and_at_128(suite: cases.Suite) -> None:
         sizes = {shapes[name][-1] for name in _sized(case) if name in shapes}
         if sizes <= set(HEAD_SIZES):
             asked |= {(feature, size) for feature in case.features for size in sizes}
-    assert {
-        feature for case in suite.cases for feature in case.features
-    } == FEATURES | MASK_FEATURES | LAYER_FEATURES | PACKED_FEATURES
+    known = FEATURES | MASK_FEATURES | LAYER_FEATURES | PACKED_FEATURES
+    assert {feature for case in suite.cases for feature in case.features} == known
     missing = {(feature, size) for feature in FEATURES - {"errors"} for size in HEAD_SIZES} - asked
     assert not missing
     assert {("projection", 64), ("rotary", 64), ("cache", 64), ("varlen", 64), ("varlen", 128)} <= asked
