@@ -245,6 +245,23 @@ def diff(
 
 
 @app.command()
+def matrix(
+    report: Annotated[list[Path], typer.Argument(help="The reports of several targets: check --json FILE.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write the matrix as a page to this file, which needs no other.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Append the matrix as Markdown to this file.")] = None,
+    badge: Annotated[
+        list[Path] | None, typer.Option(help="Write a badge to this .svg file, or for shields.io to this .json file.")
+    ] = None,
+) -> None:
+    """Put the reports of several targets side by side, clause by clause."""
+    from .matrix import show_matrix
+
+    _end_with_status(show_matrix, report, html, markdown, tuple(badge or ()))
+
+
+@app.command()
 def fuzz(
     target: Annotated[str, TARGET],
     seconds: Annotated[float, typer.Option(min=0.1, help="Time of the search in seconds.")] = 60.0,
