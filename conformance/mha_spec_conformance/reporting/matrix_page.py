@@ -60,14 +60,16 @@ NOT_ASKED = "."
 
 WITHOUT_LEVEL = (*OUTCOMES, INTERNAL)
 
-MOST_DESCRIBED = 3
+MOST_DESCRIBED = 2
 """The number of failures of a cause, in each dtype, whose reason is part of the page."""
 
-MOST_CAUSES = 30
-"""The number of causes of an implementation of which the page has failures with reasons."""
+MOST_CAUSES = 20
+"""The number of causes of an implementation that the page names."""
+
+ANOTHER = "another cause; the report has its name"
 
 MOST_CHARACTERS = 160
-"""The length of a reason."""
+"""The length of a reason or of the name of a cause."""
 
 
 def matrix_page(field: Matrix) -> str:
@@ -89,7 +91,7 @@ def matrix_page(field: Matrix) -> str:
         states=STATES,
         meanings=MEANINGS,
         features=_features(field),
-        dtypes=[dtype for dtype in FLOATING if any(dtype in c.report.data["target"]["dtypes"] for c in field.columns)],
+        dtypes=[name for name in FLOATING if any(key[1] == name for c in field.columns for key in c.report.results)],
     )
 
 
@@ -138,17 +140,22 @@ def _column(column: Column, cases: list[str], clauses: Mapping[str, int]) -> dic
     """Return an implementation for the script: its results, and the cause of each result that is not a pass."""
     results = column.report.results
     keys = [(name, dtype) for name in cases for dtype in FLOATING]
+    titles: dict[str, None] = {}
     causes: dict[tuple[str, tuple[str, ...]], int] = {}
-    described: Counter[tuple[int, str]] = Counter()
+    described: Counter[tuple[str, str]] = Counter()
     numbers: list[int] = []
     reasons: dict[int, str] = {}
     for place, key in enumerate(keys):
         if key not in results or results[key].outcome == "pass":
             continue
-        number = causes.setdefault((_title(column, key), column.blamed(results[key])), len(causes))
+        title = _title(column, key)
+        if len(titles) < MOST_CAUSES:
+            titles[title] = None
+        title = title if title in titles else ANOTHER
+        number = causes.setdefault((title, column.blamed(results[key])), len(causes))
         numbers.append(number)
-        described[number, key[1]] += 1
-        if number < MOST_CAUSES and described[number, key[1]] <= MOST_DESCRIBED:
+        described[title, key[1]] += 1
+        if title != ANOTHER and described[title, key[1]] <= MOST_DESCRIBED:
             reasons[place] = one_line(results[key].reason or "", MOST_CHARACTERS)
     return {
         "name": one_line(column.name, MOST_CHARACTERS),
