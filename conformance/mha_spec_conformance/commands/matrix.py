@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["show_matrix"]
 
-SIGNS = dict(zip(STATES, ("✅", "🔀", "❌", "💥", "⛔", "·"), strict=True))
+SIGNS: dict[str, str] = dict(zip(STATES, ("✅", "🔀", "❌", "💥", "⛔", "·"), strict=True))
 
 MOST_COLUMNS = 12
 """The number of implementations up to which the Markdown has a cell for each clause."""

@@ -59,14 +59,12 @@ class Badge:
 
 def badge_of(field: Matrix) -> Badge:
     """Return the badge of reports: the verdict of a single one, or the number of conformant implementations."""
-    label = f"mha-spec {field.columns[0].report.data['spec_version']}"
-    conformant = sum(column.conformant for column in field.columns)
-    if len(field.columns) > 1:
-        colour = "brightgreen" if conformant == len(field.columns) else "yellow"
-        return Badge(label, f"{conformant} of {len(field.columns)} conformant", colour)
-    (column,) = field.columns
-    results = [result for result in column.report.results.values() if result.must and result.outcome != "unsupported"]
+    first, *others = field.columns
+    label = f"mha-spec {first.report.data['spec_version']}"
+    if others:
+        number, conformant = len(field.columns), sum(column.conformant for column in field.columns)
+        return Badge(label, f"{conformant} of {number} conformant", "brightgreen" if conformant == number else "yellow")
+    results = [result for result in first.report.results.values() if result.must and result.outcome != "unsupported"]
     passed = sum(result.outcome == "pass" for result in results)
-    failed = column.report.data["status"] != 0
-    colour = "brightgreen" if column.conformant else "red" if failed else "yellow"
-    return Badge(label, f"{column.label}, {passed} of {len(results)} cases", colour)
+    colour = "brightgreen" if first.conformant else "red" if first.report.data["status"] != 0 else "yellow"
+    return Badge(label, f"{first.label}, {passed} of {len(results)} cases", colour)

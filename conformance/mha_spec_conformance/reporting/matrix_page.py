@@ -34,20 +34,14 @@ __all__ = ["FORMAT", "matrix_page"]
 FORMAT = "mha-spec-matrix/1"
 """The attribute `data-format` of the page, which distinguishes it from other files."""
 
-MEANINGS = dict(
-    zip(
-        STATES,
-        (
-            "every case that was judged passes",
-            "the results are those of another convention, which has a name",
-            "at least one case has a wrong result",
-            "at least one case raised, crashed or did not end",
-            "the implementation refused every case",
-            "the implementation does not claim what the cases need, or the run left them out",
-        ),
-        strict=True,
-    )
-)
+MEANINGS = {
+    "conforms": "every case that was judged passes",
+    "convention": "the results are those of another convention, which has a name",
+    "wrong": "at least one case has a wrong result",
+    "error": "at least one case raised, crashed or did not end",
+    "unsupported": "the implementation refused every case",
+    "not asked": "the implementation does not claim what the cases need, or the run left them out",
+}
 """The states as the page explains them."""
 
 LEVELS = 50
