@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .arguments import expand_options
-from .cache import KVCache
+from .cache import KVCache, PagedKVCache
 from .errors import ArgumentTypeError, ArgumentValueError, BackendError, MhaSpecError
 from .rotary_scaling import rotary_frequencies
 from .scalars import plain
@@ -128,6 +128,7 @@ __all__ = [
     "BackendError",
     "KVCache",
     "MhaSpecError",
+    "PagedKVCache",
     "alibi_bias",
     "alibi_slopes",
     "attention",

@@ -45,10 +45,16 @@ class WeightOptions(TypedDict, total=False):
     required where causal or window meet unequal lengths (MHA-POS-1, MHA-POS-2)."""
     window: tuple[int | None, int | None] | None
     """(left, right), both inclusive, in positions: -left <= j - p <= right (MHA-WINDOW-1, MHA-WINDOW-2)."""
+    chunk: int | None
+    """Position p sees the keys of its own chunk of this many positions, counted from kv_starts (MHA-WINDOW-3)."""
+    prefix_lengths: Int[Array, "batch"] | Sequence[int] | None
+    """causal hides no key j < prefix_lengths[b]; a window, a chunk and all other options still do (MHA-CAUSAL-2)."""
     q_lengths: Int[Array, "batch"] | Sequence[int] | None
     """Rows at or past q_lengths[b] see nothing (MHA-LEN-2)."""
     kv_lengths: Int[Array, "batch"] | Sequence[int] | None
     """Keys at or past kv_lengths[b] are invisible (MHA-LEN-1)."""
+    kv_starts: Int[Array, "batch"] | Sequence[int] | None
+    """Keys before kv_starts[b], which are padding, are invisible; no position changes (MHA-LEN-4)."""
     q_segment_ids: Int[Array, "batch q_len"] | None
     """Packed sequences: equal ids see each other (MHA-SEG-1)."""
     kv_segment_ids: Int[Array, "batch kv_len"] | None
@@ -89,8 +95,11 @@ class Arguments:
     causal: bool = False
     q_offset: Array | Sequence[int] | int | str | None = None
     window: tuple[int | None, int | None] | None = None
+    chunk: int | None = None
+    prefix_lengths: Array | Sequence[int] | None = None
     q_lengths: Array | Sequence[int] | None = None
     kv_lengths: Array | Sequence[int] | None = None
+    kv_starts: Array | Sequence[int] | None = None
     q_segment_ids: Array | None = None
     kv_segment_ids: Array | None = None
     scale: float | None = None
@@ -140,13 +149,18 @@ class Arguments:
     @property
     def positional(self) -> bool:
         """True if a constraint compares positions, so that the causal diagonal must be known."""
-        return self.causal or self.bounded_window is not None
+        return self.causal or self.bounded_window is not None or self.chunk is not None
 
     @property
     def bounds(self) -> tuple[int | None, int | None]:
         """The bounds (left, right) of a key's distance; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
         left, right = self.window or (None, None)
         return left, 0 if self.causal else right
+
+    @property
+    def unlifted_right(self) -> int | None:
+        """The right bound of the window, which holds where a prefix lifts that of causal (MHA-CAUSAL-2)."""
+        return None if self.window is None or self.prefix_lengths is None else self.window[1]
 
 
 OPTIONS = tuple(field.name for field in fields(Arguments) if field.name not in {"query", "key", "value", "function"})

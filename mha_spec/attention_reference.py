@@ -355,6 +355,8 @@ class Reference:
         constraints += self._see_positions(a, positions)
         if a.kv_lengths is not None:
             constraints.append(steps.see_kv_lengths(positions, self._integers(a.kv_lengths, positions)))
+        if a.kv_starts is not None:
+            constraints.append(steps.see_kv_starts(positions, self._integers(a.kv_starts, positions)))
         if a.q_lengths is not None:
             constraints.append(steps.see_q_lengths(indices[:, None], self._integers(a.q_lengths, positions)))
         if a.q_segment_ids is not None and a.kv_segment_ids is not None:
@@ -365,16 +367,25 @@ class Reference:
     def _see_positions(self, a: Arguments, positions: Array) -> list[Array]:
         if not a.positional:
             return []
-        steps = self.steps
-        offset = self._integers(steps.offset_of(a), positions)
-        distance = positions - steps.query_positions(offset, a.q_len)
-        constraints = [steps.see_causal(distance)] if a.causal else []
+        xp, steps = namespace_of(positions), self.steps
+        queries = steps.query_positions(self._integers(steps.offset_of(a), positions), a.q_len)
+        distance = positions - queries
+        constraints = [self._see_causal(a, distance, positions)] if a.causal else []
         left, right = a.bounded_window or (None, None)
         if left is not None:
             constraints.append(steps.see_window_left(distance, left))
         if right is not None:
             constraints.append(steps.see_window_right(distance, right))
+        if a.chunk is not None:
+            starts = 0 if a.kv_starts is None else xp.clip(self._integers(a.kv_starts, positions), 0, a.kv_len)
+            constraints.append(steps.see_chunk(queries, positions, a.chunk, starts))
         return constraints
+
+    def _see_causal(self, a: Arguments, distance: Array, positions: Array) -> Array:
+        causal = self.steps.see_causal(distance)
+        if a.prefix_lengths is None:
+            return causal
+        return self.steps.see_prefix(causal, positions, self._integers(a.prefix_lengths, positions))
 
     def _integers(self, value: Array | Sequence[int] | int, like: Array) -> Array:
         """Return an integer per batch entry, (batch or 1, 1, 1, 1), in the type of `like`."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import finalize
 
-from .arrays import host_integers
+import numpy
+
+from .arrays import host_integers, library_of
+from .errors import refuse_type
+from .scalars import check_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
 
     from .arrays import Array
 
-__all__ = ["HighWater", "KVCache"]
+__all__ = ["Cache", "HighWater", "KVCache", "PagedKVCache"]
 
 
 class KVCache(NamedTuple):
@@ -63,7 +67,83 @@ class KVCache(NamedTuple):
         return f"KVCache(key={key}, value={value}, lengths={self.lengths!r})"
 
 
-def _function_for(name: str, array: Array, label: str) -> Callable[..., KVCache]:
+class PagedKVCache(NamedTuple):
+    """Keys and values of the tokens so far in blocks, which a table names for each batch entry (MHA-CACHE-9).
+
+    Token j of batch entry b is in slot j mod block_size of block `block_table[b, j // block_size]`. Numbers in the
+    table that no token needs may be any integers. Batch entries may share the blocks of a common prefix; a token that
+    is appended needs a slot that holds no other (MHA-CACHE-11). The caller chooses the blocks; more of them are given
+    to a cache by `_replace(block_table=...)`. As `KVCache`, it is immutable and passes through compilers.
+    """
+
+    key: Float[Array, "blocks block_size kv_heads qk_dim"]
+    """Normalised and rotated, as attention reads them."""
+    value: Float[Array, "blocks block_size kv_heads v_dim"]
+    lengths: Int[Array, "batch"] | Sequence[int]
+    """The number of tokens of each batch entry; only host data is checked."""
+    block_table: Int[Array, "batch max_blocks"]
+    """The blocks of each batch entry; only an array of NumPy is checked."""
+
+    @classmethod
+    def empty(
+        cls,
+        block_table: Int[Array, "batch max_blocks"],
+        blocks: int,
+        block_size: int,
+        kv_heads: int,
+        qk_dim: int,
+        v_dim: int | None = None,
+        *,
+        like: Array,
+    ) -> PagedKVCache:
+        """Make blocks without tokens, with the library, dtype and device of `like`; v_dim is qk_dim by default."""
+        if library_of(block_table) is None:
+            refuse_type(
+                "MHA-CACHE-9",
+                f"`block_table` must be an array (batch, max_blocks), received {type(block_table).__name__}.",
+            )
+        sizes = {"blocks": (blocks, 0), "block_size": (block_size, 1)}
+        first = [check_integer(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
+        # The buffers of a cache in which each batch entry is a block have the same axes, except for their order.
+        pools = _function_for("empty_cache", like, "like")(*first, kv_heads, qk_dim, v_dim, like=like)
+        return cls(pools.key, pools.value, numpy.zeros(block_table.shape[0], dtype=numpy.int32), block_table)
+
+    def append(
+        self,
+        key: Float[Array, "batch kv_heads length qk_dim"],
+        value: Float[Array, "batch kv_heads length v_dim"],
+        lengths: Int[Array, "batch"] | Sequence[int] | None = None,
+    ) -> PagedKVCache:
+        """Append new tokens to those of each batch entry; see `mha_spec.reference.append_cache`."""
+        return _function_for("append_cache", self.key, "cache")(self, key, value, lengths)
+
+    @property
+    def batch(self) -> int:
+        """Number of batch entries."""
+        return self.block_table.shape[0]
+
+    @property
+    def block_size(self) -> int:
+        """Number of slots of a block."""
+        return self.key.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that a row of the table has room for."""
+        return self.block_table.shape[1] * self.block_size
+
+    def __repr__(self) -> str:
+        """Show shapes, not contents."""
+        arrays = self.key, self.value, self.block_table
+        key, value, table = (tuple(getattr(array, "shape", ())) for array in arrays)
+        return f"PagedKVCache(key={key}, value={value}, lengths={self.lengths!r}, block_table={table})"
+
+
+Cache = TypeVar("Cache", KVCache, PagedKVCache)
+"""The type of a cache, which an append keeps."""
+
+
+def _function_for(name: str, array: Array, label: str) -> Callable[..., Any]:
     """Return a function of the backend of an array.
 
     The import is late because `selection` may load a backend, which imports this module.

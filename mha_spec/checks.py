@@ -12,53 +12,43 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from .arguments import DROPOUT_OPTIONS, READINGS, WEIGHT_FUNCTIONS, options_of
+from .arguments import DROPOUT_OPTIONS, WEIGHT_FUNCTIONS, options_of
 from .array_checks import (
     check_alike,
     check_floating,
     check_integers,
     check_library,
     check_same_device,
-    is_sequence,
     require_array,
     shape_of,
 )
-from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, lies_with, softmax_dtype_name, storage_of
+from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, softmax_dtype_name, storage_of
 from .errors import refuse_type, refuse_value
-from .scalars import as_float, check_flag, check_number, is_integer, plain, short_repr
+from .position_checks import check_alignment, check_chunk, check_lengths, check_prefix, check_window
+from .scalars import as_float, check_flag, check_number, short_repr
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from .arguments import Arguments
     from .varlen_arguments import VarlenArguments
 
 __all__ = [
     "CHECKS",
-    "LARGEST_POSITION",
     "check",
-    "check_common_offset",
     "check_cotangents",
     "check_dropout_mask",
-    "check_entries",
     "check_flag",
     "check_halves",
     "check_library",
     "check_merge_cotangents",
-    "check_offset",
-    "check_position",
     "check_rate",
     "check_result",
     "check_same_device",
     "check_score_numbers",
     "check_sinks",
-    "check_window",
-    "refuse_ambiguity",
     "refuse_unknown",
 ]
-
-LARGEST_POSITION = 2**30
-"""Offsets, lengths and windows are at most this in magnitude, so that int32 positions cannot overflow."""
 
 RANGE = {name: (float(numpy.finfo(name).tiny), float(numpy.finfo(name).max)) for name in ("float32", "float64")}
 """The smallest normal and the largest number of each type of the softmax."""
@@ -224,33 +214,6 @@ def _range(a: Arguments | VarlenArguments) -> tuple[float, float]:
     return RANGE[softmax_dtype_name(dtype_name(a.query))]
 
 
-def check_window(a: Arguments | VarlenArguments) -> None:
-    """Require a pair (left, right) of numbers of positions, each None or 0..2^30 (MHA-ARG-3)."""
-    if a.window is None:
-        return
-    if not is_sequence(a.window) or len(a.window) != 2:
-        refuse_type(
-            "MHA-ARG-3",
-            f"`window` must be a pair (left, right), received window={short_repr(a.window)}. "
-            "A causal window of n keys is window=(n - 1, 0).",
-        )
-    a.window = (_bound("left", a.window[0]), _bound("right", a.window[1]))
-
-
-def _bound(side: str, bound: object) -> int | None:
-    if bound is None:
-        return None
-    number = plain(bound)
-    if not is_integer(number):
-        refuse_type("MHA-ARG-3", f"`window` must hold integers or None, received {side}={short_repr(bound)}.")
-    if not 0 <= number <= LARGEST_POSITION:
-        refuse_value(
-            "MHA-ARG-3",
-            f"`window` must have 0<={side}<=2**30 or {side}=None for no bound, received {side}={short_repr(number)}.",
-        )
-    return number
-
-
 def check_pairwise(a: Arguments) -> None:
     """Require rank 4 and axes that broadcast to the scores; masks are boolean (MHA-MASK-2, MHA-BIAS-1)."""
     if a.mask is not None:
@@ -309,58 +272,6 @@ def check_sinks(a: Arguments | VarlenArguments) -> None:
         )
 
 
-def check_lengths(a: Arguments) -> None:
-    """Require integer lengths and offsets for each batch entry, in their ranges if they are host data (MHA-LEN-3)."""
-    if a.q_lengths is not None:
-        check_entries("q_lengths", a.q_lengths, a.query, 0, a.q_len, "q_len")
-    if a.kv_lengths is not None:
-        check_entries("kv_lengths", a.kv_lengths, a.query, 0, a.kv_len, "kv_len")
-    if a.q_offset is not None:
-        a.q_offset = check_offset(a.q_offset, a.query)
-
-
-def check_offset(offset: object, query: Array) -> Array | Sequence[int] | int | str | None:
-    """Require an integer, an integer for each batch entry, or the name of an alignment (MHA-POS-1, MHA-POS-2)."""
-    held = plain(offset)
-    if not check_common_offset(held):
-        check_entries("q_offset", held, query, -LARGEST_POSITION, LARGEST_POSITION, "2**30")
-    return held
-
-
-def check_common_offset(offset: object) -> bool:
-    """Check an offset that all batch entries share; return False if it holds an integer for each (MHA-POS-2)."""
-    if isinstance(offset, str):
-        if offset not in READINGS:
-            names = " or ".join(repr(reading) for reading in READINGS)
-            refuse_value(
-                "MHA-POS-2", f"`q_offset` must be integers or {names}, received q_offset={short_repr(offset)}."
-            )
-        return True
-    if is_integer(offset):
-        check_position("q_offset", offset, -LARGEST_POSITION, LARGEST_POSITION, "2**30")
-        return True
-    return False
-
-
-def check_entries(label: str, value: object, query: Array, low: int, high: int | None, high_name: str) -> None:
-    """Require an integer for each batch entry of `query`, within its range where it is host data (MHA-LEN-3).
-
-    A limit of None stands for a size that is unknown in a trace, and is not checked.
-    """
-    if value is None:
-        return
-    check_integers(label, value, query, (query.shape[0],), "(batch,)", "MHA-LEN-3")
-    for number in host_integers(value) or ():
-        check_position(label, number, low, high, high_name)
-
-
-def check_position(label: str, number: int, low: int, high: int | None, high_name: str) -> None:
-    """Require an integer in a range; a limit of None is unknown (MHA-LEN-3)."""
-    if number < low or (high is not None and number > high):
-        limits = f"-2**30<={label}<=2**30" if high_name == "2**30" else f"{low}<={label}<={high_name}={high}"
-        refuse_value("MHA-LEN-3", f"`{label}` must be in {limits}, received {short_repr(number)}.")
-
-
 def check_segments(a: Arguments) -> None:
     """Require integer segment ids for both queries and keys, or for neither (MHA-SEG-1)."""
     if a.q_segment_ids is None and a.kv_segment_ids is None:
@@ -376,41 +287,18 @@ def check_segments(a: Arguments) -> None:
     check_integers("kv_segment_ids", a.kv_segment_ids, a.query, (a.batch, a.kv_len), "(batch, kv_len)", "MHA-SEG-1")
 
 
-def check_alignment(a: Arguments) -> None:
-    """Require q_offset where a constraint compares positions and lengths differ (MHA-POS-2)."""
-    if a.q_offset is None and a.positional:
-        refuse_ambiguity("causal=True" if a.causal else f"window={a.window}", a.q_len, a.kv_len, a.kv_lengths)
-
-
-def refuse_ambiguity(user: str, q_len: int, kv_len: int, kv_lengths: Array | Sequence[int] | None) -> None:
-    """Refuse a missing offset unless the lengths are equal; `user` is the argument that needs positions (MHA-POS-2)."""
-    if q_len == kv_len and kv_lengths is None:
-        return
-    readings = ['q_offset="upper_left" (0, as PyTorch and JAX)']
-    if kv_lengths is None:
-        lower_right = f"{kv_len - q_len}, kv_len - q_len, as FlashAttention and MLX"
-    else:
-        lower_right = "kv_lengths - q_len, or - q_lengths where they are given, as cuDNN and TransformerEngine"
-        readings.append("q_offset=kv_lengths - q_len (as ONNX with a cache)")
-    readings.insert(1, f'q_offset="lower_right" ({lower_right})')
-    why = f"q_len={q_len} and kv_len={kv_len} differ" if q_len != kv_len else "kv_lengths are given"
-    refuse_value(
-        "MHA-POS-2",
-        f"`q_offset` must be given with {user} where {why}: the diagonal is ambiguous. "
-        f"Pass {' or '.join(readings)}; received q_offset=None.",
-    )
-
-
 CHECKS: tuple[Callable[[Arguments], None], ...] = (
     check_tensors,
     check_sizes,
     check_numbers,
     check_window,
+    check_chunk,
     check_pairwise,
     check_sinks,
     check_lengths,
     check_segments,
     check_alignment,
+    check_prefix,
 )
 
 

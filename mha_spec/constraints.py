@@ -7,17 +7,28 @@ from which nothing follows.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     Bounds = tuple[int | None, int | None]
     Numbers = Sequence[int] | None
 
-__all__ = ["Indices", "distances", "equal_entries", "key_range", "segment_keys", "segment_runs", "trimmed"]
+__all__ = [
+    "PLAIN",
+    "Indices",
+    "Structure",
+    "distances",
+    "equal_entries",
+    "key_range",
+    "segment_keys",
+    "segment_runs",
+    "shown",
+    "trimmed",
+]
 
 
 class Indices(Protocol):
@@ -34,6 +45,21 @@ class Indices(Protocol):
         ...
 
 
+class Structure(NamedTuple):
+    """The chunk and the numbers that change what positions show; None stands for numbers that must not be read."""
+
+    chunk: int | None = None
+    starts: Numbers = (0,)
+    """kv_starts, an integer for each batch entry or for all; 0 without them (MHA-LEN-4)."""
+    prefixes: Numbers = (0,)
+    """prefix_lengths, likewise (MHA-CAUSAL-2)."""
+    right: int | None = None
+    """The right bound of the window, which a prefix does not lift, while it lifts the 0 of causal (MHA-CAUSAL-2)."""
+
+
+PLAIN = Structure()
+
+
 def key_range(
     bounds: Bounds,
     queries: Indices,
@@ -41,23 +67,85 @@ def key_range(
     offsets: Numbers = None,
     q_lengths: Numbers = None,
     kv_lengths: Numbers = None,
+    structure: Structure = PLAIN,
 ) -> tuple[int, int]:
     """Return the start and stop of the keys that some of the queries may see.
 
-    `bounds` are those of `Arguments.bounds` (MHA-WINDOW-1, MHA-WINDOW-2, MHA-LEN-1, MHA-LEN-2).
+    `bounds` are those of `Arguments.bounds` (MHA-WINDOW-1, MHA-WINDOW-2, MHA-LEN-1, MHA-LEN-2, MHA-LEN-4).
     """
-    (left, right), first, end = bounds, queries.start, queries.stop
+    first, end = queries.start, queries.stop
     if q_lengths:
         end = min(end, max(q_lengths))
         if end <= first:
             return 0, 0
-    start, stop = 0, min(kv_len, max(kv_lengths)) if kv_lengths else kv_len
-    if offsets and left is not None:
-        start = max(start, min(offsets) + first - left)
-    if offsets and right is not None:
-        stop = min(stop, max(offsets) + end + right)
+    start = max(0, min(structure.starts)) if structure.starts else 0
+    stop = min(kv_len, max(kv_lengths)) if kv_lengths else kv_len
+    if offsets:
+        least, greatest = _reached(bounds, first, end - 1, offsets, structure)
+        start = start if least is None else max(start, least)
+        stop = stop if greatest is None else min(stop, greatest)
     stop = max(0, stop)
     return min(start, stop), stop
+
+
+def _reached(bounds: Bounds, first: int, last: int, offsets: Sequence[int], structure: Structure) -> Bounds:
+    """Return the start and stop of the keys that positions show to some of the queries `first` to `last`.
+
+    A query sees a single range of keys, whose ends never decrease from a query to the next: the first query decides
+    where the keys start, the last where they stop. None stands for no bound.
+    """
+    if structure.starts is None:
+        structure = structure._replace(chunk=None, starts=(0,))
+    if structure.prefixes is None:
+        bounds, structure = (bounds[0], structure.right), structure._replace(prefixes=(0,))
+    entries = _entries(offsets, structure)
+    starts = [_range_of(offset + first, start, prefix, bounds, structure)[0] for offset, start, prefix in entries]
+    stops = [_range_of(offset + last, start, prefix, bounds, structure)[1] for offset, start, prefix in entries]
+    return _extreme(min, starts), _extreme(max, stops)
+
+
+def shown(bounds: Bounds, first: int, last: int, offsets: Sequence[int], structure: Structure) -> Bounds:
+    """Return the start and stop of the keys that positions show to all of the queries `first` to `last`.
+
+    Prefixes that must not be read only add keys; with unknown starts of chunks, no key is known to be shown.
+    """
+    if structure.chunk is not None and structure.starts is None:
+        return 0, 0
+    structure = structure._replace(starts=structure.starts or (0,), prefixes=structure.prefixes or (0,))
+    entries = _entries(offsets, structure)
+    starts = [_range_of(offset + last, start, prefix, bounds, structure)[0] for offset, start, prefix in entries]
+    stops = [_range_of(offset + first, start, prefix, bounds, structure)[1] for offset, start, prefix in entries]
+    return _extreme(max, starts), _extreme(min, stops)
+
+
+def _entries(offsets: Sequence[int], structure: Structure) -> list[tuple[int, int, int]]:
+    """Return the offset, start and prefix of batch entries, or of those alone that decide about all."""
+    columns = [offsets, structure.starts or (0,), structure.prefixes or (0,)]
+    if len(columns[1]) == len(columns[2]) == 1:
+        columns[0] = (min(offsets), max(offsets))
+    batch = max(map(len, columns))
+    offsets, starts, prefixes = (column if len(column) > 1 else column * batch for column in map(tuple, columns))
+    return list(zip(offsets, starts, prefixes, strict=True))
+
+
+def _range_of(position: int, start: int, prefix: int, bounds: Bounds, structure: Structure) -> Bounds:
+    """Return the start and stop of the keys that positions show to a query; None stands for no bound."""
+    left, right = bounds
+    starts = [] if left is None else [position - left]
+    stops = [] if right is None else [max(position + right + 1, prefix) if prefix else position + right + 1]
+    if structure.right is not None:
+        stops.append(position + structure.right + 1)
+    if structure.chunk is not None:
+        of_chunk = start + (position - start) // structure.chunk * structure.chunk
+        starts.append(of_chunk)
+        stops.append(of_chunk + structure.chunk)
+    return max(starts, default=None), min(stops, default=None)
+
+
+def _extreme(choose: Callable[[list[int]], int], ends: list[int | None]) -> int | None:
+    """Choose among ends, of which either all or none are None."""
+    numbers = [end for end in ends if end is not None]
+    return choose(numbers) if numbers else None
 
 
 def distances(offsets: Sequence[int], queries: Indices, keys: Indices) -> tuple[int, int]:

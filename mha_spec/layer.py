@@ -13,9 +13,11 @@ import numpy
 
 from .arguments import decorate_method, expand_options, offset_of_reading
 from .arrays import Array, library_of
+from .cache import PagedKVCache
 from .layer_checks import LayerArguments, check_like, check_slope_dtype, check_vectors, empty_shapes
 from .layer_steps import LayerSteps
 from .scalars import plain
+from .varlen_reference import varlen_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from .arguments import Options, WeightOptions
-    from .cache import KVCache
+    from .cache import Cache, KVCache
     from .rotary_checks import Rotary
 
 __all__ = [
@@ -47,7 +49,7 @@ class Operands(NamedTuple):
     key: Any
     value: Any
     options: dict[str, Any]
-    cache: KVCache | None = None
+    cache: KVCache | PagedKVCache | None = None
     """The new cache; None in a call without a cache."""
 
 
@@ -68,9 +70,9 @@ class Layer:
         rotary: Mapping[str, Any] | None = None,
         positions: Array | Sequence[Any] | None = None,
         norm_epsilon: float = 1e-6,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         **options: Unpack[Options],
-    ) -> Array | tuple[Array, KVCache]:
+    ) -> Array | tuple[Array, Cache]:
         """Multi-head attention: project query, key and value, attend in every head, and project the heads.
 
             Q = rotate(norm(query w_q + b_q)),  K = rotate(norm(key w_k + b_k)),  V = value w_v + b_v
@@ -90,7 +92,8 @@ class Layer:
                 of the cache. Causal, window and ALiBi always count.
             norm_epsilon: Added to the mean square of the norms.
             cache: The tokens so far. q_offset defaults to its lengths; kv_lengths counts the real new keys; mask, bias,
-                dropout_mask and kv_segment_ids cover its whole capacity.
+                dropout_mask and kv_segment_ids cover its whole capacity; kv_starts and prefix_lengths are indices of
+                its tokens.
             **options: See `mha_spec.arguments.Options`.
 
         Returns:
@@ -110,8 +113,14 @@ class Layer:
         name = "multi_head_attention"
         a = LayerArguments(name, query, key, value, params, rotary, norm_epsilon, cache, {**options}, positions)
         x = self._operands(self.steps.check(a))
-        output = self._output(a, self.steps.attend(x.query, x.key, x.value, **x.options))
-        return output if x.cache is None else (output, x.cache)
+        if isinstance(x.cache, PagedKVCache):
+            varlen = self.steps.varlen or varlen_attention
+            attended = self.steps.attend_paged(x.query, x.cache, x.options, varlen, self.steps)
+        else:
+            attended = self.steps.attend(x.query, x.key, x.value, **x.options)
+        output = self._output(a, attended)
+        new: Any = x.cache
+        return output if new is None else (output, new)
 
     @expand_options
     def multi_head_attention_and_weights(
@@ -141,7 +150,8 @@ class Layer:
         x = self._operands(self.steps.check(a))
         attended, weights = self.steps.attend_and_weigh(x.query, x.key, x.value, self.steps, **x.options)
         output = self._output(a, attended)
-        return (output, weights) if x.cache is None else (output, weights, x.cache)
+        new: Any = x.cache
+        return (output, weights) if new is None else (output, weights, new)
 
     @expand_options
     def multi_head_attention_weights(
@@ -330,11 +340,11 @@ class Layer:
 
     def append_cache(
         self,
-        cache: KVCache,
+        cache: Cache,
         key: Float[Array, "batch kv_heads length qk_dim"],
         value: Float[Array, "batch kv_heads length v_dim"],
         lengths: Int[Array, "batch"] | Sequence[int] | None = None,
-    ) -> KVCache:
+    ) -> Cache:
         """Make a cache with new tokens after those of each batch entry; also `KVCache.append`.
 
         Args:
@@ -352,10 +362,10 @@ class Layer:
             ArgumentTypeError: The cache is of another library or dtype.
 
         Source:
-            SPEC.md, MHA-CACHE-1 to MHA-CACHE-8.
+            SPEC.md, MHA-CACHE-1 to MHA-CACHE-8, for a `PagedKVCache` also MHA-CACHE-9 to MHA-CACHE-11.
         """
         self.steps.check_append(cache, key, value, lengths)
-        return self.steps.append(cache, key, value, lengths, self.steps)
+        return self._append(cache, key, value, lengths)
 
     def _operands(self, a: LayerArguments) -> Operands:
         """Make the arguments of attention; with a cache, the keys are all keys of the new cache."""
@@ -363,9 +373,13 @@ class Layer:
         if a.cache is None:
             return Operands(q, k, v, a.options)
         counts, offset = a.options.get("kv_lengths"), a.options.get("q_offset")
-        new = a.cache if k is None else self.steps.append(a.cache, k, v, counts, self.steps)
+        new = a.cache if k is None else self._append(a.cache, k, v, counts)
         options = {"kv_lengths": new.lengths, "q_offset": a.cache.lengths if offset is None else offset}
         return Operands(q, new.key, new.value, a.options | options, new)
+
+    def _append(self, cache: Any, key: Array, value: Any, counts: Any) -> Any:
+        append = self.steps.append_paged if isinstance(cache, PagedKVCache) else self.steps.append
+        return append(cache, key, value, counts, self.steps)
 
     def _heads(self, a: LayerArguments) -> tuple[Array, Array | None, Array | None]:
         """Project, normalise and rotate query, key and value (MHA-NORM-2)."""

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import numpy
 
+from . import paged_checks
 from .arguments import WEIGHT_FUNCTIONS
 from .array_checks import check_alike, check_floating, is_mapping, is_sequence, require_array
 from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, storage_of
-from .cache import KVCache
-from .checks import check_entries, check_offset, refuse_ambiguity, refuse_unknown
+from .cache import KVCache, PagedKVCache
+from .checks import refuse_unknown
 from .errors import refuse_type, refuse_value
 from .parameters import AXES, JOINT_NORMS, REQUIRED
+from .position_checks import check_entries, check_offset, refuse_ambiguity
 from .rotary_checks import check_rotary
 from .scalars import LARGEST_FLOAT, check_integer, check_number, is_integer, plain, short_repr
 
@@ -52,7 +54,7 @@ class LayerArguments:
     params: Mapping[str, Array]
     rotary: Mapping[str, Any] | None
     norm_epsilon: float
-    cache: KVCache | None
+    cache: KVCache | PagedKVCache | None
     options: dict[str, Any]
     """The options of attention that the call has."""
     positions: Array | Sequence[Any] | None = None
@@ -321,8 +323,10 @@ def _is_series(value: object) -> TypeGuard[Sequence[object]]:
     return is_sequence(value) or isinstance(value, range)
 
 
-def _check_cache(a: LayerArguments, cache: KVCache) -> None:
+def _check_cache(a: LayerArguments, cache: KVCache | PagedKVCache) -> None:
     """Require the query's library, dtype, device and batch, and the sizes of the parameters (MHA-CACHE-7)."""
+    if isinstance(cache, PagedKVCache):
+        paged_checks.check_options(a.function, a.options, weighs=a.weighs)
     _, kv_heads, qk_dim = a.params["w_k"].shape
     v_dim = None if a.weighs else a.params["w_v"].shape[2]
     _check_buffers(cache, a.query, "query", (a.query.shape[0], kv_heads, None, qk_dim), v_dim)
@@ -339,7 +343,11 @@ def _check_cache(a: LayerArguments, cache: KVCache) -> None:
 
 
 def check_append(
-    cache: KVCache, key: Array, value: Array, counts: Array | Sequence[int] | None, label: str = "lengths"
+    cache: KVCache | PagedKVCache,
+    key: Array,
+    value: Array,
+    counts: Array | Sequence[int] | None,
+    label: str = "lengths",
 ) -> None:
     """Require new tokens that fit the shapes and the capacity of their cache (MHA-CACHE-4, MHA-CACHE-7)."""
     for name, array in (("key", key), ("value", value)):
@@ -363,6 +371,9 @@ def check_append(
 
 
 def _check_buffers(cache: object, like: Array, other: str, shape: tuple[int | None, ...], v_dim: int | None) -> None:
+    if isinstance(cache, PagedKVCache):
+        paged_checks.check_buffers(cache, like, other, (shape[0], shape[1], shape[3]), v_dim)
+        return
     if not isinstance(cache, KVCache):
         refuse_type(
             "MHA-CACHE-7", f"`cache` must be a KVCache, received {type(cache).__name__}. Make it with KVCache.empty."
@@ -384,8 +395,11 @@ def _check_buffers(cache: object, like: Array, other: str, shape: tuple[int | No
     check_entries("cache.lengths", cache.lengths, like, 0, cache.capacity, "capacity")
 
 
-def _check_room(cache: KVCache, length: int | None, counts: Array | Sequence[int] | None) -> None:
+def _check_room(cache: KVCache | PagedKVCache, length: int | None, counts: Array | Sequence[int] | None) -> None:
     """Refuse more tokens than the cache has room for, where its lengths are host data (MHA-CACHE-4)."""
+    if isinstance(cache, PagedKVCache):
+        paged_checks.check_room(cache, length, counts)
+        return
     before = host_integers(cache.lengths)
     lengths = None if length is None else [length] * len(before or ())
     more = lengths if counts is None else host_integers(counts)

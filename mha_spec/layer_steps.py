@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 
-from . import layer_checks, rotary_checks
+from . import layer_checks, paged_steps, rotary_checks
 from .arguments import DROPOUT_OPTIONS
 from .arrays import Array, device_of, dtype_name, host_integers, library_of, namespace_of, softmax_dtype_name
 from .attention_reference import attention as attend
@@ -24,6 +24,7 @@ from .offsets import named_offset
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from .cache import PagedKVCache
     from .layer_checks import LayerArguments
     from .rotary_checks import Rotary
 
@@ -329,6 +330,13 @@ class LayerSteps:
     new_lengths: Callable[..., Array] = new_lengths
     store: Callable[..., Array] = store
     append: Callable[..., KVCache] = append
+    new_slots: Callable[..., Array] = paged_steps.new_slots
+    store_pages: Callable[..., Array] = paged_steps.store_pages
+    append_paged: Callable[..., PagedKVCache] = paged_steps.append_paged
+    attend_paged: Callable[..., Array] = paged_steps.attend_paged
+    bounds: Callable[..., Array] = paged_steps.bounds
+    varlen: Callable[..., Any] | None = None
+    """varlen_attention; None is that of the reference, whose module imports this one."""
     attend: Callable[..., Array] = attend
     weigh: Callable[..., Array] = weigh
     attend_and_weigh: Callable[..., tuple[Array, Array]] = attend_and_weigh

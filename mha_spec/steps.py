@@ -119,9 +119,24 @@ def see_window_right(distance: Array, right: int) -> Array:
     return distance <= right
 
 
+def see_chunk(q_positions: Array, kv_positions: Array, chunk: int, kv_starts: Array | int) -> Array:
+    """Position p sees the keys of its own chunk; chunks begin at the first key and round down (MHA-WINDOW-3)."""
+    return (q_positions - kv_starts) // chunk == (kv_positions - kv_starts) // chunk
+
+
+def see_prefix(causal: Array, kv_positions: Array, prefix_lengths: Array) -> Array:
+    """Causal hides no key of the prefix, j < prefix_lengths[b], from any position (MHA-CAUSAL-2)."""
+    return causal | (kv_positions < prefix_lengths)
+
+
 def see_kv_lengths(kv_positions: Array, kv_lengths: Array) -> Array:
     """Batch entry b has keys j < kv_lengths[b] (MHA-LEN-1)."""
     return kv_positions < kv_lengths
+
+
+def see_kv_starts(kv_positions: Array, kv_starts: Array) -> Array:
+    """Batch entry b has keys j >= kv_starts[b]; their positions stay (MHA-LEN-4)."""
+    return kv_positions >= kv_starts
 
 
 def see_q_lengths(q_indices: Array, q_lengths: Array) -> Array:
@@ -358,7 +373,10 @@ class Steps:
     see_causal: Callable[..., Array] = see_causal
     see_window_left: Callable[..., Array] = see_window_left
     see_window_right: Callable[..., Array] = see_window_right
+    see_chunk: Callable[..., Array] = see_chunk
+    see_prefix: Callable[..., Array] = see_prefix
     see_kv_lengths: Callable[..., Array] = see_kv_lengths
+    see_kv_starts: Callable[..., Array] = see_kv_starts
     see_q_lengths: Callable[..., Array] = see_q_lengths
     see_segments: Callable[..., Array] = see_segments
     all_of: Callable[..., Array] = all_of

@@ -18,17 +18,9 @@ from .array_checks import (
     shape_of,
 )
 from .arrays import Array, host_integers, library_of
-from .checks import (
-    LARGEST_POSITION,
-    check_common_offset,
-    check_position,
-    check_result,
-    check_score_numbers,
-    check_sinks,
-    check_window,
-    refuse_unknown,
-)
+from .checks import check_result, check_score_numbers, check_sinks, refuse_unknown
 from .errors import refuse_type, refuse_value
+from .position_checks import LARGEST_POSITION, check_common_offset, check_position, check_window
 from .scalars import check_integer, plain, short_repr
 from .varlen_arguments import VarlenArguments, count_of
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import pytest
 
-from mha_spec.constraints import distances, equal_entries, key_range, segment_keys, segment_runs, trimmed
+from mha_spec.constraints import (
+    Structure,
+    distances,
+    equal_entries,
+    key_range,
+    segment_keys,
+    segment_runs,
+    shown,
+    trimmed,
+)
 
 Q_LEN, KV_LEN = 7, 11
 
@@ -27,6 +38,59 @@ def test_the_range_of_keys_is_the_smallest_that_holds_every_visible_key(seed: in
     expected = set(range(seen[0], seen[-1] + 1)) if seen.size else set()
     received = key_range((left, right), range(first, stop), KV_LEN, offsets, q_lengths, kv_lengths)
     assert set(range(*received)) == expected
+
+
+def structured(seed: int, entries: int) -> tuple[dict[str, Any], numpy.ndarray, Structure]:
+    """Draw constraints of positions with a structure, and tell which pairs they show, (entries, Q_LEN, KV_LEN)."""
+    rng = numpy.random.default_rng(seed)
+    left, right = (None if rng.random() < 0.4 else int(rng.integers(0, 7)) for _ in range(2))
+    chunk = None if rng.random() < 0.3 else int(rng.integers(1, 9))
+    offsets, starts, prefixes = (rng.integers(low, high, entries) for low, high in ((-9, 12), (0, KV_LEN), (0, KV_LEN)))
+    causal, positions = rng.random() < 0.7, offsets[:, None, None] + numpy.arange(Q_LEN)[:, None]
+    keys = numpy.arange(KV_LEN)
+    shows = numpy.ones((entries, Q_LEN, KV_LEN), bool)
+    if causal:
+        shows &= (keys <= positions) | (keys < prefixes[:, None, None])
+    shows &= True if left is None else keys - positions >= -left
+    shows &= True if right is None else keys - positions <= right
+    if chunk is not None:
+        first = starts[:, None, None]
+        shows &= numpy.floor((positions - first) / chunk) == numpy.floor((keys - first) / chunk)
+    numbers = prefixes.tolist() if causal else (0,)
+    structure = Structure(chunk, starts.tolist(), numbers, right if causal else None)
+    call = {"bounds": (left, 0 if causal else right), "offsets": offsets.tolist()}
+    return call, shows, structure
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("entries", [1, 3])
+def test_the_range_of_a_structure_holds_every_visible_key(seed: int, entries: int) -> None:
+    call, shows, structure = structured(seed, entries)
+    for queries in (range(Q_LEN), range(2, 5), range(3, 4)):
+        pairs = shows[:, queries.start : queries.stop] & (numpy.arange(KV_LEN) >= min(structure.starts))
+        seen = set(numpy.flatnonzero(pairs.any(axis=(0, 1))).tolist())
+        received = key_range(**call, queries=queries, kv_len=KV_LEN, structure=structure)
+        assert seen <= set(range(*received))
+        if len(queries) == entries == 1:
+            assert seen == set(range(*received)), "the range of a row is exact"
+        for unread in (structure._replace(starts=None), structure._replace(prefixes=None)):
+            assert seen <= set(range(*key_range(**call, queries=queries, kv_len=KV_LEN, structure=unread)))
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("entries", [1, 3])
+def test_the_keys_that_a_structure_shows_to_all_are_known(seed: int, entries: int) -> None:
+    call, shows, structure = structured(seed, entries)
+    for queries in (range(Q_LEN), range(2, 5)):
+        every = set(numpy.flatnonzero(shows[:, queries.start : queries.stop].all(axis=(0, 1))).tolist())
+
+        def known(structure: Structure, queries: range = queries) -> set[int]:
+            start, stop = shown(**call, first=queries[0], last=queries[-1], structure=structure)
+            return set(range(KV_LEN)[max(0, start or 0) : KV_LEN if stop is None else max(0, stop)])
+
+        assert known(structure) == every
+        assert known(structure._replace(starts=None)) <= every
+        assert known(structure._replace(prefixes=None)) <= every
 
 
 def test_lengths_that_must_not_be_read_bound_nothing() -> None:

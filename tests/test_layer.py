@@ -51,8 +51,11 @@ def every_option(kv_len: int = KV_LEN) -> dict[str, Any]:
         "causal": True,
         "q_offset": numpy.asarray([2, 1]),
         "window": (2, 1),
+        "chunk": 3,
+        "prefix_lengths": numpy.asarray([4, 5]),
         "q_lengths": numpy.asarray([3, 2]),
         "kv_lengths": numpy.asarray([3, 2]),
+        "kv_starts": numpy.asarray([1, 0]),
         "q_segment_ids": draw.integers(0, 2, (BATCH, Q_LEN)),
         "kv_segment_ids": draw.integers(0, 2, (BATCH, kv_len)),
         "scale": -0.7,
@@ -153,6 +156,8 @@ def test_every_option_changes_the_output(module: ModuleType, option: str) -> Non
     with_it = {name: value for name, value in every_option().items() if name in names}
     if option == "dropout_rate":
         without["dropout_mask"] = every_option()["dropout_mask"]
+    if option == "prefix_lengths":
+        without["causal"] = True
     output, plain = (module.multi_head_attention(**tensors(), **without | options) for options in (with_it, {}))
     assert output.shape == plain.shape
     assert not numpy.array_equal(output, plain)

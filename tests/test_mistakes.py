@@ -45,11 +45,14 @@ TILE = 64
 
 CAUGHT_BY_FEWER = {
     "cap-overflows": 1,
+    "chunk-ignored-for-one-query": 2,
     "cotangents-unchecked": 2,
     "dropout-rate-without-mask-ignored": 2,
     "key-gradient-unset-without-queries": 2,
     "weights-after-dropout": 2,
     "cache-padding-kept": 2,
+    "prefix-unchecked": 2,
+    "starts-ignored-for-one-query": 2,
 }
 """Mistakes that fewer cases can show, and how many."""
 

@@ -15,6 +15,7 @@ from mha_spec_conformance.judging.bounds import allowances, precision
 from mha_spec_conformance.judging.causes import Story
 from mha_spec_conformance.judging.indices import TILES, covering, described_indices
 from mha_spec_conformance.judging.places import WrongElements, described
+from mha_spec_conformance.judging.properties import visible_pairs
 from mha_spec_conformance.judging.recognition import Wrong
 
 if TYPE_CHECKING:
@@ -71,6 +72,30 @@ def add(name: str, *index: int | slice, number: float = 1.0) -> Change:
 def test_wrong_elements_are_located(case: Case, change: Change, text: str) -> None:
     assert case.inputs("float64")["query"].shape[1] // case.inputs("float64")["key"].shape[1] == 3
     assert text in places(case, change)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("attention_vjp/one-key/q_lengths+grad_lse/prime", "only batch entries that see no key"),
+        ("attention_vjp/q_lengths+kv_lengths/generic-1", "only keys that no row sees"),
+    ],
+)
+def test_wrong_gradients_of_keys_are_located_by_the_rows_that_see_them(suite: Suite, name: str, text: str) -> None:
+    case = next(c for c in suite.cases if c.id == name)
+    inputs = case.inputs("float64")
+    visible = visible_pairs(case, inputs)
+    assert visible is not None
+    key = case.expected["grad_key"].values
+    seen = visible.reshape(key.shape[0], key.shape[1], -1, *visible.shape[2:]).any(axis=(2, 3))
+
+    def unset(answer: dict[str, numpy.ndarray]) -> None:
+        answer["grad_key"][~seen] = numpy.nan
+
+    assert (~seen).any()
+    assert {text, "only `grad_key`"} <= {
+        str(place) for place in described([WrongElements(wrong(case, unset, outputs=("grad_key", "grad_value")))])
+    }
 
 
 def test_outputs_that_are_wrong_in_few_failures_are_left_out(case: Case) -> None:

@@ -32,6 +32,15 @@ def test_a_second_property_is_added_if_both_together_separate_better() -> None:
     assert (share.failures, share.of_failures, share.passes, share.of_passes) == (4, 4, 0, 27)
 
 
+def test_first_property_is_chosen_again_beside_the_second() -> None:
+    """The longer property tells more alone, and no more than `bias` in the questions that have lengths."""
+    failing = [frozenset({"bias", "bias differs", "lengths"})] * 4
+    passing = [frozenset({"bias"})] * 9 + [frozenset({"bias", "bias differs"})] * 5 + [frozenset({"lengths"})] * 20
+    share = separating(failing, passing)
+    assert share is not None
+    assert share.properties == ("lengths", "bias")
+
+
 def test_second_property_is_not_added_if_the_first_tells_all() -> None:
     share = separating(questions("mask long", "mask long"), questions("long", "short"))
     assert share is not None
@@ -71,6 +80,12 @@ def test_properties_name_sizes_features_and_data(suite: Suite) -> None:
     assert {"mask", "dtype float16", "a dtype of 16 bits", "function attention", "result `lse`"} <= properties
     assert {"q_len != kv_len", "kv_len > q_len", "a pair is hidden"} <= properties
     assert not any("offset" in name for name in properties)
+
+
+def test_properties_tell_lengths_that_differ_and_lengths_of_0(suite: Suite) -> None:
+    case = case_called(suite, "attention_vjp/one-key/q_lengths+grad_lse/prime")
+    assert set(case.input("q_lengths", "float32").tolist()) == {0, 3}
+    assert {"q_lengths differ", "q_lengths contain 0"} <= Properties()(Ask(case, "float32", ("grad_key",)))
 
 
 def test_every_case_has_properties(suite: Suite) -> None:

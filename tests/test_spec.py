@@ -116,7 +116,7 @@ def test_elsewhere_cites_a_version_or_an_issue_and_targets_that_exist(clause):
 
 def test_only_few_clauses_are_without_elsewhere():
     without = {name for name, clause in clauses().items() if "**Elsewhere.**" not in clause.text}
-    of_attention = {"MHA-HEAD-2", "MHA-SEG-2", "MHA-VJP-7", "MHA-ARG-4", "MHA-MERGE-6"}
+    of_attention = {"MHA-HEAD-2", "MHA-LEN-5", "MHA-SEG-2", "MHA-VJP-7", "MHA-ARG-4", "MHA-MERGE-6"}
     assert without == of_attention | {"MHA-PROJ-4", "MHA-ALIBI-3", "MHA-CACHE-7", "MHA-LAYER-1"}
 
 
@@ -124,7 +124,7 @@ def test_only_few_clauses_are_without_elsewhere():
 def test_pictures_show_what_the_reference_sees(clause):
     topic = clause.id.split("-")[1]
     pictures = split_pictures(clause)
-    assert pictures or topic not in TOPICS_OF_VISIBILITY or clause.id in {"MHA-MASK-2", "MHA-LEN-3"}
+    assert pictures or topic not in TOPICS_OF_VISIBILITY or clause.id in {"MHA-MASK-2", "MHA-LEN-3", "MHA-LEN-5"}
     for caption, rows in pictures:
         drawn = numpy.array([[cell == "x" for cell in row["cells"].split()] for row in rows])
         batch = 1 + int(rows[-1]["b"] or 0)

@@ -10,11 +10,12 @@ import tensorflow as tf
 from support import layers
 from support.comparisons import assert_equal, assert_near, assert_same
 from support.layers import BATCH, CROSS, EMBED, KV_HEADS, LENGTH, QK_DIM, STEPS, V_DIM
+from support.numbers import numbers
 from support.tensorflow_world import heads, sized, tokens, with_gradients
 
 import mha_spec_tensorflow
 from mha_spec import ArgumentValueError, KVCache, reference
-from mha_spec_tensorflow import append_cache, empty_cache
+from mha_spec_tensorflow import append_cache, decoding, empty_cache
 from mha_spec_tensorflow.layer import store
 
 
@@ -185,3 +186,25 @@ def test_cross_attention_reads_cached_keys() -> None:
     output, after = mha_spec_tensorflow.multi_head_attention(x, None, None, layer.params, cache=cache, q_offset=0)
     assert_near(output, layer(x, key, value))
     assert numpy.array_equal(after.lengths, cache.lengths)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, decoding.CHUNK])
+@pytest.mark.parametrize("broken", [False, True], ids=["finite", "not finite"])
+def test_a_few_queries_of_all_sequences_are_computed_at_once(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, broken: bool
+) -> None:
+    monkeypatch.setattr(decoding, "CHUNK", chunk)
+    results: list[Any] = []
+    attend = decoding.attend
+    monkeypatch.setattr(decoding, "attend", lambda *arguments: results.append(attend(*arguments)) or results[-1])
+    query, key, value = numbers(6, 4, 3), numbers(19, 2, 3), numbers(19, 2, 5)
+    key[3], value[11], value[2, 1] = numpy.nan, numpy.nan, numpy.nan if broken else 1.0
+    options: dict[str, Any] = {"cu_seqlens_q": [0, 2, 4, 6], "cu_seqlens_kv": [0, 4, 12, 19]}
+    options |= {"seqused_kv": [3, 7, 7], "causal": True, "q_offset": "lower_right", "return_lse": True}
+    expected: Any = reference.varlen_attention(query, key, value, **options)
+    operands: Any = map(tf.constant, (query, key, value))
+    ours: Any = mha_spec_tensorflow.varlen_attention(*operands, **options)
+    assert [result is None for result in results] == [broken]
+    for result, wanted in zip(ours, expected, strict=True):
+        assert numpy.array_equal(numpy.isnan(result), numpy.isnan(wanted))
+        assert_near(numpy.nan_to_num(result), numpy.nan_to_num(wanted))

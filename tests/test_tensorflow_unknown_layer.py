@@ -11,7 +11,7 @@ from support.comparisons import assert_near
 from support.numbers import numbers
 
 import mha_spec_tensorflow
-from mha_spec_tensorflow.unknown import APPENDED, ATTENTION, LAYER, Layout
+from mha_spec_tensorflow.unknown import APPENDED, ATTENTION, LAYER, PAGED_CACHE, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SIZES = {
     "batch": 2, "heads": 6, "kv_heads": 3, "q_len": 5, "kv_len": 7, "length": 5, "qk_dim": 4, "v_dim": 13,
     "embed": 17, "k_embed": 19, "v_embed": 23, "out": 29, "capacity": 11,
+    "blocks": 11, "block_size": 3, "max_blocks": 3,
 }  # fmt: skip
 KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
 """The sizes that a trace must know."""
@@ -27,7 +28,7 @@ JOINT = ("params['q_joint_norm']", "params['k_joint_norm']")
 """The norms over all heads: a call has these or the norms over a head, which the tests pass."""
 SEPARATE = {name: layout for name, layout in LAYER.items() if name not in JOINT}
 CROSS = {name: layout for name, layout in SEPARATE.items() if name in OPERANDS or name.startswith("params")}
-INTEGERS = ("q_offset", "kv_lengths", "lengths", "cache.lengths")
+INTEGERS = ("q_offset", "kv_lengths", "lengths", "cache.lengths", "cache.block_table")
 
 
 def array(name: str, shape: list[int]) -> tf.Tensor:
@@ -136,6 +137,26 @@ def test_a_cache_of_unknown_sizes_has_the_output_of_one_of_known_sizes() -> None
 
     arguments = tensors(layouts)
     assert_near(graph_of(decoded, layouts)(arguments), decoded(arguments))
+
+
+def test_a_paged_cache_of_unknown_sizes_has_the_output_of_one_of_known_sizes() -> None:
+    layouts: dict[str, Layout] = {name: layout for name, layout in SEPARATE.items() if "[" in name}
+    embeddings = {"query": "embed", "key": "k_embed", "value": "v_embed"}
+    layouts |= {name: Layout(f"batch q_len {size}", "MHA-LAYER-2") for name, size in embeddings.items()} | PAGED_CACHE
+
+    def decoded(arguments: dict[str, tf.Tensor]) -> Any:
+        cache = mha_spec_tensorflow.PagedKVCache(*(arguments[name] for name in PAGED_CACHE))
+        operands = {name: arguments[name] for name in ("query", "key", "value")}
+        options: dict[str, Any] = {"causal": True, "rotary": {}, "cache": cache}
+        output, after = mha_spec_tensorflow.multi_head_attention(**operands, params=parameters(arguments), **options)
+        return [output, after.key, after.value]
+
+    arguments = tensors(layouts) | {"cache.block_table": tf.constant([[5, 1, 6], [4, 0, 2]])}
+    graph = graph_of(decoded, layouts)
+    assert_near(graph(arguments), decoded(arguments))
+    for name, wrong in (("cache.block_table", [3, 3]), ("cache.value", [11, 2, 3, 13]), ("cache.lengths", [3])):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=rf"`{name}` must have shape.*MHA-CACHE-9"):
+            graph(arguments | {name: array(name, wrong)})
 
 
 @pytest.mark.parametrize("reading", ["upper_left", "lower_right"])

@@ -50,6 +50,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True, "q_offset": "lower_right"},
     "window": {"window": (17, 3), "q_offset": [2, -5], "softcap": 3.0, "scale": 0.5},
     "lengths": {"q_lengths": [131, 64], "kv_lengths": [64, 0], "causal": True, "q_offset": 7},
+    "prefix": {"causal": True, "q_offset": [3, -4], "prefix_lengths": [70, 101], "window": (40, None)},
+    "chunk": {"causal": True, "q_offset": 5, "chunk": 29, "kv_starts": [67, 3]},
     "segments": {
         "q_segment_ids": numpy.arange(BATCH * Q_LEN).reshape(BATCH, Q_LEN) // 41,
         "kv_segment_ids": numpy.arange(BATCH * KV_LEN).reshape(BATCH, KV_LEN) // 43,
@@ -98,7 +100,9 @@ def test_a_right_implementation_passes_in_every_dtype_and_layout(library: str, d
 def test_the_allowances_are_those_of_the_rule(options: dict[str, Any]) -> None:
     arrays = operands()
     converted = {
-        n: numpy.asarray(x) if n.endswith("lengths") or (n == "q_offset" and not isinstance(x, (str, int))) else x
+        n: numpy.asarray(x)
+        if n.endswith(("lengths", "starts")) or (n == "q_offset" and not isinstance(x, (str, int)))
+        else x
         for n, x in options.items()
     }
     expected = allowances(
@@ -194,6 +198,13 @@ MISTAKEN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "window-left-exclusive",
     ),
     "lengths ignored": ({}, {"kv_lengths": [64, 99]}, "kv-lengths-ignored"),
+    "starts ignored": ({}, {"kv_starts": [64, 99]}, "starts-ignored"),
+    "chunk of another size": ({"chunk": 30, "q_offset": 0}, {"chunk": 29, "q_offset": 0}, "chunk-plus-one"),
+    "prefix without its last key": (
+        {"causal": True, "q_offset": 0, "prefix_lengths": [63, 98]},
+        {"causal": True, "q_offset": 0, "prefix_lengths": [64, 99]},
+        "prefix-minus-one",
+    ),
 }
 
 

@@ -12,7 +12,8 @@ from support.numbers import numbers
 from support.varlen import HEADS, QK_DIM, V_DIM, cotangents, packed, paged, separate
 
 import mha_spec_torch
-from mha_spec import ArgumentTypeError, ArgumentValueError
+from mha_spec import ArgumentTypeError, ArgumentValueError, reference
+from mha_spec_torch import decoding
 from mha_spec_torch.calls import varlen_arguments_of
 from mha_spec_torch.packing import Packed
 
@@ -202,3 +203,55 @@ def test_packed_tokens_need_no_pair_of_different_sequences() -> None:
     x = torch.randn(int(bounds[-1]), 2, 8)
     problem = Packed.of(varlen_arguments_of("varlen_attention", {}, x, x, x, bounds, bounds)).problem
     assert sum(task.pairs for task in problem.visibility.tasks) == 2 * sum(length**2 for length in lengths)
+
+
+# Blocks 3 and 8 are shared, the rows of the table see other numbers of keys, and their last entries name no block.
+ROWS = {"even": ([0, 2, 4, 6], [8, 8, 8]), "ragged": ([0, 3, 4, 7], [8, 3, 5])}
+CHOICES: dict[str, Call] = {
+    "plain": {},
+    "causal": {"causal": True, "q_offset": "lower_right"},
+    "hidden rows": {"causal": True, "q_offset": -1},
+    "all": {"window": (4, 1), "q_offset": [5, 2, -3], "softcap": 1.3, "scale": 0.7, "sinks": numbers(6, seed=4)},
+}
+
+
+@pytest.mark.parametrize("options", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("is_broken", [False, True], ids=["finite", "not finite"])
+def test_a_few_queries_read_blocks_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, options: Call, rows: tuple[list[int], list[int]], is_broken: bool
+) -> None:
+    results: list[Any] = []
+    attend = decoding.attend
+    monkeypatch.setattr(decoding, "attend", lambda *arguments: results.append(attend(*arguments)) or results[-1])
+    ends, lengths = rows
+    query, key, value = numbers(8, 6, 5), numbers(11, 3, 3, 5, seed=2), numbers(11, 3, 3, 7, seed=3)
+    key[1], value[7] = numpy.nan, numpy.nan  # Blocks of no sequence.
+    value[3, 1, 2, 4] = numpy.nan if is_broken else 1.0
+    table = numpy.array([[3, 8, 0, -5], [3, 8, 9, 99], [10, 2, 8, 4]])
+    call: Call = {"query": query, "key": key, "value": value, "cu_seqlens_q": ends, "cu_seqlens_kv": None}
+    call |= {"block_table": table, "seqused_kv": lengths, "return_lse": True, **options}
+    expected: Any = reference.varlen_attention(**call)
+    ours: Any = mha_spec_torch.varlen_attention(**moved(call))
+    assert (results[0] is None) == bool(numpy.isnan(expected[0]).any())
+    for result, wanted in zip(ours, expected, strict=True):
+        assert numpy.array_equal(numpy.isnan(result), numpy.isnan(wanted))
+        assert numpy.array_equal(numpy.isinf(result), numpy.isinf(wanted))
+        assert_near(*(numpy.nan_to_num(x, posinf=0.0, neginf=0.0) for x in (result, wanted)))
+
+
+def test_other_calls_copy_their_blocks() -> None:
+    query, pages = torch.ones(3, 2, 5), torch.ones(4, 3, 2, 5)
+    table = numpy.array([[0, 1, 2, 3]])
+
+    def attended(query: torch.Tensor, pages: torch.Tensor, table: numpy.ndarray = table, **options: Any) -> Any:
+        operands, ends = (query, pages, pages), [0, query.shape[0]]
+        a = varlen_arguments_of("varlen_attention", {"block_table": table, **options}, *operands, ends, [0, 12])
+        return decoding.attend(Packed.of(a), *operands, None)
+
+    assert attended(query, pages) is not None
+    assert attended(query.repeat(4, 1, 1), pages) is None, "many queries"
+    assert attended(query.bfloat16(), pages.bfloat16()) is None
+    assert attended(query, pages.transpose(0, 1).contiguous().transpose(0, 1)) is None
+    assert attended(query, pages, alibi_slopes=torch.ones(2), q_offset=0) is None
+    assert attended(query, pages[:1, :1], numpy.zeros((1, 12), int)) is None, "a key is read several times by a row"

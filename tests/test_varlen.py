@@ -119,6 +119,11 @@ def test_a_sequence_is_a_separate_call(module: str, layout: Any, options: Call) 
     check(module, call | cotangents(call))
 
 
+@pytest.mark.parametrize("layout", CALLS.values(), ids=CALLS)
+def test_sequences_may_have_the_same_number_of_queries(module: str, layout: Any) -> None:
+    check(module, layout() | {"cu_seqlens_q": numpy.array([0, 2, 4, 6, 8, 10])} | OPTIONS["all"])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_types_are_those_of_attention(module: str, dtype: str) -> None:
     call = paged() | OPTIONS["all"]

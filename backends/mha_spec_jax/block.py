@@ -161,7 +161,16 @@ def _conditions(problem: Problem, x: Operands, constraints: Constraints, block: 
     if problem.left is not None:
         yield distance >= -problem.left
     if problem.right is not None:
-        yield distance <= problem.right
+        shows = distance <= problem.right
+        prefix = constraints.prefix_lengths
+        yield shows if prefix is None else shows | (keys < _for_each_entry(prefix, block))
+    if problem.unlifted_right is not None:
+        yield distance <= problem.unlifted_right
+    if problem.chunk is not None:
+        starts = 0 if constraints.kv_starts is None else _for_each_entry(constraints.kv_starts, block)
+        yield (positions - starts) // problem.chunk == (keys - starts) // problem.chunk
+    if constraints.kv_starts is not None:
+        yield keys >= _for_each_entry(constraints.kv_starts, block)
     if constraints.q_lengths is not None:
         yield rows < _for_each_entry(constraints.q_lengths, block)
     if constraints.kv_lengths is not None:

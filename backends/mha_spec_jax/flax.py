@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jax import Array
     from jax.typing import DTypeLike
 
-    from mha_spec.cache import KVCache
+    from mha_spec.cache import Cache
 
 __all__ = ["MultiHeadAttention"]
 
@@ -53,9 +53,9 @@ class MultiHeadAttention(nnx.Module, LayerObject):
         key: Array | None = None,
         value: Array | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         **options: Unpack[CallOptions],
-    ) -> Array | tuple[Array, KVCache]:
+    ) -> Array | tuple[Array, Cache]:
         """Attend from the query to the key, by default the query itself; the value is by default the key."""
         return self.attend(query, key, value, cache=cache, **options)
 

@@ -17,6 +17,7 @@ from .checks import check_alibi, check_append, check_devices, check_layer
 from .core import attention, attention_weights
 from .problem import offset_of
 from .rotary import positions
+from .varlen import varlen_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,6 +94,14 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
 
 
 @jax.jit
+def store_pages(pages: Array, new: Array, slots: Array) -> Array:
+    """Write new tokens to their slots; those without a slot are dropped (MHA-CACHE-9)."""
+    flat = pages.reshape(-1, *pages.shape[2:])
+    slots = jnp.where(slots < 0, flat.shape[0], slots)
+    return flat.at[slots].set(new.transpose(0, 2, 1, 3), mode="drop").reshape(pages.shape)
+
+
+@jax.jit
 def _scattered(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
     (batch, _, length, _), capacity = new.shape, buffer.shape[2]
     slots = start[:, None] + jnp.arange(length)
@@ -148,6 +157,8 @@ _LAYER = Layer(
         project_out=project_out,
         slopes=slopes,
         distances=distances,
+        store_pages=store_pages,
+        varlen=varlen_attention,
     )
 )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.export
 
-from mha_spec.cache import KVCache
+from mha_spec.cache import KVCache, PagedKVCache
 from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
 
 from . import layer
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from jax import Array
     from jax.typing import DTypeLike
+
+    from mha_spec.cache import Cache
 
 __all__ = ["MultiHeadAttention", "initial"]
 
@@ -59,9 +61,9 @@ class MultiHeadAttention(LayerObject):
         key: Array | None = None,
         value: Array | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         **options: Unpack[CallOptions],
-    ) -> Array | tuple[Array, KVCache]:
+    ) -> Array | tuple[Array, Cache]:
         """Attend from the query to the key, by default the query itself; the value is by default the key."""
         return self.attend(query, key, value, cache=cache, **options)
 
@@ -88,6 +90,7 @@ class MultiHeadAttention(LayerObject):
 
 # Exported programs can have these types as arguments and results.
 jax.export.register_namedtuple_serialization(KVCache, serialized_name="mha_spec.KVCache")
+jax.export.register_namedtuple_serialization(PagedKVCache, serialized_name="mha_spec.PagedKVCache")
 jax.export.register_pytree_node_serialization(
     MultiHeadAttention,
     serialized_name="mha_spec_jax.MultiHeadAttention",

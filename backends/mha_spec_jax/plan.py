@@ -14,7 +14,7 @@ import jax
 import numpy
 
 from mha_spec.arrays import host_integers
-from mha_spec.constraints import key_range, segment_keys, trimmed
+from mha_spec.constraints import Structure, key_range, segment_keys, trimmed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,8 +109,10 @@ def _height(a: Arguments) -> tuple[int, int | None]:
     if band is not None:
         highest = min(HIGHEST, max(LOWEST, band // 2))
         keys = min(a.kv_len, highest + band)
-    elif a.bounds != (None, None) and host_integers(_offset(a)) is not None:
+    elif a.positional and host_integers(_offset(a)) is not None:
         highest = min(HIGHEST, max(2 * LOWEST, a.q_len // TRIANGLE))
+    if a.chunk is not None:
+        highest = min(highest, max(LOWEST, a.chunk))
     scores = SCORES if jax.default_backend() == "cpu" else SCORES * ACCELERATED
     apart = a.batch * a.kv_heads > 1 and a.batch * a.heads * min(a.q_len, highest) * keys > scores
     group = a.heads // a.kv_heads
@@ -130,7 +132,7 @@ def _blocks(a: Arguments, rows: int) -> list[_Block]:
     sizes, band = [len(keys) for keys in bounds], _band(a)
     if band is not None:
         sizes = [max(rows + band, *sizes)] * len(sizes)
-    elif a.q_segment_ids is not None:
+    elif a.q_segment_ids is not None or a.chunk is not None:
         sizes = [max(sizes)] * len(sizes)
     sizes = [_rounded(size, a) for size in sizes]
     return [
@@ -146,12 +148,15 @@ def _offset(a: Arguments) -> Array | Sequence[int] | int:
 def _band(a: Arguments) -> int | None:
     """Return the number of keys that a row sees, less 1, where a window bounds both sides."""
     left, right = a.bounds
+    right = right if a.prefix_lengths is None else a.unlifted_right
     return None if left is None or right is None else left + right
 
 
 def _rounded(size: int, a: Arguments) -> int:
     """Round the size of a stretch up, because each size compiles a program; with segments, the units are smaller."""
     unit = max(LOWEST, -(-a.kv_len // (SIZES if a.q_segment_ids is None else SIZES**2)))
+    if a.chunk is not None:
+        unit = LOWEST
     return min(a.kv_len, size if _band(a) is not None else max(1, -(-size // unit)) * unit)
 
 
@@ -160,7 +165,11 @@ def _visible_keys(a: Arguments, queries: range) -> range:
     offsets, q_lengths, kv_lengths = (
         None if numbers is None else host_integers(numbers) for numbers in (_offset(a), a.q_lengths, a.kv_lengths)
     )
-    keys = range(*key_range(a.bounds, queries, a.kv_len, offsets, q_lengths, kv_lengths))
+    starts, prefixes = (
+        (0,) if numbers is None else host_integers(numbers) for numbers in (a.kv_starts, a.prefix_lengths)
+    )
+    structure = Structure(a.chunk, starts, prefixes, a.unlifted_right)
+    keys = range(*key_range(a.bounds, queries, a.kv_len, offsets, q_lengths, kv_lengths, structure))
     if not (isinstance(a.q_segment_ids, numpy.ndarray) and isinstance(a.kv_segment_ids, numpy.ndarray)):
         return keys
     q_ids, kv_ids = a.q_segment_ids[:, queries.start : queries.stop], a.kv_segment_ids[:, keys.start : keys.stop]

@@ -53,6 +53,9 @@ class Problem:
     softcap: float | None
     left: int | None
     right: int | None
+    unlifted_right: int | None
+    """The right bound of the window, which a prefix does not lift (MHA-CAUSAL-2)."""
+    chunk: int | None
     dropout_rate: float
     excludes: bool
     """True if a pair can be hidden, or a row empty."""
@@ -76,6 +79,8 @@ class Constraints(NamedTuple):
     q_offset: AnyArray | None
     q_lengths: AnyArray | None
     kv_lengths: AnyArray | None
+    kv_starts: AnyArray | None
+    prefix_lengths: AnyArray | None
     q_segment_ids: tuple[Array, ...]
     """The digits of the ids; a pair is visible where all digits are equal. Empty without segments."""
     kv_segment_ids: tuple[Array, ...]
@@ -87,17 +92,20 @@ class Constraints(NamedTuple):
 def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem, Operands, Constraints]:
     """Split the arguments of a call."""
     left, right = a.bounds
-    hiding = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.q_segment_ids, left, right)
+    hiding = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.kv_starts, a.q_segment_ids, left, right, a.chunk)
     excludes = a.kv_len == 0 or any(argument is not None for argument in hiding)
     plan, stretches = plan_of(a)
     scale = float(scale_of(a.scale, a.query.shape[3]))
     softcap = None if a.softcap is None else float(a.softcap)
-    problem = Problem(scale, softcap, left, right, float(a.dropout_rate), excludes, plan)
+    bounds = left, right, a.unlifted_right, a.chunk
+    problem = Problem(scale, softcap, *bounds, float(a.dropout_rate), excludes, plan)
     constraints = Constraints(
         a.mask,
         _integers(a.q_offset),
         _integers(a.q_lengths),
         _integers(a.kv_lengths),
+        _integers(a.kv_starts),
+        _integers(a.prefix_lengths),
         *_segment_ids(a),
         a.dropout_mask,
         dropout_key,
@@ -159,9 +167,13 @@ def folded(x: Operands, constraints: Constraints) -> tuple[Operands, Constraints
     q_ids = tuple(ids[:, None, None, :, None] for ids in constraints.q_segment_ids)
     kv_ids = tuple(ids[:, None, None, None, :] for ids in constraints.kv_segment_ids)
     q_lengths = None if constraints.q_lengths is None else _bounded(constraints.q_lengths, x.query.shape[2])
-    kv_lengths = None if constraints.kv_lengths is None else _bounded(constraints.kv_lengths, x.key.shape[2])
+    kv_lengths, kv_starts, prefix_lengths = (
+        None if numbers is None else _bounded(numbers, x.key.shape[2])
+        for numbers in (constraints.kv_lengths, constraints.kv_starts, constraints.prefix_lengths)
+    )
     x = x._replace(query=fold(x.query, kv_heads), bias=bias, sinks=sinks)
     constraints = constraints._replace(mask=mask, dropout_mask=dropout_mask, q_lengths=q_lengths, kv_lengths=kv_lengths)
+    constraints = constraints._replace(kv_starts=kv_starts, prefix_lengths=prefix_lengths)
     return x, constraints._replace(q_segment_ids=q_ids, kv_segment_ids=kv_ids)
 
 

@@ -6,19 +6,22 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from mha_spec import layer_steps
+from mha_spec import layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import host_integers
 from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer, alibi_bias, alibi_slopes, rotary_embedding
 from mha_spec.layer_steps import LayerSteps
+from mha_spec.pools import WrittenSlots
 
 from .core import attention, attention_weights
+from .varlen import varlen_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mha_spec.arrays import Array
+    from mha_spec.cache import PagedKVCache
 
 __all__ = [
     "alibi_bias",
@@ -31,7 +34,7 @@ __all__ = [
     "rotary_embedding",
 ]
 
-_BUFFERS = HighWater()
+_BUFFERS, _BLOCKS = HighWater(), WrittenSlots()
 
 
 def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
@@ -56,7 +59,33 @@ def append(
     return new if shared else _BUFFERS.register(new)
 
 
-_LAYER = Layer(LayerSteps(attend=attention, weigh=attention_weights, empty_cache=empty, append=append))
+def append_paged(
+    cache: PagedKVCache, key: Array, value: Array, counts: Array | Sequence[int] | None, steps: LayerSteps
+) -> PagedKVCache:
+    """Append tokens to blocks, in place where that changes no other cache (MHA-CACHE-9, MHA-CACHE-3)."""
+    if not isinstance(cache.key, numpy.ndarray):
+        return paged_steps.append_paged(cache, key, value, counts, steps)
+    stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
+    slots = steps.new_slots(cache, stop, key)
+    entries, tokens = numpy.nonzero(slots >= 0)
+
+    def write(*pools: Array) -> None:
+        for pool, new in zip(pools, (key, value), strict=True):
+            pool.reshape(-1, *pool.shape[2:])[slots[entries, tokens]] = new[entries, :, tokens]
+
+    return paged_steps.append_in_place(_BLOCKS, cache, stop, slots, numpy.ndarray.copy, write)
+
+
+_LAYER = Layer(
+    LayerSteps(
+        attend=attention,
+        weigh=attention_weights,
+        empty_cache=empty,
+        append=append,
+        append_paged=append_paged,
+        varlen=varlen_attention,
+    )
+)
 
 _quiet = numpy.errstate(all="ignore")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from mha_spec.arrays import Array
-    from mha_spec.cache import KVCache
+    from mha_spec.cache import Cache
 
 __all__ = ["MultiHeadAttention"]
 
@@ -49,9 +49,9 @@ class MultiHeadAttention(LayerObject):
         key: Array | None = None,
         value: Array | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         **options: Unpack[CallOptions],
-    ) -> Array | tuple[Array, KVCache]:
+    ) -> Array | tuple[Array, Cache]:
         """Attend from the query to the key, by default the query; the value is by default the key."""
         return self.attend(query, key, value, cache=cache, **options)
 

@@ -14,7 +14,7 @@ import numpy
 
 from mha_spec import steps
 from mha_spec.arrays import device_of, host_integers, namespace_of, segment_ids
-from mha_spec.constraints import distances, key_range, segment_keys, trimmed
+from mha_spec.constraints import PLAIN, Structure, key_range, segment_keys, shown, trimmed
 
 from .tiling import ROWS, blocks, cut_pairs, part
 
@@ -74,6 +74,12 @@ class PerEntry:
         numbers = self._numbers[part(entries)]
         return min(numbers), max(numbers)
 
+    def numbers(self, entries: range) -> Sequence[int] | None:
+        """Return the integers of some batch entries, or their common integer; None if they must not be read."""
+        if self._common is not None or self._numbers is None:
+            return self._common and self._common[:1]
+        return self._numbers[part(entries)]
+
     def get(self, entries: range, like: Array) -> Array | int:
         """Return the integers of some batch entries: a number if all are equal, else an array (entries, 1, 1, 1)."""
         span = self.span(entries)
@@ -90,10 +96,14 @@ class Visibility:
     def __init__(self, a: Arguments) -> None:
         self.a = a
         self.left, self.right = a.bounds
-        self.positional = self.left is not None or self.right is not None
+        self.positional = a.positional
         self.q_lengths = None if a.q_lengths is None else PerEntry(a.q_lengths)
         self.kv_lengths = None if a.kv_lengths is None else PerEntry(a.kv_lengths)
-        self.positions_only = a.mask is a.q_lengths is a.kv_lengths is a.q_segment_ids is None
+        self.kv_starts = None if a.kv_starts is None else PerEntry(a.kv_starts)
+        self.prefixes = None if a.prefix_lengths is None else PerEntry(a.prefix_lengths)
+        self.is_structured = a.chunk is not None or self.prefixes is not None
+        """True if more than the distance of a pair decides whether positions show it."""
+        self.positions_only = a.mask is a.q_lengths is a.kv_lengths is a.kv_starts is a.q_segment_ids is None
         """True if nothing but positions and a bias hides pairs."""
         self.whole = self.positions_only and not self.positional
         """True if every row sees every key unless a bias hides it."""
@@ -109,9 +119,9 @@ class Visibility:
         """The number of rows of a tile; a taller tile computes more hidden scores outside the band."""
         if not self.positional:
             return ROWS
-        if self.left is None or self.right is None:
-            return ROWS // 2
-        return min(ROWS // 2, max(ROWS // 8, (self.left + self.right) // 2))
+        bands = [] if self.left is None or self.right is None else [self.left + self.right]
+        bands += [] if self.a.chunk is None else [self.a.chunk]
+        return min([ROWS // 2, *(max(ROWS // 8, band // 2) for band in bands)])
 
     def key_blocks(self, tile: Tile, length: int) -> list[range]:
         """Cut the keys that a row of the tile may see into blocks; all keys outside them are invisible."""
@@ -137,12 +147,9 @@ class Visibility:
 
         Such keys need no mask, but a further block costs as much as the mask of a smaller block.
         """
-        offset = self.offset.span(tile.entries) if self.positional else None
-        if offset is None:
-            return blocks(keys, length)
-        queries = tile.queries
-        first = keys.start if self.left is None else max(keys.start, offset[1] + queries[-1] - self.left)
-        last = keys.stop if self.right is None else min(keys.stop, offset[0] + queries[0] + self.right + 1)
+        start, stop = self._shown(tile)
+        first = keys.start if start is None else max(keys.start, start)
+        last = keys.stop if stop is None else min(keys.stop, stop)
         if last - first < length:
             return blocks(keys, length)
         pieces = range(keys.start, first), range(first, last), range(last, keys.stop)
@@ -169,11 +176,35 @@ class Visibility:
 
     def _key_range(self, tile: Tile) -> range:
         """Return the keys between the first and the last that positions and lengths let the tile see."""
-        offset = self.offset.span(tile.entries) if self.positional else None
         q_lengths, kv_lengths = (
             None if lengths is None else lengths.span(tile.entries) for lengths in (self.q_lengths, self.kv_lengths)
         )
-        return range(*key_range((self.left, self.right), tile.queries, self.a.kv_len, offset, q_lengths, kv_lengths))
+        offsets, structure = self._offsets(tile), self._structure(tile)
+        bounds = self.left, self.right
+        return range(*key_range(bounds, tile.queries, self.a.kv_len, offsets, q_lengths, kv_lengths, structure))
+
+    def _shown(self, tile: Tile) -> tuple[int | None, int | None]:
+        """Return the start and stop of the keys that positions show to every row of a tile; None bounds nothing."""
+        if not self.positional:
+            return None, None
+        offsets, (first, last) = self._offsets(tile), (tile.queries[0], tile.queries[-1])
+        return (
+            (0, 0) if offsets is None else shown((self.left, self.right), first, last, offsets, self._structure(tile))
+        )
+
+    def _offsets(self, tile: Tile) -> Sequence[int] | None:
+        """Return the offsets of a tile's entries, or the least and the greatest where only they matter."""
+        if not self.positional:
+            return None
+        return self.offset.numbers(tile.entries) if self.is_structured else self.offset.span(tile.entries)
+
+    def _structure(self, tile: Tile) -> Structure:
+        if not self.is_structured and self.kv_starts is None:
+            return PLAIN
+        starts, prefixes = (
+            (0,) if numbers is None else numbers.numbers(tile.entries) for numbers in (self.kv_starts, self.prefixes)
+        )
+        return Structure(self.a.chunk, starts, prefixes, self.a.unlifted_right)
 
     def _seen_keys(self, tile: Tile, keys: range) -> numpy.ndarray | None:
         """Mark the keys that segments and mask let some row see; None where neither can be read."""
@@ -188,17 +219,41 @@ class Visibility:
 
     def _band(self, tile: Tile, keys: range) -> VisiblePairs | None:
         """Return the pairs that positions show, or None where they show all; tiles with equal shifts share them."""
-        offset = self.offset.span(tile.entries)
-        if offset is not None:
-            nearest, farthest = distances(offset, tile.queries, keys)
-            seen_before = self.left is None or -self.left <= nearest
-            if seen_before and (self.right is None or farthest <= self.right):
-                return None
+        first, last = self._shown(tile)
+        if (first is None or first <= keys.start) and (last is None or keys.stop <= last):
+            return None
+        if self.is_structured:
+            return VisiblePairs(self._structured_pairs(tile, keys))
         shift = keys.start - tile.queries.start - self.offset.get(tile.entries, self.a.query)
         bounds, sizes = (self.left, self.right), (len(tile.queries), len(keys))
         if isinstance(shift, int) and isinstance(self.a.query, numpy.ndarray):
             return _shared_band(bounds, shift, sizes)
         return VisiblePairs(_pairs_within(bounds, shift, *map(self._indices, map(range, sizes))))
+
+    def _structured_pairs(self, tile: Tile, keys: range) -> Array:
+        """Compare positions where a chunk or a prefix makes more than the distance decide."""
+        a, key_indices = self.a, self._indices(keys)
+        positions = self._indices(tile.queries)[:, None] + self.offset.get(tile.entries, a.query)
+        distance = key_indices - positions
+        causal = steps.see_causal(distance)
+        if self.prefixes is not None:
+            causal = steps.see_prefix(causal, key_indices, self.prefixes.get(tile.entries, a.query))
+        constraints: list[Array] = [causal] if a.causal else []
+        left, right = a.window or (None, None)
+        if left is not None:
+            constraints.append(steps.see_window_left(distance, left))
+        if right is not None:
+            constraints.append(steps.see_window_right(distance, right))
+        if a.chunk is not None:
+            constraints.append(steps.see_chunk(positions, key_indices, a.chunk, self._starts_of_chunks(tile)))
+        return steps.all_of(constraints)
+
+    def _starts_of_chunks(self, tile: Tile) -> Array | int:
+        """Return the starts in 0..kv_len (MHA-LEN-5); those that have been checked are there already."""
+        if self.kv_starts is None:
+            return 0
+        starts = self.kv_starts.get(tile.entries, self.a.query)
+        return starts if isinstance(starts, int) else namespace_of(starts).clip(starts, 0, self.a.kv_len)
 
     def _see_lengths(self, tile: Tile, keys: range) -> Iterator[Array]:
         like = self.a.query
@@ -210,6 +265,10 @@ class Visibility:
             span = self.kv_lengths.span(tile.entries)
             if span is None or span[0] < keys.stop:
                 yield steps.see_kv_lengths(self._indices(keys), self.kv_lengths.get(tile.entries, like))
+        if self.kv_starts is not None:
+            span = self.kv_starts.span(tile.entries)
+            if span is None or span[1] > keys.start:
+                yield steps.see_kv_starts(self._indices(keys), self.kv_starts.get(tile.entries, like))
 
     def _see_segments(self, tile: Tile, keys: range) -> Iterator[Array]:
         if self.a.q_segment_ids is None or self.a.kv_segment_ids is None:

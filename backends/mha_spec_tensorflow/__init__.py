@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mha_spec.cache import KVCache
+from mha_spec.cache import KVCache, PagedKVCache
 
 from .core import attention, attention_vjp, attention_weights, merge_attention, merge_attention_vjp
 from .layer import (
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KVCache",
     "MultiHeadAttention",
+    "PagedKVCache",
     "alibi_bias",
     "alibi_slopes",
     "append_cache",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .problem import Operands, Problem, Size
 
-__all__ = ["Block", "Scores", "Softmax", "covers", "kept", "rows_by", "scores", "softmax", "stacked"]
+__all__ = ["Block", "Scores", "Softmax", "constrained", "covers", "kept", "rows_by", "scores", "softmax", "stacked"]
 
 
 class Block(NamedTuple):
@@ -127,8 +127,14 @@ def rows_by(rows: Array, matrix: Array, *, transpose: bool = False) -> Array:
 
 
 def scores(problem: Problem, x: Operands, block: Block, *, slope: bool = False) -> Scores:
-    """Compute scores of scaled queries; cap, bias and hide them (MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
-    logits = rows_by(block.of_rows(x.query), block.of_keys(x.key), transpose=True)
+    """Compute scores of scaled queries; cap, bias and hide them."""
+    return constrained(
+        problem, x, block, rows_by(block.of_rows(x.query), block.of_keys(x.key), transpose=True), slope=slope
+    )
+
+
+def constrained(problem: Problem, x: Operands, block: Block, logits: Array, *, slope: bool = False) -> Scores:
+    """Cap, bias and hide scores (MHA-CAP-1, MHA-CAP-2, MHA-BIAS-1, MHA-POISON-2)."""
     cap_slope = None
     if problem.softcap is not None:
         tanh = tf.tanh(logits / problem.softcap)
@@ -244,7 +250,16 @@ def _by_position(problem: Problem, block: Block) -> Iterator[Array]:
     if known.left is not None and not inactive.left:
         yield keys + known.left >= rows + block.of_rows(arrays.q_offset)
     if known.right is not None and not inactive.right:
-        yield keys - known.right <= rows + block.of_rows(arrays.q_offset)
+        shows = keys - known.right <= rows + block.of_rows(arrays.q_offset)
+        yield shows if arrays.prefix_lengths is None else shows | (keys < block.of_rows(arrays.prefix_lengths))
+    if known.a.unlifted_right is not None and not inactive.right:
+        yield keys - known.a.unlifted_right <= rows + block.of_rows(arrays.q_offset)
+    if known.a.chunk is not None and not inactive.chunk:
+        starts = 0 if arrays.kv_starts is None else block.of_rows(arrays.kv_starts)
+        positions = rows + block.of_rows(arrays.q_offset)
+        yield (positions - starts) // known.a.chunk == (keys - starts) // known.a.chunk
+    if arrays.kv_starts is not None and not inactive.kv_starts:
+        yield keys >= block.of_rows(arrays.kv_starts)
     if arrays.q_lengths is not None and not inactive.q_lengths:
         yield rows < block.of_rows(arrays.q_lengths)
     if arrays.kv_lengths is not None and not inactive.kv_lengths:

@@ -143,5 +143,6 @@ def _must_be_aligned(options: dict[str, Any]) -> bool:
     """Return True if q_len and kv_len must be equal, since positions matter and no offset was passed (MHA-POS-2)."""
     causal, window = options.get("causal"), options.get("window")
     bounded = isinstance(window, (list, tuple)) and any(bound is not None for bound in window)
+    bounded = bounded or options.get("chunk") is not None
     positional = bounded or (isinstance(causal, (bool, numpy.bool)) and bool(causal))
     return positional and options.get("q_offset") is None and options.get("kv_lengths") is None

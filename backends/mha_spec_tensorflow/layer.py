@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import tensorflow as tf
 
-from mha_spec import layer_checks, layer_steps
+from mha_spec import layer_checks, layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
-from mha_spec.cache import KVCache
+from mha_spec.cache import KVCache, PagedKVCache
 from mha_spec.checks import check_library
 from mha_spec.errors import refuse_value
 from mha_spec.layer import Layer
@@ -24,6 +24,7 @@ from .unknown import (
     APPENDED,
     KNOWN,
     LAYER,
+    PAGED_CACHE,
     POSITIONS,
     POSITIONS_OF_LAYER,
     ROTATED,
@@ -31,6 +32,7 @@ from .unknown import (
     sizes_of,
     with_known_shapes,
 )
+from .varlen import varlen_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from mha_spec.arrays import Array
+    from mha_spec.cache import Cache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int] | numpy.ndarray
@@ -70,26 +73,33 @@ def check(a: LayerArguments) -> LayerArguments:
     return layer_checks.check(a)
 
 
-def _layouts(a: LayerArguments) -> dict[str, Layout]:
+def _layouts(a: LayerArguments) -> Mapping[str, Layout]:
     """Return the layouts of the arguments; the rank of positions determines their axes (MHA-LAYER-7)."""
     positions: Any = a.positions
+    all_layouts = _with_cache(LAYER, a.cache)
     if not tf.is_tensor(positions):
-        return LAYER
+        return all_layouts
     _require_rank(positions, "MHA-LAYER-7")
     layouts = {len(layout.sizes): layout for layout in POSITIONS_OF_LAYER}
     layout = layouts.get(positions.shape.rank)  # The shared checks refuse another rank.
-    return LAYER if layout is None else LAYER | {"positions": layout}
+    return all_layouts if layout is None else {**all_layouts, "positions": layout}
 
 
-def _of_cache(cache: KVCache | None) -> dict[str, Any]:
-    if not isinstance(cache, KVCache):
+def _with_cache(layouts: Mapping[str, Layout], cache: object) -> Mapping[str, Layout]:
+    """Return layouts with those of a paged cache, if the cache is one."""
+    return {**layouts, **PAGED_CACHE} if isinstance(cache, PagedKVCache) else layouts
+
+
+def _of_cache(cache: object) -> dict[str, Any]:
+    if not isinstance(cache, (KVCache, PagedKVCache)):
         return {}
-    return {"cache.key": cache.key, "cache.value": cache.value, "cache.lengths": cache.lengths}
+    return {f"cache.{name}": array for name, array in cache._asdict().items()}
 
 
-def _cache_of(tensors: Mapping[str, Any], cache: KVCache | None) -> KVCache | None:
+def _cache_of(tensors: Mapping[str, Any], cache: Any) -> Any:
     """Return the cache with the checked buffers; return anything else, which a later check refuses, unchanged."""
-    return KVCache(*(tensors[name] for name in _of_cache(cache))) if isinstance(cache, KVCache) else cache
+    names = _of_cache(cache)
+    return type(cache)(*(tensors[name] for name in names)) if names else cache
 
 
 def widen(x: Array) -> Array:
@@ -222,6 +232,45 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     return tf.where(written[:, None, :, None], tf.gather(new, taken, axis=2, batch_dims=1), buffer)
 
 
+def new_slots(cache: PagedKVCache, stop: Integers, new: Array) -> Array:
+    """Return the slot of each new token among those of all blocks, (batch, length); -1 stores it nowhere."""
+    start, stop, table = (tf.cast(numbers, tf.int64) for numbers in (cache.lengths, stop, cache.block_table))
+    sizes = (*sizes_of(cache.key)[:2], sizes_of(table)[1])
+    blocks, size, columns = (tf.cast(number, tf.int64) for number in sizes)
+    positions = start[:, None] + tf.range(sizes_of(new)[2], dtype=tf.int64)
+    inside = (positions >= 0) & (positions < stop[:, None]) & (positions < columns * size)
+    positions = tf.where(inside, positions, tf.zeros((), tf.int64))
+    # A row of the table may have no entry.
+    numbers = tf.gather(tf.pad(table, [[0, 0], [0, 1]]), positions // size, axis=1, batch_dims=1)
+    inside &= (numbers >= 0) & (numbers < blocks)
+    return tf.where(inside, numbers * size + tf.math.floormod(positions, size), tf.constant(-1, tf.int64))
+
+
+def store_pages(pages: Array, new: Array, slots: Array) -> Array:
+    """Write new tokens to their slots of new blocks (MHA-CACHE-9)."""
+    inside, tokens = slots >= 0, tf.transpose(new, (0, 2, 1, 3))
+    sizes = sizes_of(pages)
+    flat = tf.reshape(pages, (sizes[0] * sizes[1], *sizes[2:]))
+    # A row for the tokens without a slot, whose number XLA does not know.
+    flat = tf.pad(flat, [[0, 1], [0, 0], [0, 0]])
+    slots = tf.where(inside, slots, tf.cast(sizes[0] * sizes[1], tf.int64))
+    stored = tf.tensor_scatter_nd_update(flat, slots[..., None], tokens)
+    return tf.reshape(stored[:-1], sizes)
+
+
+def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], varlen: Any, _: LayerSteps) -> Array:
+    """Attend to the tokens of a paged cache by a packed call, a sequence for each batch entry (MHA-CACHE-10)."""
+    batch, heads, length, size = sizes_of(query)
+    tokens = tf.reshape(tf.transpose(query, (0, 2, 1, 3)), (batch * length, heads, size))
+    is_known = isinstance(batch, int) and isinstance(length, int)
+    bounds = (numpy.arange(batch + 1, dtype=numpy.int32) if is_known else tf.range(batch + 1)) * length
+    known = {name: options[name] for name in paged_steps.OPTIONS if name in options}
+    output = varlen(
+        tokens, cache.key, cache.value, bounds, None, block_table=cache.block_table, seqused_kv=cache.lengths, **known
+    )
+    return tf.transpose(tf.reshape(output, (batch, length, heads, output.shape[2])), (0, 2, 1, 3))
+
+
 def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
     """Create buffers of zeros, and lengths of 0 on the host."""
     key, value = (tf.zeros(shape, like.dtype) for shape in shapes)
@@ -285,6 +334,10 @@ _LAYER = Layer(
         slopes=slopes,
         distances=distances,
         alibi=alibi,
+        new_slots=new_slots,
+        store_pages=store_pages,
+        attend_paged=attend_paged,
+        varlen=varlen_attention,
     )
 )
 
@@ -299,15 +352,15 @@ empty_cache = decorate_method(_unconverted, _LAYER.empty_cache)
 
 @_unconverted
 def append_cache(
-    cache: KVCache,
+    cache: Cache,
     key: Float[tf.Tensor, "batch kv_heads length qk_dim"],
     value: Float[tf.Tensor, "batch kv_heads length v_dim"],
     lengths: Int[tf.Tensor, "batch"] | Sequence[int] | None = None,
-) -> KVCache:
+) -> Cache:
     """Return a new cache with new tokens after those of each batch entry; see `mha_spec.reference.append_cache`."""
     operands = {"key": key, "value": value, "lengths": lengths, **_of_cache(cache)}
-    tensors = with_known_shapes(APPENDED, operands, ("kv_heads", "qk_dim", "v_dim"))
-    checked_cache: Any = _cache_of(tensors, cache)
+    tensors = with_known_shapes(_with_cache(APPENDED, cache), operands, ("kv_heads", "qk_dim", "v_dim"))
+    checked_cache = _cache_of(tensors, cache)
     check_library("tensorflow", tensors["key"], "key")
     return _LAYER.append_cache(checked_cache, tensors["key"], tensors["value"], tensors["lengths"])
 

@@ -11,7 +11,7 @@ import numpy
 
 from mha_spec.arguments import Options, expand_options
 from mha_spec.arrays import host_integers
-from mha_spec.cache import KVCache
+from mha_spec.cache import KVCache, PagedKVCache
 from mha_spec.errors import BackendError
 from mha_spec.layer_object import (
     CallOptions,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["MultiHeadAttention"]
 
 
-COUNTS = ("q_offset", "q_lengths", "kv_lengths", "positions")
+COUNTS = ("q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts", "positions")
 """Options that stay on the host where they are host data."""
 
 
@@ -41,7 +41,7 @@ COUNTS = ("q_offset", "q_lengths", "kv_lengths", "positions")
 class OnTheHost:
     """A cache with lengths on the host, hidden from Keras, which would convert its NumPy arrays to tensors."""
 
-    cache: KVCache
+    cache: KVCache | PagedKVCache
 
 
 def _with_signature(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         if "mask" in keywords:
             keywords["attention_mask"] = keywords.pop("mask")
         cache = keywords.get("cache")
-        if isinstance(cache, KVCache) and host_integers(cache.lengths) is not None:
+        if isinstance(cache, (KVCache, PagedKVCache)) and host_integers(cache.lengths) is not None:
             keywords["cache"] = OnTheHost(cache)
         return super().__call__(*operands, **keywords)
 
@@ -113,10 +113,10 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         *,
         attention_mask: tf.Tensor | None = None,
         positions: tf.Tensor | Sequence[Any] | None = None,
-        cache: KVCache | OnTheHost | None = None,
+        cache: KVCache | PagedKVCache | OnTheHost | None = None,
         training: bool | None = None,
         **options: Unpack[Options],
-    ) -> tf.Tensor | tuple[tf.Tensor, KVCache]:
+    ) -> tf.Tensor | tuple[tf.Tensor, KVCache | PagedKVCache]:
         """Attend from the query to the key, by default the query, and to the value, by default the key."""
         cache = cache.cache if isinstance(cache, OnTheHost) else cache
         options["mask"] = attention_mask

@@ -13,7 +13,6 @@ The work and the memory are those of a call for each sequence. Gradients are in 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,11 +24,11 @@ from mha_spec.arguments import Arguments, offset_of_reading
 from mha_spec.errors import ArgumentTypeError
 from mha_spec.scalars import is_integer
 
-from . import forward
+from . import decoding, forward
 from .backward import gradients
 from .function import differentiable
 from .plan import as_int64
-from .problem import Operands, problem_of, sizes_of, softmax_dtype
+from .problem import Operands, problem_of, sizes_of, softmax_dtype, with_slopes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from mha_spec.varlen_reference import VarlenGradients
 
     from .loops import Tensors
-    from .problem import Problem, Size
+    from .problem import Size
 
 __all__ = ["attention", "vjp"]
 
@@ -47,6 +46,8 @@ __all__ = ["attention", "vjp"]
 class SequenceBounds(NamedTuple):
     """Where a sequence lies: numbers where they are read, else scalar tensors."""
 
+    number: Size
+    """Its place among the sequences."""
     q_first: Size
     q_length: Size
     kv_first: Size
@@ -124,7 +125,7 @@ class PackedSequences:
         numbers: list[Any] = [int(array[index]) if self.is_read else array[index] for array in arrays]
         q_first, q_length, kv_first, kv_length, kv_room, offset = numbers
         pages = None if self.table is None else self._pages(index, kv_length)
-        return SequenceBounds(q_first, q_length, kv_first, kv_length, kv_room, offset, pages)
+        return SequenceBounds(index, q_first, q_length, kv_first, kv_length, kv_room, offset, pages)
 
     def _pages(self, index: Size, length: Size) -> Array:
         """Return the numbers of the pages that hold the keys in use of a sequence; no other entry is used."""
@@ -138,6 +139,27 @@ class PackedSequences:
         pages: Any = sequence.pages
         slots = tf.convert_to_tensor(pages)[:, None] * page + tf.range(page)
         return tf.reshape(slots, (-1,))[: sequence.kv_length]
+
+
+class _Tokens:
+    """The tokens of each sequence in an array (tokens, ...).
+
+    Where the sequences are read, a single operation splits the array; to slice it for each of them takes longer.
+    """
+
+    def __init__(self, array: Array, sequences: PackedSequences, firsts: Any, lengths: Any) -> None:
+        """Take the first token and the number of tokens of each sequence, in order."""
+        self.array, self.parts = array, None
+        if sequences.is_read and sequences.count:
+            ends = firsts + lengths
+            gaps = numpy.append(firsts, 0) - numpy.insert(ends, 0, 0)
+            gaps[-1] = -1  # The tokens behind the last sequence.
+            sizes = numpy.insert(gaps, range(1, len(gaps)), lengths)
+            self.parts = tf.split(array, sizes)[1::2]
+
+    def of(self, index: Size, first: Size, length: Size) -> Array:
+        """Return the tokens of a sequence."""
+        return self.array[first : first + length] if self.parts is None else self.parts[index]
 
 
 def _is_read(a: VarlenArguments) -> bool:
@@ -183,29 +205,36 @@ def _operands(a: VarlenArguments) -> Operands:
 
 def _attend(a: VarlenArguments, sequences: PackedSequences, x: Operands) -> tuple[Array, Array]:
     """Compute output and lse, (tokens, heads, ...), in the softmax's type."""
-    dtype, heads = softmax_dtype(a.query), a.heads
+    rows = decoding.attend(a, sequences, x) if decoding.suits(a, sequences) else None
+    output, lse = _by_sequence(a, sequences, x) if rows is None else rows
+    output = _for_all_tokens(output, sequences.q_ends, sequences.q_tokens)
+    return output, _for_all_tokens(lse, sequences.q_ends, sequences.q_tokens, -math.inf)
+
+
+def _by_sequence(a: VarlenArguments, sequences: PackedSequences, x: Operands) -> tuple[Array, Array]:
+    dtype, heads, parts = softmax_dtype(a.query), a.heads, _Parts(sequences, x)
 
     def step(sequence: SequenceBounds) -> Tensors:
-        call = _Call(a, sequence, x)
+        call = _Call(a, sequence, parts)
         results = forward.attend(call.problem, call.operands, needs_lse=True)
-        return {"output": _tokens(results["output"]), "lse": _tokens(results["lse"])[..., 0]}
+        return {"output": _tokens(results["output"]), "lse": tf.squeeze(_tokens(results["lse"]), 2)}
 
     rows = _joined(sequences, step, {"output": ((heads, x.value.shape[-1]), dtype), "lse": ((heads,), dtype)})
-    output = _for_all_tokens(rows["output"], sequences.q_ends, sequences.q_tokens)
-    return output, _for_all_tokens(rows["lse"], sequences.q_ends, sequences.q_tokens, -math.inf)
+    return rows["output"], rows["lse"]
 
 
 def _gradients(
     a: VarlenArguments, sequences: PackedSequences, x: Operands, grad_output: Array, grad_lse: Array | None
 ) -> Operands:
     """Compute the gradients, in the dtypes of `x` and the shapes of the operands."""
-    dtype = softmax_dtype(a.query)
+    dtype, calls = softmax_dtype(a.query), _Parts(sequences, x)
+    cotangents = calls.of_rows(grad_output), None if grad_lse is None else calls.of_rows(grad_lse)
 
     def step(sequence: SequenceBounds) -> Tensors:
-        call = _Call(a, sequence, x)
-        rows = slice(sequence.q_first, sequence.q_first + sequence.q_length)
-        of_lse = None if grad_lse is None else _dense(grad_lse[rows])[..., None]
-        grads = gradients(call.problem, call.operands, _dense(grad_output[rows]), of_lse)
+        call = _Call(a, sequence, calls)
+        of_output, of_lse = (None if rows is None else _dense(calls.rows(rows, sequence)) for rows in cotangents)
+        of_lse = None if of_lse is None else of_lse[..., None]
+        grads = gradients(call.problem, call.operands, of_output, of_lse)
         parts = {"query": _tokens(grads.query), "key": _tokens(grads.key), "value": _tokens(grads.value)}
         if sequence.pages is not None:
             parts["slots"] = sequences.slots(sequence)
@@ -239,47 +268,60 @@ def _of_keys(sequences: PackedSequences, parts: Tensors, name: str, like: Array)
     return tf.cast(tf.reshape(summed, sizes), like.dtype)
 
 
+class _Parts:
+    """The queries, keys and values of each sequence."""
+
+    def __init__(self, sequences: PackedSequences, x: Operands) -> None:
+        self.sequences = sequences
+        self.query = self.of_rows(x.query)
+        self.key, self.value = (self._of_keys(array) for array in (x.key, x.value))
+        self.sinks = None if x.sinks is None else tf.reshape(x.sinks, (1, -1, 1, 1))
+
+    def of_rows(self, array: Array) -> _Tokens:
+        """Cut an array of the tokens of all queries."""
+        return _Tokens(array, self.sequences, self.sequences.q_ends[:-1], self.sequences.q_lengths)
+
+    def _of_keys(self, array: Array) -> _Tokens | Array:
+        sequences = self.sequences
+        if sequences.page is not None:
+            return array
+        return _Tokens(array, sequences, sequences.kv_ends[:-1], sequences.kv_lengths)
+
+    def rows(self, tokens: _Tokens, sequence: SequenceBounds) -> Array:
+        """Return the rows of a sequence, (q_length, heads, ...)."""
+        return tokens.of(sequence.number, sequence.q_first, sequence.q_length)
+
+    def keys(self, source: _Tokens | Array, sequence: SequenceBounds) -> Array:
+        """Return the keys in use of a sequence or their values, (kv_length, kv_heads, size)."""
+        if isinstance(source, _Tokens):
+            return source.of(sequence.number, sequence.kv_first, sequence.kv_length)
+        pages = tf.reshape(tf.gather(source, sequence.pages), (-1, *source.shape[2:]))
+        return pages if pages.shape[0] == sequence.kv_length else pages[: sequence.kv_length]
+
+
 class _Call:
     """A sequence as a call of attention with a single batch entry."""
 
-    def __init__(self, a: VarlenArguments, sequence: SequenceBounds, x: Operands) -> None:
-        self.sequence, self.dtype = sequence, softmax_dtype(a.query)
-        query = self._dense(x.query[sequence.q_first : sequence.q_first + sequence.q_length])
-        key, value = (self._dense(self._keys(array)) for array in (x.key, x.value))
-        sinks = None if x.sinks is None else tf.reshape(x.sinks, (1, -1, 1, 1))
-        self.operands = Operands(query, key, value, None, sinks)
+    def __init__(self, a: VarlenArguments, sequence: SequenceBounds, parts: _Parts) -> None:
+        dtype = softmax_dtype(a.query)
+        query = _dense(tf.cast(parts.rows(parts.query, sequence), dtype))
+        key, value = (_dense(tf.cast(parts.keys(source, sequence), dtype)) for source in (parts.key, parts.value))
+        self.operands = Operands(query, key, value, None, parts.sinks)
         offset = sequence.offset if isinstance(sequence.offset, int) else tf.reshape(sequence.offset, (1,))
         arguments = Arguments(
             query, key, value, causal=a.causal, q_offset=offset, window=a.window, scale=a.scale, softcap=a.softcap
         )
-        self.problem = _with_slopes(problem_of(arguments), a.alibi_slopes, self.dtype)
-
-    def _dense(self, tokens: Array) -> Array:
-        return _dense(tf.cast(tokens, self.dtype))
-
-    def _keys(self, array: Array) -> Array:
-        sequence = self.sequence
-        if sequence.pages is None:
-            return array[sequence.kv_first : sequence.kv_first + sequence.kv_length]
-        pages = tf.gather(array, sequence.pages)
-        return tf.reshape(pages, (-1, *array.shape[2:]))[: sequence.kv_length]
-
-
-def _with_slopes(problem: Problem, slopes: Array | None, dtype: tf.DType) -> Problem:
-    if slopes is None:
-        return problem
-    slopes = tf.reshape(tf.cast(tf.stop_gradient(slopes), dtype), (1, -1, 1, 1))
-    return replace(problem, constants=problem.constants._replace(slopes=slopes))
+        self.problem = with_slopes(problem_of(arguments), a.alibi_slopes, dtype)
 
 
 def _dense(tokens: Array) -> Array:
     """Transpose tokens of a sequence, (length, heads, ...), to a batch with a single entry."""
-    return tf.transpose(tokens, (1, 0, *range(2, len(tokens.shape))))[None]
+    return tf.expand_dims(tf.transpose(tokens, (1, 0, *range(2, len(tokens.shape)))), 0)
 
 
 def _tokens(rows: Array) -> Array:
     """Transpose a batch with a single entry, (1, heads, length, size), to tokens."""
-    return tf.transpose(rows[0], (1, 0, 2))
+    return tf.transpose(tf.squeeze(rows, 0), (1, 0, 2))
 
 
 def _for_all_tokens(rows: Array, ends: Any, tokens: Size, fill: float = 0.0) -> Array:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import host_integers
-from mha_spec.constraints import equal_entries, key_range, segment_keys, segment_runs, trimmed
+from mha_spec.constraints import Structure, equal_entries, key_range, segment_keys, segment_runs, shown, trimmed
 
 from .unknown import sizes_of
 
@@ -91,6 +91,8 @@ class Inactive(NamedTuple):
 
     left: bool = False
     right: bool = False
+    chunk: bool = False
+    kv_starts: bool = False
     q_lengths: bool = False
     kv_lengths: bool = False
     segments: bool = False
@@ -105,6 +107,8 @@ class Known:
         self.left, self.right = a.bounds
         self.offset = self._numbers(0 if a.q_offset is None else a.q_offset)
         self.q_lengths, self.kv_lengths = self._numbers(a.q_lengths), self._numbers(a.kv_lengths)
+        self.kv_starts, self.prefixes = self._numbers(a.kv_starts), self._numbers(a.prefix_lengths)
+        self.kv_starts = self.kv_starts and [max(0, start) for start in self.kv_starts]
         self.ids = _numbered(_read(a.q_segment_ids), _read(a.kv_segment_ids))
         """The segment ids of queries and of keys, renumbered from 0."""
 
@@ -120,11 +124,25 @@ class Known:
     @property
     def band(self) -> int | None:
         """The number of keys that a row sees, minus 1, if a window bounds both sides."""
-        return None if self.left is None or self.right is None else min(self.left + self.right, WIDEST)
+        right = self.right if self.a.prefix_lengths is None else self.a.unlifted_right
+        return None if self.left is None or right is None else min(self.left + right, WIDEST)
+
+    @property
+    def is_structured(self) -> bool:
+        """True if more than the distance of a pair decides whether positions show it."""
+        return self.a.chunk is not None or self.a.prefix_lengths is not None
+
+    def structure(self, entries: range) -> Structure:
+        """Return the chunk, starts and prefixes of batch entries."""
+        a = self.a
+        starts = (0,) if a.kv_starts is None else _of(self.kv_starts, entries)
+        prefixes = (0,) if a.prefix_lengths is None else _of(self.prefixes, entries)
+        return Structure(a.chunk, starts, prefixes, a.unlifted_right)
 
     def seen(self, entries: range, queries: range) -> range:
         """Return the keys from the first to the last that the queries see, as far as the host knows."""
-        keys = range(*key_range((self.left, self.right), queries, self.a.kv_len, *self._host_data(entries)))
+        bounds, structure = (self.left, self.right), self.structure(entries)
+        keys = range(*key_range(bounds, queries, self.a.kv_len, *self._host_data(entries), structure))
         if self.ids is None:
             return keys
         q_ids, kv_ids = (ids[entries.start : entries.stop] for ids in self.ids)
@@ -137,9 +155,18 @@ class Known:
             return Inactive()
         entries, queries, keys = ranges
         offset, q_lengths, kv_lengths = self._host_data(entries)
+        structure = self.structure(entries)
+        left = right = False
+        if offset:
+            start, stop = shown((self.left, self.right), queries[0], queries[-1], offset, structure)
+            left, right = start is None or start <= keys[0], stop is None or keys[-1] < stop
+        if self.is_structured:
+            left = right = left and right
         return Inactive(
-            bool(offset) and self.left is not None and keys[0] >= max(offset) + queries[-1] - self.left,
-            bool(offset) and self.right is not None and keys[-1] <= min(offset) + queries[0] + self.right,
+            left,
+            right,
+            left and right,
+            structure.starts is not None and max(structure.starts) <= keys[0],
             bool(q_lengths) and queries[-1] < min(q_lengths),
             bool(kv_lengths) and keys[-1] < min(kv_lengths),
             self._one_segment(entries, queries, keys),
@@ -148,7 +175,7 @@ class Known:
     def every_row_sees(self, *block: object) -> bool:
         """Return True if each row of a block is known to see a key of the block, without a mask and a bias."""
         ranges = _ranges(block)
-        if ranges is None or not self._all_read:
+        if ranges is None or not self._all_read or self.is_structured or self.a.kv_starts is not None:
             return False
         entries, queries, keys = ranges
         offset, q_lengths, kv_lengths = self._host_data(entries)
@@ -192,7 +219,8 @@ class Known:
 
     def equal_entries(self) -> list[range]:
         """Return ranges of consecutive batch entries that have the same constraints."""
-        numbers = [numbers for numbers in (self.offset, self.q_lengths, self.kv_lengths) if numbers]
+        per_entry = (self.offset, self.q_lengths, self.kv_lengths, self.kv_starts, self.prefixes)
+        numbers = [numbers for numbers in per_entry if numbers]
         return [range(*ends) for ends in equal_entries(self.batch, [*numbers, *(self.ids or ())])]
 
     def cut_at_segments(self, entries: range) -> list[range]:
@@ -390,6 +418,8 @@ def _height(known: Known, keys: Size) -> Size:
     if known.band is not None:
         highest = min(HIGHEST, max(LOWEST, known.band))
         keys = _least(keys, highest + known.band)
+    if known.a.chunk is not None:
+        highest = min(highest, max(LOWEST, known.a.chunk))
     wanted = _most(LOWEST, SCORES // known.a.heads // _most(1, keys))
     return _power(_least(highest, wanted), highest)
 

@@ -31,6 +31,7 @@ __all__ = [
     "sizes_of",
     "softmax_dtype",
     "sum_is_finite",
+    "with_slopes",
 ]
 
 
@@ -54,6 +55,8 @@ class Constants(NamedTuple):
     q_offset: Array | None
     q_lengths: Array | None
     kv_lengths: Array | None
+    kv_starts: Array | None
+    prefix_lengths: Array | None
     segment_ids: tuple[tuple[Array, Array], ...]
     """Pairs of integers for queries and keys; ids are equal where all pairs are."""
     dropout_mask: Array | None
@@ -93,12 +96,30 @@ def problem_of(a: Arguments, seed: Array | None = None) -> Problem:
     if isinstance(a.q_offset, str):
         a = replace(a, q_offset=offset_of(a.q_offset, a.q_lengths, a.kv_lengths, a.query, a.key))
     known = Known(a)
-    constraints = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.q_segment_ids, known.left, known.right)
+    constraints = (
+        a.mask,
+        a.bias,
+        a.q_lengths,
+        a.kv_lengths,
+        a.kv_starts,
+        a.q_segment_ids,
+        known.left,
+        known.right,
+        a.chunk,
+    )
     excludes = any(constraint is not None for constraint in constraints)
     sizes = a.batch, a.q_len, a.kv_len
     plan = () if 0 in sizes[:2] else None if None in sizes else plan_of(known)
     scale, softcap = float(scale_of(a.scale, a.query.shape[3])), None if a.softcap is None else float(a.softcap)
     return Problem(scale, softcap, float(a.dropout_rate), known, _constants(a, known, seed), excludes, plan)
+
+
+def with_slopes(problem: Problem, slopes: Array | None, dtype: tf.DType) -> Problem:
+    """Add a linear bias, whose slopes are constants for gradients (MHA-VARLEN-8)."""
+    if slopes is None:
+        return problem
+    slopes = tf.reshape(tf.cast(tf.stop_gradient(slopes), dtype), (1, -1, 1, 1))
+    return replace(problem, constants=problem.constants._replace(slopes=slopes))
 
 
 def _constants(a: Arguments, known: Known, seed: Array | None) -> Constants:
@@ -107,6 +128,8 @@ def _constants(a: Arguments, known: Known, seed: Array | None) -> Constants:
         _per_entry(known.offset, 0 if a.q_offset is None else a.q_offset),
         _per_entry(known.q_lengths, a.q_lengths),
         _per_entry(known.kv_lengths, a.kv_lengths),
+        _not_negative(_per_entry(known.kv_starts, a.kv_starts)),
+        _per_entry(known.prefixes, a.prefix_lengths),
         _segment_ids(a, known),
         a.dropout_mask,
         seed,
@@ -121,6 +144,11 @@ def _per_entry(known: list[int] | None, value: Array | None) -> Array | None:
     if known is not None:
         return numpy.clip(numpy.asarray(known, object), *limits).astype(numpy.int32).reshape(-1, 1, 1, 1)
     return tf.reshape(tf.cast(tf.clip_by_value(as_int64(value), *limits), tf.int32), (-1, 1, 1, 1))
+
+
+def _not_negative(starts: Array | None) -> Array | None:
+    """Clamp starts at 0, from where chunks are then counted; one past all keys hides them as it is (MHA-LEN-5)."""
+    return starts if starts is None or isinstance(starts, numpy.ndarray) else tf.maximum(starts, 0)
 
 
 def _segment_ids(a: Arguments, known: Known) -> tuple[tuple[Array, Array], ...]:

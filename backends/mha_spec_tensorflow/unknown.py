@@ -30,6 +30,7 @@ __all__ = [
     "LAYER",
     "PACKED",
     "PAGED",
+    "PAGED_CACHE",
     "POSITIONS",
     "POSITIONS_OF_LAYER",
     "ROTATED",
@@ -77,7 +78,10 @@ KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
 """The sizes that a trace must know."""
 
 _PAIRS, _ROWS = "batch* heads* q_len* kv_len*", "batch heads q_len"
-_PER_ENTRY = dict.fromkeys(("q_offset", "q_lengths", "kv_lengths"), Layout("batch", "MHA-LEN-3"))
+_PER_ENTRY = {
+    **dict.fromkeys(("q_offset", "q_lengths", "kv_lengths"), Layout("batch", "MHA-LEN-3")),
+    **dict.fromkeys(("prefix_lengths", "kv_starts"), Layout("batch", "MHA-LEN-5")),
+}
 
 ATTENTION = {
     "query": Layout("batch heads q_len qk_dim", "MHA-SHAPE-1"),
@@ -132,6 +136,14 @@ _CACHE = {
     "cache.value": Layout("batch kv_heads capacity v_dim", "MHA-CACHE-7"),
     "cache.lengths": Layout("batch", "MHA-CACHE-7"),
 }
+
+PAGED_CACHE = {
+    "cache.key": Layout("blocks block_size kv_heads qk_dim", "MHA-CACHE-9"),
+    "cache.value": Layout("blocks block_size kv_heads v_dim", "MHA-CACHE-9"),
+    "cache.lengths": Layout("batch", "MHA-CACHE-9"),
+    "cache.block_table": Layout("batch max_blocks", "MHA-CACHE-9"),
+}
+"""A paged cache, whose layouts replace those of a cache."""
 
 LAYER = {
     "query": Layout("batch q_len embed", "MHA-LAYER-2"),

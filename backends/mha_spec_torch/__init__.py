@@ -5,7 +5,7 @@ a call takes. Lengths, offsets and segment ids that can be read (numbers, sequen
 become ranges of keys, and pairs outside of them are not computed.
 """
 
-from mha_spec.cache import KVCache
+from mha_spec.cache import KVCache, PagedKVCache
 
 from .core import attention, attention_vjp, attention_weights, merge_attention, merge_attention_vjp
 from .layer import (
@@ -24,6 +24,7 @@ from .varlen import varlen_attention, varlen_attention_vjp
 __all__ = [
     "KVCache",
     "MultiHeadAttention",
+    "PagedKVCache",
     "alibi_bias",
     "alibi_slopes",
     "append_cache",

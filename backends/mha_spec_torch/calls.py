@@ -37,7 +37,7 @@ __all__ = ["PREPARED", "arguments_of", "cast", "prepared", "problem_of", "signat
 
 ARRAYS = frozenset({"mask", "bias", "sinks"})
 """The options of which neither the checks nor the preparation read an element."""
-INTEGERS = frozenset({"q_offset", "q_lengths", "kv_lengths"})
+INTEGERS = frozenset({"q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts"})
 """The options whose arrays are read, if they are not on an accelerator."""
 INTEGRAL = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 
@@ -153,7 +153,7 @@ def varlen_arguments_of(function: str, options: Mapping[str, Any], *tensors: Any
 
 def _with_tensors(a: Arguments) -> Arguments:
     """Replace each sequence that holds a symbol by a tensor, because tensors are never read here."""
-    options = {name: getattr(a, name) for name in ("q_offset", "q_lengths", "kv_lengths")}
+    options = {name: getattr(a, name) for name in INTEGERS}
     tensors = {name: entries(value, a.query.device) for name, value in options.items() if is_open(value)}
     return replace(a, **tensors) if tensors else a
 

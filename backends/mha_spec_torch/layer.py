@@ -10,23 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from mha_spec import layer_checks, layer_steps
+from mha_spec import layer_checks, layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, softmax_dtype_name
 from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
+from mha_spec.pools import WrittenSlots
 
 from .core import attention, attention_and_weights, attention_weights
 from .function import transformed
 from .paths import autocasts
 from .symbols import entries, example, is_open, traced
+from .varlen import varlen_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from jaxtyping import Float, Int
 
+    from mha_spec.cache import Cache, PagedKVCache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Tensor | Sequence[int]
@@ -42,7 +45,7 @@ __all__ = [
     "rotary_embedding",
 ]
 
-_BUFFERS = HighWater()
+_BUFFERS, _BLOCKS = HighWater(), WrittenSlots()
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
@@ -197,6 +200,50 @@ def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers |
     return new if shared else _BUFFERS.register(new)
 
 
+def append_paged(
+    cache: PagedKVCache, key: Tensor, value: Tensor, counts: Integers | None, steps: LayerSteps
+) -> PagedKVCache:
+    """Append tokens to blocks, in place if that changes no other cache (MHA-CACHE-9, MHA-CACHE-3)."""
+    if traced(key) or not _writable(key, value, cache.key, cache.value):
+        return paged_steps.append_paged(cache, key, value, counts, steps)
+    stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
+    slots = steps.new_slots(cache, stop, key)
+    inside = slots >= 0
+
+    def write(*pools: Tensor) -> None:
+        for pool, new in zip(pools, (key, value), strict=True):
+            # Autograd may have saved the blocks, which `.data` does not tell it about.
+            pool.data.flatten(0, 1)[slots[inside]] = new.transpose(1, 2)[inside]
+
+    host = cache._replace(lengths=_on_host(cache.lengths), block_table=_on_host(cache.block_table))
+    new = paged_steps.append_in_place(_BLOCKS, host, stop, slots.numpy(force=True), _contiguous, write)
+    return new._replace(block_table=cache.block_table)
+
+
+def _on_host(integers: Any) -> numpy.ndarray:
+    """Return integers as an array of NumPy, also from an accelerator, as a packed call does when it runs."""
+    return integers.numpy(force=True) if isinstance(integers, Tensor) else numpy.asarray(integers)
+
+
+def _contiguous(pool: Tensor) -> Tensor:
+    return pool.clone(memory_format=torch.contiguous_format)
+
+
+def store_pages(pages: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """Return blocks with new tokens in their slots; those without a slot go to a row that is cut off (MHA-CACHE-9)."""
+    flat, tokens = pages.flatten(0, 1), new.transpose(1, 2).flatten(0, 1)
+    slots = torch.where(slots < 0, flat.shape[0], slots).flatten()
+    stored = torch.cat([flat, flat.new_zeros((1, *flat.shape[1:]))]).index_copy(0, slots, tokens)
+    return stored[:-1].view(pages.shape)
+
+
+def bounds(batch: int, length: int, like: Tensor) -> Integers:
+    """Return the cumulative lengths of sequences of the same length; a tensor where a tracer left sizes open."""
+    if not traced(like):
+        return paged_steps.bounds(batch, length, like)
+    return torch.arange(batch + 1, device=like.device) * length
+
+
 def _write(buffer: Tensor, tokens: Tensor, start: list[int], stop: list[int]) -> None:
     """Write to a buffer; callers pass `.data`, because autograd may have saved the buffer."""
     ranges = set(zip(start, stop, strict=True))
@@ -231,8 +278,8 @@ def attend_and_weigh(query: Tensor, key: Tensor, value: Tensor, _: LayerSteps, *
     return attention_and_weights(query, key, value, **options)
 
 
-OF_KEYS = {"mask", "bias", "dropout_mask", "kv_segment_ids"}
-"""The options that have an axis for keys."""
+OF_KEYS = {"mask", "bias", "dropout_mask", "kv_segment_ids", "kv_starts", "prefix_lengths"}
+"""The options that have an axis for keys, or indices of keys that may lie past the tokens of a cache."""
 
 
 def _common_length(query: Tensor, key: Tensor, options: dict[str, Any]) -> int | None:
@@ -288,6 +335,10 @@ _LAYER = Layer(
         attend_and_weigh=attend_and_weigh,
         project_out=project_out,
         slopes=slopes,
+        append_paged=append_paged,
+        store_pages=store_pages,
+        bounds=bounds,
+        varlen=varlen_attention,
     )
 )
 
@@ -324,7 +375,7 @@ def _in_tensor(name: str, value: Any, query: Tensor) -> Any:
     return entries(value, query.device) if name in PER_ENTRY and is_open(value) else value
 
 
-PER_ENTRY = {"q_offset", "q_lengths", "kv_lengths"}
+PER_ENTRY = {"q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts"}
 """The options that may be sequences with an integer for each batch entry."""
 
 
@@ -379,21 +430,22 @@ def _biased(slopes: Tensor | int, q_len: int, kv_len: int, q_offset: Integers | 
 
 
 def append_cache(
-    cache: KVCache,
+    cache: Cache,
     key: Float[Tensor, "batch kv_heads length qk_dim"],
     value: Float[Tensor, "batch kv_heads length v_dim"],
     lengths: Int[Tensor, "batch"] | Sequence[int] | None = None,
-) -> KVCache:
+) -> Cache:
     """Append tokens to a cache; see `mha_spec.reference.append_cache`."""
-    return _appended(_unread(cache) or cache, key, value, lengths)
+    unread: Any = _unread(cache) or cache
+    return _appended(unread, key, value, lengths)
 
 
 @torch.compiler.allow_in_graph
-def _appended(cache: KVCache, key: Tensor, value: Tensor, lengths: Integers | None) -> KVCache:
+def _appended(cache: Cache, key: Tensor, value: Tensor, lengths: Integers | None) -> Cache:
     return _LAYER.append_cache(cache, key, value, lengths)
 
 
-def _unread(cache: KVCache | None) -> KVCache | None:
+def _unread(cache: Any) -> Any:
     """Convert lengths to a tensor in a compiled graph: other lengths on the host would compile a new graph."""
     if cache is None or not torch.compiler.is_compiling() or isinstance(cache.lengths, torch.Tensor):
         return cache

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mha_spec.cache import KVCache
+    from mha_spec.cache import Cache
 
 __all__ = ["MultiHeadAttention"]
 
@@ -72,9 +72,9 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
         key: Tensor | None = None,
         value: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         **options: Unpack[CallOptions],
-    ) -> Tensor | tuple[Tensor, KVCache]:
+    ) -> Tensor | tuple[Tensor, Cache]:
         """Attend from the query to the key; the key defaults to the query, and the value to the key."""
         return self.attend(query, key, value, cache=cache, **options)
 

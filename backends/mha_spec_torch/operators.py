@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mha_spec.arguments import Arguments
-from mha_spec.checks import check_numbers, check_window
+from mha_spec.checks import check_numbers
+from mha_spec.position_checks import check_chunk, check_window
 
 from .dropout import Draws, draws_of
 from .paths import backward, differentiable, forward, weigh_backward
@@ -39,13 +40,19 @@ __all__ = [
 SCHEMA = ", ".join(
     [
         "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? q_offset",
-        "Tensor? q_lengths, Tensor? kv_lengths, Tensor? q_segment_ids, Tensor? kv_segment_ids, Tensor? dropout_mask",
+        "Tensor? prefix_lengths, Tensor? q_lengths, Tensor? kv_lengths, Tensor? kv_starts",
+        "Tensor? q_segment_ids, Tensor? kv_segment_ids, Tensor? dropout_mask",
         "Tensor? row_draws, Tensor? key_draws",
-        "bool causal, SymInt? left, SymInt? right, Scalar? scale, Scalar? softcap, Scalar dropout_rate",
+        "bool causal, SymInt? left, SymInt? right, SymInt? chunk, Scalar? scale, Scalar? softcap, Scalar dropout_rate",
     ]
 )
 OPERANDS = 5
 """The number of arguments that have gradients; the mask and the options follow."""
+HOST_INTEGERS = (
+    *("q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts"),
+    *("q_segment_ids", "kv_segment_ids"),
+)
+"""The options that may be host data, which become tensors."""
 NAMES = tuple(argument.split()[1] for argument in SCHEMA.split(", "))
 
 _library = torch.library.Library("mha_spec_torch", "DEF")
@@ -82,7 +89,7 @@ def _spelled(a: Arguments) -> list[Any]:
     rows, keys = draws_of(a) or (None, None)
     spelled: dict[str, Any] = {"left": left, "right": right, "row_draws": rows, "key_draws": keys}
     spelled["value"] = a.key[..., :0] if a.value is None else a.value
-    for name in ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids"):
+    for name in HOST_INTEGERS:
         spelled[name] = tensor_of(getattr(a, name), a.batch, a.query.device)
     return [spelled[name] if name in spelled else getattr(a, name) for name in NAMES]
 
@@ -106,6 +113,7 @@ def _called(spelled: Sequence[Any], *, host: bool = True) -> tuple[Problem, Oper
     a = Arguments(**options, window=window, dropout_key=None if rows is None else Draws(rows, keys))
     check_numbers(a)
     check_window(a)
+    check_chunk(a)
     return Problem.of(a, host=host and readable(a.query)), Operands(*spelled[: OPERANDS + 1])
 
 

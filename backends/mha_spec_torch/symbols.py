@@ -22,7 +22,7 @@ __all__ = ["TENSORS", "all_equal", "checked", "entries", "example", "is_open", "
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 """The classes of tensors that hold their contents; a subclass may trace or change the call."""
 SYMBOLS = (torch.SymInt, torch.SymFloat)
-NUMBERS = ("q_offset", "window", "scale", "softcap", "dropout_rate")
+NUMBERS = ("q_offset", "window", "chunk", "scale", "softcap", "dropout_rate")
 """The options that are Python numbers, or hold Python numbers."""
 
 

@@ -2,7 +2,7 @@
 
 | call | forward and backward |
 | --- | --- |
-| eager | the tasks of every sequence, see `packing` |
+| eager | the tasks of every sequence, see `packing`; a few queries of sequences in blocks on the CPU: `decoding` |
 | graph | an operator that does the same when it runs, see `varlen_operators` |
 | transforms, the backward of a backward | the formula of each sequence, in differentiable operations |
 

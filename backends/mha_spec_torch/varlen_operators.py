@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mha_spec.checks import check_score_numbers, check_window
+from mha_spec.checks import check_score_numbers
+from mha_spec.position_checks import check_window
 from mha_spec.varlen_arguments import VarlenArguments
 
 from .operators import filled, keep, kept, needed, register, tensor_of

@@ -9,7 +9,7 @@ import torch
 
 from mha_spec.arguments import Arguments
 
-from . import paths
+from . import decoding, paths
 from .function import needs_operations
 from .packing import dense, linear_bias, packed_again
 from .problem import Problem
@@ -49,6 +49,9 @@ def forward(
     packed: Packed, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *, needs_lse: bool
 ) -> tuple[Tensor, Any]:
     """Compute the output and, if needed, lse (heads, q_tokens) of all sequences."""
+    rows = None if packed.paged is None else decoding.attend(packed, query, key, value, sinks)
+    if rows is not None:
+        return rows
     if packed.paged is None:
         output, lse = paths.forward(packed.problem, packed.operands(query, key, value, sinks), needs_lse=needs_lse)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property, reduce
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -15,7 +16,17 @@ import torch
 
 from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import host_integers
-from mha_spec.constraints import distances, equal_entries, key_range, segment_keys, segment_runs, trimmed
+from mha_spec.constraints import (
+    PLAIN,
+    Structure,
+    distances,
+    equal_entries,
+    key_range,
+    segment_keys,
+    segment_runs,
+    shown,
+    trimmed,
+)
 
 from .symbols import surely
 from .tasks import Span, Task, blocks, logits_of
@@ -46,10 +57,14 @@ COST_OF_TASK = 2**18
 class PerEntry:
     """An integer for each batch entry, or a common integer: numbers if they may be read, else a tensor or a symbol."""
 
-    __slots__ = ("numbers", "unread")
+    __slots__ = ("most", "numbers", "unread")
 
-    def __init__(self, value: Any, *, host: bool) -> None:
+    def __init__(self, value: Any, *, host: bool, most: int | None = None) -> None:
+        """Read integers that may be read; with `most`, clamp them to 0 and to it (MHA-LEN-5)."""
+        self.most = most
         self.numbers = value.tolist() if host and isinstance(value, torch.Tensor) else host_integers(value)
+        if self.numbers is not None and isinstance(value, torch.Tensor) and most is not None:
+            self.numbers = [min(max(number, 0), most) for number in self.numbers]
         # A prepared call outlives its arguments, so it keeps a tensor only if it has not read it.
         self.unread: Any = value if self.numbers is None else None
 
@@ -63,7 +78,8 @@ class PerEntry:
             if not isinstance(self.unread, torch.Tensor):
                 return self.unread
             unread = self.unread if task.is_whole else self.unread[task.batch.slice]
-            return saturated(unread)[:, None, None, None]
+            numbers = saturated(unread)[:, None, None, None]
+            return numbers if self.most is None else numbers.clamp(0, self.most)
         numbers = self.known(task.batch)
         common = _common(numbers)
         return common if common is not None else torch.tensor(numbers, device=device)[:, None, None, None]
@@ -79,6 +95,11 @@ class Visibility:
         self.offset = PerEntry(0 if a.q_offset is None else a.q_offset, host=host)
         self.q_lengths = None if a.q_lengths is None else PerEntry(a.q_lengths, host=host)
         self.kv_lengths = None if a.kv_lengths is None else PerEntry(a.kv_lengths, host=host)
+        self.kv_starts, self.prefixes = (
+            None if numbers is None else PerEntry(numbers, host=host, most=a.kv_len)
+            for numbers in (a.kv_starts, a.prefix_lengths)
+        )
+        self.chunk, self.unlifted_right = a.chunk, a.unlifted_right
         ids = a.q_segment_ids, a.kv_segment_ids
         self.q_ids: Any
         self.kv_ids: Any
@@ -154,25 +175,60 @@ class Visibility:
         offset = _common(self.offset.known(task.batch))
         if offset is None or not surely(offset + task.queries.start == task.keys.start):
             return False
+        if self._is_structured and not self._is_plain_diagonal(task):
+            return False
         if self.left is not None and not surely(self.left >= task.queries.size):
             return False
         return self._within_lengths_and_segment(task)
 
     def _within_lengths_and_segment(self, task: Task) -> bool:
         lengths = (self.q_lengths, task.queries), (self.kv_lengths, task.keys)
-        return all(_covers(length, task.batch, indices) for length, indices in lengths) and self._of_one_segment(task)
+        covered = all(_covers(length, task.batch, indices) for length, indices in lengths)
+        return covered and self._starts_before(task) and self._of_one_segment(task)
+
+    def _starts_before(self, task: Task) -> bool:
+        """Tell whether the keys of all batch entries are known to start at or before those of a task (MHA-LEN-4)."""
+        if self.kv_starts is None:
+            return True
+        starts = self.kv_starts.known(task.batch)
+        return starts is not None and surely(max(starts) <= task.keys.start)
+
+    def _is_plain_diagonal(self, task: Task) -> bool:
+        """Tell whether neither a chunk nor a prefix changes what causal alone shows in a task on the diagonal."""
+        structure, position = self._structure(task.batch), task.keys.start
+        if self.unlifted_right is not None or not structure.starts or not structure.prefixes:
+            return False
+        if not _is_known(position, task.queries.size) or max(structure.prefixes) > position + 1:
+            return False
+        ends = ((end - start for end in (position, position + task.queries.size - 1)) for start in structure.starts)
+        return self.chunk is None or all(first // self.chunk == last // self.chunk for first, last in ends)
+
+    @property
+    def _is_structured(self) -> bool:
+        """Tell whether more than the distance of a pair decides whether positions show it."""
+        return self.chunk is not None or self.prefixes is not None
+
+    def _structure(self, batch: Span) -> Structure:
+        if not self._is_structured and self.kv_starts is None:
+            return PLAIN
+        starts, prefixes = (
+            (0,) if numbers is None else numbers.known(batch) for numbers in (self.kv_starts, self.prefixes)
+        )
+        return Structure(self.chunk, starts, prefixes, self.unlifted_right)
 
     @property
     def _positional(self) -> bool:
-        return self.left is not None or self.right is not None
+        return self.left is not None or self.right is not None or self.chunk is not None
 
     @property
     def _per_entry(self) -> bool:
-        return self.q_lengths is not None or self.kv_lengths is not None or self.q_ids is not None
+        options = (self.q_lengths, self.kv_lengths, self.kv_starts, self.q_ids)
+        return any(option is not None for option in options)
 
     def _equal_entries(self) -> list[Span]:
         """Return spans of consecutive batch entries that have the same constraints."""
-        options = [option.numbers for option in (self.offset, self.q_lengths, self.kv_lengths) if option is not None]
+        per_entry = (self.offset, self.q_lengths, self.kv_lengths, self.kv_starts, self.prefixes)
+        options = [option.numbers for option in per_entry if option is not None]
         numbers = [values for values in options if values is not None and len(values) > 1]
         ids = [array for array in (self.q_ids, self.kv_ids) if isinstance(array, numpy.ndarray)]
         return [Span(*ends) for ends in equal_entries(self.whole.batch.stop, [*numbers, *ids])]
@@ -182,7 +238,8 @@ class Visibility:
         q_length = None if self.q_lengths is None else _common(self.q_lengths.known(batch))
         q_len = self.whole.queries.stop
         queries = Span(0, q_len if q_length is None else max(0, min(q_length, q_len)))
-        for run in self._runs(batch.start, queries):
+        runs = [part for run in self._runs(batch.start, queries) for part in self._cut_at_structure(batch, run)]
+        for run in runs:
             keys = self._keys(batch, run)
             rows = run.size if self._needs_no_cut(batch, run, keys) else self._rows
             for block in blocks(run, rows):
@@ -197,11 +254,28 @@ class Visibility:
         runs = segment_runs(self.q_ids[entry, queries.slice], SHORTEST_RUN)
         return blocks(queries, ROWS[0]) if runs is None else [Span(*ends) for ends in runs]
 
+    def _cut_at_structure(self, batch: Span, queries: Span) -> list[Span]:
+        """Cut queries after the prefix, and at the ends of chunks or of several small ones: many parts need no mask."""
+        offset, structure = _common(self.offset.known(batch)), self._structure(batch)
+        if not self._is_structured or offset is None:
+            return [queries]
+        start, prefix = (_common(numbers) for numbers in (structure.starts, structure.prefixes))
+        ends = {queries.start, queries.stop}
+        if prefix is not None:
+            ends.add(prefix - offset)
+        if self.chunk is not None and start is not None:
+            step = self.chunk * -(-ROWS[0] // self.chunk)
+            first = start - offset + (queries.start + offset - start) // step * step
+            ends.update(range(first, queries.stop, step))
+        cuts = sorted(end for end in ends if queries.start <= end <= queries.stop)
+        return [Span(*ends) for ends in pairwise(cuts)]
+
     def _keys(self, batch: Span, queries: Span) -> Span:
         """Return the keys from the first to the last that some of the queries see."""
         kv_lengths = None if self.kv_lengths is None else self.kv_lengths.known(batch)
         offsets, bounds = self.offset.known(batch), (self.left, self.right)
-        keys = Span(*key_range(bounds, queries, self.whole.keys.stop, offsets, kv_lengths=kv_lengths))
+        structure = self._structure(batch)
+        keys = Span(*key_range(bounds, queries, self.whole.keys.stop, offsets, None, kv_lengths, structure))
         if not isinstance(self.q_ids, numpy.ndarray) or not isinstance(self.kv_ids, numpy.ndarray):
             return keys
         first = slice(batch.start, batch.start + 1)
@@ -215,7 +289,7 @@ class Visibility:
     @property
     def _rows(self) -> int:
         lowest, highest = ROWS
-        if self.left is None or self.right is None:
+        if self.left is None or self.right is None or self.prefixes is not None:
             return min(highest, max(lowest, self.whole.queries.stop // 8))
         return min(highest, max(lowest, (self.left + self.right) // 4))
 
@@ -223,25 +297,43 @@ class Visibility:
         if self._within_window(task):
             return
         positions = self._indices(task.queries)[:, None] + self.offset.get(task, self.device)
-        distance = self._indices(task.keys) - positions
+        keys = self._indices(task.keys)
+        distance = keys - positions
         if self.left is not None:
             yield distance >= -self.left
         if self.right is not None:
-            yield distance <= self.right
+            shows = distance <= self.right
+            yield shows if self.prefixes is None else shows | (keys < self.prefixes.get(task, self.device))
+        if self.unlifted_right is not None:
+            yield distance <= self.unlifted_right
+        if self.chunk is not None:
+            starts = 0 if self.kv_starts is None else self.kv_starts.get(task, self.device)
+            yield (positions - starts) // self.chunk == (keys - starts) // self.chunk
 
     def _within_window(self, task: Task) -> bool:
         """Tell whether causal and window are known to hide no pair of a task."""
-        if self.left is None and self.right is None:
+        if not self._positional:
             return True
         known = self.offset.known(task.batch)
         if known is None:
             return False
+        if self._is_structured:
+            return self._within_structure(task, known)
         nearest, farthest = distances(known, task.queries, task.keys)
         return (self.left is None or surely(-self.left <= nearest)) and (
             self.right is None or surely(farthest <= self.right)
         )
 
+    def _within_structure(self, task: Task, offsets: list[int]) -> bool:
+        if not _is_known(*offsets, *task.queries, *task.keys) or not (task.queries.size and task.keys.size):
+            return False
+        ends = task.queries.start, task.queries.last
+        start, stop = shown((self.left, self.right), *ends, offsets, self._structure(task.batch))
+        return (start is None or start <= task.keys.start) and (stop is None or task.keys.stop <= stop)
+
     def _see_lengths(self, task: Task) -> Iterator[torch.Tensor]:
+        if self.kv_starts is not None and not self._starts_before(task):
+            yield self._indices(task.keys) >= self.kv_starts.get(task, self.device)
         for lengths, indices in ((self.q_lengths, task.queries), (self.kv_lengths, task.keys)):
             if lengths is None or _covers(lengths, task.batch, indices):
                 continue
@@ -312,6 +404,11 @@ def _covers(lengths: PerEntry | None, batch: Span, indices: Span) -> bool:
     return lengths is None or (known is not None and surely(min(known) >= indices.stop))
 
 
-def _common(numbers: list[int] | None) -> int | None:
+def _is_known(*numbers: object) -> bool:
+    """Tell whether no number is a symbol, so that comparing them adds no guard."""
+    return all(isinstance(number, int) for number in numbers)
+
+
+def _common(numbers: Sequence[int] | None) -> int | None:
     """Return the number that all batch entries have; None if they differ or must not be read."""
     return numbers[0] if numbers and min(numbers) == max(numbers) else None

@@ -105,9 +105,10 @@ class AttentionCall:
             value = arrays.get(name, options.get(name))
             return numpy.broadcast_to(numpy.asarray(absent if value is None else value), (self.batch,)).tolist()
 
-        self.causal = options.get("causal", False)
+        self.causal, self.chunk = options.get("causal", False), options.get("chunk")
         self.left, self.right = options.get("window") or (None, None)
         self.q_lengths, self.kv_lengths = per_entry("q_lengths", self.q_len), per_entry("kv_lengths", self.kv_len)
+        self.kv_starts, self.prefix_lengths = per_entry("kv_starts", 0), per_entry("prefix_lengths", 0)
         reading = options.get("q_offset") if "q_offset" not in arrays else None
         self.q_offset = (
             offsets_of_reading(reading, self.q_lengths, self.kv_lengths)
@@ -128,10 +129,12 @@ class AttentionCall:
 
     def sees(self, b: int, h: int, i: int, j: int) -> bool:
         """Return True if query i of head h of batch entry b may attend to key j."""
-        position = self.q_offset[b] + i
-        if i >= self.q_lengths[b] or j >= self.kv_lengths[b]:
+        position, start = self.q_offset[b] + i, self.kv_starts[b]
+        if i >= self.q_lengths[b] or not start <= j < self.kv_lengths[b]:
             return False
-        if self.causal and j > position:
+        if self.causal and j > position and j >= self.prefix_lengths[b]:
+            return False
+        if self.chunk is not None and (position - start) // self.chunk != (j - start) // self.chunk:
             return False
         if self.left is not None and j < position - self.left:
             return False

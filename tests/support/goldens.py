@@ -50,7 +50,10 @@ ENOUGH = 50
 MOST_ALIKE = 6
 """The largest number of cases of the same signature."""
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
-PER_ENTRY = ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids", "cache_lengths", "positions")
+PER_ENTRY = (
+    *("q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts"),
+    *("q_segment_ids", "kv_segment_ids", "cache_lengths", "positions"),
+)
 """Integers that may lie on the host."""
 HOST = {None, "numpy"}
 """The libraries of arguments that no framework traces."""

@@ -40,6 +40,7 @@ from . import (
     single_keys,
     singles,
     smoke,
+    structured_masks,
     tiles,
     weights,
     wide_bias,
@@ -89,6 +90,7 @@ THEMES = (
     many_rows,
     frequencies,
     positions,
+    structured_masks,
 )
 
 

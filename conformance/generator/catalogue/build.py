@@ -30,6 +30,9 @@ _OPTION_CLAUSES = {
     "q_offset": ("MHA-POS-1",),
     "q_lengths": ("MHA-LEN-2",),
     "kv_lengths": ("MHA-LEN-1",),
+    "kv_starts": ("MHA-LEN-4",),
+    "prefix_lengths": ("MHA-CAUSAL-2",),
+    "chunk": ("MHA-WINDOW-3",),
     "q_segment_ids": ("MHA-SEG-1", "MHA-SEG-2"),
     "scale": ("MHA-SCORE-1",),
     "softcap": ("MHA-CAP-1",),
@@ -43,7 +46,7 @@ _FUNCTION_CLAUSES = {
     "attention_vjp": ("MHA-DTYPE-2", "MHA-VJP-1", "MHA-VJP-2", "MHA-VJP-3"),
 }
 _FUNCTION_FEATURE = {"attention_weights": "weights", "attention_vjp": "vjp"}
-_VISIBILITY = ("mask", "causal", "window", "q_lengths", "kv_lengths", "q_segment_ids")
+_VISIBILITY = ("mask", "causal", "window", "chunk", "q_lengths", "kv_lengths", "kv_starts", "q_segment_ids")
 
 
 def inputs_of(

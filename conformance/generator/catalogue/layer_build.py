@@ -29,7 +29,7 @@ OF_VALUES = ("value", "w_v", "w_o", "b_v", "b_o")
 _OPTION_FEATURES = {"q_offset": "offset", "q_segment_ids": "segments", "dropout_mask": "dropout"}
 _OPTION_NAMES = (
     *("mask", "bias", "causal", "q_offset", "window", "q_lengths", "kv_lengths", "q_segment_ids"),
-    *("scale", "softcap", "sinks", "dropout_mask"),
+    *("scale", "softcap", "sinks", "dropout_mask", "chunk", "prefix_lengths", "kv_starts"),
 )
 
 

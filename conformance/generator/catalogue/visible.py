@@ -29,9 +29,15 @@ def visible_pairs(sizes: Sizes, inputs: Mapping[str, Input], options: Mapping[st
         visible &= key < arrays["kv_lengths"].reshape(-1, 1, 1, 1)
     if "q_lengths" in arrays:
         visible &= row < arrays["q_lengths"].reshape(-1, 1, 1, 1)
+    if "kv_starts" in arrays:
+        visible &= key >= _of_entries(arrays["kv_starts"])
     if "q_segment_ids" in arrays:
         visible &= arrays["q_segment_ids"][:, None, :, None] == arrays["kv_segment_ids"][:, None, None, :]
-    return visible & _near(key - (_offset(sizes, arrays, options) + row), options)
+    position = _offset(sizes, arrays, options) + row
+    if "chunk" in options:
+        start = _of_entries(arrays.get("kv_starts", 0))
+        visible &= (position - start) // options["chunk"] == (key - start) // options["chunk"]
+    return visible & _near(key - position, options, key < _of_entries(arrays.get("prefix_lengths", 0)))
 
 
 def _offset(sizes: Sizes, arrays: Mapping[str, numpy.ndarray], options: Mapping[str, Any]) -> numpy.ndarray:
@@ -40,16 +46,21 @@ def _offset(sizes: Sizes, arrays: Mapping[str, numpy.ndarray], options: Mapping[
     if isinstance(offset, str):
         queries, keys = arrays.get("q_lengths", sizes.q_len), arrays.get("kv_lengths", sizes.kv_len)
         offset = keys - queries if offset == "lower_right" else 0
-    return numpy.asarray(offset).reshape(-1, 1, 1, 1)
+    return _of_entries(offset)
 
 
-def _near(distance: numpy.ndarray, options: Mapping[str, Any]) -> numpy.ndarray:
+def _of_entries(numbers: Any) -> numpy.ndarray:
+    """Return integers of the batch entries, or of all, as (batch or 1, 1, 1, 1)."""
+    return numpy.asarray(numbers).reshape(-1, 1, 1, 1)
+
+
+def _near(distance: numpy.ndarray, options: Mapping[str, Any], prefix: numpy.ndarray) -> numpy.ndarray:
     near = numpy.ones_like(distance, dtype=bool)
     left, right = options.get("window") or (None, None)
     if options.get("causal"):
-        near &= distance <= 0
+        near = near & ((distance <= 0) | prefix)
     if left is not None:
-        near &= distance >= -left
+        near = near & (distance >= -left)
     if right is not None:
-        near &= distance <= right
+        near = near & (distance <= right)
     return near

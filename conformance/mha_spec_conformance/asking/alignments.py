@@ -21,8 +21,8 @@ ALIGNMENTS = CONVENTIONS["causal_alignment"]
 
 
 def has_positions(case: Case) -> bool:
-    """Tell whether the case has a causal diagonal or a window; only functions of query and key have them."""
-    return case.function in OF_ATTENTION and not {"causal", "window", "q_offset"}.isdisjoint(_arguments(case))
+    """Tell whether the case has a causal diagonal, a window or chunks; only functions of query and key have them."""
+    return case.function in OF_ATTENTION and not {"causal", "window", "chunk", "q_offset"}.isdisjoint(_arguments(case))
 
 
 def alignments(case: Case) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ __all__ = ["AttentionKind", "Count", "LayerKind", "counted", "kinds", "together"
 
 TABLE = Path(__file__).with_suffix(".toml")
 
-OPTIONS = tuple(name for name in OPTION_FEATURES if name != "lse")
-"""The features of options, except that of an output."""
+OPTIONS = tuple(name for name in OPTION_FEATURES if name not in ("lse", "chunk", "prefix_lengths", "kv_starts"))
+"""The features of options that families of attentions have; the others have few cases, or are features of outputs."""
 
 ALWAYS = frozenset({"core", "groups", "value_size", "empty", "lse", "vjp", "poison", "nonfinite"})
 """The features that are not options; the sizes of a kind decide whether it has groups and values of another size."""

@@ -160,7 +160,7 @@ class Conversion:
     def _pass_offset(self, words: tuple[str, ...]) -> None:
         """Pass q_offset; its default is 0, which sequences of unequal lengths need (MHA-LAYOUT-2)."""
         offset = self._arrays.get("q_offset", self._options.get("q_offset"))
-        positional = self._options.get("causal") or self._options.get("window")
+        positional = any(self._options.get(name) for name in ("causal", "window", "chunk"))
         if offset is None and positional and "q_offset" in words and self._q_lengths != self._kv_lengths:
             self._options["q_offset"] = 0
         if isinstance(offset, numpy.ndarray) and offset.ndim == 1:

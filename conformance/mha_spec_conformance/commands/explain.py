@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -138,14 +139,24 @@ def _constraints(case: Case, inputs: Mapping[str, numpy.ndarray]) -> list[str]:
     offset = "q_offset[b]" if "q_offset" in inputs else options.get("q_offset", 0)
     conditions += ["mask"] if "mask" in inputs else []
     conditions += ["bias > -inf"] if "bias" in inputs else []
-    conditions += ["j <= p"] if options.get("causal") is True else []
+    prefix = "(j <= p or j < prefix_lengths[b])"
+    conditions += [prefix if "prefix_lengths" in inputs else "j <= p"] if options.get("causal") is True else []
     conditions += [f"p - {left} <= j"] if left is not None else []
     conditions += [f"j <= p + {right}"] if right is not None else []
+    conditions += _conditions_of_chunks(options.get("chunk"), padded="kv_starts" in inputs)
+    conditions += ["kv_starts[b] <= j"] if "kv_starts" in inputs else []
     conditions += ["j < kv_lengths[b]"] if "kv_lengths" in inputs else []
     conditions += ["i < q_lengths[b]"] if "q_lengths" in inputs else []
     conditions += ["q_segment_ids[b, i] = kv_segment_ids[b, j]"] if "q_segment_ids" in inputs else []
-    position = f"; query i is at p = {offset} + i" if any("p" in part.split() for part in conditions) else ""
+    position = f"; query i is at p = {offset} + i" if any(re.search(r"\bp\b", part) for part in conditions) else ""
     return [f"visible: {' and '.join(conditions)}{position}"] if conditions else []
+
+
+def _conditions_of_chunks(chunk: object, *, padded: bool) -> list[str]:
+    if not isinstance(chunk, int):
+        return []
+    sides = (f"({side} - kv_starts[b])" if padded else side for side in "pj")
+    return [" = ".join(f"floor({side} / {chunk})" for side in sides)]
 
 
 def _arguments(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:

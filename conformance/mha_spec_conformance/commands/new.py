@@ -20,9 +20,9 @@ class FileExists(MhaSpecError):
 STARTER = '''"""An attention to be judged: mha-spec check {name}
 
 Replace the body of `attention` by a call of your implementation. The suite tests only the features that the signature
-accepts: add a keyword (bias, q_offset, window, q_lengths, kv_lengths, q_segment_ids and kv_segment_ids, scale, softcap,
-sinks, dropout_mask and dropout_rate, return_lse) to have it tested, or remove a keyword. `mha-spec spec` lists the
-clauses that define each feature.
+accepts: add a keyword (bias, q_offset, window, chunk, prefix_lengths, q_lengths, kv_lengths, kv_starts, q_segment_ids
+and kv_segment_ids, scale, softcap, sinks, dropout_mask and dropout_rate, return_lse) to have it tested, or remove a
+keyword. `mha-spec spec` lists the clauses that define each feature.
 """
 
 import numpy

@@ -26,6 +26,9 @@ EDGES = (1, 4, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257,
 MOST_PAIRS = 2**16
 """The largest number of scores of a call, because the reference stores all of them in float64."""
 
+ENTRIES = ("q_lengths", "kv_lengths", "kv_starts", "prefix_lengths", "q_offset")
+"""The options with an integer for each batch entry."""
+
 WEIGHTS = {
     "attention": 6,
     "attention_vjp": 6,
@@ -147,7 +150,11 @@ def draw_positions(d: Drawing, batch: int, q_len: int, kv_len: int) -> None:
         d.options["causal"] = True
     if (known or (q_len == kv_len and not lengths)) and d.takes("window"):
         d.options["window"] = tuple(d.one_of(0, 1, 2, 5, 16, None, 2**30) for _ in range(2))
-    positional = d.options.get("causal") or d.options.get("window", (None, None)) != (None, None)
+    if known and d.takes("chunk"):
+        d.options["chunk"] = d.one_of(1, 2, 3, 7, 16, 64, 2**30)
+    d.starts(batch, kv_len)
+    windowed = d.options.get("window", (None, None)) != (None, None)
+    positional = windowed or not d.options.keys().isdisjoint(("causal", "chunk"))
     ambiguous = positional and (q_len != kv_len or lengths)
     if known and (d.takes("q_offset") or ambiguous):
         d.offset(batch, 0, 1, -1, kv_len - q_len, 5, -q_len, kv_len, 2**30 - 3, -(2**30))
@@ -182,7 +189,7 @@ def _passed(d: Drawing, call: Call) -> Call:
     host: dict[str, str] = {}
     layouts: dict[str, str] = {}
     if d.claims.registered and d.rarely():
-        forms: dict[str, tuple[str, ...]] = dict.fromkeys(("q_lengths", "kv_lengths", "q_offset"), ("list", "numpy"))
+        forms: dict[str, tuple[str, ...]] = dict.fromkeys(ENTRIES, ("list", "numpy"))
         forms |= {} if d.claims.arrays == "numpy" else dict.fromkeys(("q_segment_ids", "kv_segment_ids"), ("numpy",))
         host = {name: d.one_of(*forms[name]) for name in call.recipes if name in forms and d.often()}
     if d.layouts and d.rarely():

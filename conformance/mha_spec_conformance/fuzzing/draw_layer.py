@@ -149,6 +149,8 @@ def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) 
         d.options["causal"] = True
     if d.takes("window"):
         d.options["window"] = tuple(d.one_of(0, 1, 3, None) for _ in range(2))
+    if d.takes("chunk"):
+        d.options["chunk"] = d.one_of(1, 2, 3, 7)
     if d.takes("scale"):
         d.options["scale"] = d.one_of(0.5, 0.0, -0.25)
     if d.takes("softcap"):
@@ -160,6 +162,7 @@ def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) 
         d.options["dropout_rate"] = d.one_of(0.5, 0.0)
     if chunked:
         return
+    d.starts(batch, kv_len)
     if d.takes("q_segment_ids", "kv_segment_ids"):
         d.segments(batch, q_len, kv_len)
     if d.takes("kv_lengths"):
@@ -171,7 +174,7 @@ def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) 
 
 def _offset(d: Drawing, batch: int, q_len: int, kv_len: int, *, cached: bool) -> None:
     """Draw an offset if the diagonal would be ambiguous, and sometimes otherwise (MHA-LAYER-6)."""
-    looks = {"causal", "window", "rotary"} & d.options.keys()
+    looks = {"causal", "window", "chunk", "rotary"} & d.options.keys()
     ambiguous = looks and not cached and (q_len != kv_len or "kv_lengths" in d.recipes)
     if "q_offset" in d.keywords and (ambiguous or d.takes("q_offset")):
         d.offset(batch, 0, 1, kv_len - q_len, -2, 1000)

@@ -146,6 +146,14 @@ class Drawing:
         """Keep an array of integers."""
         self.recipes[name] = Recipe(f"numpy.array({values}, dtype='int64')", self.one_of("int32", "int64"))
 
+    def starts(self, batch: int, kv_len: int) -> None:
+        """Draw padding on the left, and prefixes where causal and the window leave room for them (MHA-CAUSAL-2)."""
+        if self.takes("kv_starts"):
+            self.integers("kv_starts", [kv_len - self.length(kv_len) for _ in range(batch)])
+        lifted = self.options.get("causal") and self.options.get("window", (None, None))[1] != 0
+        if lifted and self.takes("prefix_lengths"):
+            self.integers("prefix_lengths", [self.length(kv_len) for _ in range(batch)])
+
     @property
     def aligned(self) -> bool:
         """True if the target declares its causal alignment."""

@@ -22,14 +22,14 @@ AXES = {
     "grad_output": ("batch", "heads", "q_len", "v_dim"),
     "grad_lse": ("batch", "heads", "q_len"),
     **dict.fromkeys(("mask", "bias", "dropout_mask"), ("batch", "heads", "q_len", "kv_len")),
-    **dict.fromkeys(("q_lengths", "kv_lengths", "q_offset"), ("batch",)),
+    **dict.fromkeys(("q_lengths", "kv_lengths", "kv_starts", "prefix_lengths", "q_offset"), ("batch",)),
     "q_segment_ids": ("batch", "q_len"),
     "kv_segment_ids": ("batch", "kv_len"),
     "sinks": ("heads",),
 }
 """The axes of each argument of attention; arrays of pairs broadcast."""
 
-LENGTHS = {"q_lengths": "q_len", "kv_lengths": "kv_len"}
+LENGTHS = {"q_lengths": "q_len", **dict.fromkeys(("kv_lengths", "kv_starts", "prefix_lengths"), "kv_len")}
 
 TENSORS = ("query", "key", "value", "grad_output")
 

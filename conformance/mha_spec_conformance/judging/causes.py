@@ -16,7 +16,7 @@ from mha_spec_conformance.mistakes import MISTAKES
 
 from .amounts import NARROWER, amounts, rounded_to
 from .places import WrongElements, described
-from .properties import Properties
+from .properties import Properties, feature_of
 from .result import FAILING, WITHOUT_ARRAYS
 from .shares import cover, separating
 
@@ -41,7 +41,11 @@ LEAST_SHARED = 0.5
 """A property is called shared if this share of the failures has it."""
 
 NEARLY_ALL = 0.9
-"""The share of the unnamed failures of a function and dtype that must have only errors of rounding."""
+"""The share of the unnamed failures of a function and dtype that must have only errors of rounding, and that of all
+questions of a function from which its failures are not split."""
+
+FEWEST_ROUNDED = 4
+"""The failures in a dtype that are called rounding although the function has larger errors in other dtypes."""
 
 ROUNDING = "MHA-ACC-1"
 
@@ -176,14 +180,23 @@ class _Teller:
 
     def cause(self, kind: str, name: str | None, failing: Sequence[Result], others: tuple[str, ...] = ()) -> Cause:
         """Describe a group of failures."""
-        features = cover([r.ask.features for r in failing], [r.ask.features for r in self.passing])
+        story = self.story(failing)
+        features = _of_share(story.share, failing)
+        features = features or cover([r.ask.features for r in failing], [r.ask.features for r in self.passing])
         clauses = cover([r.clauses for r in failing], [r.ask.case.clauses for r in self.passing])
         if kind == "mistake":
             clauses = _of_mistake(name) or clauses
         if kind == "rounding":
             clauses = (ROUNDING,)
         results = tuple(replace(result, clauses=_first(clauses, result)) for result in failing)
-        return Cause(kind, name, results, self.story(failing), others, clauses, features)
+        return Cause(kind, name, results, story, others, clauses, features)
+
+
+def _of_share(share: Share | None, failing: Sequence[Result]) -> tuple[str, ...]:
+    """Return the feature of the first shared property that belongs to one that all failures have, or none."""
+    common = frozenset.intersection(*(frozenset(result.ask.features) for result in failing))
+    texts = share.properties if share is not None and share.failures == share.of_failures else ()
+    return tuple(feature for feature in map(feature_of, texts) if feature in common)[:1]
 
 
 def _of_mistake(name: str | None) -> tuple[str, ...]:
@@ -254,15 +267,20 @@ def _by_name(named: Sequence[Result]) -> Iterator[tuple[str, str, list[Result], 
 
 
 def _by_rounding(unnamed: Sequence[Result], profile: str) -> dict[str, list[Result]]:
-    """Group failures that have only errors of rounding, if nearly all failures of their function and dtype do."""
+    """Group failures that have only errors of rounding, if nearly all failures of their function and dtype do.
+
+    A few failures in a dtype are not enough if the function has as many with larger errors.
+    """
     cells: defaultdict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in unnamed:
         cells[result.ask.case.function, result.ask.dtype].append(result)
+    rounded = {cell: _rounded(members, profile) for cell, members in cells.items()}
     groups: defaultdict[str, list[Result]] = defaultdict(list)
-    for members in cells.values():
-        if rounded := _rounded(members, profile):
-            coarsest = max(rounded.values(), key=NARROWER.index)
-            groups[coarsest] += [result for result in members if result.ask.key in rounded]
+    for cell, members in cells.items():
+        others = sum(len(cells[c]) - len(rounded[c]) for c in cells if c[0] == cell[0])
+        if rounded[cell] and len(members) >= min(FEWEST_ROUNDED, 1 + others):
+            coarsest = max(rounded[cell].values(), key=NARROWER.index)
+            groups[coarsest] += [result for result in members if result.ask.key in rounded[cell]]
     return dict(groups)
 
 
@@ -297,8 +315,16 @@ def _alike(groups: Iterable[list[Result]], teller: _Teller) -> list[list[Result]
 
 
 def _by_property(unknown: Sequence[Result], teller: _Teller) -> Iterator[list[Result]]:
-    """Split failures by the property that separates most of them from passes, then the rest in the same way."""
+    """Split failures by the property that separates most of them from passes, then the rest in the same way.
+
+    If nearly every question of their functions fails, no property separates them, and they are one group.
+    """
     left = list(unknown)
+    functions = {result.ask.case.function for result in left}
+    passes = sum(result.ask.case.function in functions for result in teller.passing)
+    if len(left) >= NEARLY_ALL * (len(left) + passes):
+        yield from [left] if left else []
+        return
     for _ in range(MOST_UNKNOWN):
         share = teller.share(left)
         members = [r for r in left if share is None or teller.properties(r.ask).issuperset(share.properties)]

@@ -161,10 +161,16 @@ class _Pairs:
         self.lost = self.single and visible_alone and bool(near_0[wrong].all())
         self.compared = compared & (~seen if hidden_alone else seen if visible_alone else True)
         self.key = numpy.arange(wrong.shape[3]).reshape(1, 1, 1, -1)
-        positions = weights.offset + numpy.arange(wrong.shape[2]).reshape(1, 1, -1, 1)
-        self.distance = self.key - positions
-        lengths = self.arguments.kv_lengths
-        self.beyond = None if lengths is None else self.key - numpy.asarray(lengths, numpy.int64).reshape(-1, 1, 1, 1)
+        self.position = weights.offset + numpy.arange(wrong.shape[2]).reshape(1, 1, -1, 1)
+        self.distance = self.key - self.position
+        a = self.arguments
+        self.beyond, self.from_start, self.from_prefix = map(
+            self._distance_from, (a.kv_lengths, a.kv_starts, a.prefix_lengths)
+        )
+
+    def _distance_from(self, ends: object) -> Array | None:
+        """Return the distances j - end of the keys from an index in each batch entry, or None without indices."""
+        return None if ends is None else self.key - numpy.asarray(ends, numpy.int64).reshape(-1, 1, 1, 1)
 
     def described(self) -> str | None:
         """Describe the keys of the wrong pairs by the first description that keeps about the fewest pairs."""
@@ -201,17 +207,34 @@ class _Pairs:
             border = "diagonal" if self.arguments.causal else "window"
             if self.beyond is not None:
                 yield " past kv_lengths", everywhere & (self.beyond >= 0)
+            if self.from_start is not None:
+                yield " before kv_starts", everywhere & (self.from_start < 0)
+            if self.arguments.chunk is not None:
+                yield " of other chunks", everywhere & self._other_chunks(self.arguments.chunk)
             if right is not None:
                 yield f" after the {border}", everywhere & (self.distance > right)
             if left is not None:
                 yield " before the window", everywhere & (self.distance < -left)
+        if self.lost and self.from_prefix is not None:
+            yield " of the prefix after the diagonal", everywhere & (self.from_prefix < 0) & (self.distance > 0)
         yield "", everywhere
 
+    def _other_chunks(self, chunk: int) -> Array:
+        starts = 0 if self.from_start is None else self.key - self.from_start
+        return (self.key - starts) // chunk != (self.position - starts) // chunk
+
     def _beside_lengths(self) -> Iterator[tuple[str, Array]]:
-        """Yield the keys next to the end of kv_lengths."""
-        if self.beyond is not None:
-            for text, number in (("the first key past kv_lengths", 0), ("the last key of kv_lengths", -1)):
-                members = numpy.broadcast_to(self.beyond == number, self.wrong.shape)
+        """Yield the keys on both sides of the ends of lengths, padding on the left and prefixes."""
+        for text, distance, number in (
+            ("the first key past kv_lengths", self.beyond, 0),
+            ("the last key of kv_lengths", self.beyond, -1),
+            ("the last key before kv_starts", self.from_start, -1),
+            ("the first key of kv_starts", self.from_start, 0),
+            ("the first key past prefix_lengths", self.from_prefix, 0),
+            ("the last key of prefix_lengths", self.from_prefix, -1),
+        ):
+            if distance is not None:
+                members = numpy.broadcast_to(distance == number, self.wrong.shape)
                 if not (self.wrong & ~members).any():
                     yield text, members
 

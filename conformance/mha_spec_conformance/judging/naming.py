@@ -303,16 +303,16 @@ class Trial:
         by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
         made = mistake.compared is Compared.WHERE_NOT_FINITE and any(wrong.of_finite_operands for wrong in explained)
         most = len(explained) * (1 / LEAST - 1)
+        count = Counter(_cell(failure.ask) for failure in explained)
         unexplained: Counter[Cell] = Counter()
         for failure in others:
             cell = _cell(failure.ask)
-            # A group of functions and dtypes is refuted if any of them has more unexplained failures than this.
+            # A group of functions and dtypes is refuted if any of them has more unexplained failures than `most`.
             # A mistake that makes a NaN must also explain the failures with a NaN in which it cannot make any.
-            if unexplained[cell] <= most and (
+            if unexplained[cell] <= max(most, count[cell]) and (
                 by_errors or (made and failure.loses_finite) or recognition.shows(mistake, failure.ask)
             ):
                 unexplained[cell] += 1
-        count = Counter(_cell(failure.ask) for failure in explained)
         tolerated = dict(count) if mistake.compared is Compared.WHERE_NOT_FINITE else {}
         refuting: Counter[Cell] = Counter()
         for ask in _witnesses(mistake, passing):
@@ -331,14 +331,19 @@ class Trial:
         cells = {*explained, *self.unexplained, *self.refuting}
         if self._hold(cells, explained):
             return frozenset(cells)
+        disproved = {cell for cell in explained if self._is_disproved(cell, explained)}
         for axis in (1, 0):
             parts = {cell[axis] for cell in cells}
             groups = [{cell for cell in cells if cell[axis] == part} for part in parts]
             holding = {cell for group in groups if self._hold(group, explained) for cell in group}
             if len(self._cases(holding)) > 1:
-                return frozenset(holding)
+                return frozenset(_without(disproved, holding))
         holding = {cell for cell in cells if self._hold({cell}, explained)}
-        return frozenset(holding if len(self._cases(holding)) >= LEAST_OF_CELL else ())
+        return frozenset(_without(disproved, holding) if len(self._cases(holding)) >= LEAST_OF_CELL else ())
+
+    def _is_disproved(self, cell: Cell, explained: Counter[Cell]) -> bool:
+        """Tell whether most failures, or a pass, show that the failures it gives in a cell have another cause."""
+        return self.unexplained[cell] > explained[cell] or self.refuting[cell] > 0
 
     def _hold(self, cells: set[Cell], explained: Counter[Cell]) -> bool:
         right, wrong = (sum(counter[cell] for cell in cells) for counter in (explained, self.unexplained))
@@ -346,6 +351,12 @@ class Trial:
 
     def _cases(self, cells: set[Cell]) -> set[str]:
         return {failure.ask.case.id for failure in self.explained if _cell(failure.ask) in cells}
+
+
+def _without(disproved: set[Cell], holding: set[Cell]) -> set[Cell]:
+    """Leave out the cells of a function in which the mistake gives the results of another mistake in another dtype."""
+    functions = {function for function, _ in disproved - holding}
+    return {cell for cell in holding if cell[0] not in functions}
 
 
 def _is_about_nan(mistake: Mistake) -> bool:

@@ -72,6 +72,7 @@ class WrongElements:
             for text, members in _sets_along(name, size, group):
                 yield name, text, numpy.broadcast_to(members.reshape(along), shape)
         yield from self._sets_of_rows(output, axes)
+        yield from self._sets_of_keys(output, axes)
 
     def _group(self) -> int:
         sizes = sizes_of(self.inputs)
@@ -91,6 +92,21 @@ class WrongElements:
         if axes[3:] == ("key",):
             yield "pair", "hidden pairs", ~visible
             yield "pair", "visible pairs", visible
+
+    def _sets_of_keys(self, output: str, axes: tuple[str, ...]) -> Iterator[tuple[str, str, numpy.ndarray]]:
+        """Yield sets of keys by whether a row sees them."""
+        if axes != ("batch entry", "kv head", "key", "component") or (visible := self._visible) is None:
+            return
+        shape = self.marks[output].shape
+        pairs = visible.reshape(shape[0], shape[1], -1, visible.shape[2], shape[2])
+        rows = pairs.sum(axis=(2, 3))[..., None]
+        yield (
+            "seen",
+            "batch entries that see no key",
+            numpy.broadcast_to(rows.sum(axis=(1, 2), keepdims=True) == 0, shape),
+        )
+        yield "seen", "keys that no row sees", numpy.broadcast_to(rows == 0, shape)
+        yield "seen", "keys that a row sees", numpy.broadcast_to(rows > 0, shape)
 
     @cached_property
     def _visible(self) -> numpy.ndarray | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Inputs = Mapping[str, numpy.ndarray]
 
-__all__ = ["Properties", "sizes_of", "visible_pairs"]
+__all__ = ["Properties", "feature_of", "sizes_of", "visible_pairs"]
 
 TILES = (16, 32, 64, 128, 256, 512)
 """The sizes of tiles that kernels use."""
@@ -36,6 +36,15 @@ ROTARY = ("base", "interleaved", "rotary_dim", "frequencies", "attention_factor"
 
 ATTENTION = ("attention", "attention_weights", "attention_vjp")
 """The functions whose pairs (i, j) the reference can mark as visible from the arguments alone."""
+
+
+FEATURES = {"group > 1": "groups", "a single kv head": "groups", "v_dim != qk_dim": "value_size", "q_offset": "offset"}
+"""The features that sizes and arguments are a part of, by the beginning of the property."""
+
+
+def feature_of(text: str) -> str:
+    """Return the feature that a property belongs to; a property that begins with none of FEATURES may be a feature."""
+    return next((feature for beginning, feature in FEATURES.items() if text.startswith(beginning)), text)
 
 
 class Properties:
@@ -61,6 +70,7 @@ def _of_case(case: Case) -> Iterator[str]:
     sizes = sizes_of(arrays)
     yield from _of_sizes(sizes)
     yield from _of_offset(case, arrays)
+    yield from _of_lengths(arrays)
     yield from _of_broadcasting(sizes, arrays)
     yield from _of_options(case)
     yield from _of_data(case, arrays)
@@ -123,6 +133,14 @@ def _of_offset(case: Case, arrays: Inputs) -> Iterator[str]:
     yield from (f"q_offset >= {tile}" for tile in TILES if (values >= tile).any())
     if values.size > 1 and (values != values.ravel()[0]).any():
         yield "q_offset differs between batch entries"
+
+
+def _of_lengths(arrays: Inputs) -> Iterator[str]:
+    """Tell whether the lengths of the batch entries differ, and whether one of them is 0."""
+    for name in ("q_lengths", "kv_lengths", "cache_lengths"):
+        lengths = arrays.get(name, numpy.ones(0))
+        yield from [f"{name} differ"] if len(set(lengths.tolist())) > 1 else []
+        yield from [f"{name} contain 0"] if (lengths <= 0).any() else []
 
 
 def _of_broadcasting(sizes: Mapping[str, int], arrays: Inputs) -> Iterator[str]:

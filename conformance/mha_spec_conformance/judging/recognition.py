@@ -48,6 +48,9 @@ CLEARLY_WRONG = 4.0
 SIMILAR = 4.0
 """Errors of two precisions are of similar size if they differ by at most this factor."""
 
+ROUNDINGS = 16
+"""The roundings that are allowed to the result of a mistake for which no element has an allowance."""
+
 ALLOWED_OF_ACCEPTED = 32.0
 """The errors that an accepted precision explains, in those of the mistake, which rounds to nearest: an implementation
 that truncates errs in a constant direction, so that the errors of a long sum do not cancel."""
@@ -133,6 +136,8 @@ class Recognition:
         if mistaken is None or any(name not in mistaken for name in ask.outputs):
             return False
         golden = ask.expected
+        if mistake.compared is Compared.WITHOUT_EMPTY_LSE:
+            mistaken = {name: _with_empty_lse(golden[name], mistaken[name]) for name in golden}
         if all(_distance(golden[name], mistaken[name]) < SAME for name in golden):
             return False
         if any(_distance(golden[name], mistaken[name]) > CLEARLY_OTHER for name in golden):
@@ -191,6 +196,19 @@ def _distance(golden: Expected, mistaken: numpy.ndarray) -> float:
     return float(distance / size) if size and numpy.isfinite(distance) else numpy.inf if differing.any() else 0.0
 
 
+def _with_empty_lse(golden: Expected, mistaken: numpy.ndarray) -> numpy.ndarray:
+    """Return the result of a mistake that keeps an lse of -inf."""
+    if mistaken.shape != tuple(golden.shape) or not (golden.values == -numpy.inf).any():
+        return mistaken
+    kept = (
+        mistaken.reshape(-1, 1) if golden.rows is None else mistaken.reshape(-1, golden.values.size // len(golden.rows))
+    )
+    rows = slice(None) if golden.rows is None else golden.rows
+    kept = kept.copy()
+    kept[rows] = numpy.where(golden.values.reshape(kept[rows].shape) == -numpy.inf, -numpy.inf, kept[rows])
+    return kept.reshape(mistaken.shape)
+
+
 class _Comparison:
     """Compares a wrong answer with the expected values and with the results of mistakes."""
 
@@ -218,7 +236,7 @@ class _Comparison:
             return False
         expected = {name: self._expected(golden, mistaken[name], mistake) for name, golden in self.golden.items()}
         allowed = {
-            name: self._allowed(name, array, 2 if mistake.native else 1)
+            name: self._allowed(name, array, mistaken[name], 2 if mistake.native else 1)
             for name, array in allowed.items()
             if name in self.golden
         }
@@ -253,14 +271,16 @@ class _Comparison:
                 return False
         return True
 
-    def _allowed(self, name: str, allowed: numpy.ndarray, errors: int) -> numpy.ndarray:
+    def _allowed(self, name: str, allowed: numpy.ndarray, mistaken: numpy.ndarray, errors: int) -> numpy.ndarray:
         """Return the allowance of the mistake; if it is not finite, that of the specification, or else the largest.
 
         The specification allows no error where its result is exact, as in an empty row; the mistake has errors there.
+        If every row is empty, there is no allowance, and a few roundings of the largest number are allowed.
         """
         finite = [array[numpy.isfinite(array)].max(initial=0.0) for array in (allowed, self.allowed[name])]
+        largest = abs(mistaken[numpy.isfinite(mistaken)].astype(numpy.float64)).max(initial=0.0)
         has_errors = numpy.isfinite(self.allowed[name]) & (self.allowed[name] > 0)
-        substitute = numpy.where(has_errors, self.allowed[name], max(finite))
+        substitute = numpy.where(has_errors, self.allowed[name], max(finite) or ROUNDINGS * self.standard.u_o * largest)
         return errors * numpy.where(numpy.isfinite(allowed), allowed, substitute)
 
     def _judge(

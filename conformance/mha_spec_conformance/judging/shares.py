@@ -2,7 +2,8 @@
 
 The information gain of a binary property is the entropy of the outcomes less their entropy within the questions that
 have the property and within those that do not. Of properties with the same gain that with the fewest words is
-chosen, and a second property is added only if both together give clearly more than the first.
+chosen, and a second property is added only if both together give clearly more than the first. The first is then chosen
+again.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def separating(failing: Questions, passing: Questions, most: int = 2) -> Share |
             break
         share, gain = better
         chosen = share.properties
-    return share
+    # Beside the second property, one with fewer words may tell as much as the first, which was chosen alone.
+    again = _best(chosen[1:], failing, passing) if len(chosen) > 1 else None
+    return again[0] if again is not None and again[1] >= gain else share
 
 
 def _best(chosen: tuple[str, ...], failing: Questions, passing: Questions) -> tuple[Share, float] | None:

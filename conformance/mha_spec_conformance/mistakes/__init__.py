@@ -26,6 +26,7 @@ from .rotary_positions import TOKEN_POSITIONS
 from .rotary_tables import TABLES
 from .scores import SCORES
 from .softmax import SOFTMAX
+from .structured import STRUCTURED
 from .tiled_gradients import TILED_GRADIENTS
 from .tiles import TILES
 from .values import VALUES
@@ -37,6 +38,7 @@ MISTAKES: tuple[Mistake, ...] = (
     *IGNORED,
     *VISIBILITY,
     *EDGES,
+    *STRUCTURED,
     *SCORES,
     *SOFTMAX,
     *VALUES,

@@ -115,7 +115,7 @@ EDGES = (
     ),
     Mistake(
         "wide-bias-saturated",
-        "converts a bias below the range of the softmax's type to its least finite number, which hides nothing",
+        "keeps a bias below the range of the softmax's type finite, so that it does not hide the pair",
         ("MHA-BIAS-2", "MHA-BIAS-3", "MHA-POISON-1"),
         replacing(convert_bias=saturated),
         needs=("bias",),

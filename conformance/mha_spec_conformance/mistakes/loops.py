@@ -10,6 +10,7 @@ import numpy
 from mha_spec import steps
 
 from .mistake import ANY_SIZE, FORWARD, Mistake, Sizes, changing, replacing
+from .visibility import in_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +117,8 @@ def causal_by_tiles(size: int) -> Callable[[Arguments], Arguments]:
         if not a.causal:
             return a
         rows = offset_of(a) + numpy.arange(a.q_len)[:, None]
-        seen = numpy.arange(a.kv_len) // size <= rows // size
+        keys = numpy.arange(a.kv_len)
+        seen = in_prefix(a, keys) | (keys // size <= rows // size)
         return replace(a, causal=False, mask=seen if a.mask is None else seen & a.mask)
 
     return change

@@ -29,6 +29,16 @@ def share_in_base_2(lse_half: numpy.ndarray, lse: numpy.ndarray) -> numpy.ndarra
     return steps.merge_share(lse_half * math.log(2), lse * math.log(2))
 
 
+def as_if_in_base_2(lse_a: numpy.ndarray, lse_b: numpy.ndarray) -> numpy.ndarray:
+    """Return the log-sum-exp of lse times log2(e)."""
+    return steps.merge_lse(lse_a / math.log(2), lse_b / math.log(2))
+
+
+def share_as_if_in_base_2(lse_half: numpy.ndarray, lse: numpy.ndarray) -> numpy.ndarray:
+    """Return e^(a log2(e) - lse)."""
+    return steps.merge_share(lse_half / math.log(2), lse)
+
+
 def without_maximum(lse_a: numpy.ndarray, lse_b: numpy.ndarray) -> numpy.ndarray:
     """Return ln(exp a + exp b) without a maximum, which overflows and underflows."""
     return numpy.log(numpy.exp(lse_a) + numpy.exp(lse_b))
@@ -83,6 +93,12 @@ def mistake(
     return Mistake(name, title, clauses, replacing(**replaced), functions=MERGE, bugs=bugs, native=native)
 
 
+def of_shares(name: str, title: str, made: steps.Steps, bugs: tuple[str, ...]) -> Mistake:
+    """Return a mistake of merge_attention in the output alone."""
+    wrong = Joined(steps.Steps(), made, 0, ("output",))
+    return Mistake(name, title, ("MHA-MERGE-1",), wrong, functions=MERGE, bugs=bugs, native=True)
+
+
 def of_gradients(
     name: str, title: str, *clauses: str, needs: tuple[str, ...] = (), **replaced: Callable[..., object]
 ) -> Mistake:
@@ -99,6 +115,18 @@ MERGING = (
         functions=MERGE,
         convention=Convention("lse_base", "2"),
         bugs=("vllm-project/vllm PR#28840", "vllm-project/vllm PR#47079", "sgl-project/sglang#40903"),
+    ),
+    of_shares(
+        "merge-shares-in-base-2",
+        "computes the shares of the halves with powers of 2, and the lse with powers of e",
+        replacing(merge_lse=in_base_2, merge_share=share_in_base_2),
+        bugs=("sgl-project/sglang#33064",),
+    ),
+    of_shares(
+        "merge-shares-of-converted-lse",
+        "multiplies lse by log2(e) before it computes the shares with powers of e",
+        replacing(merge_lse=as_if_in_base_2, merge_share=share_as_if_in_base_2),
+        bugs=("vllm-project/vllm PR#28840", "sgl-project/sglang PR#35045"),
     ),
     mistake(
         "merge-shares-exchanged",

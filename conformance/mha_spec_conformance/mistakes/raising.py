@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mha_spec import checks
+from mha_spec import checks, position_checks
 from mha_spec.arguments import OPTIONS
 
 from .mistake import MERGE, MERGE_VJP, VJP, Mistake, replacing, unchecked
@@ -39,7 +39,21 @@ RAISING = (
         "window-unchecked",
         "accepts a window that is not a pair of counts",
         ("MHA-ARG-3",),
-        unchecked(checks.check_window),
+        unchecked(position_checks.check_window),
+    ),
+    Mistake(
+        "chunk-unchecked",
+        "accepts a chunk that is not a count of positions",
+        ("MHA-WINDOW-3",),
+        unchecked(position_checks.check_chunk),
+        needs=("chunk",),
+    ),
+    Mistake(
+        "prefix-unchecked",
+        "accepts prefix_lengths that have no effect",
+        ("MHA-CAUSAL-2",),
+        unchecked(position_checks.check_prefix),
+        needs=("prefix_lengths",),
     ),
     Mistake(
         "masks-unchecked",
@@ -56,9 +70,9 @@ RAISING = (
     ),
     Mistake(
         "lengths-unchecked",
-        "accepts lengths beyond the buffer and below 0",
-        ("MHA-LEN-3",),
-        unchecked(checks.check_lengths),
+        "accepts lengths and starts beyond the buffer and below 0",
+        ("MHA-LEN-3", "MHA-LEN-5"),
+        unchecked(position_checks.check_lengths),
         bugs=("facebookresearch/xformers#1122",),
     ),
     Mistake(
@@ -71,7 +85,7 @@ RAISING = (
         "alignment-guessed",
         "puts the causal diagonal at the upper left if q_offset is missing and ambiguous",
         ("MHA-POS-2",),
-        unchecked(checks.check_alignment),
+        unchecked(position_checks.check_alignment),
         bugs=("pytorch/pytorch#108108", "NVIDIA/cudnn-frontend PR#493"),
     ),
     Mistake(

@@ -199,6 +199,14 @@ POSITIONS = (
         bugs=("unslothai/unsloth#3699", "rasbt/reasoning-from-scratch#33"),
     ),
     layered(
+        "rotary-positions-of-the-longest-entry",
+        "uses the positions of the batch entry with the most tokens for all",
+        "MHA-ROTARY-4",
+        turns=at(lambda positions: positions if positions.ndim == 1 else positions.max(axis=0, keepdims=True)),
+        functions=TURNING,
+        bugs=("huggingface/transformers#22161",),
+    ),
+    layered(
         "rotary-offset-ignored",
         "rotates queries and new keys as if the first had position 0",
         "MHA-ROTARY-4",

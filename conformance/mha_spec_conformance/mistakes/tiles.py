@@ -52,6 +52,23 @@ def later(right: Callable[..., Any], wrong: Callable[..., Any], start: int) -> C
     return step
 
 
+def in_last_tile(size: int, **wrong: Callable[..., object]) -> steps.Steps:
+    """Take these steps at the keys that do not fill a tile, and the steps of the specification before."""
+    return replacing(**{name: past_whole_tiles(getattr(steps, name), step, size) for name, step in wrong.items()})
+
+
+def past_whole_tiles(right: Callable[..., Any], wrong: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """Return a step that gives the results of `right` in the whole tiles of keys, and those of `wrong` behind them."""
+
+    def step(*operands: Any) -> numpy.ndarray:
+        whole, rest = numpy.broadcast_arrays(right(*operands), wrong(*operands))
+        keys = whole.shape[-1]
+        # A mask that is the same for all keys has an axis of 1, and is left as it is.
+        return numpy.where(numpy.arange(keys) < (keys // size * size if keys > size else keys), whole, rest)
+
+    return step
+
+
 def default_scale(query: numpy.ndarray, key: numpy.ndarray, scale: float) -> numpy.ndarray:
     """Compute the scores with the default scale, whatever the scale is."""
     return steps.scores(query, key, steps.scale_of(None, query.shape[-1]))
@@ -158,6 +175,20 @@ def lost_from_key(option: Option, start: int) -> Mistake:
     )
 
 
+def lost_in_last_tile(option: Option, size: int) -> Mistake:
+    """Return the mistake of a separate loop body for the tile of keys that is not full."""
+    return Mistake(
+        f"{option.name}-lost-in-the-last-tile-of-{size}",
+        f"does not use {option.argument} at the keys that do not fill a tile of {size}",
+        (option.clause,),
+        in_last_tile(size, **option.forgetting),
+        needs=(option.argument,),
+        functions=option.functions,
+        bugs=option.bugs,
+        past=Sizes(keys=size),
+    )
+
+
 def lost_from_row(option: Option, start: int) -> Mistake:
     """Return the mistake of a grid of tiles of rows."""
     return Mistake(
@@ -188,6 +219,7 @@ def lost_in_backward(option: Option, start: int) -> Mistake:
 
 TILES = (
     *(lost_from_key(option, start) for option in OPTIONS if option.along_keys for start in SIZES),
+    *(lost_in_last_tile(option, size) for option in OPTIONS if option.along_keys for size in SIZES),
     *(lost_from_row(option, start) for option in OPTIONS for start in SIZES),
     *(lost_in_backward(option, start) for option in OPTIONS for start in SIZES),
 )

@@ -16,7 +16,7 @@ from .mistake import Mistake, changing, replacing
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
-__all__ = ["VISIBILITY", "at_positions", "first_along"]
+__all__ = ["VISIBILITY", "at_positions", "first_along", "in_prefix"]
 
 
 def first_along(name: str, axis: int) -> steps.Steps:
@@ -67,11 +67,21 @@ def padding_of_queries(a: Arguments) -> Arguments:
 
 
 def at_positions(a: Arguments, positions: numpy.ndarray) -> Arguments:
-    """Apply causal and window at these positions of the queries, (batch or 1, heads or 1, q_len, 1)."""
-    distance = numpy.arange(a.kv_len) - positions
+    """Apply causal, window and chunk at these positions of the queries, (batch or 1, heads or 1, q_len, 1)."""
+    keys = numpy.arange(a.kv_len)
     left, right = (math.inf if side is None else side for side in a.bounded_window or (None, None))
-    seen = (distance >= -left) & (distance <= (min(right, 0) if a.causal else right))
-    return replace(a, causal=False, window=None, mask=seen if a.mask is None else seen & a.mask)
+    seen = (keys - positions >= -left) & (keys - positions <= right)
+    if a.causal:
+        seen = seen & (in_prefix(a, keys) | (keys <= positions))
+    if a.chunk is not None:
+        starts = 0 if a.kv_starts is None else numpy.reshape(a.kv_starts, (-1, 1, 1, 1))
+        seen = seen & steps.see_chunk(positions, keys, a.chunk, starts)
+    return replace(a, causal=False, window=None, chunk=None, mask=seen if a.mask is None else seen & a.mask)
+
+
+def in_prefix(a: Arguments, keys: numpy.ndarray) -> numpy.ndarray:
+    """Return True for the keys of the prefix, (batch or 1, 1, 1, kv_len)."""
+    return keys < (0 if a.prefix_lengths is None else numpy.reshape(a.prefix_lengths, (-1, 1, 1, 1)))
 
 
 def restarting_positions(a: Arguments) -> Arguments:

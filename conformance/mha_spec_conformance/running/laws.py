@@ -31,7 +31,10 @@ __all__ = ["LAWS", "Law", "laws_of"]
 CASES = 4
 """The number of cases that each law is asked with."""
 
-OF_BATCH = ("query", "key", "value", "q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids")
+OF_BATCH = (
+    *("query", "key", "value", "q_offset", "q_lengths", "kv_lengths", "kv_starts", "prefix_lengths"),
+    *("q_segment_ids", "kv_segment_ids"),
+)
 BROADCAST = ("mask", "bias", "dropout_mask")
 """Arguments with an axis of batch entries, and those in which the axis may have a single entry for all."""
 
@@ -156,7 +159,7 @@ def _decoding(ask: Ask, question: Question) -> _Pair | None:
     if ask.case.function != "attention" or "q_lengths" in arrays or arrays["query"].shape[2] < 2:
         return None
     before = arrays["query"].shape[2] - 1
-    positional = options.get("causal") or options.get("window") or "q_offset" in arrays
+    positional = any(options.get(name) for name in ("causal", "window", "chunk")) or "q_offset" in arrays
     if positional and "q_offset" in ask.omitted:
         return None
     if positional and "q_offset" in arrays:

@@ -18,7 +18,9 @@ PROFILES = ("standard", "strict", "fused")
 """Profiles of precision: weights and their gradients have the type of the inputs, or that of the accumulator, or that
 of the inputs in kernels that multiply whole tiles and approximate tanh."""
 
-DENSE_OPTIONS = frozenset({"mask", "bias", "dropout_mask", "dropout_rate", "q_segment_ids", "kv_segment_ids"})
+DENSE_OPTIONS = frozenset(
+    {"mask", "bias", "dropout_mask", "dropout_rate", "q_segment_ids", "kv_segment_ids", "kv_starts", "prefix_lengths"}
+)
 """The options that have no place in a packed layout."""
 
 

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Part"]
 
-SAME = ("causal", "window", "scale", "softcap", "dropout_rate")
+SAME = ("causal", "window", "chunk", "scale", "softcap", "dropout_rate")
 """The options that are the same for a part."""
+
+PER_KEYS = ("kv_lengths", "kv_starts", "prefix_lengths")
+"""The options with an index of a key for each batch entry."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Part:
         if self.keys is not None:
             return self.keys
         every = numpy.arange(self.whole.kv_len)
-        if not self.whole.positional and self.whole.kv_lengths is None and self.whole.q_segment_ids is None:
+        whole = self.whole
+        if not whole.positional and whole.kv_lengths is whole.kv_starts is whole.q_segment_ids is None:
             return every
         visible = numpy.ones((1, 1, len(self.rows), len(every)), bool)
         for constraint in self._constraints(every):
@@ -68,16 +72,31 @@ class Part:
 
     def _constraints(self, keys: numpy.ndarray) -> list[numpy.ndarray]:
         """Return the constraints of the specification that compare positions, lengths and segments."""
-        whole, steps = self.whole, SPECIFICATION
-        distance = keys - self._query_positions(steps)
-        left, right = whole.bounds
-        constraints = [distance >= -left] if whole.positional and left is not None else []
-        constraints += [distance <= right] if whole.positional and right is not None else []
+        whole = self.whole
+        constraints = self._constraints_of_positions(keys) if whole.positional else []
         if whole.kv_lengths is not None:
             constraints.append(keys < self._entry(_integers(whole.kv_lengths)))
+        if whole.kv_starts is not None:
+            constraints.append(keys >= self._entry(_integers(whole.kv_starts)))
         if whole.q_segment_ids is not None and whole.kv_segment_ids is not None:
             ids = numpy.asarray(whole.q_segment_ids)[self.entry, self.rows]
             constraints.append((ids[:, None] == numpy.asarray(whole.kv_segment_ids)[self.entry, keys])[None, None])
+        return constraints
+
+    def _constraints_of_positions(self, keys: numpy.ndarray) -> list[numpy.ndarray]:
+        whole, positions = self.whole, self._query_positions(SPECIFICATION)
+        left, right = whole.window or (None, None)
+        constraints: list[numpy.ndarray] = []
+        if whole.causal:
+            prefix = 0 if whole.prefix_lengths is None else self._entry(_integers(whole.prefix_lengths))
+            constraints.append((keys <= positions) | (keys < prefix))
+        if left is not None:
+            constraints.append(keys >= positions - left)
+        if right is not None:
+            constraints.append(keys - positions <= right)
+        if whole.chunk is not None:
+            starts = 0 if whole.kv_starts is None else self._entry(_integers(whole.kv_starts))
+            constraints.append((positions - starts) // whole.chunk == (keys - starts) // whole.chunk)
         return constraints
 
     @cached_property
@@ -122,7 +141,8 @@ class Part:
         options = {name: getattr(self.whole, name) for name in SAME}
         options |= {"q_offset": 0} if self.whole.positional else {}
         options |= {"q_lengths": [len(self.rows)]} if self.whole.q_lengths is not None else {}
-        return options | ({"kv_lengths": [len(self.kept_keys)]} if self.whole.kv_lengths is not None else {})
+        of_keys = [name for name in PER_KEYS if getattr(self.whole, name) is not None]
+        return options | {name: [len(self.kept_keys)] for name in of_keys}
 
     @property
     def steps(self) -> Steps:
@@ -132,6 +152,18 @@ class Part:
 
         def see_kv_lengths(positions: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
             return self._entry(steps.see_kv_lengths(keys, _integers(whole.kv_lengths)))
+
+        def see_kv_starts(positions: numpy.ndarray, starts: numpy.ndarray) -> numpy.ndarray:
+            return self._entry(steps.see_kv_starts(keys, _integers(whole.kv_starts)))
+
+        def see_prefix(causal: numpy.ndarray, positions: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
+            return self._entry(steps.see_prefix(causal, keys, _integers(whole.prefix_lengths)))
+
+        def see_chunk(
+            queries: numpy.ndarray, positions: numpy.ndarray, chunk: int, starts: numpy.ndarray | int
+        ) -> numpy.ndarray:
+            first = 0 if whole.kv_starts is None else _integers(whole.kv_starts)
+            return self._entry(steps.see_chunk(queries, keys, chunk, first))
 
         def see_q_lengths(indices: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
             return self._entry(steps.see_q_lengths(self.rows[:, None], _integers(whole.q_lengths)))
@@ -146,7 +178,10 @@ class Part:
             see_causal=lambda distance: steps.see_causal(distance + shift),
             see_window_left=lambda distance, left: steps.see_window_left(distance + shift, left),
             see_window_right=lambda distance, right: steps.see_window_right(distance + shift, right),
+            see_chunk=see_chunk,
+            see_prefix=see_prefix,
             see_kv_lengths=see_kv_lengths,
+            see_kv_starts=see_kv_starts,
             see_q_lengths=see_q_lengths,
         )
 

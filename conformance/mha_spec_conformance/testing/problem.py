@@ -12,7 +12,7 @@ from mha_spec.arguments import Arguments
 from mha_spec.array_checks import require_array
 from mha_spec.arrays import dtype_name, library_of, softmax_dtype_name
 from mha_spec.checks import check, check_cotangents, check_dropout_mask, refuse_unknown
-from mha_spec.constraints import key_range
+from mha_spec.constraints import Structure, key_range
 from mha_spec.errors import ArgumentValueError, refuse_type, refuse_value
 from mha_spec.offsets import named_offset
 from mha_spec_conformance.targets.conversion import to_numpy
@@ -65,9 +65,14 @@ class Problem:
     def used_keys(self, entry: int) -> numpy.ndarray:
         """Mark the keys of a batch entry that positions and lengths let some row use, (kv_len,)."""
         a, used = self.arguments, numpy.zeros(self.arguments.kv_len, bool)
-        lengths = [None if x is None else [int(numpy.asarray(x)[entry])] for x in (a.q_lengths, a.kv_lengths)]
+        q_lengths, kv_lengths, starts, prefixes = (
+            None if x is None else [int(numpy.asarray(x)[entry])]
+            for x in (a.q_lengths, a.kv_lengths, a.kv_starts, a.prefix_lengths)
+        )
         offsets = [self.offset(entry)] if a.positional else None
-        start, stop = key_range(a.bounds if a.positional else (None, None), range(a.q_len), a.kv_len, offsets, *lengths)
+        bounds = a.bounds if a.positional else (None, None)
+        structure = Structure(a.chunk, starts or (0,), prefixes or (0,), a.unlifted_right)
+        start, stop = key_range(bounds, range(a.q_len), a.kv_len, offsets, q_lengths, kv_lengths, structure)
         used[start:stop] = True
         return used
 

@@ -99,6 +99,16 @@ class Sampler:
         return [*first, *near[shift:], *near[:shift], *(int(edge) + side for edge in tiles for side in (-1, 0))]
 
 
+def _ends_of_keys(problem: Problem, entry: int) -> list[int]:
+    """Return the keys of a batch entry at which its padding, its prefix or one of its first chunks ends."""
+    a = problem.arguments
+    ends = [int(numpy.asarray(x)[entry]) for x in (a.kv_starts, a.prefix_lengths) if x is not None]
+    if a.chunk is not None:
+        start = 0 if a.kv_starts is None else int(numpy.asarray(a.kv_starts)[entry])
+        ends += [start + chunk * a.chunk for chunk in (1, 2)]
+    return ends
+
+
 def marks_of(problem: Problem, entry: int) -> list[int]:
     """Return the rows of a batch entry at which a constraint begins or ends."""
     a, marks = problem.arguments, list[int]()
@@ -108,6 +118,7 @@ def marks_of(problem: Problem, entry: int) -> list[int]:
     if a.positional:
         first = -problem.offset(entry)
         marks += [first - 1, first, first + a.kv_len - 1]
+        marks += [first + end + side for end in _ends_of_keys(problem, entry) for side in (-1, 0)]
     if a.q_segment_ids is not None:
         ids = numpy.asarray(a.q_segment_ids)[entry]
         marks += [row for edge in numpy.flatnonzero(ids[1:] != ids[:-1]) for row in (int(edge), int(edge) + 1)]
