@@ -84,3 +84,15 @@ def test_a_call_is_reduced_to_what_the_fault_needs() -> None:
         "kv_lengths": (1,),
     }
     assert (smallest.options, smallest.lse) == ({}, False)
+
+
+def test_a_call_of_equal_lengths_stays_one() -> None:
+    """A target without q_offset may refuse causal for other lengths."""
+    arrays = {name: numpy.zeros((1, 1, 9, 1)) for name in ("query", "key", "value")}
+
+    def fails(candidate: Call) -> bool:
+        rows, keys = (candidate.arrays[name].shape[2] for name in ("query", "key"))
+        return rows == keys >= 2
+
+    smallest = reduced(call_of("attention", "float64", arrays, {"causal": True}, lse=False), fails, 20.0)
+    assert {array.shape for array in smallest.arrays.values()} == {(1, 1, 2, 1)}

@@ -325,13 +325,16 @@ def attention(query, key, value, *, causal=False):
 """
 
 
+NO_ALIGNMENT = "the causal alignment of the target is none of upper_left, lower_right"
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize(
     ("offset", "alignment", "notes"),
     [
         ("0", "upper_left", ()),
         ("key.shape[2] - query.shape[2]", "lower_right", ()),
-        ("7", None, ("the causal alignment of the target is none of upper_left, lower_right",)),
+        ("7", None, (f"{NO_ALIGNMENT}; the report shows the calls of upper_left",)),
     ],
 )
 def test_causal_alignment_is_found(
@@ -341,6 +344,15 @@ def test_causal_alignment_is_found(
     assert done.alignment == alignment
     assert done.notes == notes
     assert done.results
+
+
+def test_mistake_of_causal_is_named_without_an_offset(judge: Callable[..., Run]) -> None:
+    """No alignment fits, and the failures are those of the alignment under which the mistake has a name."""
+    for offset, nearest in (("1", "upper_left"), ("key.shape[2] - query.shape[2] + 1", "lower_right")):
+        done = judge(ORDINARY.format(offset=offset), "causal/", "causal+offset/")
+        assert done.notes == (f"{NO_ALIGNMENT}; the report shows the calls of {nearest}",)
+        (cause,) = done.findings.causes
+        assert "causal-shows-the-next" in (cause.name, *cause.others)
 
 
 def test_alignment_is_found_in_a_selected_dtype(suite: Suite) -> None:

@@ -161,6 +161,18 @@ def test_rows_that_are_not_finite_or_zero_are_always_compared() -> None:
     assert "head 1, row 3571" in message(assert_attention, output, *arrays.values())
 
 
+def test_search_for_other_places_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong layout takes thousands of tokens for heads, so that there are thousands of places to compare with."""
+    arrays = operands()
+    output = result(**arrays)[0]
+    output = output[:, [4, 1, 2, 3, 0, 5]]
+    assert "right results of head 4" in message(assert_attention, output, *arrays.values())
+    monkeypatch.setattr("mha_spec_conformance.testing.likeness.SECONDS", 0.0)
+    text = message(assert_attention, output, *arrays.values())
+    assert "heads 0, 4" in text
+    assert "right results" not in text
+
+
 PLANTED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "heads exchanged": (
         lambda o, lse: (o[:, [4, 1, 2, 3, 0, 5]], lse),

@@ -110,7 +110,7 @@ def _visible(part: Part) -> list[slice]:
 
 
 def _scores(packed: Packed, pairs: Pairs, rows: Tensor, keys: Tensor) -> Tensor:
-    """Compute the score of each pair (MHA-SCALE-1, MHA-CAP-1)."""
+    """Compute the score of each pair (MHA-SCORE-2, MHA-CAP-1)."""
     _accept_sparse_tensors()
     zeros, size = rows.new_zeros(pairs.slots.shape), (rows.shape[0], keys.shape[0])
     matrix = torch.sparse_csr_tensor(pairs.bounds, pairs.slots, zeros, size=size)

@@ -11,7 +11,7 @@ import numpy
 from .call import Call, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 __all__ = ["call_of", "reduced"]
 
@@ -75,6 +75,7 @@ def _candidates(call: Call) -> Iterator[Call]:
     if {"query", "key"} <= call.recipes.keys() and all(call.arrays[n].ndim == 4 for n in ("query", "key")):
         for axis in ORDER:
             yield from _with_less(call, axis)
+        yield from _with_less_of_both_lengths(call)
     for digits in (0, 1, 2):
         rounded = {name: _rounded(array, digits) for name, array in call.arrays.items()}
         if any(not numpy.array_equal(rounded[name], array, equal_nan=True) for name, array in _numbers(call).items()):
@@ -106,14 +107,27 @@ def _without_options(call: Call) -> Iterator[Call]:
 def _with_less(call: Call, axis: str) -> Iterator[Call]:
     """Return calls with a half of an axis, or without an element of it."""
     sizes = _sizes(call)
-    size = sizes.get(axis, 0)
+    for indices in _fewer(sizes.get(axis, 0)):
+        yield _taking(call, axis, indices, sizes)
+
+
+def _with_less_of_both_lengths(call: Call) -> Iterator[Call]:
+    """Return calls with fewer rows and as many keys, because some targets take causal only for equal lengths."""
+    sizes = _sizes(call)
+    if sizes["q_len"] == sizes["kv_len"]:
+        for indices in _fewer(sizes["q_len"]):
+            shorter = _taking(call, "q_len", indices, sizes)
+            yield _taking(shorter, "kv_len", indices, _sizes(shorter))
+
+
+def _fewer(size: int) -> list[list[int]]:
+    """Return the halves of the indices of an axis, and the indices without one of them; none of a single index."""
     if size < 2:
-        return
-    kept = [range(size // 2), range(size // 2, size)]
+        return []
+    kept: list[Iterable[int]] = [range(size // 2), range(size // 2, size)]
     kept += [[i for i in range(size) if i != left] for left in range(size)] if size <= 8 else []
     kept += [range(size - 1), range(1, size)] if size > 8 else []
-    for indices in kept:
-        yield _taking(call, axis, list(indices), sizes)
+    return [list(indices) for indices in kept]
 
 
 def _sizes(call: Call) -> dict[str, int]:

@@ -99,7 +99,11 @@ def judge_all(
         earlier = read_results(settings.results, suite, claims, asked) if settings.results and settings.resume else {}
         file.begin(suite, claims, resume=settings.resume)
         results, finished = _Asking(source, asked, settings, judge, progress, file).results(earlier)
-        for result in diagnosed(source, judge, results):
+        probed = {result.ask.key: result for result in alignment.failures if result.ask.key not in results}
+        for result in diagnosed(source, judge, probed | results):
+            if result.ask.key in probed:
+                probed[result.ask.key] = result
+                continue
             results[result.ask.key] = result
             file.add(result)
         whole = finished and settings.selection.everything
@@ -108,10 +112,7 @@ def judge_all(
         suite=suite,
         claims=claims,
         selection=settings.selection,
-        results=(
-            *(result for result in alignment.failures if result.ask.key not in results),
-            *(results[ask.key] for ask in asked if ask.key in results),
-        ),
+        results=(*probed.values(), *(results[ask.key] for ask in asked if ask.key in results)),
         finished=finished,
         alignment=alignment.name,
         notes=(*notes, *_unclaimed(claims), *([alignment.note] if alignment.note else [])),

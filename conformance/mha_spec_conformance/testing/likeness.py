@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Likeness", "likeness", "rotary_likeness"]
 
 SECONDS = 8.0
-"""The time after which no further mistakes are tried."""
+"""The time after which no further mistakes are tried, and then no further places."""
 
 MOST_HEADS, MOST_WRONG, MOST_RIGHT = 3, 6, 3
 """The numbers of heads, and of wrong and right rows in each, with which mistakes are compared."""
@@ -85,6 +85,8 @@ class _Rows:
 
     def __init__(self, comparisons: Sequence[Compared], problem: Problem, run: Precision) -> None:
         self.comparisons, self.problem, self.run = comparisons, problem, run
+        self.end = time.monotonic() + SECONDS
+        self.index = {c.name: {tuple(place): i for i, place in enumerate(c.places.tolist())} for c in comparisons}
         self.wrong: dict[tuple[int, int], set[int]] = {}
         for comparison in comparisons:
             for entry, head, row in comparison.places[comparison.wrong].tolist():
@@ -102,9 +104,8 @@ class _Rows:
         whole = self.problem.arguments
         function = "attention" if self.comparisons[0].name != "grad_query" else "attention_vjp"
         explaining: dict[str, tuple[Mistake, ...]] = {"all": (), "wrong": ()}
-        end = time.monotonic() + SECONDS
         for mistake in MISTAKES:
-            if time.monotonic() > end:
+            if time.monotonic() > self.end:
                 break
             steps = mistake.steps
             if not isinstance(steps, Steps) or mistake.native or function not in mistake.functions:
@@ -149,7 +150,7 @@ class _Rows:
 
     def _alike(self, comparison: Compared, part: Part, values: Values, place: tuple[int, int, int]) -> bool:
         """Tell whether the received rows have the values."""
-        at = {tuple(p): i for i, p in enumerate(comparison.places.tolist())}
+        at = self.index[comparison.name]
         entry, head, shift = part.entry + place[0], part.heads[0] + place[1], place[2]
         got = comparison.got[[at[entry, head, int(row) + shift] for row in part.rows]]
         as_received = replace(values, kinds=kinds_of_values(values.expected))
@@ -159,7 +160,10 @@ class _Rows:
         """Tell whether the wrong rows of a head have the right results of another head, entry or row."""
         a = self.problem.arguments
         (entry, head), rows = next(iter(self.heads.items()))
+        self.end = time.monotonic() + SECONDS
         for place, label, clause in self._candidates(entry, head):
+            if time.monotonic() > self.end:
+                break
             moved = numpy.asarray(rows) - place[2]
             moved = moved[(moved >= 0) & (moved < a.q_len)]
             if 2 * len(moved) < len(rows):
