@@ -120,7 +120,8 @@ def shown(bounds: Bounds, first: int, last: int, offsets: Sequence[int], structu
 
 def _entries(offsets: Sequence[int], structure: Structure) -> list[tuple[int, int, int]]:
     """Return the offset, start and prefix of batch entries, or of those alone that decide about all."""
-    columns = [offsets, structure.starts or (0,), structure.prefixes or (0,)]
+    starts = (0,) if structure.chunk is None or structure.starts is None else structure.starts  # Only chunks use them.
+    columns = [offsets, starts, structure.prefixes or (0,)]
     if len(columns[1]) == len(columns[2]) == 1:
         columns[0] = (min(offsets), max(offsets))
     batch = max(map(len, columns))

@@ -19,7 +19,6 @@ PROVEN_ELSEWHERE = {
     "MHA-PURE-4": "tests/test_worker.py: a golden is about a single call",
     "MHA-NORM-3": "tests/test_joint_norm.py: no golden has a norm over all heads yet",
     **{f"MHA-ROTARY-{n}": "tests/test_rotary_scaling.py: a golden calls a backend" for n in range(9, 17)},
-    **{f"MHA-VARLEN-{n}": "tests/test_varlen.py: no golden is packed yet" for n in range(1, 13)},
     **{f"MHA-CACHE-{n}": "tests/test_paged_cache.py: no golden has a paged cache yet" for n in range(9, 12)},
     **{f"MHA-LAYOUT-{n}": "tests/test_layouts.py: a golden has no layout" for n in (1, 2, 3, 4, 5)},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     plugin = ("-p", "no:mha_spec", "-p", "mha_spec_conformance.pytest_plugin", "-p", "no:cacheprovider")
     command = [sys.executable, "-P", "-m", "pytest", *plugin, "--rootdir", str(folder), "-rA", *arguments]
     # Other plugins take more time to load than the test.
-    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "300"}
     return subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -182,6 +183,8 @@ def test_known_failures_are_strict(target: str, tmp_path: Path, whole: tuple[Pat
     summary = done.stdout.partition("short test summary")[2]
     assert f"XFAIL upper_left.py::{known}[float32] - a reason" in summary.replace(target, "upper_left.py")
     assert f"{passing}[float32]" in summary
+    (line,) = (line for line in summary.splitlines() if f"{wrong}[float32]" in line)
+    assert re.search(r" - (FAIL|DEVIATION): .{9}", line)
     assert "did not fail" in done.stdout
     assert f"mha-spec explain {wrong}" in done.stdout
     assert "It looks like the mistake offset-ignored" in done.stdout

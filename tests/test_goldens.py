@@ -102,7 +102,7 @@ def test_a_compiled_target_compiles_few_times(suite: Suite) -> None:
         if case.expect == "values" and case.function != "alibi_slopes"
         for dtype in case.dtypes
     }
-    assert len(compiled) <= 2100
+    assert len(compiled) <= 2150
     assert sum(dtype == "float32" for _, dtype in compiled) <= 840
 
 

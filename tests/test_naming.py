@@ -12,6 +12,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from mha_spec.steps import Steps
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 from mha_spec_conformance.asking.calls import function_over
 from mha_spec_conformance.asking.selection import Selection, asks
 from mha_spec_conformance.asking.worker import answer
@@ -200,6 +201,15 @@ def test_mistake_of_attention_is_named_in_a_layer(suite: Suite) -> None:
     patterns = ("multi_head_attention/mask", "multi_head_attention/self/", "multi_head_attention/cache/")
     causes = find_causes(judged(suite, layer, patterns=patterns, function="multi_head_attention")).causes
     assert [cause.name for cause in causes] == ["mask-ignored"]
+
+
+@pytest.mark.parametrize("name", ["heads-tiled", "cap-slope-missing"])
+def test_mistake_of_attention_is_named_in_packed_calls(suite: Suite, name: str) -> None:
+    functions = {function: function_over(BY_NAME[name].steps, function) for function in VARLEN_FUNCTIONS}
+    keywords = {function: FUNCTIONS[function].keywords for function in VARLEN_FUNCTIONS}
+    results = judged_functions(suite, functions, keywords, ("float32",), ("varlen*",))
+    causes = find_causes(results).causes
+    assert [cause.name for cause in causes] == [BY_NAME[name].variant]
 
 
 def test_wrong_shape_has_the_name_of_the_mistake_that_gives_it(suite: Suite) -> None:

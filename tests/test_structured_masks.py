@@ -23,6 +23,8 @@ import mha_spec
 import mha_spec_jax.plan as jax_plan
 import mha_spec_numpy
 import mha_spec_tensorflow.plan as tensorflow_plan
+import mha_spec_torch
+import mha_spec_torch.layer as torch_layer
 import mha_spec_torch.visibility as torch_visibility
 from mha_spec import reference
 from mha_spec.arguments import Arguments
@@ -338,6 +340,27 @@ def test_a_numpy_integer_is_a_chunk(module: ModuleType) -> None:
     numpy.testing.assert_array_equal(*outputs)
 
 
+THREE: dict[str, dict[str, Any]] = {
+    "window and starts": {"window": (2, 3), "q_offset": [1, 0, 4], "kv_starts": [3, 0, 8]},
+    "chunk and starts": {"chunk": 4, "q_offset": 2, "kv_starts": [3, 1, 2], "causal": True},
+    "chunk and offsets": {"chunk": 3, "q_offset": [2, -1, 5], "kv_lengths": [9, 11, 7]},
+    "prefix and offsets": {"causal": True, "q_offset": [0, -4, 3], "prefix_lengths": [4, 0, 9], "kv_starts": [1, 2, 0]},
+    "prefix and offset": {"causal": True, "q_offset": 1, "prefix_lengths": [4, 0, 9], "q_lengths": [7, 3, 5]},
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [*product(["numpy", *EAGER], THREE), ("jax", "window and starts"), ("jax", "prefix and offsets")],
+)
+def test_a_batch_of_three_has_the_results_of_the_reference(library: str, name: str) -> None:
+    """Two entries are as many as the least and the greatest number of a batch, and hide a confusion of both."""
+    call = {key: x for key, x in arrays().items() if not key.startswith("grad")}
+    call = {key: numpy.concatenate([x, x[:1] + 0.5]) for key, x in call.items()} | THREE[name]
+    expected = list(ask(reference, "attention", call).values())
+    assert_near(ask_library(library, "attention", call), expected)
+
+
 @pytest.mark.parametrize("library", ["numpy", *LIBRARIES])
 def test_the_layer_decodes_a_batch_that_is_padded_on_the_left(library: str) -> None:
     """Prefill in one call and decode token by token, as one call without a cache; the capacity is larger."""
@@ -358,6 +381,38 @@ def test_the_layer_decodes_a_batch_that_is_padded_on_the_left(library: str) -> N
             )
             outputs.append(to_numpy(output))
     assert_near(numpy.concatenate(outputs, axis=1), expected)
+
+
+def test_decoding_in_torch_reads_no_free_slot_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts and prefixes past the tokens of a cache, but not past its slots, act as the number of tokens."""
+    shapes = {"w_q": (5, 2, 4), "w_k": (5, 2, 4), "w_v": (5, 2, 3), "w_o": (2, 3, 5)}
+    params = {name: torch.from_numpy(numpy.random.default_rng(1).standard_normal(x)) for name, x in shapes.items()}
+    x = torch.from_numpy(numpy.random.default_rng(2).standard_normal((BATCH, 3, 5)))
+    options = {
+        "causal": True,
+        "chunk": 2,
+        "kv_starts": [1, 7],
+        "prefix_lengths": [2, 9],
+        "q_offset": numpy.asarray([0, 0]),
+    }
+    keys: list[int] = []
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+        keys.append(key.shape[2])
+        return mha_spec_torch.attention(query, key, value, **options)
+
+    def call(lengths: Any) -> numpy.ndarray:
+        cache = mha_spec.KVCache.empty(BATCH, 2, 9, 4, 3, like=x)
+        cache = mha_spec.KVCache(cache.key, cache.value, lengths)
+        return mha_spec.multi_head_attention(x, x, x, params, **options, cache=cache)[0].numpy()
+
+    monkeypatch.setattr(torch_layer, "attention", attention)
+    results = [call(lengths) for lengths in (numpy.asarray([0, 0]), torch.tensor([0, 0]))]
+    assert keys == [3, 9]
+    assert_near(results[:1], results[1:])
+    options["kv_starts"] = [1, 10]
+    with pytest.raises(ArgumentValueError, match="MHA-LEN-5"):
+        call(numpy.asarray([0, 0]))
 
 
 LONG: dict[str, dict[str, Any]] = {

@@ -278,8 +278,11 @@ def attend_and_weigh(query: Tensor, key: Tensor, value: Tensor, _: LayerSteps, *
     return attention_and_weights(query, key, value, **options)
 
 
-OF_KEYS = {"mask", "bias", "dropout_mask", "kv_segment_ids", "kv_starts", "prefix_lengths"}
-"""The options that have an axis for keys, or indices of keys that may lie past the tokens of a cache."""
+OF_KEYS = {"mask", "bias", "dropout_mask", "kv_segment_ids"}
+"""The options that have an axis for keys."""
+
+INDICES = ("kv_starts", "prefix_lengths")
+"""The options that have an index of a key for each batch entry."""
 
 
 def _common_length(query: Tensor, key: Tensor, options: dict[str, Any]) -> int | None:
@@ -290,11 +293,15 @@ def _common_length(query: Tensor, key: Tensor, options: dict[str, Any]) -> int |
     numbers = lengths.tolist()
     if lengths.shape != (query.shape[0],) or lengths.dtype.kind != "i" or len(set(numbers)) != 1:
         return None
-    return numbers[0] if 0 <= numbers[0] <= key.shape[2] else None
+    indices = [number for name in INDICES if name in options for number in host_integers(options[name]) or ()]
+    return numbers[0] if all(0 <= number <= key.shape[2] for number in (numbers[0], *indices)) else None
 
 
 def _remaining(query: Tensor, length: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Drop options without effect on keys of a common length: a single query after all keys sees them all."""
+    """Drop options without effect on keys of a common length: a single query after all keys sees them all.
+
+    An index past all keys acts as their number: a start there hides them all, and a prefix has them all (MHA-LEN-5).
+    """
     names = options.keys() - {"kv_lengths"}
     causal = options.get("causal", False)
     sees_all = causal is False or (
@@ -302,7 +309,11 @@ def _remaining(query: Tensor, length: int, options: dict[str, Any]) -> dict[str,
     )
     if sees_all and names <= {"q_offset", "causal", "scale"}:
         names &= {"scale"}
-    return {name: options[name] for name in names}
+    kept = {name: options[name] for name in names}
+    for name in INDICES:
+        if name in kept and (numbers := host_integers(kept[name])) is not None:
+            kept[name] = [min(number, length) for number in numbers]
+    return kept
 
 
 def project_out(x: Tensor, params: Mapping[str, Tensor], _: LayerSteps) -> Tensor:

@@ -48,6 +48,8 @@ LAYER = {
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",
     "rotary_embedding",
+    "varlen_attention",
+    "varlen_attention_vjp",
 }
 """Functions whose tensors are stored in a separate file."""
 PARAMETERS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "q_norm", "k_norm")

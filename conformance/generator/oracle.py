@@ -21,6 +21,7 @@ from oracle_layer import multi_head_attention, multi_head_attention_and_weights,
 from oracle_merge import merge_attention
 from oracle_merge_vjp import merge_attention_vjp
 from oracle_positions import alibi_bias, alibi_slopes, rotary_embedding
+from oracle_varlen import varlen_attention, varlen_attention_vjp
 from oracle_visibility import AttentionCall
 from portable import words
 
@@ -42,6 +43,8 @@ _WHOLE: dict[str, Callable[[Description], dict[str, Marked]]] = {
     "multi_head_attention_and_weights": multi_head_attention_and_weights,
     "multi_head_attention_weights": multi_head_attention_weights,
     "rotary_embedding": rotary_embedding,
+    "varlen_attention": varlen_attention,
+    "varlen_attention_vjp": varlen_attention_vjp,
 }
 """Functions that are evaluated as a whole, not row by row."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from oracle_visibility import AttentionCall, Row
 
-__all__ = ["attention_vjp"]
+__all__ = ["Gradients", "attention_vjp", "kinds_of"]
 
 
 def attention_vjp(
@@ -32,7 +32,7 @@ def attention_vjp(
         rows: Every row of the call.
         sample: Chooses rows of a gradient, as flat indices over the axes that it receives; the others are not computed.
     """
-    kinds = _kinds(call, rows)
+    kinds = kinds_of(call, rows)
     wanted = {name: _chosen(kind.shape, sample(kind.shape[:-1])) for name, kind in kinds.items()}
     gradients = Gradients(call, rows, wanted)
     finite = {name: (kind == FINITE_VALUE) & wanted[name] for name, kind in kinds.items()}
@@ -56,7 +56,7 @@ def _shapes(call: AttentionCall) -> dict[str, tuple[int, ...]]:
     return shapes | ({"grad_sinks": (call.heads,)} if call.has_sinks else {})
 
 
-def _kinds(call: AttentionCall, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
+def kinds_of(call: AttentionCall, rows: Sequence[Row]) -> dict[str, numpy.ndarray]:
     """Mark elements without a contribution as exactly 0; elements with an unspecified contribution are not compared."""
     kinds = {name: numpy.full(shape, EXACT, dtype=numpy.uint8) for name, shape in _shapes(call).items()}
     for row in rows:

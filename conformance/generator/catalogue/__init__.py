@@ -31,6 +31,7 @@ from . import (
     merges,
     nan_weights,
     outputs_and_weights,
+    packed,
     pairs,
     poison,
     positions,
@@ -90,6 +91,7 @@ THEMES = (
     many_rows,
     frequencies,
     positions,
+    packed,
     structured_masks,
 )
 

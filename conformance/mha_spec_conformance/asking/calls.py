@@ -18,6 +18,7 @@ from mha_spec.layer_steps import LayerSteps
 from mha_spec.parameters import AXES
 from mha_spec.reference import Reference
 from mha_spec.steps import Steps
+from mha_spec.varlen_reference import Varlen, VarlenSteps
 from mha_spec_conformance.suite.changed import Changed
 from mha_spec_conformance.suite.functions import FUNCTIONS, STACKED
 from mha_spec_conformance.suite.joined import Joined
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
     Arguments = Mapping[str, Any]
+    AnySteps = Steps | LayerSteps | VarlenSteps
 
 __all__ = [
     "CACHE",
@@ -65,19 +67,30 @@ class MalformedResult(Exception):
     """A call did not return the results of its function."""
 
 
-def function_over(steps: Steps | LayerSteps | Joined | Changed, name: str) -> Callable[..., Any]:
+def function_over(steps: AnySteps | Joined | Changed, name: str) -> Callable[..., Any]:
     """Return a function of the specification that is composed of these steps, of attention or of the layer."""
     if isinstance(steps, (Joined, Changed)):
         return steps.function(name, function_over)
     if hasattr(Reference, name):
-        return getattr(Reference(Steps() if isinstance(steps, LayerSteps) else steps), name)
+        return getattr(Reference(steps if isinstance(steps, Steps) else Steps()), name)
+    if hasattr(Varlen, name):
+        return getattr(Varlen(varlen_over(steps)), name)
     return getattr(Layer(layer_over(steps)), name)
 
 
-def layer_over(steps: Steps | LayerSteps) -> LayerSteps:
+def varlen_over(steps: AnySteps) -> VarlenSteps:
+    """Return the steps of packed attention over these steps of attention; those of a layer have none."""
+    if isinstance(steps, VarlenSteps):
+        return steps
+    return VarlenSteps() if isinstance(steps, LayerSteps) else VarlenSteps(attention=steps)
+
+
+def layer_over(steps: AnySteps) -> LayerSteps:
     """Return the steps of a layer whose attention is composed of these steps; steps of a layer are unchanged."""
     if isinstance(steps, LayerSteps):
         return steps
+    if isinstance(steps, VarlenSteps):
+        return LayerSteps()
     attention = Reference(steps)
     return LayerSteps(attend=attention.attention, weigh=attention.attention_weights)
 

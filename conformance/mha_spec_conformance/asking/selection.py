@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from mha_spec.arrays import FLOATING
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 from mha_spec_conformance.suite.functions import FUNCTIONS, OF_ATTENTION
 
 from .alignments import ALIGNMENTS, alignments, has_positions, offset_in_numbers
@@ -189,7 +190,7 @@ def _omitted(case: Case, claims: Claims) -> frozenset[str] | None:
 def _needs_names(case: Case, claims: Claims) -> bool:
     """Tell whether the case names an offset that depends on more than the lengths of attention, such as a cache."""
     named = isinstance(case.options.get("q_offset"), str)
-    return named and not claims.registered and case.function not in OF_ATTENTION
+    return named and not claims.registered and case.function not in (*OF_ATTENTION, *VARLEN_FUNCTIONS)
 
 
 def _has_obstacle(case: Case, claims: Claims) -> bool:

@@ -41,6 +41,11 @@ FORMULAS = {
         "a = exp(lse_a - lse), b = exp(lse_b - lse), t = a b sum_c dO (output_a - output_b)\n"
         "d output_a = a dO, d output_b = b dO, d lse_a = a grad_lse + t, d lse_b = b grad_lse - t"
     ),
+    "varlen_attention": (
+        "rows of sequence b = attention(its queries, its keys, its values), positions from 0 in each sequence\n"
+        "K[b,j] = key[cu_seqlens_kv[b] + j], or key[block_table[b, j // block_size], j % block_size]"
+    ),
+    "varlen_attention_vjp": "the gradients of attention for each sequence; those of sinks and of shared slots add",
     "multi_head_attention": (
         "q, k, v = rotate(norm(query w_q + b_q)), rotate(norm(key w_k + b_k)), value w_v + b_v\n"
         "k, v = the keys and values of the cache, followed by these\n"
@@ -253,7 +258,7 @@ def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None)
     ]
     keywords += [f"{word}=True" for name, word in function.optional.items() if name in case.expected]
     keywords = [word for word in keywords if word.partition("=")[0] not in function.operands]
-    operands = [str(case.options.get(name, name)) for name in function.operands]
+    operands = [name if name in inputs else str(case.options.get(name)) for name in function.operands]
     call = f"{case.function}({', '.join([*operands, *keywords])})"
     body = "\n".join([*head, f"print({call})"])
     return "without the suite:\n" + textwrap.indent(body, "    ")

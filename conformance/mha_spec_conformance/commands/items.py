@@ -110,7 +110,9 @@ class Asker:
             return Outcome("pass")
         if why == "known":
             return Outcome("expected", covering[0].reason)
-        text = "\n".join([result.outcome.upper(), *details(result)])
+        # Pytest shows the first line in its summary.
+        title = f"{result.outcome.upper()}: {' or '.join(result.diagnosis) or result.reason}"
+        text = "\n".join([title, *details(result)])
         return Outcome("fail" if result.must else "expected", text if result.must else f"SHOULD: {result.reason}")
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mha_spec_conformance.asking.question import NEGATED
 from mha_spec_conformance.asking.selection import Selection, asks
 from mha_spec_conformance.judging.judge import Judge
+from mha_spec_conformance.judging.naming import wherever_it_can_be
 from mha_spec_conformance.judging.result import INTERNAL
 from mha_spec_conformance.mistakes import MISTAKES
 
@@ -49,7 +50,9 @@ class Asker:
         """Diagnose only with these mistakes and the accepted conventions, which is fast; None means all mistakes."""
         suspects = None if names is None else set(names)
         self._judge.mistakes = [
-            m for m in MISTAKES if suspects is None or m.name in suspects or m.convention in self._accepted
+            wherever_it_can_be(m)
+            for m in MISTAKES
+            if suspects is None or m.name in suspects or m.convention in self._accepted
         ]
 
     def excused(self, result: Result) -> bool:

@@ -26,7 +26,7 @@ __all__ = ["case_of", "save"]
 
 FILE = "tensors.safetensors"
 
-CLAUSES = {
+OF_FUNCTIONS = {
     "attention": "MHA-SOFTMAX-1",
     "attention_weights": "MHA-WEIGHTS-1",
     "attention_vjp": "MHA-VJP-1",
@@ -38,6 +38,17 @@ CLAUSES = {
     "rotary_embedding": "MHA-ROTARY-1",
     "alibi_slopes": "MHA-ALIBI-1",
     "alibi_bias": "MHA-ALIBI-2",
+    "varlen_attention": "MHA-VARLEN-1",
+    "varlen_attention_vjp": "MHA-VARLEN-11",
+}
+"""The clause that defines each function."""
+
+OF_ARGUMENTS = {
+    "block_table": "MHA-VARLEN-6",
+    "seqused_kv": "MHA-VARLEN-4",
+    "alibi_slopes": "MHA-VARLEN-8",
+    "max_seqlen_q": "MHA-VARLEN-10",
+    "max_seqlen_kv": "MHA-VARLEN-10",
     "mask": "MHA-MASK-1",
     "bias": "MHA-BIAS-1",
     "causal": "MHA-CAUSAL-1",
@@ -58,7 +69,7 @@ CLAUSES = {
     "q_norm": "MHA-NORM-1",
     "cache_key": "MHA-CACHE-1",
 }
-"""The clause that defines a function or an argument."""
+"""The clause that defines an argument."""
 
 
 def case_of(call: Call, name: str) -> Case:
@@ -70,7 +81,8 @@ def case_of(call: Call, name: str) -> Case:
     values, kinds, level = expect(call)
     expected = {label: numpy.asarray(value, numpy.float64) for label, value in values.items()}
     parts = {"input": call.arrays, "output": expected, "kinds": kinds}
-    clauses = [CLAUSES[label] for label in (*call.recipes, *call.options, call.function) if label in CLAUSES]
+    clauses = [OF_ARGUMENTS[label] for label in (*call.recipes, *call.options) if label in OF_ARGUMENTS]
+    clauses.append(OF_FUNCTIONS[call.function])
 
     def place(part: str, label: str) -> dict[str, str]:
         return {"file": FILE, "tensor": f"{name}/{part}-{label}"}

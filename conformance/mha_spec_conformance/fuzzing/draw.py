@@ -11,6 +11,7 @@ from mha_spec.arrays import softmax_dtype_name
 
 from .call import Call
 from .draw_layer import draw_alibi_bias, draw_alibi_slopes, draw_layer, draw_rotary
+from .draw_packed import draw_varlen
 from .drawing import Drawing
 from .poison import poisoned
 
@@ -41,6 +42,8 @@ WEIGHTS = {
     "rotary_embedding": 1,
     "alibi_slopes": 1,
     "alibi_bias": 1,
+    "varlen_attention": 2,
+    "varlen_attention_vjp": 2,
 }
 """The relative frequency of each function."""
 
@@ -189,8 +192,9 @@ def _passed(d: Drawing, call: Call) -> Call:
     host: dict[str, str] = {}
     layouts: dict[str, str] = {}
     if d.claims.registered and d.rarely():
-        forms: dict[str, tuple[str, ...]] = dict.fromkeys(ENTRIES, ("list", "numpy"))
-        forms |= {} if d.claims.arrays == "numpy" else dict.fromkeys(("q_segment_ids", "kv_segment_ids"), ("numpy",))
+        forms: dict[str, tuple[str, ...]] = dict.fromkeys((*ENTRIES, "seqused_kv"), ("list", "numpy"))
+        converted = () if d.claims.arrays == "numpy" else ("q_segment_ids", "kv_segment_ids", "block_table")
+        forms |= dict.fromkeys(converted, ("numpy",))
         host = {name: d.one_of(*forms[name]) for name in call.recipes if name in forms and d.often()}
     if d.layouts and d.rarely():
         names = [name for name in call.recipes if name not in host]
@@ -210,4 +214,6 @@ DRAWERS: dict[str, Callable[[Drawing], Call]] = {
     "rotary_embedding": draw_rotary,
     "alibi_slopes": draw_alibi_slopes,
     "alibi_bias": draw_alibi_bias,
+    "varlen_attention": draw_varlen,
+    "varlen_attention_vjp": draw_varlen,
 }

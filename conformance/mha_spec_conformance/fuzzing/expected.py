@@ -17,7 +17,10 @@ from mha_spec.layer_steps import LayerSteps
 from mha_spec.steps import Steps
 from mha_spec_conformance.judging.bounds import bounds, precision
 from mha_spec_conformance.judging.bounds.evaluation import Evaluation
+from mha_spec_conformance.judging.bounds.varlen import VarlenBounds
 from mha_spec_conformance.judging.compare import ANY, EXACT, FINITE, NAN, NON_FINITE
+
+from .expected_packed import packed_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -267,6 +270,17 @@ def _rotary_embedding(call: Call, rows: None) -> Kinds:
     return {"output": numpy.where(numpy.arange(x.shape[-1]) < turned, FINITE, EXACT)}
 
 
+def _varlen(call: Call, rows: list[Rows]) -> Kinds:
+    """Return the kinds of attention on each sequence, and keep its rows."""
+    dense = "attention_vjp" if call.function == "varlen_attention_vjp" else "attention"
+
+    def of_sequence(arrays: dict[str, Array], options: dict[str, Any]) -> Kinds:
+        rows.append(Rows(arrays, options, call.dtype))
+        return kinds_of(dense, rows[-1])
+
+    return packed_kinds(call, of_sequence)
+
+
 _KINDS: dict[str, Any] = {
     "attention": _attention,
     "attention_weights": _attention_weights,
@@ -279,6 +293,8 @@ _KINDS: dict[str, Any] = {
     "rotary_embedding": _rotary_embedding,
     "alibi_slopes": lambda call, rows: {"slopes": numpy.array(FINITE)},
     "alibi_bias": lambda call, rows: {"bias": numpy.array(FINITE)},
+    "varlen_attention": _varlen,
+    "varlen_attention_vjp": _varlen,
 }
 ATTENTION = ("attention", "attention_weights", "attention_vjp")
 
@@ -296,12 +312,15 @@ def expect(call: Call) -> tuple[dict[str, Array], Kinds, str]:
     """
     with numpy.errstate(all="ignore"):
         evaluated = bounds(call.function, call.arrays, call.options)
-        rows = Rows(call.arrays, call.options, call.dtype) if call.function in ATTENTION else None
-        kinds = _KINDS[call.function](call, rows)
+        rows = [Rows(call.arrays, call.options, call.dtype)] if call.function in ATTENTION else []
+        kinds = _KINDS[call.function](call, rows[0] if rows else rows)
         run = precision(call.dtype)
         allowances = evaluated.allowances(run)
         if call.function == "attention_vjp":
             _admit(evaluated, run.largest)
+        if isinstance(evaluated, VarlenBounds) and call.function == "varlen_attention_vjp":
+            for part in evaluated.parts:
+                _admit(part, run.largest)
     values = {
         n: v for n, v in evaluated.values.items() if n in kinds and (n != "lse" or call.lse or "lse_a" in call.arrays)
     }
@@ -313,7 +332,7 @@ def expect(call: Call) -> tuple[dict[str, Array], Kinds, str]:
         if name not in exact:
             vacuous = (kind == FINITE) & ~numpy.isfinite(allowances[name])
             shaped[name] = numpy.where(vacuous, ANY, kind).astype(numpy.uint8)
-    return values, shaped, "SHOULD" if rows is not None and rows.hidden_reach else "MUST"
+    return values, shaped, "SHOULD" if any(part.hidden_reach for part in rows) else "MUST"
 
 
 def _admit(evaluated: Any, largest: float) -> None:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
+
 from .call import Call, Recipe
+from .reduction_packed import smaller_packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -76,6 +79,9 @@ def _candidates(call: Call) -> Iterator[Call]:
         for axis in ORDER:
             yield from _with_less(call, axis)
         yield from _with_less_of_both_lengths(call)
+    if call.function in VARLEN_FUNCTIONS:
+        for arrays in smaller_packed(call.arrays):
+            yield call_of(call.function, call.dtype, arrays, call.options, lse=call.lse)
     for digits in (0, 1, 2):
         rounded = {name: _rounded(array, digits) for name, array in call.arrays.items()}
         if any(not numpy.array_equal(rounded[name], array, equal_nan=True) for name, array in _numbers(call).items()):

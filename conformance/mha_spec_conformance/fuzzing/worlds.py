@@ -14,6 +14,7 @@ import numpy
 
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.errors import MhaSpecError
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 from mha_spec_conformance.targets.loading import Target, load
 
 if TYPE_CHECKING:
@@ -188,6 +189,16 @@ def jax_grad(functions: Functions) -> Functions:
     return by_autodiff(functions, vjp, jax.numpy.zeros_like)
 
 
+def without_packed(functions: Functions) -> Functions:
+    """Leave out packed calls, which need lengths on the host under XLA, and the numbers of heads in every graph."""
+    return {name: function for name, function in functions.items() if name not in VARLEN_FUNCTIONS}
+
+
+def tensorflow_xla(functions: Functions) -> Functions:
+    """Compile with XLA, for the sizes of each call."""
+    return tensorflow_function(without_packed(functions), jit_compile=True)
+
+
 def tensorflow_function(functions: Functions, **options: Any) -> Functions:
     """Trace with `tf.function`, for the sizes of each call."""
     import tensorflow
@@ -224,7 +235,7 @@ def tensorflow_unknown(functions: Functions) -> Functions:
 
         return run
 
-    return over_arrays(functions, transform)
+    return over_arrays(without_packed(functions), transform)
 
 
 def tensorflow_tape(functions: Functions) -> Functions:
@@ -255,7 +266,7 @@ WORLDS: dict[str, dict[str, World]] = {
     "tensorflow": {
         "function": World(tensorflow_function, reuse=8),
         "function-unknown": World(tensorflow_unknown, reuse=8),
-        "xla": World(lambda functions: tensorflow_function(functions, jit_compile=True), reuse=8),
+        "xla": World(tensorflow_xla, reuse=8),
         "tape": World(tensorflow_tape),
     },
 }

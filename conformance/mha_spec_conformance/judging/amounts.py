@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy
 
-from .axes import axes_of
 from .bounds import bounds, precision, unit_roundoff
 from .compare import gate_b, in_full_shape, judge, wrong_elements
 from .places import Place
@@ -131,7 +130,7 @@ def common_shift(expected: numpy.ndarray, received: numpy.ndarray, allowed: nump
 def _elsewhere(failure: WrongElements, name: str) -> str | None:
     """Tell whether every wrong row is the right row of another place, and on which axes the places differ."""
     expected, received = _full_expected(failure, name), failure.wrong.outputs[name].astype(numpy.float64)
-    axes = axes_of(name, expected.ndim)
+    axes = failure.axes(name)
     last = axes[-1] if axes and axes[-1] in ("component", "key") else None
     shape = expected.shape[:-1] if last else expected.shape
     rows, right = (x.reshape(math.prod(shape), -1) for x in (received, expected))

@@ -14,6 +14,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from mha_spec.steps import Steps
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 from mha_spec_conformance.mistakes import MISTAKES, Compared, Mistake
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     Cell = tuple[str, str]
     Key = tuple[str, str]
 
-__all__ = ["named"]
+__all__ = ["named", "wherever_it_can_be"]
 
 LEAST = 0.9
 """The share of the failures that a mistake could cause which it must explain."""
@@ -92,7 +93,7 @@ def named(
         faults: The failures without values that can be compared: a wrong shape or dtype in words, None for an error.
     """
     search = _Search(wrong, passing, recognition)
-    wherever = [_wherever_it_can_be(mistake) for mistake in mistakes]
+    wherever = [wherever_it_can_be(mistake) for mistake in mistakes]
     search.try_on_representatives(wherever)
     search.try_pairs()
     search.try_without_values(wherever, faults)
@@ -212,14 +213,20 @@ class _Search:
                 self.name(pair, (first, second))
 
 
-def _wherever_it_can_be(mistake: Mistake) -> Mistake:
-    """Extend a mistake of attention to its gradients and to layers, which contain it."""
-    if "attention" not in mistake.functions or not isinstance(mistake.steps, Steps):
+def wherever_it_can_be(mistake: Mistake) -> Mistake:
+    """Return a mistake of attention as one that its gradients, layers and packed calls can have too.
+
+    They contain it: a packed call is a call of attention for each sequence.
+    """
+    if not isinstance(mistake.steps, Steps):
         return mistake
+    packed = [name for name in VARLEN_FUNCTIONS if name.removeprefix("varlen_") in mistake.functions]
+    if "attention" not in mistake.functions:
+        return replace(mistake, functions=(*mistake.functions, *packed))
     layers = [name for name, function in FUNCTIONS.items() if function.of_layer]
     if "attention_weights" not in mistake.functions:
         layers.remove("multi_head_attention_weights")
-    containing = ("attention_vjp", *layers)
+    containing = ("attention_vjp", *layers, *VARLEN_FUNCTIONS)
     return replace(mistake, functions=tuple(dict.fromkeys((*mistake.functions, *containing))))
 
 

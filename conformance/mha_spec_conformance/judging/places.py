@@ -51,6 +51,10 @@ class WrongElements:
             marks = wrong_elements(name, golden, wrong.outputs[name], wrong.allowances[name], run)
             self.marks[name], self.compared[name] = marks
 
+    def axes(self, output: str) -> tuple[str, ...]:
+        """Name the axes of an output."""
+        return axes_of(output, len(self.expected[output].shape), self.wrong.ask.case.function)
+
     @cached_property
     def outputs(self) -> tuple[str, ...]:
         """The outputs that have wrong elements."""
@@ -64,7 +68,7 @@ class WrongElements:
     def sets(self, output: str) -> Iterator[tuple[str, str, numpy.ndarray]]:
         """Yield sets of elements of an output, each with the axis that it describes and its description."""
         shape = self.marks[output].shape
-        axes = axes_of(output, len(shape))
+        axes = self.axes(output)
         group = self._group()
         for axis, (name, size) in enumerate(zip(axes, shape, strict=True)):
             along = [1] * len(shape)

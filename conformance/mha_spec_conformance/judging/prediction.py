@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 from mha_spec_conformance.asking.calls import arranged, function_over, joined, layer_answers, named
 from mha_spec_conformance.mistakes import ANY_SIZE, Sizes
 from mha_spec_conformance.suite.changed import Changed
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 
     from mha_spec.layer_steps import LayerSteps
     from mha_spec.steps import Steps
+    from mha_spec.varlen_reference import VarlenSteps
     from mha_spec_conformance.mistakes import Mistake
     from mha_spec_conformance.suite.cases import Case
 
     from .bounds import Bounds, Precision
 
-    AnySteps = Steps | LayerSteps | Joined | Changed
+    PlainSteps = Steps | LayerSteps | VarlenSteps
+    AnySteps = PlainSteps | Joined | Changed
 
 __all__ = ["Predictions", "answer", "can_show", "elements", "scores_of"]
 
@@ -75,6 +78,9 @@ def _sizes(case: Case) -> Sizes:
         return Sizes(rows=case.shape_of("lse_a")[2])
     if FUNCTIONS[case.function].of_layer:
         return _sizes_of_layer(case)
+    if case.function in VARLEN_FUNCTIONS:
+        (rows, heads, _), keys = case.shape_of("query"), math.prod(case.shape_of("key")[:-2])
+        return Sizes(rows, keys, heads)
     (_, heads, rows, _), (_, _, keys, _) = case.shape_of("query"), case.shape_of("key")
     return Sizes(rows, keys, heads)
 
@@ -141,7 +147,7 @@ class Predictions:
             self._outputs[key] = self._evaluate(steps, dtype, native)
         return self._outputs[key]
 
-    def _evaluate(self, steps: Steps | LayerSteps, dtype: str, native: bool) -> dict[str, numpy.ndarray] | None:
+    def _evaluate(self, steps: PlainSteps, dtype: str, native: bool) -> dict[str, numpy.ndarray] | None:
         arrays = self._arrays(dtype) if native else in_float64(self._arrays(dtype))
         try:
             with numpy.errstate(all="ignore"):
@@ -171,7 +177,7 @@ class Predictions:
         while len(kept) * scores_of(self.case) > MOST_KEPT:
             del kept[next(iter(kept))]
 
-    def _bounded(self, steps: Steps | LayerSteps, dtype: str) -> Bounds | None:
+    def _bounded(self, steps: PlainSteps, dtype: str) -> Bounds | None:
         try:
             rows = self.case.sampled_rows
             return bounds(self.case.function, self._arrays(dtype), self.case.options, steps, rows)

@@ -10,6 +10,8 @@ from mha_spec.arguments import OPTIONS, Arguments
 from mha_spec.arrays import FLOATING, dtype_name
 from mha_spec.errors import MhaSpecError
 from mha_spec.reference import Reference
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS, VarlenArguments
+from mha_spec.varlen_sequences import sequences_of
 
 from .bounds.evaluation import in_float64
 
@@ -73,6 +75,7 @@ def _of_case(case: Case) -> Iterator[str]:
     yield from _of_lengths(arrays)
     yield from _of_broadcasting(sizes, arrays)
     yield from _of_options(case)
+    yield from _of_sequences(case, arrays)
     yield from _of_data(case, arrays)
 
 
@@ -88,6 +91,8 @@ def sizes_of(arrays: Inputs) -> dict[str, int]:
             "qk_dim": shapes["w_q"][2],
             **({"v_dim": shapes["w_v"][2]} if "w_v" in shapes else {}),
         }
+    if "cu_seqlens_q" in shapes:
+        return {"heads": query[1], "kv_heads": key[-2], "qk_dim": query[2], "v_dim": value[-1]}
     if len(query) == 4 and len(key) == 4:
         sizes = dict(zip(("batch", "heads", "q_len", "qk_dim"), query, strict=True))
         sizes |= {"kv_heads": key[1], "kv_len": key[2]}
@@ -165,6 +170,26 @@ def _of_options(case: Case) -> Iterator[str]:
     left, right = (case.options.get("window") or (None, None))[:2]
     yield from ["window has a left side"] if left is not None else []
     yield from ["window has a right side"] if right is not None else []
+
+
+def _of_sequences(case: Case, arrays: Inputs) -> Iterator[str]:
+    """Tell what the sequences of a packed or paged call have in common, and which of them are empty."""
+    if case.function not in VARLEN_FUNCTIONS:
+        return
+    keywords = {**arrays, **case.options, "cu_seqlens_kv": arrays.get("cu_seqlens_kv")}
+    keywords = {name: x for name, x in keywords.items() if not name.startswith("grad_")}
+    sequences = sequences_of(VarlenArguments(**keywords))
+    lengths = [(len(sequence.queries), len(sequence.keys)) for sequence in sequences]
+    blocks = [block for sequence in sequences for block in sequence.blocks or ()]
+    facts = {
+        "several sequences": len(sequences) > 1,
+        "sequences of different lengths": len(set(lengths)) > 1,
+        "a sequence without queries": any(queries == 0 for queries, _ in lengths),
+        "a sequence without keys": any(keys == 0 for _, keys in lengths),
+        "a query that no sequence has": sum(queries for queries, _ in lengths) < len(arrays["query"]),
+        "a block that is used repeatedly": len(blocks) > len(set(blocks)),
+    }
+    yield from (words for words, holds in facts.items() if holds)
 
 
 def _of_data(case: Case, arrays: Inputs) -> Iterator[str]:

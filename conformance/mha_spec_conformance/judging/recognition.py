@@ -319,7 +319,7 @@ class _Comparison:
             right = (
                 (numpy.isfinite(got) & numpy.isfinite(true)) | (got == true) | (numpy.isnan(got) & numpy.isnan(true))
             )
-            if made_in_call and axes_of(name, len(golden.shape))[-1:] == ("component",):
+            if made_in_call and axes_of(name, len(golden.shape), self.case.function)[-1:] == ("component",):
                 right = numpy.broadcast_to(right.all(axis=-1, keepdims=True), right.shape)
             values = numpy.where(right, true, expected[name].values)
             kinds = numpy.where(right, _kinds(golden, got.shape), _kinds(expected[name], got.shape))

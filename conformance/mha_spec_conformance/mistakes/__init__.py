@@ -30,6 +30,7 @@ from .structured import STRUCTURED
 from .tiled_gradients import TILED_GRADIENTS
 from .tiles import TILES
 from .values import VALUES
+from .varlen import VARLEN
 from .visibility import VISIBILITY
 
 __all__ = ["ANY_SIZE", "MISTAKES", "Compared", "Mistake", "Sizes"]
@@ -59,5 +60,6 @@ MISTAKES: tuple[Mistake, ...] = (
     *ONLINE,
     *PACKED,
     *TILED_GRADIENTS,
+    *VARLEN,
 )
 """Every known mistake, conventions included."""

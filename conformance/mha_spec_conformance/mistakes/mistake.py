@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mha_spec.arguments import Arguments
     from mha_spec.layer_steps import LayerSteps
+    from mha_spec.varlen_reference import VarlenSteps
     from mha_spec_conformance.suite.changed import Changed
     from mha_spec_conformance.suite.conventions import Convention
     from mha_spec_conformance.suite.joined import Joined
@@ -86,7 +87,7 @@ class Mistake:
     name: str
     title: str
     clauses: tuple[str, ...]
-    steps: Steps | LayerSteps | Joined | Changed
+    steps: Steps | LayerSteps | VarlenSteps | Joined | Changed
     needs: tuple[str, ...] = ()
     functions: tuple[str, ...] = ATTENTION
     convention: Convention | None = None

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from mha_spec_conformance.judging.axes import axes_of
 from mha_spec_conformance.judging.bounds import precision
 from mha_spec_conformance.judging.compare import in_full_shape, shares
 from mha_spec_conformance.judging.places import WrongElements
@@ -126,7 +125,7 @@ def drawing_of(result: Result, profile: str = "standard") -> Drawing | None:
         pairs=_pairs(elements, result.worst.output, result.worst.index),
         errors=tuple(_errors(elements, name, used[name], result.worst.index) for name in names),
         output=first,
-        axes=axes_of(first, used[first].ndim),
+        axes=elements.axes(first),
         elements=tuple(_listed(elements, first, used[first], result.worst.index)),
     )
 
@@ -140,7 +139,7 @@ def _used(elements: WrongElements, name: str, profile: str) -> numpy.ndarray:
 
 def _errors(elements: WrongElements, name: str, used: numpy.ndarray, worst: tuple[int, ...]) -> Picture:
     """Draw the errors of an output: a grid of its last two axes for each index of the others."""
-    axes = axes_of(name, used.ndim)
+    axes = elements.axes(name)
     matrices, axes = (used, axes) if used.ndim > 1 else (used.reshape(1, -1), ("", *axes))
     leading, sizes = matrices.shape[:-2], matrices.shape[-2:]
     chosen = _chosen(leading, worst[: len(leading)] if len(worst) == used.ndim else (0,) * len(leading))
@@ -170,7 +169,7 @@ def _pairs(elements: WrongElements, output: str, worst: tuple[int, ...]) -> Pict
     visible = visible_pairs(elements.wrong.ask.case, elements.inputs)
     if visible is None or not visible.size:
         return None
-    place = {axis: int(i) for axis, i in zip(axes_of(output, len(worst)), worst, strict=True)}
+    place = {axis: int(i) for axis, i in zip(elements.axes(output), worst, strict=True)}
     group = visible.shape[1] // elements.inputs["key"].shape[1]
     entry, kv_head = place.get("batch entry", 0), place.get("kv head", 0)
     head = place["head"] if "head" in place else kv_head * group
@@ -203,7 +202,7 @@ def _wrong_along(elements: WrongElements, axis: str, at: Mapping[str, int], size
     wrong = numpy.zeros(size, dtype=bool)
     for name in elements.outputs:
         marks = elements.marks[name]
-        axes = axes_of(name, marks.ndim)
+        axes = elements.axes(name)
         if axis in axes:
             index = (
                 min(at[other], n - 1) if other in at else slice(None)

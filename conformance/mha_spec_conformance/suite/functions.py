@@ -35,6 +35,14 @@ OPTION_FEATURES = {
 LAYER_FEATURES = {"rotary": ("rotary",), "positions": ("positions",), "norm": ("norm_epsilon",), "cache": ("cache",)}
 """The features of the keywords that only the layer has."""
 
+VARLEN_FEATURES = {
+    "paged": ("block_table",),
+    "kv_used": ("seqused_kv",),
+    "slopes": ("alibi_slopes",),
+    **{name: OPTION_FEATURES[name] for name in ("causal", "offset", "window", "scale", "softcap", "sinks", "lse")},
+}
+"""The features of the keywords of packed and paged calls."""
+
 LAYER_KEYWORDS = tuple(word for words in LAYER_FEATURES.values() for word in words)
 
 OF_ATTENTION = ("attention", "attention_weights", "attention_vjp")
@@ -90,7 +98,7 @@ class Function:
 
     def keywords_of(self, features: Iterable[str]) -> tuple[str, ...]:
         """Name the keywords by which a call asks for the features."""
-        words = OPTION_FEATURES | LAYER_FEATURES
+        words = OPTION_FEATURES | LAYER_FEATURES | VARLEN_FEATURES
         return tuple(word for feature in features for word in words.get(feature, ()) if word in self.keywords)
 
 
@@ -130,6 +138,23 @@ _FUNCTIONS = (
         outputs=("grad_output_a", "grad_lse_a", "grad_output_b", "grad_lse_b"),
         keywords=("grad_lse",),
         features=("merge", "vjp"),
+    ),
+    Function(
+        "varlen_attention",
+        operands=("query", "key", "value", "cu_seqlens_q", "cu_seqlens_kv"),
+        outputs=("output", "lse"),
+        keywords=(*options_of("varlen_attention"), "return_lse"),
+        features=("varlen",),
+        keyword_features=VARLEN_FEATURES,
+        optional={"lse": "return_lse"},
+    ),
+    Function(
+        "varlen_attention_vjp",
+        operands=("grad_output", "query", "key", "value", "cu_seqlens_q", "cu_seqlens_kv"),
+        outputs=("grad_query", "grad_key", "grad_value", "grad_sinks"),
+        keywords=(*options_of("varlen_attention_vjp"), "grad_lse"),
+        features=("varlen", "vjp"),
+        fewest=3,
     ),
     Function(
         "multi_head_attention",

@@ -67,6 +67,8 @@ class Evaluation:
         self.steps = steps
         self.dtypes: Mapping[str, str] = {name: dtype_name(array) for name, array in arrays.items()}
         self.arrays = in_float64(arrays)
+        self.linear_bias: numpy.ndarray | float = 0.0
+        """The bias that the call computes from slopes."""
         function = "attention" if "value" in self.arrays else "attention_weights"
         arguments: dict[str, Any] = {"value": None, **self.arrays, **options, "function": function}
         self.arguments = steps.check(Arguments(**arguments))

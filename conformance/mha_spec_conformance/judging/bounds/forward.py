@@ -41,7 +41,7 @@ class ForwardErrors:
         e, p = self.evaluation, self.precision
         bias = e.dtypes.get("bias")
         roundings = 3 if bias is not None and unit_roundoff(bias) < p.u_a else 2
-        after_cap = p.u_a * (roundings * abs(e.logits) + abs(e.maximum)) + p.e_x
+        after_cap = p.u_a * (roundings * abs(e.logits) + abs(e.maximum) + 2 * abs(e.linear_bias)) + p.e_x
         return e.seen(self.capped + after_cap)
 
     @cached_property
@@ -165,7 +165,7 @@ class ForwardVariances:
     def score(self) -> numpy.ndarray:
         """The variance of a logit, plus the relative variance of its exponential."""
         e, p = self.evaluation, self.precision
-        return e.seen(self.capped + p.u_a**2 * (4 * e.logits**2 + e.maximum**2) / 3 + p.e_x**2)
+        return e.seen(self.capped + p.u_a**2 * (4 * e.logits**2 + e.maximum**2 + 4 * e.linear_bias**2) / 3 + p.e_x**2)
 
     @cached_property
     def sink(self) -> numpy.ndarray | float:

@@ -18,6 +18,7 @@ from .forward import ForwardBounds, WeightBounds
 from .layer import AlibiBounds, LayerBounds
 from .merge import MergeBounds, MergeGradientBounds
 from .rows import RowBounds
+from .varlen import VarlenBounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import numpy
 
     from mha_spec.layer_steps import LayerSteps
+    from mha_spec.varlen_reference import VarlenSteps
 
     from .roundoff import Precision
 
@@ -61,6 +63,7 @@ _BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Any
     "merge_attention_vjp": MergeGradientBounds,
     **{name: partial(LayerBounds, name) for name, function in FUNCTIONS.items() if function.of_layer},
     "rotary_embedding": partial(LayerBounds, "rotary_embedding"),
+    **{name: partial(VarlenBounds, name) for name in ("varlen_attention", "varlen_attention_vjp")},
     **{name: partial(AlibiBounds, name) for name in ("alibi_slopes", "alibi_bias")},
 }
 
@@ -72,7 +75,7 @@ def bounds(
     function: str,
     arrays: Mapping[str, numpy.ndarray],
     options: Mapping[str, Any],
-    steps: Steps | LayerSteps = SPECIFICATION,
+    steps: Steps | LayerSteps | VarlenSteps = SPECIFICATION,
     rows: numpy.ndarray | None = None,
 ) -> Bounds:
     """Evaluate a case in float64; the bounds in every precision share this work.
@@ -95,7 +98,7 @@ def allowances(
     arrays: Mapping[str, numpy.ndarray],
     options: Mapping[str, Any],
     precision: Precision,
-    steps: Steps | LayerSteps = SPECIFICATION,
+    steps: Steps | LayerSteps | VarlenSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
     """Return the allowance of each element of each output of a case; see `bounds`."""
     return bounds(function, arrays, options, steps).allowances(precision)
@@ -106,7 +109,7 @@ def deviations(
     arrays: Mapping[str, numpy.ndarray],
     options: Mapping[str, Any],
     precision: Precision,
-    steps: Steps | LayerSteps = SPECIFICATION,
+    steps: Steps | LayerSteps | VarlenSteps = SPECIFICATION,
 ) -> dict[str, numpy.ndarray]:
     """Return the standard deviation of the error of each element of each output of a case; see `bounds`."""
     return bounds(function, arrays, options, steps).deviations(precision)
