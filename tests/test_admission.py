@@ -54,7 +54,7 @@ WITHOUT_EFFECT = {
     "multi_head_attention/structure/cache/one-by-one": ("cache_key", "cache_value"),
     "multi_head_attention/structure/chunk+kv_starts/1": ("chunk",),
 }
-"""Arguments of structured masks that change nothing, because another argument of the case hides the same pairs."""
+"""Arguments of structured masks that change nothing, because the other arguments of the case decide the same pairs."""
 
 NUMERIC = {"scale", "softcap", "bias", "sinks", "dropout_rate", "dropout_mask"}
 """Arguments that must matter in 16-bit types too; the others decide which pairs are visible."""
