@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from oracle import Answer
+    from playwright.sync_api import Browser
 
     from mha_spec_conformance.suite.cases import Case, Suite
 
@@ -50,6 +51,18 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Start headless Chromium."""
+    from playwright.sync_api import sync_playwright
+    from support.pages import CHROMIUM
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="module")

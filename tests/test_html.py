@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from support.pages import Structure, ground_of, in_a_browser, violations, visit
 
 from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.asking.selection import Selection
@@ -65,12 +64,6 @@ HOSTILE = (
 )
 
 LARGEST = 1_000_000
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-in_a_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium); the structure is tested"
-)
 
 
 @pytest.fixture(scope="module")
@@ -137,38 +130,6 @@ KINDS: Mapping[str, Callable[[Run], Run]] = {
 def shown(request: pytest.FixtureRequest, failing: Run) -> tuple[Run, str]:
     chosen = KINDS[request.param](failing)
     return chosen, page(chosen)
-
-
-class Structure(HTMLParser):
-    """Collects what the tests of the structure compare."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.unclosed: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "wbr"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.unclosed.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
-            self.text += data
-
-    def all(self, *names: str) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag in names]
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(shown: tuple[Run, str]) -> None:
@@ -367,16 +328,6 @@ def test_the_option_reaches_the_reports(command: str, monkeypatch: pytest.Monkey
     assert [reports.html for reports in received] == [tmp_path / "page.html"]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.fixture(scope="module", params=["failing", "hostile"])
 def visited(
     request: pytest.FixtureRequest, browser: Browser, failing: Run, tmp_path_factory: pytest.TempPathFactory
@@ -384,31 +335,15 @@ def visited(
     """Open a page, and collect what the browser complains about or tries to load."""
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_html(KINDS[request.param](failing), path)
-    complaints: list[str] = []
-    opened = browser.new_page(viewport={"width": 1200, "height": 900})
-    opened.on("console", lambda message: complaints.append(message.text))
-    opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("request", lambda sent: complaints.append(sent.url) if sent.url != path.as_uri() else None)
-    opened.goto(path.as_uri())
-    yield opened, complaints
-    opened.close()
-
-
-def ground_of(opened: Page) -> list[int]:
-    """Return the red, green and blue of the background."""
-    colour = opened.evaluate("getComputedStyle(document.body).backgroundColor")
-    return [int(number) for number in re.findall(r"\d+", colour)[:3]]
+    yield from visit(browser, path)
 
 
 @in_a_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_and_the_console_are_silent(visited: tuple[Page, list[str]], scheme: Any) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     opened, complaints = visited
     opened.emulate_media(media="screen", color_scheme=scheme)
-    audit = Axe().run(opened)
-    assert [(violation["id"], violation["nodes"][0]["html"]) for violation in audit.response["violations"]] == []
+    assert violations(opened) == []
     assert complaints == []
     assert (max(ground_of(opened)) < 100) is (scheme == "dark")
 

@@ -231,6 +231,37 @@ def merge(
 
 
 @app.command()
+def diff(
+    old: Annotated[Path, typer.Argument(help="The report of the old version: check --json FILE.")],
+    new: Annotated[Path, typer.Argument(help="The report of the new version.")],
+    markdown: Annotated[
+        Path | None, typer.Option(help="Append the changes as Markdown to this file, as to $GITHUB_STEP_SUMMARY.")
+    ] = None,
+) -> None:
+    """Print what changed between two reports of a target. The exit status is 1 with a regression, and else 0."""
+    from .diff import diff as difference
+
+    _end_with_status(difference, old, new, markdown)
+
+
+@app.command()
+def matrix(
+    report: Annotated[list[Path], typer.Argument(help="The reports of several targets: check --json FILE.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write the matrix as a page to this file, which needs no other.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Append the matrix as Markdown to this file.")] = None,
+    badge: Annotated[
+        list[Path] | None, typer.Option(help="Write a badge to this .svg file, or for shields.io to this .json file.")
+    ] = None,
+) -> None:
+    """Put the reports of several targets side by side, clause by clause."""
+    from .matrix import show_matrix
+
+    _end_with_status(show_matrix, report, html, markdown, tuple(badge or ()))
+
+
+@app.command()
 def fuzz(
     target: Annotated[str, TARGET],
     seconds: Annotated[float, typer.Option(min=0.1, help="Time of the search in seconds.")] = 60.0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from mha_spec.errors import MhaSpecError
@@ -10,7 +9,7 @@ from mha_spec.selection import backend_names
 from mha_spec_conformance.asking.selection import Ask, Selection
 from mha_spec_conformance.judging.compare import Worst
 from mha_spec_conformance.judging.result import INTERNAL, OUTCOMES, Result
-from mha_spec_conformance.reporting.report import SCHEMA
+from mha_spec_conformance.reporting.stored import read_data
 from mha_spec_conformance.reporting.terminal import console
 from mha_spec_conformance.running.known import Known
 from mha_spec_conformance.running.run import Run
@@ -77,12 +76,7 @@ def joined(parts: Sequence[Report], suite: Suite, required: tuple[str, ...] = ()
 
 def _read(path: Path) -> Report:
     """Read a report of a shard."""
-    try:
-        report = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise MergeError(f"{path}: cannot be read as a report: {error}") from error
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
-        raise MergeError(f"{path}: the file does not hold {SCHEMA}")
+    report = read_data(path)
     if not isinstance(report.get("selection"), dict) or not report["selection"].get("shard"):
         raise MergeError(f"{path}: the report is not of a shard; `check --shard I/N --json FILE` writes such a report")
     return report

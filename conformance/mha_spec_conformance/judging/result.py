@@ -47,6 +47,11 @@ class Result:
     """The answer, if its values are wrong."""
 
     @property
+    def key(self) -> tuple[str, str]:
+        """The id and dtype, which identify a result in a run."""
+        return self.ask.key
+
+    @property
     def compared(self) -> bool:
         """True if the call returned arrays that can be compared, so that a clause can be broken."""
         return not self.malformed and self.outcome not in WITHOUT_ARRAYS | {"unsupported"}

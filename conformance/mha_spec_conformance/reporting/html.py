@@ -6,9 +6,6 @@ from the target, so all texts are escaped in a single place, and the page forbid
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,13 +18,12 @@ from .drawing import ERRORS, PAIRS, drawing_of
 from .files import write_text
 from .report import as_json
 from .strips import HEIGHT, LIMIT, TICKS, WIDTH, strips
+from .templates import MOST_CHARACTERS, digest, rendered, source_of
 from .terminal import call_of, example_of, remarks, title_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    from jinja2 import Environment
 
     from mha_spec_conformance.judging.causes import Cause
     from mha_spec_conformance.judging.result import Result
@@ -51,9 +47,6 @@ MOST_PATHS = 300_000
 
 MOST_LISTED = 40
 """The number of entries of any other list."""
-
-MOST_CHARACTERS = 400
-"""The length of a text of the target."""
 
 LEAST_DRAWN = 1000
 """A failure with fewer numbers among its inputs is drawn only if the cause has no larger failure."""
@@ -81,12 +74,12 @@ def page(run: Run) -> str:
     """Return the report of a run as HTML, in ASCII alone, so that no encoding can change it."""
     report: dict[str, Any] = as_json(run)
     dtypes = [name for name in FLOATING if any(case["dtype"] == name for case in report["cases"])]
-    environment = _environment()
-    style = _style(environment)
-    text = environment.get_template("page.html.jinja").render(
+    style = source_of("page.css")
+    return rendered(
+        "page.html.jinja",
         format=FORMAT,
         style=style,
-        style_digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        style_digest=digest(style),
         name=one_line(run.claims.name, MOST_CHARACTERS),
         label=_label(run),
         report=report,
@@ -99,36 +92,6 @@ def page(run: Run) -> str:
         shades={"errors": ERRORS, "pairs": PAIRS},
         most={"listed": MOST_LISTED, "causes": MOST_CAUSES},
     )
-    return text.encode("ascii", "xmlcharrefreplace").decode()
-
-
-def _environment() -> Environment:
-    """Return the templates; every text that they insert is made printable, cut and escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def safe(value: object) -> object:
-        return one_line(value, MOST_CHARACTERS) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = Environment(
-        loader=PackageLoader("mha_spec_conformance", "reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=safe,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "times": _times, "count": _count}
-    return environment
-
-
-def _style(environment: Environment) -> str:
-    """Return the style sheet, which is part of the page."""
-    from markupsafe import Markup
-
-    assert environment.loader is not None
-    source, _, _ = environment.loader.get_source(environment, "page.css")
-    return Markup(source)
 
 
 def _label(run: Run) -> str:
@@ -177,27 +140,6 @@ def _title(cause: Cause) -> str:
     if cause.kind == "unknown" and cause.story.share is not None:
         return f"No known mistake; what they share: {' and '.join(cause.story.share.properties)}"
     return title_of(cause)
-
-
-def _number(value: float | str) -> str:
-    """Write a number with few digits; the report writes NaN and infinities as texts."""
-    number = float(value)
-    if math.isfinite(number):
-        return f"{number:.6g}"
-    return "NaN" if math.isnan(number) else "∞" if number > 0 else "-∞"
-
-
-def _times(value: float | str) -> str:
-    """Write a multiple of the allowance with two or three digits."""
-    number = float(value)
-    if not 1000 <= number < 1e9:
-        return f"{number:.3g}" if math.isfinite(number) else "∞"
-    return f"{float(f'{number:.2g}'):,.0f}"
-
-
-def _count(number: int, name: str) -> str:
-    """Write a number with the name of what is counted, as in "1 failure" or "2,013 failures"."""
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def write_html(run: Run, path: Path) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.running.run import Run
 
-__all__ = ["markdown", "write_markdown"]
+__all__ = ["append", "cell", "markdown", "write_markdown"]
 
 MOST_FAILURES = 5
 """The number of failures that are described; each has another function or first clause."""
@@ -24,12 +24,12 @@ MOST_FAILURES = 5
 def markdown(run: Run) -> str:
     """Return the report of a run as Markdown."""
     sign = "✅" if run.status == 0 else "❌"
-    lines = [f"## {sign} {_cell(run.claims.name)}", "", _cell(run.verdict), "", *_table(run)]
+    lines = [f"## {sign} {cell(run.claims.name)}", "", cell(run.verdict), "", *_table(run)]
     examples = {(r.ask.case.function, r.diagnosis[:1] or r.clauses[:1]): r for r in reversed(run.failures)}
     counts = Counter((r.ask.case.function, r.diagnosis[:1] or r.clauses[:1]) for r in run.failures)
     for key, number in counts.most_common(MOST_FAILURES):
         result = examples[key]
-        lines += ["", f"<details><summary>{_cell(result.ask.case.id)} {result.ask.dtype} (1 of {number})</summary>", ""]
+        lines += ["", f"<details><summary>{cell(result.ask.case.id)} {result.ask.dtype} (1 of {number})</summary>", ""]
         lines += [
             "```text",
             *(printable(line).replace("```", "` ` `") for line in details(result)),
@@ -53,17 +53,26 @@ def _table(run: Run) -> list[str]:
     return lines
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Escape what Markdown would read as markup."""
     escaped = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
     return "".join(f"\\{character}" if character in "*_`[]" else character for character in escaped)
 
 
 def write_markdown(run: Run, path: Path) -> None:
-    """Append the report of a run to a file, as the summary of a job on GitHub needs it.
+    """Append the report of a run to a file; see `append`.
 
     Raises:
         OSError: The file cannot be written.
     """
-    with path.open("a") as file:
-        file.write(markdown(run))
+    append(path, markdown(run))
+
+
+def append(path: Path, text: str) -> None:
+    """Append a text to a file, because the summary of a job on GitHub has texts of several steps.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mha_spec.arrays import FLOATING
 from mha_spec.errors import MhaSpecError
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.suite.conventions import Convention
 
 __all__ = ["Known", "KnownError", "excuse", "is_open", "read_known", "stale_entries"]
@@ -37,6 +36,19 @@ class KnownError(MhaSpecError):
     """A file of known failures cannot be read."""
 
 
+class Judged(Protocol):
+    """A result, of this run or of a report that was read."""
+
+    @property
+    def key(self) -> tuple[str, str]: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def must(self) -> bool: ...
+    @property
+    def conventions(self) -> tuple[Convention, ...]: ...
+
+
 @dataclass(frozen=True)
 class Known:
     """One known failure."""
@@ -46,23 +58,24 @@ class Known:
     dtype: str | None = None
     outcome: str | None = None
 
-    def covers(self, result: Result) -> bool:
+    def covers(self, result: Judged) -> bool:
         """Tell whether the entry is about this case and dtype."""
-        return result.ask.case.id == self.id and self.dtype in (None, result.ask.dtype)
+        identity, dtype = result.key
+        return identity == self.id and self.dtype in (None, dtype)
 
-    def expects(self, result: Result) -> bool:
+    def expects(self, result: Judged) -> bool:
         """Tell whether the entry is about a failure of this kind."""
         return result.outcome in (EXPECTED if self.outcome is None else (self.outcome,))
 
 
-def excuse(result: Result, accepted: frozenset[Convention], known: Iterable[Known]) -> str | None:
+def excuse(result: Judged, accepted: frozenset[Convention], known: Iterable[Known]) -> str | None:
     """Return the reason why a failing result does not count: "accepted" or "known"."""
     if result.conventions and accepted.issuperset(result.conventions):
         return "accepted"
     return "known" if any(entry.covers(result) and entry.expects(result) for entry in known) else None
 
 
-def is_open(result: Result, accepted: frozenset[Convention], known: Iterable[Known]) -> bool:
+def is_open(result: Judged, accepted: frozenset[Convention], known: Iterable[Known]) -> bool:
     """Tell whether a result makes the target fail: it is of a MUST case and neither accepted nor known."""
     return result.must and result.outcome in FAILING and excuse(result, accepted, known) is None
 
@@ -107,7 +120,7 @@ def _entries(path: Path, number: int, table: object) -> list[Known]:
     return [Known(id=name, **fields) for name in ids]
 
 
-def stale_entries(known: Iterable[Known], results: Iterable[Result], suite: Iterable[str], whole: bool) -> list[str]:
+def stale_entries(known: Iterable[Known], results: Iterable[Judged], suite: Iterable[str], whole: bool) -> list[str]:
     """Describe the entries that did not fail or that match no result; `whole` is True after a complete run."""
     asked, ids = list(results), set(suite)
     lines: list[str] = []

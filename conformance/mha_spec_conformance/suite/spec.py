@@ -29,6 +29,8 @@ class Clause:
     title: str
     text: str
     """The text below the heading, in Markdown."""
+    theme: str = ""
+    """The heading of the section that has the clause."""
 
     @property
     def sentence(self) -> str:
@@ -59,9 +61,11 @@ def parse(text: str) -> dict[str, Clause]:
         SpecificationError: A heading is malformed, or an id occurs twice; the message names it.
     """
     by_id: dict[str, Clause] = {}
+    theme = ""
     _, *sections = re.split(r"^(#.*)$", text, flags=re.MULTILINE)
     for heading, body in zip(sections[::2], sections[1::2], strict=True):
         if not heading.startswith("###") and "MHA-" not in heading:
+            theme = heading.lstrip("# ")
             continue
         parts = _HEADING.fullmatch(heading)
         if parts is None:
@@ -70,5 +74,5 @@ def parse(text: str) -> dict[str, Clause]:
             )
         if parts["id"] in by_id:
             raise SpecificationError(f"a clause id must occur once, received {parts['id']} twice: {heading!r}")
-        by_id[parts["id"]] = Clause(parts["id"], parts["level"], parts["title"], body.strip("\n"))
+        by_id[parts["id"]] = Clause(parts["id"], parts["level"], parts["title"], body.strip("\n"), theme)
     return by_id
