@@ -44,18 +44,6 @@ FARTHEST = 2**30
 POSITIONAL = {"q_offset", "left of window", "right of window"}
 """Arguments that need not matter at the ends of their range: a bound beyond every key hides none."""
 
-WITHOUT_EFFECT = {
-    "attention/structure/chunk/one-query": ("causal",),
-    "attention/structure/prefix/one-query": ("q_offset",),
-    "attention/structure/segments+chunk": ("causal",),
-    "attention/structure/every-option": ("q_segment_ids",),
-    "attention_vjp/structure/every-option": ("q_segment_ids",),
-    "multi_head_attention/structure/cache/at-once": ("cache_key", "cache_value"),
-    "multi_head_attention/structure/cache/one-by-one": ("cache_key", "cache_value"),
-    "multi_head_attention/structure/chunk+kv_starts/1": ("chunk",),
-}
-"""Arguments of structured masks that change nothing, because the other arguments of the case decide the same pairs."""
-
 NUMERIC = {"scale", "softcap", "bias", "sinks", "dropout_rate", "dropout_mask"}
 """Arguments that must matter in 16-bit types too; the others decide which pairs are visible."""
 
@@ -151,8 +139,6 @@ class Admission:
             changed[name].append({**self.zeros, **ask(self.case.function, arrays, options)})
         for name, answers in changed.items():
             if "boundary" in self.case.tags and name in POSITIONAL:
-                continue
-            if name in WITHOUT_EFFECT.get(self.case.id, ()):
                 continue
             if "decode" in self.case.tags and name == "causal":
                 # A single query at the end of its keys sees them all, and decoders are causal all the same.
