@@ -240,6 +240,15 @@ def test_a_few_queries_read_blocks_where_they_are(
         assert_near(*(numpy.nan_to_num(x, posinf=0.0, neginf=0.0) for x in (result, wanted)))
 
 
+def test_the_weights_of_large_scores_sum_to_1() -> None:
+    query, pages, keys = torch.full((3, 2, 5), 7.0), torch.full((4, 3, 2, 5), 1013.0), 11
+    pages += torch.linspace(0, 1e-3, 4)[:, None, None, None]
+    call: Call = {"block_table": torch.tensor([[2, 0, 3, 1]]), "seqused_kv": [keys]}
+    output: Any = mha_spec_torch.varlen_attention(query, pages, torch.ones(4, 3, 2, 1), [0, 3], None, **call)
+    # Each of the weights and each of their sums is rounded once.
+    assert float(abs(output - 1).max()) <= keys * torch.finfo(output.dtype).eps
+
+
 def test_other_calls_copy_their_blocks() -> None:
     query, pages = torch.ones(3, 2, 5), torch.ones(4, 3, 2, 5)
     table = numpy.array([[0, 1, 2, 3]])

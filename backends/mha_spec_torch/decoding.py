@@ -52,12 +52,17 @@ def attend(
     first, last = packed.parts[0].queries.start, packed.parts[-1].queries.stop
     rows = query.detach()[first:last].flatten(0, 1)
     scores = _padded(pairs, _scores(packed, pairs, rows, key.detach().flatten(0, 2)))
-    lse = scores.logsumexp(1)
+    # exp(scores - lse) would round the weights by u |lse|; the softmax divides by a sum.
+    weights, lse = scores.softmax(1), scores.logsumexp(1)
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.detach().to(lse.dtype).repeat(last - first))
-    weights = _pairs_of(pairs, torch.exp(scores - lse[:, None]))
+        logits = sinks.detach().to(lse.dtype).repeat(last - first)
+        weights, lse = weights * torch.sigmoid(lse - logits)[:, None], torch.logaddexp(lse, logits)
     output = torch.nn.functional.embedding_bag(
-        pairs.slots, value.detach().flatten(0, 2), pairs.bounds[:-1], mode="sum", per_sample_weights=weights
+        pairs.slots,
+        value.detach().flatten(0, 2),
+        pairs.bounds[:-1],
+        mode="sum",
+        per_sample_weights=_pairs_of(pairs, weights),
     )
     # A value that is not finite changes what the component of a row is, which the other path decides.
     if not bool(output.isfinite().all() & ~lse.isnan().any()):
