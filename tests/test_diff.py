@@ -31,7 +31,7 @@ def compared(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> Differen
 KINDS = {
     **{("pass", outcome): "regression" for outcome in (*OUTCOMES[1:], INTERNAL, None)},
     **{(outcome, "pass"): "mend" for outcome in OUTCOMES[1:]},
-    **{("unsupported", outcome): "regression" for outcome in FAILING},
+    **{("unsupported", outcome): "regression" for outcome in sorted(FAILING)},
     **{(before, after): "regression" for before in ("fail", "deviation", "error") for after in ("crash", "timeout")},
     **{(before, after): "other change" for before in ("crash", "fail") for after in ("error", "unsupported")},
     **{(None, outcome): "other change" for outcome in OUTCOMES},
