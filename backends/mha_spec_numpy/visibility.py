@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from .tiling import Tile
 
+    Ends = tuple[int | None, int | None]
+    """Start and stop of keys; None bounds nothing."""
+
 __all__ = ["Visibility", "VisiblePairs"]
 
 BANDS = 3
@@ -107,7 +110,9 @@ class Visibility:
         """True if nothing but positions and a bias hides pairs."""
         self.whole = self.positions_only and not self.positional
         """True if every row sees every key unless a bias hides it."""
+        # By value, because a shared plan meets new tiles of the same box in every call.
         self._key_blocks: dict[tuple[range, range, range, int], list[range]] = {}
+        self._shown_keys: dict[tuple[range, range], Ends] = {}
 
     @cached_property
     def offset(self) -> PerEntry:
@@ -125,7 +130,6 @@ class Visibility:
 
     def key_blocks(self, tile: Tile, length: int) -> list[range]:
         """Cut the keys that a row of the tile may see into blocks; all keys outside them are invisible."""
-        # By value, because a shared plan meets new tiles of the same box in every call.
         box = tile.entries, tile.kv_heads, tile.queries, length
         known = self._key_blocks.get(box)
         if known is None:
@@ -183,14 +187,21 @@ class Visibility:
         bounds = self.left, self.right
         return range(*key_range(bounds, tile.queries, self.a.kv_len, offsets, q_lengths, kv_lengths, structure))
 
-    def _shown(self, tile: Tile) -> tuple[int | None, int | None]:
+    def _shown(self, tile: Tile) -> Ends:
         """Return the start and stop of the keys that positions show to every row of a tile; None bounds nothing."""
         if not self.positional:
             return None, None
+        box = tile.entries, tile.queries
+        known = self._shown_keys.get(box)
+        if known is None:
+            known = self._shown_keys[box] = self._shown_to_all(tile)
+        return known
+
+    def _shown_to_all(self, tile: Tile) -> Ends:
         offsets, (first, last) = self._offsets(tile), (tile.queries[0], tile.queries[-1])
-        return (
-            (0, 0) if offsets is None else shown((self.left, self.right), first, last, offsets, self._structure(tile))
-        )
+        if offsets is None:
+            return 0, 0
+        return shown((self.left, self.right), first, last, offsets, self._structure(tile))
 
     def _offsets(self, tile: Tile) -> Sequence[int] | None:
         """Return the offsets of a tile's entries, or the least and the greatest where only they matter."""
