@@ -112,6 +112,7 @@ class Visibility:
         """True if every row sees every key unless a bias hides it."""
         # By value, because a shared plan meets new tiles of the same box in every call.
         self._key_blocks: dict[tuple[range, range, range, int], list[range]] = {}
+        self._key_ranges: dict[tuple[range, range], range] = {}
         self._shown_keys: dict[tuple[range, range], Ends] = {}
 
     @cached_property
@@ -180,6 +181,13 @@ class Visibility:
 
     def _key_range(self, tile: Tile) -> range:
         """Return the keys between the first and the last that positions and lengths let the tile see."""
+        box = tile.entries, tile.queries
+        known = self._key_ranges.get(box)
+        if known is None:
+            known = self._key_ranges[box] = self._keys_between(tile)
+        return known
+
+    def _keys_between(self, tile: Tile) -> range:
         q_lengths, kv_lengths = (
             None if lengths is None else lengths.span(tile.entries) for lengths in (self.q_lengths, self.kv_lengths)
         )
