@@ -160,7 +160,9 @@ def test_every_step_of_the_layer_is_replaced_by_some_mistake() -> None:
     of_layer = [mistake.steps for mistake in MISTAKES if isinstance(mistake.steps, LayerSteps)]
     replaced = {name for name in names for steps in of_layer if getattr(steps, name) is not getattr(default, name)}
     without_goldens = {"normalise_jointly"}  # No golden has a norm over all heads yet.
-    assert names - replaced == {"add_bias", "check_append", "empty_cache"} | without_goldens
+    # tests/test_paged_cache.py has mistakes in these steps: no golden has a paged cache yet.
+    of_pages = {"new_slots", "store_pages", "append_paged", "attend_paged", "bounds", "varlen"}
+    assert names - replaced == {"add_bias", "check_append", "empty_cache"} | without_goldens | of_pages
 
 
 def test_every_option_is_ignored_by_some_mistake() -> None:

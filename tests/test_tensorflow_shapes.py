@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, Any]
 SIZES = {"batch": 2, "heads": 6, "kv_heads": 3, "q_len": 5, "kv_len": 7, "qk_dim": 11, "v_dim": 13}
-INTEGERS = ("q_offset", "q_lengths", "kv_lengths", "q_segment_ids", "kv_segment_ids")
+INTEGERS = ("q_offset", "q_lengths", "kv_lengths", "prefix_lengths", "kv_starts", "q_segment_ids", "kv_segment_ids")
 MASKS = ("mask", "dropout_mask")
 COTANGENTS = ("grad_output", "grad_lse")
 AXES = [(name, axis) for name, layout in ATTENTION.items() for axis in range(len(layout.sizes))]

@@ -189,12 +189,13 @@ def test_a_rank_that_a_trace_does_not_know_is_compared_when_it_runs(name: str) -
     arrays = {label: tf.constant(numbers(*sizes[label])) for label in ("query", "key", "value", "grad_output")}
     if "segment" in name:
         arrays |= {label: tf.ones(sizes[label], tf.int32) for label in ("q_segment_ids", "kv_segment_ids")}
-    integers = name in INTEGERS or "segment" in name or name == "q_lengths"
+    integers = name in INTEGERS or "segment" in name or name in ("q_lengths", "prefix_lengths", "kv_starts")
     dtype = tf.bool if "mask" in name else tf.int32 if integers else tf.float64
     right = tf.cast(numpy.ones(sizes[name]), dtype)
+    causal: dict[str, Any] = {"causal": True, "q_offset": 0} if name == "prefix_lengths" else {}
 
     def called(tensor: tf.Tensor) -> Any:
-        gradients = mha_spec_tensorflow.attention_vjp(**arrays | {name: tensor})
+        gradients = mha_spec_tensorflow.attention_vjp(**arrays | {name: tensor}, **causal)
         return [gradient for gradient in gradients if gradient is not None]
 
     call = tf.function(called, input_signature=[tf.TensorSpec(None, dtype)], autograph=False)

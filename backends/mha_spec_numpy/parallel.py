@@ -86,10 +86,13 @@ def _shared(function: Callable[[_Task, Scratch], _Result], tasks: Sequence[_Task
 
 
 def _taken(waiting: deque[_Task]) -> Iterator[_Task]:
-    """Take tasks until none is left; several threads may do so at the same time."""
+    """Take tasks until none is left; several threads may do so at the same time.
+
+    The last come first: below a diagonal they are the longest, and no thread should begin a long task while others end.
+    """
     while waiting:
         try:
-            yield waiting.popleft()
+            yield waiting.pop()
         except IndexError:
             return
 
