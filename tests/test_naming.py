@@ -310,6 +310,22 @@ def test_mistake_that_shows_only_where_operands_are_not_finite_is_named(suite: S
     assert [cause.name for cause in find_causes(judged(suite, over(name), patterns=patterns)).causes] == [name]
 
 
+def test_nan_of_two_empty_halves_is_named(suite: Suite) -> None:
+    name = "merge-of-two-empty-nan"
+    wrong = function_over(BY_NAME[name].steps, "merge_attention")
+    results = judged(suite, wrong, patterns=("merge_attention/*",), function="merge_attention")
+    assert [cause.name for cause in find_causes(results).causes] == [name]
+
+
+@pytest.mark.parametrize("name", ["heads-merged-by-reshape", "hidden-key-leaks"])
+def test_mistake_that_moves_elements_or_shows_hidden_keys_is_named(suite: Suite, name: str) -> None:
+    """Moved elements have the allowances of their old places, and a NaN that remains changes no dtype."""
+    patterns = ("attention/kv_lengths/*", "attention/bias/*", "attention/poison/unused/*")
+    causes = find_causes(judged(suite, over(name), patterns=patterns)).causes
+    assert [cause.kind for cause in causes] == ["mistake"]
+    assert BY_NAME[name].variant in (causes[0].name, *causes[0].others)
+
+
 def test_two_mistakes_are_named_where_one_does_not_suffice(suite: Suite) -> None:
     pair = together(BY_NAME["softcap-ignored"], BY_NAME["causal-shows-the-next"])
     assert pair is not None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from mha_spec import steps
 from mha_spec.reference import Reference
+from mha_spec_conformance.suite.changed import Changed
 from mha_spec_conformance.suite.conventions import Convention
 
 from .ignored import everywhere
@@ -18,7 +19,7 @@ from .mistake import FORWARD, Mistake, changing, replacing
 from .visibility import first_along
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mha_spec.arguments import Arguments
 
@@ -46,9 +47,9 @@ def length_before_heads(a: Arguments) -> Arguments:
     return replace(a, query=a.query.swapaxes(1, 2), key=a.key.swapaxes(1, 2), value=a.value.swapaxes(1, 2))
 
 
-def merged_by_reshape(x: numpy.ndarray, dtype: str) -> numpy.ndarray:
+def merged_by_reshape(name: str, array: numpy.ndarray, _: Mapping[str, Any]) -> numpy.ndarray:
     """Merge the heads of the output by a reshape without exchanging the axes."""
-    return steps.round_output(x.swapaxes(1, 2).reshape(x.shape), dtype)
+    return array.swapaxes(1, 2).reshape(array.shape) if name == "output" else array
 
 
 def scaled_by(scale: Callable[[Arguments], float]) -> steps.Steps:
@@ -139,7 +140,7 @@ HEADS = (
         "heads-merged-by-reshape",
         "mixes heads and rows of the output by a reshape without exchanging the axes",
         ("MHA-SHAPE-1",),
-        replacing(round_output=merged_by_reshape),
+        Changed(steps.Steps(), merged_by_reshape),
         functions=("attention",),
         bugs=("jsbaan/transformer-from-scratch PR#6", "onnx/onnx#7118"),
     ),

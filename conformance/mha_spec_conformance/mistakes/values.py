@@ -75,7 +75,7 @@ def leaking(product: Callable[..., numpy.ndarray], **others: Callable[..., objec
 
 def added_mask(logits: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
     """Hide a pair by adding -inf, which keeps a NaN."""
-    return logits + numpy.where(visible, 0.0, -math.inf)
+    return logits + numpy.where(visible, 0.0, -math.inf).astype(logits.dtype)
 
 
 def scrubbed(x: numpy.ndarray, dtype: str) -> numpy.ndarray:
@@ -265,6 +265,7 @@ RESULTS = (
         "multiplies the query by the scale in the caller's array",
         ("MHA-PURE-1",),
         replacing(check=lambda a: scaled_in_place(steps.check(a))),
+        native=True,
         bugs=("pytorch/pytorch#109072",),
     ),
     Mistake(
