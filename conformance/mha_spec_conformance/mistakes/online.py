@@ -10,7 +10,7 @@ import numpy
 from mha_spec import steps
 
 from .loops import seeing
-from .mistake import FORWARD, Compared, Mistake, Sizes, replacing
+from .mistake import FORWARD, Mistake, Sizes, replacing
 from .softmax import exponentials_from
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def last_tile(size: int) -> steps.Steps:
 def clamped(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return exp(s - m) of at least exp(-64), for hidden keys too."""
     right, maximum = steps.exponentials(logits)
-    least = numpy.where((logits != -math.inf).any(axis=-1, keepdims=True), math.exp(-64), 0.0)
+    least = numpy.where((logits != -math.inf).any(axis=-1, keepdims=True), math.exp(-64), 0.0).astype(logits.dtype)
     return numpy.concatenate([numpy.maximum(right[..., :-1], least), right[..., -1:]], axis=-1), maximum
 
 
@@ -344,6 +344,6 @@ ONLINE = (
         replacing(exponentials=clamped),
         functions=("attention",),
         bugs=("PaddlePaddle/Paddle: softmax of the CPU",),
-        compared=Compared.BY_VALUE,
+        native=True,
     ),
 )

@@ -118,7 +118,8 @@ def with_tail_multiplied(x: Any, tokens: range) -> Any:
 def crossing(parts: Any, shape: Any, like: Any, number: float, steps: VarlenSteps) -> Any:
     """Multiply the rows of other sequences by 0 instead of leaving them out."""
     rows = [numpy.where(numpy.isfinite(part), 0.0, numpy.nan).sum() for _, part in parts if part.dtype.kind == "f"]
-    return pack(parts, shape, like, number, steps) + sum(rows)
+    packed = pack(parts, shape, like, number, steps)
+    return (packed + sum(rows)).astype(packed.dtype)
 
 
 def shared_slope(call: Call) -> Any:
