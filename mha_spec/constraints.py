@@ -58,7 +58,7 @@ class Structure(NamedTuple):
 
     @property
     def by_distance(self) -> bool:
-        """True if the distance of a pair alone decides whether positions show it, so that two entries decide for all."""
+        """True if the distance of a pair alone decides whether positions show it."""
         return self.chunk is None and self.prefixes == (0,)
 
 
