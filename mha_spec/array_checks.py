@@ -20,6 +20,9 @@ __all__ = [
     "check_integers",
     "check_library",
     "check_same_device",
+    "check_same_dtype",
+    "differ",
+    "fits",
     "is_mapping",
     "is_sequence",
     "python_values",
@@ -116,15 +119,31 @@ def check_integers(label: str, value: object, query: Array, shape: tuple[int, ..
         if not dtype_name(value).startswith(("int", "uint")):
             _refuse_integers(label, f"dtype={dtype_name(value)}", shape, axes, clause)
         received = shape_of(value)
-    if received != shape and not _may_be_equal(received, shape):
+    if not fits(received, shape):
         refuse_value(clause, f"`{label}` must have shape {axes}={shape}, received shape={received}.")
 
 
-def _may_be_equal(received: tuple[int | None, ...], shape: tuple[int | None, ...]) -> bool:
-    """Tell whether two shapes have the same rank and differ at most in sizes that are unknown in a trace, None."""
-    return len(received) == len(shape) and all(
-        None in (size, wanted) or size == wanted for size, wanted in zip(received, shape, strict=True)
-    )
+def differ(size: int | None, other: int | None) -> bool:
+    """Tell whether two sizes differ; None, a size that is unknown in a trace, differs from none."""
+    return size != other and size is not None and other is not None
+
+
+def fits(shape: tuple[int | None, ...], expected: tuple[int | None, ...]) -> bool:
+    """Tell whether a shape fits the expected shape; None, in either, fits every size."""
+    if shape == expected:
+        return True
+    return len(shape) == len(expected) and not any(map(differ, shape, expected))
+
+
+def check_same_dtype(label: str, array: Array, like: Array, other: str, clause: str) -> None:
+    """Require the dtype of another array, by `clause`, and its library and device (MHA-ARG-4)."""
+    check_alike(label, array, like, other, "MHA-ARG-4")
+    if array.dtype != like.dtype:
+        refuse_type(
+            clause,
+            f"`{label}` must have the dtype of `{other}`, dtype={dtype_name(like)}, "
+            f"received dtype={dtype_name(array)}. Convert either first: the layer never promotes.",
+        )
 
 
 def _refuse_integers(label: str, received: str, shape: tuple[int, ...], axes: str, clause: str) -> NoReturn:

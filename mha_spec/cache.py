@@ -102,10 +102,10 @@ class PagedKVCache(NamedTuple):
                 "MHA-CACHE-9",
                 f"`block_table` must be an array (batch, max_blocks), received {type(block_table).__name__}.",
             )
-        sizes = {"blocks": (blocks, 0), "block_size": (block_size, 1)}
+        sizes = {"blocks": (blocks, 0), "block_size": (block_size, 1), "kv_heads": (kv_heads, 1)}
         first = [check_integer(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
         # The buffers of a cache in which each batch entry is a block have the same axes, except for their order.
-        pools = _function_for("empty_cache", like, "like")(*first, kv_heads, qk_dim, v_dim, like=like)
+        pools = _function_for("empty_cache", like, "like")(*first, qk_dim, v_dim, like=like)
         return cls(pools.key, pools.value, numpy.zeros(block_table.shape[0], dtype=numpy.int32), block_table)
 
     def append(

@@ -56,6 +56,11 @@ class Structure(NamedTuple):
     right: int | None = None
     """The right bound of the window, which a prefix does not lift, while it lifts the 0 of causal (MHA-CAUSAL-2)."""
 
+    @property
+    def by_distance(self) -> bool:
+        """True if the distance of a pair alone decides whether positions show it."""
+        return self.chunk is None and self.prefixes == (0,)
+
 
 PLAIN = Structure()
 
@@ -94,6 +99,8 @@ def _reached(bounds: Bounds, first: int, last: int, offsets: Sequence[int], stru
     A query sees a single range of keys, whose ends never decrease from a query to the next: the first query decides
     where the keys start, the last where they stop. None stands for no bound.
     """
+    if structure.by_distance:
+        return _window(bounds, min(offsets) + first, max(offsets) + last)
     if structure.starts is None:
         structure = structure._replace(chunk=None, starts=(0,))
     if structure.prefixes is None:
@@ -109,6 +116,8 @@ def shown(bounds: Bounds, first: int, last: int, offsets: Sequence[int], structu
 
     Prefixes that must not be read only add keys; with unknown starts of chunks, no key is known to be shown.
     """
+    if structure.by_distance:
+        return _window(bounds, max(offsets) + last, min(offsets) + first)
     if structure.chunk is not None and structure.starts is None:
         return 0, 0
     structure = structure._replace(starts=structure.starts or (0,), prefixes=structure.prefixes or (0,))
@@ -131,9 +140,9 @@ def _entries(offsets: Sequence[int], structure: Structure) -> list[tuple[int, in
 
 def _range_of(position: int, start: int, prefix: int, bounds: Bounds, structure: Structure) -> Bounds:
     """Return the start and stop of the keys that positions show to a query; None stands for no bound."""
-    left, right = bounds
-    starts = [] if left is None else [position - left]
-    stops = [] if right is None else [max(position + right + 1, prefix) if prefix else position + right + 1]
+    first, stop = _window(bounds, position, position)
+    starts = [] if first is None else [first]
+    stops = [] if stop is None else [max(stop, prefix) if prefix else stop]
     if structure.right is not None:
         stops.append(position + structure.right + 1)
     if structure.chunk is not None:
@@ -141,6 +150,12 @@ def _range_of(position: int, start: int, prefix: int, bounds: Bounds, structure:
         starts.append(of_chunk)
         stops.append(of_chunk + structure.chunk)
     return max(starts, default=None), min(stops, default=None)
+
+
+def _window(bounds: Bounds, first: int, last: int) -> Bounds:
+    """Return the start of the keys that a window shows to position `first`, and the stop of those of `last`."""
+    left, right = bounds
+    return None if left is None else first - left, None if right is None else last + right + 1
 
 
 def _extreme(choose: Callable[[list[int]], int], ends: list[int | None]) -> int | None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import numpy
 
-from . import paged_checks
 from .arguments import WEIGHT_FUNCTIONS
-from .array_checks import check_alike, check_floating, is_mapping, is_sequence, require_array
-from .arrays import FLOATING, Array, dtype_name, host_integers, library_of, storage_of
-from .cache import KVCache, PagedKVCache
+from .array_checks import check_floating, check_same_dtype, differ, fits, is_mapping, is_sequence, require_array
+from .arrays import FLOATING, Array, dtype_name, library_of, storage_of
+from .cache import PagedKVCache
+from .cache_checks import check_buffers, check_paged_options, check_room
 from .checks import refuse_unknown
 from .errors import refuse_type, refuse_value
 from .parameters import AXES, JOINT_NORMS, REQUIRED
@@ -26,6 +26,7 @@ from .scalars import LARGEST_FLOAT, check_integer, check_number, is_integer, pla
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from .cache import KVCache
     from .rotary_checks import Rotary
 
 __all__ = [
@@ -104,14 +105,14 @@ def _check_operands(a: LayerArguments) -> None:
         if array is None or array is a.query:
             continue
         _check_array(label, array, f"(batch, kv_len, {label[0]}_embed)")
-        _check_like(label, array, a.query, "query", "MHA-LAYER-2")
-        if _differ(array.shape[0], a.query.shape[0]):
+        check_same_dtype(label, array, a.query, "query", "MHA-LAYER-2")
+        if differ(array.shape[0], a.query.shape[0]):
             refuse_value(
                 "MHA-LAYER-2",
                 f"`{label}` must have the batch of `query`, batch={a.query.shape[0]}, "
                 f"received batch={array.shape[0]} in shape={tuple(array.shape)}.",
             )
-    if a.key is not None and a.value is not None and _differ(a.value.shape[1], a.key.shape[1]):
+    if a.key is not None and a.value is not None and differ(a.value.shape[1], a.key.shape[1]):
         refuse_value(
             "MHA-LAYER-2",
             f"`value` must have the kv_len of `key`, kv_len={a.key.shape[1]}, "
@@ -127,28 +128,6 @@ def _check_array(label: str, array: Array, axes: str) -> None:
             f"`{label}` must have rank 3, {axes}, received shape={tuple(array.shape)}. "
             "Heads are split by the projections.",
         )
-
-
-def _check_like(label: str, array: Array, like: Array, other: str, clause: str) -> None:
-    """Require the dtype of another array, by `clause`, and its library and device (MHA-ARG-4)."""
-    check_alike(label, array, like, other, "MHA-ARG-4")
-    if array.dtype != like.dtype:
-        refuse_type(
-            clause,
-            f"`{label}` must have the dtype of `{other}`, dtype={dtype_name(like)}, "
-            f"received dtype={dtype_name(array)}. Convert either first: the layer never promotes.",
-        )
-
-
-def _differ(size: int | None, other: int | None) -> bool:
-    return size != other and size is not None and other is not None
-
-
-def _fit(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    """Tell whether a shape fits the expected shape, in which None is any size."""
-    if shape == expected:
-        return True
-    return len(shape) == len(expected) and not any(map(_differ, shape, expected))
 
 
 def _check_params(a: LayerArguments) -> None:
@@ -178,7 +157,7 @@ def _check_params(a: LayerArguments) -> None:
     if a.value is not None:
         sizes["v_embed"] = a.value.shape[2]
     for name in _distinct(a.params):
-        _check_like(f"params[{name!r}]", a.params[name], a.query, "query", "MHA-PROJ-4")
+        check_same_dtype(f"params[{name!r}]", a.params[name], a.query, "query", "MHA-PROJ-4")
     for name, axes in AXES.items():
         if name in a.params:
             _check_sizes(name, axes, a.params[name].shape, sizes)
@@ -207,7 +186,7 @@ def _check_sizes(name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes
         known = sizes.get(axis)
         if known is None and size:
             learned[axis] = size
-        elif size == 0 or (size != known and _differ(size, known)):
+        elif size == 0 or (size != known and differ(size, known)):
             fits = False
     if not fits:
         expected = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
@@ -255,7 +234,7 @@ def _check_positions_of_layer(a: LayerArguments) -> None:
             "Causal and window count from q_offset.",
         )
     batch, length, _ = a.query.shape
-    if a.key is not None and _differ(length, a.key.shape[1]):
+    if a.key is not None and differ(length, a.key.shape[1]):
         refuse_value(
             "MHA-LAYER-7",
             f"`positions` must be None where q_len={length} and kv_len={a.key.shape[1]} differ, "
@@ -282,7 +261,7 @@ def _check_numbers(
     shape = None if getattr(array.shape, "rank", 1) is None else tuple(array.shape)
     axes = () if sections is None else (len(sections),)
     expected = (*axes, *sizes)
-    if shape is None or not 1 <= len(shape) <= len(expected) or not _fit(shape, expected[-len(shape) :]):
+    if shape is None or not 1 <= len(shape) <= len(expected) or not fits(shape, expected[-len(shape) :]):
         labels = (f"({length},)", f"(batch, {length})", f"(len(sections), batch, {length})")[: len(expected)]
         shapes = [f"{label}={expected[-rank:]}" for rank, label in enumerate(labels, start=1)]
         refuse_value(
@@ -326,14 +305,14 @@ def _is_series(value: object) -> TypeGuard[Sequence[object]]:
 def _check_cache(a: LayerArguments, cache: KVCache | PagedKVCache) -> None:
     """Require the query's library, dtype, device and batch, and the sizes of the parameters (MHA-CACHE-7)."""
     if isinstance(cache, PagedKVCache):
-        paged_checks.check_options(a.function, a.options, weighs=a.weighs)
+        check_paged_options(a.function, a.options, weighs=a.weighs)
     _, kv_heads, qk_dim = a.params["w_k"].shape
     v_dim = None if a.weighs else a.params["w_v"].shape[2]
-    _check_buffers(cache, a.query, "query", (a.query.shape[0], kv_heads, None, qk_dim), v_dim)
+    check_buffers(cache, a.query, "query", (a.query.shape[0], kv_heads), (qk_dim, v_dim))
     kv_lengths = a.options.get("kv_lengths")
     if a.key is not None:
         check_entries("kv_lengths", kv_lengths, a.query, 0, a.key.shape[1], "kv_len")
-        _check_room(cache, a.key.shape[1], kv_lengths)
+        check_room(cache, a.key.shape[1], kv_lengths)
     elif kv_lengths is not None:
         refuse_value(
             "MHA-CACHE-8",
@@ -357,60 +336,17 @@ def check_append(
                 "MHA-CACHE-7",
                 f"`{name}` must have rank 4, (batch, kv_heads, length, size), received shape={tuple(array.shape)}.",
             )
-    _check_like("value", value, key, "key", "MHA-CACHE-7")
+    check_same_dtype("value", value, key, "key", "MHA-CACHE-7")
     batch, kv_heads, length, qk_dim = key.shape
-    if not _fit(tuple(value.shape[:3]), tuple(key.shape[:3])):
+    if not fits(tuple(value.shape[:3]), tuple(key.shape[:3])):
         refuse_value(
             "MHA-CACHE-7",
             f"`value` must agree with `key` in (batch, kv_heads, length)={tuple(key.shape[:3])}, "
             f"received shape={tuple(value.shape)}.",
         )
-    _check_buffers(cache, key, "key", (batch, kv_heads, None, qk_dim), value.shape[3])
+    check_buffers(cache, key, "key", (batch, kv_heads), (qk_dim, value.shape[3]))
     check_entries(label, counts, key, 0, length, "length")
-    _check_room(cache, length, counts)
-
-
-def _check_buffers(cache: object, like: Array, other: str, shape: tuple[int | None, ...], v_dim: int | None) -> None:
-    if isinstance(cache, PagedKVCache):
-        paged_checks.check_buffers(cache, like, other, (shape[0], shape[1], shape[3]), v_dim)
-        return
-    if not isinstance(cache, KVCache):
-        refuse_type(
-            "MHA-CACHE-7", f"`cache` must be a KVCache, received {type(cache).__name__}. Make it with KVCache.empty."
-        )
-    capacity = None
-    for name, buffer, last in (("key", cache.key, shape[3]), ("value", cache.value, v_dim)):
-        _check_like(f"cache.{name}", buffer, like, other, "MHA-CACHE-7")
-        received, expected = tuple(buffer.shape), (*shape[:2], capacity, last)
-        if not _fit(received, expected):
-            axes = ("batch", "kv_heads", "capacity", "qk_dim" if name == "key" else "v_dim")
-            fitting = ", ".join(str(axis if size is None else size) for axis, size in zip(axes, expected, strict=True))
-            refuse_value(
-                "MHA-CACHE-7",
-                f"`cache.{name}` must have shape ({', '.join(axes)})=({fitting}), received shape={received}.",
-            )
-        capacity = received[2]
-    if cache.lengths is None:
-        refuse_type("MHA-CACHE-7", "`cache.lengths` must hold an integer for each batch entry, received None.")
-    check_entries("cache.lengths", cache.lengths, like, 0, cache.capacity, "capacity")
-
-
-def _check_room(cache: KVCache | PagedKVCache, length: int | None, counts: Array | Sequence[int] | None) -> None:
-    """Refuse more tokens than the cache has room for, where its lengths are host data (MHA-CACHE-4)."""
-    if isinstance(cache, PagedKVCache):
-        paged_checks.check_room(cache, length, counts)
-        return
-    before = host_integers(cache.lengths)
-    lengths = None if length is None else [length] * len(before or ())
-    more = lengths if counts is None else host_integers(counts)
-    if before is None or more is None:
-        return
-    if max([length + count for length, count in zip(before, more, strict=True)], default=0) > cache.capacity:
-        refuse_value(
-            "MHA-CACHE-4",
-            f"`cache` must have room for the new tokens, capacity={cache.capacity}, received lengths={before} and "
-            f"{more} more. Nothing was stored. Make the cache with a larger capacity.",
-        )
+    check_room(cache, length, counts)
 
 
 def _check_alignment(a: LayerArguments) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from oracle import Answer
     from playwright.sync_api import Browser
 
+    from mha_spec_conformance.reporting.matrix import Matrix
     from mha_spec_conformance.suite.cases import Case, Suite
 
 pytest.register_assert_rewrite("support")
@@ -63,6 +64,14 @@ def browser() -> Iterator[Browser]:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    """Read reports in which each state of the matrix occurs."""
+    from support.matrix_reports import field_reports, read
+
+    return read(tmp_path_factory.mktemp("reports"), *field_reports())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
-from support.pages import Structure, ground_of, in_a_browser, violations, visit
+from support.pages import Structure, assert_fits_a_phone_and_paper, ground_of, in_a_browser, violations, visit
 
 from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.asking.selection import Selection
@@ -389,13 +389,5 @@ def test_links_lead_to_what_they_name(visited: tuple[Page, list[str]]) -> None:
 @in_a_browser
 def test_the_page_fits_a_phone_and_paper(visited: tuple[Page, list[str]]) -> None:
     opened, complaints = visited
-    opened.set_viewport_size({"width": 320, "height": 600})
-    assert opened.evaluate("document.documentElement.scrollWidth") <= 320
-    opened.set_viewport_size({"width": 1200, "height": 900})
-    opened.emulate_media(media="print", color_scheme="dark")
-    assert not opened.locator("nav").is_visible()
-    assert opened.locator("h1").is_visible()
-    assert ground_of(opened) == [255, 255, 255]
-    assert opened.pdf().startswith(b"%PDF")
-    opened.emulate_media(media="screen")
+    assert_fits_a_phone_and_paper(opened, shown="h1", hidden=["nav"])
     assert complaints == []

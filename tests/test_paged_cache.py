@@ -31,7 +31,7 @@ MODULES = {
     "mha_spec_jax": "jax",
     "mha_spec_tensorflow": "tensorflow",
 }
-"""The modules that have the layer, each with the library of the arrays that it is given."""
+"""The modules that have the layer, each with the library of its arrays."""
 
 BATCH, HEADS, KV_HEADS, QK_DIM, V_DIM, EMBED, BLOCKS, SIZE, LENGTH = 2, 6, 3, 4, 5, 8, 11, 3, 7
 CAPACITY = 12
@@ -239,6 +239,8 @@ def test_empty_blocks_have_the_sizes_and_the_type_of_their_arguments(module: str
     assert list(cache.lengths) == [0] * BATCH
     with pytest.raises(ArgumentValueError, match=r"`block_size` must be block_size>=1.*MHA-CACHE-9"):
         PagedKVCache.empty(TABLE, BLOCKS, 0, KV_HEADS, QK_DIM, like=like)
+    with pytest.raises(ArgumentValueError, match=r"`kv_heads` must be kv_heads>=1.*MHA-CACHE-9"):
+        PagedKVCache.empty(TABLE, BLOCKS, SIZE, 0, QK_DIM, like=like)
     with pytest.raises(ArgumentTypeError, match="`block_table` must be an array"):
         PagedKVCache.empty(TABLE.tolist(), BLOCKS, SIZE, KV_HEADS, QK_DIM, like=like)
 

@@ -77,3 +77,16 @@ def ground_of(opened: Page) -> list[int]:
     """Return the red, green and blue of the background."""
     colour = opened.evaluate("getComputedStyle(document.body).backgroundColor")
     return [int(number) for number in re.findall(r"\d+", colour)[:3]]
+
+
+def assert_fits_a_phone_and_paper(opened: Page, *, shown: str, hidden: list[str]) -> None:
+    """Assert that a narrow page does not scroll sideways, and that a printed page is white and shows what it should."""
+    opened.set_viewport_size({"width": 320, "height": 600})
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 320
+    opened.set_viewport_size({"width": 1200, "height": 900})
+    opened.emulate_media(media="print", color_scheme="dark")
+    assert opened.locator(shown).is_visible()
+    assert not any(opened.locator(name).is_visible() for name in hidden)
+    assert ground_of(opened) == [255, 255, 255]
+    assert opened.pdf().startswith(b"%PDF")
+    opened.emulate_media(media="screen")

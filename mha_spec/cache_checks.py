@@ -1,4 +1,4 @@
-"""The checks of a paged cache, which every backend shares; they read the contents of host data only."""
+"""The checks of caches, which every backend shares; they read the contents of host data only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy
 
 from .arguments import options_of
-from .array_checks import check_alike, check_integers, require_array, shape_of
-from .arrays import dtype_name, host_integers, library_of
+from .array_checks import check_integers, check_same_dtype, fits, require_array, shape_of
+from .arrays import host_integers, library_of
+from .cache import KVCache, PagedKVCache
 from .errors import refuse_type, refuse_value
 from .paged_steps import OPTIONS
 from .pools import slots_of_positions
@@ -19,15 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from .arrays import Array
-    from .cache import PagedKVCache
 
-__all__ = ["check_buffers", "check_options", "check_room"]
+    Size = int | None
+    """A size, or None if a trace does not know it."""
+
+__all__ = ["check_buffers", "check_paged_options", "check_room"]
 
 REFUSED = tuple(name for name in options_of("multi_head_attention") if name not in (*OPTIONS, "kv_lengths"))
 """The options that paged attention does not have."""
 
 
-def check_options(function: str, options: Mapping[str, Any], *, weighs: bool) -> None:
+def check_paged_options(function: str, options: Mapping[str, Any], *, weighs: bool) -> None:
     """Refuse what paged attention does not have, by name (MHA-CACHE-10)."""
     if weighs or function == "multi_head_attention_and_weights":
         refuse_value(
@@ -50,81 +53,85 @@ def check_options(function: str, options: Mapping[str, Any], *, weighs: bool) ->
         )
 
 
-def check_buffers(cache: PagedKVCache, like: Array, other: str, sizes: tuple[Any, Any, Any], v_dim: int | None) -> None:
-    """Require blocks of the library, dtype and device of `like`, and of (batch, kv_heads, qk_dim) (MHA-CACHE-9)."""
-    batch, kv_heads, qk_dim = sizes
-    blocks: tuple[Any, ...] = (None, None)
-    for name, buffer, last in (("key", cache.key, qk_dim), ("value", cache.value, v_dim)):
-        label = f"cache.{name}"
-        require_array(label, buffer, "MHA-CACHE-9")
-        check_alike(label, buffer, like, other, "MHA-ARG-4")
-        if buffer.dtype != like.dtype:
-            refuse_type(
-                "MHA-CACHE-9",
-                f"`{label}` must have the dtype of `{other}`, dtype={dtype_name(like)}, "
-                f"received dtype={dtype_name(buffer)}. Convert either first: the layer never promotes.",
-            )
-        received, expected = shape_of(buffer), (*blocks, kv_heads, last)
-        if not _fits(received, expected):
-            axes = ("blocks", "block_size", "kv_heads", "qk_dim" if name == "key" else "v_dim")
-            fitting = ", ".join(str(axis if size is None else size) for axis, size in zip(axes, expected, strict=True))
-            refuse_value(
-                "MHA-CACHE-9", f"`{label}` must have shape ({', '.join(axes)})=({fitting}), received shape={received}."
-            )
-        blocks = received[:2]
-    if blocks[1] == 0:
-        refuse_value("MHA-CACHE-9", f"`cache.key` must have block_size>=1, received shape={shape_of(cache.key)}.")
-    _check_table(cache, like, batch)
+def check_buffers(cache: object, like: Array, other: str, sizes: tuple[Size, Size], last: tuple[Size, Size]) -> None:
+    """Require buffers like another array, with (batch, kv_heads) and (qk_dim, v_dim) (MHA-CACHE-7, MHA-CACHE-9)."""
+    batch, kv_heads = sizes
+    if isinstance(cache, PagedKVCache):
+        clause, axes = "MHA-CACHE-9", {"blocks": None, "block_size": None, "kv_heads": kv_heads}
+    elif isinstance(cache, KVCache):
+        clause, axes = "MHA-CACHE-7", {"batch": batch, "kv_heads": kv_heads, "capacity": None}
+    else:
+        refuse_type(
+            "MHA-CACHE-7", f"`cache` must be a KVCache, received {type(cache).__name__}. Make it with KVCache.empty."
+        )
+    for name, buffer, size in zip(("key", "value"), (cache.key, cache.value), last, strict=True):
+        all_axes = {**axes, "qk_dim" if name == "key" else "v_dim": size}
+        received = _check_buffer(f"cache.{name}", buffer, like, other, all_axes, clause)
+        axes = {
+            axis: number if known is None else known
+            for (axis, known), number in zip(axes.items(), received[:3], strict=True)
+        }
+    if isinstance(cache, PagedKVCache):
+        _check_table(cache, like, batch)
+    if cache.lengths is None:
+        refuse_type(clause, "`cache.lengths` must hold an integer for each batch entry, received None.")
     check_entries("cache.lengths", cache.lengths, like, 0, _capacity(cache), "capacity")
 
 
-def _fits(received: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
-    """Tell whether a shape has the expected sizes, in which None is any size, as in a trace."""
-    if len(received) != len(expected):
-        return False
-    return all(None in pair or pair[0] == pair[1] for pair in zip(received, expected, strict=True))
+def _check_buffer(
+    label: str, buffer: Array, like: Array, other: str, axes: Mapping[str, Size], clause: str
+) -> tuple[Size, ...]:
+    """Require the library, dtype and device of `like`, and the sizes that are known; return the shape."""
+    require_array(label, buffer, clause)
+    check_same_dtype(label, buffer, like, other, clause)
+    received = shape_of(buffer)
+    if not fits(received, tuple(axes.values())):
+        expected = ", ".join(axis if size is None else str(size) for axis, size in axes.items())
+        refuse_value(clause, f"`{label}` must have shape ({', '.join(axes)})=({expected}), received shape={received}.")
+    return received
 
 
-def _check_table(cache: PagedKVCache, like: Array, batch: int | None) -> None:
-    """Require a row of integers for each batch entry, and lengths."""
+def _check_table(cache: PagedKVCache, like: Array, batch: Size) -> None:
+    """Require slots in each block, and a row of integers for each batch entry (MHA-CACHE-9)."""
+    if cache.block_size == 0:
+        refuse_value("MHA-CACHE-9", f"`cache.key` must have block_size>=1, received shape={shape_of(cache.key)}.")
     require_array("cache.block_table", cache.block_table, "MHA-CACHE-9", "an array of integers (batch, max_blocks)")
     shape = shape_of(cache.block_table)
     expected: Any = (batch, shape[1] if len(shape) == 2 else 0)
     check_integers("cache.block_table", cache.block_table, like, expected, "(batch, max_blocks)", "MHA-CACHE-9")
-    if cache.lengths is None:
-        refuse_type("MHA-CACHE-9", "`cache.lengths` must hold an integer for each batch entry, received None.")
 
 
-def _capacity(cache: PagedKVCache) -> int | None:
+def _capacity(cache: KVCache | PagedKVCache) -> Size:
     """Return the most tokens of a batch entry; None if a trace does not know it."""
-    sizes: Any = shape_of(cache.key)[1], shape_of(cache.block_table)[1]
+    if isinstance(cache, KVCache):
+        return cache.capacity
+    sizes: Any = cache.block_size, shape_of(cache.block_table)[1]
     size, columns = sizes
     return None if size is None or columns is None else size * columns
 
 
-def check_room(cache: PagedKVCache, length: int | None, counts: Array | Sequence[int] | None) -> None:
+def check_room(cache: KVCache | PagedKVCache, length: Size, counts: Array | Sequence[int] | None) -> None:
     """Require a free slot for every new token, where lengths and table are host data (MHA-CACHE-4, MHA-CACHE-11)."""
-    before = host_integers(cache.lengths)
-    more = _counts(before, length, counts)
-    capacity = _capacity(cache)
+    before, capacity = host_integers(cache.lengths), _capacity(cache)
+    if counts is not None:
+        more = host_integers(counts)
+    else:
+        more = None if before is None or length is None else [length] * len(before)
     if before is None or more is None or capacity is None:
         return
     after = [old + new for old, new in zip(before, more, strict=True)]
+    is_paged = isinstance(cache, PagedKVCache)
     if max(after, default=0) > capacity:
+        name = "max_blocks * block_size" if is_paged else "capacity"
+        fix = "Append columns to block_table." if is_paged else "Make the cache with a larger capacity."
         refuse_value(
             "MHA-CACHE-4",
-            f"`cache` must have room for the new tokens, max_blocks * block_size={capacity}, received lengths={before} "
-            f"and {more} more. Nothing was stored. Append columns to block_table.",
+            f"`cache` must have room for the new tokens, {name}={capacity}, received lengths={before} and {more} more. "
+            f"Nothing was stored. {fix}",
         )
     sizes: Any = shape_of(cache.key)[:2]
-    if library_of(cache.block_table) == "numpy" and None not in sizes:
+    if is_paged and library_of(cache.block_table) == "numpy" and None not in sizes:
         _check_slots(cache, before, after)
-
-
-def _counts(before: list[int] | None, length: int | None, counts: Array | Sequence[int] | None) -> list[int] | None:
-    if counts is not None:
-        return host_integers(counts)
-    return None if before is None or length is None else [length] * len(before)
 
 
 def _check_slots(cache: PagedKVCache, before: list[int], after: list[int]) -> None:
