@@ -119,12 +119,17 @@ def prefix_of_query_indices(a: Arguments) -> Arguments:
     return as_mask(a, (keys <= queries) | ((keys < prefixes) & (rows < prefixes)))
 
 
+def plus_starts(a: Arguments, numbers: object, sign: int = 1) -> numpy.ndarray:
+    """Add the kv_starts of the batch entries to numbers, or subtract them with the sign -1."""
+    return numpy.asarray(numbers) + sign * numpy.asarray(a.kv_starts)
+
+
 def counted_from_starts(name: str) -> steps.Steps:
     """Count the integers of an option from kv_starts."""
 
     def change(a: Arguments) -> Arguments:
         counted = getattr(a, name)
-        return a if counted is None else replace(a, **{name: numpy.add(counted, a.kv_starts)})
+        return a if counted is None else replace(a, **{name: plus_starts(a, counted)})
 
     return with_starts(change)
 
@@ -356,16 +361,14 @@ STRUCTURED = (
         "starts-move-keys",
         "counts the positions of the keys from kv_starts, and not those of the queries",
         ("MHA-LEN-4", "MHA-POS-1"),
-        with_starts(lambda a: replace(a, q_offset=numpy.add(steps.offset_of(a), a.kv_starts)) if a.positional else a),
+        with_starts(lambda a: replace(a, q_offset=plus_starts(a, steps.offset_of(a))) if a.positional else a),
         needs=("kv_starts",),
     ),
     Mistake(
         "starts-move-queries",
         "counts the positions of the queries from kv_starts, and not those of the keys",
         ("MHA-LEN-4", "MHA-POS-1"),
-        with_starts(
-            lambda a: replace(a, q_offset=numpy.subtract(steps.offset_of(a), a.kv_starts)) if a.positional else a
-        ),
+        with_starts(lambda a: replace(a, q_offset=plus_starts(a, steps.offset_of(a), -1)) if a.positional else a),
         needs=("kv_starts",),
     ),
     Mistake(
