@@ -94,6 +94,12 @@ class Column:
         return "conformant, with accepted conventions" if data["accepted"] else "conformant"
 
     @property
+    def description(self) -> str:
+        """The verdict in a few words, or the reason why the implementation was not judged."""
+        data = self.report.data
+        return data["verdict"] if data["status"] == 2 and not data["cases"] else self.label
+
+    @property
     def whole(self) -> bool:
         """True if the run asked everything that the target claims."""
         return self.report.data["complete"] and not any(self.report.data["selection"].values())
