@@ -68,7 +68,7 @@ def text_lines(field: Matrix) -> Iterator[str]:
     """Describe each implementation in a line: its verdict, and the numbers of clauses in each state."""
     for number, column in enumerate(field.columns):
         counts = ", ".join(f"{count} {state}" for state, count in field.tally(number).items() if count)
-        yield one_line(f"{column.name} ({column.report.versions}): {column.label}; clauses: {counts}", 300)
+        yield one_line(f"{column.name} ({column.report.versions}): {column.description}; clauses: {counts}", 300)
 
 
 def markdown_lines(field: Matrix) -> Iterator[str]:
@@ -77,7 +77,7 @@ def markdown_lines(field: Matrix) -> Iterator[str]:
     yield f"| implementation | versions | run | {' | '.join(STATES)} |"
     yield f"| --- | --- | --- |{' ---: |' * len(STATES)}"
     for number, column in enumerate(field.columns):
-        names = (column.name, column.report.versions, column.label)
+        names = (column.name, column.report.versions, column.description)
         counts = (str(count or "") for count in field.tally(number).values())
         yield f"| {' | '.join(cell(one_line(name, 200)) for name in names)} | {' | '.join(counts)} |"
     if len(field.columns) > MOST_COLUMNS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,15 @@ class Reports:
                 errors.append(error)
         return errors[0] if errors else None
 
+    def record(self, run: Run) -> None:
+        """Write the JSON report of a target that could not be judged, so that `mha-spec matrix` shows it as such.
+
+        The other files are not written, because a test report without a failure looks like a success.
+        """
+        with suppress(OSError):  # the reason why the target could not be judged is the error that is shown
+            if self.json is not None:
+                write_json(run, self.json)
+
     def _writers(self) -> Iterator[tuple[str, Path, Callable[[Run, Path], None]]]:
         for option, path, write in (
             ("--json", self.json, write_json),
@@ -83,6 +92,7 @@ def writing(option: str, path: Path) -> Iterator[None]:
 def conclude(screen: Console, result: Run, reports: Reports) -> int:
     """Write the reports, print the verdict, and return the exit status."""
     if not result.deciding:
+        reports.record(result)
         raise NothingToJudge(f"target {result.claims.name}: {result.verdict}")
     fault = reports.write(result)
     print_run(screen, result)

@@ -86,6 +86,12 @@ class Column:
         return label_of(self.report.data)
 
     @property
+    def description(self) -> str:
+        """The verdict in a few words, or the reason why the implementation was not judged."""
+        data = self.report.data
+        return data["verdict"] if data["status"] == 2 and not data["cases"] else self.label
+
+    @property
     def whole(self) -> bool:
         """True if the run asked everything that the target claims."""
         return is_whole(self.report.data)

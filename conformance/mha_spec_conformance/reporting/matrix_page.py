@@ -40,7 +40,7 @@ MEANINGS = {
     "wrong": "at least one case has a wrong result",
     "error": "at least one case raised, crashed or did not end",
     "unsupported": "the implementation refused every case",
-    "not asked": "the implementation does not claim what the cases need, or the run left them out",
+    "not asked": "the implementation does not claim what the cases need, was not judged, or the run left them out",
 }
 """The states as the page explains them."""
 
@@ -156,7 +156,7 @@ def _column(column: Column, cases: list[str], clauses: Mapping[str, int]) -> dic
         "name": one_line(column.name, MOST_CHARACTERS),
         "target": shlex.quote(one_line(column.report.name, MOST_CHARACTERS)),
         "versions": one_line(column.report.versions, MOST_CHARACTERS),
-        "label": column.label,
+        "description": column.description,
         "whole": column.whole,
         "slug": column.slug,
         "results": "".join(_code(results.get(key)) for key in keys),
