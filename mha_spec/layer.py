@@ -381,8 +381,12 @@ class Layer:
         return Operands(q, new.key, new.value, a.options | options, new)
 
     def _append(self, cache: Any, key: Array, value: Any, counts: Any) -> Any:
-        appends = {PagedKVCache: self.steps.append_paged, WindowKVCache: self.steps.append_window}
-        return appends.get(type(cache), self.steps.append)(cache, key, value, counts, self.steps)
+        append = self.steps.append
+        if isinstance(cache, PagedKVCache):
+            append = self.steps.append_paged
+        elif isinstance(cache, WindowKVCache):
+            append = self.steps.append_window
+        return append(cache, key, value, counts, self.steps)
 
     def _heads(self, a: LayerArguments) -> tuple[Array, Array | None, Array | None]:
         """Project, normalise and rotate query, key and value (MHA-NORM-2)."""

@@ -51,9 +51,9 @@ def store_wrapped(buffer: Array, new: Array, start: Array | Sequence[int], stop:
     batch, _, capacity, _ = buffer.shape
     if 0 in (batch, capacity, new.shape[2]):
         return buffer
-    start, stop = (integers(ends, buffer)[:, None] for ends in (start, stop))
-    slots = xp.arange(capacity, dtype=stop.dtype, device=device)
-    last = stop - 1 - (stop - 1 - slots) % capacity - start  # The last new token of each slot; negative if it has none.
+    first, end = (integers(ends, buffer)[:, None] for ends in (start, stop))
+    slots: Array = xp.arange(capacity, dtype=end.dtype, device=device)
+    last = end - 1 - (end - 1 - slots) % capacity - first  # The last new token of each slot; negative if it has none.
     taken = xp.clip(last, 0, new.shape[2] - 1)
     moved = xp.stack([xp.take(new[b, ...], taken[b, ...], axis=1) for b in range(batch)])
     return xp.where((last >= 0)[:, None, :, None], moved, buffer)

@@ -83,7 +83,7 @@ def store_wrapped(buffer: Array, new: Array, start: Array | Sequence[int], stop:
     stored, capacity = buffer.copy(), buffer.shape[2]
     for entry, (first, last) in enumerate(zip(*map(host_integers, (start, stop)), strict=True)):
         kept = numpy.arange(max(first, last - capacity), last)
-        stored[entry, :, kept % max(capacity, 1)] = new[entry, :, kept - first].swapaxes(0, 1)
+        stored[entry][:, kept % max(capacity, 1)] = new[entry][:, kept - first]
     return stored
 
 

@@ -227,9 +227,15 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
         return buffer
     slots = tf.range(sizes_of(buffer)[2])
     start, stop = (tf.cast(bound, tf.int32)[:, None] for bound in (start, stop))
-    taken = tf.clip_by_value(slots - start, 0, sizes_of(new)[2] - 1)
     written = tf.logical_and(slots >= start, slots < stop)
-    return tf.where(written[:, None, :, None], tf.gather(new, taken, axis=2, batch_dims=1), buffer)
+    return tf.where(written[:, None, :, None], _tokens_at(slots - start, new), buffer)
+
+
+def _tokens_at(places: Array, new: Array) -> Array:
+    """Return the new token of each slot, (batch, kv_heads, capacity, size); one without a token gets any numbers."""
+    # In a graph of unknown sizes there may be no token, and a gather needs one.
+    padded = new if new.shape[2] else tf.pad(new, [[0, 0], [0, 0], [0, 1], [0, 0]])
+    return tf.gather(padded, tf.clip_by_value(places, 0, sizes_of(padded)[2] - 1), axis=2, batch_dims=1)
 
 
 def new_slots(cache: PagedKVCache, stop: Integers, new: Array) -> Array:
@@ -281,10 +287,9 @@ def store_wrapped(buffer: Array, new: Array, start: Integers, stop: Integers) ->
     if 0 in (buffer.shape[0], buffer.shape[2], new.shape[2]):
         return buffer
     capacity = sizes_of(buffer)[2]
-    start, stop = (integers(ends, buffer)[:, None] for ends in (start, stop))
-    last = stop - 1 - tf.math.floormod(stop - 1 - tf.range(capacity), capacity) - start
-    taken = tf.clip_by_value(last, 0, sizes_of(new)[2] - 1)
-    return tf.where((last >= 0)[:, None, :, None], tf.gather(new, taken, axis=2, batch_dims=1), buffer)
+    first, end = (integers(ends, buffer)[:, None] for ends in (start, stop))
+    last = end - 1 - tf.math.floormod(end - 1 - tf.range(capacity), capacity) - first
+    return tf.where((last >= 0)[:, None, :, None], _tokens_at(last, new), buffer)
 
 
 def unroll(buffer: Array, lengths: Integers, new: Array | None) -> Array:
