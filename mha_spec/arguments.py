@@ -152,6 +152,11 @@ class Arguments:
         return self.causal or self.bounded_window is not None or self.chunk is not None
 
     @property
+    def is_structured(self) -> bool:
+        """True if more than the distance of a pair decides whether positions show it."""
+        return self.chunk is not None or self.prefix_lengths is not None
+
+    @property
     def bounds(self) -> tuple[int | None, int | None]:
         """The bounds (left, right) of a key's distance; causal is the window (None, 0) (MHA-CAUSAL-1, MHA-WINDOW-2)."""
         left, right = self.window or (None, None)
@@ -161,6 +166,12 @@ class Arguments:
     def unlifted_right(self) -> int | None:
         """The right bound of the window, which holds where a prefix lifts that of causal (MHA-CAUSAL-2)."""
         return None if self.window is None or self.prefix_lengths is None else self.window[1]
+
+    @property
+    def band(self) -> int | None:
+        """The number of keys that a row sees, minus 1, if a window bounds both sides."""
+        left, right = self.bounds if self.prefix_lengths is None else (self.bounds[0], self.unlifted_right)
+        return None if left is None or right is None else left + right
 
 
 OPTIONS = tuple(field.name for field in fields(Arguments) if field.name not in {"query", "key", "value", "function"})

@@ -125,6 +125,16 @@ def test_regressions_come_first_and_are_grouped_by_cause(tmp_path: Path) -> None
     assert lines[-1] == changed.summary
 
 
+def test_the_largest_group_of_the_same_outcomes_is_first(tmp_path: Path) -> None:
+    names = [f"attention/mask/{number}" for number in range(5)]
+    old = report(*[entry("pass", name) for name in names])
+    new = report(*[entry("error", name, reason=f"reason {number % 3 % 2}") for number, name in enumerate(names)])
+    changed = compared(tmp_path, old, new)
+    assert [(group.title, len(group.changes)) for group in changed.groups] == [("reason 0", 3), ("reason 1", 2)]
+    assert {group.clauses for group in changed.groups} == {("MHA-MASK-1",)}
+    assert "\n".join(text_lines(changed)).count("reason 0") == 1, "a case does not repeat the reason of its group"
+
+
 def test_a_feature_that_is_no_longer_claimed_is_named(tmp_path: Path) -> None:
     new = report()
     old = report(entry("pass", features=["core", "mask"]))
@@ -139,13 +149,18 @@ def test_a_feature_that_is_no_longer_claimed_is_named(tmp_path: Path) -> None:
 
 
 def test_remarks_name_what_differs_between_the_runs(tmp_path: Path) -> None:
-    old = report(entry("pass"))
+    old = report(entry("pass"), entry("pass", "x", allowance_used=0.125))
     new = report(entry("pass", allowance_used=0.75), accepted=["lse_base=2"], complete=False)
     new["target"].update(name="other.py", profile="fused", conventions={"causal_alignment": "lower_right"})
     remarks = "\n".join(compared(tmp_path, old, new).remarks)
     for part in ("my_attention.py and other.py", "profile", "conventions", "accepted", "new run is partial", "0.25 of"):
         assert part in remarks
     assert list(compared(tmp_path, old, old).remarks) == []
+    known = report(*old["cases"], known=[{"id": CASE, "dtype": "float32", "outcome": None, "reason": "issue 12"}])
+    (remark,) = compared(tmp_path, old, known).remarks
+    assert "known" in remark
+    (remark,) = compared(tmp_path, new, {**new, "complete": True}).remarks
+    assert "old run is partial" in remark
 
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:

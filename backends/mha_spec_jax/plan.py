@@ -105,7 +105,7 @@ def _height(a: Arguments) -> tuple[int, int | None]:
 
     The taller a block, the more hidden scores it computes outside the band of a window or above a causal diagonal.
     """
-    highest, keys, band = HIGHEST, a.kv_len, _band(a)
+    highest, keys, band = HIGHEST, a.kv_len, a.band
     if band is not None:
         highest = min(HIGHEST, max(LOWEST, band // 2))
         keys = min(a.kv_len, highest + band)
@@ -129,7 +129,7 @@ def _heads_at_once(heads: int, most: int) -> int:
 def _blocks(a: Arguments, rows: int) -> list[_Block]:
     blocks = [range(first, min(first + rows, a.q_len)) for first in range(0, a.q_len, rows)]
     bounds = [_visible_keys(a, block) for block in blocks]
-    sizes, band = [len(keys) for keys in bounds], _band(a)
+    sizes, band = [len(keys) for keys in bounds], a.band
     if band is not None:
         sizes = [max(rows + band, *sizes)] * len(sizes)
     elif a.q_segment_ids is not None or a.chunk is not None:
@@ -145,19 +145,12 @@ def _offset(a: Arguments) -> Array | Sequence[int] | int:
     return 0 if a.q_offset is None else a.q_offset
 
 
-def _band(a: Arguments) -> int | None:
-    """Return the number of keys that a row sees, less 1, where a window bounds both sides."""
-    left, right = a.bounds
-    right = right if a.prefix_lengths is None else a.unlifted_right
-    return None if left is None or right is None else left + right
-
-
 def _rounded(size: int, a: Arguments) -> int:
     """Round the size of a stretch up, because each size compiles a program; with segments, the units are smaller."""
     unit = max(LOWEST, -(-a.kv_len // (SIZES if a.q_segment_ids is None else SIZES**2)))
     if a.chunk is not None:
         unit = LOWEST
-    return min(a.kv_len, size if _band(a) is not None else max(1, -(-size // unit)) * unit)
+    return min(a.kv_len, size if a.band is not None else max(1, -(-size // unit)) * unit)
 
 
 def _visible_keys(a: Arguments, queries: range) -> range:

@@ -104,8 +104,6 @@ class Visibility:
         self.kv_lengths = None if a.kv_lengths is None else PerEntry(a.kv_lengths)
         self.kv_starts = None if a.kv_starts is None else PerEntry(a.kv_starts)
         self.prefixes = None if a.prefix_lengths is None else PerEntry(a.prefix_lengths)
-        self.is_structured = a.chunk is not None or self.prefixes is not None
-        """True if more than the distance of a pair decides whether positions show it."""
         self.positions_only = a.mask is a.q_lengths is a.kv_lengths is a.kv_starts is a.q_segment_ids is None
         """True if nothing but positions and a bias hides pairs."""
         self.whole = self.positions_only and not self.positional
@@ -125,9 +123,8 @@ class Visibility:
         """The number of rows of a tile; a taller tile computes more hidden scores outside the band."""
         if not self.positional:
             return ROWS
-        bands = [] if self.left is None or self.right is None else [self.left + self.right]
-        bands += [] if self.a.chunk is None else [self.a.chunk]
-        return min([ROWS // 2, *(max(ROWS // 8, band // 2) for band in bands)])
+        widths = [width for width in (self.a.band, self.a.chunk) if width is not None]
+        return min([ROWS // 2, *(max(ROWS // 8, width // 2) for width in widths)])
 
     def key_blocks(self, tile: Tile, length: int) -> list[range]:
         """Cut the keys that a row of the tile may see into blocks; all keys outside them are invisible."""
@@ -215,10 +212,10 @@ class Visibility:
         """Return the offsets of a tile's entries, or the least and the greatest where only they matter."""
         if not self.positional:
             return None
-        return self.offset.numbers(tile.entries) if self.is_structured else self.offset.span(tile.entries)
+        return self.offset.numbers(tile.entries) if self.a.is_structured else self.offset.span(tile.entries)
 
     def _structure(self, tile: Tile) -> Structure:
-        if not self.is_structured and self.kv_starts is None:
+        if not self.a.is_structured and self.kv_starts is None:
             return PLAIN
         starts, prefixes = (
             (0,) if numbers is None else numbers.numbers(tile.entries) for numbers in (self.kv_starts, self.prefixes)
@@ -241,7 +238,7 @@ class Visibility:
         first, last = self._shown(tile)
         if (first is None or first <= keys.start) and (last is None or keys.stop <= last):
             return None
-        if self.is_structured:
+        if self.a.is_structured:
             return VisiblePairs(self._structured_pairs(tile, keys))
         shift = keys.start - tile.queries.start - self.offset.get(tile.entries, self.a.query)
         bounds, sizes = (self.left, self.right), (len(tile.queries), len(keys))

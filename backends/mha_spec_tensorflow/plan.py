@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import host_integers
-from mha_spec.constraints import Structure, equal_entries, key_range, segment_keys, segment_runs, shown, trimmed
+from mha_spec.constraints import PLAIN, Structure, equal_entries, key_range, segment_keys, segment_runs, shown, trimmed
 
 from .unknown import sizes_of
 
@@ -124,17 +124,13 @@ class Known:
     @property
     def band(self) -> int | None:
         """The number of keys that a row sees, minus 1, if a window bounds both sides."""
-        right = self.right if self.a.prefix_lengths is None else self.a.unlifted_right
-        return None if self.left is None or right is None else min(self.left + right, WIDEST)
-
-    @property
-    def is_structured(self) -> bool:
-        """True if more than the distance of a pair decides whether positions show it."""
-        return self.a.chunk is not None or self.a.prefix_lengths is not None
+        return None if self.a.band is None else min(self.a.band, WIDEST)
 
     def structure(self, entries: range) -> Structure:
         """Return the chunk, starts and prefixes of batch entries."""
         a = self.a
+        if not a.is_structured and a.kv_starts is None:
+            return PLAIN
         starts = (0,) if a.kv_starts is None else _of(self.kv_starts, entries)
         prefixes = (0,) if a.prefix_lengths is None else _of(self.prefixes, entries)
         return Structure(a.chunk, starts, prefixes, a.unlifted_right)
@@ -160,7 +156,7 @@ class Known:
         if offset:
             start, stop = shown((self.left, self.right), queries[0], queries[-1], offset, structure)
             left, right = start is None or start <= keys[0], stop is None or keys[-1] < stop
-        if self.is_structured:
+        if self.a.is_structured:
             left = right = left and right
         return Inactive(
             left,
@@ -175,7 +171,7 @@ class Known:
     def every_row_sees(self, *block: object) -> bool:
         """Return True if each row of a block is known to see a key of the block, without a mask and a bias."""
         ranges = _ranges(block)
-        if ranges is None or not self._all_read or self.is_structured or self.a.kv_starts is not None:
+        if ranges is None or not self._all_read or self.a.is_structured or self.a.kv_starts is not None:
             return False
         entries, queries, keys = ranges
         offset, q_lengths, kv_lengths = self._host_data(entries)

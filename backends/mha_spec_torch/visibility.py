@@ -100,6 +100,7 @@ class Visibility:
             for numbers in (a.kv_starts, a.prefix_lengths)
         )
         self.chunk, self.unlifted_right = a.chunk, a.unlifted_right
+        self._is_structured, self._positional = a.is_structured, a.positional
         ids = a.q_segment_ids, a.kv_segment_ids
         self.q_ids: Any
         self.kv_ids: Any
@@ -203,11 +204,6 @@ class Visibility:
         ends = ((end - start for end in (position, position + task.queries.size - 1)) for start in structure.starts)
         return self.chunk is None or all(first // self.chunk == last // self.chunk for first, last in ends)
 
-    @property
-    def _is_structured(self) -> bool:
-        """Tell whether more than the distance of a pair decides whether positions show it."""
-        return self.chunk is not None or self.prefixes is not None
-
     def _structure(self, batch: Span) -> Structure:
         if not self._is_structured and self.kv_starts is None:
             return PLAIN
@@ -215,10 +211,6 @@ class Visibility:
             (0,) if numbers is None else numbers.known(batch) for numbers in (self.kv_starts, self.prefixes)
         )
         return Structure(self.chunk, starts, prefixes, self.unlifted_right)
-
-    @property
-    def _positional(self) -> bool:
-        return self.left is not None or self.right is not None or self.chunk is not None
 
     @property
     def _per_entry(self) -> bool:

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["keras==3.15.1", "tensorflow-cpu==2.21.0"]
+# ///
 """Keras' `GroupQueryAttention` with TensorFlow, unchanged.
 
 It has the masks, lengths, alignment and biases of keras_layer.py. Values have the size of keys, and the output has that

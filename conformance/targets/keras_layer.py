@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["keras==3.15.1", "tensorflow-cpu==2.21.0"]
+# ///
 """Keras' `MultiHeadAttention` with TensorFlow, unchanged; keras_grouped.py asks `GroupQueryAttention`.
 
 Its masks are (batch, q_len, kv_len), or have an axis of heads if nothing else hides keys; lengths are passed as

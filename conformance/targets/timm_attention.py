@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["timm==1.0.31", "torch==2.13.0"]
+# ///
 """timm's `Attention`, unchanged, in evaluation mode: the layer of its vision transformers.
 
 Queries, keys and values are the same tokens and have the same heads, in a fused projection. Mask, bias and lengths are

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["flash-linear-attention==0.6.0", "torch==2.13.0", "triton==3.5.0"]
+# ///
 """flash-linear-attention's Triton kernel `parallel_attn`, unchanged, in Triton's interpreter, which needs no GPU.
 
 Its axes are (batch, length, heads, size). It is always causal, with as many keys as queries, and its `window_size`

@@ -29,6 +29,7 @@ from .claims import PROFILES, Claims
 from .conversion import LIBRARIES
 from .declarations import OF_LAYOUT, TargetError, declared_conventions, declared_layout, one_of
 from .layouts import NEEDED
+from .metadata import dependencies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -273,7 +274,7 @@ def _supports(module: ModuleType) -> Callable[[object], object] | None:
 
 def _versions(arrays: str, module: ModuleType) -> dict[str, str]:
     package = module.__name__.partition(".")[0]
-    names = ("mha-spec", "numpy", *_DISTRIBUTIONS.get(arrays, (arrays,)), package)
+    names = ("mha-spec", "numpy", *_DISTRIBUTIONS.get(arrays, (arrays,)), package, *dependencies(module))
     versions: dict[str, str] = {}
     for name in dict.fromkeys(names):
         try:
