@@ -1,4 +1,4 @@
-"""Mend the markup of Sphinx and furo where axe finds faults: levels of headings, names of landmarks, keyboard access."""
+"""Mend the markup of Sphinx and furo where axe finds faults: headings, names of landmarks, access by keyboard."""
 
 from __future__ import annotations
 
