@@ -1,7 +1,8 @@
 """Attention over several devices: the tokens that each rank holds, and the checks of a call on the shards.
 
 A rank is a device of the group that shares a sequence. `mha_spec_jax.ring_attention` and its siblings compute on these
-shards; this module needs no framework, and every backend places tokens by it.
+shards, forward and backward (MHA-SHARD-3, MHA-SHARD-4); this module needs no framework, and every backend places tokens
+by it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,11 @@ def shard_order(layout: str, ranks: int, length: int) -> numpy.ndarray:
 
 
 def count_before(number: Any, piece: Piece) -> Any:
-    """Return the number of rows of a piece whose tokens are before `number`, not clamped to the rows that exist."""
+    """Return the number of rows of a piece whose tokens are before `number`, not clamped to the rows that exist.
+
+    It is the length of a piece in a sequence of that length; at 0 or below it, no row of the piece is seen, and the
+    piece is an empty half (MHA-SHARD-5).
+    """
     return -((piece.first - number) // piece.stride)
 
 
@@ -112,7 +117,7 @@ class ShardedArguments(Arguments):
     """The arguments of a call on shards: three tensors of a rank, and options of the whole sequence (MHA-SHARD-2)."""
 
     q_ranks: int = 1
-    """The number of ranks that share the queries."""
+    """The number of ranks that share the queries; 1 where every rank holds all of them (MHA-SHARD-7)."""
     kv_ranks: int = 1
     """The number of ranks that share the keys."""
 

@@ -114,7 +114,8 @@ def varying(axes: frozenset[str], tree: Any) -> Any:
 
 
 def _varying(axes: frozenset[str], array: Array) -> Array:
-    missing = tuple(sorted(axes - axes_of(array)))
+    """Mark an array; the axes of `vmap`, along which nothing is marked, are not axes of the mesh."""
+    missing = tuple(sorted((axes - axes_of(array)) & {*jax.sharding.get_abstract_mesh().manual_axes}))
     if not missing:
         return array
     return lax.pcast(array, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(array, missing)
