@@ -99,7 +99,7 @@ def count_before(number: Any, piece: Piece) -> Any:
 
 
 def check_layout(layout: object, lengths: dict[str, int]) -> None:
-    """Require the name of a layout, and an even number of rows for zigzag, whose shards are two chunks (MHA-SHARD-1)."""
+    """Require the name of a layout, and an even number of rows for zigzag, which deals out two chunks (MHA-SHARD-1)."""
     if layout not in LAYOUTS:
         names = ", ".join(map(repr, LAYOUTS))
         refuse_value("MHA-SHARD-1", f"`layout` must be one of {names}, received layout={short_repr(layout)}.")

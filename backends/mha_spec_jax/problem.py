@@ -127,7 +127,11 @@ def with_offset(a: Arguments) -> Arguments:
 
 
 def offset_of(
-    name: str, q_lengths: Integers | None, kv_lengths: Integers | None, query: Array, key: Array
+    name: str,
+    q_lengths: Integers | None,
+    kv_lengths: Integers | None,
+    query: Array | jax.ShapeDtypeStruct,
+    key: Array | jax.ShapeDtypeStruct,
 ) -> Array | numpy.ndarray | int:
     """Return the offset that the name of an alignment means: host data where the lengths are, else an array.
 

@@ -49,9 +49,9 @@ def ring_attention(
 
     Every rank holds q_len queries and kv_len keys of a sequence, as `layout` says ("contiguous", "striped" or "zigzag";
     the last two balance a causal call), and computes the rows of its queries (MHA-SHARD-1 to MHA-SHARD-6). Lengths,
-    `q_offset` and windows count in the whole sequence and are the same on every rank; segment ids lie with their tokens.
-    Heads are never split, and keys are sent in kv_heads, not repeated. Differentiable in reverse mode; the gradient of
-    `sinks` is the sum over the ranks.
+    `q_offset` and windows count in the whole sequence and are the same on every rank; segment ids lie with their
+    tokens. Heads are never split, and keys are sent in kv_heads, not repeated. Differentiable in reverse mode; the
+    gradient of `sinks` is the sum over the ranks.
 
     Raises:
         ArgumentValueError: The layout or the axis is unknown, or an argument does not fit the whole sequence.
@@ -91,9 +91,9 @@ def all_to_all_attention(
     check_heads_over(a, ranks)
     return_lse = check_flag("return_lse", return_lse)
     exchange = _Exchange(axis_name, ranks, layout)
-    options = dict(options) | {
-        name: exchange.joined_ids(ids) for name, ids in options.items() if name.endswith("segment_ids") and ids is not None
-    }
+    if a.q_segment_ids is not None and a.kv_segment_ids is not None:
+        options["q_segment_ids"] = exchange.joined_ids(a.q_segment_ids)
+        options["kv_segment_ids"] = exchange.joined_ids(a.kv_segment_ids)
     if a.sinks is not None:
         options["sinks"] = exchange.own_heads(a.sinks)
     tensors = (exchange.to_heads(array) for array in (query, key, value))
@@ -224,8 +224,9 @@ def _form(a: ShardedArguments, axis: str, ranks: int, layout: str, *, on_host: b
 
     Without `on_host` an offset is an array, wherever it comes from.
     """
-    offset, shifts = _offset(a), a.causal or a.bounded_window is not None
-    known = host_integers(offset) or ()
+    offset: Any = _offset(a)
+    shifts = a.causal or a.bounded_window is not None
+    known = host_integers(offset) or []
     fixed = 0 if not shifts else None
     if shifts and on_host and len({*known}) == 1 and a.prefix_lengths is None:
         fixed, offset = known[0], None
@@ -241,12 +242,12 @@ def _form(a: ShardedArguments, axis: str, ranks: int, layout: str, *, on_host: b
     return Form(axis, axes, ranks, layout, a.causal, a.bounded_window, a.chunk, fixed, a.scale, a.softcap), numbers
 
 
-def _offset(a: ShardedArguments) -> Array | Sequence[int] | int:
+def _offset(a: ShardedArguments) -> Any:
     """Return the position of query 0 of the whole sequence (MHA-POS-2)."""
     if not isinstance(a.q_offset, str):
         return 0 if a.q_offset is None else a.q_offset
-    whole = (jax.ShapeDtypeStruct((1, 1, length, 1), a.query.dtype) for length in (a.q_len, a.kv_len))
-    return offset_of(a.q_offset, a.q_lengths, a.kv_lengths, *whole)
+    query, key = (jax.ShapeDtypeStruct((1, 1, length, 1), a.query.dtype) for length in (a.q_len, a.kv_len))
+    return offset_of(a.q_offset, a.q_lengths, a.kv_lengths, query, key)
 
 
 def _array(numbers: Array | Sequence[int]) -> Array | numpy.ndarray:

@@ -118,7 +118,10 @@ def _varying(axes: frozenset[str], array: Array) -> Array:
     missing = tuple(sorted((axes - axes_of(array)) & {*jax.sharding.get_abstract_mesh().manual_axes}))
     if not missing:
         return array
-    return lax.pcast(array, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(array, missing)
+    if hasattr(lax, "pcast"):
+        return lax.pcast(array, missing, to="varying")
+    earlier: Any = lax
+    return earlier.pvary(array, missing)
 
 
 def axes_of(*arrays: Array) -> frozenset[str]:
@@ -150,7 +153,10 @@ def visit(
     """
     q_length, kv_length = (sum(side[0].shape[2] for side in pieces) for pieces in (queries, keys))
     rank, source = ranks
-    q_pieces, kv_pieces = pieces(form.layout, rank, form.ranks, q_length), pieces(form.layout, source, form.ranks, kv_length)
+    q_pieces, kv_pieces = (
+        pieces(form.layout, rank, form.ranks, q_length),
+        pieces(form.layout, source, form.ranks, kv_length),
+    )
     for a, b in numpy.ndindex(len(q_pieces), len(kv_pieces)):
         pair = Pair(form, numbers, q_pieces[a], kv_pieces[b], queries[a], keys[b])
         table, programs = spans(form, (q_length, kv_length), a, b)

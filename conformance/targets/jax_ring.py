@@ -1,7 +1,7 @@
 """`mha_spec_jax.ring_attention` on four devices, which are threads of the CPU.
 
-A sequence is padded to a length that the layout can deal out, with NaN, which its lengths hide. The layout is that of the
-environment variable MHA_RING_LAYOUT, zigzag by default; MHA_RING_FORM=all_to_all asks `all_to_all_attention`.
+A sequence is padded to a length that the layout can deal out, with NaN, which its lengths hide. The environment
+variable MHA_RING_LAYOUT names the layout, zigzag by default; MHA_RING_FORM=all_to_all asks `all_to_all_attention`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
 CALL = getattr(mha_spec_jax, f"{os.environ.get('MHA_RING_FORM', 'ring')}_attention")
 MESH = jax.make_mesh((len(jax.devices()),), ("ranks",), axis_types=(AxisType.Auto,))
 TOKENS = PartitionSpec(None, None, "ranks")
-SIDES = {"query": ("q", 2), "key": ("kv", 2), "value": ("kv", 2), "q_segment_ids": ("q", 1), "kv_segment_ids": ("kv", 1)}
+SIDES = {
+    "query": ("q", 2),
+    "key": ("kv", 2),
+    "value": ("kv", 2),
+    "q_segment_ids": ("q", 1),
+    "kv_segment_ids": ("kv", 1),
+}
 """The side and the axis of tokens of each array that is sharded."""
 
 
@@ -63,8 +69,11 @@ def attention(
     def ring(operands):
         return CALL(**operands, **rest, axis_name="ranks", layout=LAYOUT, return_lse=True)
 
-    dealt = {name: _dealt(x, orders[SIDES[name][0]], SIDES[name][1]) if name in SIDES else x for name, x in operands.items()}
-    specs = {name: PartitionSpec(*[None] * SIDES[name][1], "ranks") if name in SIDES else PartitionSpec() for name in dealt}
+    dealt, specs = dict(operands), dict.fromkeys(operands, PartitionSpec())
+    for name, (side, axis) in SIDES.items():
+        if name in operands:
+            dealt[name] = _dealt(operands[name], orders[side], axis)
+            specs[name] = PartitionSpec(*[None] * axis, "ranks")
     output, lse = jax.jit(jax.shard_map(ring, mesh=MESH, in_specs=(specs,), out_specs=(TOKENS, TOKENS)))(dealt)
     places = jnp.asarray(numpy.argsort(orders["q"])[: lengths["q"]])
     output, lse = output[:, :, places], lse[:, :, places]
