@@ -246,6 +246,20 @@ def programs() -> dict[str, Any]:
     return found
 
 
+def example() -> dict[str, Any]:
+    """Run the first example of docs/scaling.md, and compare its output with that of one device."""
+    page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], scope)
+    x = jnp.asarray(numpy.asarray(scope["x"]))[:, :, numpy.argsort(scope["order"])]
+    expected = mha_spec_jax.attention(x, x, x, causal=True)
+    try:
+        assert_near(scope["output"], numpy.asarray(expected))
+    except AssertionError as error:
+        return {"example": ["different", str(error)]}
+    return {"example": []}
+
+
 if __name__ == "__main__":
     answers: dict[str, Any] = {}
     for part in sys.argv[1:]:

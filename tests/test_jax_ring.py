@@ -31,7 +31,7 @@ MESH = AbstractMesh((RANKS,), ("ranks",), axis_types=(AxisType.Auto,))
 TOKENS = PartitionSpec(None, None, "ranks")
 MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring segments", "ring chunk"),
-    *("all to all", "decoding", "golden sinks", "golden poison", "golden gradients"),
+    *("all to all", "decoding", "golden sinks", "golden poison", "golden gradients", "example"),
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 
@@ -42,7 +42,7 @@ def answers() -> dict[str, Any]:
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", str(tests / "ring_devices.py")]
-    parts = ("meanings", "goldens", "mistakes", "memory", "programs")
+    parts = ("meanings", "goldens", "mistakes", "memory", "programs", "example")
     done = subprocess.run(
         [*command, *parts],
         env=os.environ | {"PYTHONPATH": path},
