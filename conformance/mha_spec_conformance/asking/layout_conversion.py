@@ -258,7 +258,8 @@ class Conversion:
             return dense
         batch, kv_heads, *rest = operand.shape
         with numpy.errstate(all="ignore"):
-            return dense.reshape(batch, kv_heads, -1, *rest).astype(numpy.float64).sum(axis=2).astype(dense.dtype)
+            repeated = dense.reshape(batch, kv_heads, dense.shape[1] // kv_heads, *rest)
+            return repeated.astype(numpy.float64).sum(axis=2).astype(dense.dtype)
 
     def _check(self, name: str, stored: numpy.ndarray, shape: tuple[int, ...]) -> None:
         if tuple(stored.shape) != shape:
