@@ -210,6 +210,12 @@ def accuracy(session: nox.Session) -> None:
     run_tool(session, "python", "conformance/accuracy/honest.py", *session.posargs)
 
 
+@nox.session(requires=["environment"], venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Build the documentation site in docs/_build/html; a warning or a broken link is an error."""
+    run_tool(session, "python", "-P", "docs/website/build.py", *session.posargs)
+
+
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Install the wheel alone in a fresh environment, outside the tree: it must give the results of the tree."""

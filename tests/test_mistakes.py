@@ -122,6 +122,16 @@ def test_mistakes_have_allowances_for_the_outputs_of_the_case(suite: Suite) -> N
         assert allowed is None or allowed.keys() == case.expected.keys(), mistake.name
 
 
+def test_allowances_are_where_the_numbers_of_a_mistake_are(suite: Suite) -> None:
+    case = next(case for case in suite.cases if case.id == "attention/one-key/coded-1")
+    predictions, run = Predictions(case), precision("float64")
+    for mistake in MISTAKES:
+        outputs = predictions.outputs(mistake, "float64") if can_show(mistake, case) else None
+        allowed = predictions.allowances(mistake, "float64", run) if outputs is not None else None
+        if outputs is not None and allowed is not None and "output" in outputs:
+            assert allowed["output"].shape == outputs["output"].shape, mistake.name
+
+
 def test_names_and_titles_are_unique_and_titles_begin_with_a_verb() -> None:
     assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES) >= 70
     assert len({mistake.title for mistake in MISTAKES}) == len(MISTAKES)

@@ -44,6 +44,7 @@ __all__ = [
     "layer_over",
     "named",
     "stacked_operand",
+    "varlen_over",
 ]
 
 CACHE = ("cache_key", "cache_value", "cache_lengths")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.running.run import Run
 
-__all__ = ["Reports", "UsageError", "check_output", "conclude"]
+__all__ = ["Reports", "UsageError", "check_output", "conclude", "writing"]
 
 
 class UsageError(MhaSpecError):
@@ -54,9 +54,10 @@ class Reports:
         errors: list[UsageError] = []
         for option, path, write in self._writers():
             try:
-                write(run, path)
-            except OSError as error:
-                errors.append(UsageError(f"{option} {path}: {error.strerror}"))
+                with writing(option, path):
+                    write(run, path)
+            except UsageError as error:
+                errors.append(error)
         return errors[0] if errors else None
 
     def record(self, run: Run) -> None:
@@ -77,6 +78,15 @@ class Reports:
         ):
             if path is not None:
                 yield option, path, write
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Report a file that cannot be written as an error of the option."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from error
 
 
 def conclude(screen: Console, result: Run, reports: Reports) -> int:

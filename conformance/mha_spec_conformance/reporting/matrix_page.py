@@ -71,7 +71,8 @@ def matrix_page(field: Matrix) -> str:
     from markupsafe import Markup
 
     style, script = source_of("page.css", "matrix.css"), source_of("matrix.js")
-    data = json.dumps(_data(field), separators=(",", ":")).replace("<", "\\u003c")
+    data = _data(field)
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return rendered(
         "matrix.html.jinja",
         format=FORMAT,
@@ -79,12 +80,12 @@ def matrix_page(field: Matrix) -> str:
         style_digest=digest(style),
         script=script,
         script_digest=digest(script),
-        data=Markup(data),
+        data=Markup(text),
         field=field,
         tallies=[field.tally(number) for number in range(len(field.columns))],
         states=STATES,
         meanings=MEANINGS,
-        features=_features(field),
+        features=data["features"],
         dtypes=[name for name in FLOATING if any(key[1] == name for c in field.columns for key in c.report.results)],
     )
 
