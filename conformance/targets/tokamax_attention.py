@@ -22,7 +22,7 @@ import jax
 import tokamax
 
 arrays = "jax"
-dtypes = ("float32", "bfloat16")
+dtypes = ("float32",)
 layout = "bshd"
 features = ("mask", "bias", "causal", "window", "q_lengths", "kv_lengths", "scale", "softcap")
 conventions = {"causal_alignment": "upper_left"}
