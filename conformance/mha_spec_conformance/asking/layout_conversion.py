@@ -259,12 +259,7 @@ class Conversion:
         batch, kv_heads, *rest = operand.shape
         group = dense.shape[1] // kv_heads
         with numpy.errstate(all="ignore"):
-<<<<<<< HEAD
-            repeated = dense.reshape(batch, kv_heads, dense.shape[1] // kv_heads, *rest)
-            return repeated.astype(numpy.float64).sum(axis=2).astype(dense.dtype)
-=======
             return dense.reshape(batch, kv_heads, group, *rest).astype(numpy.float64).sum(axis=2).astype(dense.dtype)
->>>>>>> origin/main
 
     def _check(self, name: str, stored: numpy.ndarray, shape: tuple[int, ...]) -> None:
         if tuple(stored.shape) != shape:
