@@ -56,8 +56,13 @@ FEATURES = OPTIONS | {
 }  # fmt: skip
 MASK_FEATURES = {"chunk", "kv_starts", "prefix_lengths"}
 PACKED_FEATURES = {"varlen", "paged", "kv_used", "slopes"}
-LAYER_FEATURES = {"projection", "cross", "rotary", "positions", "norm", "cache", "alibi"}
-PARAMETERS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "q_norm", "k_norm")
+LAYER_FEATURES = {
+    "projection", "cross", "rotary", "positions", "norm", "joint_norm", "cache", "paged_cache", "window_cache", "alibi",
+}  # fmt: skip
+PARAMETERS = (
+    *("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o"),
+    *("q_norm", "k_norm", "q_joint_norm", "k_joint_norm"),
+)
 HEAD_SIZES = (64, 128)
 
 

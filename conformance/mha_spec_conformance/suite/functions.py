@@ -10,7 +10,7 @@ from mha_spec.arguments import options_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["FUNCTIONS", "OF_ATTENTION", "STACKED", "Function", "with_stacked"]
+__all__ = ["DECLARED_FEATURES", "FUNCTIONS", "OF_ATTENTION", "STACKED", "Function", "with_stacked"]
 
 OPTION_FEATURES = {
     "mask": ("mask",),
@@ -32,8 +32,17 @@ OPTION_FEATURES = {
 }
 """The features of attention's options, each with its keywords."""
 
-LAYER_FEATURES = {"rotary": ("rotary",), "positions": ("positions",), "norm": ("norm_epsilon",), "cache": ("cache",)}
-"""The features of the keywords that only the layer has."""
+DECLARED_FEATURES = ("joint_norm", "paged_cache", "window_cache")
+"""The features of contents of `params` and `cache`, which no signature shows: a target declares them by name."""
+
+LAYER_FEATURES = {
+    "rotary": ("rotary",),
+    "positions": ("positions",),
+    "norm": ("norm_epsilon",),
+    "cache": ("cache",),
+    **{name: (name,) for name in DECLARED_FEATURES},
+}
+"""The features of the keywords that only the layer has, and of the contents of its arguments."""
 
 VARLEN_FEATURES = {
     "paged": ("block_table",),
