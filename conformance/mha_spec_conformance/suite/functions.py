@@ -52,7 +52,7 @@ VARLEN_FEATURES = {
 }
 """The features of the keywords of packed and paged calls."""
 
-LAYER_KEYWORDS = tuple(word for words in LAYER_FEATURES.values() for word in words)
+LAYER_KEYWORDS = tuple(word for words in LAYER_FEATURES.values() for word in words if word not in DECLARED_FEATURES)
 
 OF_ATTENTION = ("attention", "attention_weights", "attention_vjp")
 """The functions of query and key that are not of the layer."""
@@ -106,9 +106,10 @@ class Function:
         return replace(self, operands=operands, outputs=outputs, fewest=fewest)
 
     def keywords_of(self, features: Iterable[str]) -> tuple[str, ...]:
-        """Name the keywords by which a call asks for the features."""
+        """Name the keywords, or the declared features, by which a call asks for the features."""
         words = OPTION_FEATURES | LAYER_FEATURES | VARLEN_FEATURES
-        return tuple(word for feature in features for word in words.get(feature, ()) if word in self.keywords)
+        known = (*self.keywords, *(DECLARED_FEATURES if self.of_layer else ()))
+        return tuple(word for feature in features for word in words.get(feature, ()) if word in known)
 
 
 _FUNCTIONS = (
