@@ -71,7 +71,7 @@ def _paged() -> Iterator[Description]:
 
 def _wrapping() -> Iterator[Description]:
     splits = {"at-once": None, "one-by-one": [1] * 6, "chunks": [4, 1, 1], "drafts": [2, 3, 1]}
-    windows: tuple[dict[str, Any], ...] = ({"window": (3, 0)}, LIMITED)
+    windows: tuple[dict[str, Any], ...] = ({"window": (3, 0)}, LIMITED | {"softcap": 1.0})
     for variant, (lengths, spec) in enumerate(zip(((9, 2), (0, 5)), windows, strict=True)):
         for name, chunks in splits.items():
             if variant == 1 and name in ("at-once", "drafts"):

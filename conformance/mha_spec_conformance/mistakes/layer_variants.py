@@ -169,7 +169,7 @@ LAYER_VARIANTS = (
     ),
     paged(
         "paged-queries-upper-left",
-        "puts the queries at position 0, whatever number of tokens the cache holds",
+        "puts the queries at position 0, whatever number of tokens the blocks hold",
         "MHA-CACHE-10",
         "MHA-CACHE-2",
         varlen=reading(q_offset=lambda key, options: 0),
@@ -189,7 +189,7 @@ LAYER_VARIANTS = (
     ),
     wrapping(
         "window-cache-rolled",
-        "shifts the buffer for new tokens even if it is not full",
+        "shifts the buffer of a window cache for new tokens even if it is not full",
         "MHA-CACHE-12",
         store_wrapped=stored_at_the_end,
         bugs=("huggingface/transformers#37574",),
@@ -226,7 +226,7 @@ LAYER_VARIANTS = (
     ),
     wrapping(
         "window-cache-padding-kept",
-        "stores and counts padding as new tokens",
+        "stores padding in a window cache, and counts it",
         "MHA-CACHE-13",
         new_lengths=lambda lengths, counts, length, like: layer_steps.new_lengths(lengths, None, length, like),
     ),
