@@ -9,9 +9,17 @@ the same argument, `attn_mask`, which is boolean or a bias.
 
 from __future__ import annotations
 
+import sys
+from unittest.mock import MagicMock
+
 import numpy
 import torch
-from timm.layers.attention import Attention
+
+# timm imports torchvision, of which its attention uses nothing; a wheel of it works with a single build of torch.
+for _name in ("", ".datasets", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
+    sys.modules.setdefault(f"torchvision{_name}", MagicMock())
+
+from timm.layers.attention import Attention  # noqa: E402
 
 arrays = "torch"
 dtypes = ("float64", "float32", "float16", "bfloat16")

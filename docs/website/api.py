@@ -69,7 +69,7 @@ PAGES: dict[str, tuple[Page, ...]] = {
             "mha_spec.reference",
         ),
         Page("Frequencies", "", "mha_spec", ("rotary_frequencies",)),
-        Page("Caches", "", "mha_spec", ("KVCache", "PagedKVCache")),
+        Page("Caches", "", "mha_spec", ("KVCache", "WindowKVCache", "PagedKVCache")),
     ),
     "backends": (
         Page(

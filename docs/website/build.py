@@ -18,6 +18,7 @@ sys.path.insert(0, str(DOCS))
 from website.api import write_api  # noqa: E402
 from website.drawings import with_drawings  # noqa: E402
 from website.markdown import Site  # noqa: E402
+from website.markup import mend  # noqa: E402
 from website.specification import write_specification  # noqa: E402
 
 COPIES = {
@@ -32,7 +33,7 @@ COPIES = {
 
 
 NAVIGATION = {
-    "Start": ("validate", "testing", "continuous-integration", "reports", "readme"),
+    "Start": ("validate", "testing", "continuous-integration", "reports", "README <readme>"),
     "Backends": ("backends", "numpy", "pytorch", "jax", "tensorflow"),
     "How to": ("caching", "packed", "masks", "poison", "gradients", "other-languages", "kernels", "weights", "fuzzing"),
     "Meaning": ("spec/index", "accuracy", "frameworks", "judges"),
@@ -43,11 +44,18 @@ NAVIGATION = {
 """The pages in the order of the sidebar; every page of docs/ is in it."""
 
 
+def file_of(entry: str) -> str:
+    """Return the file of an entry of the sidebar, `page` or `title <page>`."""
+    return f"{entry.rsplit('<', maxsplit=1)[-1].strip('>')}.md"
+
+
 def navigation(site: Site) -> str:
     """Write the tables of contents; pages that are not written yet are left out."""
     tables: list[str] = []
     for caption, pages in NAVIGATION.items():
-        present = [page for page in pages if "/" in page or f"{page}.md" in site.pages.values()]
+        present = [
+            page for page in pages if "/" in page or f"{page.split('<')[-1].strip('>')}.md" in site.pages.values()
+        ]
         tables.append("\n".join(["```{toctree}", f":caption: {caption}", ":hidden:", "", *present, "```"]))
     return "\n\n".join(tables)
 
@@ -79,9 +87,10 @@ def build(output: Path, matrix: Path | None = None) -> int:
     assemble(sources, matrix)
     extra = ["-D", f"html_extra_path={sources / 'extra'}"] if matrix else []
     strict = ["-W", "--keep-going", "-n", "-q", "-E"]
-    return build_main(
-        [*strict, *extra, "-c", str(DOCS / "website"), "-d", str(output.parent / "doctrees"), str(sources), str(output)]
-    )
+    settings = ["-c", str(DOCS / "website"), "-d", str(output.parent / "doctrees")]
+    status = build_main([*strict, *extra, *settings, str(sources), str(output)])
+    mend(output)
+    return status
 
 
 def main() -> int:
@@ -89,8 +98,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build the site; a warning or a broken link is an error.")
     parser.add_argument("--output", type=Path, default=DOCS / "_build" / "html")
     parser.add_argument("--matrix", type=Path, help="the page of `mha-spec matrix --html`, to publish with the site")
+    parser.add_argument(
+        "--audit", choices=("none", "sample", "all"), default="none", help="look at pages in headless Chromium"
+    )
     arguments = parser.parse_args()
-    return build(arguments.output.resolve(), arguments.matrix)
+    output = arguments.output.resolve()
+    status = build(output, arguments.matrix)
+    return status or (0 if arguments.audit == "none" else audit(output, every=arguments.audit == "all"))
+
+
+def audit(output: Path, *, every: bool) -> int:
+    """Print what is wrong with the pages in a browser; return 1 if anything is."""
+    from website.audit import CHROMIUM, faults_of_site
+
+    if CHROMIUM is None:
+        print("No Chromium is installed, so no page was looked at (Debian: apt-get install chromium).")
+        return 0
+    faults = faults_of_site(output, every=every)
+    print("\n".join(faults) or "Every page that was looked at is right.")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
