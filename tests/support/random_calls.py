@@ -93,7 +93,8 @@ def random_call(seed: int, **sizes: int) -> dict[str, Any]:
     if often():
         call["chunk"] = int(random.integers(1, 30))
         call.setdefault("q_offset", random.integers(-9, 17, batch))
-    if often() and "causal" in call and call.get("window", (0, None))[1] != 0:
+    window: Any = call.get("window", (0, None))
+    if often() and "causal" in call and window[1] != 0:
         call["prefix_lengths"] = random.integers(0, kv_len + 1, batch)
     return call
 

@@ -56,7 +56,7 @@ def whole_blocks(key: Any, options: dict[str, Any]) -> numpy.ndarray:
     return -(-numpy.asarray(options["seqused_kv"]) // size) * size
 
 
-def paged(name: str, title: str, *clauses: str, bugs: tuple[str, ...] = (), **steps: Callable[..., Any]) -> Mistake:
+def paged(name: str, title: str, *clauses: str, bugs: tuple[str, ...] = (), **steps: Any) -> Mistake:
     """Return a mistake of a paged cache."""
     needs = ("cache_block_table", *(["key"] if "new_slots" in steps else []))
     return layered(name, title, *clauses, needs=needs, functions=MULTI_HEAD, bugs=bugs, **steps)
@@ -96,7 +96,7 @@ def attending(**other: Callable[[Any], Any]) -> Callable[..., Any]:
     return operands
 
 
-def wrapping(name: str, title: str, *clauses: str, bugs: tuple[str, ...] = (), **steps: Callable[..., Any]) -> Mistake:
+def wrapping(name: str, title: str, *clauses: str, bugs: tuple[str, ...] = (), **steps: Any) -> Mistake:
     """Return a mistake of a window cache."""
     return layered(name, title, *clauses, needs=("window_cache",), functions=MULTI_HEAD, bugs=bugs, **steps)
 
