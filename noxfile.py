@@ -113,6 +113,9 @@ def field(session: nox.Session) -> None:
 
     A target that cannot be judged has its column on the page, which says so.
     """
+    if not session.posargs:
+        for earlier in FIELD.glob("*.json"):
+            earlier.unlink()
     reports = judged(session, session.posargs or sorted(path.stem for path in FOLDER.glob("*.py")))
     page = ("--html", str(FIELD / "field.html"), "--badge", str(FIELD / "field.svg"))
     run_tool(session, "mha-spec", "matrix", *map(str, sorted(FIELD.glob("*.json"))), *page)
