@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nox
+from nox.command import CommandFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
@@ -34,13 +39,16 @@ TARGETS = (
     "torch_layer",
     "torch_sdpa",
 )
-"""The targets that are fast and need no further package; `-- NAME` judges others, which docs/targets.md lists."""
+"""The targets that are fast and need no further package; `-- NAME` judges others, and the session `field` all."""
 UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")}
 """JAX compiles 900 signatures, most of them for a few calls that do not repay the optimisations of LLVM.
 
 The rewrites of XLA itself stay. The workflow judges optimised programs (it sets the variable to 0), and so does `fuzz`.
 """
 TOOLS = Path(".nox", "environment", "bin").resolve()
+FOLDER = Path("conformance", "targets")
+FIELD = Path(".nox", "field").resolve()
+"""The reports of the targets, the page of all of them, and a folder for each set of packages that only some need."""
 GENERIC = ("backends", "benchmarks", "conformance", "docs", "examples", "generator", "noxfile", "targets", "tests")
 
 
@@ -56,9 +64,9 @@ def environment(session: nox.Session) -> None:
     session.install("--no-deps", *group("judges-alone"))
 
 
-def run_tool(session: nox.Session, tool: str, *arguments: str) -> None:
+def run_tool(session: nox.Session, tool: str, *arguments: str, **options: Any) -> None:
     """Run a tool that the session `environment` has installed."""
-    session.run(str(TOOLS / tool), *arguments, external=True)
+    session.run(str(TOOLS / tool), *arguments, external=True, **options)
 
 
 @nox.session
@@ -94,13 +102,80 @@ def conformance(session: nox.Session, backend: str) -> None:
 @nox.session(requires=["environment"], venv_backend="none")
 def targets(session: nox.Session) -> None:
     """Judge attentions of other libraries, or those of `-- NAME`: each must deviate as its *.known.toml states."""
-    reports: dict[str, dict[str, Any]] = {}
-    for target in (Path("conformance/targets", f"{name}.py") for name in session.posargs or TARGETS):
-        known, report = target.with_suffix(".known.toml"), Path(session.create_tmp(), "report.json").resolve()
-        deviations = ("--known", str(known)) if known.exists() else ()
-        run_tool(session, "mha-spec", "check", str(target), "--jobs", "2", *deviations, "--json", str(report))
-        reports[target.stem] = json.loads(report.read_text())
+    reports = judged(session, session.posargs or TARGETS)
     session.log("cases passed out of cases asked, by feature\n" + "\n".join(by_feature(reports)))
+    require_success(session, reports)
+
+
+@nox.session(requires=["environment"], venv_backend="none", default=False)
+def field(session: nox.Session) -> None:
+    """Judge every attention in conformance/targets, or those of `-- NAME`, and write a page of all reports.
+
+    A target that cannot be judged has its column on the page, which says so.
+    """
+    if not session.posargs:
+        for earlier in FIELD.glob("*.json"):
+            earlier.unlink()
+    reports = judged(session, session.posargs or sorted(path.stem for path in FOLDER.glob("*.py")))
+    page = ("--html", str(FIELD / "field.html"), "--badge", str(FIELD / "field.svg"))
+    run_tool(session, "mha-spec", "matrix", *map(str, sorted(FIELD.glob("*.json"))), *page)
+    session.log(f"the page is {FIELD / 'field.html'}")
+    require_success(session, reports)
+
+
+def judged(session: nox.Session, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Judge targets, each with the packages of its inline metadata, and return their reports, which are in FIELD."""
+    FIELD.mkdir(parents=True, exist_ok=True)
+    reports: dict[str, dict[str, Any]] = {}
+    for name in names:
+        target, report = FOLDER / f"{name}.py", FIELD / f"{name}.json"
+        known = target.with_suffix(".known.toml")
+        deviations = ("--known", str(known)) if known.exists() else ()
+        command = ("mha-spec", "check", str(target), "--jobs", "2", *deviations, "--json", str(report))
+        report.unlink(missing_ok=True)
+        run_tool(session, *command, env={"PYTHONPATH": further_packages(session, target)}, success_codes=[0, 1, 2])
+        if not report.exists():
+            session.error(f"{target} was not judged because of an option or of its known deviations")
+        reports[name] = json.loads(report.read_text())
+    return reports
+
+
+def further_packages(session: nox.Session, target: Path) -> str:
+    """Install what the inline metadata of a target names and `environment` lacks, and return the folder of it.
+
+    The metadata names all that is needed, so that no package brings another build of a framework, and nothing is built.
+    """
+    wanted = nox.project.load_toml(target)["dependencies"]
+    present = {*group("test"), *group("judges-alone")}
+    lacking = sorted(requirement for requirement in wanted if requirement not in present)
+    folder = FIELD / hashlib.sha256("\n".join(lacking).encode()).hexdigest()[:16]
+    if lacking and not folder.exists():
+        pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *lacking)
+        # A package that cannot be installed is absent for its target, whose report says so.
+        run_tool(session, "python", *pip, success_codes=[0, 1])
+    return str(folder)
+
+
+@nox.session(requires=["environment"], venv_backend="none", default=False)
+def findings(session: nox.Session) -> None:
+    """Run the scripts of docs/findings.md, or those of `-- NAME`: each exits with 0 if the library still deviates."""
+    FIELD.mkdir(parents=True, exist_ok=True)
+    gone: list[str] = []
+    for name in session.posargs or sorted(path.stem for path in Path("docs", "findings").glob("*.py")):
+        script = Path("docs", "findings", f"{name}.py")
+        paths = {"PYTHONPATH": further_packages(session, script)}
+        try:
+            run_tool(session, "python", "-P", str(script), env=paths)
+        except CommandFailed:
+            gone.append(name)
+    if gone:
+        session.error(f"no longer so, or not run: {', '.join(gone)}")
+
+
+def require_success(session: nox.Session, reports: dict[str, dict[str, Any]]) -> None:
+    """End the session with an error if a target deviates otherwise than known, or could not be judged."""
+    if failed := [f"{name}: {report['verdict']}" for name, report in reports.items() if report["status"] != 0]:
+        session.error("not as recorded: " + "; ".join(failed))
 
 
 def by_feature(reports: dict[str, dict[str, Any]]) -> list[str]:
@@ -136,6 +211,15 @@ def goldens(session: nox.Session) -> None:
 def accuracy(session: nox.Session) -> None:
     """Validate the accuracy rule: correct implementations stay within it, and planted errors exceed it."""
     run_tool(session, "python", "conformance/accuracy/honest.py", *session.posargs)
+
+
+@nox.session(requires=["environment"], venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Build the documentation site in docs/_build/html, and look at a sample of its pages in Chromium.
+
+    A warning, a broken link, and a rule of axe that a page breaks are errors; `-- --audit all` looks at every page.
+    """
+    run_tool(session, "python", "-P", "docs/website/build.py", *(session.posargs or ("--audit", "sample")))
 
 
 @nox.session

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .arguments import expand_options
-from .cache import KVCache, PagedKVCache
+from .cache import KVCache, PagedKVCache, WindowKVCache
 from .errors import ArgumentTypeError, ArgumentValueError, BackendError, MhaSpecError
 from .rotary_scaling import rotary_frequencies
 from .scalars import plain
@@ -129,6 +129,7 @@ __all__ = [
     "KVCache",
     "MhaSpecError",
     "PagedKVCache",
+    "WindowKVCache",
     "alibi_bias",
     "alibi_slopes",
     "attention",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .arrays import Array
 
-__all__ = ["Cache", "HighWater", "KVCache", "PagedKVCache"]
+__all__ = ["Cache", "HighWater", "KVCache", "PagedKVCache", "WindowKVCache"]
 
 
 class KVCache(NamedTuple):
@@ -65,6 +65,52 @@ class KVCache(NamedTuple):
         """Show shapes, not contents."""
         key, value = (tuple(getattr(buffer, "shape", ())) for buffer in (self.key, self.value))
         return f"KVCache(key={key}, value={value}, lengths={self.lengths!r})"
+
+
+class WindowKVCache(NamedTuple):
+    """Keys and values of the last `capacity` tokens, for attention with a window or chunks (MHA-CACHE-12).
+
+    Token j of a batch entry is in slot j mod capacity, so that a new token takes the slot of the oldest. A `KVCache`
+    holds the same tokens in the same slots: `WindowKVCache(*cache)` continues it. As `KVCache`, it is immutable and
+    passes through compilers.
+    """
+
+    key: Float[Array, "batch kv_heads capacity qk_dim"]
+    """Normalised and rotated, as attention reads them."""
+    value: Float[Array, "batch kv_heads capacity v_dim"]
+    lengths: Int[Array, "batch"] | Sequence[int]
+    """The number of all tokens of each batch entry, also of those that later tokens have replaced."""
+
+    @classmethod
+    def empty(
+        cls, batch: int, kv_heads: int, capacity: int, qk_dim: int, v_dim: int | None = None, *, like: Array
+    ) -> WindowKVCache:
+        """Make a cache without tokens, with the library, dtype and device of `like`; v_dim is qk_dim by default."""
+        return cls(*KVCache.empty(batch, kv_heads, capacity, qk_dim, v_dim, like=like))
+
+    def append(
+        self,
+        key: Float[Array, "batch kv_heads length qk_dim"],
+        value: Float[Array, "batch kv_heads length v_dim"],
+        lengths: Int[Array, "batch"] | Sequence[int] | None = None,
+    ) -> WindowKVCache:
+        """Append new tokens to those of each batch entry; see `mha_spec.reference.append_cache`."""
+        return _function_for("append_cache", self.key, "cache")(self, key, value, lengths)
+
+    @property
+    def batch(self) -> int:
+        """Number of batch entries."""
+        return self.key.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens of each batch entry that the cache holds, which are the last ones."""
+        return self.key.shape[2]
+
+    def __repr__(self) -> str:
+        """Show shapes, not contents."""
+        key, value = (tuple(getattr(buffer, "shape", ())) for buffer in (self.key, self.value))
+        return f"WindowKVCache(key={key}, value={value}, lengths={self.lengths!r})"
 
 
 class PagedKVCache(NamedTuple):
@@ -139,7 +185,7 @@ class PagedKVCache(NamedTuple):
         return f"PagedKVCache(key={key}, value={value}, lengths={self.lengths!r}, block_table={table})"
 
 
-Cache = TypeVar("Cache", KVCache, PagedKVCache)
+Cache = TypeVar("Cache", KVCache, PagedKVCache, WindowKVCache)
 """The type of a cache, which an append keeps."""
 
 

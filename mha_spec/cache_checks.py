@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy
 
+from . import paged_steps, window_steps
 from .arguments import options_of
 from .array_checks import check_integers, check_same_dtype, fits, require_array, shape_of
 from .arrays import host_integers, library_of
-from .cache import KVCache, PagedKVCache
+from .cache import KVCache, PagedKVCache, WindowKVCache
 from .errors import refuse_type, refuse_value
-from .paged_steps import OPTIONS
 from .pools import slots_of_positions
-from .position_checks import check_entries
+from .position_checks import LARGEST_POSITION, check_entries, check_offset, chunk_size, window_bounds
 from .scalars import short_repr
 
 if TYPE_CHECKING:
@@ -24,33 +24,84 @@ if TYPE_CHECKING:
     Size = int | None
     """A size, or None if a trace does not know it."""
 
-__all__ = ["check_buffers", "check_paged_options", "check_room"]
+__all__ = ["check_buffers", "check_options_of_cache", "check_room", "check_span"]
 
-REFUSED = tuple(name for name in options_of("multi_head_attention") if name not in (*OPTIONS, "kv_lengths"))
-"""The options that paged attention does not have."""
+KINDS = {
+    PagedKVCache: ("MHA-CACHE-10", paged_steps.OPTIONS),
+    WindowKVCache: ("MHA-CACHE-13", window_steps.OPTIONS),
+}
+"""The caches whose attention has fewer options, each with its clause and its options."""
+
+CLAUSES = {KVCache: "MHA-CACHE-7", WindowKVCache: "MHA-CACHE-12"}
+"""The clauses of the buffers of a cache with slots for each batch entry."""
 
 
-def check_paged_options(function: str, options: Mapping[str, Any], *, weighs: bool) -> None:
-    """Refuse what paged attention does not have, by name (MHA-CACHE-10)."""
+def check_options_of_cache(cache: object, function: str, options: Mapping[str, Any], *, weighs: bool) -> None:
+    """Refuse what attention with this cache does not have, by name (MHA-CACHE-10, MHA-CACHE-13)."""
+    if not isinstance(cache, (PagedKVCache, WindowKVCache)):
+        return
+    kind, (clause, accepted) = type(cache).__name__, KINDS[type(cache)]
     if weighs or function == "multi_head_attention_and_weights":
         refuse_value(
-            "MHA-CACHE-10",
-            f"`cache` must be a KVCache in {function}, received a PagedKVCache. Paged attention returns no weights.",
+            clause, f"`cache` must be a KVCache in {function}, received a {kind}, with which there are no weights."
         )
-    for name in REFUSED:
+    for name in options_of("multi_head_attention"):
         value = options.get(name)
-        if value is not None and not (name == "dropout_rate" and value == 0):
-            refuse_value(
-                "MHA-CACHE-10",
-                f"`{name}` must be None with a PagedKVCache, received {name}={short_repr(value)}. "
-                "Paged attention has causal, window, q_offset, scale, softcap and sinks; a KVCache has all options.",
-            )
+        if name in (*accepted, "kv_lengths") or value is None or (name == "dropout_rate" and value == 0):
+            continue
+        refuse_value(
+            clause,
+            f"`{name}` must be None with a {kind}, received {name}={short_repr(value)}. "
+            f"A {kind} has {', '.join(accepted)}; a KVCache has all options.",
+        )
     if isinstance(options.get("q_offset"), str):
         refuse_value(
-            "MHA-CACHE-10",
-            "`q_offset` must be None or integers with a PagedKVCache, "
-            f"received q_offset={short_repr(options['q_offset'])}. None is the number of tokens before the call.",
+            clause,
+            f"`q_offset` must be None or integers with a {kind}, received q_offset={short_repr(options['q_offset'])}. "
+            "None is the number of tokens before the call.",
         )
+
+
+def check_span(cache: WindowKVCache, options: Mapping[str, Any], query: Array) -> None:
+    """Require a chunk or a window that the slots have room for, and queries whose keys they hold (MHA-CACHE-14)."""
+    chunk, window, capacity = options.get("chunk"), options.get("window"), _slots(cache)
+    chunk = None if chunk is None else chunk_size(chunk)
+    left = None if window is None else window_bounds(window)[0]
+    name, size = ("window", None if left is None else left + 1) if chunk is None else ("chunk", chunk)
+    if size is None or (capacity is not None and size > capacity):
+        refuse_value(
+            "MHA-CACHE-14",
+            f"`{name}` must fit a WindowKVCache, which holds the last tokens, "
+            f"{'left + 1' if name == 'window' else 'chunk'}<=capacity={capacity}, "
+            f"received {name}={short_repr(options.get(name))}. A KVCache holds all tokens.",
+        )
+    for label in ("kv_starts", "prefix_lengths"):
+        check_entries(label, options.get(label), query, 0, LARGEST_POSITION, "2**30", "MHA-LEN-5")
+    offset = check_offset(options.get("q_offset"), query)
+    if offset is not None and capacity is not None:
+        _check_held(cache, capacity, offset, options.get("kv_starts"), (left, chunk))
+
+
+def _check_held(
+    cache: WindowKVCache, capacity: int, offset: Any, starts: Any, sizes: tuple[int | None, int | None]
+) -> None:
+    """Require slots that hold the keys of query 0, where offsets and lengths are host data (MHA-CACHE-14)."""
+    (left, chunk), lengths, offsets = sizes, host_integers(cache.lengths), host_integers(offset)
+    known_starts = [0] if starts is None else host_integers(starts)
+    if lengths is None or offsets is None or known_starts is None:
+        return
+    shape = (len(lengths),)
+    entries = (numpy.broadcast_to(numbers, shape).tolist() for numbers in (lengths, offsets, known_starts))
+    for entry, (length, position, start) in enumerate(zip(*entries, strict=True)):
+        of_window = start if left is None else position - left
+        of_chunk = start if chunk is None else start + (position - start) // chunk * chunk
+        first = max(of_window, of_chunk, start)
+        if first < length - capacity:
+            refuse_value(
+                "MHA-CACHE-14",
+                f"`q_offset` must be a position whose keys a WindowKVCache holds, which are those from "
+                f"{length - capacity} on, received q_offset={position} in batch entry {entry}, which sees key {first}.",
+            )
 
 
 def check_buffers(cache: object, like: Array, other: str, sizes: tuple[Size, Size], last: tuple[Size, Size]) -> None:
@@ -58,8 +109,8 @@ def check_buffers(cache: object, like: Array, other: str, sizes: tuple[Size, Siz
     batch, kv_heads = sizes
     if isinstance(cache, PagedKVCache):
         clause, axes = "MHA-CACHE-9", {"blocks": None, "block_size": None, "kv_heads": kv_heads}
-    elif isinstance(cache, KVCache):
-        clause, axes = "MHA-CACHE-7", {"batch": batch, "kv_heads": kv_heads, "capacity": None}
+    elif isinstance(cache, (KVCache, WindowKVCache)):
+        clause, axes = CLAUSES[type(cache)], {"batch": batch, "kv_heads": kv_heads, "capacity": None}
     else:
         refuse_type(
             "MHA-CACHE-7", f"`cache` must be a KVCache, received {type(cache).__name__}. Make it with KVCache.empty."
@@ -75,7 +126,8 @@ def check_buffers(cache: object, like: Array, other: str, sizes: tuple[Size, Siz
         _check_table(cache, like, batch)
     if cache.lengths is None:
         refuse_type(clause, "`cache.lengths` must hold an integer for each batch entry, received None.")
-    check_entries("cache.lengths", cache.lengths, like, 0, _capacity(cache), "capacity")
+    limit = (LARGEST_POSITION, "2**30") if isinstance(cache, WindowKVCache) else (_room(cache), "capacity")
+    check_entries("cache.lengths", cache.lengths, like, 0, *limit)
 
 
 def _check_buffer(
@@ -101,18 +153,28 @@ def _check_table(cache: PagedKVCache, like: Array, batch: Size) -> None:
     check_integers("cache.block_table", cache.block_table, like, expected, "(batch, max_blocks)", "MHA-CACHE-9")
 
 
-def _capacity(cache: KVCache | PagedKVCache) -> Size:
+def _slots(cache: KVCache | WindowKVCache) -> Size:
+    """Return the number of slots of a batch entry; None if a trace does not know it."""
+    slots: Any = shape_of(cache.key)[2]
+    return slots
+
+
+def _room(cache: KVCache | PagedKVCache) -> Size:
     """Return the most tokens of a batch entry; None if a trace does not know it."""
     if isinstance(cache, KVCache):
-        return cache.capacity
+        return _slots(cache)
     sizes: Any = cache.block_size, shape_of(cache.block_table)[1]
     size, columns = sizes
     return None if size is None or columns is None else size * columns
 
 
-def check_room(cache: KVCache | PagedKVCache, length: Size, counts: Array | Sequence[int] | None) -> None:
+def check_room(
+    cache: KVCache | PagedKVCache | WindowKVCache, length: Size, counts: Array | Sequence[int] | None
+) -> None:
     """Require a free slot for every new token, where lengths and table are host data (MHA-CACHE-4, MHA-CACHE-11)."""
-    before, capacity = host_integers(cache.lengths), _capacity(cache)
+    if isinstance(cache, WindowKVCache):
+        return
+    before, capacity = host_integers(cache.lengths), _room(cache)
     if counts is not None:
         more = host_integers(counts)
     else:

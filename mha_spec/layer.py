@@ -13,7 +13,7 @@ import numpy
 
 from .arguments import decorate_method, expand_options, offset_of_reading
 from .arrays import Array, library_of
-from .cache import PagedKVCache
+from .cache import PagedKVCache, WindowKVCache
 from .layer_checks import LayerArguments, check_like, check_slope_dtype, check_vectors, empty_shapes
 from .layer_steps import LayerSteps
 from .scalars import plain
@@ -49,7 +49,7 @@ class Operands(NamedTuple):
     key: Any
     value: Any
     options: dict[str, Any]
-    cache: KVCache | PagedKVCache | None = None
+    cache: KVCache | PagedKVCache | WindowKVCache | None = None
     """The new cache; None in a call without a cache."""
 
 
@@ -362,7 +362,8 @@ class Layer:
             ArgumentTypeError: The cache is of another library or dtype.
 
         Source:
-            SPEC.md, MHA-CACHE-1 to MHA-CACHE-8, for a `PagedKVCache` also MHA-CACHE-9 to MHA-CACHE-11.
+            SPEC.md, MHA-CACHE-1 to MHA-CACHE-8, for a `PagedKVCache` also MHA-CACHE-9 to MHA-CACHE-11, for a
+            `WindowKVCache` MHA-CACHE-12.
         """
         self.steps.check_append(cache, key, value, lengths)
         return self._append(cache, key, value, lengths)
@@ -374,11 +375,17 @@ class Layer:
             return Operands(q, k, v, a.options)
         counts, offset = a.options.get("kv_lengths"), a.options.get("q_offset")
         new = a.cache if k is None else self._append(a.cache, k, v, counts)
+        if isinstance(a.cache, WindowKVCache):
+            return Operands(q, *self.steps.window_operands(q, (a.cache, new), (k, v), a.options, self.steps), new)
         options = {"kv_lengths": new.lengths, "q_offset": a.cache.lengths if offset is None else offset}
         return Operands(q, new.key, new.value, a.options | options, new)
 
     def _append(self, cache: Any, key: Array, value: Any, counts: Any) -> Any:
-        append = self.steps.append_paged if isinstance(cache, PagedKVCache) else self.steps.append
+        append = self.steps.append
+        if isinstance(cache, PagedKVCache):
+            append = self.steps.append_paged
+        elif isinstance(cache, WindowKVCache):
+            append = self.steps.append_window
         return append(cache, key, value, counts, self.steps)
 
     def _heads(self, a: LayerArguments) -> tuple[Array, Array | None, Array | None]:

@@ -14,8 +14,8 @@ import numpy
 from .arguments import WEIGHT_FUNCTIONS
 from .array_checks import check_floating, check_same_dtype, differ, fits, is_mapping, is_sequence, require_array
 from .arrays import FLOATING, Array, dtype_name, library_of, storage_of
-from .cache import PagedKVCache
-from .cache_checks import check_buffers, check_paged_options, check_room
+from .cache import WindowKVCache
+from .cache_checks import check_buffers, check_options_of_cache, check_room, check_span
 from .checks import refuse_unknown
 from .errors import refuse_type, refuse_value
 from .parameters import AXES, JOINT_NORMS, REQUIRED
@@ -26,7 +26,7 @@ from .scalars import LARGEST_FLOAT, check_integer, check_number, is_integer, pla
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from .cache import KVCache
+    from .cache import KVCache, PagedKVCache
     from .rotary_checks import Rotary
 
 __all__ = [
@@ -55,7 +55,7 @@ class LayerArguments:
     params: Mapping[str, Array]
     rotary: Mapping[str, Any] | None
     norm_epsilon: float
-    cache: KVCache | PagedKVCache | None
+    cache: KVCache | PagedKVCache | WindowKVCache | None
     options: dict[str, Any]
     """The options of attention that the call has."""
     positions: Array | Sequence[Any] | None = None
@@ -302,13 +302,14 @@ def _is_series(value: object) -> TypeGuard[Sequence[object]]:
     return is_sequence(value) or isinstance(value, range)
 
 
-def _check_cache(a: LayerArguments, cache: KVCache | PagedKVCache) -> None:
+def _check_cache(a: LayerArguments, cache: KVCache | PagedKVCache | WindowKVCache) -> None:
     """Require the query's library, dtype, device and batch, and the sizes of the parameters (MHA-CACHE-7)."""
-    if isinstance(cache, PagedKVCache):
-        check_paged_options(a.function, a.options, weighs=a.weighs)
+    check_options_of_cache(cache, a.function, a.options, weighs=a.weighs)
     _, kv_heads, qk_dim = a.params["w_k"].shape
     v_dim = None if a.weighs else a.params["w_v"].shape[2]
     check_buffers(cache, a.query, "query", (a.query.shape[0], kv_heads), (qk_dim, v_dim))
+    if isinstance(cache, WindowKVCache):
+        check_span(cache, a.options, a.query)
     kv_lengths = a.options.get("kv_lengths")
     if a.key is not None:
         check_entries("kv_lengths", kv_lengths, a.query, 0, a.key.shape[1], "kv_len")
@@ -322,7 +323,7 @@ def _check_cache(a: LayerArguments, cache: KVCache | PagedKVCache) -> None:
 
 
 def check_append(
-    cache: KVCache | PagedKVCache,
+    cache: KVCache | PagedKVCache | WindowKVCache,
     key: Array,
     value: Array,
     counts: Array | Sequence[int] | None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from .arrays import Array
-    from .cache import KVCache, PagedKVCache
+    from .cache import KVCache, PagedKVCache, WindowKVCache
 
 __all__ = ["CallOptions", "CallWeightOptions", "LayerObject", "LayerOptions", "LayerSettings", "expand_layer_options"]
 
@@ -224,7 +224,7 @@ class LayerObject:
         key: Array | None,
         value: Array | None,
         *,
-        cache: KVCache | PagedKVCache | None = None,
+        cache: KVCache | PagedKVCache | WindowKVCache | None = None,
         **options: Unpack[CallOptions],
     ) -> Any:
         """Attend from the query to the key, by default the query, and its value, by default the key."""
@@ -261,7 +261,7 @@ class LayerObject:
         return self.functions.multi_head_attention_and_weights(query, key, value, self.params, cache=cache, **keywords)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """Make a cache of this layer's sizes without tokens."""
+        """Make a cache of this layer's sizes without tokens; `WindowKVCache(*cache)` holds the last ones."""
         sizes = self.settings
         return self.functions.empty_cache(batch, sizes.kv_heads, capacity, sizes.qk_dim, sizes.v_dim, like=self._like)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 
-from . import layer_checks, paged_steps, rotary_checks
+from . import layer_checks, paged_steps, rotary_checks, window_steps
 from .arguments import DROPOUT_OPTIONS
 from .arrays import Array, device_of, dtype_name, host_integers, library_of, namespace_of, softmax_dtype_name
 from .attention_reference import attention as attend
@@ -24,7 +24,7 @@ from .offsets import named_offset
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from .cache import PagedKVCache
+    from .cache import PagedKVCache, WindowKVCache
     from .layer_checks import LayerArguments
     from .rotary_checks import Rotary
 
@@ -335,6 +335,13 @@ class LayerSteps:
     append_paged: Callable[..., PagedKVCache] = paged_steps.append_paged
     attend_paged: Callable[..., Array] = paged_steps.attend_paged
     bounds: Callable[..., Array] = paged_steps.bounds
+    integers: Callable[..., Array] = paged_steps.integers
+    append_window: Callable[..., WindowKVCache] = window_steps.append_window
+    store_wrapped: Callable[..., Array] = window_steps.store_wrapped
+    unroll: Callable[..., Array] = window_steps.unroll
+    capacity_of: Callable[..., int] = window_steps.capacity_of
+    start_of_keys: Callable[..., Array] = window_steps.start_of_keys
+    window_operands: Callable[..., tuple[Array, Array, dict[str, Any]]] = window_steps.operands
     varlen: Callable[..., Any] | None = None
     """varlen_attention; None is that of the reference, whose module imports this one."""
     attend: Callable[..., Array] = attend

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from .arrays import Array
     from .pools import WrittenSlots
 
-__all__ = ["OPTIONS", "append_in_place", "append_paged", "attend_paged", "bounds", "new_slots", "store_pages"]
+__all__ = [
+    "OPTIONS",
+    "append_in_place",
+    "append_paged",
+    "attend_paged",
+    "bounds",
+    "integers",
+    "new_slots",
+    "store_pages",
+]
 
 OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "sinks")
 """The options of the layer that paged attention has (MHA-CACHE-10)."""
@@ -66,7 +75,7 @@ def new_slots(cache: PagedKVCache, stop: Array | Sequence[int], new: Array) -> A
     (blocks, size), (batch, columns), length = cache.key.shape[:2], cache.block_table.shape, new.shape[2]
     if 0 in (blocks, batch, columns, length):
         return xp.full((batch, length), -1, device=device)
-    start, end, table = (_integers(numbers, new) for numbers in (cache.lengths, stop, cache.block_table))
+    start, end, table = (integers(numbers, new) for numbers in (cache.lengths, stop, cache.block_table))
     positions: Array = start[:, None] + xp.arange(length, dtype=start.dtype, device=device)
     inside: Array = (positions >= 0) & (positions < end[:, None]) & (positions < columns * size)
     positions = xp.clip(positions, 0, columns * size - 1)
@@ -76,7 +85,7 @@ def new_slots(cache: PagedKVCache, stop: Array | Sequence[int], new: Array) -> A
     return xp.where(inside, xp.astype(xp.clip(numbers, 0, blocks - 1), positions.dtype) * size + positions % size, -1)
 
 
-def _integers(numbers: Array | Sequence[int], like: Array) -> Array:
+def integers(numbers: Array | Sequence[int], like: Array) -> Array:
     """Return integers as an array of the library of `like`, of the type of its indices."""
     xp, device = namespace_of(like), device_of(like)
     index = xp.arange(0, device=device).dtype

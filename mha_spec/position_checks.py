@@ -30,7 +30,9 @@ __all__ = [
     "check_position",
     "check_prefix",
     "check_window",
+    "chunk_size",
     "refuse_ambiguity",
+    "window_bounds",
 ]
 
 LARGEST_POSITION = 2**30
@@ -39,15 +41,19 @@ LARGEST_POSITION = 2**30
 
 def check_window(a: Arguments | VarlenArguments) -> None:
     """Require a pair (left, right) of numbers of positions, each None or 0..2^30 (MHA-ARG-3)."""
-    if a.window is None:
-        return
-    if not is_sequence(a.window) or len(a.window) != 2:
+    if a.window is not None:
+        a.window = window_bounds(a.window)
+
+
+def window_bounds(window: object) -> tuple[int | None, int | None]:
+    """Return the bounds of a window as Python integers or None; they are in their range (MHA-ARG-3)."""
+    if not is_sequence(window) or len(window) != 2:
         refuse_type(
             "MHA-ARG-3",
-            f"`window` must be a pair (left, right), received window={short_repr(a.window)}. "
+            f"`window` must be a pair (left, right), received window={short_repr(window)}. "
             "A causal window of n keys is window=(n - 1, 0).",
         )
-    a.window = (_bound("left", a.window[0]), _bound("right", a.window[1]))
+    return _bound("left", window[0]), _bound("right", window[1])
 
 
 def _bound(side: str, bound: object) -> int | None:
@@ -66,20 +72,24 @@ def _bound(side: str, bound: object) -> int | None:
 
 def check_chunk(a: Arguments) -> None:
     """Require a Python integer in 1..2^30 (MHA-WINDOW-3)."""
-    if a.chunk is None:
-        return
-    number = plain(a.chunk)
+    if a.chunk is not None:
+        a.chunk = chunk_size(a.chunk)
+
+
+def chunk_size(chunk: object) -> int:
+    """Return the number of positions of a chunk as a Python integer, which is in its range (MHA-WINDOW-3)."""
+    number = plain(chunk)
     if not is_integer(number):
         refuse_type(
             "MHA-WINDOW-3",
-            f"`chunk` must be an integer, the number of positions of each chunk, received chunk={short_repr(a.chunk)}.",
+            f"`chunk` must be an integer, the number of positions of each chunk, received chunk={short_repr(chunk)}.",
         )
     if not 1 <= number <= LARGEST_POSITION:
         refuse_value(
             "MHA-WINDOW-3",
             f"`chunk` must be in 1<=chunk<=2**30, or chunk=None for no chunks, received chunk={short_repr(number)}.",
         )
-    a.chunk = number
+    return number
 
 
 def check_lengths(a: Arguments) -> None:
@@ -162,7 +172,8 @@ def check_position(
 ) -> None:
     """Require an integer in a range; a limit of None is unknown (MHA-LEN-3)."""
     if number < low or (high is not None and number > high):
-        limits = f"-2**30<={label}<=2**30" if high_name == "2**30" else f"{low}<={label}<={high_name}={high}"
+        least = "-2**30" if low == -LARGEST_POSITION else low
+        limits = f"{least}<={label}<=2**30" if high_name == "2**30" else f"{low}<={label}<={high_name}={high}"
         refuse_value(clause, f"`{label}` must be in {limits}, received {short_repr(number)}.")
 
 

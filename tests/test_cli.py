@@ -295,7 +295,7 @@ def test_internal_error_is_one_line(mha_spec: Command, monkeypatch: pytest.Monke
     assert err.endswith(message)
 
 
-def test_report_is_removed_if_nothing_is_judged(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
+def test_report_says_that_nothing_was_judged(mha_spec: Command, starter: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     assert mha_spec("check", starter, *SMOKE, "--json", report)[0] == 0
     assert json.loads(report.read_text())["status"] == 0
@@ -303,7 +303,27 @@ def test_report_is_removed_if_nothing_is_judged(mha_spec: Command, starter: Path
     status, out, err = mha_spec("check", starter, *SMOKE, "--json", report)
     assert (status, out) == (2, "")
     assert "refused all 4 questions as unsupported: not today" in err
-    assert not report.exists()
+    content = json.loads(report.read_text())
+    assert (content["status"], content["summary"]["pass"]) == (2, 0)
+    assert "refused all 4 questions" in content["verdict"]
+
+
+def test_a_target_that_does_not_import_is_in_the_report_and_on_the_page(mha_spec: Command, tmp_path: Path) -> None:
+    target, report, page = (tmp_path / name for name in ("absent.py", "report.json", "page.html"))
+    target.write_text("import a_package_that_is_absent\n")
+    reason = "does not import: ModuleNotFoundError: No module named 'a_package_that_is_absent'"
+    status, out, err = mha_spec("check", target, "--json", report, "--junit", tmp_path / "junit.xml")
+    assert (status, out) == (2, "")
+    assert reason in err
+    assert not (tmp_path / "junit.xml").exists()
+    content = json.loads(report.read_text())
+    assert (content["status"], content["complete"], content["cases"]) == (2, False, [])
+    status, out, _ = mha_spec("matrix", report, "--html", page)
+    assert status == 0
+    assert f"no case was judged: target {target} {reason}"[:200] in " ".join(out.split())
+    assert "not judged" in page.read_text()
+    assert "a_package_that_is_absent" in page.read_text()
+    assert '"right"' not in page.read_text().partition("<tbody>")[2].partition("</tbody>")[0]
 
 
 def test_stale_known_failure_is_in_the_report(mha_spec: Command, starter: Path, tmp_path: Path) -> None:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy
 import pytest
+from website.pictures import see, split_pictures
 
 import mha_spec
 from mha_spec import reference
-from mha_spec.arguments import OPTIONS, Arguments
+from mha_spec.arguments import OPTIONS
 from mha_spec_conformance.judging.bounds import precision
 from mha_spec_conformance.suite.spec import Clause, SpecificationError, clauses, parse, specification
 
 ROOT = Path(__file__).parents[1]
 CITED = re.compile(r"(?P<topic>MHA-[A-Z]+)-(?P<first>\d+)(?P<more>(?:(?:,| to| and) (?:MHA-[A-Z]+)?-\d+)*)")
 ISSUE_OR_VERSION = re.compile(r"[\w.-]+/[\w.-]+#\d+|(?:PyTorch|jax|ONNX Runtime) \d+\.\d+")
-PICTURE_ROW = re.compile(r"(?:b=(?P<b>\d+) )?i=(?P<i>\d+)(?: p=(?P<p>-?\d+))? +(?P<cells>[x.](?: [x.])*)")
 TOPICS_OF_VISIBILITY = {"MASK", "POS", "CAUSAL", "WINDOW", "LEN", "SEG"}
 IN_THE_SUITE = {*(f"MHA-ACC-{n}" for n in (1, 2, 3)), *(f"MHA-LAYOUT-{n}" for n in (1, 2, 3, 4, 5))}
 
@@ -40,42 +40,6 @@ def citations(text: str) -> set[str]:
             numbers.append(int(number))
         cited |= {f"{topic}-{n}" for n in numbers}
     return cited
-
-
-def blocks(text: str) -> list[list[str]]:
-    """Return the indented blocks of a text, without their indentation and empty lines."""
-    indented = re.findall(r"(?:^ {4}.*\n(?:\n(?= {4}))*)+", text + "\n", flags=re.MULTILINE)
-    return [[line[4:] for line in block.splitlines() if line.strip()] for block in indented]
-
-
-def split_pictures(clause: Clause) -> list[tuple[str, list[re.Match[str]]]]:
-    """Return the pictures of a clause: the arguments above each, and its rows."""
-    pictures: list[tuple[str, list[re.Match[str]]]] = []
-    for block in blocks(clause.text):
-        caption = ""
-        for line in block:
-            row = PICTURE_ROW.match(line)
-            if row is None and re.match(r"\w+=", line):
-                caption = line
-                pictures.append((caption, []))
-            elif row is not None:
-                pictures[-1][1].append(row)
-    return [picture for picture in pictures if picture[1]]
-
-
-def see(caption: str, shape: tuple[int, int, int]) -> numpy.ndarray:
-    """Return the pairs that are visible with the arguments of a caption, (batch, q_len, kv_len)."""
-    call = ast.parse(f"call({caption})".replace("-inf", "-1e999"), mode="eval").body
-    assert isinstance(call, ast.Call)
-    options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    dtypes = {"mask": bool, "bias": float, "q_segment_ids": int, "kv_segment_ids": int}
-    options = {name: numpy.array(x, dtypes[name]) if name in dtypes else x for name, x in options.items()}
-    batch, q_len, kv_len = shape
-    query, key = numpy.zeros((batch, 1, q_len, 2)), numpy.zeros((batch, 1, kv_len, 2))
-    arguments = Arguments(query, key, key, **options)
-    plain = reference.Reference()
-    plain.steps.check(arguments)
-    return numpy.broadcast_to(plain.visible(arguments), (batch, 1, q_len, kv_len))[:, 0]
 
 
 def test_the_version_is_that_of_the_package():
@@ -123,36 +87,34 @@ def test_only_few_clauses_are_without_elsewhere():
 @by_clause
 def test_pictures_show_what_the_reference_sees(clause):
     topic = clause.id.split("-")[1]
-    pictures = split_pictures(clause)
+    pictures = split_pictures(clause.text)
     assert pictures or topic not in TOPICS_OF_VISIBILITY or clause.id in {"MHA-MASK-2", "MHA-LEN-3", "MHA-LEN-5"}
-    for caption, rows in pictures:
-        drawn = numpy.array([[cell == "x" for cell in row["cells"].split()] for row in rows])
-        batch = 1 + int(rows[-1]["b"] or 0)
-        drawn = drawn.reshape(batch, -1, drawn.shape[-1])
-        assert [(int(row["b"] or 0), int(row["i"])) for row in rows] == list(numpy.ndindex(drawn.shape[:2]))
+    for picture in pictures:
+        drawn = picture.as_written
+        assert [(int(row["b"] or 0), int(row["i"])) for row in picture.rows] == list(numpy.ndindex(drawn.shape[:2]))
         assert drawn.shape[1] != drawn.shape[2], "equal lengths hide the alignment"
         assert drawn.any()
         assert not drawn.all()
-        numpy.testing.assert_array_equal(drawn, see(caption, drawn.shape), err_msg=caption)
+        numpy.testing.assert_array_equal(drawn, see(picture.caption, drawn.shape), err_msg=picture.caption)
 
 
 @by_clause
 def test_pictures_have_the_position_of_each_query(clause):
-    for caption, rows in split_pictures(clause):
-        offset = re.search(r"q_offset=(\[[^]]*\]|-?\d+)", caption)
+    for picture in split_pictures(clause.text):
+        offset = re.search(r"q_offset=(\[[^]]*\]|-?\d+)", picture.caption)
         offsets = ast.literal_eval(offset[1]) if offset else None
-        for row in rows:
+        for row in picture.rows:
             if row["p"] is not None or offsets is not None:
                 start = offsets[int(row["b"] or 0)] if isinstance(offsets, list) else offsets
-                assert int(row["p"]) == start + int(row["i"]), caption
+                assert int(row["p"]) == start + int(row["i"]), picture.caption
 
 
 def test_a_wrong_picture_fails():
     right = "### MHA-X-1 (MUST): X\n\n    causal=True, q_offset=1\n\n             j  0 1 2\n    i=0 p=1     x x .\n"
-    ((caption, rows),) = split_pictures(parse(right)["MHA-X-1"])
-    assert [row["cells"] for row in rows] == ["x x ."]
-    assert see(caption, (1, 1, 3)).tolist() == [[[True, True, False]]]
-    assert see(caption, (1, 1, 3)).tolist() != see("causal=True, q_offset=0", (1, 1, 3)).tolist()
+    (picture,) = split_pictures(parse(right)["MHA-X-1"].text)
+    assert [row["cells"] for row in picture.rows] == ["x x ."]
+    assert see(picture.caption, (1, 1, 3)).tolist() == [[[True, True, False]]]
+    assert see(picture.caption, (1, 1, 3)).tolist() != see("causal=True, q_offset=0", (1, 1, 3)).tolist()
 
 
 def test_every_citation_is_of_a_clause():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +21,7 @@ from mha_spec_conformance.running.known import read_known
 from mha_spec_conformance.suite.spec import clauses
 from mha_spec_conformance.targets.claims import Claims
 from mha_spec_conformance.targets.loading import Target
+from mha_spec_conformance.targets.metadata import dependencies
 
 if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Suite
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "conformance" / "targets"
 TARGETS = sorted(path.stem for path in FOLDER.glob("*.py"))
+SCRIPTS = sorted((ROOT / "docs" / "findings").glob("*.py"))
 KNOWN = sorted(FOLDER.glob("*.known.toml"))
 
 
@@ -45,6 +49,34 @@ def test_the_page_has_a_row_of_every_target_and_says_which_deviate() -> None:
     assert sorted(name for name, _, _ in rows) == TARGETS
     deviating = {f"{name}.known.toml" for name, asked, passed in rows if asked != passed}
     assert deviating == {file.name for file in KNOWN}
+
+
+@pytest.mark.parametrize("file", [*sorted(FOLDER.glob("*.py")), *SCRIPTS], ids=lambda file: file.stem)
+def test_a_target_or_finding_pins_the_packages_that_it_needs(file: Path) -> None:
+    text = file.read_text()
+    block = re.match(r"# /// script\n# dependencies = (\[.*?\])\n# ///\n", text, re.DOTALL)
+    listed = json.loads(re.sub(r"^#|,(?=\s*(?:# )?\])", "", block[1], flags=re.MULTILINE))
+    pinned = [re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)==[A-Za-z0-9._]+", requirement) for requirement in listed]
+    assert all(pinned), listed
+    assert dependencies(SimpleNamespace(__file__=str(file))) == tuple(match[1] for match in pinned)
+
+
+def test_the_page_of_findings_has_a_section_of_every_script() -> None:
+    _, *sections = re.split(r"^## ", (ROOT / "docs" / "findings.md").read_text(), flags=re.MULTILINE)
+    parts = [re.findall(r"^- \*(\w+)\*:", section, re.MULTILINE) for section in sections]
+    assert all(names == ["Promise", "Result", "Script", "Upstream"] for names in parts), parts
+    titles = [section.partition("\n")[0].casefold() for section in sections]
+    assert titles == sorted(titles)
+    linked = [name for section in sections for name in re.findall(r"\(findings/(\w+\.py)\)", section)]
+    assert sorted(linked) == [script.name for script in SCRIPTS]
+
+
+@pytest.mark.parametrize("text", ["", "# /// script\n# dependencies = [\n# ///\n", "# /// script\n# x = 1\n# ///\n",
+                                  "# /// script\n# dependencies = [1]\n# ///\n", "\0"])  # fmt: skip
+def test_metadata_that_cannot_be_read_names_no_package(text: str, tmp_path: Path) -> None:
+    (tmp_path / "target.py").write_text(text)
+    assert dependencies(SimpleNamespace(__file__=str(tmp_path / "target.py"))) == ()
+    assert dependencies(SimpleNamespace(__file__=None)) == ()
 
 
 def test_further_calls_of_a_layer_follow_the_convention_of_the_first(suite: Suite) -> None:

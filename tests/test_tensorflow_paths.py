@@ -19,12 +19,13 @@ import mha_spec
 import mha_spec_tensorflow
 from mha_spec.arguments import OPTIONS
 from mha_spec.errors import ArgumentValueError, MhaSpecError
-from mha_spec_tensorflow import forward, plan, threads
+from mha_spec_tensorflow import forward, packed, plan, threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 attention: Callable[..., Any] = mha_spec_tensorflow.attention
+varlen_attention: Callable[..., Any] = mha_spec_tensorflow.varlen_attention
 gradient_of: Callable[..., Any] = tf.GradientTape.gradient
 
 
@@ -214,3 +215,48 @@ def test_the_caller_works_alone_when_no_thread_can_start(monkeypatch: pytest.Mon
     monkeypatch.setattr(threads, "_pool", lambda _: closed)
     monkeypatch.setattr(threads, "_cores", lambda: 2)
     assert threads.results_of([lambda number=number: number for number in range(5)]) == list(range(5))
+
+
+def test_a_thread_takes_the_next_call_and_those_inside_a_call_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_cores", lambda: 2)
+    both_run, places = threading.Barrier(2, timeout=60), []
+
+    def call(number: int) -> list[int]:
+        if number < 2:
+            both_run.wait()
+        places.append(threading.current_thread())
+        return threads.results_of([lambda part=part: 10 * number + part for part in range(3)])
+
+    calls = [lambda number=number: call(number) for number in range(7)]
+    assert threads.results_of(calls) == [[10 * number + part for part in range(3)] for number in range(7)]
+    assert len(set(places)) == 2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_packed_sequences_are_computed_in_threads(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, ends = operands(q_len=211, kv_len=211)[0][0], [0, 64, 131, 211]
+    tokens = tf.transpose(tokens, (1, 0, 2))
+    used: set[threading.Thread] = set()
+    real = forward.attend
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        used.add(threading.current_thread())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(forward, "attend", watch)
+    monkeypatch.setattr(threads, "_cores", lambda: 2)
+    expected = packed_results(tokens, ends, causal=causal)
+    assert used == {threading.main_thread()}, "these sequences are too small for threads"
+    monkeypatch.setattr(packed, "COST_OF_BLOCK", 1)
+    for result, other in zip(packed_results(tokens, ends, causal=causal), expected, strict=True):
+        numpy.testing.assert_array_equal(result, other, strict=True)
+    assert len(used) == 2
+
+
+def packed_results(tokens: tf.Tensor, ends: list[int], *, causal: bool) -> list[numpy.ndarray]:
+    """Return the output of packed sequences and the gradients of a tape."""
+    variables = [tf.Variable(tokens), tf.Variable(2 * tokens), tf.Variable(3 * tokens)]
+    with tf.GradientTape() as tape:
+        output = varlen_attention(*variables, ends, ends, causal=causal)
+        loss = tf.reduce_sum(output * tf.stop_gradient(output))
+    return [array.numpy() for array in (output, *gradient_of(tape, loss, variables))]

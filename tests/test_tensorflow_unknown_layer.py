@@ -179,6 +179,14 @@ def test_a_named_offset_of_a_rotation(reading: str, with_lengths: bool) -> None:
         assert_near(call(arguments), expected)
 
 
+def test_an_append_of_no_token_in_a_graph_stores_nothing() -> None:
+    arguments = tensors(APPENDED)
+    empty = arguments | {name: arguments[name][:, :, :0] for name in ("key", "value")}
+    empty["lengths"] = arguments["lengths"] * 0
+    stored = graph_of(appended, APPENDED)(empty)
+    assert_near(stored, [arguments["cache.key"], arguments["cache.value"]])
+
+
 RANKS = [name for name, layout in ATTENTION.items() if name not in ("query", "key", "value")]
 
 

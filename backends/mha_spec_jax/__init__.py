@@ -4,7 +4,7 @@ The table in `native` lists the paths. Arrays of JAX are never read. Lengths, of
 NumPy values select the keys to work on, and a program is compiled for each shape of that selection.
 """
 
-from mha_spec.cache import KVCache, PagedKVCache
+from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
 
 from .core import attention, attention_vjp, attention_weights, merge_attention, merge_attention_vjp
 from .layer import (
@@ -25,6 +25,7 @@ __all__ = [
     "KVCache",
     "MultiHeadAttention",
     "PagedKVCache",
+    "WindowKVCache",
     "alibi_bias",
     "alibi_slopes",
     "all_to_all_attention",

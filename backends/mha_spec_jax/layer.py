@@ -101,6 +101,33 @@ def store_pages(pages: Array, new: Array, slots: Array) -> Array:
     return flat.at[slots].set(new.transpose(0, 2, 1, 3), mode="drop").reshape(pages.shape)
 
 
+def store_wrapped(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
+    """Write new tokens to the slots of the oldest; the last of each slot stays (MHA-CACHE-12)."""
+    return _wrapped(buffer, new, jnp.asarray(start), jnp.asarray(stop))
+
+
+@jax.jit
+def _wrapped(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
+    (batch, _, length, _), capacity = new.shape, buffer.shape[2]
+    tokens, count = jnp.arange(length), (stop - start)[:, None]
+    kept = (tokens < count) & (tokens >= count - capacity)
+    # XLA does not say in which order it writes to a slot, so the tokens that do not stay are dropped.
+    slots = jnp.where(kept, jnp.remainder(start[:, None] + tokens, capacity), capacity)
+    return buffer.at[jnp.arange(batch)[:, None], :, slots].set(new.transpose(0, 2, 1, 3), mode="drop")
+
+
+def unroll(buffer: Array, lengths: Integers, new: Array | None) -> Array:
+    """Put the tokens of each batch entry in their order, the new ones last (MHA-CACHE-13)."""
+    return _unrolled(buffer, jnp.asarray(lengths), new)
+
+
+@jax.jit
+def _unrolled(buffer: Array, lengths: Array, new: Array | None) -> Array:
+    slots = jnp.remainder(lengths[:, None] + jnp.arange(buffer.shape[2]), buffer.shape[2])
+    tokens = jnp.take_along_axis(buffer, slots[:, None, :, None], axis=2)
+    return tokens if new is None else jnp.concatenate([tokens, new], axis=2)
+
+
 @jax.jit
 def _scattered(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
     (batch, _, length, _), capacity = new.shape, buffer.shape[2]
@@ -158,6 +185,8 @@ _LAYER = Layer(
         slopes=slopes,
         distances=distances,
         store_pages=store_pages,
+        store_wrapped=store_wrapped,
+        unroll=unroll,
         varlen=varlen_attention,
     )
 )

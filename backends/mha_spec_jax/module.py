@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.export
 
-from mha_spec.cache import KVCache, PagedKVCache
+from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
 from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
 
 from . import layer
@@ -89,8 +89,8 @@ class MultiHeadAttention(LayerObject):
 
 
 # Exported programs can have these types as arguments and results.
-jax.export.register_namedtuple_serialization(KVCache, serialized_name="mha_spec.KVCache")
-jax.export.register_namedtuple_serialization(PagedKVCache, serialized_name="mha_spec.PagedKVCache")
+for cache in (KVCache, PagedKVCache, WindowKVCache):
+    jax.export.register_namedtuple_serialization(cache, serialized_name=f"mha_spec.{cache.__name__}")
 jax.export.register_pytree_node_serialization(
     MultiHeadAttention,
     serialized_name="mha_spec_jax.MultiHeadAttention",

@@ -4,7 +4,7 @@ Results are those of `mha_spec.reference`, also where invisible pairs hold NaN. 
 blocks that no query sees are skipped. Dropout is drawn from an integer seed.
 """
 
-from mha_spec.cache import KVCache, PagedKVCache
+from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
 from mha_spec.reference import merge_attention, merge_attention_vjp
 
 from .core import attention, attention_vjp, attention_weights
@@ -25,6 +25,7 @@ __all__ = [
     "KVCache",
     "MultiHeadAttention",
     "PagedKVCache",
+    "WindowKVCache",
     "alibi_bias",
     "alibi_slopes",
     "append_cache",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from mha_spec import layer_steps, paged_steps
+from mha_spec import layer_steps, paged_steps, window_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import host_integers
 from mha_spec.cache import HighWater, KVCache
@@ -76,6 +76,32 @@ def append_paged(
     return paged_steps.append_in_place(_BLOCKS, cache, stop, slots, numpy.ndarray.copy, write)
 
 
+def store_wrapped(buffer: Array, new: Array, start: Array | Sequence[int], stop: Array | Sequence[int]) -> Array:
+    """Write new tokens to the slots of the oldest in a copy of a buffer (MHA-CACHE-12, MHA-CACHE-3)."""
+    if not isinstance(buffer, numpy.ndarray):
+        return window_steps.store_wrapped(buffer, new, start, stop)
+    stored, capacity = buffer.copy(), buffer.shape[2]
+    for entry, (first, last) in enumerate(zip(*map(host_integers, (start, stop)), strict=True)):
+        kept = numpy.arange(max(first, last - capacity), last)
+        stored[entry][:, kept % max(capacity, 1)] = new[entry][:, kept - first]
+    return stored
+
+
+def unroll(buffer: Array, lengths: Array | Sequence[int], new: Array | None) -> Array:
+    """Put the tokens of each batch entry in their order, the new ones last (MHA-CACHE-13)."""
+    if not isinstance(buffer, numpy.ndarray):
+        return window_steps.unroll(buffer, lengths, new)
+    batch, heads, capacity, size = buffer.shape
+    tokens = numpy.empty((batch, heads, capacity + (0 if new is None else new.shape[2]), size), buffer.dtype)
+    for entry, length in enumerate(host_integers(lengths) or ()):
+        oldest = length % max(capacity, 1)
+        tokens[entry, :, : capacity - oldest] = buffer[entry, :, oldest:]
+        tokens[entry, :, capacity - oldest : capacity] = buffer[entry, :, :oldest]
+    if new is not None:
+        tokens[:, :, capacity:] = new
+    return tokens
+
+
 _LAYER = Layer(
     LayerSteps(
         attend=attention,
@@ -83,6 +109,8 @@ _LAYER = Layer(
         empty_cache=empty,
         append=append,
         append_paged=append_paged,
+        store_wrapped=store_wrapped,
+        unroll=unroll,
         varlen=varlen_attention,
     )
 )

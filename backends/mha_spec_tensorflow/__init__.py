@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mha_spec.cache import KVCache, PagedKVCache
+from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
 
 from .core import attention, attention_vjp, attention_weights, merge_attention, merge_attention_vjp
 from .layer import (
@@ -30,6 +30,7 @@ __all__ = [
     "KVCache",
     "MultiHeadAttention",
     "PagedKVCache",
+    "WindowKVCache",
     "alibi_bias",
     "alibi_slopes",
     "append_cache",

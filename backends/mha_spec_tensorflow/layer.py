@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import tensorflow as tf
 
-from mha_spec import layer_checks, layer_steps, paged_steps
+from mha_spec import layer_checks, layer_steps, paged_steps, window_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
-from mha_spec.cache import KVCache, PagedKVCache
+from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
 from mha_spec.checks import check_library
 from mha_spec.errors import refuse_value
 from mha_spec.layer import Layer
@@ -91,7 +91,7 @@ def _with_cache(layouts: Mapping[str, Layout], cache: object) -> Mapping[str, La
 
 
 def _of_cache(cache: object) -> dict[str, Any]:
-    if not isinstance(cache, (KVCache, PagedKVCache)):
+    if not isinstance(cache, (KVCache, PagedKVCache, WindowKVCache)):
         return {}
     return {f"cache.{name}": array for name, array in cache._asdict().items()}
 
@@ -227,9 +227,15 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
         return buffer
     slots = tf.range(sizes_of(buffer)[2])
     start, stop = (tf.cast(bound, tf.int32)[:, None] for bound in (start, stop))
-    taken = tf.clip_by_value(slots - start, 0, sizes_of(new)[2] - 1)
     written = tf.logical_and(slots >= start, slots < stop)
-    return tf.where(written[:, None, :, None], tf.gather(new, taken, axis=2, batch_dims=1), buffer)
+    return tf.where(written[:, None, :, None], _tokens_at(slots - start, new), buffer)
+
+
+def _tokens_at(places: Array, new: Array) -> Array:
+    """Return the new token of each slot, (batch, kv_heads, capacity, size); one without a token gets any numbers."""
+    # In a graph of unknown sizes there may be no token, and a gather needs one.
+    padded = new if new.shape[2] else tf.pad(new, [[0, 0], [0, 0], [0, 1], [0, 0]])
+    return tf.gather(padded, tf.clip_by_value(places, 0, sizes_of(padded)[2] - 1), axis=2, batch_dims=1)
 
 
 def new_slots(cache: PagedKVCache, stop: Integers, new: Array) -> Array:
@@ -269,6 +275,41 @@ def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], var
         tokens, cache.key, cache.value, bounds, None, block_table=cache.block_table, seqused_kv=cache.lengths, **known
     )
     return tf.transpose(tf.reshape(output, (batch, length, heads, output.shape[2])), (0, 2, 1, 3))
+
+
+def integers(numbers: Integers | int, _: Array) -> Array:
+    """Return integers as a tensor of 32 bits, which hold every position."""
+    return tf.cast(tf.convert_to_tensor(numbers), tf.int32)
+
+
+def store_wrapped(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
+    """Write new tokens to the slots of the oldest; the last of each slot stays (MHA-CACHE-12)."""
+    if 0 in (buffer.shape[0], buffer.shape[2], new.shape[2]):
+        return buffer
+    capacity = sizes_of(buffer)[2]
+    first, end = (integers(ends, buffer)[:, None] for ends in (start, stop))
+    last = end - 1 - tf.math.floormod(end - 1 - tf.range(capacity), capacity) - first
+    return tf.where((last >= 0)[:, None, :, None], _tokens_at(last, new), buffer)
+
+
+def unroll(buffer: Array, lengths: Integers, new: Array | None) -> Array:
+    """Put the tokens of each batch entry in their order, the new ones last (MHA-CACHE-13)."""
+    capacity = sizes_of(buffer)[2]
+    slots = tf.math.floormod(integers(lengths, buffer)[:, None] + tf.range(capacity), capacity)
+    tokens = tf.gather(buffer, slots, axis=2, batch_dims=1)
+    return tokens if new is None else tf.concat([tokens, new], axis=2)
+
+
+def capacity_of(buffer: Array) -> int | Array:
+    """Return the number of slots of each batch entry, a tensor where the trace does not know it."""
+    return sizes_of(buffer)[2]
+
+
+def start_of_keys(starts: Array | numpy.ndarray, chunk: int | None) -> Array | numpy.ndarray:
+    """Return the first visible key, from which chunks are counted (MHA-WINDOW-3)."""
+    if chunk is None or isinstance(starts, numpy.ndarray):
+        return window_steps.start_of_keys(starts, chunk)
+    return tf.where(starts < 0, tf.math.floormod(starts, chunk), starts)
 
 
 def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
@@ -337,6 +378,11 @@ _LAYER = Layer(
         new_slots=new_slots,
         store_pages=store_pages,
         attend_paged=attend_paged,
+        integers=integers,
+        store_wrapped=store_wrapped,
+        unroll=unroll,
+        capacity_of=capacity_of,
+        start_of_keys=start_of_keys,
         varlen=varlen_attention,
     )
 )

@@ -27,8 +27,9 @@ from mha_spec.scalars import is_integer
 from . import decoding, forward
 from .backward import gradients
 from .function import differentiable
-from .plan import as_int64
+from .plan import COST_OF_BLOCK, as_int64
 from .problem import Operands, problem_of, sizes_of, softmax_dtype, with_slopes
+from .threads import results_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -339,10 +340,20 @@ def _joined(
     """Take a step for each sequence, and concatenate the results, whose other axes and dtypes `specs` describes."""
     if not sequences.is_read:
         return _looped(sequences, step, specs)
-    parts = [step(sequences[index]) for index in range(sequences.count)]
-    if not parts:
+    calls = [partial(step, sequences[index]) for index in range(sequences.count)]
+    if not calls:
         return {name: tf.zeros((0, *sizes), dtype) for name, (sizes, dtype) in specs.items()}
+    parts = results_of(calls) if _are_large(sequences) else [call() for call in calls]
     return {name: tf.concat([part[name] for part in parts], 0) for name in specs}
+
+
+def _are_large(sequences: PackedSequences) -> bool:
+    """Return True if the sequences of an eager call are large enough for threads.
+
+    TensorFlow transposes tokens on a single thread, so that sequences in turn would leave the other threads idle.
+    """
+    scores = sequences.a.heads * int(numpy.dot(sequences.q_lengths, sequences.kv_lengths))
+    return tf.executing_eagerly() and scores >= sequences.count * COST_OF_BLOCK
 
 
 def _looped(

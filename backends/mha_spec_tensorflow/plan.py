@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .unknown import Size
 
-__all__ = ["Group", "Known", "Run", "as_int64", "offset_of", "plan_of", "unknown_plan"]
+__all__ = ["COST_OF_BLOCK", "Group", "Known", "Run", "as_int64", "offset_of", "plan_of", "unknown_plan"]
 
 SCORES = 2**23
 """The most scores that are computed at a time, unless the least number of queries has more: 32 MiB in float32."""

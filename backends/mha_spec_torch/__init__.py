@@ -5,7 +5,7 @@ a call takes. Lengths, offsets and segment ids that can be read (numbers, sequen
 become ranges of keys, and pairs outside of them are not computed.
 """
 
-from mha_spec.cache import KVCache, PagedKVCache
+from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
 
 from .core import attention, attention_vjp, attention_weights, merge_attention, merge_attention_vjp
 from .layer import (
@@ -25,6 +25,7 @@ __all__ = [
     "KVCache",
     "MultiHeadAttention",
     "PagedKVCache",
+    "WindowKVCache",
     "alibi_bias",
     "alibi_slopes",
     "append_cache",

@@ -69,11 +69,12 @@ def needs_operations(grad_outputs: Sequence[Any]) -> bool:
 
 
 def _may_be_poisoned(problem: Problem, gradients: Sequence[Any]) -> bool:
-    """Tell whether a gradient is NaN where the call hides pairs; a NaN that passes a hidden pair is in dQ or in dK."""
+    """Tell whether a gradient is NaN where the call hides pairs."""
     if problem.visibility.tasks[0].sees_all:
         return False
-    first = gradients[:2] if gradients[0] is not None and gradients[1] is not None else gradients
-    return any(gradient is not None and problem.is_nan(gradient) for gradient in first)
+    if gradients[0] is not None and gradients[1] is not None:
+        return native.has_poisoned_gradients(problem, gradients[0].detach(), gradients[1].detach())
+    return any(gradient is not None and problem.is_nan(gradient) for gradient in gradients)
 
 
 class Attention(torch.autograd.Function):

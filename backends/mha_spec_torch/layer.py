@@ -23,6 +23,7 @@ from .function import transformed
 from .paths import autocasts
 from .symbols import entries, example, is_open, traced
 from .varlen import varlen_attention
+from .window_cache import integers, store_wrapped, unroll
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -348,6 +349,9 @@ _LAYER = Layer(
         slopes=slopes,
         append_paged=append_paged,
         store_pages=store_pages,
+        integers=integers,
+        store_wrapped=store_wrapped,
+        unroll=unroll,
         bounds=bounds,
         varlen=varlen_attention,
     )

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["jax==0.10.2", "flax==0.12.7"]
+# ///
 """Flax's `nnx.dot_product_attention`, its weights and `nnx.MultiHeadAttention`, unchanged, under `jax.jit`.
 
 Its axes are (batch, length, heads, size), and its causal diagonal begins at the upper left. The attention calls

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["jax==0.10.2"]
+# ///
 """JAX's `jax.nn.dot_product_attention` under `jax.jit`, unchanged.
 
 Its axes are (batch, length, heads, size), and its causal diagonal begins at the upper left. For float64 it computes the

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["onnx==1.23.2", "onnxruntime==1.32.0"]
+# ///
 """ONNX Runtime's `Attention` on the CPU, unchanged: for each signature a model of a single node is built in memory.
 
 Mask and bias are the same input, `attn_mask`; kv_lengths are `nonpad_kv_seqlen`, which also move the causal diagonal.

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["onnx==1.23.2", "onnxruntime==1.32.0"]
+# ///
 """ONNX Runtime's contrib operator `GroupQueryAttention` on the CPU, unchanged, in models of a single node.
 
 It is always causal. With as many keys as queries its diagonal begins at the upper left, and with more it ends at the

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["onnx==1.23.2", "onnxruntime==1.32.0"]
+# ///
 """ONNX Runtime's contrib operator `MultiHeadAttention` on the CPU, unchanged, in models of a single node.
 
 It has as many heads of keys as of queries; its lengths are `key_padding_mask`, its causal flag is `unidirectional`.

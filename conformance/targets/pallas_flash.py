@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["jax==0.10.2"]
+# ///
 """JAX's Pallas kernel for TPUs, `flash_attention`, unchanged, in interpret mode, which needs no TPU.
 
 Its blocks have 128 queries and 128 keys, and its causal diagonal begins at the upper left. Its bias has all axes. The

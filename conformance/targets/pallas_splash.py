@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["jax==0.10.2"]
+# ///
 """JAX's Pallas kernel for TPUs, splash attention, unchanged, in interpret mode, which needs no TPU.
 
 Its masks are those of causal attention and of windows, known when it is traced, for lengths that are multiples of 128.

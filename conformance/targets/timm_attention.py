@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["timm==1.0.31", "torch==2.13.0"]
+# ///
 """timm's `Attention`, unchanged, in evaluation mode: the layer of its vision transformers.
 
 Queries, keys and values are the same tokens and have the same heads, in a fused projection. Mask, bias and lengths are
@@ -6,9 +9,17 @@ the same argument, `attn_mask`, which is boolean or a bias.
 
 from __future__ import annotations
 
+import sys
+from unittest.mock import MagicMock
+
 import numpy
 import torch
-from timm.layers.attention import Attention
+
+# timm imports torchvision, of which its attention uses nothing; a wheel of it works with a single build of torch.
+for _name in ("", ".datasets", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
+    sys.modules.setdefault(f"torchvision{_name}", MagicMock())
+
+from timm.layers.attention import Attention  # noqa: E402
 
 arrays = "torch"
 dtypes = ("float64", "float32", "float16", "bfloat16")

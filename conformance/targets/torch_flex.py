@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["torch==2.13.0"]
+# ///
 """PyTorch's `flex_attention`, unchanged, without `torch.compile`.
 
 Constraints are its `score_mod`, which gives hidden pairs the score -inf; the caps, biases and offsets are those of the

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["torch==2.13.0"]
+# ///
 """PyTorch's `torch.nn.MultiheadAttention`, unchanged, in evaluation mode with `batch_first=True`.
 
 It has as many heads of keys as of queries, its query, its output and all heads together have the same size, and it has

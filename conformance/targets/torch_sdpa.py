@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["torch==2.13.0"]
+# ///
 """PyTorch's `torch.nn.functional.scaled_dot_product_attention`, unchanged.
 
 Mask and bias are the same argument, `attn_mask`; the causal diagonal begins at the upper left.

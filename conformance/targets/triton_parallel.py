@@ -1,3 +1,12 @@
+# /// script
+# dependencies = [
+#     "einops==0.8.2",
+#     "fla-core==0.6.0",
+#     "flash-linear-attention==0.6.0",
+#     "torch==2.13.0",
+#     "triton==3.9.0",
+# ]
+# ///
 """flash-linear-attention's Triton kernel `parallel_attn`, unchanged, in Triton's interpreter, which needs no GPU.
 
 Its axes are (batch, length, heads, size). It is always causal, with as many keys as queries, and its `window_size`

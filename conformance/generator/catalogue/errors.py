@@ -47,7 +47,7 @@ def _refused(
     dtype: str = "float32",
 ) -> Description:
     inputs, _ = inputs_of(sizes, "generic", {}, 0, function)
-    return _error(f"{function}/error/{name}", argument, kind, clause, {**inputs, **change}, options, function, dtype)
+    return refused(f"{function}/error/{name}", argument, kind, clause, {**inputs, **change}, options, function, dtype)
 
 
 def _without_an_operand() -> Iterator[Description]:
@@ -58,10 +58,10 @@ def _without_an_operand() -> Iterator[Description]:
         for name in names:
             others = {label: item for label, item in inputs.items() if label != name}
             identity = f"{function}/error/{name.replace('_', '-')}-none"
-            yield _error(identity, name, "type", "MHA-SHAPE-1", others, {name: None}, function)
+            yield refused(identity, name, "type", "MHA-SHAPE-1", others, {name: None}, function)
 
 
-def _error(
+def refused(
     identity: str,
     argument: str,
     kind: str,
@@ -70,13 +70,13 @@ def _error(
     options: Mapping[str, Any],
     function: str,
     dtype: str = "float32",
+    title: str = "{} is refused, and the message names `{}`.",
 ) -> Description:
-    title = (
-        f"{identity.rpartition('/')[2].replace('-', ' ').capitalize()} is refused, and the message names `{argument}`."
-    )
+    """Describe a call that must raise an error of this kind that names the argument."""
+    words = identity.rpartition("/")[2].replace("-", " ").capitalize()
     return Description(
         id=identity,
-        title=title,
+        title=title.format(words, argument),
         function=function,
         clauses=(clause,),
         features=("errors",),
@@ -270,7 +270,7 @@ def _merges() -> Iterator[Description]:
     for name, make in wrong.items():
         argument, array = make()
         identity = f"merge_attention/error/{name}"
-        yield _error(identity, argument, "value", "MHA-MERGE-4", {**halves, argument: array}, {}, "merge_attention")
+        yield refused(identity, argument, "value", "MHA-MERGE-4", {**halves, argument: array}, {}, "merge_attention")
     function = "merge_attention_vjp"
     whole = {"grad_output": _of(shape), **halves}
     for name, (argument, kind, clause, array) in {
@@ -282,6 +282,6 @@ def _merges() -> Iterator[Description]:
         "halves-of-unlike-heads": ("output_b", "value", "MHA-MERGE-4", _of((2, 2, 3, 11))),
         "lse-of-another-length": ("lse_b", "value", "MHA-MERGE-4", _of((2, 4, 5), "softmax")),
     }.items():
-        yield _error(f"{function}/error/{name}", argument, kind, clause, {**whole, argument: array}, {}, function)
+        yield refused(f"{function}/error/{name}", argument, kind, clause, {**whole, argument: array}, {}, function)
     options = {"return_lse": True}
-    yield _error(f"{function}/error/unknown-keyword", "return_lse", "type", "MHA-ARG-1", whole, options, function)
+    yield refused(f"{function}/error/unknown-keyword", "return_lse", "type", "MHA-ARG-1", whole, options, function)

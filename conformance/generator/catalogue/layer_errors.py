@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from description import Description, Input
+from description import Input
 
+from .errors import refused
 from .layer_build import LAYER, WEIGHTS, cached
 from .layer_sizes import CROSS, ENCODED, STEP, parameters, tokens
 from .options import integers
@@ -14,6 +15,8 @@ from .tensors import bell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from description import Description
 
     Change = Mapping[str, Input | None]
 
@@ -42,20 +45,9 @@ def descriptions() -> Iterator[Description]:
 def _refused(
     function: str, name: str, argument: str, kind: str, clause: str, inputs: Change, options: Mapping[str, Any]
 ) -> Description:
-    title = f"{name.rpartition('/')[2].replace('-', ' ').capitalize()}: refused, naming `{argument}`."
-    return Description(
-        id=f"{function}/error/{name}",
-        title=title,
-        function=function,
-        clauses=(clause,),
-        features=("errors",),
-        inputs={label: item for label, item in inputs.items() if item is not None},
-        options=options,
-        tags=("structured",),
-        dtypes=("float32",),
-        lse=False,
-        error={"argument": argument, "kind": kind},
-    )
+    present = {label: item for label, item in inputs.items() if item is not None}
+    title = "{}: refused, naming `{}`."
+    return refused(f"{function}/error/{name}", argument, kind, clause, present, options, function, title=title)
 
 
 def _changed(inputs: Mapping[str, Input], change: Change) -> Change:

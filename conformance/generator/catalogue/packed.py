@@ -8,6 +8,7 @@ import numpy
 from description import ALL_DTYPES, Description, Input
 from portable import generate
 
+from .errors import refused
 from .options import integers
 from .tensors import bell, seed_of
 
@@ -361,17 +362,4 @@ def errors() -> Iterator[Description]:
     """Yield calls that must raise an error that names the argument; their integers are host data."""
     for name, (argument, kind, clause, options) in ERRORS.items():
         inputs = {label: item for label, item in packed().items() if label not in options}
-        title = f"{name.replace('-', ' ').capitalize()} is refused, and the message names `{argument}`."
-        yield Description(
-            id=f"{FORWARD}/error/{name}",
-            title=title,
-            function=FORWARD,
-            clauses=(clause,),
-            features=("errors",),
-            inputs=inputs,
-            options=options,
-            tags=("structured",),
-            dtypes=("float32",),
-            lse=False,
-            error={"argument": argument, "kind": kind},
-        )
+        yield refused(f"{FORWARD}/error/{name}", argument, kind, clause, inputs, options, FORWARD)

@@ -13,9 +13,12 @@ from mha_spec_conformance.asking.selection import Selection, matches
 from mha_spec_conformance.reporting.terminal import Bar, console
 from mha_spec_conformance.running.known import read_known
 from mha_spec_conformance.running.results import FORMAT
-from mha_spec_conformance.running.runner import Settings, run
+from mha_spec_conformance.running.run import Run
+from mha_spec_conformance.running.runner import NothingToJudge, Settings, run
 from mha_spec_conformance.suite.cases import load
 from mha_spec_conformance.suite.conventions import parse_convention
+from mha_spec_conformance.targets.claims import Claims
+from mha_spec_conformance.targets.declarations import TargetError
 
 from .reports import Reports, UsageError, check_output, conclude
 
@@ -69,9 +72,19 @@ def check(
     reports.prepare()
     screen = console()
     adopt_orphans()
-    with Bar(screen, target) as bar:
-        result = run(target, suite, settings, bar)
+    try:
+        with Bar(screen, target) as bar:
+            result = run(target, suite, settings, bar)
+    except (TargetError, NothingToJudge) as error:
+        reports.record(_unjudged(target, suite, settings, str(error)))
+        raise
     return conclude(screen, result, reports)
+
+
+def _unjudged(target: str, suite: Suite, settings: Settings, fault: str) -> Run:
+    """Return the run of a target that could not be asked."""
+    claims = Claims(name=target, keywords={}, dtypes=())
+    return Run(suite, claims, settings.selection, results=(), finished=False, fault=fault)
 
 
 def settings_of(suite: Suite, required: tuple[str, ...], accepted: Iterable[str], known: Path | None) -> Settings:

@@ -11,7 +11,7 @@ from mha_spec_conformance.reporting.stored import read_report
 from mha_spec_conformance.reporting.terminal import console
 from mha_spec_conformance.suite.text import one_line
 
-from .reports import UsageError, check_output
+from .reports import check_output, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,10 +43,8 @@ def diff(old: Path, new: Path, markdown: Path | None = None) -> int:
     check_output("--markdown", markdown)
     changed = difference(read_report(old), read_report(new))
     if markdown is not None:
-        try:
+        with writing("--markdown", markdown):
             append(markdown, "\n".join(markdown_lines(changed)) + "\n")
-        except OSError as error:
-            raise UsageError(f"--markdown {markdown}: {error.strerror}") from error
     screen = console()
     for line in text_lines(changed):
         screen.print(line, markup=False, style="bold" if line and not line.startswith(" ") else None)

@@ -13,10 +13,10 @@ from mha_spec_conformance.reporting.stored import read_report
 from mha_spec_conformance.reporting.terminal import console
 from mha_spec_conformance.suite.text import one_line
 
-from .reports import UsageError, check_output
+from .reports import UsageError, check_output, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from mha_spec_conformance.reporting.matrix import Cell, Matrix
@@ -49,31 +49,26 @@ def show_matrix(
         check_output("--badge", path, BADGE.encode() if path.suffix == ".svg" else b"schemaVersion")
     field = matrix([read_report(path) for path in paths])
     if html is not None:
-        _write("--html", html, lambda path: write_text(path, matrix_page(field)))
+        with writing("--html", html):
+            write_text(html, matrix_page(field))
     if markdown is not None:
-        _write("--markdown", markdown, lambda path: append(path, "\n".join(markdown_lines(field)) + "\n"))
+        with writing("--markdown", markdown):
+            append(markdown, "\n".join(markdown_lines(field)) + "\n")
     badge = badge_of(field)
     for path in badges:
-        text = badge.svg if path.suffix == ".svg" else badge.endpoint
-        _write("--badge", path, lambda path, text=text: write_text(path, text))
+        with writing("--badge", path):
+            write_text(path, badge.svg if path.suffix == ".svg" else badge.endpoint)
     screen = console()
     for line in text_lines(field):
         screen.print(line, markup=False)
     return 0
 
 
-def _write(option: str, path: Path, write: Callable[[Path], None]) -> None:
-    try:
-        write(path)
-    except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror}") from error
-
-
 def text_lines(field: Matrix) -> Iterator[str]:
     """Describe each implementation in a line: its verdict, and the numbers of clauses in each state."""
     for number, column in enumerate(field.columns):
         counts = ", ".join(f"{count} {state}" for state, count in field.tally(number).items() if count)
-        yield one_line(f"{column.name} ({column.report.versions}): {column.label}; clauses: {counts}", 300)
+        yield one_line(f"{column.name} ({column.report.versions}): {column.description}; clauses: {counts}", 300)
 
 
 def markdown_lines(field: Matrix) -> Iterator[str]:
@@ -82,7 +77,7 @@ def markdown_lines(field: Matrix) -> Iterator[str]:
     yield f"| implementation | versions | run | {' | '.join(STATES)} |"
     yield f"| --- | --- | --- |{' ---: |' * len(STATES)}"
     for number, column in enumerate(field.columns):
-        names = (column.name, column.report.versions, column.label)
+        names = (column.name, column.report.versions, column.description)
         counts = (str(count or "") for count in field.tally(number).values())
         yield f"| {' | '.join(cell(one_line(name, 200)) for name in names)} | {' | '.join(counts)} |"
     if len(field.columns) > MOST_COLUMNS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from mha_spec_conformance.running.run import Run
 
-__all__ = ["Reports", "UsageError", "check_output", "conclude"]
+__all__ = ["Reports", "UsageError", "check_output", "conclude", "writing"]
 
 
 class UsageError(MhaSpecError):
@@ -53,10 +54,20 @@ class Reports:
         errors: list[UsageError] = []
         for option, path, write in self._writers():
             try:
-                write(run, path)
-            except OSError as error:
-                errors.append(UsageError(f"{option} {path}: {error.strerror}"))
+                with writing(option, path):
+                    write(run, path)
+            except UsageError as error:
+                errors.append(error)
         return errors[0] if errors else None
+
+    def record(self, run: Run) -> None:
+        """Write the JSON report of a target that could not be judged, so that `mha-spec matrix` shows it as such.
+
+        The other files are not written, because a test report without a failure looks like a success.
+        """
+        with suppress(OSError):  # the reason why the target could not be judged is the error that is shown
+            if self.json is not None:
+                write_json(run, self.json)
 
     def _writers(self) -> Iterator[tuple[str, Path, Callable[[Run, Path], None]]]:
         for option, path, write in (
@@ -69,9 +80,19 @@ class Reports:
                 yield option, path, write
 
 
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Report a file that cannot be written as an error of the option."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from error
+
+
 def conclude(screen: Console, result: Run, reports: Reports) -> int:
     """Write the reports, print the verdict, and return the exit status."""
     if not result.deciding:
+        reports.record(result)
         raise NothingToJudge(f"target {result.claims.name}: {result.verdict}")
     fault = reports.write(result)
     print_run(screen, result)

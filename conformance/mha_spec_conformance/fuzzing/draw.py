@@ -129,12 +129,7 @@ def draw_options(d: Drawing, sizes: dict[str, int]) -> None:
     draw_positions(d, batch, q_len, kv_len)
     if d.takes("q_segment_ids", "kv_segment_ids"):
         d.segments(batch, q_len, kv_len)
-    if d.takes("scale"):
-        d.options["scale"] = d.one_of(0.5, 1.0, 0.0, -0.5, 0.125, 2, 3.0)
-    if d.takes("softcap"):
-        d.options["softcap"] = d.one_of(1.5, 30.0, 0.25, 50, 1e4)
-    if d.takes("sinks"):
-        d.sinks(heads)
+    d.of_scores(heads)
     if "dropout_mask" in d.keywords and d.takes("dropout_mask"):
         d.mask("dropout_mask", scores, d.one_of(0.7, 0.95, 0.0))
         if d.takes("dropout_rate"):

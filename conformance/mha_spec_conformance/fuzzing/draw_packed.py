@@ -101,12 +101,7 @@ def _draw_options(d: Drawing, q_lengths: list[int], kv_lengths: list[int], heads
         if positional or d.takes("q_offset"):
             far = () if "alibi_slopes" in d.recipes else (2**30 - 3, -(2**30))
             d.offset(len(q_lengths), 0, 1, -1, 5, -3, *far)
-    if d.takes("scale"):
-        d.options["scale"] = d.one_of(0.5, 1.0, 0.0, -0.5, 0.125, 2, 3.0)
-    if d.takes("softcap"):
-        d.options["softcap"] = d.one_of(1.5, 30.0, 0.25, 50, 1e4)
-    if d.takes("sinks"):
-        d.sinks(heads)
+    d.of_scores(heads)
     for name, lengths in (("max_seqlen_q", q_lengths), ("max_seqlen_kv", kv_lengths)):
         if d.takes(name):
             d.options[name] = max(lengths, default=0) + d.one_of(0, 1, 100)

@@ -132,6 +132,15 @@ class Drawing:
         dtype = self.one_of(softmax_dtype_name(self.dtype), self.dtype, self.other_dtype())
         self.array("sinks", self.one_of(*SINKS).format(shape=(heads,)), dtype)
 
+    def of_scores(self, heads: int) -> None:
+        """Draw scale, softcap and sinks."""
+        if self.takes("scale"):
+            self.options["scale"] = self.one_of(0.5, 1.0, 0.0, -0.5, 0.125, 2, 3.0)
+        if self.takes("softcap"):
+            self.options["softcap"] = self.one_of(1.5, 30.0, 0.25, 50, 1e4)
+        if self.takes("sinks"):
+            self.sinks(heads)
+
     def segments(self, batch: int, q_len: int, kv_len: int) -> None:
         """Draw segment ids, sorted or not."""
         expression, dtype = self.one_of(*SEGMENTS), self.one_of("int32", "int64")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec.varlen_reference import Varlen, VarlenSteps
+from mha_spec.varlen_reference import VarlenSteps
+from mha_spec_conformance.judging.bounds.evaluation import in_float64
+from mha_spec_conformance.judging.bounds.varlen import dense_calls
 from mha_spec_conformance.judging.compare import ANY, EXACT, FINITE
 
 if TYPE_CHECKING:
@@ -24,39 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["packed_kinds"]
 
-OPERANDS = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_kv")
-
 
 def packed_kinds(call: Call, of_sequence: Of) -> dict[str, Array]:
     """Return the kinds of every output; `of_sequence` returns those of a dense call on its arrays and options."""
-    parts: list[tuple[PackedCall, Kinds]] = []
-    arguments: dict[str, Any] = {
-        name: x if x.dtype.kind in "biu" else x.astype("float64") for name, x in call.arrays.items()
-    }
-    arguments |= call.options
-    operands = [arguments.pop(name, None) for name in OPERANDS]
-
-    def keep(packed: PackedCall, steps: VarlenSteps, **cotangents: Array) -> None:
-        arrays = {"query": packed.query, "key": packed.key, "value": packed.value, **cotangents}
-        more = {"bias": steps.linear_bias(packed), "sinks": packed.sinks}
-        arrays |= {name: array for name, array in more.items() if array is not None}
-        parts.append((packed, of_sequence(arrays, packed.options)))
-
-    def attend(packed: PackedCall, steps: VarlenSteps, *, return_lse: bool) -> tuple[Array, Array]:
-        keep(packed, steps)
-        rows = packed.query.shape[:3]
-        return numpy.zeros((*rows, packed.value.shape[3])), numpy.zeros(rows)
-
-    def differentiate(packed: PackedCall, grad_output: Array, grad_lse: Array | None, steps: VarlenSteps) -> Any:
-        keep(packed, steps, grad_output=grad_output, **({} if grad_lse is None else {"grad_lse": grad_lse}))
-        return *map(numpy.zeros_like, packed[:3]), None if packed.sinks is None else numpy.zeros_like(packed.sinks)
-
-    function = getattr(Varlen(replace(VarlenSteps(), attend=attend, differentiate=differentiate)), call.function)
-    if call.function == "varlen_attention":
-        function(*operands, return_lse=True, **arguments)
-        return _of_results(call, parts)
-    function(arguments.pop("grad_output"), *operands, **arguments)
-    return _of_gradients(call, parts)
+    calls = dense_calls(call.function, in_float64(call.arrays), call.options, VarlenSteps())
+    parts = [(packed, of_sequence(arrays, packed.options)) for packed, arrays in calls]
+    return _of_results(call, parts) if call.function == "varlen_attention" else _of_gradients(call, parts)
 
 
 def _of_results(call: Call, parts: list[tuple[PackedCall, Kinds]]) -> dict[str, Array]:

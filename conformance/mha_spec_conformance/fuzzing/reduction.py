@@ -11,10 +11,10 @@ import numpy
 from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 
 from .call import Call, Recipe
-from .reduction_packed import smaller_packed
+from .reduction_packed import fewer, smaller_packed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["call_of", "reduced"]
 
@@ -113,7 +113,7 @@ def _without_options(call: Call) -> Iterator[Call]:
 def _with_less(call: Call, axis: str) -> Iterator[Call]:
     """Return calls with a half of an axis, or without an element of it."""
     sizes = _sizes(call)
-    for indices in _fewer(sizes.get(axis, 0)):
+    for indices in fewer(sizes.get(axis, 0)):
         yield _taking(call, axis, indices, sizes)
 
 
@@ -121,19 +121,9 @@ def _with_less_of_both_lengths(call: Call) -> Iterator[Call]:
     """Return calls with fewer rows and as many keys, because some targets take causal only for equal lengths."""
     sizes = _sizes(call)
     if sizes["q_len"] == sizes["kv_len"]:
-        for indices in _fewer(sizes["q_len"]):
+        for indices in fewer(sizes["q_len"]):
             shorter = _taking(call, "q_len", indices, sizes)
             yield _taking(shorter, "kv_len", indices, _sizes(shorter))
-
-
-def _fewer(size: int) -> list[list[int]]:
-    """Return the halves of the indices of an axis, and the indices without one of them; none of a single index."""
-    if size < 2:
-        return []
-    kept: list[Iterable[int]] = [range(size // 2), range(size // 2, size)]
-    kept += [[i for i in range(size) if i != left] for left in range(size)] if size <= 8 else []
-    kept += [range(size - 1), range(1, size)] if size > 8 else []
-    return [list(indices) for indices in kept]
 
 
 def _sizes(call: Call) -> dict[str, int]:

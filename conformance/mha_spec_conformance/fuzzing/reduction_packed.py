@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Arrays = dict[str, numpy.ndarray]
 
-__all__ = ["smaller_packed"]
+__all__ = ["fewer", "smaller_packed"]
 
 HEADS = {"query": 1, "grad_output": 1, "grad_lse": 0, "sinks": 0, "alibi_slopes": 0}
 """The axis of the query heads in each argument."""
@@ -21,6 +21,9 @@ COMPONENTS = (("value", "grad_output"), ("query", "key"))
 """The arguments whose last axes are reduced together: first those of the values, then those of the scores."""
 
 OF_SEQUENCES = ("seqused_kv", "q_offset", "block_table")
+MOST_LEFT_OUT = 8
+"""The size of an axis up to which each index is left out alone; of a longer axis only the last and the first."""
+
 TOKENS = {"query": 0, "grad_output": 0, "grad_lse": 1}
 """The axis of the tokens of queries in each argument."""
 
@@ -30,7 +33,7 @@ def smaller_packed(arrays: Arrays) -> Iterator[Arrays]:
     count = len(arrays["cu_seqlens_q"]) - 1
     q_lengths = numpy.diff(arrays["cu_seqlens_q"]).tolist()
     kv_lengths = _kv_lengths(arrays)
-    for kept in _parts(count, least=0):
+    for kept in fewer(count, least=0):
         yield _taking(arrays, kept, [q_lengths[b] for b in kept], [kv_lengths[b] for b in kept])
     if _has_tail(arrays):
         yield _taking(arrays, range(count), q_lengths, kv_lengths, tail=False)
@@ -41,12 +44,12 @@ def smaller_packed(arrays: Arrays) -> Iterator[Arrays]:
             yield _taking(arrays, range(count), q_lengths, [*kv_lengths[:b], length, *kv_lengths[b + 1 :]])
     kv_heads = arrays["key"].shape[-2]
     groups = numpy.arange(arrays["query"].shape[1]).reshape(kv_heads, -1)
-    for kept in _parts(kv_heads):
+    for kept in fewer(kv_heads):
         yield _with_heads(arrays, kept, groups[kept].ravel().tolist())
-    for kept in _parts(groups.shape[1]):
+    for kept in fewer(groups.shape[1]):
         yield _with_heads(arrays, range(kv_heads), groups[:, kept].ravel().tolist())
     for names in COMPONENTS:
-        for kept in _parts(arrays[names[0]].shape[-1]):
+        for kept in fewer(arrays[names[0]].shape[-1]):
             yield arrays | {name: arrays[name][..., kept] for name in names if name in arrays}
 
 
@@ -63,12 +66,12 @@ def _kv_lengths(arrays: Arrays) -> list[int]:
     return arrays["seqused_kv"].tolist()
 
 
-def _parts(size: int, least: int = 1) -> Iterator[list[int]]:
-    """Yield the indices of the halves of an axis, and those without one, of at least `least` elements."""
-    halves = [list(range(size // 2)), list(range(size // 2, size))]
-    for kept in [*halves, *([i for i in range(size) if i != without] for without in range(size))]:
-        if least <= len(kept) < size:
-            yield kept
+def fewer(size: int, least: int = 1) -> list[list[int]]:
+    """Return the halves of the indices of an axis, and the indices without a single one, if at least `least` remain."""
+    kept = [list(range(size // 2)), list(range(size // 2, size))]
+    left_out = range(size) if size <= MOST_LEFT_OUT else (size - 1, 0)
+    kept += [[i for i in range(size) if i != left] for left in left_out]
+    return [indices for indices in kept if least <= len(indices) < size]
 
 
 def _less(length: int) -> set[int]:

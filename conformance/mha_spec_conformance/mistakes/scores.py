@@ -47,6 +47,11 @@ def length_before_heads(a: Arguments) -> Arguments:
     return replace(a, query=a.query.swapaxes(1, 2), key=a.key.swapaxes(1, 2), value=a.value.swapaxes(1, 2))
 
 
+def length_before_heads_of_output(name: str, array: numpy.ndarray, _: Mapping[str, Any]) -> numpy.ndarray:
+    """Return the output, or its allowances, with the axes that the caller expects."""
+    return array.swapaxes(1, 2) if name == "output" else array
+
+
 def merged_by_reshape(name: str, array: numpy.ndarray, _: Mapping[str, Any]) -> numpy.ndarray:
     """Merge the heads of the output by a reshape without exchanging the axes."""
     return array.swapaxes(1, 2).reshape(array.shape) if name == "output" else array
@@ -132,7 +137,7 @@ HEADS = (
         "length-before-heads",
         "reads the axes as (batch, length, heads, size)",
         ("MHA-SHAPE-1",),
-        changing(length_before_heads, round_output=lambda x, dtype: steps.round_output(x.swapaxes(1, 2), dtype)),
+        Changed(changing(length_before_heads), length_before_heads_of_output),
         functions=("attention",),
         bugs=("pytorch/opacus PR#825", "pytorch/pytorch#67651"),
     ),

@@ -10,7 +10,9 @@ import numpy
 
 from mha_spec import steps
 
+from .loops import offset_of
 from .mistake import Mistake, changing, replacing
+from .visibility import in_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +67,7 @@ def chunk_as_window(a: Arguments) -> Arguments:
     return replace(a, chunk=None, window=(size if left is None else min(left, size), right))
 
 
-def number_of(value: object) -> numpy.ndarray:
+def of_entries(value: object) -> numpy.ndarray:
     """Return integers of batch entries as an array (batch, 1, 1, 1)."""
     return numpy.asarray(value).reshape(-1, 1, 1, 1)
 
@@ -77,7 +79,7 @@ def as_mask(a: Arguments, seen: numpy.ndarray, **without: None) -> Arguments:
 
 def positions_of(a: Arguments) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return the positions of the queries, (batch or 1, 1, q_len, 1), and those of the keys."""
-    return number_of(steps.offset_of(a)) + numpy.arange(a.q_len)[:, None], numpy.arange(a.kv_len)
+    return offset_of(a) + numpy.arange(a.q_len)[:, None], numpy.arange(a.kv_len)
 
 
 def prefix_lifts_window(a: Arguments) -> Arguments:
@@ -85,7 +87,7 @@ def prefix_lifts_window(a: Arguments) -> Arguments:
     queries, keys = positions_of(a)
     left, right = (math.inf if side is None else side for side in a.window or (None, None))
     seen = (keys <= queries) & (keys >= queries - left) & (keys <= queries + right)
-    return as_mask(a, seen | (keys < number_of(a.prefix_lengths)), window=None)
+    return as_mask(a, seen | in_prefix(a, keys), window=None)
 
 
 def prefix_lifts_chunk(a: Arguments) -> Arguments:
@@ -93,9 +95,9 @@ def prefix_lifts_chunk(a: Arguments) -> Arguments:
     if a.chunk is None:
         return a
     queries, keys = positions_of(a)
-    starts = 0 if a.kv_starts is None else number_of(a.kv_starts)
+    starts = 0 if a.kv_starts is None else of_entries(a.kv_starts)
     seen = (keys <= queries) & steps.see_chunk(queries, keys, a.chunk, starts)
-    return as_mask(a, seen | (keys < number_of(a.prefix_lengths)), chunk=None)
+    return as_mask(a, seen | in_prefix(a, keys), chunk=None)
 
 
 def prefix_lifts_padding(a: Arguments) -> Arguments:
@@ -103,29 +105,39 @@ def prefix_lifts_padding(a: Arguments) -> Arguments:
     queries, keys = positions_of(a)
     seen = keys <= queries
     if a.kv_lengths is not None:
-        seen = seen & (keys < number_of(a.kv_lengths))
+        seen = seen & (keys < of_entries(a.kv_lengths))
     if a.kv_starts is not None:
-        seen = seen & (keys >= number_of(a.kv_starts))
-    lifted = as_mask(a, seen | (keys < number_of(a.prefix_lengths)), kv_lengths=None)
+        seen = seen & (keys >= of_entries(a.kv_starts))
+    lifted = as_mask(a, seen | in_prefix(a, keys), kv_lengths=None)
     return lifted if a.chunk is not None else replace(lifted, kv_starts=None)
 
 
 def prefix_of_query_indices(a: Arguments) -> Arguments:
     """Lift causal only for rows whose index, not position, is in the prefix."""
     queries, keys = positions_of(a)
-    rows, prefixes = numpy.arange(a.q_len)[:, None], number_of(a.prefix_lengths)
+    rows, prefixes = numpy.arange(a.q_len)[:, None], of_entries(a.prefix_lengths)
     return as_mask(a, (keys <= queries) | ((keys < prefixes) & (rows < prefixes)))
 
 
-def moved(value: object, other: object) -> numpy.ndarray:
-    """Add integers of the batch entries."""
-    return numpy.asarray(value) + numpy.asarray(other)
+def plus_starts(a: Arguments, numbers: object, sign: int = 1) -> numpy.ndarray:
+    """Add the kv_starts of the batch entries to numbers, or subtract them with the sign -1."""
+    return numpy.asarray(numbers) + sign * numpy.asarray(a.kv_starts)
+
+
+def counted_from_starts(name: str) -> steps.Steps:
+    """Count the integers of an option from kv_starts."""
+
+    def change(a: Arguments) -> Arguments:
+        counted = getattr(a, name)
+        return a if counted is None else replace(a, **{name: plus_starts(a, counted)})
+
+    return with_starts(change)
 
 
 def padded_queries_hidden(a: Arguments) -> Arguments:
     """Hide every key from the rows before the start."""
     queries, _ = positions_of(a)
-    real = queries >= number_of(a.kv_starts)
+    real = queries >= of_entries(a.kv_starts)
     return replace(a, mask=real if a.mask is None else real & a.mask)
 
 
@@ -298,9 +310,7 @@ STRUCTURED = (
         "prefix-counted-from-the-start",
         "counts prefix_lengths from kv_starts",
         ("MHA-LEN-4",),
-        with_starts(
-            lambda a: a if a.prefix_lengths is None else replace(a, prefix_lengths=moved(a.prefix_lengths, a.kv_starts))
-        ),
+        counted_from_starts("prefix_lengths"),
         needs=("prefix_lengths", "kv_starts"),
     ),
     Mistake(
@@ -351,25 +361,21 @@ STRUCTURED = (
         "starts-move-keys",
         "counts the positions of the keys from kv_starts, and not those of the queries",
         ("MHA-LEN-4", "MHA-POS-1"),
-        with_starts(lambda a: replace(a, q_offset=moved(steps.offset_of(a), a.kv_starts)) if a.positional else a),
+        with_starts(lambda a: replace(a, q_offset=plus_starts(a, steps.offset_of(a))) if a.positional else a),
         needs=("kv_starts",),
     ),
     Mistake(
         "starts-move-queries",
         "counts the positions of the queries from kv_starts, and not those of the keys",
         ("MHA-LEN-4", "MHA-POS-1"),
-        with_starts(
-            lambda a: (
-                replace(a, q_offset=moved(steps.offset_of(a), -number_of(a.kv_starts).ravel())) if a.positional else a
-            )
-        ),
+        with_starts(lambda a: replace(a, q_offset=plus_starts(a, steps.offset_of(a), -1)) if a.positional else a),
         needs=("kv_starts",),
     ),
     Mistake(
         "starts-move-lengths",
         "counts kv_lengths from kv_starts",
         ("MHA-LEN-4", "MHA-LEN-1"),
-        with_starts(lambda a: a if a.kv_lengths is None else replace(a, kv_lengths=moved(a.kv_lengths, a.kv_starts))),
+        counted_from_starts("kv_lengths"),
         needs=("kv_starts", "kv_lengths"),
     ),
     Mistake(

@@ -16,7 +16,7 @@ from mha_spec_conformance.suite.text import one_line
 
 from .drawing import ERRORS, PAIRS, drawing_of
 from .files import write_text
-from .report import as_json
+from .report import as_json, label_of
 from .strips import HEIGHT, LIMIT, TICKS, WIDTH, strips
 from .templates import MOST_CHARACTERS, digest, rendered, source_of
 from .terminal import call_of, example_of, remarks, title_of
@@ -81,7 +81,7 @@ def page(run: Run) -> str:
         style=style,
         style_digest=digest(style),
         name=one_line(run.claims.name, MOST_CHARACTERS),
-        label=_label(run),
+        label=label_of(report).capitalize(),
         report=report,
         remarks=remarks(run),
         internal=run.internal,
@@ -92,17 +92,6 @@ def page(run: Run) -> str:
         shades={"errors": ERRORS, "pairs": PAIRS},
         most={"listed": MOST_LISTED, "causes": MOST_CAUSES},
     )
-
-
-def _label(run: Run) -> str:
-    """Return the verdict in a few words; only a complete run is called conformant or not."""
-    if run.status == 0:
-        return "Conformant" if run.complete else "Passed, partial run"
-    if run.status == 2:
-        return "Not judged"
-    if not run.complete:
-        return "Failed, partial run"
-    return "Not conformant" if run.failures else "Requirements not met"
 
 
 def _sections(run: Run, reports: Sequence[Mapping[str, Any]]) -> list[Section]:

@@ -190,7 +190,7 @@
     const largest = passes.filter((p) => p.share !== undefined).sort((a, b) => b.share - a.share)[0];
     const parts = [
       element("h2", { id: "details-title" }, `${id}: ${column.name}`),
-      element("p", { className: "quiet" }, `${column.versions}; ${column.label}`),
+      element("p", { className: "quiet" }, `${column.versions}; ${column.description}`),
       element("p", {}, sign(cell.state), " ", element("strong", {}, cell.text)),
       element("p", {}, `${level}: ${sentence}`),
     ];

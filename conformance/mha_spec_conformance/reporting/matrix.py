@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mha_spec_conformance.judging.result import INTERNAL
 from mha_spec_conformance.suite.spec import Clause, clauses
 
+from .report import is_whole, label_of
 from .stored import require_same_suite
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """The state with numbers, as in "wrong, 3 of 20 cases" or "conforms, 20 cases"."""
+        """The state with numbers, as in "wrong in 3 of 20" or "conforms in 20 of 20"."""
         total = self.outcomes.total()
         if self.state == "not asked":
             return self.state
@@ -81,22 +82,19 @@ class Column:
 
     @property
     def label(self) -> str:
-        """The verdict in a few words; only a complete run is called conformant or not."""
+        """The verdict in a few words."""
+        return label_of(self.report.data)
+
+    @property
+    def description(self) -> str:
+        """The verdict in a few words, or the reason why the implementation was not judged."""
         data = self.report.data
-        if data["status"] == 2:
-            return "not judged"
-        if not self.whole:
-            return "partial run, passed" if data["status"] == 0 else "partial run, failed"
-        if data["status"] != 0:
-            return "not conformant"
-        if not data["verdict"].startswith("conformant"):
-            return "only known failures"
-        return "conformant, with accepted conventions" if data["accepted"] else "conformant"
+        return data["verdict"] if data["status"] == 2 and not data["cases"] else self.label
 
     @property
     def whole(self) -> bool:
         """True if the run asked everything that the target claims."""
-        return self.report.data["complete"] and not any(self.report.data["selection"].values())
+        return is_whole(self.report.data)
 
     @property
     def conformant(self) -> bool:

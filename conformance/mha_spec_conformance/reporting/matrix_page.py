@@ -40,7 +40,7 @@ MEANINGS = {
     "wrong": "at least one case has a wrong result",
     "error": "at least one case raised, crashed or did not end",
     "unsupported": "the implementation refused every case",
-    "not asked": "the implementation does not claim what the cases need, or the run left them out",
+    "not asked": "the implementation does not claim what the cases need, was not judged, or the run left them out",
 }
 """The states as the page explains them."""
 
@@ -71,7 +71,8 @@ def matrix_page(field: Matrix) -> str:
     from markupsafe import Markup
 
     style, script = source_of("page.css", "matrix.css"), source_of("matrix.js")
-    data = json.dumps(_data(field), separators=(",", ":")).replace("<", "\\u003c")
+    data = _data(field)
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return rendered(
         "matrix.html.jinja",
         format=FORMAT,
@@ -79,12 +80,12 @@ def matrix_page(field: Matrix) -> str:
         style_digest=digest(style),
         script=script,
         script_digest=digest(script),
-        data=Markup(data),
+        data=Markup(text),
         field=field,
         tallies=[field.tally(number) for number in range(len(field.columns))],
         states=STATES,
         meanings=MEANINGS,
-        features=_features(field),
+        features=data["features"],
         dtypes=[name for name in FLOATING if any(key[1] == name for c in field.columns for key in c.report.results)],
     )
 
@@ -155,7 +156,7 @@ def _column(column: Column, cases: list[str], clauses: Mapping[str, int]) -> dic
         "name": one_line(column.name, MOST_CHARACTERS),
         "target": shlex.quote(one_line(column.report.name, MOST_CHARACTERS)),
         "versions": one_line(column.report.versions, MOST_CHARACTERS),
-        "label": column.label,
+        "description": column.description,
         "whole": column.whole,
         "slug": column.slug,
         "results": "".join(_code(results.get(key)) for key in keys),

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import math
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mha_spec_conformance.judging.bounds import RULE_VERSION
 
 from .files import write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from mha_spec_conformance.judging.causes import Cause, Story
     from mha_spec_conformance.judging.result import Result
     from mha_spec_conformance.running.run import Run
 
-__all__ = ["SCHEMA", "as_json", "write_json"]
+__all__ = ["SCHEMA", "as_json", "is_whole", "label_of", "write_json"]
 
 SCHEMA = "mha-spec-report/1"
 
@@ -152,6 +153,25 @@ def _case(result: Result) -> dict[str, object]:
 def _number(value: float | None) -> float | str | None:
     """Convert a number for JSON, which has neither NaN nor infinity: these become strings."""
     return None if value is None else float(value) if math.isfinite(value) else str(float(value))
+
+
+def is_whole(report: Mapping[str, Any]) -> bool:
+    """Tell whether the run of a report asked everything that the target claims."""
+    return report["complete"] and not any(report["selection"].values())
+
+
+def label_of(report: Mapping[str, Any]) -> str:
+    """Return the verdict of a report in a few words; only a complete run is called conformant or not."""
+    passed = report["status"] == 0
+    if report["status"] == 2:
+        return "not judged"
+    if not is_whole(report):
+        return f"partial run, {'passed' if passed else 'failed'}"
+    if not report["verdict"].startswith("conformant"):
+        return "only known failures, not conformant" if passed else "not conformant"
+    if not passed:
+        return "requirements not met"
+    return "conformant, with accepted conventions" if report["accepted"] else "conformant"
 
 
 def write_json(run: Run, path: Path) -> None:

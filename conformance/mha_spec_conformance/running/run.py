@@ -44,6 +44,8 @@ class Run:
     accepted: frozenset[Convention] = frozenset()
     known: tuple[Known, ...] = ()
     laws: tuple[Law, ...] = ()
+    fault: str | None = None
+    """The reason why the target could not be asked at all."""
     located: Findings | None = None
     """The causes with the keys that have wrong weights, if the target was asked again."""
 
@@ -197,6 +199,8 @@ class Run:
 
     def _without_decision(self) -> str:
         """Return the reason why no MUST case was judged."""
+        if self.fault is not None:
+            return f"no case was judged: {self.fault}"
         reason = next((result.reason for result in self.results if result.outcome == "unsupported"), None)
         if self.judged:
             return f"no MUST case was judged, only {len(self.judged)} SHOULD cases"

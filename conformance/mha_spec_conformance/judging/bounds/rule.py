@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mha_spec.steps import Steps
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .backward import BackwardBounds
@@ -63,7 +64,7 @@ _BOUNDS: dict[str, Callable[[Mapping[str, numpy.ndarray], Mapping[str, Any], Any
     "merge_attention_vjp": MergeGradientBounds,
     **{name: partial(LayerBounds, name) for name, function in FUNCTIONS.items() if function.of_layer},
     "rotary_embedding": partial(LayerBounds, "rotary_embedding"),
-    **{name: partial(VarlenBounds, name) for name in ("varlen_attention", "varlen_attention_vjp")},
+    **{name: partial(VarlenBounds, name) for name in VARLEN_FUNCTIONS},
     **{name: partial(AlibiBounds, name) for name in ("alibi_slopes", "alibi_bias")},
 }
 

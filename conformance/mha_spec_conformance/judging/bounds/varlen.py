@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from mha_spec.arrays import dtype_name, softmax_dtype_name
-from mha_spec.layer_steps import LayerSteps
+from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 from mha_spec.varlen_reference import Call, Varlen, VarlenSteps
+from mha_spec_conformance.asking.calls import varlen_over
 
 from .backward import BackwardBounds
-from .evaluation import as_float64
+from .evaluation import in_float64
 from .forward import ForwardBounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mha_spec.layer_steps import LayerSteps
     from mha_spec.steps import Steps
     from mha_spec.varlen_sequences import PackedSequence
 
@@ -28,63 +30,74 @@ if TYPE_CHECKING:
     from .roundoff import Precision
 
     Arrays = Mapping[str, numpy.ndarray]
+    Options = Mapping[str, Any]
 
-__all__ = ["VarlenBounds"]
+__all__ = ["VarlenBounds", "dense_calls"]
 
 OPERANDS = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_kv")
-COTANGENTS = ("grad_output", "grad_lse")
+FORWARD, VJP = VARLEN_FUNCTIONS
+
+
+def results_of(varlen: Varlen, function: str, arrays: Arrays, options: Options) -> Any:
+    """Call a packed function, whose operands are positional; the forward also returns the lse."""
+    keywords: dict[str, Any] = {**options, **arrays}
+    operands = [keywords.pop(name, None) for name in OPERANDS]
+    if function == VJP:
+        return varlen.varlen_attention_vjp(keywords.pop("grad_output"), *operands, **keywords)
+    return varlen.varlen_attention(*operands, **keywords | {"return_lse": True})
+
+
+def dense_calls(
+    function: str, arrays: Arrays, options: Options, steps: VarlenSteps
+) -> list[tuple[Call, dict[str, numpy.ndarray]]]:
+    """Return the dense call of each sequence of a packed call, with its arrays by name, and compute none of them."""
+    calls: list[tuple[Call, dict[str, numpy.ndarray]]] = []
+
+    def keep(call: Call, steps: VarlenSteps, **cotangents: Any) -> None:
+        named = {"query": call.query, "key": call.key, "value": call.value, "sinks": call.sinks, **cotangents}
+        named["bias"] = steps.linear_bias(call)
+        calls.append((call, {name: array for name, array in named.items() if array is not None}))
+
+    def attend(call: Call, steps: VarlenSteps, *, return_lse: bool) -> Any:
+        keep(call, steps)
+        rows = call.query.shape[:3]
+        return numpy.zeros((*rows, call.value.shape[3])), numpy.zeros(rows)
+
+    def differentiate(call: Call, grad_output: Any, grad_lse: Any, steps: VarlenSteps) -> Any:
+        keep(call, steps, grad_output=grad_output, grad_lse=grad_lse)
+        return *map(numpy.zeros_like, call[:3]), None if call.sinks is None else numpy.zeros_like(call.sinks)
+
+    results_of(Varlen(replace(steps, attend=attend, differentiate=differentiate)), function, arrays, options)
+    return calls
 
 
 class VarlenBounds:
     """Bounds of `varlen_attention` and of `varlen_attention_vjp`."""
 
     @numpy.errstate(all="ignore")
-    def __init__(self, function: str, arrays: Arrays, options: Mapping[str, Any], steps: Steps | VarlenSteps) -> None:
+    def __init__(
+        self, function: str, arrays: Arrays, options: Options, steps: Steps | LayerSteps | VarlenSteps
+    ) -> None:
         """Evaluate the sequences of a case."""
-        if isinstance(steps, LayerSteps):
-            steps = VarlenSteps()
-        self._steps = steps if isinstance(steps, VarlenSteps) else VarlenSteps(attention=steps)
-        self._function, self._backward = function, function == "varlen_attention_vjp"
-        self._parts: list[tuple[PackedSequence, AttentionBounds[Any]]] = []
+        backward = function == VJP
         self._dtype = dtype_name(arrays["query"])
         self._arrays = arrays
-        self.values = self._evaluate({name: as_float64(array) for name, array in arrays.items()}, options)
-        cotangents = {name: arrays.get(name) for name in COTANGENTS if name in arrays}
-        inner = replace(self._steps, attend=self._attend, differentiate=self._differentiate)
-        self._cotangents = cotangents
-        self._call(Varlen(inner), {name: as_float64(array) for name, array in arrays.items()}, options)
+        of_packed = varlen_over(steps)
+        converted = in_float64(arrays)
+        results = results_of(Varlen(of_packed), function, converted, options)
+        names = ("grad_query", "grad_key", "grad_value", "grad_sinks") if backward else ("output", "lse")
+        self.values = {name: result for name, result in zip(names, results, strict=True) if result is not None}
+        kind = BackwardBounds if backward else ForwardBounds
+        self._parts: list[tuple[PackedSequence, AttentionBounds[Any]]] = [
+            (call.sequence, self._part(kind(named, call.options, of_packed.attention), named))
+            for call, named in dense_calls(function, converted, options, of_packed)
+        ]
 
-    def _evaluate(self, arrays: Arrays, options: Mapping[str, Any]) -> dict[str, numpy.ndarray]:
-        results = self._call(Varlen(self._steps), arrays, options)
-        names = ("grad_query", "grad_key", "grad_value", "grad_sinks") if self._backward else ("output", "lse")
-        return {name: result for name, result in zip(names, results, strict=True) if result is not None}
-
-    def _call(self, varlen: Varlen, arrays: Arrays, options: Mapping[str, Any]) -> Any:
-        given: dict[str, Any] = {**options, **arrays}
-        operands = [given.pop(name, None) for name in OPERANDS]
-        if self._backward:
-            return varlen.varlen_attention_vjp(given.pop("grad_output"), *operands, **given)
-        return varlen.varlen_attention(*operands, **given | {"return_lse": True})
-
-    def _attend(self, call: Call, steps: VarlenSteps, *, return_lse: bool) -> Any:
-        """Keep the bounds of a sequence instead of computing it."""
-        self._keep(call, steps, ForwardBounds, {})
-        length, heads = call.query.shape[2], call.query.shape[1]
-        return numpy.zeros((1, heads, length, call.value.shape[3])), numpy.zeros((1, heads, length))
-
-    def _differentiate(self, call: Call, grad_output: Any, grad_lse: Any, steps: VarlenSteps) -> Any:
-        more = {"grad_output": grad_output} | ({} if grad_lse is None else {"grad_lse": grad_lse})
-        self._keep(call, steps, BackwardBounds, more)
-        return *(numpy.zeros_like(x) for x in call[:3]), None if call.sinks is None else numpy.zeros_like(call.sinks)
-
-    def _keep(self, call: Call, steps: VarlenSteps, kind: Callable[..., AttentionBounds[Any]], more: Arrays) -> None:
-        arrays = {"query": call.query, "key": call.key, "value": call.value, **more}
-        bias = steps.linear_bias(call)
-        arrays |= {name: x for name, x in (("bias", bias), ("sinks", call.sinks)) if x is not None}
-        part = kind(arrays, call.options, steps.attention)
+    def _part(self, part: AttentionBounds[Any], arrays: Arrays) -> AttentionBounds[Any]:
+        """Tell the bounds of a sequence the dtypes of the run and its linear bias, which the call computes."""
         part.use({name: self._dtype_of(name) for name in arrays})
-        part.evaluation.linear_bias = 0.0 if bias is None else bias
-        self._parts.append((call.sequence, part))
+        part.evaluation.linear_bias = arrays.get("bias", 0.0)
+        return part
 
     def _dtype_of(self, name: str) -> str:
         """Return the dtype of an array in the run; that of a linear bias is the softmax's type."""
