@@ -32,9 +32,7 @@ def multi_head_attention(query, key, value, params, *, mask=None):
     """Apply a layer that has these parameters."""
     _, heads, size = params["w_q"].shape
 
-    @haiku.without_apply_rng
-    @haiku.transform
-    def layer(*operands):
+    def attend(*operands):
         return haiku.MultiHeadAttention(
             heads,
             size,
@@ -45,6 +43,7 @@ def multi_head_attention(query, key, value, params, *, mask=None):
             name="layer",
         )(*operands)
 
+    layer = haiku.without_apply_rng(haiku.transform(attend))
     return layer.apply({f"layer/{part}": dense(params, name) for name, part in PARTS.items()}, query, key, value, mask)
 
 
