@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = [
     "DROPOUT_OPTIONS",
     "OPTIONS",
+    "PAIRWISE_OPTIONS",
     "READINGS",
+    "SHARDED_FUNCTIONS",
     "WEIGHT_FUNCTIONS",
     "Arguments",
     "NoOptions",
@@ -193,6 +195,12 @@ READINGS = (UPPER_LEFT, LOWER_RIGHT)
 
 MERGING_FUNCTIONS = ("merge_attention", "merge_attention_vjp")
 
+SHARDED_FUNCTIONS = ("ring_attention", "all_to_all_attention", "sharded_kv_attention")
+"""The functions over several devices, of which each holds a shard (MHA-SHARD-3)."""
+
+PAIRWISE_OPTIONS = ("mask", "bias", *DROPOUT_OPTIONS)
+"""The options that hold or draw a number for each pair, which a sharded call does not take (MHA-SHARD-6)."""
+
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
@@ -202,6 +210,8 @@ def options_of(function: str) -> tuple[str, ...]:
         return ()
     if function in VARLEN_FUNCTIONS:
         return VARLEN_OPTIONS
+    if function in SHARDED_FUNCTIONS:
+        return tuple(name for name in OPTIONS if name not in PAIRWISE_OPTIONS)
     return WEIGHT_OPTIONS if function in WEIGHT_FUNCTIONS else OPTIONS
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from .arguments import DROPOUT_OPTIONS, WEIGHT_FUNCTIONS, options_of
+from .arguments import DROPOUT_OPTIONS, PAIRWISE_OPTIONS, SHARDED_FUNCTIONS, WEIGHT_FUNCTIONS, options_of
 from .array_checks import (
     check_alike,
     check_floating,
@@ -42,11 +42,15 @@ __all__ = [
     "check_halves",
     "check_library",
     "check_merge_cotangents",
+    "check_numbers",
     "check_rate",
     "check_result",
     "check_same_device",
     "check_score_numbers",
+    "check_segments",
     "check_sinks",
+    "check_sizes",
+    "check_tensors",
     "refuse_unknown",
 ]
 
@@ -60,6 +64,7 @@ HALVES = ("output_a", "lse_a", "output_b", "lse_b")
 OWN_KEYWORDS = {
     "attention": ("return_lse",),
     "attention_vjp": ("grad_lse",),
+    **dict.fromkeys(SHARDED_FUNCTIONS, ("axis_name", "layout", "return_lse")),
     "merge_attention": HALVES,
     "merge_attention_vjp": ("grad_output", *HALVES, "grad_lse"),
     "multi_head_attention": LAYER_KEYWORDS,
@@ -81,6 +86,12 @@ def refuse_unknown(options: Mapping[str, object], function: str = "attention") -
             continue
         if name in DROPOUT_OPTIONS and function in WEIGHT_FUNCTIONS:
             refuse_type("MHA-DROP-3", f"`{name}` is not an option of {function}: the weights are those before dropout.")
+        if name in PAIRWISE_OPTIONS and function in SHARDED_FUNCTIONS:
+            refuse_type(
+                "MHA-SHARD-6",
+                f"`{name}` is not an option of {function}: it would hold or draw a number for each pair of the whole "
+                "sequence. Lengths, windows, chunks, prefixes and segments hide pairs over several devices.",
+            )
         names = [*known, *OWN_KEYWORDS.get(function, ())]
         near = get_close_matches(name, names, 1)
         kind = "options" if known else "arguments"
@@ -283,8 +294,9 @@ def check_segments(a: Arguments) -> None:
             f"`{missing}_segment_ids` must be given with `{present}_segment_ids`, received "
             f"{missing}_segment_ids=None. In self-attention both are the same array.",
         )
-    check_integers("q_segment_ids", a.q_segment_ids, a.query, (a.batch, a.q_len), "(batch, q_len)", "MHA-SEG-1")
-    check_integers("kv_segment_ids", a.kv_segment_ids, a.query, (a.batch, a.kv_len), "(batch, kv_len)", "MHA-SEG-1")
+    for side, ids, tensor in (("q", a.q_segment_ids, a.query), ("kv", a.kv_segment_ids, a.key)):
+        shape = (a.batch, tensor.shape[2])  # That of a shard, in a call over several devices (MHA-SHARD-2).
+        check_integers(f"{side}_segment_ids", ids, a.query, shape, f"(batch, {side}_len)", "MHA-SEG-1")
 
 
 CHECKS: tuple[Callable[[Arguments], None], ...] = (

@@ -102,8 +102,8 @@ def test_a_compiled_target_compiles_few_times(suite: Suite) -> None:
         if case.expect == "values" and case.function != "alibi_slopes"
         for dtype in case.dtypes
     }
-    assert len(compiled) <= 2150
-    assert sum(dtype == "float32" for _, dtype in compiled) <= 840
+    assert len(compiled) <= 2200
+    assert sum(dtype == "float32" for _, dtype in compiled) <= 850
 
 
 def test_index_holds_the_catalogue(suite: Suite) -> None:

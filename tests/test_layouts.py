@@ -389,6 +389,13 @@ def test_gradients_of_repeated_heads_are_summed() -> None:
     numpy.testing.assert_array_equal(answer.outputs["grad_key"], 2 * operands()["key"])
 
 
+def test_gradients_of_repeated_heads_without_keys_are_summed() -> None:
+    arrays = {name: array[:, :, :0] if name != "query" else array for name, array in operands().items()}
+    conversion = asked(arrays | {"grad_output": drawn(3, 4, 5, 3)}, claims("bhsd", groups=False), "attention_vjp")
+    gradients = {f"grad_{name}": array for name, array in conversion.question.arrays.items() if name != "grad_output"}
+    assert conversion.restored(Answer("returned", gradients)).outputs["grad_key"].shape == (3, 2, 0, 7)
+
+
 @pytest.mark.parametrize(
     ("layout", "shape"), [("thd", "(18, 4, 3)"), ("paged", "(18, 4, 3)"), ("bshd", "(3, 5, 4, 3)")]
 )

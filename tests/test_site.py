@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 from website.api import PAGES
-from website.build import DOCS, NAVIGATION, assemble
+from website.build import DOCS, NAVIGATION, assemble, file_of
 from website.drawings import DRAWINGS, with_drawings
 from website.markdown import LinkError, Site, clause_page
 from website.pictures import draw, see, split_pictures
@@ -29,11 +29,11 @@ def text_of(site: Site, page: str) -> str:
 
 
 def test_every_page_of_docs_is_in_the_sidebar(site: Site) -> None:
-    listed = {page for pages in NAVIGATION.values() for page in pages}
-    assert {path.stem for path in DOCS.glob("*.md")} - listed == {"index"}
+    listed = {file_of(page) for pages in NAVIGATION.values() for page in pages}
+    assert {path.name for path in DOCS.glob("*.md")} - listed == {"index.md"}
     toctrees = re.findall(r"^```\{toctree\}.*?^```$", text_of(site, "index.md"), flags=re.DOTALL | re.MULTILINE)
     entries = {line for tree in toctrees for line in tree.splitlines()[4:-1] if line}
-    assert all((site.folder / f"{entry}.md").is_file() for entry in entries)
+    assert all((site.folder / file_of(entry)).is_file() for entry in entries)
 
 
 def test_a_page_for_each_clause_has_its_text_cases_and_mistakes(site: Site) -> None:
@@ -90,6 +90,7 @@ def test_comments_become_drawings() -> None:
         ("[two\nlines](../mha_spec/SPEC.md)", "[two\nlines](/spec/index.md)"),
         ("[a](../conformance/targets)", "a (`conformance/targets/`)"),
         ("[a](protocol.schema.json)", "[a](/files/docs/protocol.schema.json)"),
+        ("[targets.md](targets.md#y)", "[*Other attentions, judged*](/targets.md#y)"),
         ("[a](#x) [b](https://c.d)", "[a](#x) [b](https://c.d)"),
         ("see MHA-POS-1, -2.", "see [MHA-POS-1](/spec/mha-pos-1.md), -2."),
         ("MHA-NONE-1", "MHA-NONE-1"),

@@ -58,6 +58,15 @@ def test_unreadable_signature_claims_the_declared_features(write: Callable[..., 
     assert load(write(text)).claims.keywords["attention"] == ("mask",)
 
 
+def test_contents_of_arguments_are_claimed_by_their_names(write: Callable[..., str]) -> None:
+    """A signature does not show which norms `params` may hold, or which cache the target takes."""
+    function = "def multi_head_attention(query, key, value, params, *, cache=None): ..."
+    assert load(write(function)).claims.keywords["multi_head_attention"] == ("cache",)
+    claims = load(write(f'features = ("paged_cache", "mask")\n{function}')).claims
+    assert claims.keywords["multi_head_attention"] == ("cache", "paged_cache")
+    assert {"joint_norm", "paged_cache", "window_cache"} <= set(load("numpy").claims.features)
+
+
 def test_feature_needs_all_of_its_keywords(write: Callable[..., str]) -> None:
     claims = load(write("def attention(query, key, value, q_segment_ids=None): ...")).claims
     assert "segments" not in claims.features

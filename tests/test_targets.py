@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "conformance" / "targets"
 TARGETS = sorted(path.stem for path in FOLDER.glob("*.py"))
+SCRIPTS = sorted((ROOT / "docs" / "findings").glob("*.py"))
 KNOWN = sorted(FOLDER.glob("*.known.toml"))
 
 
@@ -50,14 +51,24 @@ def test_the_page_has_a_row_of_every_target_and_says_which_deviate() -> None:
     assert deviating == {file.name for file in KNOWN}
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_a_target_pins_the_packages_that_it_needs(name: str) -> None:
-    text = (FOLDER / f"{name}.py").read_text()
+@pytest.mark.parametrize("file", [*sorted(FOLDER.glob("*.py")), *SCRIPTS], ids=lambda file: file.stem)
+def test_a_target_or_finding_pins_the_packages_that_it_needs(file: Path) -> None:
+    text = file.read_text()
     block = re.match(r"# /// script\n# dependencies = (\[.*?\])\n# ///\n", text, re.DOTALL)
     listed = json.loads(re.sub(r"^#|,(?=\s*(?:# )?\])", "", block[1], flags=re.MULTILINE))
     pinned = [re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)==[A-Za-z0-9._]+", requirement) for requirement in listed]
     assert all(pinned), listed
-    assert dependencies(SimpleNamespace(__file__=str(FOLDER / f"{name}.py"))) == tuple(match[1] for match in pinned)
+    assert dependencies(SimpleNamespace(__file__=str(file))) == tuple(match[1] for match in pinned)
+
+
+def test_the_page_of_findings_has_a_section_of_every_script() -> None:
+    _, *sections = re.split(r"^## ", (ROOT / "docs" / "findings.md").read_text(), flags=re.MULTILINE)
+    parts = [re.findall(r"^- \*(\w+)\*:", section, re.MULTILINE) for section in sections]
+    assert all(names == ["Promise", "Result", "Script", "Upstream"] for names in parts), parts
+    titles = [section.partition("\n")[0].casefold() for section in sections]
+    assert titles == sorted(titles)
+    linked = [name for section in sections for name in re.findall(r"\(findings/(\w+\.py)\)", section)]
+    assert sorted(linked) == [script.name for script in SCRIPTS]
 
 
 @pytest.mark.parametrize("text", ["", "# /// script\n# dependencies = [\n# ///\n", "# /// script\n# x = 1\n# ///\n",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .block import Block
     from .problem import Constraints, Problem
 
-__all__ = ["gradients"]
+__all__ = ["dot_of_rows", "gradients", "sink_gradient"]
 
 
 def gradients(
@@ -29,16 +29,15 @@ def gradients(
 ) -> Operands:
     """Return the gradients of the operands, in their shapes and the softmax's type (MHA-VJP-1 to MHA-VJP-6).
 
-    An empty row has output 0, so that nothing of its grad_output reaches D (MHA-EMPTY-3, MHA-POISON-1).
+    With output and lse over further keys, they are the part that the keys of this call add (MHA-SHARD-4).
     """
-    relevant = jnp.where(jnp.isfinite(grad_output) | (output != 0), grad_output, 0.0)
-    row_dot = jnp.sum(relevant * output, axis=-1) - grad_lse
+    row_dot = dot_of_rows(output, grad_output, grad_lse)
     lse = anchor_of(lse)
     work = _Backward(problem, x, constraints, lse, row_dot, grad_output)
     zeros = _transposed(jnp.zeros_like(x.key)), _transposed(jnp.zeros_like(x.value))
     sums = _Sums(*zeros, None if x.bias is None else jnp.zeros_like(x.bias))
     sums, query = over_blocks(problem, x, constraints, work.block, sums)
-    sinks = None if x.sinks is None else _sink_gradient(x.sinks, lse, row_dot)
+    sinks = None if x.sinks is None else sink_gradient(x.sinks, lse, row_dot)
     return Operands(query, _transposed(sums.key), _transposed(sums.value), sums.bias, sinks)
 
 
@@ -92,7 +91,16 @@ def _transposed(array: Array) -> Array:
     return jnp.swapaxes(array, 2, 3)
 
 
-def _sink_gradient(sinks: Array, lse: Array, row_dot: Array) -> Array:
+def dot_of_rows(output: Array, grad_output: Array, grad_lse: Array) -> Array:
+    """Return D of each row less its grad_lse (MHA-VJP-1, MHA-LSE-3).
+
+    An empty row has output 0, so that nothing of its grad_output reaches D (MHA-EMPTY-3, MHA-POISON-1).
+    """
+    relevant = jnp.where(jnp.isfinite(grad_output) | (output != 0), grad_output, 0.0)
+    return jnp.sum(relevant * output, axis=-1) - grad_lse
+
+
+def sink_gradient(sinks: Array, lse: Array, row_dot: Array) -> Array:
     """Return -sum over batch and rows of P_sink D (MHA-VJP-6)."""
     weights = jnp.exp(sinks - lse)
     return -jnp.sum(jnp.where(weights == 0, 0.0, weights * row_dot), axis=(0, 3), keepdims=True)

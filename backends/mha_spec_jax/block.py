@@ -156,8 +156,12 @@ def visibility(problem: Problem, x: Operands, constraints: Constraints, block: B
 def _conditions(problem: Problem, x: Operands, constraints: Constraints, block: Block) -> Iterator[Array]:
     rows = jnp.tile(block.query + lax.iota(jnp.int32, block.queries), block.group)[:, None]
     keys = block.key + lax.iota(jnp.int32, block.keys)
-    positions = rows if constraints.q_offset is None else rows + _for_each_entry(constraints.q_offset, block)
-    distance = keys - positions  # A bound of 2^30 added to a position could pass the range of int32 (MHA-WINDOW-2).
+    q_stride, kv_stride = problem.strides
+    positions = q_stride * rows
+    if constraints.q_offset is not None:
+        positions = positions + _for_each_entry(constraints.q_offset, block)
+    # A bound of 2^30 added to a position could pass the range of int32 (MHA-WINDOW-2).
+    distance = kv_stride * keys - positions
     if problem.left is not None:
         yield distance >= -problem.left
     if problem.right is not None:

@@ -35,7 +35,10 @@ __all__ = [
     "Operands",
     "Problem",
     "anchor_of",
+    "bounded",
+    "digits_of",
     "finite",
+    "fold",
     "folded",
     "offset_of",
     "problem_of",
@@ -60,6 +63,8 @@ class Problem:
     excludes: bool
     """True if a pair can be hidden, or a row empty."""
     plan: Plan
+    strides: tuple[int, int] = (1, 1)
+    """The distance of the positions of neighbouring queries, and of keys; a shard may hold every n-th token."""
 
 
 class Operands(NamedTuple):
@@ -106,7 +111,7 @@ def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem,
         _integers(a.kv_lengths),
         _integers(a.kv_starts),
         _integers(a.prefix_lengths),
-        *_segment_ids(a),
+        *digits_of(a),
         a.dropout_mask,
         dropout_key,
         stretches,
@@ -122,7 +127,11 @@ def with_offset(a: Arguments) -> Arguments:
 
 
 def offset_of(
-    name: str, q_lengths: Integers | None, kv_lengths: Integers | None, query: Array, key: Array
+    name: str,
+    q_lengths: Integers | None,
+    kv_lengths: Integers | None,
+    query: Array | jax.ShapeDtypeStruct,
+    key: Array | jax.ShapeDtypeStruct,
 ) -> Array | numpy.ndarray | int:
     """Return the offset that the name of an alignment means: host data where the lengths are, else an array.
 
@@ -135,7 +144,7 @@ def _length(lengths: Integers | None, size: int) -> Array | numpy.ndarray | int:
     """Return the length of a buffer that is in use."""
     if lengths is None:
         return size if are_known(size) else jnp.asarray(size, jnp.int32)
-    return _bounded(lengths, size) if isinstance(lengths, jax.Array) else numpy.asarray(lengths, numpy.int32)
+    return bounded(lengths, size) if isinstance(lengths, jax.Array) else numpy.asarray(lengths, numpy.int32)
 
 
 def softmax_dtype(query: Array) -> str:
@@ -150,7 +159,7 @@ def _integers(value: Integers | int | str | None) -> Array | numpy.ndarray | Non
     return numpy.asarray(value, numpy.int32)
 
 
-def _segment_ids(a: Arguments) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+def digits_of(a: Arguments) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Return the ids of queries and of keys as digits that can be compared (MHA-SEG-1)."""
     if a.q_segment_ids is None or a.kv_segment_ids is None:
         return (), ()
@@ -166,9 +175,9 @@ def folded(x: Operands, constraints: Constraints) -> tuple[Operands, Constraints
     sinks = None if x.sinks is None else x.sinks.reshape(1, kv_heads, -1, 1)
     q_ids = tuple(ids[:, None, None, :, None] for ids in constraints.q_segment_ids)
     kv_ids = tuple(ids[:, None, None, None, :] for ids in constraints.kv_segment_ids)
-    q_lengths = None if constraints.q_lengths is None else _bounded(constraints.q_lengths, x.query.shape[2])
+    q_lengths = None if constraints.q_lengths is None else bounded(constraints.q_lengths, x.query.shape[2])
     kv_lengths, kv_starts, prefix_lengths = (
-        None if numbers is None else _bounded(numbers, x.key.shape[2])
+        None if numbers is None else bounded(numbers, x.key.shape[2])
         for numbers in (constraints.kv_lengths, constraints.kv_starts, constraints.prefix_lengths)
     )
     x = x._replace(query=fold(x.query, kv_heads), bias=bias, sinks=sinks)
@@ -189,7 +198,7 @@ def unfold(array: Array) -> Array:
     return array.reshape(batch, kv_heads * group, *rest)
 
 
-def _bounded(lengths: Array | numpy.ndarray, largest: int) -> Array:
+def bounded(lengths: Array | numpy.ndarray, largest: int) -> Array:
     """Clamp lengths to the buffer, and convert them to int32 (MHA-LEN-3)."""
     lengths = jnp.asarray(lengths)
     if jnp.iinfo(lengths.dtype).bits < 32:  # A narrow type may not hold the size of the buffer.

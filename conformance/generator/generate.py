@@ -52,7 +52,10 @@ LAYER = {
     "varlen_attention_vjp",
 }
 """Functions whose tensors are stored in a separate file."""
-PARAMETERS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o", "q_norm", "k_norm")
+PARAMETERS = (
+    *("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o"),
+    *("q_norm", "k_norm", "q_joint_norm", "k_joint_norm"),
+)
 """Inputs of the layer that many cases share."""
 FLOATING = {numpy.dtype(dtype).name: dtype for dtype in NARROW_FIRST}
 

@@ -39,14 +39,43 @@ class Layer:
         self.old = self._per_entry("cache_lengths", 0)
         real = self._per_entry("kv_lengths", self.new_len) if self.cached else [self.new_len] * self.batch
         self.lengths = [old + new for old, new in zip(self.old, real, strict=True)]
-        self.buffer = self.arrays["cache_key"].shape[2] if self.cached else self.new_len
+        self.table = self.arrays.get("cache_block_table")
+        self.wraps = bool(self.options.get("window_cache", False))
+        self.buffer = self._buffer()
         self.call = AttentionCall(replace(description, inputs=self._inner(description)))
         places = numpy.ndindex(self.batch, self.heads, self.q_len)
         self.rows = [self.call.row(b, h, i) for b, h, i in places]
 
+    @property
+    def stores(self) -> bool:
+        """True if the buffers of the new cache are expected values: those of a cache whose slots are positions."""
+        return self.cached and self.table is None and not self.wraps
+
     def _per_entry(self, name: str, absent: int) -> list[int]:
         value = self.arrays[name] if name in self.arrays else self.options.get(name, absent)
         return numpy.broadcast_to(value, (self.batch,)).tolist()
+
+    def _buffer(self) -> int:
+        """Return the number of keys: the slots of a cache, those of a row of the table, or all tokens."""
+        if not self.cached:
+            return self.new_len
+        shape = self.arrays["cache_key"].shape
+        if self.wraps:
+            return max(self.lengths)
+        return shape[2] if self.table is None else shape[1] * self.table.shape[1]
+
+    def _held(self, cache: numpy.ndarray) -> numpy.ndarray:
+        """Return the tokens of a cache at their positions; those that no query sees may be 0."""
+        if self.table is None and not self.wraps:
+            return cache
+        held = numpy.zeros((self.batch, self.kv_heads, self.buffer, cache.shape[3]))
+        for b in range(self.batch):
+            for j in range(self.old[b]):
+                if self.table is not None:
+                    held[b, :, j] = cache[self.table[b, j // cache.shape[1]], j % cache.shape[1]]
+                elif j >= self.old[b] - cache.shape[2]:
+                    held[b, :, j] = cache[b, :, j % cache.shape[2]]
+        return held
 
     def _inner(self, description: Description) -> dict[str, Input]:
         """Return the inputs of the attention in the layer: constraints over the whole buffer, and zeros."""
@@ -68,6 +97,8 @@ class Layer:
         x = x.swapaxes(1, 2)
         if f"{side}_norm" in self.arrays:
             x = self._normalised(x, as_balls(self.arrays[f"{side}_norm"]))
+        if f"{side}_joint_norm" in self.arrays:
+            x = self._normalised_jointly(x, as_balls(self.arrays[f"{side}_joint_norm"]))
         rotary: dict[str, Any] | None = self.options.get("rotary")
         if rotary is None or positions is None:
             return x
@@ -84,6 +115,15 @@ class Layer:
             result[place] = x[place] * gain / (mean + epsilon).sqrt()
         return result
 
+    def _normalised_jointly(self, x: numpy.ndarray, gain: numpy.ndarray) -> numpy.ndarray:
+        """Compute x / sqrt(mean x^2 + epsilon) * gain over all heads of a token, x (batch, heads, length, size)."""
+        epsilon, result = arb(self.options.get("norm_epsilon", 1e-6)), x.copy()
+        for b, i in numpy.ndindex(x.shape[0], x.shape[2]):
+            components = [x[b, h, i, c] for h in range(x.shape[1]) for c in range(x.shape[3])]
+            mean = sum((component * component for component in components), arb(0)) / arb(len(components))
+            result[b, :, i] = x[b, :, i] * gain / (mean + epsilon).sqrt()
+        return result
+
     def positions(self, first: Iterable[int], length: int) -> list[range]:
         """Return the positions of each batch entry."""
         return [range(start, start + length) for start in first]
@@ -95,7 +135,7 @@ class Layer:
         new = self.projected(side, source, places) if self.new_len else None
         if old is None:
             return numpy.zeros((self.batch, self.kv_heads, 0, 1)) if new is None else new
-        buffer = as_balls(old)
+        buffer = as_balls(self._held(old))
         for b in range(self.batch):
             start, stop = self.old[b], self.lengths[b]
             if new is not None:
@@ -172,7 +212,7 @@ def _evaluate(layer: Layer) -> dict[str, numpy.ndarray]:
         b, h, i = row.batch, row.head, row.index
         if (b, h, i) in weights:
             output[b, i] = output[b, i] + numpy.dot(_attended(layer, row, weights[b, h, i], value), w_o[h])
-    return {"output": output} | ({"cache_key": key, "cache_value": value} if layer.cached else {})
+    return {"output": output} | ({"cache_key": key, "cache_value": value} if layer.stores else {})
 
 
 def multi_head_attention(description: Description) -> dict[str, Marked]:
@@ -183,7 +223,7 @@ def multi_head_attention(description: Description) -> dict[str, Marked]:
     alone = numpy.broadcast_to(numpy.all(empty, axis=1, keepdims=True).swapaxes(1, 2), (layer.batch, layer.q_len, out))
     kinds = {"output": numpy.where(alone, EXACT, FINITE_VALUE).astype(numpy.uint8)}
     exact: dict[str, Any] = {"output": layer.arrays.get("b_o", 0.0)}
-    for source in ("key", "value") if layer.cached else ():
+    for source in ("key", "value") if layer.stores else ():
         kinds[f"cache_{source}"] = layer.kinds_of_buffer(source)
         exact[f"cache_{source}"] = layer.arrays[f"cache_{source}"]
     values = rounded(

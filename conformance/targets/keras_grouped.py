@@ -9,10 +9,10 @@ of the query: parameters of smaller sizes are passed with zeros at their end.
 
 from __future__ import annotations
 
-import tensorflow as tf
-from keras_layer import call_layer, has_bias, keras, takes_mask
+from keras_layer import arrays, call_layer, has_bias, keras, takes_mask
 
-arrays = "tensorflow"
+__all__ = ["arrays"]
+
 dtypes = ("float64", "float32", "float16", "bfloat16")
 conventions = {"causal_alignment": "upper_left"}
 
@@ -40,7 +40,9 @@ def multi_head_attention_and_weights(query, key, value, params, *, mask=None, ca
 def call(query, key, value, params, mask, causal, kv_lengths, **options):
     """Call a layer that has these parameters."""
     (embed, heads, size), kv_heads = params["w_q"].shape, params["w_k"].shape[1]
-    layer = keras.layers.GroupQueryAttention(size, heads, kv_heads, use_bias=has_bias(params), dtype=query.dtype.name)
+    layer = keras.layers.GroupQueryAttention(
+        size, heads, kv_heads, use_bias=has_bias(params), dtype=keras.backend.standardize_dtype(query.dtype)
+    )
     results = call_layer(layer, query, key, value, padded(params, size, embed), mask, causal, kv_lengths, **options)
     output, *weights = results if isinstance(results, tuple) else (results,)
     output = output[..., : params["w_o"].shape[2]]
@@ -52,6 +54,6 @@ def padded(params, size, embed):
     ends = {"w_v": {2: size}, "b_v": {1: size}, "w_o": {1: size, 2: embed}, "b_o": {0: embed}}
 
     def pad(array, sizes):
-        return tf.pad(array, [(0, sizes.get(axis, length) - length) for axis, length in enumerate(array.shape)])
+        return keras.ops.pad(array, [(0, sizes.get(axis, length) - length) for axis, length in enumerate(array.shape)])
 
     return {**params, **{name: pad(params[name], sizes) for name, sizes in ends.items() if name in params}}

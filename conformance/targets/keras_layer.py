@@ -1,7 +1,9 @@
 # /// script
 # dependencies = ["keras==3.15.1", "tensorflow-cpu==2.21.0"]
 # ///
-"""Keras' `MultiHeadAttention` with TensorFlow, unchanged; keras_grouped.py asks `GroupQueryAttention`.
+"""Keras' `MultiHeadAttention` with TensorFlow, unchanged.
+
+keras_grouped.py asks `GroupQueryAttention`, and keras_layer_jax.py and keras_layer_torch.py ask other backends.
 
 Its masks are (batch, q_len, kv_len), or have an axis of heads if nothing else hides keys; lengths are passed as
 `key_mask`, and its causal diagonal begins at the upper left. All biases exist or none, and keys have as many heads as
@@ -15,9 +17,8 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import keras
-import tensorflow as tf
 
-arrays = "tensorflow"
+arrays = os.environ["KERAS_BACKEND"]
 dtypes = ("float64", "float32", "float16", "bfloat16")
 groups = False
 conventions = {"causal_alignment": "upper_left"}
@@ -54,7 +55,7 @@ def call(query, key, value, params, mask, causal, kv_lengths, **options):
         value_dim=params["w_v"].shape[2],
         use_bias=has_bias(params),
         output_shape=params["w_o"].shape[2],
-        dtype=query.dtype.name,
+        dtype=keras.backend.standardize_dtype(query.dtype),
     )
     return call_layer(layer, query, key, value, params, mask, causal, kv_lengths, **options)
 
@@ -77,7 +78,12 @@ def call_layer(layer, query, key, value, params, mask, causal, kv_lengths, **opt
         value,
         key,
         attention_mask=mask if mask is None or mask.shape[1] > 1 else mask[:, 0],
-        key_mask=None if kv_lengths is None else tf.sequence_mask(kv_lengths, key.shape[1]),
+        key_mask=None if kv_lengths is None else within(kv_lengths, key.shape[1]),
         use_causal_mask=causal,
         **options,
     )
+
+
+def within(lengths, length):
+    """Return which keys are before the end of each batch entry, (batch, length)."""
+    return keras.ops.arange(length) < keras.ops.expand_dims(keras.ops.convert_to_tensor(lengths), 1)

@@ -1,5 +1,11 @@
 # /// script
-# dependencies = ["flash-linear-attention==0.6.0", "torch==2.13.0", "triton==3.5.0"]
+# dependencies = [
+#     "einops==0.8.2",
+#     "fla-core==0.6.0",
+#     "flash-linear-attention==0.6.0",
+#     "torch==2.13.0",
+#     "triton==3.9.0",
+# ]
 # ///
 """flash-linear-attention's Triton kernel `parallel_attn`, unchanged, in Triton's interpreter, which needs no GPU.
 

@@ -33,7 +33,7 @@ COPIES = {
 
 
 NAVIGATION = {
-    "Start": ("validate", "testing", "continuous-integration", "reports", "readme"),
+    "Start": ("validate", "testing", "continuous-integration", "reports", "README <readme>"),
     "Backends": ("backends", "numpy", "pytorch", "jax", "tensorflow"),
     "How to": ("caching", "packed", "masks", "poison", "gradients", "other-languages", "kernels", "weights", "fuzzing"),
     "Meaning": ("spec/index", "accuracy", "frameworks", "judges"),
@@ -44,11 +44,18 @@ NAVIGATION = {
 """The pages in the order of the sidebar; every page of docs/ is in it."""
 
 
+def file_of(entry: str) -> str:
+    """Return the file of an entry of the sidebar, `page` or `title <page>`."""
+    return f"{entry.rsplit('<', maxsplit=1)[-1].strip('>')}.md"
+
+
 def navigation(site: Site) -> str:
     """Write the tables of contents; pages that are not written yet are left out."""
     tables: list[str] = []
     for caption, pages in NAVIGATION.items():
-        present = [page for page in pages if "/" in page or f"{page}.md" in site.pages.values()]
+        present = [
+            page for page in pages if "/" in page or f"{page.split('<')[-1].strip('>')}.md" in site.pages.values()
+        ]
         tables.append("\n".join(["```{toctree}", f":caption: {caption}", ":hidden:", "", *present, "```"]))
     return "\n\n".join(tables)
 

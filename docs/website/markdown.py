@@ -65,6 +65,11 @@ class Site:
 
         return TOKEN.sub(replaced, text)
 
+    def _title(self, file: str) -> str:
+        """Return the title of a page in italics, for a link whose text is the name of its file."""
+        with (self.root / file).open(encoding="utf-8") as lines:
+            return f"*{next(line for line in lines if line.startswith('# '))[2:].strip()}*"
+
     def _link(self, link: re.Match[str], source: str | None) -> str:
         target, _, anchor = link["target"].partition("#")
         if source is None or not target or ":" in target:
@@ -72,7 +77,8 @@ class Site:
         file = PurePosixPath(os.path.normpath(PurePosixPath(source).parent / target)).as_posix()
         if file in self.pages:
             destination = f"/{self.pages[file]}" + (f"#{anchor}" if anchor else "")
-            return f"{link['image']}[{link['text']}]({destination})"
+            is_name = link["text"] in (file, PurePosixPath(file).name)
+            return f"{link['image']}[{self._title(file) if is_name else link['text']}]({destination})"
         path = self.root / file
         if path.is_dir():
             return f"`{file}/`" if link["text"] == file else f"{link['text']} (`{file}/`)"

@@ -13,6 +13,7 @@ REPLACEMENTS = (
     ('<p class="caption" role="heading">', '<p class="caption">'),
     ('<aside class="sidebar-drawer">', '<aside class="sidebar-drawer" aria-label="Pages">'),
     ('<aside class="toc-drawer">', '<aside class="toc-drawer" aria-label="On this page">'),
+    ('<div id="search-results"></div>', '<h1>Search</h1><div id="search-results"></div>'),
     ("<pre>", '<pre tabindex="0">'),  # long lines scroll, also by keyboard
 )
 

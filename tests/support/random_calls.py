@@ -88,6 +88,14 @@ def random_call(seed: int, **sizes: int) -> dict[str, Any]:
         call["sinks"][0] = -numpy.inf
     if often():
         call |= {"dropout_mask": random.random(pairs()) < 0.7, "dropout_rate": float(random.choice([0.0, 0.4]))}
+    if often():
+        call["kv_starts"] = random.integers(0, kv_len // 2 + 1, batch)
+    if often():
+        call["chunk"] = int(random.integers(1, 30))
+        call.setdefault("q_offset", random.integers(-9, 17, batch))
+    window: Any = call.get("window", (0, None))
+    if often() and "causal" in call and window[1] != 0:
+        call["prefix_lengths"] = random.integers(0, kv_len + 1, batch)
     return call
 
 

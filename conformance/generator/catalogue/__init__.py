@@ -30,6 +30,7 @@ from . import (
     merge_gradients,
     merges,
     nan_weights,
+    other_caches,
     outputs_and_weights,
     packed,
     pairs,
@@ -93,6 +94,7 @@ THEMES = (
     positions,
     packed,
     structured_masks,
+    other_caches,
 )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from description import ALL_DTYPES, Description, Input
 
-from .layer_sizes import BIASES, NORMS, parameters, tokens
+from .layer_sizes import BIASES, JOINT_NORMS, NORMS, parameters, tokens
 from .options import integers, options_of
 from .tensors import bell
 
@@ -109,8 +109,11 @@ def _features(inputs: Mapping[str, Input], options: Mapping[str, Any], function:
         "groups": inputs["w_q"].values.shape[1] != inputs["w_k"].values.shape[1],
         "rotary": "rotary" in options,
         "positions": "positions" in inputs,
-        "norm": any(name in inputs for name in NORMS),
+        "norm": any(name in inputs for name in NORMS) or "norm_epsilon" in options,
+        "joint_norm": any(name in inputs for name in JOINT_NORMS),
         "cache": "cache_lengths" in inputs,
+        "paged_cache": "cache_block_table" in inputs,
+        "window_cache": "window_cache" in options,
     }.items():
         features += [feature] if holds else []
     names = [name for name in _OPTION_NAMES if name in inputs or name in options]
@@ -118,13 +121,16 @@ def _features(inputs: Mapping[str, Input], options: Mapping[str, Any], function:
 
 
 def _clauses(inputs: Mapping[str, Input], options: Mapping[str, Any]) -> list[str]:
-    rotary, cached_keys = options.get("rotary"), "cache_lengths" in inputs
+    rotary, has_cache = options.get("rotary"), "cache_lengths" in inputs
+    paged, wraps = "cache_block_table" in inputs, "window_cache" in options
+    cached_keys = has_cache and not paged and not wraps
     held = {
         "MHA-PROJ-1": True,
         "MHA-PROJ-2": any(name in inputs for name in BIASES[:3]),
         "MHA-PROJ-3": "b_o" in inputs,
         "MHA-NORM-1": any(name in inputs for name in NORMS),
         "MHA-NORM-2": any(name in inputs for name in NORMS) and rotary is not None,
+        "MHA-NORM-3": any(name in inputs for name in JOINT_NORMS),
         "MHA-ROTARY-1": rotary is not None,
         "MHA-ROTARY-2": rotary is not None and "interleaved" in rotary,
         "MHA-ROTARY-3": rotary is not None and "rotary_dim" in rotary,
@@ -135,9 +141,13 @@ def _clauses(inputs: Mapping[str, Input], options: Mapping[str, Any]) -> list[st
         "MHA-LAYER-7": "positions" in inputs,
         "MHA-CACHE-1": cached_keys and "key" in inputs,
         "MHA-CACHE-2": "chunks" in options,
-        "MHA-CACHE-5": cached_keys and "kv_lengths" in inputs,
+        "MHA-CACHE-5": has_cache and "kv_lengths" in inputs,
         "MHA-CACHE-6": cached_keys,
         "MHA-CACHE-8": "key" not in inputs,
+        "MHA-CACHE-9": paged and "key" in inputs,
+        "MHA-CACHE-10": paged,
+        "MHA-CACHE-12": wraps and "key" in inputs,
+        "MHA-CACHE-13": wraps,
         "MHA-LAYER-3": inputs["query"].values.shape[2] != inputs["w_k"].values.shape[0],
     }
     return [clause for clause, holds in held.items() if holds]

@@ -16,10 +16,11 @@ from .tensors import bell
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["BIASES", "NORMS", "LayerSizes", "parameters", "tokens"]
+__all__ = ["BIASES", "JOINT_NORMS", "NORMS", "LayerSizes", "parameters", "tokens"]
 
 BIASES = ("b_q", "b_k", "b_v", "b_o")
 NORMS = ("q_norm", "k_norm")
+JOINT_NORMS = ("q_joint_norm", "k_joint_norm")
 CENTRE = 0.75
 """The means of the tokens."""
 
@@ -66,6 +67,7 @@ STEP = LayerSizes(2, 1, 1, 7, 7, 7, 4, 2, 6, 3, 5, 8)
 CHUNK = STEP._replace(q_len=3, kv_len=3)
 ENCODED = STEP._replace(q_len=3, kv_len=0)
 WHOLE = STEP._replace(q_len=6, kv_len=6)
+TURNING = WHOLE._replace(capacity=4)
 LARGE_CHUNK = LARGE._replace(capacity=5)
 
 
@@ -95,6 +97,8 @@ def parameters(sizes: LayerSizes, names: tuple[str, ...] = ()) -> dict[str, Inpu
         "b_o": (s.out,),
         "q_norm": (s.qk_dim,),
         "k_norm": (s.qk_dim,),
+        "q_joint_norm": (s.heads, s.qk_dim),
+        "k_joint_norm": (s.kv_heads, s.qk_dim),
     }
     chosen = [name for name in shapes if name.startswith("w_") or name in names]
     return {name: Input(_parameter(name, shapes[name])) for name in chosen}
@@ -112,5 +116,7 @@ def _parameter(name: str, shape: tuple[int, ...]) -> numpy.ndarray:
         "b_o": (2.0**-4, 0.5),
         "q_norm": (2.0**-6, 1.0),
         "k_norm": (2.0**-6, 1.0),
+        "q_joint_norm": (2.0**-6, 1.0),
+        "k_joint_norm": (2.0**-6, 1.0),
     }[name]
     return bell(shape, unit, name) + lean

@@ -1,18 +1,19 @@
 """Turn a question, which holds plain arrays by name, into calls, and name the results of the calls.
 
 The layer takes `params`, a mapping of arrays, and a cache of three arrays, (key, value, lengths); in a question each of
-these arrays is named. A question with `chunks` is a sequence of calls: each call takes the next tokens and the
-cache that the previous call returned, and the outputs are joined. With `drafts`, each cache is also continued with
-other tokens and the results are discarded, which must change nothing because a cache is a value.
+these arrays is named. With `cache_block_table` the cache is a PagedKVCache, whose fourth array is the table, and with
+`window_cache` a WindowKVCache. A question with `chunks` is a sequence of calls: each call takes the next tokens and
+the cache that the previous call returned, and the outputs are joined. With `drafts`, each cache is also continued
+with other tokens and the results are discarded, which must change nothing because a cache is a value.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy
 
-from mha_spec.cache import KVCache
+from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps
 from mha_spec.parameters import AXES
@@ -45,10 +46,16 @@ __all__ = [
     "named",
     "stacked_operand",
     "varlen_over",
+    "with_contiguous_cache",
 ]
 
 CACHE = ("cache_key", "cache_value", "cache_lengths")
 """The arrays of a cache, in its order."""
+
+BLOCK_TABLE, WINDOW_CACHE = "cache_block_table", "window_cache"
+"""The array of a paged cache, and the option of a cache whose slots wrap."""
+
+AnyCache: TypeAlias = "KVCache | PagedKVCache | WindowKVCache"
 
 TOKENS = ("query", "key", "value")
 PER_QUERY = ("mask", "bias", "dropout_mask")
@@ -56,7 +63,9 @@ PER_QUERY = ("mask", "bias", "dropout_mask")
 
 ARGUMENT_OF = {
     **dict.fromkeys((*CACHE, "chunks", "drafts"), "cache"),
+    BLOCK_TABLE: "paged_cache",
     **dict.fromkeys(("q_norm", "k_norm"), "norm_epsilon"),
+    **dict.fromkeys(("q_joint_norm", "k_joint_norm"), "joint_norm"),
 }
 """The argument of the layer that contains an array or option of a question, if their names differ."""
 
@@ -92,8 +101,8 @@ def layer_over(steps: AnySteps) -> LayerSteps:
         return steps
     if isinstance(steps, VarlenSteps):
         return LayerSteps()
-    attention = Reference(steps)
-    return LayerSteps(attend=attention.attention, weigh=attention.attention_weights)
+    attention, packed = Reference(steps), Varlen(varlen_over(steps))
+    return LayerSteps(attend=attention.attention, weigh=attention.attention_weights, varlen=packed.varlen_attention)
 
 
 def keyword_of(function: str, name: str) -> str:
@@ -118,12 +127,38 @@ def arranged(function: str, arguments: Arguments) -> tuple[list[Any], dict[str, 
     keywords = dict(arguments)
     if FUNCTIONS[function].of_layer:
         keywords["params"] = {name: keywords.pop(name) for name in list(keywords) if is_parameter(name)}
-        cache = [keywords.pop(name) for name in CACHE if name in keywords]
+        cache = [keywords.pop(name) for name in (*CACHE, BLOCK_TABLE) if name in keywords]
+        kind = WindowKVCache if keywords.pop(WINDOW_CACHE, False) else KVCache
         if cache:
-            keywords["cache"] = KVCache(*cache)
+            keywords["cache"] = PagedKVCache(*cache) if len(cache) == 4 else kind(*cache)
     names = FUNCTIONS[function].stacked(stacked_operand(arguments)).operands
     operands = [keywords.pop(name, None) for name in names]
     return operands, keywords
+
+
+def with_contiguous_cache(arguments: Arguments) -> Arguments:
+    """Return a question with the same output, whose cache has a slot for each token (MHA-CACHE-10, MHA-CACHE-13)."""
+    if BLOCK_TABLE not in arguments and WINDOW_CACHE not in arguments:
+        return arguments
+    rest = {name: value for name, value in arguments.items() if name not in (BLOCK_TABLE, WINDOW_CACHE)}
+    lengths, new = numpy.asarray(rest["cache_lengths"]), rest.get("key")
+    capacity = int(lengths.max(initial=0)) + (0 if new is None else new.shape[1])
+    return rest | {name: _in_order(rest[name], lengths, arguments.get(BLOCK_TABLE), capacity) for name in CACHE[:2]}
+
+
+def _in_order(buffer: numpy.ndarray, lengths: numpy.ndarray, table: numpy.ndarray | None, capacity: int) -> Any:
+    """Return the tokens of a buffer at their positions; those that it does not hold are 0."""
+    heads = buffer.shape[1] if table is None else buffer.shape[2]
+    ordered = numpy.zeros((len(lengths), heads, capacity, buffer.shape[3]), buffer.dtype)
+    for entry, length in enumerate(lengths.tolist()):
+        if table is not None:
+            positions = numpy.arange(length)
+            size = buffer.shape[1]
+            ordered[entry][:, positions] = buffer[table[entry][positions // size], positions % size].swapaxes(0, 1)
+        else:
+            positions = numpy.arange(max(0, length - buffer.shape[2]), length)
+            ordered[entry][:, positions] = buffer[entry][:, positions % buffer.shape[2]]
+    return ordered
 
 
 def named(
@@ -148,18 +183,18 @@ def layer_answers(call: Callable[..., Any], function: str, arguments: Arguments)
     """Return the outputs of each call of a question, by name; only the last call has those of the cache."""
     drafts = arguments.get("drafts", False)
     parts = list(_parts({name: value for name, value in arguments.items() if name != "drafts"}))
-    cache: KVCache | None = None
+    cache: AnyCache | None = None
     for number, part in enumerate(parts):
         operands, keywords = arranged(function, part)
         if cache is not None:
             keywords["cache"] = cache
         results = named(function, keywords, call(*operands, **keywords))
         if "cache" in results:
-            cache = _unpacked(function, results.pop("cache"))
+            cache = _unpacked(function, results.pop("cache"), keywords["cache"])
             if drafts:
                 call(*_draft(function, operands), **keywords)
             if number == len(parts) - 1:
-                results |= zip(CACHE, cache, strict=True)
+                results |= zip(CACHE, cache[:3], strict=True)
         yield results
 
 
@@ -169,11 +204,12 @@ def _draft(function: str, operands: list[Any]) -> list[Any]:
     return [-array if name in TOKENS else array for name, array in zip(names, operands, strict=True)]
 
 
-def _unpacked(function: str, cache: object) -> KVCache:
-    """Return the cache that a call returned."""
-    if isinstance(cache, (tuple, list)) and len(cache) == 3:
-        return KVCache(*cache)
-    raise MalformedResult(f"{function} must return its cache as (key, value, lengths), received {described(cache)}")
+def _unpacked(function: str, cache: object, passed: AnyCache) -> AnyCache:
+    """Return the cache that a call returned, which is of the kind that was passed to the call."""
+    if isinstance(cache, (tuple, list)) and len(cache) == len(passed):
+        return type(passed)(*cache)
+    names = ", ".join(type(passed)._fields)
+    raise MalformedResult(f"{function} must return its cache as ({names}), received {described(cache)}")
 
 
 def _parts(arguments: Arguments) -> Iterator[dict[str, Any]]:

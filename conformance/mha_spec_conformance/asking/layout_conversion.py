@@ -257,8 +257,9 @@ class Conversion:
         if operand is None or self._side(name) is not KEY_SIDE or operand.shape[1] == dense.shape[1]:
             return dense
         batch, kv_heads, *rest = operand.shape
+        group = dense.shape[1] // kv_heads
         with numpy.errstate(all="ignore"):
-            return dense.reshape(batch, kv_heads, -1, *rest).astype(numpy.float64).sum(axis=2).astype(dense.dtype)
+            return dense.reshape(batch, kv_heads, group, *rest).astype(numpy.float64).sum(axis=2).astype(dense.dtype)
 
     def _check(self, name: str, stored: numpy.ndarray, shape: tuple[int, ...]) -> None:
         if tuple(stored.shape) != shape:

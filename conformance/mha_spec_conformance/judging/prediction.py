@@ -89,7 +89,10 @@ def _sizes_of_layer(case: Case) -> Sizes:
     """Return the sizes of the attention within a layer, whose keys are all slots of a cache."""
     (_, rows, _), (_, heads, _) = case.shape_of("query"), case.shape_of("w_q")
     name = next((name for name in ("cache_key", "key") if name in case.input_names), None)
-    return Sizes(rows, rows if name is None else case.shape_of(name)[2 if name == "cache_key" else 1], heads)
+    keys = rows if name is None else case.shape_of(name)[2 if name == "cache_key" else 1]
+    if "cache_block_table" in case.input_names:
+        keys = case.shape_of("cache_key")[1] * case.shape_of("cache_block_table")[1]
+    return Sizes(rows, keys, heads)
 
 
 def scores_of(case: Case) -> int:

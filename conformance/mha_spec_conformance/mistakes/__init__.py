@@ -13,6 +13,7 @@ from .fills import FILLS_ADDED
 from .gradients import GRADIENTS
 from .ignored import IGNORED
 from .layer import PROJECTIONS
+from .layer_variants import LAYER_VARIANTS
 from .loops import LOOPS
 from .merging import MERGING
 from .mistake import ANY_SIZE, Compared, Mistake, Sizes
@@ -61,5 +62,6 @@ MISTAKES: tuple[Mistake, ...] = (
     *PACKED,
     *TILED_GRADIENTS,
     *VARLEN,
+    *LAYER_VARIANTS,
 )
 """Every known mistake, conventions included."""

@@ -298,6 +298,7 @@ CACHING = (
         "MHA-CACHE-4",
         "MHA-CACHE-7",
         "MHA-CACHE-8",
+        "MHA-CACHE-14",
         check=lambda a: a,
         bugs=("karpathy/nanochat#627", "lightseekorg/tokenspeed#506"),
     ),

@@ -10,7 +10,7 @@ from mha_spec.arguments import options_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["FUNCTIONS", "OF_ATTENTION", "STACKED", "Function", "with_stacked"]
+__all__ = ["DECLARED_FEATURES", "FUNCTIONS", "OF_ATTENTION", "STACKED", "Function", "with_stacked"]
 
 OPTION_FEATURES = {
     "mask": ("mask",),
@@ -32,8 +32,17 @@ OPTION_FEATURES = {
 }
 """The features of attention's options, each with its keywords."""
 
-LAYER_FEATURES = {"rotary": ("rotary",), "positions": ("positions",), "norm": ("norm_epsilon",), "cache": ("cache",)}
-"""The features of the keywords that only the layer has."""
+DECLARED_FEATURES = ("joint_norm", "paged_cache", "window_cache")
+"""The features of contents of `params` and `cache`, which no signature shows: a target declares them by name."""
+
+LAYER_FEATURES = {
+    "rotary": ("rotary",),
+    "positions": ("positions",),
+    "norm": ("norm_epsilon",),
+    "cache": ("cache",),
+    **{name: (name,) for name in DECLARED_FEATURES},
+}
+"""The features of the keywords that only the layer has, and of the contents of its arguments."""
 
 VARLEN_FEATURES = {
     "paged": ("block_table",),
@@ -43,7 +52,7 @@ VARLEN_FEATURES = {
 }
 """The features of the keywords of packed and paged calls."""
 
-LAYER_KEYWORDS = tuple(word for words in LAYER_FEATURES.values() for word in words)
+LAYER_KEYWORDS = tuple(word for words in LAYER_FEATURES.values() for word in words if word not in DECLARED_FEATURES)
 
 OF_ATTENTION = ("attention", "attention_weights", "attention_vjp")
 """The functions of query and key that are not of the layer."""
@@ -97,9 +106,10 @@ class Function:
         return replace(self, operands=operands, outputs=outputs, fewest=fewest)
 
     def keywords_of(self, features: Iterable[str]) -> tuple[str, ...]:
-        """Name the keywords by which a call asks for the features."""
+        """Name the keywords, or the declared features, by which a call asks for the features."""
         words = OPTION_FEATURES | LAYER_FEATURES | VARLEN_FEATURES
-        return tuple(word for feature in features for word in words.get(feature, ()) if word in self.keywords)
+        known = (*self.keywords, *(DECLARED_FEATURES if self.of_layer else ()))
+        return tuple(word for feature in features for word in words.get(feature, ()) if word in known)
 
 
 _FUNCTIONS = (

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from mha_spec.arrays import FLOATING
 from mha_spec.errors import BackendError
 from mha_spec.selection import backend, backend_names
-from mha_spec_conformance.suite.functions import FUNCTIONS
+from mha_spec_conformance.suite.functions import DECLARED_FEATURES, FUNCTIONS
 from mha_spec_conformance.suite.text import name_of, text_of
 
 from .claims import PROFILES, Claims
@@ -182,6 +182,7 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
     device = None if registered else _device(module)
     of_layout = {n: v if registered else _declaration(module, n, v) for n, v in OF_LAYOUT.items()}
     features = _declared(module)
+    features += DECLARED_FEATURES if registered else ()
     keywords = {role: _keywords(role, function, features, of_layout) for role, function in functions.items()}
     return Claims(
         name=name,
@@ -220,7 +221,8 @@ def _keywords(
         for p in signature.parameters.values()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in operands
     ]
-    return tuple(dict.fromkeys([*named, *(of_features if _takes_any(function) else ())]))
+    contents = [word for word in FUNCTIONS[role].keywords_of(features) if word in DECLARED_FEATURES]
+    return tuple(dict.fromkeys([*named, *(of_features if _takes_any(function) else contents)]))
 
 
 def _signature(function: Callable[..., object]) -> inspect.Signature | None:

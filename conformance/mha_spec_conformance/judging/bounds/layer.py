@@ -19,7 +19,7 @@ from mha_spec.cache import KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, for_each_pair, turn
 from mha_spec.steps import Steps
-from mha_spec_conformance.asking.calls import joined, layer_answers, layer_over
+from mha_spec_conformance.asking.calls import joined, layer_answers, layer_over, with_contiguous_cache
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
 from .evaluation import Evaluation, as_float64, in_float64, weighted_sum
@@ -220,19 +220,19 @@ class LayerBounds:
     @cached_property
     @numpy.errstate(all="ignore")
     def _values(self) -> dict[str, numpy.ndarray]:
-        return joined(self._answers(self._steps))
+        return joined(self._answers(self._steps, self._arguments))
 
-    def _answers(self, steps: LayerSteps) -> list[dict[str, numpy.ndarray]]:
+    def _answers(self, steps: LayerSteps, arguments: Mapping[str, Any]) -> list[dict[str, numpy.ndarray]]:
         call = getattr(Layer(steps), self._function)
         if FUNCTIONS[self._function].of_layer:
-            return list(layer_answers(call, self._function, self._arguments))
-        return [{"output": call(**self._arguments)}]
+            return list(layer_answers(call, self._function, arguments))
+        return [{"output": call(**arguments)}]
 
     @numpy.errstate(all="ignore")
     def allowances(self, precision: Precision) -> dict[str, numpy.ndarray]:
         """Return the largest error of each element."""
         errors = StepErrors(self._steps, self._attention, precision, self._dtypes)
-        answers = self._answers(errors.steps)
+        answers = self._answers(errors.steps, with_contiguous_cache(self._arguments))
         return joined([{name: errors.of(array) for name, array in part.items()} for part in answers])
 
     def deviations(self, precision: Precision) -> dict[str, numpy.ndarray]:

@@ -1,0 +1,300 @@
+"""Attention of a rank's queries over the keys of another rank, as calls on a single device.
+
+A shard is one or two pieces of evenly spaced tokens, so the pairs of two pieces are those of a call whose window,
+offset and lengths are shifted. Where the host knows the offset, each shift is a program of its own, which plans its
+blocks as every call does; few shifts differ, because most pairs of pieces are wholly hidden or wholly visible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy
+from jax import lax
+
+from mha_spec.arguments import Arguments
+from mha_spec.sharding import Piece, count_before, pieces
+
+from .problem import Constraints, Operands, Problem, problem_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jax import Array
+
+__all__ = [
+    "Call",
+    "Form",
+    "Keys",
+    "Numbers",
+    "Pair",
+    "Queries",
+    "Span",
+    "axes_of",
+    "cut",
+    "rotate",
+    "spans",
+    "varying",
+    "visit",
+]
+
+MOST_PROGRAMS = 8
+"""The most shifts of a pair of pieces that are compiled apart; more of them share a program that takes the shift."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """The constants of a call over several devices."""
+
+    axis: str
+    axes: frozenset[str]
+    """The axes of the mesh along which some array of the call differs."""
+    ranks: int
+    layout: str
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    chunk: int | None
+    offset: int | None
+    """The position of query 0 of the sequence; None if it is an array, or if prefixes change what it shows."""
+    scale: float | None
+    softcap: float | None
+
+
+class Numbers(NamedTuple):
+    """Options of the whole sequence as arrays of int32, the same on every rank (MHA-SHARD-2)."""
+
+    q_offset: Array | None
+    q_lengths: Array | None
+    kv_lengths: Array | None
+    kv_starts: Array | None
+    prefix_lengths: Array | None
+
+
+class Queries(NamedTuple):
+    """The queries of a piece, in the softmax's type, and the digits of their segment ids."""
+
+    query: Array
+    ids: tuple[Array, ...]
+
+
+class Keys(NamedTuple):
+    """Keys and values of a piece, in the dtype of the call, and the digits of their segment ids; they are sent."""
+
+    key: Array
+    value: Array
+    ids: tuple[Array, ...]
+
+
+class Span(NamedTuple):
+    """The distances j - i of the rows of two pieces that a window shows, all inclusive."""
+
+    low: int
+    high: int
+
+
+class Call(NamedTuple):
+    """A pair of pieces as a call on a single device."""
+
+    problem: Problem
+    x: Operands
+    constraints: Constraints
+
+
+def cut(layout: str, array: Array, axis: int) -> tuple[Array, ...]:
+    """Cut the rows of a shard into its pieces."""
+    return tuple(jnp.split(array, 2, axis)) if layout == "zigzag" else (array,)
+
+
+def varying(axes: frozenset[str], tree: Any) -> Any:
+    """Mark arrays as different on each rank of the axes; the gradient of an array of all ranks is then their sum."""
+    return jax.tree.map(lambda array: _varying(axes, jnp.asarray(array)), tree)
+
+
+def _varying(axes: frozenset[str], array: Array) -> Array:
+    """Mark an array; the axes of `vmap`, along which nothing is marked, are not axes of the mesh."""
+    missing = tuple(sorted((axes - axes_of(array)) & {*jax.sharding.get_abstract_mesh().manual_axes}))
+    if not missing:
+        return array
+    if hasattr(lax, "pcast"):
+        return lax.pcast(array, missing, to="varying")
+    earlier: Any = lax
+    return earlier.pvary(array, missing)
+
+
+def axes_of(*arrays: Array) -> frozenset[str]:
+    """Name the axes of the mesh along which arrays differ, as far as `shard_map` tracks them (check_vma)."""
+    types = [jax.typeof(array) for array in arrays]
+    kinds = [getattr(kind, "manual_axis_type", kind) for kind in types]
+    return frozenset().union(*(getattr(kind, "varying", getattr(kind, "vma", ())) for kind in kinds))
+
+
+def rotate(form: Form, tree: Any) -> Any:
+    """Send arrays to the next rank, and receive those of the rank before."""
+    following = [(rank, (rank + 1) % form.ranks) for rank in range(form.ranks)]
+    return jax.tree.map(lambda array: lax.ppermute(array, form.axis, following), tree)
+
+
+def visit(
+    form: Form,
+    numbers: Numbers,
+    queries: tuple[Queries, ...],
+    keys: tuple[Keys, ...],
+    ranks: tuple[Array, Array],
+    body: Callable[[Any, int, int, Callable[[], Call]], Any],
+    state: Any,
+) -> Any:
+    """Run `body(state, a, b, call)` for every piece `a` of the queries and `b` of the keys that are not wholly hidden.
+
+    `ranks` are the rank that holds the queries and the rank whose keys they are. A wholly hidden pair of pieces costs
+    nothing: the state passes through a branch.
+    """
+    q_length, kv_length = (sum(side[0].shape[2] for side in pieces) for pieces in (queries, keys))
+    rank, source = ranks
+    q_pieces, kv_pieces = (
+        pieces(form.layout, rank, form.ranks, q_length),
+        pieces(form.layout, source, form.ranks, kv_length),
+    )
+    for a, b in numpy.ndindex(len(q_pieces), len(kv_pieces)):
+        pair = Pair(form, numbers, q_pieces[a], kv_pieces[b], queries[a], keys[b])
+        table, programs = spans(form, (q_length, kv_length), a, b)
+
+        def run(state: Any, span: Span | None, a: int = a, b: int = b, pair: Pair = pair) -> Any:
+            return body(state, a, b, lambda: pair.call(span))
+
+        branches = [lambda state: state, *(lambda state, span=span, run=run: run(state, span) for span in programs)]
+        seen = pair.may_be_visible()
+        if seen is None and programs and (table == table[0, 0]).all():
+            state = run(state, programs[0])
+        elif programs:
+            index = jnp.asarray(table)[rank, source]
+            index = index if seen is None else jnp.where(seen, index, 0)
+            state = lax.switch(index, branches, state)
+    return state
+
+
+def spans(form: Form, lengths: tuple[int, int], a: int, b: int) -> tuple[numpy.ndarray, list[Span | None]]:
+    """Return the program of piece `a` of each rank's queries and `b` of each rank's keys, and the spans of programs.
+
+    In the table, (ranks, ranks), 0 stands for a wholly hidden pair and n for the program n - 1. Without an offset on
+    the host there is a single program, whose span is None.
+    """
+    table = numpy.zeros((form.ranks, form.ranks), numpy.int32)
+    programs: list[Span | None] = []
+    if 0 in lengths:
+        return table, programs
+    if form.offset is None:
+        return table + 1, [None]
+    for rank, source in numpy.ndindex(table.shape):
+        q_piece = pieces(form.layout, int(rank), form.ranks, lengths[0])[a]
+        kv_piece = pieces(form.layout, int(source), form.ranks, lengths[1])[b]
+        span = Span(*_bounds(form, q_piece, kv_piece, form.offset, max, min))
+        if span.low <= span.high:
+            programs += [] if span in programs else [span]
+            table[rank, source] = 1 + programs.index(span)
+    return (table, programs) if len(programs) <= MOST_PROGRAMS else (numpy.minimum(table, 1), [None])
+
+
+def _bounds(form: Form, q_piece: Piece, kv_piece: Piece, offset: Any, most: Any, least: Any) -> tuple[Any, Any]:
+    """Return the least and the greatest distance j - i of rows that the window shows; they hide all if crossed."""
+    left, right = form.window or (None, None)
+    if form.causal:
+        right = 0
+    shift, stride = offset + q_piece.first - kv_piece.first, q_piece.stride
+    low, high = 1 - q_piece.size, kv_piece.size - 1
+    low = low if left is None else most(low, -((left - shift) // stride))
+    return low, high if right is None else least(high, (shift + right) // stride)
+
+
+class Pair(NamedTuple):
+    """A piece of the queries and a piece of the keys."""
+
+    form: Form
+    numbers: Numbers
+    q_piece: Piece
+    kv_piece: Piece
+    queries: Queries
+    keys: Keys
+
+    def call(self, span: Span | None) -> Call:
+        """Describe the pair as a call on a single device, whose window is a span, or is shifted by an array."""
+        form, query = self.form, self.queries.query
+        key, value = (array.astype(query.dtype) for array in (self.keys.key, self.keys.value))
+        numbers = {
+            "q_lengths": (self.numbers.q_lengths, self.q_piece),
+            "kv_lengths": (self.numbers.kv_lengths, self.kv_piece),
+            "kv_starts": (self.numbers.kv_starts, self.kv_piece),
+            "prefix_lengths": (self.numbers.prefix_lengths, self.kv_piece),
+        }
+        options: dict[str, Any] = {
+            name: count_before(number, piece) for name, (number, piece) in numbers.items() if number is not None
+        }
+        options |= self._shifted() if span is None else {"window": self._window(span)}
+        a = Arguments(query, key, value, scale=form.scale, softcap=form.softcap, **options)
+        problem, x, constraints = problem_of(a)
+        if span is None:
+            problem = replace(problem, strides=(self.q_piece.stride, self.kv_piece.stride))
+        q_ids, kv_ids = self._digits()
+        constraints = constraints._replace(q_segment_ids=q_ids, kv_segment_ids=kv_ids)
+        return Call(replace(problem, excludes=problem.excludes or bool(q_ids)), x, constraints)
+
+    def _shifted(self) -> dict[str, Any]:
+        """Return the options of a window whose shift is an array."""
+        if not self.form.causal and self.form.window is None:
+            return {}
+        return {"causal": self.form.causal, "window": self.form.window, "q_offset": self._shift()}
+
+    def _shift(self) -> Array:
+        """Return the position of the first query less that of the first key, for each entry or for all."""
+        return jnp.asarray(self._offset() + self.q_piece.first - self.kv_piece.first, jnp.int32)
+
+    def _offset(self) -> Array | int:
+        return (self.form.offset or 0) + (0 if self.numbers.q_offset is None else self.numbers.q_offset)
+
+    def _window(self, span: Span) -> tuple[int | None, int | None] | None:
+        low = None if span.low == 1 - self.q_piece.size else -span.low
+        high = None if span.high == self.kv_piece.size - 1 else span.high
+        return None if (low, high) == (None, None) else (low, high)
+
+    def _digits(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Return the digits of segment ids, and the numbers of chunks, which hide pairs as ids do (MHA-WINDOW-3)."""
+        if self.form.chunk is None:
+            return self.queries.ids, self.keys.ids
+        origin = 0 if self.numbers.kv_starts is None else self.numbers.kv_starts[:, None]
+        offset = jnp.asarray(self._offset()).reshape(-1, 1)
+        q_chunks = (_tokens(self.q_piece) + offset - origin) // self.form.chunk
+        kv_chunks = jnp.atleast_2d((_tokens(self.kv_piece) - origin) // self.form.chunk)
+        return (*self.queries.ids, q_chunks), (*self.keys.ids, kv_chunks)
+
+    def may_be_visible(self) -> Array | None:
+        """Tell whether lengths, segments and an offset in an array leave a pair visible; None without any of these."""
+        numbers, tests = self.numbers, []
+        if numbers.q_lengths is not None:
+            tests.append(numbers.q_lengths > self.q_piece.first)
+        if numbers.kv_lengths is not None:
+            tests.append(numbers.kv_lengths > self.kv_piece.first)
+        if numbers.kv_starts is not None:
+            tests.append(numbers.kv_starts <= self.kv_piece.first + self.kv_piece.stride * (self.kv_piece.size - 1))
+        if self.form.offset is None and self._shifted() and numbers.prefix_lengths is None:
+            offset = 0 if numbers.q_offset is None else numbers.q_offset
+            low, high = _bounds(self.form, self.q_piece, self.kv_piece, offset, jnp.maximum, jnp.minimum)
+            tests.append(jnp.asarray(low <= high))
+        if min(self.q_piece.size, self.kv_piece.size) > 0:
+            tests += [_overlap(*ids) for ids in zip(*self._digits(), strict=True)]
+        if not tests:
+            return None
+        visible = tests[0]
+        for test in tests[1:]:
+            visible = visible & test
+        return jnp.any(visible)
+
+
+def _tokens(piece: Piece) -> Array:
+    return (piece.first + piece.stride * jnp.arange(piece.size, dtype=jnp.int32))[None]
+
+
+def _overlap(q_ids: Array, kv_ids: Array) -> Array:
+    """Tell for each entry whether the ranges of the ids of queries and of keys have a number in common."""
+    return (q_ids.max(1) >= kv_ids.min(1)) & (kv_ids.max(1) >= q_ids.min(1))

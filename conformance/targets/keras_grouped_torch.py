@@ -1,0 +1,12 @@
+# /// script
+# dependencies = ["keras==3.15.1", "torch==2.13.0"]
+# ///
+"""Keras' `GroupQueryAttention` with PyTorch, unchanged, as keras_grouped.py calls it."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "torch"
+
+from keras_grouped import arrays, conventions, dtypes, multi_head_attention, multi_head_attention_and_weights, supports
+
+__all__ = ["arrays", "conventions", "dtypes", "multi_head_attention", "multi_head_attention_and_weights", "supports"]

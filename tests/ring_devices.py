@@ -1,0 +1,267 @@
+"""Calls over eight devices, which a process must ask for before it imports JAX: test_jax_ring runs this file.
+
+It prints a JSON object with a list of faults, or a number, for each name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+RANKS = 8
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={RANKS}"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+from support.comparisons import assert_near  # noqa: E402
+from support.goldens import cases, failures, names  # noqa: E402
+from support.numbers import numbers  # noqa: E402
+
+import mha_spec_jax  # noqa: E402
+from mha_spec.sharding import Piece, shard_order  # noqa: E402
+from mha_spec_jax import ring, shards  # noqa: E402
+
+MESH = jax.make_mesh((RANKS,), ("ranks",), axis_types=(jax.sharding.AxisType.Auto,))
+TOKENS = P(None, None, "ranks")
+BATCH, HEADS, KV_HEADS, SIZE, V_SIZE = 2, 16, 8, 5, 3
+
+
+def tensors(q_len: int, kv_len: int) -> list[Any]:
+    shapes = (BATCH, HEADS, q_len, SIZE), (BATCH, KV_HEADS, kv_len, SIZE), (BATCH, KV_HEADS, kv_len, V_SIZE), (HEADS,)
+    return [jnp.asarray(numbers(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
+
+
+def ids(length: int) -> Any:
+    return jnp.asarray(numpy.sort(numpy.arange(BATCH * length).reshape(BATCH, length) * 7 % 5, 1))
+
+
+def spread(form: str, layout: str, arrays: dict[str, Any], rest: dict[str, Any], order: str | None = None) -> Any:
+    """Make a function of whole query, key, value and sinks that deals them out and returns whole results."""
+    function = getattr(mha_spec_jax, f"{form}_attention")
+
+    def call(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+        whole, kv_order = form == "sharded_kv", shard_order(order or layout, RANKS, key.shape[2])
+        q_order = numpy.arange(query.shape[2]) if whole else shard_order(order or layout, RANKS, query.shape[2])
+        sides = {"q_segment_ids": q_order, "kv_segment_ids": kv_order}
+        dealt = {name: x[:, sides[name]] if name in sides else x for name, x in arrays.items()}
+
+        def of_rank(query: Any, key: Any, value: Any, sinks: Any, options: Any) -> Any:
+            options = options | rest | {"layout": layout, "axis_name": "ranks"}
+            return function(query, key, value, sinks=sinks, return_lse=True, **options)
+
+        specs = {name: P(None, "ranks") if name in sides else P() for name in dealt}
+        of_queries = P() if whole else TOKENS
+        output, lse = jax.shard_map(
+            of_rank, mesh=MESH, in_specs=(of_queries, TOKENS, TOKENS, P(), specs), out_specs=(of_queries, of_queries)
+        )(query[:, :, q_order], key[:, :, kv_order], value[:, :, kv_order], sinks, dealt)
+        places = numpy.argsort(q_order)
+        return output[:, :, places], lse[:, :, places]
+
+    return call
+
+
+def results(call: Any, operands: list[Any], *, gradients: bool = True) -> list[Any]:
+    """Return output and lse, and the gradients for cotangents of which every element differs."""
+
+    def run(*operands: Any) -> Any:
+        outputs, pull = jax.vjp(call, *operands)
+        cotangents = tuple(jnp.asarray(numbers(*x.shape, seed=9)) for x in outputs)
+        return (outputs, pull(cotangents))
+
+    return jax.tree.leaves(jax.jit(run if gradients else call)(*operands))
+
+
+def faults(form: str, layout: str, lengths: tuple[int, int], options: dict[str, Any], **settings: Any) -> list[str]:
+    """Compare a call over the devices with the same call on one device."""
+    operands = tensors(*lengths)
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+    rest = {name: x for name, x in options.items() if name not in arrays}
+    gradients = settings.pop("gradients", True)
+
+    def whole(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+        return mha_spec_jax.attention(query, key, value, sinks=sinks, return_lse=True, **options)
+
+    expected = results(whole, operands, gradients=gradients)
+    try:
+        got = results(spread(form, layout, arrays, rest, **settings), operands, gradients=gradients)
+        assert_near([numpy.asarray(x) for x in got], [numpy.asarray(x) for x in expected])
+    except AssertionError as error:
+        return ["\n".join(["different", *str(error).splitlines()[:1]])]
+    return []
+
+
+def meanings() -> dict[str, Any]:
+    """Ask every form and layout, forward and backward, with options that hide by different means."""
+    lengths = {"kv_lengths": jnp.asarray([41, 17]), "q_lengths": [31, 5], "q_offset": jnp.asarray([3, 17])}
+    segments = {"q_segment_ids": ids(48), "kv_segment_ids": ids(48)}
+    return {
+        "ring zigzag": faults("ring", "zigzag", (48, 48), {"causal": True, "softcap": 2.0}),
+        "ring striped": faults("ring", "striped", (32, 48), {"window": (11, 2), "q_offset": "lower_right"}),
+        "ring contiguous": faults("ring", "contiguous", (32, 48), {"causal": True, "window": (13, None)} | lengths),
+        "ring segments": faults("ring", "striped", (48, 48), {"causal": True} | segments),
+        "ring chunk": faults("ring", "zigzag", (48, 48), {"causal": True, "chunk": 7, "kv_starts": [3, 11]}),
+        "all to all": faults("all_to_all", "zigzag", (48, 48), {"causal": True} | segments),
+        "decoding": faults(
+            "sharded_kv", "striped", (3, 48), {"causal": True, "q_offset": [38, 7], "kv_lengths": [41, 10]}
+        ),
+    }
+
+
+def goldens() -> dict[str, Any]:
+    """Ask goldens of the target of conformance, within their allowances."""
+    path = Path(__file__).parents[1] / "conformance" / "targets" / "jax_ring.py"
+    spec = spec_from_file_location("target_of_ring", path)
+    assert spec is not None
+    target = module_from_spec(spec)
+    spec.loader.exec_module(target)
+
+    def ask(query: Any, key: Any, value: Any, **options: Any) -> dict[str, Any]:
+        options.pop("return_lse", None)
+        output, lse = target.attention(query, key, value, return_lse=True, **options)
+        return {"output": output, "lse": lse}
+
+    def ask_vjp(grad_output: Any, query: Any, key: Any, value: Any, **options: Any) -> dict[str, Any]:
+        gradients = target.attention_vjp(grad_output, query, key, value, **options)
+        named = zip(("query", "key", "value", "bias", "sinks"), gradients, strict=True)
+        return {f"grad_{name}": x for name, x in named if x is not None}
+
+    refused = {"mask", "bias", "dropout_rate", "dropout_mask", "dropout_key"}
+    some = {
+        function: [case for case in cases(function) if not names(case) & refused]
+        for function in ("attention", "attention_vjp")
+    }
+    found: dict[str, Any] = {}
+    case = next(case for case in some["attention"] if "sinks" in names(case) and "float32" in case.dtypes)
+    found["golden sinks"] = failures("jax", [case], ask, "float32")
+    poisoned = next(case for case in some["attention"] if "poison" in case.features and "float32" in case.dtypes)
+    found["golden poison"] = failures("jax", [poisoned], ask, "float32")
+    case = next(case for case in some["attention_vjp"] if "causal" in names(case) and "bfloat16" in case.dtypes)
+    found["golden gradients"] = failures("jax", [case], ask_vjp, "bfloat16")
+    return found
+
+
+def mistakes() -> dict[str, Any]:
+    """Plant mistakes: each must be seen, in the forward pass where it has one."""
+    ask = partial(faults, "ring", "striped", (32, 32), {"causal": True})
+    planted: dict[str, Any] = {"mistake layout": ask(order="zigzag", gradients=False)}
+    true_pieces, true_call, true_rotate, true_merge = shards.pieces, shards.Pair.call, ring.rotate, ring.merge
+
+    def unshifted(layout: str, rank: Any, ranks: int, length: int) -> tuple[Piece, ...]:
+        return tuple(piece._replace(first=0 * piece.first) for piece in true_pieces(layout, rank, ranks, length))
+
+    def with_sinks(pair: Any, span: Any) -> Any:
+        call = true_call(pair, span)
+        return call._replace(x=call.x._replace(sinks=jnp.ones(HEADS)))
+
+    def mean(halves: Any) -> Any:
+        _, lse = true_merge(halves)
+        return (halves.output_a + halves.output_b) / 2, lse
+
+    def only_keys(form: Any, tree: Any) -> Any:
+        return true_rotate(form, tree) if tree and isinstance(tree[0], shards.Keys) else tree
+
+    for name, module, attribute, wrong, gradients in (
+        ("offset", shards, "pieces", unshifted, False),
+        ("sinks", shards.Pair, "call", with_sinks, False),
+        ("merge", ring, "merge", mean, False),
+        ("rank of keys", ring, "rotate", only_keys, True),
+    ):
+        right = getattr(module, attribute)
+        setattr(module, attribute, wrong)
+        jax.clear_caches()
+        planted[f"mistake {name}"] = ask(gradients=gradients)
+        setattr(module, attribute, right)
+    return planted
+
+
+def memory() -> dict[str, Any]:
+    """Compile a training step of 65,536 tokens for one device and for eight, and count the bytes of a device."""
+    query = jax.ShapeDtypeStruct((1, 8, 65536, 128), jnp.float32)
+    key = jax.ShapeDtypeStruct((1, 2, 65536, 128), jnp.float32)
+
+    def ours(query: Any, key: Any, value: Any) -> Any:
+        call = partial(mha_spec_jax.ring_attention, axis_name="ranks", layout="striped", causal=True)
+        return jax.shard_map(call, mesh=MESH, in_specs=TOKENS, out_specs=TOKENS)(query, key, value)
+
+    def step(call: Any, query: Any, key: Any, value: Any) -> Any:
+        output, pull = jax.vjp(call, query, key, value)
+        return pull(output)
+
+    def bytes_of(call: Any, **shardings: Any) -> int:
+        program = jax.jit(partial(step, call), **shardings).lower(query, key, key).compile()
+        usage = program.memory_analysis()
+        return usage.argument_size_in_bytes + usage.output_size_in_bytes + usage.temp_size_in_bytes
+
+    over = NamedSharding(MESH, TOKENS)
+    whole = bytes_of(partial(mha_spec_jax.attention, causal=True))
+    return {"memory": [bytes_of(ours, in_shardings=over, out_shardings=over), whole]}
+
+
+def programs() -> dict[str, Any]:
+    """Name the collectives that a call or a layer with sharded batch and heads holds after compilation."""
+    found: dict[str, Any] = {}
+    mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    heads, entries, everywhere = P("batch", "heads"), P("batch"), P()
+
+    def collectives(call: Any, arguments: Any, specs: Any) -> list[str]:
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+        text = jax.jit(call, in_shardings=shardings).lower(*arguments).compile().as_text()
+        kinds = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+        return [kind for kind in kinds if f" {kind}(" in text or f" {kind}-start(" in text]
+
+    x, k = jnp.zeros((4, 8, 12, 5)), jnp.zeros((4, 4, 12, 5))
+    mask, bias = jnp.ones((4, 8, 12, 12), bool), jnp.zeros((1, 8, 12, 12))
+    lengths = jnp.full(4, 12)
+
+    def attend(query: Any, key: Any, mask: Any, bias: Any, lengths: Any) -> Any:
+        options: dict[str, Any] = {"mask": mask, "bias": bias, "kv_lengths": lengths, "causal": True, "q_offset": 0}
+        return mha_spec_jax.attention(query, key, key, **options)
+
+    for name, specs in {
+        "replicated": (heads, heads, everywhere, everywhere, everywhere),
+        "sharded": (heads, heads, heads, P(None, "heads"), entries),
+    }.items():
+        found[f"program {name}"] = collectives(attend, (x, k, mask, bias, lengths), specs)
+    shapes = {"w_q": (7, 8, 5), "w_k": (7, 4, 5), "w_v": (7, 4, 5), "w_o": (8, 5, 7)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    split = {name: P("heads") if name == "w_o" else P(None, "heads") for name in shapes}
+
+    def layer(tokens: Any, params: Any, lengths: Any) -> Any:
+        options: dict[str, Any] = {"causal": True, "kv_lengths": lengths, "q_offset": 0, "rotary": {"rotary_dim": 4}}
+        return mha_spec_jax.multi_head_attention(tokens, tokens, tokens, params, **options)
+
+    found["program layer"] = collectives(layer, (jnp.zeros((4, 12, 7)), params, lengths), (entries, split, entries))
+    return found
+
+
+def example() -> dict[str, Any]:
+    """Run the first example of docs/scaling.md, and compare its output with that of one device."""
+    page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], scope)
+    x = jnp.asarray(numpy.asarray(scope["x"]))[:, :, numpy.argsort(scope["order"])]
+    expected = mha_spec_jax.attention(x, x, x, causal=True)
+    try:
+        assert_near(scope["output"], numpy.asarray(expected))
+    except AssertionError as error:
+        return {"example": ["different", str(error)]}
+    return {"example": []}
+
+
+if __name__ == "__main__":
+    answers: dict[str, Any] = {}
+    for part in sys.argv[1:]:
+        answers |= globals()[part]()
+    sys.stdout.write(json.dumps(answers))
