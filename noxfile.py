@@ -43,7 +43,8 @@ TARGETS = (
 UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")}
 """JAX compiles 900 signatures, most of them for a few calls that do not repay the optimisations of LLVM.
 
-The rewrites of XLA itself stay. The workflow judges optimised programs (it sets the variable to 0), and so does `fuzz`.
+The rewrites of XLA itself stay. The workflow judges optimised programs (`conformance` with the variable at 0), and so does
+`fuzz`.
 """
 TOOLS = Path(".nox", "environment", "bin").resolve()
 FOLDER = Path("conformance", "targets")
@@ -87,7 +88,7 @@ def typecheck(session: nox.Session) -> None:
 @nox.session(requires=["environment"], venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run the project's tests against the wheel."""
-    run_tool(session, "pytest", *(session.posargs or ["--numprocesses", "2", "--dist", "loadfile"]))
+    run_tool(session, "pytest", *(session.posargs or ["--numprocesses", "2", "--dist", "loadfile"]), env=UNOPTIMIZED)
 
 
 @nox.session

@@ -86,4 +86,4 @@ def call_layer(layer, query, key, value, params, mask, causal, kv_lengths, **opt
 
 def within(lengths, length):
     """Return which keys are before the end of each batch entry, (batch, length)."""
-    return keras.ops.arange(length) < keras.ops.expand_dims(keras.ops.convert_to_tensor(lengths), 1)
+    return keras.ops.less(keras.ops.arange(length), keras.ops.expand_dims(keras.ops.convert_to_tensor(lengths), 1))

@@ -17,11 +17,10 @@ tokens, audio = torch.tensor([[3, 1, 4, 1, 5]]), torch.randn(1, 4, 16)
 def decoded(*parts):
     """Return the logits of the last token, whose parts are decoded one after another with a cache."""
     cache, hooks = model.install_kv_cache_hooks()
-    for part in parts:
-        logits = model.decoder(part, audio, kv_cache=cache)
+    logits = [model.decoder(part, audio, kv_cache=cache) for part in parts]
     for hook in hooks:
         hook.remove()
-    return logits[0, -1]
+    return logits[-1][0, -1]
 
 
 with torch.no_grad():
