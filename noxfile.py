@@ -43,7 +43,7 @@ TARGETS = (
 UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")}
 """JAX compiles 900 signatures, most of them for a few calls that do not repay the optimisations of LLVM.
 
-The rewrites of XLA itself stay. The workflow judges optimised programs (`conformance` with the variable at 0), and so does
+The rewrites of XLA itself stay. The workflow judges optimised programs (`conformance` with the variable at 0), as does
 `fuzz`.
 """
 TOOLS = Path(".nox", "environment", "bin").resolve()
