@@ -2,7 +2,8 @@
 
 | call | forward and backward |
 | --- | --- |
-| eager | the tasks of every sequence, see `packing`; a few queries of sequences in blocks on the CPU: `decoding` |
+| eager | the tasks of every sequence: `packing`; a few queries of sequences in blocks on the CPU: `decoding` |
+| eager, 16-bit tokens on CUDA | forward by the kernel of `varlen_attn`: `flash_varlen`; backward as above |
 | graph | an operator that does the same when it runs, see `varlen_operators` |
 | transforms, the backward of a backward | the formula of each sequence, in differentiable operations |
 

@@ -9,7 +9,7 @@ import torch
 
 from mha_spec.arguments import Arguments
 
-from . import decoding, paths
+from . import decoding, flash_varlen, paths
 from .function import needs_operations
 from .packing import dense, linear_bias, packed_again
 from .problem import Problem
@@ -49,6 +49,8 @@ def forward(
     packed: Packed, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *, needs_lse: bool
 ) -> tuple[Tensor, Any]:
     """Compute the output and, if needed, lse (heads, q_tokens) of all sequences."""
+    if flash_varlen.takes(packed, query, key, value):
+        return flash_varlen.attend(packed, query, key, value)
     rows = None if packed.paged is None else decoding.attend(packed, query, key, value, sinks)
     if rows is not None:
         return rows
