@@ -121,7 +121,7 @@ def meanings() -> dict[str, Any]:
 
 def goldens() -> dict[str, Any]:
     """Ask goldens of the target of conformance, within their allowances."""
-    path = Path(__file__).parents[1] / "conformance" / "targets" / "jax_ring.py"
+    path = Path(__file__).parents[1] / "conformance" / "targets" / "devices" / "jax_ring.py"
     spec = spec_from_file_location("target_of_ring", path)
     assert spec is not None
     target = module_from_spec(spec)

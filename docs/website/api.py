@@ -52,6 +52,15 @@ PAGES: dict[str, tuple[Page, ...]] = {
             "mha_spec.reference",
         ),
     ),
+    "devices": (
+        Page(
+            "Attention over several devices",
+            "For the body of a `jax.shard_map`; see [the guide](/scaling.md).",
+            "mha_spec_jax",
+            ("ring_attention", "all_to_all_attention", "sharded_kv_attention"),
+        ),
+        Page("Layouts of a sequence", "", "mha_spec.sharding", ("shard_order",)),
+    ),
     "layer": (
         Page(
             "The layer",
