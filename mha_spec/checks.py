@@ -64,7 +64,7 @@ HALVES = ("output_a", "lse_a", "output_b", "lse_b")
 OWN_KEYWORDS = {
     "attention": ("return_lse",),
     "attention_vjp": ("grad_lse",),
-    **dict.fromkeys(SHARDED_FUNCTIONS, ("axis_name", "layout", "return_lse")),
+    **dict.fromkeys(SHARDED_FUNCTIONS, ("axis_name", "group", "layout", "return_lse")),
     "merge_attention": HALVES,
     "merge_attention_vjp": ("grad_output", *HALVES, "grad_lse"),
     "multi_head_attention": LAYER_KEYWORDS,

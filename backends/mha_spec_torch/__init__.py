@@ -19,6 +19,7 @@ from .layer import (
     rotary_embedding,
 )
 from .module import MultiHeadAttention
+from .sharded import all_to_all_attention, ring_attention, sharded_kv_attention
 from .varlen import varlen_attention, varlen_attention_vjp
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "WindowKVCache",
     "alibi_bias",
     "alibi_slopes",
+    "all_to_all_attention",
     "append_cache",
     "attention",
     "attention_vjp",
@@ -38,7 +40,9 @@ __all__ = [
     "multi_head_attention",
     "multi_head_attention_and_weights",
     "multi_head_attention_weights",
+    "ring_attention",
     "rotary_embedding",
+    "sharded_kv_attention",
     "varlen_attention",
     "varlen_attention_vjp",
 ]

@@ -99,6 +99,8 @@ class Cotangents(NamedTuple):
     output: torch.Tensor | None = None
     lse: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    row_dot: torch.Tensor | None = None
+    """D of each row over all its keys (MHA-VJP-1), where the task does not have all of them; it includes lse."""
 
     def cut(self, task: Task) -> Cotangents:
         """Select the rows of a task."""
@@ -124,7 +126,9 @@ def gradients(problem: Problem, task: Task, x: Operands, lse: torch.Tensor, cota
     keep = problem.keep(task)
     grad_weights = _grad_weights(problem, x, cotangents, keep)
     pairs = _shown(weights * grad_weights, visible)
-    row_dot = pairs.sum(-1) if cotangents.lse is None else pairs.sum(-1) - cotangents.lse.to(problem.dtype)
+    row_dot = cotangents.row_dot
+    if row_dot is None:
+        row_dot = pairs.sum(-1) if cotangents.lse is None else pairs.sum(-1) - cotangents.lse.to(problem.dtype)
     grad_logits = _shown(pairs - weights * row_dot[..., None], visible)
     grad_scores = grad_logits if slope is None else _shown(grad_logits * slope, visible)
     clean = visible is None or problem.finite(x.query, x.key)

@@ -39,9 +39,11 @@ __all__ = [
     "autocasts",
     "backward",
     "differentiable",
+    "dot_of_rows",
     "forward",
     "gradients",
     "output_and_weights",
+    "sink_gradient",
     "weigh",
     "weigh_backward",
     "without_autocast",
@@ -58,6 +60,8 @@ class Rows(NamedTuple):
     lse: torch.Tensor
     grad_output: torch.Tensor
     grad_lse: torch.Tensor | None
+    row_dot: torch.Tensor | None = None
+    """D of each row, where the call does not have all keys of a row (MHA-SHARD-4)."""
 
     def cut(self, task: Task) -> Rows:
         """Select the rows of a task."""
@@ -68,7 +72,7 @@ class Rows(NamedTuple):
     @property
     def cotangents(self) -> formula.Cotangents:
         """The cotangents without output and lse."""
-        return formula.Cotangents(self.grad_output, self.grad_lse)
+        return formula.Cotangents(self.grad_output, self.grad_lse, row_dot=self.row_dot)
 
 
 class Sums(NamedTuple):
@@ -189,7 +193,7 @@ def backward(
 def gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -> tuple[Sums, torch.Tensor | None]:
     """Return the gradients of query, key, value and bias, and of the sinks, in the softmax's type."""
     sums, row_dot = _gradients(problem, x, rows, needs_bias=needs_bias)
-    return sums, None if row_dot is None or x.sinks is None else _of_sinks(x.sinks, rows.lse, row_dot)
+    return sums, None if row_dot is None or x.sinks is None else sink_gradient(x.sinks, rows.lse, row_dot)
 
 
 @without_autocast
@@ -206,7 +210,7 @@ def weigh_backward(problem: Problem, x: Operands, grad_weights: torch.Tensor) ->
             sums.add(piece, part)
             piece.of_rows(lse).copy_(lse_of_piece)
             piece.of_rows(row_dot).copy_(part.row_dot)
-    return _rounded(x, sums, None if x.sinks is None else _of_sinks(x.sinks, lse, row_dot))
+    return _rounded(x, sums, None if x.sinks is None else sink_gradient(x.sinks, lse, row_dot))
 
 
 def _rounded(x: Operands, sums: Sums, of_sinks: torch.Tensor | None) -> Operands:
@@ -226,10 +230,10 @@ def _gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -
 
     The formula computes D from the weights in the softmax's type, which is more accurate than a 16-bit output.
     """
-    sums, row_dot = None, None if x.sinks is None else _row_dot(problem, rows)
+    sums, row_dot = None, None if x.sinks is None else dot_of_rows(problem.dtype, rows)
     for task in problem.visibility.tasks:
         flash = not needs_bias and problem.suits_flash
-        part = native.gradients(problem, task, problem.cut(x, task), *rows.cut(task)) if flash else None
+        part = native.gradients(problem, task, problem.cut(x, task), *rows.cut(task)[:4]) if flash else None
         if part is not None and x.bias is None and task.is_whole:
             return Sums(*part, None), row_dot
         sums = Sums.of(problem, x) if sums is None else sums
@@ -245,14 +249,14 @@ def _gradients(problem: Problem, x: Operands, rows: Rows, *, needs_bias: bool) -
     return Sums.of(problem, x) if sums is None else sums, row_dot
 
 
-def _row_dot(problem: Problem, rows: Rows) -> torch.Tensor:
+def dot_of_rows(dtype: torch.dtype, rows: Rows) -> torch.Tensor:
     """rowsum(dO O) - grad_lse; a row of zeros, which may see no key, gives 0 whatever dO holds (MHA-EMPTY-3)."""
-    output = rows.output.to(problem.dtype)
-    dot = torch.where(output == 0, 0.0, output * rows.grad_output.to(problem.dtype)).sum(-1)
-    return dot if rows.grad_lse is None else dot - rows.grad_lse.to(problem.dtype)
+    output = rows.output.to(dtype)
+    dot = torch.where(output == 0, 0.0, output * rows.grad_output.to(dtype)).sum(-1)
+    return dot if rows.grad_lse is None else dot - rows.grad_lse.to(dtype)
 
 
-def _of_sinks(sinks: torch.Tensor, lse: torch.Tensor, row_dot: torch.Tensor) -> torch.Tensor:
+def sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, row_dot: torch.Tensor) -> torch.Tensor:
     """dsinks_h = -sum over batch and rows of P_sink D (MHA-VJP-6)."""
     weights = torch.exp(sinks.to(lse.dtype)[:, None] - torch.where(lse == -math.inf, 0.0, lse))
     return -torch.where(weights == 0, 0.0, weights * row_dot).sum((0, 2))
