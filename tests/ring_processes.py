@@ -13,6 +13,7 @@ import tempfile
 import time
 from datetime import timedelta
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from support.comparisons import assert_near
-from support.goldens import cases, failures, names
+from support.goldens import arguments_of, cases, failures, names
 from support.numbers import numbers
 
 import mha_spec_torch
@@ -33,6 +34,9 @@ from mha_spec_torch import groups, ring, shards
 RANKS = 4
 BATCH, HEADS, KV_HEADS, SIZE, V_SIZE = 2, 8, 4, 5, 3
 SIDES = {"q_segment_ids": "q", "kv_segment_ids": "kv"}
+REFUSED = {"mask", "bias", "dropout_rate", "dropout_mask", "dropout_key"}
+STEP = 19
+"""One in this number of the small goldens is asked."""
 TIMEOUT = 5
 """The seconds after which a rank that does not answer is an error."""
 
@@ -97,8 +101,8 @@ def faults(form: str, layout: str, lengths: tuple[int, int], options: dict[str, 
     for name, result, other in zip(("output", "lse", "query", "key", "value", "sinks"), got, expected, strict=True):
         try:
             assert_near(result, other)
-        except AssertionError as error:
-            found.append(f"{name} {str(error).splitlines()[0]}")
+        except AssertionError:
+            found.append(name)
     return found
 
 
@@ -128,3 +132,202 @@ def meanings() -> dict[str, Any]:
         "decoding empty": ("sharded_kv", "contiguous", (3, 48), empty),
     }
     return {name: faults(*call) for name, call in asked.items()}
+
+
+def mistakes() -> dict[str, Any]:
+    """Plant mistakes: each must be seen."""
+    ask = partial(faults, "ring", "striped", (32, 32), {"causal": True})
+    planted: dict[str, Any] = {"mistake layout": ask(order="zigzag")}
+    true_pieces, true_merge, true_send = shards.pieces, ring.merge, groups.Group.send
+
+    def unshifted(layout: str, rank: Any, ranks: int, length: int) -> tuple[Piece, ...]:
+        return tuple(piece._replace(first=0 * piece.first) for piece in true_pieces(layout, rank, ranks, length))
+
+    def mean(output_a: Any, lse_a: Any, output_b: Any, lse_b: Any) -> Any:
+        return (output_a + output_b) / 2, true_merge(output_a, lse_a, output_b, lse_b)[1]
+
+    def repeated(output: Any, lse: Any, *part: Any) -> Any:
+        return true_merge(*true_merge(output, lse, *part), torch.zeros_like(output), torch.ones_like(lse))
+
+    def only_keys(group: Any, arrays: Any) -> Any:
+        return groups.Transfer((), (), tuple(arrays)) if isinstance(arrays, list) else true_send(group, arrays)
+
+    for name, module, attribute, wrong in (
+        ("offset", shards, "pieces", unshifted),
+        ("sinks", ring, "merge", repeated),
+        ("merge", ring, "merge", mean),
+        ("rank of keys", groups.Group, "send", only_keys),
+        ("sum of sinks", groups.Group, "sum", lambda _, array: array),
+        ("row dot", ring.paths, "dot_of_rows", lambda _, rows: torch.zeros_like(rows.lse)),
+    ):
+        right = getattr(module, attribute)
+        setattr(module, attribute, wrong)
+        planted[f"mistake {name}"] = ask()
+        setattr(module, attribute, right)
+    return planted
+
+
+def goldens() -> dict[str, Any]:
+    """Ask goldens of the target of conformance, within their allowances; rank 0 judges the joined results."""
+    path = Path(__file__).parents[1] / "conformance" / "targets" / "devices" / "torch_ring.py"
+    spec = spec_from_file_location("target_of_ring", path)
+    assert spec is not None
+    target: Any = module_from_spec(spec)
+    spec.loader.exec_module(target)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def ask(grad_output: Any = None, grad_lse: Any = None, **arguments: Any) -> dict[str, Any]:
+        arguments.pop("return_lse", None)
+        if grad_output is None:
+            return dict(zip(("output", "lse"), target.of_rank(arguments, None), strict=True))
+        gradients = target.of_rank(arguments, (grad_output, grad_lse))
+        return {f"grad_{name}": x for name, x in zip(("query", "key", "value", "sinks"), gradients, strict=False)}
+
+    answers: dict[str, Any] = {}
+    for function, dtype in (("attention", "float32"), ("attention_vjp", "bfloat16")):
+        some = [case for case in cases(function) if not names(case) & REFUSED and dtype in case.dtypes][::STEP]
+        if dist.get_rank() == 0:
+            answers[f"golden {function}"] = failures("torch", some, ask, dtype)
+            answers[f"count {function}"] = len(some)
+        else:
+            for case in some:
+                ask(**arguments_of(case, dtype, "torch"))
+    return answers
+
+
+def message(error: type[Exception], call: Any, *arguments: Any, **options: Any) -> str:
+    """Return the message of an error, which must have this class."""
+    try:
+        call(*arguments, **options)
+    except error as raised:
+        return str(raised)
+    return "no error"
+
+
+def refusals() -> dict[str, Any]:
+    """Collect the messages of errors; no rank sends anything, or the next call would receive it."""
+    query, key, value, _ = tensors(12, 12)
+    forms = mha_spec_torch.ring_attention, mha_spec_torch.all_to_all_attention, mha_spec_torch.sharded_kv_attention
+    of_type, of_value = partial(message, ArgumentTypeError), partial(message, ArgumentValueError)
+    ones = torch.ones(1, 1, 1, 1)
+    found: dict[str, Any] = {
+        f"refused {name} {call.__name__}": of_type(call, query, key, value, **{name: ones})
+        for call in forms
+        for name in sorted(REFUSED)
+    }
+    call = partial(of_value, forms[0], query, key, value)
+    found |= {
+        "refused layout": call(layout="stripes"),
+        "refused odd": of_value(forms[0], query[:, :, :11], key, value, layout="zigzag"),
+        "refused length": call(kv_lengths=[49, 0]),
+        "refused alignment": call(causal=True, kv_lengths=[40, 3]),
+        "refused ids": call(q_segment_ids=ids(12)),
+        "refused group": of_type(forms[0], query, key, value, group="ranks"),
+        "refused keyword": of_type(forms[0], query, key, value, grop=None),
+        "refused heads": of_value(forms[1], query[:, :6], key[:, :2], value[:, :2]),
+        "refused transform": of_type(torch.func.vmap(forms[0]), query[None], key[None], value[None]),
+    }
+    query.requires_grad_()
+    (gradient,) = torch.autograd.grad(forms[0](query, key, value).sum(), query, create_graph=True)
+    found["refused second derivative"] = of_type(torch.autograd.grad, gradient.sum(), query)
+    return found
+
+
+def counts() -> dict[str, Any]:
+    """Count the bytes that a rank sends to the next one, and the pairs that it computes in a causal call."""
+    sent, pairs = [0], [0]
+    true_send, true_visit = groups.Group.send, ring.visit
+
+    def send(group: Any, arrays: Any) -> Any:
+        sent[0] += sum(array.numel() * array.element_size() for array in arrays)
+        return true_send(group, arrays)
+
+    def visit(*arguments: Any) -> Any:
+        for block in true_visit(*arguments):
+            tasks = block.problem.visibility.tasks
+            pairs[0] += sum((task.exact or task).pairs for task in tasks)
+            yield block
+
+    setattr(groups.Group, "send", send)
+    ring.visit = visit
+    answers: dict[str, Any] = {}
+    for layout in ("contiguous", "striped", "zigzag"):
+        sent[0] = pairs[0] = 0
+        operands = [x.to(torch.bfloat16).requires_grad_() for x in tensors(32, 32)[:3]]
+        output = mha_spec_torch.ring_attention(*operands, layout=layout, causal=True)
+        forward = sent[0]
+        output.sum().backward()
+        answers[f"bytes {layout}"] = [forward, sent[0] - forward]
+        pairs[0] = 0
+        query, key = torch.zeros(1, 1, 1024, 1), torch.zeros(1, 1, 1024, 1)
+        mha_spec_torch.ring_attention(query, key, key, layout=layout, causal=True)
+        answers[f"pairs {layout}"] = pairs[0]
+    setattr(groups.Group, "send", true_send)
+    ring.visit = true_visit
+    return answers
+
+
+def hidden_rank() -> dict[str, Any]:
+    """Count the blocks of a window in contiguous shards: a rank computes those of itself and of the rank before."""
+    calls = [0]
+    true_visit = ring.visit
+
+    def visit(*arguments: Any) -> Any:
+        for block in true_visit(*arguments):
+            calls[0] += 1
+            yield block
+
+    ring.visit = visit
+    query, key, value, _ = tensors(12, 12)
+    mha_spec_torch.ring_attention(query, key, value, causal=True, window=(5, 0))
+    ring.visit = true_visit
+    return {"blocks": calls[0]}
+
+
+def lost_rank(*, hangs: bool) -> dict[str, Any]:
+    """Leave the last rank out of a call: it ends, or does not answer; the others must have an error."""
+    name = f"lost {'hangs' if hangs else 'ends'}"
+    if dist.get_rank() == RANKS - 1:
+        time.sleep(3 * TIMEOUT if hangs else 0)
+        os._exit(0)
+    query, key, value, _ = tensors(12, 12)
+    start = time.monotonic()
+    text = message(RuntimeError, mha_spec_torch.ring_attention, query, key, value)
+    return {name: text != "no error" and time.monotonic() - start < 2.5 * TIMEOUT}
+
+
+PARTS = {
+    "meanings": meanings,
+    "goldens": goldens,
+    "mistakes": mistakes,
+    "refusals": refusals,
+    "counts": counts,
+    "hidden": hidden_rank,
+    "ends": partial(lost_rank, hangs=False),
+    "hangs": partial(lost_rank, hangs=True),
+}
+
+
+def work(rank: int, folder: str, parts: list[str]) -> None:
+    """Answer the parts as a rank of a group, and write the answers to a file."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=TIMEOUT))
+    answers = {name: answer for part in parts for name, answer in PARTS[part]().items()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(answers), encoding="utf-8")
+    os._exit(0)
+
+
+def answers_of(parts: list[str]) -> list[dict[str, Any]]:
+    """Start the ranks, and return the answers of each that has any."""
+    with tempfile.TemporaryDirectory() as folder:
+        fork = multiprocessing.get_context("fork")
+        ranks = [fork.Process(target=work, args=(rank, folder, parts)) for rank in range(RANKS)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps([answers_of(group.split("+")) for group in sys.argv[1:]]))
