@@ -116,7 +116,8 @@ def visit(
             pair = _Pair(form, q_piece, kv_piece)
             if pair.is_hidden():
                 continue
-            for block in [Span(0, rows.size)] if pair.is_regular else blocks(Span(0, rows.size), ROWS):
+            seeing = Span(pair.first_row, rows.size)
+            for block in [seeing] if pair.is_regular else blocks(seeing, ROWS):
                 part = pair.of_rows(block)
                 of_block = Span(rows.start + block.start, rows.start + block.stop)
                 if not part.is_hidden():
@@ -140,6 +141,14 @@ class _Pair(NamedTuple):
             return True
         is_common = form.window is None or len({*form.q_offset}) == 1
         return stride == self.q_piece.stride and form.chunk is None and is_common
+
+    @property
+    def first_row(self) -> int:
+        """The number of rows that causal hides from all keys; without them, striped pairs lie on the diagonal."""
+        form, stride = self.form, self.q_piece.stride
+        if not form.causal or form.prefix_lengths is not None:
+            return 0
+        return max(0, -((max(form.q_offset) + self.q_piece.first - self.kv_piece.first) // stride))
 
     def of_rows(self, rows: Span) -> _Pair:
         """Select consecutive rows of the queries."""

@@ -87,7 +87,9 @@ def of_rank(arguments, cotangents):
     outputs = CALL(**options, layout=LAYOUT, return_lse=True)
     if cotangents is None:
         return [_joined(output.detach(), orders["q"], lengths["q"]) for output in outputs]
-    pairs = [(output, _dealt(x, orders["q"], 0)) for output, x in zip(outputs, cotangents, strict=True) if x is not None]
+    pairs = [
+        (output, _dealt(x, orders["q"], 0)) for output, x in zip(outputs, cotangents, strict=True) if x is not None
+    ]
     gradients = torch.autograd.grad([output for output, _ in pairs], operands, [x.to(y.dtype) for y, x in pairs])
     sides = zip(gradients[:3], ("q", "kv", "kv"), strict=True)
     return [*(_joined(x, orders[side], lengths[side]) for x, side in sides), *gradients[3:]]
@@ -136,7 +138,7 @@ def _everywhere(arguments, cotangents):
 
 def _start():
     """Start the other processes, which end with this one: their next broadcast fails."""
-    store = os.path.join(tempfile.mkdtemp(), "store")
+    store = f"{tempfile.mkdtemp()}/store"
     for rank in range(1, RANKS):
         subprocess.Popen([sys.executable, "-P", __file__, str(rank), store])
     _join(0, store)
