@@ -36,7 +36,7 @@ RANKS = 4
 BATCH, HEADS, KV_HEADS, SIZE, V_SIZE = 2, 8, 4, 5, 3
 SIDES = {"q_segment_ids": "q", "kv_segment_ids": "kv"}
 REFUSED = {"mask", "bias", "dropout_rate", "dropout_mask", "dropout_key"}
-STEP = 29
+STEP = 23
 """One in this number of the small goldens is asked."""
 TIMEOUT, OF_LOST = 60, 3
 """The seconds after which a rank that does not answer is an error; the second for a rank that will not answer."""
@@ -297,6 +297,62 @@ def lost_rank(*, hangs: bool) -> dict[str, Any]:
     return {name: text != "no error" and time.monotonic() - start < TIMEOUT / 2}
 
 
+def dtensors() -> dict[str, Any]:
+    """Ask attention on DTensors of a mesh of batch and heads, and collect the messages of its errors."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "heads"))
+    query, key, value, sinks = operands = tensors(7, 11)
+    bias = torch.from_numpy(numbers(1, HEADS, 7, 11, seed=7))
+    plain = {"causal": True, "q_offset": torch.tensor([4, 2]), "kv_lengths": [11, 7], "mask": bias[:, :1] > -1}
+
+    def whole(query: Any, key: Any, value: Any, sinks: Any, bias: Any) -> Any:
+        options = {"sinks": sinks, "bias": bias, "return_lse": True}
+        return mha_spec_torch.attention(query, key, value, **options, **plain)
+
+    def spread(placements: Any, *arrays: Any) -> list[Any]:
+        return [distribute_tensor(array, mesh, of_array) for array, of_array in zip(arrays, placements, strict=True)]
+
+    def run(arrays: Any) -> list[Any]:
+        leaves = [array.detach().requires_grad_() for array in arrays]
+        outputs = whole(*leaves)
+        weights = [torch.from_numpy(numbers(*output.shape, seed=9)) for output in outputs]
+        if hasattr(outputs[0], "placements"):
+            weights = spread([output.placements for output in outputs], *weights)
+        gradients = torch.autograd.grad(outputs, leaves, weights)
+        return [x.detach().full_tensor() if hasattr(x, "full_tensor") else x.detach() for x in (*outputs, *gradients)]
+
+    def fault(arrays: Any, placements: Any) -> list[str]:
+        try:
+            assert_near(run(spread(placements, *arrays)), run(arrays))
+        except AssertionError as error:
+            return [f"different {error}"]
+        return []
+
+    both, everywhere = [Shard(0), Shard(1)], [Replicate(), Replicate()]
+    single = [query, key[:, :1], value[:, :1], sinks, bias]
+    of_single = [both, *[[Shard(0), Replicate()]] * 2, [Replicate(), Shard(0)], everywhere]
+    of_value, of_type = partial(message, ArgumentValueError), partial(message, ArgumentTypeError)
+    (by_tokens,) = spread([[Shard(2), Replicate()]], query)
+    x, k, v = spread([both] * 3, query, key, value)
+    attention = mha_spec_torch.attention
+    return {
+        "dtensor both": fault([*operands, bias], [both, both, both, everywhere, [Replicate(), Shard(1)]]),
+        "dtensor one kv head": fault(
+            single, [both, *[[Shard(0), Replicate()]] * 2, [Replicate(), Shard(0)], everywhere]
+        ),
+        "dtensor replicated": fault([*operands, bias], [everywhere] * 5),
+        "refused sequence": of_value(attention, by_tokens, *spread([everywhere] * 2, key, value)),
+        "refused placement": of_value(attention, x, *spread([everywhere] * 2, key, value)),
+        "refused mixture": of_type(attention, x, key, value),
+        "refused sinks": of_type(attention, x, k, v, sinks=sinks.requires_grad_()),
+        "refused dropout": of_value(attention, x, k, v, dropout_rate=0.5),
+        "refused uneven": of_value(attention, *spread([both] * 3, query[:, :6], key[:, :3], value[:, :3])),
+        "refused weights": of_type(mha_spec_torch.attention_weights, x, k),
+        "refused ring": of_type(mha_spec_torch.ring_attention, x, k, v),
+    }
+
+
 PARTS = {
     "meanings": meanings,
     "goldens": goldens,
@@ -304,6 +360,7 @@ PARTS = {
     "refusals": refusals,
     "counts": counts,
     "hidden": hidden_rank,
+    "dtensors": dtensors,
     "ends": partial(lost_rank, hangs=False),
     "hangs": partial(lost_rank, hangs=True),
 }

@@ -19,6 +19,7 @@ from mha_spec.checks import check, refuse_unknown
 from mha_spec.scalars import PLAIN_TYPES
 from mha_spec.varlen_checks import varlen_arguments
 
+from .distributed import refuse_distributed
 from .function import transformed
 from .paths import autocasts
 from .problem import Problem, readable
@@ -124,6 +125,7 @@ def arguments_of(function: str, query: Tensor, key: Tensor, value: Tensor | None
     """Check the arguments of a call, and replace a named offset by its integers."""
     refuse_unknown(options, function)
     check_library("torch", query)
+    refuse_distributed(function, query, key, value)
     a = Arguments(query, key, value, function=function, **options)
     if autocasts(query.device.type):
         a = replace(a, **cast(query=query, key=key, value=value))

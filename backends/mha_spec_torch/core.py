@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from mha_spec.checks import (
     refuse_unknown,
 )
 
-from . import fused, operators, paths
+from . import distributed, fused, operators, paths
 from .calls import PREPARED, arguments_of, cast, prepared, problem_of, signature_of
 from .dropout import drawn
 from .function import Attention, gradients, recorded, transformed
@@ -85,6 +86,8 @@ def _first(
     signature: Signature | None, query: Tensor, key: Tensor, value: Tensor, needs_lse: bool, options: Options
 ) -> tuple[Tensor, Any]:
     """Check and compute a call that equals no earlier call, or that is not eager."""
+    if distributed.is_distributed(query, key, value):
+        return distributed.attend(partial(attention, return_lse=True), query, key, value, options)
     if isinstance(query, torch.Tensor) and paths.autocasts(query.device.type):
         tensors = cast(query=query, key=key, value=value)
         with torch.autocast(query.device.type, enabled=False):

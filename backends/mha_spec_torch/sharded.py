@@ -15,6 +15,7 @@ from mha_spec.sharding import Piece, ShardedArguments, check_heads_over, check_s
 
 from . import core
 from .calls import cast
+from .distributed import refuse_distributed
 from .function import Attention, transformed
 from .groups import Group, attached, exchanged, shared, summed
 from .merging import merge
@@ -217,6 +218,7 @@ def _arguments(
 ) -> tuple[ShardedArguments, Group]:
     refuse_unknown(options, name)
     check_library("torch", query)
+    refuse_distributed(name, query, key, value)
     if transformed():
         refuse_type(
             "MHA-SHARD-4",

@@ -1,0 +1,157 @@
+"""Attention on DTensors that are sharded over batch and heads: a call on the local tensors, without communication."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mha_spec.arguments import Arguments
+from mha_spec.checks import check, refuse_unknown
+from mha_spec.errors import refuse_type, refuse_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+__all__ = ["attend", "is_distributed", "refuse_distributed"]
+
+AXES = {
+    **{name: {0: 0, 1: 1} for name in ("mask", "bias", "dropout_mask")},
+    **{name: {0: 0} for name in ("q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts")},
+    **{name: {0: 0} for name in ("q_segment_ids", "kv_segment_ids")},
+    "sinks": {1: 0},
+}
+"""The axis of each option that follows axis 0 (batch) or axis 1 (heads) of the query."""
+
+
+def is_distributed(*arrays: object) -> bool:
+    """Tell whether an array is a DTensor, without importing its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(array, module.DTensor) for array in arrays)
+
+
+def refuse_distributed(function: str, *arrays: object) -> None:
+    """Refuse a DTensor in a function that takes the tensors of a rank."""
+    if is_distributed(*arrays):
+        refuse_type(
+            "MHA-SHARD-6",
+            f"`query`, `key` and `value` must not be DTensors in {function}. Pass the tensors of the rank, "
+            "x.to_local(); attention itself takes DTensors that are sharded over batch and heads.",
+        )
+
+
+def attend(call: Callable[..., Any], query: Any, key: Any, value: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Call `call` on the local tensors with the local options, and return output and lse as DTensors."""
+    refuse_unknown(options)
+    check(Arguments(query, key, value, **options))
+    tensors = {"query": query, "key": key, "value": value}
+    _check_placements(tensors)
+    if options.get("dropout_rate") and options.get("dropout_mask") is None:
+        refuse_value(
+            "MHA-DROP-4", "`dropout_mask` must be given with dropout_rate on DTensors: each rank would draw its own."
+        )
+    local = {name: _local(name, option, query) for name, option in options.items()}
+    output, lse = call(*(_of_tensor(tensor, query) for tensor in tensors.values()), **local)
+    shape = *query.shape[:3], value.shape[3]
+    return _whole(output, query, shape), _whole(lse, query, shape[:3])
+
+
+def _check_placements(tensors: Mapping[str, Any]) -> None:
+    """Require three DTensors of a mesh, each replicated or sharded over batch or heads, all in the same way."""
+    query, kv_heads = tensors["query"], tensors["key"].shape[1]
+    for name, tensor in tensors.items():
+        if not is_distributed(tensor) or not is_distributed(query) or tensor.device_mesh != query.device_mesh:
+            refuse_type(
+                "MHA-SHAPE-3",
+                f"`{name}` must be a DTensor of the same mesh as the others, received {type(tensor).__name__}. "
+                "torch.distributed.tensor.distribute_tensor makes one.",
+            )
+        for axis, (placement, of_query) in enumerate(zip(tensor.placements, query.placements, strict=True)):
+            _check_placement(name, axis, placement)
+            is_shared = name != "query" and kv_heads == 1 and placement.is_replicate() and of_query.is_shard(1)
+            if placement != of_query and not is_shared:
+                refuse_value(
+                    "MHA-SHAPE-3",
+                    f"`{name}` must have the placements of `query`, {query.placements}, received {tensor.placements}. "
+                    "Redistribute it; only a single kv head may be replicated beside sharded query heads.",
+                )
+            ranks = tensor.device_mesh.size(axis)
+            if placement.is_shard(1) and tensor.shape[1] % ranks:
+                refuse_value(
+                    "MHA-SHARD-6",
+                    f"`{name}` must have heads that are a multiple of the ranks of its mesh axis, {ranks}, received "
+                    f"{tensor.shape[1]} heads.",
+                )
+
+
+def _check_placement(name: str, axis: int, placement: Any) -> None:
+    received = f"received {placement} on axis {axis} of the mesh"
+    if placement.is_shard(2):
+        refuse_value(
+            "MHA-SHARD-1",
+            f"`{name}` must not be sharded over the sequence, {received}. Call ring_attention or all_to_all_attention "
+            f"on x.to_local() with group=x.device_mesh.get_group({axis}).",
+        )
+    if not (placement.is_replicate() or placement.is_shard(0) or placement.is_shard(1)):
+        refuse_value(
+            "MHA-SHARD-1",
+            f"`{name}` must be replicated, or sharded over batch (Shard(0)) or heads (Shard(1)), {received}. "
+            "Redistribute it first.",
+        )
+
+
+def _of_tensor(tensor: Any, query: Any) -> Tensor:
+    """Return the local tensor; what ranks with other queries add to its gradient is a part of a sum."""
+    return tensor.to_local(grad_placements=_gradient_placements(tensor.placements, query))
+
+
+def _gradient_placements(placements: Any, query: Any) -> list[Any]:
+    from torch.distributed.tensor import Partial
+
+    pairs = zip(placements, query.placements, strict=True)
+    return [
+        Partial() if placement.is_replicate() and of_query.is_shard() else placement for placement, of_query in pairs
+    ]
+
+
+def _local(name: str, option: Any, query: Any) -> Any:
+    """Return the part of an option that belongs to the batch entries and heads of this rank."""
+    axes = AXES.get(name, {})
+    if is_distributed(option):
+        from torch.distributed.tensor import Replicate, Shard
+
+        followed = [axes.get(placement.dim) if placement.is_shard() else None for placement in query.placements]
+        wanted = [Replicate() if axis is None or option.shape[axis] == 1 else Shard(axis) for axis in followed]
+        return _of_tensor(option.redistribute(placements=wanted), query)
+    if not axes or option is None or isinstance(option, (int, str)):
+        return option
+    if getattr(option, "requires_grad", False):
+        refuse_type(
+            "MHA-SHARD-4",
+            f"`{name}` must be a DTensor, as `query`, to have a gradient: torch.distributed.tensor.distribute_tensor "
+            "makes one. Detach it otherwise.",
+        )
+    for axis, place in axes.items():
+        if isinstance(option, (list, tuple)) or option.shape[place] > 1:
+            option = option[(slice(None),) * place + (_rows(query, axis),)] if place else option[_rows(query, axis)]
+    return option
+
+
+def _rows(query: Any, axis: int) -> slice:
+    """Return the indices of this rank on an axis of the query."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(query.shape, query.device_mesh, query.placements)
+    return slice(offset[axis], offset[axis] + shape[axis])
+
+
+def _whole(tensor: Tensor, query: Any, shape: tuple[int, ...]) -> Any:
+    """Wrap a local result with the placements of the query."""
+    from torch.distributed.tensor import DTensor
+
+    strides = torch.empty(shape, device="meta").stride()
+    of_mesh = query.device_mesh, query.placements
+    return DTensor.from_local(tensor, *of_mesh, run_check=False, shape=torch.Size(shape), stride=strides)
