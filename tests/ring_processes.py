@@ -26,6 +26,7 @@ import torch.distributed as dist
 from support.comparisons import assert_near
 from support.goldens import arguments_of, cases, failures, names
 from support.numbers import numbers
+from torch.utils.checkpoint import checkpoint
 
 import mha_spec_torch
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
@@ -133,6 +134,40 @@ def meanings() -> dict[str, Any]:
         "decoding empty": ("sharded_kv", "contiguous", (3, 48), empty),
     }
     return {name: faults(*call) for name, call in asked.items()}
+
+
+def derivatives() -> dict[str, Any]:
+    """Repeat a call for a checkpoint, and compare second derivatives of the exchange with those of one process."""
+    operands = tensors(16, 16)
+    order = shard_order("striped", RANKS, 16)
+    local = [*(dealt(operand, order, 2) for operand in operands[:3]), operands[3]]
+
+    def ring_of(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+        return mha_spec_torch.ring_attention(query, key, value, sinks=sinks, layout="striped", causal=True)
+
+    def twice(call: Any, arrays: Any) -> list[torch.Tensor]:
+        arrays = [array.detach().clone().requires_grad_() for array in arrays]
+        (gradient,) = torch.autograd.grad((call(*arrays) ** 2).sum(), arrays[:1], create_graph=True)
+        return list(torch.autograd.grad((gradient**2).sum(), arrays))
+
+    def second(query: Any, key: Any, value: Any, sinks: Any, call: Any, **options: Any) -> Any:
+        return call(query, key, value, sinks=sinks, causal=True, **options)
+
+    arrays = [array.detach().clone().requires_grad_() for array in local]
+    gradients = torch.autograd.grad(ring_of(*arrays).sum(), arrays)
+    repeated = torch.autograd.grad(checkpoint(ring_of, *arrays, use_reentrant=False).sum(), arrays)
+    over = twice(partial(second, call=mha_spec_torch.all_to_all_attention, layout="striped"), local)
+    whole = twice(partial(second, call=mha_spec_torch.attention), operands)
+    expected = [*(dealt(gradient, order, 2) for gradient in whole[:3]), whole[3]]
+    faults_of_second = []
+    try:
+        assert_near(over, expected)
+    except AssertionError:
+        faults_of_second.append("different")
+    return {
+        "checkpoint": [] if all(map(torch.equal, gradients, repeated)) else ["different"],
+        "second derivative of all to all": faults_of_second,
+    }
 
 
 def mistakes() -> dict[str, Any]:
@@ -338,9 +373,7 @@ def dtensors() -> dict[str, Any]:
     attention = mha_spec_torch.attention
     return {
         "dtensor both": fault([*operands, bias], [both, both, both, everywhere, [Replicate(), Shard(1)]]),
-        "dtensor one kv head": fault(
-            single, [both, *[[Shard(0), Replicate()]] * 2, [Replicate(), Shard(0)], everywhere]
-        ),
+        "dtensor one kv head": fault(single, of_single),
         "dtensor replicated": fault([*operands, bias], [everywhere] * 5),
         "refused sequence": of_value(attention, by_tokens, *spread([everywhere] * 2, key, value)),
         "refused placement": of_value(attention, x, *spread([everywhere] * 2, key, value)),
@@ -356,6 +389,7 @@ def dtensors() -> dict[str, Any]:
 PARTS = {
     "meanings": meanings,
     "goldens": goldens,
+    "derivatives": derivatives,
     "mistakes": mistakes,
     "refusals": refusals,
     "counts": counts,

@@ -50,7 +50,8 @@ class Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         """Add the gradients of all blocks (MHA-SHARD-4)."""
-        operands, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        tensors = ctx.saved_tensors  # Once, because a checkpoint forbids to read them again.
+        operands, saved = tensors[:4], tensors[4:]
         with torch.no_grad():
             gradients = _gradients(ctx.group, ctx.form, operands, saved, *grad_outputs)
         if torch.is_grad_enabled():
