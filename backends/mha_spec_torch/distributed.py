@@ -134,9 +134,11 @@ def _local(name: str, option: Any, query: Any) -> Any:
             f"`{name}` must be a DTensor, as `query`, to have a gradient: torch.distributed.tensor.distribute_tensor "
             "makes one. Detach it otherwise.",
         )
+    if isinstance(option, (list, tuple)):
+        return option[_rows(query, 0)]
     for axis, place in axes.items():
-        if isinstance(option, (list, tuple)) or option.shape[place] > 1:
-            option = option[(slice(None),) * place + (_rows(query, axis),)] if place else option[_rows(query, axis)]
+        if option.shape[place] > 1:
+            option = option[(slice(None),) * place + (_rows(query, axis),)]
     return option
 
 

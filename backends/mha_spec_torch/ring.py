@@ -127,9 +127,10 @@ def _gradients(
     output, lse, q_ids, kv_ids = saved
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output.to(output.dtype)
     rows = paths.Rows(output, lse, grad_output, grad_lse)
-    rows = rows._replace(row_dot=paths.dot_of_rows(output.dtype, rows))
+    row_dot = paths.dot_of_rows(output.dtype, rows)
+    rows = rows._replace(row_dot=row_dot)
     wide = query.to(output.dtype)
-    of_query, travelling = torch.zeros_like(wide), None
+    of_query, travelling, totals = torch.zeros_like(wide), None, []
     for keys, blocks in _around(group, form, Shard((wide,), q_ids), Shard((key, value), kv_ids)):
         sums = [torch.zeros_like(tensor, dtype=output.dtype) for tensor in keys.tensors]
         for block in blocks:
@@ -137,9 +138,9 @@ def _gradients(
         if travelling is not None:
             sums = [part.add_(total) for part, total in zip(sums, travelling.wait(), strict=True)]
         travelling = group.send(sums) if group.ranks > 1 else None
-        totals: Sequence[Tensor] = sums
+        totals = sums
     totals = totals if travelling is None else travelling.wait()
-    of_sinks = None if sinks is None else group.sum(paths.sink_gradient(sinks, lse, rows.row_dot)).to(sinks.dtype)
+    of_sinks = None if sinks is None else group.sum(paths.sink_gradient(sinks, lse, row_dot)).to(sinks.dtype)
     of_keys = (total.to(tensor.dtype) for total, tensor in zip(totals, (key, value), strict=True))
     return [of_query.to(query.dtype), *of_keys, of_sinks]
 

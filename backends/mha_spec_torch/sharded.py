@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy
 import torch
@@ -36,8 +36,17 @@ if TYPE_CHECKING:
 __all__ = ["all_to_all_attention", "ring_attention", "sharded_kv_attention"]
 
 
-@torch.compiler.disable
+_Function = TypeVar("_Function")
+
+
+def _eager(function: _Function) -> _Function:
+    """Run a function between the graphs of torch.compile, because it reads lengths and skips pairs by them."""
+    disabled: Any = torch.compiler.disable(function)
+    return disabled
+
+
 @expand_options
+@_eager
 def ring_attention(
     query: Float[Tensor, "batch heads q_len qk_dim"],
     key: Float[Tensor, "batch kv_heads kv_len qk_dim"],
@@ -68,8 +77,8 @@ def ring_attention(
     return (output, lse) if return_lse else output
 
 
-@torch.compiler.disable
 @expand_options
+@_eager
 def all_to_all_attention(
     query: Float[Tensor, "batch heads q_len qk_dim"],
     key: Float[Tensor, "batch kv_heads kv_len qk_dim"],
@@ -143,8 +152,8 @@ class _Exchange:
         return tensor[(slice(None),) * axis + (places,)]
 
 
-@torch.compiler.disable
 @expand_options
+@_eager
 def sharded_kv_attention(
     query: Float[Tensor, "batch heads q_len qk_dim"],
     key: Float[Tensor, "batch kv_heads kv_len qk_dim"],
