@@ -425,6 +425,25 @@ def dtensors() -> dict[str, Any]:
     }
 
 
+def example() -> dict[str, Any]:
+    """Run the example of torch in docs/scaling.md, and compare its output with that of one process."""
+    page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    torch.set_default_dtype(torch.float64)
+    with patch.object(dist, "init_process_group"):
+        exec(page.partition("## PyTorch")[2].split("```python\n")[1].split("```")[0], scope)
+    x = torch.randn(1, 8, 64 * RANKS, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.set_default_dtype(torch.float32)
+    expected: Any = mha_spec_torch.attention(x, x, x, causal=True)
+    whole = expected.detach(), *torch.autograd.grad(expected.sum(), x)
+    order = scope["order"][dist.get_rank()]
+    try:
+        assert_near([scope["output"].detach(), scope["x"].grad], [array[:, :, order] for array in whole])
+    except AssertionError:
+        return {"example": ["different"]}
+    return {"example": []}
+
+
 PARTS = {
     "meanings": meanings,
     "goldens": goldens,
@@ -434,6 +453,7 @@ PARTS = {
     "counts": counts,
     "hidden": hidden_rank,
     "dtensors": dtensors,
+    "example": example,
     "ends": partial(lost_rank, hangs=False),
     "hangs": partial(lost_rank, hangs=True),
 }

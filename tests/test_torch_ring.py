@@ -24,7 +24,7 @@ MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring lengths", "ring segments", "ring chunk"),
     *("ring striped chunk", "ring prefix", "ring empty", "ring plain", "all to all", "all to all contiguous"),
     *("decoding striped", "decoding zigzag", "decoding contiguous", "decoding empty"),
-    *("checkpoint", "second derivative of all to all"),
+    *("checkpoint", "second derivative of all to all", "example"),
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys", "sum of sinks", "sum of rows")
 FORMS = ("ring_attention", "all_to_all_attention", "sharded_kv_attention")
@@ -37,7 +37,7 @@ def answers() -> Answers:
     """Run every part of ring_processes.py, the last two in groups of their own, which lose a rank."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    parts = "meanings+derivatives+mistakes+refusals+counts+hidden+dtensors+goldens", "ends", "hangs"
+    parts = "meanings+derivatives+mistakes+refusals+counts+hidden+dtensors+example+goldens", "ends", "hangs"
     done = subprocess.run(
         [sys.executable, "-P", str(tests / "ring_processes.py"), *parts],
         env=os.environ | {"PYTHONPATH": path},

@@ -59,6 +59,12 @@ PAGES: dict[str, tuple[Page, ...]] = {
             "mha_spec_jax",
             ("ring_attention", "all_to_all_attention", "sharded_kv_attention"),
         ),
+        Page(
+            "Process groups of torch",
+            "For the ranks of a group of `torch.distributed`.",
+            "mha_spec_torch",
+            ("ring_attention", "all_to_all_attention", "sharded_kv_attention"),
+        ),
         Page("Layouts of a sequence", "", "mha_spec.sharding", ("shard_order",)),
     ),
     "layer": (
