@@ -139,7 +139,8 @@ def meanings() -> dict[str, Any]:
         "decoding contiguous": ("sharded_kv", "contiguous", (7, 48), {"causal": True, "q_offset": 9, "window": (8, 0)}),
         "decoding empty": ("sharded_kv", "contiguous", (3, 48), empty),
     }
-    return {name: faults(*call) for name, call in asked.items()}
+    with patch.object(shards, "ROWS", 5):
+        return {name: faults(*call) for name, call in asked.items()}
 
 
 def derivatives() -> dict[str, Any]:

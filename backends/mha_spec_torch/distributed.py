@@ -76,7 +76,7 @@ def _check_placements(tensors: Mapping[str, Any]) -> None:
                 refuse_value(
                     "MHA-SHAPE-3",
                     f"`{name}` must have the placements of `query`, {query.placements}, received {tensor.placements}. "
-                    "Redistribute it; only a single kv head may be replicated beside sharded query heads.",
+                    "Redistribute it; only a single kv head may be replicated where the query heads are sharded.",
                 )
             ranks = tensor.device_mesh.size(axis)
             if placement.is_shard(1) and tensor.shape[1] % ranks:

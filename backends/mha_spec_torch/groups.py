@@ -1,4 +1,4 @@
-"""What the ranks of a process group send to each other."""
+"""Communication between the ranks of a process group."""
 
 from __future__ import annotations
 
