@@ -378,11 +378,17 @@ def dtensors() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "heads"))
     query, key, value, sinks = operands = tensors(7, 11)
     bias = torch.from_numpy(numbers(1, HEADS, 7, 11, seed=7))
-    plain = {"causal": True, "q_offset": torch.tensor([4, 2]), "kv_lengths": [11, 7], "mask": bias[:, :1] > -1}
+    plain: dict[str, Any] = {
+        "causal": True,
+        "q_offset": torch.tensor([4, 2]),
+        "kv_lengths": [11, 7],
+        "mask": bias[:, :1] > -1,
+    }
 
     def whole(query: Any, key: Any, value: Any, sinks: Any, bias: Any) -> Any:
-        options = {"sinks": sinks, "bias": bias, "return_lse": True}
-        return mha_spec_torch.attention(query, key, value, **options, **plain)
+        entries = {name: plain[name][: query.shape[0]] for name in ("q_offset", "kv_lengths")}
+        options = plain | entries | {"sinks": sinks, "bias": bias, "return_lse": True}
+        return mha_spec_torch.attention(query, key, value, **options)
 
     def spread(placements: Any, *arrays: Any) -> list[Any]:
         return [distribute_tensor(array, mesh, of_array) for array, of_array in zip(arrays, placements, strict=True)]
@@ -406,6 +412,7 @@ def dtensors() -> dict[str, Any]:
 
     both, everywhere = [Shard(0), Shard(1)], [Replicate(), Replicate()]
     single = [query, key[:, :1], value[:, :1], sinks, bias]
+    first = [query[:1], key[:1], value[:1], sinks, bias]
     of_single = [both, *[[Shard(0), Replicate()]] * 2, [Replicate(), Shard(0)], everywhere]
     of_value, of_type = partial(message, ArgumentValueError), partial(message, ArgumentTypeError)
     (by_tokens,) = spread([[Shard(2), Replicate()]], query)
@@ -413,6 +420,9 @@ def dtensors() -> dict[str, Any]:
     attention = mha_spec_torch.attention
     return {
         "dtensor both": fault([*operands, bias], [both, both, both, everywhere, [Replicate(), Shard(1)]]),
+        "dtensor one entry": fault(
+            [query[:1], key[:1], value[:1], sinks, bias], [both, both, both, everywhere, everywhere]
+        ),
         "dtensor one kv head": fault(single, of_single),
         "dtensor replicated": fault([*operands, bias], [everywhere] * 5),
         "refused sequence": of_value(attention, by_tokens, *spread([everywhere] * 2, key, value)),

@@ -61,7 +61,7 @@ def test_four_processes_give_the_result_of_one(name: str, answers: Answers) -> N
     assert of_ranks(answers, name) == [[]] * RANKS
 
 
-@pytest.mark.parametrize("name", ["both", "one kv head", "replicated"])
+@pytest.mark.parametrize("name", ["both", "one entry", "one kv head", "replicated"])
 def test_dtensors_of_batch_and_heads_give_the_result_of_one_process(name: str, answers: Answers) -> None:
     assert of_ranks(answers, f"dtensor {name}") == [[]] * RANKS
 

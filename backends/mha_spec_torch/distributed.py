@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["attend", "is_distributed", "refuse_distributed"]
 
+BROADCAST = ("mask", "bias", "dropout_mask")
+"""The options of which an axis of size 1 stays whole (MHA-MASK-2)."""
+
 AXES = {
-    **{name: {0: 0, 1: 1} for name in ("mask", "bias", "dropout_mask")},
+    **{name: {0: 0, 1: 1} for name in BROADCAST},
     **{name: {0: 0} for name in ("q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts")},
     **{name: {0: 0} for name in ("q_segment_ids", "kv_segment_ids")},
     "sinks": {1: 0},
@@ -124,7 +127,7 @@ def _local(name: str, option: Any, query: Any) -> Any:
         from torch.distributed.tensor import Replicate, Shard
 
         followed = [axes.get(placement.dim) if placement.is_shard() else None for placement in query.placements]
-        wanted = [Replicate() if axis is None or option.shape[axis] == 1 else Shard(axis) for axis in followed]
+        wanted = [Replicate() if axis is None or _stays_whole(name, option, axis) else Shard(axis) for axis in followed]
         return _of_tensor(option.redistribute(placements=wanted), query)
     if not axes or option is None or isinstance(option, (int, str)):
         return option
@@ -137,9 +140,13 @@ def _local(name: str, option: Any, query: Any) -> Any:
     if isinstance(option, (list, tuple)):
         return option[_rows(query, 0)]
     for axis, place in axes.items():
-        if option.shape[place] > 1:
+        if not _stays_whole(name, option, place):
             option = option[(slice(None),) * place + (_rows(query, axis),)]
     return option
+
+
+def _stays_whole(name: str, option: Any, axis: int) -> bool:
+    return name in BROADCAST and option.shape[axis] == 1
 
 
 def _rows(query: Any, axis: int) -> slice:

@@ -153,7 +153,7 @@ def _serve(rank, store):
     """Answer the calls of rank 0 until it ends."""
     _join(rank, store)
     while True:
-        call = [None]
+        call: list = [None]
         try:
             dist.broadcast_object_list(call)
         except RuntimeError:
