@@ -39,7 +39,7 @@ def arrays() -> dict[str, Any]:
         "grouped_query": normal(BATCH, 2 * HEADS, Q_LEN, SIZE),
         "mask": mask,
         "bias": normal(1, HEADS, Q_LEN, KV_LEN),
-        "lengths": numpy.array([5, 7]),
+        "lengths": numpy.array([5, 7], "int32"),  # JAX takes no other type of integers
         "q_ids": numpy.array([0, 0, 1, 1, 1]),
         "kv_ids": numpy.array([0, 0, 0, 1, 1, 2, 2]),
         "inf": numpy.inf,

@@ -75,8 +75,8 @@ WRONG_LENGTHS = "kv_lengths = None if kv_lengths is None else (kv_lengths + 1).c
 def test_values_and_kinds_are_those_of_the_goldens(number: int) -> None:
     compared = 0
     for case in affordable(load().cases, one_in=31)[number::EVERY]:
-        if case.expect == "error":
-            continue
+        if case.expect == "error" or {"paged_cache", "window_cache"} & set(case.features):
+            continue  # The fuzzer draws no such call.
         arrays = case.inputs(case.dtypes[0])
         call: Any = SimpleNamespace(
             function=case.function, arrays=arrays, options=case.options, dtype=case.dtypes[0], lse=True

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_CHARACTERS", "digest", "rendered", "source_of"]
 
-MOST_CHARACTERS = 400
-"""The length of a text of the target."""
+MOST_CHARACTERS = 1000
+"""The length of a text of the target; a verdict that lists every feature is half as long."""
 
 
 def rendered(template: str, **context: object) -> str:
