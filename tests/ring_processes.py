@@ -420,9 +420,7 @@ def dtensors() -> dict[str, Any]:
     attention = mha_spec_torch.attention
     return {
         "dtensor both": fault([*operands, bias], [both, both, both, everywhere, [Replicate(), Shard(1)]]),
-        "dtensor one entry": fault(
-            [query[:1], key[:1], value[:1], sinks, bias], [both, both, both, everywhere, everywhere]
-        ),
+        "dtensor one entry": fault(first, [both, both, both, everywhere, everywhere]),
         "dtensor one kv head": fault(single, of_single),
         "dtensor replicated": fault([*operands, bias], [everywhere] * 5),
         "refused sequence": of_value(attention, by_tokens, *spread([everywhere] * 2, key, value)),
