@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 import pytest
@@ -12,9 +13,13 @@ from website.build import DOCS, NAVIGATION, assemble, file_of
 from website.drawings import DRAWINGS, with_drawings
 from website.markdown import LinkError, Site, clause_page
 from website.pictures import draw, see, split_pictures
+from website.specification import MOST_CASES
 
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.spec import clauses
+
+if TYPE_CHECKING:
+    from mha_spec_conformance.suite.cases import Suite
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,23 +34,49 @@ def text_of(site: Site, page: str) -> str:
 
 
 def test_every_page_of_docs_is_in_the_sidebar(site: Site) -> None:
-    listed = {file_of(page) for pages in NAVIGATION.values() for page in pages}
-    assert {path.name for path in DOCS.glob("*.md")} - listed == {"index.md"}
+    listed = [file_of(page) for pages in NAVIGATION.values() for page in pages]
+    assert {path.name for path in DOCS.glob("*.md")} - set(listed) == {"index.md"}
     toctrees = re.findall(r"^```\{toctree\}.*?^```$", text_of(site, "index.md"), flags=re.DOTALL | re.MULTILINE)
-    entries = {line for tree in toctrees for line in tree.splitlines()[4:-1] if line}
-    assert all((site.folder / file_of(entry)).is_file() for entry in entries)
+    assert [file_of(entry) for tree in toctrees for entry in tree.splitlines()[4:-1]] == listed
+    assert all((site.folder / page).is_file() for page in listed)
 
 
-def test_a_page_for_each_clause_has_its_text_cases_and_mistakes(site: Site) -> None:
+def test_a_page_for_each_clause_has_its_text_cases_and_mistakes(site: Site, suite: Suite) -> None:
     for clause in clauses().values():
-        text = text_of(site, clause_page(clause.id))
+        page = clause_page(clause.id)
+        text, _, cases = text_of(site, page).partition("## Cases")
+        cases, _, mistakes = cases.partition("## Known mistakes")
         assert f"# {clause.id}: {clause.title}\n" in text
-        assert clause.sentence.split()[0] in text
+        assert site.converted(f"**{clause.sentence}**", page, None) in " ".join(text.split())
         assert "**Why.**" in text
-        assert "## Cases" in text
-        assert len(re.findall('<svg class="mask"', text)) == len(split_pictures(clause.text))
-        known = [mistake.variant for mistake in MISTAKES if clause.id in mistake.clauses]
-        assert all(f"| `{name}` |" in text for name in known)
+        citing = {case.id for case in suite.cases if clause.id in case.clauses}
+        assert set(names_in(cases)) <= citing
+        assert len(names_in(cases)) == min(len(citing), MOST_CASES)
+        assert names_in(mistakes) == [mistake.variant for mistake in MISTAKES if clause.id in mistake.clauses]
+
+
+def names_in(table: str) -> list[str]:
+    """Return the first cells of the rows of a table."""
+    return re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+
+
+def test_the_pictures_of_a_page_have_the_cells_of_the_specification(site: Site) -> None:
+    pages = {clause_page(clause.id): split_pictures(clause.text) for clause in clauses().values()}
+    pages["spec/pictures.md"] = [picture for pictures in pages.values() for picture in pictures]
+    for page, pictures in pages.items():
+        cells = [cell for picture in pictures for cell in picture.as_written.ravel()]
+        assert cells_in(text_of(site, page)) == cells, page
+
+
+def cells_in(drawing: str) -> list[bool]:
+    """Return the cells of masks, True where they are visible."""
+    return [name == "seen" for name in re.findall(r'<rect class="(seen|hidden)"', drawing)]
+
+
+def test_every_mistake_is_in_the_page_of_mistakes(site: Site) -> None:
+    broken = [mistake.variant for clause in clauses() for mistake in MISTAKES if clause in mistake.clauses]
+    assert names_in(text_of(site, "spec/mistakes.md")) == broken
+    assert set(broken) == {mistake.variant for mistake in MISTAKES}
 
 
 def test_no_formula_is_lost(site: Site) -> None:
@@ -66,8 +97,7 @@ def test_a_drawing_has_the_cells_of_the_reference() -> None:
     (picture,) = split_pictures(clauses()["MHA-LEN-4"].text)
     visible = see(picture.caption, picture.shape)
     assert visible.shape == (2, 3, 4)
-    classes = re.findall(r'<rect class="(seen|hidden)"', draw(picture))
-    assert classes == [("hidden", "seen")[int(cell)] for cell in visible.ravel()]
+    assert cells_in(draw(picture)) == visible.ravel().tolist()
     assert "query 2 of entry 0 sees 2" in draw(picture)
     assert numpy.array_equal(visible, picture.as_written)
 
@@ -115,7 +145,12 @@ def test_the_api_describes_every_public_name(site: Site) -> None:
     from mha_spec import weights
     from mha_spec_conformance import testing
 
-    documented = {f"{page.module}.{name}" for pages in PAGES.values() for page in pages for name in page.names}
+    documented = set()
+    for name, pages in PAGES.items():
+        text = text_of(site, f"api/{name}.md")
+        objects = re.findall(r"^:+\{py:(?:function|class|exception)\} ([\w.]+)", text, flags=re.MULTILINE)
+        assert objects == [f"{page.module}.{member}" for page in pages for member in page.names]
+        documented |= set(objects)
     for module in (mha_spec, weights, testing):
         public = {f"{module.__name__}.{name}" for name in module.__all__ if name != "SPEC_VERSION"}
         assert public <= documented

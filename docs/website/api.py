@@ -133,7 +133,6 @@ SECTION = re.compile(r"^(Args|Returns|Raises|Yields|Attributes|Differs from othe
 TITLES = {"Args": "Arguments", "Raises": "Errors"}
 ENTRIES = ("Args", "Raises", "Attributes")
 DOCUMENTED = re.compile(r"`(mha_spec(?:_conformance)?(?:\.\w+)+)`")
-PRIVATE = ("_fields", "_replace")
 
 
 def write_api(site: Site) -> None:
@@ -195,9 +194,7 @@ def _class(name: str, public: type) -> str:
 def _members(public: type) -> list[tuple[str, Any]]:
     """Return the public methods and properties that a class defines, in its order."""
     members = [(name, getattr(public, name)) for name in vars(public) if not name.startswith("_")]
-    fields = getattr(public, "_fields", ())
-    kept = [(n, m) for n, m in members if n not in fields and (inspect.isroutine(m) or isinstance(m, property))]
-    return [(name, member) for name, member in kept if "Alias for field" not in (inspect.getdoc(member) or "")]
+    return [(name, member) for name, member in members if inspect.isroutine(member) or isinstance(member, property)]
 
 
 def _method_signature(member: Any) -> str:
@@ -311,8 +308,8 @@ def _modules(site: Site) -> str:
     ]
     for name, file in LAYERS.items():
         tree = ast.parse((site.root / file).read_text(encoding="utf-8"))
-        (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "MultiHeadAttention"]
-        text += [f"### {name}", _paragraphs(ast.get_docstring(found) or "")]
+        (layer,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "MultiHeadAttention"]
+        text += [f"### {name}", _paragraphs(ast.get_docstring(layer) or "")]
     return "\n\n".join(text)
 
 

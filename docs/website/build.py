@@ -30,8 +30,6 @@ COPIES = {
     "conformance/generator/ERRATA.md": "errata.md",
 }
 """Files of the repository outside docs/ that are pages of the site."""
-
-
 NAVIGATION = {
     "Start": ("validate", "testing", "continuous-integration", "reports", "README <readme>"),
     "Backends": ("backends", "numpy", "pytorch", "jax", "tensorflow"),
@@ -60,15 +58,12 @@ def file_of(entry: str) -> str:
     return f"{entry.rsplit('<', maxsplit=1)[-1].strip('>')}.md"
 
 
-def navigation(site: Site) -> str:
-    """Write the tables of contents; pages that are not written yet are left out."""
-    tables: list[str] = []
-    for caption, pages in NAVIGATION.items():
-        present = [
-            page for page in pages if "/" in page or f"{page.split('<')[-1].strip('>')}.md" in site.pages.values()
-        ]
-        tables.append("\n".join(["```{toctree}", f":caption: {caption}", ":hidden:", "", *present, "```"]))
-    return "\n\n".join(tables)
+def navigation() -> str:
+    """Write the tables of contents."""
+    return "\n\n".join(
+        "\n".join(["```{toctree}", f":caption: {caption}", ":hidden:", "", *pages, "```"])
+        for caption, pages in NAVIGATION.items()
+    )
 
 
 def assemble(folder: Path, matrix: Path | None = None) -> Site:
@@ -81,7 +76,7 @@ def assemble(folder: Path, matrix: Path | None = None) -> Site:
     for file, page in site.pages.items():
         if file != "mha_spec/SPEC.md":
             text = with_drawings((ROOT / file).read_text(encoding="utf-8"))
-            site.write(page, text + (f"\n{navigation(site)}\n" if page == "index.md" else ""), source=file)
+            site.write(page, text + (f"\n{navigation()}\n" if page == "index.md" else ""), source=file)
     write_specification(site)
     write_api(site)
     if matrix is not None:

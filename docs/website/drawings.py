@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from .pictures import figure, mask
+from .pictures import figure, mask, raw
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,11 +25,11 @@ STEPS = (
 
 
 def with_drawings(text: str) -> str:
-    """Put a drawing at each comment that asks for one; masks on consecutive lines stand in one row."""
+    """Put a drawing at each comment that asks for it; drawings of consecutive lines stand in a row."""
 
     def drawn(match: re.Match[str]) -> str:
         drawings = "".join(_drawn(line) for line in COMMENT.finditer(match[0]))
-        return f'```{{raw}} html\n<div class="masks">{drawings}</div>\n```\n'
+        return raw(f'<div class="masks">{drawings}</div>') + "\n"
 
     return CONSECUTIVE.sub(drawn, text)
 

@@ -13,7 +13,7 @@ import numpy
 from mha_spec import reference
 from mha_spec.arguments import Arguments
 
-__all__ = ["Picture", "Text", "blocks", "draw", "figure", "mask", "parts", "see", "split_pictures"]
+__all__ = ["Picture", "Text", "draw", "figure", "mask", "parts", "raw", "see", "split_pictures"]
 
 ROW = re.compile(r"(?:b=(?P<b>\d+) )?i=(?P<i>\d+)(?: p=(?P<p>-?\d+))? +(?P<cells>[x.](?: [x.])*)")
 CAPTION = re.compile(r"\w+=")
@@ -49,7 +49,7 @@ class Text:
     lines: tuple[str, ...]
 
 
-def blocks(text: str) -> list[list[str]]:
+def _blocks(text: str) -> list[list[str]]:
     """Return the indented blocks of a text, without their indentation and empty lines."""
     indented = re.findall(r"(?:^ {4}.*\n(?:\n(?= {4}))*)+", text + "\n", flags=re.MULTILINE)
     return [[line[4:] for line in block.splitlines() if line.strip()] for block in indented]
@@ -89,7 +89,7 @@ def _rows_below(block: list[str], i: int) -> list[re.Match[str] | None]:
 
 def split_pictures(text: str) -> list[Picture]:
     """Return the pictures of a text."""
-    return [part for block in blocks(text) for part in parts(block) if isinstance(part, Picture)]
+    return [part for block in _blocks(text) for part in parts(block) if isinstance(part, Picture)]
 
 
 def see(caption: str, shape: tuple[int, int, int]) -> numpy.ndarray:
@@ -119,6 +119,11 @@ def mask(arguments: str, shape: tuple[int, int, int]) -> str:
 def figure(caption: str, drawing: str) -> str:
     """Put the arguments of a call above its drawing."""
     return f'<figure class="mask"><figcaption><code>{escape(caption)}</code></figcaption>{drawing}</figure>'
+
+
+def raw(html: str) -> str:
+    """Return HTML as a block of Markdown."""
+    return f"```{{raw}} html\n{html}\n```"
 
 
 def _figure_of(arguments: str, visible: numpy.ndarray, positions: list[str | None]) -> str:

@@ -13,7 +13,7 @@ from mha_spec_conformance.suite.spec import Clause, clauses, specification
 
 from .drawings import DRAWINGS
 from .markdown import Site, clause_page
-from .pictures import Picture, Text, draw, figure, parts, split_pictures
+from .pictures import Picture, Text, draw, figure, parts, raw, split_pictures
 
 if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Case
@@ -84,17 +84,12 @@ def _block(lines: list[str]) -> list[str]:
         if isinstance(part, Text):
             result += ["```text", *"\n".join(part.lines).strip("\n").split("\n"), "```", ""]
         else:
-            result += [_figure(part), ""]
+            result += [raw(_figure(part)), ""]
     return result
 
 
 def _figure(picture: Picture) -> str:
-    return f"```{{raw}} html\n{figure(picture.caption, draw(picture))}\n```"
-
-
-def _drawings(clause: Clause) -> str:
-    name = {"MHA-HEAD-1": "heads"}.get(clause.id)
-    return f"```{{raw}} html\n{DRAWINGS[name]()}\n```" if name else ""
+    return figure(picture.caption, draw(picture))
 
 
 def _clause(clause: Clause) -> str:
@@ -107,7 +102,7 @@ def _clause(clause: Clause) -> str:
         f"# {clause.id}: {clause.title}",
         f"{{.level}}\n**{clause.level}** · {theme} · next to {' and '.join(neighbours)} · `mha-spec spec {clause.id}`",
         _body(clause.text),
-        _drawings(clause),
+        raw(DRAWINGS["heads"]()) if clause.id == "MHA-HEAD-1" else "",
         _cases(clause),
         _mistakes_of(clause),
     ]
@@ -164,20 +159,20 @@ def _index(sections: dict[str, str], by_theme: dict[str, list[Clause]]) -> str:
         f"| [{theme}](/spec/{_slug(theme)}.md) | {' '.join(clause.id for clause in members)} |"
         for theme, members in by_theme.items()
     )
+    drawing = raw(DRAWINGS["steps"]()) + "\n\n"
     parts = [
         "# The specification",
         _body(sections[""]),
         f"## The clauses\n\n{len(clauses())} clauses in {len(by_theme)} themes. "
         "[Pictures](/spec/pictures.md) has all masks on one page, and [the catalogue of mistakes](/spec/mistakes.md) "
         "what is known to go wrong.\n\n| theme | clauses |\n| --- | --- |\n" + listed,
-        *(f"## {title}\n\n{_drawn(title)}{_body(sections[title])}" for title in PREFACE),
+        *(
+            f"## {title}\n\n{drawing if title == 'The order of the steps' else ''}{_body(sections[title])}"
+            for title in PREFACE
+        ),
         f"```{{toctree}}\n:hidden:\n\npictures\n{themes}\nonnx\nlimits\nmistakes\nchanges\n```",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _drawn(title: str) -> str:
-    return f"```{{raw}} html\n{DRAWINGS['steps']()}\n```\n\n" if title == "The order of the steps" else ""
 
 
 def _pictures() -> str:
@@ -189,8 +184,7 @@ def _pictures() -> str:
         drawn = split_pictures(clause.text)
         if drawn:
             text += [f"## {clause.title} ({clause.id})", f"{clause.id}: {clause.sentence}"]
-            figures = "".join(figure(picture.caption, draw(picture)) for picture in drawn)
-            text.append(f'```{{raw}} html\n<div class="masks">{figures}</div>\n```')
+            text.append(raw(f'<div class="masks">{"".join(map(_figure, drawn))}</div>'))
     return "\n\n".join(text) + "\n"
 
 
