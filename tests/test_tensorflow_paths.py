@@ -232,6 +232,14 @@ def test_a_thread_takes_the_next_call_and_those_inside_a_call_in_turn(monkeypatc
     assert len(set(places)) == 2
 
 
+def test_the_threads_are_kept_for_calls_of_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_cores", lambda: 4)
+    threads._pool.cache_clear()
+    for count in (2, 3, 7, 2):
+        assert threads.results_of([lambda number=number: number for number in range(count)]) == list(range(count))
+    assert threads._pool.cache_info().misses == 1
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_large_packed_sequences_are_computed_in_threads(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, ends = operands(q_len=211, kv_len=211)[0][0], [0, 64, 131, 211]

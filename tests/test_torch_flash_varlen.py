@@ -51,6 +51,8 @@ def kernel(
     assert (max_q, max_k) == (q_ends.diff().max(), lengths.max())
     assert (dropout, debug, is_causal) == (0.0, False, (left, right) == (-1, 0))
     assert {x.dtype for x in (q_ends, kv_ends, lengths)} == {torch.int32}
+    assert max(left, right) < len(query) + len(key)
+    assert {x.stride(-1) for x in (query, key, value)} == {1}
     output, lse = torch.full_like(query, torch.nan), torch.full((HEADS, query.shape[0]), torch.nan)
     places = (x.tolist() for x in (q_ends[:-1], q_ends[1:], kv_ends[:-1], lengths))
     for first, last, start, length in zip(*places, strict=True):

@@ -24,14 +24,15 @@ _Result = TypeVar("_Result")
 def results_of(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
     """Return the results of independent calls, as many at a time as TensorFlow may run operations; none is recorded.
 
-    A thread takes the next call when it has finished one. A call that itself has calls for threads takes them in turn.
+    A thread that has ended a call takes the next. A call that itself has calls for threads takes them in turn.
     """
-    threads = min(len(calls), tf.config.threading.get_inter_op_parallelism_threads() or _cores())
+    most = tf.config.threading.get_inter_op_parallelism_threads() or _cores()
+    threads = min(len(calls), most)
     if threads <= 1 or _worker.is_busy:
         return [call() for call in calls]
     results: dict[int, _Result] = {}
     numbers = deque(range(threads, len(calls)))
-    # A scope of a device holds for its own thread only.
+    # A scope of a device holds for the thread that enters it.
     eager: Any = context()
     device = eager.device_name
 
@@ -44,7 +45,7 @@ def results_of(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
     started: list[Future[None]] = []
     # Python starts no thread once its main thread has ended.
     with suppress(RuntimeError):
-        started += (_pool(threads - 1).submit(work, number) for number in range(1, threads))
+        started += (_pool(most - 1).submit(work, number) for number in range(1, threads))
     numbers.extend(range(1 + len(started), threads))
     try:
         work(0)
