@@ -72,7 +72,7 @@ def packed_rows(array: Callable[[numpy.ndarray], Any], masked: Callable[..., Any
         ends = array(bounds([256] * 16))
         tokens = [array(drawn(16 * 256, HEADS, SIZE))] * 3
         ours = call(mha_spec.varlen_attention, *tokens, ends, ends, causal=causal)
-        # Each call has an array of its own, as the sequences have, so that both read the same amount of memory.
+        # Each call has another array, as each sequence has other tokens, so that both read the same amount of memory.
         separate = [array(x) for x in drawn(16, 1, HEADS, 256, SIZE)]
         theirs = [call(mha_spec.attention, dense, dense, dense, causal=causal) for dense in separate]
         name = f"16 x 256{', causal' if causal else ''}: separate calls"

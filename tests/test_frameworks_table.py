@@ -148,13 +148,13 @@ SECTIONS: dict[str, Callable[[str], numpy.ndarray]] = {
 def rows() -> list[Any]:
     """Return each row of the tables that are run: the section, both sides and the remark."""
     _, *parts = re.split(r"^## (.*)$", (DOCS / "frameworks.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    found: list[Any] = []
+    parameters: list[Any] = []
     for title, text in zip(parts[::2], parts[1::2], strict=True):
         for line in re.findall(r"^\| `.*", text, flags=re.MULTILINE) if title in SECTIONS else ():
             match = ROW.match(line)
             assert match is not None, f"{title} has a row of another form: {line}"
-            found.append(pytest.param(title, *match.groups(), id=f"{SECTIONS[title].__name__}-{match['there']}"))
-    return found
+            parameters.append(pytest.param(title, *match.groups(), id=f"{SECTIONS[title].__name__}-{match['there']}"))
+    return parameters
 
 
 def test_every_section_is_in_the_page() -> None:

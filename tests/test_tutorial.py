@@ -1,4 +1,4 @@
-"""docs/validate.md: every file is written, every command is run, and every output is compared."""
+"""docs/validate.md and README.md: files are written, commands are run, and every output is compared."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ def test_the_tutorial(tmp_path: Path) -> None:
         for command, shown in commands_of(block):
             printed, status = run(command, tmp_path, status)
             assert_printed(shown, printed)
+
+
+def test_the_example_of_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(blocks_of("../README.md", "python")[0].text)
+    printed, status = run("mha-spec check mine.py", tmp_path, 0)
+    assert status == 1
+    beginning, verdict = (
+        block.text for block in blocks_of("../README.md", "") if "failures" in block.text or "mine.py: " in block.text
+    )
+    assert_printed(f"{beginning}...\n{verdict}", printed)
 
 
 def test_a_block_has_commands_and_outputs() -> None:
