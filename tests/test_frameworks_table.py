@@ -39,7 +39,7 @@ def arrays() -> dict[str, Any]:
         "grouped_query": normal(BATCH, 2 * HEADS, Q_LEN, SIZE),
         "mask": mask,
         "bias": normal(1, HEADS, Q_LEN, KV_LEN),
-        "lengths": numpy.array([5, 7], "int32"),  # JAX takes no other type of integers
+        "lengths": numpy.array([5, 7]),
         "q_ids": numpy.array([0, 0, 1, 1, 1]),
         "kv_ids": numpy.array([0, 0, 0, 1, 1, 2, 2]),
         "inf": numpy.inf,
@@ -87,6 +87,7 @@ def in_jax() -> dict[str, Any]:
     import jax.numpy
 
     names = {name: jax.numpy.asarray(x) if isinstance(x, numpy.ndarray) else x for name, x in arrays().items()}
+    names["lengths"] = names["lengths"].astype("int32")  # jax.nn takes no other type of integers
     return names | {name: bshd(names[name]) for name in ("query", "key", "value")} | {"bshd": bshd}
 
 
