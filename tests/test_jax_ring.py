@@ -1,6 +1,6 @@
 """Attention over several devices in JAX (MHA-SHARD-1 to MHA-SHARD-7).
 
-The calls run in a process of their own, which has eight devices. They take a minute of processor time, because each is
+The calls run in a separate process, which has eight devices. They take a minute of processor time, because each is
 compiled for eight devices; what can be counted without a device is counted here.
 """
 
@@ -56,7 +56,7 @@ def answers() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", MEANINGS)
-def test_eight_devices_give_the_result_of_one(name: str, answers: dict[str, Any]) -> None:
+def test_eight_devices_give_the_result_of_a_single_device(name: str, answers: dict[str, Any]) -> None:
     assert answers[name] == []
 
 
@@ -65,7 +65,7 @@ def test_a_planted_mistake_is_seen(name: str, answers: dict[str, Any]) -> None:
     assert answers[f"mistake {name}"]
 
 
-def test_a_device_needs_a_sixth_of_the_memory_of_one(answers: dict[str, Any]) -> None:
+def test_a_device_needs_a_sixth_of_the_memory_of_a_single_device(answers: dict[str, Any]) -> None:
     over_eight, on_one = answers["memory"]
     assert 6 * over_eight <= on_one
 

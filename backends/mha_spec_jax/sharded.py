@@ -95,7 +95,7 @@ def all_to_all_attention(
         options["q_segment_ids"] = exchange.joined_ids(a.q_segment_ids)
         options["kv_segment_ids"] = exchange.joined_ids(a.kv_segment_ids)
     if a.sinks is not None:
-        options["sinks"] = exchange.own_heads(a.sinks)
+        options["sinks"] = exchange.heads_of_rank(a.sinks)
     tensors = (exchange.to_heads(array) for array in (query, key, value))
     output, lse = core.attention(*tensors, **options, return_lse=True)
     output = exchange.to_sequence(output)
@@ -122,7 +122,7 @@ class _Exchange:
         joined = lax.all_gather(jnp.asarray(ids), self.axis, axis=1, tiled=True)
         return self._taken(joined, numpy.argsort(self._order(joined.shape[1])), 1)
 
-    def own_heads(self, sinks: Array) -> Array:
+    def heads_of_rank(self, sinks: Array) -> Array:
         """Cut the heads of this rank; the gradients of the others are added by their ranks."""
         size = sinks.shape[0] // self.ranks
         sinks = varying(frozenset({self.axis}), sinks)

@@ -1,7 +1,7 @@
 """Attention of a rank's queries over the keys of another rank, as calls on a single device.
 
 A shard is one or two pieces of evenly spaced tokens, so the pairs of two pieces are those of a call whose window,
-offset and lengths are shifted. Where the host knows the offset, each shift is a program of its own, which plans its
+offset and lengths are shifted. Where the host knows the offset, each shift has a separate program, which plans its
 blocks as every call does; few shifts differ, because most pairs of pieces are wholly hidden or wholly visible.
 """
 

@@ -109,7 +109,7 @@ def all_to_all_attention(
         options["q_segment_ids"] = exchange.joined_ids(q_ids)
         options["kv_segment_ids"] = exchange.joined_ids(kv_ids)
     if a.sinks is not None:
-        options["sinks"] = exchange.own_heads(a.sinks)
+        options["sinks"] = exchange.heads_of_rank(a.sinks)
     tensors = (exchange.to_heads(tensor) for tensor in (a.query, a.key, a.value))
     results: Any = core.attention(*tensors, **options, return_lse=return_lse)
     if not return_lse:
@@ -139,7 +139,7 @@ class _Exchange:
         """Gather segment ids of all ranks to (batch, length)."""
         return self._taken(self.group.gather(ids).movedim(0, 1).flatten(1, 2), 1, inverse=True)
 
-    def own_heads(self, sinks: Tensor) -> Tensor:
+    def heads_of_rank(self, sinks: Tensor) -> Tensor:
         """Cut the heads of this rank; the gradients of the others are added by their ranks."""
         size = sinks.shape[0] // self.group.ranks
         return shared(self.group, sinks).narrow(0, self.group.rank * size, size)

@@ -35,32 +35,12 @@ SIDES = {
 """The side and the axis of tokens of each array that is sharded."""
 
 
-def attention(
-    query,
-    key,
-    value,
-    *,
-    causal=False,
-    q_offset=None,
-    window=None,
-    chunk=None,
-    prefix_lengths=None,
-    q_lengths=None,
-    kv_lengths=None,
-    kv_starts=None,
-    q_segment_ids=None,
-    kv_segment_ids=None,
-    scale=None,
-    softcap=None,
-    sinks=None,
-    return_lse=False,
-):
+def attention(query, key, value, *, return_lse=False, **options):
     """Deal out the tokens, call the ring, and put its rows back into place."""
-    options = {name: x for name, x in locals().items() if x is not None and name not in ("query", "key", "value")}
+    options = {name: x for name, x in options.items() if x is not None}
     lengths = {"q": query.shape[2], "kv": key.shape[2]}
-    options.pop("return_lse")
     if any(length % _unit() for length in lengths.values()):
-        options = _of_padded(options, query.shape[0], lengths, causal or window is not None or chunk is not None)
+        options = _of_padded(options, query.shape[0], lengths)
     operands = {"query": query, "key": key, "value": value}
     operands |= {name: x for name, x in options.items() if isinstance(x, jax.Array)}
     rest = {name: x for name, x in options.items() if name not in operands}
@@ -114,10 +94,10 @@ def _dealt(array, order, axis):
     return jnp.take(jnp.pad(array, widths, constant_values=fill), order, axis)
 
 
-def _of_padded(options, batch, lengths, positional):
+def _of_padded(options, batch, lengths):
     """Say which tokens are real, and where the diagonal lies."""
-    if positional and "q_offset" not in options:
-        options["q_offset"] = 0
+    positional = options.get("causal") or "window" in options or "chunk" in options
+    padded = {"q_offset": 0} if positional else {}
     for side, length in lengths.items():
-        options.setdefault(f"{side}_lengths", numpy.full(batch, length, numpy.int32))
-    return options
+        padded[f"{side}_lengths"] = numpy.full(batch, length, numpy.int32)
+    return padded | options

@@ -38,30 +38,9 @@ SIDES = {"query": "q", "key": "kv", "value": "kv", "q_segment_ids": "q", "kv_seg
 """The side of each array that is sharded."""
 
 
-def attention(
-    query,
-    key,
-    value,
-    *,
-    causal=False,
-    q_offset=None,
-    window=None,
-    chunk=None,
-    prefix_lengths=None,
-    q_lengths=None,
-    kv_lengths=None,
-    kv_starts=None,
-    q_segment_ids=None,
-    kv_segment_ids=None,
-    scale=None,
-    softcap=None,
-    sinks=None,
-    return_lse=False,
-):
+def attention(query, key, value, *, return_lse=False, **options):
     """Ask all processes for output and lse."""
-    arguments = {name: x for name, x in locals().items() if x is not None}
-    arguments.pop("return_lse")
-    output, lse = _everywhere(arguments, None)
+    output, lse = _everywhere({"query": query, "key": key, "value": value} | options, None)
     return (output, lse) if return_lse else output
 
 
@@ -105,7 +84,7 @@ def _order(length):
 
 def _of_padded(options, lengths):
     """Say which tokens are real, and where the diagonal lies."""
-    positional = options.get("causal") or options.get("window") is not None or "chunk" in options
+    positional = options.get("causal") or "window" in options or "chunk" in options
     padded = {"q_offset": 0} if positional else {}
     for side, length in lengths.items():
         padded[f"{side}_lengths"] = numpy.full(len(options["query"]), length, numpy.int32)
