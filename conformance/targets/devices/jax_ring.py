@@ -1,7 +1,7 @@
 """`mha_spec_jax.ring_attention` on four devices, which are threads of the CPU.
 
 A sequence is padded to a length that the layout can deal out, with NaN, which its lengths hide. The environment
-variable MHA_RING_LAYOUT names the layout, zigzag by default; MHA_RING_FORM=all_to_all asks `all_to_all_attention`.
+variable MHA_RING_LAYOUT names the layout, zigzag by default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ arrays = "jax"
 dtypes = ("float64", "float32", "float16", "bfloat16")
 
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
-CALL = getattr(mha_spec_jax, f"{os.environ.get('MHA_RING_FORM', 'ring')}_attention")
 MESH = jax.make_mesh((len(jax.devices()),), ("ranks",), axis_types=(AxisType.Auto,))
 TOKENS = PartitionSpec(None, None, "ranks")
 SIDES = {
@@ -47,7 +46,7 @@ def attention(query, key, value, *, return_lse=False, **options):
     orders = {side: _order(length) for side, length in lengths.items()}
 
     def ring(operands):
-        return CALL(**operands, **rest, axis_name="ranks", layout=LAYOUT, return_lse=True)
+        return mha_spec_jax.ring_attention(**operands, **rest, axis_name="ranks", layout=LAYOUT, return_lse=True)
 
     dealt, specs = dict(operands), dict.fromkeys(operands, PartitionSpec())
     for name, (side, axis) in SIDES.items():

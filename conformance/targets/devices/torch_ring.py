@@ -4,7 +4,7 @@
 """`mha_spec_torch.ring_attention` in four processes under gloo, of which three are started by the first call.
 
 A sequence is padded to a length that the layout can deal out, with NaN, which its lengths hide. The environment
-variable MHA_RING_LAYOUT names the layout, zigzag by default; MHA_RING_FORM=all_to_all asks `all_to_all_attention`.
+variable MHA_RING_LAYOUT names the layout, zigzag by default.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ features = (
 RANKS = 4
 TIMEOUT = timedelta(seconds=60)
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
-CALL = getattr(mha_spec_torch, f"{os.environ.get('MHA_RING_FORM', 'ring')}_attention")
 SIDES = {"query": "q", "key": "kv", "value": "kv", "q_segment_ids": "q", "kv_segment_ids": "kv"}
 """The side of each array that is sharded."""
 
@@ -63,7 +62,7 @@ def of_rank(arguments, cotangents):
     operands = [options[name].detach().requires_grad_() for name in ("query", "key", "value")]
     operands += [options["sinks"].detach().clone().requires_grad_()] if "sinks" in options else []
     options.update(zip(("query", "key", "value", "sinks"), operands, strict=False))
-    outputs = CALL(**options, layout=LAYOUT, return_lse=True)
+    outputs = mha_spec_torch.ring_attention(**options, layout=LAYOUT, return_lse=True)
     if cotangents is None:
         return [_joined(output.detach(), orders["q"], lengths["q"]) for output in outputs]
     pairs = [
