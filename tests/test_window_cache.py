@@ -391,3 +391,17 @@ def test_weights_are_refused(module: str) -> None:
     for function, values in (("multi_head_attention_and_weights", [x, x]), ("multi_head_attention_weights", [x])):
         with pytest.raises(ArgumentValueError, match=rf"`cache` must be a KVCache in {function}.*MHA-CACHE-13"):
             getattr(functions, function)(x, *values, params, cache=window_cache(module), **FULL)
+
+
+def test_a_cache_of_a_subclass_is_taken_for_its_kind() -> None:
+    arrays = new("mha_spec.reference", 1)
+    params, x = operands("mha_spec.reference", "float64")
+    for kind, clause in ((KVCache, "MHA-CACHE-7"), (WindowKVCache, "MHA-CACHE-12")):
+        cache: Any = type("Mine", (kind,), {})(*window_cache("mha_spec.reference"))
+        assert type(reference.append_cache(cache, *arrays)) is kind
+        with pytest.raises(ArgumentValueError, match=rf"`cache.key` must have shape .*{clause}"):
+            reference.append_cache(cache, *(tokens[:, :2] for tokens in arrays))
+    with pytest.raises(ArgumentValueError, match=r"`chunk` must fit a WindowKVCache"):
+        reference.multi_head_attention(x, x, x, params, cache=cache, chunk=6)
+    with pytest.raises(ArgumentValueError, match=r"`bias` must be None with a WindowKVCache.*MHA-CACHE-13"):
+        reference.multi_head_attention(x, x, x, params, cache=cache, **FULL, bias=REFUSED["bias"])
