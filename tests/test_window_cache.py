@@ -111,11 +111,12 @@ def test_a_window_cache_equals_a_cache_of_all_tokens(module: str, steps: str, op
     assert_same(lambda dtype: decoded(module, window_cache(module, dtype), lengths, dtype, **chosen)[0], wanted)
 
 
-def test_lengths_may_be_arrays_of_the_library_and_chunks_ragged(module: str) -> None:
+@pytest.mark.parametrize("name", ["rotary", "chunk"])
+def test_lengths_may_be_arrays_of_the_library_and_steps_ragged(module: str, name: str) -> None:
     if module == "mha_spec_jax":
         pytest.skip("JAX compiles every step for seconds; a test below compiles a ragged step")
     library, steps = MODULES[module], [3, 7, 1, 6]
-    options = OPTIONS["rotary"] | {"kv_starts": [1, 0], "counts": list(RAGGED.values())}
+    options = OPTIONS[name] | {"kv_starts": [1, 0], "counts": list(RAGGED.values())}
     wanted = [to_library(x, library) for x in expected(steps, **options)]
 
     def ours(dtype: str) -> list[Any]:
