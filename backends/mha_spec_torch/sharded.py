@@ -20,7 +20,7 @@ from .function import Attention, transformed
 from .groups import Group, attached, exchanged, shared, summed
 from .merging import merge
 from .paths import autocasts
-from .ring import Ring
+from .ring import Ring, without_keys
 from .shards import Form, Shard, visit
 from .tasks import Span, softmax_dtype
 
@@ -189,8 +189,7 @@ def _of_rank(group: Group, form: Form, a: ShardedArguments) -> tuple[Tensor, Ten
     ids = _ids(a)
     queries = Shard((query,), ids[0]), [(Span(0, a.q_len), Piece(0, 1, a.q_len))]
     keys = Shard((a.key, a.value), ids[1]), form.pieces(group.rank, a.key.shape[2])
-    rows = (*query.shape[:3], a.value.shape[3])
-    output, lse = query.new_zeros(rows), query.new_full(rows[:3], -torch.inf)
+    output, lse = without_keys(query, a.value.shape[3])
     for block in visit(form, queries, keys):
         of_rows = (array.narrow(2, block.rows.start, block.rows.size) for array in (output, lse))
         merged = merge(*of_rows, *Attention.apply(block.problem, *block.x))
