@@ -45,9 +45,9 @@ def assert_printed(shown: str, printed: str) -> None:
     assert text.startswith(pieces[0]), f"expected {pieces[0]!r} at the beginning of {printed}"
     position = len(pieces[0])
     for piece in pieces[1:]:
-        found = text.find(piece, position)
-        assert found >= 0, f"expected {piece!r} behind {text[:position][-60:]!r} in {printed}"
-        position = found + len(piece)
+        place = text.find(piece, position)
+        assert place >= 0, f"expected {piece!r} behind {text[:position][-60:]!r} in {printed}"
+        position = place + len(piece)
     assert shown.rstrip().endswith("...") or text.endswith(pieces[-1]), (
         f"expected {pieces[-1]!r} at the end of {printed}"
     )
