@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from weakref import finalize
 
 import numpy
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .arrays import Array
 
-__all__ = ["Cache", "HighWater", "KVCache", "PagedKVCache", "WindowKVCache"]
+__all__ = ["AnyCache", "Cache", "HighWater", "KVCache", "PagedKVCache", "WindowKVCache"]
 
 
 class KVCache(NamedTuple):
@@ -184,6 +184,9 @@ class PagedKVCache(NamedTuple):
         key, value, table = (tuple(getattr(array, "shape", ())) for array in arrays)
         return f"PagedKVCache(key={key}, value={value}, lengths={self.lengths!r}, block_table={table})"
 
+
+AnyCache: TypeAlias = KVCache | PagedKVCache | WindowKVCache
+"""A cache of any kind, also for `isinstance`."""
 
 Cache = TypeVar("Cache", KVCache, PagedKVCache, WindowKVCache)
 """The type of a cache, which an append keeps."""

@@ -10,7 +10,7 @@ from . import paged_steps, window_steps
 from .arguments import options_of
 from .array_checks import check_integers, check_same_dtype, fits, require_array, shape_of
 from .arrays import host_integers, library_of
-from .cache import KVCache, PagedKVCache, WindowKVCache
+from .cache import AnyCache, KVCache, PagedKVCache, WindowKVCache
 from .errors import refuse_type, refuse_value
 from .pools import slots_of_positions
 from .position_checks import LARGEST_POSITION, check_entries, check_offset, chunk_size, window_bounds
@@ -32,15 +32,13 @@ KINDS = {
 }
 """The caches whose attention has fewer options, each with its clause and its options."""
 
-CLAUSES = {KVCache: "MHA-CACHE-7", WindowKVCache: "MHA-CACHE-12"}
-"""The clauses of the buffers of a cache with slots for each batch entry."""
-
 
 def check_options_of_cache(cache: object, function: str, options: Mapping[str, Any], *, weighs: bool) -> None:
     """Refuse what attention with this cache does not have, by name (MHA-CACHE-10, MHA-CACHE-13)."""
-    if not isinstance(cache, (PagedKVCache, WindowKVCache)):
+    limited = next((kind for kind in KINDS if isinstance(cache, kind)), None)
+    if limited is None:
         return
-    kind, (clause, accepted) = type(cache).__name__, KINDS[type(cache)]
+    kind, (clause, accepted) = limited.__name__, KINDS[limited]
     if weighs or function == "multi_head_attention_and_weights":
         refuse_value(
             clause, f"`cache` must be a KVCache in {function}, received a {kind}, with which there are no weights."
@@ -110,7 +108,8 @@ def check_buffers(cache: object, like: Array, other: str, sizes: tuple[Size, Siz
     if isinstance(cache, PagedKVCache):
         clause, axes = "MHA-CACHE-9", {"blocks": None, "block_size": None, "kv_heads": kv_heads}
     elif isinstance(cache, (KVCache, WindowKVCache)):
-        clause, axes = CLAUSES[type(cache)], {"batch": batch, "kv_heads": kv_heads, "capacity": None}
+        clause = "MHA-CACHE-12" if isinstance(cache, WindowKVCache) else "MHA-CACHE-7"
+        axes = {"batch": batch, "kv_heads": kv_heads, "capacity": None}
     else:
         refuse_type(
             "MHA-CACHE-7", f"`cache` must be a KVCache, received {type(cache).__name__}. Make it with KVCache.empty."
@@ -168,9 +167,7 @@ def _room(cache: KVCache | PagedKVCache) -> Size:
     return None if size is None or columns is None else size * columns
 
 
-def check_room(
-    cache: KVCache | PagedKVCache | WindowKVCache, length: Size, counts: Array | Sequence[int] | None
-) -> None:
+def check_room(cache: AnyCache, length: Size, counts: Array | Sequence[int] | None) -> None:
     """Require a free slot for every new token, where lengths and table are host data (MHA-CACHE-4, MHA-CACHE-11)."""
     if isinstance(cache, WindowKVCache):
         return

@@ -47,10 +47,7 @@ __all__ = [
     "check_result",
     "check_same_device",
     "check_score_numbers",
-    "check_segments",
     "check_sinks",
-    "check_sizes",
-    "check_tensors",
     "refuse_unknown",
 ]
 
@@ -92,7 +89,8 @@ def refuse_unknown(options: Mapping[str, object], function: str = "attention") -
                 f"`{name}` is not an option of {function}: it would hold or draw a number for each pair of the whole "
                 "sequence. Lengths, windows, chunks, prefixes and segments hide pairs over several devices.",
             )
-        names = [*known, *OWN_KEYWORDS.get(function, ())]
+        # The keyword of another framework, such as `group` in JAX, is not suggested again.
+        names = [other for other in (*known, *OWN_KEYWORDS.get(function, ())) if other != name]
         near = get_close_matches(name, names, 1)
         kind = "options" if known else "arguments"
         hint = f"Did you mean `{near[0]}`?" if near else f"The {kind} are {', '.join(names)}."

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from .arguments import Options, WeightOptions
-    from .cache import Cache, KVCache
+    from .cache import AnyCache, Cache, KVCache
     from .rotary_checks import Rotary
 
 __all__ = [
@@ -49,7 +49,7 @@ class Operands(NamedTuple):
     key: Any
     value: Any
     options: dict[str, Any]
-    cache: KVCache | PagedKVCache | WindowKVCache | None = None
+    cache: AnyCache | None = None
     """The new cache; None in a call without a cache."""
 
 

@@ -26,7 +26,7 @@ from .scalars import LARGEST_FLOAT, check_integer, check_number, is_integer, pla
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from .cache import KVCache, PagedKVCache
+    from .cache import AnyCache
     from .rotary_checks import Rotary
 
 __all__ = [
@@ -55,7 +55,7 @@ class LayerArguments:
     params: Mapping[str, Array]
     rotary: Mapping[str, Any] | None
     norm_epsilon: float
-    cache: KVCache | PagedKVCache | WindowKVCache | None
+    cache: AnyCache | None
     options: dict[str, Any]
     """The options of attention that the call has."""
     positions: Array | Sequence[Any] | None = None
@@ -302,7 +302,7 @@ def _is_series(value: object) -> TypeGuard[Sequence[object]]:
     return is_sequence(value) or isinstance(value, range)
 
 
-def _check_cache(a: LayerArguments, cache: KVCache | PagedKVCache | WindowKVCache) -> None:
+def _check_cache(a: LayerArguments, cache: AnyCache) -> None:
     """Require the query's library, dtype, device and batch, and the sizes of the parameters (MHA-CACHE-7)."""
     check_options_of_cache(cache, a.function, a.options, weighs=a.weighs)
     _, kv_heads, qk_dim = a.params["w_k"].shape
@@ -323,7 +323,7 @@ def _check_cache(a: LayerArguments, cache: KVCache | PagedKVCache | WindowKVCach
 
 
 def check_append(
-    cache: KVCache | PagedKVCache | WindowKVCache,
+    cache: AnyCache,
     key: Array,
     value: Array,
     counts: Array | Sequence[int] | None,

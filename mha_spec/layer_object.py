@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from .arrays import Array
-    from .cache import KVCache, PagedKVCache, WindowKVCache
+    from .cache import AnyCache, KVCache
 
 __all__ = ["CallOptions", "CallWeightOptions", "LayerObject", "LayerOptions", "LayerSettings", "expand_layer_options"]
 
@@ -224,7 +224,7 @@ class LayerObject:
         key: Array | None,
         value: Array | None,
         *,
-        cache: KVCache | PagedKVCache | WindowKVCache | None = None,
+        cache: AnyCache | None = None,
         **options: Unpack[CallOptions],
     ) -> Any:
         """Attend from the query to the key, by default the query, and its value, by default the key."""

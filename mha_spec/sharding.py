@@ -8,22 +8,17 @@ by it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
-from .arguments import SHARDED_FUNCTIONS, Arguments
-from .checks import check, check_numbers, check_segments, check_sinks, check_sizes, check_tensors
+from .arguments import Arguments
+from .checks import check
 from .errors import refuse_type, refuse_value
-from .position_checks import check_alignment, check_chunk, check_lengths, check_prefix, check_window
 from .scalars import is_integer, plain, short_repr
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = [
     "LAYOUTS",
-    "SHARDED_FUNCTIONS",
     "Piece",
     "ShardedArguments",
     "check_heads_over",
@@ -42,7 +37,7 @@ class Piece(NamedTuple):
     """Consecutive rows of a shard, which hold evenly spaced tokens: row i is the token first + stride * i."""
 
     first: Any
-    """An integer, or an array of a framework if the rank is one."""
+    """An integer, or an array of a framework if the rank is an array."""
     stride: int
     size: int
     """The number of rows."""
@@ -51,7 +46,7 @@ class Piece(NamedTuple):
 def pieces(layout: str, rank: Any, ranks: int, length: int) -> tuple[Piece, ...]:
     """Return the pieces of a shard of `length` rows, in the order of its rows (MHA-SHARD-1).
 
-    A striped shard, or a contiguous one, is a single piece; a zigzag shard is two. `rank` may be a traced integer.
+    A striped or a contiguous shard is a single piece; a zigzag shard is two. `rank` may be a traced integer.
     """
     if layout == "striped":
         return (Piece(rank, ranks, length),)
@@ -71,12 +66,12 @@ def shard_order(layout: str, ranks: int, length: int) -> numpy.ndarray:
         ArgumentValueError: The layout is unknown, or the tokens cannot be dealt out evenly.
         ArgumentTypeError: `ranks` or `length` is not an integer.
     """
-    sizes = {"ranks": plain(ranks), "length": plain(length)}
-    for name, size in sizes.items():
+    ranks, length = plain(ranks), plain(length)
+    for name, size, least in (("ranks", ranks, 1), ("length", length, 0)):
         if not is_integer(size):
             refuse_type("MHA-SHARD-1", f"`{name}` must be an integer, received {name}={short_repr(size)}.")
-        if size < (name == "ranks"):
-            refuse_value("MHA-SHARD-1", f"`{name}` must not be negative, nor ranks 0, received {name}={size}.")
+        if size < least:
+            refuse_value("MHA-SHARD-1", f"`{name}` must be at least {least}, received {name}={size}.")
     if length % ranks:
         refuse_value(
             "MHA-SHARD-1",
@@ -100,7 +95,7 @@ def count_before(number: Any, piece: Piece) -> Any:
 
 def check_layout(layout: object, lengths: dict[str, int]) -> None:
     """Require the name of a layout, and an even number of rows for zigzag, which deals out two chunks (MHA-SHARD-1)."""
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         names = ", ".join(map(repr, LAYOUTS))
         refuse_value("MHA-SHARD-1", f"`layout` must be one of {names}, received layout={short_repr(layout)}.")
     for name, length in lengths.items():
@@ -132,24 +127,9 @@ class ShardedArguments(Arguments):
         return self.kv_ranks * self.key.shape[2]
 
 
-CHECKS: tuple[Callable[[Arguments], None], ...] = (
-    check_tensors,
-    check_sizes,
-    check_numbers,
-    check_window,
-    check_chunk,
-    check_sinks,
-    check_lengths,
-    check_segments,
-    check_alignment,
-    check_prefix,
-)
-"""The checks of attention without those of options that a sharded call refuses (MHA-SHARD-6)."""
-
-
 def check_sharded(a: ShardedArguments, layout: str) -> ShardedArguments:
     """Check the arguments of a call on shards; lengths and offsets are those of the whole sequence (MHA-SHARD-2)."""
-    check(a, CHECKS)
+    check(a)
     lengths = {"q_len": a.query.shape[2]} if a.q_ranks > 1 else {}
     lengths |= {"kv_len": a.key.shape[2]} if a.kv_ranks > 1 else {}
     check_layout(layout, lengths)
@@ -158,9 +138,8 @@ def check_sharded(a: ShardedArguments, layout: str) -> ShardedArguments:
 
 def check_heads_over(a: ShardedArguments, ranks: int) -> None:
     """Require heads and kv_heads that can be dealt out to the ranks (MHA-SHARD-6)."""
-    for name, heads in (("query", a.heads), ("key", a.kv_heads)):
+    for name, label, heads in (("query", "heads", a.heads), ("key", "kv_heads", a.kv_heads)):
         if heads % ranks:
-            label = "heads" if name == "query" else "kv_heads"
             refuse_value(
                 "MHA-SHARD-6",
                 f"`{name}` must have {label} that are a multiple of the number of ranks, {ranks}, received "

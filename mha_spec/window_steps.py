@@ -157,7 +157,7 @@ def capacity_of(buffer: Array) -> int:
 
 
 def start_of_keys(starts: Array, chunk: int | None) -> Array:
-    """Return the first visible key; chunks are counted from it, so that it is the start of one (MHA-WINDOW-3).
+    """Return the first visible key; chunks are counted from it, so that a chunk starts there (MHA-WINDOW-3).
 
     Before the first key there is no index. The incomplete chunk behind it is hidden, which no query can see: it is
     before the chunk of the first new token, which the capacity has room for (MHA-CACHE-14).

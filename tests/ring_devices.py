@@ -25,7 +25,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
-from support.comparisons import assert_near  # noqa: E402
+from support.comparisons import differences  # noqa: E402
 from support.goldens import cases, failures, names  # noqa: E402
 from support.numbers import numbers  # noqa: E402
 
@@ -93,13 +93,10 @@ def faults(form: str, layout: str, lengths: tuple[int, int], options: dict[str, 
     def whole(query: Any, key: Any, value: Any, sinks: Any) -> Any:
         return mha_spec_jax.attention(query, key, value, sinks=sinks, return_lse=True, **options)
 
-    expected = results(whole, operands, gradients=gradients)
-    try:
-        got = results(spread(form, layout, arrays, rest, **settings), operands, gradients=gradients)
-        assert_near([numpy.asarray(x) for x in got], [numpy.asarray(x) for x in expected])
-    except AssertionError as error:
-        return ["\n".join(["different", *str(error).splitlines()[:1]])]
-    return []
+    names = ("output", "lse", *(("query", "key", "value", "sinks") if gradients else ()))
+    calls = spread(form, layout, arrays, rest, **settings), whole
+    got, expected = (map(numpy.asarray, results(call, operands, gradients=gradients)) for call in calls)
+    return differences(names, got, expected)
 
 
 def meanings() -> dict[str, Any]:
@@ -142,14 +139,14 @@ def goldens() -> dict[str, Any]:
         function: [case for case in cases(function) if not names(case) & refused]
         for function in ("attention", "attention_vjp")
     }
-    found: dict[str, Any] = {}
+    faults_of: dict[str, Any] = {}
     case = next(case for case in some["attention"] if "sinks" in names(case) and "float32" in case.dtypes)
-    found["golden sinks"] = failures("jax", [case], ask, "float32")
+    faults_of["golden sinks"] = failures("jax", [case], ask, "float32")
     poisoned = next(case for case in some["attention"] if "poison" in case.features and "float32" in case.dtypes)
-    found["golden poison"] = failures("jax", [poisoned], ask, "float32")
+    faults_of["golden poison"] = failures("jax", [poisoned], ask, "float32")
     case = next(case for case in some["attention_vjp"] if "causal" in names(case) and "bfloat16" in case.dtypes)
-    found["golden gradients"] = failures("jax", [case], ask_vjp, "bfloat16")
-    return found
+    faults_of["golden gradients"] = failures("jax", [case], ask_vjp, "bfloat16")
+    return faults_of
 
 
 def mistakes() -> dict[str, Any]:
@@ -211,7 +208,7 @@ def memory() -> dict[str, Any]:
 
 def programs() -> dict[str, Any]:
     """Name the collectives that a call or a layer with sharded batch and heads holds after compilation."""
-    found: dict[str, Any] = {}
+    kinds_of: dict[str, Any] = {}
     mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     heads, entries, everywhere = P("batch", "heads"), P("batch"), P()
 
@@ -233,7 +230,7 @@ def programs() -> dict[str, Any]:
         "replicated": (heads, heads, everywhere, everywhere, everywhere),
         "sharded": (heads, heads, heads, P(None, "heads"), entries),
     }.items():
-        found[f"program {name}"] = collectives(attend, (x, k, mask, bias, lengths), specs)
+        kinds_of[f"program {name}"] = collectives(attend, (x, k, mask, bias, lengths), specs)
     shapes = {"w_q": (7, 8, 5), "w_k": (7, 4, 5), "w_v": (7, 4, 5), "w_o": (8, 5, 7)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     split = {name: P("heads") if name == "w_o" else P(None, "heads") for name in shapes}
@@ -242,8 +239,8 @@ def programs() -> dict[str, Any]:
         options: dict[str, Any] = {"causal": True, "kv_lengths": lengths, "q_offset": 0, "rotary": {"rotary_dim": 4}}
         return mha_spec_jax.multi_head_attention(tokens, tokens, tokens, params, **options)
 
-    found["program layer"] = collectives(layer, (jnp.zeros((4, 12, 7)), params, lengths), (entries, split, entries))
-    return found
+    kinds_of["program layer"] = collectives(layer, (jnp.zeros((4, 12, 7)), params, lengths), (entries, split, entries))
+    return kinds_of
 
 
 def example() -> dict[str, Any]:
@@ -253,11 +250,7 @@ def example() -> dict[str, Any]:
     exec(page.split("```python\n")[1].split("```")[0], scope)
     x = jnp.asarray(numpy.asarray(scope["x"]))[:, :, numpy.argsort(scope["order"])]
     expected = mha_spec_jax.attention(x, x, x, causal=True)
-    try:
-        assert_near(scope["output"], numpy.asarray(expected))
-    except AssertionError as error:
-        return {"example": ["different", str(error)]}
-    return {"example": []}
+    return {"example": differences(("output",), (scope["output"],), (numpy.asarray(expected),))}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import numpy
 import torch
 import torch.distributed as dist
-from support.comparisons import assert_near
+from support.comparisons import differences
 from support.goldens import arguments_of, cases, failures, names
 from support.numbers import numbers
 from torch.utils.checkpoint import checkpoint
@@ -44,7 +44,6 @@ FORMS = ("ring_attention", "all_to_all_attention", "sharded_kv_attention")
 REFUSED = {"mask", "bias", "dropout_rate", "dropout_mask", "dropout_key"}
 STEP = 23
 """One in this number of the small goldens is asked."""
-START = 0
 TIMEOUT, OF_LOST = 60, 3
 """The seconds after which a rank that does not answer is an error; the second for a rank that will not answer."""
 
@@ -105,13 +104,7 @@ def faults(form: str, layout: str, lengths: tuple[int, int], options: dict[str, 
     local = [of_queries(query), dealt(key, kv_order, 2), dealt(value, kv_order, 2), sinks]
     whole_outputs = [torch.empty_like(output), torch.empty_like(lse)]
     got = results(of_rank, local, lambda _: [of_queries(cotangent) for cotangent in cotangents(whole_outputs)])
-    found = []
-    for name, result, other in zip(("output", "lse", "query", "key", "value", "sinks"), got, expected, strict=True):
-        try:
-            assert_near(result, other)
-        except AssertionError:
-            found.append(name)
-    return found
+    return differences(("output", "lse", "query", "key", "value", "sinks"), got, expected)
 
 
 def meanings() -> dict[str, Any]:
@@ -166,14 +159,9 @@ def derivatives() -> dict[str, Any]:
     over = twice(partial(second, call=mha_spec_torch.all_to_all_attention, layout="striped"), local)
     whole = twice(partial(second, call=mha_spec_torch.attention), operands)
     expected = [*(dealt(gradient, order, 2) for gradient in whole[:3]), whole[3]]
-    faults_of_second = []
-    try:
-        assert_near(over, expected)
-    except AssertionError:
-        faults_of_second.append("different")
     return {
         "checkpoint": [] if all(map(torch.equal, gradients, repeated)) else ["different"],
-        "second derivative of all to all": faults_of_second,
+        "second derivative of all to all": differences(("query", "key", "value", "sinks"), over, expected),
     }
 
 
@@ -259,7 +247,7 @@ def goldens() -> dict[str, Any]:
 
     answers: dict[str, Any] = {}
     for function, dtype in (("attention", "float32"), ("attention_vjp", "bfloat16")):
-        some = [case for case in cases(function) if not names(case) & REFUSED and dtype in case.dtypes][START::STEP]
+        some = [case for case in cases(function) if not names(case) & REFUSED and dtype in case.dtypes][::STEP]
         answers[f"count {function}"] = len(some)
         if function == "attention_vjp" and dist.get_rank() == 0:
             answers[f"golden {function}"] = failures("torch", some, ask, dtype)
@@ -285,13 +273,13 @@ def refusals() -> dict[str, Any]:
     forms: list[Any] = [getattr(mha_spec_torch, name) for name in FORMS]
     of_type, of_value = partial(message, ArgumentTypeError), partial(message, ArgumentValueError)
     ones = torch.ones(1, 1, 1, 1)
-    found: dict[str, Any] = {
+    messages: dict[str, Any] = {
         f"refused {name} {call.__name__}": of_type(call, query, key, value, **{name: ones})
         for call in forms
         for name in sorted(REFUSED)
     }
     call = partial(of_value, forms[0], query, key, value)
-    found |= {
+    messages |= {
         "refused layout": call(layout="stripes"),
         "refused odd": of_value(forms[0], query[:, :, :11], key, value, layout="zigzag"),
         "refused length": call(kv_lengths=[49, 0]),
@@ -304,8 +292,8 @@ def refusals() -> dict[str, Any]:
     }
     query.requires_grad_()
     (gradient,) = torch.autograd.grad(forms[0](query, key, value).sum(), query, create_graph=True)
-    found["refused second derivative"] = of_type(torch.autograd.grad, gradient.sum(), query)
-    return found
+    messages["refused second derivative"] = of_type(torch.autograd.grad, gradient.sum(), query)
+    return messages
 
 
 def counts() -> dict[str, Any]:
@@ -370,12 +358,19 @@ def lost_rank(*, hangs: bool) -> dict[str, Any]:
     return {name: text != "no error" and time.monotonic() - start < TIMEOUT / 2}
 
 
-def dtensors() -> dict[str, Any]:
-    """Ask attention on DTensors of a mesh of batch and heads, and collect the messages of its errors."""
+def spread(placements: Any, *arrays: Any) -> list[Any]:
+    """Distribute arrays over a mesh of two ranks along the batch and two along the heads."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "heads"))
+    return [distribute_tensor(array, mesh, of_array) for array, of_array in zip(arrays, placements, strict=True)]
+
+
+def dtensors() -> dict[str, Any]:
+    """Compare attention on DTensors that are sharded over batch and heads with attention in one process."""
+    from torch.distributed.tensor import Replicate, Shard
+
     query, key, value, sinks = operands = tensors(7, 11)
     bias = torch.from_numpy(numbers(1, HEADS, 7, 11, seed=7))
     plain: dict[str, Any] = {
@@ -390,9 +385,6 @@ def dtensors() -> dict[str, Any]:
         options = plain | entries | {"sinks": sinks, "bias": bias, "return_lse": True}
         return mha_spec_torch.attention(query, key, value, **options)
 
-    def spread(placements: Any, *arrays: Any) -> list[Any]:
-        return [distribute_tensor(array, mesh, of_array) for array, of_array in zip(arrays, placements, strict=True)]
-
     def run(arrays: Any) -> list[Any]:
         leaves = [array.detach().requires_grad_() for array in arrays]
         outputs = whole(*leaves)
@@ -404,25 +396,32 @@ def dtensors() -> dict[str, Any]:
         return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in results]
 
     def fault(arrays: Any, placements: Any) -> list[str]:
-        try:
-            assert_near(run(spread(placements, *arrays)), run(arrays))
-        except AssertionError as error:
-            return [f"different {error}"]
-        return []
+        names = ("output", "lse", "query", "key", "value", "sinks", "bias")
+        return differences(names, run(spread(placements, *arrays)), run(arrays))
 
     both, everywhere = [Shard(0), Shard(1)], [Replicate(), Replicate()]
     single = [query, key[:, :1], value[:, :1], sinks, bias]
     first = [query[:1], key[:1], value[:1], sinks, bias]
     of_single = [both, *[[Shard(0), Replicate()]] * 2, [Replicate(), Shard(0)], everywhere]
-    of_value, of_type = partial(message, ArgumentValueError), partial(message, ArgumentTypeError)
-    (by_tokens,) = spread([[Shard(2), Replicate()]], query)
-    x, k, v = spread([both] * 3, query, key, value)
-    attention = mha_spec_torch.attention
     return {
         "dtensor both": fault([*operands, bias], [both, both, both, everywhere, [Replicate(), Shard(1)]]),
         "dtensor one entry": fault(first, [both, both, both, everywhere, everywhere]),
         "dtensor one kv head": fault(single, of_single),
         "dtensor replicated": fault([*operands, bias], [everywhere] * 5),
+    }
+
+
+def refusals_of_dtensors() -> dict[str, Any]:
+    """Collect the messages of errors of calls on DTensors."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    both, everywhere = [Shard(0), Shard(1)], [Replicate(), Replicate()]
+    query, key, value, sinks = tensors(7, 11)
+    of_value, of_type = partial(message, ArgumentValueError), partial(message, ArgumentTypeError)
+    (by_tokens,) = spread([[Shard(2), Replicate()]], query)
+    x, k, v = spread([both] * 3, query, key, value)
+    attention = mha_spec_torch.attention
+    return {
         "refused sequence": of_value(attention, by_tokens, *spread([everywhere] * 2, key, value)),
         "refused placement": of_value(attention, x, *spread([everywhere] * 2, key, value)),
         "refused mixture": of_type(attention, x, key, value),
@@ -446,11 +445,8 @@ def example() -> dict[str, Any]:
     expected: Any = mha_spec_torch.attention(x, x, x, causal=True)
     whole = expected.detach(), *torch.autograd.grad(expected.sum(), x)
     order = scope["order"][dist.get_rank()]
-    try:
-        assert_near([scope["output"].detach(), scope["x"].grad], [array[:, :, order] for array in whole])
-    except AssertionError:
-        return {"example": ["different"]}
-    return {"example": []}
+    results = scope["output"].detach(), scope["x"].grad
+    return {"example": differences(("output", "gradient"), results, [array[:, :, order] for array in whole])}
 
 
 PARTS = {
@@ -462,6 +458,7 @@ PARTS = {
     "counts": counts,
     "hidden": hidden_rank,
     "dtensors": dtensors,
+    "refusals of dtensors": refusals_of_dtensors,
     "example": example,
     "ends": partial(lost_rank, hangs=False),
     "hangs": partial(lost_rank, hangs=True),

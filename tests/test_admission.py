@@ -248,7 +248,8 @@ def layer_changes(arrays: Arrays, options: Options) -> Iterator[tuple[str, Array
     if "cache_block_table" in arrays:
         table = (arrays["cache_block_table"] + 1) % len(arrays["cache_key"])
         yield "cache_block_table", {**arrays, "cache_block_table": table}, options
-    arrays = with_contiguous_cache({**arrays, **{name: True for name in ("window_cache",) if name in options}})
+    wraps = {"window_cache": True} if "window_cache" in options else {}
+    arrays = with_contiguous_cache({**arrays, **wraps})
     options = without(options, "window_cache")
     shown = {name: array for name, array in arrays.items() if name not in ("query", "key", "value")}
     tokens = {name: arrays[name] for name in ("query", "key", "value") if name in arrays}

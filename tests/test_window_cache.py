@@ -111,11 +111,12 @@ def test_a_window_cache_equals_a_cache_of_all_tokens(module: str, steps: str, op
     assert_same(lambda dtype: decoded(module, window_cache(module, dtype), lengths, dtype, **chosen)[0], wanted)
 
 
-def test_lengths_may_be_arrays_of_the_library_and_chunks_ragged(module: str) -> None:
+@pytest.mark.parametrize("name", ["rotary", "chunk"])
+def test_lengths_may_be_arrays_of_the_library_and_steps_ragged(module: str, name: str) -> None:
     if module == "mha_spec_jax":
         pytest.skip("JAX compiles every step for seconds; a test below compiles a ragged step")
     library, steps = MODULES[module], [3, 7, 1, 6]
-    options = OPTIONS["rotary"] | {"kv_starts": [1, 0], "counts": list(RAGGED.values())}
+    options = OPTIONS[name] | {"kv_starts": [1, 0], "counts": list(RAGGED.values())}
     wanted = [to_library(x, library) for x in expected(steps, **options)]
 
     def ours(dtype: str) -> list[Any]:
@@ -391,3 +392,17 @@ def test_weights_are_refused(module: str) -> None:
     for function, values in (("multi_head_attention_and_weights", [x, x]), ("multi_head_attention_weights", [x])):
         with pytest.raises(ArgumentValueError, match=rf"`cache` must be a KVCache in {function}.*MHA-CACHE-13"):
             getattr(functions, function)(x, *values, params, cache=window_cache(module), **FULL)
+
+
+def test_a_cache_of_a_subclass_is_taken_for_its_kind() -> None:
+    arrays = new("mha_spec.reference", 1)
+    params, x = operands("mha_spec.reference", "float64")
+    for kind, clause in ((KVCache, "MHA-CACHE-7"), (WindowKVCache, "MHA-CACHE-12")):
+        cache: Any = type("Mine", (kind,), {})(*window_cache("mha_spec.reference"))
+        assert type(reference.append_cache(cache, *arrays)) is kind
+        with pytest.raises(ArgumentValueError, match=rf"`cache.key` must have shape .*{clause}"):
+            reference.append_cache(cache, *(tokens[:, :2] for tokens in arrays))
+    with pytest.raises(ArgumentValueError, match=r"`chunk` must fit a WindowKVCache"):
+        reference.multi_head_attention(x, x, x, params, cache=cache, chunk=6)
+    with pytest.raises(ArgumentValueError, match=r"`bias` must be None with a WindowKVCache.*MHA-CACHE-13"):
+        reference.multi_head_attention(x, x, x, params, cache=cache, **FULL, bias=REFUSED["bias"])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jax import Array
     from jax.sharding import Sharding
 
-    from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
+    from mha_spec.cache import AnyCache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int]
@@ -52,9 +52,7 @@ def check_layer(a: LayerArguments) -> LayerArguments:
     return a
 
 
-def check_append(
-    cache: KVCache | PagedKVCache | WindowKVCache, key: Array, value: Array, lengths: Integers | None
-) -> None:
+def check_append(cache: AnyCache, key: Array, value: Array, lengths: Integers | None) -> None:
     """Check the arguments of append_cache, and the devices of all its arrays (MHA-ARG-4)."""
     layer_checks.check_append(cache, key, value, lengths)
     check_devices({"key": key, "value": value, "lengths": lengths} | _cache_arrays(cache))
@@ -70,5 +68,5 @@ def check_alibi(slopes: Array | int, q_len: Any, kv_len: Any, q_offset: Integers
     check_devices({"slopes": slopes, "q_offset": q_offset})
 
 
-def _cache_arrays(cache: KVCache | PagedKVCache | WindowKVCache | None) -> dict[str, object]:
+def _cache_arrays(cache: AnyCache | None) -> dict[str, object]:
     return {} if cache is None else {f"cache.{name}": array for name, array in cache._asdict().items()}

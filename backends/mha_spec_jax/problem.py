@@ -122,16 +122,12 @@ def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem,
 def with_offset(a: Arguments) -> Arguments:
     """Replace the name of an alignment by the offset that it means (MHA-POS-2)."""
     if isinstance(a.q_offset, str):
-        a.q_offset = offset_of(a.q_offset, a.q_lengths, a.kv_lengths, a.query, a.key)
+        a.q_offset = offset_of_reading(a.q_offset, _length(a.q_lengths, a.q_len), _length(a.kv_lengths, a.kv_len))
     return a
 
 
 def offset_of(
-    name: str,
-    q_lengths: Integers | None,
-    kv_lengths: Integers | None,
-    query: Array | jax.ShapeDtypeStruct,
-    key: Array | jax.ShapeDtypeStruct,
+    name: str, q_lengths: Integers | None, kv_lengths: Integers | None, query: Array, key: Array
 ) -> Array | numpy.ndarray | int:
     """Return the offset that the name of an alignment means: host data where the lengths are, else an array.
 

@@ -89,7 +89,7 @@ def _replaced(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
 
 
 def _around(form: Form, step: Callable[..., tuple[Any, Any]], keys: Any, sums: Any, state: Any) -> tuple[Any, Any]:
-    """Run `step(ranks, keys, sums, state)` on the keys of every rank, beginning with the rank's own.
+    """Run `step(ranks, keys, sums, state)` on the keys of every rank, beginning with those of this rank.
 
     Keys are sent before the step, so that the transfer and the computation can overlap, and the sums for these keys
     after it. The last step sends the sums back to the rank that holds the keys.

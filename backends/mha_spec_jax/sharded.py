@@ -19,7 +19,7 @@ from mha_spec.sharding import Piece, ShardedArguments, check_heads_over, check_s
 
 from . import core, function, ring
 from .merging import Halves, merge
-from .problem import Operands, anchor_of, bounded, digits_of, offset_of
+from .problem import Operands, anchor_of, bounded, digits_of, with_offset
 from .shards import Form, Keys, Numbers, Pair, Queries, axes_of, cut, varying
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def all_to_all_attention(
         options["q_segment_ids"] = exchange.joined_ids(a.q_segment_ids)
         options["kv_segment_ids"] = exchange.joined_ids(a.kv_segment_ids)
     if a.sinks is not None:
-        options["sinks"] = exchange.own_heads(a.sinks)
+        options["sinks"] = exchange.heads_of_rank(a.sinks)
     tensors = (exchange.to_heads(array) for array in (query, key, value))
     output, lse = core.attention(*tensors, **options, return_lse=True)
     output = exchange.to_sequence(output)
@@ -122,7 +122,7 @@ class _Exchange:
         joined = lax.all_gather(jnp.asarray(ids), self.axis, axis=1, tiled=True)
         return self._taken(joined, numpy.argsort(self._order(joined.shape[1])), 1)
 
-    def own_heads(self, sinks: Array) -> Array:
+    def heads_of_rank(self, sinks: Array) -> Array:
         """Cut the heads of this rank; the gradients of the others are added by their ranks."""
         size = sinks.shape[0] // self.ranks
         sinks = varying(frozenset({self.axis}), sinks)
@@ -161,7 +161,8 @@ def sharded_kv_attention(
     return_lse = check_flag("return_lse", return_lse)
     form, numbers = _form(a, axis_name, ranks, layout, on_host=False)
     output, lse = _over_ranks(axis_name, *_of_rank(form, numbers, a), a.sinks)
-    return (output.astype(query.dtype), lse) if return_lse else output.astype(query.dtype)
+    output = output.astype(query.dtype)
+    return (output, lse) if return_lse else output
 
 
 def _of_rank(form: Form, numbers: Numbers, a: ShardedArguments) -> tuple[Array, Array]:
@@ -224,7 +225,7 @@ def _form(a: ShardedArguments, axis: str, ranks: int, layout: str, *, on_host: b
 
     Without `on_host` an offset is an array, wherever it comes from.
     """
-    offset: Any = _offset(a)
+    offset: Any = 0 if a.q_offset is None else with_offset(a).q_offset
     shifts = a.causal or a.bounded_window is not None
     known = host_integers(offset) or []
     fixed = 0 if not shifts else None
@@ -240,14 +241,6 @@ def _form(a: ShardedArguments, axis: str, ranks: int, layout: str, *, on_host: b
     arrays = jax.tree.leaves((a.query, a.key, a.value, a.sinks, numbers, digits_of(a)))
     axes = axes_of(*map(jnp.asarray, arrays)) | {axis}
     return Form(axis, axes, ranks, layout, a.causal, a.bounded_window, a.chunk, fixed, a.scale, a.softcap), numbers
-
-
-def _offset(a: ShardedArguments) -> Any:
-    """Return the position of query 0 of the whole sequence (MHA-POS-2)."""
-    if not isinstance(a.q_offset, str):
-        return 0 if a.q_offset is None else a.q_offset
-    query, key = (jax.ShapeDtypeStruct((1, 1, length, 1), a.query.dtype) for length in (a.q_len, a.kv_len))
-    return offset_of(a.q_offset, a.q_lengths, a.kv_lengths, query, key)
 
 
 def _array(numbers: Array | Sequence[int]) -> Array | numpy.ndarray:

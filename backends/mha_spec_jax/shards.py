@@ -1,13 +1,15 @@
 """Attention of a rank's queries over the keys of another rank, as calls on a single device.
 
 A shard is one or two pieces of evenly spaced tokens, so the pairs of two pieces are those of a call whose window,
-offset and lengths are shifted. Where the host knows the offset, each shift is a program of its own, which plans its
+offset and lengths are shifted. Where the host knows the offset, each shift has a separate program, which plans its
 blocks as every call does; few shifts differ, because most pairs of pieces are wholly hidden or wholly visible.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -151,12 +153,10 @@ def visit(
     `ranks` are the rank that holds the queries and the rank whose keys they are. A wholly hidden pair of pieces costs
     nothing: the state passes through a branch.
     """
-    q_length, kv_length = (sum(side[0].shape[2] for side in pieces) for pieces in (queries, keys))
+    q_length, kv_length = (sum(part[0].shape[2] for part in side) for side in (queries, keys))
     rank, source = ranks
-    q_pieces, kv_pieces = (
-        pieces(form.layout, rank, form.ranks, q_length),
-        pieces(form.layout, source, form.ranks, kv_length),
-    )
+    q_pieces = pieces(form.layout, rank, form.ranks, q_length)
+    kv_pieces = pieces(form.layout, source, form.ranks, kv_length)
     for a, b in numpy.ndindex(len(q_pieces), len(kv_pieces)):
         pair = Pair(form, numbers, q_pieces[a], kv_pieces[b], queries[a], keys[b])
         table, programs = spans(form, (q_length, kv_length), a, b)
@@ -283,12 +283,7 @@ class Pair(NamedTuple):
             tests.append(jnp.asarray(low <= high))
         if min(self.q_piece.size, self.kv_piece.size) > 0:
             tests += [_overlap(*ids) for ids in zip(*self._digits(), strict=True)]
-        if not tests:
-            return None
-        visible = tests[0]
-        for test in tests[1:]:
-            visible = visible & test
-        return jnp.any(visible)
+        return jnp.any(reduce(and_, tests)) if tests else None
 
 
 def _tokens(piece: Piece) -> Array:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from mha_spec import layer_checks, layer_steps, paged_steps, window_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
-from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
+from mha_spec.cache import AnyCache, KVCache, PagedKVCache
 from mha_spec.checks import check_library
 from mha_spec.errors import refuse_value
 from mha_spec.layer import Layer
@@ -91,7 +91,7 @@ def _with_cache(layouts: Mapping[str, Layout], cache: object) -> Mapping[str, La
 
 
 def _of_cache(cache: object) -> dict[str, Any]:
-    if not isinstance(cache, (KVCache, PagedKVCache, WindowKVCache)):
+    if not isinstance(cache, AnyCache):
         return {}
     return {f"cache.{name}": array for name, array in cache._asdict().items()}
 
@@ -232,8 +232,8 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
 
 
 def _tokens_at(places: Array, new: Array) -> Array:
-    """Return the new token of each slot, (batch, kv_heads, capacity, size); one without a token gets any numbers."""
-    # In a graph of unknown sizes there may be no token, and a gather needs one.
+    """Return the new token of each slot, (batch, kv_heads, capacity, size); a slot without a token gets any numbers."""
+    # In a graph of unknown sizes there may be no token, and a gather from nothing is an error.
     padded = new if new.shape[2] else tf.pad(new, [[0, 0], [0, 0], [0, 1], [0, 0]])
     return tf.gather(padded, tf.clip_by_value(places, 0, sizes_of(padded)[2] - 1), axis=2, batch_dims=1)
 

@@ -11,7 +11,7 @@ import numpy
 
 from mha_spec.arguments import Options, expand_options
 from mha_spec.arrays import host_integers
-from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
+from mha_spec.cache import AnyCache
 from mha_spec.errors import BackendError
 from mha_spec.layer_object import (
     CallOptions,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     import tensorflow as tf
 
+    from mha_spec.cache import KVCache
+
 __all__ = ["MultiHeadAttention"]
 
 
@@ -41,7 +43,7 @@ COUNTS = ("q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts", 
 class OnTheHost:
     """A cache with lengths on the host, hidden from Keras, which would convert its NumPy arrays to tensors."""
 
-    cache: KVCache | PagedKVCache | WindowKVCache
+    cache: AnyCache
 
 
 def _with_signature(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +102,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         if "mask" in keywords:
             keywords["attention_mask"] = keywords.pop("mask")
         cache = keywords.get("cache")
-        if isinstance(cache, (KVCache, PagedKVCache, WindowKVCache)) and host_integers(cache.lengths) is not None:
+        if isinstance(cache, AnyCache) and host_integers(cache.lengths) is not None:
             keywords["cache"] = OnTheHost(cache)
         return super().__call__(*operands, **keywords)
 
@@ -113,10 +115,10 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         *,
         attention_mask: tf.Tensor | None = None,
         positions: tf.Tensor | Sequence[Any] | None = None,
-        cache: KVCache | PagedKVCache | WindowKVCache | OnTheHost | None = None,
+        cache: AnyCache | OnTheHost | None = None,
         training: bool | None = None,
         **options: Unpack[Options],
-    ) -> tf.Tensor | tuple[tf.Tensor, KVCache | PagedKVCache | WindowKVCache]:
+    ) -> tf.Tensor | tuple[tf.Tensor, AnyCache]:
         """Attend from the query to the key, by default the query, and to the value, by default the key."""
         cache = cache.cache if isinstance(cache, OnTheHost) else cache
         options["mask"] = attention_mask

@@ -11,9 +11,11 @@ from mha_spec.errors import refuse_type, refuse_value
 from mha_spec.scalars import short_repr
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+    _Map = Callable[[Tensor], Tensor]
 
 __all__ = ["Group", "Transfer", "attached", "exchanged", "shared", "summed"]
 
@@ -106,37 +108,21 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
-class _Exchanged(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: Group, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return group.exchange(tensor)
+class _Linear(torch.autograd.Function):
+    """A linear map of the tensors of all ranks, whose gradient is its transpose, which is linear again."""
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, Tensor]:
-        return None, _Exchanged.apply(ctx.group, grad_outputs[0])
-
-
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: Group, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return group.sum(tensor)
+    def forward(ctx: Any, linear: _Map, transpose: _Map, tensor: Tensor) -> Tensor:
+        ctx.maps = transpose, linear
+        return linear(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, Tensor]:
-        return None, _Shared.apply(ctx.group, grad_outputs[0])
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, None, Tensor]:
+        return None, None, _Linear.apply(*ctx.maps, grad_outputs[0])
 
 
-class _Shared(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: Group, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, Tensor]:
-        return None, _Summed.apply(ctx.group, grad_outputs[0])
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor)
 
 
 class _Attached(torch.autograd.Function):
@@ -160,14 +146,14 @@ def attached(tensor: Tensor, *sources: Tensor) -> Tensor:
 
 def exchanged(group: Group, tensor: Tensor) -> Tensor:
     """Exchange the parts of axis 0; the gradient is exchanged back."""
-    return _Exchanged.apply(group, tensor)
+    return _Linear.apply(group.exchange, group.exchange, tensor)
 
 
 def summed(group: Group, tensor: Tensor) -> Tensor:
     """Return the sum over the ranks; every rank has the gradient of the sum already."""
-    return _Summed.apply(group, tensor)
+    return _Linear.apply(group.sum, _identity, tensor)
 
 
 def shared(group: Group, tensor: Tensor) -> Tensor:
     """Return a tensor that every rank holds; its gradient is the sum over the ranks (MHA-SHARD-4)."""
-    return _Shared.apply(group, tensor)
+    return _Linear.apply(_identity, group.sum, tensor)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-    from mha_spec.cache import Cache, PagedKVCache
+    from mha_spec.cache import AnyCache, Cache, PagedKVCache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Tensor | Sequence[int]
@@ -363,7 +363,7 @@ def _in_single_node(method: _Method) -> _Method:
     name = method.__name__
 
     @wraps(method)
-    def function(*operands: Any, cache: KVCache | None = None, **keywords: Any) -> Any:
+    def function(*operands: Any, cache: AnyCache | None = None, **keywords: Any) -> Any:
         if torch.compiler.is_compiling():
             return _in_graph(name, operands, _unread(cache), keywords)
         return method(*operands, cache=cache, **keywords)
@@ -372,7 +372,7 @@ def _in_single_node(method: _Method) -> _Method:
 
 
 @torch.compiler.allow_in_graph
-def _in_graph(name: str, operands: tuple[Any, ...], cache: KVCache | None, keywords: dict[str, Any]) -> Any:
+def _in_graph(name: str, operands: tuple[Any, ...], cache: AnyCache | None, keywords: dict[str, Any]) -> Any:
     query = operands[0] if operands else keywords["query"]
     keywords = {keyword: _in_tensor(keyword, value, query) for keyword, value in keywords.items()}
     settings = {keyword: _fixed(keywords[keyword]) for keyword in ("rotary", "norm_epsilon") if keyword in keywords}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .shards import Block, Form
     from .tasks import Span
 
-__all__ = ["Ring"]
+__all__ = ["Ring", "without_keys"]
 
 
 class Ring(torch.autograd.Function):
@@ -38,7 +38,7 @@ class Ring(torch.autograd.Function):
         """Keep output and lse over all keys, which the backward reads."""
         query, key, value, sinks = operands
         queries = Shard((query.to(softmax_dtype(query)),), ids[0])
-        output, lse = _without_keys(queries.tensors[0], value.shape[3], sinks)
+        output, lse = without_keys(queries.tensors[0], value.shape[3], sinks)
         for _, blocks in _around(group, form, queries, Shard((key, value), ids[1])):
             for block in blocks:
                 _merge_into(output, lse, block)
@@ -94,7 +94,7 @@ def _around(group: Group, form: Form, queries: Shard, keys: Shard) -> Iterator[t
             keys = Shard((key, value), ids[0] if ids else None)
 
 
-def _without_keys(query: Tensor, v_dim: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def without_keys(query: Tensor, v_dim: int, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the results of queries that see nothing but the sink, which enters once (MHA-EMPTY-1, MHA-SINK-1)."""
     output = query.new_zeros((*query.shape[:3], v_dim))
     lse = query.new_full(query.shape[:3], -math.inf)

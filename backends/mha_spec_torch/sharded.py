@@ -20,7 +20,7 @@ from .function import Attention, transformed
 from .groups import Group, attached, exchanged, shared, summed
 from .merging import merge
 from .paths import autocasts
-from .ring import Ring
+from .ring import Ring, without_keys
 from .shards import Form, Shard, visit
 from .tasks import Span, softmax_dtype
 
@@ -109,7 +109,7 @@ def all_to_all_attention(
         options["q_segment_ids"] = exchange.joined_ids(q_ids)
         options["kv_segment_ids"] = exchange.joined_ids(kv_ids)
     if a.sinks is not None:
-        options["sinks"] = exchange.own_heads(a.sinks)
+        options["sinks"] = exchange.heads_of_rank(a.sinks)
     tensors = (exchange.to_heads(tensor) for tensor in (a.query, a.key, a.value))
     results: Any = core.attention(*tensors, **options, return_lse=return_lse)
     if not return_lse:
@@ -139,7 +139,7 @@ class _Exchange:
         """Gather segment ids of all ranks to (batch, length)."""
         return self._taken(self.group.gather(ids).movedim(0, 1).flatten(1, 2), 1, inverse=True)
 
-    def own_heads(self, sinks: Tensor) -> Tensor:
+    def heads_of_rank(self, sinks: Tensor) -> Tensor:
         """Cut the heads of this rank; the gradients of the others are added by their ranks."""
         size = sinks.shape[0] // self.group.ranks
         return shared(self.group, sinks).narrow(0, self.group.rank * size, size)
@@ -189,8 +189,7 @@ def _of_rank(group: Group, form: Form, a: ShardedArguments) -> tuple[Tensor, Ten
     ids = _ids(a)
     queries = Shard((query,), ids[0]), [(Span(0, a.q_len), Piece(0, 1, a.q_len))]
     keys = Shard((a.key, a.value), ids[1]), form.pieces(group.rank, a.key.shape[2])
-    rows = (*query.shape[:3], a.value.shape[3])
-    output, lse = query.new_zeros(rows), query.new_full(rows[:3], -torch.inf)
+    output, lse = without_keys(query, a.value.shape[3])
     for block in visit(form, queries, keys):
         of_rows = (array.narrow(2, block.rows.start, block.rows.size) for array in (output, lse))
         merged = merge(*of_rows, *Attention.apply(block.problem, *block.x))

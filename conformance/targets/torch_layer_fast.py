@@ -3,8 +3,8 @@
 # ///
 """PyTorch's `torch.nn.MultiheadAttention`, unchanged, on the fast path of self-attention.
 
-The fast path needs evaluation mode, biases and an even number of heads: a layer without biases gets those of 0, and one
-with an odd number of heads gets a further head of 0. The rest is as in torch_layer.py.
+The fast path needs evaluation mode, biases and an even number of heads: a layer without biases gets those of 0, and an
+odd number of heads gets a further head of 0. The rest is as in torch_layer.py.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def supports(question):
     if (bias or question.options.get("causal")) and query[2] != key[2]:
         return "a mask has as many queries as keys"
     if bias and (bias[:2] != (1, 1) or question.options.get("causal")):
-        return "there is one mask of (q_len, q_len)"
+        return "a mask is (q_len, q_len), for all heads"
     return (key[3] == value[3] and 0 not in query) or "values are as large as keys, and no axis is empty"
 
 

@@ -22,7 +22,9 @@ with torch.no_grad():
         layer.fused_attn = fused
         outputs[fused] = layer(x, attn_mask=mask, is_causal=True)
         causal = layer(x, is_causal=True)
-        both = layer(x, attn_mask=mask & torch.ones(4, 4, dtype=torch.bool).tril())
+        combined = layer(x, attn_mask=mask & torch.ones(4, 4, dtype=torch.bool).tril())
         print(f"fused_attn={fused}: both differ from causal alone by", float((outputs[fused] - causal).abs().max()))
-        print(f"fused_attn={fused}: both differ from one combined mask by", float((outputs[fused] - both).abs().max()))
+        print(
+            f"fused_attn={fused}: both differ from a combined mask by", float((outputs[fused] - combined).abs().max())
+        )
 sys.exit(not (torch.equal(outputs[False], causal) and (outputs[True] - outputs[False]).abs().max() > 1e-3))

@@ -15,9 +15,9 @@ from mha_spec.arrays import Array, device_of, dtype_name, library_of
 from mha_spec_conformance.targets.conversion import to_numpy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["assert_equal", "assert_near", "assert_same", "described", "largest_difference", "leaves"]
+__all__ = ["assert_equal", "assert_near", "assert_same", "described", "differences", "largest_difference", "leaves"]
 
 
 def leaves(tree: Any) -> Iterator[Array]:
@@ -61,6 +61,17 @@ def assert_near(results: Any, expected: Any) -> None:
         assert described(result) == described(other, "float64") == described(other)
         largest = abs(to_numpy(other)).max(initial=0.0, where=numpy.isfinite(to_numpy(other)))
         assert largest_difference(result, other) <= numpy.finfo(numpy.float32).eps * largest
+
+
+def differences(names: Iterable[str], results: Iterable[Any], expected: Iterable[Any]) -> list[str]:
+    """Name the results that `assert_near` refuses."""
+    different: list[str] = []
+    for name, result, other in zip(names, results, expected, strict=True):
+        try:
+            assert_near(result, other)
+        except AssertionError:
+            different.append(name)
+    return different
 
 
 def assert_equal(results: Any, expected: Any) -> None:

@@ -9,7 +9,7 @@ with other tokens and the results are discarded, which must change nothing becau
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from mha_spec.arrays import Array
+    from mha_spec.cache import AnyCache
 
     Arguments = Mapping[str, Any]
     AnySteps = Steps | LayerSteps | VarlenSteps
@@ -54,8 +55,6 @@ CACHE = ("cache_key", "cache_value", "cache_lengths")
 
 BLOCK_TABLE, WINDOW_CACHE = "cache_block_table", "window_cache"
 """The array of a paged cache, and the option of a cache whose slots wrap."""
-
-AnyCache: TypeAlias = "KVCache | PagedKVCache | WindowKVCache"
 
 TOKENS = ("query", "key", "value")
 PER_QUERY = ("mask", "bias", "dropout_mask")

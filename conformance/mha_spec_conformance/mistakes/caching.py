@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     from .layer import Within
     from .mistake import Mistake
 
-__all__ = ["CACHING"]
+__all__ = ["CACHING", "padding_counted", "stored_at", "stored_at_the_end"]
 
 
-def stored_at(change: Callable[..., tuple[Any, Any]]) -> Callable[..., numpy.ndarray]:
+def stored_at(
+    change: Callable[..., tuple[Any, Any]], right: Callable[..., numpy.ndarray] = layer_steps.store
+) -> Callable[..., numpy.ndarray]:
     """Store in other slots: `change` computes (start, stop) from the right slots and the buffer."""
 
     def store(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop: Any) -> numpy.ndarray:
         places = change(numpy.asarray(start), numpy.asarray(stop), buffer)
-        return layer_steps.store(buffer, new, *places)
+        return right(buffer, new, *places)
 
     return store
 
@@ -39,6 +41,11 @@ def stored_at(change: Callable[..., tuple[Any, Any]]) -> Callable[..., numpy.nda
 def stored_at_the_end(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop: Any) -> numpy.ndarray:
     """Shift the buffer and store the new tokens in the last slots."""
     return numpy.concatenate([buffer, new], axis=2)[:, :, new.shape[2] :]
+
+
+def padding_counted(lengths: Any, _: Any, length: Any, like: Any) -> Any:
+    """Count all new tokens, those of padding included."""
+    return layer_steps.new_lengths(lengths, None, length, like)
 
 
 def stored_in_place(buffer: numpy.ndarray, new: numpy.ndarray, start: Any, stop: Any) -> numpy.ndarray:
@@ -183,7 +190,7 @@ CACHING = (
         "cache-padding-kept",
         "stores and counts padding as new tokens",
         "MHA-CACHE-5",
-        new_lengths=lambda lengths, counts, length, like: layer_steps.new_lengths(lengths, None, length, like),
+        new_lengths=padding_counted,
         needs=("cache_lengths", "kv_lengths"),
         bugs=("meta-pytorch/torchtune#1250",),
     ),

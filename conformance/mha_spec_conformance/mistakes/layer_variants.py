@@ -9,6 +9,7 @@ import numpy
 from mha_spec import layer_steps, paged_steps, window_steps
 from mha_spec.reference import varlen_attention
 
+from .caching import padding_counted, stored_at, stored_at_the_end
 from .layer import layered
 from .mistake import MULTI_HEAD
 
@@ -62,20 +63,15 @@ def paged(name: str, title: str, *clauses: str, bugs: tuple[str, ...] = (), **st
     return layered(name, title, *clauses, needs=needs, functions=MULTI_HEAD, bugs=bugs, **steps)
 
 
-def stored(change: Callable[[Any, Any, int], tuple[Any, Any]]) -> Callable[..., Any]:
-    """Store new tokens between other positions, from the right ones and the number of slots."""
-
-    def store(buffer: Any, new: Any, start: Any, stop: Any) -> Any:
-        return window_steps.store_wrapped(
-            buffer, new, *change(numpy.asarray(start), numpy.asarray(stop), buffer.shape[2])
-        )
-
-    return store
+def wrapped_at(change: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    """Store new tokens in other slots of a window cache, as `stored_at`."""
+    return stored_at(change, window_steps.store_wrapped)
 
 
-def stored_at_the_end(buffer: Any, new: Any, start: Any, stop: Any) -> Any:
-    """Shift the buffer and store the new tokens in the last slots."""
-    return numpy.concatenate([buffer, new], axis=2)[:, :, new.shape[2] :]
+def appended_with_limited_count(cache: Any, *arguments: Any) -> Any:
+    """Append new tokens, and count tokens up to the capacity."""
+    new = window_steps.append_window(cache, *arguments)
+    return new._replace(lengths=numpy.minimum(new.lengths, new.key.shape[2]))
 
 
 def stored_first(query: Any, caches: Any, _: Any, options: Any, steps: Any) -> Any:
@@ -178,13 +174,18 @@ LAYER_VARIANTS = (
         "window-cache-stops-at-the-end",
         "stores new tokens in the last slot once the cache is full",
         "MHA-CACHE-12",
-        store_wrapped=stored(lambda start, stop, slots: (numpy.minimum(start, slots - 1), numpy.minimum(stop, slots))),
+        store_wrapped=wrapped_at(
+            lambda start, stop, buffer: (
+                numpy.minimum(start, buffer.shape[2] - 1),
+                numpy.minimum(stop, buffer.shape[2]),
+            )
+        ),
     ),
     wrapping(
         "window-cache-one-slot-late",
         "stores new tokens in the next slot",
         "MHA-CACHE-12",
-        store_wrapped=stored(lambda start, stop, _: (start + 1, stop + 1)),
+        store_wrapped=wrapped_at(lambda start, stop, _: (start + 1, stop + 1)),
         bugs=("huggingface/transformers#47708",),
     ),
     wrapping(
@@ -199,9 +200,7 @@ LAYER_VARIANTS = (
         "counts tokens up to the capacity",
         "MHA-CACHE-12",
         "MHA-CACHE-13",
-        append_window=lambda cache, key, value, counts, steps: _with_limited_count(
-            window_steps.append_window(cache, key, value, counts, steps)
-        ),
+        append_window=appended_with_limited_count,
     ),
     wrapping(
         "window-cache-in-the-order-of-slots",
@@ -228,10 +227,6 @@ LAYER_VARIANTS = (
         "window-cache-padding-kept",
         "stores padding in a window cache, and counts it",
         "MHA-CACHE-13",
-        new_lengths=lambda lengths, counts, length, like: layer_steps.new_lengths(lengths, None, length, like),
+        new_lengths=padding_counted,
     ),
 )
-
-
-def _with_limited_count(cache: Any) -> Any:
-    return cache._replace(lengths=numpy.minimum(cache.lengths, cache.key.shape[2]))

@@ -1,7 +1,7 @@
 """`mha_spec_jax.ring_attention` on four devices, which are threads of the CPU.
 
 A sequence is padded to a length that the layout can deal out, with NaN, which its lengths hide. The environment
-variable MHA_RING_LAYOUT names the layout, zigzag by default; MHA_RING_FORM=all_to_all asks `all_to_all_attention`.
+variable MHA_RING_LAYOUT names the layout, zigzag by default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ arrays = "jax"
 dtypes = ("float64", "float32", "float16", "bfloat16")
 
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
-CALL = getattr(mha_spec_jax, f"{os.environ.get('MHA_RING_FORM', 'ring')}_attention")
 MESH = jax.make_mesh((len(jax.devices()),), ("ranks",), axis_types=(AxisType.Auto,))
 TOKENS = PartitionSpec(None, None, "ranks")
 SIDES = {
@@ -35,39 +34,19 @@ SIDES = {
 """The side and the axis of tokens of each array that is sharded."""
 
 
-def attention(
-    query,
-    key,
-    value,
-    *,
-    causal=False,
-    q_offset=None,
-    window=None,
-    chunk=None,
-    prefix_lengths=None,
-    q_lengths=None,
-    kv_lengths=None,
-    kv_starts=None,
-    q_segment_ids=None,
-    kv_segment_ids=None,
-    scale=None,
-    softcap=None,
-    sinks=None,
-    return_lse=False,
-):
+def attention(query, key, value, *, return_lse=False, **options):
     """Deal out the tokens, call the ring, and put its rows back into place."""
-    options = {name: x for name, x in locals().items() if x is not None and name not in ("query", "key", "value")}
+    options = {name: x for name, x in options.items() if x is not None}
     lengths = {"q": query.shape[2], "kv": key.shape[2]}
-    options.pop("return_lse")
     if any(length % _unit() for length in lengths.values()):
-        options = _of_padded(options, query.shape[0], lengths, causal or window is not None or chunk is not None)
+        options = _of_padded(options, query.shape[0], lengths)
     operands = {"query": query, "key": key, "value": value}
     operands |= {name: x for name, x in options.items() if isinstance(x, jax.Array)}
     rest = {name: x for name, x in options.items() if name not in operands}
     orders = {side: _order(length) for side, length in lengths.items()}
 
     def ring(operands):
-        return CALL(**operands, **rest, axis_name="ranks", layout=LAYOUT, return_lse=True)
+        return mha_spec_jax.ring_attention(**operands, **rest, axis_name="ranks", layout=LAYOUT, return_lse=True)
 
     dealt, specs = dict(operands), dict.fromkeys(operands, PartitionSpec())
     for name, (side, axis) in SIDES.items():
@@ -114,10 +93,10 @@ def _dealt(array, order, axis):
     return jnp.take(jnp.pad(array, widths, constant_values=fill), order, axis)
 
 
-def _of_padded(options, batch, lengths, positional):
+def _of_padded(options, batch, lengths):
     """Say which tokens are real, and where the diagonal lies."""
-    if positional and "q_offset" not in options:
-        options["q_offset"] = 0
+    positional = options.get("causal") or "window" in options or "chunk" in options
+    padded = {"q_offset": 0} if positional else {}
     for side, length in lengths.items():
-        options.setdefault(f"{side}_lengths", numpy.full(batch, length, numpy.int32))
-    return options
+        padded[f"{side}_lengths"] = numpy.full(batch, length, numpy.int32)
+    return padded | options

@@ -4,7 +4,7 @@
 """`mha_spec_torch.ring_attention` in four processes under gloo, of which three are started by the first call.
 
 A sequence is padded to a length that the layout can deal out, with NaN, which its lengths hide. The environment
-variable MHA_RING_LAYOUT names the layout, zigzag by default; MHA_RING_FORM=all_to_all asks `all_to_all_attention`.
+variable MHA_RING_LAYOUT names the layout, zigzag by default.
 """
 
 from __future__ import annotations
@@ -33,35 +33,13 @@ features = (
 RANKS = 4
 TIMEOUT = timedelta(seconds=60)
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
-CALL = getattr(mha_spec_torch, f"{os.environ.get('MHA_RING_FORM', 'ring')}_attention")
 SIDES = {"query": "q", "key": "kv", "value": "kv", "q_segment_ids": "q", "kv_segment_ids": "kv"}
 """The side of each array that is sharded."""
 
 
-def attention(
-    query,
-    key,
-    value,
-    *,
-    causal=False,
-    q_offset=None,
-    window=None,
-    chunk=None,
-    prefix_lengths=None,
-    q_lengths=None,
-    kv_lengths=None,
-    kv_starts=None,
-    q_segment_ids=None,
-    kv_segment_ids=None,
-    scale=None,
-    softcap=None,
-    sinks=None,
-    return_lse=False,
-):
+def attention(query, key, value, *, return_lse=False, **options):
     """Ask all processes for output and lse."""
-    arguments = {name: x for name, x in locals().items() if x is not None}
-    arguments.pop("return_lse")
-    output, lse = _everywhere(arguments, None)
+    output, lse = _everywhere({"query": query, "key": key, "value": value} | options, None)
     return (output, lse) if return_lse else output
 
 
@@ -84,7 +62,7 @@ def of_rank(arguments, cotangents):
     operands = [options[name].detach().requires_grad_() for name in ("query", "key", "value")]
     operands += [options["sinks"].detach().clone().requires_grad_()] if "sinks" in options else []
     options.update(zip(("query", "key", "value", "sinks"), operands, strict=False))
-    outputs = CALL(**options, layout=LAYOUT, return_lse=True)
+    outputs = mha_spec_torch.ring_attention(**options, layout=LAYOUT, return_lse=True)
     if cotangents is None:
         return [_joined(output.detach(), orders["q"], lengths["q"]) for output in outputs]
     pairs = [
@@ -105,7 +83,7 @@ def _order(length):
 
 def _of_padded(options, lengths):
     """Say which tokens are real, and where the diagonal lies."""
-    positional = options.get("causal") or options.get("window") is not None or "chunk" in options
+    positional = options.get("causal") or "window" in options or "chunk" in options
     padded = {"q_offset": 0} if positional else {}
     for side, length in lengths.items():
         padded[f"{side}_lengths"] = numpy.full(len(options["query"]), length, numpy.int32)
