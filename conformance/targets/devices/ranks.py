@@ -27,6 +27,9 @@ START, TIMEOUT = timedelta(seconds=60), timedelta(seconds=60)
 REFUSALS = (MhaSpecError, NotImplementedError)
 """The errors that all ranks raise before they send anything."""
 
+SERVE = "import sys, ranks; ranks.serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+"""The program of the other ranks."""
+
 others: list[subprocess.Popen] = []
 """The processes of the ranks from 1 on."""
 
@@ -74,7 +77,7 @@ def _start(path):
     store = dist.TCPStore("localhost", 0, RANKS, is_master=True, timeout=START, wait_for_workers=False)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for rank in range(1, RANKS):
-        command = [sys.executable, "-P", __file__, path, str(rank), str(store.port)]
+        command = [sys.executable, "-P", "-c", SERVE, path, str(rank), str(store.port)]
         others.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=sys.stderr))
     _join(0, store)
 
@@ -97,7 +100,7 @@ def _join(rank, store):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=TIMEOUT)
 
 
-def _serve(path, rank, port):
+def serve(path, rank, port):
     """Answer the calls of rank 0 until it ends."""
     functions = runpy.run_path(path)
     _join(rank, dist.TCPStore("localhost", port, RANKS, timeout=START))
@@ -110,7 +113,3 @@ def _serve(path, rank, port):
             functions[name](*arguments)
         except REFUSALS:
             continue
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
