@@ -17,10 +17,10 @@ import os, sys, time
 from datetime import timedelta
 
 sys.path.append({str(DEVICES)!r})
-import ranks
+import processes
 import torch.distributed as dist
 
-ranks.RANKS = 2
+processes.RANKS = 2
 import torch_ring
 
 arrays, dtypes = "torch", ("float32",)
@@ -32,7 +32,7 @@ def supports(question):
     return True
 
 def attention(query, key, value):
-    return ranks.everywhere(of_rank, dict(query=query, key=key, value=value), asked)
+    return processes.everywhere(of_rank, dict(query=query, key=key, value=value), asked)
 
 def of_rank(arguments, case):
     if case in LOST:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-import ranks
+import processes
 import torch
 from ring_attention_pytorch.ring_flash_attention import ring_flash_attn
 
@@ -23,6 +23,7 @@ dtypes = ("float32",)
 conventions = {"causal_alignment": "upper_left"}
 
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "contiguous")
+ranks, rank_layout = processes.RANKS, LAYOUT
 
 
 def supports(question):
@@ -40,27 +41,27 @@ def supports(question):
 
 def attention(query, key, value, *, causal=False, kv_lengths=None, softcap=None):
     """Call it on every rank."""
-    return ranks.everywhere(of_rank, (query, key, value), causal, kv_lengths, softcap, None)
+    return processes.everywhere(of_rank, (query, key, value), causal, kv_lengths, softcap, None)
 
 
 def attention_vjp(grad_output, query, key, value, *, causal=False, kv_lengths=None, softcap=None):
     """Return the gradients of its backward pass."""
-    return (*ranks.everywhere(of_rank, (query, key, value), causal, kv_lengths, softcap, grad_output), None, None)
+    return (*processes.everywhere(of_rank, (query, key, value), causal, kv_lengths, softcap, grad_output), None, None)
 
 
 def of_rank(operands, causal, kv_lengths, softcap, grad_output):
     """Call it on the tokens of this rank, and join the outputs of all ranks, or the gradients."""
     length = operands[0].shape[1]
-    order = shard_order(LAYOUT, ranks.RANKS, -(-length // ranks.RANKS) * ranks.RANKS)
-    local = [ranks.of_rank(x, order, 1, 0).requires_grad_() for x in operands]
+    order = shard_order(LAYOUT, processes.RANKS, -(-length // processes.RANKS) * processes.RANKS)
+    local = [processes.of_rank(x, order, 1, 0).requires_grad_() for x in operands]
     mask = None
     if kv_lengths is not None or length < len(order):
         shown = torch.full(operands[0].shape[:1], length) if kv_lengths is None else kv_lengths
-        mask = ranks.of_rank(torch.arange(length) < shown[:, None], order, 1, False)
+        mask = processes.of_rank(torch.arange(length) < shown[:, None], order, 1, False)
     clamped = {} if softcap is None else {"softclamp_qk_sim": True, "softclamp_value": softcap}
-    ring = {"ring_reduce_col": True, "striped_ring_attn": LAYOUT == "striped", "ring_size": ranks.RANKS}
+    ring = {"ring_reduce_col": True, "striped_ring_attn": LAYOUT == "striped", "ring_size": processes.RANKS}
     output = ring_flash_attn(*local, mask, causal, **ring, **clamped)
     if grad_output is None:
-        return ranks.joined(output.detach(), order, length, 1)
-    gradients = torch.autograd.grad(output, local, ranks.of_rank(grad_output, order, 1, 0))
-    return [ranks.joined(x, order, length, 1) for x in gradients]
+        return processes.joined(output.detach(), order, length, 1)
+    gradients = torch.autograd.grad(output, local, processes.of_rank(grad_output, order, 1, 0))
+    return [processes.joined(x, order, length, 1) for x in gradients]

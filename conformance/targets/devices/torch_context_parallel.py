@@ -10,7 +10,7 @@ argument; the GPU kernels of SDPA have no float64. As in `context_parallel`, a c
 
 from __future__ import annotations
 
-import ranks
+import processes
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.experimental import _attention as context_parallel
@@ -20,6 +20,7 @@ from mha_spec.sharding import shard_order
 arrays = "torch"
 dtypes = ("float32", "float16", "bfloat16")
 groups = False
+ranks, rank_layout = processes.RANKS, "zigzag"
 conventions = {"causal_alignment": "upper_left"}
 
 OPTIONS = context_parallel._cp_options
@@ -40,31 +41,31 @@ def supports(question):
 
 def attention(query, key, value, *, causal=False, scale=None, return_lse=False):
     """Call it on every rank."""
-    output, lse = ranks.everywhere(of_rank, (query, key, value), causal, scale, None)
+    output, lse = processes.everywhere(of_rank, (query, key, value), causal, scale, None)
     return (output, lse) if return_lse else output
 
 
 def attention_vjp(grad_output, query, key, value, *, causal=False, scale=None):
     """Return the gradients of its backward pass."""
-    return (*ranks.everywhere(of_rank, (query, key, value), causal, scale, grad_output), None, None)
+    return (*processes.everywhere(of_rank, (query, key, value), causal, scale, grad_output), None, None)
 
 
 def of_rank(operands, causal, scale, grad_output):
     """Call it on the tokens of this rank, and join the results of all ranks, or the gradients."""
     OPTIONS.enable_load_balance = causal
     lengths = [x.shape[2] for x in operands]
-    orders = [shard_order("zigzag" if causal else "contiguous", ranks.RANKS, length) for length in lengths]
-    local = [ranks.of_rank(x, order) for x, order in zip(operands, orders, strict=True)]
+    orders = [shard_order("zigzag" if causal else "contiguous", processes.RANKS, length) for length in lengths]
+    local = [processes.of_rank(x, order) for x, order in zip(operands, orders, strict=True)]
     options = {"is_causal": causal, "scale": scale, "dropout_p": 0.0}
     output, lse, *_ = context_parallel._templated_ring_attention(dist.group.WORLD, 2, KERNEL, *local, **options)
     if grad_output is None:
-        return [ranks.joined(x, orders[0], lengths[0]) for x in (output, lse)]
+        return [processes.joined(x, orders[0], lengths[0]) for x in (output, lse)]
     named = dict(zip(("query", "key", "value"), local, strict=True)) | {"out": output, "logsumexp": lse}
-    cotangent = {"grad_out": ranks.of_rank(grad_output, orders[0]), "grad_out_name": "grad_out"}
+    cotangent = {"grad_out": processes.of_rank(grad_output, orders[0]), "grad_out_name": "grad_out"}
     backward = context_parallel._templated_ring_attention_backward
     gradients = backward(dist.group.WORLD, 2, BACKWARD, **cotangent, **named, **options)
-    return [ranks.joined(x, *place) for x, *place in zip(gradients[:3], orders, lengths, strict=True)]
+    return [processes.joined(x, *place) for x, *place in zip(gradients[:3], orders, lengths, strict=True)]
 
 
 def _unit(causal):
-    return ranks.RANKS * (2 if causal else 1)
+    return processes.RANKS * (2 if causal else 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 
 import numpy
-import ranks
+import processes
 import torch
 
 import mha_spec_torch
@@ -28,33 +28,34 @@ features = (
 
 FORM = os.environ.get("MHA_RING_FORM", "ring")
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
+ranks, rank_layout = (1 if FORM == "all_to_all" else processes.RANKS), LAYOUT
 FUNCTION = getattr(mha_spec_torch, f"{FORM}_attention")
 SHARDED = ("kv",) if FORM == "sharded_kv" else ("q", "kv")
 """The sides of a call that lie on the ranks."""
 SIDES = {"query": "q", "key": "kv", "value": "kv", "q_segment_ids": "q", "kv_segment_ids": "kv"}
 """The side of each array with tokens."""
-UNIT = ranks.RANKS * (2 if LAYOUT == "zigzag" else 1)
+UNIT = processes.RANKS * (2 if LAYOUT == "zigzag" else 1)
 """What divides the number of tokens on the ranks."""
 
 
 def supports(question):
     """Refuse heads that the exchange of tokens and heads cannot deal out (MHA-SHARD-6)."""
     heads = [question.shapes[name][1] for name in ("query", "key")]
-    if FORM == "all_to_all" and any(number % ranks.RANKS for number in heads):
-        return f"heads and kv_heads are multiples of {ranks.RANKS}"
+    if FORM == "all_to_all" and any(number % processes.RANKS for number in heads):
+        return f"heads and kv_heads are multiples of {processes.RANKS}"
     return True
 
 
 def attention(query, key, value, *, return_lse=False, **options):
     """Ask all processes for output and lse."""
-    output, lse = ranks.everywhere(of_rank, {"query": query, "key": key, "value": value} | options, None)
+    output, lse = processes.everywhere(of_rank, {"query": query, "key": key, "value": value} | options, None)
     return (output, lse) if return_lse else output
 
 
 def attention_vjp(grad_output, query, key, value, *, grad_lse=None, **options):
     """Ask all processes for the gradients of autograd."""
     arguments = {"query": query, "key": key, "value": value} | options
-    gradients = ranks.everywhere(of_rank, arguments, (grad_output, grad_lse))
+    gradients = processes.everywhere(of_rank, arguments, (grad_output, grad_lse))
     return (*gradients[:3], None, gradients[3] if len(gradients) > 3 else None)
 
 
@@ -64,13 +65,13 @@ def of_rank(arguments, cotangents):
     lengths = {side: options[name].shape[2] for side, name in (("q", "query"), ("kv", "key"))}
     if any(lengths[side] % UNIT for side in SHARDED):
         options = _of_padded(options, lengths)
-    orders = {side: shard_order(LAYOUT, ranks.RANKS, -(-lengths[side] // UNIT) * UNIT) for side in SHARDED}
+    orders = {side: shard_order(LAYOUT, processes.RANKS, -(-lengths[side] // UNIT) * UNIT) for side in SHARDED}
 
     def dealt(array, side, fill=None):
-        return ranks.of_rank(array, orders[side], min(array.ndim - 1, 2), fill) if side in orders else array
+        return processes.of_rank(array, orders[side], min(array.ndim - 1, 2), fill) if side in orders else array
 
     def joined(array, side):
-        return ranks.joined(array, orders[side], lengths[side]) if side in orders else array
+        return processes.joined(array, orders[side], lengths[side]) if side in orders else array
 
     for name in SIDES.keys() & options.keys():
         options[name] = dealt(options[name], SIDES[name])

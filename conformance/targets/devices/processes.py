@@ -27,10 +27,10 @@ START, TIMEOUT = timedelta(seconds=60), timedelta(seconds=60)
 REFUSALS = (MhaSpecError, NotImplementedError)
 """The errors that all ranks raise before they send anything."""
 
-SERVE = "import sys, ranks; ranks.serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+SERVE = "import sys, processes; processes.serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 """The program of the other ranks."""
 
-others: list[subprocess.Popen] = []
+OTHERS: list[subprocess.Popen] = []
 """The processes of the ranks from 1 on."""
 
 
@@ -40,13 +40,13 @@ def everywhere(function, *arguments):
     After any error that is no refusal, the ranks may wait for each other: the others end, and the next call starts
     them again. So it is where a rank has ended.
     """
-    if any(process.poll() is not None for process in others):
+    if any(process.poll() is not None for process in OTHERS):
         _end()
     try:
-        if not others:
+        if not OTHERS:
             _start(inspect.getfile(function))
         call = pickle.dumps((function.__name__, arguments))
-        for process in others:
+        for process in OTHERS:
             process.stdin.write(call)
             process.stdin.flush()
         return function(*arguments)
@@ -78,17 +78,17 @@ def _start(path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for rank in range(1, RANKS):
         command = [sys.executable, "-P", "-c", SERVE, path, str(rank), str(store.port)]
-        others.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=sys.stderr))
+        OTHERS.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=sys.stderr))
     _join(0, store)
 
 
 def _end():
     """End the other processes; what this one still waits for fails at once."""
-    for process in others:
+    for process in OTHERS:
         process.kill()
         process.wait()
         process.stdin.close()
-    others.clear()
+    OTHERS.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
