@@ -23,6 +23,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import numpy
 import torch
 import torch.distributed as dist
+from ring_costs import memory, overlap
 from support.comparisons import differences
 from support.goldens import arguments_of, cases, failures, names
 from support.numbers import numbers
@@ -420,6 +421,8 @@ PARTS = {
     "refusals": refusals,
     "counts": counts,
     "hidden": hidden_rank,
+    "memory": memory,
+    "overlap": overlap,
     "dtensors": dtensors,
     "refusals of dtensors": refusals_of_dtensors,
     "example": example,

@@ -37,8 +37,8 @@ def answers() -> Answers:
     """Run every part of ring_processes.py, the last two in separate groups, which lose a rank."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    of_all = ("meanings", "derivatives", "mistakes", "refusals", "counts", "hidden", "dtensors", "refusals of dtensors")
-    parts = "+".join([*of_all, "example", "goldens"]), "ends", "hangs"
+    of_all = ("meanings", "derivatives", "mistakes", "refusals", "counts", "hidden", "memory", "overlap", "dtensors")
+    parts = "+".join([*of_all, "refusals of dtensors", "example", "goldens"]), "ends", "hangs"
     done = subprocess.run(
         [sys.executable, "-P", str(tests / "ring_processes.py"), *parts],
         env=os.environ | {"PYTHONPATH": path},
@@ -102,6 +102,20 @@ def test_causal_work_is_balanced_within_five_percent(layout: str, answers: Answe
 def test_causal_work_of_contiguous_shards_is_not_balanced(answers: Answers) -> None:
     pairs = of_ranks(answers, "pairs contiguous")
     assert max(pairs) > 5 * min(pairs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_of_a_rank_is_that_of_its_shard(layout: str, answers: Answers) -> None:
+    """No tensor is larger than the queries of the shard, so that none has the keys of all ranks."""
+    queries = 4 * 8 * 32 * 1024 // RANKS
+    for (shorter, largest), (longer, _) in of_ranks(answers, f"memory {layout}"):
+        assert largest == queries
+        assert longer == pytest.approx(2 * shorter, rel=0.01)
+        assert longer < 2.7 / RANKS * of_ranks(answers, "memory whole")[0][1][0]
+
+
+def test_a_block_is_computed_while_the_next_keys_travel(answers: Answers) -> None:
+    assert of_ranks(answers, "overlap") == [["send", "arrived", "wait"] * (RANKS - 1) + ["arrived"]] * RANKS
 
 
 def test_ranks_that_a_window_hides_are_not_computed(answers: Answers) -> None:
