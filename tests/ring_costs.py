@@ -24,7 +24,7 @@ LENGTH = 1024
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that operations made and that are alive.
 
-    It keeps the most bytes, and those of the largest tensor. What a kernel allocates within an operation is not counted.
+    It keeps the most bytes, and those of the largest tensor. What a kernel allocates for itself is not counted.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import processes
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor.experimental import _attention as context_parallel
+from torch.distributed.tensor.experimental._context_parallel import _attention as context_parallel
 
 from mha_spec.sharding import shard_order
 
