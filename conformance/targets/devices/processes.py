@@ -21,7 +21,7 @@ import torch.distributed as dist
 from mha_spec.errors import MhaSpecError
 
 RANKS = 4
-START, TIMEOUT = timedelta(seconds=60), timedelta(seconds=60)
+START, TIMEOUT = timedelta(minutes=5), timedelta(minutes=1)
 """The time in which all ranks must be ready, and that in which a rank must answer another one."""
 
 REFUSALS = (MhaSpecError, NotImplementedError)
