@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from ring_attention_pytorch.ring_attention import default_attention
 from ring_attention_pytorch.ring_flash_attention import ring_flash_attn
+from torch.multiprocessing.spawn import spawn
 
 RANKS, LENGTH = 2, 4
 
@@ -47,5 +48,5 @@ def work(rank, folder, faults):
 if __name__ == "__main__":
     faults = torch.zeros(RANKS).share_memory_()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (folder, faults), RANKS)
+        spawn(work, (folder, faults), RANKS)
     sys.exit(not faults.min() > 0.1)

@@ -7,6 +7,7 @@ from their standard input. They end with it.
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import pickle
 import runpy
@@ -17,6 +18,7 @@ from datetime import timedelta
 import numpy
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from mha_spec.errors import MhaSpecError
 
@@ -45,9 +47,10 @@ def everywhere(function, *arguments):
     try:
         if not OTHERS:
             _start(inspect.getfile(function))
-        call = pickle.dumps((function.__name__, arguments))
+        call = io.BytesIO()  # A pickle of torch alone would lack unsigned integers.
+        torch.save((function.__name__, arguments), call)
         for process in OTHERS:
-            process.stdin.write(call)
+            pickle.dump(call.getvalue(), process.stdin)
             process.stdin.flush()
         return function(*arguments)
     except REFUSALS:
@@ -74,7 +77,7 @@ def joined(array, order, length, axis=2):
 
 
 def _start(path):
-    store = dist.TCPStore("localhost", 0, RANKS, is_master=True, timeout=START, wait_for_workers=False)
+    store = TCPStore("localhost", 0, RANKS, is_master=True, timeout=START, wait_for_workers=False)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for rank in range(1, RANKS):
         command = [sys.executable, "-P", "-c", SERVE, path, str(rank), str(store.port)]
@@ -103,12 +106,13 @@ def _join(rank, store):
 def serve(path, rank, port):
     """Answer the calls of rank 0 until it ends."""
     functions = runpy.run_path(path)
-    _join(rank, dist.TCPStore("localhost", port, RANKS, timeout=START))
+    _join(rank, TCPStore("localhost", port, RANKS, timeout=START))
     while True:
         try:
-            name, arguments = pickle.load(sys.stdin.buffer)
+            call = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        name, arguments = torch.load(io.BytesIO(call), weights_only=False)
         try:
             functions[name](*arguments)
         except REFUSALS:
