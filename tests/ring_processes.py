@@ -344,24 +344,36 @@ def dtensors() -> dict[str, Any]:
         "mask": bias[:, :1] > -1,
     }
 
-    def whole(query: Any, key: Any, value: Any, sinks: Any, bias: Any) -> Any:
+    def options_of(query: Any, sinks: Any, bias: Any) -> dict[str, Any]:
         entries = {name: plain[name][: query.shape[0]] for name in ("q_offset", "kv_lengths")}
-        options = plain | entries | {"sinks": sinks, "bias": bias, "return_lse": True}
-        return mha_spec_torch.attention(query, key, value, **options)
+        return plain | entries | {"sinks": sinks, "bias": bias}
+
+    def whole(query: Any, key: Any, value: Any, sinks: Any, bias: Any) -> Any:
+        options = options_of(query, sinks, bias)
+        return mha_spec_torch.attention(query, key, value, return_lse=True, **options)
 
     def run(arrays: Any) -> list[Any]:
+        """Return the results of attention with its gradients, by autograd and by attention_vjp, and the weights."""
         leaves = [array.detach().requires_grad_() for array in arrays]
         outputs = whole(*leaves)
-        weights = [torch.from_numpy(numbers(*output.shape, seed=9)) for output in outputs]
+        cotangents = [torch.from_numpy(numbers(*output.shape, seed=9)) for output in outputs]
         if hasattr(outputs[0], "placements"):
-            weights = spread([output.placements for output in outputs], *weights)
-        gradients = torch.autograd.grad(outputs, leaves, weights)
-        results: list[Any] = [x.detach() for x in (*outputs, *gradients)]
-        return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in results]
+            cotangents = spread([output.placements for output in outputs], *cotangents)
+        gradients = torch.autograd.grad(outputs, leaves, cotangents)
+        query, key, value, sinks, bias = arrays
+        options = options_of(query, sinks, bias)
+        again = mha_spec_torch.attention_vjp(cotangents[0], query, key, value, grad_lse=cotangents[1], **options)
+        weights = mha_spec_torch.attention_weights(query, key, **options)
+        if hasattr(query, "placements"):
+            assert [x.placements for x in (*again[:3], weights)] == [x.placements for x in (*arrays[:3], query)]
+        results = (*outputs, *gradients, *again, weights)
+        return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in (x.detach() for x in results)]
 
     def fault(arrays: Any, placements: Any) -> list[str]:
-        names = ("output", "lse", "query", "key", "value", "sinks", "bias")
-        return differences(names, run(spread(placements, *arrays)), run(arrays))
+        names = ("query", "key", "value")
+        of_vjp = (*(f"vjp {name}" for name in names), "vjp bias", "vjp sinks")
+        labels = ("output", "lse", *names, "sinks", "bias", *of_vjp, "weights")
+        return differences(labels, run(spread(placements, *arrays)), run(arrays))
 
     both, everywhere = [Shard(0), Shard(1)], [Replicate(), Replicate()]
     single = [query, key[:, :1], value[:, :1], sinks, bias]
@@ -372,7 +384,31 @@ def dtensors() -> dict[str, Any]:
         "dtensor one entry": fault(first, [both, both, both, everywhere, everywhere]),
         "dtensor one kv head": fault(single, of_single),
         "dtensor replicated": fault([*operands, bias], [everywhere] * 5),
+        "dtensor layer": layer_of_dtensors(),
     }
+
+
+def layer_of_dtensors() -> list[str]:
+    """Compare the layer, with parameters that are sharded over the heads, with that in one process."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    layer = mha_spec_torch.MultiHeadAttention(6, HEADS, kv_heads=KV_HEADS, qk_dim=4, qk_norm=True, dtype=torch.float64)
+    params = {name: torch.from_numpy(numbers(*x.shape, seed=7)) for name, x in layer.params.items()}
+    axes = {"w_q": 1, "w_k": 1, "w_v": 1, "w_o": 0, "b_q": 0, "b_k": 0, "b_v": 0}
+    of_params = [[Replicate(), Shard(axes[name]) if name in axes else Replicate()] for name in params]
+    x = torch.from_numpy(numbers(BATCH, 7, 6))
+
+    def run(arrays: Any) -> list[Any]:
+        x, *rest = leaves = [array.detach().requires_grad_() for array in arrays]
+        named = dict(zip(params, rest, strict=True))
+        options: Any = {"causal": True, "rotary": {"interleaved": True}}
+        output, weights = mha_spec_torch.multi_head_attention_and_weights(x, x, x, named, **options)
+        results = [output, weights, *torch.autograd.grad((output**2).sum(), leaves)]
+        return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in (x.detach() for x in results)]
+
+    arrays = x, *params.values()
+    spread_arrays = spread([[Shard(0), Replicate()], *of_params], *arrays)
+    return differences(("output", "weights", "x", *params), run(spread_arrays), run(arrays))
 
 
 def refusals_of_dtensors() -> dict[str, Any]:
@@ -392,7 +428,8 @@ def refusals_of_dtensors() -> dict[str, Any]:
         "refused sinks": of_type(attention, x, k, v, sinks=sinks.requires_grad_()),
         "refused dropout": of_value(attention, x, k, v, dropout_rate=0.5),
         "refused uneven": of_value(attention, *spread([both] * 3, query[:, :6], key[:, :3], value[:, :3])),
-        "refused weights": of_type(mha_spec_torch.attention_weights, x, k),
+        "refused cotangent": of_type(mha_spec_torch.attention_vjp, query, x, k, k),
+        "refused packed": of_type(mha_spec_torch.varlen_attention, x, k, v, [0, 7], [0, 7]),
         "refused ring": of_type(mha_spec_torch.ring_attention, x, k, v),
     }
 

@@ -62,7 +62,7 @@ def test_four_processes_give_the_result_of_a_single_process(name: str, answers: 
     assert of_ranks(answers, name) == [[]] * RANKS
 
 
-@pytest.mark.parametrize("name", ["both", "one entry", "one kv head", "replicated"])
+@pytest.mark.parametrize("name", ["both", "one entry", "one kv head", "replicated", "layer"])
 def test_dtensors_of_batch_and_heads_give_the_result_of_one_process(name: str, answers: Answers) -> None:
     assert of_ranks(answers, f"dtensor {name}") == [[]] * RANKS
 
@@ -148,7 +148,8 @@ def test_options_of_pairs_are_refused_by_name(function: str, name: str, answers:
         ("sinks", "`sinks` must be a DTensor"),
         ("dropout", "`dropout_mask` must be given with dropout_rate"),
         ("uneven", "`key` must have heads that are a multiple of the ranks"),
-        ("weights", "must not be DTensors in attention_weights"),
+        ("cotangent", "`grad_output` must be a DTensor, as `query`"),
+        ("packed", "must not be DTensors in varlen_attention"),
         ("ring", "must not be DTensors in ring_attention"),
         ("second derivative", "ring_attention of mha_spec_torch has no second derivative"),
     ],
