@@ -1,4 +1,4 @@
-"""The memory of a rank in torch, and the order of transfer and computation; parts of ring_processes.py."""
+"""The memory of a rank in torch, its blocks, and the order of transfer and computation; parts of ring_processes.py."""
 
 from __future__ import annotations
 
@@ -62,6 +62,22 @@ def memory() -> dict[str, Any]:
         for layout in LAYOUTS
     }
     return of_rank | {"memory whole": [bytes_of_step(length, mha_spec_torch.attention) for length in lengths]}
+
+
+def hidden_rank() -> dict[str, Any]:
+    """Count the blocks of a window in contiguous shards: a rank computes those of itself and of the rank before."""
+    calls = [0]
+    true_visit = ring.visit
+
+    def visit(*arguments: Any) -> Any:
+        for block in true_visit(*arguments):
+            calls[0] += 1
+            yield block
+
+    x = torch.zeros(1, 1, 12, 3)
+    with patch.object(ring, "visit", visit):
+        mha_spec_torch.ring_attention(x, x, x, causal=True, window=(5, 0))
+    return {"blocks": calls[0]}
 
 
 def overlap() -> dict[str, Any]:

@@ -23,7 +23,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import numpy
 import torch
 import torch.distributed as dist
-from ring_costs import memory, overlap
+from ring_costs import hidden_rank, memory, overlap
 from support.comparisons import differences
 from support.goldens import arguments_of, cases, failures, names
 from support.numbers import numbers
@@ -294,22 +294,6 @@ def counts() -> dict[str, Any]:
     return answers
 
 
-def hidden_rank() -> dict[str, Any]:
-    """Count the blocks of a window in contiguous shards: a rank computes those of itself and of the rank before."""
-    calls = [0]
-    true_visit = ring.visit
-
-    def visit(*arguments: Any) -> Any:
-        for block in true_visit(*arguments):
-            calls[0] += 1
-            yield block
-
-    query, key, value, _ = tensors(12, 12)
-    with patch.object(ring, "visit", visit):
-        mha_spec_torch.ring_attention(query, key, value, causal=True, window=(5, 0))
-    return {"blocks": calls[0]}
-
-
 def lost_rank(*, hangs: bool) -> dict[str, Any]:
     """Leave the last rank out of a call: it ends, or does not answer; the others must have an error."""
     name = f"lost {'hangs' if hangs else 'ends'}"
@@ -329,6 +313,11 @@ def spread(placements: Any, *arrays: Any) -> list[Any]:
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "heads"))
     return [distribute_tensor(array, mesh, of_array) for array, of_array in zip(arrays, placements, strict=True)]
+
+
+def whole_of(*arrays: Any) -> list[Any]:
+    """Gather DTensors."""
+    return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in (x.detach() for x in arrays)]
 
 
 def dtensors() -> dict[str, Any]:
@@ -363,11 +352,10 @@ def dtensors() -> dict[str, Any]:
         query, key, value, sinks, bias = arrays
         options = options_of(query, sinks, bias)
         again = mha_spec_torch.attention_vjp(cotangents[0], query, key, value, grad_lse=cotangents[1], **options)
-        weights = mha_spec_torch.attention_weights(query, key, **options)
+        weights: Any = mha_spec_torch.attention_weights(query, key, **options)
         if hasattr(query, "placements"):
             assert [x.placements for x in (*again[:3], weights)] == [x.placements for x in (*arrays[:3], query)]
-        results = (*outputs, *gradients, *again, weights)
-        return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in (x.detach() for x in results)]
+        return whole_of(*outputs, *gradients, *again, weights)
 
     def fault(arrays: Any, placements: Any) -> list[str]:
         names = ("query", "key", "value")
@@ -402,9 +390,8 @@ def layer_of_dtensors() -> list[str]:
         x, *rest = leaves = [array.detach().requires_grad_() for array in arrays]
         named = dict(zip(params, rest, strict=True))
         options: Any = {"causal": True, "rotary": {"interleaved": True}}
-        output, weights = mha_spec_torch.multi_head_attention_and_weights(x, x, x, named, **options)
-        results = [output, weights, *torch.autograd.grad((output**2).sum(), leaves)]
-        return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in (x.detach() for x in results)]
+        results: Any = mha_spec_torch.multi_head_attention_and_weights(x, x, x, named, **options)
+        return whole_of(*results, *torch.autograd.grad((results[0] ** 2).sum(), leaves))
 
     arrays = x, *params.values()
     spread_arrays = spread([[Shard(0), Replicate()], *of_params], *arrays)

@@ -100,9 +100,10 @@ def differentiate(
     is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (*sources, *cotangents.values()))
     with torch.enable_grad():
         leaves = [x if x.requires_grad and is_recorded else x.detach().requires_grad_() for x in sources]
-        outputs = attend(call, *leaves[:3], {**options, **dict(zip(further, leaves[3:], strict=True))})
+        query, key, value, *rest = leaves
+        outputs = attend(call, query, key, value, {**options, **dict(zip(further, rest, strict=True))})
     outputs = outputs[: len(cotangents)]
-    gradients = torch.autograd.grad(outputs, leaves, [*cotangents.values()], create_graph=is_recorded)
+    gradients: Any = torch.autograd.grad(outputs, leaves, [*cotangents.values()], create_graph=is_recorded)
     placed = [x.redistribute(placements=leaf.placements) for x, leaf in zip(gradients, leaves, strict=True)]
     of_further = dict(zip(further, placed[3:], strict=True))
     return *placed[:3], of_further.get("bias"), of_further.get("sinks")
