@@ -117,8 +117,8 @@ def _digest(outputs: Mapping[str, numpy.ndarray]) -> bytes:
 def _constant(case: Case, dtype: str) -> Case | None:
     """Make every array the same in all batch entries, and keys and values in all heads; expect what the formula gives.
 
-    The expected values are those of the reference in float64, which is exact enough for narrower dtypes. None stands for
-    a case with a NaN or an infinity: repeated, it reaches rows of other entries, and has no allowance there.
+    The expected values are those of the reference in float64, which is exact enough for narrower dtypes. A case with a
+    NaN or an infinity gives None: once repeated, these reach rows of other entries, which have no allowance.
     """
     arrays = {name: _repeated(name, array) for name, array in case.inputs(dtype).items()}
     wide = in_float64(arrays)
