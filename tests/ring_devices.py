@@ -31,6 +31,7 @@ from support.numbers import numbers  # noqa: E402
 
 import mha_spec_jax  # noqa: E402
 from mha_spec.sharding import Piece, shard_order  # noqa: E402
+from mha_spec_conformance.targets.claims import Shards  # noqa: E402
 from mha_spec_jax import ring, shards  # noqa: E402
 
 MESH = jax.make_mesh((RANKS,), ("ranks",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -139,13 +140,14 @@ def goldens() -> dict[str, Any]:
         function: [case for case in cases(function) if not names(case) & refused]
         for function in ("attention", "attention_vjp")
     }
+    of_target = partial(failures, "jax", shards=Shards(RANKS, target.LAYOUT))
     faults_of: dict[str, Any] = {}
     case = next(case for case in some["attention"] if "sinks" in names(case) and "float32" in case.dtypes)
-    faults_of["golden sinks"] = failures("jax", [case], ask, "float32")
+    faults_of["golden sinks"] = of_target([case], ask, "float32")
     poisoned = next(case for case in some["attention"] if "poison" in case.features and "float32" in case.dtypes)
-    faults_of["golden poison"] = failures("jax", [poisoned], ask, "float32")
+    faults_of["golden poison"] = of_target([poisoned], ask, "float32")
     case = next(case for case in some["attention_vjp"] if "causal" in names(case) and "bfloat16" in case.dtypes)
-    faults_of["golden gradients"] = failures("jax", [case], ask_vjp, "bfloat16")
+    faults_of["golden gradients"] = of_target([case], ask_vjp, "bfloat16")
     return faults_of
 
 

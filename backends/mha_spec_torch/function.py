@@ -72,9 +72,7 @@ def _may_be_poisoned(problem: Problem, gradients: Sequence[Any]) -> bool:
     """Tell whether a gradient is NaN where the call hides pairs."""
     if problem.visibility.tasks[0].sees_all:
         return False
-    if gradients[0] is not None and gradients[1] is not None:
-        return native.has_poisoned_gradients(problem, gradients[0].detach(), gradients[1].detach())
-    return any(gradient is not None and problem.is_nan(gradient) for gradient in gradients)
+    return native.has_nan(problem, *(gradient.detach() for gradient in gradients if gradient is not None))
 
 
 class Attention(torch.autograd.Function):

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from mha_spec_conformance.asking.selection import Ask
     from mha_spec_conformance.suite.cases import Case, Expected
     from mha_spec_conformance.suite.conventions import Convention
+    from mha_spec_conformance.targets.claims import Shards
 
+    from .bounds import Precision
     from .compare import Judgement
 
     Outputs = Mapping[str, numpy.ndarray]
@@ -90,9 +92,14 @@ class Wrong:
 class Recognition:
     """Compares wrong answers with the predictions of mistakes, and keeps what it computed."""
 
-    def __init__(self, profile: str = "standard", accepted: frozenset[Convention] = frozenset()) -> None:
-        """Judge by the profile that the target declares; an accepted precision explains all errors that it allows."""
-        self.profile = profile
+    def __init__(
+        self,
+        profile: str = "standard",
+        accepted: frozenset[Convention] = frozenset(),
+        shards: Shards | None = None,
+    ) -> None:
+        """Judge by what a target declares; an accepted precision explains all errors that it allows."""
+        self.profile, self.shards = profile, shards
         self.accepted = accepted
         self._predictions: OrderedDict[str, Predictions] = OrderedDict()
         self._shown: dict[tuple[str, str, str, tuple[str, ...]], bool] = {}
@@ -165,12 +172,15 @@ class Recognition:
         return None if mistaken is None else self._used(ask, mistaken)
 
     def _used(self, ask: Ask, outputs: Outputs) -> float:
-        run = precision(ask.dtype, self.profile)
+        run = self._precision(ask)
         allowed = self._of(ask.case).allowances(None, ask.dtype, run) or {}
         return judge(ask.case, ask.expected, outputs, allowed, run).allowance_used
 
     def _comparison(self, wrong: Wrong) -> _Comparison:
-        return _Comparison(self._of(wrong.ask.case), wrong, self.profile, self.accepted)
+        return _Comparison(self._of(wrong.ask.case), wrong, self._precision(wrong.ask), self.accepted)
+
+    def _precision(self, ask: Ask) -> Precision:
+        return precision(ask.dtype, self.profile, self.shards)
 
     def _of(self, case: Case) -> Predictions:
         """Return the predictions on a case; those of the cases that were used least recently are dropped."""
@@ -230,14 +240,14 @@ def _with_empty_lse(golden: Expected, mistaken: numpy.ndarray) -> numpy.ndarray:
 class _Comparison:
     """Compares a wrong answer with the expected values and with the results of mistakes."""
 
-    def __init__(self, predictions: Predictions, wrong: Wrong, profile: str, accepted: frozenset[Convention]) -> None:
+    def __init__(self, predictions: Predictions, wrong: Wrong, run: Precision, accepted: frozenset[Convention]) -> None:
         self.accepted = accepted
         self.predictions = predictions
         self.case = predictions.case
         self.dtype = wrong.ask.dtype
         self.outputs = wrong.outputs
         self.golden = wrong.ask.expected
-        self.standard = precision(self.dtype, profile)
+        self.standard = run
         self.allowed = wrong.allowances
 
     def explains(self, mistake: Mistake) -> bool:

@@ -23,6 +23,7 @@ dtypes = ("float64", "float32", "float16", "bfloat16")
 
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
 MESH = jax.make_mesh((len(jax.devices()),), ("ranks",), axis_types=(AxisType.Auto,))
+ranks, rank_layout = len(MESH.devices), LAYOUT
 TOKENS = PartitionSpec(None, None, "ranks")
 SIDES = {
     "query": ("q", 2),

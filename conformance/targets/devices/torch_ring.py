@@ -33,6 +33,7 @@ features = (
 RANKS = 4
 TIMEOUT = timedelta(seconds=60)
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
+ranks, rank_layout = RANKS, LAYOUT
 SIDES = {"query": "q", "key": "kv", "value": "kv", "q_segment_ids": "q", "kv_segment_ids": "kv"}
 """The side of each array that is sharded."""
 
