@@ -12,8 +12,9 @@ from website.api import PAGES
 from website.build import DOCS, NAVIGATION, assemble, file_of
 from website.drawings import DRAWINGS, with_drawings
 from website.markdown import LinkError, Site, clause_page
+from website.markup import mend
 from website.pictures import draw, see, split_pictures
-from website.specification import MOST_CASES
+from website.specification import MOST_CASES, in_cell
 
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.spec import clauses
@@ -126,6 +127,7 @@ def test_comments_become_drawings() -> None:
         ("MHA-NONE-1", "MHA-NONE-1"),
         ("# MHA-POS-1", "# MHA-POS-1"),
         ("`MHA-POS-1` a/b#7", "`MHA-POS-1` [a/b#7](https://github.com/a/b/issues/7)"),
+        ("a/b PR#7", "[a/b PR#7](https://github.com/a/b/pull/7)"),
         ("```\n[a](none.md) MHA-POS-1\n```", "```\n[a](none.md) MHA-POS-1\n```"),
         ("a\n\n    MHA-POS-1 a/b#7\n", "a\n\n    MHA-POS-1 a/b#7\n"),
     ],
@@ -133,6 +135,20 @@ def test_comments_become_drawings() -> None:
 def test_links(text: str, expected: str, tmp_path: Path) -> None:
     site = Site(ROOT, tmp_path, {"docs/targets.md": "targets.md", "mha_spec/SPEC.md": "spec/index.md"})
     assert site.converted(text, "x.md", "docs/x.md") == expected
+
+
+def test_long_names_in_cells_and_headings_break_after_a_sign(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    code = '<code><span class="pre">linen.dot_product_attention</span></code>'
+    page.write_text(f"<h2>a.b_c torch.nn.attention</h2><p>{code}</p><td>{code} a &amp;lt; b</td>")
+    mend(tmp_path)
+    broken = code.replace("linen.", "linen.<wbr>").replace("product_", "product_<wbr>")
+    text = f"<h2>a.b_c torch.<wbr>nn.attention</h2><p>{code}</p><td>{broken} a &amp;lt; b</td>"
+    assert page.read_text() == text
+
+
+def test_the_code_of_a_cell_stays_code() -> None:
+    assert in_cell("names `q_offset`, a_b|c and a ` alone") == "names `q_offset`, a\\_b\\|c and a \\` alone"
 
 
 def test_a_link_to_nothing_is_an_error(tmp_path: Path) -> None:

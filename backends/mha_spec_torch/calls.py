@@ -103,9 +103,9 @@ def _described_in(signature: list[object], name: str, option: Any) -> bool:
         kinds = tuple(map(type, option))
         signature.append((name, kind, kinds, tuple(option)))
         return PLAIN_TYPES.issuperset(kinds)
-    if name not in INTEGERS or not _is_read(option) or option.ndim != 1:
+    if name not in INTEGERS or not _is_read(option) or option.ndim > 1:
         return False
-    signature.append((name, kind, option.dtype, tuple(option.tolist())))
+    signature.append((name, kind, option.dtype, option.ndim, tuple(option.reshape(-1).tolist())))
     return True
 
 

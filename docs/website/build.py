@@ -120,9 +120,13 @@ def audit(output: Path, *, every: bool) -> int:
     if CHROMIUM is None:
         print("No Chromium is installed, so no page was looked at (Debian: apt-get install chromium).")
         return 0
-    faults = faults_of_site(output, every=every)
-    print("\n".join(faults) or "Every page that was looked at is right.")
-    return 1 if faults else 0
+    status = 0
+    for fault in faults_of_site(output, every=every):
+        print(fault, flush=True)
+        status = 1
+    if status == 0:
+        print("Every page that was looked at is right.")
+    return status
 
 
 if __name__ == "__main__":

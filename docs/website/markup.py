@@ -1,7 +1,8 @@
-"""Mend the markup of Sphinx and furo where axe finds faults: headings, names of landmarks, access by keyboard."""
+"""Mend the markup of Sphinx and furo: headings, names of landmarks, access by keyboard, line breaks in long names."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +16,13 @@ REPLACEMENTS = (
     ('<aside class="toc-drawer">', '<aside class="toc-drawer" aria-label="On this page">'),
     ('<div id="search-results"></div>', '<h1>Search</h1><div id="search-results"></div>'),
     ("<pre>", '<pre tabindex="0">'),  # long lines scroll, also by keyboard
+    ('<div class="table-wrapper docutils container">', '<div class="table-wrapper docutils container" tabindex="0">'),
 )
+NARROW = re.compile(r"<td>.*?</td>|<h[1-3]>.*?</h[1-3]>", re.DOTALL)
+"""Cells and headings, which are narrower than some names."""
+TEXT = re.compile(r"(?<=>)[^<>]+(?=<)")
+PIECE = re.compile(r"([^\s&;]{5,}?[._/=(:-])(?=[\w(])")
+"""Some characters of a name up to a sign after which a line may end."""
 
 
 def mend(folder: Path) -> None:
@@ -25,5 +32,11 @@ def mend(folder: Path) -> None:
         mended = text
         for faulty, right in REPLACEMENTS:
             mended = mended.replace(faulty, right)
+        mended = NARROW.sub(lambda part: TEXT.sub(_breakable, part[0]), mended)
         if mended != text:
             path.write_text(mended, encoding="utf-8")
+
+
+def _breakable(text: re.Match[str]) -> str:
+    """Let long names break after a sign instead of anywhere."""
+    return PIECE.sub(r"\1<wbr>", text[0])
