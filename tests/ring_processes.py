@@ -421,20 +421,31 @@ def refusals_of_dtensors() -> dict[str, Any]:
     }
 
 
-def example() -> dict[str, Any]:
-    """Run the example of torch in docs/scaling.md, and compare its output with that of one process."""
+def code_of(section: str, place: int) -> str:
+    """Return a block of code in a section of docs/scaling.md."""
     page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")
+    return page.partition(section)[2].split("```python\n")[place].split("```")[0]
+
+
+def example() -> dict[str, Any]:
+    """Run the examples of torch in docs/scaling.md, and compare their outputs with those of one process."""
     scope: dict[str, Any] = {}
+    of_decoding: dict[str, Any] = {}
     torch.set_default_dtype(torch.float64)
     with patch.object(dist, "init_process_group"):
-        exec(page.partition("## PyTorch")[2].split("```python\n")[1].split("```")[0], scope)
+        exec(code_of("## PyTorch", 1), scope)
+    exec(code_of("## Decoding", 2), of_decoding)
     x = torch.randn(1, 8, 64 * RANKS, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     torch.set_default_dtype(torch.float32)
     expected: Any = mha_spec_torch.attention(x, x, x, causal=True)
     whole = expected.detach(), *torch.autograd.grad(expected.sum(), x)
     order = scope["order"][dist.get_rank()]
     results = scope["output"].detach(), scope["x"].grad
-    return {"example": differences(("output", "gradient"), results, [array[:, :, order] for array in whole])}
+    decoded = mha_spec_torch.attention(of_decoding["queries"], *of_decoding["tokens"], causal=True)
+    return {
+        "example": differences(("output", "gradient"), results, [array[:, :, order] for array in whole]),
+        "example of decoding": differences(("output",), [torch.cat(of_decoding["outputs"], 2)], [decoded]),
+    }
 
 
 PARTS = {

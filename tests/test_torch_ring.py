@@ -24,7 +24,7 @@ MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring lengths", "ring segments", "ring chunk"),
     *("ring striped chunk", "ring prefix", "ring empty", "ring plain", "all to all", "all to all contiguous"),
     *("decoding striped", "decoding zigzag", "decoding contiguous", "decoding empty"),
-    *("checkpoint", "second derivative of all to all", "example"),
+    *("checkpoint", "second derivative of all to all", "example", "example of decoding"),
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys", "sum of sinks", "sum of rows")
 FORMS = ("ring_attention", "all_to_all_attention", "sharded_kv_attention")
