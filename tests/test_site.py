@@ -145,6 +145,9 @@ def test_long_names_in_cells_and_headings_break_after_a_sign(tmp_path: Path) -> 
     broken = code.replace("linen.", "linen.<wbr>").replace("product_", "product_<wbr>")
     text = f"<h2>a.b_c torch.<wbr>nn.attention</h2><p>{code}</p><td>{broken} a &amp;lt; b</td>"
     assert page.read_text() == text
+    page.write_text(f"<td>{60 * 'a'}</td><td><p>{61 * 'a'}</p></td>")
+    mend(tmp_path)
+    assert page.read_text() == f'<td>{60 * "a"}</td><td class="long"><p>{61 * "a"}</p></td>'
 
 
 def test_the_code_of_a_cell_stays_code() -> None:
