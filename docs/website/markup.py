@@ -22,7 +22,7 @@ NARROW = re.compile(r"<td>.*?</td>|<h[1-3]>.*?</h[1-3]>", re.DOTALL)
 """Cells and headings, which are narrower than some names."""
 TEXT = re.compile(r"(?<=>)[^<>]+(?=<)")
 MOST_OF_A_SHORT_CELL = 60
-PIECE = re.compile(r"([^\s&;]{5,}?[._/=(:-])(?=[\w(])")
+PIECE = re.compile(r"([^\s&;]{5,}?[._/=(:])(?=[\w(])")
 """Some characters of a name up to a sign after which a line may end."""
 
 
