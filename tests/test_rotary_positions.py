@@ -72,6 +72,37 @@ def test_sections_turn_as_those_of_qwen2_vl() -> None:
     assert_rotary(expected.numpy(), x.numpy(), OF_AXES, sections=SECTIONS)
 
 
+def test_axes_in_turn_are_those_of_qwen3_vl(library: str) -> None:
+    """Each pair has a section of its own, whose positions are those of its axis; `transformers` is the judge."""
+    torch = pytest.importorskip("torch")
+    qwen = pytest.importorskip("transformers.models.qwen3_vl.modeling_qwen3_vl")
+    configuration = pytest.importorskip("transformers.models.qwen3_vl.configuration_qwen3_vl")
+    sections, size = (5, 2, 3), 20
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    config = configuration.Qwen3VLTextConfig(head_dim=size, num_attention_heads=HEADS, rope_parameters=rope)
+    x = numbers(BATCH, HEADS, LENGTH, size).astype("float32")
+    embedding = qwen.Qwen3VLTextRotaryEmbedding(config)
+    cosine, sine = (turn[:, None] for turn in embedding(torch.tensor(x), torch.tensor(OF_AXES)))
+    expected = torch.tensor(x) * cosine + qwen.rotate_half(torch.tensor(x)) * sine
+
+    axes = in_turn(sections)
+    options: dict[str, Any] = {"sections": [1] * len(axes)}
+    assert_rotary(expected.numpy(), x, OF_AXES[axes], **options)
+    where = to_library(OF_AXES[axes], library)
+    ours = backend(library).rotary_embedding(to_library(x, library), where, **options)
+    assert_rotary(to_numpy(ours), x, OF_AXES[axes], **options)
+    with pytest.raises(AssertionError):
+        assert_rotary(expected.numpy(), x, OF_AXES, sections=sections)
+
+
+def in_turn(sections: tuple[int, ...]) -> numpy.ndarray:
+    """Return the axis of each pair where the axes take pairs in turn; the first axis has those that are left."""
+    axes = numpy.zeros(sum(sections), int)
+    for axis, pairs in enumerate(sections[1:], start=1):
+        axes[axis : axis + pairs * len(sections) : len(sections)] = axis
+    return axes
+
+
 @pytest.mark.parametrize("traced", [False, True], ids=["called", "compiled"])
 @pytest.mark.parametrize("host", [False, True], ids=["of-the-library", "on-the-host"])
 def test_axes_turn_their_sections(library: str, host: bool, traced: bool) -> None:

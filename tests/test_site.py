@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 import pytest
 from website.api import PAGES
-from website.build import DOCS, NAVIGATION, assemble, file_of
+from website.build import DOCS, NAVIGATION, appended, assemble, file_of
 from website.drawings import DRAWINGS, with_drawings
 from website.markdown import LinkError, Site, clause_page
 from website.markup import mend
@@ -27,7 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return assemble(tmp_path_factory.mktemp("site") / "source")
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "field.html").write_text("the page of the field", encoding="utf-8")
+    return assemble(folder / "source", folder / "field.html")
 
 
 def text_of(site: Site, page: str) -> str:
@@ -40,6 +42,12 @@ def test_every_page_of_docs_is_in_the_sidebar(site: Site) -> None:
     toctrees = re.findall(r"^```\{toctree\}.*?^```$", text_of(site, "index.md"), flags=re.DOTALL | re.MULTILINE)
     assert [file_of(entry) for tree in toctrees for entry in tree.splitlines()[4:-1]] == listed
     assert all((site.folder / page).is_file() for page in listed)
+
+
+def test_the_page_of_the_field_is_published_and_linked(site: Site) -> None:
+    assert text_of(site, "extra/matrix.html") == "the page of the field"
+    assert '<a href="matrix.html">' in text_of(site, "field.md")
+    assert not appended("field.md", None)
 
 
 def test_a_page_for_each_clause_has_its_text_cases_and_mistakes(site: Site, suite: Suite) -> None:

@@ -66,6 +66,15 @@ def navigation() -> str:
     )
 
 
+def appended(page: str, matrix: Path | None) -> str:
+    """Return what the site adds to a page: the tables of contents, and a link to the page of the field."""
+    if page == "index.md":
+        return f"\n{navigation()}\n"
+    if page == "field.md" and matrix is not None:
+        return '\n## The matrix\n\n<a href="matrix.html">Every clause and every implementation on one page</a>.\n'
+    return ""
+
+
 def assemble(folder: Path, matrix: Path | None = None) -> Site:
     """Write the sources of the site: the pages of docs/, and those that are generated."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -76,7 +85,7 @@ def assemble(folder: Path, matrix: Path | None = None) -> Site:
     for file, page in site.pages.items():
         if file != "mha_spec/SPEC.md":
             text = with_drawings((ROOT / file).read_text(encoding="utf-8"))
-            site.write(page, text + (f"\n{navigation()}\n" if page == "index.md" else ""), source=file)
+            site.write(page, text + appended(page, matrix), source=file)
     write_specification(site)
     write_api(site)
     if matrix is not None:
