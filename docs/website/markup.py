@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REPLACEMENTS", "mend"]
 
+SIDEBAR = 'class="sidebar-drawer"'
 REPLACEMENTS = (
     ('<p class="caption" role="heading">', '<p class="caption">'),
     ('<aside class="sidebar-drawer">', '<aside class="sidebar-drawer" aria-label="Pages">'),
@@ -27,9 +28,11 @@ PIECE = re.compile(r"([^\s&;]{5,}?[._/=(:])(?=[\w(])")
 
 
 def mend(folder: Path) -> None:
-    """Replace the faulty markup in every page."""
+    """Replace the faulty markup in every page of furo; the page of the field has its own markup and programs."""
     for path in folder.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
+        if SIDEBAR not in text:
+            continue
         mended = text
         for faulty, right in REPLACEMENTS:
             mended = mended.replace(faulty, right)
