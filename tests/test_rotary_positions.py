@@ -9,6 +9,7 @@ import numpy
 import pytest
 from support.comparisons import assert_near
 from support.numbers import numbers
+from support.pages_of_docs import blocks_of
 
 from mha_spec import ArgumentTypeError, ArgumentValueError, KVCache, reference
 from mha_spec_conformance.judging.bounds import bounds, precision
@@ -93,6 +94,14 @@ def test_axes_in_turn_are_those_of_qwen3_vl(library: str) -> None:
     assert_rotary(to_numpy(ours), x, OF_AXES[axes], **options)
     with pytest.raises(AssertionError):
         assert_rotary(expected.numpy(), x, OF_AXES, sections=sections)
+
+
+def test_the_page_gives_the_axes_of_qwen3_vl() -> None:
+    (program,) = [block.text for block in blocks_of("weights.md", "python") if "mrope_section" in block.text]
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["axes"].tolist() == in_turn((24, 20, 20)).tolist()
+    assert names["positions"].shape == (sum(names["rotary"]["sections"]), 1, 5)
 
 
 def in_turn(sections: tuple[int, ...]) -> numpy.ndarray:

@@ -125,7 +125,6 @@ def arguments_of(function: str, query: Tensor, key: Tensor, value: Tensor | None
     """Check the arguments of a call, and replace a named offset by its integers."""
     refuse_unknown(options, function)
     check_library("torch", query)
-    refuse_distributed(function, query, key, value)
     a = Arguments(query, key, value, function=function, **options)
     if autocasts(query.device.type):
         a = replace(a, **cast(query=query, key=key, value=value))
@@ -138,6 +137,7 @@ def varlen_arguments_of(function: str, options: Mapping[str, Any], *tensors: Any
     """Check the arguments of a packed call, `tensors` being the first five; symbols are checked by examples."""
     query, key, value, *bounds = tensors
     check_library("torch", query)
+    refuse_distributed(function, query, key, value)
     if autocasts(query.device.type):
         query, key, value = cast(query=query, key=key, value=value).values()
     if not traced(unwrapped(query)):
