@@ -145,13 +145,31 @@ def test_links(text: str, expected: str, tmp_path: Path) -> None:
     assert site.converted(text, "x.md", "docs/x.md") == expected
 
 
+def mended(folder: Path, content: str) -> str:
+    page = folder / "page.html"
+    sidebar = '<aside class="sidebar-drawer" aria-label="Pages">'
+    page.write_text(sidebar + content)
+    mend(folder)
+    return page.read_text().removeprefix(sidebar)
+
+
 def test_long_names_in_cells_and_headings_break_after_a_sign(tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
     code = '<code><span class="pre">linen.dot_product_attention</span></code>'
-    page.write_text(f"<h2>a.b_c torch.nn.attention</h2><p>{code}</p><td>{code} a &amp;lt; b</td>")
-    mend(tmp_path)
     broken = code.replace("linen.", "linen.<wbr>").replace("product_", "product_<wbr>")
-    text = f"<h2>a.b_c torch.<wbr>nn.attention</h2><p>{code}</p><td>{broken} a &amp;lt; b</td>"
+    page = f"<h2>a.b_c torch.nn.attention</h2><p>{code}</p><td>{code} MHA-WINDOW-1 &amp;lt; b</td>"
+    text = f"<h2>a.b_c torch.<wbr>nn.attention</h2><p>{code}</p><td>{broken} MHA-WINDOW-1 &amp;lt; b</td>"
+    assert mended(tmp_path, page) == text
+
+
+def test_cells_with_much_text_are_marked(tmp_path: Path) -> None:
+    text = mended(tmp_path, f"<td>{60 * 'a'}</td><td><p>{61 * 'a'}</p></td>")
+    assert text == f'<td>{60 * "a"}</td><td class="long"><p>{61 * "a"}</p></td>'
+
+
+def test_a_page_that_sphinx_does_not_write_is_not_mended(tmp_path: Path) -> None:
+    page, text = tmp_path / "matrix.html", "<script>`<td>${result.outcome}</td>`</script><pre>"
+    page.write_text(text)
+    mend(tmp_path)
     assert page.read_text() == text
 
 

@@ -30,7 +30,7 @@ MOST_PAIRS = 2**16
 ENTRIES = ("q_lengths", "kv_lengths", "kv_starts", "prefix_lengths", "q_offset")
 """The options with an integer for each batch entry."""
 
-ON_DEVICE = ("q_segment_ids", "kv_segment_ids", "block_table", "cache_block_table", "cache_lengths")
+ON_DEVICE = ("q_segment_ids", "kv_segment_ids", "block_table", "cache_block_table")
 """Further integers that a target may take as arrays of NumPy, if its own arrays are of another library."""
 
 WEIGHTS = {

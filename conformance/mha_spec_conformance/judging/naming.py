@@ -67,6 +67,10 @@ evidence only for a mistake against them."""
 MOST_PAIRED = 5
 """The largest number of mistakes of which pairs are made."""
 
+LEAST_OF_ROUNDING = 1 / 3
+"""The share of the failures of a mistake of precision in which its own errors exceed the allowance; the errors of the
+others are so small that they fit any precision."""
+
 LEAST_OF_PAIR = 3
 """The number of failures that a pair, or a mistake that raises, must explain and no other mistake does."""
 
@@ -312,8 +316,7 @@ class Trial:
             explained, unlike = [], [*explained, *unlike]
         others = [failure for failure in unlike if not failure.spreads]
         by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
-        if by_errors and 2 * sum(recognition.explains(mistake, failure) for failure in explained) < len(explained):
-            # The errors of the mistake are too small for most of the failures, whose errors fit any precision.
+        if by_errors and sum(recognition.explains(mistake, w) for w in explained) < LEAST_OF_ROUNDING * len(explained):
             explained, unlike = [], [*explained, *unlike]
         made = mistake.compared is Compared.WHERE_NOT_FINITE and any(wrong.of_finite_operands for wrong in explained)
         most = len(explained) * (1 / LEAST - 1)

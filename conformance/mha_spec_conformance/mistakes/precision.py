@@ -45,18 +45,14 @@ def narrow_exponentials(dtype: str) -> Callable[..., tuple[numpy.ndarray, numpy.
     return exponentials
 
 
-def narrow_sum(dtype: str) -> Callable[..., numpy.ndarray]:
-    """Return a step that sums the products in a dtype, 16 keys at a time."""
-    narrow = narrowing(dtype)
-
-    def summed(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
-        total = numpy.zeros((*weights.shape[:-1], values.shape[-1]), weights.dtype)
-        for first in range(0, weights.shape[-1], 16):
-            tile = slice(first, first + 16)
-            total = narrow(total + steps.sum_over_visible(weights[..., tile], values[..., tile, :], visible[..., tile]))
-        return total
-
-    return summed
+def half_sum(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
+    """Sum the products in float16, 16 keys at a time."""
+    narrow = narrowing("float16")
+    total = numpy.zeros((*weights.shape[:-1], values.shape[-1]), weights.dtype)
+    for first in range(0, weights.shape[-1], 16):
+        tile = slice(first, first + 16)
+        total = narrow(total + steps.sum_over_visible(weights[..., tile], values[..., tile, :], visible[..., tile]))
+    return total
 
 
 def cap_with(tanh: Callable[[numpy.ndarray], numpy.ndarray]) -> steps.Steps:
@@ -93,8 +89,8 @@ def mistake(
     )
 
 
-def in_16_bits(dtype: str, words: str, suffix: str, dtypes: tuple[str, ...]) -> tuple[Mistake, ...]:
-    """Return the mistakes that keep numbers in a dtype of 16 bits which the specification keeps in float32."""
+def half_scores(dtype: str, words: str, suffix: str, dtypes: tuple[str, ...]) -> tuple[Mistake, ...]:
+    """Return the mistakes that keep scores or the softmax in a dtype of 16 bits, in runs of these dtypes."""
     return (
         mistake(
             "half_scores",
@@ -111,20 +107,12 @@ def in_16_bits(dtype: str, words: str, suffix: str, dtypes: tuple[str, ...]) -> 
             name=f"precision-half-scores{suffix}",
             dtypes=dtypes,
         ),
-        mistake(
-            "half_sums",
-            f"sums the weighted values in {words}",
-            replacing(sum_over_visible=narrow_sum(dtype)),
-            name=f"precision-half-sums{suffix}",
-            functions=("attention",),
-            dtypes=dtypes,
-        ),
     )
 
 
 PRECISION = (
-    *in_16_bits("float16", "16 bits", "", ("float64", "float32", "float16")),
-    *in_16_bits("bfloat16", "bfloat16", "-bfloat16", ("bfloat16",)),
+    *half_scores("float16", "16 bits", "", ("float64", "float32", "float16")),
+    *half_scores("bfloat16", "bfloat16", "-bfloat16", ("bfloat16",)),
     Mistake(
         "division-approximate",
         "divides by the sum with a relative error of 2^-18, the same in every element",
@@ -145,6 +133,12 @@ PRECISION = (
                 to_bits(weights, 11), to_bits(values, 11), visible
             ),
         ),
+    ),
+    mistake(
+        "half_sums",
+        "sums the weighted values in 16 bits",
+        replacing(sum_over_visible=half_sum),
+        functions=("attention",),
     ),
     mistake(
         "half_gradients",
