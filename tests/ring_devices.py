@@ -31,6 +31,7 @@ from support.numbers import numbers  # noqa: E402
 
 import mha_spec_jax  # noqa: E402
 from mha_spec.sharding import Piece, shard_order  # noqa: E402
+from mha_spec_conformance.targets.claims import Shards  # noqa: E402
 from mha_spec_jax import ring, shards  # noqa: E402
 
 MESH = jax.make_mesh((RANKS,), ("ranks",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -139,13 +140,14 @@ def goldens() -> dict[str, Any]:
         function: [case for case in cases(function) if not names(case) & refused]
         for function in ("attention", "attention_vjp")
     }
+    of_target = partial(failures, "jax", shards=Shards(RANKS, target.LAYOUT))
     faults_of: dict[str, Any] = {}
     case = next(case for case in some["attention"] if "sinks" in names(case) and "float32" in case.dtypes)
-    faults_of["golden sinks"] = failures("jax", [case], ask, "float32")
+    faults_of["golden sinks"] = of_target([case], ask, "float32")
     poisoned = next(case for case in some["attention"] if "poison" in case.features and "float32" in case.dtypes)
-    faults_of["golden poison"] = failures("jax", [poisoned], ask, "float32")
+    faults_of["golden poison"] = of_target([poisoned], ask, "float32")
     case = next(case for case in some["attention_vjp"] if "causal" in names(case) and "bfloat16" in case.dtypes)
-    faults_of["golden gradients"] = failures("jax", [case], ask_vjp, "bfloat16")
+    faults_of["golden gradients"] = of_target([case], ask_vjp, "bfloat16")
     return faults_of
 
 
@@ -244,13 +246,20 @@ def programs() -> dict[str, Any]:
 
 
 def example() -> dict[str, Any]:
-    """Run the first example of docs/scaling.md, and compare its output with that of one device."""
+    """Run the examples of JAX in docs/scaling.md, and compare their outputs with those of one device."""
     page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")
     scope: dict[str, Any] = {}
+    of_decoding: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], scope)
+    exec(page.partition("## Decoding")[2].split("```python\n")[1].split("```")[0], of_decoding)
     x = jnp.asarray(numpy.asarray(scope["x"]))[:, :, numpy.argsort(scope["order"])]
     expected = mha_spec_jax.attention(x, x, x, causal=True)
-    return {"example": differences(("output",), (scope["output"],), (numpy.asarray(expected),))}
+    decoded = mha_spec_jax.attention(of_decoding["queries"], *of_decoding["tokens"], causal=True)
+    of_steps = numpy.concatenate(of_decoding["outputs"], 2)
+    return {
+        "example": differences(("output",), (scope["output"],), (numpy.asarray(expected),)),
+        "example of decoding": differences(("output",), (of_steps,), (numpy.asarray(decoded),)),
+    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
-from importlib.metadata import files
+from importlib.metadata import distribution
+from pathlib import Path
 
 import numpy
 
@@ -33,8 +34,9 @@ class Parameters(ctypes.Structure):
 
 def library(name):
     """Load a library of the wheel, which finds those that it needs."""
-    (path,) = (file for file in files("pywhispercpp") if file.match(f"pywhispercpp.libs/lib{name}-[0-9a-f]*"))
-    return ctypes.CDLL(str(path.locate()))
+    folder = Path(str(distribution("pywhispercpp").locate_file("pywhispercpp.libs")))
+    (path,) = folder.glob(f"lib{name}-[0-9a-f]*")
+    return ctypes.CDLL(str(path))
 
 
 def declared(function, result, *arguments):

@@ -6,7 +6,8 @@
 import ctypes
 import sys
 from ctypes import POINTER, c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
-from importlib.metadata import files
+from importlib.metadata import distribution
+from pathlib import Path
 
 import numpy
 
@@ -21,8 +22,9 @@ class Parameters(ctypes.Structure):
 
 def library(name):
     """Load a library of ggml from the wheel."""
-    (path,) = (file for file in files("pywhispercpp") if file.match(f"pywhispercpp.libs/lib{name}-[0-9a-f]*"))
-    return ctypes.CDLL(str(path.locate()))
+    folder = Path(str(distribution("pywhispercpp").locate_file("pywhispercpp.libs")))
+    (path,) = folder.glob(f"lib{name}-[0-9a-f]*")
+    return ctypes.CDLL(str(path))
 
 
 def declared(function, result, *arguments):

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["jax==0.10.2"]
+# ///
 """`mha_spec_jax.ring_attention` on four devices, which are threads of the CPU.
 
 A sequence is padded to a length that the layout can deal out, with NaN, which its lengths hide. The environment
@@ -23,6 +26,7 @@ dtypes = ("float64", "float32", "float16", "bfloat16")
 
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
 MESH = jax.make_mesh((len(jax.devices()),), ("ranks",), axis_types=(AxisType.Auto,))
+ranks, rank_layout = len(MESH.devices), LAYOUT
 TOKENS = PartitionSpec(None, None, "ranks")
 SIDES = {
     "query": ("q", 2),
