@@ -269,13 +269,20 @@ def programs() -> dict[str, Any]:
 
 
 def example() -> dict[str, Any]:
-    """Run the first example of docs/scaling.md, and compare its output with that of one device."""
+    """Run the examples of JAX in docs/scaling.md, and compare their outputs with those of one device."""
     page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")
     scope: dict[str, Any] = {}
+    of_decoding: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], scope)
+    exec(page.partition("## Decoding")[2].split("```python\n")[1].split("```")[0], of_decoding)
     x = jnp.asarray(numpy.asarray(scope["x"]))[:, :, numpy.argsort(scope["order"])]
     expected = mha_spec_jax.attention(x, x, x, causal=True)
-    return {"example": differences(("output",), (scope["output"],), (numpy.asarray(expected),))}
+    decoded = mha_spec_jax.attention(of_decoding["queries"], *of_decoding["tokens"], causal=True)
+    of_steps = numpy.concatenate(of_decoding["outputs"], 2)
+    return {
+        "example": differences(("output",), (scope["output"],), (numpy.asarray(expected),)),
+        "example of decoding": differences(("output",), (of_steps,), (numpy.asarray(decoded),)),
+    }
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ TOKENS = PartitionSpec(None, None, "ranks")
 MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring segments", "ring chunk"),
     *("all to all", "decoding", "golden sinks", "golden poison", "golden gradients", "example"),
+    "example of decoding",
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 

@@ -31,13 +31,15 @@ FOLDER = ROOT / "conformance" / "targets"
 TARGETS = sorted(path.stem for path in FOLDER.glob("*.py"))
 SCRIPTS = sorted((ROOT / "docs" / "findings").glob("*.py"))
 KNOWN = sorted(FOLDER.glob("*.known.toml"))
+DEVICES = FOLDER / "devices"
+OF_DEVICES = sorted({*DEVICES.glob("*.py")} - {DEVICES / "processes.py"})
 
 
-@pytest.mark.parametrize("file", KNOWN, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [*KNOWN, *DEVICES.glob("*.known.toml")], ids=lambda file: file.name)
 def test_known_deviations_name_a_target_cases_and_a_clause(suite: Suite, file: Path) -> None:
     cases = {case.id: case for case in suite.cases}
     known = read_known(file)
-    assert file.name.removesuffix(".known.toml") in TARGETS
+    assert file.with_name(file.name.removesuffix(".known.toml") + ".py").exists()
     assert {entry.id for entry in known} <= set(cases)
     assert all(cases[entry.id].level == "MUST" for entry in known)
     assert {entry.reason.partition(":")[0] for entry in known} <= set(clauses())
@@ -51,7 +53,7 @@ def test_the_page_has_a_row_of_every_target_and_says_which_deviate() -> None:
     assert deviating == {file.name for file in KNOWN}
 
 
-@pytest.mark.parametrize("file", [*sorted(FOLDER.glob("*.py")), *SCRIPTS], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [*sorted(FOLDER.glob("*.py")), *OF_DEVICES, *SCRIPTS], ids=lambda file: file.stem)
 def test_a_target_or_finding_pins_the_packages_that_it_needs(file: Path) -> None:
     text = file.read_text()
     block = re.match(r"# /// script\n# dependencies = (\[.*?\])\n# ///\n", text, re.DOTALL)

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["jax==0.10.2"]
+# ///
 """`mha_spec_jax.ring_attention` on several devices, which are threads of the CPU.
 
 A sequence is padded to a length that the layout can deal out, with NaN, which its lengths hide. The environment
