@@ -28,7 +28,7 @@ from . import formula, native
 from .tasks import Operands, converted, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from .problem import Problem
     from .tasks import Task
@@ -130,33 +130,41 @@ def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Ten
 
 
 def _by_task(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
-    tasks = problem.visibility.tasks
-    parts = [part for task in tasks for part in _of_task(problem, task, x, needs_lse=needs_lse)]
-    if len(parts) == 1 and parts[0][0].has_all_rows:
-        _, output, lse = parts[0]
-        return converted(output, x.query.dtype), lse
+    """Write the results of each part of the call before the next part is computed, which reuses their memory."""
+    whole = None
+    for part, of_output, of_lse in _parts(problem, x, needs_lse=needs_lse):
+        if part.has_all_rows:
+            return converted(of_output, x.query.dtype), of_lse
+        whole = _whole(problem, x, needs_lse=needs_lse) if whole is None else whole
+        output, lse = whole
+        part.of_rows(output).copy_(of_output)
+        if lse is not None:
+            part.of_rows(lse).copy_(of_lse)
+    return _whole(problem, x, needs_lse=needs_lse) if whole is None else whole
+
+
+def _whole(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
+    """Return output and lse of rows that see no key; if every row has a task, memory for the output."""
     batch, heads, q_len, _ = x.query.shape
-    output = x.query.new_zeros((batch, q_len, heads, x.value.shape[3])).transpose(1, 2)
-    lse = _empty_lse(problem, x) if needs_lse else None
-    for task, of_output, of_lse in parts:
-        task.of_rows(output).copy_(of_output)
-        if lse is not None and of_lse is not None:
-            task.of_rows(lse).copy_(of_lse)
-    return output, lse
+    is_covered = sum(task.rows for task in problem.visibility.tasks) == batch * heads * q_len
+    new = x.query.new_empty if is_covered else x.query.new_zeros
+    output = new((batch, q_len, heads, x.value.shape[3])).transpose(1, 2)
+    return output, _empty_lse(problem, x) if needs_lse else None
 
 
 forward = without_autocast(attend)
 
 
-def _of_task(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> list[tuple[Task, torch.Tensor, Any]]:
-    """Return output and lse of each piece of a task; the kernel takes the task whole."""
-    if problem.suits_flash:
-        results = native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse)
+def _parts(problem: Problem, x: Operands, *, needs_lse: bool) -> Iterator[tuple[Task, torch.Tensor, Any]]:
+    """Yield output and lse of each piece of the tasks, of which no two share a row; the kernel takes a task whole."""
+    for task in problem.visibility.tasks:
+        flash = problem.suits_flash
+        results = native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse) if flash else None
         if results is not None:
-            return [(task, *results)]
-    return [
-        (piece, *formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)) for piece in pieces(task)
-    ]
+            yield task, *results
+            continue
+        for piece in pieces(task):
+            yield piece, *formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)
 
 
 def _empty_lse(problem: Problem, x: Operands) -> torch.Tensor:

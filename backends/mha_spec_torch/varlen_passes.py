@@ -62,7 +62,7 @@ def forward(
     output = packed_again(output)
     if lse is None:
         return output, None
-    lse = lse[0]
+    lse = lse.transpose(0, 1).flatten(1)
     for tokens in packed.outside:
         lse[:, tokens] = -math.inf
     return output, lse
