@@ -28,7 +28,7 @@ from . import formula, native
 from .tasks import Operands, converted, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from .problem import Problem
     from .tasks import Task
@@ -122,49 +122,51 @@ _supports_autocast = cache(torch.amp.is_autocast_available)
 def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
     """Return the output in the query's dtype, with the kernel's memory layout, and lse if it is needed."""
     tasks = problem.visibility.tasks
-    if len(tasks) == 1 and tasks[0].has_all_rows and problem.suits_flash:
-        results = native.attend(problem, tasks[0], problem.cut(x, tasks[0]), needs_lse=needs_lse)
+    if len(tasks) == 1 and tasks[0].has_all_rows:
+        results = _natively(problem, tasks[0], x, needs_lse=needs_lse)
         if results is not None:
             return results
+        piece, *others = pieces(tasks[0])
+        if not others:
+            output, lse = formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)
+            return converted(output, x.query.dtype), lse
     return _by_task(problem, x, needs_lse=needs_lse)
 
 
 def _by_task(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
-    """Write the results of each part of the call before the next part is computed, which reuses their memory."""
-    whole = None
-    for part, of_output, of_lse in _parts(problem, x, needs_lse=needs_lse):
-        if part.has_all_rows:
-            return converted(of_output, x.query.dtype), of_lse
-        whole = _whole(problem, x, needs_lse=needs_lse) if whole is None else whole
-        output, lse = whole
-        part.of_rows(output).copy_(of_output)
-        if lse is not None:
-            part.of_rows(lse).copy_(of_lse)
-    return _whole(problem, x, needs_lse=needs_lse) if whole is None else whole
-
-
-def _whole(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
-    """Return output and lse of rows that see no key; if every row has a task, memory for the output."""
-    batch, heads, q_len, _ = x.query.shape
-    is_covered = sum(task.rows for task in problem.visibility.tasks) == batch * heads * q_len
+    """Write the results of each task before the next one, which then takes the same memory; no two share a row."""
+    tasks, (batch, heads, q_len, _) = problem.visibility.tasks, x.query.shape
+    # Rows without a task, which see no key, have the output 0.
+    is_covered = sum(task.rows for task in tasks) == batch * heads * q_len
     new = x.query.new_empty if is_covered else x.query.new_zeros
     output = new((batch, q_len, heads, x.value.shape[3])).transpose(1, 2)
-    return output, _empty_lse(problem, x) if needs_lse else None
+    lse = _empty_lse(problem, x) if needs_lse else None
+    for task in tasks:
+        if not _written(task, output, lse, _natively(problem, task, x, needs_lse=needs_lse)):
+            for piece in pieces(task):
+                results = formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)
+                _written(piece, output, lse, results)
+    return output, lse
+
+
+def _natively(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any] | None:
+    """Return the kernel's results of a task, which it takes whole; None if another path must compute them."""
+    return native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse) if problem.suits_flash else None
+
+
+def _written(
+    task: Task, output: torch.Tensor, lse: torch.Tensor | None, results: tuple[torch.Tensor, Any] | None
+) -> bool:
+    """Write the results of a task, if there are any, to its rows."""
+    if results is None:
+        return False
+    task.of_rows(output).copy_(results[0])
+    if lse is not None:
+        task.of_rows(lse).copy_(results[1])
+    return True
 
 
 forward = without_autocast(attend)
-
-
-def _parts(problem: Problem, x: Operands, *, needs_lse: bool) -> Iterator[tuple[Task, torch.Tensor, Any]]:
-    """Yield output and lse of each piece of the tasks, of which no two share a row; the kernel takes a task whole."""
-    for task in problem.visibility.tasks:
-        flash = problem.suits_flash
-        results = native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse) if flash else None
-        if results is not None:
-            yield task, *results
-            continue
-        for piece in pieces(task):
-            yield piece, *formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)
 
 
 def _empty_lse(problem: Problem, x: Operands) -> torch.Tensor:
