@@ -104,7 +104,12 @@ class PackedVisibility:
     """The constraints of every sequence, as a `Visibility` that is cut into tasks."""
 
     def __init__(self, runs: Iterable[Run], tokens: int, *, heads: int = 0) -> None:
-        self.tasks = [task for run in runs for task in run.tasks(heads=heads, tokens=tokens)]
+        self._runs, self._tokens, self._heads = runs, tokens, heads
+
+    @cached_property
+    def tasks(self) -> list[PackedTask]:
+        """The tasks of all sequences, which not every path of a call needs."""
+        return [task for run in self._runs for task in run.tasks(heads=self._heads, tokens=self._tokens)]
 
     def constraints(self, task: PackedTask) -> list[Tensor]:
         """Compare the pairs of a task with every constraint that may hide some of them."""
