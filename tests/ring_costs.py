@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
@@ -83,8 +84,10 @@ def hidden_rank() -> dict[str, Any]:
 def overlap() -> dict[str, Any]:
     """Note when keys are sent, have arrived, and are waited for; each block waits until the next keys have arrived.
 
-    The keys of rank r hold r + 1. If a transfer needed `wait` to make progress, a block would wait in vain.
+    The keys of rank r hold r + 1. If a transfer needed `wait` to make progress, a block would wait in vain. Rank 0
+    begins only when all others have begun: if `send` waited for keys, they would wait for each other, an error.
     """
+    store = dist.distributed_c10d._get_default_store()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     events: list[str] = []
     travelling: list[Any] = []
@@ -92,8 +95,12 @@ def overlap() -> dict[str, Any]:
 
     def send(group: Any, arrays: Any) -> Any:
         events.append("send")
-        travelling.append(true_send(group, arrays))
-        return travelling[-1]
+        if rank == 0:
+            store.wait([f"begun/{other}/{len(travelling)}" for other in range(1, ranks)], timedelta(seconds=20))
+        transfer = true_send(group, arrays)
+        store.set(f"begun/{rank}/{len(travelling)}", "")
+        travelling.append(transfer)
+        return transfer
 
     def visit(*arguments: Any) -> Any:
         for block in true_visit(*arguments):
