@@ -42,7 +42,7 @@ class WeightOptions(TypedDict, total=False):
     """Added to the scaled, capped scores; -inf hides its pair (MHA-BIAS-1, MHA-BIAS-3)."""
     causal: bool
     """Key j is seen from position p where j <= p (MHA-CAUSAL-1)."""
-    q_offset: Int[Array, "batch"] | Sequence[int] | int | str | None
+    q_offset: Int[Array, "batch"] | Int[Array, ""] | Sequence[int] | int | str | None
     """Position of query 0, or "upper_left" (0) or "lower_right" (kv_lengths - q_lengths, by default kv_len and q_len);
     required where causal or window meet unequal lengths (MHA-POS-1, MHA-POS-2)."""
     window: tuple[int | None, int | None] | None

@@ -16,6 +16,7 @@ from .arrays import Array, library_of
 from .cache import PagedKVCache, WindowKVCache
 from .layer_checks import LayerArguments, check_like, check_slope_dtype, check_vectors, empty_shapes
 from .layer_steps import LayerSteps
+from .offsets import for_each_entry
 from .scalars import plain
 from .varlen_reference import varlen_attention
 
@@ -312,6 +313,7 @@ class Layer:
             SPEC.md, MHA-ALIBI-2 and MHA-ALIBI-3; Press et al. 2022.
         """
         slopes, q_len, kv_len, q_offset = (plain(argument) for argument in (slopes, q_len, kv_len, q_offset))
+        q_offset = for_each_entry(q_offset, 1)
         self.steps.check_alibi(slopes, q_len, kv_len, q_offset)
         slopes = slopes if library_of(slopes) else self.steps.slopes(slopes, "float32")
         offset = 0 if q_offset is None else q_offset

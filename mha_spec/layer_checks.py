@@ -353,7 +353,9 @@ def check_append(
 def _check_alignment(a: LayerArguments) -> None:
     """Require known positions of queries and keys for a rotation (MHA-LAYER-6)."""
     offset, kv_lengths = a.options.get("q_offset"), a.options.get("kv_lengths")
-    if isinstance(check_offset(offset, a.query), str):  # Rotation reads the lengths before attention checks them.
+    if offset is not None:
+        offset = a.options["q_offset"] = check_offset(offset, a.query)
+    if isinstance(offset, str):  # Rotation reads the lengths before attention checks them.
         check_entries("q_lengths", a.options.get("q_lengths"), a.query, 0, a.query.shape[1], "q_len")
         if a.cache is None and a.key is not None:
             check_entries("kv_lengths", kv_lengths, a.query, 0, a.key.shape[1], "kv_len")

@@ -1,20 +1,31 @@
-"""The position of query 0 where q_offset is the name of an alignment (MHA-POS-2)."""
+"""The position of query 0 where q_offset is the name of an alignment, or an array without axes (MHA-POS-1, -2)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from .arguments import offset_of_reading
-from .arrays import device_of, host_integers, library_of, namespace_of
+from .arrays import device_of, dtype_name, host_integers, library_of, namespace_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .arrays import Array
 
-__all__ = ["named_offset"]
+__all__ = ["for_each_entry", "named_offset"]
+
+
+def for_each_entry(offset: Any, count: int) -> Any:
+    """Repeat an integer in an array without axes `count` times; host data becomes a number (MHA-POS-1).
+
+    Every other offset is returned unchanged, right or wrong.
+    """
+    library = library_of(offset)
+    if library is None or len(offset.shape) != 0 or not dtype_name(offset).startswith(("int", "uint")):
+        return offset
+    return int(offset) if library == "numpy" else namespace_of(offset).broadcast_to(offset, (count,))
 
 
 def named_offset(

@@ -11,6 +11,7 @@ from .arguments import READINGS
 from .array_checks import check_integers, is_sequence
 from .arrays import Array, host_integers
 from .errors import refuse_type, refuse_value
+from .offsets import for_each_entry
 from .scalars import is_integer, plain, short_repr
 
 if TYPE_CHECKING:
@@ -106,8 +107,11 @@ def check_lengths(a: Arguments) -> None:
 
 
 def check_offset(offset: object, query: Array) -> Array | Sequence[int] | int | str | None:
-    """Require an integer, an integer for each batch entry, or the name of an alignment (MHA-POS-1, MHA-POS-2)."""
-    held = plain(offset)
+    """Require an integer, an integer for each batch entry, or the name of an alignment (MHA-POS-1, MHA-POS-2).
+
+    An integer in an array without axes is returned for each batch entry.
+    """
+    held = for_each_entry(plain(offset), query.shape[0])
     if not check_common_offset(held):
         check_entries("q_offset", held, query, -LARGEST_POSITION, LARGEST_POSITION, "2**30")
     return held

@@ -30,7 +30,7 @@ class VarlenOptions(TypedDict, total=False):
     """The keys in use: the first of each sequence (MHA-VARLEN-4)."""
     causal: bool
     """Key j is seen from position p where j <= p; both count from the start of the sequence (MHA-VARLEN-5)."""
-    q_offset: Int[Array, "sequences"] | Sequence[int] | int | str | None
+    q_offset: Int[Array, "sequences"] | Int[Array, ""] | Sequence[int] | int | str | None
     """Position of query 0 of each sequence, or "upper_left" (0) or "lower_right" (keys in use - queries); required
     where positions are compared and the lengths are not known to be equal (MHA-VARLEN-5)."""
     window: tuple[int | None, int | None] | None

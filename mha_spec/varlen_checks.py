@@ -20,6 +20,7 @@ from .array_checks import (
 from .arrays import Array, host_integers, library_of
 from .checks import check_result, check_score_numbers, check_sinks, refuse_unknown
 from .errors import refuse_type, refuse_value
+from .offsets import for_each_entry
 from .position_checks import LARGEST_POSITION, check_common_offset, check_position, check_window
 from .scalars import check_integer, plain, short_repr
 from .varlen_arguments import VarlenArguments, count_of
@@ -248,7 +249,7 @@ def _longest(label: str, value: int | None, lengths: list[int] | None) -> int | 
 
 def check_offsets(a: VarlenArguments) -> None:
     """Require an integer, one for each sequence, or a name; or lengths that need no offset (MHA-VARLEN-5)."""
-    a.q_offset = plain(a.q_offset)
+    a.q_offset = for_each_entry(plain(a.q_offset), a.sequences)
     if a.q_offset is None:
         _check_alignment(a)
     elif not check_common_offset(a.q_offset):

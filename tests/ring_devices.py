@@ -30,7 +30,9 @@ from support.goldens import cases, failures, names  # noqa: E402
 from support.numbers import numbers  # noqa: E402
 
 import mha_spec_jax  # noqa: E402
+from mha_spec import reference  # noqa: E402
 from mha_spec.sharding import Piece, shard_order  # noqa: E402
+from mha_spec_conformance.targets.claims import Shards  # noqa: E402
 from mha_spec_jax import ring, shards  # noqa: E402
 
 MESH = jax.make_mesh((RANKS,), ("ranks",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -83,20 +85,27 @@ def results(call: Any, operands: list[Any], *, gradients: bool = True) -> list[A
     return jax.tree.leaves(jax.jit(run if gradients else call)(*operands))
 
 
+def expected_of(operands: list[Any], options: dict[str, Any]) -> list[numpy.ndarray]:
+    """Return the results of the reference, and its gradients for the same cotangents."""
+    query, key, value, sinks = map(numpy.asarray, operands)
+    options = {name: numpy.asarray(x) if isinstance(x, jax.Array) else x for name, x in options.items()}
+    outputs = reference.attention(query, key, value, sinks=sinks, return_lse=True, **options)
+    grad_output, grad_lse = (numbers(*x.shape, seed=9) for x in outputs)
+    gradients = reference.attention_vjp(grad_output, query, key, value, grad_lse=grad_lse, sinks=sinks, **options)
+    return [*outputs, *(gradient for gradient in gradients if gradient is not None)]
+
+
 def faults(form: str, layout: str, lengths: tuple[int, int], options: dict[str, Any], **settings: Any) -> list[str]:
-    """Compare a call over the devices with the same call on one device."""
+    """Compare a call over the devices with the reference on one device."""
     operands = tensors(*lengths)
     arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
     rest = {name: x for name, x in options.items() if name not in arrays}
     gradients = settings.pop("gradients", True)
 
-    def whole(query: Any, key: Any, value: Any, sinks: Any) -> Any:
-        return mha_spec_jax.attention(query, key, value, sinks=sinks, return_lse=True, **options)
-
     names = ("output", "lse", *(("query", "key", "value", "sinks") if gradients else ()))
-    calls = spread(form, layout, arrays, rest, **settings), whole
-    got, expected = (map(numpy.asarray, results(call, operands, gradients=gradients)) for call in calls)
-    return differences(names, got, expected)
+    call = spread(form, layout, arrays, rest, **settings)
+    got = map(numpy.asarray, results(call, operands, gradients=gradients))
+    return differences(names, got, expected_of(operands, options)[: len(names)])
 
 
 def meanings() -> dict[str, Any]:
@@ -139,13 +148,14 @@ def goldens() -> dict[str, Any]:
         function: [case for case in cases(function) if not names(case) & refused]
         for function in ("attention", "attention_vjp")
     }
+    of_target = partial(failures, "jax", shards=Shards(RANKS, target.LAYOUT))
     faults_of: dict[str, Any] = {}
     case = next(case for case in some["attention"] if "sinks" in names(case) and "float32" in case.dtypes)
-    faults_of["golden sinks"] = failures("jax", [case], ask, "float32")
+    faults_of["golden sinks"] = of_target([case], ask, "float32")
     poisoned = next(case for case in some["attention"] if "poison" in case.features and "float32" in case.dtypes)
-    faults_of["golden poison"] = failures("jax", [poisoned], ask, "float32")
+    faults_of["golden poison"] = of_target([poisoned], ask, "float32")
     case = next(case for case in some["attention_vjp"] if "causal" in names(case) and "bfloat16" in case.dtypes)
-    faults_of["golden gradients"] = failures("jax", [case], ask_vjp, "bfloat16")
+    faults_of["golden gradients"] = of_target([case], ask_vjp, "bfloat16")
     return faults_of
 
 
@@ -184,12 +194,15 @@ def mistakes() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Compile a training step of 65,536 tokens for one device and for eight, and count the bytes of a device."""
+    """Compile a training step of 65,536 tokens for one device and for eight, and count the bytes of a device.
+
+    A zigzag shard is cut into its chunks, which must not be kept beside it.
+    """
     query = jax.ShapeDtypeStruct((1, 8, 65536, 128), jnp.float32)
     key = jax.ShapeDtypeStruct((1, 2, 65536, 128), jnp.float32)
 
     def ours(query: Any, key: Any, value: Any) -> Any:
-        call = partial(mha_spec_jax.ring_attention, axis_name="ranks", layout="striped", causal=True)
+        call = partial(mha_spec_jax.ring_attention, axis_name="ranks", layout="zigzag", causal=True)
         return jax.shard_map(call, mesh=MESH, in_specs=TOKENS, out_specs=TOKENS)(query, key, value)
 
     def step(call: Any, query: Any, key: Any, value: Any) -> Any:
@@ -219,18 +232,28 @@ def programs() -> dict[str, Any]:
         return [kind for kind in kinds if f" {kind}(" in text or f" {kind}-start(" in text]
 
     x, k = jnp.zeros((4, 8, 12, 5)), jnp.zeros((4, 4, 12, 5))
-    mask, bias = jnp.ones((4, 8, 12, 12), bool), jnp.zeros((1, 8, 12, 12))
-    lengths = jnp.full(4, 12)
+    arrays = {
+        "mask": jnp.ones((4, 8, 12, 12), bool),
+        "bias": jnp.zeros((4, 8, 12, 12)),
+        "sinks": jnp.zeros(8),
+        "kv_lengths": jnp.full(4, 12),
+        **dict.fromkeys(("q_segment_ids", "kv_segment_ids"), jnp.zeros((4, 12), int)),
+    }
+    sharded = {"mask": heads, "bias": heads, "sinks": P("heads")}
+    sharded |= dict.fromkeys(("kv_lengths", "q_segment_ids", "kv_segment_ids"), entries)
 
-    def attend(query: Any, key: Any, mask: Any, bias: Any, lengths: Any) -> Any:
-        options: dict[str, Any] = {"mask": mask, "bias": bias, "kv_lengths": lengths, "causal": True, "q_offset": 0}
-        return mha_spec_jax.attention(query, key, key, **options)
+    def gradients(query: Any, key: Any, arrays: Any) -> Any:
+        return mha_spec_jax.attention_vjp(query, query, key, key, **arrays)
 
-    for name, specs in {
-        "replicated": (heads, heads, everywhere, everywhere, everywhere),
-        "sharded": (heads, heads, heads, P(None, "heads"), entries),
-    }.items():
-        kinds_of[f"program {name}"] = collectives(attend, (x, k, mask, bias, lengths), specs)
+    calls: dict[str, Any] = {
+        "": lambda query, key, arrays: mha_spec_jax.attention(query, key, key, causal=True, q_offset=0, **arrays),
+        " of weights": lambda query, key, arrays: mha_spec_jax.attention_weights(query, key, softcap=2.0, **arrays),
+        " of gradients": lambda query, key, arrays: gradients(query, key, arrays)[:4],
+        " of sinks": lambda query, key, arrays: gradients(query, key, arrays)[4],
+    }
+    for name, call in calls.items():
+        for place, specs in (("replicated", dict.fromkeys(arrays, everywhere)), ("sharded", sharded)):
+            kinds_of[f"program {place}{name}"] = collectives(call, (x, k, arrays), (heads, heads, specs))
     shapes = {"w_q": (7, 8, 5), "w_k": (7, 4, 5), "w_v": (7, 4, 5), "w_o": (8, 5, 7)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     split = {name: P("heads") if name == "w_o" else P(None, "heads") for name in shapes}
@@ -239,18 +262,27 @@ def programs() -> dict[str, Any]:
         options: dict[str, Any] = {"causal": True, "kv_lengths": lengths, "q_offset": 0, "rotary": {"rotary_dim": 4}}
         return mha_spec_jax.multi_head_attention(tokens, tokens, tokens, params, **options)
 
-    kinds_of["program layer"] = collectives(layer, (jnp.zeros((4, 12, 7)), params, lengths), (entries, split, entries))
+    kinds_of["program layer"] = collectives(
+        layer, (jnp.zeros((4, 12, 7)), params, jnp.full(4, 12)), (entries, split, entries)
+    )
     return kinds_of
 
 
 def example() -> dict[str, Any]:
-    """Run the first example of docs/scaling.md, and compare its output with that of one device."""
+    """Run the examples of JAX in docs/scaling.md, and compare their outputs with those of one device."""
     page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")
     scope: dict[str, Any] = {}
+    of_decoding: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], scope)
+    exec(page.partition("## Decoding")[2].split("```python\n")[1].split("```")[0], of_decoding)
     x = jnp.asarray(numpy.asarray(scope["x"]))[:, :, numpy.argsort(scope["order"])]
     expected = mha_spec_jax.attention(x, x, x, causal=True)
-    return {"example": differences(("output",), (scope["output"],), (numpy.asarray(expected),))}
+    decoded = mha_spec_jax.attention(of_decoding["queries"], *of_decoding["tokens"], causal=True)
+    of_steps = numpy.concatenate(of_decoding["outputs"], 2)
+    return {
+        "example": differences(("output",), (scope["output"],), (numpy.asarray(expected),)),
+        "example of decoding": differences(("output",), (of_steps,), (numpy.asarray(decoded),)),
+    }
 
 
 if __name__ == "__main__":

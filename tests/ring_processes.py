@@ -13,7 +13,7 @@ import tempfile
 import time
 from datetime import timedelta
 from functools import partial
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,18 +23,16 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import numpy
 import torch
 import torch.distributed as dist
+from ring_costs import hidden_rank, memory, overlap
 from support.comparisons import differences
 from support.goldens import arguments_of, cases, failures, names
 from support.numbers import numbers
 from torch.utils.checkpoint import checkpoint
 
 import mha_spec_torch
-from mha_spec import reference
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec.sharding import LAYOUTS, Piece, shard_order
-from mha_spec_conformance.judging.bounds import allowances, precision
-from mha_spec_conformance.judging.compare import judge
-from mha_spec_conformance.targets.conversion import to_numpy
+from mha_spec_conformance.targets.claims import Shards
 from mha_spec_torch import groups, ring, shards
 
 RANKS = 4
@@ -200,43 +198,10 @@ def mistakes() -> dict[str, Any]:
     return planted
 
 
-def with_merges(case: Any, dtype: str) -> dict[str, numpy.ndarray]:
-    """Return the allowance of the one call and of the merges, one for each piece of the keys (MHA-SHARD-3)."""
-    arguments: Any = arguments_of(case, dtype, "numpy")
-    total = allowances(case.function, case.inputs(dtype), case.options, precision(dtype))
-    sinks, kv_len = arguments.pop("sinks", None), arguments["key"].shape[2]
-    query, key, value = (arguments.pop(name).astype(numpy.float64) for name in ("query", "key", "value"))
-    arguments.pop("return_lse", None)
-    output, lse = numpy.zeros((*query.shape[:3], value.shape[3])), numpy.full(query.shape[:3], -numpy.inf)
-    lse = lse if sinks is None else numpy.broadcast_to(sinks.astype(numpy.float64)[:, None], lse.shape)
-    for piece in numpy.split(shard_order("zigzag", RANKS, -(-kv_len // (2 * RANKS)) * 2 * RANKS), 2 * RANKS):
-        mask = numpy.isin(numpy.arange(kv_len), piece)[None, None, None]
-        half = reference.attention(query, key, value, mask=mask, return_lse=True, **arguments)
-        halves = dict(zip(("output_a", "lse_a", "output_b", "lse_b"), (output, lse, *half), strict=True))
-        of_merge = allowances("merge_attention", halves, {}, precision("float64" if dtype == "float64" else "float32"))
-        total = {name: total[name] + of_merge.get(name, 0.0) for name in total}
-        output, lse = reference.merge_attention(**halves)
-    return total
-
-
-def fault_of(case: Any, dtype: str, outputs: dict[str, Any]) -> str | None:
-    """Judge output and lse of a case."""
-    assert outputs["output"].dtype == getattr(torch, dtype)
-    arrays = {name: to_numpy(output) for name, output in outputs.items()}
-    wanted = {name: expected for name, expected in case.expected.items() if name in arrays}
-    with numpy.errstate(all="ignore"):
-        judgement = judge(case, wanted, arrays, with_merges(case, dtype), precision(dtype))
-    return None if judgement.passed else f"{case.id} {dtype}: {judgement.reason}"
-
-
 def goldens() -> dict[str, Any]:
     """Ask goldens of the target of conformance, within their allowances; rank 0 judges the joined results."""
-    path = Path(__file__).parents[1] / "conformance" / "targets" / "devices" / "torch_ring.py"
-    spec = spec_from_file_location("target_of_ring", path)
-    assert spec is not None
-    assert spec.loader is not None
-    target: Any = module_from_spec(spec)
-    spec.loader.exec_module(target)
+    sys.path.append(str(Path(__file__).parents[1] / "conformance" / "targets" / "devices"))
+    target: Any = import_module("torch_ring")
 
     def ask(grad_output: Any = None, grad_lse: Any = None, **arguments: Any) -> dict[str, Any]:
         arguments.pop("return_lse", None)
@@ -249,12 +214,11 @@ def goldens() -> dict[str, Any]:
     for function, dtype in (("attention", "float32"), ("attention_vjp", "bfloat16")):
         some = [case for case in cases(function) if not names(case) & REFUSED and dtype in case.dtypes][::STEP]
         answers[f"count {function}"] = len(some)
-        if function == "attention_vjp" and dist.get_rank() == 0:
-            answers[f"golden {function}"] = failures("torch", some, ask, dtype)
-            continue
-        asked = [(case, ask(**arguments_of(case, dtype, "torch"))) for case in some]
-        if function == "attention" and dist.get_rank() == 0:
-            answers[f"golden {function}"] = [fault for x, y in asked if (fault := fault_of(x, dtype, y)) is not None]
+        if dist.get_rank() == 0:
+            answers[f"golden {function}"] = failures("torch", some, ask, dtype, shards=Shards(RANKS, target.LAYOUT))
+        else:
+            for case in some:
+                ask(**arguments_of(case, dtype, "torch"))
     return answers
 
 
@@ -330,22 +294,6 @@ def counts() -> dict[str, Any]:
     return answers
 
 
-def hidden_rank() -> dict[str, Any]:
-    """Count the blocks of a window in contiguous shards: a rank computes those of itself and of the rank before."""
-    calls = [0]
-    true_visit = ring.visit
-
-    def visit(*arguments: Any) -> Any:
-        for block in true_visit(*arguments):
-            calls[0] += 1
-            yield block
-
-    query, key, value, _ = tensors(12, 12)
-    with patch.object(ring, "visit", visit):
-        mha_spec_torch.ring_attention(query, key, value, causal=True, window=(5, 0))
-    return {"blocks": calls[0]}
-
-
 def lost_rank(*, hangs: bool) -> dict[str, Any]:
     """Leave the last rank out of a call: it ends, or does not answer; the others must have an error."""
     name = f"lost {'hangs' if hangs else 'ends'}"
@@ -367,6 +315,11 @@ def spread(placements: Any, *arrays: Any) -> list[Any]:
     return [distribute_tensor(array, mesh, of_array) for array, of_array in zip(arrays, placements, strict=True)]
 
 
+def whole_of(*arrays: Any) -> list[Any]:
+    """Gather DTensors."""
+    return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in (x.detach() for x in arrays)]
+
+
 def dtensors() -> dict[str, Any]:
     """Compare attention on DTensors that are sharded over batch and heads with attention in one process."""
     from torch.distributed.tensor import Replicate, Shard
@@ -380,24 +333,35 @@ def dtensors() -> dict[str, Any]:
         "mask": bias[:, :1] > -1,
     }
 
-    def whole(query: Any, key: Any, value: Any, sinks: Any, bias: Any) -> Any:
+    def options_of(query: Any, sinks: Any, bias: Any) -> dict[str, Any]:
         entries = {name: plain[name][: query.shape[0]] for name in ("q_offset", "kv_lengths")}
-        options = plain | entries | {"sinks": sinks, "bias": bias, "return_lse": True}
-        return mha_spec_torch.attention(query, key, value, **options)
+        return plain | entries | {"sinks": sinks, "bias": bias}
+
+    def whole(query: Any, key: Any, value: Any, sinks: Any, bias: Any) -> Any:
+        options = options_of(query, sinks, bias)
+        return mha_spec_torch.attention(query, key, value, return_lse=True, **options)
 
     def run(arrays: Any) -> list[Any]:
+        """Return the results of attention with its gradients, by autograd and by attention_vjp, and the weights."""
         leaves = [array.detach().requires_grad_() for array in arrays]
         outputs = whole(*leaves)
-        weights = [torch.from_numpy(numbers(*output.shape, seed=9)) for output in outputs]
+        cotangents = [torch.from_numpy(numbers(*output.shape, seed=9)) for output in outputs]
         if hasattr(outputs[0], "placements"):
-            weights = spread([output.placements for output in outputs], *weights)
-        gradients = torch.autograd.grad(outputs, leaves, weights)
-        results: list[Any] = [x.detach() for x in (*outputs, *gradients)]
-        return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in results]
+            cotangents = spread([output.placements for output in outputs], *cotangents)
+        gradients = torch.autograd.grad(outputs, leaves, cotangents)
+        query, key, value, sinks, bias = arrays
+        options = options_of(query, sinks, bias)
+        again = mha_spec_torch.attention_vjp(cotangents[0], query, key, value, grad_lse=cotangents[1], **options)
+        weights: Any = mha_spec_torch.attention_weights(query, key, **options)
+        if hasattr(query, "placements"):
+            assert [x.placements for x in (*again[:3], weights)] == [x.placements for x in (*arrays[:3], query)]
+        return whole_of(*outputs, *gradients, *again, weights)
 
     def fault(arrays: Any, placements: Any) -> list[str]:
-        names = ("output", "lse", "query", "key", "value", "sinks", "bias")
-        return differences(names, run(spread(placements, *arrays)), run(arrays))
+        names = ("query", "key", "value")
+        of_vjp = (*(f"vjp {name}" for name in names), "vjp bias", "vjp sinks")
+        labels = ("output", "lse", *names, "sinks", "bias", *of_vjp, "weights")
+        return differences(labels, run(spread(placements, *arrays)), run(arrays))
 
     both, everywhere = [Shard(0), Shard(1)], [Replicate(), Replicate()]
     single = [query, key[:, :1], value[:, :1], sinks, bias]
@@ -408,7 +372,30 @@ def dtensors() -> dict[str, Any]:
         "dtensor one entry": fault(first, [both, both, both, everywhere, everywhere]),
         "dtensor one kv head": fault(single, of_single),
         "dtensor replicated": fault([*operands, bias], [everywhere] * 5),
+        "dtensor layer": layer_of_dtensors(),
     }
+
+
+def layer_of_dtensors() -> list[str]:
+    """Compare the layer, with parameters that are sharded over the heads, with that in one process."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    layer = mha_spec_torch.MultiHeadAttention(6, HEADS, kv_heads=KV_HEADS, qk_dim=4, qk_norm=True, dtype=torch.float64)
+    params = {name: torch.from_numpy(numbers(*x.shape, seed=7)) for name, x in layer.params.items()}
+    axes = {"w_q": 1, "w_k": 1, "w_v": 1, "w_o": 0, "b_q": 0, "b_k": 0, "b_v": 0}
+    of_params = [[Replicate(), Shard(axes[name]) if name in axes else Replicate()] for name in params]
+    x = torch.from_numpy(numbers(BATCH, 7, 6))
+
+    def run(arrays: Any) -> list[Any]:
+        x, *rest = leaves = [array.detach().requires_grad_() for array in arrays]
+        named = dict(zip(params, rest, strict=True))
+        options: Any = {"causal": True, "rotary": {"interleaved": True}}
+        results: Any = mha_spec_torch.multi_head_attention_and_weights(x, x, x, named, **options)
+        return whole_of(*results, *torch.autograd.grad((results[0] ** 2).sum(), leaves))
+
+    arrays = x, *params.values()
+    spread_arrays = spread([[Shard(0), Replicate()], *of_params], *arrays)
+    return differences(("output", "weights", "x", *params), run(spread_arrays), run(arrays))
 
 
 def refusals_of_dtensors() -> dict[str, Any]:
@@ -428,25 +415,37 @@ def refusals_of_dtensors() -> dict[str, Any]:
         "refused sinks": of_type(attention, x, k, v, sinks=sinks.requires_grad_()),
         "refused dropout": of_value(attention, x, k, v, dropout_rate=0.5),
         "refused uneven": of_value(attention, *spread([both] * 3, query[:, :6], key[:, :3], value[:, :3])),
-        "refused weights": of_type(mha_spec_torch.attention_weights, x, k),
+        "refused cotangent": of_type(mha_spec_torch.attention_vjp, query, x, k, k),
+        "refused packed": of_type(mha_spec_torch.varlen_attention, x, k, v, [0, 7], [0, 7]),
         "refused ring": of_type(mha_spec_torch.ring_attention, x, k, v),
     }
 
 
-def example() -> dict[str, Any]:
-    """Run the example of torch in docs/scaling.md, and compare its output with that of one process."""
+def code_of(section: str, place: int) -> str:
+    """Return a block of code in a section of docs/scaling.md."""
     page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")
+    return page.partition(section)[2].split("```python\n")[place].split("```")[0]
+
+
+def example() -> dict[str, Any]:
+    """Run the examples of torch in docs/scaling.md, and compare their outputs with those of one process."""
     scope: dict[str, Any] = {}
+    of_decoding: dict[str, Any] = {}
     torch.set_default_dtype(torch.float64)
     with patch.object(dist, "init_process_group"):
-        exec(page.partition("## PyTorch")[2].split("```python\n")[1].split("```")[0], scope)
+        exec(code_of("## PyTorch", 1), scope)
+    exec(code_of("## Decoding", 2), of_decoding)
     x = torch.randn(1, 8, 64 * RANKS, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     torch.set_default_dtype(torch.float32)
     expected: Any = mha_spec_torch.attention(x, x, x, causal=True)
     whole = expected.detach(), *torch.autograd.grad(expected.sum(), x)
     order = scope["order"][dist.get_rank()]
     results = scope["output"].detach(), scope["x"].grad
-    return {"example": differences(("output", "gradient"), results, [array[:, :, order] for array in whole])}
+    decoded = mha_spec_torch.attention(of_decoding["queries"], *of_decoding["tokens"], causal=True)
+    return {
+        "example": differences(("output", "gradient"), results, [array[:, :, order] for array in whole]),
+        "example of decoding": differences(("output",), [torch.cat(of_decoding["outputs"], 2)], [decoded]),
+    }
 
 
 PARTS = {
@@ -457,6 +456,8 @@ PARTS = {
     "refusals": refusals,
     "counts": counts,
     "hidden": hidden_rank,
+    "memory": memory,
+    "overlap": overlap,
     "dtensors": dtensors,
     "refusals of dtensors": refusals_of_dtensors,
     "example": example,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy
 import pytest
-from layers import LayerProblem, share_of
+from layers import LayerProblem
+from shares import share_of
 
 import mha_spec
 from mha_spec.parameters import AXES
@@ -40,12 +41,12 @@ def fused(p: LayerProblem) -> numpy.ndarray:
 @pytest.mark.parametrize("seed", range(7))
 def test_a_sum_may_begin_with_its_bias(seed: int) -> None:
     p = problem(seed)
-    assert share_of(p)(fused(p)) <= 1
+    assert share_of(p)({"output": fused(p)}) <= 1
 
 
 def test_an_output_without_its_bias_is_refused() -> None:
     p = problem(0)
-    assert share_of(p)(fused(p) - p.arrays["b_o"]) > 1
+    assert share_of(p)({"output": fused(p) - p.arrays["b_o"]}) > 1
 
 
 def with_joint_norms(seed: int) -> LayerProblem:
@@ -69,7 +70,7 @@ def test_norms_over_all_heads_have_an_allowance(seed: int) -> None:
     p = with_joint_norms(seed)
     params = {name: array for name, array in p.arrays.items() if name in AXES}
     x = p.arrays["query"]
-    share = share_of(p)(mha_spec.multi_head_attention(x, x, x, params))
+    share = share_of(p)({"output": mha_spec.multi_head_attention(x, x, x, params)})
     assert 2**-16 < share <= 1
     moved = params | {"q_joint_norm": params["q_joint_norm"] * numpy.float32(1.001)}
-    assert share_of(p)(mha_spec.multi_head_attention(x, x, x, moved)) > 1
+    assert share_of(p)({"output": mha_spec.multi_head_attention(x, x, x, moved)}) > 1

@@ -187,6 +187,7 @@ def test_known_failures_are_strict(target: str, tmp_path: Path, whole: tuple[Pat
     assert re.search(r" - (FAIL|DEVIATION): .{9}", line)
     assert "did not fail" in done.stdout
     assert f"mha-spec explain {wrong}" in done.stdout
+    assert "pass --mha-accept causal_alignment=" in done.stdout
     assert "It looks like the mistake offset-ignored" in done.stdout
     assert "test_other" not in summary
 

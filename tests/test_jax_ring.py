@@ -32,6 +32,7 @@ TOKENS = PartitionSpec(None, None, "ranks")
 MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring segments", "ring chunk"),
     *("all to all", "decoding", "golden sinks", "golden poison", "golden gradients", "example"),
+    "example of decoding",
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 
@@ -70,10 +71,17 @@ def test_a_device_needs_a_sixth_of_the_memory_of_a_single_device(answers: dict[s
     assert 6 * over_eight <= on_one
 
 
-@pytest.mark.parametrize("name", ["replicated", "sharded", "layer"])
-def test_sharded_batch_and_heads_are_not_gathered(name: str, answers: dict[str, Any]) -> None:
-    """The layer adds up the heads of its output projection, which is a sum and not a gather."""
-    assert answers[f"program {name}"] == (["all-reduce"] if name == "layer" else [])
+@pytest.mark.parametrize("function", ["", " of weights", " of gradients"])
+@pytest.mark.parametrize("options", ["replicated", "sharded"])
+def test_sharded_batch_and_heads_are_not_gathered(options: str, function: str, answers: dict[str, Any]) -> None:
+    """The options are a mask, a bias, sinks, lengths and segment ids."""
+    assert answers[f"program {options}{function}"] == []
+
+
+@pytest.mark.parametrize("name", ["layer", "replicated of sinks", "sharded of sinks"])
+def test_what_is_summed_over_batch_or_heads_is_added_up(name: str, answers: dict[str, Any]) -> None:
+    """The output of the layer is a sum over heads, the gradient of sinks one over batch entries."""
+    assert answers[f"program {name}"] == ["all-reduce"]
 
 
 @pytest.mark.parametrize(
@@ -168,15 +176,22 @@ def test_bytes_sent_are_those_of_the_model(layout: str) -> None:
     assert sent(jax.make_jaxpr(step)(*operands).jaxpr) == 2 * (RANKS - 1) * shard * 2 + RANKS * shard * 4
 
 
-def shapes(function: str, heads: tuple[int, int] = (8, 8), length: int = 16, **options: Any) -> Any:
+def shapes(function: str, heads: tuple[int, int] = (8, 8), length: int = 16, batch: int = 1, **options: Any) -> Any:
     """Trace a call on an abstract mesh."""
-    query, key = (jax.ShapeDtypeStruct((1, size, length * RANKS, 4), jnp.float32) for size in heads)
+    query, key = (jax.ShapeDtypeStruct((batch, size, length * RANKS, 4), jnp.float32) for size in heads)
 
     def call(query: Any, key: Any) -> Any:
         settings: dict[str, Any] = {"axis_name": "ranks"} | options
         return getattr(mha_spec_jax, function)(query, key, key, **settings)
 
     return jax.eval_shape(jax.shard_map(call, mesh=MESH, in_specs=TOKENS, out_specs=TOKENS), query, key)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"kv_lengths": jnp.zeros(0, jnp.int32)}])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_call_without_batch_entries_has_no_rows(layout: str, options: dict[str, Any]) -> None:
+    assert shapes("ring_attention", batch=0, layout=layout, **options).shape == (0, 8, 128, 4)
+    assert shapes("ring_attention", length=0, layout=layout).shape == (1, 8, 0, 4)
 
 
 @pytest.mark.parametrize("function", ["ring_attention", "all_to_all_attention", "sharded_kv_attention"])

@@ -419,6 +419,9 @@ def test_a_wrong_shape_is_described_in_the_layout(layout: str, shape: str) -> No
         ("block_size = True", "`block_size` must be an integer from 1 to 65536, received True"),
         ("groups = 1", "`groups` must be True or False, received 1"),
         ("stacked = 'qk'", "`stacked` must be one of qkv, kv, received 'qk'"),
+        ("ranks = 0", "`ranks` must be an integer from 1 to 64, received 0"),
+        ("ranks = 4.0", "`ranks` must be an integer from 1 to 64, received 4.0"),
+        ("rank_layout = 'ring'", "`rank_layout` must be one of contiguous, striped, zigzag, received 'ring'"),
     ],
 )
 def test_a_wrong_declaration_is_described_in_one_line(tmp_path: Path, declaration: str, reason: str) -> None:

@@ -347,6 +347,33 @@ def test_rounding_cites_the_clause_of_accuracy(suite: Suite) -> None:
     assert all(result.clauses[0] == "MHA-ACC-1" for cause in causes for result in cause.results)
 
 
+def test_scores_that_are_kept_in_16_bits_are_named_and_no_mistake_that_rounds_by_chance_alike(suite: Suite) -> None:
+    """The query times the scale in 16 bits is what `input-scaled-in-place` reads, too, in some of these cases."""
+
+    def attention(query, key, value):
+        root = query.dtype.type(query.shape[3] ** -0.25)
+        key, value = (numpy.repeat(array, query.shape[1] // array.shape[1], axis=1) for array in (key, value))
+        scaled_query, scaled_key = ((array * root).astype(float) for array in (query, key))
+        scores = (scaled_query @ scaled_key.swapaxes(2, 3)).astype(query.dtype).astype("float32")
+        exponentials = numpy.exp(scores - scores.max(axis=3, keepdims=True))
+        weights = (exponentials / exponentials.sum(axis=3, keepdims=True)).astype(query.dtype)
+        return (weights.astype("float32") @ value.astype("float32")).astype(query.dtype)
+
+    patterns = (
+        "attention/lengths-1-257-size-129/*",
+        "attention/one-*/*",
+        "attention/smoke/plain",
+        "attention/size-64/*",
+    )
+    functions, keywords = {"attention": attention}, {"attention": ()}
+    patterns = (*patterns, "attention/batch-equals-heads-equals-lengths/*")
+    results = judged_functions(suite, functions, keywords, ("float32", "float16", "bfloat16"), patterns, 10_000)
+    causes = find_causes(results).causes
+    names = {name for cause in causes for name in (cause.name, *cause.others)}
+    assert names == {"precision=half_scores"}
+    assert {result.ask.dtype for cause in causes for result in cause.results} == {"float16", "bfloat16"}
+
+
 def _tuple(results: object) -> tuple:
     return results if isinstance(results, tuple) else (results,)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PAGES = (
     *("backends.md", "caching.md", "gradients.md", "jax.md", "kernels.md", "numpy.md", "poison.md", "pytorch.md"),
-    *("tensorflow.md", "masks.md", "accuracy.md"),
+    *("tensorflow.md", "masks.md", "packed.md", "accuracy.md"),
 )
 
 

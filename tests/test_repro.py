@@ -50,6 +50,19 @@ def test_the_script_shows_the_fault_without_the_suite(tmp_path: Path) -> None:
     assert "AssertionError" in done.stderr
 
 
+def test_the_reduced_call_has_the_mistake_of_the_case_and_fits_no_other(tmp_path: Path) -> None:
+    """With a single hidden key, a low fill gives what inverted polarity gives."""
+    fill = "numpy.where(True if mask is None else mask, scores, -1e9)"
+    target = tmp_path / "fills.py"
+    target.write_text(HIDES.replace("numpy.where(False if mask is None else mask, -numpy.inf, scores)", fill))
+    script = repro(str(target), "attention/mask/size-128/coded-2")
+    assert "MHA-EMPTY-1" in script
+    assert "polarity" not in script
+    (line,) = (line for line in script.splitlines() if line.startswith("mask = "))
+    assert line.count("False") < 8
+    assert "True" in line
+
+
 def test_a_case_that_does_not_fail_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "hides.py"
     target.write_text(HIDES)

@@ -9,6 +9,7 @@ import numpy
 import pytest
 from support.comparisons import assert_near
 from support.numbers import numbers
+from support.pages_of_docs import blocks_of
 
 from mha_spec import ArgumentTypeError, ArgumentValueError, KVCache, reference
 from mha_spec_conformance.judging.bounds import bounds, precision
@@ -70,6 +71,45 @@ def test_sections_turn_as_those_of_qwen2_vl() -> None:
     cosine, sine = (turn[:, None] for turn in qwen.Qwen2VLRotaryEmbedding(config)(x, torch.tensor(OF_AXES)))
     expected = x * cosine + qwen.rotate_half(x) * sine
     assert_rotary(expected.numpy(), x.numpy(), OF_AXES, sections=SECTIONS)
+
+
+def test_axes_in_turn_are_those_of_qwen3_vl(library: str) -> None:
+    """Each pair has a section of its own, whose positions are those of its axis; `transformers` is the judge."""
+    torch = pytest.importorskip("torch")
+    qwen = pytest.importorskip("transformers.models.qwen3_vl.modeling_qwen3_vl")
+    configuration = pytest.importorskip("transformers.models.qwen3_vl.configuration_qwen3_vl")
+    sections, size = (5, 2, 3), 20
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    config = configuration.Qwen3VLTextConfig(head_dim=size, num_attention_heads=HEADS, rope_parameters=rope)
+    x = numbers(BATCH, HEADS, LENGTH, size).astype("float32")
+    embedding = qwen.Qwen3VLTextRotaryEmbedding(config)
+    cosine, sine = (turn[:, None] for turn in embedding(torch.tensor(x), torch.tensor(OF_AXES)))
+    expected = torch.tensor(x) * cosine + qwen.rotate_half(torch.tensor(x)) * sine
+
+    axes = in_turn(sections)
+    options: dict[str, Any] = {"sections": [1] * len(axes)}
+    assert_rotary(expected.numpy(), x, OF_AXES[axes], **options)
+    where = to_library(OF_AXES[axes], library)
+    ours = backend(library).rotary_embedding(to_library(x, library), where, **options)
+    assert_rotary(to_numpy(ours), x, OF_AXES[axes], **options)
+    with pytest.raises(AssertionError):
+        assert_rotary(expected.numpy(), x, OF_AXES, sections=sections)
+
+
+def test_the_page_gives_the_axes_of_qwen3_vl() -> None:
+    (program,) = [block.text for block in blocks_of("weights.md", "python") if "mrope_section" in block.text]
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["axes"].tolist() == in_turn((24, 20, 20)).tolist()
+    assert names["positions"].shape == (sum(names["rotary"]["sections"]), 1, 5)
+
+
+def in_turn(sections: tuple[int, ...]) -> numpy.ndarray:
+    """Return the axis of each pair where the axes take pairs in turn; the first axis has those that are left."""
+    axes = numpy.zeros(sum(sections), int)
+    for axis, pairs in enumerate(sections[1:], start=1):
+        axes[axis : axis + pairs * len(sections) : len(sections)] = axis
+    return axes
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["called", "compiled"])

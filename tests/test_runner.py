@@ -316,6 +316,11 @@ def attention(query, key, value):
     assert "right for plain inputs, but wrong for strided inputs" in failed[0].reason
 
 
+def test_case_with_nan_is_not_asked_with_inputs_of_stride_0(judge: Callable[..., Run]) -> None:
+    done = judge("from mha_spec.reference import varlen_attention\n", "varlen_attention/poisoned-sequence")
+    assert [result.outcome for result in done.results] == ["pass"]
+
+
 ORDINARY = """
 from mha_spec import reference
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy
 import pytest
 from website.api import PAGES
-from website.build import DOCS, NAVIGATION, assemble, file_of
+from website.build import DOCS, NAVIGATION, appended, assemble, file_of
 from website.drawings import DRAWINGS, with_drawings
 from website.markdown import LinkError, Site, clause_page
+from website.markup import mend
 from website.pictures import draw, see, split_pictures
-from website.specification import MOST_CASES
+from website.specification import MOST_CASES, in_cell
 
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.spec import clauses
@@ -26,7 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return assemble(tmp_path_factory.mktemp("site") / "source")
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "field.html").write_text("the page of the field", encoding="utf-8")
+    return assemble(folder / "source", folder / "field.html")
 
 
 def text_of(site: Site, page: str) -> str:
@@ -39,6 +42,12 @@ def test_every_page_of_docs_is_in_the_sidebar(site: Site) -> None:
     toctrees = re.findall(r"^```\{toctree\}.*?^```$", text_of(site, "index.md"), flags=re.DOTALL | re.MULTILINE)
     assert [file_of(entry) for tree in toctrees for entry in tree.splitlines()[4:-1]] == listed
     assert all((site.folder / page).is_file() for page in listed)
+
+
+def test_the_page_of_the_field_is_published_and_linked(site: Site) -> None:
+    assert text_of(site, "extra/matrix.html") == "the page of the field"
+    assert '<a href="matrix.html">' in text_of(site, "field.md")
+    assert not appended("field.md", None)
 
 
 def test_a_page_for_each_clause_has_its_text_cases_and_mistakes(site: Site, suite: Suite) -> None:
@@ -126,6 +135,7 @@ def test_comments_become_drawings() -> None:
         ("MHA-NONE-1", "MHA-NONE-1"),
         ("# MHA-POS-1", "# MHA-POS-1"),
         ("`MHA-POS-1` a/b#7", "`MHA-POS-1` [a/b#7](https://github.com/a/b/issues/7)"),
+        ("a/b PR#7", "[a/b PR#7](https://github.com/a/b/pull/7)"),
         ("```\n[a](none.md) MHA-POS-1\n```", "```\n[a](none.md) MHA-POS-1\n```"),
         ("a\n\n    MHA-POS-1 a/b#7\n", "a\n\n    MHA-POS-1 a/b#7\n"),
     ],
@@ -133,6 +143,38 @@ def test_comments_become_drawings() -> None:
 def test_links(text: str, expected: str, tmp_path: Path) -> None:
     site = Site(ROOT, tmp_path, {"docs/targets.md": "targets.md", "mha_spec/SPEC.md": "spec/index.md"})
     assert site.converted(text, "x.md", "docs/x.md") == expected
+
+
+def mended(folder: Path, content: str) -> str:
+    page = folder / "page.html"
+    sidebar = '<aside class="sidebar-drawer" aria-label="Pages">'
+    page.write_text(sidebar + content)
+    mend(folder)
+    return page.read_text().removeprefix(sidebar)
+
+
+def test_long_names_in_cells_and_headings_break_after_a_sign(tmp_path: Path) -> None:
+    code = '<code><span class="pre">linen.dot_product_attention</span></code>'
+    broken = code.replace("linen.", "linen.<wbr>").replace("product_", "product_<wbr>")
+    page = f"<h2>a.b_c torch.nn.attention</h2><p>{code}</p><td>{code} MHA-WINDOW-1 &amp;lt; b</td>"
+    text = f"<h2>a.b_c torch.<wbr>nn.attention</h2><p>{code}</p><td>{broken} MHA-WINDOW-1 &amp;lt; b</td>"
+    assert mended(tmp_path, page) == text
+
+
+def test_cells_with_much_text_are_marked(tmp_path: Path) -> None:
+    text = mended(tmp_path, f"<td>{60 * 'a'}</td><td><p>{61 * 'a'}</p></td>")
+    assert text == f'<td>{60 * "a"}</td><td class="long"><p>{61 * "a"}</p></td>'
+
+
+def test_a_page_that_sphinx_does_not_write_is_not_mended(tmp_path: Path) -> None:
+    page, text = tmp_path / "matrix.html", "<script>`<td>${result.outcome}</td>`</script><pre>"
+    page.write_text(text)
+    mend(tmp_path)
+    assert page.read_text() == text
+
+
+def test_the_code_of_a_cell_stays_code() -> None:
+    assert in_cell("names `q_offset`, a_b|c and a ` alone") == "names `q_offset`, a\\_b\\|c and a \\` alone"
 
 
 def test_a_link_to_nothing_is_an_error(tmp_path: Path) -> None:

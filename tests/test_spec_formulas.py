@@ -1,4 +1,4 @@
-"""The formulas of MHA-ACC-1 and MHA-ACC-2, transcribed term by term from SPEC.md, compared with those of the suite.
+"""The formulas of MHA-ACC-1, -2 and MHA-SHARD-3, transcribed term by term from SPEC.md, against those of the suite.
 
 The letters are those of SPEC.md. Axes are b, h, i, j and c; quantities of a row keep a j of size 1.
 """
@@ -15,7 +15,9 @@ import pytest
 from numpy import exp, expm1, sqrt, tanh
 
 from mha_spec import reference
+from mha_spec.sharding import shard_order
 from mha_spec_conformance.judging.bounds import allowances, deviations, precision
+from mha_spec_conformance.targets.claims import Shards
 
 BATCH, HEADS, GROUP, Q_LEN, KV_LEN, QK_DIM, V_DIM = 2, 6, 3, 5, 7, 11, 13
 KV_HEADS = HEADS // GROUP
@@ -111,6 +113,7 @@ def case(call):
     c.dS = c.P * (c.dP - c.D)
     c.s = c.seen * (1 - c.t**2)
     c.dX = c.dS * c.s
+    c.E_merges, c.U_merges = (0.0, 0.0), (0.0, 0.0)
     c.n, c.n1, c.N, c.M = KV_LEN, KV_LEN + c.sinks, GROUP * Q_LEN, BATCH * Q_LEN
     c.N_b = c.P.size / c.bias.size
     axes = tuple(axis for axis in range(4) if c.bias.shape[axis] == 1)
@@ -155,8 +158,9 @@ def largest_of_results(c, p, x):
     E_output = G * sqrt(B * c.spread(P * sigma, c.P_z * sigma_z))
     E_output = E_output + (u_p + u_a * c.n1 + r) * over_keys(Pt, abs(V)) + (u_a * (c.n1 + 4) + u_o) * abs(O)
     E_output = E_output + w * (over_keys(k, abs(V)) / c.l + 1)
-    x.E_output = c.row * (E_output + f * (sum_j(Pt + 2 * k) + over_keys(k, abs(V)) + 2))
-    E_lse = G * B + u_a * (c.n1 + 5) + (u_a + u_l) * abs(c.lse) + u_a * abs(c.m)
+    E_output = E_output + f * (sum_j(Pt + 2 * k) + over_keys(k, abs(V)) + 2)
+    x.E_output = c.row * (E_output + c.E_merges[0])
+    E_lse = G * B + u_a * (c.n1 + 5) + (u_a + u_l) * abs(c.lse) + u_a * abs(c.m) + c.E_merges[1]
     x.E_lse = numpy.where(c.row, E_lse, (u_a + u_l) * abs(c.z) * c.sinks)
     E_weights = c.seen * (P * expm1(G * (sigma + B) + u_a * (c.n1 + 6)) + u_o * P + w)
     return {"output": x.E_output, "lse": x.E_lse[..., 0], "weights": E_weights}
@@ -233,9 +237,9 @@ def variance_of_results(c, p, x):
     U_output = c.spread(P**2 * U_s, c.P_z**2 * U_z) + u_p**2 / 3 * numpy.maximum(squares, c.spread(P**2, 0))
     U_output = U_output + u_a**2 * c.n1 / 3 * (O**2 / 3 + squares / 2)
     U_output = U_output + (u_a**2 * (c.n1 / 9 + 4) + u_o**2 / 3) * O**2
-    x.U_output = c.row * (U_output + w**2 * (over_keys(k, abs(V)) / c.l + 1) ** 2)
+    x.U_output = c.row * (U_output + w**2 * (over_keys(k, abs(V)) / c.l + 1) ** 2 + c.U_merges[0])
     stored = (u_a**2 + u_l**2) * c.lse**2 / 3
-    x.U_lse = numpy.where(c.row, U_l + stored + u_a**2 * c.m**2 / 3, stored)
+    x.U_lse = numpy.where(c.row, U_l + stored + u_a**2 * c.m**2 / 3 + c.U_merges[1], stored)
     U_weights = c.seen * (P**2 * (U_s + U_l + u_o**2 / 3) + w**2)
     return {"output": x.U_output, "lse": x.U_lse[..., 0], "weights": U_weights}
 
@@ -341,6 +345,50 @@ def merged(c, p):
     m.U_output = m.R_s * (m.a_a**2 * m.o_a**2 + m.a_b**2 * m.o_b**2)
     m.U_output = both * (m.U_output + 4 * u_a**2 * (m.o_a - m.o_b) ** 2 / 3 + u_o**2 * output**2 / 3 + w**2)
     return m
+
+
+def sums_of_merges(call, p, shards):
+    """Sum E and U over the merges of each row; the largest sums over the ranks whose keys may come first."""
+    a = {name: x for name, x in call.arrays.items() if not name.startswith("grad_")}
+    sinks, seen = a.pop("sinks", numpy.full(HEADS, -numpy.inf)), a.pop("mask", True)
+    count = shards.ranks * (2 if shards.layout == "zigzag" else 1)
+    order = shard_order(shards.layout, shards.ranks, -(-KV_LEN // count) * count)
+    parts = []
+    for keys in numpy.split(order, count):
+        mask = numpy.isin(numpy.arange(KV_LEN), keys) & seen
+        mask = mask if mask.ndim > 1 else mask[None, None, None]
+        parts.append(reference.attention(**a, mask=mask, return_lse=True, **call.options))
+    totals = []
+    for first in range(shards.ranks):
+        output, lse = numpy.zeros_like(parts[0][0]), numpy.broadcast_to(sinks[:, None], parts[0][1].shape)
+        E, U, of_rank = [0.0, 0.0], [0.0, 0.0], count // shards.ranks
+        for rank in (*range(first, -1, -1), *range(shards.ranks - 1, first, -1)):
+            for part in parts[rank * of_rank : (rank + 1) * of_rank]:
+                halves = dict(zip(("output_a", "lse_a", "output_b", "lse_b"), (output, lse, *part), strict=True))
+                m = merged(SimpleNamespace(halves=halves), p)
+                E_lse = m.both * (m.E_0 + 2 * p.u_a * (abs(m.lse_a) + abs(m.lse_b)))
+                E, U = [E[0] + m.E_output, E[1] + E_lse], [U[0] + m.U_output, U[1] + m.U_lse]
+                output, lse = reference.merge_attention(**halves)
+        totals.append((*E, *U))
+    return [numpy.max(sums, axis=0) for sums in zip(*totals, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shards", [Shards(3, "striped"), Shards(2, "contiguous"), Shards(3, "zigzag")])
+def test_the_suite_computes_the_formulas_of_ranks(call, case, shards, dtype):
+    """Partial results have the softmax's type, and the errors of output and lse reach the gradients (MHA-SHARD-4)."""
+    p = precision_of(dtype)
+    parts = replace(p, u_o=p.u_a, w=2.0**-1018 if dtype == "float64" else 2.0**-122)
+    *E_merges, U_output, U_lse = sums_of_merges(call, parts, shards)
+    c = SimpleNamespace(**(vars(case) | {"E_merges": E_merges, "U_merges": (U_output, U_lse)}))
+    E, slope = largest(c, p, wider="bias" in call.arrays and p.u_a > precision("float64").u_a)
+    U, of_ranks = variance(c, p, slope), replace(p, shards=shards)
+    for function in ("attention", "attention_vjp"):
+        arrays, options = asked(call, function)
+        computed, spread = (f(function, arrays, options, of_ranks) for f in (allowances, deviations))
+        for name in computed:
+            numpy.testing.assert_allclose(computed[name], E[name], rtol=1e-9, err_msg=name)
+            numpy.testing.assert_allclose(spread[name] ** 2, U[name], rtol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

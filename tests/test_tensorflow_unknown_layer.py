@@ -139,6 +139,15 @@ def test_a_cache_of_unknown_sizes_has_the_output_of_one_of_known_sizes() -> None
     assert_near(graph_of(decoded, layouts)(arguments), decoded(arguments))
 
 
+@pytest.mark.parametrize("dtype", [tf.int8, tf.int64])
+def test_the_numbers_of_new_tokens_are_integers_of_any_type(dtype: tf.DType) -> None:
+    def counted(arguments: dict[str, tf.Tensor]) -> Any:
+        return appended(arguments | {"lengths": tf.cast(arguments["lengths"], dtype)})
+
+    arguments = tensors(APPENDED) | {"lengths": tf.constant([2, 9])}
+    assert_near(graph_of(counted, APPENDED)(arguments), appended(arguments))
+
+
 def test_a_paged_cache_of_unknown_sizes_has_the_output_of_one_of_known_sizes() -> None:
     layouts: dict[str, Layout] = {name: layout for name, layout in SEPARATE.items() if "[" in name}
     embeddings = {"query": "embed", "key": "k_embed", "value": "v_embed"}

@@ -24,7 +24,7 @@ MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring lengths", "ring segments", "ring chunk"),
     *("ring striped chunk", "ring prefix", "ring empty", "ring plain", "all to all", "all to all contiguous"),
     *("decoding striped", "decoding zigzag", "decoding contiguous", "decoding empty"),
-    *("checkpoint", "second derivative of all to all", "example"),
+    *("checkpoint", "second derivative of all to all", "example", "example of decoding"),
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys", "sum of sinks", "sum of rows")
 FORMS = ("ring_attention", "all_to_all_attention", "sharded_kv_attention")
@@ -37,8 +37,8 @@ def answers() -> Answers:
     """Run every part of ring_processes.py, the last two in separate groups, which lose a rank."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    of_all = ("meanings", "derivatives", "mistakes", "refusals", "counts", "hidden", "dtensors", "refusals of dtensors")
-    parts = "+".join([*of_all, "example", "goldens"]), "ends", "hangs"
+    of_all = ("meanings", "derivatives", "mistakes", "refusals", "counts", "hidden", "memory", "overlap", "dtensors")
+    parts = "+".join([*of_all, "refusals of dtensors", "example", "goldens"]), "ends", "hangs"
     done = subprocess.run(
         [sys.executable, "-P", str(tests / "ring_processes.py"), *parts],
         env=os.environ | {"PYTHONPATH": path},
@@ -62,7 +62,7 @@ def test_four_processes_give_the_result_of_a_single_process(name: str, answers: 
     assert of_ranks(answers, name) == [[]] * RANKS
 
 
-@pytest.mark.parametrize("name", ["both", "one entry", "one kv head", "replicated"])
+@pytest.mark.parametrize("name", ["both", "one entry", "one kv head", "replicated", "layer"])
 def test_dtensors_of_batch_and_heads_give_the_result_of_one_process(name: str, answers: Answers) -> None:
     assert of_ranks(answers, f"dtensor {name}") == [[]] * RANKS
 
@@ -104,6 +104,20 @@ def test_causal_work_of_contiguous_shards_is_not_balanced(answers: Answers) -> N
     assert max(pairs) > 5 * min(pairs)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_of_a_rank_is_that_of_its_shard(layout: str, answers: Answers) -> None:
+    """No tensor is larger than the queries of the shard, so that none has the keys of all ranks."""
+    queries = 4 * 8 * 32 * 1024 // RANKS
+    for (shorter, largest), (longer, _) in of_ranks(answers, f"memory {layout}"):
+        assert largest == queries
+        assert longer == pytest.approx(2 * shorter, rel=0.01)
+        assert longer < 2.7 / RANKS * of_ranks(answers, "memory whole")[0][1][0]
+
+
+def test_a_block_is_computed_while_the_next_keys_travel(answers: Answers) -> None:
+    assert of_ranks(answers, "overlap") == [["send", "arrived", "wait"] * (RANKS - 1) + ["arrived"]] * RANKS
+
+
 def test_ranks_that_a_window_hides_are_not_computed(answers: Answers) -> None:
     assert of_ranks(answers, "blocks") == [1, 2, 2, 2]
 
@@ -134,7 +148,8 @@ def test_options_of_pairs_are_refused_by_name(function: str, name: str, answers:
         ("sinks", "`sinks` must be a DTensor"),
         ("dropout", "`dropout_mask` must be given with dropout_rate"),
         ("uneven", "`key` must have heads that are a multiple of the ranks"),
-        ("weights", "must not be DTensors in attention_weights"),
+        ("cotangent", "`grad_output` must be a DTensor, as `query`"),
+        ("packed", "must not be DTensors in varlen_attention"),
         ("ring", "must not be DTensors in ring_attention"),
         ("second derivative", "ring_attention of mha_spec_torch has no second derivative"),
     ],

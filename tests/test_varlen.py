@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -478,14 +477,6 @@ def test_strides_do_not_matter(module: str) -> None:
     call = packed(**OPTIONS["all"])
     strided = {name: numpy.asfortranarray(call[name][::-1])[::-1] for name in ("query", "key", "value")}
     check(module, call | strided)
-
-
-def test_the_example_of_the_page_runs() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "packed.md").read_text(encoding="utf-8")
-    names: Call = {}
-    exec(page.partition("```python\n")[2].partition("```")[0], names)
-    assert names["step"].shape == (2, 8, 64)
-    assert not names["output"][290:].any()
 
 
 def test_the_public_functions_are_those_of_the_backend() -> None:

@@ -39,7 +39,7 @@ class Constants(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The results and cotangents of the rows of a piece, over all keys of the sequence."""
+    """The results and cotangents of the rows of a shard or a piece, over all keys of the sequence."""
 
     output: Array
     lse: Array
@@ -52,15 +52,16 @@ def _attend(form: Form, x: Operands, constants: Constants) -> tuple[Array, Array
 
     The first half of the merge holds the sinks alone, so that they enter once (MHA-MERGE-1).
     """
-    queries, keys = _pieces(form, x, constants)
+    queries, keys = _sides(x, constants)
 
-    def body(state: Any, a: int, _: int, call: Callable[[], Call]) -> Any:
-        return _replaced(state, a, merge(Halves(*state[a], *program(*call()))))
+    def body(of_query: Any, of_key: Any, _: int, call: Callable[[], Call]) -> tuple[Any, Any]:
+        return merge(Halves(*of_query, *program(*call()))), of_key
 
-    def step(ranks: tuple[Array, Array], keys: tuple[Keys, ...], _: Any, state: Any) -> tuple[Any, Any]:
-        return (), visit(form, constants.numbers, queries, keys, ranks, body, state)
+    def step(ranks: tuple[Array, Array], keys: Keys, _: Any, state: Any) -> tuple[Any, Any]:
+        nothing = ((),) * form.pieces
+        return (), visit(form, constants.numbers, queries, keys, ranks, body, state, nothing)[0]
 
-    state = tuple(_without_keys(form, part.query, x) for part in queries)
+    state = tuple(_without_keys(form, cut(form, queries.query, a), x) for a in range(form.pieces))
     _, state = _around(form, step, keys, (), state)
     outputs, lses = zip(*state, strict=True)
     return jnp.concatenate(outputs, 2), jnp.concatenate(lses, 2)
@@ -74,18 +75,9 @@ def _without_keys(form: Form, query: Array, x: Operands) -> tuple[Array, Array]:
     return varying(form.axes, (output, lse))
 
 
-def _pieces(form: Form, x: Operands, constants: Constants) -> tuple[tuple[Queries, ...], tuple[Keys, ...]]:
-    """Cut the shard into its pieces; queries are converted here, keys and values after they were sent."""
-    query = x.query.astype(softmax_dtype(x.query))
-    q_ids = [cut(form.layout, ids, 1) for ids in constants.q_ids]
-    kv_ids = [cut(form.layout, ids, 1) for ids in constants.kv_ids]
-    queries = [Queries(part, tuple(ids[a] for ids in q_ids)) for a, part in enumerate(cut(form.layout, query, 2))]
-    parts = zip(cut(form.layout, x.key, 2), cut(form.layout, x.value, 2), strict=True)
-    return tuple(queries), tuple(Keys(*part, tuple(ids[b] for ids in kv_ids)) for b, part in enumerate(parts))
-
-
-def _replaced(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
-    return *items[:index], item, *items[index + 1 :]
+def _sides(x: Operands, constants: Constants) -> tuple[Queries, Keys]:
+    """Return the shards of both sides; queries are converted here, keys and values after they were sent."""
+    return Queries(x.query.astype(softmax_dtype(x.query)), constants.q_ids), Keys(x.key, x.value, constants.kv_ids)
 
 
 def _around(form: Form, step: Callable[..., tuple[Any, Any]], keys: Any, sums: Any, state: Any) -> tuple[Any, Any]:
@@ -122,25 +114,25 @@ def _forward(form: Form, x: Operands, constants: Constants) -> tuple[tuple[Array
 def _backward(form: Form, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Operands, None]:
     """Add the gradients of all pairs, from output and lse over all keys (MHA-SHARD-4)."""
     x, constants, output, lse = residuals
-    queries, keys = _pieces(form, x, constants)
-    whole = _Rows(output, lse, *cotangents)
-    rows = [_Rows(*parts) for parts in zip(*(cut(form.layout, array, 2) for array in whole), strict=True)]
+    queries, keys = _sides(x, constants)
+    rows = _Rows(output, lse, *cotangents)
 
-    def body(state: Any, a: int, b: int, call: Callable[[], Call]) -> Any:
-        of_queries, of_keys = state
-        of_query, *of_key = _gradients(*call(), rows[a])
-        summed = tuple(total + part for total, part in zip(of_keys[b], of_key, strict=True))
-        return _replaced(of_queries, a, of_queries[a] + of_query), _replaced(of_keys, b, summed)
+    def body(of_query: Any, of_key: Any, a: int, call: Callable[[], Call]) -> tuple[Any, Any]:
+        added = _gradients(*call(), cut(form, rows, a))
+        return jax.tree.map(jnp.add, (of_query, of_key), (added[0], added[1:]))
 
-    def step(ranks: tuple[Array, Array], keys: tuple[Keys, ...], sums: Any, state: Any) -> tuple[Any, Any]:
-        state, sums = visit(form, constants.numbers, queries, keys, ranks, body, (state, sums))
+    def step(ranks: tuple[Array, Array], keys: Keys, sums: Any, state: Any) -> tuple[Any, Any]:
+        state, sums = visit(form, constants.numbers, queries, keys, ranks, body, state, sums)
         return sums, state
 
-    zeros = [(jnp.zeros(part.key.shape, lse.dtype), jnp.zeros(part.value.shape, lse.dtype)) for part in keys]
-    start = tuple(jnp.zeros(part.query.shape, lse.dtype) for part in queries)
-    of_keys, of_queries = _around(form, step, keys, *varying(form.axes, (tuple(zeros), start)))
+    def zeros(*arrays: Array) -> tuple[tuple[Array, ...], ...]:
+        parts = (cut(form, arrays, index) for index in range(form.pieces))
+        return tuple(tuple(jnp.zeros(part.shape, lse.dtype) for part in piece) for piece in parts)
+
+    start = tuple(part for (part,) in zeros(x.query))
+    of_keys, of_queries = _around(form, step, keys, *varying(form.axes, (zeros(x.key, x.value), start)))
     of_key, of_value = (jnp.concatenate(parts, 2) for parts in zip(*of_keys, strict=True))
-    gradients = Operands(jnp.concatenate(of_queries, 2), of_key, of_value, None, _sink_gradient(x, whole))
+    gradients = Operands(jnp.concatenate(of_queries, 2), of_key, of_value, None, _sink_gradient(x, rows))
     return jax.tree.map(lambda gradient, operand: gradient.astype(operand.dtype), gradients, x), None
 
 

@@ -171,11 +171,9 @@ def _of_rank(form: Form, numbers: Numbers, a: ShardedArguments) -> tuple[Array, 
     wide = query.astype(function.softmax_dtype(query))
     q_piece = Piece(0, 1, a.q_len)
     kv_pieces = pieces(form.layout, lax.axis_index(form.axis), form.ranks, key.shape[2])
-    arrays = [cut(form.layout, array, 2) for array in (key, value)]
-    kv_ids = [cut(form.layout, digit, 1) for digit in ids[1]]
     halves = []
     for b, kv_piece in enumerate(kv_pieces):
-        keys = Keys(arrays[0][b], arrays[1][b], tuple(digit[b] for digit in kv_ids))
+        keys = cut(form, Keys(key, value, ids[1]), b)
         call = Pair(form, numbers, q_piece, kv_piece, Queries(wide, ids[0]), keys).call(None)
         halves.append(function.attention(*call))
     return halves[0] if len(halves) == 1 else merge(Halves(*halves[0], *halves[1]))

@@ -8,9 +8,9 @@ blocks as every call does; few shifts differ, because most pairs of pieces are w
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ __all__ = [
     "visit",
 ]
 
+Tree = TypeVar("Tree")
+
 MOST_PROGRAMS = 8
 """The most shifts of a pair of pieces that are compiled apart; more of them share a program that takes the shift."""
 
@@ -64,6 +66,11 @@ class Form:
     scale: float | None
     softcap: float | None
 
+    @property
+    def pieces(self) -> int:
+        """The number of pieces of a shard."""
+        return 2 if self.layout == "zigzag" else 1
+
 
 class Numbers(NamedTuple):
     """Options of the whole sequence as arrays of int32, the same on every rank (MHA-SHARD-2)."""
@@ -76,14 +83,14 @@ class Numbers(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The queries of a piece, in the softmax's type, and the digits of their segment ids."""
+    """The queries of a shard or a piece, in the softmax's type, and the digits of their segment ids."""
 
     query: Array
     ids: tuple[Array, ...]
 
 
 class Keys(NamedTuple):
-    """Keys and values of a piece, in the dtype of the call, and the digits of their segment ids; they are sent."""
+    """Keys and values of a shard or a piece, in the dtype of the call, and the digits of their segment ids."""
 
     key: Array
     value: Array
@@ -105,9 +112,11 @@ class Call(NamedTuple):
     constraints: Constraints
 
 
-def cut(layout: str, array: Array, axis: int) -> tuple[Array, ...]:
-    """Cut the rows of a shard into its pieces."""
-    return tuple(jnp.split(array, 2, axis)) if layout == "zigzag" else (array,)
+def cut(form: Form, tree: Tree, index: int) -> Tree:
+    """Cut a piece out of arrays of a shard, whose tokens lie on axis 2, or on the last of fewer axes."""
+    if form.pieces == 1:
+        return tree
+    return jax.tree.map(lambda array: jnp.split(array, form.pieces, min(array.ndim - 1, 2))[index], tree)
 
 
 def varying(axes: frozenset[str], tree: Any) -> Any:
@@ -142,37 +151,46 @@ def rotate(form: Form, tree: Any) -> Any:
 def visit(
     form: Form,
     numbers: Numbers,
-    queries: tuple[Queries, ...],
-    keys: tuple[Keys, ...],
+    queries: Queries,
+    keys: Keys,
     ranks: tuple[Array, Array],
-    body: Callable[[Any, int, int, Callable[[], Call]], Any],
-    state: Any,
-) -> Any:
-    """Run `body(state, a, b, call)` for every piece `a` of the queries and `b` of the keys that are not wholly hidden.
+    body: Callable[[Any, Any, int, Callable[[], Call]], tuple[Any, Any]],
+    of_queries: tuple[Any, ...],
+    of_keys: tuple[Any, ...],
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Run `body(of_query, of_key, a, call)` for every piece `a` of the queries and `b` of the keys that see each other.
 
-    `ranks` are the rank that holds the queries and the rank whose keys they are. A wholly hidden pair of pieces costs
-    nothing: the state passes through a branch.
+    It returns the new results of the two pieces, of which `of_queries` and `of_keys` have those of each piece. `ranks`
+    are the rank that holds the queries and the rank whose keys they are. A wholly hidden pair of pieces costs nothing:
+    the results pass through a branch, and only those of the pair, because XLA copies what passes. Pieces are cut in
+    the branch, so that none is kept beside its shard.
     """
-    q_length, kv_length = (sum(part[0].shape[2] for part in side) for side in (queries, keys))
+    if 0 in (queries.query.size, keys.key.size):
+        return of_queries, of_keys
+    q_length, kv_length = queries.query.shape[2], keys.key.shape[2]
     rank, source = ranks
     q_pieces = pieces(form.layout, rank, form.ranks, q_length)
     kv_pieces = pieces(form.layout, source, form.ranks, kv_length)
+    results = [*of_queries], [*of_keys]
+
+    def pair(a: int, b: int) -> Pair:
+        return Pair(form, numbers, q_pieces[a], kv_pieces[b], cut(form, queries, a), cut(form, keys, b))
+
     for a, b in numpy.ndindex(len(q_pieces), len(kv_pieces)):
-        pair = Pair(form, numbers, q_pieces[a], kv_pieces[b], queries[a], keys[b])
         table, programs = spans(form, (q_length, kv_length), a, b)
 
-        def run(state: Any, span: Span | None, a: int = a, b: int = b, pair: Pair = pair) -> Any:
-            return body(state, a, b, lambda: pair.call(span))
+        def run(of_pair: tuple[Any, Any], span: Span | None, a: int = a, b: int = b) -> tuple[Any, Any]:
+            return body(*of_pair, a, lambda: pair(a, b).call(span))
 
-        branches = [lambda state: state, *(lambda state, span=span, run=run: run(state, span) for span in programs)]
-        seen = pair.may_be_visible()
-        if seen is None and programs and (table == table[0, 0]).all():
-            state = run(state, programs[0])
-        elif programs:
-            index = jnp.asarray(table)[rank, source]
-            index = index if seen is None else jnp.where(seen, index, 0)
-            state = lax.switch(index, branches, state)
-    return state
+        branches = [lambda of_pair: of_pair, *(partial(run, span=span) for span in programs)]
+        seen, of_pair = pair(a, b).may_be_visible(), (results[0][a], results[1][b])
+        if programs:
+            # XLA drops a branch that is always taken, and then holds the arrays of several pairs at the same time.
+            seen = source >= 0 if seen is None else seen
+            index = jnp.where(seen, jnp.asarray(table)[rank, source], 0)
+            of_pair = lax.switch(index, branches, of_pair)
+        results[0][a], results[1][b] = of_pair
+    return (*results[0],), (*results[1],)
 
 
 def spans(form: Form, lengths: tuple[int, int], a: int, b: int) -> tuple[numpy.ndarray, list[Span | None]]:
@@ -183,8 +201,6 @@ def spans(form: Form, lengths: tuple[int, int], a: int, b: int) -> tuple[numpy.n
     """
     table = numpy.zeros((form.ranks, form.ranks), numpy.int32)
     programs: list[Span | None] = []
-    if 0 in lengths:
-        return table, programs
     if form.offset is None:
         return table + 1, [None]
     for rank, source in numpy.ndindex(table.shape):

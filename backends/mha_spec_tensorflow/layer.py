@@ -215,10 +215,9 @@ def new_lengths(lengths: Integers, counts: Integers | None, length: int | None, 
     integers = [lengths] if counts is None else [lengths, counts]
     if length is not None and all(host_integers(numbers) is not None for numbers in integers):
         return layer_steps.new_lengths(lengths, counts, length, like)
-    before, size = tf.convert_to_tensor(lengths), sizes_of(like)[2]
-    if counts is None:
-        return before + tf.cast(size, before.dtype)
-    return before + tf.cast(tf.clip_by_value(tf.convert_to_tensor(counts), 0, size), before.dtype)
+    before, size = tf.convert_to_tensor(lengths), tf.cast(sizes_of(like)[2], tf.int64)
+    new = size if counts is None else tf.clip_by_value(tf.cast(counts, tf.int64), 0, size)
+    return before + tf.cast(new, before.dtype)
 
 
 def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:

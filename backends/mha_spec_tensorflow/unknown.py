@@ -189,6 +189,25 @@ def _tensor_of(value: Any) -> Any:
     return tf.convert_to_tensor(value) if is_variable else value
 
 
+def _with_offsets(layouts: Mapping[str, Layout], values: dict[str, Any]) -> dict[str, Any]:
+    """Repeat an offset in a tensor without axes for each entry (MHA-POS-1)."""
+    offset: Any = values.get("q_offset")
+    if not tf.is_tensor(offset) or offset.shape.rank != 0 or not offset.dtype.is_integer:
+        return values
+    return values | {"q_offset": tf.fill([_entries_of(layouts, values)], offset)}
+
+
+def _entries_of(layouts: Mapping[str, Layout], values: Mapping[str, Any]) -> Size:
+    """Return the number of entries of a call, of which each has an offset; 1 where offsets alone have entries."""
+    entries = layouts["q_offset"].sizes[0]
+    for name, value in values.items():
+        layout = layouts.get(name)
+        if name == "q_offset" or value is None or layout is None or layout.broadcasts[0] or layout.sizes[0] != entries:
+            continue
+        return sizes_of(tf.convert_to_tensor(value))[0] - layout.more[0]
+    return 1
+
+
 def with_known_shapes(
     layouts: Mapping[str, Layout], arguments: Mapping[str, Any], known: Iterable[str] = (), *, aligned: bool = False
 ) -> dict[str, Any]:
@@ -203,7 +222,7 @@ def with_known_shapes(
     Raises:
         ArgumentValueError: A size that must be known is unknown.
     """
-    values = {name: _tensor_of(value) for name, value in arguments.items()}
+    values = _with_offsets(layouts, {name: _tensor_of(value) for name, value in arguments.items()})
     if tf.executing_eagerly() or not any(map(_is_open, values.values())):
         return values
     shapes = {name: _shape(layouts[name], value) for name, value in values.items() if name in layouts}

@@ -103,9 +103,9 @@ def _described_in(signature: list[object], name: str, option: Any) -> bool:
         kinds = tuple(map(type, option))
         signature.append((name, kind, kinds, tuple(option)))
         return PLAIN_TYPES.issuperset(kinds)
-    if name not in INTEGERS or not _is_read(option) or option.ndim != 1:
+    if name not in INTEGERS or not _is_read(option) or option.ndim > 1:
         return False
-    signature.append((name, kind, option.dtype, tuple(option.tolist())))
+    signature.append((name, kind, option.dtype, option.ndim, tuple(option.reshape(-1).tolist())))
     return True
 
 
@@ -125,7 +125,6 @@ def arguments_of(function: str, query: Tensor, key: Tensor, value: Tensor | None
     """Check the arguments of a call, and replace a named offset by its integers."""
     refuse_unknown(options, function)
     check_library("torch", query)
-    refuse_distributed(function, query, key, value)
     a = Arguments(query, key, value, function=function, **options)
     if autocasts(query.device.type):
         a = replace(a, **cast(query=query, key=key, value=value))
@@ -138,6 +137,7 @@ def varlen_arguments_of(function: str, options: Mapping[str, Any], *tensors: Any
     """Check the arguments of a packed call, `tensors` being the first five; symbols are checked by examples."""
     query, key, value, *bounds = tensors
     check_library("torch", query)
+    refuse_distributed(function, query, key, value)
     if autocasts(query.device.type):
         query, key, value = cast(query=query, key=key, value=value).values()
     if not traced(unwrapped(query)):

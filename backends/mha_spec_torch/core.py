@@ -142,6 +142,8 @@ def attention_weights(
 
 @torch.compiler.allow_in_graph
 def _weights(query: Tensor, key: Tensor, options: WeightOptions) -> Tensor:
+    if distributed.is_distributed(query, key):
+        return distributed.weigh(attention_weights, query, key, options)
     a = arguments_of("attention_weights", query, key, None, options)
     if traced(query) and not transformed():
         return operators.weigh(a)
@@ -152,6 +154,8 @@ def attention_and_weights(
     query: Tensor, key: Tensor, value: Tensor, **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]:
     """Compute the output from the weights and return both, for the layer that needs both."""
+    if distributed.is_distributed(query, key, value):
+        return distributed.attend_and_weigh(attention_and_weights, query, key, value, options)
     a = drawn(arguments_of("attention", query, key, value, options))
     if traced(query) and not transformed():
         return operators.attend(a)[0], operators.weigh(a)
@@ -184,6 +188,9 @@ def attention_vjp(
 def _vjp(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_lse: Tensor | None, options: Options
 ) -> Gradients:
+    if distributed.is_distributed(query, key, value):
+        call = partial(attention, return_lse=True)
+        return distributed.differentiate(call, (query, key, value), grad_output, grad_lse, options)
     a = arguments_of("attention_vjp", query, key, value, options)
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)

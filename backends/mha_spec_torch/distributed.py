@@ -1,4 +1,7 @@
-"""Attention on DTensors that are sharded over batch and heads: a call on the local tensors, without communication."""
+"""Attention on DTensors that are sharded over batch and heads: a call on the local tensors, without communication.
+
+The results are DTensors with the placements of the query.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mha_spec.arguments import Arguments
-from mha_spec.checks import check, refuse_unknown
+from mha_spec.checks import check, check_cotangents, check_dropout_mask, refuse_unknown
 from mha_spec.errors import refuse_type, refuse_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-__all__ = ["attend", "is_distributed", "refuse_distributed"]
+__all__ = ["attend", "attend_and_weigh", "differentiate", "is_distributed", "refuse_distributed", "replicated", "weigh"]
 
 BROADCAST = ("mask", "bias", "dropout_mask")
 """The options of which an axis of size 1 stays whole (MHA-MASK-2)."""
@@ -36,6 +39,15 @@ def is_distributed(*arrays: object) -> bool:
     return module is not None and any(isinstance(array, module.DTensor) for array in arrays)
 
 
+def replicated(tensor: Tensor, like: Any) -> Tensor:
+    """Return a tensor that every rank holds as a DTensor of the mesh of `like`, if that is one."""
+    if not is_distributed(like):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(tensor, like.device_mesh, run_check=False)
+
+
 def refuse_distributed(function: str, *arrays: object) -> None:
     """Refuse a DTensor in a function that takes the tensors of a rank."""
     if is_distributed(*arrays):
@@ -47,19 +59,72 @@ def refuse_distributed(function: str, *arrays: object) -> None:
 
 
 def attend(call: Callable[..., Any], query: Any, key: Any, value: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Call `call` on the local tensors with the local options, and return output and lse as DTensors."""
+    """Return output and lse of `call`."""
+    output, lse = _attended(call, query, key, value, options)
+    return _whole(output, query, (*query.shape[:3], value.shape[3])), _whole(lse, query, query.shape[:3])
+
+
+def attend_and_weigh(
+    call: Callable[..., Any], query: Any, key: Any, value: Any, options: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Return output and weights of `call`."""
+    output, weights = _attended(call, query, key, value, options)
+    rows = query.shape[:3]
+    return _whole(output, query, (*rows, value.shape[3])), _whole(weights, query, (*rows, key.shape[2]))
+
+
+def weigh(call: Callable[..., Any], query: Any, key: Any, options: Mapping[str, Any]) -> Any:
+    """Return the weights of `call`."""
+    refuse_unknown(options, "attention_weights")
+    check(Arguments(query, key, None, function="attention_weights", **options))
+    weights = _local_call(call, {"query": query, "key": key}, options)
+    return _whole(weights, query, (*query.shape[:3], key.shape[2]))
+
+
+def differentiate(
+    call: Callable[..., Any], operands: Sequence[Any], grad_output: Any, grad_lse: Any, options: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Return the gradients of `attend`, those of autograd, each with the placements of its operand."""
+    refuse_unknown(options, "attention_vjp")
+    a = Arguments(*operands, function="attention_vjp", **options)
+    check_cotangents(check(a), grad_output, grad_lse)
+    check_dropout_mask(a)
+    cotangents = (
+        {"grad_output": grad_output} if grad_lse is None else {"grad_output": grad_output, "grad_lse": grad_lse}
+    )
+    for name, cotangent in cotangents.items():
+        if not is_distributed(cotangent):
+            refuse_type("MHA-SHAPE-3", f"`{name}` must be a DTensor, as `query`, received {type(cotangent).__name__}.")
+    further = {name: options[name] for name in ("bias", "sinks") if options.get(name) is not None}
+    sources = [*operands, *further.values()]
+    is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (*sources, *cotangents.values()))
+    with torch.enable_grad():
+        leaves = [x if x.requires_grad and is_recorded else x.detach().requires_grad_() for x in sources]
+        query, key, value, *rest = leaves
+        outputs = attend(call, query, key, value, {**options, **dict(zip(further, rest, strict=True))})
+    outputs = outputs[: len(cotangents)]
+    gradients: Any = torch.autograd.grad(outputs, leaves, [*cotangents.values()], create_graph=is_recorded)
+    placed = [x.redistribute(placements=leaf.placements) for x, leaf in zip(gradients, leaves, strict=True)]
+    of_further = dict(zip(further, placed[3:], strict=True))
+    return *placed[:3], of_further.get("bias"), of_further.get("sinks")
+
+
+def _attended(call: Callable[..., Any], query: Any, key: Any, value: Any, options: Mapping[str, Any]) -> Any:
     refuse_unknown(options)
     check(Arguments(query, key, value, **options))
-    tensors = {"query": query, "key": key, "value": value}
-    _check_placements(tensors)
     if options.get("dropout_rate") and options.get("dropout_mask") is None:
         refuse_value(
             "MHA-DROP-4", "`dropout_mask` must be given with dropout_rate on DTensors: each rank would draw its own."
         )
+    return _local_call(call, {"query": query, "key": key, "value": value}, options)
+
+
+def _local_call(call: Callable[..., Any], tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Call `call` on the local tensors with the local options."""
+    _check_placements(tensors)
+    query = tensors["query"]
     local = {name: _local(name, option, query) for name, option in options.items()}
-    output, lse = call(*(_of_tensor(tensor, query) for tensor in tensors.values()), **local)
-    shape = *query.shape[:3], value.shape[3]
-    return _whole(output, query, shape), _whole(lse, query, shape[:3])
+    return call(*(_of_tensor(tensor, query) for tensor in tensors.values()), **local)
 
 
 def _check_placements(tensors: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Attention", "gradients", "needs_operations", "recorded", "transformed"]
 
+_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+
 
 def transformed() -> bool:
     """Tell whether a transform of torch.func or forward mode is active; both need differentiable operations."""
@@ -60,21 +62,24 @@ def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Seque
 
 def needs_operations(grad_outputs: Sequence[Any]) -> bool:
     """Tell whether the gradient itself is differentiated or transformed, also by `is_grads_batched` of autograd."""
-    batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
-    return (
-        torch.is_grad_enabled()
-        or transformed()
-        or any(gradient is not None and batched(gradient) for gradient in grad_outputs)
-    )
+    if torch.is_grad_enabled() or transformed():
+        return True
+    # A loop takes half of the time that `any` takes with a generator.
+    for gradient in grad_outputs:  # noqa: SIM110
+        if gradient is not None and _is_batched(gradient):
+            return True
+    return False
 
 
 def _may_be_poisoned(problem: Problem, gradients: Sequence[Any]) -> bool:
-    """Tell whether a gradient is NaN where the call hides pairs."""
+    """Tell whether a gradient is NaN where the call hides pairs.
+
+    A non-finite value that passes a hidden pair reaches dQ or dK; a NaN in dV alone is that of a visible pair.
+    """
     if problem.visibility.tasks[0].sees_all:
         return False
-    if gradients[0] is not None and gradients[1] is not None:
-        return native.has_poisoned_gradients(problem, gradients[0].detach(), gradients[1].detach())
-    return any(gradient is not None and problem.is_nan(gradient) for gradient in gradients)
+    searched = gradients if gradients[0] is None or gradients[1] is None else gradients[:2]
+    return native.has_nan(problem, *(gradient for gradient in searched if gradient is not None))
 
 
 class Attention(torch.autograd.Function):

@@ -19,6 +19,7 @@ from mha_spec.layer_steps import LayerSteps, slope_values
 from mha_spec.pools import WrittenSlots
 
 from .core import attention, attention_and_weights, attention_weights
+from .distributed import replicated
 from .function import transformed
 from .paths import autocasts
 from .symbols import entries, example, is_open, traced
@@ -160,7 +161,7 @@ def turns(
     positions, rates = (torch.as_tensor(factor, device=device).to(wide) for factor in factors)
     angles = layer_steps.for_each_pair(positions) * rates
     angles = angles[:, None] if angles.ndim == 3 else angles
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return replicated(angles.cos().to(dtype), like), replicated(angles.sin().to(dtype), like)
 
 
 def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +10,12 @@ import ml_dtypes
 import numpy
 import torch
 from frameworks import from_torch, to_torch
-
-from mha_spec_conformance.judging.bounds import bounds, precision
-from mha_spec_conformance.judging.compare import judge
-from mha_spec_conformance.suite.cases import Expected
+from shares import PLANTED_PROBLEMS, Implementation, Shares, try_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["LayerProblem", "LayerTally", "share_of", "try_layers"]
-
-REFUSED_IN = ("float32", "float16")
-"""Dtypes in which every planted mistake must exceed the allowance."""
+__all__ = ["LayerProblem", "try_layers"]
 
 SHAPES = (
     (2, 13, 24, 4, 2, 8, 6, 10),
@@ -40,6 +33,7 @@ class LayerProblem:
     dtype: str
     arrays: Mapping[str, numpy.ndarray]
     options: Mapping[str, Any] = field(default_factory=dict)
+    function = "multi_head_attention"
 
     @property
     def id(self) -> str:
@@ -49,7 +43,13 @@ class LayerProblem:
     @property
     def rotation(self) -> dict[str, Any]:
         """The options of the rotation."""
-        return {"base": 10000.0, "interleaved": False, **self.options.get("rotary", {})}
+        return {"base": 10000.0, "interleaved": False, "attention_factor": 1.0, **self.options.get("rotary", {})}
+
+    def frequencies(self, pairs: int) -> numpy.ndarray:
+        """Return the frequencies of the pairs in float32, those of the options or those of the base."""
+        if "frequencies" in self.rotation:
+            return numpy.array(self.rotation["frequencies"], numpy.float32)
+        return 1 / numpy.float32(self.rotation["base"]) ** (numpy.arange(pairs, dtype=numpy.float32) / pairs)
 
     def working(self, name: str) -> numpy.ndarray:
         """Convert an input to float32."""
@@ -74,8 +74,20 @@ def draw_layer(rng: numpy.random.Generator, dtype: str) -> LayerProblem:
     arrays = {name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in x.items()}
     options: dict[str, Any] = {"causal": True}
     if rng.random() < 0.6:
-        options["rotary"] = {"interleaved": bool(rng.random() < 0.5), "base": float(rng.choice([100.0, 10000.0]))}
+        options["rotary"] = draw_rotation(rng, qk_dim // 2)
     return LayerProblem(dtype, {**arrays, "key": arrays["query"], "value": arrays["query"]}, options)
+
+
+def draw_rotation(rng: numpy.random.Generator, pairs: int) -> dict[str, Any]:
+    """Draw a pairing and either a base, or frequencies of which the last may be 0; sometimes an attention factor."""
+    rotation: dict[str, Any] = {"interleaved": bool(rng.random() < 0.5)}
+    if rng.random() < 0.5:
+        rotation["base"] = float(rng.choice([100.0, 10000.0]))
+    else:
+        rotation["frequencies"] = [*rng.uniform(0.001, 2, pairs - 1).tolist(), float(rng.choice([0.0, 0.5]))]
+    if rng.random() < 0.5:
+        rotation["attention_factor"] = float(rng.choice([0.5, 1.1386, 1.2079]))
+    return rotation
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class Plain:
     other_pairs: bool = False
     narrow_sums: bool = False
 
-    def __call__(self, p: LayerProblem) -> numpy.ndarray:
+    def __call__(self, p: LayerProblem) -> dict[str, numpy.ndarray]:
         """Return the output."""
         q, k, v = (self._heads(p, side) for side in "qkv")
         group = q.shape[1] // k.shape[1]
@@ -102,7 +114,7 @@ class Plain:
         output = self._store(p, self._product(p, flat, p.working("w_o").reshape(flat.shape[2], -1)))
         if "b_o" in p.arrays and self.forgotten != "b_o":
             output = output + p.working("b_o")
-        return output.astype(p.arrays["query"].dtype)
+        return {"output": output.astype(p.arrays["query"].dtype)}
 
     def _store(self, p: LayerProblem, x: numpy.ndarray) -> numpy.ndarray:
         return x.astype(p.arrays["query"].dtype).astype(numpy.float32) if self.stored else x
@@ -131,16 +143,16 @@ class Plain:
     def rotate(self, p: LayerProblem, x: numpy.ndarray) -> numpy.ndarray:
         """Rotate heads, by the pairing of the problem or by the other one."""
         pairs = x.shape[3] // 2
-        frequencies = 1 / numpy.float32(p.rotation["base"]) ** (numpy.arange(pairs, dtype=numpy.float32) / pairs)
-        angles = numpy.arange(x.shape[2], dtype=numpy.float32)[:, None] * frequencies
-        cosine, sine = numpy.cos(angles), numpy.sin(angles)
+        angles = numpy.arange(x.shape[2], dtype=numpy.float32)[:, None] * p.frequencies(pairs)
+        factor = numpy.float32(p.rotation["attention_factor"])
+        cosine, sine = factor * numpy.cos(angles), factor * numpy.sin(angles)
         neighbours = p.rotation["interleaved"] != self.other_pairs
         a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else (x[..., :pairs], x[..., pairs:])
         parts = (a * cosine - b * sine, b * cosine + a * sine)
         return numpy.stack(parts, axis=-1).reshape(x.shape) if neighbours else numpy.concatenate(parts, axis=-1)
 
 
-def by_torch(p: LayerProblem) -> numpy.ndarray:
+def by_torch(p: LayerProblem) -> dict[str, numpy.ndarray]:
     """Compute the layer with PyTorch in the dtype: linear maps, its norm, a rotation by complex numbers, SDPA."""
     x = {name: to_torch(array) for name, array in p.arrays.items()}
 
@@ -154,13 +166,17 @@ def by_torch(p: LayerProblem) -> numpy.ndarray:
     q, k, v = (heads(side) for side in "qkv")
     attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     output = torch.einsum("bhlc,hco->blo", attended, x["w_o"])
-    return from_torch(output + x["b_o"] if "b_o" in x else output)
+    return {"output": from_torch(output + x["b_o"] if "b_o" in x else output)}
 
 
 def _rotated_by_torch(p: LayerProblem, x: torch.Tensor) -> torch.Tensor:
     pairs = x.shape[3] // 2
-    frequencies = torch.exp(torch.arange(pairs) * (-torch.log(torch.tensor(p.rotation["base"])) / pairs))
-    turns = torch.polar(torch.ones(()), torch.outer(torch.arange(x.shape[2]).float(), frequencies))
+    if "frequencies" in p.rotation:
+        frequencies = torch.tensor(p.rotation["frequencies"])
+    else:
+        frequencies = torch.exp(torch.arange(pairs) * (-torch.log(torch.tensor(p.rotation["base"])) / pairs))
+    size = torch.tensor(p.rotation["attention_factor"])
+    turns = torch.polar(size, torch.outer(torch.arange(x.shape[2]).float(), frequencies))
     if p.rotation["interleaved"]:
         turned = torch.view_as_complex(x.float().reshape(*x.shape[:3], pairs, 2)) * turns
         return torch.view_as_real(turned).reshape(x.shape).to(x.dtype)
@@ -168,7 +184,7 @@ def _rotated_by_torch(p: LayerProblem, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
 
 
-def by_jax(p: LayerProblem) -> numpy.ndarray:
+def by_jax(p: LayerProblem) -> dict[str, numpy.ndarray]:
     """Compute the layer with JAX, with sums in float32, rounded after each map."""
     x = {name: jnp.asarray(array) for name, array in p.arrays.items()}
     dtype, wide = x["query"].dtype, jnp.float32
@@ -190,65 +206,32 @@ def by_jax(p: LayerProblem) -> numpy.ndarray:
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     attended = jnp.einsum("bhij,bhjc->bhic", weights / weights.sum(axis=-1, keepdims=True), v).astype(dtype)
     output = jnp.einsum("bhic,hco->bio", attended.astype(wide), x["w_o"].astype(wide)).astype(dtype)
-    return numpy.asarray(output + x["b_o"] if "b_o" in x else output)
+    return {"output": numpy.asarray(output + x["b_o"] if "b_o" in x else output)}
 
 
-HONEST: dict[str, Callable[[LayerProblem], numpy.ndarray]] = {
-    "NumPy, rounded after each step": Plain(),
-    "NumPy, rounded at the end": Plain(stored=False),
-    "PyTorch in the dtype": by_torch,
-    "JAX, sums in float32": by_jax,
+HONEST = {
+    "NumPy, rounded after each step": Implementation(Plain()),
+    "NumPy, rounded at the end": Implementation(Plain(stored=False)),
+    "PyTorch in the dtype": Implementation(by_torch),
+    "JAX, sums in float32": Implementation(by_jax),
 }
 
-PLANTED: dict[str, tuple[str, Callable[[LayerProblem], numpy.ndarray]]] = {
-    "scale +1 %": ("plain", Plain(scale=1.01)),
-    "b_v forgotten": ("turned", Plain(forgotten="b_v")),
-    "the other pairing": ("turned", Plain(other_pairs=True)),
-    "projections summed in 16 bits": ("wide", Plain(narrow_sums=True)),
+PLANTED: dict[str, dict[str, Callable[[LayerProblem], dict[str, numpy.ndarray]]]] = {
+    "plain": {"scale +1 %": Plain(scale=1.01)},
+    "turned": {"b_v forgotten": Plain(forgotten="b_v"), "the other pairing": Plain(other_pairs=True)},
+    "wide": {"projections summed in 16 bits": Plain(narrow_sums=True)},
 }
-"""Mistakes, each with the kind of layer in which it is planted."""
+"""Mistakes by name, by the kind of layer in which they are planted."""
 
 
-@dataclass
-class LayerTally:
-    """The largest share of the allowance of each implementation, the least of each mistake, and the refusals."""
-
-    used: dict[tuple[str, str], float] = field(default_factory=dict)
-    least: dict[tuple[str, str], float] = field(default_factory=dict)
-    answers: Counter[str] = field(default_factory=Counter)
-    refused: list[str] = field(default_factory=list)
-
-    def add(self, other: LayerTally) -> None:
-        """Add the tally of another dtype."""
-        self.used |= other.used
-        self.least |= other.least
-        self.answers.update(other.answers)
-        self.refused += other.refused
-
-    @property
-    def overlooked(self) -> list[str]:
-        """The planted mistakes that stayed within an allowance which they must exceed."""
-        lost = [key for key, share in self.least.items() if share <= 1 and key[0] in REFUSED_IN]
-        return [f"{name} is within the allowance of a layer in {dtype}" for dtype, name in lost]
-
-
-def try_layers(dtype: str, first: int, count: int) -> LayerTally:
-    """Ask every implementation `count` random problems of a dtype, and plant each mistake in five problems."""
-    tally = LayerTally()
-    for number in range(first, first + count):
-        p = draw_layer(numpy.random.default_rng([number, *dtype.encode()]), dtype)
-        share = share_of(p)
-        for name, implementation in HONEST.items():
-            largest = share(implementation(p))
-            tally.used[dtype, name] = max(tally.used.get((dtype, name), 0.0), largest)
-            tally.answers[dtype] += 1
-            tally.refused += [f"{name}, {p.id}: {largest:.3g} of the allowance"] if largest > 1 else []
-    for number in range(first, first + 5):
-        for name, (kind, mistake) in PLANTED.items():
-            p = planted_problem(number, dtype, kind)
-            least = share_of(p)(mistake(p))
-            tally.least[dtype, name] = min(tally.least.get((dtype, name), numpy.inf), least)
-    return tally
+def try_layers(dtype: str, first: int, count: int) -> Shares:
+    """Ask every implementation `count` random problems of a dtype, and plant each mistake in some problems."""
+    shares = Shares("a layer")
+    try_each(shares, dtype, range(first, first + count), draw_layer, HONEST)
+    for number in range(first, first + PLANTED_PROBLEMS):
+        for kind, mistakes in PLANTED.items():
+            shares.plant(planted_problem(number, dtype, kind), mistakes)
+    return shares
 
 
 def planted_problem(seed: int, dtype: str, kind: str) -> LayerProblem:
@@ -267,11 +250,3 @@ def planted_problem(seed: int, dtype: str, kind: str) -> LayerProblem:
     arrays = {name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in x.items()}
     arrays |= {"key": arrays["query"], "value": arrays["query"]}
     return LayerProblem(dtype, arrays, {"causal": True} | ({"rotary": {}} if kind == "turned" else {}))
-
-
-def share_of(p: LayerProblem) -> Callable[[numpy.ndarray], float]:
-    """Return a function that computes the share of the allowance that an output uses."""
-    case = bounds("multi_head_attention", p.arrays, p.options)
-    allowances = case.allowances(precision(p.dtype))
-    expected = {"output": Expected(case.values["output"], None, None, case.values["output"].shape)}
-    return lambda output: judge(p, expected, {"output": output}, allowances, precision(p.dtype)).allowance_used

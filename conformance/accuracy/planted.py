@@ -16,12 +16,8 @@ from mha_spec_conformance.suite.cases import Expected
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MISTAKES", "REFUSED_IN", "SEEDS", "deviation"]
+__all__ = ["MISTAKES", "deviation"]
 
-REFUSED_IN = ("float32", "float16")
-"""Dtypes in which every planted mistake must exceed the allowance; bfloat16 is only printed."""
-
-SEEDS = 5
 SHAPE = (1, 2, 64, 1024, 64)
 """(batch, heads, q_len, kv_len, qk_dim = v_dim)."""
 

@@ -54,6 +54,8 @@ class Problem:
     arrays: Mapping[str, numpy.ndarray]
     options: Mapping[str, float]
     visible: numpy.ndarray
+    unrounded: bool = False
+    """True keeps the results in the type of the sums, for a caller that adds them before it rounds."""
 
     @property
     def id(self) -> str:
@@ -71,6 +73,11 @@ class Problem:
     def work(self) -> type[numpy.floating]:
         """The type of scores, softmax and sums."""
         return numpy.float64 if self.dtype == "float64" else numpy.float32
+
+    @property
+    def result(self) -> numpy.dtype:
+        """The dtype of the results."""
+        return numpy.dtype(self.work) if self.unrounded else self.arrays["query"].dtype
 
     @property
     def scale(self) -> float:

@@ -171,7 +171,7 @@ class Variant:
                 output = self.product(self._stored(dropped, problem), problem.working("value"))
             else:
                 output, lse = self._finish(problem, maximum, total, output)
-        return {"output": output.astype(problem.arrays["query"].dtype), "lse": lse[..., 0]}
+        return {"output": output.astype(problem.result), "lse": lse[..., 0]}
 
     def weights(self, problem: Problem) -> dict[str, numpy.ndarray]:
         """Compute the weights from lse, as in a second pass."""
@@ -179,7 +179,7 @@ class Variant:
             logits = self._logits(problem)[0]
             _, lse = self._finish(problem, *self._accumulate(problem))
             weights = self._rebuilt(problem, logits, lse)
-        return {"weights": weights.astype(problem.arrays["query"].dtype)}
+        return {"weights": weights.astype(problem.result)}
 
     def backward(self, problem: Problem) -> dict[str, numpy.ndarray]:
         """Compute the gradients in closed form from output and lse of the forward pass."""
@@ -209,7 +209,7 @@ class Variant:
         length = logits.shape[-1]
         if self.split is None:
             return self._over(problem, logits, value, range(length))
-        starts = range(0, length, self.split)
+        starts = range(0, max(length, 1), self.split)
         return _merged([self._over(problem, logits, value, range(length)[s : s + self.split]) for s in starts])
 
     def _over(
@@ -293,7 +293,7 @@ class Variant:
             "grad_key": self._group(problem, scale * self._summed(by_key, problem.working("query"))),
             "grad_value": self._group(problem, self._summed(dropped.swapaxes(-1, -2), problem.working("grad_output"))),
         }
-        return {name: array.astype(problem.arrays["query"].dtype) for name, array in gradients.items()}
+        return {name: array.astype(problem.result) for name, array in gradients.items()}
 
     def _summed(self, a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
         """Compute a @ b, block by block."""

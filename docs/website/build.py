@@ -66,6 +66,15 @@ def navigation() -> str:
     )
 
 
+def appended(page: str, matrix: Path | None) -> str:
+    """Return what the site adds to a page: the tables of contents, and a link to the page of the field."""
+    if page == "index.md":
+        return f"\n{navigation()}\n"
+    if page == "field.md" and matrix is not None:
+        return '\n## The matrix\n\n<a href="matrix.html">Every clause and every implementation on one page</a>.\n'
+    return ""
+
+
 def assemble(folder: Path, matrix: Path | None = None) -> Site:
     """Write the sources of the site: the pages of docs/, and those that are generated."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -76,7 +85,7 @@ def assemble(folder: Path, matrix: Path | None = None) -> Site:
     for file, page in site.pages.items():
         if file != "mha_spec/SPEC.md":
             text = with_drawings((ROOT / file).read_text(encoding="utf-8"))
-            site.write(page, text + (f"\n{navigation()}\n" if page == "index.md" else ""), source=file)
+            site.write(page, text + appended(page, matrix), source=file)
     write_specification(site)
     write_api(site)
     if matrix is not None:
@@ -120,9 +129,13 @@ def audit(output: Path, *, every: bool) -> int:
     if CHROMIUM is None:
         print("No Chromium is installed, so no page was looked at (Debian: apt-get install chromium).")
         return 0
-    faults = faults_of_site(output, every=every)
-    print("\n".join(faults) or "Every page that was looked at is right.")
-    return 1 if faults else 0
+    status = 0
+    for fault in faults_of_site(output, every=every):
+        print(fault, flush=True)
+        status = 1
+    if status == 0:
+        print("Every page that was looked at is right.")
+    return status
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ COLOURS = {
     "color-toc-item-text": ("#4a505a", "#b2bac6"),
     "color-sidebar-caption-text": ("#0b6a63", "#63d2c6"),
     "color-sidebar-item-expander-background--hover": ("#e6e1d6", "#2a3138"),
+    "color-api-name": ("#0b6a63", "#63d2c6"),
+    "color-api-pre-name": ("#4a505a", "#b2bac6"),
     "color-api-keyword": ("#4a505a", "#b2bac6"),
     "mask-seen": ("#0f857b", "#45b8ac"),
     "mask-line": ("#a9adb5", "#59626e"),

@@ -18,7 +18,7 @@ TOKEN = re.compile(
     r"|^\#[^\n]*$"
     r"|(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)"
     r"|(?<![\w/\#-])(?P<clause>MHA-[A-Z]+-[1-9]\d*)(?![\w-])"
-    r"|(?<![\w/.\#-])(?P<repository>[\w.-]+/[\w.-]+)\#(?P<number>\d+)\b",
+    r"|(?<![\w/.\#-])(?P<repository>[\w.-]+/[\w.-]+)(?P<pull>[ ]PR)?\#(?P<number>\d+)\b",
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
 """Fenced code, indented code, code in a line, headings, links, clauses, issues; the first four are left alone."""
@@ -60,7 +60,8 @@ class Site:
                 known = match[0] in clauses() and page != clause_page(match[0])
                 return f"[{match[0]}](/{clause_page(match[0])})" if known else match[0]
             if match["repository"] is not None:
-                return f"[{match[0]}](https://github.com/{match['repository']}/issues/{match['number']})"
+                kind = "pull" if match["pull"] else "issues"
+                return f"[{match[0]}](https://github.com/{match['repository']}/{kind}/{match['number']})"
             return match[0]
 
         return TOKEN.sub(replaced, text)

@@ -18,7 +18,7 @@ from .pictures import Picture, Text, draw, figure, parts, raw, split_pictures
 if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Case
 
-__all__ = ["write_specification"]
+__all__ = ["in_cell", "write_specification"]
 
 MOST_CASES = 12
 """A page lists no more cases than these, those that cite the fewest clauses first."""
@@ -122,7 +122,7 @@ def _cases(clause: Clause) -> str:
     shown = citing[:MOST_CASES]
     listed = "lists all of them" if len(shown) < len(citing) else "lists them, and `mha-spec explain ID` shows one"
     number = "1 case cites" if len(citing) == 1 else f"{len(citing):,} cases cite"
-    rows = [f"| `{case.id}` | {_cell(case.title)} |" for case in shown]
+    rows = [f"| `{case.id}` | {in_cell(case.title)} |" for case in shown]
     head = "Those that cite the fewest other clauses are:\n\n" if len(shown) < len(citing) else ""
     return f"## Cases\n\n{number} this clause; `mha-spec cases {clause.id}` {listed}. {head}" + "\n".join(
         ["", "", "| case | what it asks |", "| --- | --- |", *rows]
@@ -138,14 +138,16 @@ def _mistakes_of(clause: Clause) -> str:
 
 def _table(mistakes: list[Mistake]) -> str:
     rows = [
-        f"| `{mistake.variant}` | {_cell(mistake.title)} | {_cell(', '.join(mistake.bugs))} |" for mistake in mistakes
+        f"| `{mistake.variant}` | {in_cell(mistake.title)} | {in_cell(', '.join(mistake.bugs))} |"
+        for mistake in mistakes
     ]
     return "\n".join(["| name | an implementation with it | published as |", "| --- | --- | --- |", *rows])
 
 
-def _cell(text: str) -> str:
-    """Return a text that has no meaning as Markdown in a table."""
-    return re.sub(r"([*_|<>\[\]\\`])", r"\\\1", text)
+def in_cell(text: str) -> str:
+    """Return a text that has no meaning as Markdown in a table, other than its code."""
+    special, code = r"[*_|<>\[\]\\`]", "`[^`|]+`"
+    return re.sub(f"({code})|({special})", lambda match: match[1] or f"\\{match[2]}", text)
 
 
 def _theme(theme: str, introduction: str, members: list[Clause]) -> str:

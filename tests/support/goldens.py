@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     import numpy
 
+    from mha_spec_conformance.judging.bounds import Precision
     from mha_spec_conformance.suite.cases import Case
+    from mha_spec_conformance.targets.claims import Shards
 
 __all__ = [
     "DIFFERENTIABLE",
@@ -161,9 +163,10 @@ def failures(
     ask: Callable[..., Mapping[str, Array]],
     *dtypes: str,
     host: Iterable[str] = (),
+    shards: Shards | None = None,
 ) -> list[str]:
     """Call `ask` with the arguments of each case as keywords, and list the faults of the results."""
-    return _failures(library, some, dtypes, host, lambda _, arguments: [ask(**arguments)])
+    return _failures(library, some, dtypes, host, lambda _, arguments: [ask(**arguments)], shards)
 
 
 def layer_failures(
@@ -192,22 +195,23 @@ def _failures(
     dtypes: Sequence[str],
     host: Iterable[str],
     ask: Callable[[str, Arguments], Sequence[Mapping[str, Array]]],
+    shards: Shards | None = None,
 ) -> list[str]:
     asked = [(case, dtype) for case in some for dtype in dtypes if dtype in case.dtypes]
     assert asked
     faults: list[str] = []
     for case, dtype in asked:
         arguments = arguments_of(case, dtype, library, host)
-        fault = _fault(case, dtype, library, arguments, ask(case.function, arguments))
+        fault = _fault(case, precision(dtype, shards=shards), library, arguments, ask(case.function, arguments))
         faults += [] if fault is None else [f"{case.id} {dtype}: {fault}"]
     return faults
 
 
 def _fault(
-    case: Case, dtype: str, library: str, arguments: Arguments, parts: Sequence[Mapping[str, Array]]
+    case: Case, run: Precision, library: str, arguments: Arguments, parts: Sequence[Mapping[str, Array]]
 ) -> str | None:
     """Describe the first fault, or return None; check library, device and dtype of each output before its values."""
-    ask = Ask(case, dtype, ())
+    ask = Ask(case, run.dtype, ())
     first = next(value for value in arguments.values() if library_of(value) == library)
     for name, output in (item for part in parts for item in part.items()):
         allowed = (library, device_of(first)), (library_of(arguments.get(name)), device_of(arguments.get(name)))
@@ -217,15 +221,15 @@ def _fault(
             return dtype_fault(ask, name, {name: output})
     outputs = joined([{name: to_numpy(output) for name, output in part.items()} for part in parts])
     wanted = {name: expected for name, expected in case.expected.items() if name in outputs or name != "lse"}
-    judgement = judge(case, wanted, outputs, _allowed(case, dtype), precision(dtype))
+    judgement = judge(case, wanted, outputs, _allowed(case, run), run)
     return None if judgement.passed else str(judgement.reason)
 
 
-_ALLOWED: dict[tuple[str, str], Mapping[str, numpy.ndarray]] = {}
+_ALLOWED: dict[tuple[str, Precision], Mapping[str, numpy.ndarray]] = {}
 
 
-def _allowed(case: Case, dtype: str) -> Mapping[str, numpy.ndarray]:
+def _allowed(case: Case, run: Precision) -> Mapping[str, numpy.ndarray]:
     """Compute the allowances of a case, once for all worlds."""
-    if (case.id, dtype) not in _ALLOWED:
-        _ALLOWED[case.id, dtype] = allowances(case.function, case.inputs(dtype), case.options, precision(dtype))
-    return _ALLOWED[case.id, dtype]
+    if (case.id, run) not in _ALLOWED:
+        _ALLOWED[case.id, run] = allowances(case.function, case.inputs(run.dtype), case.options, run)
+    return _ALLOWED[case.id, run]

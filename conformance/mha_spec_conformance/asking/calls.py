@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     AnySteps = Steps | LayerSteps | VarlenSteps
 
 __all__ = [
+    "BLOCK_TABLE",
     "CACHE",
+    "WINDOW_CACHE",
     "MalformedResult",
     "arranged",
     "function_over",

@@ -118,6 +118,8 @@ def _claims(target: dict[str, Any], environment: dict[str, Any]) -> Claims:
         keywords={},
         dtypes=tuple(target["dtypes"]),
         profile=target["profile"],
+        ranks=target.get("ranks", 1),
+        rank_layout=target.get("rank_layout", "contiguous"),
         conventions=target["conventions"],
         registered=name in (*backend_names(), REFERENCE),
         versions=target["versions"],

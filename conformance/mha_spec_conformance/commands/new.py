@@ -36,6 +36,7 @@ dtypes = ("float64", "float32")  # also "float16" and "bfloat16"
 # groups = False                              the suite repeats keys and values for each head of the queries
 # stacked = "qkv"                             a single array of query, key and value; also "kv"
 # profile = "fused"                           a kernel that multiplies whole tiles and approximates tanh
+# ranks, rank_layout = 4, "striped"           ranks that share the keys of a call and merge their results
 
 
 def attention(query, key, value, *, mask=None, causal=False):

@@ -69,17 +69,35 @@ def _failing(asked: list[Ask], asker: Asker) -> Call:
 
 
 def _reduced(call: Call, asker: Asker, seconds: float) -> Finding:
+    """Reduce a call as far as it shows the same fault, which no other known mistake explains.
+
+    A small call fits many mistakes. Those that explained a candidate are asked about before all others, which is fast.
+    """
+    asker.suspect(None)
     first = _result(asker, call)
     assert first is not None
+    suspects = set(first.diagnosis)
 
     def fails(candidate: Call) -> bool:
+        asker.suspect(suspects)
+        if not _is_the_same(first, _result(asker, candidate)):
+            return False
+        asker.suspect(None)
         result = _result(asker, candidate)
-        return result is not None and result.outcome == first.outcome and result.compared == first.compared
+        suspects.update(() if result is None else result.diagnosis)
+        return _is_the_same(first, result)
 
     call = reduced(call, fails, seconds)
     asker.suspect(None)
     result = _result(asker, call)
     return Finding(call, first if result is None else result)
+
+
+def _is_the_same(first: Result, result: Result | None) -> bool:
+    """Tell whether a result has the fault of the first: the same first name, if any, and no name that is new."""
+    if result is None or (result.outcome, result.compared) != (first.outcome, first.compared):
+        return False
+    return result.diagnosis[:1] == first.diagnosis[:1] and set(result.diagnosis) <= set(first.diagnosis)
 
 
 def _result(asker: Asker, call: Call) -> Result | None:

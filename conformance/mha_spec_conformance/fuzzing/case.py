@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from mha_spec import SPEC_VERSION
 from mha_spec.arrays import dtype_name
+from mha_spec_conformance.asking.calls import keyword_of
 from mha_spec_conformance.suite.cases import FORMAT, Case
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
@@ -68,6 +69,8 @@ OF_ARGUMENTS = {
     "rotary": "MHA-ROTARY-4",
     "q_norm": "MHA-NORM-1",
     "cache_key": "MHA-CACHE-1",
+    "cache_block_table": "MHA-CACHE-10",
+    "window_cache": "MHA-CACHE-13",
 }
 """The clause that defines an argument."""
 
@@ -117,7 +120,8 @@ def case_of(call: Call, name: str) -> Case:
 
 def _features(call: Call) -> list[str]:
     """Name the features that the call needs, as the goldens do."""
-    names = {*call.recipes, *call.options}
+    passed = (*call.recipes, *call.options)
+    names = {*passed, *(keyword_of(call.function, name) for name in passed)}
     by_keyword = {**FUNCTIONS["attention"].keyword_features, **FUNCTIONS[call.function].keyword_features}
     features = ["core", *(feature for feature, words in by_keyword.items() if names.intersection(words))]
     features += FUNCTIONS[call.function].features

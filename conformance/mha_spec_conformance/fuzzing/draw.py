@@ -30,6 +30,9 @@ MOST_PAIRS = 2**16
 ENTRIES = ("q_lengths", "kv_lengths", "kv_starts", "prefix_lengths", "q_offset")
 """The options with an integer for each batch entry."""
 
+ON_DEVICE = ("q_segment_ids", "kv_segment_ids", "block_table", "cache_block_table")
+"""Further integers that a target may take as arrays of NumPy, if its own arrays are of another library."""
+
 WEIGHTS = {
     "attention": 6,
     "attention_vjp": 6,
@@ -188,8 +191,8 @@ def _passed(d: Drawing, call: Call) -> Call:
     layouts: dict[str, str] = {}
     if d.claims.registered and d.rarely():
         forms: dict[str, tuple[str, ...]] = dict.fromkeys((*ENTRIES, "seqused_kv"), ("list", "numpy"))
-        converted = () if d.claims.arrays == "numpy" else ("q_segment_ids", "kv_segment_ids", "block_table")
-        forms |= dict.fromkeys(converted, ("numpy",))
+        if d.claims.arrays != "numpy":
+            forms |= dict.fromkeys(ON_DEVICE, ("numpy",))
         host = {name: d.one_of(*forms[name]) for name in call.recipes if name in forms and d.often()}
     if d.layouts and d.rarely():
         names = [name for name in call.recipes if name not in host]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mha_spec.parameters import AXES, JOINT_NORMS
 
 from .call import Call
+from .draw_cache import draw_cache, draw_offset_of_window_cache
 
 if TYPE_CHECKING:
     from .drawing import Drawing
@@ -22,12 +23,12 @@ OF_WEIGHTS = ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm")
 def draw_layer(d: Drawing) -> Call:
     """Draw a call of the layer, or a sequence of calls that continue a cache."""
     weights = d.function == "multi_head_attention_weights"
-    cached = d.takes("cache")
+    cached = "cache" in d.keywords and (d.takes("cache") or d.rarely())
     sizes = _sizes(d)
     _tokens(d, sizes, weights=weights)
     _parameters(d, sizes, weights=weights)
     if cached:
-        _cache(d, sizes)
+        draw_cache(d, sizes)
     chunked = cached and not weights and sizes["q_len"] == sizes["kv_len"] > 1 and d.often()
     if chunked:
         cut = 1 + d.below(sizes["q_len"] - 1)
@@ -81,21 +82,6 @@ def _parameters(d: Drawing, sizes: dict[str, int], *, weights: bool) -> None:
         d.options["norm_epsilon"] = d.one_of(1e-3, 1e-6, 0.5)
 
 
-def _cache(d: Drawing, sizes: dict[str, int]) -> None:
-    """Draw a cache with room for the new tokens; `kv_buffer` becomes its capacity."""
-    batch, kv_heads = sizes["batch"], sizes["kv_heads"]
-    held = [d.one_of(0, 1, 2, 5) for _ in range(batch)]
-    capacity = max(held) + sizes["kv_len"] + d.one_of(0, 1, 3)
-    d.floats("cache_key", (batch, kv_heads, capacity, sizes["qk_dim"]), "scores")
-    d.floats("cache_value", (batch, kv_heads, capacity, sizes["v_dim"]), "scores")
-    d.integers("cache_lengths", held)
-    sizes["buffer"] = capacity
-    for name in ("cache_key", "cache_value"):
-        for entry, length in enumerate(held):
-            if length + sizes["kv_len"] < capacity and d.rarely():
-                d.mark(name, (entry, 0, capacity - 1), "nan")
-
-
 def _rotary(d: Drawing, size: int) -> dict[str, Any]:
     rotary: dict[str, Any] = {}
     if d.often():
@@ -139,7 +125,6 @@ def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) 
     """Draw the options of attention; with a cache, a mask, a bias and the ids of keys cover all of its slots."""
     batch, heads, q_len = sizes["batch"], sizes["heads"], sizes["q_len"]
     kv_len = sizes.get("buffer", sizes["kv_len"])
-
     scores = (batch, heads, q_len, kv_len)
     if d.takes("mask"):
         d.mask("mask", scores, d.one_of(0.7, 0.3))
@@ -174,6 +159,10 @@ def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) 
 
 def _offset(d: Drawing, batch: int, q_len: int, kv_len: int, *, cached: bool) -> None:
     """Draw an offset if the diagonal would be ambiguous, and sometimes otherwise (MHA-LAYER-6)."""
+    if "window_cache" in d.options:
+        if d.takes("q_offset"):
+            draw_offset_of_window_cache(d)
+        return
     looks = {"causal", "window", "chunk", "rotary"} & d.options.keys()
     ambiguous = looks and not cached and (q_len != kv_len or "kv_lengths" in d.recipes)
     if "q_offset" in d.keywords and (ambiguous or d.takes("q_offset")):

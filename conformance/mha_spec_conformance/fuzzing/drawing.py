@@ -64,6 +64,7 @@ class Drawing:
         self.keywords = frozenset(claims.keywords[function])
         self.operands = FUNCTIONS[function].operands
         self.layouts = layouts_of(claims.arrays)
+        self.readings = ("lower_right", "upper_left") if claims.registered else ()
         self.recipes: dict[str, Recipe] = {}
         self.options: dict[str, Any] = {}
         self._share = self.one_of(2, 1, 4)
@@ -169,10 +170,11 @@ class Drawing:
         return "causal_alignment" in self.claims.conventions
 
     def offset(self, batch: int, *choices: int) -> None:
-        """Draw an offset, the same for all batch entries, by number or by name, or a separate offset for each."""
+        """Draw an offset for all batch entries, by number, by name or in an array without axes, or one for each."""
         if self.often():
-            readings = ("lower_right", "upper_left") if self.claims.registered else ()
-            self.options["q_offset"] = self.one_of(*choices, *readings)
+            self.options["q_offset"] = self.one_of(*choices, *self.readings)
+        elif self.claims.registered and self.rarely():
+            self.recipes["q_offset"] = Recipe(f"numpy.array({self.one_of(*choices)})", self.one_of("int32", "int64"))
         else:
             self.integers("q_offset", [self.one_of(*choices) for _ in range(batch)])
 

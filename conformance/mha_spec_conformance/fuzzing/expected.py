@@ -229,8 +229,11 @@ def _merge_attention_vjp(call: Call, rows: None) -> Kinds:
 
 
 def _layer(call: Call, rows: None) -> Kinds:
-    """A token whose heads all see nothing gives the bias of the output; slots past the length are not compared."""
-    from mha_spec_conformance.asking.calls import CACHE, function_over, joined, layer_answers
+    """A token whose heads all see nothing gives the bias of the output; slots past the length are not compared.
+
+    Of a cache in blocks, and of one whose slots wrap, only the output is compared, with that of a contiguous cache.
+    """
+    from mha_spec_conformance.asking.calls import CACHE, function_over, joined, layer_answers, with_contiguous_cache
 
     seen: dict[str, list[Array]] = {"attend": [], "weigh": []}
 
@@ -244,7 +247,8 @@ def _layer(call: Call, rows: None) -> Kinds:
 
     steps = LayerSteps()
     steps = replace(steps, attend=recorded("attend", steps.attend), weigh=recorded("weigh", steps.weigh))
-    arguments = {name: _widened(array) for name, array in call.arrays.items()} | dict(call.options)
+    passed = {name: _widened(array) for name, array in call.arrays.items()} | dict(call.options)
+    arguments = with_contiguous_cache(passed)
     answers = joined(list(layer_answers(function_over(steps, call.function), call.function, arguments)))
     every = 2 if call.options.get("drafts") else 1
     visible = {name: numpy.concatenate(pairs[::every], axis=2) for name, pairs in seen.items() if pairs}
@@ -252,7 +256,7 @@ def _layer(call: Call, rows: None) -> Kinds:
     if "output" in answers:
         empty = ~visible["attend"].any(axis=(1, 3))
         kinds |= {"output": numpy.where(empty, EXACT, FINITE)[..., None]}
-    if CACHE[0] in answers:
+    if CACHE[0] in answers and arguments is passed:
         slots = numpy.arange(answers["cache_key"].shape[2])
         old, new = (numpy.asarray(lengths)[:, None] for lengths in (arguments[CACHE[2]], answers[CACHE[2]]))
         of_slots = numpy.select([slots < old, slots < new], [EXACT, FINITE], ANY)[:, None, :, None]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from mha_spec.selection import backend_names, backend_origin
-from mha_spec_conformance.asking.calls import CACHE, is_parameter
+from mha_spec_conformance.asking.calls import BLOCK_TABLE, CACHE, WINDOW_CACHE, is_parameter
 from mha_spec_conformance.judging.compare import EXACT, FINITE, NAN
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
@@ -57,6 +57,7 @@ def script_of(finding: Finding, target: str, arrays: str, world: str | None = No
     elif arrays != "numpy":
         lines += [f"import {arrays}"]
     lines += _import(target, call.function, world)
+    lines += [f"from mha_spec import {_kind_of_cache(call)}"] * (CACHE[0] in call.recipes)
     lines += [EXPANDED] * ("expanded" in call.layouts.values())
     lines += [TO_LIBRARY[arrays]] if arrays in TO_LIBRARY else []
     lines += [line for name in call.recipes for line in _array(call, name, arrays)]
@@ -109,10 +110,19 @@ def _arguments(call: Call) -> str:
         inner = ", ".join(f'"{name}": {words.pop(name)}' for name in parameters)
         words["params"] = f"{{{inner}}}"
         if CACHE[0] in words:
-            words["cache"] = f"({', '.join(words.pop(name) for name in CACHE)})"
+            arrays = ", ".join(words.pop(name) for name in (*CACHE, BLOCK_TABLE) if name in words)
+            words["cache"] = f"{_kind_of_cache(call)}({arrays})"
+            words.pop(WINDOW_CACHE, None)
     operands = [words.pop(name, "None") for name in FUNCTIONS[call.function].operands]
     words |= {"return_lse": "True"} if call.lse else {}
     return ", ".join([*operands, *(f"{name}={value}" for name, value in words.items())])
+
+
+def _kind_of_cache(call: Call) -> str:
+    """Name the class of the cache that the call takes."""
+    if BLOCK_TABLE in call.recipes:
+        return "PagedKVCache"
+    return "WindowKVCache" if WINDOW_CACHE in call.options else "KVCache"
 
 
 def _call(finding: Finding, arrays: str) -> list[str]:

@@ -18,7 +18,7 @@ from mha_spec.varlen_arguments import VARLEN_FUNCTIONS
 from mha_spec_conformance.targets.loading import Target, load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     Functions = dict[str, Callable[..., Any]]
 
@@ -98,7 +98,7 @@ def over_batch(functions: Functions, transform: Callable[..., Any]) -> Functions
             if batch == 0 or any(isinstance(value, (list, numpy.ndarray)) for value in options.values()):
                 raise NotImplementedError("an empty batch, or host data, which cannot be mapped over")
             mapped = {
-                n: x[:, None] for n, x in options.items() if n != "sinks" and _is_traced(x) and x.shape[0] == batch
+                n: x[:, None] for n, x in options.items() if n != "sinks" and _is_traced(x) and x.shape[:1] == (batch,)
             }
             fixed = {name: value for name, value in options.items() if name not in mapped}
             entry = transform(lambda operands, mapped: function(*operands, **mapped, **fixed))
@@ -209,14 +209,23 @@ def tensorflow_function(functions: Functions, **options: Any) -> Functions:
 KNOWN_AXES = {4: (1, 3), 3: (2,)}
 """The axes, by rank, that hold heads and sizes: the backend asks that these are known when a call is traced."""
 
+KNOWN_AXES_OF_PACKED = {4: (2, 3), 3: (1, 2)}
+"""The same axes of the arrays of packed and paged calls."""
+
 
 def tensorflow_unknown(functions: Functions) -> Functions:
     """Trace with `tf.function` once for all batches and lengths, which stay unknown."""
+    packed = {name: function for name, function in functions.items() if name in VARLEN_FUNCTIONS}
+    return tensorflow_open(without_packed(functions), KNOWN_AXES) | tensorflow_open(packed, KNOWN_AXES_OF_PACKED)
+
+
+def tensorflow_open(functions: Functions, known: Mapping[int, tuple[int, ...]]) -> Functions:
+    """Trace with `tf.function` for arrays of which only these axes, by rank, are known."""
     import tensorflow as tf
 
     def specified(value: Any) -> Any:
-        known = KNOWN_AXES.get(len(value.shape), ())
-        return tf.TensorSpec([size if axis in known else None for axis, size in enumerate(value.shape)], value.dtype)
+        axes = known.get(len(value.shape), ())
+        return tf.TensorSpec([size if axis in axes else None for axis, size in enumerate(value.shape)], value.dtype)
 
     def signature_of(value: Any) -> Any:
         """Describe an argument; the parameters of a layer, a mapping, have no batch and no length."""
@@ -235,7 +244,7 @@ def tensorflow_unknown(functions: Functions) -> Functions:
 
         return run
 
-    return over_arrays(without_packed(functions), transform)
+    return over_arrays(functions, transform)
 
 
 def tensorflow_tape(functions: Functions) -> Functions:

@@ -54,7 +54,7 @@ class Judge:
         self.claims = claims
         self.accepted = accepted
         self.mistakes = [m for m in MISTAKES if m.convention in accepted] if mistakes is None else mistakes
-        self.recognition = Recognition(claims.profile, accepted)
+        self.recognition = Recognition(claims.profile, accepted, claims.shards)
         self._bounds = SharedBounds()
 
     def result(self, ask: Ask, answer: Answer) -> Result:
@@ -93,7 +93,7 @@ class Judge:
         return self._values(ask, answer)
 
     def _values(self, ask: Ask, answer: Answer) -> Result:
-        run_precision = precision(ask.dtype, self.claims.profile)
+        run_precision = self._precision(ask)
         case = ask.case
         case_bounds = self._bounds.of(case, ask.dtype)
         allowances = case_bounds.allowances(run_precision)
@@ -109,6 +109,9 @@ class Judge:
         if result.outcome == "pass" and "generic" in ask.case.tags:
             return replace(result, note=_note(ask, answer, case_bounds.deviations(run_precision)))
         return result
+
+    def _precision(self, ask: Ask) -> Precision:
+        return precision(ask.dtype, self.claims.profile, self.claims.shards)
 
     def explained(self, result: Result, mistakes: Sequence[Mistake]) -> Result:
         """Give a result of wrong values the names of the mistakes that explain it."""
@@ -152,7 +155,7 @@ class Judge:
         mistakes: Sequence[Mistake],
     ) -> Iterator[tuple[str, str]]:
         """Return the faults of the calls, each with its clause: side effects, then wrong answers to further calls."""
-        run_precision = precision(result.ask.dtype, self.claims.profile)
+        run_precision = self._precision(result.ask)
         for name, written in (("plain", answer.written), *((n, f.written) for n, f in answer.further.items())):
             if written:
                 inputs = "" if name in ("plain", AGAIN) else f" in a call with {_shown(name)} inputs"

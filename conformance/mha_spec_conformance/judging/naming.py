@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["named", "wherever_it_can_be"]
 
+INEXACT = (Compared.BY_SIZE_OF_ERRORS, Compared.WHERE_NOT_FINITE)
+"""The comparisons in which not every element must have the value that the mistake gives it."""
+
 LEAST = 0.9
 """The share of the failures that a mistake could cause which it must explain."""
 
@@ -63,6 +66,10 @@ evidence only for a mistake against them."""
 
 MOST_PAIRED = 5
 """The largest number of mistakes of which pairs are made."""
+
+LEAST_OF_ROUNDING = 1 / 3
+"""The share of the failures of a mistake of precision in which its own errors exceed the allowance; the errors of the
+others are so small that they fit any precision."""
 
 LEAST_OF_PAIR = 3
 """The number of failures that a pair, or a mistake that raises, must explain and no other mistake does."""
@@ -246,8 +253,8 @@ def _without_leftovers(names: Mapping[Key, tuple[Mistake, ...]]) -> dict[Key, tu
 
 
 def _exact(names: tuple[Mistake, ...], explained: Mapping[str, int]) -> tuple[Mistake, ...]:
-    """Leave out the mistakes whose results are compared only where they are not finite, if another explains as many."""
-    exact = tuple(mistake for mistake in names if mistake.compared is not Compared.WHERE_NOT_FINITE)
+    """Leave out the mistakes that are compared by the size of errors or of NaN alone, if another explains as many."""
+    exact = tuple(mistake for mistake in names if mistake.compared not in INEXACT)
     most = max((explained[mistake.name] for mistake in exact), default=0)
     return tuple(mistake for mistake in names if mistake in exact or explained[mistake.name] > most)
 
@@ -282,7 +289,7 @@ def _compared(mistake: Mistake, wrong: Iterable[Wrong], recognition: Recognition
         kind = _kind(failure) if scores_of(failure.ask.case) > SMALL else None
         if not kinds.get(kind, True):
             continue
-        explains = recognition.explains(mistake, failure)
+        explains = recognition.fits(mistake, failure)
         (explained if explains else unlike).append(failure)
         if kind is not None:
             kinds.setdefault(kind, explains)
@@ -309,6 +316,8 @@ class Trial:
             explained, unlike = [], [*explained, *unlike]
         others = [failure for failure in unlike if not failure.spreads]
         by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
+        if by_errors and sum(recognition.explains(mistake, w) for w in explained) < LEAST_OF_ROUNDING * len(explained):
+            explained, unlike = [], [*explained, *unlike]
         made = mistake.compared is Compared.WHERE_NOT_FINITE and any(wrong.of_finite_operands for wrong in explained)
         most = len(explained) * (1 / LEAST - 1)
         count = Counter(_cell(failure.ask) for failure in explained)
@@ -318,7 +327,10 @@ class Trial:
             # A group of functions and dtypes is refuted if any of them has more unexplained failures than `most`.
             # A mistake that makes a NaN must also explain the failures with a NaN in which it cannot make any.
             if unexplained[cell] <= max(most, count[cell]) and (
-                by_errors or (made and failure.loses_finite) or recognition.shows(mistake, failure.ask)
+                by_errors
+                or (made and failure.loses_finite)
+                or recognition.shows(mistake, failure.ask)
+                or recognition.rounds(mistake, failure)
             ):
                 unexplained[cell] += 1
         tolerated = dict(count) if mistake.compared is Compared.WHERE_NOT_FINITE else {}

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from mha_spec_conformance.asking.selection import Ask
     from mha_spec_conformance.suite.cases import Case, Expected
     from mha_spec_conformance.suite.conventions import Convention
+    from mha_spec_conformance.targets.claims import Shards
 
+    from .bounds import Precision
     from .compare import Judgement
 
     Outputs = Mapping[str, numpy.ndarray]
@@ -90,29 +92,49 @@ class Wrong:
 class Recognition:
     """Compares wrong answers with the predictions of mistakes, and keeps what it computed."""
 
-    def __init__(self, profile: str = "standard", accepted: frozenset[Convention] = frozenset()) -> None:
-        """Judge by the profile that the target declares; an accepted precision explains all errors that it allows."""
-        self.profile = profile
+    def __init__(
+        self,
+        profile: str = "standard",
+        accepted: frozenset[Convention] = frozenset(),
+        shards: Shards | None = None,
+    ) -> None:
+        """Judge by what a target declares; an accepted precision explains all errors that it allows."""
+        self.profile, self.shards = profile, shards
         self.accepted = accepted
         self._predictions: OrderedDict[str, Predictions] = OrderedDict()
         self._shown: dict[tuple[str, str, str, tuple[str, ...]], bool] = {}
 
     def explaining(self, mistakes: Iterable[Mistake], wrong: Wrong) -> list[Mistake]:
-        """Return the mistakes that explain an answer; mistakes of precision only if no other mistake does."""
+        """Return the mistakes that explain an answer; those of precision if no other explains more than rounding."""
         relevant = [mistake for mistake in mistakes if can_show(mistake, wrong.ask.case, wrong.ask.dtype)]
         by_errors = [mistake for mistake in relevant if mistake.compared is Compared.BY_SIZE_OF_ERRORS]
         by_value = [mistake for mistake in relevant if mistake.compared is not Compared.BY_SIZE_OF_ERRORS]
-        return [mistake for mistake in by_value if self.explains(mistake, wrong)] or [
-            mistake for mistake in by_errors if self.explains(mistake, wrong)
-        ]
+        explaining = [mistake for mistake in by_value if self.explains(mistake, wrong)]
+        if all(self.rounds(mistake, wrong) for mistake in explaining):
+            explaining += [mistake for mistake in by_errors if self.explains(mistake, wrong)]
+        return explaining
 
     def explains(self, mistake: Mistake, wrong: Wrong) -> bool:
         """Tell whether the mistake gives this answer, and the specification gives another."""
         if mistake.name not in wrong.verdicts:
-            comparison = _Comparison(self._of(wrong.ask.case), wrong, self.profile, self.accepted)
             able = can_show(mistake, wrong.ask.case, wrong.ask.dtype)
-            wrong.verdicts[mistake.name] = able and comparison.explains(mistake)
+            wrong.verdicts[mistake.name] = able and self._comparison(wrong).explains(mistake)
         return wrong.verdicts[mistake.name]
+
+    def fits(self, mistake: Mistake, wrong: Wrong) -> bool:
+        """Tell whether the answer may be that of the mistake: it has its values, or no larger errors of rounding.
+
+        Errors of rounding depend on the order of the sums. Those of the mistake may be small by chance where those of
+        the answer are not.
+        """
+        by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
+        able = by_errors and can_show(mistake, wrong.ask.case, wrong.ask.dtype)
+        return self.explains(mistake, wrong) or (able and self._comparison(wrong).errs_alike(mistake, least=1.0))
+
+    def rounds(self, mistake: Mistake, wrong: Wrong) -> bool:
+        """Tell whether both the answer and the result of the mistake differ from the specification by rounding only."""
+        able = mistake.native and can_show(mistake, wrong.ask.case, wrong.ask.dtype)
+        return able and self._comparison(wrong).both_round(mistake)
 
     def shows(self, mistake: Mistake, ask: Ask) -> bool:
         """Tell whether an attention with the mistake clearly fails the question."""
@@ -150,9 +172,15 @@ class Recognition:
         return None if mistaken is None else self._used(ask, mistaken)
 
     def _used(self, ask: Ask, outputs: Outputs) -> float:
-        run = precision(ask.dtype, self.profile)
+        run = self._precision(ask)
         allowed = self._of(ask.case).allowances(None, ask.dtype, run) or {}
         return judge(ask.case, ask.expected, outputs, allowed, run).allowance_used
+
+    def _comparison(self, wrong: Wrong) -> _Comparison:
+        return _Comparison(self._of(wrong.ask.case), wrong, self._precision(wrong.ask), self.accepted)
+
+    def _precision(self, ask: Ask) -> Precision:
+        return precision(ask.dtype, self.profile, self.shards)
 
     def _of(self, case: Case) -> Predictions:
         """Return the predictions on a case; those of the cases that were used least recently are dropped."""
@@ -212,20 +240,20 @@ def _with_empty_lse(golden: Expected, mistaken: numpy.ndarray) -> numpy.ndarray:
 class _Comparison:
     """Compares a wrong answer with the expected values and with the results of mistakes."""
 
-    def __init__(self, predictions: Predictions, wrong: Wrong, profile: str, accepted: frozenset[Convention]) -> None:
+    def __init__(self, predictions: Predictions, wrong: Wrong, run: Precision, accepted: frozenset[Convention]) -> None:
         self.accepted = accepted
         self.predictions = predictions
         self.case = predictions.case
         self.dtype = wrong.ask.dtype
         self.outputs = wrong.outputs
         self.golden = wrong.ask.expected
-        self.standard = precision(self.dtype, profile)
+        self.standard = run
         self.allowed = wrong.allowances
 
     def explains(self, mistake: Mistake) -> bool:
         """Tell whether the mistake gives this result, and the specification gives another."""
         if mistake.compared is Compared.BY_SIZE_OF_ERRORS:
-            return self._errs_alike(mistake)
+            return self.errs_alike(mistake)
         mistaken = self.predictions.outputs(mistake, self.dtype)
         if mistaken is None or not self._alike(mistaken):
             return False
@@ -244,20 +272,30 @@ class _Comparison:
             expected, allowed = self._either(expected, allowed)
         return self._judge(expected, self.outputs, allowed).passed
 
-    def _errs_alike(self, mistake: Mistake) -> bool:
-        """Tell whether the result has only errors of rounding, about as large as those of the mistake."""
-        coarser = unit_roundoff("bfloat16") / self.standard.u_a
-        loose = {name: coarser * array for name, array in self.allowed.items()}
-        if not self._judge(self.golden, self.outputs, loose).passed:
-            return False
+    def errs_alike(self, mistake: Mistake, least: float = 0.0) -> bool:
+        """Tell whether the result has only errors of rounding, about as large as those of the mistake.
+
+        The errors of the mistake must exceed the allowance, unless `least` is the share of it that they count as.
+        """
         mistaken = self.predictions.outputs(mistake, self.dtype)
-        if mistaken is None:
+        if mistaken is None or not self._rounds(self.outputs):
             return False
         share = self._judge(self.golden, mistaken, self.allowed).allowance_used
         received = self._judge(self.golden, self.outputs, self.allowed).allowance_used
         if mistake.convention in self.accepted:
             return received <= ALLOWED_OF_ACCEPTED * share
-        return share > 1 and 1 / SIMILAR <= received / share <= SIMILAR
+        return max(share, least) >= 1 and share / SIMILAR <= received <= SIMILAR * max(share, least)
+
+    def both_round(self, mistake: Mistake) -> bool:
+        """Tell whether the results of target and mistake have only errors of rounding."""
+        mistaken = self.predictions.outputs(mistake, self.dtype)
+        return mistaken is not None and self._alike(mistaken) and self._rounds(self.outputs) and self._rounds(mistaken)
+
+    def _rounds(self, outputs: Mapping[str, numpy.ndarray]) -> bool:
+        """Tell whether results are those of the specification with roundings to 8 bits, the coarsest of all dtypes."""
+        coarser = unit_roundoff("bfloat16") / self.standard.u_a
+        loose = {name: coarser * array for name, array in self.allowed.items()}
+        return self._judge(self.golden, outputs, loose).passed
 
     def _alike(self, mistaken: Mapping[str, numpy.ndarray]) -> bool:
         """Compare the shapes and the large differences with the result, which is fast."""

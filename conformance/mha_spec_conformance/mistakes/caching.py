@@ -82,9 +82,14 @@ def dropping(option: str, clause: str, *bugs: str) -> Mistake:
     )
 
 
+def lengths_of(query: numpy.ndarray, key: numpy.ndarray, options: Mapping[str, Any]) -> numpy.ndarray:
+    """Return the number of keys of each batch entry; a window cache that is full passes no lengths."""
+    return numpy.broadcast_to(options.get("kv_lengths", key.shape[2]), query.shape[:1])
+
+
 def prefix_hidden(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
     """Hide the keys before the new tokens, if there are several."""
-    start = numpy.asarray(options["kv_lengths"]) - query.shape[2]
+    start = lengths_of(query, key, options) - query.shape[2]
     return options.get("mask") if query.shape[2] == 1 else _masked(options, key, lambda slots: slots >= start[:, None])
 
 
@@ -234,7 +239,9 @@ CACHING = (
         "cache-of-encoder-cut",
         "sees at most q_len cached keys",
         "MHA-CACHE-8",
-        within=seeing(kv_lengths=lambda query, key, options: numpy.minimum(options["kv_lengths"], query.shape[2])),
+        within=seeing(
+            kv_lengths=lambda query, key, options: numpy.minimum(lengths_of(query, key, options), query.shape[2])
+        ),
         needs=("cache_lengths",),
     ),
     dropping("mask", "MHA-CACHE-6", "EricLBuehler/mistral.rs#2094"),

@@ -23,23 +23,35 @@ def to_bits(x: numpy.ndarray, bits: int) -> numpy.ndarray:
     return numpy.ldexp(numpy.round(mantissa * 2.0**bits), exponent - bits).astype(x.dtype)
 
 
-def to_half(x: numpy.ndarray) -> numpy.ndarray:
-    """Round to float16 and keep the type."""
-    return x.astype(numpy.float16).astype(x.dtype)
+def narrowing(dtype: str) -> Callable[[numpy.ndarray], numpy.ndarray]:
+    """Return a function that rounds to a dtype and keeps the type."""
+    return lambda x: x.astype(dtype).astype(x.dtype)
 
 
-def half_exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Round the logits and their exponentials to float16."""
-    exponentials, maximum = steps.exponentials(to_half(logits))
-    return to_half(exponentials), maximum
+def narrow_scores(dtype: str) -> Callable[..., numpy.ndarray]:
+    """Return a step that stores the scaled query and the scores in a dtype, as an attention of plain tensors does."""
+    narrow = narrowing(dtype)
+    return lambda query, key, scale: narrow(steps.scores(narrow(query * scale), key, 1.0))
+
+
+def narrow_exponentials(dtype: str) -> Callable[..., tuple[numpy.ndarray, numpy.ndarray]]:
+    """Return a step that stores the logits and their exponentials in a dtype."""
+    narrow = narrowing(dtype)
+
+    def exponentials(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        unrounded, maximum = steps.exponentials(narrow(logits))
+        return narrow(unrounded), maximum
+
+    return exponentials
 
 
 def half_sum(weights: numpy.ndarray, values: numpy.ndarray, visible: numpy.ndarray) -> numpy.ndarray:
     """Sum the products in float16, 16 keys at a time."""
+    narrow = narrowing("float16")
     total = numpy.zeros((*weights.shape[:-1], values.shape[-1]), weights.dtype)
     for first in range(0, weights.shape[-1], 16):
         tile = slice(first, first + 16)
-        total = to_half(total + steps.sum_over_visible(weights[..., tile], values[..., tile, :], visible[..., tile]))
+        total = narrow(total + steps.sum_over_visible(weights[..., tile], values[..., tile, :], visible[..., tile]))
     return total
 
 
@@ -55,33 +67,52 @@ def mistake(
     variant: str,
     title: str,
     made: steps.Steps,
+    *,
+    name: str = "",
+    clause: str = "MHA-ACC-1",
     needs: tuple[str, ...] = (),
     functions: tuple[str, ...] = ATTENTION,
+    dtypes: tuple[str, ...] = (),
 ) -> Mistake:
     """Return a mistake that is a convention of lower precision."""
     return Mistake(
-        f"precision-{variant.replace('_', '-')}",
+        name or f"precision-{variant.replace('_', '-')}",
         title,
-        ("MHA-ACC-1",),
+        (clause,),
         made,
         needs,
         convention=Convention("precision", variant),
         compared=Compared.BY_SIZE_OF_ERRORS,
         native=True,
         functions=functions,
+        dtypes=dtypes,
+    )
+
+
+def half_scores(dtype: str, words: str, suffix: str, dtypes: tuple[str, ...]) -> tuple[Mistake, ...]:
+    """Return the mistakes that keep scores or the softmax in a dtype of 16 bits, in runs of these dtypes."""
+    return (
+        mistake(
+            "half_scores",
+            f"computes the softmax in {words}",
+            replacing(exponentials=narrow_exponentials(dtype)),
+            name=f"softmax-in-16-bits{suffix}",
+            clause="MHA-SOFTMAX-2",
+            dtypes=dtypes,
+        ),
+        mistake(
+            "half_scores",
+            f"stores the scores in {words}",
+            replacing(scores=narrow_scores(dtype)),
+            name=f"precision-half-scores{suffix}",
+            dtypes=dtypes,
+        ),
     )
 
 
 PRECISION = (
-    Mistake(
-        "softmax-in-16-bits",
-        "computes the softmax in 16 bits",
-        ("MHA-SOFTMAX-2",),
-        replacing(exponentials=half_exponentials),
-        convention=Convention("precision", "half_scores"),
-        compared=Compared.BY_SIZE_OF_ERRORS,
-        native=True,
-    ),
+    *half_scores("float16", "16 bits", "", ("float64", "float32", "float16")),
+    *half_scores("bfloat16", "bfloat16", "-bfloat16", ("bfloat16",)),
     Mistake(
         "division-approximate",
         "divides by the sum with a relative error of 2^-18, the same in every element",
@@ -104,11 +135,6 @@ PRECISION = (
         ),
     ),
     mistake(
-        "half_scores",
-        "stores the scores in 16 bits",
-        replacing(scores=lambda query, key, scale: to_half(steps.scores(query, key, scale))),
-    ),
-    mistake(
         "half_sums",
         "sums the weighted values in 16 bits",
         replacing(sum_over_visible=half_sum),
@@ -117,7 +143,7 @@ PRECISION = (
     mistake(
         "half_gradients",
         "stores the gradients of the weights in 16 bits",
-        replacing(grad_weights=lambda grad_output, value: to_half(steps.grad_weights(grad_output, value))),
+        replacing(grad_weights=lambda grad_output, value: narrowing("float16")(steps.grad_weights(grad_output, value))),
         functions=("attention_vjp",),
     ),
     mistake(

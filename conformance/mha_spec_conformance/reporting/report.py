@@ -89,6 +89,8 @@ def _origin(run: Run) -> dict[str, object]:
             "dtypes": list(claims.dtypes),
             "conventions": dict(claims.conventions),
             "profile": claims.profile,
+            "ranks": claims.ranks,
+            "rank_layout": claims.rank_layout,
             "deterministic": all(deterministic) if deterministic else None,
         },
     }

@@ -207,8 +207,11 @@ def _print_example(screen: Console, run: Run, example: Result) -> None:
         _line(screen, f"    {line}")
 
 
-def details(result: Result) -> list[str]:
-    """Describe a result in lines: the clause, the call, the worst element and the mistakes that explain it."""
+def details(result: Result, option: str = "--accept") -> list[str]:
+    """Describe a result in lines: the clause, the call, the worst element and the mistakes that explain it.
+
+    `option` accepts a convention on the command line that ran the case.
+    """
     first = _broken(result)
     lines = [f"{clause}: {sentence}" for clause, sentence in _sentences(first)]
     if first and (others := [clause for clause in result.clauses if clause not in first]):
@@ -217,7 +220,7 @@ def details(result: Result) -> list[str]:
     wrong_value = result.conventions and result.worst is not None and (result.allowance_used or 0.0) > 1
     lines.append(f"Result: {_element(result.worst) if wrong_value and result.worst else result.reason}")
     if result.conventions:
-        accepting = " ".join(f"--accept {convention}" for convention in result.conventions)
+        accepting = " ".join(f"{option} {convention}" for convention in result.conventions)
         lines.append(f"This is another known convention; if you intend it, pass {accepting}")
     lines += [f"It looks like the mistake {mistake}." for mistake in _mistakes(result.diagnosis)]
     return [*lines, f"To see the case in numbers, run: mha-spec explain {result.ask.case.id}"]

@@ -79,7 +79,8 @@ class Evidence:
         if not lower:
             return replace(self, others=others)
         answers = [answered.anew() for answered in self.answers]
-        return replace(self, answers=answers, recognition=Recognition(self.recognition.profile, lower), others=others)
+        recognition = Recognition(self.recognition.profile, lower, self.recognition.shards)
+        return replace(self, answers=answers, recognition=recognition, others=others)
 
     def variants(self) -> list[str]:
         """Return the variants that explain all wrong answers and that no other answer refutes, the likeliest first."""

@@ -192,9 +192,10 @@ class Run:
 
     @property
     def _declared(self) -> str:
-        """Write the profile and the layout of the target in parentheses, if they are not those of the specification."""
+        """Write profile, layout and ranks of a target in parentheses, if they are not those of the specification."""
         named = [f"profile {self.claims.profile}"] if self.claims.profile != "standard" else []
         named += [f"layout {self.claims.layout}"] if self.claims.layout != "bhsd" else []
+        named += [f"merges of {self.claims.ranks} ranks"] if self.claims.shards else []
         return f" ({', '.join(named)})" if named else ""
 
     def _without_decision(self) -> str:

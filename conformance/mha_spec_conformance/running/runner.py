@@ -115,7 +115,7 @@ def judge_all(
         results=(*probed.values(), *(results[ask.key] for ask in asked if ask.key in results)),
         finished=finished,
         alignment=alignment.name,
-        notes=(*notes, *_unclaimed(claims), *([alignment.note] if alignment.note else [])),
+        notes=(*notes, *_unclaimed(claims), *_merging(claims), *([alignment.note] if alignment.note else [])),
         required=settings.required,
         accepted=settings.accepted,
         known=settings.known,
@@ -151,6 +151,14 @@ def _unclaimed(claims: Claims) -> list[str]:
         f'that it has in the target file, as in features = ("mask", "causal")'
         for name in claims.unclaimed
     ]
+
+
+def _merging(claims: Claims) -> list[str]:
+    """Note that errors of merging are allowed to the ranks that a target declares."""
+    if claims.shards is None:
+        return []
+    ranks, layout = claims.shards
+    return [f"the allowance includes the merges of {ranks} ranks in the layout {layout} (MHA-SHARD-3)"]
 
 
 def check_selection(suite: Suite, claims: Claims, selection: Selection) -> None:

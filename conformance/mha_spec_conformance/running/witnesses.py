@@ -113,7 +113,7 @@ def readings_of(convention: str) -> dict[str, tuple[Mistake, ...]]:
 
 def questions_of(suite: Suite, claims: Claims) -> Questions:
     """Choose the asks about every convention; there are none if the target does not take what a convention needs."""
-    recognition = Recognition(claims.profile)
+    recognition = Recognition(claims.profile, shards=claims.shards)
     asked = [ask for ask in asks(suite.cases, claims, Selection()) if ask.case.expect != "error"]
     asked.sort(key=lambda ask: (len(ask.features), elements(ask)))
     usual = "float32" if "float32" in claims.dtypes else claims.dtypes[0]

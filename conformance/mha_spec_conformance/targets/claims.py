@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mha_spec_conformance.suite.functions import FUNCTIONS, OF_ATTENTION
 
@@ -12,7 +12,7 @@ from .layouts import PACKED
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["PROFILES", "Claims"]
+__all__ = ["PROFILES", "Claims", "Shards"]
 
 PROFILES = ("standard", "strict", "fused")
 """Profiles of precision: weights and their gradients have the type of the inputs, or that of the accumulator, or that
@@ -22,6 +22,13 @@ DENSE_OPTIONS = frozenset(
     {"mask", "bias", "dropout_mask", "dropout_rate", "q_segment_ids", "kv_segment_ids", "kv_starts", "prefix_lengths"}
 )
 """The options that have no place in a packed layout."""
+
+
+class Shards(NamedTuple):
+    """The number of ranks that share the keys of a call, and the layout in which they hold them (MHA-SHARD-1)."""
+
+    ranks: int
+    layout: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +54,17 @@ class Claims:
     """False if the suite repeats keys and values, because the target has as many of their heads as of the queries'."""
     stacked: str | None = None
     """The operands that the target takes as a single array, "qkv" or "kv"."""
+    ranks: int = 1
+    """The number of ranks that share the keys of a call, and merge their partial results (MHA-SHARD-3)."""
+    rank_layout: str = "contiguous"
+    """The layout in which the ranks hold the keys."""
     unclaimed: tuple[str, ...] = ()
     """The functions that take any keyword, and for which the target declares no features."""
+
+    @property
+    def shards(self) -> Shards | None:
+        """The shards of the keys; None if a single rank holds all of them."""
+        return Shards(self.ranks, self.rank_layout) if self.ranks > 1 else None
 
     @property
     def packs_queries(self) -> bool:

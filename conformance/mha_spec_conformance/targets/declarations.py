@@ -7,19 +7,35 @@ from typing import TYPE_CHECKING, Any
 from mha_spec.arrays import dtype_name
 from mha_spec.errors import MhaSpecError
 from mha_spec.scalars import plain
+from mha_spec.sharding import LAYOUTS as RANK_LAYOUTS
 from mha_spec_conformance.suite.conventions import CONVENTIONS, ConventionError, check_convention
 from mha_spec_conformance.suite.functions import STACKED
 from mha_spec_conformance.suite.text import repr_of
 
-from .layouts import LAYOUTS, LSE_LAYOUTS, NEEDED
+from .layouts import LAYOUTS, LSE_LAYOUTS, NEEDED, PACKED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["OF_LAYOUT", "TargetError", "declared_conventions", "declared_layout", "flag_of", "one_of"]
+__all__ = [
+    "OF_LAYOUT",
+    "OF_RANKS",
+    "TargetError",
+    "declared_conventions",
+    "declared_layout",
+    "declared_ranks",
+    "flag_of",
+    "one_of",
+]
 
 OF_LAYOUT = {"layout": "bhsd", "lse_layout": "tokens_first", "block_size": 16, "groups": True, "stacked": None}
 """The declarations of a layout, with their defaults."""
+
+OF_RANKS = {"ranks": 1, "rank_layout": "contiguous"}
+"""The declarations of the ranks that share the keys of a call, with their defaults."""
+
+MOST_RANKS = 64
+"""The largest number of ranks; the allowance of a call has a term for each."""
 
 MOST_SLOTS = 2**16
 """The largest size of a page."""
@@ -95,3 +111,21 @@ def declared_layout(
         if missing := [word for word in NEEDED[str(layout)] if word not in keywords[function]]:
             raise TargetError(f"{where}{function} must take {', '.join(missing)} in the layout {layout}")
     return dict(of_layout)
+
+
+def declared_ranks(of_ranks: Mapping[str, object], layout: object, target: str | None = None) -> dict[str, Any]:
+    """Check the ranks that a target declares, and return them as fields of the claims.
+
+    Raises:
+        TargetError: A declaration has a value that is not allowed, or the layout of the arrays is packed.
+    """
+    where = "" if target is None else f"target {target}: "
+    ranks = plain(of_ranks["ranks"])
+    if type(ranks) is not int or not 1 <= ranks <= MOST_RANKS:
+        raise TargetError(f"{where}`ranks` must be an integer from 1 to {MOST_RANKS}, received {repr_of(ranks)}")
+    if ranks > 1 and layout in PACKED:
+        raise TargetError(
+            f"{where}`ranks` must be 1 in the layout {layout}, received {ranks}: ranks share dense arrays"
+        )
+    one_of("rank_layout", of_ranks["rank_layout"], RANK_LAYOUTS, target)
+    return {"ranks": ranks, "rank_layout": of_ranks["rank_layout"]}

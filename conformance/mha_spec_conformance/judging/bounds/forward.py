@@ -13,6 +13,7 @@ import numpy
 
 from .evaluation import AttentionBounds, Evaluation, weighted_sum
 from .roundoff import unit_roundoff
+from .shards import merging_errors, merging_variances
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mha_spec.steps import Steps
 
     from .roundoff import Precision
+    from .shards import Merging
 
 __all__ = ["ForwardBounds", "ForwardErrors", "ForwardVariances", "WeightBounds"]
 
@@ -119,7 +121,12 @@ class ForwardErrors:
         e, p = self.evaluation, self.precision
         stored = (p.u_a + p.u_l) * abs(e.lse)
         summed = self.guard * self.mean + p.u_a * (e.depth + 5) + stored + p.u_a * abs(e.maximum)
-        return numpy.where(e.rows, summed, stored)
+        return numpy.where(e.rows, summed + self.merging.lse, stored)
+
+    @cached_property
+    def merging(self) -> Merging:
+        """The errors of merging the partial results of ranks."""
+        return merging_errors(self.evaluation, self.precision)
 
     @cached_property
     def output(self) -> numpy.ndarray:
@@ -130,7 +137,7 @@ class ForwardErrors:
         rounding = p.u_p + p.u_a * (e.depth + 2 * (e.kept is not None))
         error = self.guard * numpy.sqrt(self.mean * spread) + rounding * e.absolute_sum
         error = error + (p.u_a * (e.depth + 4) + p.u_o) * size + p.w * e.underflow_sum + p.f * e.flushed_sum
-        return numpy.where(e.rows, error, 0.0)
+        return numpy.where(e.rows, error + self.merging.output, 0.0)
 
     @cached_property
     def weights(self) -> numpy.ndarray:
@@ -188,7 +195,13 @@ class ForwardVariances:
         """The variance of lse."""
         e, p = self.evaluation, self.precision
         stored = (p.u_a**2 + p.u_l**2) * e.lse**2 / 3
-        return numpy.where(e.rows, self.mean + stored + p.u_a**2 * e.maximum**2 / 3, stored)
+        summed = self.mean + stored + p.u_a**2 * e.maximum**2 / 3
+        return numpy.where(e.rows, summed + self.merging.lse, stored)
+
+    @cached_property
+    def merging(self) -> Merging:
+        """The variances of merging the partial results of ranks."""
+        return merging_variances(self.evaluation, self.precision)
 
     @cached_property
     def output(self) -> numpy.ndarray:
@@ -200,7 +213,8 @@ class ForwardVariances:
         variance = variance + p.u_p**2 / 3 * numpy.maximum(dropped_squares, e.spread(squared, 0.0))
         variance = variance + p.u_a**2 * e.depth / 3 * (e.output**2 / 3 + dropped_squares / 2)
         variance = variance + (p.u_a**2 * (e.depth / 9 + 4) + p.u_o**2 / 3) * e.output**2
-        return numpy.where(e.rows, variance + (p.w * e.underflow_sum) ** 2, 0.0)
+        variance = variance + (p.w * e.underflow_sum) ** 2
+        return numpy.where(e.rows, variance + self.merging.output, 0.0)
 
     @cached_property
     def weights(self) -> numpy.ndarray:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 
 from mha_spec.arrays import softmax_dtype_name
 from mha_spec.errors import ArgumentValueError
 from mha_spec_conformance.targets.claims import PROFILES
+
+if TYPE_CHECKING:
+    from mha_spec_conformance.targets.claims import Shards
 
 __all__ = ["Precision", "precision", "underflow", "unit_roundoff"]
 
@@ -56,6 +60,8 @@ class Precision:
     """Smallest normal number of the accumulator: smaller inputs and products may be flushed to 0."""
     largest: float
     """Largest finite number of the dtype."""
+    shards: Shards | None = None
+    """The shards of the keys whose partial results are merged; None if a call has no ranks."""
 
 
 @lru_cache
@@ -71,8 +77,11 @@ def underflow(dtype: str) -> float:
 
 
 @lru_cache
-def precision(dtype: str, profile: str = "standard") -> Precision:
-    """Return the precision of a run in `dtype`; only float64 has a float64 accumulator (MHA-SOFTMAX-2)."""
+def precision(dtype: str, profile: str = "standard", shards: Shards | None = None) -> Precision:
+    """Return the precision of a run in `dtype`; only float64 has a float64 accumulator (MHA-SOFTMAX-2).
+
+    Ranks that share the keys of a call round in each merge of their partial results too (MHA-SHARD-3).
+    """
     if profile not in PROFILES:
         raise ArgumentValueError(f"`profile` must be one of {', '.join(PROFILES)}, received profile={profile!r}.")
     u_in, u_a = unit_roundoff(dtype), unit_roundoff(softmax_dtype_name(dtype))
@@ -92,4 +101,5 @@ def precision(dtype: str, profile: str = "standard") -> Precision:
         w=underflow(dtype),
         f=float(ml_dtypes.finfo(softmax_dtype_name(dtype)).smallest_normal),
         largest=float(ml_dtypes.finfo(dtype).max),
+        shards=shards,
     )
