@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,8 @@ def field(session: nox.Session) -> None:
     if not session.posargs:
         for earlier in FIELD.glob("*.json"):
             earlier.unlink()
-    reports = judged(session, session.posargs or sorted(path.stem for path in FOLDER.glob("*.py")))
+    every = sorted(path.stem for path in FOLDER.iterdir() if path.suffix in (".py", ".mjs"))
+    reports = judged(session, session.posargs or every)
     page = ("--html", str(FIELD / "field.html"), "--badge", str(FIELD / "field.svg"))
     run_tool(session, "mha-spec", "matrix", *map(str, sorted(FIELD.glob("*.json"))), *page)
     session.log(f"the page is {FIELD / 'field.html'}")
@@ -125,20 +127,41 @@ def field(session: nox.Session) -> None:
 
 
 def judged(session: nox.Session, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Judge targets, each with the packages of its inline metadata, and return their reports, which are in FIELD."""
+    """Judge targets, each with the packages that it needs, and return their reports, which are in FIELD."""
     FIELD.mkdir(parents=True, exist_ok=True)
     reports: dict[str, dict[str, Any]] = {}
     for name in names:
-        target, report = FOLDER / f"{name}.py", FIELD / f"{name}.json"
-        known = target.with_suffix(".known.toml")
+        target, packages = target_with_packages(session, name)
+        known, report = FOLDER / f"{name}.known.toml", FIELD / f"{name}.json"
         deviations = ("--known", str(known)) if known.exists() else ()
-        command = ("mha-spec", "check", str(target), "--jobs", "2", *deviations, "--json", str(report))
+        command = ("mha-spec", "check", *target, "--jobs", "2", *deviations, "--json", str(report))
         report.unlink(missing_ok=True)
-        run_tool(session, *command, env={"PYTHONPATH": further_packages(session, target)}, success_codes=[0, 1, 2])
+        run_tool(session, *command, env=packages, success_codes=[0, 1, 2])
         if not report.exists():
-            session.error(f"{target} was not judged because of an option or of its known deviations")
+            session.error(f"{name} was not judged because of an option or of its known deviations")
         reports[name] = json.loads(report.read_text())
     return reports
+
+
+def target_with_packages(session: nox.Session, name: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the arguments of `mha-spec check` for a target in Python or JavaScript, and where its packages are."""
+    if (program := FOLDER / f"{name}.mjs").exists():
+        return ("--command", f"node {program}"), {"NODE_PATH": node_packages(session)}
+    target = FOLDER / f"{name}.py"
+    return (str(target),), {"PYTHONPATH": further_packages(session, target)}
+
+
+def node_packages(session: nox.Session) -> str:
+    """Install what package.json pins for the targets in JavaScript, if npm is there, and return the folder of it."""
+    wanted = FOLDER / "package.json"
+    folder = FIELD / hashlib.sha256(wanted.read_bytes()).hexdigest()[:16]
+    if not folder.exists() and shutil.which("npm"):
+        folder.mkdir()
+        shutil.copy(wanted, folder)
+        # Packages that cannot be installed are absent for the targets, whose reports say so.
+        npm = ("npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund")
+        session.run(*npm, external=True, success_codes=[0, 1])
+    return str(folder / "node_modules")
 
 
 def further_packages(session: nox.Session, target: Path) -> str:

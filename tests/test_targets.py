@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "conformance" / "targets"
-TARGETS = sorted(path.stem for path in FOLDER.glob("*.py"))
+TARGETS = sorted(path.stem for path in FOLDER.iterdir() if path.suffix in (".py", ".mjs"))
 SCRIPTS = sorted((ROOT / "docs" / "findings").glob("*.py"))
 KNOWN = sorted(FOLDER.glob("*.known.toml"))
 DEVICES = FOLDER / "devices"
@@ -39,7 +39,8 @@ OF_DEVICES = sorted({*DEVICES.glob("*.py")} - {DEVICES / "processes.py"})
 def test_known_deviations_name_a_target_cases_and_a_clause(suite: Suite, file: Path) -> None:
     cases = {case.id: case for case in suite.cases}
     known = read_known(file)
-    assert file.with_name(file.name.removesuffix(".known.toml") + ".py").exists()
+    name = file.name.removesuffix(".known.toml")
+    assert any(file.with_name(name + suffix).exists() for suffix in (".py", ".mjs"))
     assert {entry.id for entry in known} <= set(cases)
     assert all(cases[entry.id].level == "MUST" for entry in known)
     assert {entry.reason.partition(":")[0] for entry in known} <= set(clauses())
@@ -61,6 +62,18 @@ def test_a_target_or_finding_pins_the_packages_that_it_needs(file: Path) -> None
     pinned = [re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)==[A-Za-z0-9._]+", requirement) for requirement in listed]
     assert all(pinned), listed
     assert dependencies(SimpleNamespace(__file__=str(file))) == tuple(match[1] for match in pinned)
+
+
+def test_the_targets_in_javascript_pin_the_packages_that_they_need() -> None:
+    needed = {
+        package
+        for program in FOLDER.glob("*.mjs")
+        for package in re.findall(r'createRequire\(import\.meta\.url\)\("([^"]+)"\)', program.read_text())
+    }
+    pinned = json.loads((FOLDER / "package.json").read_text())["dependencies"]
+    assert set(pinned) == needed
+    assert needed
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in pinned.values())
 
 
 def test_the_page_of_findings_has_a_section_of_every_script() -> None:

@@ -78,13 +78,13 @@ function readQuestion({ arrays: path, options }) {
   }
 }
 
-function answer(functions, message) {
+async function answer(functions, message) {
   try {
     const { arrays, options } = readQuestion(message);
     if (!Object.hasOwn(functions, message.function))
       throw new Unsupported(`this program has no function ${message.function}`);
     const start = performance.now();
-    const outputs = functions[message.function](arrays, options);
+    const outputs = await functions[message.function](arrays, options);
     const seconds = (performance.now() - start) / 1000;
     const asked = Object.entries(outputs).filter(([name]) => message.outputs.includes(name));
     writeArrays(message.answer, Object.fromEntries(asked));
@@ -118,8 +118,8 @@ function readMessage(line) {
 }
 
 /**
- * Answer the runner until it closes the standard input: first with the claims, then with the functions by name. A line
- * that is not a message ends the program with the exit status 1.
+ * Answer the runner until it closes the standard input: first with the claims, then with the functions by name, which may
+ * be asynchronous. A line that is not a message ends the program with the exit status 1.
  */
 export async function answerQuestions(claims, functions) {
   // The answer must reach the runner at once; process.stdout may keep it.
@@ -133,7 +133,7 @@ export async function answerQuestions(claims, functions) {
       process.exit(1);
     }
     const { number, protocol } = message;
-    if (message.message === "question") send({ message: "answer", number, ...answer(functions, message) });
+    if (message.message === "question") send({ message: "answer", number, ...(await answer(functions, message)) });
     else if (protocol === PROTOCOL) send({ message: "claims", protocol, ...claims });
     else send({ message: "refusal", reason: `this program speaks ${PROTOCOL}` });
   }
