@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     Row = tuple[str, float | None, Callable[[], object], Callable[[], object]]
 
 HEADS, SIZE, PAGE = 8, 64, 16
+PRIMES = [127, 389, 139, 367, 151, 349, 173, 331, 191, 311, 211, 293, 229, 277, 241, 257]
+"""Different lengths, of about the same sum as 16 of 256."""
 SKEWED = [1024, *[16] * 15]
 """The lengths of sequences of which padding makes 16 times the longest."""
 
@@ -67,16 +70,10 @@ def call(function: Callable[..., Any], *operands: Any, **options: Any) -> Callab
 
 
 def packed_rows(array: Callable[[numpy.ndarray], Any], masked: Callable[..., Any]) -> Iterator[Row]:
-    """Compare 16 sequences of 256 with 16 calls, and sequences of skewed lengths with the padded call of `masked`."""
-    for causal in (False, True):
-        ends = array(bounds([256] * 16))
-        tokens = [array(drawn(16 * 256, HEADS, SIZE))] * 3
-        ours = call(mha_spec.varlen_attention, *tokens, ends, ends, causal=causal)
-        # Each call has another array, as each sequence has other tokens, so that both read the same amount of memory.
-        separate = [array(x) for x in drawn(16, 1, HEADS, 256, SIZE)]
-        theirs = [call(mha_spec.attention, dense, dense, dense, causal=causal) for dense in separate]
-        name = f"16 x 256{', causal' if causal else ''}: separate calls"
-        yield name, 1.1, ours, lambda theirs=theirs: [run() for run in theirs]
+    """Compare sequences with separate calls, and sequences of skewed lengths with the padded call of `masked`."""
+    for name, lengths in (("16 x 256", [256] * 16), ("16 primes", PRIMES)):
+        for causal in (False, True):
+            yield from separate_rows(array, f"{name}{', causal' if causal else ''}", lengths, causal=causal)
     ends, longest = array(bounds(SKEWED)), max(SKEWED)
     tokens = [array(drawn(sum(SKEWED), HEADS, SIZE))] * 3
     dense = array(drawn(len(SKEWED), HEADS, longest, SIZE))
@@ -84,6 +81,34 @@ def packed_rows(array: Callable[[numpy.ndarray], Any], masked: Callable[..., Any
     mask = array(visible[:, None, None, :] & numpy.tri(longest, dtype=bool))
     ours = call(mha_spec.varlen_attention, *tokens, ends, ends, causal=True)
     yield "1024 and 15 x 16, causal: padded", 0.1, ours, call(masked, dense, dense, dense, mask=mask)
+
+
+def separate_rows(
+    array: Callable[[numpy.ndarray], Any], name: str, lengths: list[int], *, causal: bool
+) -> Iterator[Row]:
+    """Compare sequences with a call for each, on arrays of its own, and on its tokens among those of all sequences."""
+    ends = array(bounds(lengths))
+    tokens = array(drawn(sum(lengths), HEADS, SIZE))
+    ours = call(mha_spec.varlen_attention, tokens, tokens, tokens, ends, ends, causal=causal)
+    # Each call has another array, as each sequence has other tokens, so that both read the same amount of memory.
+    separate = [array(drawn(1, HEADS, length, SIZE)) for length in lengths]
+    calls = [call(mha_spec.attention, dense, dense, dense, causal=causal) for dense in separate]
+    yield f"{name}: separate arrays", 1.1, ours, lambda: [run() for run in calls]
+
+    def cut() -> list[object]:
+        denses = (dense(tokens[first:stop]) for first, stop in pairwise(bounds(lengths).tolist()))
+        return [call(mha_spec.attention, x, x, x, causal=causal)() for x in denses]
+
+    yield f"{name}: tokens cut and transposed", 1.1, ours, cut
+
+
+def dense(tokens: Any) -> Any:
+    """Return the tokens of a sequence as a batch, (1, heads, length, size)."""
+    if hasattr(tokens, "swapaxes"):
+        return tokens.swapaxes(0, 1)[None]
+    import tensorflow
+
+    return tensorflow.transpose(tokens, (1, 0, 2))[None]
 
 
 def decoding_rows(array: Callable[[numpy.ndarray], Any]) -> Iterator[Row]:

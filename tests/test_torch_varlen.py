@@ -223,7 +223,12 @@ def test_a_few_queries_read_blocks_where_they_are(
 ) -> None:
     results: list[Any] = []
     attend = decoding.attend
-    monkeypatch.setattr(decoding, "attend", lambda *arguments: results.append(attend(*arguments)) or results[-1])
+
+    def spy(*arguments: Any, needs_lse: bool) -> Any:
+        results.append(attend(*arguments, needs_lse=needs_lse))
+        return results[-1]
+
+    monkeypatch.setattr(decoding, "attend", spy)
     ends, lengths = rows
     query, key, value = numbers(8, 6, 5), numbers(11, 3, 3, 5, seed=2), numbers(11, 3, 3, 7, seed=3)
     key[1], value[7] = numpy.nan, numpy.nan  # Blocks of no sequence.
@@ -234,6 +239,9 @@ def test_a_few_queries_read_blocks_where_they_are(
     expected: Any = reference.varlen_attention(**call)
     ours: Any = mha_spec_torch.varlen_attention(**moved(call))
     assert (results[0] is None) == bool(numpy.isnan(expected[0]).any())
+    assert torch.equal(
+        mha_spec_torch.varlen_attention(**moved({**call, "return_lse": False})).nan_to_num(), ours[0].nan_to_num()
+    )
     for result, wanted in zip(ours, expected, strict=True):
         assert numpy.array_equal(numpy.isnan(result), numpy.isnan(wanted))
         assert numpy.array_equal(numpy.isinf(result), numpy.isinf(wanted))
@@ -256,7 +264,7 @@ def test_other_calls_copy_their_blocks() -> None:
     def attended(query: torch.Tensor, pages: torch.Tensor, table: numpy.ndarray = table, **options: Any) -> Any:
         operands, ends = (query, pages, pages), [0, query.shape[0]]
         a = varlen_arguments_of("varlen_attention", {"block_table": table, **options}, *operands, ends, [0, 12])
-        return decoding.attend(Packed.of(a), *operands, None)
+        return decoding.attend(Packed.of(a), *operands, None, needs_lse=False)
 
     assert attended(query, pages) is not None
     assert attended(query.repeat(4, 1, 1), pages) is None, "many queries"

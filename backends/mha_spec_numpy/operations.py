@@ -141,4 +141,6 @@ def is_finite(matrices: Array) -> bool:
     """Return True if all numbers are known to be finite; arrays on a device are not read."""
     if not isinstance(matrices, numpy.ndarray):
         return False
-    return math.isfinite(numpy.vdot(matrices, matrices)) or bool(numpy.isfinite(matrices).all())
+    # `vdot` would copy matrices that are not contiguous.
+    total = numpy.vdot(matrices, matrices) if matrices.flags.c_contiguous else row_sum(matrices).sum()
+    return math.isfinite(total) or bool(numpy.isfinite(matrices).all())

@@ -81,14 +81,15 @@ class Assembly:
     are kept, in the order of the tiles, and joined at the end.
     """
 
-    def __init__(self, shape: tuple[int, ...], like: Array) -> None:
+    def __init__(self, shape: tuple[int, ...], like: Array, memory: numpy.ndarray | None = None) -> None:
+        """Write into `memory` of the shape and the type of `like` if it is passed."""
         self._shape, self._like = shape, like
         self._parts: list[tuple[tuple[slice, ...], Array]] = []
-        self._whole = numpy.empty(shape, like.dtype) if isinstance(like, numpy.ndarray) else None
+        self._whole = numpy.empty(shape, like.dtype) if memory is None and isinstance(like, numpy.ndarray) else memory
 
     def place(self, tile: Tile) -> Array | None:
-        """Return the memory of a tile's matrices, or None where `put` must write them."""
-        if self._whole is None:
+        """Return the memory of a tile's matrices, or None where `put` must write them, or writes faster."""
+        if self._whole is None or not self._whole.flags.c_contiguous:
             return None
         place = self._whole[tile.box]
         # Only in this case folding does not copy: `place` has the order of the matrices.

@@ -9,11 +9,11 @@ import numpy
 
 from mha_spec import varlen_reference
 from mha_spec.arguments import Arguments, expand_options
-from mha_spec.varlen_reference import Varlen, VarlenSteps
+from mha_spec.varlen_reference import Varlen, VarlenSteps, tokens_of
 
 from .backward import gradients
 from .forward import attend
-from .operations import Scratch
+from .operations import Scratch, dense
 from .parallel import each
 from .plan import Plan
 from .problem import Problem
@@ -39,6 +39,7 @@ class SequenceAttention:
 
     def __init__(self) -> None:
         self._scratch = Scratch()
+        self._output: numpy.ndarray | None = None
 
     def keys_of(self, x: Array, sequence: PackedSequence, steps: VarlenSteps) -> Array:
         """Return the keys in use of a sequence, or its values, until its attention is computed (MHA-VARLEN-6)."""
@@ -55,11 +56,35 @@ class SequenceAttention:
         """Compute the output of a sequence and, if needed, its lse."""
         problem = _problem_of(call)
         plan, rows = problem.plan, call.query.shape[:3]
-        output = Assembly((*rows, call.value.shape[3]), problem.query)
+        output = Assembly((*rows, call.value.shape[3]), problem.query, self._memory_of(call, problem))
         lse = Assembly(rows, problem.query) if return_lse else None
         each(partial(attend, problem, output, lse), plan.tiles, plan.a, tiny=plan.is_tiny)
         self._scratch.clear()
         return output.whole(), None if lse is None else lse.whole()
+
+    def _memory_of(self, call: Call, problem: Problem) -> numpy.ndarray | None:
+        """Return the rows of a sequence in the output of all sequences."""
+        if not isinstance(problem.query, numpy.ndarray):
+            return None
+        if self._output is None:
+            self._output = numpy.empty((*call.a.query.shape[:2], call.value.shape[3]), problem.query.dtype)
+        return tokens_of(self._output, call.sequence.queries)
+
+    def pack(
+        self,
+        parts: Sequence[tuple[range, Array]],
+        shape: tuple[int, ...],
+        like: Array,
+        number: float,
+        steps: VarlenSteps,
+    ) -> Array:
+        """Put the rows of each sequence at its tokens; those of an output are there (MHA-VARLEN-1, MHA-VARLEN-3)."""
+        output = self._output
+        if output is None or not all(rows.base is output for _, rows in parts):
+            return varlen_reference.pack(parts, shape, like, number, steps)
+        output[: parts[0][0].start] = number
+        output[parts[-1][0].stop :] = number
+        return output
 
     def differentiate(self, call: Call, grad_output: Array, grad_lse: Array | None, _: VarlenSteps) -> VarlenGradients:
         """Compute the gradients of a sequence."""
@@ -69,13 +94,27 @@ class SequenceAttention:
 
     def functions(self) -> Varlen:
         """Return the functions over these steps."""
-        return Varlen(VarlenSteps(keys_of=self.keys_of, attend=self.attend, differentiate=self.differentiate))
+        steps = VarlenSteps(keys_of=self.keys_of, attend=self.attend, differentiate=self.differentiate, pack=self.pack)
+        return Varlen(steps)
 
 
 def _problem_of(call: Call) -> Problem:
-    """Plan the attention of a sequence, whose arguments are checked."""
+    """Plan the attention of a sequence, whose arguments are checked and whose operands are in the softmax's type."""
     plan = Plan(Arguments(*call[:3], sinks=call.sinks, **call.options))
-    return Problem.of(plan, *call[:3], slopes=call.slopes)
+    query, key, value = (_dense_tokens(x) for x in call[:3])
+    sinks = None if call.sinks is None else dense(call.sinks, plan.dtype)
+    return Problem(plan, plan.a, plan.xp, query, key, value, sinks, slopes=call.slopes)
+
+
+def _dense_tokens(x: Array) -> Array:
+    """Copy (1, heads, length, size) unless it is contiguous, or a view of contiguous tokens.
+
+    The BLAS reads the rows of a head among those of all heads faster than they are copied. No other strides reach it,
+    so that equal numbers give the same bits.
+    """
+    if not isinstance(x, numpy.ndarray) or x.flags.c_contiguous:
+        return x
+    return numpy.ascontiguousarray(x[0].swapaxes(0, 1)).swapaxes(0, 1)[None]
 
 
 @expand_options

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mha_spec.varlen_reference import VarlenGradients
 
     from .loops import Tensors
-    from .problem import Size
+    from .problem import Problem, Size
 
 __all__ = ["attention", "vjp"]
 
@@ -180,11 +180,12 @@ def _is_read(a: VarlenArguments) -> bool:
     return True
 
 
-def attention(a: VarlenArguments) -> tuple[Array, Array]:
-    """Compute output (tokens, heads, v_dim) in the query's dtype, and lse (heads, tokens) in the softmax's."""
+def attention(a: VarlenArguments, *, needs_lse: bool) -> tuple[Array, Array | None]:
+    """Compute output (tokens, heads, v_dim) and, if needed, lse (heads, tokens), in the dtypes of query and softmax."""
     sequences = PackedSequences(a)
-    output, lse = differentiable(partial(_attend, a, sequences), partial(_gradients, a, sequences), _operands(a))
-    return tf.cast(output, a.query.dtype), tf.transpose(lse)
+    attend = partial(_attend, a, sequences, needs_lse=needs_lse)
+    output, *of_rows = differentiable(attend, partial(_gradients, a, sequences), _operands(a))
+    return tf.cast(output, a.query.dtype), tf.transpose(of_rows[0]) if needs_lse else None
 
 
 def vjp(a: VarlenArguments, grad_output: Array, grad_lse: Array | None) -> VarlenGradients:
@@ -204,38 +205,37 @@ def _operands(a: VarlenArguments) -> Operands:
     return Operands(a.query, a.key, a.value, None, sinks)
 
 
-def _attend(a: VarlenArguments, sequences: PackedSequences, x: Operands) -> tuple[Array, Array]:
-    """Compute output and lse, (tokens, heads, ...), in the softmax's type."""
+def _attend(a: VarlenArguments, sequences: PackedSequences, x: Operands, *, needs_lse: bool) -> tuple[Array, ...]:
+    """Compute output and, if needed, lse, (tokens, heads, ...), in the softmax's type."""
     rows = decoding.attend(a, sequences, x) if decoding.suits(a, sequences) else None
-    output, lse = _by_sequence(a, sequences, x) if rows is None else rows
+    output, *lse = _by_sequence(a, sequences, x, needs_lse=needs_lse) if rows is None else rows
     output = _for_all_tokens(output, sequences.q_ends, sequences.q_tokens)
-    return output, _for_all_tokens(lse, sequences.q_ends, sequences.q_tokens, -math.inf)
+    return output, *(_for_all_tokens(rows, sequences.q_ends, sequences.q_tokens, -math.inf) for rows in lse[:needs_lse])
 
 
-def _by_sequence(a: VarlenArguments, sequences: PackedSequences, x: Operands) -> tuple[Array, Array]:
-    dtype, heads, parts = softmax_dtype(a.query), a.heads, _Parts(sequences, x)
+def _by_sequence(a: VarlenArguments, sequences: PackedSequences, x: Operands, *, needs_lse: bool) -> tuple[Array, ...]:
+    calls = _Calls(a, sequences, x)
 
     def step(sequence: SequenceBounds) -> Tensors:
-        call = _Call(a, sequence, parts)
-        results = forward.attend(call.problem, call.operands, needs_lse=True)
-        return {"output": _tokens(results["output"]), "lse": tf.squeeze(_tokens(results["lse"]), 2)}
+        results = forward.attend(*calls.of(sequence), needs_lse=needs_lse)
+        parts = {"output": _tokens(results["output"])}
+        return parts | {"lse": tf.squeeze(_tokens(results["lse"]), 2)} if needs_lse else parts
 
-    rows = _joined(sequences, step, {"output": ((heads, x.value.shape[-1]), dtype), "lse": ((heads,), dtype)})
-    return rows["output"], rows["lse"]
+    specs = {"output": ((a.heads, x.value.shape[-1]), calls.dtype), "lse": ((a.heads,), calls.dtype)}
+    return tuple(_joined(sequences, step, specs if needs_lse else {"output": specs["output"]}).values())
 
 
 def _gradients(
     a: VarlenArguments, sequences: PackedSequences, x: Operands, grad_output: Array, grad_lse: Array | None
 ) -> Operands:
     """Compute the gradients, in the dtypes of `x` and the shapes of the operands."""
-    dtype, calls = softmax_dtype(a.query), _Parts(sequences, x)
+    calls, dtype = _Calls(a, sequences, x), softmax_dtype(a.query)
     cotangents = calls.of_rows(grad_output), None if grad_lse is None else calls.of_rows(grad_lse)
 
     def step(sequence: SequenceBounds) -> Tensors:
-        call = _Call(a, sequence, calls)
         of_output, of_lse = (None if rows is None else _dense(calls.rows(rows, sequence)) for rows in cotangents)
         of_lse = None if of_lse is None else of_lse[..., None]
-        grads = gradients(call.problem, call.operands, of_output, of_lse)
+        grads = gradients(*calls.of(sequence), of_output, of_lse)
         parts = {"query": _tokens(grads.query), "key": _tokens(grads.key), "value": _tokens(grads.value)}
         if sequence.pages is not None:
             parts["slots"] = sequences.slots(sequence)
@@ -269,14 +269,33 @@ def _of_keys(sequences: PackedSequences, parts: Tensors, name: str, like: Array)
     return tf.cast(tf.reshape(summed, sizes), like.dtype)
 
 
-class _Parts:
-    """The queries, keys and values of each sequence."""
+class _Calls:
+    """The sequences as calls of attention, each with a single batch entry."""
 
-    def __init__(self, sequences: PackedSequences, x: Operands) -> None:
-        self.sequences = sequences
+    def __init__(self, a: VarlenArguments, sequences: PackedSequences, x: Operands) -> None:
+        self.a, self.sequences, self.dtype = a, sequences, softmax_dtype(a.query)
         self.query = self.of_rows(x.query)
         self.key, self.value = (self._of_keys(array) for array in (x.key, x.value))
         self.sinks = None if x.sinks is None else tf.reshape(x.sinks, (1, -1, 1, 1))
+        self._problems: dict[tuple[Size, ...], Problem] = {}
+
+    def of(self, sequence: SequenceBounds) -> tuple[Problem, Operands]:
+        """Return the call of a sequence."""
+        query = _dense(tf.cast(self.rows(self.query, sequence), self.dtype))
+        key, value = (_dense(tf.cast(self.keys(source, sequence), self.dtype)) for source in (self.key, self.value))
+        x = Operands(query, key, value, None, self.sinks)
+        if not self.sequences.is_read:
+            return self._problem(x, tf.reshape(sequence.offset, (1,))), x
+        # Sequences of equal lengths are calls of the same options.
+        shape = sequence.q_length, sequence.kv_length, sequence.offset
+        if shape not in self._problems:
+            self._problems[shape] = self._problem(x, sequence.offset)
+        return self._problems[shape], x
+
+    def _problem(self, x: Operands, offset: Array | int) -> Problem:
+        a = self.a
+        options: dict[str, Any] = {"causal": a.causal, "window": a.window, "scale": a.scale, "softcap": a.softcap}
+        return with_slopes(problem_of(Arguments(*x[:3], q_offset=offset, **options)), a.alibi_slopes, self.dtype)
 
     def of_rows(self, array: Array) -> _Tokens:
         """Cut an array of the tokens of all queries."""
@@ -300,29 +319,20 @@ class _Parts:
         return pages if pages.shape[0] == sequence.kv_length else pages[: sequence.kv_length]
 
 
-class _Call:
-    """A sequence as a call of attention with a single batch entry."""
-
-    def __init__(self, a: VarlenArguments, sequence: SequenceBounds, parts: _Parts) -> None:
-        dtype = softmax_dtype(a.query)
-        query = _dense(tf.cast(parts.rows(parts.query, sequence), dtype))
-        key, value = (_dense(tf.cast(parts.keys(source, sequence), dtype)) for source in (parts.key, parts.value))
-        self.operands = Operands(query, key, value, None, parts.sinks)
-        offset = sequence.offset if isinstance(sequence.offset, int) else tf.reshape(sequence.offset, (1,))
-        arguments = Arguments(
-            query, key, value, causal=a.causal, q_offset=offset, window=a.window, scale=a.scale, softcap=a.softcap
-        )
-        self.problem = with_slopes(problem_of(arguments), a.alibi_slopes, dtype)
-
-
 def _dense(tokens: Array) -> Array:
     """Transpose tokens of a sequence, (length, heads, ...), to a batch with a single entry."""
-    return tf.expand_dims(tf.transpose(tokens, (1, 0, *range(2, len(tokens.shape)))), 0)
+    return tf.expand_dims(_swapped(tokens), 0)
 
 
 def _tokens(rows: Array) -> Array:
     """Transpose a batch with a single entry, (1, heads, length, size), to tokens."""
-    return tf.transpose(tf.squeeze(rows, 0), (1, 0, 2))
+    return _swapped(tf.squeeze(rows, 0))
+
+
+def _swapped(array: Array) -> Array:
+    """Exchange the first two axes: `Einsum` with every axis named takes half of the time of `tf.transpose`."""
+    rest = "cd"[: len(array.shape) - 2]
+    return tf.raw_ops.Einsum(inputs=[array], equation=f"ab{rest}->ba{rest}")
 
 
 def _for_all_tokens(rows: Array, ends: Any, tokens: Size, fill: float = 0.0) -> Array:
@@ -343,17 +353,21 @@ def _joined(
     calls = [partial(step, sequences[index]) for index in range(sequences.count)]
     if not calls:
         return {name: tf.zeros((0, *sizes), dtype) for name, (sizes, dtype) in specs.items()}
-    parts = results_of(calls) if _are_large(sequences) else [call() for call in calls]
+    parts = results_of(calls) if _are_for_threads(sequences) else [call() for call in calls]
     return {name: tf.concat([part[name] for part in parts], 0) for name in specs}
 
 
-def _are_large(sequences: PackedSequences) -> bool:
-    """Return True if the sequences of an eager call are large enough for threads.
+def _are_for_threads(sequences: PackedSequences) -> bool:
+    """Return True if the sequences of an eager call are large enough for threads, and none takes most of the time.
 
-    TensorFlow transposes tokens on a single thread, so that sequences in turn would leave the other threads idle.
+    TensorFlow transposes tokens on a single thread, so that sequences in turn would leave the other threads idle. A
+    large sequence in turn can use all threads itself.
     """
-    scores = sequences.a.heads * int(numpy.dot(sequences.q_lengths, sequences.kv_lengths))
-    return tf.executing_eagerly() and scores >= sequences.count * COST_OF_BLOCK
+    if not tf.executing_eagerly():
+        return False
+    scores = sequences.q_lengths * sequences.kv_lengths
+    total = int(scores.sum())
+    return sequences.a.heads * total >= sequences.count * COST_OF_BLOCK and 2 * int(scores.max()) <= total
 
 
 def _looped(

@@ -44,8 +44,8 @@ def varlen_attention(
     """
     a = _checked("varlen_attention", options, query, key, value, cu_seqlens_q, cu_seqlens_kv)[0]
     return_lse = check_flag("return_lse", return_lse)
-    output, lse = packed.attention(a)
-    return (output, lse) if return_lse else output
+    output, lse = packed.attention(a, needs_lse=return_lse)
+    return (output, lse) if lse is not None else output
 
 
 @expand_options

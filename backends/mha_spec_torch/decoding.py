@@ -43,9 +43,9 @@ class Pairs(NamedTuple):
 
 
 def attend(
-    packed: Packed, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """Compute output, (tokens, heads, v_dim), and lse, (heads, tokens); None if another path must compute them."""
+    packed: Packed, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *, needs_lse: bool
+) -> tuple[Tensor, Any] | None:
+    """Compute output, (tokens, heads, v_dim), and if needed lse, (heads, tokens); None if another path must do so."""
     pairs = _pairs(packed) if _suits(packed, query, key, value) else None
     if pairs is None:
         return None
@@ -53,8 +53,8 @@ def attend(
     rows = query.detach()[first:last].flatten(0, 1)
     scores = _padded(pairs, _scores(packed, pairs, rows, key.detach().flatten(0, 2)))
     # exp(scores - lse) would round the weights by u |lse|; the softmax divides by a sum.
-    weights, lse = scores.softmax(1), scores.logsumexp(1)
-    if sinks is not None:
+    weights, lse = scores.softmax(1), scores.logsumexp(1) if needs_lse or sinks is not None else None
+    if sinks is not None and lse is not None:
         logits = sinks.detach().to(lse.dtype).repeat(last - first)
         weights, lse = weights * torch.sigmoid(lse - logits)[:, None], torch.logaddexp(lse, logits)
     output = torch.nn.functional.embedding_bag(
@@ -64,10 +64,12 @@ def attend(
         mode="sum",
         per_sample_weights=_pairs_of(pairs, weights),
     )
-    # A value that is not finite changes what the component of a row is, which the other path decides.
-    if not bool(output.isfinite().all() & ~lse.isnan().any()):
+    # A value that is not finite changes what the component of a row is, which the other path decides; so does a NaN
+    # among the scores, which makes the weights and the output of its row NaN.
+    if not math.isfinite(output.sum()) and not bool(output.isfinite().all()):
         return None
-    return _placed(packed, output.unflatten(0, (-1, query.shape[1])), lse.unflatten(0, (-1, query.shape[1])))
+    rows = (-1, query.shape[1])
+    return _placed(packed, output.unflatten(0, rows), lse.unflatten(0, rows) if needs_lse and lse is not None else None)
 
 
 def _suits(packed: Packed, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -87,13 +89,14 @@ def _pairs(packed: Packed) -> Pairs | None:
     """Return the pairs of a call; None if it has none, or if its rows see too different numbers of keys."""
     heads, kv_heads, block_size = packed.a.heads, packed.a.kv_heads, packed.a.key.shape[1]
     head_of_row = numpy.repeat(numpy.arange(kv_heads), heads // kv_heads)[:, None]
+    offsets = numpy.arange(0, block_size * kv_heads, kv_heads)
     chosen: list[numpy.ndarray] = []
     counts: list[int] = []
     for part in packed.parts:
-        slots = (part.blocks[:, None] * block_size + numpy.arange(block_size)).reshape(-1)
+        slots = (part.blocks[:, None] * (block_size * kv_heads) + offsets).reshape(-1)
         for keys in _visible(part):
             row = slots[keys]
-            chosen.append((row * kv_heads + head_of_row).reshape(-1))
+            chosen.append((row + head_of_row).reshape(-1))
             counts.append(len(row))
     lengths, longest = numpy.repeat(counts, heads), max(counts)
     bounds = numpy.concatenate([[0], numpy.cumsum(lengths)])
@@ -150,12 +153,11 @@ def _inside(pairs: Pairs) -> Tensor:
     return torch.arange(pairs.longest) < pairs.lengths[:, None]
 
 
-def _placed(packed: Packed, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _placed(packed: Packed, output: Tensor, lse: Tensor | None) -> tuple[Tensor, Any]:
     """Add the rows of no sequence to output and lse, (tokens, heads, ...) (MHA-VARLEN-3)."""
     first, count = packed.parts[0].queries.start, packed.a.q_tokens
-    if len(output) == count:
-        return output, lse.t()
-    all_rows = output.new_zeros((count, *output.shape[1:]))
-    all_lse = lse.new_full((count, lse.shape[1]), -math.inf)
-    all_rows[first : first + len(output)], all_lse[first : first + len(lse)] = output, lse
-    return all_rows, all_lse.t()
+    before_and_after = first, count - first - len(output)
+    if any(before_and_after):
+        output = torch.nn.functional.pad(output, (0, 0, 0, 0, *before_and_after))
+        lse = None if lse is None else torch.nn.functional.pad(lse, (0, 0, *before_and_after), value=-math.inf)
+    return output, None if lse is None else lse.t()

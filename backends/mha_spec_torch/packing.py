@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -15,16 +14,18 @@ from mha_spec.arguments import Arguments
 from mha_spec.varlen_sequences import sequences_of
 
 from .problem import Problem, readable
-from .tasks import SCORES, Operands, Span, Task, blocks, softmax_dtype
+from .tasks import SCORES, Operands, Span, Task, blocks, narrowed, softmax_dtype
 from .visibility import Visibility
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
     from mha_spec.varlen_arguments import VarlenArguments
     from mha_spec.varlen_sequences import PackedSequence
+
+    Cutter = Callable[[Operands, Task], Operands]
 
 __all__ = ["Packed", "Part", "dense", "linear_bias", "packed_again"]
 
@@ -40,65 +41,99 @@ class Part(NamedTuple):
     blocks: numpy.ndarray
     """Its blocks in order; none in a call without a block table."""
 
-    def tasks(self, *, heads: int) -> Iterator[Task]:
-        """Yield the tasks of the sequence among the tokens of all; with `heads` of a linear bias, small ones."""
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive sequences of equal lengths, which are the batch entries of a dense call without a copy."""
+
+    first: Part
+    count: int
+    visibility: Visibility
+    """The constraints of the batch."""
+
+    def batch(self, array: Tensor, tokens: Span) -> Tensor:
+        """View tokens of the first sequence and of those after it in (1, heads, tokens, ...) as a batch."""
+        if self.count == 1:
+            return array.narrow(2, tokens.start, tokens.size)
+        part = array[0].narrow(1, tokens.start, self.count * tokens.size)
+        return part.unflatten(1, (self.count, tokens.size)).transpose(0, 1)
+
+    def tasks(self, *, heads: int, tokens: int) -> Iterator[PackedTask]:
+        """Yield the tasks of a call of `tokens` queries; with `heads` of a linear bias, small ones."""
         for task in self.visibility.tasks:
+            whole = self._task(task, has_all_rows=task.has_all_rows and self.count * self.first.queries.size == tokens)
             rows = task.queries.size if not heads else max(1, SCORES // (heads * task.keys.size))
             if rows >= task.queries.size:
-                yield _moved(task, self.queries.start, self.keys.start)
-                continue
-            for queries in blocks(task.queries, rows):
-                piece = Task(task.batch, task.kv_heads, task.group, queries, task.keys, sees_all=task.sees_all)
-                yield _moved(piece, self.queries.start, self.keys.start)
+                yield whole
+            else:
+                for queries in blocks(task.queries, rows):
+                    yield whole.piece(task.batch, task.kv_heads, queries)
+
+    def _task(self, task: Task, *, has_all_rows: bool = False) -> PackedTask:
+        rows = task.batch, task.kv_heads, task.group, task.queries, task.keys
+        return PackedTask(
+            *rows,
+            has_all_rows=has_all_rows,
+            sees_all=task.sees_all,
+            is_diagonal=task.is_diagonal,
+            exact=None if task.exact is None else self._task(task.exact),
+            run=self,
+        )
 
 
-def _moved(task: Task, queries: int, keys: int) -> Task:
-    """Move a task by a number of queries and of keys."""
-    return replace(
-        task,
-        queries=Span(task.queries.start + queries, task.queries.stop + queries),
-        keys=Span(task.keys.start + keys, task.keys.stop + keys),
-        is_whole=False,
-        has_all_rows=False,
-        exact=None if task.exact is None else _moved(task.exact, queries, keys),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedTask(Task):
+    """A task of a run, whose queries and keys count from the start of each sequence."""
+
+    run: Run
+
+    def piece(self, batch: Span, kv_heads: Span, queries: Span) -> PackedTask:
+        """Return the task of some of the rows, with the same keys."""
+        return PackedTask(batch, kv_heads, self.group, queries, self.keys, sees_all=self.sees_all, run=self.run)
+
+    def of_rows(self, array: Tensor) -> Tensor:
+        """Select the rows of this task in (1, heads, tokens, ...)."""
+        return narrowed(self.run.batch(array, self.run.first.queries), self.batch, self.heads, self.queries)
+
+    def of_keys(self, array: Tensor) -> Tensor:
+        """Select the keys of this task in (1, kv_heads, tokens, size)."""
+        return narrowed(self.run.batch(array, self.run.first.keys), self.batch, self.kv_heads, self.keys)
 
 
 class PackedVisibility:
     """The constraints of every sequence, as a `Visibility` that is cut into tasks."""
 
-    def __init__(self, parts: Sequence[Part], *, heads: int = 0) -> None:
-        self.parts = parts
-        self.tasks = [task for part in parts for task in part.tasks(heads=heads)]
-        self._starts = [part.queries.start for part in parts]
+    def __init__(self, runs: Iterable[Run], tokens: int, *, heads: int = 0) -> None:
+        self._runs, self._tokens, self._heads = runs, tokens, heads
 
-    def constraints(self, task: Task) -> list[Tensor]:
+    @cached_property
+    def tasks(self) -> list[PackedTask]:
+        """The tasks of all sequences, which not every path of a call needs."""
+        return [task for run in self._runs for task in run.tasks(heads=self._heads, tokens=self._tokens)]
+
+    def constraints(self, task: PackedTask) -> list[Tensor]:
         """Compare the pairs of a task with every constraint that may hide some of them."""
-        part = self._part(task)
-        return part.visibility.constraints(_moved(task, -part.queries.start, -part.keys.start))
+        return task.run.visibility.constraints(task)
 
-    def with_bias(self, slopes: Tensor | None, task: Task, x: Operands) -> Operands:
-        """Add the linear bias to the operands of a task, (1, heads, queries, keys) (MHA-VARLEN-8)."""
-        if slopes is None:
-            return x
-        part = self._part(task)
-        task = _moved(task, -part.queries.start, -part.keys.start)
-        return x._replace(bias=linear_bias(slopes[task.heads.slice], part.offset, task.queries, task.keys))
 
-    def cut(self, slopes: Tensor | None, x: Operands, task: Task) -> Operands:
-        """Select the part of operands whose tokens are those of all sequences."""
-        return self.with_bias(slopes, task, x.cut(task))
+def with_bias(slopes: Tensor | None, task: PackedTask, x: Operands) -> Operands:
+    """Add the linear bias to the operands of a task, (1, heads, queries, keys) (MHA-VARLEN-8)."""
+    if slopes is None:
+        return x
+    return x._replace(bias=linear_bias(slopes[task.heads.slice], task.run.first.offset, task.queries, task.keys))
 
-    def cut_blocks(self, pages: Pages, slopes: Tensor | None, x: Operands, task: Task) -> Operands:
-        """Select the part of operands whose keys and values are in blocks; only those of the task are gathered."""
-        part = self._part(task)
-        keys = Span(task.keys.start - part.keys.start, task.keys.stop - part.keys.start)
-        key, value = (pages.gather(name, pool, part, keys) for name, pool in (("key", x.key), ("value", x.value)))
-        sinks = None if x.sinks is None else x.sinks[:, None, None]
-        return self.with_bias(slopes, task, Operands(task.of_rows(x.query), dense(key), dense(value), None, sinks))
 
-    def _part(self, task: Task) -> Part:
-        return self.parts[bisect_right(self._starts, task.queries.start) - 1]
+def cut(slopes: Tensor | None, x: Operands, task: PackedTask) -> Operands:
+    """Select the part of operands whose tokens are those of all sequences."""
+    return with_bias(slopes, task, x.cut(task))
+
+
+def cut_blocks(pages: Pages, slopes: Tensor | None, x: Operands, task: PackedTask) -> Operands:
+    """Select the part of operands whose keys and values are in blocks; only those of the task are gathered."""
+    part = task.run.first
+    key, value = (pages.gather(name, pool, part, task.keys) for name, pool in (("key", x.key), ("value", x.value)))
+    sinks = None if x.sinks is None else x.sinks[:, None, None]
+    return with_bias(slopes, task, Operands(task.of_rows(x.query), dense(key), dense(value), None, sinks))
 
 
 class Pages:
@@ -154,7 +189,7 @@ class Packed:
         sequences, dtype = sequences_of(a), softmax_dtype(a.query)
         parts = list(_parts(a, sequences, dtype))
         slopes = None if a.alibi_slopes is None else a.alibi_slopes.detach().to(dtype)
-        visibility = PackedVisibility(parts, heads=0 if slopes is None else a.heads)
+        visibility = PackedVisibility(_runs(a, parts, dtype), a.q_tokens, heads=0 if slopes is None else a.heads)
         host = readable(a.query)
         problem = Problem(
             scale=steps.scale_of(a.scale, a.query.shape[2]),
@@ -168,12 +203,12 @@ class Packed:
             suits_autograd=False,
             dropout_mask=None,
             draws=None,
-            cutter=partial(visibility.cut, slopes),
+            cutter=cast("Cutter", partial(cut, slopes)),
         )
         paged = None
         if a.is_paged:
-            cutter = partial(visibility.cut_blocks, Pages(a.key.shape[1]), slopes)
-            paged = problem._replace(cutter=cutter)
+            cutter = partial(cut_blocks, Pages(a.key.shape[1]), slopes)
+            paged = problem._replace(cutter=cast("Cutter", cutter))
         return cls(a, problem, paged, parts, _outside(sequences, a.q_tokens))
 
     @cached_property
@@ -207,8 +242,8 @@ def dense(x: Tensor) -> Tensor:
 
 
 def packed_again(x: Tensor) -> Tensor:
-    """Undo `dense`."""
-    return x[0].transpose(0, 1)
+    """Undo `dense`; the entries of a batch (sequences, heads, length, size) follow each other."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 def _parts(a: VarlenArguments, sequences: Sequence[PackedSequence], dtype: torch.dtype) -> Iterator[Part]:
@@ -223,15 +258,33 @@ def _parts(a: VarlenArguments, sequences: Sequence[PackedSequence], dtype: torch
         shape = len(queries), len(keys), offset
         visibility = known.get(shape)
         if visibility is None:
-            visibility = known[shape] = _visibility(a, *shape, dtype)
+            visibility = known[shape] = _visibility(a, 1, *shape, dtype)
         ordered = numpy.array(numbers or (), numpy.int64)
         yield Part(Span(queries.start, queries.stop), Span(start, end), offset, visibility, ordered)
 
 
-def _visibility(a: VarlenArguments, queries: int, keys: int, offset: int, dtype: torch.dtype) -> Visibility:
-    query, key = a.query.new_empty((1, a.heads, queries, 0)), a.query.new_empty((1, a.kv_heads, keys, 0))
+def _visibility(a: VarlenArguments, count: int, queries: int, keys: int, offset: int, dtype: torch.dtype) -> Visibility:
+    """Return the constraints of a number of sequences of equal lengths."""
+    query, key = a.query.new_empty((count, a.heads, queries, 0)), a.query.new_empty((count, a.kv_heads, keys, 0))
     options: dict[str, Any] = {"causal": a.causal, "window": a.window, "q_offset": offset} if a.positional else {}
     return Visibility(Arguments(query, key, key, **options), dtype, host=True)
+
+
+def _runs(a: VarlenArguments, parts: Sequence[Part], dtype: torch.dtype) -> Iterator[Run]:
+    """Join consecutive sequences of equal lengths; blocks are gathered for each sequence, into a core's cache."""
+    start = 0
+    while start < len(parts):
+        first, stop = parts[start], start + 1
+        while stop < len(parts) and not a.is_paged and _continues(parts[stop - 1], parts[stop]):
+            stop += 1
+        count, shape = stop - start, (first.queries.size, first.keys.size, first.offset)
+        yield Run(first, count, first.visibility if count == 1 else _visibility(a, count, *shape, dtype))
+        start = stop
+
+
+def _continues(before: Part, part: Part) -> bool:
+    """Tell whether a sequence lies behind another of the same lengths and offset, which have the same constraints."""
+    return part.visibility is before.visibility and part.keys.start == before.keys.stop
 
 
 def _outside(sequences: Sequence[PackedSequence], tokens: int) -> list[slice]:

@@ -122,41 +122,51 @@ _supports_autocast = cache(torch.amp.is_autocast_available)
 def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
     """Return the output in the query's dtype, with the kernel's memory layout, and lse if it is needed."""
     tasks = problem.visibility.tasks
-    if len(tasks) == 1 and tasks[0].has_all_rows and problem.suits_flash:
-        results = native.attend(problem, tasks[0], problem.cut(x, tasks[0]), needs_lse=needs_lse)
+    if len(tasks) == 1 and tasks[0].has_all_rows:
+        results = _natively(problem, tasks[0], x, needs_lse=needs_lse)
         if results is not None:
             return results
+        piece, *others = pieces(tasks[0])
+        if not others:
+            output, lse = formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)
+            return converted(output, x.query.dtype), lse
     return _by_task(problem, x, needs_lse=needs_lse)
 
 
 def _by_task(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
-    tasks = problem.visibility.tasks
-    parts = [part for task in tasks for part in _of_task(problem, task, x, needs_lse=needs_lse)]
-    if len(parts) == 1 and parts[0][0].has_all_rows:
-        _, output, lse = parts[0]
-        return converted(output, x.query.dtype), lse
-    batch, heads, q_len, _ = x.query.shape
-    output = x.query.new_zeros((batch, q_len, heads, x.value.shape[3])).transpose(1, 2)
+    """Write the results of each task before the next one, which then takes the same memory; no two share a row."""
+    tasks, (batch, heads, q_len, _) = problem.visibility.tasks, x.query.shape
+    # Rows without a task, which see no key, have the output 0.
+    is_covered = sum(task.rows for task in tasks) == batch * heads * q_len
+    new = x.query.new_empty if is_covered else x.query.new_zeros
+    output = new((batch, q_len, heads, x.value.shape[3])).transpose(1, 2)
     lse = _empty_lse(problem, x) if needs_lse else None
-    for task, of_output, of_lse in parts:
-        task.of_rows(output).copy_(of_output)
-        if lse is not None and of_lse is not None:
-            task.of_rows(lse).copy_(of_lse)
+    for task in tasks:
+        if not _written(task, output, lse, _natively(problem, task, x, needs_lse=needs_lse)):
+            for piece in pieces(task):
+                results = formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)
+                _written(piece, output, lse, results)
     return output, lse
 
 
+def _natively(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any] | None:
+    """Return the kernel's results of a task, which it takes whole; None if another path must compute them."""
+    return native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse) if problem.suits_flash else None
+
+
+def _written(
+    task: Task, output: torch.Tensor, lse: torch.Tensor | None, results: tuple[torch.Tensor, Any] | None
+) -> bool:
+    """Write the results of a task, if there are any, to its rows."""
+    if results is None:
+        return False
+    task.of_rows(output).copy_(results[0])
+    if lse is not None:
+        task.of_rows(lse).copy_(results[1])
+    return True
+
+
 forward = without_autocast(attend)
-
-
-def _of_task(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> list[tuple[Task, torch.Tensor, Any]]:
-    """Return output and lse of each piece of a task; the kernel takes the task whole."""
-    if problem.suits_flash:
-        results = native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse)
-        if results is not None:
-            return [(task, *results)]
-    return [
-        (piece, *formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)) for piece in pieces(task)
-    ]
 
 
 def _empty_lse(problem: Problem, x: Operands) -> torch.Tensor:

@@ -21,6 +21,7 @@ __all__ = [
     "converted",
     "dense_rows",
     "logits_of",
+    "narrowed",
     "pieces",
     "softmax_dtype",
 ]
@@ -159,11 +160,20 @@ class Task:
     @property
     def pairs(self) -> int:
         """The number of scores."""
-        return self.batch.size * self.kv_heads.size * self.group * self.queries.size * self.keys.size
+        return self.rows * self.keys.size
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of scores."""
+        return self.batch.size * self.kv_heads.size * self.group * self.queries.size
+
+    def piece(self, batch: Span, kv_heads: Span, queries: Span) -> Task:
+        """Return the task of some of the rows, with the same keys."""
+        return Task(batch, kv_heads, self.group, queries, self.keys, sees_all=self.sees_all)
 
     def of_rows(self, array: torch.Tensor) -> torch.Tensor:
         """Select the rows of this task in (batch, heads, q_len, ...)."""
-        return array if self.has_all_rows else _narrowed(array, self.batch, self.heads, self.queries)
+        return array if self.has_all_rows else narrowed(array, self.batch, self.heads, self.queries)
 
     def of_keys(self, array: torch.Tensor) -> torch.Tensor:
         """Select the keys of this task in (batch, kv_heads, kv_len, size)."""
@@ -171,21 +181,21 @@ class Task:
             return array
         if self.has_all_rows:
             return array.narrow(2, self.keys.start, self.keys.size)
-        return _narrowed(array, self.batch, self.kv_heads, self.keys)
+        return narrowed(array, self.batch, self.kv_heads, self.keys)
 
     def of_pairs(self, array: torch.Tensor) -> torch.Tensor:
         """Select the pairs of this task in a mask or a bias, of which axes of size 1 stay whole (MHA-MASK-2)."""
         if self.is_whole:
             return array
         spans = (self.batch, self.heads, self.queries, self.keys)
-        return _narrowed(array, *(span if size > 1 else ALL for span, size in zip(spans, array.shape, strict=True)))
+        return narrowed(array, *(span if size > 1 else ALL for span, size in zip(spans, array.shape, strict=True)))
 
 
 ALL = Span(0, 1)
 """The only index of an axis of size 1."""
 
 
-def _narrowed(array: torch.Tensor, *spans: Span) -> torch.Tensor:
+def narrowed(array: torch.Tensor, *spans: Span) -> torch.Tensor:
     """Select a span of each of the first axes; `narrow` is faster than an index, and most axes stay whole."""
     for axis, (span, size) in enumerate(zip(spans, array.shape, strict=False)):
         if span.size != size:
@@ -212,4 +222,4 @@ def pieces(task: Task) -> Iterator[Task]:
     for batch in blocks(task.batch, entries):
         for kv_heads in blocks(task.kv_heads, min(task.kv_heads.size, matrices)):
             for queries in blocks(task.queries, rows):
-                yield Task(batch, kv_heads, task.group, queries, task.keys, sees_all=task.sees_all)
+                yield task.piece(batch, kv_heads, queries)

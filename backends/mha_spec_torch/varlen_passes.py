@@ -51,7 +51,7 @@ def forward(
     """Compute the output and, if needed, lse (heads, q_tokens) of all sequences."""
     if flash_varlen.takes(packed, query, key, value):
         return flash_varlen.attend(packed, query, key, value)
-    rows = None if packed.paged is None else decoding.attend(packed, query, key, value, sinks)
+    rows = None if packed.paged is None else decoding.attend(packed, query, key, value, sinks, needs_lse=needs_lse)
     if rows is not None:
         return rows
     if packed.paged is None:
@@ -62,7 +62,7 @@ def forward(
     output = packed_again(output)
     if lse is None:
         return output, None
-    lse = lse[0]
+    lse = lse.transpose(0, 1).flatten(1)
     for tokens in packed.outside:
         lse[:, tokens] = -math.inf
     return output, lse

@@ -1,4 +1,4 @@
-"""Four processes under gloo, which the targets of this folder share: what each rank calls, and what it holds.
+"""Processes under gloo, which the targets of this folder share: what each rank calls, and what it holds.
 
 The process of the target is rank 0, and its first call starts the others, which load the same file and read the calls
 from their standard input. They end with it.
@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from mha_spec.errors import MhaSpecError
 
-RANKS = 4
+RANKS = int(os.environ.get("MHA_RING_RANKS", "4"))
 START, TIMEOUT = timedelta(minutes=5), timedelta(minutes=1)
 """The time in which all ranks must be ready, and that in which a rank must answer another one."""
 

@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["torch==2.13.0"]
 # ///
-"""The functions of mha_spec_torch over several devices, in four processes under gloo.
+"""The functions of mha_spec_torch over several devices, in four processes under gloo, or in as many as MHA_RING_RANKS.
 
 The environment variable MHA_RING_FORM names the function, "ring", "all_to_all" or "sharded_kv", and MHA_RING_LAYOUT the
 layout; by default these are the ring and zigzag. A sequence is padded to a length that the layout can deal out, with
