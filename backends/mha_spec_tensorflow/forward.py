@@ -76,5 +76,7 @@ def weigh(problem: Problem, x: Operands) -> Array:
     """
     all_scores = scores(problem, problem.scaled(x), whole(x))
     weights, share, _, _ = softmax(x, all_scores, needs_lse=False)
+    # The softmax of oneDNN, which TensorFlow calls on some processors, leaves 0 beside the NaN of a row.
+    weights += 0 * tf.reduce_sum(weights, axis=-1, keepdims=True)
     weights = all_scores.zero_unless_seeing(weights)
     return weights if share is None or x.sinks is None else weights * share
