@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from .arguments import offset_of_reading
-from .arrays import device_of, dtype_name, host_integers, library_of, namespace_of
+from .arrays import device_of, dtype_name, host_integers, library_of, namespace_of, storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,9 @@ def for_each_entry(offset: Any, count: int) -> Any:
     Every other offset is returned unchanged, right or wrong.
     """
     library = library_of(offset)
-    if library is None or len(offset.shape) != 0 or not dtype_name(offset).startswith(("int", "uint")):
+    if library is None or storage_of(offset) is not None:  # The shape of a nested tensor is not always known.
+        return offset
+    if len(offset.shape) != 0 or not dtype_name(offset).startswith(("int", "uint")):
         return offset
     return int(offset) if library == "numpy" else namespace_of(offset).broadcast_to(offset, (count,))
 

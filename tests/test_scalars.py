@@ -1,4 +1,4 @@
-"""Scalars of NumPy count as the Python value that they hold; no other object does (MHA-ARG-2)."""
+"""Scalars of NumPy count as the Python value that they hold, as does an offset without axes (MHA-ARG-2, MHA-LEN-3)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ ATTENTION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "window": ({"window": (numpy.uint8(1), numpy.int64(2)), "q_offset": 0}, {"window": (1, 2), "q_offset": 0}),
     "offset": ({"causal": True, "q_offset": numpy.int16(2)}, {"causal": True, "q_offset": 2}),
+    "offset-array": ({"causal": True, "q_offset": numpy.asarray(2, numpy.int8)}, {"causal": True, "q_offset": 2}),
     "offsets": ({"causal": True, "q_offset": [numpy.int16(2), 1]}, {"causal": True, "q_offset": [2, 1]}),
     "lengths": ({"kv_lengths": (numpy.uint64(3), numpy.int8(7))}, {"kv_lengths": [3, 7]}),
 }
@@ -89,7 +90,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "q_offset-huge": ({"q_offset": HUGE, "causal": True}, ArgumentValueError),
     "q_offset-list-huge": ({"q_offset": [HUGE, 0], "causal": True}, ArgumentValueError),
     "q_offset-bool": ({"q_offset": True, "causal": True}, ArgumentTypeError),
-    "q_offset-array": ({"q_offset": numpy.asarray(1), "causal": True}, ArgumentValueError),
+    "q_offset-array": ({"q_offset": numpy.asarray(1.0), "causal": True}, ArgumentTypeError),
     "q_offset-bytes": ({"q_offset": b"lower_right", "causal": True}, ArgumentTypeError),
     "q_offset-names": ({"q_offset": ["lower_right"] * 2, "causal": True}, ArgumentTypeError),
     "kv_lengths-none": ({"kv_lengths": [None, 1]}, ArgumentTypeError),
@@ -139,7 +140,7 @@ LAYER: dict[str, tuple[str, dict[str, Any], type[Exception]]] = {
     "dtype-class": ("alibi_slopes", {"heads": 4, "dtype": numpy.float32}, ArgumentTypeError),
     "q_offset-array": (
         "alibi_bias",
-        {"slopes": 4, "q_len": 3, "kv_len": 3, "q_offset": numpy.asarray(1)},
+        {"slopes": 4, "q_len": 3, "kv_len": 3, "q_offset": numpy.asarray(1.0)},
         ArgumentValueError,
     ),
     "q_offset-rows": ("alibi_bias", {"slopes": 4, "q_len": 3, "kv_len": 3, "q_offset": [[1], 2]}, ArgumentTypeError),

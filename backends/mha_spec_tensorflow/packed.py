@@ -226,7 +226,7 @@ def _by_sequence(a: VarlenArguments, sequences: PackedSequences, x: Operands, *,
 
 
 def _gradients(
-    a: VarlenArguments, sequences: PackedSequences, x: Operands, grad_output: Array, grad_lse: Array | None
+    a: VarlenArguments, sequences: PackedSequences, x: Operands, grad_output: Array, grad_lse: Array | None = None
 ) -> Operands:
     """Compute the gradients, in the dtypes of `x` and the shapes of the operands."""
     calls, dtype = _Calls(a, sequences, x), softmax_dtype(a.query)
