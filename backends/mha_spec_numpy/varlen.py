@@ -48,9 +48,7 @@ class SequenceAttention:
         blocks, (block_size, kv_heads, size) = numpy.array(sequence.blocks, numpy.intp), x.shape[1:]
         gathered = self._scratch.take((len(blocks), block_size, kv_heads, size), x.dtype)
         numpy.take(x, blocks, axis=0, out=gathered, mode="clip")
-        keys = self._scratch.take((1, kv_heads, len(sequence.keys), size), x.dtype)
-        keys[...] = gathered.reshape(-1, kv_heads, size)[: len(sequence.keys)].swapaxes(0, 1)
-        return keys
+        return gathered.reshape(-1, kv_heads, size)[: len(sequence.keys)].swapaxes(0, 1)[None]
 
     def attend(self, call: Call, _: VarlenSteps, *, return_lse: bool) -> tuple[Array, Any]:
         """Compute the output of a sequence and, if needed, its lse."""
