@@ -31,17 +31,17 @@ def work(rank, folder, faults):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     whole = torch.randn(4, 1, RANKS * LENGTH, 2, 8, generator=torch.Generator().manual_seed(0))
     *expected, key, value = differentiated(default_attention, whole[:3], whole[3])
-    own, following = (slice(part * LENGTH, (part + 1) * LENGTH) for part in (rank, (rank + 1) % RANKS))
+    shard, next_shard = (slice(part * LENGTH, (part + 1) * LENGTH) for part in (rank, (rank + 1) % RANKS))
 
     def ring(*operands):
         return ring_flash_attn(*operands, ring_reduce_col=True, ring_size=RANKS)
 
-    *results, of_key, of_value = differentiated(ring, whole[:3, :, own], whole[3, :, own])
-    torch.testing.assert_close(results, [x[:, own] for x in expected])
-    differences = [float((x - y[:, own]).abs().max()) for x, y in ((of_key, key), (of_value, value))]
+    *results, of_key, of_value = differentiated(ring, whole[:3, :, shard], whole[3, :, shard])
+    torch.testing.assert_close(results, [x[:, shard] for x in expected])
+    differences = [float((x - y[:, shard]).abs().max()) for x, y in ((of_key, key), (of_value, value))]
     print(f"rank {rank}: the gradients of key and value differ by {differences}")
-    torch.testing.assert_close(of_key, (key + value)[:, own])
-    torch.testing.assert_close(of_value, (key + value)[:, following])
+    torch.testing.assert_close(of_key, (key + value)[:, shard])
+    torch.testing.assert_close(of_value, (key + value)[:, next_shard])
     faults[rank] = min(differences)
 
 

@@ -24,7 +24,7 @@ from mha_spec.errors import MhaSpecError
 
 RANKS = int(os.environ.get("MHA_RING_RANKS", "4"))
 START, TIMEOUT = timedelta(minutes=5), timedelta(minutes=1)
-"""The time in which all ranks must be ready, and that in which a rank must answer another one."""
+"""The time in which all ranks must be ready, and the time in which a rank must answer another rank."""
 
 REFUSALS = (MhaSpecError, NotImplementedError)
 """The errors that all ranks raise before they send anything."""
@@ -86,7 +86,7 @@ def _start(path):
 
 
 def _end():
-    """End the other processes; what this one still waits for fails at once."""
+    """End the other processes; what this process still waits for fails at once."""
     for process in OTHERS:
         process.kill()
         process.wait()
