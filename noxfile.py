@@ -155,13 +155,14 @@ def node_packages(session: nox.Session) -> str:
     """Install what package.json pins for the targets in JavaScript, if npm is there, and return the folder of it."""
     wanted = FOLDER / "package.json"
     folder = FIELD / hashlib.sha256(wanted.read_bytes()).hexdigest()[:16]
-    if not folder.exists() and shutil.which("npm"):
-        folder.mkdir()
+    packages = folder / "node_modules"
+    if not packages.exists() and shutil.which("npm"):
+        folder.mkdir(exist_ok=True)
         shutil.copy(wanted, folder)
         # Packages that cannot be installed are absent for the targets, whose reports say so.
         npm = ("npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund")
         session.run(*npm, external=True, success_codes=[0, 1])
-    return str(folder / "node_modules")
+    return str(packages)
 
 
 def further_packages(session: nox.Session, target: Path) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy
 import torch
 from frameworks import from_torch, to_torch
-from shares import PLANTED_PROBLEMS, Implementation, Shares, try_each
+from planted import half
+from problems import stored
+from shares import PLANTED_PROBLEMS, Implementation, SharedProblem, Shares, try_each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 __all__ = ["LayerProblem", "try_layers"]
 
@@ -27,18 +28,10 @@ SHAPES = (
 
 
 @dataclass(frozen=True)
-class LayerProblem:
-    """One causal self-attention, with its arrays stored in the dtype of the run."""
+class LayerProblem(SharedProblem):
+    """One causal self-attention."""
 
-    dtype: str
-    arrays: Mapping[str, numpy.ndarray]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    function = "multi_head_attention"
-
-    @property
-    def id(self) -> str:
-        """The name of the problem in messages."""
-        return f"{self.dtype}, layer {self.arrays['w_q'].shape}, {', '.join(self.options)}"
+    function: str = "multi_head_attention"
 
     @property
     def rotation(self) -> dict[str, Any]:
@@ -71,7 +64,7 @@ def draw_layer(rng: numpy.random.Generator, dtype: str) -> LayerProblem:
     x["w_o"] = rng.standard_normal((heads, v_dim, out)) / numpy.sqrt(heads * v_dim)
     if rng.random() < 0.5:
         x["b_o"] = rng.standard_normal(out)
-    arrays = {name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in x.items()}
+    arrays = {name: array.astype(stored(dtype)) for name, array in x.items()}
     options: dict[str, Any] = {"causal": True}
     if rng.random() < 0.6:
         options["rotary"] = draw_rotation(rng, qk_dim // 2)
@@ -122,7 +115,7 @@ class Plain:
     def _product(self, p: LayerProblem, x: numpy.ndarray, weight: numpy.ndarray) -> numpy.ndarray:
         if not self.narrow_sums:
             return x @ weight
-        narrow = ml_dtypes.bfloat16 if p.dtype == "bfloat16" else numpy.float16
+        narrow = half(p.dtype)
         total = numpy.zeros((*x.shape[:2], weight.shape[1]), numpy.float32)
         for start in range(0, x.shape[2], 2):
             total = total + x[..., start : start + 2] @ weight[start : start + 2]
@@ -247,6 +240,6 @@ def planted_problem(seed: int, dtype: str, kind: str) -> LayerProblem:
     if kind == "turned":
         x["b_v"] = rng.standard_normal((heads, size))
     x["w_o"] = rng.standard_normal((heads, size, 8)) / numpy.sqrt(heads * size)
-    arrays = {name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in x.items()}
+    arrays = {name: array.astype(stored(dtype)) for name, array in x.items()}
     arrays |= {"key": arrays["query"], "value": arrays["query"]}
     return LayerProblem(dtype, arrays, {"causal": True} | ({"rotary": {}} if kind == "turned" else {}))

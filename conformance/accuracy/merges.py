@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy
+from problems import stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -78,7 +78,7 @@ class MergeProblem:
 
 def draw_merge(rng: numpy.random.Generator, dtype: str) -> MergeProblem:
     """Draw two halves whose shares differ a little or a lot; some rows of each half are empty."""
-    stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    of_halves = stored(dtype)
     wide = "float64" if dtype == "float64" else "float32"
     lse_a = rng.standard_normal(SHAPE[:3]) * rng.choice([1, 10, 1000])
     lse_b = lse_a + rng.standard_normal(SHAPE[:3]) * rng.choice([0.01, 1, 10])
@@ -86,12 +86,12 @@ def draw_merge(rng: numpy.random.Generator, dtype: str) -> MergeProblem:
         lse[rng.random(lse.shape) < 0.1] = -numpy.inf
     size = rng.choice([0.01, 1, 100])
     arrays = {
-        "output_a": (size * rng.standard_normal(SHAPE)).astype(stored),
+        "output_a": (size * rng.standard_normal(SHAPE)).astype(of_halves),
         "lse_a": lse_a.astype(wide),
-        "output_b": rng.standard_normal(SHAPE).astype(stored),
+        "output_b": rng.standard_normal(SHAPE).astype(of_halves),
         "lse_b": lse_b.astype(wide),
     }
-    choices = [choice for choice in ("float64", "float32", stored) if choice != "float64" or rng.random() < 0.5]
+    choices = [choice for choice in ("float64", "float32", of_halves) if choice != "float64" or rng.random() < 0.5]
     grad_output = rng.standard_normal(SHAPE).astype(choices[rng.integers(len(choices))])
     grad_lse = {"grad_lse": rng.standard_normal(SHAPE[:3]).astype(wide)} if rng.random() < 0.7 else {}
     return MergeProblem(dtype, arrays, {"grad_output": grad_output, **grad_lse})

@@ -11,18 +11,17 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy
 from frameworks import TorchFormula, every_row_sees
 from planted import CONTRAST, half
-from problems import REGIMES, Problem, overflows
-from shares import PLANTED_PROBLEMS, Implementation, Shares
+from problems import REGIMES, Problem, overflows, stored
+from shares import PLANTED_PROBLEMS, Implementation, SharedProblem, Shares
 from variants import KERNELS, VARIANTS, Variant, cubic_exp2_of_difference, with_form
 
 from mha_spec_conformance.judging.bounds import bounds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     Results = dict[str, numpy.ndarray]
     Dense = Callable[[str, Problem], Results]
@@ -37,20 +36,15 @@ NOWHERE = -1
 
 
 @dataclass(frozen=True)
-class PackedProblem:
-    """One packed or paged call, with its arrays stored in the dtype of the run."""
+class PackedProblem(SharedProblem):
+    """One packed or paged call, with data of a regime."""
 
-    dtype: str
     regime: str
-    arrays: Mapping[str, numpy.ndarray]
-    options: Mapping[str, Any]
-    function: str = "varlen_attention"
 
     @property
     def id(self) -> str:
         """The name of the problem in messages."""
-        options = ", ".join([*self.arrays, *map(str, self.options.items())])
-        return f"{self.dtype}, {self.function}, {self.regime}, queries {self.arrays['query'].shape}, {options}"
+        return f"{super().id}, {self.regime}"
 
     @property
     def forward(self) -> PackedProblem:
@@ -251,7 +245,7 @@ def draw_packed(rng: numpy.random.Generator, dtype: str) -> PackedProblem:
         options.setdefault("q_offset", "lower_right")
     if rng.random() < 0.4:
         options["softcap"] = float(rng.choice([5, 30]))
-    return PackedProblem(dtype, regime, arrays, options, "varlen_attention_vjp")
+    return PackedProblem(dtype, arrays, options, "varlen_attention_vjp", regime)
 
 
 def _positions(rng: numpy.random.Generator, q_lengths: Any, kv_lengths: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -284,8 +278,7 @@ def _vectors(
     }
     x = {name: rng.standard_normal((1, *shape)) for name, shape in shapes.items()}
     REGIMES[regime](rng, x, dtype)
-    stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    arrays = {name: array[0].swapaxes(0, 1).astype(stored) for name, array in x.items()}
+    arrays = {name: array[0].swapaxes(0, 1).astype(stored(dtype)) for name, array in x.items()}
     if rng.random() < 0.5:
         arrays["grad_lse"] = rng.standard_normal((heads[0], tokens)).astype("float32")
     return arrays
@@ -320,12 +313,12 @@ def planted_problem(seed: int, dtype: str, kind: str) -> PackedProblem:
             "value": arrays["value"][None],
             "grad_output": abs(arrays["grad_output"]),
         }
-        return PackedProblem(dtype, kind, arrays, options, "varlen_attention_vjp")
+        return PackedProblem(dtype, arrays, options, "varlen_attention_vjp", kind)
     arrays["query"] = (CONTRAST * arrays["query"].astype("float32")).astype(arrays["query"].dtype)
     arrays["cu_seqlens_kv"] = keys * numpy.arange(count + 1)
     if kind == "biased":
         arrays["alibi_slopes"] = numpy.array([0.1, 0.2], "float32")
-    return PackedProblem(dtype, kind, arrays, options).forward
+    return PackedProblem(dtype, arrays, options, "varlen_attention", kind).forward
 
 
 def without_a_key(visible: numpy.ndarray) -> numpy.ndarray:

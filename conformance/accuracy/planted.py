@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy
-from problems import Problem
+from problems import Problem, stored
 from variants import Variant
 
 from mha_spec_conformance.judging.bounds import bounds, precision
@@ -39,8 +39,7 @@ def problem(dtype: str, seed: int) -> Problem:
         "key": rng.standard_normal((batch, heads, kv_len, size)),
         "value": rng.standard_normal((batch, heads, kv_len, size)),
     }
-    stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    arrays = {name: array.astype(stored) for name, array in x.items()}
+    arrays = {name: array.astype(stored(dtype)) for name, array in x.items()}
     return Problem(dtype, "contrast", arrays, {}, numpy.ones((batch, heads, q_len, kv_len), dtype=bool))
 
 

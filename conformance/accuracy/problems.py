@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mha_spec.arrays import Array
 
-__all__ = ["LONG_SHAPES", "REGIMES", "SHAPES", "TRENDS", "Problem", "draw", "overflows"]
+__all__ = ["LONG_SHAPES", "REGIMES", "SHAPES", "TRENDS", "Problem", "draw", "overflows", "stored"]
 
 SHAPES = (
     (2, 2, 2, 13, 17, 8, 8),
@@ -194,6 +194,11 @@ TRENDS: dict[str, Callable[..., None]] = {
 """Regimes whose largest score rises or falls from block to block, so that sums are scaled again and again."""
 
 
+def stored(dtype: str) -> Any:
+    """Return the dtype of arrays that are stored in a dtype of a run."""
+    return ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+
+
 def draw(
     rng: numpy.random.Generator,
     dtype: str,
@@ -214,7 +219,7 @@ def draw(
     }
     regimes[regime](rng, x, dtype)
     wide = "float64" if dtype == "float64" else "float32"
-    arrays = {name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in x.items()}
+    arrays = {name: array.astype(stored(dtype)) for name, array in x.items()}
     options: dict[str, float] = {}
     visible = numpy.ones(scores, dtype=bool)
     if rng.random() < 0.6:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy
 import torch
 from frameworks import from_torch, to_torch
-from shares import PLANTED_PROBLEMS, Implementation, Shares, try_each
+from planted import half
+from problems import stored
+from shares import PLANTED_PROBLEMS, Implementation, SharedProblem, Shares, try_each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 __all__ = ["RotationProblem", "try_rotations"]
 
@@ -25,18 +26,10 @@ FARTHEST = (10, 1000, 100_000)
 
 
 @dataclass(frozen=True)
-class RotationProblem:
-    """One call with frequencies and an attention factor, its vectors stored in the dtype of the run."""
+class RotationProblem(SharedProblem):
+    """One call with frequencies and an attention factor."""
 
-    dtype: str
-    arrays: Mapping[str, numpy.ndarray]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    function = "rotary_embedding"
-
-    @property
-    def id(self) -> str:
-        """The name of the problem in messages."""
-        return f"{self.dtype}, rotation {self.arrays['x'].shape}, {self.options}"
+    function: str = "rotary_embedding"
 
     @property
     def turning(self) -> numpy.ndarray:
@@ -66,7 +59,7 @@ def draw_rotation(rng: numpy.random.Generator, dtype: str) -> RotationProblem:
     size, rotary_dim = SIZES[rng.choice(len(SIZES))]
     x = rng.standard_normal((2, 3, 17, size)) * rng.choice([1, 1, 30])
     farthest = FARTHEST[rng.choice(len(FARTHEST))]
-    arrays = {"x": x.astype(_stored(dtype)), "positions": rng.integers(-farthest, farthest, (2, 17))}
+    arrays = {"x": x.astype(stored(dtype)), "positions": rng.integers(-farthest, farthest, (2, 17))}
     pairs = rotary_dim // 2
     frequencies = rng.uniform(0.2, 1.8) * rng.uniform(0.3, 1.1) ** numpy.arange(pairs)
     if rng.random() < 0.3:
@@ -78,10 +71,6 @@ def draw_rotation(rng: numpy.random.Generator, dtype: str) -> RotationProblem:
         "attention_factor": float(rng.choice([1.0, 0.5, 1.1386, 1.2079, 4.0])),
     }
     return RotationProblem(dtype, arrays, options)
-
-
-def _stored(dtype: str) -> Any:
-    return ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
 
 
 def turned(
@@ -159,13 +148,13 @@ def factor_on_every_component(p: RotationProblem) -> dict[str, numpy.ndarray]:
 
 def frequencies_in_16_bits(p: RotationProblem) -> dict[str, numpy.ndarray]:
     """Round the frequencies to 16 bits."""
-    narrow = numpy.array(p.options["frequencies"]).astype(_half(p)).astype(float)
+    narrow = numpy.array(p.options["frequencies"]).astype(half(p.dtype)).astype(float)
     return changed(p, frequencies=narrow.tolist())
 
 
 def angles_in_16_bits(p: RotationProblem) -> dict[str, numpy.ndarray]:
     """Round the angles to 16 bits."""
-    angles = p.angles().astype(_half(p)).astype(numpy.float32)
+    angles = p.angles().astype(half(p.dtype)).astype(numpy.float32)
     factor = numpy.float32(p.options["attention_factor"])
     return turned(p, factor * numpy.cos(angles), factor * numpy.sin(angles))
 
@@ -173,10 +162,6 @@ def angles_in_16_bits(p: RotationProblem) -> dict[str, numpy.ndarray]:
 def next_frequency(p: RotationProblem) -> dict[str, numpy.ndarray]:
     """Turn each pair by the frequency of the next one."""
     return changed(p, frequencies=numpy.roll(p.options["frequencies"], -1).tolist())
-
-
-def _half(p: RotationProblem) -> Any:
-    return ml_dtypes.bfloat16 if p.dtype == "bfloat16" else numpy.float16
 
 
 PLANTED: dict[str, Callable[[RotationProblem], dict[str, numpy.ndarray]]] = {
@@ -201,7 +186,7 @@ def try_rotations(dtype: str, first: int, count: int) -> Shares:
 def planted_problem(seed: int, dtype: str) -> RotationProblem:
     """Draw a call at positions below 1,000, of whose components some do not turn."""
     rng = numpy.random.default_rng(seed)
-    x = rng.standard_normal((1, 2, 17, 12)).astype(_stored(dtype))
+    x = rng.standard_normal((1, 2, 17, 12)).astype(stored(dtype))
     frequencies = (0.9 * 0.4 ** numpy.arange(3)).tolist()
     options = {"rotary_dim": 6, "interleaved": False, "frequencies": frequencies, "attention_factor": 1.1386}
     return RotationProblem(dtype, {"x": x, "positions": rng.integers(0, 1000, (1, 17))}, options)

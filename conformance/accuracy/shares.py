@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -26,33 +26,20 @@ PLANTED_PROBLEMS = 5
 """The number of problems in which each mistake is planted."""
 
 
-class SharedProblem(Protocol):
+@dataclass(frozen=True)
+class SharedProblem:
     """A call of one function, with its arrays stored in the dtype of the run."""
+
+    dtype: str
+    arrays: Mapping[str, numpy.ndarray]
+    options: Mapping[str, Any]
+    function: str
 
     @property
     def id(self) -> str:
         """The name of the problem in messages."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the run."""
-        ...
-
-    @property
-    def function(self) -> str:
-        """The function that is called."""
-        ...
-
-    @property
-    def arrays(self) -> Mapping[str, numpy.ndarray]:
-        """The arrays of the call by name."""
-        ...
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """The other arguments of the call by name."""
-        ...
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in self.arrays.items())
+        return f"{self.dtype}, {self.function}, {shapes}, {self.options}"
 
 
 @dataclass(frozen=True)

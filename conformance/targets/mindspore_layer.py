@@ -73,9 +73,8 @@ def layer(params):
     """Make a layer that has these parameters."""
     embed, heads, _ = params["w_q"].shape
     kdim, vdim = params["w_k"].shape[0], params["w_v"].shape[0]
-    dtype = mindspore.float16 if params["w_q"].dtype == "float16" else mindspore.float32
     made = mindspore.nn.MultiheadAttention(
-        embed, heads, has_bias="b_q" in params, kdim=kdim, vdim=vdim, batch_first=True, dtype=dtype
+        embed, heads, has_bias="b_q" in params, kdim=kdim, vdim=vdim, batch_first=True
     )
     weights = [params[f"w_{name}"].reshape(-1, heads * params["w_q"].shape[2]).T for name in "qkv"]
     values = {"out_proj.weight": params["w_o"].reshape(embed, embed).T}

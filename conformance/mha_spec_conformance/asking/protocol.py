@@ -20,11 +20,9 @@ from mha_spec_conformance.targets.claims import PROFILES, Claims
 from mha_spec_conformance.targets.conversion import LIBRARIES, holds_numbers
 from mha_spec_conformance.targets.declarations import (
     OF_LAYOUT,
-    OF_RANKS,
     TargetError,
     declared_conventions,
     declared_layout,
-    declared_ranks,
     one_of,
 )
 
@@ -127,7 +125,7 @@ def claims_message(claims: Claims) -> Message:
         "hardware": claims.hardware,
         "further": list(claims.further),
         "unclaimed": list(claims.unclaimed),
-        **{name: getattr(claims, name) for name in (*OF_LAYOUT, *OF_RANKS)},
+        **{name: getattr(claims, name) for name in OF_LAYOUT},
     }
 
 
@@ -153,14 +151,10 @@ def claims_from(message: Message, name: str, *, trusted: bool) -> Claims:
     for dtype in dtypes:
         one_of("dtypes", dtype, FLOATING, name)
     keywords = {function: tuple(words) for function, words in functions.items()}
-    of_layout, of_ranks = (
-        {key: message.get(key, default) for key, default in defaults.items()} for defaults in (OF_LAYOUT, OF_RANKS)
-    )
     return Claims(
         name=name,
         keywords=keywords,
-        **declared_layout(of_layout, keywords, name),
-        **declared_ranks(of_ranks, of_layout["layout"], name),
+        **declared_layout({key: message.get(key, default) for key, default in OF_LAYOUT.items()}, keywords, name),
         dtypes=tuple(dtype for dtype in FLOATING if dtype in dtypes),
         arrays=one_of("arrays", message.get("arrays", "numpy"), LIBRARIES, name),
         profile=one_of("profile", message.get("profile", "standard"), PROFILES, name),

@@ -316,8 +316,9 @@ class Trial:
             explained, unlike = [], [*explained, *unlike]
         others = [failure for failure in unlike if not failure.spreads]
         by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
-        if by_errors and sum(recognition.explains(mistake, w) for w in explained) < LEAST_OF_ROUNDING * len(explained):
-            explained, unlike = [], [*explained, *unlike]
+        exceeding = sum(recognition.explains(mistake, failure) for failure in explained)
+        if by_errors and exceeding < LEAST_OF_ROUNDING * len(explained):
+            explained = []
         made = mistake.compared is Compared.WHERE_NOT_FINITE and any(wrong.of_finite_operands for wrong in explained)
         most = len(explained) * (1 / LEAST - 1)
         count = Counter(_cell(failure.ask) for failure in explained)

@@ -17,22 +17,18 @@ from .layouts import LAYOUTS, LSE_LAYOUTS, NEEDED, PACKED
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "OF_LAYOUT",
-    "OF_RANKS",
-    "TargetError",
-    "declared_conventions",
-    "declared_layout",
-    "declared_ranks",
-    "flag_of",
-    "one_of",
-]
+__all__ = ["OF_LAYOUT", "TargetError", "declared_conventions", "declared_layout", "flag_of", "one_of"]
 
-OF_LAYOUT = {"layout": "bhsd", "lse_layout": "tokens_first", "block_size": 16, "groups": True, "stacked": None}
-"""The declarations of a layout, with their defaults."""
-
-OF_RANKS = {"ranks": 1, "rank_layout": "contiguous"}
-"""The declarations of the ranks that share the keys of a call, with their defaults."""
+OF_LAYOUT = {
+    "layout": "bhsd",
+    "lse_layout": "tokens_first",
+    "block_size": 16,
+    "groups": True,
+    "stacked": None,
+    "ranks": 1,
+    "rank_layout": "contiguous",
+}
+"""The declarations of the layout of arrays, and of the ranks that share the keys of a call, with their defaults."""
 
 MOST_RANKS = 64
 """The largest number of ranks; the allowance of a call has a term for each."""
@@ -90,7 +86,7 @@ def declared_conventions(conventions: object) -> dict[str, str]:
 def declared_layout(
     of_layout: Mapping[str, object], keywords: Mapping[str, tuple[str, ...]], target: str | None = None
 ) -> dict[str, Any]:
-    """Check the layout that a target declares, and return it as fields of the claims.
+    """Check the layout and the ranks that a target declares, and return them as fields of the claims.
 
     Raises:
         TargetError: A declaration has a value that is not allowed, or a function lacks an argument of the layout.
@@ -100,6 +96,7 @@ def declared_layout(
     layout, stacked, block_size = (of_layout[name] for name in ("layout", "stacked", "block_size"))
     one_of("layout", layout, LAYOUTS, target)
     one_of("lse_layout", of_layout["lse_layout"], LSE_LAYOUTS, target)
+    one_of("rank_layout", of_layout["rank_layout"], RANK_LAYOUTS, target)
     if stacked is not None:
         one_of("stacked", stacked, tuple(STACKED) if layout != "paged" else ("kv",), target)
     if type(block_size) is not int or not 1 <= block_size <= MOST_SLOTS:
@@ -110,22 +107,16 @@ def declared_layout(
     for function in (name for name in ("attention", "attention_vjp") if name in keywords):
         if missing := [word for word in NEEDED[str(layout)] if word not in keywords[function]]:
             raise TargetError(f"{where}{function} must take {', '.join(missing)} in the layout {layout}")
-    return dict(of_layout)
+    return of_layout | {"ranks": _ranks(of_layout["ranks"], layout, where)}
 
 
-def declared_ranks(of_ranks: Mapping[str, object], layout: object, target: str | None = None) -> dict[str, Any]:
-    """Check the ranks that a target declares, and return them as fields of the claims.
-
-    Raises:
-        TargetError: A declaration has a value that is not allowed, or the layout of the arrays is packed.
-    """
-    where = "" if target is None else f"target {target}: "
-    ranks = plain(of_ranks["ranks"])
+def _ranks(declared: object, layout: object, where: str) -> int:
+    """Check the number of ranks, which is 1 if the arrays are packed."""
+    ranks = plain(declared)
     if type(ranks) is not int or not 1 <= ranks <= MOST_RANKS:
         raise TargetError(f"{where}`ranks` must be an integer from 1 to {MOST_RANKS}, received {repr_of(ranks)}")
     if ranks > 1 and layout in PACKED:
         raise TargetError(
             f"{where}`ranks` must be 1 in the layout {layout}, received {ranks}: ranks share dense arrays"
         )
-    one_of("rank_layout", of_ranks["rank_layout"], RANK_LAYOUTS, target)
-    return {"ranks": ranks, "rank_layout": of_ranks["rank_layout"]}
+    return ranks

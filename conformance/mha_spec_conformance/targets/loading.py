@@ -27,15 +27,7 @@ from mha_spec_conformance.suite.text import name_of, text_of
 
 from .claims import PROFILES, Claims
 from .conversion import LIBRARIES
-from .declarations import (
-    OF_LAYOUT,
-    OF_RANKS,
-    TargetError,
-    declared_conventions,
-    declared_layout,
-    declared_ranks,
-    one_of,
-)
+from .declarations import OF_LAYOUT, TargetError, declared_conventions, declared_layout, one_of
 from .layouts import NEEDED
 from .metadata import dependencies
 
@@ -188,10 +180,7 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
     default = name if registered and name in LIBRARIES else "numpy"
     arrays = one_of("arrays", _declaration(module, "arrays", default), LIBRARIES)
     device = None if registered else _device(module)
-    of_layout, of_ranks = (
-        {n: v if registered else _declaration(module, n, v) for n, v in defaults.items()}
-        for defaults in (OF_LAYOUT, OF_RANKS)
-    )
+    of_layout = {n: v if registered else _declaration(module, n, v) for n, v in OF_LAYOUT.items()}
     features = _declared(module)
     features += DECLARED_FEATURES if registered else ()
     keywords = {role: _keywords(role, function, features, of_layout) for role, function in functions.items()}
@@ -199,7 +188,6 @@ def _claims(name: str, module: ModuleType, functions: Mapping[str, Callable[...,
         name=name,
         keywords=keywords,
         **declared_layout(of_layout, keywords),
-        **declared_ranks(of_ranks, of_layout["layout"]),
         unclaimed=() if features else tuple(role for role, function in functions.items() if _takes_any(function)),
         dtypes=_dtypes(module, registered),
         arrays=arrays,

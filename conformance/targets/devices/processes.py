@@ -39,8 +39,8 @@ OTHERS: list[subprocess.Popen] = []
 def everywhere(function, *arguments):
     """Call a function of the target's file on every rank, and return the result of rank 0.
 
-    After any error that is no refusal, the ranks may wait for each other: the others end, and the next call starts
-    them again. So it is where a rank has ended.
+    After any error that is no refusal, the ranks may wait for each other: the others are ended, and the next call
+    starts them again. A call also starts them again if a rank has ended since the last call.
     """
     if any(process.poll() is not None for process in OTHERS):
         _end()
