@@ -6,11 +6,6 @@ compiled for eight devices; what can be counted without a device is counted here
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +13,7 @@ import jax.numpy as jnp
 import numpy
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from support.programs import answers_of
 
 import mha_spec_jax
 from mha_spec.arguments import Arguments
@@ -40,20 +36,8 @@ MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Any]:
     """Run every part of ring_devices.py in a process with eight devices."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", str(tests / "ring_devices.py")]
     parts = ("meanings", "goldens", "mistakes", "memory", "programs", "example")
-    done = subprocess.run(
-        [*command, *parts],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return answers_of("ring_devices.py", *parts, timeout=900)
 
 
 @pytest.mark.parametrize("name", MEANINGS)

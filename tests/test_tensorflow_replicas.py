@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.programs import answers_of
 
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Any]:
     """Run tensorflow_replicas.py."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-P", str(tests / "tensorflow_replicas.py")],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return answers_of("tensorflow_replicas.py", timeout=600)
 
 
 @pytest.mark.parametrize("name", ["eager", "graph", "xla", "layer", "parameters"])

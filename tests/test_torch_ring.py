@@ -5,15 +5,11 @@ The calls run in processes that ring_processes.py starts once.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.programs import answers_of
 
 import mha_spec_torch
 from mha_spec.errors import ArgumentValueError
@@ -35,21 +31,10 @@ Answers = list[list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def answers() -> Answers:
     """Run every part of ring_processes.py, the last two in separate groups, which lose a rank."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     of_all = ("meanings", "derivatives", "mistakes", "refusals", "counts", "hidden", "memory", "overlap", "dtensors")
     parts = "+".join([*of_all, "refusals of dtensors", "example", "goldens"]), "ends", "hangs"
-    done = subprocess.run(
-        [sys.executable, "-P", str(tests / "ring_processes.py"), *parts],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results[0]) == RANKS, done.stderr
+    results: Answers = answers_of("ring_processes.py", *parts, timeout=600)
+    assert len(results[0]) == RANKS
     return results
 
 

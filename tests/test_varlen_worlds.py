@@ -194,6 +194,27 @@ def test_tensorflow_traces_once_for_all_sizes(layout: Any) -> None:
     assert program.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.parametrize("world", ["eager", "graph"])
+@pytest.mark.parametrize("layout", [packed, paged])
+def test_tensorflow_has_gradients_of_the_output_alone(layout: Any, world: str) -> None:
+    call = layout() | {"sinks": numbers(HEADS, seed=8)}
+    call |= {"grad_output": cotangents(call)["grad_output"]}
+    operands = ("query", "key", "value", "sinks")
+
+    def compute(arrays: Call) -> Any:
+        arrays = {"cu_seqlens_kv": None} | arrays | OPTIONS
+        cotangent, sources = arrays.pop("grad_output"), [arrays[name] for name in operands]
+        with tf.GradientTape() as tape:
+            tape.watch(sources)
+            output = mha_spec_tensorflow.varlen_attention(**arrays)
+        return output, *tape.gradient(output, sources, output_gradients=cotangent)
+
+    program: Any = compute if world == "eager" else tf.function(compute, input_signature=[signature(call)])
+    results = program({name: tf.constant(x) for name, x in call.items() if isinstance(x, numpy.ndarray)})
+    output, _, *gradients = separate(call | OPTIONS)
+    assert_near([*map(to_numpy, results)], [output, *gradients])
+
+
 @pytest.mark.parametrize(
     ("layout", "name", "shape", "fragment"),
     [

@@ -18,7 +18,7 @@ from .tasks import SCORES, Operands, Span, Task, blocks, narrowed, softmax_dtype
 from .visibility import Visibility
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -103,13 +103,15 @@ class PackedTask(Task):
 class PackedVisibility:
     """The constraints of every sequence, as a `Visibility` that is cut into tasks."""
 
-    def __init__(self, runs: Iterable[Run], tokens: int, *, heads: int = 0) -> None:
-        self._runs, self._tokens, self._heads = runs, tokens, heads
+    def __init__(self, a: VarlenArguments, parts: Sequence[Part], dtype: torch.dtype) -> None:
+        self._a, self._parts, self._dtype = a, parts, dtype
 
     @cached_property
     def tasks(self) -> list[PackedTask]:
         """The tasks of all sequences, which not every path of a call needs."""
-        return [task for run in self._runs for task in run.tasks(heads=self._heads, tokens=self._tokens)]
+        a, runs = self._a, _runs(self._a, self._parts, self._dtype)
+        heads = 0 if a.alibi_slopes is None else a.heads
+        return [task for run in runs for task in run.tasks(heads=heads, tokens=a.q_tokens)]
 
     def constraints(self, task: PackedTask) -> list[Tensor]:
         """Compare the pairs of a task with every constraint that may hide some of them."""
@@ -189,14 +191,13 @@ class Packed:
         sequences, dtype = sequences_of(a), softmax_dtype(a.query)
         parts = list(_parts(a, sequences, dtype))
         slopes = None if a.alibi_slopes is None else a.alibi_slopes.detach().to(dtype)
-        visibility = PackedVisibility(_runs(a, parts, dtype), a.q_tokens, heads=0 if slopes is None else a.heads)
         host = readable(a.query)
         problem = Problem(
             scale=steps.scale_of(a.scale, a.query.shape[2]),
             softcap=a.softcap,
             dropout_rate=0.0,
             dtype=dtype,
-            visibility=cast("Visibility", visibility),
+            visibility=cast("Visibility", PackedVisibility(a, parts, dtype)),
             host=host,
             suits_flash=host and a.softcap is None,
             is_ready=False,

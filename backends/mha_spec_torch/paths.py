@@ -142,28 +142,30 @@ def _by_task(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.T
     output = new((batch, q_len, heads, x.value.shape[3])).transpose(1, 2)
     lse = _empty_lse(problem, x) if needs_lse else None
     for task in tasks:
-        if not _written(task, output, lse, _natively(problem, task, x, needs_lse=needs_lse)):
-            for piece in pieces(task):
-                results = formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse)
-                _written(piece, output, lse, results)
+        _write_task(problem, task, x, output, lse)
     return output, lse
 
 
-def _natively(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any] | None:
-    """Return the kernel's results of a task, which it takes whole; None if another path must compute them."""
-    return native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse) if problem.suits_flash else None
+def _write_task(problem: Problem, task: Task, x: Operands, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Write the results of a task to its rows; the kernel takes a task whole."""
+    needs_lse = lse is not None
+    results = _natively(problem, task, x, needs_lse=needs_lse)
+    if results is not None:
+        _write(task, results, output, lse)
+        return
+    for piece in pieces(task):
+        _write(piece, formula.attend(problem, piece, problem.cut(x, piece), needs_lse=needs_lse), output, lse)
 
 
-def _written(
-    task: Task, output: torch.Tensor, lse: torch.Tensor | None, results: tuple[torch.Tensor, Any] | None
-) -> bool:
-    """Write the results of a task, if there are any, to its rows."""
-    if results is None:
-        return False
+def _write(task: Task, results: tuple[torch.Tensor, Any], output: torch.Tensor, lse: torch.Tensor | None) -> None:
     task.of_rows(output).copy_(results[0])
     if lse is not None:
         task.of_rows(lse).copy_(results[1])
-    return True
+
+
+def _natively(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any] | None:
+    """Return the kernel's results of a task; None if the formula must compute them."""
+    return native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse) if problem.suits_flash else None
 
 
 forward = without_autocast(attend)
