@@ -85,9 +85,9 @@ def test_values_and_kinds_are_those_of_the_goldens(number: int) -> None:
             values, kinds, _ = expect(call)
         except NotAdmitted:
             continue
-        of_output = {"paged_cache", "window_cache"}.isdisjoint(case.features)
+        contiguous = {"paged_cache", "window_cache"}.isdisjoint(case.features)
         for name, golden in case.expected.items():
-            if name not in kinds and not of_output:
+            if name not in kinds and not contiguous:
                 continue  # Of these caches, only the output is compared.
             picked = [array[name] for array in (values, kinds)]
             if golden.rows is not None:

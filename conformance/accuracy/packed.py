@@ -60,8 +60,8 @@ class PackedProblem(SharedProblem):
     @cached_property
     def sequences(self) -> list[tuple[list[int], list[int]]]:
         """The tokens of the queries of each sequence, and the slots of its keys in use."""
-        bounds = pairwise(self.arrays["cu_seqlens_q"].tolist())
-        return [(list(range(start, stop)), self._slots(b)) for b, (start, stop) in enumerate(bounds)]
+        ends = pairwise(self.arrays["cu_seqlens_q"].tolist())
+        return [(list(range(start, stop)), self._slots(b)) for b, (start, stop) in enumerate(ends)]
 
     def _slots(self, sequence: int) -> list[int]:
         if "block_table" not in self.arrays:
@@ -98,6 +98,7 @@ class Packing:
     narrow_sums: Any = None
     """The dtype to which the gradient of a slot is rounded after each addition."""
     other_pairs: Callable[[numpy.ndarray], numpy.ndarray] = lambda visible: visible
+    """Returns the visible pairs, of which a mistake changes some."""
 
     def __call__(self, p: PackedProblem) -> Results:
         """Return the results of a call."""

@@ -233,7 +233,7 @@ def _layer(call: Call, rows: None) -> Kinds:
 
     Of a cache in blocks, and of one whose slots wrap, only the output is compared, with that of a contiguous cache.
     """
-    from mha_spec_conformance.asking.calls import CACHE, function_over, joined, layer_answers, with_contiguous_cache
+    from mha_spec_conformance.asking import calls
 
     seen: dict[str, list[Array]] = {"attend": [], "weigh": []}
 
@@ -247,18 +247,20 @@ def _layer(call: Call, rows: None) -> Kinds:
 
     steps = LayerSteps()
     steps = replace(steps, attend=recorded("attend", steps.attend), weigh=recorded("weigh", steps.weigh))
-    passed = {name: _widened(array) for name, array in call.arrays.items()} | dict(call.options)
-    arguments = with_contiguous_cache(passed)
-    answers = joined(list(layer_answers(function_over(steps, call.function), call.function, arguments)))
+    arguments = {name: _widened(array) for name, array in call.arrays.items()} | dict(call.options)
+    contiguous = {calls.BLOCK_TABLE, calls.WINDOW_CACHE}.isdisjoint(arguments)
+    arguments = calls.with_contiguous_cache(arguments)
+    function = calls.function_over(steps, call.function)
+    answers = calls.joined(list(calls.layer_answers(function, call.function, arguments)))
     every = 2 if call.options.get("drafts") else 1
     visible = {name: numpy.concatenate(pairs[::every], axis=2) for name, pairs in seen.items() if pairs}
     kinds = {"weights": numpy.where(visible["weigh"], FINITE, EXACT)} if "weights" in answers else {}
     if "output" in answers:
         empty = ~visible["attend"].any(axis=(1, 3))
         kinds |= {"output": numpy.where(empty, EXACT, FINITE)[..., None]}
-    if CACHE[0] in answers and arguments is passed:
+    if "cache_key" in answers and contiguous:
         slots = numpy.arange(answers["cache_key"].shape[2])
-        old, new = (numpy.asarray(lengths)[:, None] for lengths in (arguments[CACHE[2]], answers[CACHE[2]]))
+        old, new = (numpy.asarray(named["cache_lengths"])[:, None] for named in (arguments, answers))
         of_slots = numpy.select([slots < old, slots < new], [EXACT, FINITE], ANY)[:, None, :, None]
         kinds |= {"cache_key": of_slots, "cache_value": of_slots, "cache_lengths": numpy.full(len(new), EXACT)}
     return kinds

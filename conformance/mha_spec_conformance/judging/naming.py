@@ -253,7 +253,7 @@ def _without_leftovers(names: Mapping[Key, tuple[Mistake, ...]]) -> dict[Key, tu
 
 
 def _exact(names: tuple[Mistake, ...], explained: Mapping[str, int]) -> tuple[Mistake, ...]:
-    """Leave out the mistakes that are compared by the size of errors or of NaN alone, if another explains as many."""
+    """Leave out the mistakes that are compared inexactly, if another explains as many failures."""
     exact = tuple(mistake for mistake in names if mistake.compared not in INEXACT)
     most = max((explained[mistake.name] for mistake in exact), default=0)
     return tuple(mistake for mistake in names if mistake in exact or explained[mistake.name] > most)

@@ -275,7 +275,7 @@ class _Comparison:
     def errs_alike(self, mistake: Mistake, least: float = 0.0) -> bool:
         """Tell whether the result has only errors of rounding, about as large as those of the mistake.
 
-        The errors of the mistake must exceed the allowance, unless `least` is the share of it that they count as.
+        The errors of the mistake must exceed the allowance, of which they count as at least the share `least`.
         """
         mistaken = self.predictions.outputs(mistake, self.dtype)
         if mistaken is None or not self._rounds(self.outputs):

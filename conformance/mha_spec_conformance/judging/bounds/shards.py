@@ -75,14 +75,14 @@ def _sums(
     e: Evaluation, parts: Iterable[Arrays], p: Precision, of_merge: Callable[[MergeBounds, Precision], Arrays]
 ) -> Arrays:
     """Merge partial results one after the other, and sum what each merge adds."""
-    first = _without_keys(e)
-    sums = {name: numpy.zeros_like(array) for name, array in first.items()}
+    merged = _without_keys(e)
+    sums = {name: numpy.zeros_like(array) for name, array in merged.items()}
     for part in parts:
-        halves = {f"{name}_{half}": x[name] for half, x in (("a", first), ("b", part)) for name in NAMES}
+        halves = {f"{name}_{half}": x[name] for half, x in (("a", merged), ("b", part)) for name in NAMES}
         merge = MergeBounds(halves, {}, Steps())
         added = of_merge(merge, p)
         sums = {name: sums[name] + added[name] for name in NAMES}
-        first = merge.values
+        merged = merge.values
     return sums
 
 
@@ -96,7 +96,7 @@ def _keys(shards: Shards, kv_len: int) -> list[list[numpy.ndarray]]:
 
 
 def _without_keys(e: Evaluation) -> Arrays:
-    """Return the results of rows that see no key, but the sink where there is one."""
+    """Return the results of rows without keys: an output of 0, and as lse the sink, or -inf without one."""
     rows = e.logits.shape[:3]
     lse = numpy.full(rows, -numpy.inf) if e.sinks is None else numpy.broadcast_to(e.sinks[..., 0], rows)
     return {"output": numpy.zeros(e.output.shape), "lse": lse}
