@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, cast
 
-import numpy
-
 from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, placement_of, storage_of
 from .errors import refuse_type, refuse_value
 from .scalars import is_integer, plain, short_repr
@@ -102,7 +100,7 @@ def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
 
 def python_values(value: object) -> list[Any] | None:
     """Return the entries of a list, a tuple or a NumPy array as Python values, or None for another value."""
-    entries: object = cast("Any", value).tolist() if isinstance(value, numpy.ndarray) else value
+    entries: object = cast("Any", value).tolist() if library_of(value) == "numpy" else value
     return [plain(entry) for entry in entries] if is_sequence(entries) else None
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "library_of",
     "lies_with",
     "namespace_of",
+    "native",
     "placement_of",
     "segment_ids",
     "softmax_dtype_name",
@@ -168,6 +169,11 @@ def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
     if not isinstance(value, numpy.ndarray):
         return None
     return cast("list[int]", (value if value.ndim == 1 else value.reshape(-1)).tolist())
+
+
+def native(array: numpy.ndarray) -> numpy.ndarray:
+    """Copy an array of NumPy with the order of bytes and of elements that every library takes."""
+    return numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C")
 
 
 def segment_ids(q_ids: Array, kv_ids: Array, like: Array) -> list[tuple[Array, Array]]:

@@ -15,7 +15,7 @@ import numpy
 
 from . import layer_checks, paged_steps, rotary_checks, window_steps
 from .arguments import DROPOUT_OPTIONS
-from .arrays import Array, device_of, dtype_name, host_integers, library_of, namespace_of, softmax_dtype_name
+from .arrays import Array, device_of, dtype_name, host_integers, library_of, namespace_of, native, softmax_dtype_name
 from .attention_reference import attention as attend
 from .attention_reference import attention_weights as weigh
 from .cache import KVCache
@@ -209,7 +209,8 @@ def new_lengths(
 def _as_integers(lengths: Array | Sequence[int], like: Array) -> Array:
     """Return integers as an array of a type of at least 32 bits, so that sums do not wrap."""
     xp = namespace_of(like)
-    array = xp.asarray(lengths, device=device_of(like))
+    numbers = native(cast("Any", lengths)) if library_of(lengths) == "numpy" else lengths
+    array = xp.asarray(numbers, device=device_of(like))
     return xp.astype(array, xp.int32) if dtype_name(array) in NARROW else array
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from .arguments import offset_of_reading
-from .arrays import device_of, dtype_name, host_integers, library_of, namespace_of, storage_of
+from .arrays import device_of, dtype_name, host_integers, library_of, namespace_of, native, storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,5 +58,5 @@ def _clamp(lengths: Array | Sequence[int] | None, size: int, like: Array) -> Arr
     xp, device = namespace_of(like), device_of(like)
     integers = xp.arange(0, device=device).dtype
     if library_of(lengths) != library_of(like):
-        lengths = xp.asarray(numpy.asarray(lengths), dtype=integers, device=device)
+        lengths = xp.asarray(native(numpy.asarray(lengths)), dtype=integers, device=device)
     return xp.clip(xp.astype(lengths, integers, copy=False), 0, size)

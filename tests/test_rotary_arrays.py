@@ -122,6 +122,15 @@ def test_frequencies_of_another_library_are_refused(library: str) -> None:
         mha_spec.rotary_embedding(x, POSITIONS, frequencies=frequencies, **OPTIONS)
 
 
+@pytest.mark.parametrize("name", ["frequencies", "sections"])
+def test_masked_arrays_are_refused(name: str) -> None:
+    """A mask hides numbers, which would be used as if they were there (MHA-ARG-4)."""
+    numbers_of = {"frequencies": FREQUENCIES, "sections": [len(FREQUENCIES)]}
+    x, masked = numbers(BATCH, HEADS, LENGTH, SIZE), numpy.ma.masked_array(numbers_of[name])
+    with pytest.raises(ArgumentTypeError, match=f"`{name}` must be"):
+        mha_spec.rotary_embedding(x, POSITIONS, **OPTIONS, **{name: masked})
+
+
 def test_frequencies_of_an_unknown_shape_are_refused() -> None:
     tensorflow = pytest.importorskip("tensorflow")
     x = to_library(numbers(BATCH, HEADS, LENGTH, SIZE).astype("float32"), "tensorflow")

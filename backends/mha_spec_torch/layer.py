@@ -12,7 +12,7 @@ from torch.nn.functional import rms_norm
 
 from mha_spec import layer_checks, layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
-from mha_spec.arrays import dtype_name, host_integers, softmax_dtype_name
+from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
 from mha_spec.cache import HighWater, KVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
@@ -21,6 +21,7 @@ from mha_spec.pools import WrittenSlots
 from .core import attention, attention_and_weights, attention_weights
 from .distributed import replicated
 from .function import transformed
+from .host import on_device
 from .paths import autocasts
 from .symbols import entries, example, is_open, traced
 from .varlen import varlen_attention
@@ -147,7 +148,7 @@ def positions(offset: Integers | int, length: int, like: Tensor) -> Tensor:
     """Return offset[b] + i for token i of batch entry b: (length,) or (batch, length) (MHA-POS-1, MHA-ROTARY-4)."""
     if isinstance(offset, (int, torch.SymInt)):
         return torch.arange(offset, offset + length, device=like.device)
-    starts = torch.as_tensor(offset, device=like.device).to(torch.int64)
+    starts = on_device(offset, like.device).to(torch.int64)
     return starts[..., None] + torch.arange(length, device=like.device)
 
 
@@ -157,9 +158,10 @@ def turns(
     """Return cosine and sine of position * frequency, computed in float64 if the device has it (MHA-ROTARY-5)."""
     device, dtype = like.device, _wide(like)
     wide = dtype if device.type == "mps" else torch.float64
-    factors = positions, frequencies if isinstance(frequencies, Tensor) else frequencies.copy()
-    positions, rates = (torch.as_tensor(factor, device=device).to(wide) for factor in factors)
-    angles = layer_steps.for_each_pair(positions) * rates
+    # In float64 a sequence may hold integers of any size.
+    numbers = positions if library_of(positions) else numpy.asarray(positions, dtype=numpy.float64)
+    places, rates = (on_device(factor, device).to(wide) for factor in (numbers, frequencies))
+    angles = layer_steps.for_each_pair(places) * rates
     angles = angles[:, None] if angles.ndim == 3 else angles
     return replicated(angles.cos().to(dtype), like), replicated(angles.sin().to(dtype), like)
 
@@ -175,7 +177,7 @@ def store(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tenso
     if 0 in (batch, capacity, new.shape[2]):
         return buffer
     slots = torch.arange(capacity, device=buffer.device)
-    start, stop = (torch.as_tensor(ends, device=buffer.device).to(torch.int64)[:, None] for ends in (start, stop))
+    start, stop = (on_device(ends, buffer.device).to(torch.int64)[:, None] for ends in (start, stop))
     source = (slots - start).clamp(0, new.shape[2] - 1)
     moved = new.gather(2, source[:, None, :, None].expand(batch, heads, capacity, size))
     return torch.where(((slots >= start) & (slots < stop))[:, None, :, None], moved, buffer)

@@ -16,6 +16,7 @@ from mha_spec.checks import check_numbers
 from mha_spec.position_checks import check_chunk, check_window
 
 from .dropout import Draws, draws_of
+from .host import on_device
 from .paths import backward, differentiable, forward, weigh_backward
 from .paths import weigh as weigh_by_formula
 from .problem import Problem, readable
@@ -102,7 +103,7 @@ def tensor_of(value: Any, count: int, device: torch.device) -> Tensor | None:
         return value if value.ndim else value.expand(count)
     if isinstance(value, (int, torch.SymInt)):
         return torch.full((count,), cast("int", value), dtype=torch.int64, device=device)
-    return torch.as_tensor(value, device=device)
+    return on_device(value, device)
 
 
 def _called(spelled: Sequence[Any], *, host: bool = True) -> tuple[Problem, Operands]:

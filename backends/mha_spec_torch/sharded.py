@@ -18,6 +18,7 @@ from .calls import cast
 from .distributed import refuse_distributed
 from .function import Attention, transformed
 from .groups import Group, attached, exchanged, shared, summed
+from .host import on_device
 from .merging import merge
 from .paths import autocasts
 from .ring import Ring, without_keys
@@ -243,5 +244,5 @@ def _arguments(
 def _ids(a: ShardedArguments) -> tuple[Tensor | None, Tensor | None]:
     """Convert segment ids to tensors on the device of the queries."""
     ids = a.q_segment_ids, a.kv_segment_ids
-    q_ids, kv_ids = (None if array is None else torch.as_tensor(array, device=a.query.device) for array in ids)
+    q_ids, kv_ids = (None if array is None else on_device(array, a.query.device) for array in ids)
     return q_ids, kv_ids

@@ -28,6 +28,7 @@ from mha_spec.constraints import (
     trimmed,
 )
 
+from .host import on_device
 from .symbols import surely
 from .tasks import Span, Task, blocks, logits_of
 
@@ -335,7 +336,7 @@ class Visibility:
     def _see_segments(self, task: Task) -> Iterator[torch.Tensor]:
         if self.q_ids is None or self._of_one_segment(task):
             return
-        q_ids, kv_ids = (torch.as_tensor(ids, device=self.device) for ids in self._ids(task))
+        q_ids, kv_ids = (on_device(ids, self.device) for ids in self._ids(task))
         yield equal_ids(q_ids[:, None, :, None], kv_ids[:, None, None, :])
 
     def _of_one_segment(self, task: Task) -> bool:
@@ -374,7 +375,7 @@ def with_integers(a: Arguments) -> Arguments:
 
 
 def _clamped(lengths: Integers | None, size: int, device: torch.device) -> torch.Tensor | int:
-    return size if lengths is None else saturated(torch.as_tensor(lengths, device=device)).clamp(0, size)
+    return size if lengths is None else saturated(on_device(lengths, device)).clamp(0, size)
 
 
 def saturated(integers: torch.Tensor) -> torch.Tensor:

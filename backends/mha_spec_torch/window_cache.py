@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .host import on_device
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -18,7 +20,7 @@ __all__ = ["integers", "store_wrapped", "unroll"]
 
 def integers(numbers: Integers | int, like: Tensor) -> Tensor:
     """Return integers as a tensor of 64 bits on the device of `like`."""
-    return torch.as_tensor(numbers, device=like.device).to(torch.int64)
+    return on_device(numbers, like.device).to(torch.int64)
 
 
 def store_wrapped(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tensor:
