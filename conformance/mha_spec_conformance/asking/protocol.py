@@ -333,8 +333,9 @@ def answer_from(message: Message, question: Question, path: Path) -> Answer:
 
 
 def _is_time(seconds: object) -> bool:
-    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    return is_number and 0 <= seconds <= MOST_SECONDS
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        return False
+    return 0 <= seconds <= MOST_SECONDS
 
 
 class _Missing(Exception):
