@@ -262,7 +262,7 @@ def test_the_indices_of_a_large_pool_are_int64(blocks: int, dtype: type) -> None
     small, pool = torch.empty(blocks, 16, 8, 3, device="meta"), torch.empty(blocks, 16, 8, 64, device="meta")
     for key, value in ((pool, small), (small, pool)):
         call: Any = SimpleNamespace(a=SimpleNamespace(heads=8, key=key, value=value), parts=[])
-        assert decoding._index_dtype(call) is dtype  # pyright: ignore[reportPrivateUsage]
+        assert decoding._index_dtype(call) is dtype
 
 
 def test_other_calls_copy_their_blocks() -> None:

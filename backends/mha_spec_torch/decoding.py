@@ -102,7 +102,7 @@ def _pairs(packed: Packed) -> Pairs | None:
     for (part, keys), place in zip(seen, numpy.split(slots, bounds[heads:-1:heads]), strict=True):
         slots_of_row = (_slots(part, keys, block_size) * kv_heads).astype(dtype)
         numpy.add(slots_of_row, head_of_row, out=place.reshape(heads, -1))
-    return Pairs(*(torch.from_numpy(array) for array in (bounds, slots, lengths)), longest)
+    return Pairs(torch.from_numpy(bounds), torch.from_numpy(slots), torch.from_numpy(lengths), longest)
 
 
 def _slots(part: Part, keys: slice, block_size: int) -> numpy.ndarray:
