@@ -134,7 +134,9 @@ def judged(session: nox.Session, names: Iterable[str]) -> dict[str, dict[str, An
         target, packages = target_with_packages(session, name)
         known, report = FOLDER / f"{name}.known.toml", FIELD / f"{name}.json"
         deviations = ("--known", str(known)) if known.exists() else ()
-        command = ("mha-spec", "check", *target, "--jobs", "2", *deviations, "--json", str(report))
+        # The first call of a compiled function may take longer than the usual minute on a machine with other work.
+        options = ("--jobs", "2", "--timeout", "300", *deviations, "--json", str(report))
+        command = ("mha-spec", "check", *target, *options)
         report.unlink(missing_ok=True)
         run_tool(session, *command, env=packages, success_codes=[0, 1, 2])
         if not report.exists():

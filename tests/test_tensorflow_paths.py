@@ -261,6 +261,26 @@ def test_large_packed_sequences_are_computed_in_threads(causal: bool, monkeypatc
     assert len(used) == 2
 
 
+def test_packed_sequences_of_equal_lengths_are_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tf.transpose(operands(q_len=31, kv_len=31)[0][0], (1, 0, 2))
+    ends, real = [0, 3, 6, 9, 14, 19, 22], forward.attend
+    batches: list[tuple[int, int]] = []
+
+    def watch(problem: Any, x: Any, **options: Any) -> Any:
+        batches.append((x.query.shape[0], x.query.shape[2]))
+        return real(problem, x, **options)
+
+    def asked(**options: Any) -> list[tuple[int, int]]:
+        batches.clear()
+        varlen_attention(tokens, tokens, tokens, ends, ends, **options)
+        return batches
+
+    monkeypatch.setattr(forward, "attend", watch)
+    assert asked(causal=True) == [(3, 3), (2, 5), (1, 3)]
+    assert asked(causal=True, q_offset=[0, 0, 7, 2, 2, 2]) == [(2, 3), (1, 3), (2, 5), (1, 3)]
+    assert asked(seqused_kv=[3, 2, 2, 5, 5, 3]) == [(1, 3)] * 3 + [(2, 5), (1, 3)]
+
+
 def packed_results(tokens: tf.Tensor, ends: list[int], *, causal: bool) -> list[numpy.ndarray]:
     """Return the output of packed sequences and the gradients of a tape."""
     variables = [tf.Variable(tokens), tf.Variable(2 * tokens), tf.Variable(3 * tokens)]

@@ -31,6 +31,8 @@ LENGTHS = [
     {"cu_seqlens_q": [0, 0, 0, 0, 0, 0], "cu_seqlens_kv": [0, 9, 9, 9, 9, 9]},
 ]
 """Lengths for the same numbers of tokens and of sequences."""
+EQUAL = {"cu_seqlens_q": [0, 3, 6, 9, 11, 13], "cu_seqlens_kv": [0, 5, 10, 15, 22, 29]}
+"""Lengths of which consecutive ones are equal."""
 
 
 def filled(**changed: Any) -> Call:
@@ -249,8 +251,9 @@ def test_tensorflow_has_forward_mode_in_a_graph() -> None:
     assert_near([*map(to_numpy, tf.function(lambda: push(LENGTHS[0]))())], wanted)
 
 
-def test_xla_needs_lengths_on_the_host() -> None:
-    call = filled(**bounds(LENGTHS[0])) | OPTIONS
+@pytest.mark.parametrize("lengths", [LENGTHS[0], EQUAL], ids=["different", "equal"])
+def test_xla_needs_lengths_on_the_host(lengths: dict[str, list[int]]) -> None:
+    call = filled(**bounds(lengths)) | OPTIONS
     tensors = arrays_of(call, tf.constant)
     program = tf.function(mha_spec_tensorflow.varlen_attention, jit_compile=True)
     with pytest.raises(ArgumentTypeError, match="`cu_seqlens_q` must be host data where XLA compiles"):
@@ -258,7 +261,7 @@ def test_xla_needs_lengths_on_the_host() -> None:
 
     @tf.function(jit_compile=True)
     def compiled(operands: Call) -> Any:
-        return mha_spec_tensorflow.varlen_attention(**operands, **LENGTHS[0], **OPTIONS, return_lse=True)
+        return mha_spec_tensorflow.varlen_attention(**operands, **lengths, **OPTIONS, return_lse=True)
 
     results = compiled({name: tensors[name] for name in ("query", "key", "value")})
     assert_near([*map(to_numpy, results)], list(separate(call)))

@@ -1,8 +1,8 @@
-"""Packed and paged sequences, each a call of attention: in Python in eager mode, in a loop of the graph when traced.
+"""Packed and paged sequences as calls of attention: in Python in eager mode, in a loop of the graph when traced.
 
 | call | lengths | path |
 | --- | --- | --- |
-| eager | any; tensors are read | a loop in Python over the sequences |
+| eager | any; tensors are read | a loop in Python; consecutive sequences of equal lengths are a batch |
 | traced | any | a `tf.while_loop` over the sequences; a graph for all lengths |
 | traced for XLA | on the host, and the table too | a loop in Python; other lengths compile again |
 | traced for XLA | tensors | an error, because XLA has no arrays of unknown sizes |
@@ -13,7 +13,8 @@ The work and the memory are those of a call for each sequence. Gradients are in 
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
@@ -45,10 +46,12 @@ __all__ = ["attention", "vjp"]
 
 
 class SequenceBounds(NamedTuple):
-    """Where a sequence lies: numbers where they are read, else scalar tensors."""
+    """Where a sequence lies, or a run of equal ones: numbers where they are read, else scalar tensors."""
 
     number: Size
-    """Its place among the sequences."""
+    """Its place among the runs."""
+    sequences: int
+    """Their number."""
     q_first: Size
     q_length: Size
     kv_first: Size
@@ -120,13 +123,23 @@ class PackedSequences:
             offset = offset if self.is_read else tf.cast(offset, tf.int32)
         return self.q_lengths * 0 + (0 if offset is None else offset)
 
-    def __getitem__(self, index: Size) -> SequenceBounds:
-        """Return the sequence of an index."""
+    @cached_property
+    def runs(self) -> list[SequenceBounds]:
+        """Consecutive sequences of equal lengths, if they are read; keys that are not in use, and pages, end a run."""
+        if not self.is_read:
+            return []
+        shapes = numpy.stack([self.q_lengths, self.kv_lengths, self.offsets])
+        ends = (shapes[:, 1:] != shapes[:, :-1]).any(0) | (self.kv_lengths != self.kv_rooms)[:-1] | self.a.is_paged
+        edges = [0, *(numpy.flatnonzero(ends) + 1).tolist(), self.count] if self.count else []
+        return [self.run(number, first, stop - first) for number, (first, stop) in enumerate(pairwise(edges))]
+
+    def run(self, number: Size, index: Size, sequences: int = 1) -> SequenceBounds:
+        """Return the run that begins with the sequence of an index."""
         arrays = (self.q_ends, self.q_lengths, self.kv_ends, self.kv_lengths, self.kv_rooms, self.offsets)
         numbers: list[Any] = [int(array[index]) if self.is_read else array[index] for array in arrays]
         q_first, q_length, kv_first, kv_length, kv_room, offset = numbers
         pages = None if self.table is None else self._pages(index, kv_length)
-        return SequenceBounds(index, q_first, q_length, kv_first, kv_length, kv_room, offset, pages)
+        return SequenceBounds(number, sequences, q_first, q_length, kv_first, kv_length, kv_room, offset, pages)
 
     def _pages(self, index: Size, length: Size) -> Array:
         """Return the numbers of the pages that hold the keys in use of a sequence; no other entry is used."""
@@ -143,24 +156,25 @@ class PackedSequences:
 
 
 class _Tokens:
-    """The tokens of each sequence in an array (tokens, ...).
+    """The tokens of each run in an array (tokens, ...).
 
-    Where the sequences are read, a single operation splits the array; to slice it for each of them takes longer.
+    Where the sequences are read, a single operation splits the array; to slice it for each run takes longer.
     """
 
-    def __init__(self, array: Array, sequences: PackedSequences, firsts: Any, lengths: Any) -> None:
-        """Take the first token and the number of tokens of each sequence, in order."""
+    def __init__(self, array: Array, places: list[tuple[Any, Any]]) -> None:
+        """Take the first token and the number of tokens of each run, in order; no run if they are not read."""
         self.array, self.parts = array, None
-        if sequences.is_read and sequences.count:
-            ends = firsts + lengths
-            gaps = numpy.append(firsts, 0) - numpy.insert(ends, 0, 0)
-            gaps[-1] = -1  # The tokens behind the last sequence.
-            sizes = numpy.insert(gaps, range(1, len(gaps)), lengths)
-            self.parts = tf.split(array, sizes)[1::2]
+        if places:
+            edges = [0, *chain.from_iterable((first, first + tokens) for first, tokens in places)]
+            sizes = [stop - start for start, stop in pairwise(edges)]
+            self.parts = tf.split(array, [*sizes, -1])[1::2]
 
-    def of(self, index: Size, first: Size, length: Size) -> Array:
-        """Return the tokens of a sequence."""
-        return self.array[first : first + length] if self.parts is None else self.parts[index]
+    def of(self, run: SequenceBounds, first: Size, length: Size) -> Array:
+        """Return the tokens of a run, (sequences, length, ...)."""
+        tokens = self.array[first : first + length] if self.parts is None else self.parts[run.number]
+        if run.sequences == 1:
+            return tf.expand_dims(tokens, 0)  # In eager mode, a reshape takes longer than to transpose few tokens.
+        return tf.reshape(tokens, (run.sequences, -1, *tokens.shape[1:]))
 
 
 def _is_read(a: VarlenArguments) -> bool:
@@ -216,8 +230,8 @@ def _attend(a: VarlenArguments, sequences: PackedSequences, x: Operands, *, need
 def _by_sequence(a: VarlenArguments, sequences: PackedSequences, x: Operands, *, needs_lse: bool) -> tuple[Array, ...]:
     calls = _Calls(a, sequences, x)
 
-    def step(sequence: SequenceBounds) -> Tensors:
-        results = forward.attend(*calls.of(sequence), needs_lse=needs_lse)
+    def step(run: SequenceBounds) -> Tensors:
+        results = forward.attend(*calls.of(run), needs_lse=needs_lse)
         parts = {"output": _tokens(results["output"])}
         return parts | {"lse": tf.squeeze(_tokens(results["lse"]), 2)} if needs_lse else parts
 
@@ -232,15 +246,15 @@ def _gradients(
     calls, dtype = _Calls(a, sequences, x), softmax_dtype(a.query)
     cotangents = calls.of_rows(grad_output), None if grad_lse is None else calls.of_rows(grad_lse)
 
-    def step(sequence: SequenceBounds) -> Tensors:
-        of_output, of_lse = (None if rows is None else _dense(calls.rows(rows, sequence)) for rows in cotangents)
+    def step(run: SequenceBounds) -> Tensors:
+        of_output, of_lse = (None if rows is None else _swapped(calls.rows(rows, run)) for rows in cotangents)
         of_lse = None if of_lse is None else of_lse[..., None]
-        grads = gradients(*calls.of(sequence), of_output, of_lse)
+        grads = gradients(*calls.of(run), of_output, of_lse)
         parts = {"query": _tokens(grads.query), "key": _tokens(grads.key), "value": _tokens(grads.value)}
-        if sequence.pages is not None:
-            parts["slots"] = sequences.slots(sequence)
+        if run.pages is not None:
+            parts["slots"] = sequences.slots(run)
         else:
-            unused = [[0, sequence.kv_room - sequence.kv_length], [0, 0], [0, 0]]
+            unused = [[0, run.kv_room - run.kv_length], [0, 0], [0, 0]]  # A run with unused keys has one sequence.
             parts |= {name: tf.pad(parts[name], unused) for name in ("key", "value")}
         if grads.sinks is not None:
             parts["sinks"] = tf.reshape(grads.sinks, (1, -1))
@@ -270,7 +284,7 @@ def _of_keys(sequences: PackedSequences, parts: Tensors, name: str, like: Array)
 
 
 class _Calls:
-    """The sequences as calls of attention, each with a single batch entry."""
+    """The runs as calls of attention, with a batch entry for each sequence."""
 
     def __init__(self, a: VarlenArguments, sequences: PackedSequences, x: Operands) -> None:
         self.a, self.sequences, self.dtype = a, sequences, softmax_dtype(a.query)
@@ -279,17 +293,17 @@ class _Calls:
         self.sinks = None if x.sinks is None else tf.reshape(x.sinks, (1, -1, 1, 1))
         self._problems: dict[tuple[Size, ...], Problem] = {}
 
-    def of(self, sequence: SequenceBounds) -> tuple[Problem, Operands]:
-        """Return the call of a sequence."""
-        query = _dense(tf.cast(self.rows(self.query, sequence), self.dtype))
-        key, value = (_dense(tf.cast(self.keys(source, sequence), self.dtype)) for source in (self.key, self.value))
+    def of(self, run: SequenceBounds) -> tuple[Problem, Operands]:
+        """Return the call of a run."""
+        query = _swapped(tf.cast(self.rows(self.query, run), self.dtype))
+        key, value = (_swapped(tf.cast(self.keys(source, run), self.dtype)) for source in (self.key, self.value))
         x = Operands(query, key, value, None, self.sinks)
         if not self.sequences.is_read:
-            return self._problem(x, tf.reshape(sequence.offset, (1,))), x
-        # Sequences of equal lengths are calls of the same options.
-        shape = sequence.q_length, sequence.kv_length, sequence.offset
+            return self._problem(x, tf.reshape(run.offset, (1,))), x
+        # Runs of equal lengths are calls of the same options.
+        shape = run.sequences, run.q_length, run.kv_length, run.offset
         if shape not in self._problems:
-            self._problems[shape] = self._problem(x, sequence.offset)
+            self._problems[shape] = self._problem(x, run.offset)
         return self._problems[shape], x
 
     def _problem(self, x: Operands, offset: Array | int) -> Problem:
@@ -299,40 +313,35 @@ class _Calls:
 
     def of_rows(self, array: Array) -> _Tokens:
         """Cut an array of the tokens of all queries."""
-        return _Tokens(array, self.sequences, self.sequences.q_ends[:-1], self.sequences.q_lengths)
+        return _Tokens(array, [(run.q_first, run.sequences * run.q_length) for run in self.sequences.runs])
 
     def _of_keys(self, array: Array) -> _Tokens | Array:
-        sequences = self.sequences
-        if sequences.page is not None:
+        if self.sequences.page is not None:
             return array
-        return _Tokens(array, sequences, sequences.kv_ends[:-1], sequences.kv_lengths)
+        return _Tokens(array, [(run.kv_first, run.sequences * run.kv_length) for run in self.sequences.runs])
 
-    def rows(self, tokens: _Tokens, sequence: SequenceBounds) -> Array:
-        """Return the rows of a sequence, (q_length, heads, ...)."""
-        return tokens.of(sequence.number, sequence.q_first, sequence.q_length)
+    def rows(self, tokens: _Tokens, run: SequenceBounds) -> Array:
+        """Return the rows of a run, (sequences, q_length, heads, ...)."""
+        return tokens.of(run, run.q_first, run.q_length)
 
-    def keys(self, source: _Tokens | Array, sequence: SequenceBounds) -> Array:
-        """Return the keys in use of a sequence or their values, (kv_length, kv_heads, size)."""
+    def keys(self, source: _Tokens | Array, run: SequenceBounds) -> Array:
+        """Return the keys in use of a run or their values, (sequences, kv_length, kv_heads, size)."""
         if isinstance(source, _Tokens):
-            return source.of(sequence.number, sequence.kv_first, sequence.kv_length)
-        pages = tf.reshape(tf.gather(source, sequence.pages), (-1, *source.shape[2:]))
-        return pages if pages.shape[0] == sequence.kv_length else pages[: sequence.kv_length]
-
-
-def _dense(tokens: Array) -> Array:
-    """Transpose tokens of a sequence, (length, heads, ...), to a batch with a single entry."""
-    return tf.expand_dims(_swapped(tokens), 0)
+            return source.of(run, run.kv_first, run.kv_length)
+        pages = tf.reshape(tf.gather(source, run.pages), (1, -1, *source.shape[2:]))
+        return pages if pages.shape[1] == run.kv_length else pages[:, : run.kv_length]
 
 
 def _tokens(rows: Array) -> Array:
-    """Transpose a batch with a single entry, (1, heads, length, size), to tokens."""
-    return _swapped(tf.squeeze(rows, 0))
+    """Transpose a batch, (sequences, heads, length, size), to the tokens of a run."""
+    tokens = _swapped(rows)
+    return tf.squeeze(tokens, 0) if rows.shape[0] == 1 else tf.reshape(tokens, (-1, *tokens.shape[2:]))
 
 
 def _swapped(array: Array) -> Array:
-    """Exchange the first two axes: `Einsum` with every axis named takes half of the time of `tf.transpose`."""
-    rest = "cd"[: len(array.shape) - 2]
-    return tf.raw_ops.Einsum(inputs=[array], equation=f"ab{rest}->ba{rest}")
+    """Exchange the axes 1 and 2: `Einsum` with every axis named takes half of the time of `tf.transpose`."""
+    rest = "d"[: len(array.shape) - 3]
+    return tf.raw_ops.Einsum(inputs=[array], equation=f"abc{rest}->acb{rest}")
 
 
 def _for_all_tokens(rows: Array, ends: Any, tokens: Size, fill: float = 0.0) -> Array:
@@ -347,10 +356,10 @@ def _joined(
     step: Callable[[SequenceBounds], Tensors],
     specs: dict[str, tuple[tuple[int, ...], tf.DType]],
 ) -> Tensors:
-    """Take a step for each sequence, and concatenate the results, whose other axes and dtypes `specs` describes."""
+    """Take a step for each run, and concatenate the results, whose other axes and dtypes `specs` describes."""
     if not sequences.is_read:
         return _looped(sequences, step, specs)
-    calls = [partial(step, sequences[index]) for index in range(sequences.count)]
+    calls = [partial(step, run) for run in sequences.runs]
     if not calls:
         return {name: tf.zeros((0, *sizes), dtype) for name, (sizes, dtype) in specs.items()}
     parts = results_of(calls) if _are_for_threads(sequences) else [call() for call in calls]
@@ -358,16 +367,16 @@ def _joined(
 
 
 def _are_for_threads(sequences: PackedSequences) -> bool:
-    """Return True if the sequences of an eager call are large enough for threads, and none takes most of the time.
+    """Return True if the runs of an eager call are large enough for threads, and none takes most of the time.
 
-    TensorFlow transposes tokens on a single thread, so that sequences in turn would leave the other threads idle. A
-    large sequence in turn can use all threads itself.
+    TensorFlow transposes tokens on a single thread, so that runs in turn would leave the other threads idle. A large
+    run in turn can use all threads itself.
     """
     if not tf.executing_eagerly():
         return False
-    scores = sequences.q_lengths * sequences.kv_lengths
-    total = int(scores.sum())
-    return sequences.a.heads * total >= sequences.count * COST_OF_BLOCK and 2 * int(scores.max()) <= total
+    scores: list[Any] = [run.sequences * run.q_length * run.kv_length for run in sequences.runs]
+    total = sum(scores)
+    return sequences.a.heads * total >= len(scores) * COST_OF_BLOCK and 2 * max(scores) <= total
 
 
 def _looped(
@@ -381,7 +390,7 @@ def _looped(
     }
 
     def body(index: Array, arrays: dict[str, tf.TensorArray]) -> tuple:
-        parts = step(sequences[index])
+        parts = step(sequences.run(index, index))
         return index + 1, {name: array.write(index, parts[name]) for name, array in arrays.items()}
 
     start = (tf.constant(0), arrays)
