@@ -65,10 +65,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     suite, settings = load(), Settings(Selection(tuple(options.only)))
-    here = InProcess(options.target)
+    in_process = InProcess(options.target)
 
     runs: dict[str, Callable[[], Run]] = {
-        "in this process": lambda: judge_all(here, Judge(here.claims), suite, settings),
+        "in this process": lambda: judge_all(in_process, Judge(in_process.claims), suite, settings),
         "one worker": lambda: run(options.target, suite, settings),
         "two workers": lambda: run(options.target, suite, replace(settings, jobs=2)),
     }

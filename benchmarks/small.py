@@ -3,7 +3,7 @@
 Run `python benchmarks/small.py numpy|torch|jax|tensorflow`; a row past its limit fails the run. Every call is in
 float32 and has 8 heads of 64 unless its name gives another shape. Calls alternate with the peer's, and the times are
 medians in microseconds. For a machine that other processes use, `--least` gives minima, and `--processor` gives the
-processor time of all threads.
+processor time of all threads. `small.py torch --stages` shows what a call with a mask consists of.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
-from measure import ratio
+from measure import medians, ratio
 from rich.console import Console
 from rich.table import Table
 
@@ -121,6 +121,30 @@ def torch_rows() -> Iterator[Row]:
         yield Row(call, "SDPA, causal" if causal else "SDPA", Limit(1.1 if q_len >= 128 else 1.5), ours, theirs)
 
 
+def torch_stages() -> dict[str, Callable[[], object]]:
+    """Build up a masked call of PyTorch at 128 x 128: each function adds a stage to the one before."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    from mha_spec_torch import attention
+
+    q, k, v = map(torch.from_numpy, operands(128, 128))
+    mask = torch.from_numpy(lower_triangle(128, 128))
+    seen, hidden = torch.tensor(0.0), torch.tensor(-torch.inf)
+    logits = torch.where(mask, seen, hidden)
+
+    def converting() -> torch.Tensor:
+        return sdpa(q, k, v, attn_mask=torch.where(mask, seen, hidden))
+
+    return {
+        "SDPA with the mask": partial(sdpa, q, k, v, attn_mask=mask),
+        "SDPA with logits": partial(sdpa, q, k, v, attn_mask=logits),
+        "and the mask is converted": converting,
+        "and a sum searches for NaN": lambda: converting().sum().item(),
+        "and all of Python: attention": partial(attention, q, k, v, mask=mask),
+    }
+
+
 def jax_rows() -> Iterator[Row]:
     """Compare JAX with itself without a constraint."""
     import jax
@@ -168,6 +192,10 @@ def measured(table: Table, row: Row, middle: Callable[[Iterable[float]], float],
 
 def main() -> None:
     """Print the table of the backend that the command line names."""
+    if sys.argv[1:] == ["torch", "--stages"]:
+        for stage, seconds in medians(torch_stages(), 20.0).items():
+            print(f"{stage:30s} {seconds * 1e6:6.0f} us")
+        return
     names = [name for name in sys.argv[1:] if name not in ("--least", "--processor")]
     if len(names) != 1 or names[0] not in ROWS:
         sys.exit(f"small.py: name one backend, {', '.join(ROWS)}")

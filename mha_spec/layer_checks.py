@@ -134,6 +134,27 @@ def _check_params(a: LayerArguments) -> None:
     """Require known names, shapes that agree with each other, and the query's dtype (MHA-PROJ-4)."""
     if not is_mapping(a.params):
         refuse_type("MHA-PROJ-4", f"`params` must be a mapping of names to arrays, received {type(a.params).__name__}.")
+    _check_names(a)
+    for name in _distinct(a.params):
+        check_same_dtype(f"params[{name!r}]", a.params[name], a.query, "query", "MHA-PROJ-4")
+    sizes = {"embed": a.query.shape[2]}
+    if a.key is not None:
+        sizes["k_embed"] = a.key.shape[2]
+    if a.value is not None:
+        sizes["v_embed"] = a.value.shape[2]
+    for name, axes in AXES.items():
+        if name in a.params:
+            _check_sizes(name, axes, a.params[name].shape, sizes)
+    if sizes["heads"] % sizes["kv_heads"]:
+        refuse_value(
+            "MHA-HEAD-2",
+            f"`params` must have heads that are a multiple of kv_heads={sizes['kv_heads']}, "
+            f"received heads={sizes['heads']} in w_q.",
+        )
+
+
+def _check_names(a: LayerArguments) -> None:
+    """Require all names that the function needs, none that is unknown, and a single norm of each kind."""
     required = REQUIRED[:2] if a.weighs else REQUIRED
     missing = [name for name in required if name not in a.params]
     unknown = [repr(name) for name in a.params if name not in AXES]
@@ -151,22 +172,6 @@ def _check_params(a: LayerArguments) -> None:
                 f"`params` must hold {single}, whose mean is over a head, or {joint}, whose mean is over all heads, "
                 "received both.",
             )
-    sizes = {"embed": a.query.shape[2]}
-    if a.key is not None:
-        sizes["k_embed"] = a.key.shape[2]
-    if a.value is not None:
-        sizes["v_embed"] = a.value.shape[2]
-    for name in _distinct(a.params):
-        check_same_dtype(f"params[{name!r}]", a.params[name], a.query, "query", "MHA-PROJ-4")
-    for name, axes in AXES.items():
-        if name in a.params:
-            _check_sizes(name, axes, a.params[name].shape, sizes)
-    if sizes["heads"] % sizes["kv_heads"]:
-        refuse_value(
-            "MHA-HEAD-2",
-            f"`params` must have heads that are a multiple of kv_heads={sizes['kv_heads']}, "
-            f"received heads={sizes['heads']} in w_q.",
-        )
 
 
 def _distinct(params: Mapping[str, Array]) -> Iterable[str]:

@@ -74,11 +74,17 @@ def pages_of(x: Array, blocks: Sequence[int], length: int) -> Array:
     return xp.concat([empty, *(x[block, ...] for block in blocks)], axis=0)[:length, ...]
 
 
-def keys_of(x: Array, sequence: PackedSequence, steps: VarlenSteps) -> Array:
-    """Return the keys in use of a sequence, or its values, with the axes of a dense call (MHA-VARLEN-4)."""
+def keys_of(x: Array, sequence: PackedSequence, a: VarlenArguments, steps: VarlenSteps) -> Array:
+    """Return the keys in use of a sequence, or its values, as operands of a dense call (MHA-VARLEN-4)."""
     if sequence.blocks is None:
-        return steps.tokens_of(x, sequence.keys)
-    return tokens_of(steps.pages_of(x, sequence.blocks, len(sequence.keys)), sequence.keys)
+        return widened(steps.tokens_of(x, sequence.keys), a, steps)
+    return widened(tokens_of(steps.pages_of(x, sequence.blocks, len(sequence.keys)), sequence.keys), a, steps)
+
+
+def widened(x: Array, a: VarlenArguments, steps: VarlenSteps) -> Array:
+    """Convert to the softmax's type, so that results are rounded once (MHA-SOFTMAX-2, MHA-VARLEN-11)."""
+    xp = namespace_of(x)
+    return xp.astype(x, getattr(xp, steps.attention.softmax_dtype(dtype_name(a.query))), copy=False)
 
 
 def heads_first(lse: Array) -> Array:
@@ -153,7 +159,7 @@ class VarlenSteps:
 
     arguments: Callable[..., VarlenArguments] = varlen_arguments
     check_cotangents: Callable[..., None] = check_cotangents
-    sequences: Callable[..., list[PackedSequence]] = sequences_of
+    sequences: Callable[..., Sequence[PackedSequence]] = sequences_of
     tokens_of: Callable[..., Array] = tokens_of
     rows_of: Callable[..., Array] = rows_of
     pages_of: Callable[..., Array] = pages_of
@@ -234,7 +240,7 @@ class Varlen:
                 outputs.append((call.sequence.queries, steps.rows_of(output)))
                 if return_lse:
                     rows_of_lse.append((call.sequence.queries, steps.rows_of(lse[..., None])[..., 0]))
-            rows, like = a.query.shape[:2], self._widen(a.query[:0, ...], a)
+            rows, like = a.query.shape[:2], widened(a.query[:0, ...], a, steps)
             output = steps.pack(outputs, (*rows, a.value.shape[-1]), like, 0.0, steps)
             output = steps.attention.round_output(output, dtype_name(query))
             if not return_lse:
@@ -295,14 +301,14 @@ class Varlen:
             of_lse = None if grad_lse is None else grad_lse[None, :, tokens.start : tokens.stop]
             cotangent = steps.tokens_of(grad_output, tokens)
             parts.append((call.sequence, steps.differentiate(call, cotangent, of_lse, steps)))
-        like = self._widen(a.query[:0, ...], a)
+        like = widened(a.query[:0, ...], a, steps)
         query = steps.pack([(s.queries, steps.rows_of(part[0])) for s, part in parts], a.query.shape, like, 0.0, steps)
         key = self._grad_keys([(s, steps.rows_of(part[1])) for s, part in parts], a.key.shape, like)
         value = self._grad_keys([(s, steps.rows_of(part[2])) for s, part in parts], a.value.shape, like)
         query, key, value = (steps.attention.round_output(x, dtype_name(a.query)) for x in (query, key, value))
         if a.sinks is None:
             return query, key, value, None
-        sinks = steps.add_sinks([part[3] for _, part in parts], self._widen(a.sinks, a))
+        sinks = steps.add_sinks([part[3] for _, part in parts], widened(a.sinks, a, steps))
         return query, key, value, steps.attention.round_output(sinks, dtype_name(a.sinks))
 
     def _grad_keys(self, parts: Sequence[tuple[PackedSequence, Array]], shape: tuple[int, ...], like: Array) -> Array:
@@ -315,16 +321,11 @@ class Varlen:
     def _calls(self, a: VarlenArguments) -> Iterator[Call]:
         """Yield the attention of each sequence."""
         steps = self.steps
-        sinks, slopes = (None if x is None else self._widen(x, a) for x in (a.sinks, a.alibi_slopes))
+        sinks, slopes = (None if x is None else widened(x, a, steps) for x in (a.sinks, a.alibi_slopes))
         for sequence in steps.sequences(a):
-            query = self._widen(steps.tokens_of(a.query, sequence.queries), a)
-            key, value = (self._widen(steps.keys_of(x, sequence, steps), a) for x in (a.key, a.value))
+            query = widened(steps.tokens_of(a.query, sequence.queries), a, steps)
+            key, value = (steps.keys_of(x, sequence, a, steps) for x in (a.key, a.value))
             yield Call(query, key, value, sinks, slopes, sequence, a)
-
-    def _widen(self, x: Array, a: VarlenArguments) -> Array:
-        """Convert to the softmax's type, so that results are rounded once (MHA-SOFTMAX-2, MHA-VARLEN-11)."""
-        xp = namespace_of(x)
-        return xp.astype(x, getattr(xp, self.steps.attention.softmax_dtype(dtype_name(a.query))), copy=False)
 
 
 _VARLEN = Varlen()

@@ -15,6 +15,7 @@ import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.layer_by_loops import LayerByLoops
 from support.numbers import numbers
 
 import mha_spec_numpy
@@ -231,7 +232,7 @@ def at_once(module: ModuleType, x: numpy.ndarray, name: str) -> numpy.ndarray:
 
 
 @functools.cache
-def errors_at_once(name: str, layer_by_loops: Any) -> numpy.ndarray:
+def errors_at_once(name: str) -> numpy.ndarray:
     """Bound the difference between two ways of computing an output: twice the error bound of each."""
     x = numbers(BATCH, LENGTH, 8)
     distance = numpy.arange(LENGTH) - numpy.arange(LENGTH)[:, None]
@@ -242,7 +243,7 @@ def errors_at_once(name: str, layer_by_loops: Any) -> numpy.ndarray:
     spelt = {key: LAWS[name][key] for key in ("sinks", "rotary") if key in LAWS[name]}
     if "alibi" in LAWS[name]:
         spelt["bias"] = numpy.broadcast_to(options_at(name, 0, LENGTH, LENGTH)["bias"], shape)
-    _, error = layer_by_loops(decoder())(x, x, x, numpy.broadcast_to(visible, shape), **spelt)
+    _, error = LayerByLoops(decoder())(x, x, x, numpy.broadcast_to(visible, shape), **spelt)
     return 2 * error
 
 
@@ -251,9 +252,7 @@ CHUNKINGS = [[1] * LENGTH, [LENGTH], [3, 1, 1, 2], [1, 0, 4, 2], [6, 1]]
 
 @pytest.mark.parametrize("chunks", CHUNKINGS, ids=str)
 @pytest.mark.parametrize("name", LAWS)
-def test_token_by_token_and_in_chunks_equal_a_single_call(
-    module: ModuleType, name: str, chunks: list[int], layer_by_loops: Any
-) -> None:
+def test_token_by_token_and_in_chunks_equal_a_single_call(module: ModuleType, name: str, chunks: list[int]) -> None:
     x, cache, outputs, start = numbers(BATCH, LENGTH, 8), empty(module), [], 0
     for length in chunks:
         part, options = x[:, start : start + length], options_at(name, start, start + length, CAPACITY)
@@ -262,11 +261,11 @@ def test_token_by_token_and_in_chunks_equal_a_single_call(
         start += length
     assert list(cache.lengths) == [LENGTH, LENGTH]
     apart = abs(numpy.concat(outputs, axis=1) - at_once(module, x, name))
-    assert (apart <= errors_at_once(name, layer_by_loops)).all()
+    assert (apart <= errors_at_once(name)).all()
 
 
 @pytest.mark.parametrize("name", sorted(set(LAWS) - {"segments"}))
-def test_batches_of_different_lengths_equal_their_entries(module: ModuleType, name: str, layer_by_loops: Any) -> None:
+def test_batches_of_different_lengths_equal_their_entries(module: ModuleType, name: str) -> None:
     """Prompts of 4 and 2 tokens are padded on the right with NaN; three more tokens of each follow."""
     x, prompts, padded = numbers(BATCH, LENGTH, 8), [4, 2], 5
     prompt = numpy.full((BATCH, padded, 8), numpy.nan)
@@ -289,12 +288,12 @@ def test_batches_of_different_lengths_equal_their_entries(module: ModuleType, na
         )
         for b in range(BATCH):
             rows[b].append(output[b, 0])
-    expected, error = at_once(module, x, name), errors_at_once(name, layer_by_loops)
+    expected, error = at_once(module, x, name), errors_at_once(name)
     for b, length in enumerate(prompts):
         assert (abs(numpy.asarray(rows[b]) - expected[b, : length + 3]) <= error[b, : length + 3]).all()
 
 
-def test_the_law_can_fail(layer_by_loops: Any) -> None:
+def test_the_law_can_fail() -> None:
     """Rotation from position 0 at every step, and storing from slot 0, both give another output than a single call."""
     steps = LayerSteps()
     mistakes = {
@@ -311,7 +310,7 @@ def test_the_law_can_fail(layer_by_loops: Any) -> None:
             )
             outputs.append(output)
         apart = abs(numpy.concat(outputs, axis=1) - at_once(reference, x, name))
-        assert not (apart <= errors_at_once(name, layer_by_loops)).all()
+        assert not (apart <= errors_at_once(name)).all()
 
 
 def test_cross_attention_reads_cached_keys(module: ModuleType) -> None:

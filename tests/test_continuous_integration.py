@@ -143,6 +143,10 @@ def test_merged_shards_are_the_whole_run(target: str, tmp_path: Path, whole: tup
     (tmp_path / "2.json").write_text(json.dumps(other))
     with pytest.raises(MhaSpecError, match="differ in target"):
         merge(parts, (), Reports())
+    del other["cases"][0]["outcome"]
+    (tmp_path / "2.json").write_text(json.dumps(other))
+    with pytest.raises(MhaSpecError, match=r"2\.json: `cases\[0\]\.outcome` must be one of pass, .* which is missing"):
+        merge(parts, (), Reports())
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])

@@ -47,8 +47,8 @@ def with_weights(case: Case) -> Case:
     return replace(
         case,
         function=OUTPUT_AND_WEIGHTS,
-        _outputs=case._outputs | {"weights": entry},
-        _tensors=case._tensors | {("computed", case.id): weights},
+        output_entries=case.output_entries | {"weights": entry},
+        tensors=case.tensors | {("computed", case.id): weights},
     )
 
 

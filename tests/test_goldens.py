@@ -131,7 +131,7 @@ def test_every_input_is_exact_in_every_dtype(suite: Suite) -> None:
             wide = case.inputs("float64")
             for dtype in case.dtypes:
                 for name, array in case.inputs(dtype).items():
-                    if case._inputs[name]["dtype"] == "case":
+                    if case.input_entries[name]["dtype"] == "case":
                         numpy.testing.assert_array_equal(array.astype(numpy.float64), wide[name], err_msg=case.id)
 
 
@@ -317,8 +317,8 @@ def _can_be_used(folder: Path) -> bool:
     try:
         for case in load(folder).cases:
             assert case.signature
-            assert case.expected.keys() == case._outputs.keys()
-            assert all(case.inputs(dtype).keys() == case._inputs.keys() for dtype in case.dtypes)
+            assert case.expected.keys() == case.output_entries.keys()
+            assert all(case.inputs(dtype).keys() == case.input_entries.keys() for dtype in case.dtypes)
     except GoldensError:
         return False
     return True

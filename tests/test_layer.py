@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from support.layer_by_loops import LayerByLoops
 from support.numbers import numbers
 
 from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError, layer_steps, reference
@@ -102,11 +103,11 @@ FORMULAS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_the_layer_computes_its_formula(module: ModuleType, name: str, layer_by_loops: Any) -> None:
+def test_the_layer_computes_its_formula(module: ModuleType, name: str) -> None:
     without, options, spelt = FORMULAS[name]
     arguments = tensors() | {"params": parameters(*without)}
     visible = numpy.broadcast_to(spelt.get("visible", True), (BATCH, HEADS, Q_LEN, KV_LEN))
-    expected, error = layer_by_loops(arguments["params"])(
+    expected, error = LayerByLoops(arguments["params"])(
         arguments["query"], arguments["key"], arguments["value"], **spelt | {"visible": visible}
     )
     output = module.multi_head_attention(**arguments, **options)
@@ -213,7 +214,7 @@ def test_inputs_are_not_written_to(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_results_have_the_dtype_of_the_query(module: ModuleType, dtype: str, layer_by_loops: Any) -> None:
+def test_results_have_the_dtype_of_the_query(module: ModuleType, dtype: str) -> None:
     import ml_dtypes
 
     stored_dtype = numpy.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -227,7 +228,7 @@ def test_results_have_the_dtype_of_the_query(module: ModuleType, dtype: str, lay
 
     wide = {name: array.astype(float) for name, array in arguments["params"].items()}
     stored = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
-    expected, error = layer_by_loops(wide, min(stored, 2.0**-24), stored)(
+    expected, error = LayerByLoops(wide, min(stored, 2.0**-24), stored)(
         *(arguments[name].astype(float) for name in ("query", "key", "value")),
         visible=numpy.ones((BATCH, HEADS, Q_LEN, KV_LEN), dtype=bool),
         rotary={},
@@ -240,7 +241,7 @@ LIBRARIES = ("array_api_strict", "torch", "jax")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_reference_computes_the_layer_on_every_library(library: str, layer_by_loops: Any) -> None:
+def test_the_reference_computes_the_layer_on_every_library(library: str) -> None:
     xp = pytest.importorskip(library)
     convert: Callable[[numpy.ndarray], Any] = (
         xp.asarray if library == "array_api_strict" else lambda array: to_library(array, library)
@@ -253,7 +254,7 @@ def test_the_reference_computes_the_layer_on_every_library(library: str, layer_b
     output = reference.multi_head_attention(**arrays, params=params, rotary={}, q_offset=convert(numpy.asarray([2, 1])))
     assert library_of(output) == library
     assert str(device_of(output)) == str(device_of(arrays["query"]))
-    expected, error = layer_by_loops(arguments["params"], 2.0**-24)(
+    expected, error = LayerByLoops(arguments["params"], 2.0**-24)(
         arguments["query"],
         arguments["key"],
         arguments["value"],

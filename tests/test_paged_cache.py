@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import pytest
 import torch
+from support.cached_layer import CachedLayer
 from support.comparisons import assert_same
-from support.libraries import converted, with_float64
+from support.libraries import MODULES, converted, with_float64
 from support.numbers import numbers
 
 import mha_spec
@@ -23,15 +24,6 @@ from mha_spec_conformance.targets.conversion import to_library, to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-MODULES = {
-    "mha_spec.reference": "numpy",
-    "mha_spec_numpy": "numpy",
-    "mha_spec_torch": "torch",
-    "mha_spec_jax": "jax",
-    "mha_spec_tensorflow": "tensorflow",
-}
-"""The modules that have the layer, each with the library of its arrays."""
 
 BATCH, HEADS, KV_HEADS, QK_DIM, V_DIM, EMBED, BLOCKS, SIZE, LENGTH = 2, 6, 3, 4, 5, 8, 11, 3, 7
 CAPACITY = 12
@@ -50,6 +42,8 @@ TABLE = numpy.array([[7, 2, 9, 4], [10, 0, 3, -1]], "int32")
 """Blocks in no order, the last entry of the second row of which names no block."""
 RAGGED = [[3, 1], [3, 3], [0, 1]]
 """The number of tokens of each batch entry that are real, in three steps."""
+SUBJECT = CachedLayer(LAYER, BATCH, LENGTH)
+operands, new, decoded = SUBJECT.operands, SUBJECT.new, SUBJECT.decoded
 STEPS = {"at once": [LENGTH], "chunks": [3, 1, 0, 2, 1], "token by token": [1] * LENGTH}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -78,28 +72,6 @@ def dense(module: str, dtype: str = "float64") -> Any:
     return functions.empty_cache(BATCH, KV_HEADS, CAPACITY, QK_DIM, V_DIM, like=like)
 
 
-def operands(module: str, dtype: str) -> tuple[dict[str, Any], Any]:
-    params = {name: numbers(*shape, seed=seed) / 2 for seed, (name, shape) in enumerate(LAYER.shapes().items())}
-    library = MODULES[module]
-    return converted(params, library, dtype), converted({"x": numbers(BATCH, LENGTH, EMBED)}, library, dtype)["x"]
-
-
-def decoded(
-    module: str, cache: Any, steps: list[int], dtype: str, *, layer: Any = None, ragged: bool = False, **options: Any
-) -> tuple[list[Any], Any]:
-    """Return the outputs of all steps, and the last cache."""
-    params, x = operands(module, dtype)
-    layer = layer or importlib.import_module(module).multi_head_attention
-    options |= converted({"sinks": options["sinks"]}, MODULES[module], dtype) if "sinks" in options else {}
-    outputs, first = [], 0
-    for length, counts in zip(steps, RAGGED if ragged else [None] * len(steps), strict=True):
-        part = x[:, first : first + length]
-        output, cache = layer(part, part, part, params, cache=cache, kv_lengths=counts, **options)
-        outputs.append(output)
-        first += length
-    return outputs, cache
-
-
 def expected(steps: list[int], **options: Any) -> list[Any]:
     return decoded("mha_spec.reference", dense("mha_spec.reference"), steps, "float64", **options)[0]
 
@@ -116,7 +88,7 @@ def test_a_paged_cache_equals_a_contiguous_cache(module: str, steps: list[int], 
 def test_lengths_and_table_may_be_arrays_of_the_library(module: str) -> None:
     library = MODULES[module]
     table, lengths = (to_library(array, library) for array in (TABLE, numpy.zeros(BATCH, "int32")))
-    steps, options = [3, 3, 1], OPTIONS["all"] | {"ragged": True}
+    steps, options = [3, 3, 1], OPTIONS["all"] | {"counts": RAGGED}
     wanted = [converted({"x": x}, library, "float64")["x"] for x in expected(steps, **options)]
 
     def ours(dtype: str) -> list[Any]:
@@ -126,11 +98,6 @@ def test_lengths_and_table_may_be_arrays_of_the_library(module: str) -> None:
         return outputs
 
     assert_same(ours, wanted)
-
-
-def new(module: str, length: int, seed: int = 5) -> list[Any]:
-    arrays = {name: numbers(BATCH, KV_HEADS, length, size, seed=seed) for name, size in (("k", QK_DIM), ("v", V_DIM))}
-    return list(converted(arrays, MODULES[module], "float64").values())
 
 
 def test_new_tokens_go_to_the_slots_that_the_table_names(module: str) -> None:
@@ -285,7 +252,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("steps", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_gives_another_output(steps: dict[str, Any]) -> None:
-    name, options = "mha_spec.reference", {**OPTIONS["all"], "ragged": True}
+    name, options = "mha_spec.reference", {**OPTIONS["all"], "counts": RAGGED}
     lengths, wanted = [3, 3, 1], expected([3, 3, 1], **options)
     layer = Layer(LayerSteps()).multi_head_attention
     right = decoded(name, pages(name), lengths, "float64", layer=layer, **options)[0]

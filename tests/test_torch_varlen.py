@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -254,6 +255,14 @@ def test_the_weights_of_large_scores_sum_to_1() -> None:
     output: Any = mha_spec_torch.varlen_attention(query, pages, torch.ones(4, 3, 2, 1), [0, 3], None, **call)
     # Each of the weights and each of their sums is rounded once.
     assert float(abs(output - 1).max()) <= keys * torch.finfo(output.dtype).eps
+
+
+@pytest.mark.parametrize(("blocks", "dtype"), [(2**18 - 1, numpy.int32), (2**18, numpy.int64)])
+def test_the_indices_of_a_large_pool_are_int64(blocks: int, dtype: type) -> None:
+    small, pool = torch.empty(blocks, 16, 8, 3, device="meta"), torch.empty(blocks, 16, 8, 64, device="meta")
+    for key, value in ((pool, small), (small, pool)):
+        call: Any = SimpleNamespace(a=SimpleNamespace(heads=8, key=key, value=value), parts=[])
+        assert decoding._index_dtype(call) is dtype
 
 
 def test_other_calls_copy_their_blocks() -> None:

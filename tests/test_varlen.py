@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import pytest
 from support.comparisons import assert_equal, assert_near, assert_same
-from support.libraries import converted, with_float64
+from support.libraries import MODULES, converted, with_float64
 from support.numbers import numbers
 from support.varlen import BLOCK_SIZE, HEADS, KV_HEADS, Q_LENGTHS, QK_DIM, V_DIM, cotangents, packed, paged, separate
 
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     Call = dict[str, Any]
-
-MODULES = {
-    "mha_spec.reference": "numpy",
-    "mha_spec_numpy": "numpy",
-    "mha_spec_torch": "torch",
-    "mha_spec_jax": "jax",
-    "mha_spec_tensorflow": "tensorflow",
-}
-"""The modules that have the functions, each with the library of the arrays that it is given."""
 
 COMPILED = {
     "test_types_are_those_of_attention",

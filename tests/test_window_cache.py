@@ -13,8 +13,9 @@ import tensorflow as tf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cached_layer import CachedLayer
 from support.comparisons import assert_near, assert_same
-from support.libraries import converted, with_float64
+from support.libraries import MODULES, converted, with_float64
 from support.numbers import numbers
 
 import mha_spec
@@ -29,19 +30,12 @@ from mha_spec_conformance.targets.conversion import to_library, to_numpy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MODULES = {
-    "mha_spec.reference": "numpy",
-    "mha_spec_numpy": "numpy",
-    "mha_spec_torch": "torch",
-    "mha_spec_jax": "jax",
-    "mha_spec_tensorflow": "tensorflow",
-}
-"""The modules that have the layer, each with the library of its arrays."""
-
 BATCH, HEADS, KV_HEADS, QK_DIM, V_DIM, EMBED, CAPACITY, LENGTH = 2, 6, 3, 4, 5, 8, 5, 17
 LAYER = LayerSettings(
     embed=EMBED, heads=HEADS, kv_heads=KV_HEADS, qk_dim=QK_DIM, v_dim=V_DIM, k_embed=EMBED, v_embed=EMBED, out=9
 )
+SUBJECT = CachedLayer(LAYER, BATCH, LENGTH)
+operands, new, decoded = SUBJECT.operands, SUBJECT.new, SUBJECT.decoded
 STEPS = {"at once": [LENGTH], "chunks": [3, 1, 0, 7, 1, 1, 4], "token by token": [1] * LENGTH}
 RAGGED = {"first": [3, 1], "second": [7, 0], "third": [1, 1], "fourth": [2, 6]}
 """The number of tokens of each batch entry that are real, in four steps of 3, 7, 1 and 6 tokens."""
@@ -71,28 +65,6 @@ def window_cache(module: str, dtype: str = "float64", lengths: Any = (0, 0), cap
 def all_tokens() -> KVCache:
     """Return a cache of the reference with room for all tokens."""
     return reference.empty_cache(BATCH, KV_HEADS, 4 * LENGTH, QK_DIM, V_DIM, like=numbers(1))
-
-
-def operands(module: str, dtype: str) -> tuple[dict[str, Any], Any]:
-    params = {name: numbers(*shape, seed=seed) / 2 for seed, (name, shape) in enumerate(LAYER.shapes().items())}
-    library = MODULES[module]
-    return converted(params, library, dtype), converted({"x": numbers(BATCH, LENGTH, EMBED)}, library, dtype)["x"]
-
-
-def decoded(
-    module: str, cache: Any, steps: list[int], dtype: str = "float64", *, layer: Any = None, counts: Any = (), **options
-) -> tuple[list[Any], Any]:
-    """Return the outputs of all steps, and the last cache."""
-    params, x = operands(module, dtype)
-    layer = layer or importlib.import_module(module).multi_head_attention
-    options |= converted({"sinks": options["sinks"]}, MODULES[module], dtype) if "sinks" in options else {}
-    outputs, first = [], 0
-    for length, real in zip(steps, counts or [None] * len(steps), strict=True):
-        part = x[:, first : first + length]
-        output, cache = layer(part, part, part, params, cache=cache, kv_lengths=real, **options)
-        outputs.append(output)
-        first += length
-    return outputs, cache
 
 
 def expected(steps: list[int], **options: Any) -> list[Any]:
@@ -166,11 +138,6 @@ def test_queries_may_be_at_other_positions_whose_keys_are_held(module: str) -> N
         query = plain_x[:, 5:8]
         theirs = reference.multi_head_attention(query, plain_key, plain_key, plain_params, cache=start, **options)[0]
         assert_near(ours, to_library(theirs, MODULES[module]))
-
-
-def new(module: str, length: int, seed: int = 5) -> list[Any]:
-    arrays = {name: numbers(BATCH, KV_HEADS, length, size, seed=seed) for name, size in (("k", QK_DIM), ("v", V_DIM))}
-    return list(converted(arrays, MODULES[module], "float64").values())
 
 
 def test_new_tokens_take_the_slots_of_the_oldest(module: str) -> None:

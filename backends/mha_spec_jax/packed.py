@@ -35,10 +35,13 @@ __all__ = [
     "with_room",
 ]
 
-ROWS = 256
-"""The most queries of a block."""
-SCORES = 2**17
-"""The number of scores of a tile for a head, within the bounds of its keys."""
+ROWS, SCORES = 128, 2**14
+"""The most queries of a block, and the number of scores of a tile for a head within the bounds of its keys, on a CPU.
+
+The scores stay in the cache of a core, and few are hidden in the last block and the last tile of a sequence.
+"""
+ACCELERATED_ROWS, ACCELERATED_SCORES = 256, 2**17
+"""The same on an accelerator."""
 LEAST_KEYS, MOST_KEYS = 128, 1024
 """The bounds of the number of keys of a tile."""
 COLUMNS = 64
@@ -93,19 +96,20 @@ def shapes_of(sizes: Sizes) -> tuple[int, int, int, bool]:
 
     A CPU computes a head after the other, because it takes longer to transpose keys than to multiply them.
     """
-    rows = min(ROWS, _power(sizes.q_tokens, sizes.sequences))
-    mean = _power(sizes.kv_tokens, sizes.sequences if sizes.page is None else 1)
-    keys = max(LEAST_KEYS, min(MOST_KEYS, SCORES // rows, mean))
-    keys = keys if sizes.page is None else sizes.page * max(1, keys // sizes.page)
     on_cpu = jax.default_backend() == "cpu"
+    most, scores = (ROWS, SCORES) if on_cpu else (ACCELERATED_ROWS, ACCELERATED_SCORES)
+    rows = min(most, _power(sizes.q_tokens, sizes.sequences))
+    mean = _power(sizes.kv_tokens, sizes.sequences if sizes.page is None else 1)
+    keys = max(LEAST_KEYS, min(MOST_KEYS, scores // rows, mean))
+    keys = keys if sizes.page is None else sizes.page * max(1, keys // sizes.page)
     spread = on_cpu and sizes.heads * rows <= COLUMNS
     return rows, keys, sizes.kv_heads if spread or not on_cpu else 1, spread
 
 
 def _power(total: int, count: int) -> int:
-    """Return the mean, rounded up to a power of two."""
+    """Return the mean, rounded up to a power of two; a large number if it is not known."""
     if not are_known(total, count):
-        return ROWS
+        return MOST_KEYS
     return 1 << max(0, -(-total // max(1, count)) - 1).bit_length()
 
 

@@ -276,8 +276,7 @@ def _gradients(
     work = _Work(packing, x, lengths)
     relevant = jnp.where(jnp.isfinite(grad_output) | (output != 0), grad_output, 0.0)
     row_dot = jnp.sum(relevant * output, axis=-1) - grad_lse
-    of_rows = [with_room(array, packing.rows) for array in (work.query, grad_output, anchor_of(lse), row_dot)]
-    of_rows[0] = work.query
+    of_rows = [work.query, *(with_room(array, packing.rows) for array in (grad_output, anchor_of(lse), row_dot))]
 
     def body(carry: tuple[Array, Array, Array], block: Block) -> tuple[Array, Array, Array]:
         rows = _Rows(*(work.rows(array, block) for array in of_rows))

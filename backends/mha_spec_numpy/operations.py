@@ -11,6 +11,7 @@ import numpy
 from mha_spec import steps
 from mha_spec.arrays import device_of, namespace_of
 
+from .pages import Pages
 from .tiling import fold, unfold
 
 if TYPE_CHECKING:
@@ -77,7 +78,12 @@ def outer(left: Array, right: Array, scratch: Scratch) -> Array:
     """Multiply every row of each matrix with every row of another, into `scratch` on NumPy."""
     if not isinstance(left, numpy.ndarray):
         return left @ namespace_of(right).matrix_transpose(right)
-    return numpy.matmul(left, right.swapaxes(-1, -2), out=scratch.take((*left.shape[:-1], right.shape[-2]), left.dtype))
+    product = scratch.take((*left.shape[:-1], right.shape[-2]), left.dtype)
+    if not isinstance(right, Pages):
+        return numpy.matmul(left, right.swapaxes(-1, -2), out=product)
+    for entry, keys, part in right.parts():
+        numpy.matmul(left[entry], part.swapaxes(-1, -2), out=product[entry, ..., keys])
+    return product
 
 
 def hide(logits: Array, visible: VisiblePairs | None, tile: Tile) -> Array:

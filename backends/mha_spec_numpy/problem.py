@@ -11,6 +11,7 @@ from mha_spec import steps
 from mha_spec.arrays import device_of, namespace_of
 
 from .operations import dense, hide, is_finite, outer
+from .pages import Pages
 from .tiling import cut_pairs, fold, part, rows_of, unfold
 
 if TYPE_CHECKING:
@@ -38,10 +39,24 @@ class Block(NamedTuple):
 
     def product(self, weights: Array, values: Array, place: Array | None = None) -> Array:
         """Compute sum_j weights_ij values_jc over visible pairs, into `place` if possible; invisible weights are 0."""
+        if isinstance(values, Pages):
+            return self._product_of_pages(weights, values, place)
         # In a plain product, the weight 0 of an invisible pair times an infinite value would be NaN (MHA-POISON-1).
         if self.visible is None or is_finite(values):
             return weights @ values if place is None else numpy.matmul(weights, values, out=place)
         return steps.sum_over_visible(weights, values, self.visible_pairs())
+
+    def _product_of_pages(self, weights: numpy.ndarray, values: Pages, place: numpy.ndarray | None) -> numpy.ndarray:
+        sums = numpy.empty((*weights.shape[:-1], values.shape[-1]), weights.dtype) if place is None else place
+        sums[...] = 0.0
+        visible = None if self.visible is None else self.visible_pairs()
+        for entry, keys, part_of_values in values.parts():
+            some, pairs = weights[entry, ..., keys], None if visible is None else visible[entry, ..., keys]
+            if pairs is None or pairs.all() or is_finite(part_of_values):
+                sums[entry] += some @ part_of_values
+            else:
+                sums[entry] += steps.sum_over_visible(some, part_of_values, pairs)
+        return sums
 
     def transposed_product(self, weights: Array, rows: Array) -> Array:
         """Compute sum_i weights_ij rows_ic over visible pairs; invisible weights are 0."""
@@ -110,14 +125,14 @@ class Problem:
         return Block(tile, keys, hide(logits, visible, tile), visible, cap_slope)
 
     def linear_bias(self, tile: Tile, keys: range) -> Array:
-        """Compute -slope[h] |p - j| for a block, (1, heads, queries, keys) (MHA-VARLEN-8)."""
+        """Compute -slope[h] |p - j| for a block, (1 or entries, heads, queries, keys) (MHA-VARLEN-8)."""
         xp, slopes = self.xp, self.slopes
         assert slopes is not None
         device = device_of(slopes)
-        offset: Any = steps.offset_of(self.a)
-        queries = xp.arange(offset + tile.queries.start, offset + tile.queries.stop, device=device)
-        distances = xp.abs(xp.arange(keys.start, keys.stop, device=device) - queries[:, None])
-        return -slopes[part(tile.heads)][:, None, None] * xp.astype(distances, slopes.dtype)[None, None, ...]
+        queries = xp.reshape(xp.arange(tile.queries.start, tile.queries.stop, device=device), (1, 1, -1, 1))
+        positions = queries + self.plan.visibility.offset.get(tile.entries, self.query)
+        distances = xp.abs(xp.arange(keys.start, keys.stop, device=device) - positions)
+        return -slopes[part(tile.heads)][:, None, None] * xp.astype(distances, slopes.dtype)
 
     def values(self, block: Block) -> Array:
         """Return the values of a block, (entries, kv_heads, keys, v_dim)."""

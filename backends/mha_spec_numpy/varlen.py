@@ -9,11 +9,15 @@ import numpy
 
 from mha_spec import varlen_reference
 from mha_spec.arguments import Arguments, expand_options
+from mha_spec.arrays import dtype_name, softmax_dtype_name
 from mha_spec.varlen_reference import Varlen, VarlenSteps, tokens_of
+from mha_spec.varlen_sequences import sequences_of
 
 from .backward import gradients
 from .forward import attend
 from .operations import Scratch, dense
+from .paged import Batch, batches, tiles_of
+from .pages import gathered, memory_of
 from .parallel import each
 from .plan import Plan
 from .problem import Problem
@@ -24,39 +28,64 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from mha_spec.arrays import Array
-    from mha_spec.varlen_arguments import VarlenOptions
+    from mha_spec.varlen_arguments import VarlenArguments, VarlenOptions
     from mha_spec.varlen_reference import Call, VarlenGradients
     from mha_spec.varlen_sequences import PackedSequence
+
+    from .tiling import Tile
 
 __all__ = ["varlen_attention", "varlen_attention_vjp"]
 
 
 class SequenceAttention:
-    """The attention of each sequence of a call, one after the other.
+    """The attention of each sequence of a call, one after the other; few queries of sequences in blocks are a batch.
 
-    Blocks are gathered into memory that the sequences of the call share, and that stays in a core's cache.
+    The blocks of a sequence are gathered into memory that the sequences of the call share.
     """
 
     def __init__(self) -> None:
         self._scratch = Scratch()
         self._output: numpy.ndarray | None = None
 
-    def keys_of(self, x: Array, sequence: PackedSequence, steps: VarlenSteps) -> Array:
+    def sequences(self, a: VarlenArguments) -> Sequence[Any]:
+        """Read the sequences of a call; those in blocks with a few queries are joined for the output."""
+        sequences = sequences_of(a)
+        suits = a.is_paged and a.function == "varlen_attention" and isinstance(a.key, numpy.ndarray)
+        return list(batches(a, sequences)) if suits else sequences
+
+    def keys_of(self, x: Array, sequence: PackedSequence | Batch, a: VarlenArguments, steps: VarlenSteps) -> Array:
         """Return the keys in use of a sequence, or its values, until its attention is computed (MHA-VARLEN-6)."""
+        dtype = numpy.dtype(softmax_dtype_name(dtype_name(a.query)))
+        if isinstance(sequence, Batch):
+            return sequence.pages_of(x, dtype)
         if sequence.blocks is None or not isinstance(x, numpy.ndarray):
-            return varlen_reference.keys_of(x, sequence, steps)
-        blocks, (block_size, kv_heads, size) = numpy.array(sequence.blocks, numpy.intp), x.shape[1:]
-        gathered = self._scratch.take((len(blocks), block_size, kv_heads, size), x.dtype)
-        numpy.take(x, blocks, axis=0, out=gathered, mode="clip")
-        return gathered.reshape(-1, kv_heads, size)[: len(sequence.keys)].swapaxes(0, 1)[None]
+            return varlen_reference.keys_of(x, sequence, a, steps)
+        blocks = numpy.array(sequence.blocks, numpy.intp)
+        tokens = gathered(x, blocks, memory_of(x, len(blocks), dtype, self._scratch.take))
+        return tokens[: len(sequence.keys)].swapaxes(0, 1)[None]
 
     def attend(self, call: Call, _: VarlenSteps, *, return_lse: bool) -> tuple[Array, Any]:
-        """Compute the output of a sequence and, if needed, its lse."""
+        """Compute the output of a sequence or of a batch and, if needed, its lse."""
+        if isinstance(call.sequence, Batch):
+            return self._attend_batch(call, call.sequence, return_lse=return_lse)
         problem = _problem_of(call)
-        plan, rows = problem.plan, call.query.shape[:3]
-        output = Assembly((*rows, call.value.shape[3]), problem.query, self._memory_of(call, problem))
+        return self._results_of(problem, problem.plan.tiles, self._memory_of(call, problem), return_lse=return_lse)
+
+    def _attend_batch(self, call: Call, batch: Batch, *, return_lse: bool) -> tuple[Array, Any]:
+        problem = batch.problem_of(call)
+        output: Any = self._memory_of(call, problem)
+        memory = batch.entries_of(output[0].swapaxes(0, 1))
+        _, lse = self._results_of(problem, tiles_of(problem.plan), memory, return_lse=return_lse)
+        return output, None if lse is None else lse.swapaxes(0, 1).reshape(1, call.a.heads, -1)
+
+    def _results_of(
+        self, problem: Problem, tiles: Sequence[Tile], memory: numpy.ndarray | None, *, return_lse: bool
+    ) -> tuple[Array, Any]:
+        """Compute the tiles of a problem; the output is `memory` unless that is None."""
+        plan, rows = problem.plan, problem.query.shape[:3]
+        output = Assembly((*rows, problem.value.shape[3]), problem.query, memory)
         lse = Assembly(rows, problem.query) if return_lse else None
-        each(partial(attend, problem, output, lse), plan.tiles, plan.a, tiny=plan.is_tiny)
+        each(partial(attend, problem, output, lse), tiles, plan.a, tiny=plan.is_tiny)
         self._scratch.clear()
         return output.whole(), None if lse is None else lse.whole()
 
@@ -92,7 +121,13 @@ class SequenceAttention:
 
     def functions(self) -> Varlen:
         """Return the functions over these steps."""
-        steps = VarlenSteps(keys_of=self.keys_of, attend=self.attend, differentiate=self.differentiate, pack=self.pack)
+        steps = VarlenSteps(
+            sequences=self.sequences,
+            keys_of=self.keys_of,
+            attend=self.attend,
+            differentiate=self.differentiate,
+            pack=self.pack,
+        )
         return Varlen(steps)
 
 

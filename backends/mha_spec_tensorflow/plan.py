@@ -159,13 +159,13 @@ class Known:
         if self.a.is_structured:
             left = right = left and right
         return Inactive(
-            left,
-            right,
-            left and right,
-            structure.starts is not None and max(structure.starts) <= keys[0],
-            bool(q_lengths) and queries[-1] < min(q_lengths),
-            bool(kv_lengths) and keys[-1] < min(kv_lengths),
-            self._one_segment(entries, queries, keys),
+            left=left,
+            right=right,
+            chunk=left and right,
+            kv_starts=structure.starts is not None and max(structure.starts) <= keys[0],
+            q_lengths=bool(q_lengths) and queries[-1] < min(q_lengths),
+            kv_lengths=bool(kv_lengths) and keys[-1] < min(kv_lengths),
+            segments=self._one_segment(entries, queries, keys),
         )
 
     def every_row_sees(self, *block: object) -> bool:

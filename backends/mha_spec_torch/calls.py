@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled, _is_tracing, _len_torch_dispatch_stack
 
 from mha_spec.arguments import Arguments
 from mha_spec.array_checks import check_library
@@ -49,33 +50,35 @@ MOST_PREPARED, MOST_TASKS = 256, 64
 
 
 def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Signature | None:
-    """Return the signature of an eager call of attention; None if an argument has no description here."""
+    """Return the signature of an eager call of attention; None if an argument has no description here.
+
+    After a kernel, each function and attribute that is read takes several times as long as in a loop.
+    """
     if not _is_eager():
         return None
     signature: list[object] = []
-    for array in (query, key, value):
-        if type(array) not in TENSORS or array.is_nested or array.layout is not torch.strided:
-            return None
-        signature += array.shape, array.stride(), array.dtype, array.is_cpu or array.device
-    for name, option in options.items():
-        kind = type(option)
-        if kind in PLAIN_TYPES:
-            signature.append((name, kind, option))
-        elif kind in TENSORS and name in ARRAYS and not option.is_nested:
-            signature.append((name, option.shape, option.dtype, option.is_cpu or option.device, option.layout))
-        elif not _described_in(signature, name, option):
-            return None
+    try:
+        for array in (query, key, value):
+            if type(array) not in TENSORS:
+                return None
+            strides = array.is_contiguous() or array.stride()
+            signature += array.shape, strides, array.dtype, array.is_cpu or array.device, array.layout
+        for name, option in options.items():
+            kind = type(option)
+            if kind in PLAIN_TYPES:
+                signature += name, kind, option
+            elif kind in TENSORS and name in ARRAYS:
+                signature += name, option.shape, option.dtype, option.is_cpu or option.device, option.layout
+            elif not _described_in(signature, name, option):
+                return None
+    except RuntimeError:  # A nested tensor has no shape, and some sparse ones have no strides.
+        return None
     return tuple(signature)
 
 
 def _is_eager() -> bool:
     """Tell whether no tracer, transform, dispatch mode or autocast affects the call."""
-    return not (
-        torch._C._is_tracing()
-        or transformed()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack()
-    )
+    return not (_is_tracing() or transformed() or _is_any_autocast_enabled() or _len_torch_dispatch_stack())
 
 
 def prepared(signature: Signature | None, problem: Problem, x: Operands) -> Problem:

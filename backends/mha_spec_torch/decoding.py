@@ -88,24 +88,33 @@ def _suits(packed: Packed, query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _pairs(packed: Packed) -> Pairs | None:
     """Return the pairs of a call; None if it has none, or if its rows see too different numbers of keys."""
     heads, kv_heads, block_size = packed.a.heads, packed.a.kv_heads, packed.a.key.shape[1]
-    head_of_row = numpy.repeat(numpy.arange(kv_heads), heads // kv_heads)[:, None]
-    offsets = numpy.arange(0, block_size * kv_heads, kv_heads)
-    chosen: list[numpy.ndarray] = []
-    counts: list[int] = []
-    for part in packed.parts:
-        slots = (part.blocks[:, None] * (block_size * kv_heads) + offsets).reshape(-1)
-        for keys in _visible(part):
-            row = slots[keys]
-            chosen.append((row + head_of_row).reshape(-1))
-            counts.append(len(row))
+    dtype = _index_dtype(packed)
+    head_of_row = numpy.repeat(numpy.arange(kv_heads, dtype=dtype), heads // kv_heads)[:, None]
+    seen = [(part, keys) for part in packed.parts for keys in _visible(part)]
+    counts = [keys.stop - keys.start for _, keys in seen]
     lengths, longest = numpy.repeat(counts, heads), max(counts)
-    bounds = numpy.concatenate([[0], numpy.cumsum(lengths)])
+    bounds = numpy.concatenate([[0], numpy.cumsum(lengths)], dtype=dtype)
     # torch takes no more elements than a dense matrix has.
     most = len(lengths) * math.prod(packed.a.key.shape[:3])
     if bounds[-1] > most or not 0 < len(lengths) * longest <= PADDING * bounds[-1]:
         return None
-    bounds, slots, lengths = (torch.from_numpy(array) for array in (bounds, numpy.concatenate(chosen), lengths))
-    return Pairs(bounds, slots, lengths, longest)
+    slots = numpy.empty(bounds[-1], dtype)
+    for (part, keys), place in zip(seen, numpy.split(slots, bounds[heads:-1:heads]), strict=True):
+        slots_of_row = (_slots(part, keys, block_size) * kv_heads).astype(dtype)
+        numpy.add(slots_of_row, head_of_row, out=place.reshape(heads, -1))
+    return Pairs(torch.from_numpy(bounds), torch.from_numpy(slots), torch.from_numpy(lengths), longest)
+
+
+def _slots(part: Part, keys: slice, block_size: int) -> numpy.ndarray:
+    """Return the slots of some keys of a sequence, counted over all blocks (MHA-VARLEN-6)."""
+    slots = part.blocks[:, None] * block_size + numpy.arange(block_size)
+    return slots.reshape(-1)[keys]
+
+
+def _index_dtype(packed: Packed) -> type[numpy.signedinteger]:
+    """Return int32, of which the kernels read half as much, unless int32 cannot count the pairs or the elements."""
+    pairs = packed.a.heads * sum(part.queries.size * part.keys.size for part in packed.parts)
+    return numpy.int32 if max(pairs, packed.a.key.numel(), packed.a.value.numel()) < 2**31 else numpy.int64
 
 
 def _visible(part: Part) -> list[slice]:
@@ -122,7 +131,9 @@ def _scores(packed: Packed, pairs: Pairs, rows: Tensor, keys: Tensor) -> Tensor:
     _accept_sparse_tensors()
     zeros, size = rows.new_zeros(pairs.slots.shape), (rows.shape[0], keys.shape[0])
     matrix = torch.sparse_csr_tensor(pairs.bounds, pairs.slots, zeros, size=size)
-    scores = torch.sparse.sampled_addmm(matrix, rows, keys.t(), beta=0.0, alpha=packed.problem.scale).values()
+    # Into the matrix itself, because a new one would first get a copy of its indices.
+    torch.sparse.sampled_addmm(matrix, rows, keys.t(), beta=0.0, alpha=packed.problem.scale, out=matrix)
+    scores = matrix.values()
     softcap: Any = packed.problem.softcap
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
 from . import native
@@ -24,7 +25,7 @@ _is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignor
 
 def transformed() -> bool:
     """Tell whether a transform of torch.func or forward mode is active; both need differentiable operations."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def recorded(problem: Problem, x: Operands) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from .tasks import converted, dense_rows, logits_of
 
@@ -37,32 +37,34 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tup
         # A 16-bit output would be rounded twice: by the kernel, and as a product with the share of the keys.
         query, key, value = (converted(operand, problem.dtype) for operand in (query, key, value))
     causal, added = _constraints(problem, task, x)
+    output, lse = _forward(query, key, value, 0.0, causal, attn_mask=added, scale=problem.scale)
     if needs_lse or sinks is not None or (added is None and key.shape[2] < FEWEST_KEYS):
-        results: Any = _with_lse(problem, task, (query, key, value), causal, added)
-    else:
-        output = scaled_dot_product_attention(
-            query, key, value, added, 0.0, causal, scale=problem.scale, enable_gqa=task.group > 1
-        )
-        results = output, None
-    if results is None or ((causal or added is not None) and has_nan(problem, results[0])):
+        lse = _with_empty_rows(problem, task, query, key, added, lse)
+    if lse is None or ((causal or added is not None) and has_nan(problem, output)):
         return None
-    output, lse = results
     if value is not x.value:
         output = output[..., : x.value.shape[3]]
     return (output, lse) if sinks is None else _with_sinks(sinks, output, lse, x.query.dtype)
 
 
-def _with_lse(
-    problem: Problem, task: Task, operands: tuple[torch.Tensor, ...], causal: bool, added: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Compute output and lse; None if a NaN may be lost. The kernel gives lse = 0 to a row that it takes for empty."""
-    output, lse = _forward(*operands, 0.0, causal, attn_mask=added, scale=problem.scale)
+def _with_empty_rows(
+    problem: Problem,
+    task: Task,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    added: torch.Tensor | None,
+    lse: torch.Tensor,
+) -> torch.Tensor | None:
+    """Return lse with -inf for rows that see no key; None if a NaN may be lost.
+
+    The kernel gives lse = 0 to a row that it takes for empty.
+    """
     may_be_empty = added is not None and (added is not task.added or task.has_empty_rows)
-    if not (may_be_empty or operands[1].shape[2] < FEWEST_KEYS) or int(torch.count_nonzero(lse)) == lse.numel():
-        return output, lse
+    if not (may_be_empty or key.shape[2] < FEWEST_KEYS) or int(torch.count_nonzero(lse)) == lse.numel():
+        return lse
     if added is None:
-        return (output, lse) if problem.finite(*operands[:2]) else None
-    return output, torch.where(added.amax(-1) == -math.inf, -math.inf, lse)
+        return lse if problem.finite(query, key) else None
+    return torch.where(added.amax(-1) == -math.inf, -math.inf, lse)
 
 
 def has_nan(problem: Problem, *arrays: torch.Tensor) -> bool:

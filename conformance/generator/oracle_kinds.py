@@ -25,3 +25,8 @@ class Marked:
         """Set exact elements to `exact`, and elements without a finite value to NaN."""
         values = numpy.where(kinds == EXACT, exact, numpy.where(kinds == FINITE_VALUE, values, math.nan))
         return cls(values, kinds)
+
+    def put(self, place: tuple[int, ...], value: float | numpy.ndarray, kind: int | numpy.ndarray) -> None:
+        """Set the value and the kind of an element, or of all elements of a row."""
+        self.values[place] = value
+        self.kinds[place] = kind

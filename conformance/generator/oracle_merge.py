@@ -35,25 +35,20 @@ def _mark_row(lse: Marked, output: Marked, place: tuple[int, ...], halves: list[
     """Mark the kinds of a row, and set the values that need no arithmetic: those of empty or infinite halves."""
     live = [(half, values) for half, values in halves if half != -math.inf]
     if any(math.isnan(half) or (half == math.inf and len(live) == 2) for half, _ in live):
-        _put(lse, place, math.nan, NAN_VALUE)
-        _put(output, place, math.nan, NAN_VALUE)
+        lse.put(place, math.nan, NAN_VALUE)
+        output.put(place, math.nan, NAN_VALUE)
     elif len(live) < 2:
         half, values = live[0] if live else (-math.inf, numpy.zeros(output.values.shape[-1]))
-        _put(lse, place, half, EXACT if _is_float32(half) else FINITE_VALUE)
-        _put(output, place, values + 0.0, numpy.where(numpy.isnan(values), NAN_VALUE, EXACT))
+        lse.put(place, half, EXACT if _is_float32(half) else FINITE_VALUE)
+        output.put(place, values + 0.0, numpy.where(numpy.isnan(values), NAN_VALUE, EXACT))
     else:
         finite = numpy.isfinite(halves[0][1]) & numpy.isfinite(halves[1][1])
-        _put(output, place, math.nan, numpy.where(finite, FINITE_VALUE, NON_FINITE))
+        output.put(place, math.nan, numpy.where(finite, FINITE_VALUE, NON_FINITE))
 
 
 def _is_float32(x: float) -> bool:
     with numpy.errstate(over="ignore"):
         return float(numpy.float32(x)) == x
-
-
-def _put(marked: Marked, place: tuple[int, ...], value: float | numpy.ndarray, kind: int | numpy.ndarray) -> None:
-    marked.values[place] = value
-    marked.kinds[place] = kind
 
 
 def _evaluate(arrays: dict[str, numpy.ndarray], finite: numpy.ndarray) -> dict[str, numpy.ndarray]:

@@ -75,11 +75,11 @@ class Row:
         for half in "ab" if not self.is_specified else self.live:
             grad_output, grad_lse = results[f"grad_output_{half}"], results[f"grad_lse_{half}"]
             if not self.is_specified:
-                _put(grad_output, self.place, math.nan, ANY)
-                _put(grad_lse, self.place, math.nan, ANY)
+                grad_output.put(self.place, math.nan, ANY)
+                grad_lse.put(self.place, math.nan, ANY)
             elif len(self.live) == 2:
-                _put(grad_output, self.place, math.nan, FINITE_VALUE)
-                _put(grad_lse, self.place, math.nan, FINITE_VALUE if outputs_are_finite else ANY)
+                grad_output.put(self.place, math.nan, FINITE_VALUE)
+                grad_lse.put(self.place, math.nan, FINITE_VALUE if outputs_are_finite else ANY)
             else:
                 _pass_on(grad_output, self.place, self.of("grad_output"), NARROW_FIRST[:2])
                 _pass_on(grad_lse, self.place, self.of("grad_lse"), (SOFTMAX,))
@@ -109,15 +109,10 @@ def _ball(x: float) -> arb:
     return arb(x) if math.isfinite(x) else arb(0)
 
 
-def _put(marked: Marked, place: tuple[int, ...], value: float | numpy.ndarray, kind: int | numpy.ndarray) -> None:
-    marked.values[place] = value
-    marked.kinds[place] = kind
-
-
 def _pass_on(marked: Marked, place: tuple[int, ...], values: numpy.ndarray, narrow: tuple[type, ...]) -> None:
     """Set a gradient to its cotangent, which is exact if the narrow types of the operand hold it."""
     held = [all(holds(dtype, numpy.asarray(x)) for dtype in narrow) for x in numpy.ravel(values)]
-    _put(marked, place, values + 0.0, numpy.where(numpy.reshape(held, values.shape), EXACT, FINITE_VALUE))
+    marked.put(place, values + 0.0, numpy.where(numpy.reshape(held, values.shape), EXACT, FINITE_VALUE))
 
 
 def _evaluate(rows: list[Row], results: dict[str, Marked]) -> dict[str, numpy.ndarray]:

@@ -58,8 +58,12 @@ class Family:
     """Return the number of kv heads; None reads num_key_value_heads, by default the number of heads."""
     turns: bool = True
     """True if queries and keys are rotated."""
-    base: str = "rope_theta"
-    """The key that holds the base where no dictionary does."""
+    base: str | Mapping[str, str] = "rope_theta"
+    """The key that holds the base where no dictionary does, or that of each kind of layer."""
+    scaling: Callable[[Config, Any, str], Any] | None = None
+    """Return the dictionary of the rotation in a kind of layer from that of the configuration; None leaves it."""
+    original_length: str | None = None
+    """The key outside of the dictionary that holds the length before the scaling."""
     share: str | None = None
     """The key that holds the share of the head that turns; None if the whole head turns."""
     types: Callable[[Config, int], list[str]] | None = None
@@ -130,6 +134,27 @@ def _falcon_kv_heads(config: Config, heads: int) -> int:
     return (kv_heads or heads) if grouped else 1 if multi_query else heads
 
 
+def _gemma3_scaling(config: Config, scaling: Any, kind: str) -> Any:
+    """Gemma 3: each kind of layer has a dictionary of its own, or layers with a window are not scaled."""
+    for key in _GEMMA3_BASES.values():
+        config.get(key)  # Both are read: a layer of the other kind has the other.
+    if not config.has("rope_parameters"):
+        return scaling if kind == FULL else None
+    if not is_mapping(scaling) or scaling.keys().isdisjoint((FULL, SLIDING)):
+        config.refuse("rope_parameters", f"hold a dictionary for {FULL} and for {SLIDING}")
+    return scaling.get(kind)
+
+
+def _phi3_scaling(_config: Config, scaling: Any, _kind: str) -> Any:
+    """Phi-3: the first configurations name longrope "yarn"."""
+    if not is_mapping(scaling):
+        return scaling
+    return {
+        key: "longrope" if key in ("type", "rope_type") and name == "yarn" else name for key, name in scaling.items()
+    }
+
+
+_GEMMA3_BASES = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
 _LLAMA = Family(
     "llama", {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "max_position_embeddings": 2048}
 )
@@ -207,6 +232,8 @@ _GEMMA3 = replace(
     types=_all_but_every,
     softcap=False,
     epsilon=True,
+    base=_GEMMA3_BASES,
+    scaling=_gemma3_scaling,
 )
 _OLMO2 = replace(
     _LLAMA,
@@ -227,6 +254,8 @@ _PHI3 = replace(
     share="partial_rotary_factor",
     types=_every_layer,
     biases=(),
+    scaling=_phi3_scaling,
+    original_length="original_max_position_embeddings",
 )
 _GPT_NEOX = Family(
     "gpt_neox",
@@ -412,15 +441,10 @@ def _kind_of_layer(config: Config, family: Family, layer: int | None) -> tuple[s
 
 def _rotary(config: Config, family: Family, qk_dim: int, kind: str, seq_len: int | None) -> dict[str, Any]:
     """Return the options of the rotation, from either form of the configuration."""
-    key_of_base, original = family.base, None
-    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
-    if scaling is not None and parameters is not None and repr(scaling) != repr(parameters):
-        config.refuse("rope_scaling", "be null where rope_parameters are given")
-    scaling = parameters if scaling is None else scaling
-    if family.layout == "gemma3":
-        scaling, key_of_base = _rotary_of_gemma3(config, scaling, kind)
-    if family.layout == "phi3":
-        original, scaling = config.optional_integer("original_max_position_embeddings"), _longrope(scaling)
+    scaling = _scaling(config)
+    if family.scaling is not None:
+        scaling = family.scaling(config, scaling, kind)
+    key_of_base = family.base if isinstance(family.base, str) else family.base[kind]
     base = config.value_of_rotation(key_of_base, scaling, "rope_theta")
     share = config.value_of_rotation(family.share or "partial_rotary_factor", scaling, "partial_rotary_factor")
     if family.share is None and share is not None and not are_equal_numbers(share, 1):
@@ -432,6 +456,7 @@ def _rotary(config: Config, family: Family, qk_dim: int, kind: str, seq_len: int
             "`config` must have an even head_dim, by default hidden_size / num_attention_heads, because components "
             f"turn in pairs, received head_dim={qk_dim}."
         )
+    original = None if family.original_length is None else config.optional_integer(family.original_length)
     frequencies, factor = rotary_frequencies(
         scaling,
         qk_dim,
@@ -445,22 +470,9 @@ def _rotary(config: Config, family: Family, qk_dim: int, kind: str, seq_len: int
     return {"rotary_dim": 2 * len(numbers), "frequencies": numbers, "attention_factor": factor}
 
 
-def _rotary_of_gemma3(config: Config, scaling: Any, kind: str) -> tuple[Any, str]:
-    """Return the dictionary of a kind of layer and the key of its base; layers with a window are not scaled."""
-    keys = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
-    for key in keys.values():
-        config.get(key)  # Both are read: a layer of the other kind has the other.
-    if config.has("rope_parameters"):
-        if not is_mapping(scaling) or scaling.keys().isdisjoint((FULL, SLIDING)):
-            config.refuse("rope_parameters", f"hold a dictionary for {FULL} and for {SLIDING}")
-        return scaling.get(kind), keys[kind]
-    return scaling if kind == FULL else None, keys[kind]
-
-
-def _longrope(scaling: Any) -> Any:
-    """Phi-3's first configs name longrope "yarn"."""
-    if not is_mapping(scaling):
-        return scaling
-    return {
-        key: "longrope" if key in ("type", "rope_type") and name == "yarn" else name for key, name in scaling.items()
-    }
+def _scaling(config: Config) -> Any:
+    """Return the dictionary of the rotation, whose name depends on the version of transformers."""
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    if scaling is not None and parameters is not None and repr(scaling) != repr(parameters):
+        config.refuse("rope_scaling", "be null where rope_parameters are given")
+    return parameters if scaling is None else scaling

@@ -1,4 +1,4 @@
-"""Convert nested arrays of NumPy to every library."""
+"""The modules of every library, and the conversion of nested arrays of NumPy to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from mha_spec_conformance.targets.conversion import to_library
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-__all__ = ["converted", "with_float64"]
+__all__ = ["MODULES", "converted", "with_float64"]
+
+MODULES = {
+    "mha_spec.reference": "numpy",
+    "mha_spec_numpy": "numpy",
+    "mha_spec_torch": "torch",
+    "mha_spec_jax": "jax",
+    "mha_spec_tensorflow": "tensorflow",
+}
+"""The modules that have the functions, each with the library of its arrays."""
 
 
 def converted(tree: Any, library: str, dtype: str) -> Any:

@@ -119,8 +119,8 @@ class Worker:
             except ProtocolError as error:
                 raise TargetError(f"target {self.pool.target} {error}") from error
         if ended:
-            what = "ended the process while it was imported" if self.pool.python else "did not send claims"
-            raise TargetError(f"target {self.pool.target} {what}: {self._how_it_ended(process)}")
+            failure = "ended the process while it was imported" if self.pool.python else "did not send claims"
+            raise TargetError(f"target {self.pool.target} {failure}: {self._how_it_ended(process)}")
         if time.monotonic() > self.since + limit:
             raise TargetError(f"target {self.pool.target} did not load in {limit:.0f} s")
         return None

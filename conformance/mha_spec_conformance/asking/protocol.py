@@ -139,32 +139,40 @@ def claims_from(message: Message, name: str, *, trusted: bool) -> Claims:
         raise TargetError(one_line(message.get("reason", "the program refuses and gives no reason")))
     if message["message"] != "claims" or message.get("protocol") != PROTOCOL:
         raise TargetError(f"target {name} must reply to hello with claims of {PROTOCOL}, received {one_line(message)}")
-    functions, dtypes = message.get("functions"), message.get("dtypes")
-    if not isinstance(functions, dict) or not functions or not all(map(_is_names, functions.values())):
-        raise TargetError(
-            f"target {name}: `functions` must map names to lists of options, received {one_line(functions)}"
-        )
-    for function in functions:
-        one_of("functions", function, tuple(FUNCTIONS), name)
-    if not _is_names(dtypes) or not dtypes:
-        raise TargetError(f"target {name}: `dtypes` must be a list of names, received {one_line(dtypes)}")
-    for dtype in dtypes:
-        one_of("dtypes", dtype, FLOATING, name)
-    keywords = {function: tuple(words) for function, words in functions.items()}
+    keywords = _keywords_from(message.get("functions"), name)
     return Claims(
         name=name,
         keywords=keywords,
         **declared_layout({key: message.get(key, default) for key, default in OF_LAYOUT.items()}, keywords, name),
-        dtypes=tuple(dtype for dtype in FLOATING if dtype in dtypes),
+        dtypes=_dtypes_from(message.get("dtypes"), name),
         arrays=one_of("arrays", message.get("arrays", "numpy"), LIBRARIES, name),
         profile=one_of("profile", message.get("profile", "standard"), PROFILES, name),
         conventions=declared_conventions(message.get("conventions", {})),
         registered=trusted and message.get("registered") is True,
         versions=_texts(message.get("versions")),
         hardware=one_line(message.get("hardware", "cpu"), 200),
-        further=tuple(call for call in FURTHER if call in _names(message.get("further"))),
-        unclaimed=tuple(function for function in functions if function in _names(message.get("unclaimed"))),
+        further=_among(message.get("further"), FURTHER),
+        unclaimed=_among(message.get("unclaimed"), keywords),
     )
+
+
+def _keywords_from(functions: object, name: str) -> dict[str, tuple[str, ...]]:
+    """Read the options of each function that a target called `name` has."""
+    if not isinstance(functions, dict) or not functions or not all(map(_is_names, functions.values())):
+        raise TargetError(
+            f"target {name}: `functions` must map names to lists of options, received {one_line(functions)}"
+        )
+    return {
+        one_of("functions", function, tuple(FUNCTIONS), name): tuple(words) for function, words in functions.items()
+    }
+
+
+def _dtypes_from(dtypes: object, name: str) -> tuple[str, ...]:
+    """Read the dtypes of a target called `name`, in the order of the suite."""
+    if not isinstance(dtypes, list) or not _is_names(dtypes) or not dtypes:
+        raise TargetError(f"target {name}: `dtypes` must be a list of names, received {one_line(dtypes)}")
+    claimed = {one_of("dtypes", dtype, FLOATING, name) for dtype in dtypes}
+    return tuple(dtype for dtype in FLOATING if dtype in claimed)
 
 
 def question_message(question: Question, number: int, folder: Path, further: tuple[str, ...]) -> Message:
@@ -302,12 +310,7 @@ def answer_from(message: Message, question: Question, path: Path) -> Answer:
         ProtocolError: The message is not an answer of the protocol.
     """
     kind, seconds = message.get("kind"), message.get("seconds", 0.0)
-    if (
-        kind not in KINDS
-        or isinstance(seconds, bool)
-        or not isinstance(seconds, (int, float))
-        or not 0 <= seconds <= MOST_SECONDS
-    ):
+    if kind not in KINDS or not _is_time(seconds):
         raise ProtocolError(f"wrote a message that is not an answer: {one_line(message, 200)}")
     reason = None if message.get("reason") is None else one_line(message["reason"])
     if kind != "returned":
@@ -327,6 +330,12 @@ def answer_from(message: Message, question: Question, path: Path) -> Answer:
         seconds=float(seconds),
         overwritten=_among(message.get("overwritten"), question.outputs),
     )
+
+
+def _is_time(seconds: object) -> bool:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        return False
+    return 0 <= seconds <= MOST_SECONDS
 
 
 class _Missing(Exception):

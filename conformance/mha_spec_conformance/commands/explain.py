@@ -11,14 +11,14 @@ import ml_dtypes
 import numpy
 
 from mha_spec.arguments import OPTIONS, Arguments
-from mha_spec.arrays import FLOATING, dtype_name
+from mha_spec.arrays import dtype_name
 from mha_spec.errors import MhaSpecError
 from mha_spec.reference import Reference
 from mha_spec_conformance.asking.calls import CACHE, is_parameter
-from mha_spec_conformance.suite.cases import load
+from mha_spec_conformance.judging.bounds.evaluation import as_float64
 from mha_spec_conformance.suite.functions import FUNCTIONS
 
-from .listing import UnknownName
+from .listing import case_called
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,7 +69,7 @@ def explain(name: str, dtype: str | None = None, save: Path | None = None) -> st
         UnknownName: No case has this id.
         MhaSpecError: The case is not asked in `dtype`.
     """
-    case = _case_called(name)
+    case = case_called(name)
     dtype = dtype or ("float32" if "float32" in case.dtypes else case.dtypes[0])
     if dtype not in case.dtypes:
         raise MhaSpecError(f"case {case.id} is asked in {', '.join(case.dtypes)}, not in {dtype}")
@@ -86,19 +86,6 @@ def explain(name: str, dtype: str | None = None, save: Path | None = None) -> st
         _snippet(case, inputs, save),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _case_called(name: str) -> Case:
-    cases = {case.id: case for case in load().cases}
-    if name not in cases:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, list(cases), 3) or [other for other in cases if name in other][:3]
-        raise UnknownName(
-            f"there is no case {name!r}"
-            + (f"; similar ids are {', '.join(near)}" if near else "; `mha-spec cases` lists all")
-        )
-    return cases[name]
 
 
 def _clauses(case: Case) -> str:
@@ -174,7 +161,7 @@ def _arguments(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
 
 def _numbers(array: numpy.ndarray) -> str:
     """Write the numbers of a small array, or those of the first matrix of a large array."""
-    wide = _exact(array)
+    wide = as_float64(array)
     if wide.size <= SMALL or wide.ndim < 3:
         return numpy.array2string(wide, precision=9, threshold=SMALL, edgeitems=3, max_line_width=100)
     first = wide[(0,) * (wide.ndim - 2)]
@@ -186,7 +173,7 @@ def _visibility(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
     """Draw the visible pairs of the batch entry and head with the most hidden pairs."""
     if case.function in FORMULAS or case.expect == "error":
         return ""
-    named = {name: _exact(array) for name, array in inputs.items() if name in ("query", "key", "value", *OPTIONS)}
+    named = {name: as_float64(array) for name, array in inputs.items() if name in ("query", "key", "value", *OPTIONS)}
     a = Arguments(
         **{"value": None, **named, **{k: tuple(v) if isinstance(v, list) else v for k, v in case.options.items()}}
     )
@@ -200,10 +187,6 @@ def _visibility(case: Case, inputs: Mapping[str, numpy.ndarray]) -> str:
     entry, head = numpy.unravel_index(int(hidden.argmax()), hidden.shape)
     rows = [f"{i:>4} " + " ".join("#" if seen else "." for seen in row) for i, row in enumerate(grids[entry, head])]
     return "\n".join([f"visible (#) in batch entry {entry}, head {head}: query i down, key j across", *rows])
-
-
-def _exact(array: numpy.ndarray) -> numpy.ndarray:
-    return array.astype(numpy.float64) if dtype_name(array) in FLOATING else array
 
 
 def _outcome(case: Case) -> str:
@@ -238,17 +221,7 @@ def _save(case: Case, inputs: Mapping[str, numpy.ndarray], path: Path) -> None:
 
 def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None) -> str:
     """Write Python code that calls the function of the case; it needs only NumPy."""
-    large = any(array.size > SMALL for array in inputs.values())
-    file = str(save) if save is not None else "case.npz"
-    head = ["import numpy"]
-    if large or save is not None:
-        head.append(
-            f"case = numpy.load({json.dumps(file)})"
-            + ("" if save is not None else f"  # mha-spec explain {case.id} --save {file}")
-        )
-        head += [f'{name} = case["{name}"]{_back(array)}' for name, array in inputs.items()]
-    else:
-        head += [f"{name} = {_literal(array)}" for name, array in inputs.items()]
+    head = ["import numpy", *_assignments(case, inputs, save)]
     function = FUNCTIONS[case.function]
     if function.of_layer:
         return _layer_snippet(case, head)
@@ -262,6 +235,16 @@ def _snippet(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None)
     call = f"{case.function}({', '.join([*operands, *keywords])})"
     body = "\n".join([*head, f"print({call})"])
     return "without the suite:\n" + textwrap.indent(body, "    ")
+
+
+def _assignments(case: Case, inputs: Mapping[str, numpy.ndarray], save: Path | None) -> list[str]:
+    """Write the arrays out where they are small; else load them from the file that `--save` writes."""
+    if save is None and all(array.size <= SMALL for array in inputs.values()):
+        return [f"{name} = {_literal(array)}" for name, array in inputs.items()]
+    file = "case.npz" if save is None else str(save)
+    how_to_save = f"  # mha-spec explain {case.id} --save {file}" if save is None else ""
+    loaded = [f'{name} = case["{name}"]{_remark(array)}' for name, array in inputs.items()]
+    return [f"case = numpy.load({json.dumps(file)}){how_to_save}", *loaded]
 
 
 def _layer_snippet(case: Case, head: list[str]) -> str:
@@ -279,15 +262,14 @@ def _layer_snippet(case: Case, head: list[str]) -> str:
     return "without the suite:\n" + textwrap.indent(body, "    ")
 
 
-def _back(array: numpy.ndarray) -> str:
+def _remark(array: numpy.ndarray) -> str:
     return "  # bfloat16, stored as float32" if array.dtype == ml_dtypes.bfloat16 else ""
 
 
 def _literal(array: numpy.ndarray) -> str:
     """Write an expression that gives the array bit for bit."""
     name = dtype_name(array)
-    values = array.astype(numpy.float64) if name in FLOATING else array
-    text = repr(values.tolist()).replace("nan", "numpy.nan").replace("inf", "numpy.inf")
+    text = repr(as_float64(array).tolist()).replace("nan", "numpy.nan").replace("inf", "numpy.inf")
     shape = f".reshape({tuple(array.shape)})" if array.size == 0 else ""
     kind = "float32" if name == "bfloat16" else name
-    return f'numpy.array({text}, dtype="{kind}"){shape}{_back(array)}'
+    return f'numpy.array({text}, dtype="{kind}"){shape}{_remark(array)}'

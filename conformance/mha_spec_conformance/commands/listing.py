@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Kind = AttentionKind | LayerKind
 
-__all__ = ["UnknownName", "all_backends", "all_cases", "all_clauses", "all_kinds", "clause_text"]
+__all__ = ["UnknownName", "all_backends", "all_cases", "all_clauses", "all_kinds", "case_called", "clause_text"]
 
 
 class UnknownName(MhaSpecError):
@@ -32,13 +32,29 @@ def clause_text(name: str) -> str:
 
     by_id = clauses()
     if name.upper() not in by_id:
-        near = get_close_matches(name.upper(), list(by_id), 3)
-        raise UnknownName(
-            f"there is no clause {name!r}"
-            + (f"; similar ids are {', '.join(near)}" if near else "; `mha-spec spec` lists all")
-        )
+        raise UnknownName(_no_such("clause", name, get_close_matches(name.upper(), list(by_id), 3), "spec"))
     clause = by_id[name.upper()]
     return f"{clause.id}  {clause.level}  {clause.title}\n\n{clause.text.strip()}"
+
+
+def case_called(name: str) -> Case:
+    """Return the case with this id.
+
+    Raises:
+        UnknownName: No case has this id.
+    """
+    from mha_spec_conformance.suite.cases import load
+
+    cases = {case.id: case for case in load().cases}
+    if name not in cases:
+        near = get_close_matches(name, list(cases), 3) or [other for other in cases if name in other][:3]
+        raise UnknownName(_no_such("case", name, near, "cases"))
+    return cases[name]
+
+
+def _no_such(kind: str, name: str, near: Sequence[str], command: str) -> str:
+    fix = f"similar ids are {', '.join(near)}" if near else f"`mha-spec {command}` lists all"
+    return f"there is no {kind} {name!r}; {fix}"
 
 
 def all_clauses() -> str:

@@ -8,8 +8,8 @@ from mha_spec.errors import MhaSpecError
 from mha_spec.selection import backend_names
 from mha_spec_conformance.asking.selection import Ask, Selection
 from mha_spec_conformance.judging.compare import Worst
-from mha_spec_conformance.judging.result import INTERNAL, OUTCOMES, Result
-from mha_spec_conformance.reporting.stored import read_data
+from mha_spec_conformance.judging.result import Result
+from mha_spec_conformance.reporting.stored import read_report
 from mha_spec_conformance.reporting.terminal import console
 from mha_spec_conformance.running.known import Known
 from mha_spec_conformance.running.run import Run
@@ -22,14 +22,14 @@ from .check import among
 from .reports import conclude
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from mha_spec_conformance.suite.cases import Case, Suite
 
     from .reports import Reports
 
-    Report = dict[str, Any]
+    Report = Mapping[str, Any]
 
 __all__ = ["MergeError", "merge"]
 
@@ -45,8 +45,8 @@ def merge(paths: Sequence[Path], required: tuple[str, ...], reports: Reports) ->
     """Join the reports of shards, write and print the whole, and return the exit status.
 
     Raises:
-        MergeError: A file is not a report, the reports are of different runs, or a shard or a case is missing or
-            occurs twice.
+        ReportError: A file is not a report.
+        MergeError: The reports are of different runs, or a shard or a case is missing or occurs twice.
     """
     reports.prepare()
     suite = load()
@@ -76,8 +76,8 @@ def joined(parts: Sequence[Report], suite: Suite, required: tuple[str, ...] = ()
 
 def _read(path: Path) -> Report:
     """Read a report of a shard."""
-    report = read_data(path)
-    if not isinstance(report.get("selection"), dict) or not report["selection"].get("shard"):
+    report = read_report(path).data
+    if report["selection"]["shard"] is None:
         raise MergeError(f"{path}: the report is not of a shard; `check --shard I/N --json FILE` writes such a report")
     return report
 
@@ -91,7 +91,10 @@ def _check_same(parts: Sequence[Report], suite: Suite) -> None:
         if {**part["selection"], "shard": None} != {**first["selection"], "shard": None}:
             raise MergeError("the reports are of different runs: they differ in the selected cases")
     if first["suite"]["goldens_sha256"] != suite.goldens_sha256:
-        raise MergeError("the reports are of a version of the suite that is not installed")
+        raise MergeError(
+            f"the reports are of suite {first['suite']['version']}, whose goldens are not those of the installed suite "
+            f"{suite.version}; merge them with the version of mha-spec that wrote them"
+        )
 
 
 def _comparable(value: Any) -> Any:
@@ -142,7 +145,7 @@ def _results(parts: Sequence[Report], suite: Suite) -> list[Result]:
     results: dict[tuple[str, str], Result] = {}
     for part in parts:
         for entry in part["cases"]:
-            if entry["id"] not in cases or entry["outcome"] not in (*OUTCOMES, INTERNAL):
+            if entry["id"] not in cases:
                 raise MergeError(f"case {entry['id']} is not of the installed suite")
             key = entry["id"], entry["dtype"]
             if key in results:

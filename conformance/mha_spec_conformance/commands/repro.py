@@ -13,9 +13,9 @@ from mha_spec_conformance.fuzzing.script import script_of
 from mha_spec_conformance.fuzzing.search import Finding
 from mha_spec_conformance.judging.result import FAILING
 from mha_spec_conformance.reporting.terminal import details
-from mha_spec_conformance.suite.cases import load
 from mha_spec_conformance.suite.text import printable
 
+from .listing import case_called
 from .reports import UsageError
 
 if TYPE_CHECKING:
@@ -34,12 +34,11 @@ def repro(target: str, identity: str, dtype: str | None = None, *, seconds: floa
     """Return a script that shows the fault of a target in a case, with the case reduced.
 
     Raises:
-        UsageError: There is no such case, the target is not asked it, or it does not fail.
+        UnknownName: No case has this id.
+        UsageError: The target is not asked the case, or does not fail it.
         TargetError: The target cannot be loaded.
     """
-    case = next((case for case in load().cases if case.id == identity), None)
-    if case is None:
-        raise UsageError(f"there is no case {identity}; `mha-spec cases` lists them")
+    case = case_called(identity)
     with Pool(target) as pool:
 
         def answered(question: Question) -> Answer:

@@ -102,15 +102,15 @@ def case_of(call: Call, name: str) -> Case:
         options=call.options,
         expect="values",
         error=None,
-        _inputs={
+        input_entries={
             label: {"shape": array.shape, "dtype": dtype_name(array), **place("input", label)}
             for label, array in call.arrays.items()
         },
-        _outputs={
+        output_entries={
             label: {"shape": array.shape, "rows": None, "kinds": place("kinds", label), **place("output", label)}
             for label, array in expected.items()
         },
-        _tensors={
+        tensors={
             (FILE, place(part, label)["tensor"]): array
             for part, arrays in parts.items()
             for label, array in arrays.items()
@@ -136,7 +136,7 @@ def _features(call: Call) -> list[str]:
 def save(cases: Sequence[Case], folder: Path) -> None:
     """Write cases as a folder of goldens, which `mha-spec check TARGET --cases FOLDER` asks."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: numpy.ascontiguousarray(array) for case in cases for (_, name), array in case._tensors.items()}
+    tensors = {name: numpy.ascontiguousarray(array) for case in cases for (_, name), array in case.tensors.items()}
     save_file(tensors, folder / FILE, {"format": FORMAT})
     data = (folder / FILE).read_bytes()
     index: dict[str, Any] = {
@@ -153,4 +153,5 @@ def save(cases: Sequence[Case], folder: Path) -> None:
 
 def _entry(case: Case) -> Mapping[str, Any]:
     names = ("id", "title", "function", "clauses", "features", "level", "tags", "dtypes", "options", "expect")
-    return {name: getattr(case, name) for name in names} | {"inputs": case._inputs, "outputs": case._outputs}
+    entries = {"inputs": case.input_entries, "outputs": case.output_entries}
+    return {name: getattr(case, name) for name in names} | entries

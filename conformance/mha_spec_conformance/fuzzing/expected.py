@@ -57,7 +57,7 @@ class Rows:
         self.seeing: Array = self.visible.any(axis=-1)
         self.group = self.arguments.heads // self.arguments.kv_heads
 
-    def _vectors(self, name: str, test: Any) -> Array:
+    def vectors(self, name: str, test: Any) -> Array:
         """Mark the vectors with an element that passes the test; heads of key and value are repeated."""
         array = self.evaluation.arrays[name] if name in self.evaluation.arrays else self.arrays[name].astype("float64")
         passed = test(array).any(axis=-1)
@@ -75,10 +75,10 @@ class Rows:
         bad_sinks = (
             numpy.zeros(self.arguments.heads, bool) if sinks is None else numpy.isnan(sinks) | (sinks == numpy.inf)
         )
-        infinite = self._vectors("key", numpy.isinf)[:, :, None, :] | self._pairs("bias", numpy.isposinf)
+        infinite = self.vectors("key", numpy.isinf)[:, :, None, :] | self._pairs("bias", numpy.isposinf)
         infinite = infinite | self._out_of_range()
         return bad_sinks[None, :, None] | (
-            self.seeing & (self._vectors("query", numpy.isinf) | (self.visible & infinite).any(axis=-1))
+            self.seeing & (self.vectors("query", numpy.isinf) | (self.visible & infinite).any(axis=-1))
         )
 
     def _out_of_range(self) -> Array:
@@ -92,8 +92,8 @@ class Rows:
     @cached_property
     def nan(self) -> Array:
         """The rows that see a NaN in a score, and are otherwise specified (MHA-NAN-1)."""
-        pairs = self._vectors("key", numpy.isnan)[:, :, None, :] | self._pairs("bias", numpy.isnan)
-        seen = self._vectors("query", numpy.isnan) | (self.visible & pairs).any(axis=-1)
+        pairs = self.vectors("key", numpy.isnan)[:, :, None, :] | self._pairs("bias", numpy.isnan)
+        seen = self.vectors("query", numpy.isnan) | (self.visible & pairs).any(axis=-1)
         return self.seeing & seen & ~self.unspecified
 
     @cached_property
@@ -131,9 +131,9 @@ class Rows:
         bad = self._pairs("bias", _poison)
         for name in ("key", "value"):
             if name in self.arrays:
-                bad = bad | self._vectors(name, _not_finite)[:, :, None, :]
+                bad = bad | self.vectors(name, _not_finite)[:, :, None, :]
         if "grad_output" in self.arrays:
-            rows = self._vectors("query", _not_finite) | self._vectors("grad_output", _not_finite)
+            rows = self.vectors("query", _not_finite) | self.vectors("grad_output", _not_finite)
             bad = bad | rows[..., None]
         return hidden & bad
 
@@ -164,7 +164,7 @@ def _attention_weights(call: Call, rows: Rows) -> Kinds:
 
 
 def _attention_vjp(call: Call, rows: Rows) -> Kinds:
-    right = rows.finite & ~rows.components.any(axis=-1) & ~rows._vectors("grad_output", _not_finite)
+    right = rows.finite & ~rows.components.any(axis=-1) & ~rows.vectors("grad_output", _not_finite)
     right = right | (~rows.seeing & ~rows.unspecified)
     if "grad_lse" in rows.arrays:
         empty = ~rows.seeing & ~rows.has_sink

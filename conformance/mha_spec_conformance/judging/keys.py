@@ -106,16 +106,16 @@ def wrong_keys(weights: Weights) -> str | None:
 
     Rows without a finite weight are left out: a single NaN makes the whole row NaN.
     """
-    told = numpy.isfinite(weights.received).any(axis=3, keepdims=True)
-    if not (told & weights.off(1.0)).any():
+    has_weights = numpy.isfinite(weights.received).any(axis=3, keepdims=True)
+    if not (has_weights & weights.off(1.0)).any():
         return None
     if (order := _order(weights)) is not None:
         return f"each key has the weight of another, as if {order}"
     factor, decisive = weights.factors
-    decisive = decisive & told
-    rows = (told & weights.off(1.0)).any(axis=3, keepdims=True)
+    decisive = decisive & has_weights
+    rows = (has_weights & weights.off(1.0)).any(axis=3, keepdims=True)
     if not (decisive & rows).any() or (decisive & rows).sum() < LEAST_DECISIVE * rows.sum():
-        factor, decisive = numpy.ones_like(factor), told
+        factor, decisive = numpy.ones_like(factor), has_weights
     wrong = weights.off(factor) & decisive
     if not wrong.any():
         return "no key in particular: all weights of a row are wrong by the same factor"

@@ -311,37 +311,9 @@ class Trial:
     @classmethod
     def of(cls, mistake: Mistake, wrong: Iterable[Wrong], passing: Iterable[Ask], recognition: Recognition) -> Trial:
         """Ask every failure, and then passing questions, until each function and dtype has refuted the mistake."""
-        explained, unlike = _compared(mistake, wrong, recognition)
-        if not _is_about_nan(mistake) and all(failure.spreads for failure in explained):
-            explained, unlike = [], [*explained, *unlike]
-        others = [failure for failure in unlike if not failure.spreads]
-        by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
-        exceeding = sum(recognition.explains(mistake, failure) for failure in explained)
-        if by_errors and exceeding < LEAST_OF_ROUNDING * len(explained):
-            explained = []
-        made = mistake.compared is Compared.WHERE_NOT_FINITE and any(wrong.of_finite_operands for wrong in explained)
-        most = len(explained) * (1 / LEAST - 1)
-        count = Counter(_cell(failure.ask) for failure in explained)
-        unexplained: Counter[Cell] = Counter()
-        for failure in others:
-            cell = _cell(failure.ask)
-            # A group of functions and dtypes is refuted if any of them has more unexplained failures than `most`.
-            # A mistake that makes a NaN must also explain the failures with a NaN in which it cannot make any.
-            if unexplained[cell] <= max(most, count[cell]) and (
-                by_errors
-                or (made and failure.loses_finite)
-                or recognition.shows(mistake, failure.ask)
-                or recognition.rounds(mistake, failure)
-            ):
-                unexplained[cell] += 1
-        tolerated = dict(count) if mistake.compared is Compared.WHERE_NOT_FINITE else {}
-        refuting: Counter[Cell] = Counter()
-        for ask in _witnesses(mistake, passing):
-            cell = _cell(ask)
-            if refuting[cell] <= tolerated.get(cell, 0) and recognition.shows(mistake, ask):
-                refuting[cell] += 1
-        refuting = Counter({cell: n for cell, n in refuting.items() if n > tolerated.get(cell, 0)})
-        return cls(explained, unexplained, refuting)
+        explained, others = _divided(mistake, wrong, recognition)
+        unexplained = _unexplained(mistake, explained, others, recognition)
+        return cls(explained, unexplained, _refuting(mistake, explained, passing, recognition))
 
     def cells_that_hold(self) -> frozenset[Cell]:
         """Return the functions and dtypes for which the mistake may be named.
@@ -372,6 +344,60 @@ class Trial:
 
     def _cases(self, cells: set[Cell]) -> set[str]:
         return {failure.ask.case.id for failure in self.explained if _cell(failure.ask) in cells}
+
+
+def _divided(mistake: Mistake, wrong: Iterable[Wrong], recognition: Recognition) -> tuple[list[Wrong], list[Wrong]]:
+    """Return the failures that count for the mistake, and those that may count against it."""
+    explained, unlike = _compared(mistake, wrong, recognition)
+    if not _is_about_nan(mistake) and all(failure.spreads for failure in explained):
+        explained, unlike = [], [*explained, *unlike]
+    if mistake.compared is Compared.BY_SIZE_OF_ERRORS:
+        exceeding = sum(recognition.explains(mistake, failure) for failure in explained)
+        explained = explained if exceeding >= LEAST_OF_ROUNDING * len(explained) else []
+    return explained, [failure for failure in unlike if not failure.spreads]
+
+
+def _unexplained(
+    mistake: Mistake, explained: Sequence[Wrong], others: Iterable[Wrong], recognition: Recognition
+) -> Counter[Cell]:
+    """Count the failures that an attention with the mistake has too, but with another answer.
+
+    Failures are compared until a cell has so many that it and every group with it are refuted.
+    """
+    by_errors = mistake.compared is Compared.BY_SIZE_OF_ERRORS
+    makes_nan = mistake.compared is Compared.WHERE_NOT_FINITE and any(w.of_finite_operands for w in explained)
+    most = len(explained) * (1 / LEAST - 1)
+    count = Counter(_cell(failure.ask) for failure in explained)
+
+    def counts(failure: Wrong) -> bool:
+        # A mistake that makes a NaN must also explain the failures with a NaN in which it cannot make any.
+        if by_errors or (makes_nan and failure.loses_finite):
+            return True
+        return recognition.shows(mistake, failure.ask) or recognition.rounds(mistake, failure)
+
+    unexplained: Counter[Cell] = Counter()
+    for failure in others:
+        cell = _cell(failure.ask)
+        if unexplained[cell] <= max(most, count[cell]) and counts(failure):
+            unexplained[cell] += 1
+    return unexplained
+
+
+def _refuting(
+    mistake: Mistake, explained: Sequence[Wrong], passing: Iterable[Ask], recognition: Recognition
+) -> Counter[Cell]:
+    """Count the passing questions that an attention with the mistake fails, in the cells where they refute it.
+
+    The reach of a NaN depends on the size of tiles, so that as many passes as failures do not refute such a mistake.
+    """
+    by_reach = mistake.compared is Compared.WHERE_NOT_FINITE
+    tolerated = Counter(_cell(failure.ask) for failure in explained if by_reach)
+    refuting: Counter[Cell] = Counter()
+    for ask in _witnesses(mistake, passing):
+        cell = _cell(ask)
+        if refuting[cell] <= tolerated[cell] and recognition.shows(mistake, ask):
+            refuting[cell] += 1
+    return Counter({cell: number for cell, number in refuting.items() if number > tolerated[cell]})
 
 
 def _without(disproved: set[Cell], holding: set[Cell]) -> set[Cell]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -23,7 +23,7 @@ def to_bits(x: numpy.ndarray, bits: int) -> numpy.ndarray:
     return numpy.ldexp(numpy.round(mantissa * 2.0**bits), exponent - bits).astype(x.dtype)
 
 
-def narrowing(dtype: str) -> Callable[[numpy.ndarray], numpy.ndarray]:
+def narrowing(dtype: str | type[Any]) -> Callable[[numpy.ndarray], numpy.ndarray]:
     """Return a function that rounds to a dtype and keeps the type."""
     return lambda x: x.astype(dtype).astype(x.dtype)
 

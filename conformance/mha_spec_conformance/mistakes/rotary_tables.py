@@ -12,6 +12,7 @@ from mha_spec import layer_steps, rotary_checks
 
 from .layer import layered
 from .mistake import ROTARY
+from .precision import narrowing
 from .rotary import TURNING, at
 
 if TYPE_CHECKING:
@@ -41,11 +42,6 @@ def changed(change: Callable[[numpy.ndarray], numpy.ndarray]) -> Callable[..., T
 def of_frequencies(change: Callable[[numpy.ndarray], numpy.ndarray]) -> Callable[..., numpy.ndarray]:
     """Change the frequencies."""
     return lambda base, rotary_dim: change(numpy.array(layer_steps.frequencies(base, rotary_dim)))
-
-
-def to(dtype: type[Any]) -> Callable[[numpy.ndarray], numpy.ndarray]:
-    """Round to another type."""
-    return lambda x: x.astype(dtype).astype(x.dtype)
 
 
 def attention_factor(factor: float) -> float:
@@ -97,7 +93,7 @@ TABLES = (
             f"rounds cosines and sines to {dtype.__name__}",
             "MHA-ROTARY-5",
             "KellerJordan/modded-nanogpt#39",
-            turns=changed(to(dtype)),
+            turns=changed(narrowing(dtype)),
         )
         for dtype in (numpy.float16, ml_dtypes.bfloat16)
     ),
@@ -107,7 +103,7 @@ TABLES = (
             f"rounds frequencies to {dtype.__name__}",
             "MHA-ROTARY-5",
             "huggingface/transformers#29285",
-            frequencies=of_frequencies(to(dtype)),
+            frequencies=of_frequencies(narrowing(dtype)),
         )
         for dtype in (numpy.float16, ml_dtypes.bfloat16)
     ),

@@ -15,6 +15,7 @@ from mha_spec_conformance.judging.causes import Cause, Story
 from mha_spec_conformance.judging.result import FAILING, INTERNAL, OUTCOMES
 from mha_spec_conformance.running.known import Known, excuse
 from mha_spec_conformance.suite.conventions import Convention, parse_convention
+from mha_spec_conformance.suite.form import are_texts, is_text
 
 from .report import SCHEMA
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     Key = tuple[str, str]
 
-__all__ = ["ReportError", "StoredReport", "StoredResult", "read_data", "read_report", "require_same_suite"]
+__all__ = ["ReportError", "StoredReport", "StoredResult", "read_report", "require_same_suite"]
 
 
 class ReportError(MhaSpecError):
@@ -140,28 +141,13 @@ def _cause(entry: Mapping[str, Any]) -> Cause:
     return Cause(entry["kind"], entry["name"], (), Story(None), others, clauses, features)
 
 
-def read_data(path: Path) -> dict[str, Any]:
-    """Return the members of a report, which are not checked except for the schema.
-
-    Raises:
-        ReportError: The file cannot be read, or does not hold a report.
-    """
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: cannot be read as a report: {error}") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ReportError(f"{path}: the file does not hold {SCHEMA}; `mha-spec check TARGET --json FILE` writes it")
-    return data
-
-
 def read_report(path: Path) -> StoredReport:
     """Read a report.
 
     Raises:
         ReportError: The file cannot be read, does not hold a report, or a member has a wrong form.
     """
-    data = read_data(path)
+    data = _read_data(path)
     _check(path, "", data, REPORT)
     for part, form in (("suite", SUITE), ("target", TARGET), ("selection", SELECTION)):
         _check(path, f"{part}.", data[part], form)
@@ -172,6 +158,17 @@ def read_report(path: Path) -> StoredReport:
     if len(report.results) < len(data["cases"]):
         raise ReportError(f"{path}: a case occurs twice in the same dtype")
     return report
+
+
+def _read_data(path: Path) -> dict[str, Any]:
+    """Return the members of a report, which are not checked except for the schema."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ReportError(f"{path}: cannot be read as a report: {error}") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ReportError(f"{path}: the file does not hold {SCHEMA}; `mha-spec check TARGET --json FILE` writes it")
+    return data
 
 
 def require_same_suite(reports: Sequence[StoredReport]) -> None:
@@ -195,21 +192,13 @@ def _check(path: Path, place: str, data: Any, form: Form) -> None:
             raise ReportError(f"{path}: `{place}{name}` must be {expected}, {received}")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
 def _is_text_or_null(value: Any) -> bool:
-    return value is None or _is_text(value)
+    return value is None or is_text(value)
 
 
 def _are_conventions(value: Any) -> bool:
     try:
-        return _are_texts(value) and all(map(parse_convention, value))
+        return are_texts(value) and all(map(parse_convention, value))
     except MhaSpecError:
         return False
 
@@ -220,21 +209,21 @@ def _is_share(value: Any) -> bool:
 
 
 def _are_labelled(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, value.values()))
+    return isinstance(value, dict) and all(map(is_text, value.values()))
 
 
 def _are_asked(value: Any) -> bool:
     """Tell whether a value is a list of objects with an id and a dtype."""
     return isinstance(value, list) and all(
-        isinstance(item, dict) and _is_text(item.get("id")) and _is_text(item.get("dtype")) for item in value
+        isinstance(item, dict) and is_text(item.get("id")) and is_text(item.get("dtype")) for item in value
     )
 
 
 Form = dict[str, tuple[str, "Callable[[Any], bool]"]]
 """The members of an object: what each must be, and the test of it."""
 
-_TEXT = "a string", _is_text
-_TEXTS = "a list of strings", _are_texts
+_TEXT = "a string", is_text
+_TEXTS = "a list of strings", are_texts
 _OPTIONAL = "a string or null", _is_text_or_null
 _CONVENTIONS = "a list of conventions", _are_conventions
 _LIST = "a list", lambda value: isinstance(value, list)

@@ -137,7 +137,7 @@ def _constant(case: Case, dtype: str) -> Case | None:
     tensors = {
         (part, name): array for part, named in (("in", arrays), ("out", expected)) for name, array in named.items()
     }
-    return replace(case, _inputs=entries("in", arrays), _outputs=entries("out", expected), _tensors=tensors)
+    return replace(case, input_entries=entries("in", arrays), output_entries=entries("out", expected), tensors=tensors)
 
 
 def _repeated(name: str, array: numpy.ndarray) -> numpy.ndarray:

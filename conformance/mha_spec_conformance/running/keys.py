@@ -139,8 +139,8 @@ class _Further:
         keys, components = value.shape[2:]
         columns = numpy.arange(keys).reshape(-1, 1) // self._width
         starts = range(0, int(columns[-1, 0]) + 1, components)
-        told = (columns == start + numpy.arange(components) for start in starts)
-        return [numpy.broadcast_to(ones, value.shape).astype(value.dtype) for ones in told]
+        masks = (columns == start + numpy.arange(components) for start in starts)
+        return [numpy.broadcast_to(ones, value.shape).astype(value.dtype) for ones in masks]
 
     def _questions(self, values: Sequence[numpy.ndarray]) -> Iterator[Question]:
         question = replace(self.result.ask, every_layout=False).question()

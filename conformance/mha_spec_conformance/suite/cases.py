@@ -83,7 +83,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Case:
-    """One call that the suite tests, with its expected outputs or error, in each of its dtypes."""
+    """One call that the suite tests, with its expected outputs or error, in each of its dtypes.
+
+    `input_entries` and `output_entries` are those of the index by name; `tensors` holds the arrays that they name.
+    """
 
     id: str
     title: str
@@ -96,28 +99,28 @@ class Case:
     options: Mapping[str, Any]
     expect: str
     error: Mapping[str, str] | None
-    _inputs: Mapping[str, Entry] = field(repr=False, compare=False)
-    _outputs: Mapping[str, Entry] = field(repr=False, compare=False)
-    _tensors: Tensors = field(repr=False, compare=False)
+    input_entries: Mapping[str, Entry] = field(repr=False, compare=False)
+    output_entries: Mapping[str, Entry] = field(repr=False, compare=False)
+    tensors: Tensors = field(repr=False, compare=False)
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """The names of the input arrays, which are not read."""
-        return tuple(self._inputs)
+        return tuple(self.input_entries)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of an input array, which is not read."""
-        return tuple(self._inputs[name]["shape"])
+        return tuple(self.input_entries[name]["shape"])
 
     def has_one_input(self, *names: str) -> bool:
         """Tell whether the named inputs are the same array, as query, key and value are in self-attention."""
-        entries = [self._inputs.get(name) for name in names]
+        entries = [self.input_entries.get(name) for name in names]
         return all(entry is not None and entry == entries[0] for entry in entries)
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the input arrays by name, which are not read."""
-        return {name: tuple(entry["shape"]) for name, entry in self._inputs.items()}
+        return {name: tuple(entry["shape"]) for name, entry in self.input_entries.items()}
 
     def inputs(self, dtype: str) -> dict[str, Array]:
         """Return new input arrays for a run in `dtype`, by argument name; bfloat16 is the type of ml-dtypes.
@@ -125,20 +128,20 @@ class Case:
         Raises:
             GoldensError: A generated input does not have the sha256 that the index states.
         """
-        return {name: self.input(name, dtype) for name in self._inputs}
+        return {name: self.input(name, dtype) for name in self.input_entries}
 
     def input(self, name: str, dtype: str) -> Array:
         """Return a new input array for a run in `dtype`; see `inputs`."""
-        return self._input(name, self._inputs[name], dtype)
+        return self._input(name, self.input_entries[name], dtype)
 
     def dtype_of(self, name: str, dtype: str) -> str:
         """Return the dtype that an input has in a run in `dtype`."""
-        stored: str = self._inputs[name]["dtype"]
+        stored: str = self.input_entries[name]["dtype"]
         return {"case": dtype, "softmax": softmax_dtype_name(dtype)}.get(stored, stored)
 
     def _input(self, name: str, entry: Entry, dtype: str) -> Array:
         wanted = self.dtype_of(name, dtype)
-        values = self._tensors[_location(entry)] if "generator" not in entry else self._generated(name, entry)
+        values = self.tensors[_location(entry)] if "generator" not in entry else self._generated(name, entry)
         with numpy.errstate(all="ignore"):
             return values.astype(ml_dtypes.bfloat16 if wanted == "bfloat16" else numpy.dtype(wanted))
 
@@ -153,13 +156,13 @@ class Case:
     @cached_property
     def expected(self) -> Mapping[str, Expected]:
         """The expected outputs by name; empty if the case must raise."""
-        return {name: self._expected(entry) for name, entry in self._outputs.items()}
+        return {name: self._expected(entry) for name, entry in self.output_entries.items()}
 
     def _expected(self, entry: Entry) -> Expected:
         kinds, rows = (
-            None if entry[name] is None else self._tensors[_location(entry[name])] for name in ("kinds", "rows")
+            None if entry[name] is None else self.tensors[_location(entry[name])] for name in ("kinds", "rows")
         )
-        return Expected(self._tensors[_location(entry)], kinds, rows, tuple(entry["shape"]))
+        return Expected(self.tensors[_location(entry)], kinds, rows, tuple(entry["shape"]))
 
     @property
     def sampled_rows(self) -> Array | None:
@@ -170,7 +173,7 @@ class Case:
     @property
     def signature(self) -> Hashable:
         """The key of a compiled program: the function, the shapes and the plain options."""
-        shapes = tuple((name, tuple(entry["shape"])) for name, entry in sorted(self._inputs.items()))
+        shapes = tuple((name, tuple(entry["shape"])) for name, entry in sorted(self.input_entries.items()))
         return self.function, shapes, repr(sorted(self.options.items()))
 
 
@@ -315,9 +318,9 @@ def _case(entry: Entry, tensors: Tensors) -> Case:
         options=options,
         expect=entry["expect"],
         error=entry.get("error"),
-        _inputs=entry["inputs"],
-        _outputs=entry["outputs"],
-        _tensors=tensors,
+        input_entries=entry["inputs"],
+        output_entries=entry["outputs"],
+        tensors=tensors,
     )
 
 

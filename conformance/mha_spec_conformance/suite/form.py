@@ -14,7 +14,7 @@ from .functions import FUNCTIONS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["wrong_member"]
+__all__ = ["are_texts", "is_text", "wrong_member"]
 
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 INPUT_DTYPES = ("case", "softmax", "bool", *FLOATING, *INTEGERS)
@@ -44,12 +44,14 @@ def _wrong_item(item: Mapping[str, Any], form: Mapping[str, tuple[str, Callable[
     return None
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Tell whether a member is a string."""
     return isinstance(value, str)
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
+def are_texts(value: Any) -> bool:
+    """Tell whether a member is a list of strings."""
+    return isinstance(value, list) and all(map(is_text, value))
 
 
 def _are_sizes(value: Any) -> bool:
@@ -74,7 +76,7 @@ def _is_generator(value: Any) -> bool:
     if not isinstance(value, dict) or not value.keys() <= {"kind", "seed", "unit", "mean", *_WHOLE_NUMBERS}:
         return False
     numbers = (value.get("unit", 1.0), value.get("mean", 0.0))
-    if not _is_text(value.get("kind")) or not all(type(number) in (int, float) for number in numbers):
+    if not is_text(value.get("kind")) or not all(type(number) in (int, float) for number in numbers):
         return False
     return all(
         type(number) is int and least <= number < end
@@ -85,11 +87,11 @@ def _is_generator(value: Any) -> bool:
 
 
 def _is_location(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and _is_text(value.get("file")) and _is_text(value.get("tensor")))
+    return value is None or (isinstance(value, dict) and is_text(value.get("file")) and is_text(value.get("tensor")))
 
 
 def _is_error(value: Any) -> bool:
-    return isinstance(value, dict) and _is_text(value.get("argument")) and value.get("kind") in ("type", "value")
+    return isinstance(value, dict) and is_text(value.get("argument")) and value.get("kind") in ("type", "value")
 
 
 _WHOLE_NUMBERS = {
@@ -102,8 +104,8 @@ _WHOLE_NUMBERS = {
 }
 """The members of a generator that are whole numbers: the least, and the number after the largest."""
 
-_TEXT = "a string", _is_text
-_TEXTS = "a list of strings", _are_texts
+_TEXT = "a string", is_text
+_TEXTS = "a list of strings", are_texts
 _ENTRIES = "an object of objects", _are_entries
 _LOCATION = "null or the file and the tensor", _is_location
 
@@ -111,9 +113,9 @@ _CASE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("title",), _TEXT),
     **dict.fromkeys(("clauses", "features", "tags"), _TEXTS),
     **dict.fromkeys(("inputs", "outputs"), _ENTRIES),
-    "function": ("the name of a function", lambda value: _is_text(value) and value in FUNCTIONS),
+    "function": ("the name of a function", lambda value: is_text(value) and value in FUNCTIONS),
     "level": ("MUST or SHOULD", lambda value: value in ("MUST", "SHOULD")),
-    "dtypes": (f"some of {', '.join(FLOATING)}", lambda value: _are_texts(value) and {*value} <= {*FLOATING}),
+    "dtypes": (f"some of {', '.join(FLOATING)}", lambda value: are_texts(value) and {*value} <= {*FLOATING}),
     "options": ("an object of options", _are_options),
     "expect": ("values or error", lambda value: value in ("values", "error")),
 }
@@ -121,7 +123,7 @@ _CASE: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 _INPUT: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "shape": ("a list of sizes", _are_sizes),
-    "dtype": (f"one of {', '.join(INPUT_DTYPES)}", lambda value: _is_text(value) and value in INPUT_DTYPES),
+    "dtype": (f"one of {', '.join(INPUT_DTYPES)}", lambda value: is_text(value) and value in INPUT_DTYPES),
 }
 _OUTPUT: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "shape": ("a list of sizes", _are_sizes),

@@ -124,9 +124,9 @@ def _from_file(path: Path) -> ModuleType:
 
 def line_in_target(error: BaseException) -> str | None:
     """Name the last line of the target's code in a traceback; if there is none, the last line outside this package."""
-    here = str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[1])
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    frames = [(file, line) for file, line in frames if not file.startswith(("<", here))]
+    frames = [(file, line) for file, line in frames if not file.startswith(("<", package))]
     of_target = [(file, line) for file, line in frames if not _is_library(file)] or frames
     return f"{_relative(of_target[-1][0])}:{of_target[-1][1]}" if of_target else None
 
