@@ -48,6 +48,8 @@ class Pairs(NamedTuple):
     longest: int
     tiles: int
     """The number of tiles of each query, of which the last may be empty."""
+    sees_none: Tensor | None
+    """The queries that see no key, (queries, 1); None if each sees one."""
 
 
 def attend(
@@ -61,12 +63,13 @@ def attend(
     rows = query.detach()[first:last, None].expand(-1, pairs.tiles, -1, -1).flatten(0, 2)
     scores = _padded(pairs, _scores(packed, pairs, rows, key.detach().flatten(0, 2)))
     scores = scores.view(-1, pairs.tiles, query.shape[1], pairs.longest)
-    total, lse = _exponentials(pairs, scores, sinks)
+    total, largest = _exponentials(pairs, scores, sinks)
     output = torch.nn.functional.embedding_bag(
         pairs.slots,
         value.detach().flatten(0, 2),
-        pairs.bounds[:-1],
+        pairs.bounds,
         mode="sum",
+        include_last_offset=True,
         per_sample_weights=_pairs_of(pairs, scores.flatten(0, 2)),
     )
     # The sum of a row that sees a key or has a sink is at least 1.
@@ -75,7 +78,7 @@ def attend(
     # among the scores, which makes the weights and the output of its row NaN.
     if not math.isfinite(output.sum()) and not bool(output.isfinite().all()):
         return None
-    return _placed(packed, output, lse if needs_lse else None)
+    return _placed(packed, output, largest + total.log() if needs_lse else None)
 
 
 def _suits(packed: Packed, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -109,14 +112,17 @@ def _pairs(packed: Packed) -> Pairs | None:
     rows, ends = _rows_of_slots(packed, dtype), bounds[:: tiles * packed.a.heads].tolist()
     for (first, last), (start, end) in zip(seen, pairwise(ends), strict=True):
         _put_pairs(rows[first:last], heads, tile, slots[start:end])
-    return Pairs(torch.from_numpy(bounds), torch.from_numpy(slots), torch.from_numpy(lengths), longest, tiles)
+    sees_none = None if counts[:, 0].all() else torch.from_numpy(counts[:, :1] == 0)
+    return Pairs(
+        torch.from_numpy(bounds), torch.from_numpy(slots), torch.from_numpy(lengths), longest, tiles, sees_none
+    )
 
 
 def _seen(packed: Packed) -> list[tuple[int, int]]:
     """Return the first key that each query sees, and the end, as slots of the blocks of all sequences."""
     start, seen = 0, []
     for part in packed.parts:
-        seen += [(start + first, start + end) for first, end in _visible(part)]
+        seen += ((start + first, start + end) for first, end in _visible(part))
         start += len(part.blocks) * packed.a.key.shape[1]
     return seen
 
@@ -131,13 +137,11 @@ def _rows_of_slots(packed: Packed, dtype: type[numpy.signedinteger]) -> numpy.nd
 
 def _put_pairs(rows: numpy.ndarray, heads: numpy.ndarray, tile: int, pairs: numpy.ndarray) -> None:
     """Write the pairs of a query, whose slots have these rows, in the order (tiles, heads, keys)."""
-    whole = len(rows) // tile * tile
+    whole, count = len(rows) // tile * tile, len(heads)
     if whole:
-        numpy.add(
-            rows[:whole].reshape(-1, 1, tile), heads, out=pairs[: whole * len(heads)].reshape(-1, len(heads), tile)
-        )
+        numpy.add(rows[:whole].reshape(-1, 1, tile), heads, out=pairs[: whole * count].reshape(-1, count, tile))
     if whole < len(rows):
-        numpy.add(rows[whole:], heads, out=pairs[whole * len(heads) :].reshape(len(heads), -1))
+        numpy.add(rows[whole:], heads, out=pairs[whole * count :].reshape(count, -1))
 
 
 def _index_dtype(packed: Packed) -> type[numpy.signedinteger]:
@@ -170,16 +174,17 @@ def _scores(packed: Packed, pairs: Pairs, rows: Tensor, keys: Tensor) -> Tensor:
 
 
 def _exponentials(pairs: Pairs, scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Replace scores, (queries, tiles, heads, keys), by exp(score - largest); return their sums and lse of each row."""
-    has_no_keys = pairs.lengths.view(scores.shape[:3])[:, 0] == 0
-    largest = scores.amax((1, 3)).masked_fill(has_no_keys, torch.finfo(scores.dtype).min)
+    """Replace scores, (queries, tiles, heads, keys), by exp(score - largest); return the sums and the largest."""
+    largest = scores.amax((1, 3))
+    if pairs.sees_none is not None:
+        largest = largest.masked_fill(pairs.sees_none, torch.finfo(scores.dtype).min)
     if sinks is not None:
         sinks = sinks.detach().to(scores.dtype)
         largest = torch.maximum(largest, sinks)
     total = scores.sub_(largest[:, None, :, None]).exp_().sum((1, 3))
     if sinks is not None:
         total += torch.exp(sinks - largest)
-    return total, largest + total.log()
+    return total, largest
 
 
 @lru_cache(maxsize=1)
@@ -188,16 +193,6 @@ def _accept_sparse_tensors() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], torch.zeros(0, dtype=torch.int64), torch.zeros(0), size=(1, 1))
-
-
-def _joined(pairs: Pairs, packed: Packed, scores: Tensor) -> Tensor:
-    """Return the scores of all tiles of a query, (queries heads, keys)."""
-    return scores.unflatten(0, (-1, pairs.tiles, packed.a.heads)).transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-def _apart(pairs: Pairs, packed: Packed, weights: Tensor) -> Tensor:
-    """Undo `_joined`."""
-    return weights.view(-1, packed.a.heads, pairs.tiles, pairs.longest).transpose(1, 2).flatten(0, 2)
 
 
 def _padded(pairs: Pairs, values: Tensor) -> Tensor:
