@@ -125,6 +125,23 @@ def meanings() -> dict[str, Any]:
     }
 
 
+def rounding() -> dict[str, Any]:
+    """Compare the gradient of a query in bfloat16 with that of the same numbers in float32, rounded once."""
+    *operands, _ = (x.astype(jnp.bfloat16) for x in tensors(3, 48))
+
+    def of_query(*operands: Any) -> Any:
+        def call(query: Any, key: Any, value: Any) -> Any:
+            return mha_spec_jax.sharded_kv_attention(query, key, value, axis_name="ranks", return_lse=True)[1]
+
+        specs = P(), TOKENS, TOKENS
+        lse, pull = jax.vjp(jax.shard_map(call, mesh=MESH, in_specs=specs, out_specs=P()), *operands)
+        return pull(jnp.asarray(numbers(*lse.shape, seed=9), lse.dtype))[0]
+
+    narrow, wide = (jax.jit(of_query)(*(x.astype(dtype) for x in operands)) for dtype in (jnp.bfloat16, jnp.float32))
+    narrow, wide = (numpy.asarray(x.astype(jnp.bfloat16)).astype("float64") for x in (narrow, wide))
+    return {"rounding": differences(("query",), [narrow], [wide])}
+
+
 def goldens() -> dict[str, Any]:
     """Ask goldens of the target of conformance, within their allowances."""
     path = Path(__file__).parents[1] / "conformance" / "targets" / "devices" / "jax_ring.py"

@@ -134,6 +134,24 @@ def meanings() -> dict[str, Any]:
         return {name: faults(*call) for name, call in asked.items()}
 
 
+def rounding() -> dict[str, Any]:
+    """Compare the gradient of a query in bfloat16 with that of the same numbers in float32, rounded once."""
+    operands = [x.to(torch.bfloat16) for x in tensors(3, 48)[:3]]
+    order = shard_order("contiguous", RANKS, 48)
+
+    def call(query: Any, key: Any, value: Any) -> Any:
+        keys = (dealt(x, order, 2) for x in (key, value))
+        return mha_spec_torch.sharded_kv_attention(query, *keys, return_lse=True)
+
+    def of_lse(outputs: Any) -> list[torch.Tensor]:
+        output, lse = outputs
+        return [torch.zeros_like(output), torch.from_numpy(numbers(*lse.shape, seed=9)).to(lse.dtype)]
+
+    of_query = [results(call, [x.to(dtype) for x in operands], of_lse)[2] for dtype in (torch.bfloat16, torch.float32)]
+    narrow, wide = (x.to(torch.bfloat16).double() for x in of_query)
+    return {"rounding": differences(("query",), [narrow], [wide])}
+
+
 def derivatives() -> dict[str, Any]:
     """Repeat a call for a checkpoint, and compare second derivatives of the exchange with those of one process."""
     operands = tensors(16, 16)
@@ -451,6 +469,7 @@ def example() -> dict[str, Any]:
 PARTS = {
     "meanings": meanings,
     "goldens": goldens,
+    "rounding": rounding,
     "derivatives": derivatives,
     "mistakes": mistakes,
     "refusals": refusals,

@@ -27,7 +27,7 @@ MESH = AbstractMesh((RANKS,), ("ranks",), axis_types=(AxisType.Auto,))
 TOKENS = PartitionSpec(None, None, "ranks")
 MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring segments", "ring chunk"),
-    *("all to all", "decoding", "golden sinks", "golden poison", "golden gradients", "example"),
+    *("all to all", "decoding", "rounding", "golden sinks", "golden poison", "golden gradients", "example"),
     "example of decoding",
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
@@ -36,7 +36,7 @@ MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Any]:
     """Run every part of ring_devices.py in a process with eight devices."""
-    parts = ("meanings", "goldens", "mistakes", "memory", "programs", "example")
+    parts = ("meanings", "rounding", "goldens", "mistakes", "memory", "programs", "example")
     return answers_of("ring_devices.py", *parts, timeout=900)
 
 

@@ -20,7 +20,7 @@ MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring lengths", "ring segments", "ring chunk"),
     *("ring striped chunk", "ring prefix", "ring empty", "ring plain", "all to all", "all to all contiguous"),
     *("decoding striped", "decoding zigzag", "decoding contiguous", "decoding empty"),
-    *("checkpoint", "second derivative of all to all", "example", "example of decoding"),
+    *("rounding", "checkpoint", "second derivative of all to all", "example", "example of decoding"),
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys", "sum of sinks", "sum of rows")
 FORMS = ("ring_attention", "all_to_all_attention", "sharded_kv_attention")
@@ -32,7 +32,7 @@ Answers = list[list[dict[str, Any]]]
 def answers() -> Answers:
     """Run every part of ring_processes.py, the last two in separate groups, which lose a rank."""
     of_all = ("meanings", "derivatives", "mistakes", "refusals", "counts", "hidden", "memory", "overlap", "dtensors")
-    parts = "+".join([*of_all, "refusals of dtensors", "example", "goldens"]), "ends", "hangs"
+    parts = "+".join([*of_all, "refusals of dtensors", "example", "goldens", "rounding"]), "ends", "hangs"
     results: Answers = answers_of("ring_processes.py", *parts, timeout=600)
     assert len(results[0]) == RANKS
     return results

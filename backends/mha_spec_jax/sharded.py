@@ -167,8 +167,9 @@ def sharded_kv_attention(
 
 def _of_rank(form: Form, numbers: Numbers, a: ShardedArguments) -> tuple[Array, Array]:
     """Compute output and lse of all queries over the keys of this rank."""
-    query, key, value, ids, numbers = varying(form.axes, (a.query, a.key, a.value, digits_of(a), numbers))
-    wide = query.astype(function.softmax_dtype(query))
+    # The ranks add the gradients of what they all hold in its own type; those of the query are then rounded once.
+    wide = a.query.astype(function.softmax_dtype(a.query))
+    wide, key, value, ids, numbers = varying(form.axes, (wide, a.key, a.value, digits_of(a), numbers))
     q_piece = Piece(0, 1, a.q_len)
     kv_pieces = pieces(form.layout, lax.axis_index(form.axis), form.ranks, key.shape[2])
     halves = []

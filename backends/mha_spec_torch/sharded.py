@@ -186,7 +186,8 @@ def sharded_kv_attention(
 
 def _of_rank(group: Group, form: Form, a: ShardedArguments) -> tuple[Tensor, Tensor]:
     """Compute output and lse of all queries over the keys of this rank."""
-    query = shared(group, a.query).to(softmax_dtype(a.query))
+    # The ranks add their gradients in the type of the softmax, which are then rounded once.
+    query = shared(group, a.query.to(softmax_dtype(a.query)))
     ids = _ids(a)
     queries = Shard((query,), ids[0]), [(Span(0, a.q_len), Piece(0, 1, a.q_len))]
     keys = Shard((a.key, a.value), ids[1]), form.pieces(group.rank, a.key.shape[2])
