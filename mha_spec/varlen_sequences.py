@@ -12,6 +12,8 @@ from .arrays import host_integers
 from .scalars import is_integer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .varlen_arguments import VarlenArguments
 
 __all__ = ["PackedSequence", "integers_of", "sequences_of"]
@@ -26,7 +28,7 @@ class PackedSequence(NamedTuple):
     """The tokens of its keys in use; in a call with a block table, range(number of keys)."""
     offset: int
     """The position of its query 0 (MHA-VARLEN-5)."""
-    blocks: list[int] | None = None
+    blocks: Sequence[int] | numpy.ndarray | None = None
     """The blocks of its keys, in order; None in a call without a block table (MHA-VARLEN-6)."""
 
 
@@ -83,12 +85,12 @@ def _offsets(a: VarlenArguments, queries: list[range], keys: list[range]) -> lis
     return [offset] * len(queries) if is_integer(offset) else integers_of(offset)
 
 
-def _blocks(a: VarlenArguments, keys: list[range]) -> list[list[int]]:
+def _blocks(a: VarlenArguments, keys: list[range]) -> list[numpy.ndarray]:
     """Return the blocks of each sequence, without those of the entries that its keys do not need (MHA-VARLEN-7)."""
     blocks, block_size = a.key.shape[:2]
     table = numpy.clip(_table_of(a.block_table), 0, max(blocks - 1, 0))
     counts = (-(-len(tokens) // block_size) for tokens in keys)
-    return [row[:count].tolist() for row, count in zip(table, counts, strict=True)]
+    return [row[:count] for row, count in zip(table, counts, strict=True)]
 
 
 def _table_of(table: Any) -> numpy.ndarray:

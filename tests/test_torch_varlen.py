@@ -219,9 +219,11 @@ CHOICES: dict[str, Call] = {
 @pytest.mark.parametrize("options", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("is_broken", [False, True], ids=["finite", "not finite"])
+@pytest.mark.parametrize("tile", [1, 2, 4, 8, 1000])
 def test_a_few_queries_read_blocks_where_they_are(
-    monkeypatch: pytest.MonkeyPatch, options: Call, rows: tuple[list[int], list[int]], is_broken: bool
+    monkeypatch: pytest.MonkeyPatch, options: Call, rows: tuple[list[int], list[int]], is_broken: bool, tile: int
 ) -> None:
+    monkeypatch.setattr(decoding, "TILE", tile * 3 * 5 * 8)  # Keys of three heads of 5 numbers in float64.
     results: list[Any] = []
     attend = decoding.attend
 

@@ -5,6 +5,9 @@ the elements of a sparse matrix (rows, slots), whose rows are those of the query
 
     scores  = elements of query by keys^T                   the product is computed for these elements only
     output  = weights by values                             a sum of the rows that the elements name
+
+The keys of a query are cut into tiles that stay in a core's cache until the last head has read them; each tile has
+rows of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
@@ -26,12 +30,14 @@ __all__ = ["attend"]
 
 ROWS = 8
 """The largest number of rows that may read a key, as each reads it again from the cache of the core."""
+TILE = 2**17
+"""The largest number of bytes of the keys of a tile, of all heads."""
 PADDING = 4
 """How many times the pairs the scores may cover: the longest row sets their number for all."""
 
 
 class Pairs(NamedTuple):
-    """The pairs of rows and visible keys, in the order of the rows."""
+    """The pairs of rows and visible keys, in the order of the rows, (queries, tiles, heads)."""
 
     bounds: Tensor
     """The first pair of each row, and their number."""
@@ -40,6 +46,10 @@ class Pairs(NamedTuple):
     lengths: Tensor
     """The number of keys of each row."""
     longest: int
+    tiles: int
+    """The number of tiles of each query, of which the last may be empty."""
+    sees_none: Tensor | None
+    """The queries that see no key, (queries, 1); None if each sees one."""
 
 
 def attend(
@@ -50,26 +60,25 @@ def attend(
     if pairs is None:
         return None
     first, last = packed.parts[0].queries.start, packed.parts[-1].queries.stop
-    rows = query.detach()[first:last].flatten(0, 1)
+    rows = query.detach()[first:last, None].expand(-1, pairs.tiles, -1, -1).flatten(0, 2)
     scores = _padded(pairs, _scores(packed, pairs, rows, key.detach().flatten(0, 2)))
-    # exp(scores - lse) would round the weights by u |lse|; the softmax divides by a sum.
-    weights, lse = scores.softmax(1), scores.logsumexp(1) if needs_lse or sinks is not None else None
-    if sinks is not None and lse is not None:
-        logits = sinks.detach().to(lse.dtype).repeat(last - first)
-        weights, lse = weights * torch.sigmoid(lse - logits)[:, None], torch.logaddexp(lse, logits)
+    scores = scores.view(-1, pairs.tiles, query.shape[1], pairs.longest)
+    total, largest = _exponentials(pairs, scores, sinks)
     output = torch.nn.functional.embedding_bag(
         pairs.slots,
         value.detach().flatten(0, 2),
-        pairs.bounds[:-1],
+        pairs.bounds,
         mode="sum",
-        per_sample_weights=_pairs_of(pairs, weights),
+        include_last_offset=True,
+        per_sample_weights=_pairs_of(pairs, scores.flatten(0, 2)),
     )
+    # The sum of a row that sees a key or has a sink is at least 1.
+    output = output.unflatten(0, scores.shape[:3]).sum(1) / total.clamp(min=1.0)[..., None]
     # A value that is not finite changes what the component of a row is, which the other path decides; so does a NaN
     # among the scores, which makes the weights and the output of its row NaN.
     if not math.isfinite(output.sum()) and not bool(output.isfinite().all()):
         return None
-    rows = (-1, query.shape[1])
-    return _placed(packed, output.unflatten(0, rows), lse.unflatten(0, rows) if needs_lse and lse is not None else None)
+    return _placed(packed, output, largest + total.log() if needs_lse else None)
 
 
 def _suits(packed: Packed, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -87,28 +96,52 @@ def _suits(packed: Packed, query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def _pairs(packed: Packed) -> Pairs | None:
     """Return the pairs of a call; None if it has none, or if its rows see too different numbers of keys."""
-    heads, kv_heads, block_size = packed.a.heads, packed.a.kv_heads, packed.a.key.shape[1]
-    dtype = _index_dtype(packed)
-    head_of_row = numpy.repeat(numpy.arange(kv_heads, dtype=dtype), heads // kv_heads)[:, None]
-    seen = [(part, keys) for part in packed.parts for keys in _visible(part)]
-    counts = [keys.stop - keys.start for _, keys in seen]
-    lengths, longest = numpy.repeat(counts, heads), max(counts)
+    dtype, seen = _index_dtype(packed), _seen(packed)
+    tile = max(1, TILE // (packed.a.key[0, 0].numel() * packed.a.key.element_size()))
+    longest_row = max(last - first for first, last in seen)
+    tiles = max(1, -(-longest_row // tile))
+    counts = numpy.clip(numpy.diff(seen) - numpy.arange(0, tiles * tile, tile), 0, tile)
+    lengths, longest = numpy.repeat(counts, packed.a.heads), min(tile, longest_row)
     bounds = numpy.concatenate([[0], numpy.cumsum(lengths)], dtype=dtype)
     # torch takes no more elements than a dense matrix has.
     most = len(lengths) * math.prod(packed.a.key.shape[:3])
     if bounds[-1] > most or not 0 < len(lengths) * longest <= PADDING * bounds[-1]:
         return None
     slots = numpy.empty(bounds[-1], dtype)
-    for (part, keys), place in zip(seen, numpy.split(slots, bounds[heads:-1:heads]), strict=True):
-        slots_of_row = (_slots(part, keys, block_size) * kv_heads).astype(dtype)
-        numpy.add(slots_of_row, head_of_row, out=place.reshape(heads, -1))
-    return Pairs(torch.from_numpy(bounds), torch.from_numpy(slots), torch.from_numpy(lengths), longest)
+    heads = numpy.repeat(numpy.arange(packed.a.kv_heads, dtype=dtype), packed.a.heads // packed.a.kv_heads)[:, None]
+    rows, ends = _rows_of_slots(packed, dtype), bounds[:: tiles * packed.a.heads].tolist()
+    for (first, last), (start, end) in zip(seen, pairwise(ends), strict=True):
+        _put_pairs(rows[first:last], heads, tile, slots[start:end])
+    sees_none = None if counts[:, 0].all() else torch.from_numpy(counts[:, :1] == 0)
+    return Pairs(
+        torch.from_numpy(bounds), torch.from_numpy(slots), torch.from_numpy(lengths), longest, tiles, sees_none
+    )
 
 
-def _slots(part: Part, keys: slice, block_size: int) -> numpy.ndarray:
-    """Return the slots of some keys of a sequence, counted over all blocks (MHA-VARLEN-6)."""
-    slots = part.blocks[:, None] * block_size + numpy.arange(block_size)
-    return slots.reshape(-1)[keys]
+def _seen(packed: Packed) -> list[tuple[int, int]]:
+    """Return the first key that each query sees, and the end, as slots of the blocks of all sequences."""
+    start, seen = 0, []
+    for part in packed.parts:
+        seen += ((start + first, start + end) for first, end in _visible(part))
+        start += len(part.blocks) * packed.a.key.shape[1]
+    return seen
+
+
+def _rows_of_slots(packed: Packed, dtype: type[numpy.signedinteger]) -> numpy.ndarray:
+    """Return the row of the first head of each slot in the blocks of all sequences (MHA-VARLEN-6)."""
+    block_size, kv_heads = packed.a.key.shape[1:3]
+    blocks = numpy.concatenate([part.blocks for part in packed.parts])
+    rows = (blocks * (block_size * kv_heads)).astype(dtype)[:, None] + numpy.arange(block_size, dtype=dtype) * kv_heads
+    return rows.reshape(-1)
+
+
+def _put_pairs(rows: numpy.ndarray, heads: numpy.ndarray, tile: int, pairs: numpy.ndarray) -> None:
+    """Write the pairs of a query, whose slots have these rows, in the order (tiles, heads, keys)."""
+    whole, count = len(rows) // tile * tile, len(heads)
+    if whole:
+        numpy.add(rows[:whole].reshape(-1, 1, tile), heads, out=pairs[: whole * count].reshape(-1, count, tile))
+    if whole < len(rows):
+        numpy.add(rows[whole:], heads, out=pairs[whole * count :].reshape(count, -1))
 
 
 def _index_dtype(packed: Packed) -> type[numpy.signedinteger]:
@@ -117,25 +150,41 @@ def _index_dtype(packed: Packed) -> type[numpy.signedinteger]:
     return numpy.int32 if max(pairs, packed.a.key.numel(), packed.a.value.numel()) < 2**31 else numpy.int64
 
 
-def _visible(part: Part) -> list[slice]:
-    """Return the keys that each query of a sequence sees (MHA-CAUSAL-1, MHA-WINDOW-1, MHA-WINDOW-2)."""
+def _visible(part: Part) -> list[tuple[int, int]]:
+    """Return the first key that each query of a sequence sees, and the end (MHA-CAUSAL-1, MHA-WINDOW-1)."""
     left, right, keys = part.visibility.left, part.visibility.right, part.keys.size
     positions = range(part.offset, part.offset + part.queries.size)
     firsts = [0 if left is None else min(max(position - left, 0), keys) for position in positions]
     ends = [keys if right is None else min(max(position + right + 1, 0), keys) for position in positions]
-    return [slice(first, max(first, end)) for first, end in zip(firsts, ends, strict=True)]
+    return [(first, max(first, end)) for first, end in zip(firsts, ends, strict=True)]
 
 
 def _scores(packed: Packed, pairs: Pairs, rows: Tensor, keys: Tensor) -> Tensor:
     """Compute the score of each pair (MHA-SCORE-2, MHA-CAP-1)."""
     _accept_sparse_tensors()
-    zeros, size = rows.new_zeros(pairs.slots.shape), (rows.shape[0], keys.shape[0])
+    # NumPy leaves it to the system to give zeroed memory, while torch writes the zeros.
+    zeros = torch.from_numpy(numpy.zeros(len(pairs.slots), str(rows.dtype).removeprefix("torch.")))
+    size = rows.shape[0], keys.shape[0]
     matrix = torch.sparse_csr_tensor(pairs.bounds, pairs.slots, zeros, size=size)
     # Into the matrix itself, because a new one would first get a copy of its indices.
     torch.sparse.sampled_addmm(matrix, rows, keys.t(), beta=0.0, alpha=packed.problem.scale, out=matrix)
     scores = matrix.values()
     softcap: Any = packed.problem.softcap
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _exponentials(pairs: Pairs, scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Replace scores, (queries, tiles, heads, keys), by exp(score - largest); return the sums and the largest."""
+    largest = scores.amax((1, 3))
+    if pairs.sees_none is not None:
+        largest = largest.masked_fill(pairs.sees_none, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        sinks = sinks.detach().to(scores.dtype)
+        largest = torch.maximum(largest, sinks)
+    total = scores.sub_(largest[:, None, :, None]).exp_().sum((1, 3))
+    if sinks is not None:
+        total += torch.exp(sinks - largest)
+    return total, largest
 
 
 @lru_cache(maxsize=1)

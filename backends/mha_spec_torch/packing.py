@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -13,6 +13,7 @@ from mha_spec import steps
 from mha_spec.arguments import Arguments
 from mha_spec.varlen_sequences import sequences_of
 
+from .function import transformed
 from .problem import Problem, readable
 from .tasks import SCORES, Operands, Span, Task, blocks, narrowed, softmax_dtype
 from .visibility import Visibility
@@ -188,7 +189,7 @@ class Packed:
     @classmethod
     def of(cls, a: VarlenArguments) -> Packed:
         """Read the sequences of a call."""
-        sequences, dtype = sequences_of(a), softmax_dtype(a.query)
+        sequences, dtype = sequences_of(_with_table_on_host(a)), softmax_dtype(a.query)
         parts = list(_parts(a, sequences, dtype))
         slopes = None if a.alibi_slopes is None else a.alibi_slopes.detach().to(dtype)
         host = readable(a.query)
@@ -247,6 +248,13 @@ def packed_again(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
+def _with_table_on_host(a: VarlenArguments) -> VarlenArguments:
+    """Return the call with its block table in NumPy; torch.func has no conversion to it, but one to a list."""
+    if not isinstance(a.block_table, torch.Tensor) or transformed():
+        return a
+    return replace(a, block_table=a.block_table.numpy(force=True))
+
+
 def _parts(a: VarlenArguments, sequences: Sequence[PackedSequence], dtype: torch.dtype) -> Iterator[Part]:
     """Yield the sequences that have queries; sequences of equal lengths share their constraints."""
     known: dict[tuple[int, int, int], Visibility] = {}
@@ -260,7 +268,7 @@ def _parts(a: VarlenArguments, sequences: Sequence[PackedSequence], dtype: torch
         visibility = known.get(shape)
         if visibility is None:
             visibility = known[shape] = _visibility(a, 1, *shape, dtype)
-        ordered = numpy.array(numbers or (), numpy.int64)
+        ordered = numpy.asarray(() if numbers is None else numbers, numpy.int64)
         yield Part(Span(queries.start, queries.stop), Span(start, end), offset, visibility, ordered)
 
 

@@ -74,25 +74,30 @@ def longest_for_all(a: VarlenArguments, sequences: list[PackedSequence]) -> list
     return [s._replace(keys=range(s.keys.start, min(s.keys.start + length, end))) for s in sequences]
 
 
-def with_blocks(change: Callable[[VarlenArguments, int, PackedSequence], Sequence[int]]) -> VarlenSteps:
-    """Read other blocks: `change` returns those of a sequence."""
+def block_numbers(sequence: PackedSequence) -> list[int]:
+    """Return the blocks of a sequence as numbers of Python."""
+    return [] if sequence.blocks is None else [int(block) for block in sequence.blocks]
+
+
+def with_blocks(change: Callable[[VarlenArguments, int, list[int]], Sequence[int]]) -> VarlenSteps:
+    """Read other blocks: `change` returns those of a sequence, by its number and its right blocks."""
 
     def changed(a: VarlenArguments, sequences: list[PackedSequence]) -> list[PackedSequence]:
         if not a.is_paged:
             return sequences
         blocks = a.key.shape[0]
         return [
-            s._replace(blocks=[min(max(block, 0), blocks - 1) for block in change(a, b, s)])
+            s._replace(blocks=[min(max(block, 0), blocks - 1) for block in change(a, b, block_numbers(s))])
             for b, s in enumerate(sequences)
         ]
 
     return of_sequences(changed)
 
 
-def transposed(a: VarlenArguments, b: int, sequence: PackedSequence) -> list[int]:
+def transposed(a: VarlenArguments, b: int, blocks: list[int]) -> list[int]:
     """Read the table as if it were (max_blocks, sequences)."""
     table = numpy.asarray(a.block_table)
-    return table.reshape(table.shape[1], table.shape[0]).T[b, : len(sequence.blocks or ())].tolist()
+    return table.reshape(table.shape[1], table.shape[0]).T[b, : len(blocks)].tolist()
 
 
 def whole_blocks(a: VarlenArguments, sequence: PackedSequence) -> PackedSequence:
@@ -257,9 +262,7 @@ VARLEN = (
         "pages-in-order-of-memory",
         "takes the blocks of a sequence from the first on as they stand in memory",
         ("MHA-VARLEN-6",),
-        with_blocks(
-            lambda a, b, s: [block + n for n, block in enumerate([s.blocks[0]] * len(s.blocks))] if s.blocks else []
-        ),
+        with_blocks(lambda a, b, blocks: [blocks[0] + n for n in range(len(blocks))]),
         needs=("block_table",),
         bugs=("hw-native-sys/pypto#470",),
     ),
@@ -267,7 +270,7 @@ VARLEN = (
         "pages-table-ignored",
         "reads the blocks by their number in the row and ignores the table",
         ("MHA-VARLEN-6",),
-        with_blocks(lambda a, b, s: range(len(s.blocks or ()))),
+        with_blocks(lambda a, b, blocks: range(len(blocks))),
         needs=("block_table",),
         bugs=("golang-design/accel#10",),
     ),
@@ -275,7 +278,7 @@ VARLEN = (
         "pages-reversed",
         "reads the blocks of a sequence from the last to the first",
         ("MHA-VARLEN-6",),
-        with_blocks(lambda a, b, s: (s.blocks or [])[::-1]),
+        with_blocks(lambda a, b, blocks: blocks[::-1]),
         needs=("block_table",),
     ),
     mistake(
