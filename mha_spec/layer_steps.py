@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from .layer_checks import LayerArguments
     from .rotary_checks import Rotary
 
-__all__ = ["LayerSteps", "are_on_host", "for_each_pair", "narrow", "slope_values", "widen"]
+__all__ = ["NARROW", "LayerSteps", "are_on_host", "for_each_pair", "narrow", "slope_values", "widen"]
 
 
 NARROW = ("int8", "uint8", "int16", "uint16")
+"""The types that do not hold every length."""
 
 
 def widen(x: Array) -> Array:
@@ -93,8 +94,9 @@ def positions(offset: Array, length: int, like: Array) -> Array:
     if host_integers(offset) is not None:
         host = numpy.asarray(offset, dtype=numpy.int64)
         return host[..., None] + numpy.arange(length)
-    xp = namespace_of(offset)
-    return offset[:, None] + xp.arange(length, dtype=offset.dtype, device=device_of(like))
+    starts = paged_steps.integers(offset, offset)
+    xp = namespace_of(starts)
+    return starts[:, None] + xp.arange(length, dtype=starts.dtype, device=device_of(like))
 
 
 @lru_cache(maxsize=256)

@@ -18,8 +18,9 @@ from support.layers import KV_HEADS as LAYER_KV_HEADS
 from support.layers import QK_DIM as LAYER_QK_DIM
 from support.layers import SIZES as LAYER_SIZES
 from support.layers import V_DIM as LAYER_V_DIM
-from support.libraries import with_float64
+from support.libraries import of_library, with_float64
 from support.numbers import numbers
+from support.tensorflow_world import with_unknown_sizes
 from support.varlen import HEADS as PACKED_HEADS
 from support.varlen import packed, paged
 from torch._dynamo.testing import CompileCounter
@@ -101,19 +102,10 @@ SIZES = {"alibi": {"q_len": Q_LEN, "kv_len": KV_LEN}}
 """Sizes that are no arrays."""
 
 
-def _converted(tree: Any, library: str) -> Any:
-    """Convert the arrays of a call, also those of its parameters and of its cache."""
-    if isinstance(tree, dict):
-        return {name: _converted(branch, library) for name, branch in tree.items()}
-    if isinstance(tree, (KVCache, PagedKVCache, WindowKVCache)):
-        return type(tree)(*(_converted(array, library) for array in tree))
-    return to_library(tree, library) if isinstance(tree, numpy.ndarray) else tree
-
-
 def _split(name: str, library: str) -> tuple[Callable[..., Any], Call]:
     """Return the function of a call over its arrays, and the arrays."""
     function, make = CALLS[name]
-    call = _converted(make(), library)
+    call = of_library(make(), library)
     fixed = {key: x for key, x in call.items() if key in ("causal", "window", "chunk", "rotary") or x is None}
     arrays = {key: x for key, x in call.items() if key not in fixed}
     fixed |= SIZES.get(name, {})
@@ -191,14 +183,8 @@ def test_tensorflow_traces_it_once_for_all_sizes(name: str) -> None:
         return function(arrays, offset)
 
     params = {"params": tf.nest.map_structure(tf.TensorSpec.from_tensor, arrays.get("params", {}))}
-    specs = tf.nest.map_structure(_with_unknown_sizes, arrays) | ({} if "params" not in arrays else params)
+    specs = tf.nest.map_structure(with_unknown_sizes, arrays) | ({} if "params" not in arrays else params)
     program = tf.function(traced, input_signature=[specs, tf.TensorSpec((), tf.int32)])
     for number in OFFSETS:
         assert_near(_results(program(arrays, _offset(number, "tensorflow"))), _expected(name, number))
     assert len(traces) == 1
-
-
-def _with_unknown_sizes(tensor: Any) -> Any:
-    """Describe a tensor whose heads and vectors alone have a known size."""
-    known = {4: (1, 2, 3), 3: (1, 2)}.get(len(tensor.shape), ())
-    return tf.TensorSpec([size if axis in known else None for axis, size in enumerate(tensor.shape)], tensor.dtype)

@@ -159,8 +159,8 @@ def positions(offset: Integers | int, length: int | None, like: Array) -> numpy.
     """Return the positions offset[b] + i, as an array of NumPy if offset and length are known (MHA-POS-1)."""
     if host_integers(offset) is not None and length is not None:
         return layer_steps.positions(offset, length, like)
-    offset = tf.convert_to_tensor(offset)
-    return offset[..., None] + tf.range(sizes_of(like)[2] if length is None else length, dtype=offset.dtype)
+    starts = integers(offset, like)
+    return starts[..., None] + tf.range(sizes_of(like)[2] if length is None else length, dtype=starts.dtype)
 
 
 def named_offset(
@@ -212,10 +212,11 @@ def turn(x: Array, turns: tuple[Array, Array], interleaved: bool) -> Array:
 
 def new_lengths(lengths: Integers, counts: Integers | None, length: int | None, like: Array) -> numpy.ndarray | Array:
     """Return the number of tokens of each batch entry after an append of counts[b] real tokens (MHA-CACHE-5)."""
-    integers = [lengths] if counts is None else [lengths, counts]
-    if length is not None and all(host_integers(numbers) is not None for numbers in integers):
+    arrays = [lengths] if counts is None else [lengths, counts]
+    if length is not None and all(host_integers(numbers) is not None for numbers in arrays):
         return layer_steps.new_lengths(lengths, counts, length, like)
     before, size = tf.convert_to_tensor(lengths), tf.cast(sizes_of(like)[2], tf.int64)
+    before = integers(before, like) if dtype_name(before) in layer_steps.NARROW else before  # Sums do not wrap.
     new = size if counts is None else tf.clip_by_value(tf.cast(counts, tf.int64), 0, size)
     return before + tf.cast(new, before.dtype)
 

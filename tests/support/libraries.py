@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy
 
+from mha_spec import KVCache, PagedKVCache, WindowKVCache
 from mha_spec_conformance.targets.conversion import to_library
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-__all__ = ["MODULES", "converted", "with_float64"]
+__all__ = ["MODULES", "converted", "of_library", "with_float64"]
 
 MODULES = {
     "mha_spec.reference": "numpy",
@@ -32,6 +33,15 @@ def converted(tree: Any, library: str, dtype: str) -> Any:
     if isinstance(tree, (list, tuple)):
         return [converted(branch, library, dtype) for branch in tree]
     return to_library(tree.astype(dtype) if numpy.issubdtype(tree.dtype, numpy.floating) else tree, library)
+
+
+def of_library(tree: Any, library: str) -> Any:
+    """Convert the arrays of a call, also those of its parameters and of its cache; leave everything else unchanged."""
+    if isinstance(tree, dict):
+        return {name: of_library(branch, library) for name, branch in tree.items()}
+    if isinstance(tree, (KVCache, PagedKVCache, WindowKVCache)):
+        return type(tree)(*(of_library(array, library) for array in tree))
+    return to_library(tree, library) if isinstance(tree, numpy.ndarray) else tree
 
 
 def with_float64(library: str) -> AbstractContextManager[object]:

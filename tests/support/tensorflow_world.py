@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
     import pytest
 
-__all__ = ["cut_into_blocks", "floats", "heads", "operands", "sized", "tensors", "tokens", "with_gradients"]
+__all__ = [
+    "cut_into_blocks",
+    "floats",
+    "heads",
+    "operands",
+    "sized",
+    "tensors",
+    "tokens",
+    "with_gradients",
+    "with_unknown_sizes",
+]
 
 
 def sized(dtype: str = "float64", **options: Any) -> Any:
@@ -81,3 +91,9 @@ def _uneven(output: tf.Tensor) -> tf.Tensor:
     """Return the weights of `layers.uneven` for a tensor whose size may be unknown."""
     steps = tf.linspace(tf.constant(-1, tf.float64), tf.constant(2, tf.float64), tf.size(output))
     return tf.reshape(tf.cast(steps, output.dtype), tf.shape(output))
+
+
+def with_unknown_sizes(tensor: Any) -> Any:
+    """Describe a tensor whose heads and vectors alone have a known size."""
+    known = {4: (1, 2, 3), 3: (1, 2)}.get(len(tensor.shape), ())
+    return tf.TensorSpec([size if axis in known else None for axis, size in enumerate(tensor.shape)], tensor.dtype)
