@@ -88,7 +88,7 @@ def _offsets(a: VarlenArguments, queries: list[range], keys: list[range]) -> lis
 def _blocks(a: VarlenArguments, keys: list[range]) -> list[numpy.ndarray]:
     """Return the blocks of each sequence, without those of the entries that its keys do not need (MHA-VARLEN-7)."""
     blocks, block_size = a.key.shape[:2]
-    table = numpy.clip(_table_of(a.block_table), 0, max(blocks - 1, 0))
+    table = _table_of(a.block_table).clip(0, max(blocks - 1, 0))
     counts = (-(-len(tokens) // block_size) for tokens in keys)
     return [row[:count] for row, count in zip(table, counts, strict=True)]
 

@@ -122,7 +122,7 @@ def _seen(packed: Packed) -> list[tuple[int, int]]:
     """Return the first key that each query sees, and the end, as slots of the blocks of all sequences."""
     start, seen = 0, []
     for part in packed.parts:
-        seen += ((start + first, start + end) for first, end in _visible(part))
+        seen += [(start + first, start + end) for first, end in _visible(part)]
         start += len(part.blocks) * packed.a.key.shape[1]
     return seen
 
@@ -153,6 +153,8 @@ def _index_dtype(packed: Packed) -> type[numpy.signedinteger]:
 def _visible(part: Part) -> list[tuple[int, int]]:
     """Return the first key that each query of a sequence sees, and the end (MHA-CAUSAL-1, MHA-WINDOW-1)."""
     left, right, keys = part.visibility.left, part.visibility.right, part.keys.size
+    if left is None and right is None:
+        return [(0, keys)] * part.queries.size
     positions = range(part.offset, part.offset + part.queries.size)
     firsts = [0 if left is None else min(max(position - left, 0), keys) for position in positions]
     ends = [keys if right is None else min(max(position + right + 1, 0), keys) for position in positions]
