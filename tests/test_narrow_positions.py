@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Call = dict[str, Any]
 STARTS = {"int8": [3, 125], "uint8": [253, 3], "int16": [3, 2**15 - 2], "uint16": [2**16 - 2, 3]}
-"""For each type, a position whose distance to a later key is negative, and one from which the next tokens leave it."""
+"""For each type, a position whose distance to a later key is negative, and a position whose next tokens leave it."""
 LENGTH, CAPACITY, BLOCK, COLUMNS = 5, 11, 53, 5
 COUNTS = numpy.array([5, 4], "int32")
 

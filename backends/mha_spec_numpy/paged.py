@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
     def pages_of(self, pool: numpy.ndarray, dtype: numpy.dtype) -> Pages:
         """Return the keys of the sequences, or their values."""
-        tables = [numpy.array(sequence.blocks, numpy.intp) for sequence in self.sequences]
+        tables = [numpy.asarray(sequence.blocks, numpy.intp) for sequence in self.sequences]
         return Pages(pool, tables, self.lengths, dtype)
 
     def entries_of(self, tokens: numpy.ndarray) -> numpy.ndarray:

@@ -60,7 +60,7 @@ class SequenceAttention:
             return sequence.pages_of(x, dtype)
         if sequence.blocks is None or not isinstance(x, numpy.ndarray):
             return varlen_reference.keys_of(x, sequence, a, steps)
-        blocks = numpy.array(sequence.blocks, numpy.intp)
+        blocks = numpy.asarray(sequence.blocks, numpy.intp)
         tokens = gathered(x, blocks, memory_of(x, len(blocks), dtype, self._scratch.take))
         return tokens[: len(sequence.keys)].swapaxes(0, 1)[None]
 

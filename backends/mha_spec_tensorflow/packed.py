@@ -46,7 +46,7 @@ __all__ = ["attention", "vjp"]
 
 
 class SequenceBounds(NamedTuple):
-    """Where a sequence lies, or a run of equal ones: numbers where they are read, else scalar tensors."""
+    """Where a sequence lies, or a run of equal sequences: numbers where they are read, else scalar tensors."""
 
     number: Size
     """Its place among the runs."""
@@ -254,7 +254,7 @@ def _gradients(
         if run.pages is not None:
             parts["slots"] = sequences.slots(run)
         else:
-            unused = [[0, run.kv_room - run.kv_length], [0, 0], [0, 0]]  # A run with unused keys has one sequence.
+            unused = [[0, run.kv_room - run.kv_length], [0, 0], [0, 0]]  # A run with unused keys is a single sequence.
             parts |= {name: tf.pad(parts[name], unused) for name in ("key", "value")}
         if grads.sinks is not None:
             parts["sinks"] = tf.reshape(grads.sinks, (1, -1))

@@ -50,10 +50,7 @@ MOST_PREPARED, MOST_TASKS = 256, 64
 
 
 def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Signature | None:
-    """Return the signature of an eager call of attention; None if an argument has no description here.
-
-    After a kernel, each function and attribute that is read takes several times as long as in a loop.
-    """
+    """Return the signature of an eager call of attention; None if an argument has no description here."""
     if not _is_eager():
         return None
     signature: list[object] = []

@@ -49,7 +49,7 @@ class Pairs(NamedTuple):
     tiles: int
     """The number of tiles of each query, of which the last may be empty."""
     sees_none: Tensor | None
-    """The queries that see no key, (queries, 1); None if each sees one."""
+    """The queries that see no key, (queries, 1); None if each sees a key."""
 
 
 def attend(
@@ -168,7 +168,7 @@ def _scores(packed: Packed, pairs: Pairs, rows: Tensor, keys: Tensor) -> Tensor:
     zeros = torch.from_numpy(numpy.zeros(len(pairs.slots), str(rows.dtype).removeprefix("torch.")))
     size = rows.shape[0], keys.shape[0]
     matrix = torch.sparse_csr_tensor(pairs.bounds, pairs.slots, zeros, size=size)
-    # Into the matrix itself, because a new one would first get a copy of its indices.
+    # Into the matrix itself, because a new matrix would first get a copy of its indices.
     torch.sparse.sampled_addmm(matrix, rows, keys.t(), beta=0.0, alpha=packed.problem.scale, out=matrix)
     scores = matrix.values()
     softcap: Any = packed.problem.softcap
