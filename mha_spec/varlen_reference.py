@@ -21,7 +21,7 @@ from .varlen_checks import check_cotangents, varlen_arguments
 from .varlen_sequences import sequences_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Unpack
 
     from jaxtyping import Float, Int
@@ -67,18 +67,18 @@ def rows_of(x: Array) -> Array:
     return namespace_of(x).permute_dims(x[0, ...], (1, 0, 2))
 
 
-def pages_of(x: Array, blocks: Iterable[int], length: int) -> Array:
+def pages_of(x: Array, blocks: Sequence[int], length: int) -> Array:
     """Join the blocks of a sequence in the order of the table, and keep its first keys (MHA-VARLEN-6, MHA-VARLEN-7)."""
     xp = namespace_of(x)
     empty = xp.zeros((0, *x.shape[2:]), dtype=x.dtype, device=device_of(x))
-    return xp.concat([empty, *(x[int(block), ...] for block in blocks)], axis=0)[:length, ...]
+    return xp.concat([empty, *(x[block, ...] for block in blocks)], axis=0)[:length, ...]
 
 
 def keys_of(x: Array, sequence: PackedSequence, a: VarlenArguments, steps: VarlenSteps) -> Array:
     """Return the keys in use of a sequence, or its values, as operands of a dense call (MHA-VARLEN-4)."""
     if sequence.blocks is None:
         return widened(steps.tokens_of(x, sequence.keys), a, steps)
-    return widened(tokens_of(steps.pages_of(x, sequence.blocks, len(sequence.keys)), sequence.keys), a, steps)
+    return widened(tokens_of(steps.pages_of(x, sequence.block_numbers, len(sequence.keys)), sequence.keys), a, steps)
 
 
 def widened(x: Array, a: VarlenArguments, steps: VarlenSteps) -> Array:
@@ -315,7 +315,7 @@ class Varlen:
         """Return the gradient of keys or values in their layout."""
         steps = self.steps
         if len(shape) == 4:
-            return steps.add_to_pages([(sequence.blocks, rows) for sequence, rows in parts], shape, like)
+            return steps.add_to_pages([(sequence.block_numbers, rows) for sequence, rows in parts], shape, like)
         return steps.pack([(sequence.keys, rows) for sequence, rows in parts], shape, like, 0.0, steps)
 
     def _calls(self, a: VarlenArguments) -> Iterator[Call]:

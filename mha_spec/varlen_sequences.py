@@ -31,6 +31,11 @@ class PackedSequence(NamedTuple):
     blocks: Sequence[int] | numpy.ndarray | None = None
     """The blocks of its keys, in order; None in a call without a block table (MHA-VARLEN-6)."""
 
+    @property
+    def block_numbers(self) -> list[int]:
+        """Its blocks as numbers of Python."""
+        return [] if self.blocks is None else [int(block) for block in self.blocks]
+
 
 def sequences_of(a: VarlenArguments) -> list[PackedSequence]:
     """Read the sequences of a call; integers that no check has read are clamped (MHA-VARLEN-2, MHA-VARLEN-4).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy
 import pytest
 from support.comparisons import assert_equal, assert_near, assert_same
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 HEADS, KV_HEADS, QK_DIM, V_DIM, BLOCK_SIZE = 6, 3, 5, 7, 11
 LENGTHS = [0, 1, 10, 11, 12, 21, 22, 23, 43, 44, 45, 61]
 """Lengths around the borders of blocks and of the keys that are gathered at a time."""
-QUERIES = [1] * 12, [2] * 12, [2, 1, 1, 2, 0, 2, 2, 40, 0, 2, 2, 5]
+QUERIES = {"1": [1] * 12, "2": [2] * 12, "mixed": [2, 1, 1, 2, 0, 2, 2, 40, 0, 2, 2, 5]}
 OPTIONS: dict[str, Call] = {
     "plain": {},
     "causal": {"causal": True, "q_offset": "lower_right"},
@@ -79,9 +80,7 @@ def check(call: Call) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize(
-    "queries", [[1] * 12, [2] * 12, [2, 1, 1, 2, 0, 2, 2, 40, 0, 2, 2, 5]], ids=["1", "2", "mixed"]
-)
+@pytest.mark.parametrize("queries", QUERIES.values(), ids=QUERIES)
 def test_any_lengths_have_the_results_of_the_reference(queries: list[int], options: Call) -> None:
     check(call_of(queries, **options))
 
@@ -114,7 +113,6 @@ def test_a_number_that_is_not_finite_reaches_the_rows_that_see_it(name: str, num
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_blocks_in_16_bits_are_gathered_in_the_type_of_the_softmax(dtype: str) -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes")
     narrow = "float16" if dtype == "float16" else ml_dtypes.bfloat16
     call = call_of([2] * 12, causal=True, q_offset="lower_right")
     for name in ("query", "key", "value"):

@@ -180,7 +180,7 @@ def _of_sequences(case: Case, arrays: Inputs) -> Iterator[str]:
     keywords = {name: x for name, x in keywords.items() if not name.startswith("grad_")}
     sequences = sequences_of(VarlenArguments(**keywords))
     lengths = [(len(sequence.queries), len(sequence.keys)) for sequence in sequences]
-    blocks = [block for sequence in sequences for block in (() if sequence.blocks is None else sequence.blocks)]
+    blocks = [block for sequence in sequences for block in sequence.block_numbers]
     facts = {
         "several sequences": len(sequences) > 1,
         "sequences of different lengths": len(set(lengths)) > 1,

@@ -74,11 +74,6 @@ def longest_for_all(a: VarlenArguments, sequences: list[PackedSequence]) -> list
     return [s._replace(keys=range(s.keys.start, min(s.keys.start + length, end))) for s in sequences]
 
 
-def block_numbers(sequence: PackedSequence) -> list[int]:
-    """Return the blocks of a sequence as numbers of Python."""
-    return [] if sequence.blocks is None else [int(block) for block in sequence.blocks]
-
-
 def with_blocks(change: Callable[[VarlenArguments, int, list[int]], Sequence[int]]) -> VarlenSteps:
     """Read other blocks: `change` returns those of a sequence, by its number and its right blocks."""
 
@@ -87,7 +82,7 @@ def with_blocks(change: Callable[[VarlenArguments, int, list[int]], Sequence[int
             return sequences
         blocks = a.key.shape[0]
         return [
-            s._replace(blocks=[min(max(block, 0), blocks - 1) for block in change(a, b, block_numbers(s))])
+            s._replace(blocks=[min(max(block, 0), blocks - 1) for block in change(a, b, s.block_numbers)])
             for b, s in enumerate(sequences)
         ]
 
