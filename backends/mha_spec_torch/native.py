@@ -75,7 +75,7 @@ def has_nan(problem: Problem, *arrays: torch.Tensor) -> bool:
     A finite sum proves that there is none, and takes a quarter of the time of a maximum. A sum of squares takes two
     thirds of the time of a sum. Either may overflow, so that only a maximum can prove that there is a NaN.
     """
-    for array in arrays:  # noqa: SIM110
+    for array in arrays:
         if not math.isfinite(_sum(array.detach() if array.requires_grad else array).item()) and problem.is_nan(array):
             return True
     return False
