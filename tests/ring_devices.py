@@ -329,6 +329,37 @@ def _with_gradients(call: Any, arrays: Any) -> tuple[Any, ...]:
     return tuple(map(numpy.asarray, results(*arrays[:2])))
 
 
+def explicit_axes() -> dict[str, Any]:
+    """Call functions on arrays whose sharding is a part of their type, the default of jax.make_mesh."""
+    mesh = jax.make_mesh((2,), ("ranks",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    dense, tokens = tensors(8, 8)[:3], [jnp.asarray(numbers(10, heads, SIZE)) for heads in (4, 2)]
+    bounds = [0, 4, 7]
+    calls: dict[str, Any] = {
+        "explicit axes": (mha_spec_jax.attention, mha_spec_jax.attention_vjp, dense, {"causal": True}, TOKENS),
+        "explicit axes, packed": (
+            mha_spec_jax.varlen_attention,
+            mha_spec_jax.varlen_attention_vjp,
+            (*tokens, tokens[1]),
+            {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "causal": True},
+            P("ranks"),
+        ),
+    }
+    of_calls: dict[str, Any] = {}
+    for name, (attend, vjp, arrays, options, spec) in calls.items():
+        results = []
+        for over in (P(), spec):
+            query, key, value = (jax.device_put(x, NamedSharding(mesh, over)) for x in arrays)
+            output = attend(query, key, value, **options)
+            assert output.sharding.is_equivalent_to(NamedSharding(mesh, over), output.ndim)
+            cotangent = jax.device_put(jnp.cos(output), NamedSharding(mesh, P()))
+            gradients = vjp(cotangent, query, key, value, **options)[:3]
+            results.append([numpy.asarray(x) for x in (output, *gradients)])
+        alone = numpy.asarray(attend(*arrays, **options))
+        of_calls[name] = differences(("output", "query", "key", "value"), *results)
+        of_calls[name] += differences(("output alone",), results[1][:1], (alone,))
+    return of_calls
+
+
 def example() -> dict[str, Any]:
     """Run the examples of JAX in docs/scaling.md, and compare their outputs with those of one device."""
     page = Path(__file__).parents[1].joinpath("docs", "scaling.md").read_text(encoding="utf-8")

@@ -29,6 +29,7 @@ MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring segments", "ring chunk"),
     *("all to all", "decoding", "rounding", "golden sinks", "golden poison", "golden gradients", "example"),
     *("example of decoding", "own queries, packed", "own queries, paged", "own queries, blocks"),
+    *("explicit axes", "explicit axes, packed"),
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 
@@ -36,7 +37,8 @@ MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Any]:
     """Run every part of ring_devices.py in a process with eight devices."""
-    parts = ("meanings", "rounding", "goldens", "mistakes", "memory", "programs", "example", "own_queries")
+    parts = ("meanings", "rounding", "goldens", "mistakes", "memory", "programs", "example")
+    parts += ("own_queries", "explicit_axes")
     return answers_of("ring_devices.py", *parts, timeout=900)
 
 

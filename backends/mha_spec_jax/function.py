@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from .backward import gradients
 from .block import Block, hide, visibility
 from .forward import attend, softmax
-from .mesh import alike, axes_of, varying
+from .mesh import alike, cotangents_of, partitioned
 from .problem import Constraints, Operands, Problem, folded, softmax_dtype, unfold
 from .reverse import reverse_only
 
@@ -45,25 +45,32 @@ def program(problem: Problem, x: Operands, constraints: Constraints) -> tuple[Ar
     if not problem.plan.groups:
         rows = x.query.shape[:3]
         return jnp.zeros((*rows, x.value.shape[3]), x.query.dtype), jnp.zeros(rows, x.query.dtype)
-    output, lse = _attention(problem, *folded(*alike((jax.tree.map(_in_reverse, x), constraints))))
-    return unfold(output), unfold(lse)
+
+    def call(x: Operands, constraints: Constraints) -> tuple[Array, Array]:
+        output, lse = _attention(problem, *folded(*alike((jax.tree.map(_in_reverse, x), constraints))))
+        return unfold(output), unfold(lse)
+
+    return partitioned(call, x.query, (0, 1, 2), (0, 1, 2))(x, constraints)
 
 
 @partial(jax.jit, static_argnums=0)
 def _pullback(
     problem: Problem, x: Operands, constraints: Constraints, grad_output: Array, grad_lse: Array | None
 ) -> Operands:
-    (_, lse), pull = jax.vjp(lambda x: program(problem, x, constraints), x)
+    (output, lse), pull = jax.vjp(lambda x: program(problem, x, constraints), x)
     cotangents = grad_output, jnp.zeros_like(lse) if grad_lse is None else grad_lse
-    return pull(varying(axes_of(lse), cotangents))[0]
+    return pull(cotangents_of((output, lse), cotangents))[0]
 
 
 @partial(jax.jit, static_argnums=0)
 def _weights(problem: Problem, x: Operands, constraints: Constraints) -> Array:
-    x, constraints = folded(x, constraints)
-    block = Block(0, x.query.shape[3], 0, x.key.shape[2], x.query.shape[2])
-    exponentials, total, _ = softmax(problem, _without_unused(problem, x, constraints, block), constraints, block)
-    return unfold(block.apart(exponentials / total[..., None]))
+    def call(x: Operands, constraints: Constraints) -> tuple[Array]:
+        x, constraints = folded(x, constraints)
+        block = Block(0, x.query.shape[3], 0, x.key.shape[2], x.query.shape[2])
+        exponentials, total, _ = softmax(problem, _without_unused(problem, x, constraints, block), constraints, block)
+        return (unfold(block.apart(exponentials / total[..., None])),)
+
+    return partitioned(call, x.query, (0, 1, 2))(x, constraints)[0]
 
 
 def _without_unused(problem: Problem, x: Operands, constraints: Constraints, block: Block) -> Operands:

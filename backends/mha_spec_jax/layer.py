@@ -15,6 +15,7 @@ from mha_spec.layer_steps import LayerSteps, slope_values
 from . import rotary
 from .checks import check_alibi, check_append, check_devices, check_layer
 from .core import attention, attention_weights
+from .mesh import partitioned
 from .problem import offset_of
 from .rotary import positions
 from .varlen import varlen_attention
@@ -69,9 +70,12 @@ def project_out(x: Array, params: Mapping[str, Array], _: LayerSteps) -> Array:
 
 @jax.jit
 def _combined(x: Array, weight: Array, bias: Array | None) -> Array:
-    batch, heads, length, size = x.shape
-    rows = x.transpose(0, 2, 1, 3).reshape(batch, length, heads * size)
-    return layer_steps.add_output_bias(_product(rows, weight.reshape(heads * size, weight.shape[2])), bias)
+    def call(x: Array, weight: Array) -> tuple[Array]:
+        batch, heads, length, size = x.shape
+        rows = x.transpose(0, 2, 1, 3).reshape(batch, length, heads * size)
+        return (_product(rows, weight.reshape(heads * size, weight.shape[2])),)
+
+    return layer_steps.add_output_bias(partitioned(call, x, (0, 2))(x, weight)[0], bias)
 
 
 def _product(x: Array, weight: Array) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mha_spec.arrays import softmax_dtype_name
 
+from .mesh import cotangents_of
 from .problem import anchor_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def merge_vjp(halves: Halves, grad_output: Array, grad_lse: Array | None) -> Hal
     """Compute the gradients of the halves in their dtypes (MHA-MERGE-7)."""
     (output, lse), pull = jax.vjp(_merged, *_widened(halves))
     grad_lse = jnp.zeros_like(lse) if grad_lse is None else grad_lse.astype(lse.dtype)
-    gradients = pull((grad_output.astype(output.dtype), grad_lse))
+    gradients = pull(cotangents_of((output, lse), (grad_output.astype(output.dtype), grad_lse)))
     return Halves(*(gradient.astype(half.dtype) for gradient, half in zip(gradients, halves, strict=True)))
 
 

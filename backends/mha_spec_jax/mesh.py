@@ -1,4 +1,4 @@
-"""The axes of a mesh along which arrays differ inside `jax.shard_map`, which JAX tracks in the types of arrays."""
+"""The axes of a mesh in the types of arrays: those along which arrays are sharded, or differ inside `jax.shard_map`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,45 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jax import Array
 
-__all__ = ["alike", "axes_of", "varying"]
+__all__ = ["alike", "axes_of", "cotangents_of", "partitioned", "varying"]
+
+
+def partitioned(call: Callable[..., Any], query: Array, *results: tuple[int, ...]) -> Callable[..., Any]:
+    """Let XLA partition a call of arrays whose sharding is a part of their type, with results sharded as the query.
+
+    Operations of JAX on such arrays, of a mesh with explicit axes, refuse most shardings of queries and keys.
+
+    Args:
+        call: The call, which returns a tuple of arrays.
+        query: The query.
+        results: For each array of the tuple, the axes of the query that its first axes are.
+    """
+    sharding = jax.typeof(query).sharding
+    mesh = sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not explicit:
+        return call
+    spec = (*sharding.spec, *(None,) * query.ndim)
+    specs = tuple(NamedSharding(mesh, PartitionSpec(*(spec[axis] for axis in axes))) for axes in results)
+    return jax.sharding.auto_axes(call, axes=explicit, out_sharding=specs)
+
+
+def cotangents_of(results: tuple[Array, ...], arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Return arrays with the axes of the results whose cotangents they are, which jax.vjp requires."""
+    arrays = varying(axes_of(*results), arrays)
+    wanted = [jax.typeof(result).sharding for result in results]
+    return tuple(
+        array if jax.typeof(array).sharding == sharding else jax.sharding.reshard(array, sharding)
+        for array, sharding in zip(arrays, wanted, strict=True)
+    )
 
 
 def alike(tree: Any) -> Any:

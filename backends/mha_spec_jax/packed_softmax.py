@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .block import contract
-from .mesh import alike, axes_of, varying
+from .mesh import alike, axes_of, cotangents_of, partitioned, varying
 from .packed import Tile, cut, put, sequences_of, with_room
 from .plan import are_known
 from .problem import anchor_of, finite
@@ -319,16 +319,22 @@ def _sink_gradient(sinks: Array, lse: Array, row_dot: Array) -> Array:
     return -jnp.sum(jnp.where(weights == 0, 0.0, weights * row_dot), axis=0)
 
 
+def _attend_partitioned(packing: Packing, x: Packed, lengths: Lengths) -> tuple[Array, Array]:
+    """Compute output and lse (tokens, heads) of arrays that may lie on a mesh."""
+    call = partitioned(lambda *arrays: _attention(packing, *alike(arrays)), x.query, (0, 1), (0, 1))
+    return call(x, lengths)
+
+
 @partial(jax.jit, static_argnums=0)
 def attention(packing: Packing, x: Packed, lengths: Lengths) -> tuple[Array, Array]:
     """Compute output in the query's dtype, and lse (heads, tokens) in the softmax's (MHA-DTYPE-1, MHA-VARLEN-9)."""
-    output, lse = _attention(packing, *alike((jax.tree.map(_in_reverse, x), lengths)))
+    output, lse = _attend_partitioned(packing, jax.tree.map(_in_reverse, x), lengths)
     return output.astype(x.query.dtype), lse.T
 
 
 @partial(jax.jit, static_argnums=0)
 def vjp(packing: Packing, x: Packed, lengths: Lengths, grad_output: Array, grad_lse: Array | None) -> Packed:
     """Compute the gradients of `attention`, each in the dtype of its operand (MHA-VARLEN-11)."""
-    (output, lse), pull = jax.vjp(lambda x: _attention(packing, *alike((x, lengths))), x)
+    (output, lse), pull = jax.vjp(lambda x: _attend_partitioned(packing, x, lengths), x)
     grad_lse = jnp.zeros_like(lse) if grad_lse is None else grad_lse.T.astype(lse.dtype)
-    return pull(varying(axes_of(lse), (grad_output.astype(output.dtype), grad_lse)))[0]
+    return pull(cotangents_of((output, lse), (grad_output.astype(output.dtype), grad_lse)))[0]
