@@ -246,6 +246,27 @@ def test_a_few_queries_of_all_sequences_are_computed_in_batches(
         assert_near(*(numpy.nan_to_num(array, neginf=0.0) for array in (result, wanted)))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ([100, *[90] * 12], [11, 2]),  # The padding of 11 sequences would be 110.
+        ([100, 75, 74, 70], [2, 2]),  # The padding of the third sequence would be a quarter of 104.
+        ([500, 500, 500], [2, 1]),
+        ([5000, 4990], [1, 1]),
+        ([22, 20, 0, 0], [2, 2]),
+        ([0], [1]),
+    ],
+)
+def test_sequences_of_similar_lengths_are_a_batch(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], sizes: list[int]
+) -> None:
+    monkeypatch.setattr(decoding, "PADDING", 3 * 100)
+    monkeypatch.setattr(decoding, "BATCH", 3 * 1200)
+    batches = list(decoding._batches(lengths, 3))
+    assert [batch.stop - batch.start for batch in batches] == sizes
+    assert [length for batch in batches for length in lengths[batch]] == lengths
+
+
 @pytest.mark.parametrize("layout", ["packed", "paged"])
 def test_a_few_queries_in_16_bits_are_computed_in_float32(layout: str) -> None:
     call = step(layout)

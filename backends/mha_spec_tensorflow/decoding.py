@@ -61,9 +61,11 @@ def _batches(lengths: list[int], width: int) -> Iterator[slice]:
     """
     first = padding = 0
     for index, length in enumerate(lengths):
-        padding += (lengths[first] - length) * width
+        own = (lengths[first] - length) * width
+        padding += own
         is_large = index > first and (index + 1 - first) * lengths[first] * width > BATCH
-        if is_large or padding > PADDING or length == 0 < lengths[first]:
+        # Where lengths fall steeply, the next sequences would have as much padding.
+        if is_large or max(padding, 4 * own) > PADDING or length == 0 < lengths[first]:
             yield slice(first, index)
             first, padding = index, 0
     yield slice(first, len(lengths))

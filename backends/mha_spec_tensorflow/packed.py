@@ -3,11 +3,12 @@
 | call | lengths | path |
 | --- | --- | --- |
 | eager | any; tensors are read | a loop in Python; consecutive sequences of equal lengths are a batch |
+| eager, the same few queries of each | any; tensors are read | batches of sequences of similar lengths: `decoding` |
 | traced | any | a `tf.while_loop` over the sequences; a graph for all lengths |
 | traced for XLA | on the host, and the table too | a loop in Python; other lengths compile again |
 | traced for XLA | tensors | an error, because XLA has no arrays of unknown sizes |
 
-The work and the memory are those of a call for each sequence. Gradients are in closed form, from the operands alone.
+The work and the memory are those of a call for each sequence, or of a batch. Gradients are in closed form, from the operands alone.
 """
 
 from __future__ import annotations
