@@ -74,10 +74,21 @@ def step() -> bool:
     return extra <= 20
 
 
+def causal_mask() -> bool:
+    """Compare a call with a mask that is causal with torch's call with this mask."""
+    operands = [torch.randn(1, 8, 2048, 64) for _ in range(3)]
+    mask = torch.ones(1, 1, 2048, 2048, dtype=torch.bool).tril()
+    theirs = partial(scaled_dot_product_attention, *operands, attn_mask=mask)
+    return report("causal mask, forward, native", 1 / 1.5, ratio(partial(attention, *operands, mask=mask), theirs))
+
+
+OTHERS = {"step": step, "causal mask": causal_mask}
+
+
 def main() -> None:
     """Print every row, or those of the settings named."""
-    names = sys.argv[1:] or [*SETTINGS, "step"]
-    good = [step() if name == "step" else compare(name, SETTINGS[name]) for name in names]
+    names = sys.argv[1:] or [*SETTINGS, *OTHERS]
+    good = [OTHERS[name]() if name in OTHERS else compare(name, SETTINGS[name]) for name in names]
     sys.exit(not all(good))
 
 

@@ -33,7 +33,7 @@ import mha_spec_jax  # noqa: E402
 from mha_spec import reference  # noqa: E402
 from mha_spec.sharding import Piece, shard_order  # noqa: E402
 from mha_spec_conformance.targets.claims import Shards  # noqa: E402
-from mha_spec_jax import ring, shards  # noqa: E402
+from mha_spec_jax import plan, ring, shards  # noqa: E402
 
 MESH = jax.make_mesh((RANKS,), ("ranks",), axis_types=(jax.sharding.AxisType.Auto,))
 TOKENS = P(None, None, "ranks")
@@ -283,6 +283,50 @@ def programs() -> dict[str, Any]:
         layer, (jnp.zeros((4, 12, 7)), params, jnp.full(4, 12)), (entries, split, entries)
     )
     return kinds_of
+
+
+def own_queries() -> dict[str, Any]:
+    """Call functions on two ranks, each of which has its own queries and the keys of both, as in data parallelism."""
+    mesh = jax.make_mesh((2,), ("ranks",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    plan.SCORES = 2**10
+    bounds, table = jnp.asarray([0, 2, 5, 0, 5, 5]), jnp.asarray([[2, 0], [1, 0], [0, 2], [3, 3]])
+    tokens, dense = [jnp.asarray(numbers(size, 4, SIZE)) for size in (10, 7)], tensors(200, 200)[:2]
+
+    def packed(query: Any, key: Any, bounds: Any) -> Any:
+        return mha_spec_jax.varlen_attention(query, key, key, bounds, [0, 4, 7], causal=True, q_offset="lower_right")
+
+    def paged(query: Any, key: Any, bounds: Any, table: Any) -> Any:
+        used = {"block_table": table, "seqused_kv": jnp.asarray([5, 3])}
+        return mha_spec_jax.varlen_attention(query, key, key, bounds, None, **used)
+
+    calls: dict[str, Any] = {
+        "own queries, packed": (packed, (*tokens, bounds)),
+        "own queries, paged": (paged, (tokens[0], jnp.asarray(numbers(4, 3, 2, SIZE)), bounds, table)),
+        "own queries, blocks": (lambda query, key: mha_spec_jax.attention(query, key[:1], key[:1], causal=True), dense),
+    }
+    of_calls: dict[str, Any] = {}
+    for name, (call, arrays) in calls.items():
+        specs = tuple(P() if index == 1 else P("ranks") for index in range(len(arrays)))
+        ranks = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P("ranks"))
+        of_calls[name] = differences(
+            ("output", "query", "key"), *(_with_gradients(x, arrays) for x in (ranks, partial(_in_turn, call)))
+        )
+    return of_calls
+
+
+def _in_turn(call: Any, *arrays: Any) -> Any:
+    """Compute the outputs of two ranks, which share the second array."""
+    parts = [x if index == 1 else jnp.split(x, 2) for index, x in enumerate(arrays)]
+    return jnp.concatenate([call(*(x[rank] if index != 1 else x for index, x in enumerate(parts))) for rank in (0, 1)])
+
+
+def _with_gradients(call: Any, arrays: Any) -> tuple[Any, ...]:
+    @jax.jit
+    def results(query: Any, key: Any) -> Any:
+        output, pull = jax.vjp(lambda query, key: call(query, key, *arrays[2:]), query, key)
+        return output, *pull(jnp.cos(output))
+
+    return tuple(map(numpy.asarray, results(*arrays[:2])))
 
 
 def example() -> dict[str, Any]:

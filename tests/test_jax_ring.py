@@ -28,7 +28,7 @@ TOKENS = PartitionSpec(None, None, "ranks")
 MEANINGS = (
     *("ring zigzag", "ring striped", "ring contiguous", "ring segments", "ring chunk"),
     *("all to all", "decoding", "rounding", "golden sinks", "golden poison", "golden gradients", "example"),
-    "example of decoding",
+    *("example of decoding", "own queries, packed", "own queries, paged", "own queries, blocks"),
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 
@@ -36,7 +36,7 @@ MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Any]:
     """Run every part of ring_devices.py in a process with eight devices."""
-    parts = ("meanings", "rounding", "goldens", "mistakes", "memory", "programs", "example")
+    parts = ("meanings", "rounding", "goldens", "mistakes", "memory", "programs", "example", "own_queries")
     return answers_of("ring_devices.py", *parts, timeout=900)
 
 

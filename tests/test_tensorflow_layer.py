@@ -15,6 +15,7 @@ from support.tensorflow_world import sized, tokens
 
 import mha_spec
 import mha_spec_tensorflow
+from mha_spec.errors import ArgumentTypeError
 from mha_spec_tensorflow import MultiHeadAttention
 
 if TYPE_CHECKING:
@@ -128,6 +129,30 @@ def test_mixed_precision_computes_in_its_type(policy: str) -> None:
     params = {weight.name: tf.cast(weight.value, half) for weight in layer.trainable_weights}
     x = tf.cast(x, half)
     assert_equal(output, mha_spec_tensorflow.multi_head_attention(x, x, x, params, rotary={}))
+
+
+def test_mixed_precision_rounds_no_bias_no_sink_and_no_position() -> None:
+    """Keras casts every floating argument of a layer: 257 is 256 in bfloat16 (MHA-BIAS-2, MHA-ROTARY-5)."""
+    layer, x = sized("mixed_bfloat16", rotary={}), tf.cast(tokens(), tf.bfloat16)
+    options = {
+        "bias": tf.constant(100 + numbers(1, HEADS, 1, LENGTH), tf.float32),
+        "sinks": tf.constant(100 + numbers(HEADS), tf.float32),
+        "positions": tf.range(257.0, 257 + LENGTH),
+    }
+    wanted = mha_spec_tensorflow.multi_head_attention(x, x, x, layer.params, rotary={}, **options)
+    assert_equal(layer(x, **options), wanted)
+    assert_equal(layer(tf.cast(x, tf.float32), **options), wanted)
+    assert_equal(layer.output_and_weights(x, **options)[0], wanted)
+    inputs = {name: keras.Input(batch_shape=x.shape, dtype=x.dtype.name) for name, x in options.items()}
+    query = keras.Input(batch_shape=x.shape, dtype="bfloat16")
+    assert_equal(keras.Model([query, inputs], layer(query, **inputs))([x, options]), wanted)
+
+
+def test_a_layer_without_autocast_takes_its_own_type() -> None:
+    layer = MultiHeadAttention(8, 2, dtype="mixed_bfloat16", autocast=False)
+    with pytest.raises(ArgumentTypeError, match=r"`params\['w_q'\]` must have the dtype"):
+        layer(tf.zeros((2, 3, 8)))
+    assert layer(tf.zeros((2, 3, 8), tf.bfloat16)).dtype == tf.bfloat16
 
 
 def test_masks_of_keras_raise_a_warning() -> None:

@@ -15,10 +15,13 @@ from support.numbers import numbers
 from support.varlen import HEADS, KV_HEADS, QK_DIM, V_DIM, cotangents, packed, paged, separate
 
 import mha_spec_jax
+import mha_spec_numpy
 import mha_spec_tensorflow
 from mha_spec.errors import ArgumentTypeError
+from mha_spec.varlen_checks import varlen_arguments
 from mha_spec_conformance.targets.conversion import to_numpy
 from mha_spec_jax import packed_softmax
+from mha_spec_tensorflow.packed import PackedSequences
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -265,6 +268,40 @@ def test_xla_needs_lengths_on_the_host(lengths: dict[str, list[int]]) -> None:
 
     results = compiled({name: tensors[name] for name in ("query", "key", "value")})
     assert_near([*map(to_numpy, results)], list(separate(call)))
+
+
+LONG, MANY = 2**20, 2**11 + 1
+"""The keys of a sequence, and a number of sequences that have more keys together than int32 holds."""
+
+
+def shared(**changed: Any) -> Call:
+    """Return a call of many long sequences in a single block, of which the last alone has queries, and few keys."""
+    operands = numbers(2, 1, 3), numbers(1, LONG, 1, 3), numbers(1, LONG, 1, 2)
+    lengths = [*[LONG] * (MANY - 1), 5]
+    call = dict(zip(("query", "key", "value"), operands, strict=True))
+    call |= {"cu_seqlens_q": [*[0] * MANY, 2], "cu_seqlens_kv": numpy.cumsum([0, *lengths])}
+    return call | {"block_table": numpy.zeros((MANY, 1), "int32")} | changed
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("arrays", [(), ("seqused_kv",), ("cu_seqlens_kv",)])
+def test_jax_takes_more_keys_in_shared_blocks_than_int32_holds(arrays: tuple[str, ...]) -> None:
+    call = shared() | ({"seqused_kv": numpy.minimum(numpy.arange(MANY), 4)} if arrays == ("seqused_kv",) else {})
+    moved = {name: jnp.asarray(call[name]) for name in ("query", "key", "value", *arrays)}
+    result = mha_spec_jax.varlen_attention(**call | moved)
+    assert_near(to_numpy(result), mha_spec_numpy.varlen_attention(**call))
+
+
+def test_tensorflow_takes_more_keys_in_shared_blocks_than_int32_holds() -> None:
+    def lengths(bounds: Any) -> Any:
+        tensors = {name: tf.constant(x) for name, x in shared().items() if name in ("query", "key", "value")}
+        options = {"block_table": tf.constant(shared()["block_table"])}
+        operands = *tensors.values(), shared()["cu_seqlens_q"], bounds
+        return PackedSequences(varlen_arguments("varlen_attention", options, *operands)).kv_lengths
+
+    bounds = shared()["cu_seqlens_kv"]
+    for result in (lengths(bounds), lengths(tf.constant(bounds)), tf.function(lengths)(tf.constant(bounds))):
+        assert numpy.asarray(result).tolist() == [*[LONG] * (MANY - 1), 5]
 
 
 @pytest.mark.usefixtures("double")

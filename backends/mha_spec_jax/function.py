@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from .backward import gradients
 from .block import Block, hide, visibility
 from .forward import attend, softmax
+from .mesh import alike, axes_of, varying
 from .problem import Constraints, Operands, Problem, folded, softmax_dtype, unfold
 from .reverse import reverse_only
 
@@ -44,7 +45,7 @@ def program(problem: Problem, x: Operands, constraints: Constraints) -> tuple[Ar
     if not problem.plan.groups:
         rows = x.query.shape[:3]
         return jnp.zeros((*rows, x.value.shape[3]), x.query.dtype), jnp.zeros(rows, x.query.dtype)
-    output, lse = _attention(problem, *folded(jax.tree.map(_in_reverse, x), constraints))
+    output, lse = _attention(problem, *folded(*alike((jax.tree.map(_in_reverse, x), constraints))))
     return unfold(output), unfold(lse)
 
 
@@ -53,7 +54,8 @@ def _pullback(
     problem: Problem, x: Operands, constraints: Constraints, grad_output: Array, grad_lse: Array | None
 ) -> Operands:
     (_, lse), pull = jax.vjp(lambda x: program(problem, x, constraints), x)
-    return pull((grad_output, jnp.zeros_like(lse) if grad_lse is None else grad_lse))[0]
+    cotangents = grad_output, jnp.zeros_like(lse) if grad_lse is None else grad_lse
+    return pull(varying(axes_of(lse), cotangents))[0]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -17,6 +17,7 @@ from jax import lax
 from mha_spec.arguments import LOWER_RIGHT
 
 from .plan import are_known
+from .problem import bounded
 
 if TYPE_CHECKING:
     from jax import Array
@@ -181,22 +182,20 @@ def _keys(lengths: Lengths, kv_tokens: int, like: Array) -> tuple[Array, Array]:
     """Return the first key and the number of keys of each sequence."""
     paged = lengths.block_table is not None
     first, length = jnp.zeros_like(like), jnp.full_like(like, kv_tokens)
-    if lengths.cu_seqlens_kv is not None:
-        ends = _clamped(lengths.cu_seqlens_kv, 2**31 - 1 if paged else kv_tokens)
-        first, length = (first if paged else ends[:-1]), jnp.minimum(ends[1:] - ends[:-1], kv_tokens)
+    if lengths.cu_seqlens_kv is not None and paged:
+        # Blocks may be shared, so that the sum of the lengths has no bound that int32 holds (MHA-VARLEN-2).
+        ends = lax.cummax(jnp.maximum(lengths.cu_seqlens_kv, 0))
+        length = bounded(ends[1:] - ends[:-1], kv_tokens)
+    elif lengths.cu_seqlens_kv is not None:
+        ends = _clamped(lengths.cu_seqlens_kv, kv_tokens)
+        first, length = ends[:-1], ends[1:] - ends[:-1]
     if lengths.seqused_kv is not None:
-        length = jnp.minimum(_bounded(lengths.seqused_kv, kv_tokens), length)
+        length = jnp.minimum(bounded(lengths.seqused_kv, kv_tokens), length)
     return first, length
 
 
 def _clamped(ends: Array, tokens: int) -> Array:
-    return lax.cummax(_bounded(ends, tokens))
-
-
-def _bounded(numbers: Array, largest: int) -> Array:
-    if jnp.iinfo(numbers.dtype).bits < 32:  # A narrow type may not hold the number of tokens.
-        numbers = numbers.astype(jnp.int32)
-    return jnp.clip(numbers, 0, jnp.asarray(largest, numbers.dtype)).astype(jnp.int32)
+    return lax.cummax(bounded(ends, tokens))
 
 
 class Block(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .block import contract
+from .mesh import alike, axes_of, varying
 from .packed import Tile, cut, put, sequences_of, with_room
 from .plan import are_known
 from .problem import anchor_of, finite
@@ -60,7 +61,7 @@ class _Work:
         )
         kv_tokens = x.key.shape[0] if table is None else table.shape[1] * self.page
         self.sequences = sequences_of(packing, lengths, self.tokens, kv_tokens)
-        self.slopes, self.sinks = lengths.alibi_slopes, x.sinks
+        self.slopes, self.sinks, self.axes = lengths.alibi_slopes, x.sinks, axes_of(x.query)
 
     def of_heads(self, numbers: Array, block: Block) -> Array:
         """Repeat a number for each head of a block along its rows, (kv_heads, rows)."""
@@ -126,7 +127,7 @@ class _Work:
         def step(index: Array, carry: Any) -> Any:
             return body(carry, self.tile(block, first + index * self.packing.keys, stop))
 
-        return lax.fori_loop(0, count, step, carry)
+        return lax.fori_loop(0, count, step, varying(self.axes, carry))
 
     def over_blocks(self, body: Callable[[Any, Any], Any], carry: Any) -> Any:
         """Run `body(carry, block)` on all heads of all blocks."""
@@ -137,7 +138,7 @@ class _Work:
         def step(index: Array, carry: Any) -> Any:
             return body(carry, self.sequences.block(index // parts, index % parts * self.packing.heads))
 
-        return lax.fori_loop(0, parts * self.sequences.total, step, carry)
+        return lax.fori_loop(0, parts * self.sequences.total, step, varying(self.axes, carry))
 
     def keys(self, tile: Tile) -> Array:
         """Return the keys of a tile, (keys, kv_heads, qk_dim)."""
@@ -321,13 +322,13 @@ def _sink_gradient(sinks: Array, lse: Array, row_dot: Array) -> Array:
 @partial(jax.jit, static_argnums=0)
 def attention(packing: Packing, x: Packed, lengths: Lengths) -> tuple[Array, Array]:
     """Compute output in the query's dtype, and lse (heads, tokens) in the softmax's (MHA-DTYPE-1, MHA-VARLEN-9)."""
-    output, lse = _attention(packing, jax.tree.map(_in_reverse, x), lengths)
+    output, lse = _attention(packing, *alike((jax.tree.map(_in_reverse, x), lengths)))
     return output.astype(x.query.dtype), lse.T
 
 
 @partial(jax.jit, static_argnums=0)
 def vjp(packing: Packing, x: Packed, lengths: Lengths, grad_output: Array, grad_lse: Array | None) -> Packed:
     """Compute the gradients of `attention`, each in the dtype of its operand (MHA-VARLEN-11)."""
-    (output, lse), pull = jax.vjp(lambda x: _attention(packing, x, lengths), x)
+    (output, lse), pull = jax.vjp(lambda x: _attention(packing, *alike((x, lengths))), x)
     grad_lse = jnp.zeros_like(lse) if grad_lse is None else grad_lse.T.astype(lse.dtype)
-    return pull((grad_output.astype(output.dtype), grad_lse))[0]
+    return pull(varying(axes_of(lse), (grad_output.astype(output.dtype), grad_lse)))[0]

@@ -16,9 +16,10 @@ from jax import lax
 from . import backward
 from .function import program
 from .merging import Halves, merge
+from .mesh import varying
 from .problem import Constraints, Operands, Problem, anchor_of, fold, folded, softmax_dtype, unfold
 from .reverse import reverse_only
-from .shards import Form, Keys, Numbers, Queries, cut, rotate, varying, visit
+from .shards import Form, Keys, Numbers, Queries, cut, rotate, visit
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,8 +19,9 @@ from mha_spec.sharding import Piece, ShardedArguments, check_heads_over, check_s
 
 from . import core, function, ring
 from .merging import Halves, merge
+from .mesh import axes_of, varying
 from .problem import Operands, anchor_of, bounded, digits_of, with_offset
-from .shards import Form, Keys, Numbers, Pair, Queries, axes_of, cut, varying
+from .shards import Form, Keys, Numbers, Pair, Queries, cut
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -35,11 +35,9 @@ __all__ = [
     "Pair",
     "Queries",
     "Span",
-    "axes_of",
     "cut",
     "rotate",
     "spans",
-    "varying",
     "visit",
 ]
 
@@ -117,29 +115,6 @@ def cut(form: Form, tree: Tree, index: int) -> Tree:
     if form.pieces == 1:
         return tree
     return jax.tree.map(lambda array: jnp.split(array, form.pieces, min(array.ndim - 1, 2))[index], tree)
-
-
-def varying(axes: frozenset[str], tree: Any) -> Any:
-    """Mark arrays as different on each rank of the axes; the gradient of an array of all ranks is then their sum."""
-    return jax.tree.map(lambda array: _varying(axes, jnp.asarray(array)), tree)
-
-
-def _varying(axes: frozenset[str], array: Array) -> Array:
-    """Mark an array; the axes of `vmap`, along which nothing is marked, are not axes of the mesh."""
-    missing = tuple(sorted((axes - axes_of(array)) & {*jax.sharding.get_abstract_mesh().manual_axes}))
-    if not missing:
-        return array
-    if hasattr(lax, "pcast"):
-        return lax.pcast(array, missing, to="varying")
-    earlier: Any = lax
-    return earlier.pvary(array, missing)
-
-
-def axes_of(*arrays: Array) -> frozenset[str]:
-    """Name the axes of the mesh along which arrays differ, as far as `shard_map` tracks them (check_vma)."""
-    types = [jax.typeof(array) for array in arrays]
-    kinds = [getattr(kind, "manual_axis_type", kind) for kind in types]
-    return frozenset().union(*(getattr(kind, "varying", getattr(kind, "vma", ())) for kind in kinds))
 
 
 def rotate(form: Form, tree: Any) -> Any:

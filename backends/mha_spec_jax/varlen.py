@@ -10,6 +10,7 @@ import numpy
 
 from mha_spec.arguments import expand_options
 from mha_spec.array_checks import check_library
+from mha_spec.arrays import host_integers
 from mha_spec.scalars import check_flag
 from mha_spec.steps import scale_of
 from mha_spec.varlen_checks import check_cotangents, varlen_arguments
@@ -18,6 +19,7 @@ from . import packed_softmax
 from .checks import check_devices
 from .packed import Lengths, Packing, Sizes, shapes_of
 from .packed_softmax import Packed
+from .problem import bounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,15 +92,30 @@ def _problem(a: VarlenArguments) -> tuple[Packing, Packed, Lengths]:
     softcap = None if a.softcap is None else float(a.softcap)
     scale = float(scale_of(a.scale, a.query.shape[2]))
     packing = Packing(scale, softcap, left, 0 if a.causal else right, alignment, *shapes_of(sizes))
+    cu_seqlens_kv, seqused_kv = _bounds_of_keys(a)
     lengths = Lengths(
         _integers(a.cu_seqlens_q),
-        _integers(a.cu_seqlens_kv),
-        _integers(a.seqused_kv),
+        _integers(cu_seqlens_kv),
+        _integers(seqused_kv),
         _integers(a.block_table),
         None if alignment else _integers(a.q_offset),
         a.alibi_slopes,
     )
     return packing, Packed(a.query, a.key, a.value, a.sinks), lengths
+
+
+def _bounds_of_keys(a: VarlenArguments) -> tuple[Any, Any]:
+    """Return cu_seqlens_kv and seqused_kv, of which the first, of keys in blocks, may exceed int32 on the host.
+
+    Its differences do not, and are keys in use as well (MHA-VARLEN-2, MHA-VARLEN-4).
+    """
+    bounds = None if a.cu_seqlens_kv is None or not a.is_paged else host_integers(a.cu_seqlens_kv)
+    if bounds is None:
+        return a.cu_seqlens_kv, a.seqused_kv
+    lengths = _integers(numpy.diff(bounds))
+    if a.seqused_kv is None:
+        return None, lengths
+    return None, jnp.minimum(bounded(_integers(a.seqused_kv), 2**31 - 1), lengths)
 
 
 def _integers(value: Any) -> Any:

@@ -85,9 +85,11 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
                 f"This layer needs Keras on TensorFlow, and Keras runs on {keras.backend.backend()}. "
                 "Set KERAS_BACKEND=tensorflow, or use the layer of that backend."
             )
+        # Keras would also cast the bias, the sinks and the positions, whose types have a meaning (MHA-BIAS-2).
         super().__init__(
-            trainable=trainable, name=name, dtype=dtype, autocast=autocast, activity_regularizer=activity_regularizer
+            trainable=trainable, name=name, dtype=dtype, autocast=False, activity_regularizer=activity_regularizer
         )
+        self._casts_operands = autocast
         self.settings = LayerSettings.of(embed, heads, **options)
         self.seed_generator = keras.random.SeedGenerator() if self.settings.dropout_rate else None
         for name, shape in self.settings.shapes().items():
@@ -126,7 +128,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
             options["dropout_rate"] = self.settings.dropout_rate
             options.setdefault("dropout_key", self._next_key(self.seed_generator))
         of_call: CallOptions = {**options, "positions": positions}
-        return self.attend(query, key, value, cache=cache, **of_call)
+        return self.attend(self._cast(query), self._cast(key), self._cast(value), cache=cache, **of_call)
 
     def attention_weights(
         self,
@@ -156,8 +158,8 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         return super().output_and_weights(*operands, cache=cache, **options)
 
     def _cast(self, x: tf.Tensor | None) -> Any:
-        """Convert a tensor to the type that the layer computes in, as Keras casts the operands of `call`."""
-        return x if x is None or not self.autocast else keras.ops.cast(x, self.compute_dtype)
+        """Convert floating numbers to the type that the layer computes in, as Keras does for its own layers."""
+        return self.dtype_policy.convert_input(x, self._casts_operands, self.input_dtype)
 
     @property
     def params(self) -> dict[str, Any]:

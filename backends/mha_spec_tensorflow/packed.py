@@ -89,8 +89,9 @@ class PackedSequences:
     def _rooms_of_pages(self, capacity: Size) -> Array:
         if self.a.cu_seqlens_kv is None:
             return self.q_lengths * 0 + capacity
-        ends = self._ends(self.a.cu_seqlens_kv, 2**31 - 1)
-        return self._minimum(ends[1:] - ends[:-1], capacity)
+        # Blocks may be shared, so that the sum of the lengths has no bound that int32 holds (MHA-VARLEN-2).
+        ends = self._increasing(self._integers(self.a.cu_seqlens_kv))
+        return self._clip(ends[1:] - ends[:-1], capacity)
 
     def _minimum(self, a: Any, b: Any) -> Any:
         return numpy.minimum(a, b) if self.is_read else tf.minimum(a, b)
@@ -110,9 +111,13 @@ class PackedSequences:
 
     def _ends(self, value: Any, largest: Any) -> Any:
         """Return cumulative lengths within the tokens, none below an earlier one."""
-        ends = self._clip(value, largest)
+        return self._increasing(self._clip(value, largest))
+
+    def _increasing(self, ends: Any) -> Any:
+        """Replace a number that is negative by 0, and one below an earlier one by that one."""
         if self.is_read:
-            return numpy.maximum.accumulate(ends)
+            return numpy.maximum.accumulate(numpy.maximum(ends, 0))
+        ends = tf.maximum(ends, 0)
         return tf.scan(tf.maximum, ends) if ends.shape[0] != 0 else ends
 
     def _offsets(self) -> Any:

@@ -92,14 +92,15 @@ class Attention(torch.autograd.Function):
         x = Operands(*operands)
         output, lse = attend(problem, x, needs_lse=True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*x, output, lse)
+        ctx.save_for_backward(*x, output, lse, *problem.tensors)
         ctx.problem = problem
         return output, lse
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         """Use the closed form; if the gradient must be differentiable too, use differentiable operations."""
-        *operands, output, lse = ctx.saved_tensors
+        saved = ctx.saved_tensors  # Once, because a checkpoint forbids to read them again.
+        operands, (output, lse) = saved[:6], saved[6:8]
         x, (grad_output, grad_lse) = Operands(*operands), grad_outputs
         grad_output = torch.zeros_like(output) if grad_output is None else grad_output
         if needs_operations(grad_outputs):

@@ -84,15 +84,16 @@ class Fused(torch.autograd.Function):
         ]
         with torch.enable_grad():
             output = attend(problem, operands_of(mask, *leaves))
-        ctx.save_for_backward(*operands)
-        ctx.problem, ctx.mask, ctx.output, ctx.leaves = problem, mask, output, leaves
+        ctx.save_for_backward(*operands, mask, *problem.tensors)
+        ctx.problem, ctx.output, ctx.leaves = problem, output, leaves
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         """Differentiate that graph; if the gradient must be differentiable too, use differentiable operations."""
         if torch.is_grad_enabled():
-            results = gradients(ctx.problem, operands_of(ctx.mask, *ctx.saved_tensors), grad_outputs[0], None)[:3]
+            query, key, value, mask, *_ = ctx.saved_tensors
+            results = gradients(ctx.problem, operands_of(mask, query, key, value), grad_outputs[0], None)[:3]
             needed = zip(results, ctx.needs_input_grad[2:], strict=True)
             return None, None, *(gradient if is_needed else None for gradient, is_needed in needed)
         leaves = [leaf for leaf in ctx.leaves if leaf.requires_grad]

@@ -13,7 +13,7 @@ __all__ = ["on_device"]
 
 
 def on_device(numbers: Any, device: torch.device | None = None) -> torch.Tensor:
-    """Convert numbers, a sequence or an array of NumPy to a tensor; a tensor is moved to the device."""
+    """Convert numbers, a sequence or an array of NumPy to a new tensor; a tensor is moved to the device."""
     if isinstance(numbers, numpy.ndarray):
-        numbers = native(numbers)
+        return torch.tensor(native(numbers), device=device)
     return torch.as_tensor(numbers, device=device)

@@ -185,13 +185,15 @@ class Packed:
     parts: list[Part]
     outside: list[slice]
     """The queries of no sequence (MHA-VARLEN-3)."""
+    slopes: Tensor | None
+    """A copy of the slopes of a linear bias, in the softmax's type."""
 
     @classmethod
     def of(cls, a: VarlenArguments) -> Packed:
         """Read the sequences of a call."""
         sequences, dtype = sequences_of(_with_table_on_host(a)), softmax_dtype(a.query)
         parts = list(_parts(a, sequences, dtype))
-        slopes = None if a.alibi_slopes is None else a.alibi_slopes.detach().to(dtype)
+        slopes = None if a.alibi_slopes is None else a.alibi_slopes.detach().to(dtype, copy=True)
         host = readable(a.query)
         problem = Problem(
             scale=steps.scale_of(a.scale, a.query.shape[2]),
@@ -211,7 +213,7 @@ class Packed:
         if a.is_paged:
             cutter = partial(cut_blocks, Pages(a.key.shape[1]), slopes)
             paged = problem._replace(cutter=cast("Cutter", cutter))
-        return cls(a, problem, paged, parts, _outside(sequences, a.q_tokens))
+        return cls(a, problem, paged, parts, _outside(sequences, a.q_tokens), slopes)
 
     @cached_property
     def slots(self) -> Tensor:

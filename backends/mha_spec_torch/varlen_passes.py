@@ -142,9 +142,8 @@ def _of_sequence(
     options: dict[str, Any] = {"scale": a.scale, "softcap": a.softcap, "sinks": sinks}
     if a.positional:
         options |= {"causal": a.causal, "window": a.window, "q_offset": part.offset}
-    if a.alibi_slopes is not None:
-        slopes = a.alibi_slopes.detach().to(packed.problem.dtype)
-        options["bias"] = linear_bias(slopes, part.offset, Span(0, query.shape[0]), Span(0, keys.size))
+    if packed.slopes is not None:
+        options["bias"] = linear_bias(packed.slopes, part.offset, Span(0, query.shape[0]), Span(0, keys.size))
     arguments = Arguments(dense(query), dense(key[keys.slice]), dense(value[keys.slice]), **options)
     return paths.differentiable(Problem.of(arguments, host=False), Operands.of(arguments))
 

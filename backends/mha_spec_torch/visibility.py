@@ -106,11 +106,18 @@ class Visibility:
         self.q_ids: Any
         self.kv_ids: Any
         self.q_ids, self.kv_ids = (
-            array.numpy() if host and isinstance(array, torch.Tensor) else array for array in ids
+            array.numpy().copy() if host and isinstance(array, torch.Tensor) else _copied(array) for array in ids
         )
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = a.query.shape, a.key.shape
         rows, keys = (Span(0, batch), Span(0, kv_heads), heads // kv_heads, Span(0, q_len)), Span(0, kv_len)
         self.whole = Task(*rows, keys, is_whole=True, has_all_rows=True)
+
+    @property
+    def unread(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that are compared; of those that may be read, the numbers are kept instead."""
+        per_entry = (self.offset, self.q_lengths, self.kv_lengths, self.kv_starts, self.prefixes)
+        values = [None if option is None else option.unread for option in per_entry]
+        return tuple(value for value in (*values, self.q_ids, self.kv_ids) if isinstance(value, torch.Tensor))
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -355,6 +362,11 @@ class Visibility:
 
     def _indices(self, indices: Span) -> torch.Tensor:
         return torch.arange(indices.start, indices.stop, dtype=torch.int32, device=self.device)
+
+
+def _copied(array: Any) -> Any:
+    """Copy an array of NumPy, of which autograd does not notice a change."""
+    return array.copy() if isinstance(array, numpy.ndarray) else array
 
 
 def all_hold(constraints: list[torch.Tensor]) -> torch.Tensor | None:
