@@ -8,7 +8,8 @@
 | traced for XLA | on the host, and the table too | a loop in Python; other lengths compile again |
 | traced for XLA | tensors | an error, because XLA has no arrays of unknown sizes |
 
-The work and the memory are those of a call for each sequence, or of a batch. Gradients are in closed form, from the operands alone.
+The work and the memory are those of a call for each sequence, or of a batch. Gradients are in closed form, from the
+operands alone.
 """
 
 from __future__ import annotations
