@@ -15,7 +15,7 @@ from support.tensorflow_world import heads, sized, tokens, with_gradients
 
 import mha_spec_tensorflow
 from mha_spec import ArgumentValueError, KVCache, reference
-from mha_spec_tensorflow import append_cache, decoding, empty_cache
+from mha_spec_tensorflow import append_cache, decoding, empty_cache, forward
 from mha_spec_tensorflow.layer import store
 
 
@@ -188,23 +188,89 @@ def test_cross_attention_reads_cached_keys() -> None:
     assert numpy.array_equal(after.lengths, cache.lengths)
 
 
-@pytest.mark.parametrize("chunk", [1, 40, decoding.CHUNK])
+LIMITS = {
+    "one batch": ({}, [4, 1]),
+    "no padding": ({"PADDING": 0}, [2, 1, 1, 1]),
+    "two sequences": ({"BATCH": 2 * 7 * 2 * 5}, [2, 2, 1]),
+    "one sequence": ({"BATCH": 1}, [1] * 5),
+}
+"""The limits of batches, and the numbers of sequences of the batches; one sequence has no keys."""
+FLOATS = ("query", "key", "value", "sinks", "alibi_slopes")
+
+
+def step(layout: str, *, broken: bool = False) -> dict[str, Any]:
+    """Return a call of two queries of each of five sequences; keys of no sequence hold NaN, and a key if broken."""
+    ends, lengths = [0, 2, 4, 6, 8, 10], [3, 7, 7, 4, 0]
+    call: dict[str, Any] = {"query": numbers(13, 4, 3), "sinks": numbers(4, seed=4), "alibi_slopes": numbers(4, seed=5)}
+    call |= {"cu_seqlens_q": ends, "cu_seqlens_kv": None, "seqused_kv": lengths, "q_offset": [3, 5, 6, 2, 2]}
+    call |= {"causal": True, "window": (5, 0), "softcap": 1.5}
+    if layout == "packed":
+        sizes, seen, unused = (24,), 2, [3, 11, 23]
+        call["cu_seqlens_kv"] = [0, 4, 12, 19, 24, 24]
+    else:
+        sizes, seen, unused = (8, 3), 13, [3, 4, 5, 10, 11, 15, 16, 17]
+        call["block_table"] = numpy.array([[4, 1, 5], [2, 4, 0], [0, 7, 3], [6, 7, 1], [-1, 5, 99]])
+    for name, size in (("key", 3), ("value", 5)):
+        call[name] = numbers(*sizes, 2, size)
+        call[name].reshape(-1, 2, size)[unused] = numpy.nan
+    call["value"].reshape(-1, 2, 5)[seen, 1] = numpy.nan if broken else 1.0
+    return call
+
+
+def answered(call: dict[str, Any]) -> Any:
+    """Ask the backend for output and lse; a tensor holds block 99 for 7, to which it is clamped (MHA-VARLEN-6)."""
+    call = {name: tf.constant(x) if isinstance(x, numpy.ndarray) else x for name, x in call.items()}
+    if "block_table" in call:
+        call["block_table"] = tf.where(call["block_table"] == 7, tf.constant(99, tf.int64), call["block_table"])
+    return mha_spec_tensorflow.varlen_attention(**call, return_lse=True)
+
+
+@pytest.mark.parametrize(("limits", "sizes"), LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("layout", ["packed", "paged"])
 @pytest.mark.parametrize("broken", [False, True], ids=["finite", "not finite"])
-def test_a_few_queries_of_all_sequences_are_computed_at_once(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, broken: bool
+def test_a_few_queries_of_all_sequences_are_computed_in_batches(
+    monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], sizes: list[int], layout: str, broken: bool
 ) -> None:
-    monkeypatch.setattr(decoding, "CHUNK", chunk)
-    results: list[Any] = []
-    attend = decoding.attend
-    monkeypatch.setattr(decoding, "attend", lambda *arguments: results.append(attend(*arguments)) or results[-1])
-    query, key, value = numbers(6, 4, 3), numbers(19, 2, 3), numbers(19, 2, 5)
-    key[3], value[11], value[2, 1] = numpy.nan, numpy.nan, numpy.nan if broken else 1.0
-    options: dict[str, Any] = {"cu_seqlens_q": [0, 2, 4, 6], "cu_seqlens_kv": [0, 4, 12, 19]}
-    options |= {"seqused_kv": [3, 7, 7], "causal": True, "q_offset": "lower_right", "return_lse": True}
-    expected: Any = reference.varlen_attention(query, key, value, **options)
-    operands: Any = map(tf.constant, (query, key, value))
-    ours: Any = mha_spec_tensorflow.varlen_attention(*operands, **options)
-    assert [result is None for result in results] == [broken]
+    for name, limit in limits.items():
+        monkeypatch.setattr(decoding, name, limit)
+    computed, again, attend, finite = [], [], forward.attend, forward.finite
+    monkeypatch.setattr(forward, "attend", lambda p, x, **o: computed.append(len(x.query)) or attend(p, x, **o))
+    monkeypatch.setattr(forward, "finite", lambda array: again.append(array) or finite(array))
+    call = step(layout, broken=broken)
+    ours, expected = answered(call), reference.varlen_attention(**call, return_lse=True)
+    assert computed == sizes
+    assert broken or not again
     for result, wanted in zip(ours, expected, strict=True):
+        assert numpy.isnan(wanted).any() == (broken and wanted is expected[0])
         assert numpy.array_equal(numpy.isnan(result), numpy.isnan(wanted))
-        assert_near(numpy.nan_to_num(result), numpy.nan_to_num(wanted))
+        assert_near(*(numpy.nan_to_num(array, neginf=0.0) for array in (result, wanted)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ([100, *[90] * 12], [11, 2]),  # The padding of 11 sequences would be 110.
+        ([100, 75, 74, 70], [2, 2]),  # The padding of the third sequence would be a quarter of 104.
+        ([500, 500, 500], [2, 1]),
+        ([5000, 4990], [1, 1]),
+        ([22, 20, 0, 0], [2, 2]),
+        ([0], [1]),
+    ],
+)
+def test_sequences_of_similar_lengths_are_a_batch(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], sizes: list[int]
+) -> None:
+    monkeypatch.setattr(decoding, "PADDING", 3 * 100)
+    monkeypatch.setattr(decoding, "BATCH", 3 * 1200)
+    batches = list(decoding._batches(lengths, 3))
+    assert [batch.stop - batch.start for batch in batches] == sizes
+    assert [length for batch in batches for length in lengths[batch]] == lengths
+
+
+@pytest.mark.parametrize("layout", ["packed", "paged"])
+def test_a_few_queries_in_16_bits_are_computed_in_float32(layout: str) -> None:
+    call = step(layout)
+    in_16_bits = {name: x.astype("bfloat16") for name, x in call.items() if name in FLOATS}
+    exact = answered(call | {name: x.astype("float32") for name, x in in_16_bits.items()})
+    output, lse = answered(call | in_16_bits)
+    assert_equal([output, lse], [tf.cast(exact[0], "bfloat16"), exact[1]])

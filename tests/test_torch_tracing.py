@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import pytest
 import torch
 from support.comparisons import assert_equal, assert_near
@@ -187,6 +188,37 @@ def test_results_ignore_the_default_device(options: dict[str, Any]) -> None:
     assert {result.device.type for result in (output, lse, *grads, weights)} == {"cpu"}
     layer = sized(rotary={}, qk_norm=True, device="cpu")
     assert layer(tokens(5), causal=True).device.type == "cpu"
+
+
+def cached(cache: Any, like: Tensor, **options: Any) -> Tensor:
+    """Return the output of a step of decoding with a cache whose integers are arrays of NumPy."""
+    layer = mha_spec_torch.MultiHeadAttention(EMBED, 4, kv_heads=2, qk_dim=4, device=like.device).requires_grad_(False)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    return compiled(like.new_empty(2, 3, EMBED), cache=cache, **options)[0]
+
+
+def test_arrays_of_numpy_are_moved_to_the_device_of_a_compiled_call() -> None:
+    """The meta device stands for any that is not the CPU, where a graph has the arrays of NumPy."""
+    torch.compiler.reset()
+    x, lengths, ids = torch.empty(2, 2, 3, 4, device="meta"), numpy.array([3, 2]), numpy.array([[1, 2, 3], [1, 1, 2]])
+    bounds, tokens = numpy.array([0, 1, 3]), x[0].transpose(0, 1)
+    table = numpy.array([[3, 1], [2, 0]])
+    sizes: dict[str, Any] = {"blocks": 4, "block_size": 4, "kv_heads": 2, "qk_dim": 4}
+    calls: list[Callable[[], Any]] = [
+        lambda: attention(x, x, x, kv_lengths=lengths),
+        lambda: weights_of(x, x, q_segment_ids=ids, kv_segment_ids=ids),
+        lambda: mha_spec_torch.attention_vjp(x, x, x, x, kv_starts=lengths),
+        lambda: mha_spec_torch.varlen_attention(tokens, tokens, tokens, bounds, bounds, causal=True),
+        lambda: mha_spec_torch.varlen_attention_vjp(tokens, tokens, tokens, tokens, bounds, bounds, seqused_kv=lengths),
+    ]
+    for call in calls:
+        results = torch.compile(call, backend="eager", fullgraph=True)()
+        assert {result.device.type for result in results if result is not None} == {"meta"}
+    contiguous = mha_spec_torch.empty_cache(2, 2, 12, 4, like=x)
+    paged = mha_spec_torch.PagedKVCache.empty(table, like=x, **sizes)
+    for cache in (paged, contiguous):
+        assert cached(cache, x, causal=True, kv_lengths=lengths).device.type == "meta"
 
 
 # Merging.

@@ -250,6 +250,19 @@ def test_a_few_queries_read_blocks_where_they_are(
         assert_near(*(numpy.nan_to_num(x, posinf=0.0, neginf=0.0) for x in (result, wanted)))
 
 
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_a_few_queries_ignore_the_default_device(rows: tuple[list[int], list[int]]) -> None:
+    ends, lengths = rows
+    operands = (torch.tensor(x) for x in (numbers(8, 6, 5), numbers(11, 3, 3, 5, seed=2), numbers(11, 3, 3, 7, seed=3)))
+    query, key, value = operands
+    options: Call = {"block_table": numpy.array([[3, 8, 0], [3, 8, 9], [10, 2, 8]]), "seqused_kv": lengths}
+    call = (query, key, value, ends, None)
+    expected = mha_spec_torch.varlen_attention(*call, **options, return_lse=True)
+    decoding._accept_sparse_tensors.cache_clear()
+    with torch.device("meta"):
+        assert_near(mha_spec_torch.varlen_attention(*call, **options, return_lse=True), expected)
+
+
 def test_the_weights_of_large_scores_sum_to_1() -> None:
     query, pages, keys = torch.full((3, 2, 5), 7.0), torch.full((4, 3, 2, 5), 1013.0), 11
     pages += torch.linspace(0, 1e-3, 4)[:, None, None, None]

@@ -3,11 +3,13 @@
 | call | lengths | path |
 | --- | --- | --- |
 | eager | any; tensors are read | a loop in Python; consecutive sequences of equal lengths are a batch |
+| eager, the same few queries of each | any; tensors are read | batches of sequences of similar lengths: `decoding` |
 | traced | any | a `tf.while_loop` over the sequences; a graph for all lengths |
 | traced for XLA | on the host, and the table too | a loop in Python; other lengths compile again |
 | traced for XLA | tensors | an error, because XLA has no arrays of unknown sizes |
 
-The work and the memory are those of a call for each sequence. Gradients are in closed form, from the operands alone.
+The work and the memory are those of a call for each sequence, or of a batch. Gradients are in closed form, from the
+operands alone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from mha_spec.arguments import Arguments, offset_of_reading
+from mha_spec.arguments import offset_of_reading
 from mha_spec.errors import ArgumentTypeError
 from mha_spec.scalars import is_integer
 
@@ -29,7 +31,7 @@ from . import decoding, forward
 from .backward import gradients
 from .function import differentiable
 from .plan import COST_OF_BLOCK, as_int64
-from .problem import Operands, problem_of, sizes_of, softmax_dtype, with_slopes
+from .problem import Operands, packed_problem, sizes_of, softmax_dtype
 from .threads import results_of
 
 if TYPE_CHECKING:
@@ -226,10 +228,10 @@ def _operands(a: VarlenArguments) -> Operands:
 
 def _attend(a: VarlenArguments, sequences: PackedSequences, x: Operands, *, needs_lse: bool) -> tuple[Array, ...]:
     """Compute output and, if needed, lse, (tokens, heads, ...), in the softmax's type."""
-    rows = decoding.attend(a, sequences, x) if decoding.suits(a, sequences) else None
-    output, *lse = _by_sequence(a, sequences, x, needs_lse=needs_lse) if rows is None else rows
+    attend = decoding.attend if decoding.suits(sequences) else _by_sequence
+    output, *lse = attend(a, sequences, x, needs_lse=needs_lse)
     output = _for_all_tokens(output, sequences.q_ends, sequences.q_tokens)
-    return output, *(_for_all_tokens(rows, sequences.q_ends, sequences.q_tokens, -math.inf) for rows in lse[:needs_lse])
+    return output, *(_for_all_tokens(rows, sequences.q_ends, sequences.q_tokens, -math.inf) for rows in lse)
 
 
 def _by_sequence(a: VarlenArguments, sequences: PackedSequences, x: Operands, *, needs_lse: bool) -> tuple[Array, ...]:
@@ -304,17 +306,12 @@ class _Calls:
         key, value = (_swapped(tf.cast(self.keys(source, run), self.dtype)) for source in (self.key, self.value))
         x = Operands(query, key, value, None, self.sinks)
         if not self.sequences.is_read:
-            return self._problem(x, tf.reshape(run.offset, (1,))), x
+            return packed_problem(self.a, x, tf.reshape(run.offset, (1,))), x
         # Runs of equal lengths are calls of the same options.
         shape = run.sequences, run.q_length, run.kv_length, run.offset
         if shape not in self._problems:
-            self._problems[shape] = self._problem(x, run.offset)
+            self._problems[shape] = packed_problem(self.a, x, run.offset)
         return self._problems[shape], x
-
-    def _problem(self, x: Operands, offset: Array | int) -> Problem:
-        a = self.a
-        options: dict[str, Any] = {"causal": a.causal, "window": a.window, "scale": a.scale, "softcap": a.softcap}
-        return with_slopes(problem_of(Arguments(*x[:3], q_offset=offset, **options)), a.alibi_slopes, self.dtype)
 
     def of_rows(self, array: Array) -> _Tokens:
         """Cut an array of the tokens of all queries."""
@@ -351,8 +348,10 @@ def _swapped(array: Array) -> Array:
 
 def _for_all_tokens(rows: Array, ends: Any, tokens: Size, fill: float = 0.0) -> Array:
     """Append rows for the tokens before the first sequence and behind the last (MHA-VARLEN-3)."""
-    before = ends[0]
-    paddings = [[before, tokens - before - sizes_of(rows)[0]], *[[0, 0]] * (len(rows.shape) - 1)]
+    before, after = ends[0], tokens - ends[0] - sizes_of(rows)[0]
+    if isinstance(after, int | numpy.integer) and before == after == 0:
+        return rows
+    paddings = [[before, after], *[[0, 0]] * (len(rows.shape) - 1)]
     return tf.pad(rows, paddings, constant_values=tf.constant(fill, rows.dtype))
 
 

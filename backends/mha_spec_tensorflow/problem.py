@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import tensorflow as tf
 
+from mha_spec.arguments import Arguments
 from mha_spec.arrays import dtype_name, softmax_dtype_name
 from mha_spec.steps import scale_of
 
@@ -16,8 +17,8 @@ from .plan import Known, as_int64, offset_of, plan_of, unknown_plan
 from .unknown import Size, sizes_of
 
 if TYPE_CHECKING:
-    from mha_spec.arguments import Arguments
     from mha_spec.arrays import Array
+    from mha_spec.varlen_arguments import VarlenArguments
 
     from .plan import Run
 
@@ -27,11 +28,11 @@ __all__ = [
     "Size",
     "finite",
     "finite_or_hiding",
+    "packed_problem",
     "problem_of",
     "sizes_of",
     "softmax_dtype",
     "sum_is_finite",
-    "with_slopes",
 ]
 
 
@@ -114,11 +115,13 @@ def problem_of(a: Arguments, seed: Array | None = None) -> Problem:
     return Problem(scale, softcap, float(a.dropout_rate), known, _constants(a, known, seed), excludes, plan)
 
 
-def with_slopes(problem: Problem, slopes: Array | None, dtype: tf.DType) -> Problem:
-    """Add a linear bias, whose slopes are constants for gradients (MHA-VARLEN-8)."""
-    if slopes is None:
+def packed_problem(a: VarlenArguments, x: Operands, offset: Array | int, kv_lengths: Array | None = None) -> Problem:
+    """Read the options of a packed call for a batch of its sequences; slopes are constants for gradients."""
+    options: dict[str, Any] = {"causal": a.causal, "window": a.window, "scale": a.scale, "softcap": a.softcap}
+    problem = problem_of(Arguments(*x[:3], q_offset=offset, kv_lengths=kv_lengths, **options))
+    if a.alibi_slopes is None:
         return problem
-    slopes = tf.reshape(tf.cast(tf.stop_gradient(slopes), dtype), (1, -1, 1, 1))
+    slopes = tf.reshape(tf.cast(tf.stop_gradient(a.alibi_slopes), softmax_dtype(a.query)), (1, -1, 1, 1))
     return replace(problem, constants=problem.constants._replace(slopes=slopes))
 
 

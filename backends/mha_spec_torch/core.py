@@ -22,6 +22,7 @@ from . import distributed, fused, operators, paths
 from .calls import PREPARED, arguments_of, cast, prepared, problem_of, signature_of
 from .dropout import drawn
 from .function import Attention, gradients, recorded, transformed
+from .host import in_graph
 from .merging import merge, merge_gradients
 from .symbols import traced
 from .tasks import Operands
@@ -64,7 +65,7 @@ def attention(
 
     `dropout_key` is a torch.Generator; None selects torch's default. Under autocast the three tensors are cast first.
     """
-    return _attention(query, key, value, return_lse, options)
+    return _attention(query, key, value, return_lse, in_graph(options, query))
 
 
 @torch.compiler.allow_in_graph
@@ -137,7 +138,7 @@ def attention_weights(
     **options: Unpack[WeightOptions],
 ) -> Float[Tensor, "batch heads q_len kv_len"]:
     """Compute the normalised weights, before dropout; see `mha_spec.reference.attention_weights`."""
-    return _weights(query, key, options)
+    return _weights(query, key, in_graph(options, query))
 
 
 @torch.compiler.allow_in_graph
@@ -181,7 +182,7 @@ def attention_vjp(
     **options: Unpack[Options],
 ) -> Gradients:
     """Compute the gradients of `attention`, those of autograd; see `mha_spec.reference.attention_vjp`."""
-    return _vjp(grad_output, query, key, value, grad_lse, options)
+    return _vjp(grad_output, query, key, value, grad_lse, in_graph(options, query))
 
 
 @torch.compiler.allow_in_graph

@@ -167,7 +167,7 @@ def _scores(packed: Packed, pairs: Pairs, rows: Tensor, keys: Tensor) -> Tensor:
     # NumPy leaves it to the system to give zeroed memory, while torch writes the zeros.
     zeros = torch.from_numpy(numpy.zeros(len(pairs.slots), str(rows.dtype).removeprefix("torch.")))
     size = rows.shape[0], keys.shape[0]
-    matrix = torch.sparse_csr_tensor(pairs.bounds, pairs.slots, zeros, size=size)
+    matrix = torch.sparse_csr_tensor(pairs.bounds, pairs.slots, zeros, size=size, device="cpu")
     # Into the matrix itself, because a new matrix would first get a copy of its indices.
     torch.sparse.sampled_addmm(matrix, rows, keys.t(), beta=0.0, alpha=packed.problem.scale, out=matrix)
     scores = matrix.values()
@@ -194,7 +194,7 @@ def _accept_sparse_tensors() -> None:
     """Create a sparse matrix, of which torch warns a process once that they are in beta state."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], torch.zeros(0, dtype=torch.int64), torch.zeros(0), size=(1, 1))
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), device="cpu")
 
 
 def _padded(pairs: Pairs, values: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _pairs_of(pairs: Pairs, padded: Tensor) -> Tensor:
 
 
 def _inside(pairs: Pairs) -> Tensor:
-    return torch.arange(pairs.longest) < pairs.lengths[:, None]
+    return torch.arange(pairs.longest, device="cpu") < pairs.lengths[:, None]
 
 
 def _placed(packed: Packed, output: Tensor, lse: Tensor | None) -> tuple[Tensor, Any]:

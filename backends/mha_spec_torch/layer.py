@@ -13,7 +13,7 @@ from torch.nn.functional import rms_norm
 from mha_spec import layer_checks, layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
-from mha_spec.cache import HighWater, KVCache
+from mha_spec.cache import HighWater, KVCache, PagedKVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 from mha_spec.pools import WrittenSlots
@@ -21,7 +21,7 @@ from mha_spec.pools import WrittenSlots
 from .core import attention, attention_and_weights, attention_weights
 from .distributed import replicated
 from .function import transformed
-from .host import on_device
+from .host import in_graph, on_device
 from .paths import autocasts
 from .symbols import entries, example, is_open, traced
 from .varlen import varlen_attention
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-    from mha_spec.cache import AnyCache, Cache, PagedKVCache
+    from mha_spec.cache import AnyCache, Cache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Tensor | Sequence[int]
@@ -368,7 +368,8 @@ def _in_single_node(method: _Method) -> _Method:
     @wraps(method)
     def function(*operands: Any, cache: AnyCache | None = None, **keywords: Any) -> Any:
         if torch.compiler.is_compiling():
-            return _in_graph(name, operands, _unread(cache), keywords)
+            query = operands[0] if operands else keywords["query"]
+            return _in_graph(name, operands, _unread(cache), in_graph(keywords, query))
         return method(*operands, cache=cache, **keywords)
 
     return cast("_Method", function)
@@ -465,9 +466,13 @@ def _appended(cache: Cache, key: Tensor, value: Tensor, lengths: Integers | None
 
 def _unread(cache: Any) -> Any:
     """Convert lengths to a tensor in a compiled graph: other lengths on the host would compile a new graph."""
-    if cache is None or not torch.compiler.is_compiling() or isinstance(cache.lengths, torch.Tensor):
+    if cache is None or not torch.compiler.is_compiling():
         return cache
-    return cache._replace(lengths=torch.as_tensor(cache.lengths))
+    if isinstance(cache, PagedKVCache):
+        cache = cache._replace(block_table=in_graph(cache.block_table, cache.key))
+    if isinstance(cache.lengths, torch.Tensor):
+        return cache
+    return cache._replace(lengths=torch.as_tensor(cache.lengths, device=cache.key.device))
 
 
 def _fixed(setting: Any) -> Any:

@@ -25,6 +25,7 @@ from mha_spec.varlen_checks import check_cotangents
 from . import varlen_operators
 from .calls import varlen_arguments_of
 from .function import transformed
+from .host import in_graph
 from .packing import Packed
 from .symbols import traced, unwrapped
 from .varlen_passes import Results, backward, differentiable, forward, gradients, operands_of, recorded
@@ -57,7 +58,14 @@ def varlen_attention(
 
     Under autocast query, key and value are cast first.
     """
-    return _attend((query, key, value, cu_seqlens_q, cu_seqlens_kv), return_lse, options)
+    tensors = query, key, value, *_bounds(query, cu_seqlens_q, cu_seqlens_kv)
+    return _attend(tensors, return_lse, in_graph(options, query))
+
+
+def _bounds(query: Tensor, of_queries: Any, of_keys: Any) -> tuple[Any, Any]:
+    """Move bounds of NumPy to the device in a graph; an array for both stays a single one (MHA-VARLEN-5)."""
+    moved = in_graph(of_queries, query)
+    return moved, moved if of_keys is of_queries else in_graph(of_keys, query)
 
 
 @torch.compiler.allow_in_graph
@@ -90,7 +98,8 @@ def varlen_attention_vjp(
     **options: Unpack[VarlenOptions],
 ) -> VarlenGradients:
     """Compute the gradients of `varlen_attention`; see `mha_spec.reference.varlen_attention_vjp`."""
-    return _differentiate((grad_output, grad_lse), (query, key, value, cu_seqlens_q, cu_seqlens_kv), options)
+    tensors = query, key, value, *_bounds(query, cu_seqlens_q, cu_seqlens_kv)
+    return _differentiate((grad_output, grad_lse), tensors, in_graph(options, query))
 
 
 @torch.compiler.allow_in_graph
