@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -112,20 +112,32 @@ def dense(tokens: Any) -> Any:
 
 
 def decoding_rows(array: Callable[[numpy.ndarray], Any]) -> Iterator[Row]:
-    """Compare a step of 16 sequences of 1024 keys in pages with the same step in packed tokens and in a batch."""
+    """Compare a step of 16 sequences of 1024 keys in pages with the same step in packed tokens and in a batch.
+
+    All layers of a model have the same table in a step, and the first layer has another one in each step.
+    """
     count, length = 16, 1024
-    table = numpy.random.default_rng(1).permutation(count * length // PAGE).reshape(count, -1).astype("int32")
-    pages = array(drawn(table.size, PAGE, HEADS, SIZE))
+    random = numpy.random.default_rng(1)
+    tables = [random.permutation(count * length // PAGE).reshape(count, -1).astype("int32") for _ in range(3)]
+    pages = array(drawn(tables[0].size, PAGE, HEADS, SIZE))
     query, lengths = array(drawn(count, HEADS, SIZE)), array(numpy.full(count, length, "int32"))
     steps, ends = array(bounds([1] * count)), array(bounds([length] * count))
-    paged = {"block_table": array(table), "seqused_kv": lengths}
-    ours = call(mha_spec.varlen_attention, query, pages, pages, steps, None, **paged)
+    layers = [
+        call(mha_spec.varlen_attention, query, pages, pages, steps, None, block_table=array(table), seqused_kv=lengths)
+        for table in tables
+    ]
+    following = cycle(layers)
+
+    def first_layer() -> object:
+        return next(following)()
+
     tokens = array(drawn(count * length, HEADS, SIZE))
     theirs = call(mha_spec.varlen_attention, query, tokens, tokens, steps, ends)
-    yield "decoding, 16 x 1024, paged: packed", 1.3, ours, theirs
+    yield "decoding, 16 x 1024, paged: packed", 1.3, layers[0], theirs
+    yield "decoding, first layer, paged: packed", None, first_layer, theirs
     dense, single = array(drawn(count, HEADS, length, SIZE)), array(drawn(count, HEADS, 1, SIZE))
     theirs = call(mha_spec.attention, single, dense, dense, kv_lengths=lengths)
-    yield "decoding, 16 x 1024, paged: batch", None, ours, theirs
+    yield "decoding, 16 x 1024, paged: batch", None, layers[0], theirs
 
 
 def main() -> None:

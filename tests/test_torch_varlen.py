@@ -250,6 +250,33 @@ def test_a_few_queries_read_blocks_where_they_are(
         assert_near(*(numpy.nan_to_num(x, posinf=0.0, neginf=0.0) for x in (result, wanted)))
 
 
+@pytest.mark.parametrize("changed", ["query", "pages", "block_table", "seqused_kv", "window", "nothing"])
+def test_the_pairs_of_the_call_before_serve_equal_calls_only(changed: str) -> None:
+    ends, lengths = ROWS["even"]
+    query, pages, values = numbers(6, 6, 5), numbers(11, 3, 3, 5, seed=2), numbers(11, 3, 3, 7, seed=3)
+    table = numpy.array([[3, 8, 0], [3, 8, 9], [10, 2, 8]])
+    call: Call = {"query": query, "key": pages, "value": values, "cu_seqlens_q": ends, "cu_seqlens_kv": None}
+    call |= {"block_table": table, "seqused_kv": lengths, "window": (6, 6), "q_offset": 1, "return_lse": True}
+    tensors = {**moved(call), "seqused_kv": torch.tensor(lengths)}
+    decoding._pairs.cache_clear()
+    mha_spec_torch.varlen_attention(**tensors)
+    # In place, because the call must not be known by its tensors.
+    if changed == "query":
+        call["query"] = tensors["query"].mul_(-2).numpy()
+    elif changed == "pages":
+        call["key"] = tensors["key"].mul_(-2).numpy()
+        tensors["key"], tensors["value"] = (torch.cat([x, x]) for x in (tensors["key"], tensors["value"]))
+    elif changed == "block_table":
+        call["block_table"] = tensors["block_table"].sub_(1).clamp_(0).numpy()
+    elif changed == "seqused_kv":
+        call["seqused_kv"] = tensors["seqused_kv"].sub_(3).numpy()
+    elif changed == "window":
+        call["window"] = tensors["window"] = (3, 2)
+    assert_near(mha_spec_torch.varlen_attention(**tensors), moved(dict(enumerate(reference.varlen_attention(**call)))))
+    hits = decoding._pairs.cache_info().hits
+    assert hits == (changed in ("query", "nothing")), "equal calls share their pairs, others do not"
+
+
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_a_few_queries_ignore_the_default_device(rows: tuple[list[int], list[int]]) -> None:
     ends, lengths = rows

@@ -36,29 +36,51 @@ PADDING = 4
 """How many times the pairs the scores may cover: the longest row sets their number for all."""
 
 
+class Visible(NamedTuple):
+    """The keys that each query sees in the blocks of all sequences, on which the pairs of a call depend."""
+
+    blocks: bytes
+    """The numbers of the blocks of all sequences."""
+    spans: tuple[tuple[int, int], ...]
+    """The first key of each query, and the end, as slots of these blocks."""
+    heads: int
+    pool: tuple[int, int, int]
+    """The number of blocks that exist, their size, and kv_heads."""
+    tile: int
+    """The number of keys of a tile."""
+    dtype: type[numpy.signedinteger]
+
+
 class Pairs(NamedTuple):
     """The pairs of rows and visible keys, in the order of the rows, (queries, tiles, heads)."""
 
-    bounds: Tensor
+    bounds: Any
     """The first pair of each row, and their number."""
-    slots: Tensor
+    slots: Any
     """The key of each pair among the rows of the keys of all slots and heads."""
-    lengths: Tensor
+    lengths: Any
     """The number of keys of each row."""
     longest: int
     tiles: int
     """The number of tiles of each query, of which the last may be empty."""
-    sees_none: Tensor | None
+    sees_none: Any
     """The queries that see no key, (queries, 1); None if each sees a key."""
+
+    def tensors(self) -> Pairs:
+        """Return the pairs with tensors that share the memory of the arrays of NumPy."""
+        bounds, slots, lengths = map(torch.from_numpy, self[:3])
+        sees_none = None if self.sees_none is None else torch.from_numpy(self.sees_none)
+        return Pairs(bounds, slots, lengths, self.longest, self.tiles, sees_none)
 
 
 def attend(
     packed: Packed, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *, needs_lse: bool
 ) -> tuple[Tensor, Any] | None:
     """Compute output, (tokens, heads, v_dim), and if needed lse, (heads, tokens); None if another path must do so."""
-    pairs = _pairs(packed) if _suits(packed, query, key, value) else None
+    pairs = _pairs(_visible(packed)) if _suits(packed, query, key, value) else None
     if pairs is None:
         return None
+    pairs = pairs.tensors()
     first, last = packed.parts[0].queries.start, packed.parts[-1].queries.stop
     rows = query.detach()[first:last, None].expand(-1, pairs.tiles, -1, -1).flatten(0, 2)
     scores = _padded(pairs, _scores(packed, pairs, rows, key.detach().flatten(0, 2)))
@@ -94,45 +116,53 @@ def _suits(packed: Packed, query: Tensor, key: Tensor, value: Tensor) -> bool:
     return queries * (a.heads // a.kv_heads) <= ROWS
 
 
-def _pairs(packed: Packed) -> Pairs | None:
-    """Return the pairs of a call; None if it has none, or if its rows see too different numbers of keys."""
-    dtype, seen = _index_dtype(packed), _seen(packed)
-    tile = max(1, TILE // (packed.a.key[0, 0].numel() * packed.a.key.element_size()))
-    longest_row = max(last - first for first, last in seen)
+@lru_cache(maxsize=2)
+def _pairs(visible: Visible) -> Pairs | None:
+    """Return pairs as arrays of NumPy; None if there are none, or if the rows see too different numbers of keys.
+
+    All layers of a model ask for the pairs of a step, or some of them for those of a window.
+    """
+    tile, spans = visible.tile, numpy.array(visible.spans)
+    longest_row = int((spans[:, 1] - spans[:, 0]).max())
     tiles = max(1, -(-longest_row // tile))
-    counts = numpy.clip(numpy.diff(seen) - numpy.arange(0, tiles * tile, tile), 0, tile)
-    lengths, longest = numpy.repeat(counts, packed.a.heads), min(tile, longest_row)
-    bounds = numpy.concatenate([[0], numpy.cumsum(lengths)], dtype=dtype)
+    counts = numpy.clip(numpy.diff(spans) - numpy.arange(0, tiles * tile, tile), 0, tile)
+    lengths, longest = numpy.repeat(counts, visible.heads), min(tile, longest_row)
+    bounds = numpy.concatenate([[0], numpy.cumsum(lengths)], dtype=visible.dtype)
     # torch takes no more elements than a dense matrix has.
-    most = len(lengths) * math.prod(packed.a.key.shape[:3])
+    most = len(lengths) * math.prod(visible.pool)
     if bounds[-1] > most or not 0 < len(lengths) * longest <= PADDING * bounds[-1]:
         return None
-    slots = numpy.empty(bounds[-1], dtype)
-    heads = numpy.repeat(numpy.arange(packed.a.kv_heads, dtype=dtype), packed.a.heads // packed.a.kv_heads)[:, None]
-    rows, ends = _rows_of_slots(packed, dtype), bounds[:: tiles * packed.a.heads].tolist()
-    for (first, last), (start, end) in zip(seen, pairwise(ends), strict=True):
+    slots, ends = numpy.empty(bounds[-1], visible.dtype), bounds[:: tiles * visible.heads].tolist()
+    rows, heads = _rows_of_slots(visible), _heads_of_keys(visible)
+    for (first, last), (start, end) in zip(visible.spans, pairwise(ends), strict=True):
         _put_pairs(rows[first:last], heads, tile, slots[start:end])
-    sees_none = None if counts[:, 0].all() else torch.from_numpy(counts[:, :1] == 0)
-    return Pairs(
-        torch.from_numpy(bounds), torch.from_numpy(slots), torch.from_numpy(lengths), longest, tiles, sees_none
-    )
+    sees_none = None if counts[:, 0].all() else counts[:, :1] == 0
+    return Pairs(bounds, slots, lengths, longest, tiles, sees_none)
 
 
-def _seen(packed: Packed) -> list[tuple[int, int]]:
-    """Return the first key that each query sees, and the end, as slots of the blocks of all sequences."""
-    start, seen = 0, []
+def _visible(packed: Packed) -> Visible:
+    """Return the keys that each query of a call sees."""
+    a, spans, start = packed.a, [], 0
     for part in packed.parts:
-        seen += [(start + first, start + end) for first, end in _visible(part)]
-        start += len(part.blocks) * packed.a.key.shape[1]
-    return seen
-
-
-def _rows_of_slots(packed: Packed, dtype: type[numpy.signedinteger]) -> numpy.ndarray:
-    """Return the row of the first head of each slot in the blocks of all sequences (MHA-VARLEN-6)."""
-    block_size, kv_heads = packed.a.key.shape[1:3]
+        spans += [(start + first, start + end) for first, end in _spans(part)]
+        start += len(part.blocks) * a.key.shape[1]
     blocks = numpy.concatenate([part.blocks for part in packed.parts])
+    tile = max(1, TILE // (a.key[0, 0].numel() * a.key.element_size()))
+    return Visible(blocks.tobytes(), tuple(spans), a.heads, tuple(a.key.shape[:3]), tile, _index_dtype(packed))
+
+
+def _rows_of_slots(visible: Visible) -> numpy.ndarray:
+    """Return the row of the first head of each slot in the blocks of all sequences (MHA-VARLEN-6)."""
+    _, block_size, kv_heads = visible.pool
+    blocks, dtype = numpy.frombuffer(visible.blocks, numpy.int64), visible.dtype
     rows = (blocks * (block_size * kv_heads)).astype(dtype)[:, None] + numpy.arange(block_size, dtype=dtype) * kv_heads
     return rows.reshape(-1)
+
+
+def _heads_of_keys(visible: Visible) -> numpy.ndarray:
+    """Return the key/value head that each head reads, (heads, 1) (MHA-HEAD-1)."""
+    kv_heads = visible.pool[2]
+    return numpy.repeat(numpy.arange(kv_heads, dtype=visible.dtype), visible.heads // kv_heads)[:, None]
 
 
 def _put_pairs(rows: numpy.ndarray, heads: numpy.ndarray, tile: int, pairs: numpy.ndarray) -> None:
@@ -150,7 +180,7 @@ def _index_dtype(packed: Packed) -> type[numpy.signedinteger]:
     return numpy.int32 if max(pairs, packed.a.key.numel(), packed.a.value.numel()) < 2**31 else numpy.int64
 
 
-def _visible(part: Part) -> list[tuple[int, int]]:
+def _spans(part: Part) -> list[tuple[int, int]]:
     """Return the first key that each query of a sequence sees, and the end (MHA-CAUSAL-1, MHA-WINDOW-1)."""
     left, right, keys = part.visibility.left, part.visibility.right, part.keys.size
     if left is None and right is None:
