@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from .tasks import converted, dense_rows, logits_of
-from .triangles import is_lower_triangle
+from .masks import constraint_of
+from .tasks import converted, dense_rows
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -174,9 +174,7 @@ def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch
     if visible is None:
         return False, None
     if x.bias is None:
-        if problem.scale > 0 and is_lower_triangle(visible):
-            return True, None
-        return False, logits_of(visible, problem.dtype)
+        return constraint_of(visible, problem.dtype, may_be_causal=problem.scale > 0)
     return False, converted(torch.where(visible, x.bias, -math.inf), problem.dtype)
 
 

@@ -1,4 +1,4 @@
-"""A mask that is causal costs as little as `causal=True` in PyTorch, and has the same results."""
+"""What the CPU's kernel of PyTorch gets for a mask: `is_causal`, or logits, which the layers of a model share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.comparisons import assert_equal, assert_near
 from torch import Tensor
 
 import mha_spec_torch
-from mha_spec_torch import native, triangles
+from mha_spec_torch import masks, native
 
 BATCH, HEADS, KV_HEADS, SIZE = 3, 10, 5, 7
 
@@ -29,10 +29,17 @@ def formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Te
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
-@pytest.fixture(params=[8, 1024], ids=["large", "kept"])
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare the masks of the tests, which are small, and forget those of other tests."""
+    monkeypatch.setattr(masks, "SMALLEST", 2)
+    masks._kept.clear()
+
+
+@pytest.fixture(params=[0, masks.LARGEST], ids=["large", "kept"])
 def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let triangles of the tests be larger than those that are kept, and then smaller."""
-    monkeypatch.setattr(triangles, "KEPT", request.param)
+    """Let the masks of the tests be larger than those that are kept, and then smaller."""
+    monkeypatch.setattr(masks, "LARGEST", request.param)
 
 
 def lower_triangle(length: int, batch: int = 1, heads: int = 1) -> Tensor:
@@ -54,7 +61,7 @@ def is_causal(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.usefixtures("kept")
-@pytest.mark.parametrize("length", [8, 40])
+@pytest.mark.parametrize("length", [11, 41])
 def test_a_causal_mask_has_the_results_of_causal(is_causal: list[bool], length: int) -> None:
     tensors = operands(length)
     masked = mha_spec_torch.attention(*tensors, mask=lower_triangle(length), return_lse=True)
@@ -108,16 +115,73 @@ def test_hidden_values_of_a_causal_mask_reach_no_result() -> None:
     assert output[:, :, 17:].isnan().all()
 
 
+TRIANGLE = lower_triangle(23)
+
+
 @pytest.mark.parametrize(
-    "mask",
+    ("mask", "expected"),
     [
-        pytest.param(torch.ones(1, 1, 23, 23, dtype=torch.bool).tril(), id="not a multiple of 8"),
-        pytest.param(torch.ones(1, 1, 24, 24, dtype=torch.bool).triu().mT, id="transposed"),
-        pytest.param(torch.ones(577, dtype=torch.bool)[1:].view(1, 1, 24, 24), id="begins inside of a word"),
-        pytest.param(torch.ones(1, 1, 24, 40, dtype=torch.bool).tril(), id="more keys than queries"),
+        pytest.param(TRIANGLE.mT.contiguous().mT, True, id="transposed in memory"),
+        pytest.param(torch.cat([TRIANGLE.flatten()] * 2)[529:].view(1, 1, 23, 23), True, id="behind other pairs"),
+        pytest.param(TRIANGLE.expand(BATCH, HEADS, 23, 23), True, id="one in memory for all heads"),
+        pytest.param(TRIANGLE.mT, False, id="upper triangle"),
+        pytest.param(torch.ones(1, 1, 23, 41, dtype=torch.bool).tril(), False, id="more keys than queries"),
+        pytest.param(torch.ones(1, 1, 1, 1, dtype=torch.bool), False, id="one pair"),
     ],
 )
-def test_other_pairs_in_memory_have_their_meaning(mask: Tensor) -> None:
+def test_pairs_have_their_meaning_however_they_lie_in_memory(
+    is_causal: list[bool], mask: Tensor, expected: bool
+) -> None:
     query, (_, key, value) = operands(mask.shape[2])[0], operands(mask.shape[3])
     results = mha_spec_torch.attention(query, key, value, mask=mask, return_lse=True)
+    assert is_causal == [expected]
     assert_near(results, formula(query, key, value, mask))
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 5, 5), (2, 1, 0, 0), (1, 1, 23, 23)])
+def test_a_few_pairs_are_converted_without_a_comparison(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(masks, "SMALLEST", 23 * 23 + 1)
+    mask = torch.ones(shape, dtype=torch.bool).tril()
+    assert logits(mask) is not logits(mask)
+
+
+def logits(mask: Tensor, dtype: torch.dtype = torch.float64, *, may_be_causal: bool = True) -> Any:
+    """Return the logits of a mask, which must have their values whether they were kept or not."""
+    added: Any = masks.constraint_of(mask, dtype, may_be_causal=may_be_causal).added
+    assert_equal(added, torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -math.inf))
+    return added
+
+
+def test_equal_masks_share_their_logits() -> None:
+    mask = torch.rand((BATCH, 1, 13, 17), generator=torch.Generator().manual_seed(2)) < 0.6
+    windowed = mask.tril(3).triu(-3)
+    added, of_window = logits(mask), logits(windowed)
+    for _ in range(2):
+        assert logits(mask.clone()) is added
+        assert logits(windowed.mT.contiguous().mT) is of_window
+    mask[2, 0, 7, 5] ^= True
+    assert logits(mask) is not added, "a change in place counts"
+    assert logits(mask.view(1, BATCH, 13, 17)) is not logits(mask)
+    assert logits(mask, torch.float32).dtype == torch.float32
+
+
+def test_a_kept_triangle_is_not_causal_for_a_scale_that_forbids_it() -> None:
+    triangle = lower_triangle(13)
+    assert masks.constraint_of(triangle, torch.float64, may_be_causal=True).is_causal
+    logits(triangle, may_be_causal=False)
+
+
+def test_logits_of_inference_mode_serve_a_call_that_is_differentiated() -> None:
+    tensors = operands(13)
+    mask = torch.rand((BATCH, 1, 13, 13), generator=torch.Generator().manual_seed(2)) < 0.6
+    with torch.inference_mode():
+        expected: Any = mha_spec_torch.attention(*tensors, mask=mask)
+    output: Any = mha_spec_torch.attention(*(tensor.requires_grad_() for tensor in tensors), mask=mask)
+    assert_equal(output.detach(), expected)
+    output.sum().backward()
+    shared = [tensor.grad for tensor in tensors]
+    masks._kept.clear()
+    fresh: Any = mha_spec_torch.attention(*tensors, mask=mask)
+    assert_equal(shared, torch.autograd.grad(fresh.sum(), tensors))
