@@ -302,6 +302,7 @@ def counts() -> dict[str, Any]:
 def lost_rank(*, hangs: bool) -> dict[str, Any]:
     """Leave the last rank out of a call: it ends, or does not answer; the others must have an error."""
     name = f"lost {'hangs' if hangs else 'ends'}"
+    dist.barrier()  # A rank that ends while others still connect would be an error of their init_process_group.
     if dist.get_rank() == RANKS - 1:
         time.sleep(TIMEOUT if hangs else 0)
         os._exit(0)
