@@ -123,10 +123,10 @@ TRIANGLE = lower_triangle(23)
     [
         pytest.param(TRIANGLE.mT.contiguous().mT, True, id="transposed in memory"),
         pytest.param(torch.cat([TRIANGLE.flatten()] * 2)[529:].view(1, 1, 23, 23), True, id="behind other pairs"),
-        pytest.param(TRIANGLE.expand(BATCH, HEADS, 23, 23), True, id="one in memory for all heads"),
+        pytest.param(TRIANGLE.expand(BATCH, HEADS, 23, 23), True, id="shared by all heads"),
         pytest.param(TRIANGLE.mT, False, id="upper triangle"),
         pytest.param(torch.ones(1, 1, 23, 41, dtype=torch.bool).tril(), False, id="more keys than queries"),
-        pytest.param(torch.ones(1, 1, 1, 1, dtype=torch.bool), False, id="one pair"),
+        pytest.param(torch.ones(1, 1, 1, 1, dtype=torch.bool), False, id="a single pair"),
     ],
 )
 def test_pairs_have_their_meaning_however_they_lie_in_memory(

@@ -57,15 +57,15 @@ def attend(a: VarlenArguments, sequences: Any, x: Operands, *, needs_lse: bool) 
 def _batches(lengths: list[int], width: int) -> Iterator[slice]:
     """Cut falling lengths into batches; a new batch begins where the padding would take longer than to start it.
 
-    Sequences without keys have a batch of their own, because they have no key that could be the padding.
+    Sequences without keys are a batch without others, because they have no key that could be the padding.
     """
     first = padding = 0
     for index, length in enumerate(lengths):
-        own = (lengths[first] - length) * width
-        padding += own
+        added = (lengths[first] - length) * width
+        padding += added
         is_large = index > first and (index + 1 - first) * lengths[first] * width > BATCH
         # Where lengths fall steeply, the next sequences would have as much padding.
-        if is_large or max(padding, 4 * own) > PADDING or length == 0 < lengths[first]:
+        if is_large or max(padding, 4 * added) > PADDING or length == 0 < lengths[first]:
             yield slice(first, index)
             first, padding = index, 0
     yield slice(first, len(lengths))

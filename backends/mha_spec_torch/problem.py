@@ -44,9 +44,6 @@ class Problem(NamedTuple):
     dropout_mask: torch.Tensor | None
     draws: Draws | None
     """The random integers of dropout, unless it has a mask."""
-    tensors: tuple[torch.Tensor, ...] = ()
-    """The caller's tensors that both passes read. They are saved for the backward, so that autograd refuses a change
-    in place between the passes."""
     cutter: Callable[[Operands, Task], Operands] | None = None
     """Selects the part of each operand that a task of a packed call reads."""
 
@@ -54,20 +51,18 @@ class Problem(NamedTuple):
     def of(cls, a: Arguments, *, host: bool) -> Problem:
         """Prepare the options of a call."""
         dtype = softmax_dtype(a.query)
-        visibility = Visibility(a, dtype, host=host)
         return cls(
             scale=steps.scale_of(a.scale, a.query.shape[3]),
             softcap=a.softcap,
             dropout_rate=a.dropout_rate,
             dtype=dtype,
-            visibility=visibility,
+            visibility=Visibility(a, dtype, host=host),
             host=host,
             suits_flash=host and a.softcap is None and a.dropout_mask is None and draws_of(a) is None,
             is_ready=False,
             suits_autograd=False,
             dropout_mask=a.dropout_mask,
             draws=draws_of(a),
-            tensors=visibility.unread if a.dropout_mask is None else (*visibility.unread, a.dropout_mask),
         )
 
     def described(self, x: Operands) -> Problem:
@@ -80,6 +75,15 @@ class Problem(NamedTuple):
     def unread(self) -> Problem:
         """Return the problem with tensors that must not be read."""
         return self._replace(host=False, suits_flash=False)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The caller's tensors that both passes read.
+
+        They are saved for the backward, so that autograd refuses a change in place between the passes.
+        """
+        tensors = self.visibility.unread
+        return tensors if self.dropout_mask is None else (*tensors, self.dropout_mask)
 
     @property
     def drops(self) -> bool:
