@@ -315,22 +315,19 @@ def test_a_hidden_nan_sends_a_task_to_the_formula() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("values", [[], [math.nan], [math.inf], [math.inf, -math.inf], [math.nan, math.inf, -math.inf]])
-@pytest.mark.parametrize("shape", [(2, 3, 31, 7), (2, 37, 31, 23)], ids=["sums", "sums of products"])
-def test_the_search_of_results_finds_nan_alone(shape: tuple[int, ...], values: list[float], dtype: str) -> None:
-    query, key, value = operands()
-    problem = calls.problem_of(calls.arguments_of("attention", query, key, value, {}))
-    whole = torch.ones(shape, dtype=getattr(torch, dtype))
+def test_the_search_of_results_finds_nan_alone(values: list[float], dtype: str) -> None:
+    whole = torch.ones((2, 3, 31, 7), dtype=getattr(torch, dtype))
     # Whole results whose sum is finite, and others whose sum overflows in 16 bits, or in every dtype.
     for scale in (1.0, 6e4, torch.finfo(whole.dtype).max):
         array = whole * scale
         for place, size in enumerate(values):
             array[1, 2, 5 * place, 3] = size
         for results in ((array,), (array, whole), (whole, array)):
-            assert native.has_nan(problem, *results) is any(map(math.isnan, values))
+            assert native.has_nan(*results) is any(map(math.isnan, values))
         transposed = array.transpose(1, 2).contiguous().transpose(1, 2)
         for results in ((whole, transposed), (transposed, whole[..., ::2])):
             # Both infinities of an array that is not contiguous count as a NaN.
-            assert native.has_nan(problem, *results) is math.isnan(sum(values))
+            assert native.has_nan(*results) is math.isnan(sum(values))
 
 
 @pytest.mark.parametrize("size", [math.nan, 1e30])

@@ -80,7 +80,7 @@ def _may_be_poisoned(problem: Problem, gradients: Sequence[Any]) -> bool:
     if problem.visibility.tasks[0].sees_all:
         return False
     searched = gradients if gradients[0] is None or gradients[1] is None else gradients[:2]
-    return native.has_nan(problem, *(gradient for gradient in searched if gradient is not None))
+    return native.has_nan(*(gradient for gradient in searched if gradient is not None))
 
 
 class Attention(torch.autograd.Function):

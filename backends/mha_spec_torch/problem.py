@@ -118,14 +118,6 @@ class Problem(NamedTuple):
             return None
         return kept.to(self.dtype) / (1 - self.dropout_rate)
 
-    def is_nan(self, array: torch.Tensor) -> bool:
-        """Return True if a tensor that may be read holds NaN, or if its sum is NaN because it has both infinities.
-
-        Neither a maximum nor a sum drops a NaN. The maximum takes less time, but copies what is not contiguous first.
-        """
-        array = array.detach() if array.requires_grad else array
-        return math.isnan((array.max() if array.is_contiguous() and array.numel() else array.sum()).item())
-
     def finite(self, *arrays: torch.Tensor) -> bool:
         """Return True if tensors may be read and have finite sums, so that all their elements are finite."""
         return self.host and all(math.isfinite(array.sum(dtype=self.dtype).item()) for array in arrays)
