@@ -334,6 +334,9 @@ def test_dropout_needs_a_key() -> None:
         attention(query, key, value, dropout_rate=0.1)
     with pytest.raises(ArgumentTypeError, match="must be a single key"):
         attention(query, key, value, dropout_rate=0.1, dropout_key=3)
+    numbers = jax.random.key_data(jax.random.key(SEED, impl="rbg"))
+    with pytest.raises(ArgumentTypeError, match="or numbers of uint32"):
+        attention(query, key, value, dropout_rate=0.1, dropout_key=numbers)
     assert (attention(query, key, value, dropout_rate=0.0) == attention(query, key, value)).all()
 
 
