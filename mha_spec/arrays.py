@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy
 
+from .compiling import not_traced
 from .errors import refuse_type
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "dtype_name",
     "host_integers",
     "library_of",
+    "library_of_class",
     "lies_with",
     "namespace_of",
     "native",
@@ -42,7 +44,8 @@ _NAME_OF_DTYPE: dict[tuple[type, object], str] = {}
 
 
 @lru_cache(maxsize=1024)
-def _library_of_class(cls: type) -> str | None:
+@not_traced
+def library_of_class(cls: type) -> str | None:
     """Name the array library of a class or of a user's subclass: the package of its first base that has a dtype.
 
     The result is None for descriptions of arrays, which do not compute, for arrays that do not hold an element for
@@ -66,7 +69,7 @@ def _module_of(cls: type) -> str:
 
 def library_of(value: object) -> str | None:
     """Name the library of an array ("numpy", "torch", "jax", ...); None for a value that is not an array."""
-    return _library_of_class(type(value))
+    return library_of_class(type(value))
 
 
 def storage_of(array: Array) -> str | None:

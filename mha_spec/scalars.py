@@ -12,6 +12,7 @@ from typing import Any, TypeGuard, cast
 
 import numpy
 
+from .compiling import not_traced
 from .errors import refuse_type, refuse_value
 
 __all__ = [
@@ -35,7 +36,7 @@ LONGEST = 80
 PLAIN_TYPES = frozenset({type(None), bool, int, float, str})
 """The types of options in the key of a prepared call: their values never change, and are equal only if alike."""
 
-_SYMBOLIC = {"SymInt": int, "SymFloat": float}
+_SYMBOLIC = {"SymInt": "int", "SymFloat": "float"}
 
 
 def plain(value: Any) -> Any:
@@ -49,16 +50,17 @@ def plain(value: Any) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _kind_of(cls: type) -> type | None:
-    """Return int or float for a class of numbers, and None for others; a bool is not a number."""
+@not_traced
+def _kind_of(cls: type) -> str | None:
+    """Return "int" or "float" for a class of numbers, and None for others; a bool is not a number."""
     if cls.__module__.partition(".")[0] == "torch":
         return _SYMBOLIC.get(cls.__name__)
-    return next((kind for kind in (int, float) if issubclass(cls, kind) and not issubclass(cls, bool)), None)
+    return next((kind.__name__ for kind in (int, float) if issubclass(cls, kind) and not issubclass(cls, bool)), None)
 
 
 def is_integer(value: object) -> TypeGuard[int]:
     """Tell whether a value is a Python integer."""
-    return _kind_of(type(value)) is int
+    return _kind_of(type(value)) == "int"
 
 
 def is_number(value: object) -> TypeGuard[float]:

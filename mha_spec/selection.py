@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from .arrays import library_of
+from .arrays import library_of_class
+from .compiling import not_traced
 from .errors import ArgumentTypeError, BackendError
 
 if TYPE_CHECKING:
@@ -79,13 +80,27 @@ def _offer() -> str:
     return f"the backends are {', '.join(backends) or 'none'}"
 
 
-@cache
+_LOADED: dict[str, ModuleType] = {}
+
+
 def backend(name: str) -> ModuleType:
     """Load and return the backend called `name`.
 
     Raises:
         BackendError: No backend has that name, or its framework is not installed, or it does not import.
     """
+    return _LOADED[_load(name)]
+
+
+@not_traced
+def _load(name: str) -> str:
+    """Load a backend on first use, and return its name."""
+    if name not in _LOADED:
+        _LOADED[name] = _imported(name)
+    return name
+
+
+def _imported(name: str) -> ModuleType:
     points = _entry_points()
     if name not in points:
         raise BackendError(f"no backend is called {name!r}; {_offer()}")
@@ -115,28 +130,34 @@ _FIXED_LIBRARY = os.environ.get(ENVIRONMENT_VARIABLE)
 _FIXED = _fixed(_FIXED_LIBRARY)
 
 
-def _backend_of(library: str | None, received: str, label: str) -> ModuleType:
+_NAME_OF_CLASS: dict[type, str] = {}
+
+
+def backend_for(array: object, label: str = "query") -> ModuleType:
+    """Return the backend of `array`, the argument called `label`."""
+    return _LOADED[_load_for(type(array), label)]
+
+
+@not_traced
+def _load_for(cls: type, label: str) -> str:
+    """Load the backend of a class of arrays on first use, and return its name."""
+    name = _NAME_OF_CLASS.get(cls)
+    if name is None:
+        name = _NAME_OF_CLASS[cls] = _load(_name_for(library_of_class(cls), cls.__name__, label))
+    return name
+
+
+def _name_for(library: str | None, received: str, label: str) -> str:
     if library is None:
         raise ArgumentTypeError(f"`{label}` must be an array, received {received}. [MHA-SHAPE-3]")
-    if _FIXED is not None:
+    if _FIXED_LIBRARY is not None:
         if library != _FIXED_LIBRARY and _FIXED_LIBRARY != DEFAULT:
             raise ArgumentTypeError(
                 f"`{label}` must be an array of {_FIXED_LIBRARY}, which {ENVIRONMENT_VARIABLE} fixes, "
                 f"received an array of {library}. [MHA-ARG-4]"
             )
-        return _FIXED
-    return backend(library if library in _entry_points() else DEFAULT)
-
-
-_BACKEND_OF_CLASS: dict[type, ModuleType] = {}
-
-
-def backend_for(array: object, label: str = "query") -> ModuleType:
-    """Return the backend of `array`, the argument called `label`."""
-    module = _BACKEND_OF_CLASS.get(type(array))
-    if module is None:
-        module = _BACKEND_OF_CLASS[type(array)] = _backend_of(library_of(array), type(array).__name__, label)
-    return module
+        return _FIXED_LIBRARY
+    return library if library in _entry_points() else DEFAULT
 
 
 def function_for(name: str, array: object, label: str = "query") -> Callable[..., Any]:

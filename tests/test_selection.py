@@ -229,3 +229,13 @@ print(backend_for(Array()) is mha_spec.backend("numpy"))
 def test_the_environment_is_read_strictly(name: str, python: Python) -> None:
     line = _last_line(python("import mha_spec", MHA_SPEC_BACKEND=name))
     assert f"no backend is called {name!r}" in line
+
+
+def test_the_first_call_may_be_compiled_by_torch(python: Python) -> None:
+    code = """
+import mha_spec, torch
+x = torch.ones(1, 1, 2, 3)
+print(torch.compile(mha_spec.attention, fullgraph=True, backend="eager")(x, x, x).sum().item())
+"""
+    done = python(code)
+    assert done.stdout.strip() == "6.0", done.stderr

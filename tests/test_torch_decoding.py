@@ -11,7 +11,7 @@ from support.comparisons import assert_equal, assert_near, assert_same
 from support.layers import BATCH, KV_HEADS, LENGTH, QK_DIM, STEPS, V_DIM
 from support.torch_world import heads, sized, tokens, with_gradients
 
-from mha_spec import KVCache, reference
+from mha_spec import KVCache, PagedKVCache, WindowKVCache, reference
 from mha_spec_torch import append_cache, empty_cache
 
 if TYPE_CHECKING:
@@ -135,3 +135,27 @@ def test_a_compiled_step_accepts_lengths_on_the_host() -> None:
     output, after = step(x[:, 4:5], cache=cache)
     assert_near(output, expected)
     assert after.lengths.tolist() == [5, 5]
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_compiled_function_makes_its_own_cache() -> None:
+    layer, x = sized(rotary={}), tokens()
+    table = torch.arange(BATCH).flip(0)[:, None]
+
+    def generate(x: Tensor, kind: str) -> Tensor:
+        batch, length, _ = x.shape
+        options = {"causal": True, "window": (length - 1, 0)} if kind == "window" else {"causal": True}
+        if kind == "paged":
+            cache = PagedKVCache.empty(table, batch, length, KV_HEADS, QK_DIM, V_DIM, like=x)
+        elif kind == "window":
+            cache = WindowKVCache.empty(batch, KV_HEADS, length, QK_DIM, V_DIM, like=x)
+        else:
+            cache = layer.empty_cache(batch, length)
+        first, cache = layer(x[:, :3], cache=cache, **options)
+        return torch.cat([first, layer(x[:, 3:], cache=cache, **options)[0]], 1)
+
+    torch.compiler.reset()
+    compiled = torch.compile(generate, fullgraph=True, backend="aot_eager", dynamic=True)
+    for kind in ("layer", "window", "paged"):
+        for length in (LENGTH, LENGTH - 2):
+            assert_near(compiled(x[:, :length], kind), layer(x[:, :length], causal=True))

@@ -187,7 +187,10 @@ def empty(shapes: Sequence[tuple[int, ...]], like: Tensor) -> KVCache:
     """Create buffers of zeros; under autocast they have its type."""
     dtype = _autocast(like.new_empty(0)).dtype if autocasts(like.device.type) else like.dtype
     key, value = (torch.zeros(shape, dtype=dtype, device=like.device) for shape in shapes)
-    cache = KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
+    batch = shapes[0][0]
+    if is_open(batch):
+        return KVCache(key, value, torch.zeros(batch, dtype=torch.int32, device=like.device))
+    cache = KVCache(key, value, numpy.zeros(batch, dtype=numpy.int32))
     return _BUFFERS.register(cache) if _writable(key, value) else cache
 
 
@@ -386,7 +389,21 @@ def _in_graph(name: str, operands: tuple[Any, ...], cache: AnyCache | None, keyw
 multi_head_attention = decorate_method(_in_single_node, _LAYER.multi_head_attention)
 multi_head_attention_and_weights = decorate_method(_in_single_node, _LAYER.multi_head_attention_and_weights)
 multi_head_attention_weights = decorate_method(_in_single_node, _LAYER.multi_head_attention_weights)
-empty_cache = _LAYER.empty_cache
+
+
+def empty_cache(
+    batch: int, kv_heads: int, capacity: int, qk_dim: int, v_dim: int | None = None, *, like: Tensor
+) -> KVCache:
+    """Make a cache without tokens; see `mha_spec.reference.empty_cache`."""
+    sizes = batch, kv_heads, capacity, qk_dim, v_dim
+    if not torch.compiler.is_compiling():
+        return _LAYER.empty_cache(*sizes, like=like)
+    return KVCache(*_buffers(sizes, like), torch.zeros(batch, dtype=torch.int32, device=like.device))
+
+
+@torch.compiler.allow_in_graph
+def _buffers(sizes: tuple[Any, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    return _LAYER.empty_cache(*sizes, like=like)[:2]
 
 
 def _in_tensor(name: str, value: Any, query: Tensor) -> Any:
