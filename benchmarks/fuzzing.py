@@ -71,9 +71,8 @@ class Measured(Search):
 
 def target_of(mistake: Mistake) -> Target:
     """Return the mistaken reference as a target that claims everything."""
-    claims = Claims(
-        "mha_spec.reference", {name: f.keywords for name, f in FUNCTIONS.items()}, FLOATING, registered=True
-    )
+    keywords = {name: function.claims for name, function in FUNCTIONS.items()}
+    claims = Claims("mha_spec.reference", keywords, FLOATING, registered=True)
     return Target({name: function_over(mistake.steps, name) for name in FUNCTIONS}, claims)
 
 

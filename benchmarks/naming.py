@@ -61,7 +61,7 @@ class Named:
 
 def planted(mistake: Mistake, cases: Iterable[Case], dtype: str) -> Named:
     """Judge the functions of a mistake by the cases in a dtype; cases in which it cannot show are taken as passed."""
-    keywords = {name: FUNCTIONS[name].keywords for name in mistake.functions}
+    keywords = {name: FUNCTIONS[name].claims for name in mistake.functions}
     claims = Claims("reference", keywords, (dtype,), registered=True)
     functions = {name: function_over(mistake.steps, name) for name in mistake.functions}
     target, judge = Target(functions, claims), Judge(claims)

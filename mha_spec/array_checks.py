@@ -134,9 +134,12 @@ def fits(shape: tuple[int | None, ...], expected: tuple[int | None, ...]) -> boo
 
 
 def check_same_dtype(label: str, array: Array, like: Array, other: str, clause: str) -> None:
-    """Require the dtype of another array, by `clause`, and its library and device (MHA-ARG-4)."""
+    """Require the dtype of another array, by `clause`, and its library and device (MHA-ARG-4).
+
+    The dtypes are compared by name, because dtypes of NumPy that differ in the order of bytes only are unequal.
+    """
     check_alike(label, array, like, other, "MHA-ARG-4")
-    if array.dtype != like.dtype:
+    if dtype_name(array) != dtype_name(like):
         refuse_type(
             clause,
             f"`{label}` must have the dtype of `{other}`, dtype={dtype_name(like)}, "

@@ -121,8 +121,10 @@ def test_planted_mistake_is_found_named_and_shrunk(name: str, function: str) -> 
     assert len(finding.call.options) <= 3
 
 
-@pytest.mark.parametrize("name", ["paged-tokens-one-block-late", "window-cache-one-slot-late"])
-def test_mistake_of_a_cache_is_found_and_named(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["paged-tokens-one-block-late", "window-cache-one-slot-late", "joint-norm-gain-of-a-head"]
+)
+def test_mistake_of_a_feature_that_no_signature_shows_is_found_and_named(name: str) -> None:
     finding = first_finding(mistaken(name), functions=("multi_head_attention",))
     assert name in finding.result.diagnosis
 

@@ -237,6 +237,27 @@ def test_results_have_the_dtype_of_the_query(module: ModuleType, dtype: str) -> 
     assert (abs(output.astype(float) - expected) <= 2 * error).all()
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "params", "cache"])
+def test_bytes_of_either_order_are_one_dtype(module: ModuleType, name: str) -> None:
+    arguments = tensors()
+    cache = reference.empty_cache(BATCH, KV_HEADS, CAPACITY, SIZES.qk_dim, SIZES.v_dim, like=arguments["query"])
+    arguments["cache"] = reference.append_cache(cache, numbers(BATCH, KV_HEADS, 3, 4), numbers(BATCH, KV_HEADS, 3, 11))
+    swapped = arguments | {name: with_swapped_bytes(arguments[name])}
+    results, expected = (module.multi_head_attention(**of_call, rotary={}) for of_call in (swapped, arguments))
+    for result, like in zip((results[0], *results[1]), (expected[0], *expected[1]), strict=True):
+        assert dtype_name(result) == dtype_name(like)
+        assert numpy.array_equal(result, like)
+
+
+def with_swapped_bytes(tree: Any) -> Any:
+    """Return equal arrays of floats whose bytes have the other order."""
+    if isinstance(tree, dict):
+        return {name: with_swapped_bytes(branch) for name, branch in tree.items()}
+    if isinstance(tree, tuple):
+        return type(tree)(*map(with_swapped_bytes, tree))
+    return tree.astype(tree.dtype.newbyteorder()) if tree.dtype.kind == "f" else tree
+
+
 LIBRARIES = ("array_api_strict", "torch", "jax")
 
 

@@ -29,6 +29,7 @@ from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.reporting.report import as_json
 from mha_spec_conformance.running.offline import export, verify
 from mha_spec_conformance.running.runner import NothingToJudge, Settings, judge_all
+from mha_spec_conformance.suite.functions import DECLARED_FEATURES
 from mha_spec_conformance.targets.claims import Claims
 
 if TYPE_CHECKING:
@@ -333,6 +334,17 @@ def test_claims_come_from_a_file_or_from_the_names_of_functions(tmp_path: Path) 
     asked = [(tmp_path / name / "questions.jsonl").read_text() for name in "ab"]
     assert ['"dtype": "float64"' in text for text in asked] == [True, False]
     assert ['"return_lse": true' in text for text in asked] == [False, True]
+
+
+@pytest.mark.parametrize("feature", DECLARED_FEATURES)
+def test_functions_have_the_features_that_no_signature_shows(tmp_path: Path, feature: str) -> None:
+    only = (
+        "multi_head_attention/joint-norm/",
+        "multi_head_attention/cache/paged/",
+        "multi_head_attention/cache/wrapping/",
+    )
+    commands.export(tmp_path / "layer", None, ("multi_head_attention",), (), only)
+    assert f'"{feature}"' in (tmp_path / "layer" / "questions.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

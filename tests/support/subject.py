@@ -10,7 +10,7 @@ from mha_spec_conformance.asking.selection import Ask
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.judging.judge import Judge
 from mha_spec_conformance.mistakes import MISTAKES
-from mha_spec_conformance.suite.functions import DECLARED_FEATURES, FUNCTIONS
+from mha_spec_conformance.suite.functions import FUNCTIONS
 from mha_spec_conformance.targets.claims import Claims
 from mha_spec_conformance.targets.loading import Target
 
@@ -29,7 +29,7 @@ class Subject:
     """An attention in this process that claims every feature, with the suite's judge."""
 
     def __init__(self, functions: Mapping[str, Callable[..., object]]) -> None:
-        keywords = {name: (*f.keywords, *(DECLARED_FEATURES if f.of_layer else ())) for name, f in FUNCTIONS.items()}
+        keywords = {name: function.claims for name, function in FUNCTIONS.items()}
         claims = Claims("reference", keywords, FLOATING, registered=True)
         self.target = Target(functions, claims)
         self.judge = Judge(claims, mistakes=MISTAKES)

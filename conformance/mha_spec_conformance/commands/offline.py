@@ -58,7 +58,7 @@ def _all_options(functions: tuple[str, ...], dtypes: tuple[str, ...]) -> Claims:
     """Claim functions with all of their options; the program answers `unsupported` to those that it does not have."""
     return Claims(
         name="the program",
-        keywords={name: FUNCTIONS[name].keywords for name in among("--functions", functions, tuple(FUNCTIONS))},
+        keywords={name: FUNCTIONS[name].claims for name in among("--functions", functions, tuple(FUNCTIONS))},
         dtypes=among("--dtypes", dtypes, FLOATING) or ("float32",),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mha_spec.parameters import AXES, JOINT_NORMS
+from mha_spec.parameters import AXES, JOINT_NORMS, REQUIRED
 
 from .call import Call
 from .draw_cache import draw_cache, draw_offset_of_window_cache
@@ -16,8 +16,8 @@ __all__ = ["draw_alibi_bias", "draw_alibi_slopes", "draw_layer", "draw_rotary"]
 
 LENGTHS = (1, 2, 3, 5, 8, 0, 13, 16, 17, 33)
 OPTIONAL = ("b_q", "b_k", "b_v", "b_o")
-OF_WEIGHTS = ("w_q", "w_k", "b_q", "b_k", "q_norm", "k_norm")
-"""The parameters that the weights of attention need."""
+OF_WEIGHTS = ("w_q", "w_k", "b_q", "b_k")
+"""The parameters that the weights of attention need, beside gains."""
 
 
 def draw_layer(d: Drawing) -> Call:
@@ -74,12 +74,24 @@ def _tokens(d: Drawing, sizes: dict[str, int], *, weights: bool) -> None:
 
 
 def _parameters(d: Drawing, sizes: dict[str, int], *, weights: bool) -> None:
-    for name, axes in AXES.items():
-        present = name.startswith("w_") or (d.often() if name in OPTIONAL else d.takes("norm_epsilon"))
-        if present and name not in JOINT_NORMS.values() and (name in OF_WEIGHTS or not weights):
-            d.floats(name, tuple(sizes[axis] for axis in axes), "scores")
-    if {"q_norm", "k_norm"} & d.recipes.keys() and d.often():
+    names = OF_WEIGHTS if weights else (*REQUIRED, *OPTIONAL)
+    present = [name for name in names if name not in OPTIONAL or d.often()]
+    gains = _gains(d)
+    for name in (*present, *gains):
+        d.floats(name, tuple(sizes[axis] for axis in AXES[name]), "scores")
+    if gains and d.often():
         d.options["norm_epsilon"] = d.one_of(1e-3, 1e-6, 0.5)
+
+
+def _gains(d: Drawing) -> list[str]:
+    """Choose for queries and for keys no norm, a norm of each head, or one over all heads (MHA-NORM-1, MHA-NORM-3)."""
+    gains = []
+    for of_head, joint in JOINT_NORMS.items():
+        if d.takes("norm_epsilon"):
+            gains.append(of_head)
+        elif d.takes("joint_norm"):
+            gains.append(joint)
+    return gains
 
 
 def _rotary(d: Drawing, size: int) -> dict[str, Any]:

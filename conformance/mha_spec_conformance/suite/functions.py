@@ -105,11 +105,15 @@ class Function:
         operands, outputs = with_stacked(self.operands, name), with_stacked(self.outputs, name)
         return replace(self, operands=operands, outputs=outputs, fewest=fewest)
 
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """What a target claims that has everything: the keywords, and the declared features of a layer."""
+        return (*self.keywords, *(DECLARED_FEATURES if self.of_layer else ()))
+
     def keywords_of(self, features: Iterable[str]) -> tuple[str, ...]:
         """Name the keywords, or the declared features, by which a call asks for the features."""
         words = OPTION_FEATURES | LAYER_FEATURES | VARLEN_FEATURES
-        known = (*self.keywords, *(DECLARED_FEATURES if self.of_layer else ()))
-        return tuple(word for feature in features for word in words.get(feature, ()) if word in known)
+        return tuple(word for feature in features for word in words.get(feature, ()) if word in self.claims)
 
 
 _FUNCTIONS = (
