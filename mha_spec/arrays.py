@@ -37,8 +37,10 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 """The dtypes that query, key and value may have."""
 
 _LIBRARY_OF_PACKAGE = {"jaxlib": "jax"}
-_OF_SPARSE_AND_RAGGED = ("todense", "dense_shape", "row_splits")
-"""Attributes of classes that do not hold an element for every index."""
+_OF_NO_ELEMENTS = ("todense", "dense_shape", "row_splits", "cls_to_become")
+"""Attributes of classes that do not hold an element for every index: sparse, ragged, and not yet initialised."""
+_MASKED = ("numpy.ma", "torch.masked")
+"""Modules of arrays with hidden elements."""
 _NAMESPACE_OF_CLASS: dict[type, Any] = {}
 _NAME_OF_DTYPE: dict[tuple[type, object], str] = {}
 
@@ -49,11 +51,11 @@ def library_of_class(cls: type) -> str | None:
     """Name the array library of a class or of a user's subclass: the package of its first base that has a dtype.
 
     The result is None for descriptions of arrays, which do not compute, for arrays that do not hold an element for
-    every index, and for masked arrays of NumPy, since attention would see the elements that they hide.
+    every index, and for masked arrays, since attention would see the elements that they hide.
     """
-    if any(_module_of(base).startswith("numpy.ma") for base in cls.__mro__):
+    if any(_module_of(base).startswith(_MASKED) for base in cls.__mro__):
         return None
-    if not hasattr(cls, "__mul__") or any(hasattr(cls, name) for name in _OF_SPARSE_AND_RAGGED):
+    if not hasattr(cls, "__mul__") or any(hasattr(cls, name) for name in _OF_NO_ELEMENTS):
         return None
     for base in reversed(cls.__mro__):
         if hasattr(base, "dtype") or hasattr(base, "aval"):

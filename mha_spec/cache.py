@@ -8,8 +8,8 @@ from weakref import finalize
 
 import numpy
 
-from .arrays import host_integers, library_of
-from .errors import refuse_type
+from .array_checks import require_array
+from .arrays import host_integers
 from .scalars import check_integer
 
 if TYPE_CHECKING:
@@ -143,11 +143,7 @@ class PagedKVCache(NamedTuple):
         like: Array,
     ) -> PagedKVCache:
         """Make blocks without tokens, with the library, dtype and device of `like`; v_dim is qk_dim by default."""
-        if library_of(block_table) is None:
-            refuse_type(
-                "MHA-CACHE-9",
-                f"`block_table` must be an array (batch, max_blocks), received {type(block_table).__name__}.",
-            )
+        require_array("block_table", block_table, "MHA-CACHE-9", "an array (batch, max_blocks)")
         sizes = {"blocks": (blocks, 0), "block_size": (block_size, 1), "kv_heads": (kv_heads, 1)}
         first = [check_integer(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
         # The buffers of a cache in which each batch entry is a block have the same axes, except for their order.

@@ -41,6 +41,8 @@ def of_torch() -> Make:
         "nested": lambda x: torch.nested.nested_tensor(list(x)),
         "jagged": lambda x: torch.nested.nested_tensor([entry.reshape(-1, 1) for entry in x], layout=torch.jagged),
         "dtype": lambda x: x.dtype,
+        "masked": lambda x: torch.masked.masked_tensor(x, x == x),
+        "lazy": lambda _: torch.nn.UninitializedParameter(),
     }
 
 
@@ -58,7 +60,7 @@ def of_jax() -> Make:
 
 KINDS: dict[str, tuple[Callable[[], Make], tuple[str, ...]]] = {
     "numpy": (of_numpy, ("masked", "objects", "text", "fields", "list", "finfo", "class", "word")),
-    "torch": (of_torch, ("coo", "csr", "nested", "jagged", "dtype")),
+    "torch": (of_torch, ("coo", "csr", "nested", "jagged", "dtype", "masked", "lazy")),
     "jax": (of_jax, ("bcoo", "description", "abstract", "key")),
 }
 by_kind = pytest.mark.parametrize(

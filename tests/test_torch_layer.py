@@ -6,6 +6,7 @@ import copy
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import pytest
 import torch
 from support.comparisons import assert_equal, assert_near, assert_same
@@ -14,7 +15,7 @@ from support.torch_world import sized, tokens, with_gradients
 from torch.func import functional_call
 
 import mha_spec
-from mha_spec import ArgumentTypeError, ArgumentValueError
+from mha_spec import ArgumentTypeError, ArgumentValueError, PagedKVCache, reference
 from mha_spec_torch import MultiHeadAttention
 from mha_spec_torch import layer as functions
 
@@ -244,3 +245,26 @@ def test_the_constructor_checks_the_sizes() -> None:
         MultiHeadAttention(7, 4)
     with pytest.raises(ArgumentValueError, match="rotary_dim"):
         MultiHeadAttention(9, 3, rotary={})
+
+
+ARRAY = numpy.ones((2, 5, 3, 4), dtype="float32")
+FOREIGN: dict[str, Callable[[], Any]] = {
+    "query": lambda: functions.multi_head_attention(ARRAY[0], ARRAY[0], ARRAY[0], {}),
+    "x": lambda: functions.rotary_embedding(ARRAY, numpy.arange(3)),
+    "slopes": lambda: functions.alibi_bias(ARRAY[0, :, 0, 0], 3, 3),
+    "like": lambda: functions.empty_cache(2, 5, 7, 4, like=ARRAY),
+    "key": lambda: functions.append_cache(reference.empty_cache(2, 5, 7, 4, like=ARRAY), ARRAY, ARRAY),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_arrays_of_another_library_are_refused(name: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=f"`{name}` must be an array of torch"):
+        FOREIGN[name]()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_block_table_without_a_shape_is_refused() -> None:
+    table = torch.nested.nested_tensor([torch.tensor([0]), torch.tensor([1, 2])])
+    with pytest.raises(ArgumentTypeError, match="`block_table` must be an array"):
+        PagedKVCache.empty(table, 3, 2, 1, 4, like=torch.ones(1))

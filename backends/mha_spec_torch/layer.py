@@ -12,12 +12,14 @@ from torch.nn.functional import rms_norm
 
 from mha_spec import layer_checks, layer_steps, paged_steps
 from mha_spec.arguments import decorate_method
+from mha_spec.array_checks import check_library
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
 from mha_spec.cache import HighWater, KVCache, PagedKVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 from mha_spec.pools import WrittenSlots
 
+from .cache_steps import integers, store, store_pages, store_wrapped, unroll
 from .core import attention, attention_and_weights, attention_weights
 from .distributed import replicated
 from .function import transformed
@@ -25,7 +27,6 @@ from .host import in_graph, on_device
 from .paths import autocasts
 from .symbols import entries, example, is_open, traced
 from .varlen import varlen_attention
-from .window_cache import integers, store_wrapped, unroll
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,8 @@ _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 def check(a: LayerArguments) -> LayerArguments:
     """Run the shared checks; under autocast every tensor is cast first, as in torch's layers."""
-    if isinstance(a.query, torch.Tensor) and autocasts(a.query.device.type):
+    check_library("torch", a.query)
+    if autocasts(a.query.device.type):
         operands = a.query, a.key, a.value
         # Operands that were the same tensor must stay the same tensor.
         a.query, *cast = (_autocast(operand) for operand in operands)
@@ -171,18 +173,6 @@ def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:
     return layer_steps.frequencies(base, _fixed(rotary_dim))
 
 
-def store(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tensor:
-    """Return a buffer with new tokens at start[b] <= j < stop[b]; the function has gradients (MHA-CACHE-1)."""
-    batch, heads, capacity, size = buffer.shape
-    if 0 in (batch, capacity, new.shape[2]):
-        return buffer
-    slots = torch.arange(capacity, device=buffer.device)
-    start, stop = (on_device(ends, buffer.device).to(torch.int64)[:, None] for ends in (start, stop))
-    source = (slots - start).clamp(0, new.shape[2] - 1)
-    moved = new.gather(2, source[:, None, :, None].expand(batch, heads, capacity, size))
-    return torch.where(((slots >= start) & (slots < stop))[:, None, :, None], moved, buffer)
-
-
 def empty(shapes: Sequence[tuple[int, ...]], like: Tensor) -> KVCache:
     """Create buffers of zeros; under autocast they have its type."""
     dtype = _autocast(like.new_empty(0)).dtype if autocasts(like.device.type) else like.dtype
@@ -234,14 +224,6 @@ def _on_host(integers: Any) -> numpy.ndarray:
 
 def _contiguous(pool: Tensor) -> Tensor:
     return pool.clone(memory_format=torch.contiguous_format)
-
-
-def store_pages(pages: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    """Return blocks with new tokens in their slots; those without a slot go to a row that is cut off (MHA-CACHE-9)."""
-    flat, tokens = pages.flatten(0, 1), new.transpose(1, 2).flatten(0, 1)
-    slots = torch.where(slots < 0, flat.shape[0], slots).flatten()
-    stored = torch.cat([flat, flat.new_zeros((1, *flat.shape[1:]))]).index_copy(0, slots, tokens)
-    return stored[:-1].view(pages.shape)
 
 
 def bounds(batch: int, length: int, like: Tensor) -> Integers:
@@ -395,6 +377,7 @@ def empty_cache(
     batch: int, kv_heads: int, capacity: int, qk_dim: int, v_dim: int | None = None, *, like: Tensor
 ) -> KVCache:
     """Make a cache without tokens; see `mha_spec.reference.empty_cache`."""
+    check_library("torch", like, "like")
     sizes = batch, kv_heads, capacity, qk_dim, v_dim
     if not torch.compiler.is_compiling():
         return _LAYER.empty_cache(*sizes, like=like)
@@ -434,6 +417,7 @@ def rotary_embedding(
 
 @torch.compiler.allow_in_graph
 def _rotated(x: Tensor, positions: Tensor | Sequence[float], rotary: dict[str, Any]) -> Tensor:
+    check_library("torch", x, "x")
     return _LAYER.rotary_embedding(x, positions, **_fixed(rotary))
 
 
@@ -460,6 +444,8 @@ def alibi_bias(
 
 @torch.compiler.allow_in_graph
 def _biased(slopes: Tensor | int, q_len: int, kv_len: int, q_offset: Integers | int | None) -> Tensor:
+    if library_of(slopes):
+        check_library("torch", slopes, "slopes")
     if is_open(q_offset):
         q_offset = entries(q_offset, slopes.device if isinstance(slopes, Tensor) else torch.get_default_device())
     return _LAYER.alibi_bias(_fixed(slopes), q_len, kv_len, q_offset=q_offset)
@@ -478,6 +464,7 @@ def append_cache(
 
 @torch.compiler.allow_in_graph
 def _appended(cache: Cache, key: Tensor, value: Tensor, lengths: Integers | None) -> Cache:
+    check_library("torch", key, "key")
     return _LAYER.append_cache(cache, key, value, lengths)
 
 

@@ -1,4 +1,4 @@
-"""The steps of the layer with a window cache, by operations of torch that have gradients."""
+"""The steps of the layer with a cache, by operations of torch that have gradients."""
 
 from __future__ import annotations
 
@@ -15,12 +15,32 @@ if TYPE_CHECKING:
 
     Integers = Tensor | Sequence[int]
 
-__all__ = ["integers", "store_wrapped", "unroll"]
+__all__ = ["integers", "store", "store_pages", "store_wrapped", "unroll"]
 
 
 def integers(numbers: Integers | int, like: Tensor) -> Tensor:
     """Return integers as a tensor of 64 bits on the device of `like`."""
     return on_device(numbers, like.device).to(torch.int64)
+
+
+def store(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tensor:
+    """Return a buffer with new tokens at start[b] <= j < stop[b]; the function has gradients (MHA-CACHE-1)."""
+    batch, heads, capacity, size = buffer.shape
+    if 0 in (batch, capacity, new.shape[2]):
+        return buffer
+    slots = torch.arange(capacity, device=buffer.device)
+    start, stop = (on_device(ends, buffer.device).to(torch.int64)[:, None] for ends in (start, stop))
+    source = (slots - start).clamp(0, new.shape[2] - 1)
+    moved = new.gather(2, source[:, None, :, None].expand(batch, heads, capacity, size))
+    return torch.where(((slots >= start) & (slots < stop))[:, None, :, None], moved, buffer)
+
+
+def store_pages(pages: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """Return blocks with new tokens in their slots; those without a slot go to a row that is cut off (MHA-CACHE-9)."""
+    flat, tokens = pages.flatten(0, 1), new.transpose(1, 2).flatten(0, 1)
+    slots = torch.where(slots < 0, flat.shape[0], slots).flatten()
+    stored = torch.cat([flat, flat.new_zeros((1, *flat.shape[1:]))]).index_copy(0, slots, tokens)
+    return stored[:-1].view(pages.shape)
 
 
 def store_wrapped(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tensor:
