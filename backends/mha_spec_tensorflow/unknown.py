@@ -330,14 +330,14 @@ class _Assertions:
         axes = {"query": "q_len", "key": "kv_len"}
         lengths = tf.stack([shapes[name][self.layouts[name].sizes.index(size)] for name, size in axes.items()])
         message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. Received "
-        return _assertion(lengths[0] == lengths[1], f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
+        return _assertion(tf.equal(lengths[0], lengths[1]), f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
 
     def _check_shape(self, name: str, shape: Array) -> Any:
         layout = self.layouts[name]
         expected = tf.stack([self.sizes.get(size, 1) for size in layout.sizes]) + tf.constant(layout.more)
-        fits = (shape == expected) | (tf.constant(layout.broadcasts) & (shape == 1))
+        fits = tf.equal(shape, expected) | (tf.constant(layout.broadcasts) & tf.equal(shape, 1))
         tensor = self.tensors[name]
-        condition = tf.reduce_all(fits) & (tf.rank(tensor) == len(layout.sizes))
+        condition = tf.reduce_all(fits) & tf.equal(tf.rank(tensor), len(layout.sizes))
         verb = "broadcast to" if any(layout.broadcasts) else "have shape"
         message = f"`{name}` must {verb} ({', '.join(layout.labels)})="
         return _assertion(condition, message, expected, "received shape=", tf.shape(tensor), layout.clause)
