@@ -113,7 +113,7 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     first = _common_start(start, stop, new.shape[2])
     if first is not None:
         return _updated(buffer, new, first)
-    return _scattered(buffer, new, jnp.asarray(start), jnp.asarray(stop))
+    return _scattered(buffer, new, *(paged_steps.integers(numbers, new) for numbers in (start, stop)))
 
 
 @_cached(0, 1, 2, 3)
@@ -145,7 +145,7 @@ def _new_slots(cache: PagedKVCache, stop: Array, new: Array) -> Array:
 
 def store_wrapped(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     """Write new tokens to the slots of the oldest; the last of each slot stays (MHA-CACHE-12)."""
-    return _wrapped(buffer, new, jnp.asarray(start), jnp.asarray(stop))
+    return _wrapped(buffer, new, *(paged_steps.integers(numbers, new) for numbers in (start, stop)))
 
 
 @_cached(0, 1, 2, 3)
@@ -160,7 +160,7 @@ def _wrapped(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
 
 def unroll(buffer: Array, lengths: Integers, new: Array | None) -> Array:
     """Put the tokens of each batch entry in their order, the new ones last (MHA-CACHE-13)."""
-    return _unrolled(buffer, jnp.asarray(lengths), new)
+    return _unrolled(buffer, paged_steps.integers(lengths, buffer), new)
 
 
 @_cached(0, 1)
