@@ -16,7 +16,7 @@ from support.random_calls import ask, assert_allowed, random_arrays
 
 import mha_spec.reference
 import mha_spec_jax
-from mha_spec import KVCache
+from mha_spec import KVCache, PagedKVCache
 from mha_spec.errors import ArgumentValueError
 from mha_spec_jax.rotary import turns
 
@@ -379,6 +379,44 @@ def test_sizes_may_be_symbolic(name: str) -> None:
             assert float(jnp.abs(jnp.where(finite, result - wanted, 0.0)).max()) <= 1000 * UNIT * max(scale, 1.0)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_sizes_of_packed_calls_may_be_symbolic(paged: bool) -> None:
+    random = numpy.random.default_rng(SEED)
+    sizes = [(5, 4, 6), (4, 3, 2, 6), (4, 3, 2, 7)] if paged else [(5, 4, 6), (9, 2, 6), (9, 2, 7)]
+    query, key, value = (jnp.asarray(random.standard_normal(size), jnp.float32) for size in sizes)
+    if paged:
+        shapes = (("t, 4, 6", "float32"), ("p, z, 2, 6", "float32"), ("p, z, 2, 7", "float32"), ("s", "int32"))
+        more = jnp.asarray([[3, 0], [1, 2]]), jnp.asarray([4, 6])
+        shapes += (("s - 1, w", "int32"), ("s - 1", "int32"))
+    else:
+        shapes = (("t, 4, 6", "float32"), ("u, 2, 6", "float32"), ("u, 2, 7", "float32"), *[("s", "int32")] * 2)
+        more = (jnp.asarray([0, 4, 9]),)
+
+    def call(query: Any, key: Any, value: Any, q_bounds: Any, *more: Any) -> Any:
+        options = {"block_table": more[0], "seqused_kv": more[1]} if paged else {}
+        kv_bounds = None if paged else more[0]
+        return mha_spec_jax.varlen_attention(
+            query, key, value, q_bounds, kv_bounds, causal=True, q_offset="lower_right", **options
+        )
+
+    program = exported(call, *shapes)
+    for sequences in (2, 0):
+        parts = [array[: sequences + (not paged)] for array in more]
+        inputs = query, key, value, jnp.asarray([0, 3, 5])[: sequences + 1], *parts
+        expected = call(*inputs)
+        assert float(jnp.abs(program(*inputs) - expected).max()) <= 1000 * UNIT * max(
+            1.0, float(jnp.abs(expected).max())
+        )
+        assert bool(expected.any()) == bool(sequences)
+
+
+def test_the_default_scale_needs_a_known_size() -> None:
+    arrays = ("2, 4, 3, d", "float32"), ("2, 2, 5, d", "float32"), ("2, 2, 5, 7", "float32")
+    with pytest.raises(ArgumentValueError, match="`scale` must be a Python number where qk_dim is symbolic"):
+        exported(mha_spec_jax.attention, *arrays)
+    exported(lambda *x: mha_spec_jax.attention(*x, scale=0.5), *arrays)
+
+
 @pytest.mark.parametrize("offset", ["upper_left", "lower_right", 3, [1, 4], None], ids=str)
 def test_alibi_accepts_symbolic_sizes(offset: Any) -> None:
     """Query and key have the same size where the offset is None."""
@@ -398,10 +436,11 @@ def test_alibi_of_two_symbolic_sizes_needs_an_offset() -> None:
         exported(lambda q, k: mha_spec_jax.alibi_bias(3, *q.shape, *k.shape), ("n", "float32"), ("m", "float32"))
 
 
-def test_an_exported_layer_accepts_and_returns_a_cache() -> None:
+@pytest.mark.parametrize("paged", [False, True])
+def test_an_exported_layer_accepts_and_returns_a_cache(paged: bool) -> None:
     layer = mha_spec_jax.MultiHeadAttention(12, 3, key=jax.random.key(0), rotary={})
 
-    def call(layer: Any, x: jax.Array, cache: KVCache) -> Any:
+    def call(layer: Any, x: jax.Array, cache: Any) -> Any:
         return layer(x, causal=True, cache=cache)
 
     scope = jax.export.SymbolicScope()
@@ -409,12 +448,17 @@ def test_an_exported_layer_accepts_and_returns_a_cache() -> None:
     def described(shape: str, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), dtype)
 
-    buffer = described("b, 3, m, 4")
-    arguments = (layer, described("b, n, 12"), KVCache(buffer, buffer, described("b", jnp.int32)))
+    x, lengths = tokens(5, 12).astype("float32"), described("b", jnp.int32)
+    buffer = described("p, 4, 3, 4" if paged else "b, 3, m, 4")
+    if paged:
+        cache: Any = PagedKVCache.empty(numpy.asarray([[3, 0], [1, 2]]), 4, 4, 3, 4, like=x)
+        structure: Any = PagedKVCache(buffer, buffer, lengths, described("b, w", jnp.int32))
+    else:
+        cache, structure = layer.empty_cache(2, 7), KVCache(buffer, buffer, lengths)
+    arguments = (layer, described("b, n, 12"), structure)
     program = jax.export.deserialize(jax.export.export(jax.jit(call))(*arguments).serialize())
-    x, cache = tokens(5, 12).astype("float32"), layer.empty_cache(2, 7)
-    cache = cache._replace(lengths=jnp.asarray(cache.lengths))
+    cache = jax.tree.map(lambda array: jnp.asarray(array, jnp.int32 if array.ndim < 3 else None), cache)
     output, new = program.call(layer, x, cache)
     expected, _ = call(layer, x, cache)
-    assert isinstance(new, KVCache)
+    assert type(new) is type(cache)
     assert float(jnp.abs(output - expected).max()) <= 1000 * UNIT * float(jnp.abs(expected).max())

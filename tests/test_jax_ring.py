@@ -30,6 +30,7 @@ MEANINGS = (
     *("all to all", "decoding", "rounding", "golden sinks", "golden poison", "golden gradients", "example"),
     *("example of decoding", "own queries, packed", "own queries, paged", "own queries, blocks"),
     *("explicit axes", "explicit axes, packed"),
+    *("explicit axes, cache", "explicit axes, window", "explicit axes, pages"),
 )
 MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 
@@ -38,7 +39,7 @@ MISTAKES = ("layout", "offset", "sinks", "merge", "rank of keys")
 def answers() -> dict[str, Any]:
     """Run every part of ring_devices.py in a process with eight devices."""
     parts = ("meanings", "rounding", "goldens", "mistakes", "memory", "programs", "example")
-    parts += ("own_queries", "explicit_axes")
+    parts += ("own_queries", "explicit_axes", "explicit_caches")
     return answers_of("ring_devices.py", *parts, timeout=900)
 
 

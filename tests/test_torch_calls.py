@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -18,6 +19,8 @@ from mha_spec.errors import ArgumentTypeError
 from mha_spec_torch import calls, visibility
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 attention: Any = mha_spec_torch.attention
@@ -98,6 +101,34 @@ def test_a_checkpoint_has_gradients_of_gradients(options: str) -> None:
     expected = second_order()
     for _ in range(2):
         assert_equal(second_order(use_reentrant=False), expected)
+
+
+def norm_of_gradients(*tensors: Tensor) -> Tensor:
+    """A function of gradients, such as a penalty or the forces of an energy."""
+    energy = attention(*tensors, causal=True).square().sum()
+    gradients = torch.autograd.grad(energy, tensors, create_graph=True)
+    return torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+
+
+def norm_of_vjp(*tensors: Tensor) -> Tensor:
+    return mha_spec_torch.attention_vjp(tensors[0], *tensors, causal=True)[1].square().sum()
+
+
+def norm_of_packed_vjp(*tensors: Tensor) -> Tensor:
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in tensors)
+    return mha_spec_torch.varlen_attention_vjp(query, query, key, value, [0, 9, 32], [0, 9, 32])[1].square().sum()
+
+
+@pytest.mark.parametrize("function", [norm_of_gradients, norm_of_vjp, norm_of_packed_vjp])
+def test_gradients_within_hooks_of_saved_tensors(function: Callable[..., Tensor]) -> None:
+    def on_cpu(*tensors: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return function(*tensors)
+
+    expected = torch.autograd.grad(function(*(tensors := inputs())), tensors)
+    for call in (on_cpu, partial(checkpoint, function, use_reentrant=False)):
+        total = call(*(tensors := inputs()))
+        assert_equal(torch.autograd.grad(total, tensors), expected)
 
 
 class Cut(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -12,6 +13,8 @@ from support.comparisons import assert_equal, assert_near
 from support.layers import BATCH, EMBED
 from support.torch_world import operands, sized, tokens
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mha_spec_torch
 from mha_spec import reference
@@ -137,6 +140,33 @@ def test_traced_by_torch_script() -> None:
         lambda q, k, v: attention(q, k, v, window=(4, 2), q_offset="lower_right"), tuple(arguments)
     )
     assert_equal(traced(*arguments), attention(*arguments, window=(4, 2), q_offset="lower_right"))
+
+
+def step_of_a_cache(layer: Any, x: Tensor) -> list[Tensor]:
+    output, cache = layer(x, cache=layer.empty_cache(BATCH, 13), causal=True)
+    return [output, cache.key, cache.value]
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "attention": lambda x: attention(
+        x[None], x[None], x[None], window=(2, 0), kv_lengths=[5], q_offset=0, return_lse=True
+    ),
+    "packed": lambda x: mha_spec_torch.varlen_attention(x, x, x, [0, 1, 2], [0, 1, 2], return_lse=True),
+    "gradients": lambda x: mha_spec_torch.attention_vjp(x[None], x[None], x[None], x[None])[:3],
+    "cache": partial(step_of_a_cache, sized(rotary={})),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_modes_that_trace_plain_tensors(name: str) -> None:
+    call, x = CALLS[name], tokens()
+    graph = make_fx(call)(x)
+    for numbers in (x, x.flip(0)):
+        for result, expected in zip(graph(numbers), call(numbers), strict=True):
+            assert_near(result, expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = [result.shape for result in call(x)]
+    assert shapes == [result.shape for result in call(x)]
 
 
 def on_meta(tree: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from mha_spec import layer_steps
+from mha_spec import layer_steps, paged_steps
 from mha_spec.arrays import host_integers, softmax_dtype_name
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
@@ -16,16 +17,18 @@ from . import rotary
 from .checks import check_alibi, check_append, check_devices, check_layer
 from .core import attention, attention_weights
 from .mesh import partitioned
+from .plan import are_known
 from .problem import offset_of
 from .rotary import positions
 from .varlen import varlen_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy
     from jax import Array
 
+    from mha_spec.cache import PagedKVCache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int]
@@ -85,6 +88,22 @@ def _product(x: Array, weight: Array) -> Array:
     return product.astype(x.dtype)
 
 
+def _cached(*axes: int) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Compile a call with an array of a cache, its first argument, as which these axes of the result are sharded.
+
+    Operations of JAX refuse to write to arrays of a mesh with explicit axes that are sharded otherwise than what they
+    write.
+    """
+
+    def compiled(call: Callable[..., Array]) -> Callable[..., Array]:
+        def partition(cached: Array, *arrays: Array | None) -> Array:
+            return partitioned(lambda *x: (call(*x),), cached, axes)(cached, *arrays)[0]
+
+        return jax.jit(partition)
+
+    return compiled
+
+
 def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     """Write new tokens at start[b] <= j < stop[b], and change no other slot (MHA-CACHE-1, MHA-CACHE-4).
 
@@ -93,11 +112,16 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     """
     first = _common_start(start, stop, new.shape[2])
     if first is not None:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new, first, axis=2)
-    return _scattered(buffer, new, jnp.asarray(start), jnp.asarray(stop))
+        return _updated(buffer, new, first)
+    return _scattered(buffer, new, *(paged_steps.integers(numbers, new) for numbers in (start, stop)))
 
 
-@jax.jit
+@_cached(0, 1, 2, 3)
+def _updated(buffer: Array, new: Array, first: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new, first, axis=2)
+
+
+@_cached(0, 1, 2, 3)
 def store_pages(pages: Array, new: Array, slots: Array) -> Array:
     """Write new tokens to their slots; those without a slot are dropped (MHA-CACHE-9)."""
     flat = pages.reshape(-1, *pages.shape[2:])
@@ -105,12 +129,26 @@ def store_pages(pages: Array, new: Array, slots: Array) -> Array:
     return flat.at[slots].set(new.transpose(0, 2, 1, 3), mode="drop").reshape(pages.shape)
 
 
+def new_slots(cache: PagedKVCache, stop: Integers, new: Array) -> Array:
+    """Return the slot of each new token among those of all blocks, (batch, length); see `paged_steps.new_slots`."""
+    lengths, stop, table = (paged_steps.integers(x, new) for x in (cache.lengths, stop, cache.block_table))
+    return _new_slots(cache._replace(lengths=lengths, block_table=table), stop, new)
+
+
+@partial(jax.jit, keep_unused=True)  # The new tokens, of which only the sizes are used, name the devices.
+def _new_slots(cache: PagedKVCache, stop: Array, new: Array) -> Array:
+    def call(*arrays: Any) -> tuple[Array]:
+        return (paged_steps.new_slots(*arrays),)
+
+    return partitioned(call, new, (0,))(cache, stop, new)[0]
+
+
 def store_wrapped(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     """Write new tokens to the slots of the oldest; the last of each slot stays (MHA-CACHE-12)."""
-    return _wrapped(buffer, new, jnp.asarray(start), jnp.asarray(stop))
+    return _wrapped(buffer, new, *(paged_steps.integers(numbers, new) for numbers in (start, stop)))
 
 
-@jax.jit
+@_cached(0, 1, 2, 3)
 def _wrapped(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
     (batch, _, length, _), capacity = new.shape, buffer.shape[2]
     tokens, count = jnp.arange(length), (stop - start)[:, None]
@@ -122,17 +160,17 @@ def _wrapped(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
 
 def unroll(buffer: Array, lengths: Integers, new: Array | None) -> Array:
     """Put the tokens of each batch entry in their order, the new ones last (MHA-CACHE-13)."""
-    return _unrolled(buffer, jnp.asarray(lengths), new)
+    return _unrolled(buffer, paged_steps.integers(lengths, buffer), new)
 
 
-@jax.jit
+@_cached(0, 1)
 def _unrolled(buffer: Array, lengths: Array, new: Array | None) -> Array:
     slots = jnp.remainder(lengths[:, None] + jnp.arange(buffer.shape[2]), buffer.shape[2])
     tokens = jnp.take_along_axis(buffer, slots[:, None, :, None], axis=2)
     return tokens if new is None else jnp.concatenate([tokens, new], axis=2)
 
 
-@jax.jit
+@_cached(0, 1, 2, 3)
 def _scattered(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
     (batch, _, length, _), capacity = new.shape, buffer.shape[2]
     slots = start[:, None] + jnp.arange(length)
@@ -146,6 +184,13 @@ def _common_start(start: Integers, stop: Integers, length: int) -> int | None:
     if not before or not after or {*before} != {before[0]} or {*after} != {before[0] + length}:
         return None
     return before[0]
+
+
+def bounds(batch: int, length: int, like: Array) -> Array | numpy.ndarray:
+    """Return the cumulative lengths of sequences of the same length; sizes may be symbolic."""
+    if are_known(batch, length):
+        return paged_steps.bounds(batch, length, like)
+    return jnp.arange(batch + 1, dtype=jnp.int32) * length
 
 
 def slopes(heads: int, dtype: str) -> Array:
@@ -191,6 +236,8 @@ _LAYER = Layer(
         store_pages=store_pages,
         store_wrapped=store_wrapped,
         unroll=unroll,
+        bounds=bounds,
+        new_slots=new_slots,
         varlen=varlen_attention,
     )
 )

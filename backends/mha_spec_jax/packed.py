@@ -81,7 +81,7 @@ class Lengths(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The sizes of a call; the number of tokens and of sequences may be symbolic."""
+    """The sizes of a call, which may be symbolic."""
 
     q_tokens: int
     kv_tokens: int
@@ -102,7 +102,8 @@ def shapes_of(sizes: Sizes) -> tuple[int, int, int, bool]:
     rows = min(most, _power(sizes.q_tokens, sizes.sequences))
     mean = _power(sizes.kv_tokens, sizes.sequences if sizes.page is None else 1)
     keys = max(LEAST_KEYS, min(MOST_KEYS, scores // rows, mean))
-    keys = keys if sizes.page is None else sizes.page * max(1, keys // sizes.page)
+    if sizes.page is not None:
+        keys = sizes.page * (max(1, keys // sizes.page) if are_known(sizes.page) else 1)
     spread = on_cpu and sizes.heads * rows <= COLUMNS
     return rows, keys, sizes.kv_heads if spread or not on_cpu else 1, spread
 
@@ -172,10 +173,11 @@ def sequences_of(packing: Packing, lengths: Lengths, q_tokens: int, kv_tokens: i
         offset = kv_length - q_length if packing.alignment == LOWER_RIGHT else jnp.zeros_like(q_length)
     else:
         offset = jnp.zeros_like(q_length) if lengths.q_offset is None else lengths.q_offset.astype(jnp.int32)
+    arrays = q_first, q_length, kv_first, kv_length, jnp.broadcast_to(offset, q_length.shape)
+    # An array without elements cannot be read at an index, not even in a loop without steps.
+    q_first, q_length, kv_first, kv_length, offset = (with_room(array, 1) for array in arrays)
     blocks = jnp.cumsum(-(-q_length // packing.rows), dtype=jnp.int32)
-    return PackedSequences(
-        q_first, q_length, kv_first, kv_length, jnp.broadcast_to(offset, q_length.shape), blocks, packing.rows
-    )
+    return PackedSequences(q_first, q_length, kv_first, kv_length, offset, blocks, packing.rows)
 
 
 def _keys(lengths: Lengths, kv_tokens: int, like: Array) -> tuple[Array, Array]:

@@ -13,7 +13,6 @@ from jax import lax
 from .block import contract
 from .mesh import alike, axes_of, cotangents_of, partitioned, varying
 from .packed import Tile, cut, put, sequences_of, with_room
-from .plan import are_known
 from .problem import anchor_of, finite
 from .reverse import differentiable_once, reverse_only
 
@@ -53,7 +52,7 @@ class _Work:
         self.heads, self.kv_heads = x.query.shape[1], x.key.shape[-2]
         self.group, self.dtype = self.heads // self.kv_heads, jnp.promote_types(x.query.dtype, jnp.float32)
         table: Any = lengths.block_table
-        self.table: Any = None if table is None else with_room(table.T, 1).T
+        self.table: Any = None if table is None else with_room(with_room(table, 1).T, 1).T
         self.page: Any = None if table is None else x.key.shape[1]
         room = packing.keys if self.page is None else 1
         self.query, self.key, self.value = (
@@ -131,9 +130,7 @@ class _Work:
 
     def over_blocks(self, body: Callable[[Any, Any], Any], carry: Any) -> Any:
         """Run `body(carry, block)` on all heads of all blocks."""
-        parts, sequences = self.kv_heads // self.packing.heads, self.sequences.q_first.shape[0]
-        if are_known(sequences) and sequences == 0:
-            return carry
+        parts = self.kv_heads // self.packing.heads
 
         def step(index: Array, carry: Any) -> Any:
             return body(carry, self.sequences.block(index // parts, index % parts * self.packing.heads))

@@ -16,6 +16,7 @@ import numpy
 
 from mha_spec.arguments import offset_of_reading
 from mha_spec.arrays import dtype_name, segment_ids, softmax_dtype_name
+from mha_spec.errors import refuse_value
 from mha_spec.steps import scale_of
 
 from .plan import Plan, Stretches, are_known, plan_of
@@ -42,6 +43,7 @@ __all__ = [
     "folded",
     "offset_of",
     "problem_of",
+    "scale_for",
     "softmax_dtype",
     "unfold",
     "with_offset",
@@ -100,7 +102,7 @@ def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem,
     hiding = (a.mask, a.bias, a.q_lengths, a.kv_lengths, a.kv_starts, a.q_segment_ids, left, right, a.chunk)
     excludes = a.kv_len == 0 or any(argument is not None for argument in hiding)
     plan, stretches = plan_of(a)
-    scale = float(scale_of(a.scale, a.query.shape[3]))
+    scale = scale_for(a.scale, a.query.shape[3])
     softcap = None if a.softcap is None else float(a.softcap)
     bounds = left, right, a.unlifted_right, a.chunk
     problem = Problem(scale, softcap, *bounds, float(a.dropout_rate), excludes, plan)
@@ -117,6 +119,17 @@ def problem_of(a: Arguments, dropout_key: Array | None = None) -> tuple[Problem,
         stretches,
     )
     return problem, Operands(a.query, a.key, a.key if a.value is None else a.value, a.bias, a.sinks), constraints
+
+
+def scale_for(scale: float | None, qk_dim: int) -> float:
+    """Return the scale, which is a constant of a program, so that its default needs a known qk_dim (MHA-SCORE-1)."""
+    if scale is None and not are_known(qk_dim):
+        refuse_value(
+            "MHA-ARG-2",
+            f"`scale` must be a Python number where qk_dim is symbolic, received scale=None, qk_dim={qk_dim}. "
+            "Pass scale, or export the program with a fixed qk_dim.",
+        )
+    return float(scale_of(scale, qk_dim))
 
 
 def with_offset(a: Arguments) -> Arguments:

@@ -12,14 +12,13 @@ from mha_spec.arguments import expand_options
 from mha_spec.array_checks import check_library
 from mha_spec.arrays import host_integers
 from mha_spec.scalars import check_flag
-from mha_spec.steps import scale_of
 from mha_spec.varlen_checks import check_cotangents, varlen_arguments
 
 from . import packed_softmax
 from .checks import check_devices
 from .packed import Lengths, Packing, Sizes, shapes_of
 from .packed_softmax import Packed
-from .problem import bounded
+from .problem import bounded, scale_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +89,7 @@ def _problem(a: VarlenArguments) -> tuple[Packing, Packed, Lengths]:
     kv_tokens = a.key.shape[0] if page is None else a.capacity
     sizes = Sizes(a.q_tokens, kv_tokens, a.sequences, a.heads, a.kv_heads, page)
     softcap = None if a.softcap is None else float(a.softcap)
-    scale = float(scale_of(a.scale, a.query.shape[2]))
+    scale = scale_for(a.scale, a.query.shape[2])
     packing = Packing(scale, softcap, left, 0 if a.causal else right, alignment, *shapes_of(sizes))
     cu_seqlens_kv, seqused_kv = _bounds_of_keys(a)
     lengths = Lengths(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,11 @@ from .paths import attend, backward, differentiable
 from .tasks import Operands
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from .problem import Problem
 
-__all__ = ["Attention", "gradients", "needs_operations", "recorded", "transformed"]
+__all__ = ["Attention", "gradients", "needs_operations", "recorded", "transformed", "unhooked"]
 
 _is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -111,6 +112,21 @@ class Attention(torch.autograd.Function):
         return None, *results
 
 
+@contextmanager
+def unhooked() -> Iterator[None]:
+    """Suspend the hooks of saved tensors, such as those of a checkpoint, with which torch.func.vjp raises an error."""
+    autograd, hooks = torch._C._autograd, []  # pyright: ignore[reportAttributeAccessIssue]
+    while autograd._top_saved_tensors_default_hooks(True) is not None:
+        hooks.append(autograd._top_saved_tensors_default_hooks(True))
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+@unhooked()
 def gradients(problem: Problem, x: Operands, grad_output: torch.Tensor, grad_lse: torch.Tensor | None) -> Operands:
     """Return the gradients as a differentiable function of operands and cotangents, inside any transform."""
     present, unread = [operand is not None for operand in x[:5]], problem.unread()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C import _get_dispatch_mode, _len_torch_dispatch_stack, _TorchDispatchModeKey
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -17,10 +18,23 @@ from mha_spec.checks import check
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
-__all__ = ["TENSORS", "all_equal", "checked", "entries", "example", "is_open", "surely", "traced", "unwrapped"]
+__all__ = [
+    "TENSORS",
+    "all_equal",
+    "checked",
+    "entries",
+    "example",
+    "is_open",
+    "is_open_tensor",
+    "surely",
+    "traced",
+    "unwrapped",
+]
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 """The classes of tensors that hold their contents; a subclass may trace or change the call."""
+TRACERS = (_TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE)
+"""The modes that record operators, or compute nothing but shapes."""
 SYMBOLS = (torch.SymInt, torch.SymFloat)
 NUMBERS = ("q_offset", "window", "chunk", "scale", "softcap", "dropout_rate")
 """The options that are Python numbers, or hold Python numbers."""
@@ -77,7 +91,17 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
 
 def traced(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is traced, or has no contents."""
+    return is_open_tensor(tensor) or _is_recorded()
+
+
+def is_open_tensor(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has no contents, or may have others in a later call of a graph."""
     return type(tensor) not in TENSORS or tensor.is_meta or torch._C._get_tracing_state() is not None
+
+
+def _is_recorded() -> bool:
+    """Tell whether a mode is active that also takes plain tensors, as make_fx and FakeTensorMode do."""
+    return _len_torch_dispatch_stack() > 0 and any(_get_dispatch_mode(mode) is not None for mode in TRACERS)
 
 
 def surely(condition: bool | torch.SymBool) -> bool:

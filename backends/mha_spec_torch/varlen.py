@@ -27,7 +27,7 @@ from .calls import varlen_arguments_of
 from .function import transformed
 from .host import in_graph
 from .packing import Packed
-from .symbols import traced, unwrapped
+from .symbols import is_open_tensor, traced, unwrapped
 from .varlen_passes import Results, backward, differentiable, forward, gradients, operands_of, recorded
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _differentiate(
 
 def _check_transform(a: VarlenArguments) -> None:
     """Refuse integers that cannot be read: those of a graph, and those that `torch.func.vmap` maps."""
-    if traced(unwrapped(a.query)):
+    if is_open_tensor(unwrapped(a.query)):
         raise ArgumentTypeError(
             f"`query` of {a.function} must not be transformed by torch.func, nor require gradients of gradients, where "
             "torch.compile traces the call, received such a tensor. Compile without the transform and take gradients "

@@ -10,7 +10,7 @@ import torch
 from mha_spec.arguments import Arguments
 
 from . import decoding, flash_varlen, paths
-from .function import needs_operations
+from .function import needs_operations, unhooked
 from .packing import dense, linear_bias, packed_again
 from .problem import Problem
 from .tasks import Operands, Span, converted
@@ -148,6 +148,7 @@ def _of_sequence(
     return paths.differentiable(Problem.of(arguments, host=False), Operands.of(arguments))
 
 
+@unhooked()
 def gradients(
     packed: Packed, operands: Sequence[Tensor | None], grad_output: Tensor, grad_lse: Tensor | None
 ) -> Differentiated:
