@@ -364,7 +364,7 @@ def explicit_caches() -> dict[str, Any]:
     """Decode tokens that are sharded over the batch, on a mesh with explicit axes.
 
     The buffers of the caches are on all devices, with lengths on the host, or everything is sharded over its first
-    axis, also the parameters of the layer.
+    axis, also the parameters of the layer, but for a weight that is sharded over its last axis.
     """
     mesh = jax.make_mesh((2,), ("ranks",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
     options: Any = {"kv_heads": 2, "bias": True, "qk_norm": True, "rotary": {}, "dtype": "float64"}
@@ -391,6 +391,8 @@ def explicit_caches() -> dict[str, Any]:
             key=jax.device_put(cache.key, everywhere), value=jax.device_put(cache.value, everywhere)
         )
         sharded = jax.tree.map(lambda array: jax.device_put(array, over_first), (layer, cache))
+        weight = jax.device_put(layer.params["w_v"], NamedSharding(mesh, P(None, None, "ranks")))
+        sharded = sharded[0].replace(w_v=weight), sharded[1]
         alone, tokens = decoded(layer, x, cache), jax.device_put(x, over_first)
         differing[f"explicit axes, {name}"] = [
             different

@@ -62,7 +62,8 @@ def _projected(
 def _split(x: Array, name: str, params: Mapping[str, Array]) -> Array:
     weight = params[f"w_{name}"]
     (batch, length, embed), (_, heads, size) = x.shape, weight.shape
-    flat = _product(x, weight.reshape(embed, heads * size))
+    weight = as_first(lambda weight: weight.reshape(embed, heads * size), (0, 1))(weight)
+    flat = _product(x, weight)
     split = flat.reshape(batch, length, heads, size).transpose(0, 2, 1, 3)
     return as_first(layer_steps.add_bias)(split, params.get(f"b_{name}"))
 
