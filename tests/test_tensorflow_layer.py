@@ -182,8 +182,8 @@ def test_an_option_of_another_layer_is_refused_with_a_hint(name: str, hint: str)
 
 def test_a_subclass_may_have_options_of_its_own() -> None:
     class Doubled(MultiHeadAttention):
-        def call(self, query: tf.Tensor, *, times: int = 1) -> tf.Tensor:
-            return times * super().call(query)
+        def call(self, query: tf.Tensor, **options: Any) -> tf.Tensor:
+            return options.get("times", 1) * super().call(query)
 
     layer = Doubled(EMBED, HEADS, dtype="float64", **SIZES)
     assert_equal(layer(tokens(), times=2), 2 * layer(tokens()))
