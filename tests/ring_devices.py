@@ -363,36 +363,41 @@ def explicit_axes() -> dict[str, Any]:
 def explicit_caches() -> dict[str, Any]:
     """Decode tokens that are sharded over the batch, on a mesh with explicit axes.
 
-    The buffers of the caches are on all devices, with lengths on the host, or everything is sharded over the batch.
+    The buffers of the caches are on all devices, with lengths on the host, or everything is sharded over its first
+    axis, also the parameters of the layer, but for a weight that is sharded over its last axis.
     """
     mesh = jax.make_mesh((2,), ("ranks",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
-    layer = mha_spec_jax.MultiHeadAttention(12, 3, key=jax.random.key(0), dtype="float64")
-    x = jnp.asarray(numbers(2, 5, 12))
+    options: Any = {"kv_heads": 2, "bias": True, "qk_norm": True, "rotary": {}, "dtype": "float64"}
+    layer = mha_spec_jax.MultiHeadAttention(16, 4, key=jax.random.key(0), **options)
+    layer = jax.tree.map(lambda array: array + jnp.asarray(numbers(*array.shape)) / 9, layer)
+    x = jnp.asarray(numbers(2, 5, 16))
     caches = {
-        "cache": mha_spec_jax.KVCache.empty(2, 3, 8, 4, like=x),
-        "window": mha_spec_jax.WindowKVCache.empty(2, 3, 3, 4, like=x),
-        "pages": mha_spec_jax.PagedKVCache.empty(numpy.arange(4).reshape(2, 2), 4, 4, 3, 4, like=x),
+        "cache": mha_spec_jax.KVCache.empty(2, 2, 8, 4, like=x),
+        "window": mha_spec_jax.WindowKVCache.empty(2, 2, 3, 4, like=x),
+        "pages": mha_spec_jax.PagedKVCache.empty(numpy.arange(4).reshape(2, 2), 4, 4, 2, 4, like=x),
     }
 
-    def decoded(x: Any, cache: Any) -> Any:
+    def decoded(layer: Any, x: Any, cache: Any) -> Any:
         outputs = []
         for part in (x[:, :3], x[:, 3:4], x[:, 4:]):
             output, cache = layer(part, causal=True, window=(2, None), cache=cache)
             outputs.append(numpy.asarray(output))
         return numpy.concatenate(outputs, 1), numpy.asarray(cache.key), numpy.asarray(cache.value)
 
-    over_batch, everywhere = NamedSharding(mesh, P("ranks")), NamedSharding(mesh, P())
+    over_first, everywhere = NamedSharding(mesh, P("ranks")), NamedSharding(mesh, P())
     differing = {}
     for name, cache in caches.items():
         replicated = cache._replace(
             key=jax.device_put(cache.key, everywhere), value=jax.device_put(cache.value, everywhere)
         )
-        sharded = jax.tree.map(lambda array: jax.device_put(array, over_batch), cache)
-        alone, tokens = decoded(x, cache), jax.device_put(x, over_batch)
+        sharded = jax.tree.map(lambda array: jax.device_put(array, over_first), (layer, cache))
+        weight = jax.device_put(layer.params["w_v"], NamedSharding(mesh, P(None, None, "ranks")))
+        sharded = sharded[0].replace(w_v=weight), sharded[1]
+        alone, tokens = decoded(layer, x, cache), jax.device_put(x, over_first)
         differing[f"explicit axes, {name}"] = [
             different
-            for other in (replicated, sharded)
-            for different in differences(("output", "key", "value"), decoded(tokens, other), alone)
+            for model, other in ((layer, replicated), sharded)
+            for different in differences(("output", "key", "value"), decoded(model, tokens, other), alone)
         ]
     return differing
 

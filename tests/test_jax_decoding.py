@@ -14,7 +14,7 @@ from support.jax_world import floats, heads, parts, sized, tokens, with_gradient
 from support.layers import BATCH, CROSS, KV_HEADS, LENGTH, QK_DIM, STEPS, V_DIM
 
 import mha_spec_jax
-from mha_spec import ArgumentValueError, KVCache, reference
+from mha_spec import ArgumentValueError, KVCache, WindowKVCache, reference
 from mha_spec_jax import append_cache, empty_cache
 from mha_spec_jax.layer import store
 
@@ -144,12 +144,15 @@ def test_tokens_beyond_a_full_cache_are_dropped_and_counted() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
-def test_lengths_of_narrow_types_do_not_wrap(dtype: str) -> None:
-    cache = empty_cache(BATCH, KV_HEADS, 300, QK_DIM, V_DIM, like=jnp.zeros(1))
+@pytest.mark.parametrize("kind", [KVCache, WindowKVCache])
+def test_lengths_of_narrow_types_do_not_wrap(kind: Any, dtype: str) -> None:
+    """Nor are they mixed with other types, which JAX refuses where a program asks for it."""
+    cache = kind(*empty_cache(BATCH, KV_HEADS, 300, QK_DIM, V_DIM, like=jnp.zeros(1)))
     key, value = heads(200)
     for counts in (None, jnp.asarray([100, 120], dtype)):
         added = [200, 200] if counts is None else [100, 120]
-        after = append_cache(cache._replace(lengths=jnp.asarray([100, 3], dtype)), key, value, counts)
+        with jax.numpy_dtype_promotion("strict"):
+            after = append_cache(cache._replace(lengths=jnp.asarray([100, 3], dtype)), key, value, counts)
         expected = append_cache(cache._replace(lengths=[100, 3]), key, value, added)
         assert numpy.array_equal(after.lengths, expected.lengths)
         assert_equal(after[:2], expected[:2])

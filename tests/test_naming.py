@@ -203,13 +203,22 @@ def test_mistake_of_attention_is_named_in_a_layer(suite: Suite) -> None:
     assert [cause.name for cause in causes] == ["mask-ignored"]
 
 
-@pytest.mark.parametrize("name", ["heads-tiled", "cap-slope-missing"])
-def test_mistake_of_attention_is_named_in_packed_calls(suite: Suite, name: str) -> None:
+def causes_in_packed_calls(suite: Suite, name: str, dtype: str) -> list[str | None]:
+    """Return the names of all causes of the failures of packed and paged calls with a mistake."""
     functions = {function: function_over(BY_NAME[name].steps, function) for function in VARLEN_FUNCTIONS}
     keywords = {function: FUNCTIONS[function].keywords for function in VARLEN_FUNCTIONS}
-    results = judged_functions(suite, functions, keywords, ("float32",), ("varlen*",))
-    causes = find_causes(results).causes
-    assert [cause.name for cause in causes] == [BY_NAME[name].variant]
+    results = judged_functions(suite, functions, keywords, (dtype,), ("varlen*",))
+    return [cause.name for cause in find_causes(results).causes]
+
+
+@pytest.mark.parametrize("name", ["heads-tiled", "cap-slope-missing"])
+def test_mistake_of_attention_is_named_in_packed_calls(suite: Suite, name: str) -> None:
+    assert causes_in_packed_calls(suite, name, "float32") == [BY_NAME[name].variant]
+
+
+@pytest.mark.parametrize("name", ["packed-tail-multiplied", "packed-sequences-multiplied"])
+def test_nan_of_tokens_that_a_sequence_does_not_have_is_named(suite: Suite, name: str) -> None:
+    assert causes_in_packed_calls(suite, name, "float64") == [name]
 
 
 def test_wrong_shape_has_the_name_of_the_mistake_that_gives_it(suite: Suite) -> None:

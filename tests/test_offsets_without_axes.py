@@ -6,6 +6,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import jax
+import keras
 import numpy
 import pytest
 import tensorflow as tf
@@ -29,7 +30,7 @@ import mha_spec_jax
 import mha_spec_numpy
 import mha_spec_tensorflow
 import mha_spec_torch
-from mha_spec import ArgumentTypeError, KVCache, PagedKVCache, WindowKVCache, reference
+from mha_spec import ArgumentTypeError, KVCache, MhaSpecError, PagedKVCache, WindowKVCache, reference
 from mha_spec.layer_object import LayerSettings
 from mha_spec_conformance.targets.conversion import to_library, to_numpy
 
@@ -173,8 +174,8 @@ def test_torch_compiles_it_once(name: str) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_tensorflow_traces_it_once_for_all_sizes(name: str) -> None:
+def _tensorflow_traces_it_once(name: str, described: Callable[[tf.Tensor], tf.TensorSpec]) -> None:
+    """Require that one trace of described arrays serves every offset."""
     function, arrays = _split(name, "tensorflow")
     traces: list[Any] = []
 
@@ -183,8 +184,27 @@ def test_tensorflow_traces_it_once_for_all_sizes(name: str) -> None:
         return function(arrays, offset)
 
     params = {"params": tf.nest.map_structure(tf.TensorSpec.from_tensor, arrays.get("params", {}))}
-    specs = tf.nest.map_structure(with_unknown_sizes, arrays) | ({} if "params" not in arrays else params)
-    program = tf.function(traced, input_signature=[specs, tf.TensorSpec((), tf.int32)])
+    specs = tf.nest.map_structure(described, arrays) | ({} if "params" not in arrays else params)
+    program = tf.function(traced, input_signature=[specs, described(_offset(0, "tensorflow"))])
     for number in OFFSETS:
         assert_near(_results(program(arrays, _offset(number, "tensorflow"))), _expected(name, number))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tensorflow_traces_it_once_for_all_sizes(name: str) -> None:
+    _tensorflow_traces_it_once(name, with_unknown_sizes)
+
+
+@pytest.mark.parametrize("name", ["attention", "cache", "packed", "alibi"])
+def test_tensorflow_need_not_know_its_rank(name: str) -> None:
+    def described(tensor: tf.Tensor) -> tf.TensorSpec:
+        return with_unknown_sizes(tensor) if len(tensor.shape) > 2 else tf.TensorSpec(None, tensor.dtype)
+
+    _tensorflow_traces_it_once(name, described)
+
+
+@pytest.mark.parametrize("query", [3, tf.constant(2.0), tf.ragged.constant([[2.0]]), keras.KerasTensor((2, 3, 5, 7))])
+def test_it_leaves_the_error_of_another_argument(query: Any) -> None:
+    with pytest.raises(MhaSpecError, match="`query` must"):
+        mha_spec_tensorflow.attention(query, query, query, causal=True, q_offset=_offset(2, "tensorflow"))

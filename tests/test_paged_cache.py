@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+import tensorflow as tf
 import torch
 from support.cached_layer import CachedLayer
-from support.comparisons import assert_same
+from support.comparisons import assert_equal, assert_same
 from support.libraries import MODULES, converted, with_float64
 from support.numbers import numbers
 
 import mha_spec
 import mha_spec_numpy.layer as numpy_layer
+import mha_spec_tensorflow
 from mha_spec import ArgumentTypeError, ArgumentValueError, PagedKVCache, paged_steps, reference
 from mha_spec.layer import Layer
 from mha_spec.layer_object import LayerSettings
@@ -98,6 +100,30 @@ def test_lengths_and_table_may_be_arrays_of_the_library(module: str) -> None:
         return outputs
 
     assert_same(ours, wanted)
+
+
+def test_xla_takes_lengths_and_a_table_as_tensors() -> None:
+    """The last step has another number of tokens, so that its trace does not know the number."""
+    steps, options = [3, 3, 1], OPTIONS["all"] | {"counts": RAGGED}
+    wanted = [converted({"x": x}, "tensorflow", "float64")["x"] for x in expected(steps, **options)]
+    attend = tf.function(mha_spec_tensorflow.multi_head_attention, jit_compile=True, reduce_retracing=True)
+
+    def ours(dtype: str) -> list[Any]:
+        cache = pages("mha_spec_tensorflow", tf.constant(TABLE), dtype, tf.zeros(BATCH, "int32"))
+        return decoded("mha_spec_tensorflow", cache, steps, dtype, layer=attend, **options)[0]
+
+    assert_same(ours, wanted)
+
+
+@pytest.mark.parametrize(("blocks", "columns"), [(0, 2), (3, 0)])
+def test_xla_takes_a_cache_without_slots(blocks: int, columns: int) -> None:
+    start = pages("mha_spec_tensorflow")
+    cache = PagedKVCache(
+        start.key[:blocks], start.value[:blocks], tf.zeros(BATCH, "int32"), tf.zeros((BATCH, columns), "int32")
+    )
+    attend = tf.function(mha_spec_tensorflow.multi_head_attention, jit_compile=True)
+    eager, compiled = (decoded("mha_spec_tensorflow", cache, [2], layer=layer)[0] for layer in (None, attend))
+    assert_equal(compiled, eager)
 
 
 def test_new_tokens_go_to_the_slots_that_the_table_names(module: str) -> None:

@@ -170,3 +170,20 @@ def test_weights_are_computed_in_the_type_of_the_policy() -> None:
     assert (output.dtype, weights.dtype) == (tf.bfloat16, tf.bfloat16)
     again = MultiHeadAttention.from_config(layer.get_config())
     assert (again.settings, again.compute_dtype) == (layer.settings, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("is_causal", "Did you mean `causal`"), ("use_causal_mask", "The options are")]
+)
+def test_an_option_of_another_layer_is_refused_with_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=f"`{name}` is not an option of multi_head_attention. {hint}"):
+        sized()(tokens(), **{name: True})
+
+
+def test_a_subclass_may_have_options_of_its_own() -> None:
+    class Doubled(MultiHeadAttention):
+        def call(self, query: tf.Tensor, **options: Any) -> tf.Tensor:
+            return options.get("times", 1) * super().call(query)
+
+    layer = Doubled(EMBED, HEADS, dtype="float64", **SIZES)
+    assert_equal(layer(tokens(), times=2), 2 * layer(tokens()))

@@ -36,7 +36,7 @@ def test_goldens_in_a_function() -> None:
 
 
 def test_goldens_by_xla() -> None:
-    some = cases_with_each(LAYER, "rotary", "bias", "dropout_mask", "cache_key", "kv_segment_ids")
+    some = cases_with_each(LAYER, "rotary", "bias", "dropout_mask", "cache_key", "cache_block_table", "kv_segment_ids")
     some = [case for case in some if "drafts" not in case.options]
     by_xla = partial(compiled, partial(tf.function, jit_compile=True))
     assert not layer_failures("tensorflow", some, "float32", wrapped=by_xla)

@@ -16,7 +16,7 @@ from mha_spec.layer_steps import LayerSteps, slope_values
 from . import rotary
 from .checks import check_alibi, check_append, check_devices, check_layer
 from .core import attention, attention_weights
-from .mesh import partitioned
+from .mesh import as_first, partitioned
 from .plan import are_known
 from .problem import offset_of
 from .rotary import positions
@@ -62,8 +62,10 @@ def _projected(
 def _split(x: Array, name: str, params: Mapping[str, Array]) -> Array:
     weight = params[f"w_{name}"]
     (batch, length, embed), (_, heads, size) = x.shape, weight.shape
-    flat = _product(x, weight.reshape(embed, heads * size))
-    return layer_steps.add_bias(flat.reshape(batch, length, heads, size).transpose(0, 2, 1, 3), params.get(f"b_{name}"))
+    weight = as_first(lambda weight: weight.reshape(embed, heads * size), (0, 1))(weight)
+    flat = _product(x, weight)
+    split = flat.reshape(batch, length, heads, size).transpose(0, 2, 1, 3)
+    return as_first(layer_steps.add_bias)(split, params.get(f"b_{name}"))
 
 
 def project_out(x: Array, params: Mapping[str, Array], _: LayerSteps) -> Array:
@@ -78,7 +80,7 @@ def _combined(x: Array, weight: Array, bias: Array | None) -> Array:
         rows = x.transpose(0, 2, 1, 3).reshape(batch, length, heads * size)
         return (_product(rows, weight.reshape(heads * size, weight.shape[2])),)
 
-    return layer_steps.add_output_bias(partitioned(call, x, (0, 2))(x, weight)[0], bias)
+    return as_first(layer_steps.add_output_bias, (0, 1, 2))(partitioned(call, x, (0, 2))(x, weight)[0], bias)
 
 
 def _product(x: Array, weight: Array) -> Array:
@@ -86,22 +88,6 @@ def _product(x: Array, weight: Array) -> Array:
     wide = jnp.dtype(softmax_dtype_name(x.dtype.name))
     product = jnp.matmul(x.astype(wide), weight.astype(wide), precision=jax.lax.Precision.HIGHEST)
     return product.astype(x.dtype)
-
-
-def _cached(*axes: int) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
-    """Compile a call with an array of a cache, its first argument, as which these axes of the result are sharded.
-
-    Operations of JAX refuse to write to arrays of a mesh with explicit axes that are sharded otherwise than what they
-    write.
-    """
-
-    def compiled(call: Callable[..., Array]) -> Callable[..., Array]:
-        def partition(cached: Array, *arrays: Array | None) -> Array:
-            return partitioned(lambda *x: (call(*x),), cached, axes)(cached, *arrays)[0]
-
-        return jax.jit(partition)
-
-    return compiled
 
 
 def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
@@ -113,15 +99,17 @@ def store(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     first = _common_start(start, stop, new.shape[2])
     if first is not None:
         return _updated(buffer, new, first)
-    return _scattered(buffer, new, jnp.asarray(start), jnp.asarray(stop))
+    return _scattered(buffer, new, *(paged_steps.integers(numbers, new) for numbers in (start, stop)))
 
 
-@_cached(0, 1, 2, 3)
+@jax.jit
+@as_first
 def _updated(buffer: Array, new: Array, first: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(buffer, new, first, axis=2)
 
 
-@_cached(0, 1, 2, 3)
+@jax.jit
+@as_first
 def store_pages(pages: Array, new: Array, slots: Array) -> Array:
     """Write new tokens to their slots; those without a slot are dropped (MHA-CACHE-9)."""
     flat = pages.reshape(-1, *pages.shape[2:])
@@ -145,10 +133,11 @@ def _new_slots(cache: PagedKVCache, stop: Array, new: Array) -> Array:
 
 def store_wrapped(buffer: Array, new: Array, start: Integers, stop: Integers) -> Array:
     """Write new tokens to the slots of the oldest; the last of each slot stays (MHA-CACHE-12)."""
-    return _wrapped(buffer, new, jnp.asarray(start), jnp.asarray(stop))
+    return _wrapped(buffer, new, *(paged_steps.integers(numbers, new) for numbers in (start, stop)))
 
 
-@_cached(0, 1, 2, 3)
+@jax.jit
+@as_first
 def _wrapped(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
     (batch, _, length, _), capacity = new.shape, buffer.shape[2]
     tokens, count = jnp.arange(length), (stop - start)[:, None]
@@ -160,17 +149,19 @@ def _wrapped(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
 
 def unroll(buffer: Array, lengths: Integers, new: Array | None) -> Array:
     """Put the tokens of each batch entry in their order, the new ones last (MHA-CACHE-13)."""
-    return _unrolled(buffer, jnp.asarray(lengths), new)
+    return _unrolled(buffer, paged_steps.integers(lengths, buffer), new)
 
 
-@_cached(0, 1)
+@jax.jit
+@partial(as_first, axes=(0, 1))
 def _unrolled(buffer: Array, lengths: Array, new: Array | None) -> Array:
     slots = jnp.remainder(lengths[:, None] + jnp.arange(buffer.shape[2]), buffer.shape[2])
     tokens = jnp.take_along_axis(buffer, slots[:, None, :, None], axis=2)
     return tokens if new is None else jnp.concatenate([tokens, new], axis=2)
 
 
-@_cached(0, 1, 2, 3)
+@jax.jit
+@as_first
 def _scattered(buffer: Array, new: Array, start: Array, stop: Array) -> Array:
     (batch, _, length, _), capacity = new.shape, buffer.shape[2]
     slots = start[:, None] + jnp.arange(length)
@@ -210,9 +201,19 @@ def turns(positions: Array | Sequence[float], frequencies: numpy.ndarray | Array
     return rotary.turns(positions, frequencies, like)
 
 
-normalise = jax.jit(layer_steps.normalise, static_argnums=2)
-normalise_jointly = jax.jit(layer_steps.normalise_jointly, static_argnums=2)
-turn = jax.jit(layer_steps.turn, static_argnums=2)
+def _compiled(step: Callable[..., Array]) -> Callable[..., Array]:
+    """Compile a step whose third argument is a constant."""
+
+    @partial(jax.jit, static_argnums=2)
+    def compiled(x: Array, other: Any, constant: float) -> Array:
+        return as_first(lambda *arrays: step(*arrays, constant))(x, other)
+
+    return compiled
+
+
+normalise = _compiled(layer_steps.normalise)
+normalise_jointly = _compiled(layer_steps.normalise_jointly)
+turn = _compiled(layer_steps.turn)
 
 
 _LAYER = Layer(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from jax import Array
 
-__all__ = ["alike", "axes_of", "cotangents_of", "partitioned", "varying"]
+__all__ = ["alike", "as_first", "axes_of", "cotangents_of", "partitioned", "varying"]
 
 
 def partitioned(call: Callable[..., Any], query: Array, *results: tuple[int, ...]) -> Callable[..., Any]:
@@ -36,6 +36,15 @@ def partitioned(call: Callable[..., Any], query: Array, *results: tuple[int, ...
     spec = (*sharding.spec, *(None,) * query.ndim)
     specs = tuple(NamedSharding(mesh, PartitionSpec(*(spec[axis] for axis in axes))) for axes in results)
     return jax.sharding.auto_axes(call, axes=explicit, out_sharding=specs)
+
+
+def as_first(call: Callable[..., Array], axes: tuple[int, ...] = (0, 1, 2, 3)) -> Callable[..., Array]:
+    """Let XLA partition a call whose result is sharded as its first argument, at these axes; see `partitioned`."""
+
+    def partition(first: Array, *others: Any) -> Array:
+        return partitioned(lambda *arrays: (call(*arrays),), first, axes)(first, *others)[0]
+
+    return partition
 
 
 def cotangents_of(results: tuple[Array, ...], arrays: tuple[Array, ...]) -> tuple[Array, ...]:

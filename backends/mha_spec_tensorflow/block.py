@@ -235,7 +235,7 @@ def _visible(problem: Problem, x: Operands, block: Block) -> Array | None:
     if problem.constants.mask is not None:
         constraints.append(block.of_pairs(problem.constants.mask))
     if x.bias is not None:
-        constraints.append(block.of_pairs(x.bias) != -math.inf)
+        constraints.append(tf.not_equal(block.of_pairs(x.bias), -math.inf))
     return reduce(tf.logical_and, constraints) if constraints else None
 
 
@@ -257,7 +257,7 @@ def _by_position(problem: Problem, block: Block) -> Iterator[Array]:
     if known.a.chunk is not None and not inactive.chunk:
         starts = 0 if arrays.kv_starts is None else block.of_rows(arrays.kv_starts)
         positions = rows + block.of_rows(arrays.q_offset)
-        yield (positions - starts) // known.a.chunk == (keys - starts) // known.a.chunk
+        yield _equal((positions - starts) // known.a.chunk, (keys - starts) // known.a.chunk)
     if arrays.kv_starts is not None and not inactive.kv_starts:
         yield keys >= block.of_rows(arrays.kv_starts)
     if arrays.q_lengths is not None and not inactive.q_lengths:
@@ -265,7 +265,13 @@ def _by_position(problem: Problem, block: Block) -> Iterator[Array]:
     if arrays.kv_lengths is not None and not inactive.kv_lengths:
         yield keys < block.of_rows(arrays.kv_lengths)
     for q_ids, kv_ids in () if inactive.segments else arrays.segment_ids:
-        yield block.of_pairs(q_ids) == block.of_pairs(kv_ids)
+        yield _equal(block.of_pairs(q_ids), block.of_pairs(kv_ids))
+
+
+def _equal(first: Array, second: Array) -> Array:
+    """Compare each element; `==` compares the identity of tensors in a graph of TensorFlow 1."""
+    on_host = isinstance(first, numpy.ndarray) and isinstance(second, numpy.ndarray)
+    return first == second if on_host else tf.equal(first, second)
 
 
 def _distances(problem: Problem, block: Block, dtype: tf.DType) -> Array:

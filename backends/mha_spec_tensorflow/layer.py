@@ -18,6 +18,7 @@ from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
 from .core import attention, attention_weights
+from .packed import in_xla
 from .plan import offset_of
 from .unknown import (
     ALIBI,
@@ -266,6 +267,8 @@ def store_pages(pages: Array, new: Array, slots: Array) -> Array:
 
 def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], varlen: Any, _: LayerSteps) -> Array:
     """Attend to the tokens of a paged cache by a packed call, a sequence for each batch entry (MHA-CACHE-10)."""
+    if in_xla() and (tf.is_tensor(cache.lengths) or tf.is_tensor(cache.block_table)):
+        return _attend_to_all_slots(query, cache, options)
     batch, heads, length, size = sizes_of(query)
     tokens = tf.reshape(tf.transpose(query, (0, 2, 1, 3)), (batch * length, heads, size))
     is_known = isinstance(batch, int) and isinstance(length, int)
@@ -275,6 +278,24 @@ def attend_paged(query: Array, cache: PagedKVCache, options: dict[str, Any], var
         tokens, cache.key, cache.value, bounds, None, block_table=cache.block_table, seqused_kv=cache.lengths, **known
     )
     return tf.transpose(tf.reshape(output, (batch, length, heads, output.shape[2])), (0, 2, 1, 3))
+
+
+def _attend_to_all_slots(query: Array, cache: PagedKVCache, options: dict[str, Any]) -> Array:
+    """Attend to every slot of the table, the last of which the lengths hide; XLA has no arrays of unknown sizes."""
+    key, value = (_slots_of(pages, cache.block_table) for pages in (cache.key, cache.value))
+    known = {name: options[name] for name in paged_steps.OPTIONS if name in options}
+    return attention(query, key, value, kv_lengths=cache.lengths, **known)
+
+
+def _slots_of(pages: Array, table: Integers) -> Array:
+    """Gather the slots of each batch entry, (batch, kv_heads, slots, size); a number of no block is that of another."""
+    blocks, page, heads, size = sizes_of(pages)
+    batch, columns = sizes_of(tf.convert_to_tensor(table))
+    # Without a block, a table of numbers has no slots.
+    columns = columns * tf.minimum(blocks, 1) if tf.is_tensor(blocks) else columns * min(blocks, 1)
+    numbers = tf.clip_by_value(tf.cast(table, tf.int64)[:, :columns], 0, tf.cast(blocks, tf.int64) - 1)
+    slots = tf.reshape(tf.gather(pages, numbers), (batch, columns * page, heads, size))
+    return tf.transpose(slots, (0, 2, 1, 3))
 
 
 def integers(numbers: Integers | int, _: Array) -> Array:

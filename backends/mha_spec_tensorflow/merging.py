@@ -26,8 +26,13 @@ class Halves(NamedTuple):
 def log_add_exp(first: Array, second: Array) -> Array:
     """Compute ln(exp first + exp second) relative to the larger, which cancels in the gradient (MHA-MERGE-1)."""
     larger = tf.stop_gradient(tf.maximum(first, second))
-    anchor = tf.where(larger == -math.inf, tf.zeros((), larger.dtype), larger)
+    anchor = tf.where(_is_empty(larger), tf.zeros((), larger.dtype), larger)
     return anchor + tf.math.log(tf.exp(first - anchor) + tf.exp(second - anchor))
+
+
+def _is_empty(lse: Array) -> Array:
+    """Return True for each lse of -inf; `==` compares the identity of tensors in a graph of TensorFlow 1."""
+    return tf.equal(lse, -math.inf)
 
 
 def merge(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> tuple[Array, Array]:
@@ -80,7 +85,7 @@ def _halves(output_a: Array, lse_a: Array, output_b: Array, lse_b: Array) -> Hal
     wide = "float64" in (dtype_name(output_a), dtype_name(lse_a))
     dtype = softmax_dtype_name("float64" if wide else "float32")
     first, second = (tf.expand_dims(tf.cast(lse, dtype), -1) for lse in (lse_a, lse_b))
-    empty = first == -math.inf, second == -math.inf
+    empty = _is_empty(first), _is_empty(second)
     zero = tf.zeros((), dtype)
     output_a, output_b = (
         tf.where(is_empty, zero, tf.cast(output, dtype))
@@ -95,5 +100,5 @@ def _merged_lse(halves: Halves) -> tuple[Array, tuple[Array, Array]]:
     both = tf.where(halves.empty[1], first, log_add_exp(first, second))
     lse = tf.where(halves.empty[0], second, both)
     full = tf.ones((), lse.dtype)
-    share_a, share_b = (tf.where(half == lse, full, tf.exp(half - lse)) for half in (first, second))
+    share_a, share_b = (tf.where(tf.equal(half, lse), full, tf.exp(half - lse)) for half in (first, second))
     return lse, (share_a, share_b)

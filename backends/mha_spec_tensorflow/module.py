@@ -12,6 +12,7 @@ import numpy
 from mha_spec.arguments import Options, expand_options
 from mha_spec.arrays import host_integers
 from mha_spec.cache import AnyCache
+from mha_spec.checks import refuse_unknown
 from mha_spec.errors import BackendError
 from mha_spec.layer_object import (
     CallOptions,
@@ -97,7 +98,10 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         self.built = True
 
     def __call__(self, *operands: Any, **keywords: Any) -> Any:
-        """Call the layer; see `call`. Host data stays on the host, and `mask` gets the name that it has in Keras."""
+        """Call the layer; see `call`. Host data stays on the host, and `mask` gets the name that it has in Keras.
+
+        Unknown options are refused here, because Keras would raise an error without a hint.
+        """
         for name in COUNTS:
             if isinstance(keywords.get(name), numpy.ndarray):
                 keywords[name] = keywords[name].tolist()
@@ -106,6 +110,9 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         cache = keywords.get("cache")
         if isinstance(cache, AnyCache) and host_integers(cache.lengths) is not None:
             keywords["cache"] = OnTheHost(cache)
+        if type(self).call is MultiHeadAttention.call:
+            known = inspect.signature(self.call).parameters
+            refuse_unknown({name: x for name, x in keywords.items() if name not in known}, "multi_head_attention")
         return super().__call__(*operands, **keywords)
 
     @_with_signature

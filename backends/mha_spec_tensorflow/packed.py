@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .loops import Tensors
     from .problem import Problem, Size
 
-__all__ = ["attention", "vjp"]
+__all__ = ["attention", "in_xla", "vjp"]
 
 
 class SequenceBounds(NamedTuple):
@@ -184,11 +184,16 @@ class _Tokens:
         return tf.reshape(tokens, (run.sequences, -1, *tokens.shape[1:]))
 
 
+def in_xla() -> bool:
+    """Return True if XLA will compile the graph that is being traced."""
+    return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
 def _is_read(a: VarlenArguments) -> bool:
     """Return True if the loop over the sequences is one of Python."""
     if tf.executing_eagerly():
         return True
-    if not GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+    if not in_xla():
         return False
     names = ("cu_seqlens_q", "cu_seqlens_kv", "seqused_kv", "q_offset", "block_table")
     values = {name: getattr(a, name) for name in names}

@@ -386,7 +386,7 @@ def _divisor(number: Size, largest: Size) -> Size:
     if isinstance(number, int) and isinstance(largest, int):
         return next(divisor for divisor in range(max(1, min(number, largest)), 0, -1) if number % divisor == 0)
     numbers = tf.range(1, _most(1, number) + 1)
-    return tf.reduce_max(tf.where((number % numbers == 0) & (numbers <= largest), numbers, 1))
+    return tf.reduce_max(tf.where(tf.equal(number % numbers, 0) & (numbers <= largest), numbers, 1))
 
 
 def _power(number: Size, highest: int) -> Size:

@@ -190,11 +190,15 @@ def _tensor_of(value: Any) -> Any:
 
 
 def _with_offsets(layouts: Mapping[str, Layout], values: dict[str, Any]) -> dict[str, Any]:
-    """Repeat an offset in a tensor without axes for each entry (MHA-POS-1)."""
+    """Repeat an offset in a tensor without axes for each entry (MHA-POS-1); one of unknown rank may have none."""
     offset: Any = values.get("q_offset")
-    if not tf.is_tensor(offset) or offset.shape.rank != 0 or not offset.dtype.is_integer:
+    if not isinstance(offset, tf.Tensor) or offset.shape.rank not in (0, None) or not offset.dtype.is_integer:
         return values
-    return values | {"q_offset": tf.fill([_entries_of(layouts, values)], offset)}
+    entries = _entries_of(layouts, values)
+    if offset.shape.rank == 0:
+        return values | {"q_offset": tf.fill([entries], offset)}
+    missing = tf.fill([tf.maximum(1 - tf.rank(offset), 0)], entries)
+    return values | {"q_offset": tf.broadcast_to(offset, tf.concat([missing, tf.shape(offset)], 0))}
 
 
 def _entries_of(layouts: Mapping[str, Layout], values: Mapping[str, Any]) -> Size:
@@ -202,10 +206,17 @@ def _entries_of(layouts: Mapping[str, Layout], values: Mapping[str, Any]) -> Siz
     entries = layouts["q_offset"].sizes[0]
     for name, value in values.items():
         layout = layouts.get(name)
-        if name == "q_offset" or value is None or layout is None or layout.broadcasts[0] or layout.sizes[0] != entries:
+        if name == "q_offset" or layout is None or layout.broadcasts[0] or layout.sizes[0] != entries:
             continue
-        return sizes_of(tf.convert_to_tensor(value))[0] - layout.more[0]
+        shape = _shape(layout, value)
+        if shape is not None:
+            return (_first_size(value) if shape[0] is None else shape[0]) - layout.more[0]
     return 1
+
+
+def _first_size(tensor: Array) -> Array:
+    """Return the size of the first axis; 0 for a tensor of unknown rank that has no axis."""
+    return tf.concat([tf.shape(tensor), [0]], 0)[0]
 
 
 def with_known_shapes(
@@ -330,14 +341,14 @@ class _Assertions:
         axes = {"query": "q_len", "key": "kv_len"}
         lengths = tf.stack([shapes[name][self.layouts[name].sizes.index(size)] for name, size in axes.items()])
         message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. Received "
-        return _assertion(lengths[0] == lengths[1], f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
+        return _assertion(tf.equal(lengths[0], lengths[1]), f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
 
     def _check_shape(self, name: str, shape: Array) -> Any:
         layout = self.layouts[name]
         expected = tf.stack([self.sizes.get(size, 1) for size in layout.sizes]) + tf.constant(layout.more)
-        fits = (shape == expected) | (tf.constant(layout.broadcasts) & (shape == 1))
+        fits = tf.equal(shape, expected) | (tf.constant(layout.broadcasts) & tf.equal(shape, 1))
         tensor = self.tensors[name]
-        condition = tf.reduce_all(fits) & (tf.rank(tensor) == len(layout.sizes))
+        condition = tf.reduce_all(fits) & tf.equal(tf.rank(tensor), len(layout.sizes))
         verb = "broadcast to" if any(layout.broadcasts) else "have shape"
         message = f"`{name}` must {verb} ({', '.join(layout.labels)})="
         return _assertion(condition, message, expected, "received shape=", tf.shape(tensor), layout.clause)

@@ -60,9 +60,9 @@ MOST_SCORES_TRIED = 2**25
 FIRST_WITNESSES = 12
 """The number of small passing cases that are consulted before a mistake is tried on a large failure."""
 
-NOT_FINITE = ("MHA-POISON", "MHA-NAN", "MHA-MERGE-2", "MHA-MERGE-3")
-"""The clauses about numbers that are not finite, which an empty half of a merge may hold, too; NaN in a result alone is
-evidence only for a mistake against them."""
+NOT_FINITE = ("MHA-POISON", "MHA-NAN", "MHA-MERGE-2", "MHA-MERGE-3", "MHA-VARLEN-3", "MHA-VARLEN-12")
+"""The clauses about numbers that are not finite, which an empty half of a merge and the tokens that a sequence does not
+have may hold, too; NaN in a result alone is evidence only for a mistake against them."""
 
 MOST_PAIRED = 5
 """The largest number of mistakes of which pairs are made."""
