@@ -319,6 +319,20 @@ def test_mistake_that_shows_only_where_operands_are_not_finite_is_named(suite: S
     assert [cause.name for cause in find_causes(judged(suite, over(name), patterns=patterns)).causes] == [name]
 
 
+def test_nan_of_a_sink_of_minus_infinity_is_named(suite: Suite) -> None:
+    keywords = {"attention": (*KEYWORDS, "sinks")}
+    patterns = ("attention/sinks/", "attention/causal+sinks/")
+    results = judged_functions(suite, {"attention": over("sinks-infinite-nan")}, keywords, ("float32",), patterns)
+    assert [cause.name for cause in find_causes(results).causes] == ["sinks-infinite-nan"]
+
+
+@pytest.mark.parametrize(("function", "name"), [("", "merge-base-2"), ("_vjp", "merge-gradient-of-an-empty-half")])
+def test_mistake_of_merging_is_named(suite: Suite, function: str, name: str) -> None:
+    merge = function_over(BY_NAME[name].steps, f"merge_attention{function}")
+    results = judged(suite, merge, patterns=(f"merge_attention{function}/*",), function=f"merge_attention{function}")
+    assert [cause.name for cause in find_causes(results).causes] == [BY_NAME[name].variant]
+
+
 def test_nan_of_two_empty_halves_is_named(suite: Suite) -> None:
     name = "merge-of-two-empty-nan"
     wrong = function_over(BY_NAME[name].steps, "merge_attention")

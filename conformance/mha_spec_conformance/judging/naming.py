@@ -60,9 +60,9 @@ MOST_SCORES_TRIED = 2**25
 FIRST_WITNESSES = 12
 """The number of small passing cases that are consulted before a mistake is tried on a large failure."""
 
-NOT_FINITE = ("MHA-POISON", "MHA-NAN", "MHA-MERGE-2", "MHA-MERGE-3", "MHA-VARLEN-3", "MHA-VARLEN-12")
-"""The clauses about numbers that are not finite, which an empty half of a merge and the tokens that a sequence does not
-have may hold, too; NaN in a result alone is evidence only for a mistake against them."""
+NOT_FINITE = ("MHA-POISON", "MHA-NAN", "MHA-SINK-2", "MHA-MERGE-2", "MHA-MERGE-3", "MHA-VARLEN-3", "MHA-VARLEN-12")
+"""The clauses about numbers that are not finite, which sinks, an empty half of a merge and the tokens that a sequence
+does not have may hold, too; NaN in a result alone is evidence only for a mistake against them."""
 
 MOST_PAIRED = 5
 """The largest number of mistakes of which pairs are made."""
@@ -349,7 +349,7 @@ class Trial:
 def _divided(mistake: Mistake, wrong: Iterable[Wrong], recognition: Recognition) -> tuple[list[Wrong], list[Wrong]]:
     """Return the failures that count for the mistake, and those that may count against it."""
     explained, unlike = _compared(mistake, wrong, recognition)
-    if not _is_about_nan(mistake) and all(failure.spreads for failure in explained):
+    if not _is_about_nan(mistake) and all(failure.only_spreads for failure in explained):
         explained, unlike = [], [*explained, *unlike]
     if mistake.compared is Compared.BY_SIZE_OF_ERRORS:
         exceeding = sum(recognition.explains(mistake, failure) for failure in explained)

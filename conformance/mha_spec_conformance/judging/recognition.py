@@ -88,6 +88,14 @@ class Wrong:
         """True if a number that is not finite spreads from an operand to an element that must be finite."""
         return not self.of_finite_operands and self.loses_finite
 
+    @cached_property
+    def only_spreads(self) -> bool:
+        """True if, moreover, every finite element is right."""
+        expected = self.ask.expected.items()
+        return self.spreads and not any(
+            _errs(golden, self.outputs[name], self.allowances[name]) for name, golden in expected
+        )
+
 
 class Recognition:
     """Compares wrong answers with the predictions of mistakes, and keeps what it computed."""
@@ -202,10 +210,20 @@ def _are_finite(inputs: Mapping[str, numpy.ndarray]) -> bool:
 def _loses_finite(golden: Expected, output: numpy.ndarray) -> bool:
     """Tell whether an element is not finite that must be."""
     got = golden_rows(output.astype(numpy.float64), golden).ravel()
+    return bool((_must_be_finite(golden) & ~numpy.isfinite(got)).any())
+
+
+def _errs(golden: Expected, output: numpy.ndarray, allowance: numpy.ndarray) -> bool:
+    """Tell whether a finite element exceeds its allowance."""
+    got, allowed = (golden_rows(array.astype(numpy.float64), golden).ravel() for array in (output, allowance))
+    compared = _must_be_finite(golden) & numpy.isfinite(got)
+    return bool((abs(got - golden.values.ravel())[compared] > allowed[compared]).any())
+
+
+def _must_be_finite(golden: Expected) -> numpy.ndarray:
+    """Tell which elements of the golden must be finite, as an array with one axis."""
     finite = numpy.isfinite(golden.values).ravel()
-    if golden.kinds is not None:
-        finite &= numpy.isin(golden.kinds.ravel(), (FINITE, EXACT))
-    return bool((finite & ~numpy.isfinite(got)).any())
+    return finite if golden.kinds is None else finite & numpy.isin(golden.kinds.ravel(), (FINITE, EXACT))
 
 
 def _distance(golden: Expected, mistaken: numpy.ndarray) -> float:

@@ -115,6 +115,7 @@ MERGING = (
         functions=MERGE,
         convention=Convention("lse_base", "2"),
         bugs=("vllm-project/vllm PR#28840", "vllm-project/vllm PR#47079", "sgl-project/sglang#40903"),
+        native=True,
     ),
     of_shares(
         "merge-shares-in-base-2",
@@ -272,6 +273,7 @@ MERGING = (
         "merge-gradient-of-an-empty-half",
         "computes gradients of lse from the output of an empty half",
         "MHA-MERGE-7",
+        "MHA-MERGE-2",
         merge_grad_share=lambda lse_a, lse_b, share_a, share_b, row_dot: share_a * share_b * row_dot,
     ),
 )
