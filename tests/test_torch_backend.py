@@ -330,6 +330,18 @@ def test_the_search_of_results_finds_nan_alone(values: list[float], dtype: str) 
             assert native.has_nan(*results) is math.isnan(sum(values))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-50])
+@pytest.mark.parametrize("options", [{"q_lengths": [23, 0]}, {"mask": torch.arange(32)[:, None] < 23}])
+def test_cotangents_of_empty_rows_reach_no_gradient_with_a_scale_of_0(scale: float, options: dict[str, Any]) -> None:
+    options = {name: value[None, None] if name == "mask" else value for name, value in options.items()}
+    tensors = [tensor.requires_grad_() for tensor in operands()]
+    output = attention(*tensors, scale=scale, **options)
+    cotangent = torch.ones_like(output)
+    expected = torch.autograd.grad(output, tensors, cotangent, retain_graph=True)
+    cotangent[1, :, 23:] = math.nan
+    assert_equal(torch.autograd.grad(output, tensors, cotangent), expected)
+
+
 @pytest.mark.parametrize("size", [math.nan, 1e30])
 def test_few_keys_go_to_the_kernel_unless_a_score_may_be_nan(size: float) -> None:
     query, key, value = operands(kv_len=5)

@@ -50,7 +50,8 @@ def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Seque
     if grad_outputs[0] is None:
         return None
     is_differentiated = needs_operations(grad_outputs)
-    if not is_differentiated and not _may_be_poisoned(problem, grad_inputs):
+    sees_all = problem.visibility.tasks[0].sees_all
+    if not is_differentiated and (sees_all or not native.may_be_poisoned(problem, grad_inputs)):
         return None
     node: Any = torch._C._current_autograd_node()
     x = Operands(node._saved_query, node._saved_key, node._saved_value, None, None)
@@ -71,17 +72,6 @@ def needs_operations(grad_outputs: Sequence[Any]) -> bool:
         if gradient is not None and _is_batched(gradient):
             return True
     return False
-
-
-def _may_be_poisoned(problem: Problem, gradients: Sequence[Any]) -> bool:
-    """Tell whether a gradient is NaN where the call hides pairs.
-
-    A non-finite value that passes a hidden pair reaches dQ or dK; a NaN in dV alone is that of a visible pair.
-    """
-    if problem.visibility.tasks[0].sees_all:
-        return False
-    searched = gradients if gradients[0] is None or gradients[1] is None else gradients[:2]
-    return native.has_nan(*(gradient for gradient in searched if gradient is not None))
 
 
 class Attention(torch.autograd.Function):

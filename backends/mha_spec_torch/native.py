@@ -16,13 +16,17 @@ from .masks import constraint_of
 from .tasks import converted, dense_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["attend", "gradients", "has_nan"]
+__all__ = ["attend", "gradients", "has_nan", "may_be_poisoned"]
 
 FEWEST_KEYS = 16
 """With fewer keys, the kernel may take a row whose scores are all NaN for a row that sees no key (MHA-NAN-1)."""
+
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 # A call of this function takes 4 us less than one of the operator in `torch.ops.aten`; the backward has no function.
 _forward: Any = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
@@ -81,6 +85,17 @@ def has_nan(*results: torch.Tensor) -> bool:
     return False
 
 
+def may_be_poisoned(problem: Problem, gradients: Sequence[torch.Tensor | None]) -> bool:
+    """Return True if a gradient of query, key or value may have a NaN that has passed a hidden pair; None is absent.
+
+    Such a NaN reaches dQ or dK, and one in dV alone is that of a visible pair. With a scale that is 0 in float32, the
+    kernel computes no product for dQ and dK, and a NaN in grad_output reaches dV alone.
+    """
+    computes_all = abs(problem.scale) >= _LEAST_SCALE and gradients[0] is not None and gradients[1] is not None
+    searched = gradients[:2] if computes_all else gradients
+    return has_nan(*(gradient for gradient in searched if gradient is not None))
+
+
 def _is_nan(array: torch.Tensor) -> bool:
     """Return True if an array holds NaN, or if its sum is NaN because it has both infinities.
 
@@ -123,7 +138,7 @@ def gradients(
     lse = lse if added is None else torch.where(lse == -math.inf, 0.0, lse)
     # The kernel itself copies a grad_output that is not contiguous.
     grads = _backward(grad_output, query, key, value, output, lse, 0.0, causal, attn_mask=added, scale=problem.scale)
-    if (causal or added is not None) and has_nan(grads[0], grads[1]):
+    if (causal or added is not None) and may_be_poisoned(problem, grads):
         return None
     if is_padded:
         sizes = (operand.shape[3] for operand in x[:3])
