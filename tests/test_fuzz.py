@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy
 import pytest
 from support.budget import affordable
+from support.comparisons import assert_near
 from support.subject import Subject
 
-from mha_spec.reference import attention_weights
+from mha_spec.reference import attention_weights, varlen_attention
 from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.commands.check import check
 from mha_spec_conformance.commands.fuzz import fuzz
@@ -392,6 +393,20 @@ def test_gradient_of_a_sink_of_minus_infinity_is_0_without_keys(
     received = to_numpy(cast("tuple[object, ...]", gradients)[4])
     assert received[0] == 0
     assert numpy.array_equal(received[1], 3 * numpy.float32(grad_lse or 0), equal_nan=True)
+
+
+def test_paged_call_without_cumulative_lengths_of_keys_is_traced() -> None:
+    pytest.importorskip("tensorflow")
+    query, pages = numpy.ones((7, 6, 2)), numpy.arange(90.0).reshape(5, 3, 3, 2)
+    operands = [query, pages, pages, numpy.array([0, 4, 7]), None]
+    integers = {"block_table": numpy.array([[4, 1], [0, 2]]), "seqused_kv": numpy.array([5, 2])}
+
+    def moved(array: numpy.ndarray | None) -> Any:
+        return None if array is None else to_library(array, "tensorflow", None, "plain")
+
+    traced = load_in_world("tensorflow", "function-unknown").functions["varlen_attention"]
+    output = traced(*map(moved, operands), **{name: moved(array) for name, array in integers.items()})
+    assert_near(output, moved(cast("numpy.ndarray", varlen_attention(*cast("Any", operands), **integers))))
 
 
 def test_unknown_world_is_an_error_that_names_those_that_are_known() -> None:

@@ -236,11 +236,16 @@ def tensorflow_open(functions: Functions, known: Mapping[int, tuple[int, ...]]) 
         traced: dict[str, Any] = {}
 
         def run(operands: Any, arrays: Any) -> Any:
-            described = {name: signature_of(array) for name, array in arrays.items()}
-            signature = (tuple(signature_of(operand) for operand in operands), described)
+            # None, the cumulative lengths that a paged call need not have, is not described.
+            present = {index: operand for index, operand in enumerate(operands) if operand is not None}
+
+            def call_with(present: Any, arrays: Any) -> Any:
+                return call([present.get(index) for index in range(len(operands))], arrays)
+
+            signature = tuple({name: signature_of(x) for name, x in group.items()} for group in (present, arrays))
             if repr(signature) not in traced:
-                traced[repr(signature)] = tf.function(call, input_signature=signature)
-            return traced[repr(signature)](operands, arrays)
+                traced[repr(signature)] = tf.function(call_with, input_signature=signature)
+            return traced[repr(signature)](present, arrays)
 
         return run
 
