@@ -386,11 +386,11 @@ def test_sizes_of_packed_calls_may_be_symbolic(paged: bool) -> None:
     query, key, value = (jnp.asarray(random.standard_normal(size), jnp.float32) for size in sizes)
     if paged:
         shapes = (("t, 4, 6", "float32"), ("p, z, 2, 6", "float32"), ("p, z, 2, 7", "float32"), ("s", "int32"))
-        more = jnp.asarray([[3, 0], [1, 2]]), jnp.asarray([4, 6])
+        more = jnp.asarray([[3, 0], [1, 2]], jnp.int32), jnp.asarray([4, 6], jnp.int32)
         shapes += (("s - 1, w", "int32"), ("s - 1", "int32"))
     else:
         shapes = (("t, 4, 6", "float32"), ("u, 2, 6", "float32"), ("u, 2, 7", "float32"), *[("s", "int32")] * 2)
-        more = (jnp.asarray([0, 4, 9]),)
+        more = (jnp.asarray([0, 4, 9], jnp.int32),)
 
     def call(query: Any, key: Any, value: Any, q_bounds: Any, *more: Any) -> Any:
         options = {"block_table": more[0], "seqused_kv": more[1]} if paged else {}
@@ -402,7 +402,7 @@ def test_sizes_of_packed_calls_may_be_symbolic(paged: bool) -> None:
     program = exported(call, *shapes)
     for sequences in (2, 0):
         parts = [array[: sequences + (not paged)] for array in more]
-        inputs = query, key, value, jnp.asarray([0, 3, 5])[: sequences + 1], *parts
+        inputs = query, key, value, jnp.asarray([0, 3, 5], jnp.int32)[: sequences + 1], *parts
         expected = call(*inputs)
         assert float(jnp.abs(program(*inputs) - expected).max()) <= 1000 * UNIT * max(
             1.0, float(jnp.abs(expected).max())
