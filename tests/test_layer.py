@@ -238,7 +238,7 @@ def test_results_have_the_dtype_of_the_query(module: ModuleType, dtype: str) -> 
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "params", "cache"])
-def test_bytes_of_either_order_are_one_dtype(module: ModuleType, name: str) -> None:
+def test_bytes_of_either_order_have_the_same_dtype(module: ModuleType, name: str) -> None:
     arguments = tensors()
     cache = reference.empty_cache(BATCH, KV_HEADS, CAPACITY, SIZES.qk_dim, SIZES.v_dim, like=arguments["query"])
     arguments["cache"] = reference.append_cache(cache, numbers(BATCH, KV_HEADS, 3, 4), numbers(BATCH, KV_HEADS, 3, 11))

@@ -29,7 +29,7 @@ def store(buffer: Tensor, new: Tensor, start: Integers, stop: Integers) -> Tenso
     if 0 in (batch, capacity, new.shape[2]):
         return buffer
     slots = torch.arange(capacity, device=buffer.device)
-    start, stop = (on_device(ends, buffer.device).to(torch.int64)[:, None] for ends in (start, stop))
+    start, stop = (integers(ends, buffer)[:, None] for ends in (start, stop))
     source = (slots - start).clamp(0, new.shape[2] - 1)
     moved = new.gather(2, source[:, None, :, None].expand(batch, heads, capacity, size))
     return torch.where(((slots >= start) & (slots < stop))[:, None, :, None], moved, buffer)

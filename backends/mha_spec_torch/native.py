@@ -88,7 +88,7 @@ def has_nan(*results: torch.Tensor) -> bool:
 def may_be_poisoned(problem: Problem, gradients: Sequence[torch.Tensor | None]) -> bool:
     """Return True if a gradient of query, key or value may have a NaN that has passed a hidden pair; None is absent.
 
-    Such a NaN reaches dQ or dK, and one in dV alone is that of a visible pair. With a scale that is 0 in float32, the
+    Such a NaN reaches dQ or dK; a NaN in dV alone is that of a visible pair. With a scale that is 0 in float32, the
     kernel computes no product for dQ and dK, and a NaN in grad_output reaches dV alone.
     """
     computes_all = abs(problem.scale) >= _LEAST_SCALE and gradients[0] is not None and gradients[1] is not None

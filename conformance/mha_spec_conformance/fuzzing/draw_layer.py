@@ -17,7 +17,7 @@ __all__ = ["draw_alibi_bias", "draw_alibi_slopes", "draw_layer", "draw_rotary"]
 LENGTHS = (1, 2, 3, 5, 8, 0, 13, 16, 17, 33)
 OPTIONAL = ("b_q", "b_k", "b_v", "b_o")
 OF_WEIGHTS = ("w_q", "w_k", "b_q", "b_k")
-"""The parameters that the weights of attention need, beside gains."""
+"""The parameters that the weights of attention need; `_gains` chooses the gains of norms."""
 
 
 def draw_layer(d: Drawing) -> Call:
