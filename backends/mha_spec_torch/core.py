@@ -72,7 +72,8 @@ def attention(
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:
-    return_lse = check_flag("return_lse", return_lse)
+    if type(return_lse) is not bool:
+        return_lse = check_flag("return_lse", return_lse)
     signature = signature_of(query, key, value, options)
     problem = PREPARED.get(signature)
     if problem is None:

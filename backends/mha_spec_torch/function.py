@@ -10,7 +10,7 @@ import torch
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
-from . import native
+from . import leaks, native
 from .paths import attend, backward, differentiable
 from .tasks import Operands
 
@@ -37,7 +37,7 @@ def recorded(problem: Problem, x: Operands) -> torch.Tensor | None:
     """
     if torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore[reportAttributeAccessIssue]
         return None
-    results = native.attend(problem, problem.visibility.tasks[0], x, needs_lse=True)
+    results = native.attend(problem, problem.visibility.tasks[0], x, needs_lse=False)
     if results is None:
         return None
     output: Any = results[0]
@@ -50,8 +50,11 @@ def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Seque
     if grad_outputs[0] is None:
         return None
     is_differentiated = needs_operations(grad_outputs)
-    sees_all = problem.visibility.tasks[0].sees_all
-    if not is_differentiated and (sees_all or not native.may_be_poisoned(problem, grad_inputs)):
+    task = problem.visibility.tasks[0]
+    is_causal = task.is_diagonal and problem.scale > 0
+    if not is_differentiated and (
+        task.sees_all or not leaks.may_be_in_gradients(problem, grad_inputs, is_causal=is_causal)
+    ):
         return None
     node: Any = torch._C._current_autograd_node()
     x = Operands(node._saved_query, node._saved_key, node._saved_value, None, None)

@@ -8,6 +8,7 @@ their bytes, so that a change in place counts; NumPy and Python compare many at 
 from __future__ import annotations
 
 from collections import deque
+from ctypes import string_at
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
@@ -49,14 +50,20 @@ def constraint_of(visible: torch.Tensor, dtype: torch.dtype, *, may_be_causal: b
         return Constraint(is_causal=False, added=logits_of(visible, dtype))
     if count > LARGEST:
         return _constraint(visible.numpy(), dtype, may_be_causal=may_be_causal)
-    pairs = visible.numpy()
-    asked = pairs.tobytes(), visible.shape, dtype, may_be_causal
+    asked = _bytes_of(visible), visible.shape, dtype, may_be_causal
     for kept, constraint in tuple(_kept):
         if kept == asked:
             return constraint
-    constraint = _constraint(pairs, dtype, may_be_causal=may_be_causal)
+    constraint = _constraint(visible.numpy(), dtype, may_be_causal=may_be_causal)
     _kept.append((asked, constraint))
     return constraint
+
+
+def _bytes_of(pairs: torch.Tensor) -> bytes:
+    """Copy the elements in their order; right after a kernel, the conversion to NumPy takes longer than the copy."""
+    if pairs.is_contiguous():
+        return string_at(pairs.data_ptr(), pairs.numel())
+    return pairs.numpy().tobytes()
 
 
 def _constraint(pairs: numpy.ndarray, dtype: torch.dtype, *, may_be_causal: bool) -> Constraint:

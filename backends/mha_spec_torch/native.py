@@ -12,21 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
+from . import leaks
 from .masks import constraint_of
 from .tasks import converted, dense_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["attend", "gradients", "has_nan", "may_be_poisoned"]
+__all__ = ["attend", "gradients"]
 
 FEWEST_KEYS = 16
 """With fewer keys, the kernel may take a row whose scores are all NaN for a row that sees no key (MHA-NAN-1)."""
-
-_LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 # A call of this function takes 4 us less than one of the operator in `torch.ops.aten`; the backward has no function.
 _forward: Any = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
@@ -34,7 +31,12 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any] | None:
-    """Compute output and, if needed, lse; None if a hidden NaN may have passed, or a visible NaN may be lost."""
+    """Compute output and, if needed, lse; None if the formula must compute them.
+
+    The kernel lacks an option, a hidden NaN may have passed, or a visible NaN may be lost.
+    """
+    if not problem.suits_flash:
+        return None
     query, key, value, _, sinks, _ = x
     if not problem.is_ready:
         query, key, value = map(dense_rows, _of_one_size(query, key, value))
@@ -45,7 +47,7 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tup
     output, lse = _forward(query, key, value, 0.0, causal, attn_mask=added, scale=problem.scale)
     if needs_lse or sinks is not None or (added is None and key.shape[2] < FEWEST_KEYS):
         lse = _with_empty_rows(problem, task, query, key, added, lse)
-    if lse is None or ((causal or added is not None) and has_nan(output)):
+    if lse is None or leaks.may_be_in_output(output, added, is_causal=causal):
         return None
     if value is not x.value:
         output = output[..., : x.value.shape[3]]
@@ -70,38 +72,6 @@ def _with_empty_rows(
     if added is None:
         return lse if problem.finite(query, key) else None
     return torch.where(added.amax(-1) == -math.inf, -math.inf, lse)
-
-
-def has_nan(*results: torch.Tensor) -> bool:
-    """Return True if a result has a NaN, which may have passed a hidden pair (MHA-POISON-1, MHA-POISON-2).
-
-    A finite sum proves that there is none, and takes a quarter of the time of a maximum. It may overflow, so that only
-    a maximum can prove that there is a NaN.
-    """
-    for result in results:
-        elements = result.detach() if result.requires_grad else result
-        if not math.isfinite(elements.sum().item()) and _is_nan(elements):
-            return True
-    return False
-
-
-def may_be_poisoned(problem: Problem, gradients: Sequence[torch.Tensor | None]) -> bool:
-    """Return True if a gradient of query, key or value may have a NaN that has passed a hidden pair; None is absent.
-
-    Such a NaN reaches dQ or dK; a NaN in dV alone is that of a visible pair. With a scale that is 0 in float32, the
-    kernel computes no product for dQ and dK, and a NaN in grad_output reaches dV alone.
-    """
-    computes_all = abs(problem.scale) >= _LEAST_SCALE and gradients[0] is not None and gradients[1] is not None
-    searched = gradients[:2] if computes_all else gradients
-    return has_nan(*(gradient for gradient in searched if gradient is not None))
-
-
-def _is_nan(array: torch.Tensor) -> bool:
-    """Return True if an array holds NaN, or if its sum is NaN because it has both infinities.
-
-    Neither a maximum nor a sum drops a NaN. The maximum takes less time, but copies what is not contiguous first.
-    """
-    return math.isnan((array.max() if array.is_contiguous() and array.numel() else array.sum()).item())
 
 
 def _with_sinks(
@@ -138,7 +108,7 @@ def gradients(
     lse = lse if added is None else torch.where(lse == -math.inf, 0.0, lse)
     # The kernel itself copies a grad_output that is not contiguous.
     grads = _backward(grad_output, query, key, value, output, lse, 0.0, causal, attn_mask=added, scale=problem.scale)
-    if (causal or added is not None) and may_be_poisoned(problem, grads):
+    if (causal or added is not None) and leaks.may_be_in_gradients(problem, grads, is_causal=causal):
         return None
     if is_padded:
         sizes = (operand.shape[3] for operand in x[:3])

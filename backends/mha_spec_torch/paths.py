@@ -123,7 +123,7 @@ def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Ten
     """Return the output in the query's dtype, with the kernel's memory layout, and lse if it is needed."""
     tasks = problem.visibility.tasks
     if len(tasks) == 1 and tasks[0].has_all_rows:
-        results = _natively(problem, tasks[0], x, needs_lse=needs_lse)
+        results = native.attend(problem, tasks[0], problem.cut(x, tasks[0]), needs_lse=needs_lse)
         if results is not None:
             return results
         piece, *others = pieces(tasks[0])
@@ -149,7 +149,7 @@ def _by_task(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.T
 def _write_task(problem: Problem, task: Task, x: Operands, output: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Write the results of a task to its rows; the kernel takes a task whole."""
     needs_lse = lse is not None
-    results = _natively(problem, task, x, needs_lse=needs_lse)
+    results = native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse)
     if results is not None:
         _write(task, results, output, lse)
         return
@@ -161,11 +161,6 @@ def _write(task: Task, results: tuple[torch.Tensor, Any], output: torch.Tensor, 
     task.of_rows(output).copy_(results[0])
     if lse is not None:
         task.of_rows(lse).copy_(results[1])
-
-
-def _natively(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any] | None:
-    """Return the kernel's results of a task; None if the formula must compute them."""
-    return native.attend(problem, task, problem.cut(x, task), needs_lse=needs_lse) if problem.suits_flash else None
 
 
 forward = without_autocast(attend)

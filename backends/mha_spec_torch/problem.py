@@ -92,7 +92,9 @@ class Problem(NamedTuple):
 
     def cut(self, x: Operands, task: Task) -> Operands:
         """Select the part of each operand that a task reads."""
-        return x.cut(task) if self.cutter is None else self.cutter(x, task)
+        if self.cutter is not None:
+            return self.cutter(x, task)
+        return x if task.is_whole and x.sinks is None else x.cut(task)
 
     def visible(self, task: Task, x: Operands) -> torch.Tensor | None:
         """Tell which pairs of a task are visible, (batch*, heads*, queries*, keys*); None stands for all.

@@ -83,8 +83,6 @@ class Operands(NamedTuple):
     def cut(self, task: Task) -> Operands:
         """Select the part of each operand that a task reads; sinks become (heads, 1, 1), to broadcast to the scores."""
         query, key, value, bias, sinks, mask = self
-        if task.is_whole and sinks is None:
-            return self
         if not task.is_whole:
             query, key, value = task.of_rows(query), task.of_keys(key), task.of_keys(value)
             bias, mask = (None if array is None else task.of_pairs(array) for array in (bias, mask))
@@ -142,7 +140,10 @@ class Task:
     sees_all: bool = False
     """True if lengths, positions and segments are known to hide no pair."""
     is_diagonal: bool = False
-    """True if they are known to hide exactly the pairs (i, j) with i < j, counted from the start of the task."""
+    """True if they are known to hide exactly the pairs (i, j) with i < j, counted from the start of the task.
+
+    There are not more keys than queries, so that the last query sees every key.
+    """
     visible: torch.Tensor | None = None
     """The pairs that they leave visible, if that is known and small."""
     added: torch.Tensor | None = None

@@ -127,7 +127,7 @@ class Visibility:
     def _described(self, task: Task) -> Task:
         """Fill in the properties of a task that are known before it is computed."""
         has_all_rows = (task.batch, task.queries) == (self.whole.batch, self.whole.queries)
-        sees_all, is_diagonal = self.sees_all(task), self.diagonal(task)
+        sees_all, is_diagonal = self.sees_all(task), task.keys.size <= task.queries.size and self.diagonal(task)
         task = replace(task, has_all_rows=has_all_rows, sees_all=sees_all, is_diagonal=is_diagonal)
         keys = Span(task.keys.start, -(-task.keys.stop // TILE) * TILE)
         if not sees_all or task.queries.size < TILE or not task.keys.stop < keys.stop <= self.whole.keys.stop:

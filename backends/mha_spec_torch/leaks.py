@@ -1,0 +1,77 @@
+"""Tell whether a NaN may have passed a hidden pair in the flash kernel.
+
+The kernel multiplies hidden values by a weight of 0. The product of 0 with an infinity or a NaN is NaN (MHA-POISON-1,
+MHA-POISON-2), and no sum drops a NaN. With `is_causal`, a few elements prove that nothing has passed; with logits, the
+whole result is searched.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .problem import Problem
+
+__all__ = ["has_nan", "may_be_in_gradients", "may_be_in_output"]
+
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def may_be_in_output(output: torch.Tensor, added: torch.Tensor | None, *, is_causal: bool) -> bool:
+    """Return True if a NaN may have passed a pair that `is_causal` or the logits `added` hide.
+
+    With `is_causal`, the kernel replaces hidden scores, so that only hidden values pass. The last row sees every key:
+    it is finite only if all values are.
+    """
+    if is_causal:
+        output = output.detach() if output.requires_grad else output
+        return not _is_finite(output.select(2, -1))
+    return added is not None and has_nan(output)
+
+
+def may_be_in_gradients(problem: Problem, gradients: Sequence[torch.Tensor | None], *, is_causal: bool) -> bool:
+    """Return True if a gradient of query, key or value may have a NaN that has passed a hidden pair; None is absent.
+
+    Such a NaN reaches dQ or dK; a NaN in dV alone is that of a visible pair. With a scale that is 0 in float32, the
+    kernel computes no product for dQ and dK, and a NaN in grad_output reaches dV alone.
+
+    With `is_causal`, every row sees the first key: a NaN that a row passes to other keys alone comes from an element of
+    its query that is not finite, and the gradient of the first key has the product of that element, too.
+    """
+    of_query, of_key, _ = gradients
+    if abs(problem.scale) < _LEAST_SCALE or of_query is None or of_key is None:
+        return has_nan(*(gradient for gradient in gradients if gradient is not None))
+    if is_causal:
+        return has_nan(of_query) or not _is_finite(of_key.select(2, 0))
+    return has_nan(of_query, of_key)
+
+
+def has_nan(*results: torch.Tensor) -> bool:
+    """Return True if a result has a NaN.
+
+    A finite sum proves that there is none, and takes a quarter of the time of a maximum. It may overflow, so that only
+    a maximum can prove that there is a NaN.
+    """
+    for result in results:
+        elements = result.detach() if result.requires_grad else result
+        if not math.isfinite(elements.sum().item()) and _is_nan(elements):
+            return True
+    return False
+
+
+def _is_nan(array: torch.Tensor) -> bool:
+    """Return True if an array holds NaN, or if its sum is NaN because it has both infinities.
+
+    Neither a maximum nor a sum drops a NaN. The maximum takes less time, but copies what is not contiguous first.
+    """
+    return math.isnan((array.max() if array.is_contiguous() and array.numel() else array.sum()).item())
+
+
+def _is_finite(array: torch.Tensor) -> bool:
+    """Return True if every element is finite; the sum of finite ones may overflow."""
+    return math.isfinite(array.sum().item()) or bool(array.isfinite().all())
