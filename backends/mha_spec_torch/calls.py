@@ -88,11 +88,11 @@ def prepared(signature: Signature | None, problem: Problem, x: Operands) -> Prob
     """
     if signature is None or problem.drops:
         return problem
-    problem = problem.described(x)
     if problem.host:
         if len(problem.visibility.tasks) > MOST_TASKS:
-            return problem
+            return problem.described(x)
         problem.visibility.compare()
+    problem = problem.described(x)
     if len(PREPARED) >= MOST_PREPARED:
         PREPARED.clear()
     PREPARED[signature] = problem

@@ -21,7 +21,7 @@ from mha_spec.checks import (
 from . import distributed, fused, operators, paths
 from .calls import PREPARED, arguments_of, cast, prepared, problem_of, signature_of
 from .dropout import drawn
-from .function import Attention, gradients, recorded, transformed
+from .function import Attention, attend_directly, gradients, is_checkpointed, transformed
 from .host import in_graph
 from .merging import merge, merge_gradients
 from .symbols import traced
@@ -112,15 +112,16 @@ def _in_graph(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:
 
 
 def _attend(problem: Problem, x: Operands, needs_lse: bool) -> tuple[Tensor, Any]:
+    if problem.direct is not None and not needs_lse and not is_checkpointed():
+        output = attend_directly(problem, x)
+        if output is not None:
+            return output, None
+        problem = problem.without_kernel()
     needs_gradient = torch.is_grad_enabled() and _any_needs_gradient(x)
     if not problem.host and not needs_lse and fused.takes(problem, x):
         return (fused.Fused.apply(problem, x.mask, *x[:3]) if needs_gradient else fused.attend(problem, x)), None
     if not needs_gradient:
         return paths.attend(problem, x, needs_lse=needs_lse)
-    if problem.suits_autograd and not needs_lse and x.bias is None and x.sinks is None and x.mask is None:
-        output = recorded(problem, x)
-        if output is not None:
-            return output, None
     return Attention.apply(problem, *x)
 
 

@@ -12,14 +12,22 @@ from torch.autograd import forward_ad
 
 from . import leaks, native
 from .paths import attend, backward, differentiable
-from .tasks import Operands
+from .tasks import NOTHING_HIDDEN, Operands
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from .problem import Problem
 
-__all__ = ["Attention", "gradients", "needs_operations", "recorded", "transformed", "unhooked"]
+__all__ = [
+    "Attention",
+    "attend_directly",
+    "gradients",
+    "is_checkpointed",
+    "needs_operations",
+    "transformed",
+    "unhooked",
+]
 
 _is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -29,20 +37,21 @@ def transformed() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def recorded(problem: Problem, x: Operands) -> torch.Tensor | None:
-    """Compute the output by the kernel, with torch's gradient; None if `Attention` has to record the call.
+def attend_directly(problem: Problem, x: Operands) -> torch.Tensor | None:
+    """Compute the output by a call of the kernel alone, with torch's gradient; None if the kernel's is not right.
 
     `Attention` has the same gradient, but a function in Python takes longer than a small kernel. A hook adds what
-    torch's gradient lacks. It reads the saved tensors once more, which a checkpoint forbids.
+    torch's gradient lacks.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore[reportAttributeAccessIssue]
-        return None
-    results = native.attend(problem, problem.visibility.tasks[0], x, needs_lse=False)
-    if results is None:
-        return None
-    output: Any = results[0]
-    output.grad_fn.register_hook(partial(_corrected, problem))
+    output: Any = native.attend_directly(problem, x.query, x.key, x.value)
+    if output is not None and output.requires_grad:
+        output.grad_fn.register_hook(partial(_corrected, problem))
     return output
+
+
+def is_checkpointed() -> bool:
+    """Tell whether saved tensors have hooks; a checkpoint forbids to read them once more, as `_corrected` does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -50,11 +59,7 @@ def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Seque
     if grad_outputs[0] is None:
         return None
     is_differentiated = needs_operations(grad_outputs)
-    task = problem.visibility.tasks[0]
-    is_causal = task.is_diagonal and problem.scale > 0
-    if not is_differentiated and (
-        task.sees_all or not leaks.may_be_in_gradients(problem, grad_inputs, is_causal=is_causal)
-    ):
+    if not is_differentiated and not _may_leak(problem, grad_inputs):
         return None
     node: Any = torch._C._current_autograd_node()
     x = Operands(node._saved_query, node._saved_key, node._saved_value, None, None)
@@ -62,8 +67,14 @@ def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Seque
         results = gradients(problem, x, grad_outputs[0], None)
     else:
         rows = node._saved_output, node._saved_logsumexp, grad_outputs[0], None
-        results = backward(problem, x, *rows, needs_bias=False)
+        results = backward(problem.without_kernel(), x, *rows, needs_bias=False)
     return tuple(None if old is None else new for old, new in zip(grad_inputs, results[:3], strict=True))
+
+
+def _may_leak(problem: Problem, grad_inputs: Sequence[Any]) -> bool:
+    is_causal, added = problem.direct or NOTHING_HIDDEN
+    hides = is_causal or added is not None
+    return hides and leaks.may_be_in_gradients(problem, grad_inputs, is_causal=is_causal)
 
 
 def needs_operations(grad_outputs: Sequence[Any]) -> bool:

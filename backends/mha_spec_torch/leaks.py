@@ -28,10 +28,12 @@ def may_be_in_output(output: torch.Tensor, added: torch.Tensor | None, *, is_cau
     With `is_causal`, the kernel replaces hidden scores, so that only hidden values pass. The last row sees every key:
     it is finite only if all values are.
     """
-    if is_causal:
-        output = output.detach() if output.requires_grad else output
-        return not _is_finite(output.select(2, -1))
-    return added is not None and has_nan(output)
+    if not is_causal:
+        return added is not None and has_nan(output)
+    # Autograd would record the selection, which takes longer than a sum of all rows.
+    if output.requires_grad and not has_nan(output):
+        return False
+    return not _is_finite(output.detach().select(2, -1))
 
 
 def may_be_in_gradients(problem: Problem, gradients: Sequence[torch.Tensor | None], *, is_causal: bool) -> bool:
@@ -57,9 +59,9 @@ def has_nan(*results: torch.Tensor) -> bool:
     A finite sum proves that there is none, and takes a quarter of the time of a maximum. It may overflow, so that only
     a maximum can prove that there is a NaN.
     """
-    for result in results:
-        elements = result.detach() if result.requires_grad else result
-        if not math.isfinite(elements.sum().item()) and _is_nan(elements):
+    # A loop takes half of the time that `any` takes with a generator.
+    for result in results:  # noqa: SIM110
+        if not math.isfinite(result.sum().item()) and _is_nan(result.detach()):
             return True
     return False
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from ctypes import string_at
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
 
-from .tasks import logits_of
+from .tasks import CAUSAL, Constraint, logits_of
 
 if TYPE_CHECKING:
     Key = tuple[bytes, torch.Size, torch.dtype, bool]
@@ -30,13 +30,6 @@ SMALLEST = 2**12
 """The smallest number of pairs that are compared; fewer are converted in the time of a comparison."""
 LARGEST = 2**20
 """The largest number of pairs that are kept; conversion takes little of the time of a call with more."""
-
-
-class Constraint(NamedTuple):
-    """Arguments of the kernel."""
-
-    is_causal: bool
-    added: torch.Tensor | None
 
 
 # Two, because some models have layers with a window between layers without.
@@ -68,7 +61,7 @@ def _bytes_of(pairs: torch.Tensor) -> bytes:
 
 def _constraint(pairs: numpy.ndarray, dtype: torch.dtype, *, may_be_causal: bool) -> Constraint:
     if may_be_causal and _are_causal(pairs):
-        return Constraint(is_causal=True, added=None)
+        return CAUSAL
     return Constraint(is_causal=False, added=_logits(pairs, dtype))
 
 

@@ -14,13 +14,13 @@ from torch.nn.functional import pad
 
 from . import leaks
 from .masks import constraint_of
-from .tasks import converted, dense_rows
+from .tasks import NOTHING_HIDDEN, Constraint, converted, dense_rows
 
 if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["attend", "gradients"]
+__all__ = ["attend", "attend_directly", "gradients"]
 
 FEWEST_KEYS = 16
 """With fewer keys, the kernel may take a row whose scores are all NaN for a row that sees no key (MHA-NAN-1)."""
@@ -43,7 +43,7 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tup
     if sinks is not None:
         # A 16-bit output would be rounded twice: by the kernel, and as a product with the share of the keys.
         query, key, value = (converted(operand, problem.dtype) for operand in (query, key, value))
-    causal, added = _constraints(problem, task, x)
+    causal, added = _constraint(problem, task, x)
     output, lse = _forward(query, key, value, 0.0, causal, attn_mask=added, scale=problem.scale)
     if needs_lse or sinks is not None or (added is None and key.shape[2] < FEWEST_KEYS):
         lse = _with_empty_rows(problem, task, query, key, added, lse)
@@ -52,6 +52,17 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tup
     if value is not x.value:
         output = output[..., : x.value.shape[3]]
     return (output, lse) if sinks is None else _with_sinks(sinks, output, lse, x.query.dtype)
+
+
+def attend_directly(
+    problem: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor | None:
+    """Compute the output of a call that needs nothing but the kernel; None as `attend` returns it."""
+    causal, added = problem.direct or NOTHING_HIDDEN
+    output, lse = _forward(query, key, value, 0.0, causal, attn_mask=added, scale=problem.scale)
+    if added is None and key.shape[2] < FEWEST_KEYS and _may_lose_nan(problem, query, key, lse):
+        return None
+    return None if leaks.may_be_in_output(output, added, is_causal=causal) else output
 
 
 def _with_empty_rows(
@@ -67,11 +78,20 @@ def _with_empty_rows(
     The kernel gives lse = 0 to a row that it takes for empty.
     """
     may_be_empty = added is not None and (added is not task.added or task.has_empty_rows)
-    if not (may_be_empty or key.shape[2] < FEWEST_KEYS) or int(torch.count_nonzero(lse)) == lse.numel():
+    if not may_be_empty and key.shape[2] >= FEWEST_KEYS:
         return lse
     if added is None:
-        return lse if problem.finite(query, key) else None
-    return torch.where(added.amax(-1) == -math.inf, -math.inf, lse)
+        return None if _may_lose_nan(problem, query, key, lse) else lse
+    return lse if _has_no_zero(lse) else torch.where(added.amax(-1) == -math.inf, -math.inf, lse)
+
+
+def _may_lose_nan(problem: Problem, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor) -> bool:
+    """Return True if the kernel may have taken a row of NaN for an empty one, to which it gives an lse of 0."""
+    return not (_has_no_zero(lse) or problem.finite(query, key))
+
+
+def _has_no_zero(lse: torch.Tensor) -> bool:
+    return int(torch.count_nonzero(lse)) == lse.numel()
 
 
 def _with_sinks(
@@ -97,7 +117,7 @@ def gradients(
 
     If O and lse include the sink, the kernel's formula is that of attention with a sink.
     """
-    causal, added = _constraints(problem, task, x)
+    causal, added = _constraint(problem, task, x)
     query, key, value = x[:3]
     is_padded = query.shape[3] != value.shape[3] or grad_lse is not None
     if is_padded or query.dtype != problem.dtype or grad_output.dtype != problem.dtype:
@@ -125,25 +145,21 @@ def _with_grad_lse(operands: list[torch.Tensor], grad_lse: torch.Tensor | None) 
     return [*operands, output, torch.cat([grad_output, -grad_lse.to(output.dtype)[..., None]], dim=-1)]
 
 
-def _constraints(problem: Problem, task: Task, x: Operands) -> tuple[bool, torch.Tensor | None]:
-    """Return the kernel's arguments for hidden pairs: is_causal, and logits that are added to the scores, or None.
+def _constraint(problem: Problem, task: Task, x: Operands) -> Constraint:
+    """Return the kernel's arguments for hidden pairs.
 
     SDPA would convert a boolean mask in more steps. Pairs that are causal need no logits, and the kernel leaves out the
-    blocks that they hide. It multiplies the -inf of is_causal by the scale, so that the scale must be positive.
+    blocks that they hide.
     """
-    if x.mask is None and x.bias is None:
-        if task.sees_all:
-            return False, None
-        if task.is_diagonal and problem.scale > 0:
-            return True, None
-        if task.added is not None:
-            return False, task.added
+    known = task.constraint(problem.scale) if x.mask is None and x.bias is None else None
+    if known is not None:
+        return known
     visible = problem.visible(task, x)
     if visible is None:
-        return False, None
+        return NOTHING_HIDDEN
     if x.bias is None:
         return constraint_of(visible, problem.dtype, may_be_causal=problem.scale > 0)
-    return False, converted(torch.where(visible, x.bias, -math.inf), problem.dtype)
+    return Constraint(is_causal=False, added=converted(torch.where(visible, x.bias, -math.inf), problem.dtype))
 
 
 def _of_one_size(*operands: torch.Tensor) -> list[torch.Tensor]:

@@ -204,7 +204,7 @@ class Packed:
             host=host,
             suits_flash=host and a.softcap is None,
             is_ready=False,
-            suits_autograd=False,
+            direct=None,
             dropout_mask=None,
             draws=None,
             cutter=cast("Cutter", partial(cut, slopes)),

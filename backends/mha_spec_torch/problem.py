@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
     from .dropout import Draws
-    from .tasks import Operands, Task
+    from .tasks import Constraint, Operands, Task
 
 __all__ = ["Problem", "readable"]
 
@@ -39,8 +39,11 @@ class Problem(NamedTuple):
     """True if the flash kernel for the CPU has all options."""
     is_ready: bool
     """True if query, key and value are known to have contiguous rows of one size that do not overlap."""
-    suits_autograd: bool
-    """True if, moreover, the kernel takes the call whole, and torch's gradient of the kernel is accurate enough."""
+    direct: Constraint | None
+    """The kernel's arguments for hidden pairs, if it takes the call whole and nothing else, in the softmax's type.
+
+    Torch's gradient of the kernel is then accurate enough, too.
+    """
     dropout_mask: torch.Tensor | None
     draws: Draws | None
     """The random integers of dropout, unless it has a mask."""
@@ -60,7 +63,7 @@ class Problem(NamedTuple):
             host=host,
             suits_flash=host and a.softcap is None and a.dropout_mask is None and draws_of(a) is None,
             is_ready=False,
-            suits_autograd=False,
+            direct=None,
             dropout_mask=a.dropout_mask,
             draws=draws_of(a),
         )
@@ -68,13 +71,19 @@ class Problem(NamedTuple):
     def described(self, x: Operands) -> Problem:
         """Fill in what is known about the operands."""
         is_ready = x.query.shape[3] == x.value.shape[3] and all(dense_rows(operand) is operand for operand in x[:3])
-        is_whole = self.host and [task.is_whole for task in self.visibility.tasks] == [True]
-        suits_autograd = self.suits_flash and is_ready and x.query.dtype == self.dtype and is_whole
-        return self._replace(is_ready=is_ready, suits_autograd=suits_autograd)
+        is_plain = x.bias is None and x.sinks is None and x.mask is None and x.query.dtype == self.dtype
+        direct = None
+        if self.suits_flash and is_ready and is_plain and [task.is_whole for task in self.visibility.tasks] == [True]:
+            direct = self.visibility.tasks[0].constraint(self.scale)
+        return self._replace(is_ready=is_ready, direct=direct)
+
+    def without_kernel(self) -> Problem:
+        """Return the problem for the formula."""
+        return self._replace(suits_flash=False, direct=None)
 
     def unread(self) -> Problem:
         """Return the problem with tensors that must not be read."""
-        return self._replace(host=False, suits_flash=False)
+        return self.without_kernel()._replace(host=False)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
 __all__ = [
+    "CAUSAL",
+    "NOTHING_HIDDEN",
+    "Constraint",
     "Operands",
     "Span",
     "Task",
@@ -124,6 +127,14 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if is_dense else x.clone(memory_format=torch.contiguous_format)
 
 
+class Constraint(NamedTuple):
+    """The arguments of the flash kernel for hidden pairs."""
+
+    is_causal: bool
+    added: torch.Tensor | None
+    """Logits that are added to the scores."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """Consecutive queries of some batch entries and heads, and consecutive keys that include all keys they see."""
@@ -168,6 +179,17 @@ class Task:
         """The number of rows of scores."""
         return self.batch.size * self.kv_heads.size * self.group * self.queries.size
 
+    def constraint(self, scale: float) -> Constraint | None:
+        """Return the kernel's arguments for what lengths, positions and segments hide, if they are known.
+
+        The kernel multiplies the -inf of `is_causal` by the scale, so that the scale must be positive.
+        """
+        if self.sees_all:
+            return NOTHING_HIDDEN
+        if self.is_diagonal and scale > 0:
+            return CAUSAL
+        return None if self.added is None else Constraint(is_causal=False, added=self.added)
+
     def piece(self, batch: Span, kv_heads: Span, queries: Span) -> Task:
         """Return the task of some of the rows, with the same keys."""
         return Task(batch, kv_heads, self.group, queries, self.keys, sees_all=self.sees_all)
@@ -194,6 +216,7 @@ class Task:
 
 ALL = Span(0, 1)
 """The only index of an axis of size 1."""
+NOTHING_HIDDEN, CAUSAL = Constraint(is_causal=False, added=None), Constraint(is_causal=True, added=None)
 
 
 def narrowed(array: torch.Tensor, *spans: Span) -> torch.Tensor:
