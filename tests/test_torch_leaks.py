@@ -94,16 +94,14 @@ def test_a_product_of_a_hidden_pair_that_overflows_is_not_passed() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("values", [[], [math.nan], [math.inf], [math.inf, -math.inf], [math.nan, math.inf, -math.inf]])
-def test_the_search_of_results_finds_nan_alone(values: list[float], dtype: str) -> None:
+def test_the_search_of_a_result_finds_nan_alone(values: list[float], dtype: str) -> None:
     whole = torch.ones((2, 3, 31, 7), dtype=getattr(torch, dtype))
     # Whole results whose sum is finite, and others whose sum overflows in 16 bits, or in every dtype.
     for scale in (1.0, 6e4, torch.finfo(whole.dtype).max):
         array = whole * scale
         for place, size in enumerate(values):
             array[1, 2, 5 * place, 3] = size
-        for results in ((array,), (array, whole), (whole, array)):
-            assert leaks.has_nan(*results) is any(map(math.isnan, values))
-        transposed = array.transpose(1, 2).contiguous().transpose(1, 2)
-        for results in ((whole, transposed), (transposed, whole[..., ::2])):
-            # Both infinities of an array that is not contiguous count as a NaN.
-            assert leaks.has_nan(*results) is math.isnan(sum(values))
+        assert leaks.has_nan(array) is any(map(math.isnan, values))
+        # Both infinities of an array that is not contiguous count as a NaN.
+        for view in (array.transpose(1, 2).contiguous().transpose(1, 2), array.repeat_interleave(2, -1)[..., ::2]):
+            assert leaks.has_nan(view) is math.isnan(sum(values))

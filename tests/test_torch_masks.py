@@ -50,13 +50,13 @@ def lower_triangle(length: int, batch: int = 1, heads: int = 1) -> Tensor:
 def is_causal(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """The argument `is_causal` of every call of the kernel."""
     arguments: list[bool] = []
-    forward: Any = native._forward
+    forward: Any = native.forward
 
     def recording(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
         arguments.append(tensors[4])
         return forward(*tensors, **options)
 
-    monkeypatch.setattr(native, "_forward", recording)
+    monkeypatch.setattr(native, "forward", recording)
     return arguments
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from mha_spec.arguments import expand_options
 from mha_spec.array_checks import check_library
@@ -18,17 +19,16 @@ from mha_spec.checks import (
     refuse_unknown,
 )
 
-from . import distributed, fused, operators, paths
+from . import direct, distributed, fused, operators, paths
 from .calls import PREPARED, arguments_of, cast, prepared, problem_of, signature_of
 from .dropout import drawn
-from .function import Attention, attend_directly, gradients, is_checkpointed, transformed
+from .function import any_needs_gradient, attend, gradients, transformed
 from .host import in_graph
 from .merging import merge, merge_gradients
 from .symbols import traced
 from .tasks import Operands
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import Unpack
 
     from jaxtyping import Float
@@ -65,7 +65,9 @@ def attention(
 
     `dropout_key` is a torch.Generator; None selects torch's default. Under autocast the three tensors are cast first.
     """
-    return _attention(query, key, value, return_lse, in_graph(options, query))
+    if is_dynamo_compiling():
+        options = in_graph(options, query)
+    return _attention(query, key, value, return_lse, options)
 
 
 @torch.compiler.allow_in_graph
@@ -76,6 +78,8 @@ def _attention(
         return_lse = check_flag("return_lse", return_lse)
     signature = signature_of(query, key, value, options)
     problem = PREPARED.get(signature)
+    if problem is not None and problem.direct is not None and not return_lse:
+        return direct.attend(problem, problem.direct, query, key, value)
     if problem is None:
         output, lse = _first(signature, query, key, value, return_lse, options)
     else:
@@ -112,25 +116,12 @@ def _in_graph(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:
 
 
 def _attend(problem: Problem, x: Operands, needs_lse: bool) -> tuple[Tensor, Any]:
-    if problem.direct is not None and not needs_lse and not is_checkpointed():
-        output = attend_directly(problem, x)
-        if output is not None:
-            return output, None
-        problem = problem.without_kernel()
-    needs_gradient = torch.is_grad_enabled() and _any_needs_gradient(x)
-    if not problem.host and not needs_lse and fused.takes(problem, x):
-        return (fused.Fused.apply(problem, x.mask, *x[:3]) if needs_gradient else fused.attend(problem, x)), None
-    if not needs_gradient:
-        return paths.attend(problem, x, needs_lse=needs_lse)
-    return Attention.apply(problem, *x)
-
-
-def _any_needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    # A loop takes half of the time that `any` takes with a generator.
-    for tensor in tensors:  # noqa: SIM110
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
+    if problem.direct is not None and not needs_lse:
+        return direct.attend(problem, problem.direct, *x[:3]), None
+    if needs_lse or problem.host or not fused.takes(problem, x):
+        return attend(problem, x, needs_lse=needs_lse)
+    needs_gradient = torch.is_grad_enabled() and any_needs_gradient(x)
+    return (fused.Fused.apply(problem, x.mask, *x[:3]) if needs_gradient else fused.attend(problem, x)), None
 
 
 @expand_options
@@ -168,7 +159,7 @@ def attention_and_weights(
 def _of_formula(a: Arguments) -> Problem:
     """Prepare a call for the formula alone; under autograd, non-finite values must stay out of its products."""
     problem = problem_of(a)
-    if torch.is_grad_enabled() and _any_needs_gradient(Operands.of(a)) and not problem.finite(a.query, a.key):
+    if torch.is_grad_enabled() and any_needs_gradient(Operands.of(a)) and not problem.finite(a.query, a.key):
         return problem.unread()
     return problem
 
@@ -198,7 +189,7 @@ def _vjp(
     check_cotangents(a, grad_output, grad_lse)
     check_dropout_mask(a)
     x = Operands.of(a)
-    if transformed() or (torch.is_grad_enabled() and _any_needs_gradient((*x, grad_output, grad_lse))):
+    if transformed() or (torch.is_grad_enabled() and any_needs_gradient((*x, grad_output, grad_lse))):
         return _as_tuple(gradients(problem_of(a), x, grad_output, grad_lse))
     if traced(query):
         return _as_tuple(operators.gradients(a, grad_output, grad_lse))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
-from . import leaks, native
-from .paths import attend, backward, differentiable
-from .tasks import NOTHING_HIDDEN, Operands
+from . import paths
+from .paths import backward, differentiable
+from .tasks import Operands
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attention",
-    "attend_directly",
+    "any_needs_gradient",
+    "attend",
     "gradients",
-    "is_checkpointed",
     "needs_operations",
     "transformed",
     "unhooked",
@@ -37,44 +36,20 @@ def transformed() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def attend_directly(problem: Problem, x: Operands) -> torch.Tensor | None:
-    """Compute the output by a call of the kernel alone, with torch's gradient; None if the kernel's is not right.
-
-    `Attention` has the same gradient, but a function in Python takes longer than a small kernel. A hook adds what
-    torch's gradient lacks.
-    """
-    output: Any = native.attend_directly(problem, x.query, x.key, x.value)
-    if output is not None and output.requires_grad:
-        output.grad_fn.register_hook(partial(_corrected, problem))
-    return output
+def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
+    """Compute output and, if needed, lse; autograd records the call if an operand needs a gradient."""
+    if torch.is_grad_enabled() and any_needs_gradient(x):
+        return Attention.apply(problem, *x)  # pyright: ignore[reportReturnType]
+    return paths.attend(problem, x, needs_lse=needs_lse)
 
 
-def is_checkpointed() -> bool:
-    """Tell whether saved tensors have hooks; a checkpoint forbids to read them once more, as `_corrected` does."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _corrected(problem: Problem, grad_inputs: Sequence[Any], grad_outputs: Sequence[Any]) -> tuple[Any, ...] | None:
-    """Replace torch's gradients if they must be differentiable too, or if a NaN has passed a hidden pair."""
-    if grad_outputs[0] is None:
-        return None
-    is_differentiated = needs_operations(grad_outputs)
-    if not is_differentiated and not _may_leak(problem, grad_inputs):
-        return None
-    node: Any = torch._C._current_autograd_node()
-    x = Operands(node._saved_query, node._saved_key, node._saved_value, None, None)
-    if is_differentiated:
-        results = gradients(problem, x, grad_outputs[0], None)
-    else:
-        rows = node._saved_output, node._saved_logsumexp, grad_outputs[0], None
-        results = backward(problem.without_kernel(), x, *rows, needs_bias=False)
-    return tuple(None if old is None else new for old, new in zip(grad_inputs, results[:3], strict=True))
-
-
-def _may_leak(problem: Problem, grad_inputs: Sequence[Any]) -> bool:
-    is_causal, added = problem.direct or NOTHING_HIDDEN
-    hides = is_causal or added is not None
-    return hides and leaks.may_be_in_gradients(problem, grad_inputs, is_causal=is_causal)
+def any_needs_gradient(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Tell whether a tensor that is present needs a gradient."""
+    # A loop takes half of the time that `any` takes with a generator.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def needs_operations(grad_outputs: Sequence[Any]) -> bool:
@@ -95,7 +70,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the tensors that the backward reads; a missing cotangent stays None."""
         x = Operands(*operands)
-        output, lse = attend(problem, x, needs_lse=True)
+        output, lse = paths.attend(problem, x, needs_lse=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*x, output, lse, *problem.tensors)
         ctx.problem = problem

@@ -14,19 +14,16 @@ from torch.nn.functional import pad
 
 from . import leaks
 from .masks import constraint_of
-from .tasks import NOTHING_HIDDEN, Constraint, converted, dense_rows
+from .tasks import FEWEST_KEYS, NOTHING_HIDDEN, Constraint, converted, dense_rows
 
 if TYPE_CHECKING:
     from .problem import Problem
     from .tasks import Operands, Task
 
-__all__ = ["attend", "attend_directly", "gradients"]
-
-FEWEST_KEYS = 16
-"""With fewer keys, the kernel may take a row whose scores are all NaN for a row that sees no key (MHA-NAN-1)."""
+__all__ = ["attend", "forward", "gradients", "may_have_lost_nan"]
 
 # A call of this function takes 4 us less than one of the operator in `torch.ops.aten`; the backward has no function.
-_forward: Any = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
+forward: Any = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -44,25 +41,14 @@ def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool) -> tup
         # A 16-bit output would be rounded twice: by the kernel, and as a product with the share of the keys.
         query, key, value = (converted(operand, problem.dtype) for operand in (query, key, value))
     causal, added = _constraint(problem, task, x)
-    output, lse = _forward(query, key, value, 0.0, causal, attn_mask=added, scale=problem.scale)
+    output, lse = forward(query, key, value, 0.0, causal, attn_mask=added, scale=problem.scale)
     if needs_lse or sinks is not None or (added is None and key.shape[2] < FEWEST_KEYS):
         lse = _with_empty_rows(problem, task, query, key, added, lse)
-    if lse is None or leaks.may_be_in_output(output, added, is_causal=causal):
+    if lse is None or ((causal or added is not None) and leaks.may_be_in_output(output, is_causal=causal)):
         return None
     if value is not x.value:
         output = output[..., : x.value.shape[3]]
     return (output, lse) if sinks is None else _with_sinks(sinks, output, lse, x.query.dtype)
-
-
-def attend_directly(
-    problem: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor | None:
-    """Compute the output of a call that needs nothing but the kernel; None as `attend` returns it."""
-    causal, added = problem.direct or NOTHING_HIDDEN
-    output, lse = _forward(query, key, value, 0.0, causal, attn_mask=added, scale=problem.scale)
-    if added is None and key.shape[2] < FEWEST_KEYS and _may_lose_nan(problem, query, key, lse):
-        return None
-    return None if leaks.may_be_in_output(output, added, is_causal=causal) else output
 
 
 def _with_empty_rows(
@@ -81,11 +67,11 @@ def _with_empty_rows(
     if not may_be_empty and key.shape[2] >= FEWEST_KEYS:
         return lse
     if added is None:
-        return None if _may_lose_nan(problem, query, key, lse) else lse
+        return None if may_have_lost_nan(problem, query, key, lse) else lse
     return lse if _has_no_zero(lse) else torch.where(added.amax(-1) == -math.inf, -math.inf, lse)
 
 
-def _may_lose_nan(problem: Problem, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor) -> bool:
+def may_have_lost_nan(problem: Problem, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor) -> bool:
     """Return True if the kernel may have taken a row of NaN for an empty one, to which it gives an lse of 0."""
     return not (_has_no_zero(lse) or problem.finite(query, key))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mha_spec import steps
 
 from .dropout import draws_of
-from .tasks import dense_rows, softmax_dtype
+from .tasks import FEWEST_KEYS, dense_rows, softmax_dtype
 from .visibility import Visibility, all_hold
 
 if TYPE_CHECKING:
@@ -19,9 +19,19 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
     from .dropout import Draws
-    from .tasks import Constraint, Operands, Task
+    from .tasks import Operands, Task
 
-__all__ = ["Problem", "readable"]
+__all__ = ["Direct", "Problem", "readable"]
+
+
+class Direct(NamedTuple):
+    """The arguments of a call that needs nothing but the flash kernel."""
+
+    is_causal: bool
+    added: torch.Tensor | None
+    """Logits that are added to the scores."""
+    may_lose_nan: bool
+    """True if the kernel may take a row of NaN for one that sees no key."""
 
 
 class Problem(NamedTuple):
@@ -39,8 +49,8 @@ class Problem(NamedTuple):
     """True if the flash kernel for the CPU has all options."""
     is_ready: bool
     """True if query, key and value are known to have contiguous rows of one size that do not overlap."""
-    direct: Constraint | None
-    """The kernel's arguments for hidden pairs, if it takes the call whole and nothing else, in the softmax's type.
+    direct: Direct | None
+    """The arguments of the kernel, if it takes the call as it is, in the softmax's type.
 
     Torch's gradient of the kernel is then accurate enough, too.
     """
@@ -71,11 +81,16 @@ class Problem(NamedTuple):
     def described(self, x: Operands) -> Problem:
         """Fill in what is known about the operands."""
         is_ready = x.query.shape[3] == x.value.shape[3] and all(dense_rows(operand) is operand for operand in x[:3])
+        return self._replace(is_ready=is_ready, direct=self._direct(x) if is_ready else None)
+
+    def _direct(self, x: Operands) -> Direct | None:
         is_plain = x.bias is None and x.sinks is None and x.mask is None and x.query.dtype == self.dtype
-        direct = None
-        if self.suits_flash and is_ready and is_plain and [task.is_whole for task in self.visibility.tasks] == [True]:
-            direct = self.visibility.tasks[0].constraint(self.scale)
-        return self._replace(is_ready=is_ready, direct=direct)
+        if not (self.suits_flash and is_plain and [task.is_whole for task in self.visibility.tasks] == [True]):
+            return None
+        constraint = self.visibility.tasks[0].constraint(self.scale)
+        if constraint is None:
+            return None
+        return Direct(*constraint, may_lose_nan=constraint.added is None and x.key.shape[2] < FEWEST_KEYS)
 
     def without_kernel(self) -> Problem:
         """Return the problem for the formula."""

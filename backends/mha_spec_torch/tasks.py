@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CAUSAL",
+    "FEWEST_KEYS",
     "NOTHING_HIDDEN",
     "Constraint",
     "Operands",
@@ -33,6 +34,9 @@ SCORES = 2**21
 """The number of scores that the formula holds at once: 8 MiB in float32, and more only for the rows of `ROWS`."""
 ROWS = 128
 """The number of rows that the formula takes at once; matrix products with far fewer rows are slow."""
+
+FEWEST_KEYS = 16
+"""With fewer keys, the flash kernel may take a row whose scores are all NaN for one that sees no key (MHA-NAN-1)."""
 
 
 class Span(NamedTuple):
