@@ -36,10 +36,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     masks._kept.clear()
 
 
-@pytest.fixture(params=[0, masks.LARGEST], ids=["large", "kept"])
+@pytest.fixture(params=[0, masks.LARGEST_KEPT], ids=["large", "kept"])
 def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the masks of the tests be larger than those that are kept, and then smaller."""
-    monkeypatch.setattr(masks, "LARGEST", request.param)
+    monkeypatch.setattr(masks, "LARGEST_KEPT", request.param)
 
 
 def lower_triangle(length: int, batch: int = 1, heads: int = 1) -> Tensor:

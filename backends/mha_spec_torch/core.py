@@ -79,7 +79,7 @@ def _attention(
     signature = signature_of(query, key, value, options)
     problem = PREPARED.get(signature)
     if problem is not None and problem.direct is not None and not return_lse:
-        return direct.attend(problem, problem.direct, query, key, value)
+        return direct.attend(problem, problem.direct, query, key, value, options.get("mask"))
     if problem is None:
         output, lse = _first(signature, query, key, value, return_lse, options)
     else:
@@ -117,7 +117,7 @@ def _in_graph(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:
 
 def _attend(problem: Problem, x: Operands, needs_lse: bool) -> tuple[Tensor, Any]:
     if problem.direct is not None and not needs_lse:
-        return direct.attend(problem, problem.direct, *x[:3]), None
+        return direct.attend(problem, problem.direct, *x[:3], x.mask), None
     if needs_lse or problem.host or not fused.takes(problem, x):
         return attend(problem, x, needs_lse=needs_lse)
     needs_gradient = torch.is_grad_enabled() and any_needs_gradient(x)

@@ -8,6 +8,7 @@ their bytes, so that a change in place counts; NumPy and Python compare many at 
 from __future__ import annotations
 
 from collections import deque
+from contextlib import nullcontext
 from ctypes import string_at
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from .tasks import CAUSAL, Constraint, logits_of
 if TYPE_CHECKING:
     Key = tuple[bytes, torch.Size, torch.dtype, bool]
 
-__all__ = ["constraint_of"]
+__all__ = ["LARGEST_KEPT", "constraint_of"]
 
 BITS_OF_MINUS_INFINITY = {
     torch.float32: numpy.float32(-numpy.inf).view(numpy.int32),
@@ -28,7 +29,7 @@ BITS_OF_MINUS_INFINITY = {
 
 SMALLEST = 2**12
 """The smallest number of pairs that are compared; fewer are converted in the time of a comparison."""
-LARGEST = 2**20
+LARGEST_KEPT = 2**20
 """The largest number of pairs that are kept; conversion takes little of the time of a call with more."""
 
 
@@ -41,13 +42,17 @@ def constraint_of(visible: torch.Tensor, dtype: torch.dtype, *, may_be_causal: b
     count = visible.numel()
     if count < SMALLEST:
         return Constraint(is_causal=False, added=logits_of(visible, dtype))
-    if count > LARGEST:
+    if count > LARGEST_KEPT:
         return _constraint(visible.numpy(), dtype, may_be_causal=may_be_causal)
-    asked = _bytes_of(visible), visible.shape, dtype, may_be_causal
+    pairs = _bytes_of(visible)
+    asked = pairs, visible.shape, dtype, may_be_causal
     for kept, constraint in tuple(_kept):
         if kept == asked:
             return constraint
-    constraint = _constraint(visible.numpy(), dtype, may_be_causal=may_be_causal)
+    # Kept logits must serve a call that autograd records, for which it refuses tensors of inference mode.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        array = numpy.frombuffer(pairs, bool).reshape(visible.shape)
+        constraint = _constraint(array, dtype, may_be_causal=may_be_causal)
     _kept.append((asked, constraint))
     return constraint
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from mha_spec import steps
 
 from .dropout import draws_of
-from .tasks import FEWEST_KEYS, dense_rows, softmax_dtype
+from .masks import LARGEST_KEPT
+from .tasks import FEWEST_KEYS, NOTHING_HIDDEN, dense_rows, softmax_dtype
 from .visibility import Visibility, all_hold
 
 if TYPE_CHECKING:
@@ -19,19 +20,18 @@ if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
     from .dropout import Draws
-    from .tasks import Operands, Task
+    from .tasks import Constraint, Operands, Task
 
 __all__ = ["Direct", "Problem", "readable"]
 
 
 class Direct(NamedTuple):
-    """The arguments of a call that needs nothing but the flash kernel."""
+    """What is known about a call that needs nothing but the flash kernel."""
 
-    is_causal: bool
-    added: torch.Tensor | None
-    """Logits that are added to the scores."""
-    may_lose_nan: bool
-    """True if the kernel may take a row of NaN for one that sees no key."""
+    constraint: Constraint | None
+    """The kernel's arguments for hidden pairs; None if those of the mask."""
+    has_few_keys: bool
+    """True if the kernel may take a row of NaN for one that sees no key, unless logits are added."""
 
 
 class Problem(NamedTuple):
@@ -50,7 +50,7 @@ class Problem(NamedTuple):
     is_ready: bool
     """True if query, key and value are known to have contiguous rows of one size that do not overlap."""
     direct: Direct | None
-    """The arguments of the kernel, if it takes the call as it is, in the softmax's type.
+    """What the kernel needs to know, if it takes the call as it is, in the softmax's type.
 
     Torch's gradient of the kernel is then accurate enough, too.
     """
@@ -84,13 +84,16 @@ class Problem(NamedTuple):
         return self._replace(is_ready=is_ready, direct=self._direct(x) if is_ready else None)
 
     def _direct(self, x: Operands) -> Direct | None:
-        is_plain = x.bias is None and x.sinks is None and x.mask is None and x.query.dtype == self.dtype
+        is_plain = x.bias is None and x.sinks is None and x.query.dtype == self.dtype
         if not (self.suits_flash and is_plain and [task.is_whole for task in self.visibility.tasks] == [True]):
             return None
         constraint = self.visibility.tasks[0].constraint(self.scale)
-        if constraint is None:
-            return None
-        return Direct(*constraint, may_lose_nan=constraint.added is None and x.key.shape[2] < FEWEST_KEYS)
+        has_few_keys = x.key.shape[2] < FEWEST_KEYS
+        if x.mask is None:
+            return None if constraint is None else Direct(constraint, has_few_keys)
+        # The kernel would save the logits of a large mask for its gradient, which take four times the memory.
+        is_alone = constraint is NOTHING_HIDDEN and x.mask.numel() <= LARGEST_KEPT
+        return Direct(None, has_few_keys) if is_alone else None
 
     def without_kernel(self) -> Problem:
         """Return the problem for the formula."""
