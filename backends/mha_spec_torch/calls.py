@@ -51,7 +51,8 @@ MOST_PREPARED, MOST_TASKS = 256, 64
 
 def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Signature | None:
     """Return the signature of an eager call of attention; None if an argument has no description here."""
-    if not _is_eager():
+    # A tracer, a transform, autocast or a dispatch mode affects the call.
+    if _is_tracing() or transformed() or _is_any_autocast_enabled() or _len_torch_dispatch_stack():
         return None
     if not (type(query) in TENSORS and type(key) in TENSORS and type(value) in TENSORS):
         return None
@@ -74,11 +75,6 @@ def signature_of(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str
     except RuntimeError:  # A nested tensor has no shape, and some sparse ones have no strides.
         return None
     return tuple(signature)
-
-
-def _is_eager() -> bool:
-    """Tell whether no tracer, transform, dispatch mode or autocast affects the call."""
-    return not (_is_tracing() or transformed() or _is_any_autocast_enabled() or _len_torch_dispatch_stack())
 
 
 def prepared(signature: Signature | None, problem: Problem, x: Operands) -> Problem:

@@ -29,9 +29,11 @@ def may_be_in_output(output: torch.Tensor, *, is_causal: bool) -> bool:
     it is finite only if all values are.
     """
     # Autograd would record the selection of a row, which takes longer than a sum of all rows.
-    if not is_causal or output.requires_grad:
-        return has_nan(output)
-    return not _is_finite(output.select(2, -1))
+    is_selected = is_causal and not output.requires_grad
+    evidence = output.select(2, -1) if is_selected else output
+    if math.isfinite(evidence.sum().item()):
+        return False
+    return not bool(evidence.isfinite().all()) if is_selected else _is_nan(output.detach())
 
 
 def may_be_in_gradients(problem: Problem, gradients: Sequence[torch.Tensor | None], *, is_causal: bool) -> bool:
@@ -46,9 +48,12 @@ def may_be_in_gradients(problem: Problem, gradients: Sequence[torch.Tensor | Non
     of_query, of_key, _ = gradients
     if abs(problem.scale) < _LEAST_SCALE or of_query is None or of_key is None:
         return any(has_nan(gradient) for gradient in gradients if gradient is not None)
-    if is_causal:
-        return has_nan(of_query) or not _is_finite(of_key.select(2, 0))
-    return has_nan(of_query) or has_nan(of_key)
+    if not is_causal:
+        return has_nan(of_query) or has_nan(of_key)
+    of_key = of_key.select(2, 0)
+    if math.isfinite(of_query.sum().item()) and math.isfinite(of_key.sum().item()):
+        return False
+    return has_nan(of_query) or not bool(of_key.isfinite().all())
 
 
 def has_nan(result: torch.Tensor) -> bool:
@@ -66,8 +71,3 @@ def _is_nan(array: torch.Tensor) -> bool:
     Neither a maximum nor a sum drops a NaN. The maximum takes less time, but copies what is not contiguous first.
     """
     return math.isnan((array.max() if array.is_contiguous() and array.numel() else array.sum()).item())
-
-
-def _is_finite(array: torch.Tensor) -> bool:
-    """Return True if every element is finite; the sum of finite ones may overflow."""
-    return math.isfinite(array.sum().item()) or bool(array.isfinite().all())
