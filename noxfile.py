@@ -47,6 +47,8 @@ UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOS
 The rewrites of XLA itself stay. The workflow judges optimised programs (`conformance` with the variable at 0), as does
 `fuzz`.
 """
+PATIENTLY = ("--jobs", "2", "--timeout", "300")
+"""The first call of a compiled function may take longer than the usual minute on a machine with other work."""
 TOOLS = Path(".nox", "environment", "bin").resolve()
 FOLDER = Path("conformance", "targets")
 FIELD = Path(".nox", "field").resolve()
@@ -98,7 +100,7 @@ def conformance(session: nox.Session, backend: str) -> None:
     """Judge each backend and the reference by the whole suite."""
     framework = [requirement for requirement in group("frameworks") if requirement.startswith(backend)]
     session.install(".[conformance]", *framework)
-    session.run("mha-spec", "check", backend, "--jobs", "2", *session.posargs, env=UNOPTIMIZED)
+    session.run("mha-spec", "check", backend, *PATIENTLY, *session.posargs, env=UNOPTIMIZED)
 
 
 @nox.session(requires=["environment"], venv_backend="none")
@@ -134,8 +136,7 @@ def judged(session: nox.Session, names: Iterable[str]) -> dict[str, dict[str, An
         target, packages = target_with_packages(session, name)
         known, report = FOLDER / f"{name}.known.toml", FIELD / f"{name}.json"
         deviations = ("--known", str(known)) if known.exists() else ()
-        # The first call of a compiled function may take longer than the usual minute on a machine with other work.
-        options = ("--jobs", "2", "--timeout", "300", *deviations, "--json", str(report))
+        options = (*PATIENTLY, *deviations, "--json", str(report))
         command = ("mha-spec", "check", *target, *options)
         report.unlink(missing_ok=True)
         run_tool(session, *command, env=packages, success_codes=[0, 1, 2])

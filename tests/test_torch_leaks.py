@@ -33,6 +33,9 @@ def visible_pairs(constraint: str) -> Tensor:
     every = torch.ones(Q_LEN, kv_len, dtype=torch.bool)
     if constraint == "kv_lengths":
         return every & (torch.arange(kv_len) < LENGTH)
+    if constraint == "mask":  # Row 17 sees no key.
+        shown = torch.rand(every.shape, generator=torch.Generator().manual_seed(5)) < 0.6
+        return shown & (torch.arange(Q_LEN) != 17)[:, None]
     return every.tril()
 
 
@@ -60,7 +63,7 @@ def reached(place: str, index: int, visible: Tensor) -> tuple[Tensor, Tensor, Te
 
 @pytest.mark.parametrize("size", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("constraint", ["causal, square", "causal, few keys", "causal mask", "kv_lengths"])
+@pytest.mark.parametrize("constraint", ["causal, square", "causal, few keys", "causal mask", "mask", "kv_lengths"])
 def test_nothing_passes_a_hidden_pair(constraint: str, place: str, size: float) -> None:
     visible = visible_pairs(constraint)
     options = options_of(constraint, visible)

@@ -79,6 +79,35 @@ def test_its_gradients_are_those_of_causal() -> None:
     assert_equal(*gradients)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("poison", [0.0, math.nan])
+@pytest.mark.parametrize("kind", ["causal", "random"])
+def test_a_mask_that_changes_between_the_passes_changes_no_gradient(
+    kind: str, poison: float, create_graph: bool
+) -> None:
+    # The NaN is hidden from all rows but the last, so that the kernel's gradients must be replaced.
+    mask = lower_triangle(40)
+    if kind == "random":
+        mask &= torch.rand(mask.shape, generator=torch.Generator().manual_seed(4)) < 0.7
+        mask[..., -1, -1] = True
+    tensors = [tensor.requires_grad_() for tensor in operands(40)]
+    cotangent = torch.ones(*tensors[0].shape[:3], tensors[2].shape[3], dtype=torch.float64)
+    cotangent[:, :, -1] = poison
+    results: list[Any] = []
+    for change in (False, True):
+        passed = mask.clone()
+        output: Any = mha_spec_torch.attention(*tensors, mask=passed)
+        if change:
+            passed.logical_not_()
+        gradients = torch.autograd.grad(output, tensors, cotangent, create_graph=create_graph)
+        if create_graph:
+            gradients += torch.autograd.grad(gradients[0][:, :, 0].square().sum(), tensors)
+        results.append([gradient.detach().nan_to_num() for gradient in gradients])
+    assert_equal(*results)
+    expected: Any = mha_spec_torch.attention(*tensors, mask=mask, return_lse=True)[0]
+    assert_near(results[0][0][:, :, :-1], torch.autograd.grad(expected, tensors, cotangent)[0][:, :, :-1])
+
+
 def test_a_mask_for_each_head_and_entry_is_compared_too(is_causal: list[bool]) -> None:
     mask = lower_triangle(24, BATCH, HEADS)
     mha_spec_torch.attention(*operands(24), mask=mask)

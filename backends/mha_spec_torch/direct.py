@@ -35,7 +35,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: Any,
 ) -> torch.Tensor:
     """Compute the output by the kernel, with torch's gradient of it, unless another path has to.
 

@@ -39,7 +39,7 @@ def transformed() -> bool:
 def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:
     """Compute output and, if needed, lse; autograd records the call if an operand needs a gradient."""
     if torch.is_grad_enabled() and any_needs_gradient(x):
-        return Attention.apply(problem, *x)  # pyright: ignore[reportReturnType]
+        return Attention.apply(problem, *x)
     return paths.attend(problem, x, needs_lse=needs_lse)
 
 

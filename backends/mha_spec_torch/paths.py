@@ -12,6 +12,7 @@
 3. In the softmax's type; the formula where the bias needs a gradient.
 4. Those of torch.func, forward mode, and the backward of a backward.
 
+A call that needs nothing but the flash kernel, which takes it whole, goes there by `direct`, with torch's gradient.
 `Visibility.tasks` cuts a call into tasks: queries that share a range of keys. In a graph, flash and formula are a
 single operator, and the weights are another; an operator chooses its path when it runs. See `operators`.
 """
