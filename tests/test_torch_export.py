@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import onnxruntime
 import pytest
 import torch
@@ -58,6 +59,24 @@ def test_an_exported_program_has_no_guards_on_its_sizes(strict: bool) -> None:
     for sizes in SIZES:
         call = inputs(*sizes)
         assert_near(program(*call), model(*call))
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("option", ["mask", "bias", "sinks"])
+def test_arrays_of_numpy_are_constants_of_an_exported_program(option: str) -> None:
+    constants = {
+        "mask": numpy.tri(17, dtype=bool)[None, None],
+        "bias": numpy.ones((1, 1, 1, 1)),
+        "sinks": numpy.ones(1),
+    }
+    x = inputs(3, 17)[0][:, None]
+
+    class Constant(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return attention(x, x, x, **{option: constants[option]})
+
+    expected = attention(x, x, x, **{option: torch.from_numpy(constants[option])})
+    assert_near(export(Constant(), (x,), strict=False).module()(x), expected)
 
 
 @pytest.mark.usefixtures("quiet")

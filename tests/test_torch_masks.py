@@ -167,6 +167,19 @@ def test_pairs_have_their_meaning_however_they_lie_in_memory(
     assert_near(results, formula(query, key, value, mask))
 
 
+@pytest.mark.parametrize("shape", [(BATCH, HEADS, 1, 1), (BATCH, HEADS, 1, 13), (BATCH, HEADS, 13, 1)])
+def test_a_mask_that_broadcasts_over_queries_or_keys_is_not_causal(
+    is_causal: list[bool], shape: tuple[int, ...]
+) -> None:
+    query, key, value = operands(13)
+    mask = torch.ones(shape, dtype=torch.bool)
+    results = mha_spec_torch.attention(query, key, value, mask=mask, return_lse=True)
+    output = mha_spec_torch.attention(query, key, value, mask=mask)
+    assert is_causal == [False, False]
+    expected = formula(query, key, value, mask)
+    assert_near((*results, output), (*expected, expected[0]))
+
+
 @pytest.mark.parametrize("shape", [(0, 1, 5, 5), (2, 1, 0, 0), (1, 1, 23, 23)])
 def test_a_few_pairs_are_converted_without_a_comparison(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from mha_spec.arguments import expand_options
 from mha_spec.array_checks import check_library
@@ -65,7 +65,7 @@ def attention(
 
     `dropout_key` is a torch.Generator; None selects torch's default. Under autocast the three tensors are cast first.
     """
-    if is_dynamo_compiling():
+    if is_compiling():
         options = in_graph(options, query)
     return _attention(query, key, value, return_lse, options)
 

@@ -49,14 +49,14 @@ def attend(
         is_lost = direct.has_few_keys and added is None and native.may_have_lost_nan(problem, query, key, lse)
         if not is_lost and not ((causal or added is not None) and leaks.may_be_in_output(output, is_causal=causal)):
             if output.requires_grad:
-                output.grad_fn.register_hook(partial(_corrected, problem, constraint))
+                output.grad_fn.register_hook(partial(_corrected, problem, direct, constraint))
             return output
         problem = problem.without_kernel()
     return attend_by_tasks(problem, Operands(query, key, value, None, None, mask), needs_lse=False)[0]
 
 
 def _corrected(
-    problem: Problem, constraint: Constraint, grad_inputs: Sequence[Any], grad_outputs: Sequence[Any]
+    problem: Problem, direct: Direct, constraint: Constraint, grad_inputs: Sequence[Any], grad_outputs: Sequence[Any]
 ) -> tuple[Any, ...] | None:
     """Replace torch's gradients if they must be differentiable too, or if a NaN has passed a hidden pair."""
     if grad_outputs[0] is None:
@@ -69,7 +69,8 @@ def _corrected(
         return None
     node: Any = torch._C._current_autograd_node()
     query, key = node._saved_query, node._saved_key
-    x = Operands(query, key, node._saved_value, None, None, _mask_of(problem, constraint, query, key))
+    mask = _mask_of(constraint, query, key) if direct.constraint is None else None
+    x = Operands(query, key, node._saved_value, None, None, mask)
     if is_differentiated:
         results = gradients(problem, x, grad_outputs[0], None)
     else:
@@ -78,10 +79,8 @@ def _corrected(
     return tuple(None if old is None else new for old, new in zip(grad_inputs, results[:3], strict=True))
 
 
-def _mask_of(problem: Problem, constraint: Constraint, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """Make the mask of a call anew, as the caller may have changed it since; None if it had none."""
-    if problem.direct is None or problem.direct.constraint is not None:
-        return None
+def _mask_of(constraint: Constraint, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Make the mask of a call anew, because the caller may have changed it since."""
     if constraint.added is not None:
         return constraint.added == 0
     return torch.ones((1, 1, query.shape[2], key.shape[2]), dtype=torch.bool).tril()

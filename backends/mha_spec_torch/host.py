@@ -24,7 +24,7 @@ def in_graph(value: Any, like: torch.Tensor) -> Any:
 
     Options may be in a dictionary.
     """
-    if not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_compiling():
         return value
     if isinstance(value, dict):
         return {name: in_graph(option, like) for name, option in value.items()}

@@ -1,8 +1,8 @@
 """Tell whether a NaN may have passed a hidden pair in the flash kernel.
 
 The kernel multiplies hidden values by a weight of 0. The product of 0 with an infinity or a NaN is NaN (MHA-POISON-1,
-MHA-POISON-2), and no sum drops a NaN. With `is_causal`, a few elements prove that nothing has passed; with logits, the
-whole result is searched.
+MHA-POISON-2), and no sum drops a NaN: a finite sum of a result proves that it has none. With `is_causal`, the sum of a
+single row or key can prove the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def may_be_in_output(output: torch.Tensor, *, is_causal: bool) -> bool:
     With `is_causal`, the kernel replaces hidden scores, so that only hidden values pass. The last row sees every key:
     it is finite only if all values are.
     """
-    # Autograd would record the selection of a row, which takes longer than a sum of all rows.
+    # Where autograd records each operation, a selection and its sum take longer than the sum of all rows.
     is_selected = is_causal and not output.requires_grad
     evidence = output.select(2, -1) if is_selected else output
     if math.isfinite(evidence.sum().item()):
@@ -42,8 +42,9 @@ def may_be_in_gradients(problem: Problem, gradients: Sequence[torch.Tensor | Non
     Such a NaN reaches dQ or dK; a NaN in dV alone is that of a visible pair. With a scale that is 0 in float32, the
     kernel computes no product for dQ and dK, and a NaN in grad_output reaches dV alone.
 
-    With `is_causal`, every row sees the first key: a NaN that a row passes to other keys alone comes from an element of
-    its query that is not finite, and the gradient of the first key has the product of that element, too.
+    With `is_causal`, dQ and the first key of dK are enough. dK sums the products of dS with the queries. A NaN in dS of
+    a hidden pair reaches dQ, too. Otherwise dS is 0 there, and its product is NaN only if the query is not finite. The
+    first key is seen by every row, so that its dK has a product of this query, too, which is not finite either.
     """
     of_query, of_key, _ = gradients
     if abs(problem.scale) < _LEAST_SCALE or of_query is None or of_key is None:
@@ -57,7 +58,7 @@ def may_be_in_gradients(problem: Problem, gradients: Sequence[torch.Tensor | Non
 
 
 def has_nan(result: torch.Tensor) -> bool:
-    """Return True if a result has a NaN.
+    """Return True if a result has a NaN, or, unless it is contiguous, if it has both infinities.
 
     A finite sum proves that there is none, and takes a quarter of the time of a maximum. It may overflow, so that only
     a maximum can prove that there is a NaN.

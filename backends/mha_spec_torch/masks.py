@@ -80,10 +80,13 @@ def _logits(pairs: numpy.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _are_causal(pairs: numpy.ndarray) -> bool:
-    """Tell whether pairs are visible exactly if j <= i, for q_len = kv_len (MHA-CAUSAL-1)."""
+    """Tell whether pairs are visible exactly if j <= i, for q_len = kv_len (MHA-CAUSAL-1).
+
+    Axes of size 1 broadcast, so that a mask of 1 x 1 does not tell the lengths.
+    """
     q_len, kv_len = pairs.shape[2:]
     # Most masks show several keys to the first query, and a count takes less time than a triangle.
-    if q_len != kv_len or numpy.count_nonzero(pairs[0, 0, 0]) != 1:
+    if q_len != kv_len or q_len == 1 or numpy.count_nonzero(pairs[0, 0, 0]) != 1:
         return False
     triangle = numpy.tri(kv_len, dtype=bool)
     return all(bool((square == triangle).all()) for square in pairs.reshape(-1, q_len, kv_len))

@@ -29,7 +29,7 @@ class Direct(NamedTuple):
     """What is known about a call that needs nothing but the flash kernel."""
 
     constraint: Constraint | None
-    """The kernel's arguments for hidden pairs; None if those of the mask."""
+    """The kernel's arguments for hidden pairs; None if the mask of each call determines them."""
     has_few_keys: bool
     """True if the kernel may take a row of NaN for one that sees no key, unless logits are added."""
 
@@ -91,7 +91,7 @@ class Problem(NamedTuple):
         has_few_keys = x.key.shape[2] < FEWEST_KEYS
         if x.mask is None:
             return None if constraint is None else Direct(constraint, has_few_keys)
-        # The kernel would save the logits of a large mask for its gradient, which take four times the memory.
+        # The kernel would save the logits of a large mask for its gradient, which take four or eight times its memory.
         is_alone = constraint is NOTHING_HIDDEN and x.mask.numel() <= LARGEST_KEPT
         return Direct(None, has_few_keys) if is_alone else None
 
