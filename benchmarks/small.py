@@ -215,7 +215,9 @@ def measured(table: Table, row: Row, middle: Callable[[Iterable[float]], float],
     *_, ours, peer = (milliseconds * 1000 for milliseconds in ratio(row.ours, row.theirs, 2.0, clock, middle))
     good = row.limit is None or row.limit.holds(ours, peer)
     times = (f"{ours:.0f}", f"{peer:.0f}", f"{ours - peer:+.0f}", f"{ours / peer:.2f}")
-    table.add_row(row.call, row.peer, *times, str(row.limit or ""), "ok" if good else "EXCEEDED")
+    table.add_row(
+        row.call, row.peer, *times, *(("", "") if row.limit is None else (str(row.limit), "ok" if good else "EXCEEDED"))
+    )
     return good
 
 

@@ -65,6 +65,7 @@ def attention(
 
     `dropout_key` is a torch.Generator; None selects torch's default. Under autocast the three tensors are cast first.
     """
+    # `in_graph` tests this, too; a call of a function less matters here, as `direct` explains.
     if is_compiling():
         options = in_graph(options, query)
     return _attention(query, key, value, return_lse, options)
@@ -78,6 +79,7 @@ def _attention(
         return_lse = check_flag("return_lse", return_lse)
     signature = signature_of(query, key, value, options)
     problem = PREPARED.get(signature)
+    # `_attend` would do the same after two more calls of functions.
     if problem is not None and problem.direct is not None and not return_lse:
         return direct.attend(problem, problem.direct, query, key, value, options.get("mask"))
     if problem is None:
