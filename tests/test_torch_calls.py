@@ -154,15 +154,18 @@ def test_an_output_without_a_cotangent(options: str, create_graph: bool) -> None
         assert all(gradient is None or not gradient.any() for gradient in results[1:])
 
 
+@pytest.mark.parametrize("maps", ["is_grads_batched", "vmap"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_cotangents_in_a_batch(options: str) -> None:
-    """autograd's `is_grads_batched` maps the backward pass, in which nothing can be read."""
+def test_cotangents_in_a_batch(options: str, maps: str) -> None:
+    """autograd's `is_grads_batched` and torch.vmap map the backward pass, in which nothing can be read."""
     tensors = inputs()
     cotangents = [attention(*operands(), **OPTIONS[options]).roll(shift) for shift in range(3)]
     for _ in range(2):
         output = attention(*tensors, **OPTIONS[options])
-        batched = torch.autograd.grad(output, tensors, torch.stack(cotangents), is_grads_batched=True)
+        pull = partial(torch.autograd.grad, output, tensors, retain_graph=True)
+        stacked = torch.stack(cotangents)
+        batched = torch.vmap(pull)(stacked) if maps == "vmap" else pull(stacked, is_grads_batched=True)
         for place, cotangent in enumerate(cotangents):
             single = torch.autograd.grad(attention(*tensors, **OPTIONS[options]), tensors, cotangent)
             torch.testing.assert_close([gradient[place] for gradient in batched], list(single))

@@ -64,7 +64,7 @@ def _corrected(
     causal, added = constraint
     is_differentiated = needs_operations(grad_outputs)
     if not is_differentiated and not (
-        (causal or added is not None) and leaks.may_be_in_gradients(problem, grad_inputs, is_causal=causal)
+        (causal or added is not None) and leaks.may_be_in_gradients(problem, grad_inputs)
     ):
         return None
     node: Any = torch._C._current_autograd_node()

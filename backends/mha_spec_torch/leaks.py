@@ -1,8 +1,8 @@
 """Tell whether a NaN may have passed a hidden pair in the flash kernel.
 
 The kernel multiplies hidden values by a weight of 0. The product of 0 with an infinity or a NaN is NaN (MHA-POISON-1,
-MHA-POISON-2), and no sum drops a NaN: a finite sum of a result proves that it has none. With `is_causal`, the sum of a
-single row or key can prove the same.
+MHA-POISON-2), and no sum drops a NaN: a finite sum of a result proves that it has none. With `is_causal`, that of the
+last row of the output proves the same.
 """
 
 from __future__ import annotations
@@ -36,25 +36,16 @@ def may_be_in_output(output: torch.Tensor, *, is_causal: bool) -> bool:
     return not bool(evidence.isfinite().all()) if is_selected else _is_nan(output.detach())
 
 
-def may_be_in_gradients(problem: Problem, gradients: Sequence[torch.Tensor | None], *, is_causal: bool) -> bool:
+def may_be_in_gradients(problem: Problem, gradients: Sequence[torch.Tensor | None]) -> bool:
     """Return True if a gradient of query, key or value may have a NaN that has passed a hidden pair; None is absent.
 
     Such a NaN reaches dQ or dK; a NaN in dV alone is that of a visible pair. With a scale that is 0 in float32, the
     kernel computes no product for dQ and dK, and a NaN in grad_output reaches dV alone.
-
-    With `is_causal`, dQ and the first key of dK are enough. dK sums the products of dS with the queries. A NaN in dS of
-    a hidden pair reaches dQ, too. Otherwise dS is 0 there, and its product is NaN only if the query is not finite. The
-    first key is seen by every row, so that its dK has a product of this query, too, which is not finite either.
     """
     of_query, of_key, _ = gradients
     if abs(problem.scale) < _LEAST_SCALE or of_query is None or of_key is None:
         return any(has_nan(gradient) for gradient in gradients if gradient is not None)
-    if not is_causal:
-        return has_nan(of_query) or has_nan(of_key)
-    of_key = of_key.select(2, 0)
-    if math.isfinite(of_query.sum().item()) and math.isfinite(of_key.sum().item()):
-        return False
-    return has_nan(of_query) or not bool(of_key.isfinite().all())
+    return has_nan(of_query) or has_nan(of_key)
 
 
 def has_nan(result: torch.Tensor) -> bool:

@@ -114,7 +114,7 @@ def gradients(
     lse = lse if added is None else torch.where(lse == -math.inf, 0.0, lse)
     # The kernel itself copies a grad_output that is not contiguous.
     grads = _backward(grad_output, query, key, value, output, lse, 0.0, causal, attn_mask=added, scale=problem.scale)
-    if (causal or added is not None) and leaks.may_be_in_gradients(problem, grads, is_causal=causal):
+    if (causal or added is not None) and leaks.may_be_in_gradients(problem, grads):
         return None
     if is_padded:
         sizes = (operand.shape[3] for operand in x[:3])
