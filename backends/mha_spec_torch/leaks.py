@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from .problem import Problem
 
-__all__ = ["has_nan", "may_be_in_gradients", "may_be_in_output"]
+__all__ = ["LEAST_SCALE", "has_nan", "may_be_in_gradients", "may_be_in_output"]
 
-_LEAST_SCALE = torch.finfo(torch.float32).tiny
+LEAST_SCALE = torch.finfo(torch.float32).tiny
+"""With a scale below it, the kernel may compute no product for dQ and dK."""
 
 
 def may_be_in_output(output: torch.Tensor, *, is_causal: bool) -> bool:
@@ -39,11 +40,11 @@ def may_be_in_output(output: torch.Tensor, *, is_causal: bool) -> bool:
 def may_be_in_gradients(problem: Problem, gradients: Sequence[torch.Tensor | None]) -> bool:
     """Return True if a gradient of query, key or value may have a NaN that has passed a hidden pair; None is absent.
 
-    Such a NaN reaches dQ or dK; a NaN in dV alone is that of a visible pair. With a scale that is 0 in float32, the
-    kernel computes no product for dQ and dK, and a NaN in grad_output reaches dV alone.
+    Such a NaN reaches dQ or dK; a NaN in dV alone is that of a visible pair. With a scale below `LEAST_SCALE`, a NaN in
+    grad_output may reach dV alone.
     """
     of_query, of_key, _ = gradients
-    if abs(problem.scale) < _LEAST_SCALE or of_query is None or of_key is None:
+    if abs(problem.scale) < LEAST_SCALE or of_query is None or of_key is None:
         return any(has_nan(gradient) for gradient in gradients if gradient is not None)
     return has_nan(of_query) or has_nan(of_key)
 
