@@ -465,13 +465,12 @@ def test_an_exported_layer_accepts_and_returns_a_cache(paged: bool) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"chunk": 3, "kv_starts": []}, {"chunk": 3, "kv_starts": numpy.zeros(0, numpy.int64)}, {"window": (3, 0)}],
-    ids=["starts", "starts as an array", "window"],
+    [{"kv_starts": []}, {"kv_starts": numpy.zeros(0, numpy.int64)}, {"q_offset": numpy.zeros(0, numpy.int64)}],
+    ids=["starts", "starts as an array", "offsets"],
 )
 def test_a_batch_without_entries_has_no_starts(options: dict[str, Any]) -> None:
     query, key = (jnp.zeros((0, heads, 11, 5)) for heads in (6, 2))
-    options = options | {"q_offset": numpy.zeros(0, numpy.int64)} if "window" in options else options
-    output: Any = mha_spec_jax.attention(query, key, key, **options)
+    output: Any = mha_spec_jax.attention(query, key, key, chunk=3, **options)
     assert output.shape == query.shape
-    gradients = mha_spec_jax.attention_vjp(query, query, key, key, **options)
+    gradients = mha_spec_jax.attention_vjp(query, query, key, key, chunk=3, **options)
     assert [gradient.shape for gradient in gradients[:3]] == [query.shape, key.shape, key.shape]

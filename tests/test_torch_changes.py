@@ -11,7 +11,6 @@ from support.torch_world import forget_calls, operands
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mha_spec_torch
 from mha_spec.errors import ArgumentTypeError
@@ -56,11 +55,11 @@ def test_another_mask_of_the_same_shape_counts() -> None:
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "another value": ({"causal": True}, {"causal": False}),
     "another scale": ({"scale": 0.25}, {"scale": 0.5}),
-    "one option more": ({}, {"causal": True}),
-    "one option less": ({"causal": True, "scale": 0.25}, {"scale": 0.25}),
+    "an option more": ({}, {"causal": True}),
+    "an option less": ({"causal": True, "scale": 0.25}, {"scale": 0.25}),
     "another option": ({"mask": None}, {"bias": None}),
-    "a mask after none": ({"mask": None}, {"mask": MASK}),
-    "no mask after one": ({"mask": MASK}, {"mask": None}),
+    "a mask after no mask": ({"mask": None}, {"mask": MASK}),
+    "no mask after a mask": ({"mask": MASK}, {"mask": None}),
     "another shape of the mask": ({"mask": MASK}, {"mask": MASK[..., :1, :]}),
     "a bias in place of a mask": ({"mask": MASK}, {"bias": MASK.to(torch.float32)}),
 }
@@ -94,12 +93,12 @@ def test_a_list_that_changes_in_place_counts() -> None:
         assert_like(attention(*tensors, kv_lengths=lengths), fresh(tensors, kv_lengths=[length, length]))
 
 
-ALL: dict[str, Callable[[Tensor], Tensor]] = {
+OF_ALL: dict[str, Callable[[Tensor], Tensor]] = {
     "size": lambda x: x[:, :, :16],
     "dtype": lambda x: x.to(torch.float64),
     "16 bits": lambda x: x.to(torch.bfloat16),
 }
-ONE: dict[str, Callable[[Tensor], Tensor]] = {
+OF_EACH: dict[str, Callable[[Tensor], Tensor]] = {
     "strides": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "last stride": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
     "gradient": lambda x: x.clone().requires_grad_(),
@@ -111,8 +110,8 @@ ONE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize(
     ("places", "change"),
     [
-        *(pytest.param((0, 1, 2), change, id=f"{name} of all") for name, change in (ALL | ONE).items()),
-        *(pytest.param((place,), ONE[name], id=f"{name} of {place}") for name in ONE for place in range(3)),
+        *(pytest.param((0, 1, 2), change, id=f"{name} of all") for name, change in (OF_ALL | OF_EACH).items()),
+        *(pytest.param((place,), OF_EACH[name], id=f"{name} of {place}") for name in OF_EACH for place in range(3)),
     ],
 )
 def test_a_change_of_the_tensors_counts(places: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> None:
@@ -153,18 +152,9 @@ def test_another_kind_of_operand_is_refused(place: str, kind: Callable[[Tensor],
         attention(**arguments | {place: changed})
 
 
-class Passing(TorchDispatchMode):
-    """Passes on every operator."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 MODES: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference": torch.inference_mode,
-    "dispatch": Passing,
-    "forward mode": forward_ad.dual_level,
 }
 
 

@@ -7,16 +7,13 @@ up to 2 us, 1 % of a small kernel.
 from __future__ import annotations
 
 from functools import partial
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import is_grad_enabled
-from torch._C import _are_functorch_transforms_active
 
 from . import leaks, native
 from .function import attend as attend_by_tasks
-from .function import gradients, is_batched
+from .function import gradients, needs_operations
 from .masks import constraint_of
 from .paths import backward
 from .tasks import Operands
@@ -65,19 +62,9 @@ def _corrected(
     if grad_outputs[0] is None:
         return None
     causal, added = constraint
-    of_query, of_key, _ = grad_inputs
-    # `function.needs_operations` and `leaks.may_be_in_gradients` ask the same, by calls of functions that take 1 % of a
-    # small forward and backward. Forward mode is not asked for, because the backward of the kernel refuses it.
-    is_differentiated = is_grad_enabled() or _are_functorch_transforms_active() or is_batched(grad_outputs[0])
-    if not is_differentiated and (
-        not (causal or added is not None)
-        or (
-            of_query is not None
-            and of_key is not None
-            and isfinite(of_query.sum().item())
-            and isfinite(of_key.sum().item())
-        )
-        or not leaks.may_be_in_gradients(problem, grad_inputs)
+    is_differentiated = needs_operations(grad_outputs)
+    if not is_differentiated and not (
+        (causal or added is not None) and leaks.may_be_in_gradients(problem, grad_inputs)
     ):
         return None
     node: Any = torch._C._current_autograd_node()

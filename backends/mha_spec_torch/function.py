@@ -23,13 +23,12 @@ __all__ = [
     "any_needs_gradient",
     "attend",
     "gradients",
-    "is_batched",
     "needs_operations",
     "transformed",
     "unhooked",
 ]
 
-is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def transformed() -> bool:
@@ -59,7 +58,7 @@ def needs_operations(grad_outputs: Sequence[Any]) -> bool:
         return True
     # A loop takes half of the time that `any` takes with a generator.
     for gradient in grad_outputs:  # noqa: SIM110
-        if gradient is not None and is_batched(gradient):
+        if gradient is not None and _is_batched(gradient):
             return True
     return False
 

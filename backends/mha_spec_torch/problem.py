@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from mha_spec import steps
 
 from .dropout import draws_of
-from .leaks import LEAST_SCALE
 from .masks import LARGEST_KEPT
 from .tasks import FEWEST_KEYS, NOTHING_HIDDEN, dense_rows, softmax_dtype
 from .visibility import Visibility, all_hold
@@ -85,7 +84,7 @@ class Problem(NamedTuple):
         return self._replace(is_ready=is_ready, direct=self._direct(x) if is_ready else None)
 
     def _direct(self, x: Operands) -> Direct | None:
-        is_plain = x.bias is None and x.sinks is None and x.query.dtype == self.dtype and abs(self.scale) >= LEAST_SCALE
+        is_plain = x.bias is None and x.sinks is None and x.query.dtype == self.dtype
         if not (self.suits_flash and is_plain and [task.is_whole for task in self.visibility.tasks] == [True]):
             return None
         constraint = self.visibility.tasks[0].constraint(self.scale)
