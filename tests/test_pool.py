@@ -15,6 +15,7 @@ import numpy
 import pytest
 
 from mha_spec_conformance.asking import files, scratch
+from mha_spec_conformance.asking import pool as pool_module
 from mha_spec_conformance.asking.pool import Pool
 from mha_spec_conformance.asking.question import Question
 from mha_spec_conformance.asking.scratch import Scratch, ScratchError
@@ -137,6 +138,20 @@ def test_worker_that_starts_again_does_not_hold_up_the_others(start: Start) -> N
         names = [question.id for question, _ in pool.answers(asked[:4], asked[4:])]
     assert names[-3:] == ["q/1", "q/2", "q/3"]
     assert len(set(names)) == 44
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory maps are counted in /proc")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_program_that_holds_many_memory_maps_is_replaced(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    monkeypatch.setattr(pool_module, "MOST_MAPS", 700)
+    # Files that are mapped one by one are not merged to one map. The program ends where a system would end it.
+    first = "import mmap; maps = []; open(__file__ + '.starts', 'a').write('x')"
+    then = f"maps += [mmap.mmap(-1, 4096) for _ in range(10)]; len(maps) > 1300 and os._exit(9)\n    {REPLY}"
+    with start(then, first, jobs) as pool:
+        assert kinds(pool, 607) == ["unsupported"] * 607
+    assert len((tmp_path / "program.py.starts").read_text()) > 607 * 10 / 1300
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from mha_spec_conformance.targets.loading import TargetError
 from . import files
 from .layouts import in_layout
 from .memory import MemoryLimit, half_of_the_machine
-from .process import LAUNCH, PREPARE, Process
+from .process import LAUNCH, PREPARE, Process, maps_of
 from .protocol import (
     MOST_LINE_BYTES,
     ProtocolError,
@@ -51,6 +51,15 @@ STARTS = 5
 MOST_STARTS = 3
 """The number of times in a row that a program may fail to start, before it is not started again."""
 
+MOST_MAPS = 16_384
+"""The number of memory maps above which a process is replaced.
+
+A compiler such as XLA's keeps some 30 maps for each call of new shapes, and fails when Linux refuses the 65,531st.
+"""
+
+ANSWERS_BETWEEN_COUNTS = 50
+"""The number of answers between two counts of the memory maps, because a count takes some milliseconds."""
+
 BOOTSTRAP = PREPARE + "; sys.path[:] = {path!r}; from mha_spec_conformance.asking.serving import main; main()"
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -65,6 +74,7 @@ class Worker:
         self.held: dict[int, Question] = {}
         self.group: Iterator[Question] = iter(())
         self.number = 0
+        self.answers_since_count = 0
         self.failed_starts = 0
         self.lost: set[int] = set()
         self.unwritten: dict[int, Answer] = {}
@@ -197,12 +207,22 @@ class Worker:
             except ProtocolError as error:
                 return [*answers, *self._replaced("crash", f"the process {error}")]
         if answers or not self.held:
+            self._stop_before_maps_run_out(len(answers))
             return answers
         if ended:
             return self._replaced("crash", self._how_it_ended(self.process))
         if time.monotonic() - self.since > limit:
             return self._replaced("timeout", f"no answer in {limit:g} s")
         return []
+
+    def _stop_before_maps_run_out(self, answers: int) -> None:
+        """Stop a process that holds many memory maps; a new process is asked the questions that are held."""
+        self.answers_since_count += answers
+        if self.answers_since_count < ANSWERS_BETWEEN_COUNTS or self.process is None:
+            return
+        self.answers_since_count = 0
+        if maps_of(self.process.id) > MOST_MAPS:
+            self.stop()
 
     def _read(self, line: bytes) -> list[tuple[Question, Answer]]:
         """Read the answer in a line; an answer to a question that is not held, for example from a fork, is dropped."""

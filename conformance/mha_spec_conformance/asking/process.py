@@ -29,6 +29,7 @@ __all__ = [
     "adopt_orphans",
     "fields_of",
     "kill_marked",
+    "maps_of",
     "other_processes",
 ]
 
@@ -250,6 +251,14 @@ def fields_of(process: int) -> list[str]:
         return (PROCESSES / str(process) / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def maps_of(process: int) -> int:
+    """Count the memory maps of a process; none if it has ended, or the system has no /proc."""
+    try:
+        return (PROCESSES / str(process) / "maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def kill_marked(folder: Path) -> None:
