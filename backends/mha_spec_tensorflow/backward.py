@@ -16,7 +16,7 @@ from .problem import Operands, finite, finite_or_hiding, sizes_of, sum_is_finite
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
 
-    from .block import Scores, Softmax
+    from .block import Scores
     from .loops import Tensors
     from .plan import Run
     from .problem import Problem, Size
@@ -98,10 +98,11 @@ class _Backward:
         x, problem = self.x, self.problem
         block_scores = scores(problem, x, block, slope=problem.softcap is not None)
         soft, keep = softmax(x, block_scores, needs_lse=False), kept(problem, x, block)
+        # The product of a small share with grad_output may be subnormal, which TensorFlow replaces by 0.
+        weights = soft.weights if soft.share is None else soft.weights * soft.share
         grad_output = block.of_rows(self.grad_output)
-        grad_output = grad_output if soft.share is None else grad_output * soft.share
-        grad_logits, row_dot = self._grad_logits(block, block_scores, soft, keep, grad_output)
-        dropped = soft.weights if keep is None else soft.weights * keep
+        grad_logits, row_dot = self._grad_logits(block, block_scores.visible, weights, keep, grad_output)
+        dropped = weights if keep is None else weights * keep
         query, key = self._grad_operands(block, block_scores, grad_logits)
         value = self._sum_over_rows(dropped, grad_output)
         parts = {"key": self._for_all_keys(block, key, 2), "value": self._for_all_keys(block, value, 2)}
@@ -114,10 +115,9 @@ class _Backward:
         return {name: total + parts[name] for name, total in sums.items()}, rows
 
     def _grad_logits(
-        self, block: Block, block_scores: Scores, soft: Softmax, keep: Array | None, grad_output: Array
+        self, block: Block, visible: Array | None, weights: Array, keep: Array | None, grad_output: Array
     ) -> tuple[Array, Array]:
         """Compute dS = P (dP - D), and D (MHA-VJP-1); a hidden dP that overflows makes D not finite."""
-        weights, visible = soft.weights, block_scores.visible
         grad_weights = rows_by(grad_output, block.of_keys(self.x.value), transpose=True)
         grad_weights = grad_weights if keep is None else grad_weights * keep
         row_dot = tf.reduce_sum(weights * grad_weights, axis=-1, keepdims=True)
@@ -131,7 +131,7 @@ class _Backward:
             grad_weights, row_dot = tf.cond(sum_is_finite(row_dot), lambda: (grad_weights, row_dot), again)
         if self.grad_lse is not None:
             row_dot -= block.of_rows(self.grad_lse)
-        return weights * (grad_weights - (row_dot if soft.share is None else soft.share * row_dot)), row_dot
+        return weights * (grad_weights - row_dot), row_dot
 
     def _grad_operands(self, block: Block, block_scores: Scores, grad_logits: Array) -> tuple[Array, Array]:
         """Compute the gradients of the scaled query and of the key, through the slope of the cap (MHA-VJP-2)."""

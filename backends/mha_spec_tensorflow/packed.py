@@ -132,10 +132,10 @@ class PackedSequences:
 
     @cached_property
     def runs(self) -> list[SequenceBounds]:
-        """Consecutive sequences of equal lengths, if they are read; keys that are not in use, and pages, end a run."""
+        """Consecutive sequences of equal lengths, if they are read; one with keys not in use, or pages, is alone."""
         if not self.is_read:
             return []
-        shapes = numpy.stack([self.q_lengths, self.kv_lengths, self.offsets])
+        shapes = numpy.stack([self.q_lengths, self.kv_lengths, self.kv_rooms, self.offsets])
         ends = (shapes[:, 1:] != shapes[:, :-1]).any(0) | (self.kv_lengths != self.kv_rooms)[:-1] | self.a.is_paged
         edges = [0, *(numpy.flatnonzero(ends) + 1).tolist(), self.count] if self.count else []
         return [self.run(number, first, stop - first) for number, (first, stop) in enumerate(pairwise(edges))]
