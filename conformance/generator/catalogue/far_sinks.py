@@ -33,6 +33,7 @@ def descriptions() -> Iterator[Description]:
         yield _below(f"sinks/above-bias/{fill:g}", PRIME, fill, "attention_vjp")
     for flavour, near in (("high", 10432.0), ("low", -22016.0)):
         yield _at_a_distance(flavour, near)
+    yield _above(80.0)
 
 
 def _below(name: str, sizes: Sizes, fill: float, function: str) -> Description:
@@ -66,4 +67,21 @@ def _at_a_distance(flavour: str, near: float) -> Description:
         inputs,
         clauses=("MHA-SINK-1", "MHA-SOFTMAX-1"),
         lse=True,
+    )
+
+
+def _above(sink: float) -> Description:
+    """Put some sinks so high that a weight times grad_output is subnormal; times the value, too, it is not."""
+    inputs, _ = inputs_of(PRIME, "generic", {}, 0, "attention_vjp")
+    for name, exponent in (("grad_output", -13), ("value", 13)):
+        inputs[name] = Input(inputs[name].values * 2.0**exponent, "case")
+    inputs["sinks"] = Input(numpy.array([sink, 2.5, -1.25, 0.375, sink - 0.5, 1.5]))
+    return describe(
+        "sinks/far-above/small-grad_output",
+        f"Sinks near {sink:g} beside ordinary ones, a small grad_output and large values.",
+        PRIME,
+        inputs,
+        function="attention_vjp",
+        clauses=("MHA-SINK-1", "MHA-VJP-1", "MHA-ACC-1"),
+        dtypes=("float64", "float32"),
     )

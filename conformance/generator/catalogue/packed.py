@@ -116,9 +116,9 @@ REPEATED = ((4, 4, -1), (5, -1, 1000), (-1, -1, -1), (3, 3, 3), (3, -1, 9))
 IN_BLOCKS, IN_SHARED = (4, 1, 0, 7, 1), (4, 1, 0, 8, 2)
 
 
-def with_used(inputs: Inputs) -> Inputs:
+def with_used(inputs: Inputs, used: Sequence[int] = USED) -> Inputs:
     """Use only the first keys of each sequence."""
-    return inputs | {"seqused_kv": integers(numpy.array(USED))}
+    return inputs | {"seqused_kv": integers(numpy.array(used))}
 
 
 def with_options(inputs: Inputs, **options: Any) -> tuple[Inputs, dict[str, Any]]:
@@ -169,6 +169,12 @@ CALLS: dict[str, tuple[str, Inputs, dict[str, Any], tuple[str, ...]]] = {
         "Keys behind those in use, which no diagonal hides.",
         with_used(packed()),
         {"window": (2, None), "q_offset": "lower_right"},
+        (),
+    ),
+    "used-behind-full": (
+        "Sequences of equal lengths, of which the first uses all of its keys.",
+        with_used(packed((1, 1, 2, 2, 1), (2, 3, 1, 3, 3)), (2, 2, 1, 1, 3)),
+        {},
         (),
     ),
     "one-sequence": ("A single sequence, which fills the arrays.", packed((7,), (5,), tokens=(7, 5)), {}, ()),
@@ -258,6 +264,7 @@ GRADIENTS = (
     "all",
     "one-kv-head",
     "used",
+    "used-behind-full",
     "no-sequences",
     "paged-shared",
     "paged-repeated",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -13,6 +14,7 @@ from mha_spec.varlen_reference import (
     VarlenSteps,
     add_sinks,
     add_to_pages,
+    keys_of,
     linear_bias,
     pack,
     rows_outside,
@@ -120,6 +122,20 @@ def crossing(parts: Any, shape: Any, like: Any, number: float, steps: VarlenStep
     rows = [numpy.where(numpy.isfinite(part), 0.0, numpy.nan).sum() for _, part in parts if part.dtype.kind == "f"]
     packed = pack(parts, shape, like, number, steps)
     return (packed + sum(rows)).astype(packed.dtype)
+
+
+def without_gaps(a: VarlenArguments, sequences: list[PackedSequence]) -> list[PackedSequence]:
+    """Put the gradients of the keys of each sequence directly behind those of the sequence before it."""
+    if a.is_paged or not sequences:
+        return sequences
+    ends = accumulate((len(s.keys) for s in sequences), initial=sequences[0].keys.start)
+    return [s._replace(keys=range(*places)) for s, places in zip(sequences, pairwise(ends), strict=True)]
+
+
+def keys_between_gaps(x: Any, sequence: PackedSequence, a: VarlenArguments, steps: VarlenSteps) -> Any:
+    """Read the keys of a sequence from their own places."""
+    sequences = sequences_of(a)
+    return keys_of(x, sequences[without_gaps(a, sequences).index(sequence)], a, steps)
 
 
 def shared_slope(call: Call) -> Any:
@@ -321,6 +337,14 @@ VARLEN = (
         replace(VarlenSteps(), add_sinks=lambda parts, like: add_sinks(parts[-1:], like)),
         (VJP,),
         needs=("sinks",),
+    ),
+    mistake(
+        "packed-gradients-without-gaps",
+        "leaves no gap for keys behind those in use between the gradients of two sequences",
+        ("MHA-VARLEN-4", "MHA-VARLEN-11"),
+        of_sequences(without_gaps, keys_of=keys_between_gaps),
+        (VJP,),
+        needs=("seqused_kv", "cu_seqlens_kv"),
     ),
     mistake(
         "packed-arguments-unchecked",
