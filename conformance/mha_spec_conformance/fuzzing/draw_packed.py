@@ -10,6 +10,8 @@ from mha_spec.arrays import softmax_dtype_name
 from .call import Call, Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .drawing import Drawing
 
 __all__ = ["draw_varlen"]
@@ -21,11 +23,13 @@ SIZES = (4, 1, 2, 3, 8, 17, 64)
 
 def draw_varlen(d: Drawing) -> Call:
     """Draw a packed call or, if the target takes a block table, sometimes a paged call."""
-    sequences, kv_heads = d.one_of(2, 1, 3, 4, 0), d.one_of(1, 2, 3)
+    sequences, kv_heads = d.one_of(2, 1, 3, 4, 7, 0), d.one_of(1, 2, 3)
     heads, qk_dim = kv_heads * d.one_of(1, 2, 3), d.one_of(*SIZES)
     v_dim = qk_dim if d.often() else d.one_of(*SIZES)
-    q_lengths = [d.one_of(*LENGTHS) for _ in range(sequences)]
-    kv_lengths = [length if d.often() else d.one_of(*LENGTHS) for length in q_lengths]
+    # Sequences of equal lengths, which an implementation may compute at once, are rare among many lengths.
+    lengths = LENGTHS if d.often() else (d.one_of(*LENGTHS), d.one_of(*LENGTHS))
+    q_lengths = [d.one_of(*lengths) for _ in range(sequences)]
+    kv_lengths = [length if d.often() else d.one_of(*lengths) for length in q_lengths]
     if sequences and d.one_of(*[False] * 7, True):
         q_lengths[-1], kv_lengths[-1] = d.one_of(*EDGES), d.one_of(*EDGES)
     q_tokens = sum(q_lengths) + d.one_of(0, 1, 3)
@@ -34,7 +38,7 @@ def draw_varlen(d: Drawing) -> Call:
     if d.takes("block_table"):
         _draw_blocks(d, kv_lengths, kv_heads, (qk_dim, v_dim))
     else:
-        kv_lengths = _draw_tokens(d, kv_lengths, kv_heads, (qk_dim, v_dim))
+        kv_lengths = _draw_tokens(d, kv_lengths, lengths, kv_heads, (qk_dim, v_dim))
     _hide(d, "query", range(sum(q_lengths), q_tokens))
     if "grad_output" in d.operands:
         d.floats("grad_output", (q_tokens, heads, v_dim), "scores", dtype=d.other_dtype())
@@ -45,15 +49,17 @@ def draw_varlen(d: Drawing) -> Call:
     return Call(d.function, d.dtype, d.recipes, d.options, lse=lse)
 
 
-def _draw_tokens(d: Drawing, lengths: list[int], kv_heads: int, sizes: tuple[int, int]) -> list[int]:
-    """Draw packed keys and values; return the numbers of keys in use."""
+def _draw_tokens(
+    d: Drawing, lengths: list[int], others: Sequence[int], kv_heads: int, sizes: tuple[int, int]
+) -> list[int]:
+    """Draw packed keys and values, some of them not in use; return the numbers of keys in use."""
     tokens = sum(lengths) + d.one_of(0, 1, 3)
     for name, size in zip(("key", "value"), sizes, strict=True):
         d.floats(name, (tokens, kv_heads, size), "scores")
         _hide(d, name, range(sum(lengths), tokens))
     d.integers("cu_seqlens_kv", [0, *accumulate(lengths)])
     if d.takes("seqused_kv"):
-        lengths = [d.length(length) for length in lengths]
+        lengths = [min(length, d.one_of(length, max(0, length - 1), *others)) for length in lengths]
         d.integers("seqused_kv", lengths)
     return lengths
 
