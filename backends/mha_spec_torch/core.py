@@ -105,7 +105,7 @@ def _first(
         return _in_graph(a, needs_lse)
     problem, x = problem_of(a), Operands.of(a)
     if transformed():
-        return paths.differentiable(problem, x)
+        return paths.differentiable(problem, x, needs_lse=needs_lse)
     return _attend(prepared(signature, problem, x), x, needs_lse)
 
 

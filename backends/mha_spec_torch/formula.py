@@ -28,24 +28,37 @@ class Logits(NamedTuple):
     """The slope of the soft cap (MHA-VJP-2)."""
 
 
-def attend(problem: Problem, task: Task, x: Operands, *, needs_lse: bool = True) -> tuple[torch.Tensor, Any]:
+def attend(
+    problem: Problem, task: Task, x: Operands, *, needs_lse: bool, is_differentiated: bool = False
+) -> tuple[torch.Tensor, Any]:
     """Compute the output (batch, heads, queries, v_dim) of a task and, if needed, lse (batch, heads, queries)."""
     x = x.to(problem.dtype)
-    weights, visible, lse = softmax(problem, task, x) if needs_lse else (*weigh(problem, task, x), None)
+    if needs_lse:
+        weights, visible, lse = softmax(problem, task, x, is_differentiated=is_differentiated)
+    else:
+        (weights, visible), lse = weigh(problem, task, x), None
     keep = problem.keep(task)
     dropped = weights if keep is None else weights * keep
     return product(dropped, x.value, visible, clean=visible is None or problem.finite(x.value)), lse
 
 
-def softmax(problem: Problem, task: Task, x: Operands) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Compute weights, visible pairs, and lse; a row that sees no key has weights 0 and lse -inf (MHA-EMPTY-1)."""
+def softmax(
+    problem: Problem, task: Task, x: Operands, *, is_differentiated: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Compute weights, visible pairs, and lse; a row that sees no key has weights 0 and lse -inf (MHA-EMPTY-1).
+
+    Where they are differentiated, both come from the same exponentials: the gradients of torch's softmax and logsumexp
+    hold the weights with different errors, which do not cancel where the gradients of output and lse do (MHA-ACC-1).
+    """
     scores = logits(problem, task, x)
-    if x.sinks is None:
+    if x.sinks is None and not is_differentiated:
         return _shares(scores), scores.visible, torch.logsumexp(scores.values, -1)
-    maximum = torch.maximum(scores.values.amax(-1, keepdim=True), x.sinks)
+    maximum = scores.values.amax(-1, keepdim=True)
+    maximum = maximum if x.sinks is None else torch.maximum(maximum, x.sinks)
     anchor = torch.where(maximum == -math.inf, 0.0, maximum).detach()
     exponentials = torch.exp(scores.values - anchor)
-    total = exponentials.sum(-1, keepdim=True) + torch.exp(x.sinks - anchor)
+    total = exponentials.sum(-1, keepdim=True)
+    total = total if x.sinks is None else total + torch.exp(x.sinks - anchor)
     empty = total == 0
     divisor = torch.where(empty, 1.0, total)
     lse = torch.where(empty, -math.inf, anchor + torch.log(divisor))

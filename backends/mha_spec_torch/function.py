@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch._C import _are_functorch_transforms_active
@@ -110,14 +110,15 @@ def gradients(problem: Problem, x: Operands, grad_output: torch.Tensor, grad_lse
     """Return the gradients as a differentiable function of operands and cotangents, inside any transform."""
     present, unread = [operand is not None for operand in x[:5]], problem.unread()
 
-    def call(*operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return differentiable(unread, _filled(present, operands)._replace(mask=x.mask))
+    def call(*operands: torch.Tensor) -> list[torch.Tensor]:
+        operands_of_call = _filled(present, operands)._replace(mask=x.mask)
+        output, lse = differentiable(unread, operands_of_call, needs_lse=grad_lse is not None)
+        return [output] if grad_lse is None else [output, lse]
 
     operands = [operand for operand in x[:5] if operand is not None]
-    results: Any = torch.func.vjp(call, *operands)
-    (output, lse), pull = results
-    cotangents = grad_output.to(output.dtype), torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype)
-    return _filled(present, pull(cotangents))
+    results, pull = cast("Any", torch.func.vjp(call, *operands))
+    cotangents = [grad_output] if grad_lse is None else [grad_output, grad_lse]
+    return _filled(present, pull([grad.to(result.dtype) for grad, result in zip(cotangents, results, strict=True)]))
 
 
 def _filled(present: Sequence[bool], operands: Iterable[torch.Tensor]) -> Operands:

@@ -215,7 +215,9 @@ for _name, _through in (("attend", _through_attend), ("weigh", _through_weigh)):
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.mha_spec_torch.attend.default: lambda *spelled: differentiable(*_called(spelled, host=False)),
+    torch.ops.mha_spec_torch.attend.default: lambda *spelled: differentiable(
+        *_called(spelled, host=False), is_differentiated=False
+    ),
     torch.ops.mha_spec_torch.weigh.default: lambda *spelled: weigh_by_formula(*_called(spelled, host=False)),
 }
 """The formulas of the operators in operators of torch, for `ExportedProgram.run_decompositions`.

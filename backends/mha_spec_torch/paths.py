@@ -271,8 +271,10 @@ def sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, row_dot: torch.Tensor)
 
 
 @without_autocast
-def differentiable(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute output and lse by differentiable operations alone.
+def differentiable(
+    problem: Problem, x: Operands, *, needs_lse: bool = True, is_differentiated: bool = True
+) -> tuple[torch.Tensor, Any]:
+    """Compute output and, if needed, lse by differentiable operations alone.
 
     Storage that no pair uses is replaced by 0, because the gradient of a product multiplies it by 0, and 0 * NaN is NaN
     (MHA-POISON-1).
@@ -282,7 +284,8 @@ def differentiable(problem: Problem, x: Operands) -> tuple[torch.Tensor, torch.T
         return x.query.new_zeros((*x.query.shape[:3], x.value.shape[3])), _empty_lse(problem, x)
     visible = problem.visible(whole, x)
     x, rows = (x, None) if visible is None else without_unused(x, visible)
-    output, lse = formula.attend(problem, whole, x.cut(whole))
+    options = {"needs_lse": needs_lse, "is_differentiated": is_differentiated}
+    output, lse = formula.attend(problem, whole, x.cut(whole), **options)
     output = output if rows is None else torch.where(rows, output, 0.0)
     return output.to(x.query.dtype), lse
 
