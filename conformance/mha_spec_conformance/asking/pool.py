@@ -57,7 +57,7 @@ MOST_MAPS = 16_384
 A compiler such as XLA's keeps some 30 maps for each call of new shapes, and fails when Linux refuses the 65,531st.
 """
 
-ANSWERS_BETWEEN_COUNTS = 50
+ANSWERS_BETWEEN_COUNTS = 10
 """The number of answers between two counts of the memory maps, because a count takes some milliseconds."""
 
 BOOTSTRAP = PREPARE + "; sys.path[:] = {path!r}; from mha_spec_conformance.asking.serving import main; main()"
