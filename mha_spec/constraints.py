@@ -130,7 +130,7 @@ def shown(bounds: Bounds, first: int, last: int, offsets: Sequence[int], structu
 def _entries(offsets: Sequence[int], structure: Structure) -> list[tuple[int, int, int]]:
     """Return the offset, start and prefix of batch entries, or of those alone that decide about all."""
     # Only chunks use starts, and a batch without entries has none.
-    starts = (structure.starts or (0,)) if structure.chunk is not None else (0,)
+    starts = structure.starts if structure.chunk is not None and structure.starts else (0,)
     columns = [offsets, starts, structure.prefixes or (0,)]
     if len(columns[1]) == len(columns[2]) == 1:
         columns[0] = (min(offsets), max(offsets))

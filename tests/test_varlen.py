@@ -73,7 +73,7 @@ def gaps() -> Call:
     return equal() | {"seqused_kv": numpy.array([4, 4, 4, 4, 4])}
 
 
-def full_and_not() -> Call:
+def full_before_unused() -> Call:
     """Return a call with sequences of equal lengths, the first of which uses all of its keys."""
     return equal() | {"cu_seqlens_kv": numpy.array([0, 3, 8, 10, 15, 20]), "seqused_kv": numpy.array([3, 3, 2, 4, 4])}
 
@@ -138,7 +138,7 @@ def test_sequences_may_have_the_same_number_of_queries(module: str, layout: Any)
 
 
 @pytest.mark.parametrize("options", ["plain", "causal", "sinks", "all"])
-@pytest.mark.parametrize("layout", [equal, gaps, full_and_not, whole])
+@pytest.mark.parametrize("layout", [equal, gaps, full_before_unused, whole])
 def test_consecutive_sequences_may_have_equal_lengths(module: str, layout: Any, options: str) -> None:
     call = layout() | OPTIONS[options]
     check(module, call | cotangents(call))

@@ -132,7 +132,7 @@ class PackedSequences:
 
     @cached_property
     def runs(self) -> list[SequenceBounds]:
-        """Consecutive sequences of equal lengths, if they are read; one with keys not in use, or pages, is alone."""
+        """Consecutive sequences of equal lengths, if they are read; a sequence with unused keys, or pages, is alone."""
         if not self.is_read:
             return []
         shapes = numpy.stack([self.q_lengths, self.kv_lengths, self.kv_rooms, self.offsets])

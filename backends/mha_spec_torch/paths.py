@@ -284,8 +284,7 @@ def differentiable(
         return x.query.new_zeros((*x.query.shape[:3], x.value.shape[3])), _empty_lse(problem, x)
     visible = problem.visible(whole, x)
     x, rows = (x, None) if visible is None else without_unused(x, visible)
-    options = {"needs_lse": needs_lse, "is_differentiated": is_differentiated}
-    output, lse = formula.attend(problem, whole, x.cut(whole), **options)
+    output, lse = formula.attend(problem, whole, x.cut(whole), needs_lse=needs_lse, is_differentiated=is_differentiated)
     output = output if rows is None else torch.where(rows, output, 0.0)
     return output.to(x.query.dtype), lse
 

@@ -78,7 +78,7 @@ def _above(sink: float) -> Description:
     inputs["sinks"] = Input(numpy.array([sink, 2.5, -1.25, 0.375, sink - 0.5, 1.5]))
     return describe(
         "sinks/far-above/small-grad_output",
-        f"Sinks near {sink:g} beside ordinary ones, a small grad_output and large values.",
+        f"Some sinks near {sink:g}, a small grad_output and large values.",
         PRIME,
         inputs,
         function="attention_vjp",

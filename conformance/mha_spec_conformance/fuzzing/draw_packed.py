@@ -59,7 +59,7 @@ def _draw_tokens(
         _hide(d, name, range(sum(lengths), tokens))
     d.integers("cu_seqlens_kv", [0, *accumulate(lengths)])
     if d.takes("seqused_kv"):
-        lengths = [min(length, d.one_of(length, max(0, length - 1), *others)) for length in lengths]
+        lengths = [d.length(length, *others) for length in lengths]
         d.integers("seqused_kv", lengths)
     return lengths
 

@@ -148,9 +148,9 @@ class Drawing:
         self.array("q_segment_ids", expression.format(shape=(batch, q_len)), dtype)
         self.array("kv_segment_ids", expression.format(shape=(batch, kv_len)), dtype)
 
-    def length(self, size: int) -> int:
-        """Choose a length within a buffer."""
-        return min(size, max(0, self.one_of(size, size - 1, size // 2, 1, 0)))
+    def length(self, size: int, *others: int) -> int:
+        """Choose a length within a buffer, also one of the others that it holds."""
+        return min(size, max(0, self.one_of(size, size - 1, size // 2, 1, 0, *others)))
 
     def integers(self, name: str, values: list[int]) -> None:
         """Keep an array of integers."""

@@ -133,7 +133,7 @@ def without_gaps(a: VarlenArguments, sequences: list[PackedSequence]) -> list[Pa
 
 
 def keys_between_gaps(x: Any, sequence: PackedSequence, a: VarlenArguments, steps: VarlenSteps) -> Any:
-    """Read the keys of a sequence from their own places."""
+    """Read the keys of a sequence from the right places."""
     sequences = sequences_of(a)
     return keys_of(x, sequences[without_gaps(a, sequences).index(sequence)], a, steps)
 
