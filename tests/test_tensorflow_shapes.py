@@ -13,7 +13,7 @@ from support.numbers import numbers
 import mha_spec_tensorflow
 from mha_spec.arrays import dtype_name
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
-from mha_spec_tensorflow.unknown import ATTENTION, HALVES
+from mha_spec_tensorflow.layouts import ATTENTION, HALVES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -162,6 +162,80 @@ def test_a_size_that_is_known_from_an_argument_holds_for_all() -> None:
     function = traced(call, tensors, lambda name, axis: axis == 3 or (name, axis) in {("query", 1), ("value", 1)})
     assert function.get_concrete_function().structured_outputs.shape.as_list() == [2, 6, None, 13]
     assert_equal(function(tensors), call(tensors))
+
+
+def unknown(call: Callable[..., Any], *tensors: tf.Tensor) -> Any:
+    """Trace a call that does not know the batch and the lengths of its tensors."""
+    specs = [tf.TensorSpec((None, tensor.shape[1], None, tensor.shape[3]), tensor.dtype) for tensor in tensors]
+    return tf.function(call, input_signature=specs, autograph=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "clause"),
+    [
+        ("q_lengths", "q_len", "MHA-LEN-3"),
+        ("kv_lengths", "kv_len", "MHA-LEN-3"),
+        ("kv_starts", "kv_len", "MHA-LEN-5"),
+        ("prefix_lengths", "kv_len", "MHA-LEN-5"),
+    ],
+)
+def test_integers_on_the_host_are_compared_with_a_size_when_it_runs(name: str, size: str, clause: str) -> None:
+    value: Any = [7, 2] if name == "kv_starts" else numpy.asarray([7, 2])
+    options: dict[str, Any] = {name: value, "causal": True, "q_offset": 3}
+
+    def call(query: tf.Tensor, key: tf.Tensor) -> Any:
+        return mha_spec_tensorflow.attention_weights(query, key, **options)
+
+    long, short = tf.constant(numbers(2, 3, 7, 4)), tf.constant(numbers(2, 3, 5, 4))
+    graph = unknown(call, long, long)
+    assert_equal(graph(long, long), call(long, long))
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=rf"`{name}` must be in.*{size}=. .5. .received 7.*{clause}"
+    ):
+        graph(*((short, long) if size == "q_len" else (long, short)))
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_kv", "seqused_kv"])
+def test_bounds_on_the_host_are_compared_with_the_tokens_when_it_runs(name: str) -> None:
+    pages = name == "seqused_kv"
+    query = tf.constant(numbers(7, 2, 4))
+    keys = [tf.constant(numbers(3, size, 2, 4) if pages else numbers(size, 2, 4)) for size in (5, 7)]
+    options: dict[str, Any] = {"seqused_kv": [7], "block_table": numpy.asarray([[1]])} if pages else {}
+
+    def call(query: tf.Tensor, key: tf.Tensor) -> Any:
+        return mha_spec_tensorflow.varlen_attention(query, key, key, [0, 7], None if pages else [0, 7], **options)
+
+    specs = [tf.TensorSpec((*[None] * (len(array.shape) - 2), 2, 4), tf.float64) for array in (query, keys[0])]
+    graph = tf.function(call, input_signature=specs, autograph=False)
+    assert_near(graph(query, keys[1]), call(query, keys[1]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=rf"`{name}` must be in.*=. .5. .received 7.*MHA-VARLEN"):
+        graph(*((query[:5], keys[1]) if name == "cu_seqlens_q" else (query, keys[0])))
+
+
+def test_the_argument_that_does_not_fit_is_named_when_it_runs() -> None:
+    """The sizes are those of the first argument, even if the trace knows another size of a later one."""
+    query = tf.constant(numbers(2, 3, 7, 4))
+    rows = tf.constant(numbers(2, 3, 5))
+    calls: dict[str, Any] = {
+        "grad_output": lambda x: mha_spec_tensorflow.attention_vjp(tf.constant(numbers(2, 3, 5, 4)), x, x, x)[0],
+        "lse_a": lambda x: mha_spec_tensorflow.merge_attention(x, rows, x, rows),
+        "kv_segment_ids": lambda x: mha_spec_tensorflow.attention(
+            x, *[x + 1] * 2, q_segment_ids=numpy.zeros((2, 7), int), kv_segment_ids=numpy.zeros((2, 5), int)
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(tf.errors.InvalidArgumentError, match=rf"`{name}` must have shape.* 7.*received.* 5"):
+            unknown(call, query)(query)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_tensor_that_is_query_and_key_has_one_length(masked: bool) -> None:
+    query = tf.constant(numbers(2, 3, 5, 4))
+    ids = {"q_segment_ids": numpy.zeros((2, 5), int), "kv_segment_ids": numpy.zeros((2, 7), int)}
+    options: dict[str, Any] = {"mask": tf.ones((2, 1, 5, 7), tf.bool)} if masked else ids
+    call = unknown(lambda x: mha_spec_tensorflow.attention(x, x, x, **options), query)
+    with pytest.raises(ArgumentValueError, match=r"`(mask|kv_segment_ids)` must"):
+        call.get_concrete_function()
 
 
 @pytest.mark.parametrize("reading", ["upper_left", "lower_right"])

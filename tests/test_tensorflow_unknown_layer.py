@@ -11,7 +11,7 @@ from support.comparisons import assert_near
 from support.numbers import numbers
 
 import mha_spec_tensorflow
-from mha_spec_tensorflow.unknown import APPENDED, ATTENTION, LAYER, PAGED_CACHE, Layout
+from mha_spec_tensorflow.layouts import APPENDED, ATTENTION, LAYER, PAGED_CACHE, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -194,6 +194,61 @@ def test_an_append_of_no_token_in_a_graph_stores_nothing() -> None:
     empty["lengths"] = arguments["lengths"] * 0
     stored = graph_of(appended, APPENDED)(empty)
     assert_near(stored, [arguments["cache.key"], arguments["cache.value"]])
+
+
+def of_unknown_lengths(call: Any, *arrays: tf.Tensor) -> Any:
+    """Trace a call that does not know axis 2 of its arrays, the capacity and the number of new tokens."""
+    specs = [tf.TensorSpec((2, 3, None, 4), array.dtype) for array in arrays]
+    return tf.function(call, input_signature=specs, autograph=False)
+
+
+@pytest.mark.parametrize("counts", [None, [1, 2]])
+@pytest.mark.parametrize("paged", [False, True])
+def test_room_for_new_tokens_is_compared_when_it_runs(counts: list[int] | None, paged: bool) -> None:
+    """Lengths on the host are compared with an unknown capacity, and nothing is stored (MHA-CACHE-4)."""
+
+    def call(buffer: tf.Tensor, new: tf.Tensor) -> Any:
+        cache: Any = mha_spec_tensorflow.KVCache(buffer, buffer, [3, 5])
+        if paged:
+            pages = tf.transpose(buffer, (0, 2, 1, 3))
+            cache = mha_spec_tensorflow.PagedKVCache(pages, pages, [3, 5], numpy.asarray([[1], [0]]))
+        return list(cache.append(new, new, counts)[:2])
+
+    buffer, new = tf.constant(numbers(2, 3, 7, 4)), tf.constant(numbers(2, 3, 2, 4))
+    graph = of_unknown_lengths(call, buffer, new)
+    assert_near(graph(buffer, new), call(buffer, new))
+    wrong = [(buffer[:, :, :5], new), (buffer, tf.concat([new, new], 2))]
+    for arrays in wrong[: 1 if counts else 2]:
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"`cache` must have room.*MHA-CACHE-4"):
+            graph(*arrays)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"`cache\.lengths` must be in.*received 5"):
+        graph(buffer[:, :, :3], new[:, :, :0] if counts is None else new)
+
+
+@pytest.mark.parametrize(("name", "value"), [("window", (6, 0)), ("chunk", 7)])
+def test_the_span_of_a_window_cache_is_compared_when_it_runs(name: str, value: Any) -> None:
+    layer, x = mha_spec_tensorflow.MultiHeadAttention(12, 3, dtype="float64"), tf.constant(numbers(2, 5, 12))
+
+    def call(buffer: tf.Tensor) -> Any:
+        cache = mha_spec_tensorflow.WindowKVCache(buffer, buffer, [11, 13])
+        return layer(x, causal=True, cache=cache, **{name: value})[0]
+
+    buffer = tf.constant(numbers(2, 3, 7, 4))
+    graph = of_unknown_lengths(call, buffer)
+    assert_near(graph(buffer), call(buffer))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=rf"`{name}` must fit.*=. .5.*MHA-CACHE-14"):
+        graph(buffer[:, :, :5])
+
+
+@pytest.mark.parametrize("positions", [[2, 3, 5, 7, 11], [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]]], ids=str)
+def test_positions_on_the_host_are_compared_when_it_runs(positions: Any) -> None:
+    layer = mha_spec_tensorflow.MultiHeadAttention(12, 3, rotary={}, dtype="float64")
+    x = tf.constant(numbers(2, 5, 12))
+    spec = tf.TensorSpec((None, None, 12), tf.float64)
+    graph = tf.function(lambda x: layer(x, positions=positions), input_signature=[spec], autograph=False)
+    assert_near(graph(x), layer(x, positions=positions))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"`positions` must have shape.*MHA-LAYER-7"):
+        graph(x[:, :3])
 
 
 RANKS = [name for name, layout in ATTENTION.items() if name not in ("query", "key", "value")]

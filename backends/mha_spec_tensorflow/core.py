@@ -21,7 +21,8 @@ from mha_spec.checks import (
 
 from . import function, merging
 from .dropout import seed_of
-from .unknown import ATTENTION, HALVES, KNOWN, with_known_shapes
+from .layouts import ATTENTION, HALVES, KNOWN
+from .unknown import with_known_shapes
 
 if TYPE_CHECKING:
     from typing import Unpack

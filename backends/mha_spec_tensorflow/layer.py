@@ -10,17 +10,15 @@ import tensorflow as tf
 
 from mha_spec import layer_checks, layer_steps, paged_steps, window_steps
 from mha_spec.arguments import decorate_method
-from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
-from mha_spec.cache import AnyCache, KVCache, PagedKVCache
+from mha_spec.arrays import dtype_name, host_integers, softmax_dtype_name
+from mha_spec.cache import AnyCache, KVCache, PagedKVCache, WindowKVCache
 from mha_spec.checks import check_library
 from mha_spec.errors import refuse_value
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
 from .core import attention, attention_weights
-from .packed import in_xla
-from .plan import offset_of
-from .unknown import (
+from .layouts import (
     ALIBI,
     APPENDED,
     KNOWN,
@@ -29,10 +27,12 @@ from .unknown import (
     POSITIONS,
     POSITIONS_OF_LAYER,
     ROTATED,
+    WINDOW_CACHE,
     Layout,
-    sizes_of,
-    with_known_shapes,
 )
+from .packed import in_xla
+from .plan import offset_of
+from .unknown import limits_of_append, limits_of_span, rank_of, sizes_of, with_known_shapes
 from .varlen import varlen_attention
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ def check(a: LayerArguments) -> LayerArguments:
     without_offset = a.cache is None and not options.keys() & {"q_offset", "kv_lengths"}
     aligned = a.key is not None and (a.positions is not None or (a.rotary is not None and without_offset))
     operands = {"query": a.query, "key": a.key, "value": a.value, **params, **options, **_of_cache(a.cache)}
-    tensors = with_known_shapes(_layouts(a), operands | {"positions": a.positions}, KNOWN, aligned=aligned)
+    operands["positions"] = a.positions
+    limits = [] if a.key is None else limits_of_append(a.cache, "kv_len", a.options.get("kv_lengths"))
+    limits += limits_of_span(a.cache, a.options)
+    tensors = with_known_shapes(_layouts(a), operands, KNOWN, aligned=aligned, limits=limits)
     a.query, a.key, a.value, a.positions = (tensors[name] for name in ("query", "key", "value", "positions"))
     a.params = {name: tensors[f"params[{name!r}]"] for name in a.params} if params else a.params
     a.options |= {name: tensors[name] for name in options}
@@ -78,16 +81,16 @@ def _layouts(a: LayerArguments) -> Mapping[str, Layout]:
     """Return the layouts of the arguments; the rank of positions determines their axes (MHA-LAYER-7)."""
     positions: Any = a.positions
     all_layouts = _with_cache(LAYER, a.cache)
-    if not tf.is_tensor(positions):
-        return all_layouts
     _require_rank(positions, "MHA-LAYER-7")
-    layouts = {len(layout.sizes): layout for layout in POSITIONS_OF_LAYER}
-    layout = layouts.get(positions.shape.rank)  # The shared checks refuse another rank.
+    layouts: dict[int | None, Layout] = {len(layout.sizes): layout for layout in POSITIONS_OF_LAYER}
+    layout = layouts.get(rank_of(positions))  # The shared checks refuse another rank.
     return all_layouts if layout is None else {**all_layouts, "positions": layout}
 
 
 def _with_cache(layouts: Mapping[str, Layout], cache: object) -> Mapping[str, Layout]:
-    """Return layouts with those of a paged cache, if the cache is one."""
+    """Return layouts with those of the kind of the cache."""
+    if isinstance(cache, WindowKVCache):
+        return {**layouts, **WINDOW_CACHE}
     return {**layouts, **PAGED_CACHE} if isinstance(cache, PagedKVCache) else layouts
 
 
@@ -426,7 +429,8 @@ def append_cache(
 ) -> Cache:
     """Return a new cache with new tokens after those of each batch entry; see `mha_spec.reference.append_cache`."""
     operands = {"key": key, "value": value, "lengths": lengths, **_of_cache(cache)}
-    tensors = with_known_shapes(_with_cache(APPENDED, cache), operands, ("kv_heads", "qk_dim", "v_dim"))
+    layouts, limits = _with_cache(APPENDED, cache), limits_of_append(cache, "length", lengths)
+    tensors = with_known_shapes(layouts, operands, ("kv_heads", "qk_dim", "v_dim"), limits=limits)
     checked_cache = _cache_of(tensors, cache)
     check_library("tensorflow", tensors["key"], "key")
     return _LAYER.append_cache(checked_cache, tensors["key"], tensors["value"], tensors["lengths"])
@@ -461,9 +465,8 @@ def _rotation_with_known_shapes(x: Array, positions: Any, sections: Sequence[int
     _require_rank(positions, "MHA-ROTARY-6")
     layer_checks.check_vectors(x)
     layer_checks.check_positions(x, positions, None if sections is None else tuple(sections))
-    array = positions if library_of(positions) else numpy.asarray(positions)
-    layouts = {"x": ROTATED, "positions": POSITIONS[len(array.shape) - 1]}
-    tensors = with_known_shapes(layouts, {"x": x, "positions": array})
+    layouts = {"x": ROTATED, "positions": POSITIONS[(rank_of(positions) or 1) - 1]}
+    tensors = with_known_shapes(layouts, {"x": x, "positions": positions})
     return tensors["x"], tensors["positions"]
 
 

@@ -1,9 +1,9 @@
 """Shapes that are not fully known when a call is traced.
 
-The tables name the size of each axis of each argument. A size that is known from any argument holds for all of them;
-unknown sizes are compared when the graph runs, by assertions on which every result depends. They raise
-`tf.errors.InvalidArgumentError` with the message of the check and its clause. XLA drops assertions: under
-`jit_compile=True` a shape is refused only where it is known when the call is traced.
+The layouts name the size of each axis of each argument. A size that is known from any argument holds for all of them;
+unknown sizes are compared when the graph runs, by assertions on which every result depends: with each other, and with
+the integers on the host that they limit. They raise `tf.errors.InvalidArgumentError` with the message of the check and
+its clause. XLA drops assertions: under `jit_compile=True` only what is known when the call is traced is refused.
 """
 
 from __future__ import annotations
@@ -12,164 +12,90 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 
+from mha_spec.array_checks import python_values
 from mha_spec.arrays import library_of
+from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
 from mha_spec.errors import refuse_value
-from mha_spec.parameters import AXES
+from mha_spec.position_checks import chunk_size, window_bounds
+from mha_spec.scalars import is_integer, short_repr
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from mha_spec.arrays import Array
 
-__all__ = [
-    "ALIBI",
-    "APPENDED",
-    "ATTENTION",
-    "HALVES",
-    "KNOWN",
-    "LAYER",
-    "PACKED",
-    "PAGED",
-    "PAGED_CACHE",
-    "POSITIONS",
-    "POSITIONS_OF_LAYER",
-    "ROTATED",
-    "Layout",
-    "Size",
-    "sizes_of",
-    "with_known_shapes",
-]
+    from .layouts import Layout
+
+__all__ = ["Limit", "Size", "limits_of_append", "limits_of_span", "rank_of", "sizes_of", "with_known_shapes"]
 
 Size: TypeAlias = "int | Array"
 """A known size, or a scalar tensor that holds it."""
 
 
-class Layout(NamedTuple):
-    """The axes of an argument, and the clause that defines them.
+class Limit(NamedTuple):
+    """An integer on the host that a size limits, and the parts of the error."""
 
-    An axis marked `*` may have size 1 and broadcast; an axis marked `+1` has an entry more than the size that it names.
-    """
-
-    axes: str
+    limit: str
+    """The size, or a product of sizes."""
+    number: int
+    added: str | None
+    """A size that is added to the number; None if none is."""
+    message: str
+    received: str
+    """What was received; the added size follows."""
+    fix: str
     clause: str
 
-    @property
-    def labels(self) -> list[str]:
-        """The label of each axis in an error."""
-        return self.axes.replace("*", "").split()
 
-    @property
-    def sizes(self) -> list[str]:
-        """The name of the size of each axis."""
-        return [label.removesuffix("+1") for label in self.labels]
+def limits_of_append(cache: Any, length: str, counts: object) -> list[Limit]:
+    """Return the limit of the tokens that a cache must hold where they are counted on the host (MHA-CACHE-4).
 
-    @property
-    def more(self) -> list[int]:
-        """The entries of each axis beyond the size that it names."""
-        return [int(label.endswith("+1")) for label in self.labels]
+    Args:
+        cache: The cache, or anything that is none.
+        length: The name of the number of new tokens.
+        counts: The numbers of new tokens of each batch entry that are real, or None for all.
+    """
+    limits = {KVCache: ("capacity", "Make the cache with a larger capacity.")}
+    limits |= {PagedKVCache: ("max_blocks * block_size", "Append columns to block_table.")}
+    held, real = (_host_numbers(numbers) for numbers in (getattr(cache, "lengths", None), counts))
+    if type(cache) not in limits or held is None or (counts is not None and real is None):
+        return []
+    limit, fix = limits[type(cache)]
+    added, more = (length, "") if real is None else (None, f" {short_repr(real)}")
+    after = [old + new for old, new in zip(held, real or [0] * len(held), strict=False)]
+    message = f"`cache` must have room for the new tokens, {limit}="
+    received = f"received lengths={short_repr(held)} and{more}"
+    fix = f"more. Nothing was stored. {fix}"
+    return [Limit(limit, max(after, default=0), added, message, received, fix, "MHA-CACHE-4")]
 
-    @property
-    def broadcasts(self) -> list[bool]:
-        """Return a flag for each axis, True if it may broadcast."""
-        return [axis.endswith("*") for axis in self.axes.split()]
+
+def limits_of_span(cache: Any, options: Mapping[str, Any]) -> list[Limit]:
+    """Return the limit of the chunk or window of a cache of the last tokens (MHA-CACHE-14)."""
+    chunk, window = options.get("chunk"), options.get("window")
+    if not isinstance(cache, WindowKVCache) or (chunk is None and window is None):
+        return []
+    left = None if window is None else window_bounds(window)[0]
+    name, label, size = ("chunk", "chunk", chunk_size(chunk)) if chunk is not None else ("window", "left + 1", left)
+    if size is None:
+        return []
+    number = size + (name == "window")
+    message = f"`{name}` must fit a WindowKVCache, which holds the last tokens, {label}<=capacity="
+    received = f"received {name}={short_repr(options[name])}."
+    return [Limit("capacity", number, None, message, received, "A KVCache holds all tokens.", "MHA-CACHE-14")]
 
 
-KNOWN = ("heads", "kv_heads", "qk_dim", "v_dim")
-"""The sizes that a trace must know."""
+def _host_numbers(value: object) -> list[int] | None:
+    """Return integers on the host, or None for anything else, right or wrong."""
+    numbers = python_values(value)
+    return numbers if numbers is not None and all(map(is_integer, numbers)) else None
 
-_PAIRS, _ROWS = "batch* heads* q_len* kv_len*", "batch heads q_len"
-_PER_ENTRY = {
-    **dict.fromkeys(("q_offset", "q_lengths", "kv_lengths"), Layout("batch", "MHA-LEN-3")),
-    **dict.fromkeys(("prefix_lengths", "kv_starts"), Layout("batch", "MHA-LEN-5")),
-}
 
-ATTENTION = {
-    "query": Layout("batch heads q_len qk_dim", "MHA-SHAPE-1"),
-    "key": Layout("batch kv_heads kv_len qk_dim", "MHA-SHAPE-3"),
-    "value": Layout("batch kv_heads kv_len v_dim", "MHA-SHAPE-3"),
-    "mask": Layout(_PAIRS, "MHA-MASK-2"),
-    "bias": Layout(_PAIRS, "MHA-BIAS-1"),
-    "dropout_mask": Layout(_PAIRS, "MHA-MASK-2"),
-    **_PER_ENTRY,
-    "q_segment_ids": Layout("batch q_len", "MHA-SEG-1"),
-    "kv_segment_ids": Layout("batch kv_len", "MHA-SEG-1"),
-    "sinks": Layout("heads", "MHA-SINK-1"),
-    "grad_output": Layout(f"{_ROWS} v_dim", "MHA-VJP-7"),
-    "grad_lse": Layout(_ROWS, "MHA-VJP-7"),
-}
-"""The arguments of attention, its weights and its gradients."""
-
-_ROWS_OF_TOKENS = {
-    "query": Layout("q_tokens heads qk_dim", "MHA-VARLEN-1"),
-    "cu_seqlens_q": Layout("sequences+1", "MHA-VARLEN-2"),
-    "cu_seqlens_kv": Layout("sequences+1", "MHA-VARLEN-2"),
-    "seqused_kv": Layout("sequences", "MHA-VARLEN-4"),
-    "q_offset": Layout("sequences", "MHA-VARLEN-5"),
-    "sinks": Layout("heads", "MHA-SINK-1"),
-    "alibi_slopes": Layout("heads", "MHA-VARLEN-8"),
-    "grad_output": Layout("q_tokens heads v_dim", "MHA-VARLEN-11"),
-    "grad_lse": Layout("heads q_tokens", "MHA-VARLEN-11"),
-}
-
-PACKED = _ROWS_OF_TOKENS | {
-    "key": Layout("kv_tokens kv_heads qk_dim", "MHA-VARLEN-1"),
-    "value": Layout("kv_tokens kv_heads v_dim", "MHA-VARLEN-1"),
-}
-"""The arguments of varlen_attention and of its gradients."""
-
-PAGED = _ROWS_OF_TOKENS | {
-    "key": Layout("blocks block_size kv_heads qk_dim", "MHA-VARLEN-6"),
-    "value": Layout("blocks block_size kv_heads v_dim", "MHA-VARLEN-6"),
-    "block_table": Layout("sequences max_blocks", "MHA-VARLEN-6"),
-}
-"""The same with a block table."""
-
-HALVES = {
-    f"{kind}_{half}": Layout(axes, "MHA-MERGE-4")
-    for half in "ab"
-    for kind, axes in {"output": f"{_ROWS} v_dim", "lse": _ROWS}.items()
-} | {"grad_output": Layout(f"{_ROWS} v_dim", "MHA-MERGE-7"), "grad_lse": Layout(_ROWS, "MHA-MERGE-7")}
-"""The arguments of merging and of its gradients."""
-
-_CACHE = {
-    "cache.key": Layout("batch kv_heads capacity qk_dim", "MHA-CACHE-7"),
-    "cache.value": Layout("batch kv_heads capacity v_dim", "MHA-CACHE-7"),
-    "cache.lengths": Layout("batch", "MHA-CACHE-7"),
-}
-
-PAGED_CACHE = {
-    "cache.key": Layout("blocks block_size kv_heads qk_dim", "MHA-CACHE-9"),
-    "cache.value": Layout("blocks block_size kv_heads v_dim", "MHA-CACHE-9"),
-    "cache.lengths": Layout("batch", "MHA-CACHE-9"),
-    "cache.block_table": Layout("batch max_blocks", "MHA-CACHE-9"),
-}
-"""A paged cache, whose layouts replace those of a cache."""
-
-LAYER = {
-    "query": Layout("batch q_len embed", "MHA-LAYER-2"),
-    "key": Layout("batch kv_len k_embed", "MHA-LAYER-2"),
-    "value": Layout("batch kv_len v_embed", "MHA-LAYER-2"),
-    **_PER_ENTRY,
-    **{f"params[{name!r}]": Layout(" ".join(axes), "MHA-PROJ-4") for name, axes in AXES.items()},
-    **_CACHE,
-}
-"""The arguments of the layer, without those that it passes on to attention unchanged."""
-
-APPENDED = {
-    "key": Layout("batch kv_heads length qk_dim", "MHA-CACHE-7"),
-    "value": Layout("batch kv_heads length v_dim", "MHA-CACHE-7"),
-    "lengths": Layout("batch", "MHA-LEN-3"),
-    **_CACHE,
-}
-"""The arguments of append_cache."""
-
-ALIBI = {"slopes": Layout("heads", "MHA-ALIBI-3"), "q_offset": Layout("batch", "MHA-LEN-3")}
-
-ROTATED = Layout("batch heads length size", "MHA-ROTARY-6")
-POSITIONS = tuple(Layout(axes, "MHA-ROTARY-6") for axes in ("length", "batch length", "axes batch length"))
-"""The positions of rotary_embedding, of rank 1 to 3."""
-POSITIONS_OF_LAYER = tuple(Layout(axes, "MHA-LAYER-7") for axes in ("q_len", "batch q_len", "axes batch q_len"))
-"""The positions of the layer, of rank 1 to 3."""
+def rank_of(value: Any) -> int | None:
+    """Return the number of axes of an array or of nested sequences; None if it is unknown."""
+    if tf.is_tensor(value):
+        return value.shape.rank
+    shape = _host_shape(value)
+    return None if shape is None else len(shape)
 
 
 def sizes_of(array: Array) -> list[Size]:
@@ -220,15 +146,21 @@ def _first_size(tensor: Array) -> Array:
 
 
 def with_known_shapes(
-    layouts: Mapping[str, Layout], arguments: Mapping[str, Any], known: Iterable[str] = (), *, aligned: bool = False
+    layouts: Mapping[str, Layout],
+    arguments: Mapping[str, Any],
+    known: Iterable[str] = (),
+    *,
+    aligned: bool = False,
+    limits: Iterable[Limit] = (),
 ) -> dict[str, Any]:
     """Return the arguments, with variables as tensors, and with the known sizes set in the shape of each tensor.
 
     Args:
         layouts: The axes of the arguments; an argument without a layout is returned unchanged.
-        arguments: Values of any kind by name.
+        arguments: Values of any kind by name; where sizes differ, the later argument is refused.
         known: The sizes that must be known when a call is traced.
         aligned: True if q_len and kv_len must be equal (MHA-POS-2).
+        limits: Limits of integers on the host, besides those of the layouts.
 
     Raises:
         ArgumentValueError: A size that must be known is unknown.
@@ -243,7 +175,7 @@ def with_known_shapes(
         sizes = _with_equal_lengths(sizes)
     for name, shape in shapes.items():
         _refuse_unknown_sizes(name, layouts[name], shape, sizes, known)
-    return values | _Assertions(layouts, values, shapes, sizes).checked(aligned=aligned)
+    return values | _Assertions(layouts, values, shapes, sizes).checked(limits, aligned=aligned)
 
 
 def _is_open(value: Any) -> bool:
@@ -252,16 +184,21 @@ def _is_open(value: Any) -> bool:
 
 def _shape(layout: Layout, value: Any) -> list[int | None] | None:
     """Return what is known of a shape; None for another rank than the layout's or another kind of value."""
-    shape: list[int | None]
+    shape: list[int | None] | None = _host_shape(value)
     if isinstance(value, tf.Tensor):
-        shape = [None] * len(layout.sizes) if value.shape.rank is None else value.shape.as_list()
-    elif isinstance(value, (list, tuple)):
-        shape = [len(value)]
-    elif library_of(value) == "numpy":
-        shape = [*value.shape]
-    else:
-        return None
-    return shape if len(shape) == len(layout.sizes) else None
+        shape = [None for _ in layout.sizes] if value.shape.rank is None else value.shape.as_list()
+    return shape if shape is not None and len(shape) == len(layout.sizes) else None
+
+
+def _host_shape(value: Any) -> list[Any] | None:
+    """Return the shape of nested sequences or of an array of NumPy; None for anything else."""
+    if library_of(value) == "numpy":
+        return [*value.shape]
+    shape: list[int] = []
+    while isinstance(value, (list, tuple, range)):
+        shape.append(len(value))
+        value = value[0] if value else None
+    return shape or None
 
 
 def _known_sizes(layouts: Mapping[str, Layout], shapes: Mapping[str, list[int | None]]) -> dict[str, int]:
@@ -294,71 +231,118 @@ def _refuse_unknown_sizes(
 
 
 class _Assertions:
-    """The assertions that compare the shapes of a call when its graph runs."""
+    """The assertions that compare the sizes of a call when its graph runs."""
 
     def __init__(
         self,
         layouts: Mapping[str, Layout],
         values: Mapping[str, Any],
         shapes: Mapping[str, list[int | None]],
-        sizes: Mapping[str, int],
+        known: Mapping[str, int],
     ) -> None:
-        self.layouts, self.shapes = layouts, shapes
-        self.tensors = {name: values[name] for name in shapes if isinstance(values[name], tf.Tensor)}
-        self.sizes: dict[str, Size] = {**sizes}
+        self.layouts, self.shapes, self.known = layouts, shapes, known
+        self.values = {name: values[name] for name in shapes}
+        self.tensors = {name: value for name, value in self.values.items() if isinstance(value, tf.Tensor)}
+        self.received = {name: self._received(name) for name in shapes}
+        self.sizes: dict[str, Size] = {**known} | self._first_sizes()
 
-    def checked(self, *, aligned: bool) -> dict[str, Array]:
+    def checked(self, limits: Iterable[Limit], *, aligned: bool) -> dict[str, Array]:
         """Return the tensors, each computed after all assertions and with what is known of its shape."""
-        shapes = {name: self._shape(name) for name in self.tensors}
-        self._complete(shapes)
-        with tf.control_dependencies([self._check_lengths(shapes)] if aligned else []):
-            checks = [self._check_shape(name, shape) for name, shape in shapes.items()]
+        with tf.control_dependencies([self._check_lengths()] if aligned else []):
+            checks = [self._check_shape(name) for name in self.shapes if self._is_open(name)]
+        with tf.control_dependencies(checks):
+            checks += [check for limit in (*self._limits(), *limits) for check in self._check_limit(limit)]
         with tf.control_dependencies(checks):
             # A tensor that is passed twice stays a single tensor, so that the layer computes a single product.
-            unique = {id(tensor): _after_checks(tensor, shapes[name]) for name, tensor in self.tensors.items()}
+            unique = {id(tensor): _after_checks(tensor, self.received[name]) for name, tensor in self.tensors.items()}
         checked = {name: unique[id(tensor)] for name, tensor in self.tensors.items()}
         for name, tensor in checked.items():
-            tensor.set_shape(self._static(name))
+            static = self._static(name)
+            if tensor.shape.is_compatible_with(static):  # Else an argument does not fit, which a later check refuses.
+                tensor.set_shape(static)
         return checked
 
-    def _shape(self, name: str) -> Array:
+    def _is_open(self, name: str) -> bool:
+        """Return False for an array of the host that the shared checks compare, because the trace knows its sizes."""
+        return name in self.tensors or any(tf.is_tensor(self.sizes.get(size)) for size in self.layouts[name].sizes)
+
+    def _received(self, name: str) -> Any:
         """Return the sizes of as many axes as the layout has; 0 for an axis that a tensor of unknown rank lacks."""
-        tensor, rank = self.tensors[name], len(self.layouts[name].sizes)
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            return self.shapes[name]
         if tensor.shape.rank is not None:
             return tf.shape(tensor)
+        rank = len(self.layouts[name].sizes)
         return tf.concat([tf.shape(tensor), tf.zeros(rank, tf.int32)], 0)[:rank]
 
-    def _complete(self, shapes: Mapping[str, Array]) -> None:
-        """Take an unknown size from the first tensor that has it on an axis that does not broadcast."""
-        for name, shape in shapes.items():
-            layout = self.layouts[name]
-            axes = zip(layout.sizes, layout.more, layout.broadcasts, strict=True)
-            for axis, (size, more, broadcasts) in enumerate(axes):
-                if not broadcasts and size not in self.sizes:
-                    self.sizes[size] = tf.maximum(shape[axis] - more, 0) if more else shape[axis]
+    def _first_sizes(self) -> dict[str, Size]:
+        """Return each size of the first argument that has it on an axis that does not broadcast."""
+        sizes: dict[str, Size] = {}
+        for name, shape in self.shapes.items():
+            layout, received = self.layouts[name], self.received[name]
+            axes = zip(layout.sizes, layout.more, layout.broadcasts, shape, strict=True)
+            for axis, (size, more, broadcasts, number) in enumerate(axes):
+                if broadcasts or size in sizes:
+                    continue
+                if number is not None:
+                    sizes[size] = max(number - more, 0)
+                else:
+                    sizes[size] = tf.maximum(received[axis] - more, 0) if more else received[axis]
+        return sizes
 
-    def _check_lengths(self, shapes: Mapping[str, Array]) -> Any:
-        axes = {"query": "q_len", "key": "kv_len"}
-        lengths = tf.stack([shapes[name][self.layouts[name].sizes.index(size)] for name, size in axes.items()])
+    def _check_lengths(self) -> Any:
+        lengths = tf.stack([self.sizes.get(size, 0) for size in ("q_len", "kv_len")])
         message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. Received "
         return _assertion(tf.equal(lengths[0], lengths[1]), f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
 
-    def _check_shape(self, name: str, shape: Array) -> Any:
-        layout = self.layouts[name]
+    def _check_shape(self, name: str) -> Any:
+        layout, shape = self.layouts[name], self.received[name]
         expected = tf.stack([self.sizes.get(size, 1) for size in layout.sizes]) + tf.constant(layout.more)
         fits = tf.equal(shape, expected) | (tf.constant(layout.broadcasts) & tf.equal(shape, 1))
-        tensor = self.tensors[name]
-        condition = tf.reduce_all(fits) & tf.equal(tf.rank(tensor), len(layout.sizes))
+        condition, tensor = tf.reduce_all(fits), self.tensors.get(name)
+        if tensor is not None:
+            condition, shape = condition & tf.equal(tf.rank(tensor), len(layout.sizes)), tf.shape(tensor)
         verb = "broadcast to" if any(layout.broadcasts) else "have shape"
         message = f"`{name}` must {verb} ({', '.join(layout.labels)})="
-        return _assertion(condition, message, expected, "received shape=", tf.shape(tensor), layout.clause)
+        return _assertion(condition, message, expected, "received shape=", shape, layout.clause)
+
+    def _limits(self) -> Iterator[Limit]:
+        """Yield the limits of the layouts (MHA-LEN-3)."""
+        for name, value in self.values.items():
+            layout = self.layouts[name]
+            numbers = _host_numbers(value) if layout.limit else None
+            if numbers:
+                message, largest = f"`{name}` must be in 0<={name}<={layout.limit}=", max(numbers)
+                yield Limit(layout.limit, largest, None, message, f"received {short_repr(largest)}.", "", layout.clause)
+
+    def _check_limit(self, limit: Limit) -> Iterator[Any]:
+        """Compare an integer with its limit, unless the trace knows both, which the shared checks compare."""
+        size, added = self._product(limit.limit), 0 if limit.added is None else self._product(limit.added)
+        if size is None or added is None or not (tf.is_tensor(size) or tf.is_tensor(added)):
+            return
+        # The integer may have any number of digits.
+        fits = tf.constant(min(limit.number, tf.int64.max), tf.int64) <= size - added
+        received = [limit.received, *([] if limit.added is None else [added]), *([limit.fix] if limit.fix else [])]
+        yield _assertion(fits, limit.message, size, *received, limit.clause)
+
+    def _product(self, limit: str) -> Size | None:
+        """Return a size or a product of sizes, as an integer or a tensor of 64 bits; None if there is no such size."""
+        names = limit.split(" * ")
+        if not self.sizes.keys() >= {*names}:
+            return None
+        product: Size = 1
+        for name in names:
+            size = self.sizes[name]
+            product *= tf.cast(size, tf.int64) if isinstance(size, tf.Tensor) else size
+        return product
 
     def _static(self, name: str) -> list[int | None]:
         layout = self.layouts[name]
         axes = zip(layout.sizes, layout.more, layout.broadcasts, self.shapes[name], strict=True)
         return [
-            size + more if number is None and not broadcasts and isinstance(size := self.sizes[label], int) else number
-            for label, more, broadcasts, number in axes
+            self.known[size] + more if number is None and not broadcasts and size in self.known else number
+            for size, more, broadcasts, number in axes
         ]
 
 

@@ -11,7 +11,8 @@ from mha_spec.checks import check_flag, check_library
 from mha_spec.varlen_checks import check_cotangents, varlen_arguments
 
 from . import packed
-from .unknown import KNOWN, PACKED, PAGED, with_known_shapes
+from .layouts import KNOWN, PACKED, PAGED
+from .unknown import with_known_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
