@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, cast
 
 from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, placement_of, storage_of
 from .errors import refuse_type, refuse_value
-from .scalars import is_integer, plain, short_repr
+from .scalars import is_size, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +108,7 @@ def check_integers(label: str, value: object, query: Array, shape: tuple[int, ..
     """Require integers of a shape in a sequence, a NumPy array or an array of the query's library."""
     library = library_of(value)
     if library is None:
-        if not is_sequence(value) or len(shape) != 1 or not all(is_integer(plain(entry)) for entry in value):
+        if not is_sequence(value) or len(shape) != 1 or not all(is_size(plain(entry)) for entry in value):
             _refuse_integers(label, f"{label}={short_repr(value)}", shape, axes, clause)
         received: tuple[int, ...] = (len(value),)
     else:

@@ -9,6 +9,7 @@ import numpy
 
 from .compiling import not_traced
 from .errors import refuse_type
+from .scalars import undecided
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,11 +165,17 @@ def softmax_dtype_name(name: str) -> str:
 
 
 def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
-    """Read integers on the host: a number, a sequence or a NumPy array; None for arrays that must not be read."""
+    """Read integers on the host: a number, a sequence or a NumPy array; None for arrays that must not be read.
+
+    A symbolic size of JAX, alone or in a sequence, cannot be read either.
+    """
     if isinstance(value, int):
         return [value]
     if isinstance(value, (list, tuple)):
-        return [int(entry) for entry in cast("Sequence[int]", value)]
+        try:
+            return [int(entry) for entry in cast("Sequence[int]", value)]
+        except undecided():
+            return None
     if isinstance(value, numpy.integer):
         return [int(cast("int", value))]
     if not isinstance(value, numpy.ndarray):

@@ -10,7 +10,8 @@ import numpy
 
 from .array_checks import require_array
 from .arrays import host_integers
-from .scalars import check_integer
+from .errors import refuse_value
+from .scalars import check_size, is_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,10 +146,21 @@ class PagedKVCache(NamedTuple):
         """Make blocks without tokens, with the library, dtype and device of `like`; v_dim is qk_dim by default."""
         require_array("block_table", block_table, "MHA-CACHE-9", "an array (batch, max_blocks)")
         sizes = {"blocks": (blocks, 0), "block_size": (block_size, 1), "kv_heads": (kv_heads, 1)}
-        first = [check_integer(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
+        first = [check_size(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
+        batch: Any = block_table.shape[0]
+        if batch is None:
+            refuse_value(
+                "MHA-CACHE-9",
+                "`block_table` must have a known number of rows when it is traced, received shape="
+                f"{tuple(block_table.shape)}. Set it, or make the cache from blocks and lengths of your own.",
+            )
+        make = _function_for("empty_cache", like, "like")
         # The buffers of a cache in which each batch entry is a block have the same axes, except for their order.
-        pools = _function_for("empty_cache", like, "like")(*first, qk_dim, v_dim, like=like)
-        return cls(pools.key, pools.value, numpy.zeros(block_table.shape[0], dtype=numpy.int32), block_table)
+        pools = make(*first, qk_dim, v_dim, like=like)
+        # A symbolic number of lengths needs an array of the library.
+        known = is_integer(batch)
+        lengths = numpy.zeros(batch, dtype=numpy.int32) if known else make(batch, 1, 0, 1, like=like).lengths
+        return cls(pools.key, pools.value, lengths, block_table)
 
     def append(
         self,

@@ -14,7 +14,7 @@ from .cache import AnyCache, KVCache, PagedKVCache, WindowKVCache
 from .errors import refuse_type, refuse_value
 from .pools import slots_of_positions
 from .position_checks import LARGEST_POSITION, check_entries, check_offset, chunk_size, window_bounds
-from .scalars import short_repr
+from .scalars import is_integer, is_less, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,7 +66,7 @@ def check_span(cache: WindowKVCache, options: Mapping[str, Any], query: Array) -
     chunk = None if chunk is None else chunk_size(chunk)
     left = None if window is None else window_bounds(window)[0]
     name, size = ("window", None if left is None else left + 1) if chunk is None else ("chunk", chunk)
-    if size is None or (capacity is not None and size > capacity):
+    if size is None or (capacity is not None and is_less(capacity, size)):
         refuse_value(
             "MHA-CACHE-14",
             f"`{name}` must fit a WindowKVCache, which holds the last tokens, "
@@ -94,7 +94,7 @@ def _check_held(
         of_window = start if left is None else position - left
         of_chunk = start if chunk is None else start + (position - start) // chunk * chunk
         first = max(of_window, of_chunk, start)
-        if first < length - capacity:
+        if is_less(first, length - capacity):
             refuse_value(
                 "MHA-CACHE-14",
                 f"`q_offset` must be a position whose keys a WindowKVCache holds, which are those from "
@@ -180,7 +180,7 @@ def check_room(cache: AnyCache, length: Size, counts: Array | Sequence[int] | No
         return
     after = [old + new for old, new in zip(before, more, strict=True)]
     is_paged = isinstance(cache, PagedKVCache)
-    if max(after, default=0) > capacity:
+    if any(is_less(capacity, total) for total in after):
         name = "max_blocks * block_size" if is_paged else "capacity"
         fix = "Append columns to block_table." if is_paged else "Make the cache with a larger capacity."
         refuse_value(
@@ -189,7 +189,7 @@ def check_room(cache: AnyCache, length: Size, counts: Array | Sequence[int] | No
             f"Nothing was stored. {fix}",
         )
     sizes: Any = shape_of(cache.key)[:2]
-    if is_paged and library_of(cache.block_table) == "numpy" and None not in sizes:
+    if is_paged and library_of(cache.block_table) == "numpy" and all(map(is_integer, (*sizes, *after))):
         _check_slots(cache, before, after)
 
 

@@ -188,7 +188,8 @@ def check_score_numbers(a: Arguments | VarlenArguments) -> None:
 
 
 def _scale(a: Arguments | VarlenArguments) -> float:
-    scale, (_, largest) = check_number("scale", a.scale), _range(a)
+    fix = " Multiply the query by a traced number, and pass scale=1."
+    scale, (_, largest) = check_number("scale", a.scale, fix=fix), _range(a)
     if not abs(scale) <= largest:
         refuse_value(
             "MHA-ARG-2",

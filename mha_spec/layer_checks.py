@@ -21,7 +21,7 @@ from .errors import refuse_type, refuse_value
 from .parameters import AXES, JOINT_NORMS, REQUIRED
 from .position_checks import check_entries, check_offset, refuse_ambiguity
 from .rotary_checks import check_rotary
-from .scalars import LARGEST_FLOAT, check_integer, check_number, is_integer, plain, short_repr
+from .scalars import LARGEST_FLOAT, check_integer, check_number, check_size, is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -401,8 +401,8 @@ def check_alibi(slopes: Any, q_len: int, kv_len: int, offset: Array | Sequence[i
             f"`slopes` must be a number of heads or a floating array of shape (heads,), "
             f"received dtype={dtype_name(slopes)}, shape={tuple(slopes.shape)}.",
         )
-    check_integer("q_len", q_len, 0, "MHA-ALIBI-3")
-    check_integer("kv_len", kv_len, 0, "MHA-ALIBI-3")
+    check_size("q_len", q_len, 0, "MHA-ALIBI-3")
+    check_size("kv_len", kv_len, 0, "MHA-ALIBI-3")
     if offset is None:
         refuse_ambiguity("alibi_bias", q_len, kv_len, None)
     elif library is not None and library_of(offset) not in (None, "numpy", library):
@@ -430,8 +430,8 @@ def empty_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of the buffers of a cache; its sizes are integers (MHA-CACHE-7)."""
     sizes = {"batch": (batch, 0), "kv_heads": (kv_heads, 1), "capacity": (capacity, 0), "qk_dim": (qk_dim, 1)}
-    first = [check_integer(name, size, least, "MHA-CACHE-7") for name, (size, least) in sizes.items()]
-    last = first[3] if v_dim is None else check_integer("v_dim", v_dim, 1, "MHA-CACHE-7")
+    first = [check_size(name, size, least, "MHA-CACHE-7") for name, (size, least) in sizes.items()]
+    last = first[3] if v_dim is None else check_size("v_dim", v_dim, 1, "MHA-CACHE-7")
     return tuple(first), (*first[:3], last)
 
 

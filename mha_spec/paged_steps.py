@@ -92,7 +92,7 @@ def integers(numbers: Array | Sequence[int], like: Array) -> Array:
     if host_integers(numbers) is not None:  # In 32 bits, which every library has.
         host = numpy.clip(numpy.asarray(numbers).astype(numpy.float64), -(2**31), 2**31 - 1).astype(numpy.int32)
         return xp.astype(xp.asarray(host, device=device), index)
-    return xp.astype(numbers, index)
+    return xp.astype(xp.asarray(numbers), index)
 
 
 def store_pages(pages: Array, new: Array, slots: Array) -> Array:

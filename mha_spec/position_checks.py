@@ -12,7 +12,7 @@ from .array_checks import check_integers, is_sequence
 from .arrays import Array, host_integers
 from .errors import refuse_type, refuse_value
 from .offsets import for_each_entry
-from .scalars import is_integer, plain, short_repr
+from .scalars import is_less, is_size, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,9 +61,9 @@ def _bound(side: str, bound: object) -> int | None:
     if bound is None:
         return None
     number = plain(bound)
-    if not is_integer(number):
+    if not is_size(number):
         refuse_type("MHA-ARG-3", f"`window` must hold integers or None, received {side}={short_repr(bound)}.")
-    if not 0 <= number <= LARGEST_POSITION:
+    if is_less(number, 0) or is_less(LARGEST_POSITION, number):
         refuse_value(
             "MHA-ARG-3",
             f"`window` must have 0<={side}<=2**30 or {side}=None for no bound, received {side}={short_repr(number)}.",
@@ -80,12 +80,12 @@ def check_chunk(a: Arguments) -> None:
 def chunk_size(chunk: object) -> int:
     """Return the number of positions of a chunk as a Python integer, which is in its range (MHA-WINDOW-3)."""
     number = plain(chunk)
-    if not is_integer(number):
+    if not is_size(number):
         refuse_type(
             "MHA-WINDOW-3",
             f"`chunk` must be an integer, the number of positions of each chunk, received chunk={short_repr(chunk)}.",
         )
-    if not 1 <= number <= LARGEST_POSITION:
+    if is_less(number, 1) or is_less(LARGEST_POSITION, number):
         refuse_value(
             "MHA-WINDOW-3",
             f"`chunk` must be in 1<=chunk<=2**30, or chunk=None for no chunks, received chunk={short_repr(number)}.",
@@ -126,7 +126,7 @@ def check_common_offset(offset: object) -> bool:
                 "MHA-POS-2", f"`q_offset` must be integers or {names}, received q_offset={short_repr(offset)}."
             )
         return True
-    if is_integer(offset):
+    if is_size(offset):
         check_position("q_offset", offset, -LARGEST_POSITION, LARGEST_POSITION, "2**30")
         return True
     return False
@@ -175,7 +175,7 @@ def check_position(
     label: str, number: int, low: int, high: int | None, high_name: str, clause: str = "MHA-LEN-3"
 ) -> None:
     """Require an integer in a range; a limit of None is unknown (MHA-LEN-3)."""
-    if number < low or (high is not None and number > high):
+    if is_less(number, low) or (high is not None and is_less(high, number)):
         least = "-2**30" if low == -LARGEST_POSITION else low
         limits = f"{least}<={label}<=2**30" if high_name == "2**30" else f"{low}<={label}<={high_name}={high}"
         refuse_value(clause, f"`{label}` must be in {limits}, received {short_repr(number)}.")

@@ -1,7 +1,8 @@
-"""Arguments that are Python values: numbers, integers and flags.
+"""Arguments that are Python values: numbers, integers, sizes and flags.
 
 A scalar of NumPy counts as the Python value that it holds (MHA-ARG-2). A symbolic number of PyTorch, which stands for a
-Python number that changes between the calls of a compiled function, counts as that number.
+Python number that changes between the calls of a compiled function, counts as that number. A symbolic size of JAX,
+which stands for the size of any call of an exported function, counts as a size, an offset, and a bound of positions.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ __all__ = [
     "check_flag",
     "check_integer",
     "check_number",
+    "check_size",
     "is_integer",
+    "is_less",
+    "is_size",
     "plain",
     "short_repr",
+    "undecided",
 ]
 
 LARGEST_FLOAT = sys.float_info.max
@@ -68,6 +73,31 @@ def is_number(value: object) -> TypeGuard[float]:
     return _kind_of(type(value)) is not None
 
 
+@lru_cache(maxsize=1024)
+@not_traced
+def _is_symbolic_size(cls: type) -> bool:
+    return (cls.__module__.partition(".")[0], cls.__name__) == ("jax", "_DimExpr")
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Tell whether a value is a Python integer or a symbolic size of JAX."""
+    return is_integer(value) or _is_symbolic_size(type(value))
+
+
+def is_less(first: float, second: float) -> bool:
+    """Tell whether a number is less than another; False where symbolic sizes of JAX leave it open."""
+    try:
+        return first < second
+    except undecided():
+        return False
+
+
+def undecided() -> tuple[type[Exception], ...]:
+    """Return the error of what depends on the values of symbolic sizes; none where JAX is not loaded."""
+    jax: Any = sys.modules.get("jax")
+    return () if jax is None else (jax.errors.InconclusiveDimensionOperation,)
+
+
 def are_equal_numbers(first: object, second: object) -> bool:
     """Tell whether two values are Python or NumPy numbers with the same value."""
     numbers = plain(first), plain(second)
@@ -84,22 +114,33 @@ def check_flag(label: str, value: object, clause: str = "MHA-ARG-2") -> bool:
     return held
 
 
-def check_number(label: str, value: object, clause: str = "MHA-ARG-2") -> float:
+def check_number(label: str, value: object, clause: str = "MHA-ARG-2", fix: str = "") -> float:
     """Require a number, and return it as a Python number, which may be an integer above every float (MHA-ARG-2)."""
     if type(value) is float:
         return value
     held = plain(value)
     if not is_number(held):
-        refuse_type(clause, f"`{label}` must be a Python number, received {_named(label, value)}.")
+        refuse_type(clause, f"`{label}` must be a Python number, received {_named(label, value)}.{fix}")
     return held
 
 
 def check_integer(label: str, value: object, least: int, clause: str) -> int:
     """Require an integer that is at least `least`, and return it as a Python integer."""
+    if _is_symbolic_size(type(value)):
+        refuse_type(
+            clause,
+            f"`{label}` must be an integer that is known, received the symbolic size {label}={short_repr(value)}. "
+            "Export the function with a number.",
+        )
+    return check_size(label, value, least, clause)
+
+
+def check_size(label: str, value: object, least: int, clause: str) -> int:
+    """Require an integer or a symbolic size, which is at least `least`, and return an integer as one of Python."""
     held = plain(value)
-    if not is_integer(held):
+    if not is_size(held):
         refuse_type(clause, f"`{label}` must be an integer, received {_named(label, value)}.")
-    if held < least:
+    if is_less(held, least):
         refuse_value(clause, f"`{label}` must be {label}>={least}, received {label}={short_repr(held)}.")
     return held
 

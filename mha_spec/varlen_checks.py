@@ -22,7 +22,7 @@ from .checks import check_result, check_score_numbers, check_sinks, refuse_unkno
 from .errors import refuse_type, refuse_value
 from .offsets import for_each_entry
 from .position_checks import LARGEST_POSITION, check_common_offset, check_position, check_window
-from .scalars import check_integer, plain, short_repr
+from .scalars import check_size, is_less, plain, short_repr
 from .varlen_arguments import VarlenArguments, count_of
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _check_bounds(label: str, value: Array | Sequence[int], tokens: int | None, 
                 f"received {label}[{index}]={short_repr(number)}. Pass cumulative lengths, not lengths.",
             )
     limit, name = (LARGEST_LENGTH, "2**53") if tokens is None else (tokens, f"{axis}={tokens}")
-    if numbers[-1] > limit:
+    if is_less(limit, numbers[-1]):
         refuse_value(
             "MHA-VARLEN-2",
             f"`{label}` must end within the tokens, {label}[{len(numbers) - 1}]<={name}, "
@@ -194,7 +194,7 @@ def check_used(a: VarlenArguments) -> None:
     rooms = _host_differences(a.cu_seqlens_kv)
     for sequence, length in enumerate(host_integers_of(a.seqused_kv) or ()):
         limit = a.capacity if rooms is None else rooms[sequence]
-        if length < 0 or (limit is not None and length > limit):
+        if length < 0 or (limit is not None and is_less(limit, length)):
             refuse_value(
                 "MHA-VARLEN-4",
                 f"`seqused_kv` must be in 0<=seqused_kv[{sequence}]<={limit}, the keys of the sequence, "
@@ -209,7 +209,7 @@ def _check_blocks(a: VarlenArguments) -> None:
     table: Any = a.block_table
     lengths, capacity, (blocks, block_size) = host_lengths(a)[1], a.capacity, a.key.shape[:2]
     for sequence, length in enumerate(lengths or ()):
-        if capacity is not None and length > capacity:
+        if capacity is not None and is_less(capacity, length):
             refuse_value(
                 "MHA-VARLEN-6",
                 f"`block_table` must have room for the keys of sequence {sequence}, "
@@ -237,8 +237,8 @@ def check_longest(a: VarlenArguments) -> None:
 def _longest(label: str, value: int | None, lengths: list[int] | None) -> int | None:
     if value is None:
         return None
-    number, longest = check_integer(label, value, 0, "MHA-VARLEN-10"), max(lengths or (), default=0)
-    if number < longest:
+    number, longest = check_size(label, value, 0, "MHA-VARLEN-10"), max(lengths or (), default=0)
+    if is_less(number, longest):
         refuse_value(
             "MHA-VARLEN-10",
             f"`{label}` must be at least the longest length, {label}>={longest}, received {label}={number}. "

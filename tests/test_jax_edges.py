@@ -1,27 +1,23 @@
-"""Edge cases of mha_spec_jax: a single key, no query, far positions, types of ids, symbolic sizes, merging."""
+"""Edge cases of mha_spec_jax: a single key, no query, far positions, types of ids, merging."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy
 import pytest
 from jax.test_util import check_grads
-from support.comparisons import assert_equal, assert_near, assert_same
+from support.comparisons import assert_equal, assert_same
 from support.jax_world import operands, tokens
 from support.random_calls import ask, assert_allowed, random_arrays
 
 import mha_spec.reference
 import mha_spec_jax
-from mha_spec import KVCache, PagedKVCache
 from mha_spec.errors import ArgumentValueError
 from mha_spec_jax.rotary import turns
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 Call = dict[str, Any]
 FUNCTIONS = ("attention", "attention_weights", "attention_vjp")
@@ -316,151 +312,6 @@ def test_merging_of_non_finite_halves(compiled: bool) -> None:
     assert jnp.isnan(lse[0, 0, 2])
     assert (mixed[0, 0, 3, 0], lse[0, 0, 3]) == (1, 300)
     assert not jnp.isfinite(mixed[0, 0, 3, 1])
-
-
-# Symbolic sizes.
-
-
-def exported(call: Callable[..., Any], *shapes: tuple[str, str]) -> Callable[..., Any]:
-    """Export a call for every size, serialize it and load it again."""
-    scope = jax.export.SymbolicScope()
-    arguments = [
-        jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), jnp.dtype(dtype)) for shape, dtype in shapes
-    ]
-    program = jax.export.export(jax.jit(call))(*arguments).serialize()
-    return jax.jit(jax.export.deserialize(program).call)
-
-
-OPERANDS = (("b, 6, n, 11", "float32"), ("b, 3, m, 11", "float32"), ("b, 3, m, 13", "float32"))
-PER_ENTRY = ("b", "int32")
-SYMBOLIC: dict[str, tuple[Callable[..., Any], tuple[tuple[str, str], ...]]] = {
-    "plain": (lambda q, k, v: mha_spec_jax.attention(q, k, v, return_lse=True), ()),
-    "lower right": (lambda q, k, v: mha_spec_jax.attention(q, k, v, causal=True, q_offset="lower_right"), ()),
-    "every constraint": (
-        lambda q, k, v, kv_lengths, bias, ids, kv_ids: mha_spec_jax.attention(
-            q, k, v, window=(3, 2), q_offset=kv_lengths, kv_lengths=kv_lengths, bias=bias, q_segment_ids=ids,
-            kv_segment_ids=kv_ids, return_lse=True
-        ),
-        (PER_ENTRY, ("1, 6, n, m", "float32"), ("b, n", "int32"), ("b, m", "int32")),
-    ),
-    "weights": (lambda q, k, _, lengths: mha_spec_jax.attention_weights(q, k, kv_lengths=lengths), (PER_ENTRY,)),
-    "vjp": (
-        lambda q, k, v, grad_output, bias, lengths: mha_spec_jax.attention_vjp(
-            grad_output, q, k, v, bias=bias, kv_lengths=lengths
-        )[:4],
-        (("b, 6, n, 13", "float32"), ("b, 1, 1, m", "float32"), PER_ENTRY),
-    ),
-    "grad": (
-        jax.grad(lambda *x: jnp.sum(mha_spec_jax.attention(*x, causal=True, q_offset=2)), argnums=(0, 1, 2)),
-        (),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SYMBOLIC)
-def test_sizes_may_be_symbolic(name: str) -> None:
-    call, more = SYMBOLIC[name]
-    program = exported(call, *OPERANDS, *more)
-    random = numpy.random.default_rng(SEED)
-    for b, n, m in ((2, 3, 7), (1, 7, 1)):
-        sizes = {"b": b, "n": n, "m": m}
-        inputs = []
-        for shape, dtype in (*OPERANDS, *more):
-            size = [sizes[axis] if axis in sizes else int(axis) for axis in shape.split(", ")]
-            values = random.standard_normal(size) if dtype == "float32" else random.integers(0, min(n, m) + 1, size)
-            inputs.append(jnp.asarray(values, dtype))
-        described = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(call, *inputs))]
-        results, expected = jax.tree.leaves(program(*inputs)), jax.tree.leaves(call(*inputs))
-        assert [(x.shape, x.dtype) for x in results] == described
-        for result, wanted in zip(results, expected, strict=True):
-            finite = jnp.isfinite(wanted)
-            assert_equal(jnp.where(finite, 0.0, result), jnp.where(finite, 0.0, wanted))
-            scale = float(jnp.abs(jnp.where(finite, wanted, 0.0)).max())
-            assert float(jnp.abs(jnp.where(finite, result - wanted, 0.0)).max()) <= 1000 * UNIT * max(scale, 1.0)
-
-
-@pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("paged", [False, True])
-def test_sizes_of_packed_calls_may_be_symbolic(paged: bool) -> None:
-    random = numpy.random.default_rng(SEED)
-    sizes = [(5, 4, 6), (4, 3, 2, 6), (4, 3, 2, 7)] if paged else [(5, 4, 6), (9, 2, 6), (9, 2, 7)]
-    query, key, value = (jnp.asarray(random.standard_normal(size), jnp.float64) for size in sizes)
-    if paged:
-        shapes = (("t, 4, 6", "float64"), ("p, z, 2, 6", "float64"), ("p, z, 2, 7", "float64"), ("s", "int32"))
-        more = jnp.asarray([[3, 0], [1, 2]], jnp.int32), jnp.asarray([4, 6], jnp.int32)
-        shapes += (("s - 1, w", "int32"), ("s - 1", "int32"))
-    else:
-        shapes = (("t, 4, 6", "float64"), ("u, 2, 6", "float64"), ("u, 2, 7", "float64"), *[("s", "int32")] * 2)
-        more = (jnp.asarray([0, 4, 9], jnp.int32),)
-
-    def call(query: Any, key: Any, value: Any, q_bounds: Any, *more: Any) -> Any:
-        options = {"block_table": more[0], "seqused_kv": more[1]} if paged else {}
-        kv_bounds = None if paged else more[0]
-        return mha_spec_jax.varlen_attention(
-            query, key, value, q_bounds, kv_bounds, causal=True, q_offset="lower_right", **options
-        )
-
-    program = exported(call, *shapes)
-    for sequences in (2, 0):
-        parts = [array[: sequences + (not paged)] for array in more]
-        inputs = query, key, value, jnp.asarray([0, 3, 5], jnp.int32)[: sequences + 1], *parts
-        expected = call(*inputs)
-        assert_near(program(*inputs), expected)
-        assert bool(expected.any()) == bool(sequences)
-
-
-def test_the_default_scale_needs_a_known_size() -> None:
-    arrays = ("2, 4, 3, d", "float32"), ("2, 2, 5, d", "float32"), ("2, 2, 5, 7", "float32")
-    with pytest.raises(ArgumentValueError, match="`scale` must be a Python number where qk_dim is symbolic"):
-        exported(mha_spec_jax.attention, *arrays)
-    exported(lambda *x: mha_spec_jax.attention(*x, scale=0.5), *arrays)
-
-
-@pytest.mark.parametrize("offset", ["upper_left", "lower_right", 3, [1, 4], None], ids=str)
-def test_alibi_accepts_symbolic_sizes(offset: Any) -> None:
-    """Query and key have the same size where the offset is None."""
-    keys = 1 if offset is None else 2
-
-    def call(*arrays: jax.Array) -> jax.Array:
-        return mha_spec_jax.alibi_bias(3, arrays[0].shape[0], arrays[keys - 1].shape[0], q_offset=offset)
-
-    program = exported(call, *[("n", "float32"), ("m", "float32")][:keys])
-    for n, m in ((2, 5), (7, 1)):
-        arrays = [jnp.zeros(size, jnp.float32) for size in (n, m)][:keys]
-        assert_equal(program(*arrays), call(*arrays))
-
-
-def test_alibi_of_two_symbolic_sizes_needs_an_offset() -> None:
-    with pytest.raises(ArgumentValueError, match="MHA-POS-2"):
-        exported(lambda q, k: mha_spec_jax.alibi_bias(3, *q.shape, *k.shape), ("n", "float32"), ("m", "float32"))
-
-
-@pytest.mark.parametrize("paged", [False, True])
-def test_an_exported_layer_accepts_and_returns_a_cache(paged: bool) -> None:
-    layer = mha_spec_jax.MultiHeadAttention(12, 3, key=jax.random.key(0), rotary={})
-
-    def call(layer: Any, x: jax.Array, cache: Any) -> Any:
-        return layer(x, causal=True, cache=cache)
-
-    scope = jax.export.SymbolicScope()
-
-    def described(shape: str, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), dtype)
-
-    x, lengths = tokens(5, 12).astype("float32"), described("b", jnp.int32)
-    buffer = described("p, 4, 3, 4" if paged else "b, 3, m, 4")
-    if paged:
-        cache: Any = PagedKVCache.empty(numpy.asarray([[3, 0], [1, 2]]), 4, 4, 3, 4, like=x)
-        structure: Any = PagedKVCache(buffer, buffer, lengths, described("b, w", jnp.int32))
-    else:
-        cache, structure = layer.empty_cache(2, 7), KVCache(buffer, buffer, lengths)
-    arguments = (layer, described("b, n, 12"), structure)
-    program = jax.export.deserialize(jax.export.export(jax.jit(call))(*arguments).serialize())
-    cache = jax.tree.map(lambda array: jnp.asarray(array, jnp.int32 if array.ndim < 3 else None), cache)
-    output, new = program.call(layer, x, cache)
-    expected, _ = call(layer, x, cache)
-    assert type(new) is type(cache)
-    assert float(jnp.abs(output - expected).max()) <= 1000 * UNIT * float(jnp.abs(expected).max())
 
 
 @pytest.mark.parametrize(

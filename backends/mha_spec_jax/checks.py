@@ -1,4 +1,4 @@
-"""Checks that need JAX: arrays must be on the same devices, and sizes may be symbolic, as in jax.export."""
+"""Checks that need JAX: arrays must be on the same devices."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.core import Tracer
-from jax.export import is_symbolic_dim
 
 from mha_spec import layer_checks
 from mha_spec.array_checks import check_same_device
-from mha_spec.position_checks import refuse_ambiguity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,12 +57,8 @@ def check_append(cache: AnyCache, key: Array, value: Array, lengths: Integers | 
 
 
 def check_alibi(slopes: Array | int, q_len: Any, kv_len: Any, q_offset: Integers | int | str | None) -> None:
-    """Check the arguments of alibi_bias; a symbolic size is an integer >= 0 (MHA-ARG-4, MHA-ALIBI-3, MHA-POS-2)."""
-    symbolic = [bool(is_symbolic_dim(size)) for size in (q_len, kv_len)]
-    if q_offset is None and any(symbolic):
-        refuse_ambiguity("alibi_bias", q_len, kv_len, None)
-        q_offset = 0
-    layer_checks.check_alibi(slopes, 0 if symbolic[0] else q_len, 0 if symbolic[1] else kv_len, q_offset)
+    """Check the arguments of alibi_bias, and the devices of its arrays (MHA-ARG-4, MHA-ALIBI-3, MHA-POS-2)."""
+    layer_checks.check_alibi(slopes, q_len, kv_len, q_offset)
     check_devices({"slopes": slopes, "q_offset": q_offset})
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mha_spec import layer_steps, paged_steps
 from mha_spec.arrays import host_integers, softmax_dtype_name
+from mha_spec.cache import KVCache, PagedKVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     import numpy
     from jax import Array
 
-    from mha_spec.cache import PagedKVCache
     from mha_spec.layer_checks import LayerArguments
 
     Integers = Array | Sequence[int]
@@ -177,6 +177,19 @@ def _common_start(start: Integers, stop: Integers, length: int) -> int | None:
     return before[0]
 
 
+def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
+    """Make buffers of zeros, and lengths of 0 on the host, or in an array where their number is symbolic."""
+    if are_known(shapes[0][0]):
+        return layer_steps.empty_cache(shapes, like)
+    key, value = (jnp.zeros(shape, like.dtype) for shape in shapes)
+    return KVCache(key, value, jnp.zeros(shapes[0][0], jnp.int32))
+
+
+def new_lengths(lengths: Integers, counts: Integers | None, length: int, like: Array) -> Array | numpy.ndarray:
+    """Count the tokens of each batch entry after an append, in an array where their number is symbolic."""
+    return layer_steps.new_lengths(lengths if are_known(length) else jnp.asarray(lengths), counts, length, like)
+
+
 def bounds(batch: int, length: int, like: Array) -> Array | numpy.ndarray:
     """Return the cumulative lengths of sequences of the same length; sizes may be symbolic."""
     if are_known(batch, length):
@@ -238,6 +251,8 @@ _LAYER = Layer(
         store_wrapped=store_wrapped,
         unroll=unroll,
         bounds=bounds,
+        empty_cache=empty,
+        new_lengths=new_lengths,
         new_slots=new_slots,
         varlen=varlen_attention,
     )

@@ -6,7 +6,7 @@ the sizes of stretches alone, which are rounded, so that a new offset seldom com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,6 +74,7 @@ def plan_of(a: Arguments) -> tuple[Plan, Stretches]:
         return Plan((Group(0, 1, a.q_len, a.kv_len, from_zero=True),), None), (None,)
     if a.q_len == 0:
         return Plan((), None), ()
+    a = _with_known_bounds(a)
     height, heads = _height(a)
     groups: list[Group] = []
     stretches: list[numpy.ndarray | None] = []
@@ -82,6 +83,14 @@ def plan_of(a: Arguments) -> tuple[Plan, Stretches]:
         groups.append(Group(blocks[0].first, len(blocks), rows, keys, from_zero))
         stretches.append(None if from_zero else numpy.asarray([block.start for block in blocks], numpy.int32))
     return Plan(tuple(groups), heads), tuple(stretches)
+
+
+def _with_known_bounds(a: Arguments) -> Arguments:
+    """Remove symbolic bounds of a window and a symbolic chunk, without which a query sees more keys."""
+    if a.window is None and a.chunk is None:
+        return a
+    window = None if a.window is None else tuple(bound if are_known(bound) else None for bound in a.window)
+    return replace(a, window=window, chunk=a.chunk if are_known(a.chunk) else None)
 
 
 def are_known(*sizes: object) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy
 
 from mha_spec.arguments import offset_of_reading
-from mha_spec.arrays import dtype_name, segment_ids, softmax_dtype_name
+from mha_spec.arrays import dtype_name, host_integers, segment_ids, softmax_dtype_name
 from mha_spec.errors import refuse_value
 from mha_spec.steps import scale_of
 
@@ -153,7 +153,7 @@ def _length(lengths: Integers | None, size: int) -> Array | numpy.ndarray | int:
     """Return the length of a buffer that is in use."""
     if lengths is None:
         return size if are_known(size) else jnp.asarray(size, jnp.int32)
-    return bounded(lengths, size) if isinstance(lengths, jax.Array) else numpy.asarray(lengths, numpy.int32)
+    return bounded(lengths, size) if host_integers(lengths) is None else numpy.asarray(lengths, numpy.int32)
 
 
 def softmax_dtype(query: Array) -> str:
@@ -162,10 +162,10 @@ def softmax_dtype(query: Array) -> str:
 
 
 def _integers(value: Integers | int | str | None) -> Array | numpy.ndarray | None:
-    """Convert host integers to int32, whose range they were checked against; return arrays of JAX unchanged."""
+    """Convert host integers to int32, whose range they were checked against, and symbolic sizes to traced integers."""
     if value is None or isinstance(value, jax.Array):
         return value
-    return numpy.asarray(value, numpy.int32)
+    return numpy.asarray(value, numpy.int32) if host_integers(value) is not None else jnp.asarray(value, jnp.int32)
 
 
 def digits_of(a: Arguments) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -207,7 +207,7 @@ def unfold(array: Array) -> Array:
     return array.reshape(batch, kv_heads * group, *rest)
 
 
-def bounded(lengths: Array | numpy.ndarray, largest: int) -> Array:
+def bounded(lengths: Array | numpy.ndarray | Sequence[int], largest: int) -> Array:
     """Clamp lengths to the buffer, and convert them to int32 (MHA-LEN-3)."""
     lengths = jnp.asarray(lengths)
     if jnp.iinfo(lengths.dtype).bits < 32:  # A narrow type may not hold the size of the buffer.

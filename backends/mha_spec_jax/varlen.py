@@ -121,4 +121,6 @@ def _integers(value: Any) -> Any:
     """Convert host integers to an array, within the range of int32, which tells them from what the table may hold."""
     if value is None or isinstance(value, jax.Array):
         return value
+    if host_integers(value) is None:  # Symbolic sizes become traced integers.
+        return jnp.asarray(value, jnp.int32)
     return jnp.asarray(numpy.clip(numpy.asarray(value, numpy.int64), -(2**31), 2**31 - 1), jnp.int32)
