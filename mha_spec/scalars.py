@@ -139,7 +139,8 @@ def check_size(label: str, value: object, least: int, clause: str) -> int:
     """Require an integer or a symbolic size, which is at least `least`, and return an integer as one of Python."""
     held = plain(value)
     if not is_size(held):
-        refuse_type(clause, f"`{label}` must be an integer, received {_named(label, value)}.")
+        fix = " Pass a Python integer, such as an entry of x.shape." if hasattr(value, "dtype") else ""
+        refuse_type(clause, f"`{label}` must be an integer, received {_named(label, value)}.{fix}")
     if is_less(held, least):
         refuse_value(clause, f"`{label}` must be {label}>={least}, received {label}={short_repr(held)}.")
     return held

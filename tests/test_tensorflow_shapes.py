@@ -264,6 +264,48 @@ def test_readings_of_the_offset(reading: str, lengths: tuple[str, ...], on_the_h
     assert_near(traced(call, tensors, heads_and_sizes(ATTENTION))(tensors), expected)
 
 
+SIZES_IN_TENSORS: dict[str, Any] = {
+    "batch": lambda x, size: mha_spec_tensorflow.empty_cache(size(x)[0], 3, 7, 4, like=x).append(x, x)[:2],
+    "capacity": lambda x, size: mha_spec_tensorflow.empty_cache(2, 3, size(x)[2] + 2, 4, like=x).append(x, x)[:2],
+    "alibi": lambda x, size: mha_spec_tensorflow.alibi_bias(3, size(x)[2], size(x)[2] + 2, q_offset="lower_right"),
+    "aligned alibi": lambda x, size: mha_spec_tensorflow.alibi_bias(3, size(x)[2], size(x)[2]),
+}
+
+
+@pytest.mark.parametrize("name", SIZES_IN_TENSORS)
+def test_a_size_may_be_a_scalar_tensor(name: str) -> None:
+    call, x = SIZES_IN_TENSORS[name], tf.constant(numbers(2, 3, 5, 4))
+    expected = call(x, lambda x: x.shape)
+    assert_equal(call(x, tf.shape), expected)
+    graph = unknown(lambda x: call(x, lambda x: tf.shape(x, tf.int64 if name == "alibi" else tf.int32)), x)
+    assert_equal(graph(x), expected)
+
+
+def test_a_size_in_a_tensor_is_compared_when_it_runs() -> None:
+    x = tf.constant(numbers(2, 3, 5, 4))
+    wrong = {
+        r"`capacity` must be capacity>=0.* .-2.*MHA-CACHE-7": lambda x: (
+            mha_spec_tensorflow.empty_cache(2, 3, tf.shape(x)[2] - 7, 4, like=x).key
+        ),
+        r"`q_offset` must be given.* .5 7.*MHA-POS-2": lambda x: mha_spec_tensorflow.alibi_bias(3, tf.shape(x)[2], 7),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            unknown(call, x)(x)
+
+
+def test_a_size_that_must_be_known_is_no_tensor() -> None:
+    x = tf.constant(numbers(2, 3, 5, 4))
+    calls = [
+        lambda x: mha_spec_tensorflow.empty_cache(2, tf.shape(x)[2], 7, 4, like=x).key,
+        lambda x: mha_spec_tensorflow.alibi_slopes(tf.shape(x)[2]),
+        lambda x: mha_spec_tensorflow.alibi_bias(3, x, tf.shape(x)[2]),
+    ]
+    for call in calls:
+        with pytest.raises(ArgumentTypeError, match=r"must be an integer, received.*Pass a Python integer, such as"):
+            unknown(call, x).get_concrete_function()
+
+
 def test_positions_of_a_rotation_are_compared_when_it_runs() -> None:
     x = tf.constant(numbers(2, 3, 5, 4))
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from mha_spec import layer_checks, layer_steps, paged_steps, window_steps
 from mha_spec.arguments import decorate_method
 from mha_spec.arrays import dtype_name, host_integers, softmax_dtype_name
-from mha_spec.cache import AnyCache, KVCache, PagedKVCache, WindowKVCache
+from mha_spec.cache import AnyCache, PagedKVCache, WindowKVCache
 from mha_spec.checks import check_library
 from mha_spec.errors import refuse_value
 from mha_spec.layer import Layer
@@ -32,6 +32,7 @@ from .layouts import (
 )
 from .packed import in_xla
 from .plan import offset_of
+from .sizes import empty_cache, equal_lengths, example, size_of
 from .unknown import limits_of_append, limits_of_span, rank_of, sizes_of, with_known_shapes
 from .varlen import varlen_attention
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from mha_spec.arrays import Array
     from mha_spec.cache import Cache
     from mha_spec.layer_checks import LayerArguments
+
+    from .unknown import Size
 
     Integers = Array | Sequence[int] | numpy.ndarray
 
@@ -159,9 +162,9 @@ def normalise_jointly(x: Array, gain: Array, epsilon: float) -> Array:
     return tf.cast(wide / tf.sqrt(mean_square + epsilon) * widen(gain)[:, None, :], x.dtype)
 
 
-def positions(offset: Integers | int, length: int | None, like: Array) -> numpy.ndarray | Array:
+def positions(offset: Integers | int, length: Size | None, like: Array) -> numpy.ndarray | Array:
     """Return the positions offset[b] + i, as an array of NumPy if offset and length are known (MHA-POS-1)."""
-    if host_integers(offset) is not None and length is not None:
+    if host_integers(offset) is not None and isinstance(length, int):
         return layer_steps.positions(offset, length, like)
     starts = integers(offset, like)
     return starts[..., None] + tf.range(sizes_of(like)[2] if length is None else length, dtype=starts.dtype)
@@ -336,12 +339,6 @@ def start_of_keys(starts: Array | numpy.ndarray, chunk: int | None) -> Array | n
     return tf.where(starts < 0, tf.math.floormod(starts, chunk), starts)
 
 
-def empty(shapes: Sequence[tuple[int, ...]], like: Array) -> KVCache:
-    """Create buffers of zeros, and lengths of 0 on the host."""
-    key, value = (tf.zeros(shape, like.dtype) for shape in shapes)
-    return KVCache(key, value, numpy.zeros(shapes[0][0], dtype=numpy.int32))
-
-
 def merge_heads(x: Array) -> Array:
     """Place the outputs of a token's heads next to each other, in their order (MHA-PROJ-3)."""
     return tf.transpose(x, (0, 2, 1, 3))
@@ -364,7 +361,12 @@ def slopes(heads: int, dtype: str) -> Array:
     return tf.constant(slope_values(heads), dtype)
 
 
-def distances(offset: Integers | int, q_len: int, kv_len: int, like: Array, steps: LayerSteps) -> Array:
+def check_alibi(slopes: Any, q_len: Size, kv_len: Size, offset: Any) -> None:
+    """Check the arguments of alibi_bias, of which sizes in tensors are compared when the graph runs."""
+    layer_checks.check_alibi(slopes, example(q_len), example(kv_len), offset)
+
+
+def distances(offset: Integers | int, q_len: Size, kv_len: Size, like: Array, steps: LayerSteps) -> Array:
     """Compute |p - j|, integers (q_len, kv_len) or (batch, 1, q_len, kv_len) (MHA-ALIBI-2)."""
     q_positions = tf.convert_to_tensor(steps.positions(offset, q_len, like))
     distance = tf.abs(tf.expand_dims(q_positions, -1) - tf.range(kv_len, dtype=q_positions.dtype))
@@ -388,7 +390,7 @@ _LAYER = Layer(
         spread=spread,
         turns=turns,
         turn=turn,
-        empty_cache=empty,
+        check_alibi=check_alibi,
         new_lengths=new_lengths,
         store=store,
         attend=attention,
@@ -417,7 +419,6 @@ multi_head_attention = decorate_method(_unconverted, _LAYER.multi_head_attention
 multi_head_attention_and_weights = decorate_method(_unconverted, _LAYER.multi_head_attention_and_weights)
 multi_head_attention_weights = decorate_method(_unconverted, _LAYER.multi_head_attention_weights)
 alibi_slopes = _LAYER.alibi_slopes
-empty_cache = decorate_method(_unconverted, _LAYER.empty_cache)
 
 
 @_unconverted
@@ -480,11 +481,17 @@ def _require_rank(positions: Any, clause: str) -> None:
 @_unconverted
 def alibi_bias(
     slopes: Float[tf.Tensor, "heads"] | int,
-    q_len: int,
-    kv_len: int,
+    q_len: Size,
+    kv_len: Size,
     *,
     q_offset: Int[tf.Tensor, "batch"] | Sequence[int] | int | None = None,
 ) -> Float[tf.Tensor, "batch* heads q_len kv_len"]:
-    """Encode positions as a bias; see `mha_spec.reference.alibi_bias`."""
+    """Encode positions as a bias; see `mha_spec.reference.alibi_bias`.
+
+    In a graph, `q_len` and `kv_len` may be scalar tensors, such as entries of `tf.shape(x)`.
+    """
+    q_len, kv_len = (size_of(label, size, "MHA-ALIBI-3") for label, size in (("q_len", q_len), ("kv_len", kv_len)))
+    q_len, kv_len = equal_lengths(q_len, kv_len) if q_offset is None else (q_len, kv_len)
     tensors = with_known_shapes(ALIBI, {"slopes": slopes, "q_offset": q_offset})
-    return _LAYER.alibi_bias(tensors["slopes"], q_len, kv_len, q_offset=tensors["q_offset"])
+    lengths: Any = q_len, kv_len
+    return _LAYER.alibi_bias(tensors["slopes"], *lengths, q_offset=tensors["q_offset"])

@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 
     from .layouts import Layout
 
-__all__ = ["Limit", "Size", "limits_of_append", "limits_of_span", "rank_of", "sizes_of", "with_known_shapes"]
+__all__ = [
+    "Limit",
+    "Size",
+    "assertion",
+    "limits_of_append",
+    "limits_of_span",
+    "rank_of",
+    "sizes_of",
+    "with_known_shapes",
+]
 
 Size: TypeAlias = "int | Array"
 """A known size, or a scalar tensor that holds it."""
@@ -294,7 +303,7 @@ class _Assertions:
     def _check_lengths(self) -> Any:
         lengths = tf.stack([self.sizes.get(size, 0) for size in ("q_len", "kv_len")])
         message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. Received "
-        return _assertion(tf.equal(lengths[0], lengths[1]), f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
+        return assertion(tf.equal(lengths[0], lengths[1]), f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
 
     def _check_shape(self, name: str) -> Any:
         layout, shape = self.layouts[name], self.received[name]
@@ -305,7 +314,7 @@ class _Assertions:
             condition, shape = condition & tf.equal(tf.rank(tensor), len(layout.sizes)), tf.shape(tensor)
         verb = "broadcast to" if any(layout.broadcasts) else "have shape"
         message = f"`{name}` must {verb} ({', '.join(layout.labels)})="
-        return _assertion(condition, message, expected, "received shape=", shape, layout.clause)
+        return assertion(condition, message, expected, "received shape=", shape, layout.clause)
 
     def _limits(self) -> Iterator[Limit]:
         """Yield the limits of the layouts (MHA-LEN-3)."""
@@ -324,7 +333,7 @@ class _Assertions:
         # The integer may have any number of digits.
         fits = tf.constant(min(limit.number, tf.int64.max), tf.int64) <= size - added
         received = [limit.received, *([] if limit.added is None else [added]), *([limit.fix] if limit.fix else [])]
-        yield _assertion(fits, limit.message, size, *received, limit.clause)
+        yield assertion(fits, limit.message, size, *received, limit.clause)
 
     def _product(self, limit: str) -> Size | None:
         """Return a size or a product of sizes, as an integer or a tensor of 64 bits; None if there is no such size."""
@@ -355,7 +364,8 @@ def _after_checks(tensor: Array, shape: Array) -> Array:
     return tf.reshape(tensor, shape) if tensor.shape.rank is None else tf.identity(tensor)
 
 
-def _assertion(condition: Array, *data: Any) -> Any:
+def assertion(condition: Array, *data: Any) -> Any:
+    """Make an assertion with the parts of its message, the last of which is a clause."""
     *message, clause = data
     return tf.raw_ops.Assert(
         condition=condition, data=[*map(tf.convert_to_tensor, message), f"[{clause}]"], summarize=8
