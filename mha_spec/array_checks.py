@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, placement_of, storage_of
 from .errors import refuse_type, refuse_value
-from .scalars import is_integer, plain, short_repr
+from .scalars import TIMES, is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,8 +99,12 @@ def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
 
 
 def python_values(value: object) -> list[Any] | None:
-    """Return the entries of a list, a tuple or a NumPy array as Python values, or None for another value."""
-    entries: object = cast("Any", value).tolist() if library_of(value) == "numpy" else value
+    """Return the entries of a list, a tuple or a NumPy array as Python values, or None for another value.
+
+    Dates and times are no numbers, though `tolist` of NumPy can turn them to integers (MHA-ARG-2).
+    """
+    array: Any = value
+    entries: object = array.tolist() if library_of(value) == "numpy" and array.dtype.kind not in TIMES else value
     return [plain(entry) for entry in entries] if is_sequence(entries) else None
 
 

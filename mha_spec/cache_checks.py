@@ -185,8 +185,8 @@ def check_room(cache: AnyCache, length: Size, counts: Array | Sequence[int] | No
         fix = "Append columns to block_table." if is_paged else "Make the cache with a larger capacity."
         refuse_value(
             "MHA-CACHE-4",
-            f"`cache` must have room for the new tokens, {name}={capacity}, received lengths={before} and {more} more. "
-            f"Nothing was stored. {fix}",
+            f"`cache` must have room for the new tokens, {name}={capacity}, "
+            f"received lengths={short_repr(before)} and {short_repr(more)} more. Nothing was stored. {fix}",
         )
     sizes: Any = shape_of(cache.key)[:2]
     if is_paged and library_of(cache.block_table) == "numpy" and None not in sizes:

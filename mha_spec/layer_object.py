@@ -16,7 +16,7 @@ from .errors import refuse_type, refuse_value
 from .layer_checks import check_epsilon
 from .parameters import AXES, REQUIRED
 from .rotary_checks import Rotary, check_rotary
-from .scalars import check_flag, check_integer, short_repr
+from .scalars import check_count, check_flag, check_size, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +103,8 @@ class LayerSettings:
         if "rotary" in chosen:
             settings["rotary"] = check_rotary(chosen["rotary"], settings["qk_dim"])
         layer = cls(embed, heads, **settings)
+        for name in layer.shapes():
+            check_count({axis: getattr(layer, axis) for axis in AXES[name]}, "MHA-PROJ-4")
         if heads % layer.kv_heads:
             refuse_value(
                 "MHA-HEAD-2", f"`heads` must be a multiple of kv_heads={layer.kv_heads}, received heads={heads}."
@@ -184,7 +186,7 @@ def _checked_option(name: str, value: Any) -> Any:
         return check_epsilon(value)
     if name == "dropout_rate":
         return check_rate(value)
-    return check_integer(name, value, 1, "MHA-PROJ-4")
+    return check_size(name, value, 1, "MHA-PROJ-4")
 
 
 def _checked_norm(value: object) -> str:
@@ -283,8 +285,9 @@ class LayerObject:
         for name in fixed.keys() & options.keys():
             refuse_type(
                 "MHA-ARG-1",
-                f"`{name}` is a setting of the layer, {name}={fixed[name]!r}, received {name}={options[name]!r} "
-                "in a call. Make another layer, or call multi_head_attention with its params.",
+                f"`{name}` is a setting of the layer, {name}={fixed[name]!r}, received "
+                f"{name}={short_repr(options[name])} in a call. Make another layer, or call multi_head_attention with "
+                "its params.",
             )
         return {**fixed, **options}
 

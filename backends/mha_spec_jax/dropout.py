@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec.scalars import short_repr
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -24,7 +25,7 @@ def key_of(a: Arguments) -> jax.Array | None:
         raise ArgumentValueError(f"{message}, received dropout_key=None. jax has no global generator. [MHA-DROP-4]")
     if not isinstance(a.dropout_key, jax.Array) or not _is_key(a.dropout_key):
         wanted = "a single key such as jax.random.key(0), or numbers of uint32 as of jax.random.PRNGKey(0)"
-        received = f"received dropout_key={a.dropout_key!r}"
+        received = f"received dropout_key={short_repr(a.dropout_key)}"
         raise ArgumentTypeError(f"`dropout_key` must be {wanted}, {received}. [MHA-DROP-4]")
     return a.dropout_key
 
