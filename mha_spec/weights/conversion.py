@@ -18,6 +18,7 @@ from .names import Expected, beginning, layer_tensors, nested
 from .operations import Operations, mapping_of, operations_of, shape_of
 from .sizes import Sizes, axes_of, merged_axis
 from .tables import LAYOUTS, Layout
+from .validation import check_layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -206,6 +207,7 @@ def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: s
 
 def _table(layout: object) -> Layout:
     if isinstance(layout, Layout):
+        check_layout(layout)
         return layout
     if not isinstance(layout, str):
         raise ArgumentTypeError(f"`layout` must be a name or a Layout, received {type(layout).__name__}.")
