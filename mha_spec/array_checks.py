@@ -19,6 +19,7 @@ __all__ = [
     "check_library",
     "check_same_device",
     "check_same_dtype",
+    "check_table",
     "differ",
     "fits",
     "is_mapping",
@@ -123,6 +124,14 @@ def check_integers(label: str, value: object, query: Array, shape: tuple[int, ..
         received = shape_of(value)
     if not fits(received, shape):
         refuse_value(clause, f"`{label}` must have shape {axes}={shape}, received shape={received}.")
+
+
+def check_table(label: str, table: Array, like: Array, batch: int | None) -> None:
+    """Require a table of integers with a row for each batch entry; a number of None is not known (MHA-CACHE-9)."""
+    require_array(label, table, "MHA-CACHE-9", "an array of integers (batch, max_blocks)")
+    shape = shape_of(table)
+    expected: Any = (batch, shape[1] if len(shape) == 2 else 0)
+    check_integers(label, table, like, expected, "(batch, max_blocks)", "MHA-CACHE-9")
 
 
 def differ(size: int | None, other: int | None) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 from .arguments import Options, WeightOptions
+from .arrays import FLOATING, dtype_name
 from .checks import check_rate
 from .errors import refuse_type, refuse_value
 from .layer_checks import check_epsilon
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
     from .arrays import Array
     from .cache import AnyCache, KVCache
 
-__all__ = ["CallOptions", "CallWeightOptions", "LayerObject", "LayerOptions", "LayerSettings", "expand_layer_options"]
+__all__ = [
+    "CallOptions",
+    "CallWeightOptions",
+    "LayerObject",
+    "LayerOptions",
+    "LayerSettings",
+    "check_parameter_dtype",
+    "expand_layer_options",
+]
 
 
 class CallWeightOptions(WeightOptions, total=False):
@@ -193,6 +202,20 @@ def _checked_norm(value: object) -> str:
     if value != JOINT:
         refuse_value("MHA-NORM-3", f'`qk_norm` must be True, False or "{JOINT}", received qk_norm={short_repr(value)}.')
     return JOINT
+
+
+def check_parameter_dtype(dtype: object, empty: Callable[[Any], Array], label: str = "dtype") -> None:
+    """Require the dtype of floating parameters; `empty` makes an array of it without elements (MHA-PROJ-4)."""
+    try:
+        name = dtype_name(empty(dtype))
+    except (TypeError, ValueError):
+        name = None
+    if name not in FLOATING:
+        refuse_type(
+            "MHA-PROJ-4",
+            f"`{label}` must be a dtype of {', '.join(FLOATING)}, received {label}={short_repr(dtype)} "
+            f"of type {type(dtype).__name__}.",
+        )
 
 
 _Init = TypeVar("_Init", bound="Callable[..., None]")
