@@ -80,7 +80,7 @@ def _check_known(label: str, names: Collection[Any], known: Collection[str]) -> 
     for name in names:
         _require_text(label, "names", name)
         if name not in known:
-            near = get_close_matches(name, known, 1)
+            near = get_close_matches(str(name), known, 1)
             hint = f"Did you mean {near[0]!r}?" if near else f"The names are {', '.join(known)}."
             raise ArgumentValueError(f"`Layout.{label}` must hold known names, received {short_repr(name)}. {hint}")
 
