@@ -286,10 +286,11 @@ def _of_numbers(positions: object) -> numpy.ndarray:
         _refuse_sequence(positions)
 
 
-def _leaves(positions: object) -> Iterable[object]:
-    if not _is_series(positions):
+def _leaves(positions: object, axes: int = 3) -> Iterable[object]:
+    """Return the numbers of sequences inside each other, of at most so many axes; a deeper sequence is no number."""
+    if axes == 0 or not _is_series(positions):
         return [positions]
-    return (leaf for part in positions for leaf in _leaves(part))
+    return (leaf for part in positions for leaf in _leaves(part, axes - 1))
 
 
 def _refuse_sequence(positions: object) -> NoReturn:

@@ -11,7 +11,7 @@ from support.calls import BATCH, arguments, operand
 from support.layers import EMBED, SIZES, parameters, tokens
 from support.libraries import MODULES, of_library
 
-from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError, PagedKVCache, rotary_frequencies
+from mha_spec import ArgumentTypeError, ArgumentValueError, MhaSpecError, PagedKVCache, reference, rotary_frequencies
 from mha_spec.arrays import host_integers
 from mha_spec.layer_object import LayerSettings
 from mha_spec.scalars import short_repr
@@ -213,6 +213,15 @@ def test_weights_have_heads_of_an_array(name: str, value: Any) -> None:
 
 def test_a_rotation_is_not_computed_from_a_time() -> None:
     _named(lambda: rotary_frequencies(None, numpy.timedelta64(8), 1e4), "dim", ArgumentTypeError)
+
+
+def test_positions_are_not_sequences_of_any_depth() -> None:
+    deep: Any = [0, 1]
+    for _ in range(10000):
+        deep = [deep]
+    for positions in (deep, [[[[0, 1]]]]):
+        call = TURNED | {"positions": positions}
+        _named(lambda call=call: reference.rotary_embedding(**call), "positions", ArgumentTypeError)
 
 
 class Unspoken:
