@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -126,3 +127,10 @@ def test_the_suite_leaves_open_what_a_sink_does_that_converts_to_infinity(functi
 
 def test_the_suite_expects_a_gradient_of_exactly_0_for_a_sink_that_converts_to_minus_infinity() -> None:
     assert dict(kinds("attention_vjp", "float32", -1e300))["grad_sinks"] == EXACT
+
+
+def test_the_suite_leaves_open_the_gradient_of_an_infinite_sink_that_has_only_empty_rows() -> None:
+    call = drawn("attention_vjp", "float32", 1e300)
+    hidden = {"mask": Recipe("numpy.zeros((1, 1, 1, 1))", "bool")}
+    gradient = expect(replace(call, recipes={**call.recipes, **hidden}))[1]["grad_sinks"]
+    assert gradient.tolist() == [EXACT] * (HEADS - 1) + [ANY]
