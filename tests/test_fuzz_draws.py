@@ -18,6 +18,7 @@ from mha_spec_conformance.fuzzing.call import ENTRIES, Call, Recipe
 from mha_spec_conformance.fuzzing.case import case_of
 from mha_spec_conformance.fuzzing.draw import calls
 from mha_spec_conformance.fuzzing.expected import NotAdmitted
+from mha_spec_conformance.mistakes.caching import prefix_hidden_alone
 
 STEPS = range(8)
 FOUR = "random.standard_normal((2, 1, 3, 4))"
@@ -102,3 +103,8 @@ def test_ids_of_two_types_and_numbers_beyond_the_softmax_are_drawn() -> None:
         assert wide, name
         assert {call.recipes[name].dtype for call in wide} == {"float64"}
         assert not {call.dtype for call in wide} & {"float64"}
+
+
+def test_a_mistake_of_caches_answers_a_single_token_whose_call_has_no_offset() -> None:
+    query, key = numpy.ones((3, 1, 1, 5)), numpy.ones((3, 1, 7, 5))
+    assert prefix_hidden_alone(query, key, {"kv_lengths": numpy.array([2, 3, 7])}) is None
