@@ -16,7 +16,7 @@ from support.numbers import numbers
 
 from mha_spec_conformance.fuzzing.call import Call, Recipe
 from mha_spec_conformance.fuzzing.expected import expect
-from mha_spec_conformance.judging.compare import ANY, EXACT
+from mha_spec_conformance.judging.compare import ANY, EXACT, FINITE
 from mha_spec_conformance.targets.conversion import to_numpy
 
 if TYPE_CHECKING:
@@ -134,3 +134,18 @@ def test_the_suite_leaves_open_the_gradient_of_an_infinite_sink_that_has_only_em
     hidden = {"mask": Recipe("numpy.zeros((1, 1, 1, 1))", "bool")}
     gradient = expect(replace(call, recipes={**call.recipes, **hidden}))[1]["grad_sinks"]
     assert gradient.tolist() == [EXACT] * (HEADS - 1) + [ANY]
+
+
+@pytest.mark.parametrize("value", [-1e300, 1e300])
+def test_the_suite_leaves_open_what_an_infinite_sink_does_in_the_layer(value: float) -> None:
+    """The output of a token is a sum over all heads."""
+    operands = {"query": (1, 2, 3), "key": (1, 2, 3), "value": (1, 2, 3)}
+    parameters = {"w_q": (3, 2, 4), "w_k": (3, 1, 4), "w_v": (3, 1, 5), "w_o": (2, 5, 7)}
+    recipes = {name: Recipe(f"numpy.ones({shape})", "float32") for name, shape in (operands | parameters).items()}
+    recipes["sinks"] = Recipe(f"numpy.array([0.5, {value}])", "float64")
+    mask = {"mask": Recipe("numpy.zeros((1, 1, 2, 1))", "bool")}
+    for hidden, seen in (({}, FINITE), (mask, EXACT)):
+        found = expect(Call("multi_head_attention_and_weights", "float32", recipes | hidden))[1]
+        assert numpy.unique(found["weights"][:, 0]).tolist() == [seen]
+        assert numpy.unique(found["weights"][:, 1]).tolist() == [ANY if value > 0 else seen]
+        assert numpy.unique(found["output"]).tolist() == [ANY if value > 0 else seen]

@@ -231,6 +231,8 @@ def _merge_attention_vjp(call: Call, rows: None) -> Kinds:
 def _layer(call: Call, rows: None) -> Kinds:
     """A token whose heads all see nothing gives the bias of the output; slots past the length are not compared.
 
+    A sink of +inf leaves the weights of its head open, and with them the output of every token (SPEC.md, "Limits").
+
     Of a cache in blocks, and of one whose slots wrap, only the output is compared, with that of a contiguous cache.
     """
     from mha_spec_conformance.asking import calls
@@ -254,10 +256,13 @@ def _layer(call: Call, rows: None) -> Kinds:
     answers = calls.joined(list(calls.layer_answers(function, call.function, arguments)))
     every = 2 if call.options.get("drafts") else 1
     visible = {name: numpy.concatenate(pairs[::every], axis=2) for name, pairs in seen.items() if pairs}
-    kinds = {"weights": numpy.where(visible["weigh"], FINITE, EXACT)} if "weights" in answers else {}
+    kinds: Kinds = {}
+    infinite = numpy.asarray(arguments.get("sinks", 0.0) == numpy.inf).reshape(-1, 1, 1)
+    if "weights" in answers:
+        kinds["weights"] = numpy.select([infinite, visible["weigh"]], [ANY, FINITE], EXACT)
     if "output" in answers:
         empty = ~visible["attend"].any(axis=(1, 3))
-        kinds |= {"output": numpy.where(empty, EXACT, FINITE)[..., None]}
+        kinds["output"] = numpy.where(infinite.any(), ANY, numpy.where(empty, EXACT, FINITE))[..., None]
     if "cache_key" in answers and contiguous:
         slots = numpy.arange(answers["cache_key"].shape[2])
         old, new = (numpy.asarray(named["cache_lengths"])[:, None] for named in (arguments, answers))
