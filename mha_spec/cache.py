@@ -8,7 +8,7 @@ from weakref import finalize
 
 import numpy
 
-from .array_checks import require_array
+from .array_checks import check_table, require_array
 from .arrays import host_integers
 from .errors import refuse_value
 from .scalars import check_size, is_integer
@@ -144,9 +144,10 @@ class PagedKVCache(NamedTuple):
         like: Array,
     ) -> PagedKVCache:
         """Make blocks without tokens, with the library, dtype and device of `like`; v_dim is qk_dim by default."""
-        require_array("block_table", block_table, "MHA-CACHE-9", "an array (batch, max_blocks)")
+        require_array("like", like, "MHA-CACHE-7")
+        check_table("block_table", block_table, like, None)
         sizes = {"blocks": (blocks, 0), "block_size": (block_size, 1), "kv_heads": (kv_heads, 1)}
-        first = [check_size(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
+        first = [check_size(name, size, least, "MHA-CACHE-9", symbolic=True) for name, (size, least) in sizes.items()]
         batch: Any = block_table.shape[0]
         if batch is None:
             refuse_value(

@@ -22,7 +22,7 @@ from .checks import check_result, check_score_numbers, check_sinks, refuse_unkno
 from .errors import refuse_type, refuse_value
 from .offsets import for_each_entry
 from .position_checks import LARGEST_POSITION, check_common_offset, check_position, check_window
-from .scalars import check_size, is_less, plain, short_repr
+from .scalars import check_integer, is_less, plain, short_repr
 from .varlen_arguments import VarlenArguments, count_of
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _check_bounds(label: str, value: Array | Sequence[int], tokens: int | None, 
         if number < before:
             refuse_value(
                 "MHA-VARLEN-2",
-                f"`{label}` must not decrease, {label}[{index}]>={label}[{index - 1}]={before}, "
+                f"`{label}` must not decrease, {label}[{index}]>={label}[{index - 1}]={short_repr(before)}, "
                 f"received {label}[{index}]={short_repr(number)}. Pass cumulative lengths, not lengths.",
             )
     limit, name = (LARGEST_LENGTH, "2**53") if tokens is None else (tokens, f"{axis}={tokens}")
@@ -237,12 +237,12 @@ def check_longest(a: VarlenArguments) -> None:
 def _longest(label: str, value: int | None, lengths: list[int] | None) -> int | None:
     if value is None:
         return None
-    number, longest = check_size(label, value, 0, "MHA-VARLEN-10"), max(lengths or (), default=0)
+    number, longest = check_integer(label, value, 0, "MHA-VARLEN-10", symbolic=True), max(lengths or (), default=0)
     if is_less(number, longest):
         refuse_value(
             "MHA-VARLEN-10",
-            f"`{label}` must be at least the longest length, {label}>={longest}, received {label}={number}. "
-            "None is always right.",
+            f"`{label}` must be at least the longest length, {label}>={longest}, "
+            f"received {label}={short_repr(number)}. None is always right.",
         )
     return number
 

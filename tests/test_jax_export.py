@@ -272,7 +272,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], type[MhaSpecError], str]] = {
     "heads": (
         lambda q: mha_spec_jax.alibi_slopes(q.shape[2]),
         ArgumentTypeError,
-        "`heads` must be an integer that is known, received the symbolic size heads=n. Export the function with",
+        "`heads` must be an integer, received heads=n .* Export the function with a number",
     ),
     "positions": (
         lambda q: mha_spec_jax.rotary_embedding(q[:, :, :2], [0, q.shape[2]]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -382,6 +383,7 @@ def alibi(slopes: Array, distances: Array) -> Array:
 _LAYER = Layer(
     LayerSteps(
         check=check,
+        check_library=partial(check_library, "tensorflow"),
         project_in=project_in,
         normalise=normalise,
         normalise_jointly=normalise_jointly,
@@ -433,7 +435,6 @@ def append_cache(
     layouts, limits = _with_cache(APPENDED, cache), limits_of_append(cache, "length", lengths)
     tensors = with_known_shapes(layouts, operands, ("kv_heads", "qk_dim", "v_dim"), limits=limits)
     checked_cache = _cache_of(tensors, cache)
-    check_library("tensorflow", tensors["key"], "key")
     return _LAYER.append_cache(checked_cache, tensors["key"], tensors["value"], tensors["lengths"])
 
 

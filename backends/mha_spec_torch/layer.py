@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy
@@ -320,6 +320,7 @@ def slopes(heads: int, dtype: str) -> Tensor:
 _LAYER = Layer(
     LayerSteps(
         check=check,
+        check_library=partial(check_library, "torch"),
         check_alibi=check_alibi,
         project_in=project_in,
         normalise=normalise,
@@ -417,7 +418,6 @@ def rotary_embedding(
 
 @torch.compiler.allow_in_graph
 def _rotated(x: Tensor, positions: Tensor | Sequence[float], rotary: dict[str, Any]) -> Tensor:
-    check_library("torch", x, "x")
     return _LAYER.rotary_embedding(x, positions, **_fixed(rotary))
 
 
@@ -444,8 +444,6 @@ def alibi_bias(
 
 @torch.compiler.allow_in_graph
 def _biased(slopes: Tensor | int, q_len: int, kv_len: int, q_offset: Integers | int | None) -> Tensor:
-    if library_of(slopes):
-        check_library("torch", slopes, "slopes")
     if is_open(q_offset):
         q_offset = entries(q_offset, slopes.device if isinstance(slopes, Tensor) else torch.get_default_device())
     return _LAYER.alibi_bias(_fixed(slopes), q_len, kv_len, q_offset=q_offset)
@@ -464,7 +462,6 @@ def append_cache(
 
 @torch.compiler.allow_in_graph
 def _appended(cache: Cache, key: Tensor, value: Tensor, lengths: Integers | None) -> Cache:
-    check_library("torch", key, "key")
     return _LAYER.append_cache(cache, key, value, lengths)
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import init
 
-from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
+from mha_spec.layer_object import (
+    CallOptions,
+    LayerObject,
+    LayerOptions,
+    LayerSettings,
+    check_parameter_dtype,
+    expand_layer_options,
+)
 from mha_spec.parameters import AXES
 
 from . import layer
@@ -43,6 +50,7 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
     ) -> None:
         super().__init__()
         self.settings = LayerSettings.of(embed, heads, **options)
+        check_parameter_dtype(dtype, lambda dtype: torch.empty(0, dtype=dtype))
         shapes = self.settings.shapes()
         self._names = tuple(shapes)
         for name in AXES:
