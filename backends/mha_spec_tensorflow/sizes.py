@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import tensorflow as tf
 
+from mha_spec.array_checks import check_library
 from mha_spec.cache import KVCache
 from mha_spec.layer_checks import check_like, empty_shapes
 
@@ -71,6 +72,7 @@ def empty_cache(
         size_of(label, size, "MHA-CACHE-7") for label, size in (("batch", batch), ("capacity", capacity))
     )
     shapes = empty_shapes(example(batch), kv_heads, example(capacity), qk_dim, v_dim)
+    check_library("tensorflow", like, "like")
     check_like(like)
     key, value = (tf.zeros((batch, shape[1], capacity, shape[3]), like.dtype) for shape in shapes)
     lengths = tf.zeros([batch], tf.int32) if is_open(batch) else numpy.zeros(batch, dtype=numpy.int32)
