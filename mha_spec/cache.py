@@ -9,7 +9,7 @@ from weakref import finalize
 import numpy
 
 from .array_checks import require_array
-from .arrays import host_integers
+from .arrays import device_of, host_integers, library_of, namespace_of
 from .scalars import check_integer
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class PagedKVCache(NamedTuple):
         first = [check_integer(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
         # The buffers of a cache in which each batch entry is a block have the same axes, except for their order.
         pools = _function_for("empty_cache", like, "like")(*first, qk_dim, v_dim, like=like)
-        return cls(pools.key, pools.value, numpy.zeros(block_table.shape[0], dtype=numpy.int32), block_table)
+        return cls(pools.key, pools.value, _no_tokens(block_table.shape[0]), block_table)
 
     def append(
         self,
@@ -186,6 +186,14 @@ AnyCache: TypeAlias = KVCache | PagedKVCache | WindowKVCache
 
 Cache = TypeVar("Cache", KVCache, PagedKVCache, WindowKVCache)
 """The type of a cache, which an append keeps."""
+
+
+def _no_tokens(batch: Any) -> Array:
+    """Return lengths of 0, on the host unless a trace has the number of batch entries in an array."""
+    if library_of(batch) is None:
+        return numpy.zeros(batch, dtype=numpy.int32)
+    xp = namespace_of(batch)
+    return xp.zeros((batch,), dtype=xp.int32, device=device_of(batch))
 
 
 def _function_for(name: str, array: Array, label: str) -> Callable[..., Any]:
