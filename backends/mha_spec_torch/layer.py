@@ -261,6 +261,7 @@ def distances(offset: Integers | int, q_len: int, kv_len: int, like: Tensor, _: 
 _LAYER = Layer(
     LayerSteps(
         check=check,
+        check_library=check_tensor,
         check_alibi=check_alibi,
         project_in=project_in,
         normalise=normalise,
@@ -371,7 +372,6 @@ def rotary_embedding(
 
 @torch.compiler.allow_in_graph
 def _rotated(x: Tensor, positions: Tensor | Sequence[float], rotary: dict[str, Any]) -> Tensor:
-    check_tensor(x, "x")
     return _LAYER.rotary_embedding(x, positions, **_fixed(rotary))
 
 
@@ -398,9 +398,6 @@ def alibi_bias(
 
 @torch.compiler.allow_in_graph
 def _biased(slopes: Tensor | int, q_len: int, kv_len: int, q_offset: Integers | int | None) -> Tensor:
-    slopes = plain(slopes)
-    if library_of(slopes):
-        check_tensor(slopes, "slopes")
     if is_open(q_offset):
         q_offset = entries(q_offset, slopes.device if isinstance(slopes, Tensor) else torch.get_default_device())
     return _LAYER.alibi_bias(_fixed(slopes), q_len, kv_len, q_offset=q_offset)
@@ -419,7 +416,6 @@ def append_cache(
 
 @torch.compiler.allow_in_graph
 def _appended(cache: Cache, key: Tensor, value: Tensor, lengths: Integers | None) -> Cache:
-    check_tensor(key, "key")
     return _LAYER.append_cache(cache, key, value, lengths)
 
 

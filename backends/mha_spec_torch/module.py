@@ -8,7 +8,14 @@ import torch
 from torch.nn import init
 
 from mha_spec.errors import refuse_type, refuse_value
-from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
+from mha_spec.layer_object import (
+    CallOptions,
+    LayerObject,
+    LayerOptions,
+    LayerSettings,
+    check_parameter_dtype,
+    expand_layer_options,
+)
 from mha_spec.parameters import AXES
 from mha_spec.scalars import short_repr
 
@@ -46,6 +53,7 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
         super().__init__()
         self.settings = LayerSettings.of(embed, heads, **options)
         check_device(device)
+        check_parameter_dtype(dtype, lambda dtype: torch.empty(0, dtype=dtype))
         shapes = self.settings.shapes()
         self._names = tuple(shapes)
         for name in AXES:
