@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, placement_of, storage_of
 from .errors import refuse_type, refuse_value
-from .scalars import is_integer, plain, short_repr
+from .scalars import TIMES, is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +19,7 @@ __all__ = [
     "check_library",
     "check_same_device",
     "check_same_dtype",
+    "check_table",
     "differ",
     "fits",
     "is_mapping",
@@ -99,8 +100,12 @@ def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
 
 
 def python_values(value: object) -> list[Any] | None:
-    """Return the entries of a list, a tuple or a NumPy array as Python values, or None for another value."""
-    entries: object = cast("Any", value).tolist() if library_of(value) == "numpy" else value
+    """Return the entries of a list, a tuple or a NumPy array as Python values, or None for another value.
+
+    Dates and times are no numbers, though `tolist` of NumPy can turn them to integers (MHA-ARG-2).
+    """
+    array: Any = value
+    entries: object = array.tolist() if library_of(value) == "numpy" and array.dtype.kind not in TIMES else value
     return [plain(entry) for entry in entries] if is_sequence(entries) else None
 
 
@@ -119,6 +124,14 @@ def check_integers(label: str, value: object, query: Array, shape: tuple[int, ..
         received = shape_of(value)
     if not fits(received, shape):
         refuse_value(clause, f"`{label}` must have shape {axes}={shape}, received shape={received}.")
+
+
+def check_table(label: str, table: Array, like: Array, batch: int | None) -> None:
+    """Require a table of integers with a row for each batch entry; a number of None is not known (MHA-CACHE-9)."""
+    require_array(label, table, "MHA-CACHE-9", "an array of integers (batch, max_blocks)")
+    shape = shape_of(table)
+    expected: Any = (batch, shape[1] if len(shape) == 2 else 0)
+    check_integers(label, table, like, expected, "(batch, max_blocks)", "MHA-CACHE-9")
 
 
 def differ(size: int | None, other: int | None) -> bool:

@@ -9,6 +9,7 @@ import numpy
 
 from .compiling import not_traced
 from .errors import refuse_type
+from .scalars import plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +28,7 @@ __all__ = [
     "placement_of",
     "segment_ids",
     "softmax_dtype_name",
+    "softmax_range",
     "storage_of",
 ]
 
@@ -41,6 +43,7 @@ _OF_NO_ELEMENTS = ("todense", "dense_shape", "row_splits", "cls_to_become")
 """Attributes of classes that do not hold an element for every index: sparse, ragged, and not yet initialised."""
 _MASKED = ("numpy.ma", "torch.masked")
 """Modules of arrays with hidden elements."""
+_RANGE = {name: (float(numpy.finfo(name).tiny), float(numpy.finfo(name).max)) for name in ("float32", "float64")}
 _NAMESPACE_OF_CLASS: dict[type, Any] = {}
 _NAME_OF_DTYPE: dict[tuple[type, object], str] = {}
 
@@ -163,16 +166,20 @@ def softmax_dtype_name(name: str) -> str:
     return "float64" if name == "float64" else "float32"
 
 
+def softmax_range(like: Array) -> tuple[float, float]:
+    """Return the smallest normal and the largest number of the softmax's type beside an array (MHA-SOFTMAX-2)."""
+    return _RANGE[softmax_dtype_name(dtype_name(like))]
+
+
 def host_integers(value: Array | Sequence[int] | int) -> list[int] | None:
     """Read integers on the host: a number, a sequence or a NumPy array; None for arrays that must not be read."""
     if isinstance(value, int):
         return [value]
     if isinstance(value, (list, tuple)):
         return [int(entry) for entry in cast("Sequence[int]", value)]
-    if isinstance(value, numpy.integer):
-        return [int(cast("int", value))]
     if not isinstance(value, numpy.ndarray):
-        return None
+        held = plain(value)
+        return [held] if isinstance(held, int) else None
     return cast("list[int]", (value if value.ndim == 1 else value.reshape(-1)).tolist())
 
 

@@ -8,9 +8,9 @@ from weakref import finalize
 
 import numpy
 
-from .array_checks import require_array
-from .arrays import host_integers
-from .scalars import check_integer
+from .array_checks import check_table, require_array
+from .arrays import device_of, host_integers, library_of, namespace_of
+from .scalars import check_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -143,12 +143,13 @@ class PagedKVCache(NamedTuple):
         like: Array,
     ) -> PagedKVCache:
         """Make blocks without tokens, with the library, dtype and device of `like`; v_dim is qk_dim by default."""
-        require_array("block_table", block_table, "MHA-CACHE-9", "an array (batch, max_blocks)")
+        require_array("like", like, "MHA-CACHE-7")
+        check_table("block_table", block_table, like, None)
         sizes = {"blocks": (blocks, 0), "block_size": (block_size, 1), "kv_heads": (kv_heads, 1)}
-        first = [check_integer(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
+        first = [check_size(name, size, least, "MHA-CACHE-9") for name, (size, least) in sizes.items()]
         # The buffers of a cache in which each batch entry is a block have the same axes, except for their order.
         pools = _function_for("empty_cache", like, "like")(*first, qk_dim, v_dim, like=like)
-        return cls(pools.key, pools.value, numpy.zeros(block_table.shape[0], dtype=numpy.int32), block_table)
+        return cls(pools.key, pools.value, _no_tokens(block_table.shape[0]), block_table)
 
     def append(
         self,
@@ -186,6 +187,14 @@ AnyCache: TypeAlias = KVCache | PagedKVCache | WindowKVCache
 
 Cache = TypeVar("Cache", KVCache, PagedKVCache, WindowKVCache)
 """The type of a cache, which an append keeps."""
+
+
+def _no_tokens(batch: Any) -> Array:
+    """Return lengths of 0, on the host unless a trace has the number of batch entries in an array."""
+    if library_of(batch) is None:
+        return numpy.zeros(batch, dtype=numpy.int32)
+    xp = namespace_of(batch)
+    return xp.zeros((batch,), dtype=xp.int32, device=device_of(batch))
 
 
 def _function_for(name: str, array: Array, label: str) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import numpy
 
 from . import paged_steps, window_steps
 from .arguments import options_of
-from .array_checks import check_integers, check_same_dtype, fits, require_array, shape_of
+from .array_checks import check_same_dtype, check_table, fits, require_array, shape_of
 from .arrays import host_integers, library_of
 from .cache import AnyCache, KVCache, PagedKVCache, WindowKVCache
 from .errors import refuse_type, refuse_value
@@ -122,7 +122,9 @@ def check_buffers(cache: object, like: Array, other: str, sizes: tuple[Size, Siz
             for (axis, known), number in zip(axes.items(), received[:3], strict=True)
         }
     if isinstance(cache, PagedKVCache):
-        _check_table(cache, like, batch)
+        if cache.block_size == 0:
+            refuse_value("MHA-CACHE-9", f"`cache.key` must have block_size>=1, received shape={shape_of(cache.key)}.")
+        check_table("cache.block_table", cache.block_table, like, batch)
     if cache.lengths is None:
         refuse_type(clause, "`cache.lengths` must hold an integer for each batch entry, received None.")
     limit = (LARGEST_POSITION, "2**30") if isinstance(cache, WindowKVCache) else (_room(cache), "capacity")
@@ -140,16 +142,6 @@ def _check_buffer(
         expected = ", ".join(axis if size is None else str(size) for axis, size in axes.items())
         refuse_value(clause, f"`{label}` must have shape ({', '.join(axes)})=({expected}), received shape={received}.")
     return received
-
-
-def _check_table(cache: PagedKVCache, like: Array, batch: Size) -> None:
-    """Require slots in each block, and a row of integers for each batch entry (MHA-CACHE-9)."""
-    if cache.block_size == 0:
-        refuse_value("MHA-CACHE-9", f"`cache.key` must have block_size>=1, received shape={shape_of(cache.key)}.")
-    require_array("cache.block_table", cache.block_table, "MHA-CACHE-9", "an array of integers (batch, max_blocks)")
-    shape = shape_of(cache.block_table)
-    expected: Any = (batch, shape[1] if len(shape) == 2 else 0)
-    check_integers("cache.block_table", cache.block_table, like, expected, "(batch, max_blocks)", "MHA-CACHE-9")
 
 
 def _slots(cache: KVCache | WindowKVCache) -> Size:
@@ -185,8 +177,8 @@ def check_room(cache: AnyCache, length: Size, counts: Array | Sequence[int] | No
         fix = "Append columns to block_table." if is_paged else "Make the cache with a larger capacity."
         refuse_value(
             "MHA-CACHE-4",
-            f"`cache` must have room for the new tokens, {name}={capacity}, received lengths={before} and {more} more. "
-            f"Nothing was stored. {fix}",
+            f"`cache` must have room for the new tokens, {name}={capacity}, "
+            f"received lengths={short_repr(before)} and {short_repr(more)} more. Nothing was stored. {fix}",
         )
     sizes: Any = shape_of(cache.key)[:2]
     if is_paged and library_of(cache.block_table) == "numpy" and None not in sizes:
@@ -196,7 +188,7 @@ def check_room(cache: AnyCache, length: Size, counts: Array | Sequence[int] | No
 def _check_slots(cache: PagedKVCache, before: list[int], after: list[int]) -> None:
     """Require blocks that exist, and new tokens in slots that hold no token (MHA-CACHE-9, MHA-CACHE-11)."""
     table: Any = cache.block_table
-    sizes: Any = shape_of(cache.key)[:2]
+    sizes: Any = tuple(map(int, shape_of(cache.key)[:2]))  # A trace of torch.jit has them in tensors.
     _check_blocks(numpy.asarray(table), sizes, after)
     held = numpy.zeros(sizes[0] * sizes[1], dtype=bool)
     held[slots_of_positions(table, sizes, numpy.zeros(len(before), int), before)] = True

@@ -10,8 +10,6 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-import numpy
-
 from .arguments import DROPOUT_OPTIONS, PAIRWISE_OPTIONS, SHARDED_FUNCTIONS, WEIGHT_FUNCTIONS, options_of
 from .array_checks import (
     check_alike,
@@ -22,7 +20,7 @@ from .array_checks import (
     require_array,
     shape_of,
 )
-from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, softmax_dtype_name, storage_of
+from .arrays import FLOATING, Array, dtype_name, library_of, lies_with, softmax_range, storage_of
 from .errors import refuse_type, refuse_value
 from .position_checks import check_alignment, check_chunk, check_lengths, check_prefix, check_window
 from .scalars import as_float, check_flag, check_number, short_repr
@@ -50,9 +48,6 @@ __all__ = [
     "check_sinks",
     "refuse_unknown",
 ]
-
-RANGE = {name: (float(numpy.finfo(name).tiny), float(numpy.finfo(name).max)) for name in ("float32", "float64")}
-"""The smallest normal and the largest number of each type of the softmax."""
 
 LAYER_KEYWORDS = ("rotary", "positions", "norm_epsilon", "cache")
 CUMULATIVE = ("cu_seqlens_q", "cu_seqlens_kv")
@@ -188,7 +183,7 @@ def check_score_numbers(a: Arguments | VarlenArguments) -> None:
 
 
 def _scale(a: Arguments | VarlenArguments) -> float:
-    scale, (_, largest) = check_number("scale", a.scale), _range(a)
+    scale, (_, largest) = check_number("scale", a.scale), softmax_range(a.query)
     if not abs(scale) <= largest:
         refuse_value(
             "MHA-ARG-2",
@@ -199,7 +194,7 @@ def _scale(a: Arguments | VarlenArguments) -> float:
 
 
 def _softcap(a: Arguments | VarlenArguments) -> float:
-    softcap, (smallest, largest) = check_number("softcap", a.softcap), _range(a)
+    softcap, (smallest, largest) = check_number("softcap", a.softcap), softmax_range(a.query)
     if not smallest <= softcap <= largest:
         refuse_value(
             "MHA-ARG-2",
@@ -217,10 +212,6 @@ def check_rate(rate: object) -> float:
             "MHA-ARG-2", f"`dropout_rate` must be in 0<=dropout_rate<1, received dropout_rate={short_repr(number)}."
         )
     return as_float(number)
-
-
-def _range(a: Arguments | VarlenArguments) -> tuple[float, float]:
-    return RANGE[softmax_dtype_name(dtype_name(a.query))]
 
 
 def check_pairwise(a: Arguments) -> None:

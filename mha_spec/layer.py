@@ -241,6 +241,7 @@ class Layer:
         Source:
             SPEC.md, MHA-ROTARY-1 to MHA-ROTARY-8 and MHA-ROTARY-17; Su et al. 2021.
         """
+        self.steps.check_library(x, "x")
         check_vectors(x)
         rotary = {
             "base": base,
@@ -314,6 +315,8 @@ class Layer:
         """
         slopes, q_len, kv_len, q_offset = (plain(argument) for argument in (slopes, q_len, kv_len, q_offset))
         q_offset = for_each_entry(q_offset, 1)
+        if library_of(slopes):
+            self.steps.check_library(slopes, "slopes")
         self.steps.check_alibi(slopes, q_len, kv_len, q_offset)
         slopes = slopes if library_of(slopes) else self.steps.slopes(slopes, "float32")
         offset = 0 if q_offset is None else q_offset
@@ -337,6 +340,7 @@ class Layer:
             The cache, with lengths of 0 on the host.
         """
         key, value = empty_shapes(batch, kv_heads, capacity, qk_dim, v_dim)
+        self.steps.check_library(like, "like")
         check_like(like)
         return self.steps.empty_cache((key, value), like)
 
@@ -367,6 +371,7 @@ class Layer:
             SPEC.md, MHA-CACHE-1 to MHA-CACHE-8, for a `PagedKVCache` also MHA-CACHE-9 to MHA-CACHE-11, for a
             `WindowKVCache` MHA-CACHE-12.
         """
+        self.steps.check_library(key, "key")
         self.steps.check_append(cache, key, value, lengths)
         return self._append(cache, key, value, lengths)
 
@@ -451,8 +456,12 @@ class Layer:
 
 
 def _equally_long(query: Array, key: Array) -> bool:
-    """Return True if query and key are known to have the same length; a trace of TensorFlow may not know it."""
-    return query is key or (query.shape[1] is not None and query.shape[1] == key.shape[1])
+    """Return True if query and key are known to have the same length.
+
+    A trace of TensorFlow may not know it, and one of torch.jit has it in a tensor.
+    """
+    length = query.shape[1]
+    return query is key or (length is not None and library_of(length) is None and length == key.shape[1])
 
 
 _LAYER = Layer()

@@ -21,7 +21,7 @@ from .errors import refuse_type, refuse_value
 from .parameters import AXES, JOINT_NORMS, REQUIRED
 from .position_checks import check_entries, check_offset, refuse_ambiguity
 from .rotary_checks import check_rotary
-from .scalars import LARGEST_FLOAT, check_integer, check_number, is_integer, plain, short_repr
+from .scalars import LARGEST_FLOAT, as_float, check_count, check_number, check_size, is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -204,14 +204,14 @@ def _check_sizes(name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes
 
 
 def check_epsilon(epsilon: object) -> float:
-    """Return epsilon as a Python number; it is finite and >= 0 (MHA-NORM-1)."""
+    """Return epsilon as a float; it is finite and >= 0 (MHA-NORM-1)."""
     number = check_number("norm_epsilon", epsilon, "MHA-NORM-1")
     if not 0 <= number <= LARGEST_FLOAT:
         refuse_value(
             "MHA-NORM-1",
             f"`norm_epsilon` must be finite and norm_epsilon>=0, received norm_epsilon={short_repr(number)}.",
         )
-    return number
+    return as_float(number)
 
 
 def check_vectors(x: Array) -> None:
@@ -286,10 +286,11 @@ def _of_numbers(positions: object) -> numpy.ndarray:
         _refuse_sequence(positions)
 
 
-def _leaves(positions: object) -> Iterable[object]:
-    if not _is_series(positions):
+def _leaves(positions: object, axes: int = 3) -> Iterable[object]:
+    """Return the numbers of sequences inside each other, of at most so many axes; a deeper sequence is no number."""
+    if axes == 0 or not _is_series(positions):
         return [positions]
-    return (leaf for part in positions for leaf in _leaves(part))
+    return (leaf for part in positions for leaf in _leaves(part, axes - 1))
 
 
 def _refuse_sequence(positions: object) -> NoReturn:
@@ -370,8 +371,8 @@ def _check_alignment(a: LayerArguments) -> None:
 
 
 def check_heads(heads: object, label: str = "heads") -> None:
-    """Require an integer number of heads >= 1 (MHA-ALIBI-3)."""
-    check_integer(label, heads, 1, "MHA-ALIBI-3")
+    """Require an integer number of heads, at least 1 (MHA-ALIBI-3)."""
+    check_size(label, heads, 1, "MHA-ALIBI-3")
 
 
 def check_slope_dtype(dtype: object) -> None:
@@ -394,15 +395,15 @@ def check_alibi(slopes: Any, q_len: int, kv_len: int, offset: Array | Sequence[i
     if library is None:
         check_heads(slopes, "slopes")
     elif require_array("slopes", slopes, "MHA-ALIBI-3") and (
-        len(slopes.shape) != 1 or dtype_name(slopes) not in FLOATING
+        len(slopes.shape) != 1 or slopes.shape[0] == 0 or dtype_name(slopes) not in FLOATING
     ):
         refuse_value(
             "MHA-ALIBI-3",
-            f"`slopes` must be a number of heads or a floating array of shape (heads,), "
+            f"`slopes` must be a number of heads or a floating array of shape (heads,), heads>=1, "
             f"received dtype={dtype_name(slopes)}, shape={tuple(slopes.shape)}.",
         )
-    check_integer("q_len", q_len, 0, "MHA-ALIBI-3")
-    check_integer("kv_len", kv_len, 0, "MHA-ALIBI-3")
+    sizes = {name: check_size(name, size, 0, "MHA-ALIBI-3") for name, size in (("q_len", q_len), ("kv_len", kv_len))}
+    check_count(sizes | {"heads": slopes if library is None else slopes.shape[0]}, "MHA-ALIBI-3")
     if offset is None:
         refuse_ambiguity("alibi_bias", q_len, kv_len, None)
     elif library is not None and library_of(offset) not in (None, "numpy", library):
@@ -430,9 +431,11 @@ def empty_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of the buffers of a cache; its sizes are integers (MHA-CACHE-7)."""
     sizes = {"batch": (batch, 0), "kv_heads": (kv_heads, 1), "capacity": (capacity, 0), "qk_dim": (qk_dim, 1)}
-    first = [check_integer(name, size, least, "MHA-CACHE-7") for name, (size, least) in sizes.items()]
-    last = first[3] if v_dim is None else check_integer("v_dim", v_dim, 1, "MHA-CACHE-7")
-    return tuple(first), (*first[:3], last)
+    key = {name: check_size(name, size, least, "MHA-CACHE-7") for name, (size, least) in sizes.items()}
+    value = key if v_dim is None else key | {"qk_dim": check_size("v_dim", v_dim, 1, "MHA-CACHE-7")}
+    check_count(key, "MHA-CACHE-7")
+    check_count(value, "MHA-CACHE-7")
+    return tuple(key.values()), tuple(value.values())
 
 
 def check_like(like: object) -> None:

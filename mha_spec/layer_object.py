@@ -11,12 +11,13 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 from .arguments import Options, WeightOptions
+from .arrays import FLOATING, dtype_name
 from .checks import check_rate
 from .errors import refuse_type, refuse_value
 from .layer_checks import check_epsilon
 from .parameters import AXES, REQUIRED
 from .rotary_checks import Rotary, check_rotary
-from .scalars import check_flag, check_integer, short_repr
+from .scalars import check_count, check_flag, check_size, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
     from .arrays import Array
     from .cache import AnyCache, KVCache
 
-__all__ = ["CallOptions", "CallWeightOptions", "LayerObject", "LayerOptions", "LayerSettings", "expand_layer_options"]
+__all__ = [
+    "CallOptions",
+    "CallWeightOptions",
+    "LayerObject",
+    "LayerOptions",
+    "LayerSettings",
+    "check_parameter_dtype",
+    "expand_layer_options",
+]
 
 
 class CallWeightOptions(WeightOptions, total=False):
@@ -103,6 +112,8 @@ class LayerSettings:
         if "rotary" in chosen:
             settings["rotary"] = check_rotary(chosen["rotary"], settings["qk_dim"])
         layer = cls(embed, heads, **settings)
+        for name in layer.shapes():
+            check_count({axis: getattr(layer, axis) for axis in AXES[name]}, "MHA-PROJ-4")
         if heads % layer.kv_heads:
             refuse_value(
                 "MHA-HEAD-2", f"`heads` must be a multiple of kv_heads={layer.kv_heads}, received heads={heads}."
@@ -184,13 +195,27 @@ def _checked_option(name: str, value: Any) -> Any:
         return check_epsilon(value)
     if name == "dropout_rate":
         return check_rate(value)
-    return check_integer(name, value, 1, "MHA-PROJ-4")
+    return check_size(name, value, 1, "MHA-PROJ-4")
 
 
 def _checked_norm(value: object) -> str:
     if value != JOINT:
         refuse_value("MHA-NORM-3", f'`qk_norm` must be True, False or "{JOINT}", received qk_norm={short_repr(value)}.')
     return JOINT
+
+
+def check_parameter_dtype(dtype: object, empty: Callable[[Any], Array], label: str = "dtype") -> None:
+    """Require the dtype of floating parameters; `empty` makes an array of it without elements (MHA-PROJ-4)."""
+    try:
+        name = dtype_name(empty(dtype))
+    except (TypeError, ValueError):
+        name = None
+    if name not in FLOATING:
+        refuse_type(
+            "MHA-PROJ-4",
+            f"`{label}` must be a dtype of {', '.join(FLOATING)}, received {label}={short_repr(dtype)} "
+            f"of type {type(dtype).__name__}.",
+        )
 
 
 _Init = TypeVar("_Init", bound="Callable[..., None]")
@@ -283,8 +308,9 @@ class LayerObject:
         for name in fixed.keys() & options.keys():
             refuse_type(
                 "MHA-ARG-1",
-                f"`{name}` is a setting of the layer, {name}={fixed[name]!r}, received {name}={options[name]!r} "
-                "in a call. Make another layer, or call multi_head_attention with its params.",
+                f"`{name}` is a setting of the layer, {name}={fixed[name]!r}, received "
+                f"{name}={short_repr(options[name])} in a call. Make another layer, or call multi_head_attention with "
+                "its params.",
             )
         return {**fixed, **options}
 

@@ -306,11 +306,16 @@ def alibi(slopes: Array, distances: Array) -> Array:
     return xp.reshape(-wide, (1, -1, 1, 1)) * xp.astype(distances, wide.dtype)
 
 
+def take_any_library(array: object, label: str) -> None:
+    """Accept arrays of every library; a backend of a framework requires those of its own (MHA-ARG-4)."""
+
+
 @dataclass(frozen=True)
 class LayerSteps:
     """The steps of the layer by name; `dataclasses.replace` exchanges single steps."""
 
     check: Callable[..., LayerArguments] = layer_checks.check
+    check_library: Callable[[object, str], None] = take_any_library
     check_rotary: Callable[..., Rotary] = rotary_checks.check_rotary
     check_positions: Callable[..., None] = layer_checks.check_positions
     check_append: Callable[..., None] = layer_checks.check_append

@@ -6,9 +6,19 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .array_checks import is_mapping, python_values, require_array
-from .arrays import FLOATING, dtype_name, library_of
+from .arrays import FLOATING, dtype_name, library_of, softmax_range
 from .errors import refuse_type, refuse_value
-from .scalars import LARGEST_FLOAT, check_flag, check_number, is_integer, is_number, plain, short_repr
+from .scalars import (
+    LARGEST_FLOAT,
+    SMALLEST_NORMAL,
+    as_float,
+    check_flag,
+    check_number,
+    is_integer,
+    is_number,
+    plain,
+    short_repr,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +62,8 @@ def check_rotary(rotary: Mapping[str, Any], size: int, like: Array | None = None
         if name not in Rotary._fields:
             refuse_type(
                 "MHA-ROTARY-6",
-                f"`rotary` must hold options of rotary_embedding, {', '.join(Rotary._fields)}, received {name!r}.",
+                f"`rotary` must hold options of rotary_embedding, {', '.join(Rotary._fields)}, "
+                f"received {short_repr(name)}.",
             )
     options = Rotary(**rotary)
     base = check_number("base", options.base, "MHA-ROTARY-6")
@@ -62,7 +73,7 @@ def check_rotary(rotary: Mapping[str, Any], size: int, like: Array | None = None
     rotary_dim = check_rotary_dim(options.rotary_dim, size)
     frequencies = _check_frequencies(options.frequencies, base, size if rotary_dim is None else rotary_dim, like)
     sections = _check_sections(options.sections, size if rotary_dim is None else rotary_dim)
-    return Rotary(base, interleaved, rotary_dim, frequencies, _check_factor(options.attention_factor), sections)
+    return Rotary(base, interleaved, rotary_dim, frequencies, _check_factor(options.attention_factor, like), sections)
 
 
 def check_rotary_dim(rotary_dim: object, size: int) -> int | None:
@@ -103,7 +114,7 @@ def _check_frequencies(
     if like is not None and library_of(frequencies) not in (None, "numpy"):
         _check_unread(frequencies, rotary_dim, like)
         return frequencies
-    shape = cast("tuple[int, ...] | None", getattr(frequencies, "shape", None))
+    shape = None if library_of(frequencies) is None else cast("tuple[int, ...]", frequencies.shape)
     numbers = _numbers(frequencies) if shape is None or len(shape) == 1 else ()
     if len(numbers) != rotary_dim // 2:
         fix = f" rotary_dim={2 * len(numbers)} turns that many components." if numbers else ""
@@ -150,16 +161,18 @@ def _numbers(frequencies: object) -> tuple[float, ...]:
     return tuple(float(number) if abs(number) <= LARGEST_FLOAT else math.inf for number in numbers)
 
 
-def _check_factor(factor: object) -> float:
-    """Return a finite factor above 0 (MHA-ROTARY-8)."""
+def _check_factor(factor: object, like: Array | None) -> float:
+    """Return a factor above 0, a normal number of the softmax's type beside the vectors that turn (MHA-ROTARY-8)."""
     number = check_number("attention_factor", factor, "MHA-ROTARY-8")
-    if not 0 < number <= LARGEST_FLOAT:
+    smallest, largest = (SMALLEST_NORMAL, LARGEST_FLOAT) if like is None else softmax_range(like)
+    if not smallest <= number <= largest:
         refuse_value(
             "MHA-ROTARY-8",
             "`attention_factor` must be finite and attention_factor>0, "
+            f"{smallest:.2g}<=attention_factor<={largest:.2g}, the normal numbers of the softmax's type, "
             f"received attention_factor={short_repr(number)}.",
         )
-    return number
+    return as_float(number)
 
 
 def _check_sections(sections: object, rotary_dim: int) -> tuple[int, ...] | None:

@@ -1,34 +1,49 @@
 """Arguments that are Python values: numbers, integers and flags.
 
-A scalar of NumPy counts as the Python value that it holds (MHA-ARG-2). A symbolic number of PyTorch, which stands for a
-Python number that changes between the calls of a compiled function, counts as that number.
+A scalar of NumPy counts as the Python value that it holds, except for dates and times, which are no numbers
+(MHA-ARG-2). A symbolic number of PyTorch, which stands for a Python number that changes between the calls of a compiled
+function, counts as that number.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from typing import Any, TypeGuard, cast
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy
 
 from .compiling import not_traced
 from .errors import refuse_type, refuse_value
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 __all__ = [
     "LARGEST_FLOAT",
     "PLAIN_TYPES",
+    "SMALLEST_NORMAL",
+    "TIMES",
     "are_equal_numbers",
     "as_float",
+    "check_count",
     "check_flag",
     "check_integer",
     "check_number",
+    "check_size",
     "is_integer",
     "plain",
     "short_repr",
 ]
 
-LARGEST_FLOAT = sys.float_info.max
+SMALLEST_NORMAL, LARGEST_FLOAT = sys.float_info.min, sys.float_info.max
+
+LARGEST_SIZE = 2**31 - 1
+"""The largest size of an axis, an int32."""
+
+LARGEST_COUNT = 2**60 - 1
+"""The most numbers of an array, whose bytes an int64 can count."""
 
 LONGEST = 80
 """The most characters of a value that a message shows."""
@@ -36,14 +51,23 @@ LONGEST = 80
 PLAIN_TYPES = frozenset({type(None), bool, int, float, str})
 """The types of options in the key of a prepared call: their values never change, and are equal only if alike."""
 
+TIMES = "mM"
+"""The kinds of NumPy's timedelta64 and datetime64."""
+
 _SYMBOLIC = {"SymInt": "int", "SymFloat": "float"}
 
 
 def plain(value: Any) -> Any:
-    """Return the Python value that a NumPy scalar holds, and any other value unchanged."""
+    """Return the Python value that a NumPy scalar holds, and any other value, also a date or time, unchanged.
+
+    `item` of a time is a number in some units, and NumPy counts timedelta64 among its integers.
+    """
     if not isinstance(value, numpy.generic):
         return value
-    held: object = cast("Any", value).item()
+    scalar = cast("Any", value)
+    if scalar.dtype.kind in TIMES:
+        return scalar
+    held: object = scalar.item()
     return (
         float(cast("float", held)) if isinstance(held, numpy.floating) else held
     )  # item() of a longdouble is a longdouble.
@@ -104,17 +128,34 @@ def check_integer(label: str, value: object, least: int, clause: str) -> int:
     return held
 
 
+def check_size(label: str, value: object, least: int, clause: str) -> int:
+    """Require an integer in least..2^31 - 1, the size of an axis, and return it as a Python integer."""
+    size: Any = check_integer(label, value, least, clause)
+    if isinstance(size, int) and size > LARGEST_SIZE:  # A symbolic number is within 64 bits.
+        refuse_value(clause, f"`{label}` must be {least}<={label}<2**31, received {label}={short_repr(size)}.")
+    return size
+
+
+def check_count(sizes: Mapping[str, Any], clause: str) -> None:
+    """Require the sizes of an array that has fewer than 2^60 numbers."""
+    if all(isinstance(size, int) for size in sizes.values()) and prod(sizes.values()) > LARGEST_COUNT:
+        label, received = next(iter(sizes)), ", ".join(f"{name}={size}" for name, size in sizes.items())
+        refuse_value(
+            clause, f"`{label}` must be the size of an array with {' * '.join(sizes)}<2**60, received {received}."
+        )
+
+
 def as_float(value: float) -> float:
     """Convert a Python integer to a float; a symbolic number stays symbolic."""
-    return float(value) if type(value) is int else value
+    return float(value) if isinstance(value, int) else value
 
 
 def short_repr(value: object) -> str:
     """Format a value for a message, on a line of bounded length."""
     try:
         spelled = repr(value)
-    except (ValueError, RecursionError):  # an integer of more than 4300 digits, or deeply nested lists
-        return f"a value of type {type(value).__name__} that is too long to show"
+    except Exception:  # An integer of more than 4300 digits, deeply nested lists, a faulty class.
+        return f"a value of type {type(value).__name__} that cannot be shown"
     spelled = " ".join(spelled.split())
     return spelled if len(spelled) <= LONGEST else f"{spelled[: LONGEST - 3]}..."
 

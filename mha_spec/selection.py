@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .arrays import library_of_class
 from .compiling import not_traced
 from .errors import ArgumentTypeError, BackendError
+from .scalars import short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +90,14 @@ def backend(name: str) -> ModuleType:
     Raises:
         BackendError: No backend has that name, or its framework is not installed, or it does not import.
     """
-    return _LOADED[_load(name)]
+    return _LOADED[_load(_checked_name(name))]
+
+
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str):
+        received = f"received name={short_repr(name)} of type {type(name).__name__}"
+        raise BackendError(f"`name` must be that of a backend, {received}; {_offer()}")
+    return name
 
 
 @not_traced
@@ -103,7 +111,7 @@ def _load(name: str) -> str:
 def _imported(name: str) -> ModuleType:
     points = _entry_points()
     if name not in points:
-        raise BackendError(f"no backend is called {name!r}; {_offer()}")
+        raise BackendError(f"no backend is called {short_repr(name)}; {_offer()}")
     point = points[name]
     try:
         return point.load()

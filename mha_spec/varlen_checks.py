@@ -165,7 +165,7 @@ def _check_bounds(label: str, value: Array | Sequence[int], tokens: int | None, 
         if number < before:
             refuse_value(
                 "MHA-VARLEN-2",
-                f"`{label}` must not decrease, {label}[{index}]>={label}[{index - 1}]={before}, "
+                f"`{label}` must not decrease, {label}[{index}]>={label}[{index - 1}]={short_repr(before)}, "
                 f"received {label}[{index}]={short_repr(number)}. Pass cumulative lengths, not lengths.",
             )
     limit, name = (LARGEST_LENGTH, "2**53") if tokens is None else (tokens, f"{axis}={tokens}")
@@ -241,8 +241,8 @@ def _longest(label: str, value: int | None, lengths: list[int] | None) -> int | 
     if number < longest:
         refuse_value(
             "MHA-VARLEN-10",
-            f"`{label}` must be at least the longest length, {label}>={longest}, received {label}={number}. "
-            "None is always right.",
+            f"`{label}` must be at least the longest length, {label}>={longest}, "
+            f"received {label}={short_repr(number)}. None is always right.",
         )
     return number
 

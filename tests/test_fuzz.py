@@ -12,6 +12,7 @@ import numpy
 import pytest
 from support.budget import affordable
 from support.comparisons import assert_near
+from support.searches import LONG, asker_of, first_finding, mistaken
 from support.subject import Subject
 
 from mha_spec.reference import attention_weights, varlen_attention
@@ -32,25 +33,8 @@ from mha_spec_conformance.targets.conversion import lay_out, layouts_of, same_bi
 if TYPE_CHECKING:
     from pathlib import Path
 
-LONG = 60.0
-"""More seconds than a search needs that stops at its first fault; a quarter of them bounds the shrinking."""
-
 EVERY = 7
 """The number of parts into which the cases that are compared with the fuzzer's expectations are split."""
-
-
-def asker_of(subject: Subject) -> Asker:
-    return Asker(subject.target.claims, lambda question: answer(subject.target, question))
-
-
-def first_finding(subject: Subject, **options: Any) -> Finding:
-    (finding,) = Search(asker_of(subject), 0, LONG, most=1, **options).run().findings
-    return finding
-
-
-def mistaken(name: str) -> Subject:
-    (mistake,) = [mistake for mistake in MISTAKES if mistake.name == name]
-    return Subject.over(mistake.steps)
 
 
 def target_file(folder: Path, body: str) -> str:
@@ -178,17 +162,6 @@ def test_draws_vary() -> None:
     assert any(call.host for call in calls)
     assert any(call.reused for call in calls)
     assert any(recipe.marks for call in calls for recipe in call.recipes.values())
-
-
-@pytest.mark.parametrize("offset", [2**30, -(2**30), 0, "lower_right"])
-def test_numbers_that_change_stay_legal(offset: int | str) -> None:
-    x = Recipe("random.standard_normal((1, 1, 3, 4))", "float32")
-    options = {"causal": True, "q_offset": offset, "scale": 0.5, "softcap": 3.0}
-    call = Call("attention_weights", "float32", {"query": x, "key": x}, options)
-    numbers = [call.varied(step, numbers=True) for step in range(8)]
-    assert len({tuple(varied.options.values()) for varied in numbers}) == len(numbers)
-    for varied in numbers:
-        attention_weights(**varied.arrays, **varied.options)
 
 
 def test_end_of_the_time_in_the_middle_of_shrinking_keeps_the_fault() -> None:

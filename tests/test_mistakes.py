@@ -175,7 +175,7 @@ def test_every_step_of_the_layer_is_replaced_by_some_mistake() -> None:
     replaced = {name for name in names for steps in of_layer if getattr(steps, name) is not getattr(default, name)}
     # Mistakes of paged and window caches are in the steps around these.
     of_caches = {"store_pages", "append_paged", "attend_paged", "bounds", "integers", "capacity_of", "start_of_keys"}
-    assert names - replaced == {"add_bias", "check_append", "empty_cache"} | of_caches
+    assert names - replaced == {"add_bias", "check_append", "check_library", "empty_cache"} | of_caches
 
 
 def test_every_option_is_ignored_by_some_mistake() -> None:

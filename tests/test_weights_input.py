@@ -22,6 +22,7 @@ from mha_spec.weights import (
     load_weights,
     save_weights,
 )
+from mha_spec.weights.validation import check_layout
 from mha_spec_conformance.targets.conversion import same_bits, to_library, to_numpy
 
 if TYPE_CHECKING:
@@ -332,6 +333,66 @@ def test_a_layout_that_the_caller_makes() -> None:
     apart = replace(fused, equal_axes={"k_embed": "embed", "v_embed": "embed"})
     with pytest.raises(ArgumentValueError, match="`kv_heads` must be given"):
         load_weights(state, apart, heads=6)
+
+
+QUERY, KEY = {"w_q": "heads*qk_dim embed"}, {"w_k": "kv_heads*qk_dim k_embed"}
+WRONG_TABLES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no mapping": (
+        {"tensors": ["a"]},
+        ArgumentTypeError,
+        "`Layout.tensors` must be a mapping of names",
+    ),
+    "no params": (
+        {"tensors": {"a": "w_q"}},
+        ArgumentTypeError,
+        "`Layout.tensors['a']` must be a mapping",
+    ),
+    "nothing in a tensor": ({"tensors": {"a": {}}}, ArgumentTypeError, "`Layout.tensors['a']` must be a mapping"),
+    "unknown param": ({"tensors": {"a": {"w_x": "embed"}}}, ArgumentValueError, "received 'w_x'. Did you mean 'w_"),
+    "unknown axis": ({"tensors": {"a": {"w_q": "heads*size embed"}}}, ArgumentValueError, "once, embed, heads, qk_dim"),
+    "a number": ({"tensors": {"a": {"w_q": "heads*3*qk_dim embed"}}}, ArgumentValueError, "must name each axis of w_q"),
+    "missing axis": ({"tensors": {"a": {"w_q": "heads*qk_dim"}}}, ArgumentValueError, "received 'heads*qk_dim'"),
+    "axes twice": ({"tensors": {"a": {"b_o": "out out"}}}, ArgumentValueError, "received 'out out'"),
+    "no string": ({"tensors": {"a": {"w_q": 3}}}, ArgumentTypeError, "`Layout.tensors['a']['w_q']` must be a string"),
+    "other ranks": (
+        {"tensors": {"a": QUERY | {"w_k": "kv_heads qk_dim k_embed"}}},
+        ArgumentValueError,
+        "`Layout.tensors['a']` must have the same number of axes",
+    ),
+    "no key": ({"tensors": {"a": QUERY}}, ArgumentValueError, "must hold w_q and w_k, received missing=w_k"),
+    "optional key": ({"optional": (("b",),)}, ArgumentValueError, "must hold w_q and w_k, received missing=w_k"),
+    "unknown option": (
+        {"optional": (("c",),)},
+        ArgumentValueError,
+        "`Layout.optional` must hold known names",
+    ),
+    "no groups": ({"optional": ("b",)}, ArgumentTypeError, "`Layout.optional` must be a tuple of tuples"),
+    "unknown fused": ({"by_kv_head": ("c",)}, ArgumentValueError, "`Layout.by_kv_head` must hold known names"),
+    "unknown gain": ({"one_less": ("norm",)}, ArgumentValueError, "`Layout.one_less` must hold known names"),
+    "unknown equal": (
+        {"equal_axes": {"v_dim": "size"}},
+        ArgumentValueError,
+        "`Layout.equal_axes` must hold",
+    ),
+    "listed reasons": ({"refused": ["c"]}, ArgumentTypeError, "`Layout.refused` must be a mapping"),
+    "no separator": ({"separator": ""}, ArgumentTypeError, "`Layout.separator` must be a string"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TABLES)
+def test_a_table_that_is_wrong(case: str) -> None:
+    fields, error, fragment = WRONG_TABLES[case]
+    table = Layout("mine", **{"tensors": {"a": QUERY, "b": KEY}} | fields)
+    state = {"a": numpy.ones((12, 7), "float32"), "b": numpy.ones((12, 7), "float32")}
+    for convert in (lambda: load_weights(state, table, heads=3), lambda: save_weights({}, table)):
+        with pytest.raises(error) as raised:
+            convert()
+        assert fragment in str(raised.value)
+
+
+def test_every_table_is_right() -> None:
+    for table in layouts().values():
+        check_layout(table)
 
 
 LIBRARIES = {

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.export import is_symbolic_dim
 
 from mha_spec import layer_checks
-from mha_spec.array_checks import check_same_device
+from mha_spec.array_checks import check_library, check_same_device
 from mha_spec.position_checks import refuse_ambiguity
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def check_devices(arguments: Mapping[str, object]) -> None:
 
 def check_layer(a: LayerArguments) -> LayerArguments:
     """Check the arguments of a layer, and the devices of all its arrays (MHA-ARG-4)."""
+    check_library("jax", a.query)
     layer_checks.check(a)
     arrays: dict[str, object] = {"query": a.query, "key": a.key, "value": a.value, "positions": a.positions}
     arrays |= {} if a.rotation is None else {"rotary['frequencies']": a.rotation.frequencies}

@@ -1,4 +1,4 @@
-"""Checks of the random key from which dropout masks are drawn."""
+"""Checks of the random keys from which dropout masks and parameters are drawn."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec.errors import refuse_type, refuse_value
+from mha_spec.scalars import short_repr
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
 
-__all__ = ["key_of"]
+__all__ = ["check_key", "key_of"]
 
 
 def key_of(a: Arguments) -> jax.Array | None:
@@ -21,12 +22,16 @@ def key_of(a: Arguments) -> jax.Array | None:
         return None
     if a.dropout_key is None:
         message = f"`dropout_key` must be a key of jax.random with dropout_rate={a.dropout_rate} and no dropout_mask"
-        raise ArgumentValueError(f"{message}, received dropout_key=None. jax has no global generator. [MHA-DROP-4]")
-    if not isinstance(a.dropout_key, jax.Array) or not _is_key(a.dropout_key):
-        wanted = "a single key such as jax.random.key(0), or numbers of uint32 as of jax.random.PRNGKey(0)"
-        received = f"received dropout_key={a.dropout_key!r}"
-        raise ArgumentTypeError(f"`dropout_key` must be {wanted}, {received}. [MHA-DROP-4]")
+        refuse_value("MHA-DROP-4", f"{message}, received dropout_key=None. jax has no global generator.")
+    check_key("dropout_key", a.dropout_key, "MHA-DROP-4")
     return a.dropout_key
+
+
+def check_key(label: str, key: object, clause: str) -> None:
+    """Require a single key of jax.random."""
+    if not isinstance(key, jax.Array) or not _is_key(key):
+        wanted = "a single key such as jax.random.key(0), or numbers of uint32 as of jax.random.PRNGKey(0)"
+        refuse_type(clause, f"`{label}` must be {wanted}, received {label}={short_repr(key)}.")
 
 
 def _is_key(array: jax.Array) -> bool:

@@ -44,7 +44,7 @@ class MultiHeadAttention(nnx.Module, LayerObject):
         self.settings = LayerSettings.of(embed, heads, **options)
         self.deterministic = False
         self.rngs = rngs["dropout"].fork() if self.settings.dropout_rate else None
-        for name, array in initial(self.settings, rngs.params(), param_dtype).items():
+        for name, array in initial(self.settings, rngs.params(), param_dtype, "param_dtype").items():
             setattr(self, name, nnx.Param(array))
 
     def __call__(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mha_spec import layer_steps, paged_steps
+from mha_spec.array_checks import check_library
 from mha_spec.arrays import host_integers, softmax_dtype_name
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
@@ -219,6 +220,7 @@ turn = _compiled(layer_steps.turn)
 _LAYER = Layer(
     LayerSteps(
         check=check_layer,
+        check_library=partial(check_library, "jax"),
         check_append=check_append,
         check_alibi=check_alibi,
         project_in=project_in,

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.export
+import numpy
 
 from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
-from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
+from mha_spec.layer_object import (
+    CallOptions,
+    LayerObject,
+    LayerOptions,
+    LayerSettings,
+    check_parameter_dtype,
+    expand_layer_options,
+)
 
 from . import layer
+from .dropout import check_key
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
@@ -24,8 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["MultiHeadAttention", "initial"]
 
 
-def initial(settings: LayerSettings, key: Array, dtype: DTypeLike) -> dict[str, Array]:
+def initial(settings: LayerSettings, key: Array, dtype: DTypeLike, label: str = "dtype") -> dict[str, Array]:
     """Draw parameters by name: weights from Xavier's uniform distribution, biases 0, gains 1."""
+    check_key("key", key, "MHA-PROJ-4")
+    check_parameter_dtype(dtype, partial(numpy.empty, 0), label)
     shapes = settings.shapes()
     keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
     params: dict[str, Array] = {}

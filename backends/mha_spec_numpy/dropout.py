@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec.errors import refuse_type, refuse_value
+from mha_spec.scalars import is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -64,12 +65,14 @@ def dropout_of(a: Arguments) -> Dropout | None:
 def _seed(dropout_key: object) -> int:
     if dropout_key is None:
         return int(numpy.random.randint(0, 2**63 - 1, dtype=numpy.int64))  # noqa: NPY002 - the global generator is meant
-    if isinstance(dropout_key, bool) or not isinstance(dropout_key, (int, numpy.integer)):
-        received = f"dropout_key={dropout_key!r} of type {type(dropout_key).__name__}"
+    seed = plain(dropout_key)
+    if not is_integer(seed):
+        received = f"dropout_key={short_repr(seed)} of type {type(seed).__name__}"
         fix = "None draws a seed from numpy.random."
-        raise ArgumentTypeError(f"`dropout_key` must be an integer seed, received {received}. {fix} [MHA-DROP-4]")
-    if dropout_key < 0:
-        raise ArgumentValueError(
-            f"`dropout_key` must be a seed with dropout_key>=0, received dropout_key={dropout_key}. [MHA-DROP-4]"
+        refuse_type("MHA-DROP-4", f"`dropout_key` must be an integer seed, received {received}. {fix}")
+    if seed < 0:
+        refuse_value(
+            "MHA-DROP-4",
+            f"`dropout_key` must be a seed with dropout_key>=0, received dropout_key={short_repr(seed)}.",
         )
-    return int(dropout_key)
+    return seed

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from mha_spec.layer_object import CallOptions, LayerObject, LayerOptions, LayerSettings, expand_layer_options
+from mha_spec.errors import refuse_type, refuse_value
+from mha_spec.layer_object import (
+    CallOptions,
+    LayerObject,
+    LayerOptions,
+    LayerSettings,
+    check_parameter_dtype,
+    expand_layer_options,
+)
+from mha_spec.scalars import short_repr
 
 from . import layer
 
@@ -40,7 +50,8 @@ class MultiHeadAttention(LayerObject):
     ) -> None:
         self.settings = LayerSettings.of(embed, heads, **options)
         self.training = False
-        draw = numpy.random.default_rng(rng)
+        check_parameter_dtype(dtype, partial(numpy.empty, 0))
+        draw = _generator(rng)
         self.params = {name: self._initial(name, shape, draw, dtype) for name, shape in self.settings.shapes().items()}
 
     def __call__(
@@ -65,3 +76,15 @@ class MultiHeadAttention(LayerObject):
         if bound is None:
             return numpy.full(shape, float(name.endswith("_norm")), dtype=dtype)
         return draw.uniform(-bound, bound, shape).astype(dtype)
+
+
+def _generator(rng: Any) -> numpy.random.Generator:
+    try:
+        return numpy.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        refuse = refuse_type if isinstance(error, TypeError) else refuse_value
+        refuse(
+            "MHA-PROJ-4",
+            "`rng` must be a numpy.random.Generator or a seed, an integer rng>=0, "
+            f"received rng={short_repr(rng)} of type {type(rng).__name__}. None draws a seed.",
+        )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy
 import tensorflow as tf
 
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
-from mha_spec.scalars import short_repr
+from mha_spec.scalars import is_integer, plain, short_repr
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -21,7 +20,7 @@ def seed_of(a: Arguments) -> Array | None:
     """Return the seed of a call that draws a dropout mask, else None (MHA-DROP-4)."""
     if a.dropout_rate == 0 or a.dropout_mask is not None:
         return None
-    key = a.dropout_key
+    key = plain(a.dropout_key)
     if key is None:
         return tf.random.uniform((), maxval=2**62, dtype=tf.int64)
     if not _is_seed(key):
@@ -38,6 +37,4 @@ def seed_of(a: Arguments) -> Array | None:
 
 
 def _is_seed(key: Array) -> bool:
-    if isinstance(key, (int, numpy.integer)):
-        return not isinstance(key, bool)
-    return bool(tf.is_tensor(key)) and key.dtype.is_integer and key.shape.rank == 0
+    return is_integer(key) or (bool(tf.is_tensor(key)) and key.dtype.is_integer and key.shape.rank == 0)

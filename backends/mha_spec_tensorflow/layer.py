@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -377,6 +378,7 @@ def alibi(slopes: Array, distances: Array) -> Array:
 _LAYER = Layer(
     LayerSteps(
         check=check,
+        check_library=partial(check_library, "tensorflow"),
         project_in=project_in,
         normalise=normalise,
         normalise_jointly=normalise_jointly,
@@ -428,7 +430,6 @@ def append_cache(
     operands = {"key": key, "value": value, "lengths": lengths, **_of_cache(cache)}
     tensors = with_known_shapes(_with_cache(APPENDED, cache), operands, ("kv_heads", "qk_dim", "v_dim"))
     checked_cache = _cache_of(tensors, cache)
-    check_library("tensorflow", tensors["key"], "key")
     return _LAYER.append_cache(checked_cache, tensors["key"], tensors["value"], tensors["lengths"])
 
 

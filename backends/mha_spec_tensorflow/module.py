@@ -10,6 +10,7 @@ import keras
 import numpy
 
 from mha_spec.arguments import Options, expand_options
+from mha_spec.array_checks import require_array
 from mha_spec.arrays import host_integers
 from mha_spec.cache import AnyCache
 from mha_spec.checks import refuse_unknown
@@ -20,6 +21,7 @@ from mha_spec.layer_object import (
     LayerObject,
     LayerOptions,
     LayerSettings,
+    check_parameter_dtype,
     expand_layer_options,
 )
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["MultiHeadAttention"]
 
 
+OPERANDS = ("query", "key", "value")
 COUNTS = ("q_offset", "prefix_lengths", "q_lengths", "kv_lengths", "kv_starts", "positions")
 """Options that stay on the host where they are host data."""
 
@@ -86,6 +89,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
                 f"This layer needs Keras on TensorFlow, and Keras runs on {keras.backend.backend()}. "
                 "Set KERAS_BACKEND=tensorflow, or use the layer of that backend."
             )
+        check_parameter_dtype(dtype, lambda dtype: keras.ops.zeros(0, keras.dtype_policies.get(dtype).compute_dtype))
         # Keras would also cast the bias, the sinks and the positions, whose types have a meaning (MHA-BIAS-2).
         super().__init__(
             trainable=trainable, name=name, dtype=dtype, autocast=False, activity_regularizer=activity_regularizer
@@ -100,7 +104,7 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
     def __call__(self, *operands: Any, **keywords: Any) -> Any:
         """Call the layer; see `call`. Host data stays on the host, and `mask` gets the name that it has in Keras.
 
-        Unknown options are refused here, because Keras would raise an error without a hint.
+        Unknown options and operands that are no arrays are refused here, because Keras would raise its own errors.
         """
         for name in COUNTS:
             if isinstance(keywords.get(name), numpy.ndarray):
@@ -110,6 +114,10 @@ class MultiHeadAttention(keras.layers.Layer, LayerObject):
         cache = keywords.get("cache")
         if isinstance(cache, AnyCache) and host_integers(cache.lengths) is not None:
             keywords["cache"] = OnTheHost(cache)
+        named = {name: keywords[name] for name in OPERANDS if name in keywords}
+        for name, operand in {**dict(zip(OPERANDS, operands, strict=False)), **named}.items():
+            if operand is not None:
+                require_array(name, operand, "MHA-LAYER-2")
         if type(self).call is MultiHeadAttention.call:
             known = inspect.signature(self.call).parameters
             refuse_unknown({name: x for name, x in keywords.items() if name not in known}, "multi_head_attention")

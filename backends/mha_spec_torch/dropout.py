@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec.scalars import short_repr
 
 if TYPE_CHECKING:
     from mha_spec.arguments import Arguments
@@ -75,7 +76,7 @@ def _generator(a: Arguments) -> torch.Generator | None:
     if generator is None:
         return None
     if not isinstance(generator, torch.Generator):
-        received = f"received dropout_key={generator!r} of type {type(generator).__name__}"
+        received = f"received dropout_key={short_repr(generator)} of type {type(generator).__name__}"
         raise ArgumentTypeError(
             f"`dropout_key` must be a torch.Generator, {received}. None is torch's own. [MHA-DROP-4]"
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from mha_spec.array_checks import is_mapping
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
 from mha_spec.parameters import AXES
-from mha_spec.scalars import check_integer
+from mha_spec.scalars import check_integer, short_repr
 
 from .configs import mapping_of_config
 from .families import AttentionConfig, read_config
@@ -18,6 +18,7 @@ from .names import Expected, beginning, layer_tensors, nested
 from .operations import Operations, mapping_of, operations_of, shape_of
 from .sizes import Sizes, axes_of, merged_axis
 from .tables import LAYOUTS, Layout
+from .validation import check_layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,12 +99,16 @@ def load_weights(
     if config is None:
         for name, value in {"layer": layer, "seq_len": seq_len}.items():
             if value is not None:
-                raise ArgumentValueError(f"`{name}` must be None without a config, received {name}={value!r}.")
+                raise ArgumentValueError(
+                    f"`{name}` must be None without a config, received {name}={short_repr(value)}."
+                )
         return _params(state, _table(layout), {"heads": heads, "kv_heads": kv_heads}, prefix)
     read = read_config(mapping_of_config(config), _index(prefix, layer), seq_len)
     for name, value in {"heads": heads, "kv_heads": kv_heads}.items():
         if value is not None and check_integer(name, value, 1, "MHA-PROJ-4") != read.sizes[name]:
-            raise ArgumentValueError(f"`{name}` must be that of config, {read.sizes[name]}, received {name}={value!r}.")
+            raise ArgumentValueError(
+                f"`{name}` must be that of config, {read.sizes[name]}, received {name}={short_repr(value)}."
+            )
     return _configured(state, layout, read, prefix)
 
 
@@ -115,7 +120,7 @@ def _configured(
     if table.one_less != _table(read.layout).one_less:
         raise ArgumentValueError(
             f"`layout` must store the gains of norms as {read.layout} does, the layout of this config, "
-            f"received layout={layout!r}."
+            f"received layout={short_repr(layout)}."
         )
     params = _params(state, table, read.sizes, prefix)
     biases = tuple(name for name in params if name.startswith("b_"))
@@ -202,13 +207,16 @@ def save_weights(params: Mapping[str, Array], layout: str | Layout, *, prefix: s
 
 def _table(layout: object) -> Layout:
     if isinstance(layout, Layout):
+        check_layout(layout)
         return layout
     if not isinstance(layout, str):
         raise ArgumentTypeError(f"`layout` must be a name or a Layout, received {type(layout).__name__}.")
     if layout not in LAYOUTS:
         near = get_close_matches(layout, LAYOUTS, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ArgumentValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, received layout={layout!r}.{hint}")
+        raise ArgumentValueError(
+            f"`layout` must be one of {', '.join(LAYOUTS)}, received layout={short_repr(layout)}.{hint}"
+        )
     return LAYOUTS[layout]
 
 

@@ -13,6 +13,7 @@ import numpy
 from mha_spec.array_checks import is_mapping
 from mha_spec.arrays import Array, dtype_name, library_of, namespace_of
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError, MhaSpecError
+from mha_spec.scalars import short_repr
 
 from .names import flat
 from .operations import mapping_of
@@ -147,11 +148,13 @@ def _text(metadata: object) -> dict[str, str] | None:
     if metadata is None:
         return None
     if not is_mapping(metadata):
-        raise ArgumentTypeError(f"`metadata` must be a mapping of strings to strings, received {metadata!r}.")
+        raise ArgumentTypeError(f"`metadata` must be a mapping of strings to strings, received {short_repr(metadata)}.")
     entries: Mapping[Any, Any] = metadata
     for name, value in entries.items():
         if not isinstance(name, str) or not isinstance(value, str):
-            raise ArgumentTypeError(f"`metadata` must map strings to strings, received {name!r}: {value!r}.")
+            raise ArgumentTypeError(
+                f"`metadata` must map strings to strings, received {short_repr(name)}: {short_repr(value)}."
+            )
     return dict(entries)
 
 

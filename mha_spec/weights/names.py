@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mha_spec.array_checks import is_mapping
 from mha_spec.errors import ArgumentTypeError, ArgumentValueError
+from mha_spec.scalars import short_repr
 
 from .operations import mapping_of
 from .tables import LAYOUTS, Layout
@@ -135,13 +136,13 @@ def layer_tensors(state: Mapping[str, Array] | Sequence[Array], layout: Layout, 
 def beginning(prefix: object, layout: Layout) -> str:
     """Return the beginning of every name of the layer: the prefix and a separator, or nothing."""
     if not isinstance(prefix, str):
-        raise ArgumentTypeError(f"`prefix` must be a string, received prefix={prefix!r}.")
+        raise ArgumentTypeError(f"`prefix` must be a string, received prefix={short_repr(prefix)}.")
     return f"{prefix.removesuffix(layout.separator)}{layout.separator}" if prefix else ""
 
 
 def _in_order(arrays: Sequence[Array], layout: Layout, prefix: str) -> dict[str, Array]:
     if prefix:
-        raise ArgumentValueError(f"`prefix` must be '' where `state` is a list, received prefix={prefix!r}.")
+        raise ArgumentValueError(f"`prefix` must be '' where `state` is a list, received prefix={short_repr(prefix)}.")
     optional = {name for group in layout.optional for name in group}
     orders = [list(layout.tensors), [name for name in layout.tensors if name not in optional]]
     for names in orders:

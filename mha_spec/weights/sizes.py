@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from mha_spec.errors import ArgumentValueError
-from mha_spec.scalars import check_integer
+from mha_spec.scalars import check_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ class Sizes:
                 self._set(axis, size)
 
     def _set(self, axis: str, argument: object) -> None:
-        size = check_integer(axis, argument, 1, "MHA-PROJ-4")
+        size = check_size(axis, argument, 1, "MHA-PROJ-4")
         name = self._name(axis)
         if self._sizes.setdefault(name, size) != size:
             raise ArgumentValueError(

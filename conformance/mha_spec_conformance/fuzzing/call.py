@@ -10,9 +10,33 @@ import ml_dtypes
 import numpy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-__all__ = ["Call", "Recipe"]
+__all__ = ["ENTRIES", "Call", "Recipe"]
+
+ENTRIES = ("q_lengths", "kv_lengths", "kv_starts", "prefix_lengths", "seqused_kv", "q_offset")
+"""The arguments with an integer for each batch entry or sequence."""
+
+LARGEST = 2**30
+"""The largest window, chunk and offset."""
+
+
+def _risen(number: int, step: int) -> int:
+    """Return a larger integer, or a smaller one near the largest."""
+    return number + step if number + step <= LARGEST else number - step
+
+
+OTHER_NUMBERS: dict[str, Callable[[Any, int], Any]] = {
+    "q_offset": lambda offset, step: offset - step if offset > 0 else offset + step,
+    "scale": lambda scale, step: scale + step / 4,
+    "softcap": lambda softcap, step: softcap + step / 2,
+    "dropout_rate": lambda rate, step: rate + step / 128,
+    "window": lambda window, step: tuple(None if bound is None else _risen(bound, step) for bound in window),
+    "chunk": _risen,
+    "max_seqlen_q": _risen,
+    "max_seqlen_kv": _risen,
+}
+"""For each option that is a number or a pair of numbers, the legal number of a step from 1 to 7."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +105,28 @@ class Call:
         return names, sum(array.size for array in self.arrays.values())
 
     def varied(self, step: int, *, numbers: bool = False) -> Call:
-        """Return a call of the same shapes and options over other random numbers; with `numbers`, other options too."""
-        recipes = {name: replace(recipe, seed=recipe.seed + 1000 * step) for name, recipe in self.recipes.items()}
-        options = {**self.options, **self._other_numbers(step)} if numbers else self.options
-        return replace(self, recipes=recipes, options=options) if step else self
+        """Return a call of the same shapes and options over other random numbers, lengths and offsets.
 
-    def _other_numbers(self, step: int) -> dict[str, Any]:
-        """Return other legal numbers for the options that are numbers; an offset moves towards 0, within its limits."""
-        offset = self.options.get("q_offset")
-        towards_zero = -step if isinstance(offset, int) and offset > 0 else step
-        changes = {"q_offset": towards_zero, "scale": step / 4, "softcap": step / 2}
-        return {
-            name: self.options[name] + change
-            for name, change in changes.items()
-            if isinstance(self.options.get(name), (int, float))
+        With `numbers`, options that are numbers differ too, and so do lengths and offsets on the host.
+        """
+        if step == 0:
+            return self
+        recipes = {name: replace(recipe, seed=recipe.seed + 1000 * step) for name, recipe in self.recipes.items()}
+        # The window and the positions of a cache of the last tokens depend on the tokens that it holds.
+        fixed = ("window", "chunk", "q_offset") if "window_cache" in self.options else ()
+        for name in ENTRIES:
+            if name in recipes and name not in fixed and (numbers or name not in self.host):
+                recipes[name] = self._other_integers(name, step)
+        options = {
+            name: OTHER_NUMBERS[name](value, step)
+            if numbers and name in OTHER_NUMBERS and name not in fixed and not isinstance(value, str)
+            else value
+            for name, value in self.options.items()
         }
+        return replace(self, recipes=recipes, options=options)
+
+    def _other_integers(self, name: str, step: int) -> Recipe:
+        """Return other integers between 0 and those of an array, which are legal in their place."""
+        array = self.arrays[name]
+        integers = numpy.sign(array) * ((abs(array) - step) % (abs(array) + 1))
+        return replace(self.recipes[name], expression=f"numpy.array({integers.tolist()}, dtype='int64')")

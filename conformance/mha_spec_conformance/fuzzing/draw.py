@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mha_spec.arrays import softmax_dtype_name
 
-from .call import Call
+from .call import ENTRIES, Call
 from .draw_layer import draw_alibi_bias, draw_alibi_slopes, draw_layer, draw_rotary
 from .draw_packed import draw_varlen
 from .drawing import Drawing
@@ -26,9 +26,6 @@ SMALL = (1, 2, 3, 5, 7, 0, 8, 11, 13)
 EDGES = (1, 4, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513, 1025)
 MOST_PAIRS = 2**16
 """The largest number of scores of a call, because the reference stores all of them in float64."""
-
-ENTRIES = ("q_lengths", "kv_lengths", "kv_starts", "prefix_lengths", "q_offset")
-"""The options with an integer for each batch entry."""
 
 ON_DEVICE = ("q_segment_ids", "kv_segment_ids", "block_table", "cache_block_table")
 """Further integers that a target may take as arrays of NumPy, if its own arrays are of another library."""
@@ -166,7 +163,7 @@ def draw_positions(d: Drawing, batch: int, q_len: int, kv_len: int) -> None:
 def draw_merge(d: Drawing) -> Call:
     """Draw two halves of a softmax, some rows empty or not finite, and for the gradients their cotangents."""
     rows = (d.one_of(1, 2, 0), d.one_of(1, 2, 3), d.one_of(*SMALL))
-    v_dim, dtype = d.one_of(4, 1, 3, 8, 17, 64), softmax_dtype_name(d.dtype)
+    v_dim, dtype = d.one_of(4, 1, 3, 8, 17, 64), d.dtype_of_lse()
     for half in "ab":
         d.floats(f"output_{half}", (*rows, v_dim), "scores")
         d.floats(f"lse_{half}", rows, "scores", dtype=dtype)
@@ -190,7 +187,7 @@ def _passed(d: Drawing, call: Call) -> Call:
     host: dict[str, str] = {}
     layouts: dict[str, str] = {}
     if d.claims.registered and d.rarely():
-        forms: dict[str, tuple[str, ...]] = dict.fromkeys((*ENTRIES, "seqused_kv"), ("list", "numpy"))
+        forms: dict[str, tuple[str, ...]] = dict.fromkeys(ENTRIES, ("list", "numpy"))
         if d.claims.arrays != "numpy":
             forms |= dict.fromkeys(ON_DEVICE, ("numpy",))
         host = {name: d.one_of(*forms[name]) for name in call.recipes if name in forms and d.often()}

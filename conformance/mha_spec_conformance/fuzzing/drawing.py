@@ -40,17 +40,41 @@ REGIMES = {
 """Expressions of floating arrays: ordinary ones, and those with large logits, heavy tails and outliers."""
 
 SEGMENTS = ("numpy.sort(random.integers(0, 3, {shape}), axis=-1)", "random.integers(-1, 2, {shape})")
+FAR_SEGMENTS = tuple(
+    f"random.choice({ids}, {{shape}})"
+    for ids in (
+        [0, -1, -2],
+        [2**31 - 1, -(2**31), 0],
+        [2**32 - 1, -1, 0],
+        [2**63 - 1, -(2**63), 0],
+        [2**24, 2**24 + 1],
+        [2**53, 2**53 + 1],
+    )
+)
+"""Ids near the ends of an integer type, some of them equal in one type and not in another, and neighbours beyond the
+integers that a floating type holds. In an unsigned type, -1 becomes its largest integer.
+"""
+
+INTEGERS = ("int32", "int64", "uint32", "uint64", "uint8", "int16")
+"""Types of segment ids, which need not be the same on both sides (MHA-SEG-1)."""
+
 BIASES = (
     "random.standard_normal({shape})",
     "numpy.where(random.random({shape}) < 0.25, -numpy.inf, random.standard_normal({shape}))",
     "numpy.where(random.random({shape}) < 0.25, -1e9, random.standard_normal({shape}))",
     "20 * random.standard_normal({shape})",
 )
+WIDE_BIASES = (
+    "numpy.where(random.random({shape}) < 0.25, -1e300, random.standard_normal({shape}))",
+    "numpy.where(random.random({shape}) < 0.75, -1e300, random.standard_normal({shape}))",
+)
 SINKS = (
     "random.standard_normal({shape})",
     "numpy.where(random.random({shape}) < 0.5, -numpy.inf, random.standard_normal({shape}))",
     "20 * random.standard_normal({shape})",
 )
+WIDE_SINKS = ("random.choice([-1e300, 1e300, 0.5], {shape})",)
+"""Numbers that are infinite in the softmax's type (MHA-BIAS-2, MHA-SINK-1), as those of `WIDE_BIASES` are."""
 
 
 class Drawing:
@@ -106,6 +130,10 @@ class Drawing:
         """Choose the dtype of the run, or sometimes another dtype."""
         return self.one_of(*FLOATING) if self.claims.registered and self.rarely() else self.dtype
 
+    def dtype_of_lse(self) -> str:
+        """Choose the dtype of the lse of two halves: that of the softmax, or sometimes another (MHA-MERGE-4)."""
+        return self.one_of(*FLOATING) if self.claims.registered and self.rarely() else softmax_dtype_name(self.dtype)
+
     def mark(self, name: str, place: tuple[int, ...], value: str) -> None:
         """Put a NaN or an infinity into an array that was drawn."""
         recipe = self.recipes[name]
@@ -122,16 +150,21 @@ class Drawing:
         self.array(name, self.pairwise(scores, f"random.random({{shape}}) < {share}"), "bool")
 
     def bias(self, scores: tuple[int, ...]) -> None:
-        """Draw a bias; some elements are -inf or very low."""
-        softmax = softmax_dtype_name(self.dtype)
-        dtype = self.one_of(softmax, self.dtype, self.other_dtype())
+        """Draw a bias; some elements are -inf, very low, or beyond the range of the softmax's type."""
+        dtype, is_wide = self._dtype_of_logits()
         choices = BIASES if dtype != "float16" else (*BIASES[:2], BIASES[3])
-        self.array("bias", self.pairwise(scores, self.one_of(*choices)), dtype)
+        self.array("bias", self.pairwise(scores, self.one_of(*(WIDE_BIASES if is_wide else choices))), dtype)
 
     def sinks(self, heads: int) -> None:
-        """Draw sinks, some of them -inf."""
-        dtype = self.one_of(softmax_dtype_name(self.dtype), self.dtype, self.other_dtype())
-        self.array("sinks", self.one_of(*SINKS).format(shape=(heads,)), dtype)
+        """Draw sinks, some of them -inf or beyond the range of the softmax's type."""
+        dtype, is_wide = self._dtype_of_logits()
+        self.array("sinks", self.one_of(*(WIDE_SINKS if is_wide else SINKS)).format(shape=(heads,)), dtype)
+
+    def _dtype_of_logits(self) -> tuple[str, bool]:
+        """Choose the dtype of a bias or of sinks, and whether some of its numbers are beyond the softmax's type."""
+        softmax = softmax_dtype_name(self.dtype)
+        dtype = self.one_of(softmax, self.other_dtype(), "float64")
+        return dtype, dtype == "float64" != softmax and not self.rarely()
 
     def of_scores(self, heads: int) -> None:
         """Draw scale, softcap and sinks."""
@@ -143,10 +176,13 @@ class Drawing:
             self.sinks(heads)
 
     def segments(self, batch: int, q_len: int, kv_len: int) -> None:
-        """Draw segment ids, sorted or not."""
-        expression, dtype = self.one_of(*SEGMENTS), self.one_of("int32", "int64")
-        self.array("q_segment_ids", expression.format(shape=(batch, q_len)), dtype)
-        self.array("kv_segment_ids", expression.format(shape=(batch, kv_len)), dtype)
+        """Draw segment ids, sorted or not, or far ones in any types."""
+        expression, of_queries = self.one_of(*SEGMENTS), self.one_of("int32", "int64")
+        of_keys = of_queries
+        if self.often():
+            expression, of_queries, of_keys = (self.one_of(*c) for c in (FAR_SEGMENTS, INTEGERS, INTEGERS))
+        self.array("q_segment_ids", expression.format(shape=(batch, q_len)), of_queries)
+        self.array("kv_segment_ids", expression.format(shape=(batch, kv_len)), of_keys)
 
     def length(self, size: int, *others: int) -> int:
         """Choose a length within a buffer, also one of the others that it holds."""

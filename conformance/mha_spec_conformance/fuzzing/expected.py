@@ -16,7 +16,7 @@ from mha_spec.arrays import Array, softmax_dtype_name
 from mha_spec.layer_steps import LayerSteps
 from mha_spec.steps import Steps
 from mha_spec_conformance.judging.bounds import bounds, precision
-from mha_spec_conformance.judging.bounds.evaluation import Evaluation
+from mha_spec_conformance.judging.bounds.evaluation import Evaluation, in_float64
 from mha_spec_conformance.judging.bounds.varlen import VarlenBounds
 from mha_spec_conformance.judging.compare import ANY, EXACT, FINITE, NAN, NON_FINITE
 
@@ -185,7 +185,7 @@ def _attention_vjp(call: Call, rows: Rows) -> Kinds:
         by_name["grad_bias"] = kinds(good.any(axis=axes, keepdims=True), bad.any(axis=axes, keepdims=True))
     if "sinks" in rows.arrays:
         moved = rows.seeing | ("grad_lse" in rows.arrays)
-        good_rows, bad_rows = moved & right & rows.has_sink, moved & ~right
+        good_rows, bad_rows = moved & right & rows.has_sink, (moved | rows.unspecified) & ~right
         by_name["grad_sinks"] = kinds(good_rows.any(axis=(0, 2)), bad_rows.any(axis=(0, 2)))
     return by_name
 
@@ -231,6 +231,8 @@ def _merge_attention_vjp(call: Call, rows: None) -> Kinds:
 def _layer(call: Call, rows: None) -> Kinds:
     """A token whose heads all see nothing gives the bias of the output; slots past the length are not compared.
 
+    A sink of +inf leaves the weights of its head open, and with them the output of every token (SPEC.md, "Limits").
+
     Of a cache in blocks, and of one whose slots wrap, only the output is compared, with that of a contiguous cache.
     """
     from mha_spec_conformance.asking import calls
@@ -247,27 +249,26 @@ def _layer(call: Call, rows: None) -> Kinds:
 
     steps = LayerSteps()
     steps = replace(steps, attend=recorded("attend", steps.attend), weigh=recorded("weigh", steps.weigh))
-    arguments = {name: _widened(array) for name, array in call.arrays.items()} | dict(call.options)
+    arguments = in_float64(call.arrays) | dict(call.options)
     contiguous = {calls.BLOCK_TABLE, calls.WINDOW_CACHE}.isdisjoint(arguments)
     arguments = calls.with_contiguous_cache(arguments)
     function = calls.function_over(steps, call.function)
     answers = calls.joined(list(calls.layer_answers(function, call.function, arguments)))
     every = 2 if call.options.get("drafts") else 1
     visible = {name: numpy.concatenate(pairs[::every], axis=2) for name, pairs in seen.items() if pairs}
-    kinds = {"weights": numpy.where(visible["weigh"], FINITE, EXACT)} if "weights" in answers else {}
+    kinds: Kinds = {}
+    infinite = numpy.asarray(arguments.get("sinks", 0.0) == numpy.inf).reshape(-1, 1, 1)
+    if "weights" in answers:
+        kinds["weights"] = numpy.select([infinite, visible["weigh"]], [ANY, FINITE], EXACT)
     if "output" in answers:
         empty = ~visible["attend"].any(axis=(1, 3))
-        kinds |= {"output": numpy.where(empty, EXACT, FINITE)[..., None]}
+        kinds["output"] = numpy.where(infinite.any(), ANY, numpy.where(empty, EXACT, FINITE))[..., None]
     if "cache_key" in answers and contiguous:
         slots = numpy.arange(answers["cache_key"].shape[2])
         old, new = (numpy.asarray(named["cache_lengths"])[:, None] for named in (arguments, answers))
         of_slots = numpy.select([slots < old, slots < new], [EXACT, FINITE], ANY)[:, None, :, None]
         kinds |= {"cache_key": of_slots, "cache_value": of_slots, "cache_lengths": numpy.full(len(new), EXACT)}
     return kinds
-
-
-def _widened(array: Array) -> Array:
-    return array if array.dtype.kind in "biu" else array.astype("float64")
 
 
 def _rotary_embedding(call: Call, rows: None) -> Kinds:

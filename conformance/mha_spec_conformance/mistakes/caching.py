@@ -101,7 +101,7 @@ def of_new_tokens(query: numpy.ndarray, options: Mapping[str, Any]) -> bool:
 
 def prefix_hidden_alone(query: numpy.ndarray, key: numpy.ndarray, options: dict[str, Any]) -> Any:
     """Hide the keys before several new tokens, which `at_new_tokens` puts at their slots."""
-    start = numpy.reshape(options["q_offset"], (-1, 1))
+    start = numpy.reshape(options.get("q_offset", lengths_of(query, key, options) - query.shape[2]), (-1, 1))
     return _masked(options, key, lambda slots: slots >= start) if of_new_tokens(query, options) else options.get("mask")
 
 

@@ -29,12 +29,12 @@ def as_float64(array: numpy.ndarray) -> numpy.ndarray:
 
 
 def in_float64(arrays: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-    """Convert the arrays of a call; a bias beyond the range of the softmax's type becomes infinite (MHA-BIAS-2)."""
+    """Convert the arrays of a call; what overflows the softmax's type becomes infinite (MHA-BIAS-2, MHA-SINK-1)."""
     converted = {name: as_float64(array) for name, array in arrays.items()}
-    if "bias" in arrays and "query" in arrays:
+    for name in {"bias", "sinks"} & arrays.keys() if "query" in arrays else ():
         with numpy.errstate(over="ignore"):
-            narrow = arrays["bias"].astype(softmax_dtype_name(dtype_name(arrays["query"])))
-        converted["bias"] = numpy.where(numpy.isinf(narrow), narrow, converted["bias"])
+            narrow = arrays[name].astype(softmax_dtype_name(dtype_name(arrays["query"])))
+        converted[name] = numpy.where(numpy.isinf(narrow), narrow, converted[name])
     return converted
 
 
