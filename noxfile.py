@@ -41,11 +41,13 @@ TARGETS = (
     "torch_sdpa",
 )
 """The targets that are fast and need no further package; `-- NAME` judges others, and the session `field` all."""
-UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")}
+DEFAULTS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_NUM_THREADS": "1"}
+QUICKLY = {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
 """JAX compiles 900 signatures, most of them for a few calls that do not repay the optimisations of LLVM.
 
 The rewrites of XLA itself stay. The workflow judges optimised programs (`conformance` with the variable at 0), as does
-`fuzz`.
+`fuzz`. Two processes run at the same time, and a thread of OpenMP that waits for another one occupies a processor: with
+two threads in each process, tests of PyTorch took twice as long on two processors.
 """
 PATIENTLY = ("--jobs", "2", "--timeout", "300")
 """The first call of a compiled function may take longer than the usual minute on a machine with other work."""
@@ -91,7 +93,7 @@ def typecheck(session: nox.Session) -> None:
 @nox.session(requires=["environment"], venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run the project's tests against the wheel."""
-    run_tool(session, "pytest", *(session.posargs or ["--numprocesses", "2", "--dist", "loadfile"]), env=UNOPTIMIZED)
+    run_tool(session, "pytest", *(session.posargs or ["--numprocesses", "2", "--dist", "loadfile"]), env=QUICKLY)
 
 
 @nox.session
@@ -100,7 +102,7 @@ def conformance(session: nox.Session, backend: str) -> None:
     """Judge each backend and the reference by the whole suite."""
     framework = [requirement for requirement in group("frameworks") if requirement.startswith(backend)]
     session.install(".[conformance]", *framework)
-    session.run("mha-spec", "check", backend, *PATIENTLY, *session.posargs, env=UNOPTIMIZED)
+    session.run("mha-spec", "check", backend, *PATIENTLY, *session.posargs, env=QUICKLY)
 
 
 @nox.session(requires=["environment"], venv_backend="none")

@@ -188,7 +188,7 @@ def check_room(cache: AnyCache, length: Size, counts: Array | Sequence[int] | No
 def _check_slots(cache: PagedKVCache, before: list[int], after: list[int]) -> None:
     """Require blocks that exist, and new tokens in slots that hold no token (MHA-CACHE-9, MHA-CACHE-11)."""
     table: Any = cache.block_table
-    sizes: Any = shape_of(cache.key)[:2]
+    sizes: Any = tuple(map(int, shape_of(cache.key)[:2]))  # A trace of torch.jit has them in tensors.
     _check_blocks(numpy.asarray(table), sizes, after)
     held = numpy.zeros(sizes[0] * sizes[1], dtype=bool)
     held[slots_of_positions(table, sizes, numpy.zeros(len(before), int), before)] = True

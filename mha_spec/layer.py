@@ -456,8 +456,12 @@ class Layer:
 
 
 def _equally_long(query: Array, key: Array) -> bool:
-    """Return True if query and key are known to have the same length; a trace of TensorFlow may not know it."""
-    return query is key or (query.shape[1] is not None and query.shape[1] == key.shape[1])
+    """Return True if query and key are known to have the same length.
+
+    A trace of TensorFlow may not know it, and one of torch.jit has it in a tensor.
+    """
+    length = query.shape[1]
+    return query is key or (length is not None and library_of(length) is None and length == key.shape[1])
 
 
 _LAYER = Layer()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from .arrays import device_of, host_integers, namespace_of
+from .arrays import device_of, host_integers, library_of, namespace_of
 from .cache import PagedKVCache
 from .pools import slots_of_positions
 
@@ -73,7 +73,7 @@ def new_slots(cache: PagedKVCache, stop: Array | Sequence[int], new: Array) -> A
     """
     xp, device = namespace_of(new), device_of(new)
     (blocks, size), (batch, columns), length = cache.key.shape[:2], cache.block_table.shape, new.shape[2]
-    if 0 in (blocks, batch, columns, length):
+    if library_of(length) is None and 0 in (blocks, batch, columns, length):  # A trace may have it in an array.
         return xp.full((batch, length), -1, device=device)
     start, end, table = (integers(numbers, new) for numbers in (cache.lengths, stop, cache.block_table))
     positions: Array = start[:, None] + xp.arange(length, dtype=start.dtype, device=device)

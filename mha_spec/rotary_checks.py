@@ -114,7 +114,7 @@ def _check_frequencies(
     if like is not None and library_of(frequencies) not in (None, "numpy"):
         _check_unread(frequencies, rotary_dim, like)
         return frequencies
-    shape = cast("tuple[int, ...] | None", getattr(frequencies, "shape", None))
+    shape = None if library_of(frequencies) is None else cast("tuple[int, ...]", frequencies.shape)
     numbers = _numbers(frequencies) if shape is None or len(shape) == 1 else ()
     if len(numbers) != rotary_dim // 2:
         fix = f" rotary_dim={2 * len(numbers)} turns that many components." if numbers else ""

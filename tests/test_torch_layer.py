@@ -247,6 +247,24 @@ def test_the_constructor_checks_the_sizes() -> None:
         MultiHeadAttention(9, 3, rotary={})
 
 
+@pytest.mark.parametrize("device", ["nope", "", "cuda:101", -1, 1.5, torch])
+def test_the_constructor_refuses_a_device_without_tensors(device: Any) -> None:
+    error = ArgumentTypeError if device in (1.5, torch) else ArgumentValueError
+    with pytest.raises(error, match=r"`device` must be None or a device of torch.*\[MHA-ARG-4\]"):
+        MultiHeadAttention(7, 3, qk_dim=4, device=device)
+
+
+@pytest.mark.parametrize("heads", [numpy.int64(5), numpy.uint8(5)])
+def test_a_number_of_heads_may_be_a_scalar_of_numpy(heads: Any) -> None:
+    assert_equal(functions.alibi_bias(heads, 3, 3), functions.alibi_bias(5, 3, 3))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer])
+def test_frequencies_without_a_shape_are_refused(kind: type[Any]) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"`frequencies` must be .*Uninitialized.*\[MHA-ROTARY-7\]"):
+        functions.rotary_embedding(torch.ones(2, 5, 3, 4), torch.arange(3), frequencies=kind())
+
+
 ARRAY = numpy.ones((2, 5, 3, 4), dtype="float32")
 FOREIGN: dict[str, Callable[[], Any]] = {
     "query": lambda: functions.multi_head_attention(ARRAY[0], ARRAY[0], ARRAY[0], {}),

@@ -15,13 +15,12 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled, _is_tracing, _len_torch_dispatch_stack
 
 from mha_spec.arguments import Arguments
-from mha_spec.array_checks import check_library
 from mha_spec.checks import check, refuse_unknown
 from mha_spec.scalars import PLAIN_TYPES
 from mha_spec.varlen_checks import varlen_arguments
 
 from .distributed import refuse_distributed
-from .function import transformed
+from .function import check_tensor, transformed
 from .paths import autocasts
 from .problem import Problem, readable
 from .symbols import TENSORS, all_equal, checked, entries, example, is_open, traced, unwrapped
@@ -123,7 +122,7 @@ def problem_of(a: Arguments) -> Problem:
 def arguments_of(function: str, query: Tensor, key: Tensor, value: Tensor | None, options: WeightOptions) -> Arguments:
     """Check the arguments of a call, and replace a named offset by its integers."""
     refuse_unknown(options, function)
-    check_library("torch", query)
+    check_tensor(query)
     a = Arguments(query, key, value, function=function, **options)
     if autocasts(query.device.type):
         a = replace(a, **cast(query=query, key=key, value=value))
@@ -135,7 +134,7 @@ def arguments_of(function: str, query: Tensor, key: Tensor, value: Tensor | None
 def varlen_arguments_of(function: str, options: Mapping[str, Any], *tensors: Any) -> VarlenArguments:
     """Check the arguments of a packed call, `tensors` being the first five; symbols are checked by examples."""
     query, key, value, *bounds = tensors
-    check_library("torch", query)
+    check_tensor(query)
     refuse_distributed(function, query, key, value)
     if autocasts(query.device.type):
         query, key, value = cast(query=query, key=key, value=value).values()

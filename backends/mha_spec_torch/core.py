@@ -9,7 +9,6 @@ import torch
 from torch.compiler import is_compiling
 
 from mha_spec.arguments import expand_options
-from mha_spec.array_checks import check_library
 from mha_spec.checks import (
     check_cotangents,
     check_dropout_mask,
@@ -18,14 +17,15 @@ from mha_spec.checks import (
     check_merge_cotangents,
     refuse_unknown,
 )
+from mha_spec.errors import refuse_type
 
 from . import direct, distributed, fused, operators, paths
 from .calls import PREPARED, arguments_of, cast, prepared, problem_of, signature_of
 from .dropout import drawn
-from .function import any_needs_gradient, attend, gradients, transformed
+from .function import any_needs_gradient, attend, check_tensor, gradients, transformed
 from .host import in_graph
 from .merging import merge, merge_gradients
-from .symbols import traced
+from .symbols import in_jit_trace, traced
 from .tasks import Operands
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def _first(
 
 
 def _in_graph(a: Arguments, needs_lse: bool) -> tuple[Tensor, Any]:
-    if not needs_lse and fused.on_cuda(a.query):
+    # The choice of a kernel depends on sizes, which torch.jit.trace would fix.
+    if not needs_lse and fused.on_cuda(a.query) and not in_jit_trace():
         problem, x = problem_of(a), Operands.of(a)
         if fused.takes(problem, x):
             return fused.attend(problem, x), None
@@ -192,6 +193,12 @@ def _vjp(
     check_dropout_mask(a)
     x = Operands.of(a)
     if transformed() or (torch.is_grad_enabled() and any_needs_gradient((*x, grad_output, grad_lse))):
+        if in_jit_trace():
+            refuse_type(
+                "MHA-ARG-4",
+                "`query` of attention_vjp and its other operands must not require gradients of gradients within "
+                "torch.jit.trace. Call it under torch.no_grad(), detach the operands, or use torch.compile.",
+            )
         return _as_tuple(gradients(problem_of(a), x, grad_output, grad_lse))
     if traced(query):
         return _as_tuple(operators.gradients(a, grad_output, grad_lse))
@@ -247,5 +254,5 @@ def _merge_vjp(grad_output: Tensor, grad_lse: Tensor | None, halves: Halves, opt
 
 
 def _check_halves(halves: Halves) -> None:
-    check_library("torch", halves[0], "output_a")
+    check_tensor(halves[0], "output_a")
     check_halves(*halves)

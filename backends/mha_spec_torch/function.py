@@ -9,8 +9,12 @@ import torch
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
+from mha_spec.array_checks import check_library
+from mha_spec.errors import refuse_type
+
 from . import paths
 from .paths import backward, differentiable
+from .symbols import in_jit_trace
 from .tasks import Operands
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ __all__ = [
     "Attention",
     "any_needs_gradient",
     "attend",
+    "check_tensor",
     "gradients",
     "needs_operations",
     "transformed",
@@ -34,6 +39,17 @@ _is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignor
 def transformed() -> bool:
     """Tell whether a transform of torch.func or forward mode is active; both need differentiable operations."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def check_tensor(value: object, label: str = "query") -> None:
+    """Require a tensor, and no transform within torch.jit.trace, which does not record its tensors (MHA-ARG-4)."""
+    check_library("torch", value, label)
+    if in_jit_trace() and transformed():
+        refuse_type(
+            "MHA-ARG-4",
+            f"`{label}` must not be transformed by torch.func or by forward mode within torch.jit.trace, which cannot "
+            "record the call. Leave out the transform, or compile the call with torch.compile.",
+        )
 
 
 def attend(problem: Problem, x: Operands, *, needs_lse: bool) -> tuple[torch.Tensor, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy
@@ -10,22 +10,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from mha_spec import layer_checks, layer_steps, paged_steps
+from mha_spec import layer_checks, layer_steps
 from mha_spec.arguments import decorate_method
-from mha_spec.array_checks import check_library
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
-from mha_spec.cache import HighWater, KVCache, PagedKVCache
+from mha_spec.cache import KVCache, PagedKVCache
 from mha_spec.layer import Layer
 from mha_spec.layer_steps import LayerSteps, slope_values
-from mha_spec.pools import WrittenSlots
+from mha_spec.scalars import plain
 
-from .cache_steps import integers, store, store_pages, store_wrapped, unroll
+from .cache_steps import (
+    append,
+    append_paged,
+    bounds,
+    empty,
+    integers,
+    new_lengths,
+    store,
+    store_pages,
+    store_wrapped,
+    unroll,
+)
 from .core import attention, attention_and_weights, attention_weights
 from .distributed import replicated
-from .function import transformed
+from .function import check_tensor
 from .host import in_graph, on_device
 from .paths import autocasts
-from .symbols import entries, example, is_open, traced
+from .symbols import entries, example, example_of_size, in_jit_trace, is_open, traced
 from .varlen import varlen_attention
 
 if TYPE_CHECKING:
@@ -49,13 +59,12 @@ __all__ = [
     "rotary_embedding",
 ]
 
-_BUFFERS, _BLOCKS = HighWater(), WrittenSlots()
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
 def check(a: LayerArguments) -> LayerArguments:
     """Run the shared checks; under autocast every tensor is cast first, as in torch's layers."""
-    check_library("torch", a.query)
+    check_tensor(a.query)
     if autocasts(a.query.device.type):
         operands = a.query, a.key, a.value
         # Operands that were the same tensor must stay the same tensor.
@@ -72,6 +81,7 @@ def check(a: LayerArguments) -> LayerArguments:
 
 def check_alibi(slopes: object, q_len: int, kv_len: int, offset: Integers | int | None) -> None:
     """Run the shared check, with examples for the numbers that a tracer left open."""
+    q_len, kv_len = map(example_of_size, (q_len, kv_len))
     layer_checks.check_alibi(slopes, *example((q_len, kv_len, offset)))
 
 
@@ -168,89 +178,14 @@ def turns(
     return replicated(angles.cos().to(dtype), like), replicated(angles.sin().to(dtype), like)
 
 
-def frequencies(base: float, rotary_dim: int) -> numpy.ndarray:
-    """Return the angle by which each pair turns from a position to the next, for the size of the heads as traced."""
-    return layer_steps.frequencies(base, _fixed(rotary_dim))
+def frequencies(base: float, rotary_dim: Any) -> Any:
+    """Return the angle by which each pair turns from a position to the next, for the size of the heads as traced.
 
-
-def empty(shapes: Sequence[tuple[int, ...]], like: Tensor) -> KVCache:
-    """Create buffers of zeros; under autocast they have its type."""
-    dtype = _autocast(like.new_empty(0)).dtype if autocasts(like.device.type) else like.dtype
-    key, value = (torch.zeros(shape, dtype=dtype, device=like.device) for shape in shapes)
-    batch = shapes[0][0]
-    if is_open(batch):
-        return KVCache(key, value, torch.zeros(batch, dtype=torch.int32, device=like.device))
-    cache = KVCache(key, value, numpy.zeros(batch, dtype=numpy.int32))
-    return _BUFFERS.register(cache) if _writable(key, value) else cache
-
-
-def append(cache: KVCache, key: Tensor, value: Tensor | None, counts: Integers | None, steps: LayerSteps) -> KVCache:
-    """Append tokens to a cache, in place if that changes no other cache (MHA-CACHE-1, MHA-CACHE-3)."""
-    stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
-    if value is None or not isinstance(stop, numpy.ndarray) or not _writable(key, value, cache.key, cache.value):
-        return layer_steps.append(cache, key, value, counts, steps)
-    ranges = host_integers(cache.lengths) or [], stop.tolist()
-    shared = _BUFFERS.claim(cache, *ranges)
-    new = KVCache(cache.key, cache.value, stop) if shared else KVCache(cache.key.clone(), cache.value.clone(), stop)
-    _write(new.key.data, key, *ranges)
-    _write(new.value.data, value, *ranges)
-    return new if shared else _BUFFERS.register(new)
-
-
-def append_paged(
-    cache: PagedKVCache, key: Tensor, value: Tensor, counts: Integers | None, steps: LayerSteps
-) -> PagedKVCache:
-    """Append tokens to blocks, in place if that changes no other cache (MHA-CACHE-9, MHA-CACHE-3)."""
-    if traced(key) or not _writable(key, value, cache.key, cache.value):
-        return paged_steps.append_paged(cache, key, value, counts, steps)
-    stop = steps.new_lengths(cache.lengths, counts, key.shape[2], key)
-    slots = steps.new_slots(cache, stop, key)
-    inside = slots >= 0
-
-    def write(*pools: Tensor) -> None:
-        for pool, new in zip(pools, (key, value), strict=True):
-            # Autograd may have saved the blocks, which `.data` does not tell it about.
-            pool.data.flatten(0, 1)[slots[inside]] = new.transpose(1, 2)[inside]
-
-    host = cache._replace(lengths=_on_host(cache.lengths), block_table=_on_host(cache.block_table))
-    new = paged_steps.append_in_place(_BLOCKS, host, stop, slots.numpy(force=True), _contiguous, write)
-    return new._replace(block_table=cache.block_table)
-
-
-def _on_host(integers: Any) -> numpy.ndarray:
-    """Return integers as an array of NumPy, also from an accelerator, as a packed call does when it runs."""
-    return integers.numpy(force=True) if isinstance(integers, Tensor) else numpy.asarray(integers)
-
-
-def _contiguous(pool: Tensor) -> Tensor:
-    return pool.clone(memory_format=torch.contiguous_format)
-
-
-def bounds(batch: int, length: int, like: Tensor) -> Integers:
-    """Return the cumulative lengths of sequences of the same length; a tensor where a tracer left sizes open."""
-    if not traced(like):
-        return paged_steps.bounds(batch, length, like)
-    return torch.arange(batch + 1, device=like.device) * length
-
-
-def _write(buffer: Tensor, tokens: Tensor, start: list[int], stop: list[int]) -> None:
-    """Write to a buffer; callers pass `.data`, because autograd may have saved the buffer."""
-    ranges = set(zip(start, stop, strict=True))
-    if len(ranges) == 1:
-        ((first, last),) = ranges
-        buffer[:, :, first:last] = tokens[:, :, : last - first]
-        return
-    for entry, (first, last) in enumerate(zip(start, stop, strict=True)):
-        buffer[entry, :, first:last] = tokens[entry, :, : last - first]
-
-
-def _writable(*tensors: Tensor) -> bool:
-    """Tell whether tensors are plain, need no gradient, and may be written in place."""
-    inference = torch.is_inference_mode_enabled()
-    for tensor in tensors:
-        if type(tensor) is not torch.Tensor or tensor.requires_grad or tensor.is_inference() != inference:
-            return False
-    return not transformed()
+    torch.jit.trace has the size in a tensor, and then computes them again for each size.
+    """
+    if library_of(rotary_dim) is None:
+        return layer_steps.frequencies(base, _fixed(rotary_dim))
+    return float(base) ** (torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=rotary_dim.device) / -rotary_dim)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
@@ -317,10 +252,16 @@ def slopes(heads: int, dtype: str) -> Tensor:
     return torch.tensor(slope_values(heads), dtype=getattr(torch, dtype))
 
 
+def distances(offset: Integers | int, q_len: int, kv_len: int, like: Tensor, _: LayerSteps) -> Tensor:
+    """Return |p - j|, (q_len, kv_len) or (batch, 1, q_len, kv_len) (MHA-ALIBI-2)."""
+    apart = (positions(offset, q_len, like)[..., None] - torch.arange(kv_len, device=like.device)).abs()
+    return apart[:, None] if apart.ndim == 3 else apart
+
+
 _LAYER = Layer(
     LayerSteps(
         check=check,
-        check_library=partial(check_library, "torch"),
+        check_library=check_tensor,
         check_alibi=check_alibi,
         project_in=project_in,
         normalise=normalise,
@@ -330,12 +271,14 @@ _LAYER = Layer(
         turns=turns,
         store=store,
         empty_cache=empty,
+        new_lengths=new_lengths,
         append=append,
         attend=attend,
         weigh=attention_weights,
         attend_and_weigh=attend_and_weigh,
         project_out=project_out,
         slopes=slopes,
+        distances=distances,
         append_paged=append_paged,
         store_pages=store_pages,
         integers=integers,
@@ -378,11 +321,22 @@ def empty_cache(
     batch: int, kv_heads: int, capacity: int, qk_dim: int, v_dim: int | None = None, *, like: Tensor
 ) -> KVCache:
     """Make a cache without tokens; see `mha_spec.reference.empty_cache`."""
-    check_library("torch", like, "like")
+    check_tensor(like, "like")
     sizes = batch, kv_heads, capacity, qk_dim, v_dim
+    if in_jit_trace():
+        return _empty_of_open_sizes(sizes, like)
     if not torch.compiler.is_compiling():
         return _LAYER.empty_cache(*sizes, like=like)
     return KVCache(*_buffers(sizes, like), torch.zeros(batch, dtype=torch.int32, device=like.device))
+
+
+def _empty_of_open_sizes(sizes: tuple[Any, ...], like: Tensor) -> KVCache:
+    """Make a cache in a trace of torch.jit, whose sizes may be those of tensors."""
+    layer_checks.check_like(like)
+    layer_checks.empty_shapes(*map(example_of_size, sizes))
+    batch, kv_heads, capacity, qk_dim, v_dim = map(plain, sizes)
+    shapes = ((batch, kv_heads, capacity, size) for size in (qk_dim, qk_dim if v_dim is None else v_dim))
+    return empty(tuple(shapes), like)
 
 
 @torch.compiler.allow_in_graph

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import init
 
+from mha_spec.errors import refuse_type, refuse_value
 from mha_spec.layer_object import (
     CallOptions,
     LayerObject,
@@ -16,6 +17,7 @@ from mha_spec.layer_object import (
     expand_layer_options,
 )
 from mha_spec.parameters import AXES
+from mha_spec.scalars import short_repr
 
 from . import layer
 
@@ -50,6 +52,7 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
     ) -> None:
         super().__init__()
         self.settings = LayerSettings.of(embed, heads, **options)
+        check_device(device)
         check_parameter_dtype(dtype, lambda dtype: torch.empty(0, dtype=dtype))
         shapes = self.settings.shapes()
         self._names = tuple(shapes)
@@ -98,3 +101,14 @@ class MultiHeadAttention(torch.nn.Module, LayerObject):
     @property
     def _like(self) -> Tensor:
         return self.params["w_k"].detach()
+
+
+def check_device(device: object) -> None:
+    """Require a device on which tensors can be made, or None for the default (MHA-ARG-4)."""
+    wanted = f"`device` must be None or a device of torch, such as device='cpu', received device={short_repr(device)}"
+    try:
+        torch.empty(0, device=device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    except TypeError:
+        refuse_type("MHA-ARG-4", f"{wanted} of type {type(device).__name__}.")
+    except (AssertionError, RuntimeError) as error:  # A build without CUDA raises an AssertionError.
+        refuse_value("MHA-ARG-4", f"{wanted}, which torch refuses: {str(error).partition('. ')[0]}.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mha_spec.arguments import Arguments
 from mha_spec.checks import check_numbers
-from mha_spec.position_checks import check_chunk, check_window
+from mha_spec.position_checks import check_alignment, check_chunk, check_window
 
 from .dropout import Draws, draws_of
 from .host import on_device
@@ -115,6 +115,7 @@ def _called(spelled: Sequence[Any], *, host: bool = True) -> tuple[Problem, Oper
     check_numbers(a)
     check_window(a)
     check_chunk(a)
+    check_alignment(a)
     return Problem.of(a, host=host and readable(a.query)), Operands(*spelled[: OPERANDS + 1])
 
 

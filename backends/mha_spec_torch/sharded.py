@@ -8,7 +8,6 @@ import numpy
 import torch
 
 from mha_spec.arguments import expand_options
-from mha_spec.array_checks import check_library
 from mha_spec.checks import check_flag, refuse_unknown
 from mha_spec.errors import refuse_type
 from mha_spec.sharding import Piece, ShardedArguments, check_heads_over, check_sharded, shard_order
@@ -16,13 +15,14 @@ from mha_spec.sharding import Piece, ShardedArguments, check_heads_over, check_s
 from . import core
 from .calls import cast
 from .distributed import refuse_distributed
-from .function import Attention, transformed
+from .function import Attention, check_tensor, transformed
 from .groups import Group, attached, exchanged, shared, summed
 from .host import on_device
 from .merging import merge
 from .paths import autocasts
 from .ring import Ring, without_keys
 from .shards import Form, Shard, visit
+from .symbols import in_jit_trace
 from .tasks import Span, softmax_dtype
 
 if TYPE_CHECKING:
@@ -227,13 +227,19 @@ def _arguments(
     name: str, query: Tensor, key: Tensor, value: Tensor, group: Any, options: Options
 ) -> tuple[ShardedArguments, Group]:
     refuse_unknown(options, name)
-    check_library("torch", query)
+    check_tensor(query)
     refuse_distributed(name, query, key, value)
     if transformed():
         refuse_type(
             "MHA-SHARD-4",
             f"`query` must not be transformed by torch.func or by forward mode: {name} of mha_spec_torch has the "
             "gradient of torch.autograd.",
+        )
+    if in_jit_trace():
+        refuse_type(
+            "MHA-SHARD-4",
+            f"`query` must not be recorded by torch.jit.trace: {name} of mha_spec_torch reads lengths, which the trace "
+            "would fix. Call it without the trace, or compile the call with torch.compile.",
         )
     ranks = Group.of(group)
     if autocasts(query.device.type):

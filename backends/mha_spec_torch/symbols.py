@@ -24,6 +24,8 @@ __all__ = [
     "checked",
     "entries",
     "example",
+    "example_of_size",
+    "in_jit_trace",
     "is_open",
     "is_open_tensor",
     "surely",
@@ -58,6 +60,12 @@ def example(value: Any) -> Any:
     if value.node.has_hint():
         return value.node.hint
     return 0 if isinstance(value, torch.SymInt) else 0.5
+
+
+def example_of_size(size: Any) -> Any:
+    """Return the number in a size of a tensor that torch.jit.trace records, and any other value unchanged."""
+    is_size = in_jit_trace() and isinstance(size, torch.Tensor) and size.ndim == 0 and size.dtype == torch.int64
+    return int(size) if is_size else size
 
 
 def checked(a: Arguments) -> Arguments:
@@ -96,7 +104,12 @@ def traced(tensor: torch.Tensor) -> bool:
 
 def is_open_tensor(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor has no contents, or may have others in a later call of a graph."""
-    return type(tensor) not in TENSORS or tensor.is_meta or torch._C._get_tracing_state() is not None
+    return type(tensor) not in TENSORS or tensor.is_meta or in_jit_trace()
+
+
+def in_jit_trace() -> bool:
+    """Tell whether torch.jit.trace records the call; sizes are then tensors."""
+    return torch._C._get_tracing_state() is not None
 
 
 def _is_recorded() -> bool:
@@ -106,4 +119,4 @@ def _is_recorded() -> bool:
 
 def surely(condition: bool | torch.SymBool) -> bool:
     """Return True if a comparison is known to hold for all values of its symbols."""
-    return condition if isinstance(condition, bool) else statically_known_true(condition)
+    return statically_known_true(condition) if isinstance(condition, torch.SymBool) else condition is True

@@ -124,8 +124,9 @@ def _check_transform(a: VarlenArguments) -> None:
     if is_open_tensor(unwrapped(a.query)):
         raise ArgumentTypeError(
             f"`query` of {a.function} must not be transformed by torch.func, nor require gradients of gradients, where "
-            "torch.compile traces the call, received such a tensor. Compile without the transform and take gradients "
-            "with torch.autograd or varlen_attention_vjp under torch.no_grad(), or leave out torch.compile. [MHA-ARG-4]"
+            "torch.compile or torch.jit.trace records the call, received such a tensor. Record it without the "
+            "transform and take gradients with torch.autograd or varlen_attention_vjp under torch.no_grad(), or leave "
+            "out the recording. [MHA-ARG-4]"
         )
     for name in ("cu_seqlens_q", "cu_seqlens_kv", "seqused_kv", "q_offset", "block_table"):
         value = getattr(a, name)
