@@ -139,6 +139,8 @@ LAYER = {
     "key": Layout("batch kv_len k_embed", "MHA-LAYER-2"),
     "value": Layout("batch kv_len v_embed", "MHA-LAYER-2"),
     **_PER_ENTRY,
+    # With a cache they count from its first token; attention compares them with all keys.
+    **dict.fromkeys(("prefix_lengths", "kv_starts"), Layout("batch", "MHA-LEN-5")),
     **{f"params[{name!r}]": Layout(" ".join(axes), "MHA-PROJ-4") for name, axes in AXES.items()},
     **_CACHE,
 }
