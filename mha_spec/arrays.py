@@ -152,7 +152,12 @@ def dtype_name(array: Array) -> str:
 
     `isdtype` of the array API does not serve: it raises for the bfloat16 of ml-dtypes.
     """
-    dtype: object = array.dtype
+    return _name_of_dtype(array.dtype)
+
+
+@not_traced
+def _name_of_dtype(dtype: object) -> str:
+    """Name a dtype; a trace could not hash those of TensorFlow, which earlier calls may have left in the table."""
     name = _NAME_OF_DTYPE.get((type(dtype), dtype))
     if name is None:
         attribute = getattr(dtype, "name", None)

@@ -78,7 +78,7 @@ def drawn(number: int) -> list[Call]:
 
 def test_drawn_calls_stay_legal_when_their_numbers_change() -> None:
     changed: set[str] = set()
-    for call in drawn(300):
+    for call in drawn(1000):
         varied = call.varied(7, numbers=True)
         changed.update(name for name in call.options if varied.options[name] != call.options[name])
         changed.update(

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+import tensorflow
 import torch
 from support.comparisons import assert_equal, assert_near, assert_same
 from support.layers import BATCH, KV_HEADS, LENGTH, QK_DIM, STEPS, V_DIM
 from support.torch_world import heads, sized, tokens, with_gradients
 
 from mha_spec import KVCache, PagedKVCache, WindowKVCache, reference
+from mha_spec.arrays import dtype_name
 from mha_spec_torch import append_cache, empty_cache
 
 if TYPE_CHECKING:
@@ -139,6 +141,7 @@ def test_a_compiled_step_accepts_lengths_on_the_host() -> None:
 
 @pytest.mark.usefixtures("quiet")
 def test_a_compiled_function_makes_its_own_cache() -> None:
+    dtype_name(tensorflow.constant(0.0))  # A trace cannot hash dtypes of TensorFlow that earlier calls have left.
     layer, x = sized(rotary={}), tokens()
     table = torch.arange(BATCH).flip(0)[:, None]
 
