@@ -9,9 +9,9 @@ from weakref import finalize
 import numpy
 
 from .array_checks import check_table, require_array
-from .arrays import device_of, host_integers, library_of, namespace_of
+from .arrays import host_integers
 from .errors import refuse_value
-from .scalars import check_size, is_integer, is_size
+from .scalars import check_size, is_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -158,9 +158,8 @@ class PagedKVCache(NamedTuple):
         make = _function_for("empty_cache", like, "like")
         # The buffers of a cache in which each batch entry is a block have the same axes, except for their order.
         pools = make(*first, qk_dim, v_dim, like=like)
-        # A symbolic number of lengths needs an array of the library.
-        symbolic = is_size(batch) and not is_integer(batch)
-        lengths = make(batch, 1, 0, 1, like=like).lengths if symbolic else _no_tokens(batch)
+        # A number that a trace leaves open needs lengths in an array of the library.
+        lengths = numpy.zeros(batch, numpy.int32) if is_integer(batch) else make(batch, 1, 0, 1, like=like).lengths
         return cls(pools.key, pools.value, lengths, block_table)
 
     def append(
@@ -199,14 +198,6 @@ AnyCache: TypeAlias = KVCache | PagedKVCache | WindowKVCache
 
 Cache = TypeVar("Cache", KVCache, PagedKVCache, WindowKVCache)
 """The type of a cache, which an append keeps."""
-
-
-def _no_tokens(batch: Any) -> Array:
-    """Return lengths of 0, on the host unless a trace has the number of batch entries in an array."""
-    if library_of(batch) is None:
-        return numpy.zeros(batch, dtype=numpy.int32)
-    xp = namespace_of(batch)
-    return xp.zeros((batch,), dtype=xp.int32, device=device_of(batch))
 
 
 def _function_for(name: str, array: Array, label: str) -> Callable[..., Any]:

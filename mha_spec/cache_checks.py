@@ -24,13 +24,27 @@ if TYPE_CHECKING:
     Size = int | None
     """A size, or None if a trace does not know it."""
 
-__all__ = ["check_buffers", "check_options_of_cache", "check_room", "check_span"]
+__all__ = [
+    "ROOM",
+    "bounds_of",
+    "check_buffers",
+    "check_options_of_cache",
+    "check_room",
+    "check_span",
+    "span_of",
+]
 
 KINDS = {
     PagedKVCache: ("MHA-CACHE-10", paged_steps.OPTIONS),
     WindowKVCache: ("MHA-CACHE-13", window_steps.OPTIONS),
 }
 """The caches whose attention has fewer options, each with its clause and its options."""
+
+ROOM = {
+    KVCache: ("capacity", "Make the cache with a larger capacity."),
+    PagedKVCache: ("max_blocks * block_size", "Append columns to block_table."),
+}
+"""The caches that can be full, each with the number of its slots and what makes more of them."""
 
 
 def check_options_of_cache(cache: object, function: str, options: Mapping[str, Any], *, weighs: bool) -> None:
@@ -60,31 +74,42 @@ def check_options_of_cache(cache: object, function: str, options: Mapping[str, A
         )
 
 
+def bounds_of(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Return the left bound of the window and the chunk of a call, each None where it has none."""
+    chunk, window = options.get("chunk"), options.get("window")
+    return None if window is None else window_bounds(window)[0], None if chunk is None else chunk_size(chunk)
+
+
+def span_of(left: int | None, chunk: int | None) -> tuple[str, str, int | None]:
+    """Return the option that limits how many keys a query sees, the formula of their number, and the number."""
+    if chunk is not None:
+        return "chunk", "chunk", chunk
+    return "window", "left + 1", None if left is None else left + 1
+
+
 def check_span(cache: WindowKVCache, options: Mapping[str, Any], query: Array) -> None:
     """Require a chunk or a window that the slots have room for, and queries whose keys they hold (MHA-CACHE-14)."""
-    chunk, window, capacity = options.get("chunk"), options.get("window"), _slots(cache)
-    chunk = None if chunk is None else chunk_size(chunk)
-    left = None if window is None else window_bounds(window)[0]
-    name, size = ("window", None if left is None else left + 1) if chunk is None else ("chunk", chunk)
+    bounds, capacity = bounds_of(options), _slots(cache)
+    name, formula, size = span_of(*bounds)
     if size is None or (capacity is not None and is_less(capacity, size)):
         refuse_value(
             "MHA-CACHE-14",
             f"`{name}` must fit a WindowKVCache, which holds the last tokens, "
-            f"{'left + 1' if name == 'window' else 'chunk'}<=capacity={capacity}, "
+            f"{formula}<=capacity={capacity}, "
             f"received {name}={short_repr(options.get(name))}. A KVCache holds all tokens.",
         )
     for label in ("kv_starts", "prefix_lengths"):
         check_entries(label, options.get(label), query, 0, LARGEST_POSITION, "2**30", "MHA-LEN-5")
     offset = check_offset(options.get("q_offset"), query)
     if offset is not None and capacity is not None:
-        _check_held(cache, capacity, offset, options.get("kv_starts"), (left, chunk))
+        _check_held(cache, capacity, offset, options.get("kv_starts"), bounds)
 
 
 def _check_held(
-    cache: WindowKVCache, capacity: int, offset: Any, starts: Any, sizes: tuple[int | None, int | None]
+    cache: WindowKVCache, capacity: int, offset: Any, starts: Any, bounds: tuple[int | None, int | None]
 ) -> None:
     """Require slots that hold the keys of query 0, where offsets and lengths are host data (MHA-CACHE-14)."""
-    (left, chunk), lengths, offsets = sizes, host_integers(cache.lengths), host_integers(offset)
+    (left, chunk), lengths, offsets = bounds, host_integers(cache.lengths), host_integers(offset)
     known_starts = [0] if starts is None else host_integers(starts)
     if lengths is None or offsets is None or known_starts is None:
         return
@@ -173,8 +198,7 @@ def check_room(cache: AnyCache, length: Size, counts: Array | Sequence[int] | No
     after = [old + new for old, new in zip(before, more, strict=True)]
     is_paged = isinstance(cache, PagedKVCache)
     if any(is_less(capacity, total) for total in after):
-        name = "max_blocks * block_size" if is_paged else "capacity"
-        fix = "Append columns to block_table." if is_paged else "Make the cache with a larger capacity."
+        name, fix = ROOM[PagedKVCache if is_paged else KVCache]
         refuse_value(
             "MHA-CACHE-4",
             f"`cache` must have room for the new tokens, {name}={capacity}, "

@@ -138,12 +138,16 @@ def check_flag(label: str, value: object, clause: str = "MHA-ARG-2") -> bool:
 
 
 def check_number(label: str, value: object, clause: str = "MHA-ARG-2", fix: str = "") -> float:
-    """Require a number, and return it as a Python number, which may be an integer above every float (MHA-ARG-2)."""
+    """Require a number, and return it as a Python number, which may be an integer above every float (MHA-ARG-2).
+
+    `fix` says what to do where a traced number is meant.
+    """
     if type(value) is float:
         return value
     held = plain(value)
     if not is_number(held):
-        refuse_type(clause, f"`{label}` must be a Python number, received {_named(label, value)}.{fix}")
+        hint = fix if is_size(held) or hasattr(held, "dtype") else ""
+        refuse_type(clause, f"`{label}` must be a Python number, received {_named(label, value)}.{hint}")
     return held
 
 

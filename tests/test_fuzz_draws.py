@@ -64,16 +64,16 @@ def test_lengths_on_the_host_change_only_with_the_numbers() -> None:
 
 def drawn(number: int) -> list[Call]:
     """Return calls of every function, as the fuzzer draws them."""
-    found: list[Call] = []
+    drawn_calls: list[Call] = []
 
     @seed(3)
     @settings(max_examples=number, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(calls(Subject.over(Steps()).target.claims))
     def keep(call: Call) -> None:
-        found.append(call)
+        drawn_calls.append(call)
 
     keep()
-    return found
+    return drawn_calls
 
 
 def test_drawn_calls_stay_legal_when_their_numbers_change() -> None:
@@ -90,16 +90,16 @@ def test_drawn_calls_stay_legal_when_their_numbers_change() -> None:
 
 
 def test_ids_of_two_types_and_numbers_beyond_the_softmax_are_drawn() -> None:
-    found = drawn(600)
+    drawn_calls = drawn(600)
     ids = [
         {call.recipes[f"{side}_segment_ids"].dtype for side in ("q", "kv")}
-        for call in found
+        for call in drawn_calls
         if "q_segment_ids" in call.recipes
     ]
     assert any(len(dtypes) == 2 for dtypes in ids)
     assert {"uint32", "int64"} <= set().union(*ids)
     for name in ("bias", "sinks"):
-        wide = [call for call in found if name in call.recipes and "1e300" in call.recipes[name].expression]
+        wide = [call for call in drawn_calls if name in call.recipes and "1e300" in call.recipes[name].expression]
         assert wide, name
         assert {call.recipes[name].dtype for call in wide} == {"float64"}
         assert not {call.dtype for call in wide} & {"float64"}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TIME, DATE, TIMES = numpy.timedelta64(3), numpy.datetime64(3, "ns"), numpy.full(BATCH, numpy.timedelta64(3))
 HUGE, LONG = 10**400, 10**5000
-"""An integer above every float, and one that Python does not spell."""
+"""An integer above every float, and an integer with more digits than Python prints."""
 TURNED = {"x": operand(1, 1, 2, 4), "positions": [0, 1]}
 CACHE: dict[str, Any] = {"batch": 2, "kv_heads": 3, "capacity": 5, "qk_dim": 7, "like": operand(1)}
 ALIBI: dict[str, Any] = {"slopes": 5, "q_len": 3, "kv_len": 3}

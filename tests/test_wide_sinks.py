@@ -145,7 +145,7 @@ def test_the_suite_leaves_open_what_an_infinite_sink_does_in_the_layer(value: fl
     recipes["sinks"] = Recipe(f"numpy.array([0.5, {value}])", "float64")
     mask = {"mask": Recipe("numpy.zeros((1, 1, 2, 1))", "bool")}
     for hidden, seen in (({}, FINITE), (mask, EXACT)):
-        found = expect(Call("multi_head_attention_and_weights", "float32", recipes | hidden))[1]
-        assert numpy.unique(found["weights"][:, 0]).tolist() == [seen]
-        assert numpy.unique(found["weights"][:, 1]).tolist() == [ANY if value > 0 else seen]
-        assert numpy.unique(found["output"]).tolist() == [ANY if value > 0 else seen]
+        by_name = expect(Call("multi_head_attention_and_weights", "float32", recipes | hidden))[1]
+        assert numpy.unique(by_name["weights"][:, 0]).tolist() == [seen]
+        assert numpy.unique(by_name["weights"][:, 1]).tolist() == [ANY if value > 0 else seen]
+        assert numpy.unique(by_name["output"]).tolist() == [ANY if value > 0 else seen]

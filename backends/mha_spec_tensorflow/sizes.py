@@ -11,7 +11,7 @@ from mha_spec.array_checks import check_library
 from mha_spec.cache import KVCache
 from mha_spec.layer_checks import check_like, empty_shapes
 
-from .unknown import assertion
+from .unknown import assertion, equality_of_lengths
 
 if TYPE_CHECKING:
     from mha_spec.arrays import Array
@@ -51,10 +51,8 @@ def equal_lengths(q_len: Size, kv_len: Size) -> tuple[Size, Size]:
     pair = q_len, kv_len
     if not any(map(is_open, pair)) or not all(is_open(size) or isinstance(size, int) for size in pair):
         return pair
-    message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. Received "
     lengths = tf.stack(pair)
-    check = assertion(tf.equal(lengths[0], lengths[1]), f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
-    with tf.control_dependencies([check]):
+    with tf.control_dependencies([equality_of_lengths(lengths)]):
         length = tf.identity(lengths[0])
     return length, length
 

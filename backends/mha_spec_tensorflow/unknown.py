@@ -14,9 +14,9 @@ import tensorflow as tf
 
 from mha_spec.array_checks import python_values
 from mha_spec.arrays import library_of
-from mha_spec.cache import KVCache, PagedKVCache, WindowKVCache
+from mha_spec.cache import WindowKVCache
+from mha_spec.cache_checks import ROOM, bounds_of, span_of
 from mha_spec.errors import refuse_value
-from mha_spec.position_checks import chunk_size, window_bounds
 from mha_spec.scalars import is_integer, short_repr
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "Limit",
     "Size",
     "assertion",
+    "equality_of_lengths",
     "limits_of_append",
     "limits_of_span",
     "rank_of",
@@ -64,12 +65,10 @@ def limits_of_append(cache: Any, length: str, counts: object) -> list[Limit]:
         length: The name of the number of new tokens.
         counts: The numbers of new tokens of each batch entry that are real, or None for all.
     """
-    limits = {KVCache: ("capacity", "Make the cache with a larger capacity.")}
-    limits |= {PagedKVCache: ("max_blocks * block_size", "Append columns to block_table.")}
     held, real = (_host_numbers(numbers) for numbers in (getattr(cache, "lengths", None), counts))
-    if type(cache) not in limits or held is None or (counts is not None and real is None):
+    if type(cache) not in ROOM or held is None or (counts is not None and real is None):
         return []
-    limit, fix = limits[type(cache)]
+    limit, fix = ROOM[type(cache)]
     added, more = (length, "") if real is None else (None, f" {short_repr(real)}")
     after = [old + new for old, new in zip(held, real or [0] * len(held), strict=False)]
     message = f"`cache` must have room for the new tokens, {limit}="
@@ -80,17 +79,14 @@ def limits_of_append(cache: Any, length: str, counts: object) -> list[Limit]:
 
 def limits_of_span(cache: Any, options: Mapping[str, Any]) -> list[Limit]:
     """Return the limit of the chunk or window of a cache of the last tokens (MHA-CACHE-14)."""
-    chunk, window = options.get("chunk"), options.get("window")
-    if not isinstance(cache, WindowKVCache) or (chunk is None and window is None):
+    if not isinstance(cache, WindowKVCache):
         return []
-    left = None if window is None else window_bounds(window)[0]
-    name, label, size = ("chunk", "chunk", chunk_size(chunk)) if chunk is not None else ("window", "left + 1", left)
+    name, formula, size = span_of(*bounds_of(options))
     if size is None:
         return []
-    number = size + (name == "window")
-    message = f"`{name}` must fit a WindowKVCache, which holds the last tokens, {label}<=capacity="
+    message = f"`{name}` must fit a WindowKVCache, which holds the last tokens, {formula}<=capacity="
     received = f"received {name}={short_repr(options[name])}."
-    return [Limit("capacity", number, None, message, received, "A KVCache holds all tokens.", "MHA-CACHE-14")]
+    return [Limit("capacity", size, None, message, received, "A KVCache holds all tokens.", "MHA-CACHE-14")]
 
 
 def _host_numbers(value: object) -> list[int] | None:
@@ -302,8 +298,7 @@ class _Assertions:
 
     def _check_lengths(self) -> Any:
         lengths = tf.stack([self.sizes.get(size, 0) for size in ("q_len", "kv_len")])
-        message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. Received "
-        return assertion(tf.equal(lengths[0], lengths[1]), f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
+        return equality_of_lengths(lengths)
 
     def _check_shape(self, name: str) -> Any:
         layout, shape = self.layouts[name], self.received[name]
@@ -362,6 +357,12 @@ def _after_checks(tensor: Array, shape: Array) -> Array:
     comparison of the rank would always hold without the reshape, which separates a tensor of unknown rank from them.
     """
     return tf.reshape(tensor, shape) if tensor.shape.rank is None else tf.identity(tensor)
+
+
+def equality_of_lengths(lengths: Array) -> Any:
+    """Make the assertion that q_len and kv_len, a tensor of both, are equal (MHA-POS-2)."""
+    message = "`q_offset` must be given where q_len and kv_len differ: the diagonal is ambiguous. Received "
+    return assertion(tf.equal(lengths[0], lengths[1]), f"{message}(q_len, kv_len)=", lengths, "MHA-POS-2")
 
 
 def assertion(condition: Array, *data: Any) -> Any:

@@ -180,7 +180,7 @@ class Drawing:
         expression, of_queries = self.one_of(*SEGMENTS), self.one_of("int32", "int64")
         of_keys = of_queries
         if self.often():
-            expression, of_queries, of_keys = (self.one_of(*c) for c in (FAR_SEGMENTS, INTEGERS, INTEGERS))
+            expression, of_queries, of_keys = (self.one_of(*choices) for choices in (FAR_SEGMENTS, INTEGERS, INTEGERS))
         self.array("q_segment_ids", expression.format(shape=(batch, q_len)), of_queries)
         self.array("kv_segment_ids", expression.format(shape=(batch, kv_len)), of_keys)
 
