@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
-from support.searches import first_finding, mistaken
+from support.searches import LONG, first_finding, mistaken
 from support.subject import Subject
 
+from mha_spec.arrays import dtype_name, library_of
 from mha_spec.reference import attention
 from mha_spec.steps import Steps
+from mha_spec_conformance.asking.worker import answer
+from mha_spec_conformance.fuzzing.asking import Asker
 from mha_spec_conformance.fuzzing.call import ENTRIES, Call, Recipe
 from mha_spec_conformance.fuzzing.case import case_of
 from mha_spec_conformance.fuzzing.draw import calls
 from mha_spec_conformance.fuzzing.expected import NotAdmitted
+from mha_spec_conformance.fuzzing.script import script_of
+from mha_spec_conformance.fuzzing.search import Search
 from mha_spec_conformance.mistakes.caching import prefix_hidden_alone
+from mha_spec_conformance.targets.loading import load
+
+if TYPE_CHECKING:
+    from mha_spec_conformance.targets.claims import Claims
 
 STEPS = range(8)
 FOUR = "random.standard_normal((2, 1, 3, 4))"
@@ -62,13 +71,13 @@ def test_lengths_on_the_host_change_only_with_the_numbers() -> None:
     assert call.varied(1, numbers=True).arrays["kv_lengths"].tolist() == [2, 0]
 
 
-def drawn(number: int) -> list[Call]:
-    """Return calls of every function, as the fuzzer draws them."""
+def drawn(number: int, claims: Claims | None = None) -> list[Call]:
+    """Return calls of every function, as the fuzzer draws them, by default those of the reference."""
     drawn_calls: list[Call] = []
 
     @seed(3)
     @settings(max_examples=number, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(calls(Subject.over(Steps()).target.claims))
+    @given(calls(claims or Subject.over(Steps()).target.claims))
     def keep(call: Call) -> None:
         drawn_calls.append(call)
 
@@ -103,6 +112,45 @@ def test_ids_of_two_types_and_numbers_beyond_the_softmax_are_drawn() -> None:
         assert wide, name
         assert {call.recipes[name].dtype for call in wide} == {"float64"}
         assert not {call.dtype for call in wide} & {"float64"}
+
+
+def test_lengths_that_are_not_read_are_drawn_outside_their_buffers() -> None:
+    functions: dict[str, set[str]] = {}
+    for call in drawn(800, load("torch").claims):
+        for name, recipe in call.beyond.items():
+            passed, meant = recipe.array(), call.arrays[name]
+            rooms = meant.max(initial=0)
+            assert numpy.array_equal(passed.clip(0, rooms), meant), (name, passed, meant)
+            assert passed.dtype == meant.dtype
+            assert name not in call.host
+            if not numpy.array_equal(passed, meant):
+                functions.setdefault(name, set()).add(call.function)
+    assert functions.keys() == {"q_lengths", "kv_lengths", "kv_starts", "prefix_lengths", "seqused_kv"}
+    layers = {"multi_head_attention", "multi_head_attention_and_weights"}
+    assert layers & set().union(*functions.values())
+
+
+def test_lengths_that_are_read_stay_within_their_buffers() -> None:
+    assert not any(call.beyond for call in drawn(300))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("kv_lengths", "int64"), ("q_lengths", "int32")])
+def test_length_that_is_not_clamped_is_found(name: str, dtype: str) -> None:
+    target = load("torch")
+
+    def wrapping(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        lengths, size = options.get(name), (query if name == "q_lengths" else key).shape[2]
+        if library_of(lengths) == "torch" and dtype_name(lengths) == dtype:
+            options[name] = lengths % (size + 1)
+        return target.functions["attention"](query, key, value, **options)
+
+    wrong = replace(target, functions={**target.functions, "attention": wrapping})
+    asker = Asker(wrong.claims, lambda question: answer(wrong, question))
+    (finding,) = Search(asker, 0, LONG, most=1, functions=("attention",)).run().findings
+    assert finding.call.beyond[name].dtype == dtype
+    script = script_of(finding, "torch", "torch")
+    assert finding.call.beyond[name].source in script
+    assert finding.call.recipes[name].source not in script
 
 
 def test_a_mistake_of_caches_answers_a_single_token_whose_call_has_no_offset() -> None:

@@ -79,9 +79,11 @@ class Asker:
 
 
 def as_passed(call: Call, question: Question) -> Question:
-    """Return the question with its arrays as the call passes them: some as host data, some in another layout."""
+    """Return the question with arrays as the call passes them: on the host, outside their range, in another layout."""
+    beyond = {name: recipe.array() for name, recipe in call.beyond.items() if name in question.arrays}
     return replace(
         question,
+        arrays={**question.arrays, **beyond},
         host={name: form for name, form in call.host.items() if name in question.arrays},
         placed=call.layouts,
         further=(NEGATED,) if call.reused else (),

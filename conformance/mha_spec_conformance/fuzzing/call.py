@@ -80,6 +80,8 @@ class Call:
         options: The Python arguments by name.
         lse: True if the call also returns the log-sum-exp.
         host: Names of arrays that are passed as host data, with their form: "list" or "numpy".
+        beyond: Lengths that are passed as other numbers than those of `recipes`, outside their buffer, with the same
+            meaning (MHA-LEN-3).
         layouts: Names of arrays that do not have the plain memory layout, with their layout.
         reused: True if a second call with other numbers follows, which must not change the results of the first.
     """
@@ -90,6 +92,7 @@ class Call:
     options: Mapping[str, Any] = field(default_factory=dict)
     lse: bool = False
     host: Mapping[str, str] = field(default_factory=dict)
+    beyond: Mapping[str, Recipe] = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
     reused: bool = False
 
@@ -99,15 +102,22 @@ class Call:
         return {name: recipe.array() for name, recipe in self.recipes.items()}
 
     @property
+    def passed(self) -> dict[str, Recipe]:
+        """The arrays as they are passed."""
+        return {**self.recipes, **self.beyond}
+
+    @property
     def size(self) -> tuple[int, int]:
         """Return the numbers of arguments and of elements; a smaller call shows a fault better."""
-        names = len(self.recipes) + len(self.options) + len(self.host) + len(self.layouts) + self.reused + self.lse
+        forms = (self.recipes, self.options, self.host, self.beyond, self.layouts)
+        names = sum(map(len, forms)) + self.reused + self.lse
         return names, sum(array.size for array in self.arrays.values())
 
     def varied(self, step: int, *, numbers: bool = False) -> Call:
         """Return a call of the same shapes and options over other random numbers, lengths and offsets.
 
-        With `numbers`, options that are numbers differ too, and so do lengths and offsets on the host.
+        All of its lengths are within their buffers. With `numbers`, options that are numbers differ too, and so do
+        lengths and offsets on the host.
         """
         if step == 0:
             return self
@@ -123,7 +133,7 @@ class Call:
             else value
             for name, value in self.options.items()
         }
-        return replace(self, recipes=recipes, options=options)
+        return replace(self, recipes=recipes, options=options, beyond={})
 
     def _other_integers(self, name: str, step: int) -> Recipe:
         """Return other integers between 0 and those of an array, which are legal in their place."""

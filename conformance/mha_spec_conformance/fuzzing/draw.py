@@ -140,9 +140,9 @@ def draw_positions(d: Drawing, batch: int, q_len: int, kv_len: int) -> None:
     """Draw the options that depend on positions, with an offset if the diagonal would be ambiguous (MHA-POS-2)."""
     lengths = d.takes("kv_lengths")
     if lengths:
-        d.integers("kv_lengths", [d.length(kv_len) for _ in range(batch)])
+        d.lengths("kv_lengths", batch, kv_len)
     if d.takes("q_lengths"):
-        d.integers("q_lengths", [d.length(q_len) for _ in range(batch)])
+        d.lengths("q_lengths", batch, q_len)
     known = "q_offset" in d.keywords
     if (known or (q_len == kv_len and not lengths) or d.aligned) and d.takes("causal"):
         d.options["causal"] = True
@@ -183,7 +183,7 @@ def draw_merge(d: Drawing) -> Call:
 
 
 def _passed(d: Drawing, call: Call) -> Call:
-    """Draw how the arrays are passed: as host data, in another memory layout, or before a second call."""
+    """Draw how the arrays are passed: as host data, outside their range, in another layout, or before a second call."""
     host: dict[str, str] = {}
     layouts: dict[str, str] = {}
     if d.claims.registered and d.rarely():
@@ -191,10 +191,12 @@ def _passed(d: Drawing, call: Call) -> Call:
         if d.claims.arrays != "numpy":
             forms |= dict.fromkeys(ON_DEVICE, ("numpy",))
         host = {name: d.one_of(*forms[name]) for name in call.recipes if name in forms and d.often()}
+    unread = [name for name in d.rooms if name not in host and d.claims.arrays != "numpy"]
+    beyond = {name: d.outside(name) for name in unread} if d.claims.registered and unread and d.rarely() else {}
     if d.layouts and d.rarely():
         names = [name for name in call.recipes if name not in host]
         layouts = {name: d.one_of(*d.layouts) for name in names if d.often()}
-    return replace(call, host=host, layouts=layouts, reused=not layouts and d.rarely())
+    return replace(call, host=host, beyond=beyond, layouts=layouts, reused=not layouts and d.rarely())
 
 
 DRAWERS: dict[str, Callable[[Drawing], Call]] = {

@@ -163,9 +163,9 @@ def _options(d: Drawing, sizes: dict[str, int], *, cached: bool, chunked: bool) 
     if d.takes("q_segment_ids", "kv_segment_ids"):
         d.segments(batch, q_len, kv_len)
     if d.takes("kv_lengths"):
-        d.integers("kv_lengths", [d.length(sizes["kv_len"]) for _ in range(batch)])
+        d.lengths("kv_lengths", batch, sizes["kv_len"])
     if d.takes("q_lengths"):
-        d.integers("q_lengths", [d.length(q_len) for _ in range(batch)])
+        d.lengths("q_lengths", batch, q_len)
     _offset(d, batch, q_len, kv_len, cached=cached)
 
 

@@ -59,8 +59,9 @@ def _draw_tokens(
         _hide(d, name, range(sum(lengths), tokens))
     d.integers("cu_seqlens_kv", [0, *accumulate(lengths)])
     if d.takes("seqused_kv"):
-        lengths = [d.length(length, *others) for length in lengths]
-        d.integers("seqused_kv", lengths)
+        rooms = lengths
+        lengths = [d.length(room, *others) for room in rooms]
+        d.bounded("seqused_kv", lengths, rooms)
     return lengths
 
 
@@ -75,7 +76,10 @@ def _draw_blocks(d: Drawing, lengths: list[int], kv_heads: int, sizes: tuple[int
     expression = f"numpy.array({table}, dtype='int64').reshape({len(lengths)}, {columns})"
     d.recipes["block_table"] = Recipe(expression, d.one_of("int32", "int64"))
     by_bounds = "seqused_kv" not in d.keywords or d.rarely()
-    d.integers(*(("cu_seqlens_kv", [0, *accumulate(lengths)]) if by_bounds else ("seqused_kv", lengths)))
+    if by_bounds:
+        d.integers("cu_seqlens_kv", [0, *accumulate(lengths)])
+    else:
+        d.bounded("seqused_kv", lengths, [columns * block_size] * len(lengths))
     read = {
         (row[key // block_size], key % block_size)
         for row, length in zip(table, lengths, strict=True)

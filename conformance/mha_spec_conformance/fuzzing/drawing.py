@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy
 from hypothesis import strategies as st
 
 from mha_spec.arrays import FLOATING, softmax_dtype_name
@@ -91,6 +92,7 @@ class Drawing:
         self.readings = ("lower_right", "upper_left") if claims.registered else ()
         self.recipes: dict[str, Recipe] = {}
         self.options: dict[str, Any] = {}
+        self.rooms: dict[str, list[int]] = {}
         self._share = self.one_of(2, 1, 4)
 
     def one_of(self, *choices: Any) -> Any:
@@ -192,13 +194,31 @@ class Drawing:
         """Keep an array of integers."""
         self.recipes[name] = Recipe(f"numpy.array({values}, dtype='int64')", self.one_of("int32", "int64"))
 
+    def bounded(self, name: str, values: list[int], rooms: list[int]) -> None:
+        """Keep an array of integers, none of them larger than the number of tokens that its buffer has room for."""
+        self.integers(name, values)
+        self.rooms[name] = rooms
+
+    def lengths(self, name: str, batch: int, size: int) -> None:
+        """Draw a length within a buffer for each batch entry."""
+        self.bounded(name, [self.length(size) for _ in range(batch)], [size] * batch)
+
+    def outside(self, name: str) -> Recipe:
+        """Return lengths of which the full ones lie beyond their buffer and the empty ones are negative."""
+        dtype = self.recipes[name].dtype
+        far = self.one_of(1, 40, 2**31 - 1, *([2**32 + 1] if dtype == "int64" else []))
+        pairs = zip(self.recipes[name].array().tolist(), self.rooms[name], strict=True)
+        largest = numpy.iinfo(dtype).max
+        lengths = [min(room + far, largest) if length == room else length or -far for length, room in pairs]
+        return Recipe(f"numpy.array({lengths}, dtype='int64')", dtype)
+
     def starts(self, batch: int, kv_len: int) -> None:
         """Draw padding on the left, and prefixes where causal and the window leave room for them (MHA-CAUSAL-2)."""
         if self.takes("kv_starts"):
-            self.integers("kv_starts", [kv_len - self.length(kv_len) for _ in range(batch)])
+            self.bounded("kv_starts", [kv_len - self.length(kv_len) for _ in range(batch)], [kv_len] * batch)
         lifted = self.options.get("causal") and self.options.get("window", (None, None))[1] != 0
         if lifted and self.takes("prefix_lengths"):
-            self.integers("prefix_lengths", [self.length(kv_len) for _ in range(batch)])
+            self.lengths("prefix_lengths", batch, kv_len)
 
     @property
     def aligned(self) -> bool:

@@ -86,7 +86,7 @@ def _import(target: str, function: str, world: str | None) -> list[str]:
 
 def _array(call: Call, name: str, arrays: str) -> list[str]:
     """Write the lines that make an array and convert it to the form in which the call passes it."""
-    recipe, host = call.recipes[name], call.host.get(name)
+    recipe, host = call.passed[name], call.host.get(name)
     layout, ndim = call.layouts.get(name), call.arrays[name].ndim
     axes = {"transposed": "-1, -2", "tokens_first": "1, 2"}.get(layout or "", "") if ndim == 4 else "0, -1"
     changes = [f"{name}[{', '.join(map(str, place))}] = float({value!r})" for place, value in recipe.marks]

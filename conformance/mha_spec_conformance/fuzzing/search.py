@@ -64,9 +64,10 @@ class Finding:
         call = self.call
         dtype = () if call.dtype == "float32" else (call.dtype,)
         passed = (f"{form} {name}" for passed in (call.host, call.layouts) for name, form in passed.items())
+        beyond = (f"{name} beyond" for name in call.beyond)
         marks = (f"{value} {name}" for name, recipe in call.recipes.items() for _, value in recipe.marks)
         return frozenset(
-            [call.function, *call.recipes, *call.options, *dtype, *passed, *marks, *["reused"] * call.reused]
+            [call.function, *call.recipes, *call.options, *dtype, *passed, *beyond, *marks, *["reused"] * call.reused]
         )
 
     @property
