@@ -149,3 +149,17 @@ def test_the_suite_leaves_open_what_an_infinite_sink_does_in_the_layer(value: fl
         assert numpy.unique(by_name["weights"][:, 0]).tolist() == [seen]
         assert numpy.unique(by_name["weights"][:, 1]).tolist() == [ANY if value > 0 else seen]
         assert numpy.unique(by_name["output"]).tolist() == [ANY if value > 0 else seen]
+
+
+@pytest.mark.parametrize("function", ["attention_vjp", "varlen_attention_vjp"])
+def test_the_suite_leaves_open_the_gradient_of_an_infinite_sink_without_queries(function: str) -> None:
+    recipes = {"sinks": Recipe("numpy.array([0.5, 1e300])", "float64")}
+    if function == "attention_vjp":
+        shapes = {"query": (1, 2, 0, 4), "key": (1, 1, 3, 4), "value": (1, 1, 3, 4), "grad_output": (1, 2, 0, 4)}
+    else:
+        shapes = {"query": (1, 2, 4), "key": (0, 1, 4), "value": (0, 1, 4), "grad_output": (1, 2, 4)}
+        bounds = Recipe("numpy.array([0, 0, 0], dtype='int64')", "int32")
+        recipes |= {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds}
+    recipes |= {name: Recipe(f"numpy.ones({shape})", "float32") for name, shape in shapes.items()}
+    _, kinds, _ = expect(Call(function, "float32", recipes))
+    assert kinds["grad_sinks"].tolist() == [EXACT, ANY]

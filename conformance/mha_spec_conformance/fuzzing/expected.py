@@ -68,16 +68,18 @@ class Rows:
         array = self.evaluation.arrays.get(name)
         return numpy.zeros_like(self.visible) if array is None else numpy.broadcast_to(test(array), self.visible.shape)
 
+    @property
+    def bad_sinks(self) -> Array:
+        """The heads whose sink is NaN or +inf, over (heads,)."""
+        sinks = self.arguments.sinks
+        return numpy.zeros(self.arguments.heads, bool) if sinks is None else numpy.isnan(sinks) | (sinks == numpy.inf)
+
     @cached_property
     def unspecified(self) -> Array:
         """The rows whose results may be anything (SPEC.md, "Limits")."""
-        sinks = self.arguments.sinks
-        bad_sinks = (
-            numpy.zeros(self.arguments.heads, bool) if sinks is None else numpy.isnan(sinks) | (sinks == numpy.inf)
-        )
         infinite = self.vectors("key", numpy.isinf)[:, :, None, :] | self._pairs("bias", numpy.isposinf)
         infinite = infinite | self._out_of_range()
-        return bad_sinks[None, :, None] | (
+        return self.bad_sinks[:, None] | (
             self.seeing & (self.vectors("query", numpy.isinf) | (self.visible & infinite).any(axis=-1))
         )
 
@@ -186,7 +188,7 @@ def _attention_vjp(call: Call, rows: Rows) -> Kinds:
     if "sinks" in rows.arrays:
         moved = rows.seeing | ("grad_lse" in rows.arrays)
         good_rows, bad_rows = moved & right & rows.has_sink, (moved | rows.unspecified) & ~right
-        by_name["grad_sinks"] = kinds(good_rows.any(axis=(0, 2)), bad_rows.any(axis=(0, 2)))
+        by_name["grad_sinks"] = kinds(good_rows.any(axis=(0, 2)), bad_rows.any(axis=(0, 2)) | rows.bad_sinks)
     return by_name
 
 
