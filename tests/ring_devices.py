@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 RANKS = 8
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={RANKS}"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax  # noqa: E402
 
+jax.config.update("jax_num_cpu_devices", RANKS)
 jax.config.update("jax_enable_x64", True)
 
 import jax.numpy as jnp  # noqa: E402

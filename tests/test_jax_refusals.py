@@ -61,9 +61,8 @@ def test_a_layer_checks_lengths_before_it_rotates_by_them(lengths: Any) -> None:
 
 
 DEVICES = """
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 import jax, jax.numpy as jnp, numpy
+jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import mha_spec_jax as J
 devices = jax.devices()

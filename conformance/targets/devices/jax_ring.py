@@ -14,8 +14,6 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 
-os.environ.setdefault("MHA_RING_RANKS", "8")
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.environ['MHA_RING_RANKS']}")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
@@ -26,8 +24,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import mha_spec_jax
 from mha_spec.sharding import shard_order
 
-RANKS = int(os.environ["MHA_RING_RANKS"])
+RANKS = int(os.environ.get("MHA_RING_RANKS", "8"))
 LAYOUT = os.environ.get("MHA_RING_LAYOUT", "zigzag")
+jax.config.update("jax_num_cpu_devices", RANKS)
 
 arrays = "jax"
 dtypes = ("float64", "float32", "float16", "bfloat16")
