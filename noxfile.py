@@ -41,12 +41,18 @@ TARGETS = (
     "torch_sdpa",
 )
 """The targets that are fast and need no further package; `-- NAME` judges others, and the session `field` all."""
-DEFAULTS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_NUM_THREADS": "1"}
+DEFAULTS = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "OMP_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true",
+}
 QUICKLY = {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
-"""JAX compiles 900 signatures, most of them for a few calls that do not repay the optimisations of LLVM.
+"""JAX and TensorFlow compile thousands of programs, most of them for a few calls that do not repay optimisation.
 
-The rewrites of XLA itself stay. The workflow judges optimised programs (`conformance` with the variable at 0), as does
-`fuzz`. Two processes run at the same time, and a thread of OpenMP that waits for another one occupies a processor: with
+The rewrites of XLA itself stay, but LLVM does not optimise, and XLA's older generator of code is used, which takes half
+the time. The workflow judges optimised programs (`conformance` with other values of these variables), as does `fuzz`.
+Two processes run at the same time, and a thread of OpenMP that waits for another one occupies a processor: with
 two threads in each process, tests of PyTorch took twice as long on two processors.
 """
 PATIENTLY = ("--jobs", "2", "--timeout", "300")
@@ -66,8 +72,13 @@ def group(name: str) -> list[str]:
 @nox.session(default=False)
 def environment(session: nox.Session) -> None:
     """Install the wheel, every framework and every tool once, for the sessions that need all of them."""
-    session.install(".[conformance]", *group("dev"))
-    session.install("--no-deps", *group("judges-alone"))
+    install(session, ".[conformance]", *group("dev"))
+    install(session, "--no-deps", *group("judges-alone"))
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install packages; Python compiles the modules that are imported, which are a small part of all modules."""
+    session.install("--no-compile", *requirements)
 
 
 def run_tool(session: nox.Session, tool: str, *arguments: str, **options: Any) -> None:
@@ -78,7 +89,7 @@ def run_tool(session: nox.Session, tool: str, *arguments: str, **options: Any) -
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check the style, the format, and the directions of imports between the packages."""
-    session.install("--editable", ".", *group("lint"))
+    install(session, "--editable", ".", *group("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports")
@@ -101,7 +112,7 @@ def tests(session: nox.Session) -> None:
 def conformance(session: nox.Session, backend: str) -> None:
     """Judge each backend and the reference by the whole suite."""
     framework = [requirement for requirement in group("frameworks") if requirement.startswith(backend)]
-    session.install(".[conformance]", *framework)
+    install(session, ".[conformance]", *framework)
     session.run("mha-spec", "check", backend, *PATIENTLY, *session.posargs, env=QUICKLY)
 
 
@@ -232,7 +243,7 @@ def fuzz(session: nox.Session, world: str) -> None:
 @nox.session
 def goldens(session: nox.Session) -> None:
     """Generate the expected values again without mha_spec installed: no bit may differ."""
-    session.install(*group("generator"))
+    install(session, *group("generator"))
     session.run("python", "-P", "-c", "import importlib.util as i; assert i.find_spec('mha_spec') is None")
     session.run("python", "conformance/generator/generate.py", "--check")
 
@@ -259,7 +270,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Install the wheel alone in a fresh environment, outside the tree: it must give the results of the tree."""
-    session.install("build", "--editable", ".[conformance]")
+    install(session, "build", "--editable", ".[conformance]")
     folder = Path(session.create_tmp()).resolve()
     session.run("python", "-m", "build", "--outdir", str(folder / "dist"), silent=True)
     (built,) = (folder / "dist").glob("*.whl")
