@@ -4,6 +4,7 @@
     python benchmarks/fuzzing.py --seconds 20 --seed 3    another limit, other calls
     python benchmarks/fuzzing.py causal rotary            the mistakes whose names contain any of these words
     python benchmarks/fuzzing.py --one-in 10              a part of the catalogue, evenly
+    python benchmarks/fuzzing.py --jobs 2 --csv docs/fuzzing.csv    the table of the documentation
 
 The mistaken reference answers in this process, so the figures do not depend on any backend. Seconds are those of the
 processor, drawing and judging included.
@@ -12,8 +13,12 @@ processor, drawing and judging included.
 from __future__ import annotations
 
 import argparse
+import csv
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mha_spec.arrays import FLOATING
@@ -90,6 +95,36 @@ def first_fault(mistake: Mistake, seed: int, seconds: float) -> tuple[int, float
     return None
 
 
+def measured(options: argparse.Namespace, name: str) -> tuple[int, float] | None:
+    """Measure the mistake of this name, in any process."""
+    (mistake,) = [mistake for mistake in MISTAKES if mistake.name == name]
+    return first_fault(mistake, options.seed, options.seconds)
+
+
+def keep(path: Path, measurements: dict[str, tuple[int, float] | None]) -> None:
+    """Write measurements to a table of the whole catalogue, in which those of other mistakes stay."""
+    rows: dict[str, list[str]] = {}
+    if path.exists():
+        rows = {row[0]: row for row in csv.reader(path.read_text().splitlines()[1:])}
+    for name, first in measurements.items():
+        rows[name] = [name, *(("", "") if first is None else (str(first[0]), f"{first[1]:.1f}"))]
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["mistake", "calls", "seconds"])
+        table.writerows(rows[mistake.name] for mistake in MISTAKES if mistake.name in rows)
+
+
+def summary(found: list[tuple[int, float]], asked: int) -> str:
+    """Return how many mistakes were found, and how soon."""
+    lines = [f"{len(found)} of {asked} found"]
+    if found:
+        calls, seconds = zip(*found, strict=True)
+        lines += [f"median {statistics.median(calls):.0f} calls, {statistics.median(seconds):.1f} s"]
+        nine = int(0.9 * len(found))
+        lines += [f"nine in ten within {sorted(calls)[nine]} calls and {sorted(seconds)[nine]:.1f} s"]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description="Measure how soon the fuzzer finds each known mistake.")
@@ -97,22 +132,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--one-in", type=int, default=1, help="measure one in so many mistakes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="measure so many mistakes at the same time")
+    parser.add_argument("--csv", type=Path, help="write the figures to this table")
     options = parser.parse_args()
-    chosen = [m for m in MISTAKES if not options.words or any(word in m.name for word in options.words)]
-    chosen = chosen[:: options.one_in]
-    drawn = [m for m in chosen if not any(word in m.name for word in REFUSALS)]
-    detections: dict[str, tuple[int, float]] = {}
-    for mistake in drawn:
-        first = first_fault(mistake, options.seed, options.seconds)
-        cost = "not found" if first is None else f"{first[0]:6d} calls {first[1]:7.1f} s"
-        print(f"{mistake.name:45} {cost}", flush=True)
-        detections |= {} if first is None else {mistake.name: first}
-    left_out = len(chosen) - len(drawn)
-    print(f"{len(detections)} of {len(drawn)} found; {left_out} only refuse illegal calls, which are not drawn")
-    if detections:
-        calls, seconds = zip(*detections.values(), strict=True)
-        print(f"median {statistics.median(calls):.0f} calls, {statistics.median(seconds):.1f} s")
-        print(f"nine in ten within {sorted(calls)[int(0.9 * len(calls))]} calls")
+    chosen = [m.name for m in MISTAKES if not options.words or any(word in m.name for word in options.words)]
+    drawn = [name for name in chosen[:: options.one_in] if not any(word in name for word in REFUSALS)]
+    measurements: dict[str, tuple[int, float] | None] = {}
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for name, first in zip(drawn, pool.map(partial(measured, options), drawn), strict=True):
+            cost = "not found" if first is None else f"{first[0]:6d} calls {first[1]:7.1f} s"
+            print(f"{name:45} {cost}", flush=True)
+            measurements[name] = first
+    if options.csv:
+        keep(options.csv, measurements)
+    print(summary([first for first in measurements.values() if first], len(drawn)))
 
 
 if __name__ == "__main__":

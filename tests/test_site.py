@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
+import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from website.drawings import DRAWINGS, with_drawings
 from website.markdown import LinkError, Site, clause_page
 from website.markup import mend
 from website.pictures import draw, see, split_pictures
-from website.specification import MOST_CASES, in_cell
+from website.specification import FOUND_BY_FUZZER, MOST_CASES, in_cell
 
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.spec import clauses
@@ -62,6 +64,20 @@ def test_a_page_for_each_clause_has_its_text_cases_and_mistakes(site: Site, suit
         assert set(names_in(cases)) <= citing
         assert len(names_in(cases)) == min(len(citing), MOST_CASES)
         assert names_in(mistakes) == [mistake.variant for mistake in MISTAKES if clause.id in mistake.clauses]
+
+
+def test_every_mistake_that_is_drawn_has_its_figures_from_the_fuzzer(site: Site) -> None:
+    """`python benchmarks/fuzzing.py NAME --csv docs/fuzzing.csv` adds those of a new mistake."""
+    refusals = runpy.run_path(str(ROOT / "benchmarks" / "fuzzing.py"))["REFUSALS"]
+    drawn = [mistake for mistake in MISTAKES if not any(word in mistake.name for word in refusals)]
+    with FOUND_BY_FUZZER.open(newline="", encoding="utf-8") as file:
+        measured = {row["mistake"]: row["calls"] for row in csv.DictReader(file)}
+    assert list(measured) == [mistake.name for mistake in drawn]
+    rows = text_of(site, "spec/mistakes.md").splitlines()
+    for mistake in drawn:
+        calls = measured[mistake.name]
+        shown = f"| after {calls} calls, " if calls else "| not within a minute |"
+        assert any(row.startswith(f"| `{mistake.variant}` |") and shown in row for row in rows), mistake.name
 
 
 def names_in(table: str) -> list[str]:

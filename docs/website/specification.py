@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import defaultdict
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mha_spec_conformance.mistakes import MISTAKES, Mistake
@@ -30,7 +32,11 @@ built."""
 INTRODUCTION_TO_MISTAKES = f"""\
 The suite knows {len(MISTAKES)} mistakes: each is the reference with a replaced step, so that its wrong result can be
 computed and recognised. Those with `=` in the name are conventions that others chose on purpose; `--accept` takes them.
-A mistake is listed under each clause that it breaks."""
+A mistake is listed under each clause that it breaks. The last column says after how many calls
+and how much processor time [the fuzzer](/fuzzing.md) gets the first wrong answer of the mistaken reference. It is empty
+where the mistake is in refusing illegal calls, which the fuzzer does not draw."""
+FOUND_BY_FUZZER = Path(__file__).resolve().parents[1] / "fuzzing.csv"
+"""The calls and seconds after which the fuzzer finds each mistake, as `benchmarks/fuzzing.py` writes them."""
 ENDINGS = {"ONNX": "onnx", "Limits": "limits", "Changes": "changes"}
 
 
@@ -137,11 +143,24 @@ def _mistakes_of(clause: Clause) -> str:
 
 
 def _table(mistakes: list[Mistake]) -> str:
+    found = _found_by_fuzzer()
     rows = [
-        f"| `{mistake.variant}` | {in_cell(mistake.title)} | {in_cell(', '.join(mistake.bugs))} |"
+        f"| `{mistake.variant}` | {in_cell(mistake.title)} | {in_cell(', '.join(mistake.bugs))} "
+        f"| {found.get(mistake.name, '')} |"
         for mistake in mistakes
     ]
-    return "\n".join(["| name | an implementation with it | published as |", "| --- | --- | --- |", *rows])
+    head = ["| name | an implementation with it | published as | found by the fuzzer |", "| --- | --- | --- | --- |"]
+    return "\n".join([*head, *rows])
+
+
+@cache
+def _found_by_fuzzer() -> dict[str, str]:
+    """Return for each mistake how soon the fuzzer finds it."""
+    with FOUND_BY_FUZZER.open(newline="", encoding="utf-8") as file:
+        return {
+            row["mistake"]: f"after {row['calls']} calls, {row['seconds']} s" if row["calls"] else "not within a minute"
+            for row in csv.DictReader(file)
+        }
 
 
 def in_cell(text: str) -> str:
