@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mha_spec.arrays import softmax_dtype_name
 
-from .call import ENTRIES, Call
+from .call import ENTRIES, Call, Recipe
 from .draw_layer import draw_alibi_bias, draw_alibi_slopes, draw_layer, draw_rotary
 from .draw_packed import draw_varlen
 from .drawing import Drawing
@@ -191,12 +191,20 @@ def _passed(d: Drawing, call: Call) -> Call:
         if d.claims.arrays != "numpy":
             forms |= dict.fromkeys(ON_DEVICE, ("numpy",))
         host = {name: d.one_of(*forms[name]) for name in call.recipes if name in forms and d.often()}
-    unread = [name for name in d.rooms if name not in host and d.claims.arrays != "numpy"]
-    beyond = {name: d.outside(name) for name in unread} if d.claims.registered and unread and d.rarely() else {}
+    beyond = _beyond(d, host)
     if d.layouts and d.rarely():
         names = [name for name in call.recipes if name not in host]
         layouts = {name: d.one_of(*d.layouts) for name in names if d.often()}
     return replace(call, host=host, beyond=beyond, layouts=layouts, reused=not layouts and d.rarely())
+
+
+def _beyond(d: Drawing, host: dict[str, str]) -> dict[str, Recipe]:
+    """Draw lengths outside their buffers, in some calls of a backend that does not read them (MHA-LEN-3)."""
+    unread = [name for name in d.rooms if name not in host]
+    if not d.claims.registered or d.claims.arrays == "numpy" or not unread or not d.rarely():
+        return {}
+    moved = {name: d.outside(name) for name in unread}
+    return {name: recipe for name, recipe in moved.items() if (recipe.array() != d.recipes[name].array()).any()}
 
 
 DRAWERS: dict[str, Callable[[Drawing], Call]] = {

@@ -105,7 +105,8 @@ def _without_options(call: Call) -> Iterator[Call]:
     for group in groups:
         recipes = {name: recipe for name, recipe in call.recipes.items() if name not in group}
         options = {name: value for name, value in call.options.items() if name not in group}
-        yield replace(call, recipes=recipes, options=options)
+        beyond = {name: recipe for name, recipe in call.beyond.items() if name not in group}
+        yield replace(call, recipes=recipes, options=options, beyond=beyond)
     if call.lse:
         yield replace(call, lse=False)
 
