@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -16,6 +18,7 @@ from torch.func import functional_call
 
 import mha_spec
 from mha_spec import ArgumentTypeError, ArgumentValueError, PagedKVCache, reference
+from mha_spec.parameters import AXES, REQUIRED
 from mha_spec_torch import MultiHeadAttention
 from mha_spec_torch import layer as functions
 
@@ -286,3 +289,21 @@ def test_a_block_table_without_a_shape_is_refused() -> None:
     table = torch.nested.nested_tensor([torch.tensor([0]), torch.tensor([1, 2])])
     with pytest.raises(ArgumentTypeError, match="`block_table` must be an array"):
         PagedKVCache.empty(table, 3, 2, 1, 4, like=torch.ones(1))
+
+
+@pytest.mark.parametrize("kind", [dict, MappingProxyType])
+@pytest.mark.parametrize("name", ["b_q", "b_k", "b_v", "b_o", "q_norm", "k_joint_norm"])
+def test_a_compiled_layer_reads_a_parameter_that_earlier_calls_do_not_have(name: str, kind: type) -> None:
+    sizes = {"embed": 5, "k_embed": 5, "v_embed": 5, "heads": 2, "kv_heads": 2, "qk_dim": 3, "v_dim": 7, "out": 11}
+    drawn = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    params = {label: drawn([sizes[axis] for axis in AXES[label]]) for label in (*REQUIRED, name)}
+    without = {label: array for label, array in params.items() if label != name}
+    x = drawn(2, 13, 5)
+
+    def call(params: Any) -> Tensor:
+        return functions.multi_head_attention(x, x, x, params, causal=True)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for arrays in (without, params, without):
+        assert_equal(compiled(kind(arrays)), call(arrays))

@@ -12,6 +12,7 @@ from torch.nn.functional import rms_norm
 
 from mha_spec import layer_checks, layer_steps
 from mha_spec.arguments import decorate_method
+from mha_spec.array_checks import is_mapping
 from mha_spec.arrays import dtype_name, host_integers, library_of, softmax_dtype_name
 from mha_spec.cache import KVCache, PagedKVCache
 from mha_spec.layer import Layer
@@ -298,10 +299,20 @@ def _in_single_node(method: _Method) -> _Method:
     def function(*operands: Any, cache: AnyCache | None = None, **keywords: Any) -> Any:
         if torch.compiler.is_compiling():
             query = operands[0] if operands else keywords["query"]
+            operands = tuple(map(_with_these_names, operands))
+            keywords = {keyword: _with_these_names(value) for keyword, value in keywords.items()}
             return _in_graph(name, operands, _unread(cache), in_graph(keywords, query))
         return method(*operands, cache=cache, **keywords)
 
     return cast("_Method", function)
+
+
+def _with_these_names(value: Any) -> Any:
+    """Copy a mapping under the eyes of the tracer, which does not guard the names of one that a node receives.
+
+    A program that was compiled without a bias would otherwise serve a call with one.
+    """
+    return dict(value) if is_mapping(value) else value
 
 
 @torch.compiler.allow_in_graph
