@@ -114,13 +114,13 @@ def keep(path: Path, measurements: dict[str, tuple[int, float] | None]) -> None:
         table.writerows(rows[mistake.name] for mistake in MISTAKES if mistake.name in rows)
 
 
-def summary(found: list[tuple[int, float]], asked: int) -> str:
-    """Return how many mistakes were found, and how soon."""
-    lines = [f"{len(found)} of {asked} found"]
-    if found:
-        calls, seconds = zip(*found, strict=True)
+def summary(detections: list[tuple[int, float]], asked: int) -> str:
+    """Return how many mistakes the fuzzer finds, and how soon."""
+    lines = [f"{len(detections)} of {asked} found"]
+    if detections:
+        calls, seconds = zip(*detections, strict=True)
         lines += [f"median {statistics.median(calls):.0f} calls, {statistics.median(seconds):.1f} s"]
-        nine = int(0.9 * len(found))
+        nine = int(0.9 * len(detections))
         lines += [f"nine in ten within {sorted(calls)[nine]} calls and {sorted(seconds)[nine]:.1f} s"]
     return "\n".join(lines)
 

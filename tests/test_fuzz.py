@@ -16,10 +16,8 @@ from support.searches import LONG, asker_of, first_finding, mistaken
 from support.subject import Subject
 
 from mha_spec.reference import attention_weights, varlen_attention
-from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.commands.check import check
 from mha_spec_conformance.commands.fuzz import fuzz
-from mha_spec_conformance.fuzzing.asking import Asker
 from mha_spec_conformance.fuzzing.call import Call, Recipe
 from mha_spec_conformance.fuzzing.expected import NotAdmitted, expect
 from mha_spec_conformance.fuzzing.script import script_of
@@ -271,7 +269,7 @@ def test_script_of_every_cache_runs(kind: str) -> None:
     recipes["cache_lengths"] = Recipe("[2, 1]", "int32")
     recipes |= {} if table is None else {"cache_block_table": Recipe(table, "int32")}
     call = Call("multi_head_attention", "float32", recipes, options or {"causal": True})
-    result = asker_of(Subject.over(MISTAKES[0].steps)).result(call)
+    result = asker_of(Subject.over(MISTAKES[0].steps).target).result(call)
     assert result is not None
     assert result.outcome == "pass"
     names: dict[str, Any] = {}
@@ -295,8 +293,8 @@ def overwriting(function: Any) -> Any:
 
 
 def test_reused_buffer_is_found() -> None:
-    subject = Subject({"attention_weights": overwriting(attention_weights)})
-    finding = first_finding(subject, functions=("attention_weights",))
+    target = Subject({"attention_weights": overwriting(attention_weights)}).target
+    finding = first_finding(target, functions=("attention_weights",))
     assert finding.result.clauses == ("MHA-PURE-4",)
 
 
@@ -312,9 +310,8 @@ def strided(function: Any) -> Any:
 
 
 def test_ignored_strides_are_found() -> None:
-    finding = first_finding(
-        Subject({"attention_weights": strided(attention_weights)}), functions=("attention_weights",)
-    )
+    target = Subject({"attention_weights": strided(attention_weights)}).target
+    finding = first_finding(target, functions=("attention_weights",))
     assert "query" in finding.call.layouts
 
 
@@ -324,7 +321,7 @@ def test_ignored_strides_are_found() -> None:
 def test_script_of_every_layout_runs(layout: str, expression: str) -> None:
     recipes = {name: Recipe(expression, "float32", 3) for name in ("query", "key")}
     call = Call("attention_weights", "float32", recipes, layouts={"query": layout, "key": layout})
-    result = asker_of(Subject.over(MISTAKES[0].steps)).result(call)
+    result = asker_of(Subject.over(MISTAKES[0].steps).target).result(call)
     assert result is not None
     names: dict[str, Any] = {}
     exec(script_of(Finding(call, result), "mha_spec.reference", "numpy"), names)
@@ -342,9 +339,10 @@ def stop_after_three(outcome: Any) -> None:
 def test_every_world_answers(target: str, world: str) -> None:
     pytest.importorskip(target)
     loaded = load_in_world(target, world)
-    asker = Asker(loaded.claims, lambda question: answer(loaded, question))
     functions = ("attention",) if "attention" in loaded.functions else ("attention_vjp",)
-    search = Search(asker, 0, LONG, functions=functions, world=world_of(target, world), progress=stop_after_three)
+    search = Search(
+        asker_of(loaded), 0, LONG, functions=functions, world=world_of(target, world), progress=stop_after_three
+    )
     with pytest.raises(KeyboardInterrupt):
         search.run()
     assert search.outcome.findings == []

@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
-from support.searches import LONG, first_finding, mistaken
+from support.searches import first_finding, mistaken
 from support.subject import Subject
 
 from mha_spec.arrays import dtype_name, library_of
 from mha_spec.reference import attention
 from mha_spec.steps import Steps
-from mha_spec_conformance.asking.worker import answer
-from mha_spec_conformance.fuzzing.asking import Asker
 from mha_spec_conformance.fuzzing.call import ENTRIES, Call, Recipe
 from mha_spec_conformance.fuzzing.case import case_of
 from mha_spec_conformance.fuzzing.draw import calls
 from mha_spec_conformance.fuzzing.expected import NotAdmitted
 from mha_spec_conformance.fuzzing.script import script_of
-from mha_spec_conformance.fuzzing.search import Search
 from mha_spec_conformance.mistakes.caching import prefix_hidden_alone
 from mha_spec_conformance.targets.loading import load
 
@@ -145,8 +142,7 @@ def test_length_that_is_not_clamped_is_found(name: str, dtype: str) -> None:
         return target.functions["attention"](query, key, value, **options)
 
     wrong = replace(target, functions={**target.functions, "attention": wrapping})
-    asker = Asker(wrong.claims, lambda question: answer(wrong, question))
-    (finding,) = Search(asker, 0, LONG, most=1, functions=("attention",)).run().findings
+    finding = first_finding(wrong, functions=("attention",))
     assert finding.call.beyond[name].dtype == dtype
     script = script_of(finding, "torch", "torch")
     assert finding.call.beyond[name].source in script

@@ -7,24 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
-from support.subject import Subject
+from support.searches import LONG, asker_of, first_finding, mistaken
 
 from mha_spec import reference
 from mha_spec.errors import MhaSpecError
 from mha_spec_conformance.asking.selection import Ask, Selection, asks
-from mha_spec_conformance.asking.worker import answer
 from mha_spec_conformance.commands.explain import explain
-from mha_spec_conformance.fuzzing.asking import Asker
 from mha_spec_conformance.fuzzing.expected import expect
 from mha_spec_conformance.fuzzing.reduction import call_of, reduced
 from mha_spec_conformance.fuzzing.reduction_packed import smaller_packed
-from mha_spec_conformance.fuzzing.search import Finding, Search
 from mha_spec_conformance.judging.axes import axes_of
 from mha_spec_conformance.judging.bounds import allowances, bounds, precision
 from mha_spec_conformance.judging.bounds.varlen import VarlenBounds
 from mha_spec_conformance.judging.compare import FINITE
 from mha_spec_conformance.judging.properties import Properties, sizes_of
-from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.targets.claims import Claims
 
 if TYPE_CHECKING:
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
     from mha_spec_conformance.suite.cases import Case, Suite
 
 FUNCTIONS = ("varlen_attention", "varlen_attention_vjp")
-LONG = 60.0
 
 
 def case_of(suite: Suite, identity: str) -> Case:
@@ -60,11 +55,7 @@ def test_expectations_of_the_fuzzer_are_those_of_the_goldens(suite: Suite) -> No
 
 @pytest.mark.parametrize("name", ["packed-positions-run-on", "pages-tail-seen"])
 def test_the_fuzzer_finds_a_planted_mistake(name: str) -> None:
-    (mistake,) = [mistake for mistake in MISTAKES if mistake.name == name]
-    subject = Subject.over(mistake.steps)
-    asker = Asker(subject.target.claims, lambda question: answer(subject.target, question))
-    found: list[Finding] = Search(asker, 0, LONG, most=1, functions=FUNCTIONS).run().findings
-    assert [name in finding.result.diagnosis for finding in found] == [True]
+    assert name in first_finding(mistaken(name), functions=FUNCTIONS).result.diagnosis
 
 
 def test_smaller_calls_are_valid(suite: Suite) -> None:
@@ -81,9 +72,7 @@ def test_smaller_calls_are_valid(suite: Suite) -> None:
 
 def test_a_failure_is_reduced_to_a_block_that_a_sequence_reads_twice(suite: Suite) -> None:
     case = case_of(suite, "varlen_attention_vjp/paged-repeated")
-    (mistake,) = [mistake for mistake in MISTAKES if mistake.name == "pages-gradient-stored"]
-    subject = Subject.over(mistake.steps)
-    asker = Asker(subject.target.claims, lambda question: answer(subject.target, question))
+    asker = asker_of(mistaken("pages-gradient-stored"))
     whole = call_of(case.function, "float32", case.inputs("float32"), case.options, lse=False)
 
     def fails(call: Call) -> bool:

@@ -16,7 +16,7 @@ from website.drawings import DRAWINGS, with_drawings
 from website.markdown import LinkError, Site, clause_page
 from website.markup import mend
 from website.pictures import draw, see, split_pictures
-from website.specification import FOUND_BY_FUZZER, MOST_CASES, in_cell
+from website.specification import DETECTIONS, MOST_CASES, in_cell
 
 from mha_spec_conformance.mistakes import MISTAKES
 from mha_spec_conformance.suite.spec import clauses
@@ -70,7 +70,7 @@ def test_every_mistake_that_is_drawn_has_its_figures_from_the_fuzzer(site: Site)
     """`python benchmarks/fuzzing.py NAME --csv docs/fuzzing.csv` adds those of a new mistake."""
     refusals = runpy.run_path(str(ROOT / "benchmarks" / "fuzzing.py"))["REFUSALS"]
     drawn = [mistake for mistake in MISTAKES if not any(word in mistake.name for word in refusals)]
-    with FOUND_BY_FUZZER.open(newline="", encoding="utf-8") as file:
+    with DETECTIONS.open(newline="", encoding="utf-8") as file:
         measured = {row["mistake"]: row["calls"] for row in csv.DictReader(file)}
     assert list(measured) == [mistake.name for mistake in drawn]
     rows = text_of(site, "spec/mistakes.md").splitlines()

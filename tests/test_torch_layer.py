@@ -292,8 +292,11 @@ def test_a_block_table_without_a_shape_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", [dict, MappingProxyType])
+@pytest.mark.parametrize("by_keyword", [False, True])
 @pytest.mark.parametrize("name", ["b_q", "b_k", "b_v", "b_o", "q_norm", "k_joint_norm"])
-def test_a_compiled_layer_reads_a_parameter_that_earlier_calls_do_not_have(name: str, kind: type) -> None:
+def test_a_compiled_layer_reads_a_parameter_that_earlier_calls_do_not_have(
+    name: str, by_keyword: bool, kind: type
+) -> None:
     sizes = {"embed": 5, "k_embed": 5, "v_embed": 5, "heads": 2, "kv_heads": 2, "qk_dim": 3, "v_dim": 7, "out": 11}
     drawn = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     params = {label: drawn([sizes[axis] for axis in AXES[label]]) for label in (*REQUIRED, name)}
@@ -301,7 +304,8 @@ def test_a_compiled_layer_reads_a_parameter_that_earlier_calls_do_not_have(name:
     x = drawn(2, 13, 5)
 
     def call(params: Any) -> Any:
-        return functions.multi_head_attention(x, x, x, params, causal=True)
+        operands, keywords = ((x, x, x), {"params": params}) if by_keyword else ((x, x, x, params), {})
+        return functions.multi_head_attention(*operands, **keywords, causal=True)
 
     torch.compiler.reset()
     compiled = torch.compile(call, backend="eager", fullgraph=True)

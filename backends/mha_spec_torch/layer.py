@@ -308,9 +308,9 @@ def _in_single_node(method: _Method) -> _Method:
 
 
 def _with_these_names(value: Any) -> Any:
-    """Copy a mapping under the eyes of the tracer, which does not guard the names of one that a node receives.
+    """Return a traced copy of a mapping; the tracer guards the names of what it copies, but not of a node's operands.
 
-    A program that was compiled without a bias would otherwise serve a call with one.
+    A program that was compiled without a bias would otherwise serve a call with a bias.
     """
     return dict(value) if is_mapping(value) else value
 

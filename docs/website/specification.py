@@ -35,7 +35,7 @@ computed and recognised. Those with `=` in the name are conventions that others 
 A mistake is listed under each clause that it breaks. The last column says after how many calls
 and how much processor time [the fuzzer](/fuzzing.md) gets the first wrong answer of the mistaken reference. It is empty
 where the mistake is in refusing illegal calls, which the fuzzer does not draw."""
-FOUND_BY_FUZZER = Path(__file__).resolve().parents[1] / "fuzzing.csv"
+DETECTIONS = Path(__file__).resolve().parents[1] / "fuzzing.csv"
 """The calls and seconds after which the fuzzer finds each mistake, as `benchmarks/fuzzing.py` writes them."""
 ENDINGS = {"ONNX": "onnx", "Limits": "limits", "Changes": "changes"}
 
@@ -143,10 +143,10 @@ def _mistakes_of(clause: Clause) -> str:
 
 
 def _table(mistakes: list[Mistake]) -> str:
-    found = _found_by_fuzzer()
+    detections = _detections()
     rows = [
         f"| `{mistake.variant}` | {in_cell(mistake.title)} | {in_cell(', '.join(mistake.bugs))} "
-        f"| {found.get(mistake.name, '')} |"
+        f"| {detections.get(mistake.name, '')} |"
         for mistake in mistakes
     ]
     head = ["| name | an implementation with it | published as | found by the fuzzer |", "| --- | --- | --- | --- |"]
@@ -154,9 +154,9 @@ def _table(mistakes: list[Mistake]) -> str:
 
 
 @cache
-def _found_by_fuzzer() -> dict[str, str]:
+def _detections() -> dict[str, str]:
     """Return for each mistake how soon the fuzzer finds it."""
-    with FOUND_BY_FUZZER.open(newline="", encoding="utf-8") as file:
+    with DETECTIONS.open(newline="", encoding="utf-8") as file:
         return {
             row["mistake"]: f"after {row['calls']} calls, {row['seconds']} s" if row["calls"] else "not within a minute"
             for row in csv.DictReader(file)

@@ -36,6 +36,11 @@ class NotAdmitted(Exception):
     """The call cannot be a case, because an intermediate value exceeds the range of its dtype."""
 
 
+def _are_open(sinks: Array) -> Array:
+    """Mark the sinks that leave the results of their head open, which are +inf and NaN (SPEC.md, "Limits")."""
+    return ~(sinks < numpy.inf)
+
+
 class Rows:
     """The properties of rows and pairs of an attention: boolean arrays over (batch, heads, q_len) and over pairs."""
 
@@ -69,17 +74,17 @@ class Rows:
         return numpy.zeros_like(self.visible) if array is None else numpy.broadcast_to(test(array), self.visible.shape)
 
     @property
-    def bad_sinks(self) -> Array:
-        """The heads whose sink is NaN or +inf, over (heads,)."""
+    def open_sinks(self) -> Array:
+        """The heads that their sink leaves open, over (heads,)."""
         sinks = self.arguments.sinks
-        return numpy.zeros(self.arguments.heads, bool) if sinks is None else numpy.isnan(sinks) | (sinks == numpy.inf)
+        return numpy.zeros(self.arguments.heads, bool) if sinks is None else _are_open(sinks)
 
     @cached_property
     def unspecified(self) -> Array:
         """The rows whose results may be anything (SPEC.md, "Limits")."""
         infinite = self.vectors("key", numpy.isinf)[:, :, None, :] | self._pairs("bias", numpy.isposinf)
         infinite = infinite | self._out_of_range()
-        return self.bad_sinks[:, None] | (
+        return self.open_sinks[:, None] | (
             self.seeing & (self.vectors("query", numpy.isinf) | (self.visible & infinite).any(axis=-1))
         )
 
@@ -188,7 +193,7 @@ def _attention_vjp(call: Call, rows: Rows) -> Kinds:
     if "sinks" in rows.arrays:
         moved = rows.seeing | ("grad_lse" in rows.arrays)
         good_rows, bad_rows = moved & right & rows.has_sink, (moved | rows.unspecified) & ~right
-        by_name["grad_sinks"] = kinds(good_rows.any(axis=(0, 2)), bad_rows.any(axis=(0, 2)) | rows.bad_sinks)
+        by_name["grad_sinks"] = kinds(good_rows.any(axis=(0, 2)), bad_rows.any(axis=(0, 2)) | rows.open_sinks)
     return by_name
 
 
@@ -259,12 +264,12 @@ def _layer(call: Call, rows: None) -> Kinds:
     every = 2 if call.options.get("drafts") else 1
     visible = {name: numpy.concatenate(pairs[::every], axis=2) for name, pairs in seen.items() if pairs}
     kinds: Kinds = {}
-    infinite = numpy.asarray(arguments.get("sinks", 0.0) == numpy.inf).reshape(-1, 1, 1)
+    opened = _are_open(numpy.asarray(arguments.get("sinks", 0.0))).reshape(-1, 1, 1)
     if "weights" in answers:
-        kinds["weights"] = numpy.select([infinite, visible["weigh"]], [ANY, FINITE], EXACT)
+        kinds["weights"] = numpy.select([opened, visible["weigh"]], [ANY, FINITE], EXACT)
     if "output" in answers:
         empty = ~visible["attend"].any(axis=(1, 3))
-        kinds["output"] = numpy.where(infinite.any(), ANY, numpy.where(empty, EXACT, FINITE))[..., None]
+        kinds["output"] = numpy.where(opened.any(), ANY, numpy.where(empty, EXACT, FINITE))[..., None]
     if "cache_key" in answers and contiguous:
         slots = numpy.arange(answers["cache_key"].shape[2])
         old, new = (numpy.asarray(named["cache_lengths"])[:, None] for named in (arguments, answers))
@@ -287,7 +292,10 @@ def _varlen(call: Call, rows: list[Rows]) -> Kinds:
         rows.append(Rows(arrays, options, call.dtype))
         return kinds_of(dense, rows[-1])
 
-    return packed_kinds(call, of_sequence)
+    kinds = packed_kinds(call, of_sequence)
+    if "grad_sinks" in kinds:  # A call without sequences has no row that leaves it open.
+        kinds["grad_sinks"][_are_open(in_float64(call.arrays)["sinks"])] = ANY
+    return kinds
 
 
 _KINDS: dict[str, Any] = {

@@ -48,8 +48,6 @@ def _of_gradients(call: Call, parts: list[tuple[PackedCall, Kinds]]) -> dict[str
     """Put the kinds at the tokens, slots and sinks; a sum is as unspecified as the worst of its terms."""
     names = ("query", "key", "value", *(["sinks"] if "sinks" in call.arrays else []))
     results = {f"grad_{name}": numpy.full(call.arrays[name].shape, EXACT) for name in names}
-    if "grad_sinks" in results:  # A call without sequences has no term that says so.
-        results["grad_sinks"][~(in_float64(call.arrays)["sinks"] < numpy.inf)] = ANY
     put = {name: partial(_add, results[name]) for name in results}
     for packed, kinds in parts:
         queries, keys = packed.sequence.queries, packed.sequence.keys

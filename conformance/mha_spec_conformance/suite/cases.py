@@ -222,7 +222,7 @@ def load(folder: Path | None = None) -> Suite:
 
 @dataclass(frozen=True)
 class _Contents:
-    """A folder that was read and verified; the index has the sha256 of every file, so its own names all contents."""
+    """A folder that was read and verified; `digest` is that of the index, which has the sha256 of every other file."""
 
     digest: str
     index: dict[str, Any] = field(compare=False)
